@@ -1,0 +1,290 @@
+"""The released MiSTER-E model (PyTorch, stage 2) as a `MisterE`.
+
+The official code projects twice in a row in each attention, with nothing between: queries, keys
+and values on the way in, the mixed heads on the way out. Here each pair is one projection, so the
+two are multiplied out.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from mister_jax.errors import InputError
+from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.nn import MultiHeadAttention
+
+# A block's place in our co-attention layer (first stream speech, second text) -> official names of
+# its query, key and value projections, its attention, its output projection and its LayerNorm.
+_BLOCKS = {
+    "first_to_second": ("audq", "asrk", "asrv", "aud", "audio", "a"),
+    "second_to_first": ("asrq", "audk", "audv", "asr", "text", "t"),
+    "first_self": ("audq_s", "audk_s", "audv_s", "selfaud", "aud_s", "a_s"),
+    "second_self": ("asrq_s", "asrk_s", "asrv_s", "selfasr", "text_s", "t_s"),
+}
+_EXPERTS = {"speech": "audio_self", "text": "text_self"}
+_DIRECTIONS = ("", "_reverse")
+_READABLE = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
+
+Arrays = Mapping[str, np.ndarray]
+_Linear = tuple[np.ndarray, np.ndarray]  # weight [out, in], bias [out]
+
+
+def load_head(
+    source: Mapping[str, Any] | str | pathlib.Path, *, attention_heads: int = 3, **changes: Any
+) -> MisterE:
+    """Builds a `MisterE` from an official `state_dict`; sizes are read off the weights.
+
+    Args:
+      source: mapping of official names to arrays, or a file of one: `.npz`, `.safetensors`, or
+        `.pth` where PyTorch is installed.
+      attention_heads: heads of each attention, which no weight tells; 3 as released.
+      **changes: further fields of `MisterEConfig`, such as dropout rates or `dtype`.
+
+    Returns:
+      The model, with outputs equal to the official ones.
+
+    Raises:
+      InputError: an unreadable file, or missing, surplus or misshapen weights, all of them named
+        in one message.
+    """
+    weights = _read(source)
+    found = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
+    kernels = sorted(found) or ["conv"]
+    gru_layers = _count(r"audio_self\.rnn_1\.weight_ih_l(\d+)", weights)
+    fusion_layers = _count(r"fusion\.units\.(\d+)\.", weights)
+    _check_names(weights, _names(kernels, gru_layers, fusion_layers))
+
+    config = MisterEConfig(
+        num_classes=weights["audio_self.fc.weight"].shape[0],
+        speech_dim=weights["audio_self.fc_1.weight"].shape[-1],
+        text_dim=weights["text_self.fc_1.weight"].shape[-1],
+        context_width=weights["audio_self.fc_1.weight"].shape[0],
+        kernel_sizes=tuple(weights[f"audio_self.{name}.weight"].shape[-1] for name in kernels),
+        gru_layers=gru_layers,
+        fusion_width=weights["fusion.fc_aud.weight"].shape[0],
+        fusion_layers=fusion_layers,
+        attention_width=weights["fusion.units.0.fc_audq.weight"].shape[0],
+        gate_width=weights["gate.0.weight"].shape[0],
+        attention_heads=attention_heads,
+        **changes,
+    )
+    _check_shapes(weights, _shapes(config, kernels))
+    return _fill(MisterE(config, rngs=nnx.Rngs(0)), weights, kernels)
+
+
+def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
+    if not isinstance(source, str | pathlib.Path):
+        return {name: np.asarray(value) for name, value in source.items()}
+    path = pathlib.Path(source)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; allowed are {_READABLE}")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable {path.suffix} file ({error})") from error
+    if path.suffix in (".pth", ".pt"):
+        return _read_torch(path)
+    raise InputError(f"{path}: unknown kind of file {path.suffix!r}; allowed are {_READABLE}")
+
+
+def _read_torch(path: pathlib.Path) -> Arrays:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading {path.suffix} needs PyTorch, which is not installed; "
+            "install it, or convert the file to .safetensors"
+        ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise InputError(
+            f"{path}: not a readable PyTorch file ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+        raise InputError(f"{path}: not a state_dict; allowed is a mapping of names to tensors")
+    return {name: value.float().numpy() for name, value in state.items()}
+
+
+def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
+    return (match for name in names if (match := re.match(pattern, name)))
+
+
+def _count(pattern: str, names: Iterable[str]) -> int:
+    """One more than the largest index the pattern finds; 1 where it finds none."""
+    return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
+
+
+def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, ...]]:
+    """The official names and shapes of a model of these sizes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, out_features: int, in_features: int) -> None:
+        shapes[f"{name}.weight"] = (out_features, in_features)
+        shapes[f"{name}.bias"] = (out_features,)
+
+    classes, context, width = config.num_classes, config.context_width, config.fusion_width
+    for expert, features in (("audio_self", config.speech_dim), ("text_self", config.text_dim)):
+        linear(f"{expert}.fc_1", context, features)
+        linear(f"{expert}.fc", classes, context)
+        for name, size in zip(kernels, config.kernel_sizes, strict=True):
+            shapes[f"{expert}.{name}.weight"] = (context, features, size)
+            shapes[f"{expert}.{name}.bias"] = (context,)
+        hidden = context // 2
+        for layer in range(config.gru_layers):
+            for direction in _DIRECTIONS:
+                place = f"l{layer}{direction}"
+                shapes[f"{expert}.rnn_1.weight_ih_{place}"] = (3 * hidden, context)
+                shapes[f"{expert}.rnn_1.weight_hh_{place}"] = (3 * hidden, hidden)
+                shapes[f"{expert}.rnn_1.bias_ih_{place}"] = (3 * hidden,)
+                shapes[f"{expert}.rnn_1.bias_hh_{place}"] = (3 * hidden,)
+    linear("fusion.fc_aud", width, config.speech_dim)
+    linear("fusion.fc_aud_self", width, config.speech_dim)
+    linear("fusion.fc_text", width, config.text_dim)
+    linear("fusion.fc_text_self", width, config.text_dim)
+    for unit in range(config.fusion_layers):
+        for *projections, attention, out, norm in _BLOCKS.values():
+            prefix = f"fusion.units.{unit}"
+            inner = config.attention_width
+            for projection in projections:
+                linear(f"{prefix}.fc_{projection}", inner, width)
+            shapes[f"{prefix}.multihead_attn_{attention}.in_proj_weight"] = (3 * inner, inner)
+            shapes[f"{prefix}.multihead_attn_{attention}.in_proj_bias"] = (3 * inner,)
+            linear(f"{prefix}.multihead_attn_{attention}.out_proj", inner, inner)
+            linear(f"{prefix}.fc_{out}", width, inner)
+            shapes[f"{prefix}.layer_norm_{norm}.weight"] = (width,)
+            shapes[f"{prefix}.layer_norm_{norm}.bias"] = (width,)
+    shapes["fusion.bn.weight"] = shapes["fusion.bn.bias"] = (2 * width,)
+    linear("fusion.fc", width, 2 * width)
+    linear("fusion.fc_2", classes, width)
+    linear("gate.0", config.gate_width, 3 * classes)
+    linear("gate.2", 3, config.gate_width)
+    return shapes
+
+
+def _names(kernels: list[str], gru_layers: int, fusion_layers: int) -> set[str]:
+    """The names alone, which do not depend on the widths."""
+    depths = MisterEConfig(
+        gru_layers=gru_layers, fusion_layers=fusion_layers, kernel_sizes=(1,) * len(kernels)
+    )
+    return set(_shapes(depths, kernels))
+
+
+def _check_names(weights: Arrays, expected: set[str]) -> None:
+    missing, surplus = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or surplus:
+        raise InputError(
+            f"official weights: {len(missing)} missing {missing}, {len(surplus)} surplus {surplus}"
+        )
+
+
+def _check_shapes(weights: Arrays, expected: dict[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{name} {weights[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if weights[name].shape != shape
+    ]
+    if wrong:
+        raise InputError(f"official weights: {len(wrong)} misshapen: {'; '.join(wrong)}")
+
+
+def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
+    def put(param: nnx.Param, value: np.ndarray) -> None:
+        param.set_value(jnp.asarray(value, param.dtype))
+
+    def linear(module: nnx.Linear, name: str) -> None:
+        put(module.kernel, weights[f"{name}.weight"].T)
+        put(module.bias, weights[f"{name}.bias"])
+
+    def norm(module: nnx.LayerNorm, name: str) -> None:
+        put(module.scale, weights[f"{name}.weight"])
+        put(module.bias, weights[f"{name}.bias"])
+
+    for ours, official in _EXPERTS.items():
+        expert = getattr(model, ours)
+        linear(expert.skip, f"{official}.fc_1")
+        linear(expert.classifier, f"{official}.fc")
+        for index, name in enumerate(kernels):
+            kernel = weights[f"{official}.{name}.weight"].transpose(1, 2, 0)
+            put(expert.convolution.kernels[index], kernel)
+            put(expert.convolution.biases[index], weights[f"{official}.{name}.bias"])
+        for depth, layer in enumerate(expert.gru.layers):
+
+            def directions(kind: str, depth: int = depth, official: str = official):
+                names = [f"{official}.rnn_1.{kind}_l{depth}{end}" for end in _DIRECTIONS]
+                return np.stack([weights[name] for name in names])
+
+            put(layer.input_kernel, directions("weight_ih").transpose(2, 0, 1))
+            put(layer.recurrent_kernel, directions("weight_hh").transpose(0, 2, 1))
+            put(layer.input_bias, directions("bias_ih"))
+            put(layer.recurrent_bias, directions("bias_hh"))
+
+    fusion = model.fusion
+    linear(fusion.speech_in, "fusion.fc_aud")
+    linear(fusion.text_in, "fusion.fc_text")
+    linear(fusion.speech_skip, "fusion.fc_aud_self")
+    linear(fusion.text_skip, "fusion.fc_text_self")
+    for unit, co_attention in enumerate(fusion.layers):
+        for place, (*projections, attention, out, norm_name) in _BLOCKS.items():
+            block, prefix = getattr(co_attention, place), f"fusion.units.{unit}"
+            _fill_attention(
+                block.attention,
+                weights,
+                [f"{prefix}.fc_{projection}" for projection in projections],
+                f"{prefix}.multihead_attn_{attention}",
+                f"{prefix}.fc_{out}",
+            )
+            norm(block.norm, f"{prefix}.layer_norm_{norm_name}")
+    norm(fusion.norm, "fusion.bn")
+    linear(fusion.hidden, "fusion.fc")
+    linear(fusion.classifier, "fusion.fc_2")
+    linear(model.gate.hidden, "gate.0")
+    linear(model.gate.out, "gate.2")
+    return model
+
+
+def _fill_attention(
+    module: MultiHeadAttention,
+    weights: Arrays,
+    projections: list[str],
+    attention: str,
+    out: str,
+) -> None:
+    """Multiplies each pair of projections out, in float64, and puts the products in."""
+
+    def product(first: _Linear, second: _Linear) -> _Linear:  # second(first(x))
+        weight = second[0].astype(np.float64)
+        return weight @ first[0], weight @ first[1] + second[1]
+
+    def put(linear: nnx.Linear, *stacked: _Linear) -> None:
+        kernel = np.concatenate([weight for weight, _ in stacked]).T
+        linear.kernel.set_value(jnp.asarray(kernel, linear.kernel.dtype))
+        bias = np.concatenate([bias for _, bias in stacked])
+        linear.bias.set_value(jnp.asarray(bias, linear.bias.dtype))
+
+    def pair(name: str) -> _Linear:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    inner = zip(
+        np.split(weights[f"{attention}.in_proj_weight"], 3),
+        np.split(weights[f"{attention}.in_proj_bias"], 3),
+        strict=True,
+    )
+    query, key, value = map(product, map(pair, projections), inner)
+    put(module.query, query)
+    put(module.key_value, key, value)
+    put(module.out, product(pair(f"{attention}.out_proj"), pair(out)))

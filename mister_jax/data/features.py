@@ -1,0 +1,493 @@
+"""The feature store: dialogues of utterance vectors as a TFDS dataset.
+
+`read_npz` checks a NumPy archive, `write` stores splits as a TFDS dataset, `prepare` does one after
+the other, and `load` brings a split back into memory. Batches are made in `pipeline`.
+"""
+
+import contextlib
+import hashlib
+import io
+import pathlib
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mister_jax.data.lazy import tfds
+from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+
+__all__ = ["DialogueFeatures", "load", "prepare", "read_npz", "write"]
+
+VERSION = "1.0.0"
+
+_REQUIRED = (
+    "utterance",
+    "dialogue",
+    "position",
+    "split",
+    "label",
+    "class_names",
+    "speech",
+    "text",
+)
+_OPTIONAL = ("score", "speech_present", "text_present")
+
+# What an array may hold, by the letters of NumPy's `dtype.kind`.
+_NUMBER = ("iuf", "numbers")
+_INTEGER = ("iu", "integers")
+_FLOAT = ("f", "floats")
+_TEXT = ("US", "text")
+_ID = ("USiu", "text or integers")
+_BOOLEAN = ("biu", "booleans")
+
+
+def read_npz(path: epath.PathLike) -> dict[str, DialogueFeatures]:
+    """Reads and checks the utterance features of a NumPy archive.
+
+    The archive holds one row per utterance, in any order, under these names:
+
+    - `speech` [N, Ds], `text` [N, Dt]: floats. float16 is kept, all else becomes float32.
+    - `label` [N]: integers, -1 for an unlabelled utterance, else an index into `class_names`.
+    - `class_names` [C]: text.
+    - `utterance` [N], `dialogue` [N]: ids, text or integers; utterance ids are unique.
+    - `position` [N]: numbers that order the utterances of a dialogue.
+    - `split` [N]: `train`, `validation` or `test`, the same for a whole dialogue.
+    - `score` [N], optional: floats, NaN where there is none.
+    - `speech_present`, `text_present` [N], optional: false where an utterance lacks the modality;
+      its features are then ignored and become zero. All true when left out.
+
+    Other arrays are ignored.
+
+    Args:
+        path: the npz file.
+
+    Returns:
+        The splits that have utterances. Dialogues keep the order in which they first appear,
+        utterances are ordered by position.
+
+    Raises:
+        InputError: the file or one of its rows cannot be used.
+    """
+    archive = _Archive(pathlib.Path(path))
+    class_names = archive.class_names()
+    position = archive.column("position", _NUMBER)
+    archive.check("position", np.isfinite(position), "not finite", position)
+    split = archive.text("split", _TEXT)
+    archive.check("split", np.isin(split, SPLITS), f"allowed: {', '.join(SPLITS)}", split)
+    label = archive.column("label", _INTEGER)
+    allowed = f"allowed: -1 (unlabelled) and 0 to {len(class_names) - 1}"
+    archive.check("label", (label >= UNLABELLED) & (label < len(class_names)), allowed, label)
+    score = archive.column("score", _FLOAT) if "score" in archive.arrays else None
+    if score is not None:
+        score = score.astype(np.float32)
+        archive.check("score", ~np.isinf(score), "allowed: finite, or NaN for no score", score)
+    speech, speech_present = archive.modality("speech")
+    text, text_present = archive.modality("text")
+
+    # Dialogues are numbered as they first appear, so sorting by number keeps that order.
+    ids, first, inverse = np.unique(
+        archive.text("dialogue", _ID), return_index=True, return_inverse=True
+    )
+    appearance = np.argsort(first)
+    ids, dialogue = ids[appearance], np.argsort(appearance)[inverse]
+    order = np.lexsort((position, dialogue))
+    archive.check_dialogues(order, ids[dialogue], position, split)
+
+    metadata = {"source": archive.path.name, "sha256": archive.sha256()}
+    splits = {}
+    for name in SPLITS:
+        rows = order[split[order] == name]
+        if len(rows) == 0:
+            continue
+        members, lengths = np.unique(dialogue[rows], return_counts=True)
+        splits[name] = DialogueFeatures(
+            name=archive.path.stem,
+            split=name,
+            class_names=class_names,
+            dialogue_ids=tuple(ids[members].tolist()),
+            lengths=lengths,
+            utterance_ids=archive.utterance[rows],
+            speech=speech[rows],
+            text=text[rows],
+            speech_present=speech_present[rows],
+            text_present=text_present[rows],
+            label=label[rows].astype(np.int32),
+            score=None if score is None else score[rows],
+            metadata=dict(metadata),
+        )
+    return splits
+
+
+def write(
+    splits: Mapping[str, DialogueFeatures],
+    name: str,
+    data_dir: epath.PathLike | None = None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> "DatasetBuilder":
+    """Stores splits as the TFDS dataset `name`, whole or not at all.
+
+    Args:
+        splits: features by split; widths, stored types, class names and the presence of scores
+            are the same in all.
+        name: a TFDS name: lower-case letters, digits and underscores, a letter first.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+        metadata: JSON values about the dataset as a whole. `load` adds those of the split.
+        overwrite: replace a dataset of this name.
+
+    Returns:
+        The TFDS builder of the stored dataset.
+
+    Raises:
+        InputError: the name is not legal, the dataset exists, the directory cannot be written.
+        ValueError: the splits do not fit each other.
+    """
+    directory = _directory(name, data_dir)
+    if directory.exists() and not overwrite:
+        raise InputError(f"{directory}: dataset exists; allowed: another name, or to overwrite it")
+    spec = _feature_spec(splits)
+    told = {
+        **(metadata or {}),
+        "splits": {split: features.metadata for split, features in splits.items()},
+    }
+
+    # Everything is written beside the dataset's place and moved there last.
+    incomplete = directory.parent.parent / f".incomplete.{name}.{uuid.uuid4().hex}"
+    try:
+        incomplete.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{incomplete.parent}: cannot be written ({error.strerror})") from error
+    try:
+        with _quiet():
+            builder = tfds.dataset_builders.store_as_tfds_dataset(
+                name=name,
+                version=VERSION,
+                features=spec,
+                split_datasets={split: _examples(splits[split]) for split in splits},
+                data_dir=incomplete,
+                description="Dialogues of utterances as speech and text features.",
+                disable_shuffling=True,
+            )
+        tfds.core.MetadataDict(told).save_metadata(builder.data_dir)
+        directory.parent.mkdir(exist_ok=True)
+        if directory.exists():
+            directory.rename(incomplete / "replaced")
+        epath.Path(builder.data_dir).rename(directory)
+    finally:
+        incomplete.rmtree()
+    return _stored(directory)
+
+
+def prepare(
+    source: epath.PathLike,
+    name: str,
+    data_dir: epath.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> "DatasetBuilder":
+    """Stores the npz archive `source` as the TFDS dataset `name`.
+
+    See `read_npz` for the archive and `write` for the other arguments. The metadata records the
+    file's name and its SHA-256.
+
+    Raises:
+        InputError: the archive cannot be used or the dataset cannot be written.
+    """
+    return write(read_npz(source), name, data_dir, overwrite=overwrite)
+
+
+def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> DialogueFeatures:
+    """Reads one split of a dataset of features into memory.
+
+    Args:
+        name: dataset name.
+        split: one of the splits of the dataset.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+
+    Returns:
+        The split, in stored order, with the metadata of the dataset and of the split.
+
+    Raises:
+        InputError: there is no such dataset or split, or it does not hold features.
+    """
+    directory = _directory(name, data_dir)
+    if not (directory / "dataset_info.json").exists():
+        root = directory.parent.parent
+        there = sorted(info.parent.parent.name for info in root.glob(f"*/{VERSION}/features.json"))
+        raise InputError(f"{root}: no dataset {name!r}; there are: {', '.join(there) or 'none'}")
+    builder = _stored(directory)
+    spec = dict(builder.info.features.items())
+    fields: Mapping[str, Any] = getattr(spec.get("utterances"), "feature", {})
+    if "speech" not in fields or "text" not in fields:
+        raise InputError(f"{directory}: not a dataset of features; it holds {', '.join(spec)}")
+    filled = [key for key, info in builder.info.splits.items() if info.num_examples > 0]
+    if split not in filled:
+        raise InputError(f"{directory}: no split {split!r}; allowed: {', '.join(filled)}")
+
+    with _quiet():
+        # One file at a time, or the dialogues of a dataset of several files would interleave.
+        reading = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        dialogues = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=reading)))
+    utterances = [dialogue["utterances"] for dialogue in dialogues]
+
+    def gather(field: str) -> np.ndarray:
+        return np.concatenate([values[field] for values in utterances])
+
+    metadata = dict(builder.info.metadata or {})
+    of_split = metadata.pop("splits", {}).get(split, {})
+    return DialogueFeatures(
+        name=name,
+        split=split,
+        class_names=tuple(fields["label"].names),
+        dialogue_ids=tuple(dialogue["dialogue"].decode() for dialogue in dialogues),
+        lengths=np.array([len(values["label"]) for values in utterances]),
+        utterance_ids=np.array([utterance.decode() for utterance in gather("utterance")]),
+        speech=gather("speech"),
+        text=gather("text"),
+        speech_present=gather("speech_present"),
+        text_present=gather("text_present"),
+        label=gather("label").astype(np.int32),
+        score=gather("score") if "score" in fields else None,
+        metadata={**metadata, **of_split},
+    )
+
+
+class _Archive:
+    """The arrays of an npz file, and the checks that name file, array and row when they fail."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.arrays = self._read()
+        self.utterance = self._strings("utterance", self._array("utterance", 1, _ID))
+        if len(self.utterance) == 0:
+            self.fail("utterance", "no rows; at least one utterance is needed")
+        _, first, inverse = np.unique(self.utterance, return_index=True, return_inverse=True)
+        is_first = first[inverse] == np.arange(len(self.utterance))
+        self.check("utterance", is_first, "repeated; utterance ids are unique", self.utterance)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file")
+        # zipfile, zlib and NumPy raise a dozen kinds of errors for a damaged file.
+        try:
+            archive = np.load(self.path, allow_pickle=False)
+        except PermissionError as error:
+            raise InputError(f"{self.path}: no permission to read it") from error
+        except Exception as error:
+            raise InputError(f"{self.path}: not an npz file, or damaged") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{self.path}: not an npz file but a single array")
+        with archive:
+            missing = [name for name in _REQUIRED if name not in archive.files]
+            if missing:
+                raise InputError(
+                    f"{self.path}: no array {', '.join(missing)}; "
+                    f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
+                )
+            arrays = {}
+            for name in (*_REQUIRED, *_OPTIONAL):
+                try:
+                    if name in archive.files:
+                        arrays[name] = archive[name]
+                except Exception as error:
+                    raise InputError(
+                        f"{self.path}: {name}: damaged, or an array of Python objects; "
+                        "allowed: arrays of numbers, booleans or text"
+                    ) from error
+        return arrays
+
+    def fail(self, name: str, message: str) -> NoReturn:
+        # Ids and names from the file may hold line breaks.
+        raise InputError(f"{self.path}: {name}: {' '.join(message.splitlines())}")
+
+    def check(self, name: str, good: np.ndarray, message: str, values: np.ndarray) -> None:
+        """Fails with the first row where `good` [N] is false."""
+        for row in np.flatnonzero(~good):
+            self.fail(
+                name, f"row {row} (utterance {self.utterance[row]}): {values[row]!s}: {message}"
+            )
+
+    def column(self, name: str, kind: tuple[str, str]) -> np.ndarray:
+        """The array [N] called `name`."""
+        return self._array(name, 1, kind, rows=len(self.utterance))
+
+    def text(self, name: str, kind: tuple[str, str]) -> np.ndarray:
+        """The array [N] called `name`, as text."""
+        return self._strings(name, self.column(name, kind))
+
+    def modality(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features [N, D], zero where absent, and presence [N]."""
+        features = self._array(name, 2, _FLOAT, rows=len(self.utterance))
+        if features.shape[1] == 0:
+            self.fail(name, "no columns; at least one feature is needed")
+        flag = f"{name}_present"
+        present = np.ones(len(features), bool)
+        if flag in self.arrays:
+            values = self.column(flag, _BOOLEAN)
+            self.check(flag, (values == 0) | (values == 1), "allowed: false and true", values)
+            present = values.astype(bool)
+        if features.dtype != np.float16:
+            with np.errstate(over="ignore"):
+                features = features.astype(np.float32)
+        features = np.where(present[:, None], features, features.dtype.type(0))
+        finite = np.isfinite(features)
+        self.check(
+            name,
+            finite.all(axis=1),
+            f"allowed: finite {features.dtype}, or {flag} false",
+            # The first bad value of a row, to be shown.
+            features[np.arange(len(features)), np.argmin(finite, axis=1)],
+        )
+        return features, present
+
+    def class_names(self) -> tuple[str, ...]:
+        names = self._strings("class_names", self._array("class_names", 1, _TEXT)).tolist()
+        if not names:
+            self.fail("class_names", "empty; at least one class is needed")
+        for name in names:
+            # TFDS keeps the names in a text file, one a line.
+            if [name.strip()] != name.splitlines():
+                self.fail("class_names", f"{name!r}; allowed: one line, no space around")
+            if names.count(name) > 1:
+                self.fail("class_names", f"{name!r} repeated; class names are unique")
+        return tuple(names)
+
+    def check_dialogues(
+        self, order: np.ndarray, dialogue: np.ndarray, position: np.ndarray, split: np.ndarray
+    ) -> None:
+        """Fails if a dialogue, contiguous and sorted in `order`, has two splits or two of a place.
+
+        Args:
+            order: [N] rows by dialogue and position.
+            dialogue: [N] ids.
+            position: [N].
+            split: [N].
+        """
+        before, after = order[:-1], order[1:]
+        follows = dialogue[before] == dialogue[after]
+        good = np.ones(len(order), bool)
+        good[after] = ~(follows & (position[before] == position[after]))
+        self.check("position", good, "repeated in its dialogue; positions differ", position)
+        good[after] = ~(follows & (split[before] != split[after]))
+        self.check("split", good, "part of its dialogue is elsewhere; one split each", split)
+
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _array(
+        self, name: str, ndim: int, kind: tuple[str, str], rows: int | None = None
+    ) -> np.ndarray:
+        array = self.arrays[name]
+        letters, meaning = kind
+        if array.ndim != ndim:
+            self.fail(name, f"{array.ndim} dimensions; allowed: {ndim}")
+        if rows is not None and len(array) != rows:
+            self.fail(name, f"{len(array)} rows; allowed: {rows}, as in utterance")
+        if array.dtype.kind not in letters:
+            self.fail(name, f"type {array.dtype}; allowed: {meaning}")
+        return array
+
+    def _strings(self, name: str, array: np.ndarray) -> np.ndarray:
+        try:
+            strings = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+            strings = strings.astype(str)
+            "".join(strings.tolist()).encode()
+        except (UnicodeError, ValueError):
+            self.fail(name, "bytes that are not text; allowed: UTF-8")
+        return strings
+
+
+def _directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise InputError(
+            f"dataset name {name!r}; allowed: lower-case letters, digits and _, a letter first"
+        )
+    root = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    return epath.Path(root).expanduser() / name / VERSION
+
+
+def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
+    """The TFDS features that all the splits share."""
+    shared = {
+        (
+            split.class_names,
+            split.speech_dim,
+            split.text_dim,
+            split.speech.dtype,
+            split.text.dtype,
+            split.score is not None,
+        )
+        for split in splits.values()
+    }
+    if len(shared) != 1:
+        raise ValueError(f"splits must share classes, widths, types and scores, got {shared}")
+    unknown = set(splits) - set(SPLITS)
+    if unknown:
+        raise ValueError(f"splits {sorted(unknown)}, allowed: {SPLITS}")
+    ((class_names, speech_dim, text_dim, speech_dtype, text_dtype, has_score),) = shared
+    # Stored as bytes: half the size for float16, and many times faster to write than float lists.
+    utterance = {
+        "utterance": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=class_names),
+        "speech": tfds.features.Tensor(shape=(speech_dim,), dtype=speech_dtype, encoding="bytes"),
+        "text": tfds.features.Tensor(shape=(text_dim,), dtype=text_dtype, encoding="bytes"),
+        "speech_present": np.bool_,
+        "text_present": np.bool_,
+    }
+    if has_score:
+        utterance["score"] = np.float32
+    return tfds.features.FeaturesDict(
+        {"dialogue": tfds.features.Text(), "utterances": tfds.features.Sequence(utterance)}
+    )
+
+
+def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Keys and dialogues as TFDS wants them."""
+    columns = {
+        "utterance": features.utterance_ids,
+        "label": features.label,
+        "speech": features.speech,
+        "text": features.text,
+        "speech_present": features.speech_present,
+        "text_present": features.text_present,
+    }
+    if features.score is not None:
+        columns["score"] = features.score
+    offsets = features.offsets
+    for index, dialogue in enumerate(features.dialogue_ids):
+        rows = slice(offsets[index], offsets[index + 1])
+        yield (
+            index,
+            {
+                "dialogue": dialogue,
+                "utterances": {field: values[rows] for field, values in columns.items()},
+            },
+        )
+
+
+def _stored(directory: epath.Path) -> "DatasetBuilder":
+    with _quiet():
+        return tfds.builder_from_directory(directory)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from telling of its progress and of the temporary places it works in."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    unread = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

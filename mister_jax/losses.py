@@ -1,0 +1,230 @@
+"""Losses of MiSTER-E: pure functions from arrays to a scalar, masked and in float32.
+
+Each is divided by a count of valid things over the *global* batch. Under a mapped axis (`pmap`,
+`shard_map`) give its `axis_name`: counts are summed over it, the contrastive set is gathered over
+it, and each device returns its share, so that the shares **sum** to the loss of the whole batch and
+the gradients of the shares sum to its gradient. Without an axis the share is the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mister_jax.models.mister_e import EXPERTS, MisterEOutput
+
+
+def _global_sum(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def _divide(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Array:
+    """total / global count, and zero where nothing was counted."""
+    count = _global_sum(count.astype(jnp.float32), axis_name)
+    return total / jnp.maximum(count, 1.0)
+
+
+def focal(
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float = 3.0,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Focal loss: mean over valid positions of (1 - p)^gamma times the cross-entropy.
+
+    p is the probability of the label (arXiv 1708.02002, for a softmax).
+
+    Args:
+      logits: [..., C].
+      labels: class of each position [...] int; read only where the mask is true.
+      mask: positions that count [...] bool.
+      gamma: not negative; 0 gives the cross-entropy.
+      axis_name: see the module.
+
+    Returns:
+      A scalar, float32; zero where no position counts.
+
+    Raises:
+      ValueError: negative gamma.
+    """
+    if gamma < 0:
+        raise ValueError(f"focal gamma {gamma}: must not be negative")
+    # Masked logits are taken out before anything is computed of them: a NaN there would reach the
+    # gradient even through a loss that is multiplied by zero.
+    logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(mask, labels, 0)
+    )
+    if gamma:
+        # 1 - p = -expm1(-loss), without cancellation. The floor keeps the power's gradient finite
+        # for gamma < 1.
+        losses *= jnp.maximum(-jnp.expm1(-losses), 1e-12) ** gamma
+    return _divide(jnp.where(mask, losses, 0).sum(), mask.sum(), axis_name)
+
+
+def supervised_contrastive(
+    representations: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Supervised contrastive loss over all valid representations of the batch (arXiv 2004.11362).
+
+    An anchor's positives are all others of its label; the denominator runs over all others; mean
+    over the anchors that have a positive.
+
+    Args:
+      representations: [..., F]; normalised here to length 1.
+      labels: [...] int; read only where the mask is true.
+      mask: representations that count [...] bool.
+      temperature: the cosines are divided by it.
+      axis_name: see the module.
+
+    Returns:
+      A scalar, float32; zero where no anchor has a positive.
+    """
+    width = representations.shape[-1]
+    x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0).reshape(-1, width)
+    x = x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))  # N F
+    labels, mask = labels.reshape(-1), mask.reshape(-1)  # N
+    others, other_labels, other_mask, first = x, labels, mask, 0
+    if axis_name is not None:
+        gather = lambda value: jax.lax.all_gather(value, axis_name, tiled=True)  # noqa: E731
+        others, other_labels, other_mask = gather(x), gather(labels), gather(mask)  # M
+        first = jax.lax.axis_index(axis_name) * x.shape[0]
+    itself = jnp.arange(others.shape[0]) == first + jnp.arange(x.shape[0])[:, None]  # N M
+    candidates = other_mask & ~itself & mask[:, None]
+    positives = candidates & (labels[:, None] == other_labels)
+    similarity = x @ others.T / temperature  # N M
+    # Cosines are bounded, so the largest possible value serves as the shift of the log-sum-exp.
+    shifted = jnp.where(candidates, jnp.exp(similarity - 1 / temperature), 0).sum(-1)
+    log_sum = jnp.log(jnp.where(shifted > 0, shifted, 1.0)) + 1 / temperature  # N
+    count = positives.sum(-1)
+    mean_positive = jnp.where(positives, similarity, 0).sum(-1) / jnp.maximum(count, 1)
+    anchors = count > 0
+    losses = jnp.where(anchors, log_sum - mean_positive, 0)
+    return _divide(losses.sum(), anchors.sum(), axis_name)
+
+
+def expert_agreement(
+    expert_logits: jax.Array,
+    mask: jax.Array,
+    expert_mask: jax.Array | None = None,
+    *,
+    experts: tuple[int, ...] | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Symmetric KL between the experts: KL(p||q) + KL(q||p), mean over pairs of experts.
+
+    Summed over a dialogue's utterances, mean over the dialogues with an utterance that counts, as
+    in the released MiSTER-E.
+
+    Args:
+      expert_logits: [B, T, E, C].
+      mask: utterances that count [B, T] bool.
+      expert_mask: experts present [B, T, E] bool; a pair counts where both are. All by default.
+      experts: indices of the experts in use; all by default.
+      axis_name: see the module.
+
+    Returns:
+      A scalar, float32; zero with fewer than two experts.
+    """
+    experts = tuple(range(expert_logits.shape[2])) if experts is None else experts
+    pairs = list(itertools.combinations(experts, 2))
+    if not pairs:
+        return jnp.zeros((), jnp.float32)
+    expert_logits = jnp.where(mask[..., None, None], expert_logits.astype(jnp.float32), 0)
+    log_p = jax.nn.log_softmax(expert_logits)  # B T E C
+    p = jnp.exp(log_p)
+    total = jnp.zeros((), jnp.float32)
+    for a, b in pairs:
+        # KL(a||b) + KL(b||a) in one sum.
+        divergence = ((p[:, :, a] - p[:, :, b]) * (log_p[:, :, a] - log_p[:, :, b])).sum(-1)  # B T
+        both = mask if expert_mask is None else mask & expert_mask[..., a] & expert_mask[..., b]
+        total += jnp.where(both, divergence, 0).sum()
+    return _divide(total / len(pairs), mask.any(1).sum(), axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of the parts of `mister_e`; the defaults are the released ones."""
+
+    mixture: float = 1.0
+    speech: float = 1.0
+    text: float = 1.0
+    fusion: float = 1.0
+    contrastive: float = 2.0
+    agreement: float = 0.1
+
+
+def mister_e(
+    output: MisterEOutput,
+    labels: jax.Array,
+    mask: jax.Array,
+    weights: LossWeights | None = None,
+    *,
+    gamma: float = 3.0,
+    temperature: float = 1.0,
+    experts: tuple[str, ...] = EXPERTS,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of MiSTER-E (arXiv 2602.23300; weights of the released code).
+
+    Focal losses of the mixture and of each expert, the contrastive loss between the fusion
+    representations of speech and text, and the agreement of the experts. An expert is held to
+    account for the utterances it could vote on.
+
+    Args:
+      output: of `MisterE`.
+      labels: [B, T] int, -1 where unlabelled.
+      mask: true at utterances [B, T] bool. Unlabelled ones count in no part.
+      weights: of the parts.
+      gamma: of the focal losses.
+      temperature: of the contrastive loss.
+      experts: in use; the other experts' parts are left out.
+      axis_name: see the module.
+
+    Returns:
+      The weighted total, and each part unweighted: "mixture", "speech", "text", "fusion",
+      "contrastive", "agreement" (those of experts in use); scalars, float32.
+    """
+    weights = LossWeights() if weights is None else weights
+    labelled = mask & (labels >= 0)
+    parts = {
+        "mixture": focal(output.logits, labels, labelled, gamma=gamma, axis_name=axis_name),
+    }
+    in_use = tuple(index for index, name in enumerate(EXPERTS) if name in experts)
+    for index in in_use:
+        parts[EXPERTS[index]] = focal(
+            output.expert_logits[:, :, index],
+            labels,
+            labelled & output.expert_present[..., index],
+            gamma=gamma,
+            axis_name=axis_name,
+        )
+    if "fusion" in experts:
+        parts["contrastive"] = supervised_contrastive(
+            jnp.stack([output.speech_repr, output.text_repr]),
+            jnp.stack([labels, labels]),
+            labelled & jnp.stack([output.speech_present, output.text_present]),
+            temperature=temperature,
+            axis_name=axis_name,
+        )
+    if len(in_use) > 1:
+        parts["agreement"] = expert_agreement(
+            output.expert_logits,
+            labelled,
+            output.expert_present,
+            experts=in_use,
+            axis_name=axis_name,
+        )
+    total = sum(getattr(weights, name) * value for name, value in parts.items())
+    return total, parts

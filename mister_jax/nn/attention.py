@@ -1,0 +1,220 @@
+"""Masked multi-head attention, and the layer in which two streams attend to each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mister_jax.nn.dropout import Dropout, KeySource
+
+Implementation = Literal["xla", "cudnn"]
+
+
+class MultiHeadAttention(nnx.Module):
+    """Scaled dot-product attention in several heads (arXiv 1706.03762).
+
+    Args:
+      query_features: width of the queries' input.
+      key_features: width of the keys' and values' input.
+      out_features: width of the output.
+      width: of all heads together.
+      num_heads: K; divides `width`.
+      dropout: rate on the attention weights.
+      implementation: of `jax.nn.dot_product_attention`, used where dropout is off.
+      dtype: of the computation; the softmax is float32.
+      param_dtype: of the parameters.
+
+    Raises:
+      ValueError: `num_heads` does not divide `width`.
+    """
+
+    def __init__(
+        self,
+        query_features: int,
+        key_features: int,
+        out_features: int,
+        *,
+        width: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        implementation: Implementation | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if width % num_heads:
+            raise ValueError(f"attention width {width} is not a multiple of {num_heads} heads")
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.dropout = Dropout(dropout)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = nnx.Linear(query_features, width, **options)
+        self.key_value = nnx.Linear(key_features, 2 * width, **options)
+        self.out = nnx.Linear(width, out_features, **options)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        key_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+          query: [B, T, query_features].
+          key: [B, S, key_features], keys and values.
+          key_mask: true where a key may be attended to, [B, S] bool. A query with no key at all
+            attends to nothing: its attention is zero, whatever the padding.
+
+        Returns:
+          [B, T, out_features].
+        """
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+        q = heads(self.query(query))  # B T K W
+        k, v = map(heads, jnp.split(self.key_value(key), 2, axis=-1))  # B S K W
+        mask = key_mask[:, None, None, :]  # B 1 1 S
+        if deterministic or self.dropout.rate == 0.0:
+            mixed = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, implementation=self.implementation
+            )
+        else:
+            scores = jnp.einsum("btkw,bskw->bkts", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.where(mask, scores / jnp.sqrt(q.shape[-1]), jnp.finfo(jnp.float32).min)
+            weights = jax.nn.softmax(scores, axis=-1)  # B K T S
+            weights = self.dropout(weights, deterministic=deterministic, rngs=rngs)
+            mixed = jnp.einsum("bkts,bskw->btkw", weights.astype(v.dtype), v)
+        mixed = jnp.where(key_mask.any(-1)[:, None, None, None], mixed, 0)
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+
+
+class AttentionBlock(nnx.Module):
+    """Attention, dropout, residual, LayerNorm: the unit both halves of a co-attention layer share.
+
+    Args:
+      width: F, of the streams.
+      attention_width: of all heads together.
+      num_heads: K.
+      attention_dropout: rate on the attention weights.
+      dropout: rate on the block's output before the residual.
+      epsilon: of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        attention_width: int,
+        num_heads: int,
+        attention_dropout: float,
+        dropout: float,
+        epsilon: float,
+        implementation: Implementation | None,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.attention = MultiHeadAttention(
+            width,
+            width,
+            width,
+            width=attention_width,
+            num_heads=num_heads,
+            dropout=attention_dropout,
+            implementation=implementation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.dropout = Dropout(dropout)
+        self.norm = nnx.LayerNorm(
+            width, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array,
+        key_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """x [B, T, F] attends to key [B, S, F] where key_mask [B, S]; gives [B, T, F]."""
+        attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
+        return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
+
+
+class CoAttentionLayer(nnx.Module):
+    """Two streams attend to each other in parallel, then each to itself.
+
+    No feed-forward block and no positions (MiSTER-E, arXiv 2602.23300, cross-modal expert; after
+    arXiv 1908.02265).
+
+    Args:
+      width: F, of both streams.
+      attention_width: of all heads together.
+      num_heads: K.
+      attention_dropout: rate on the attention weights.
+      dropout: rate on each block's output before the residual.
+      epsilon: of the LayerNorms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        attention_width: int,
+        num_heads: int,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        epsilon: float = 1e-6,
+        implementation: Implementation | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def block() -> AttentionBlock:
+            return AttentionBlock(
+                width,
+                attention_width=attention_width,
+                num_heads=num_heads,
+                attention_dropout=attention_dropout,
+                dropout=dropout,
+                epsilon=epsilon,
+                implementation=implementation,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.first_to_second, self.second_to_first = block(), block()
+        self.first_self, self.second_self = block(), block()
+
+    def __call__(
+        self,
+        first: jax.Array,
+        second: jax.Array,
+        first_mask: jax.Array,
+        second_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both streams [B, T, F] with masks [B, T] of what may be attended to; gives both anew."""
+        options = {"deterministic": deterministic, "rngs": rngs}
+        crossed_first = self.first_to_second(first, second, second_mask, **options)
+        crossed_second = self.second_to_first(second, first, first_mask, **options)
+        return (
+            self.first_self(crossed_first, crossed_first, first_mask, **options),
+            self.second_self(crossed_second, crossed_second, second_mask, **options),
+        )

@@ -1,0 +1,250 @@
+"""The feature store: npz archives in, TFDS datasets out, and what is refused."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mister_jax.data import DialogueFeatures, load, prepare, read_npz, write
+from mister_jax.data.lazy import tfds
+from mister_jax.errors import InputError
+
+ARRAYS = ("utterance_ids", "speech", "text", "speech_present", "text_present", "label", "lengths")
+
+
+def archive() -> dict[str, np.ndarray]:
+    """Rows of four dialogues, out of order; all valid."""
+    generator = np.random.default_rng(0)
+    return {
+        "utterance": np.array(["b2", "a1", "b1", "c1", "a2", "d1", "a3"]),
+        "dialogue": np.array(["b", "a", "b", "c", "a", "d", "a"]),
+        "position": np.array([5.5, 0, 1, 0, 10, 3, 2]),
+        "split": np.array(["train", "train", "train", "test", "train", "validation", "train"]),
+        "label": np.array([0, 1, -1, 1, 2, 0, 0]),
+        "class_names": np.array(["joy", "anger", "très triste"]),
+        "speech": generator.normal(size=(7, 3)).astype(np.float16),
+        "text": generator.normal(size=(7, 4)),
+    }
+
+
+def save(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+    path = folder / "features.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def assert_same(left: DialogueFeatures, right: DialogueFeatures) -> None:
+    for field in ARRAYS:
+        one, other = getattr(left, field), getattr(right, field)
+        np.testing.assert_array_equal(one, other, err_msg=field)
+        assert one.dtype == other.dtype, field
+    assert (left.score is None) == (right.score is None)
+    if left.score is not None:
+        np.testing.assert_array_equal(left.score, right.score)
+    assert left.dialogue_ids == right.dialogue_ids
+    assert left.class_names == right.class_names
+    assert left.metadata == right.metadata
+
+
+def test_dialogues_keep_their_first_appearance_and_utterances_follow_position(tmp_path):
+    splits = read_npz(save(tmp_path, archive()))
+    assert list(splits) == ["train", "validation", "test"]
+    train = splits["train"]
+    assert train.dialogue_ids == ("b", "a")
+    assert train.utterance_ids.tolist() == ["b1", "b2", "a1", "a3", "a2"]
+    assert train.lengths.tolist() == [2, 3]
+    assert train.offsets.tolist() == [0, 2, 5]
+    assert train.label.tolist() == [-1, 0, 1, 0, 2]
+    np.testing.assert_array_equal(train.speech, archive()["speech"][[2, 0, 1, 6, 4]])
+    assert train.speech.dtype == np.float16
+    assert train.text.dtype == np.float32
+    assert train.class_counts.tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("with_score", [False, True])
+def test_a_dataset_comes_back_as_it_was_stored(tmp_path, with_score):
+    arrays = archive()
+    if with_score:
+        arrays["score"] = np.array([0.5, np.nan, -3, 1, 2, 0, 0], np.float32)
+    arrays["speech_present"] = np.array([1, 0, 1, 1, 1, 1, 0], bool)
+    source = save(tmp_path, arrays)
+    prepare(source, "round_trip", tmp_path / "store")
+    for split, features in read_npz(source).items():
+        loaded = load("round_trip", split, tmp_path / "store")
+        assert_same(loaded, features)
+        assert loaded.name == "round_trip"
+        assert loaded.metadata["source"] == "features.npz"
+        assert len(loaded.metadata["sha256"]) == 64
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["round_trip"]
+
+
+def test_features_of_an_absent_modality_are_ignored_and_zero(tmp_path):
+    arrays = archive()
+    arrays["speech"][1] = np.nan
+    arrays["speech_present"] = np.arange(7) != 1
+    arrays["text_present"] = (np.arange(7) > 1).astype(np.int8)
+    train = read_npz(save(tmp_path, arrays))["train"]
+    assert train.utterance_ids[~train.speech_present].tolist() == ["a1"]
+    assert train.utterance_ids[~train.text_present].tolist() == ["b2", "a1"]
+    assert not train.speech[~train.speech_present].any()
+    assert not train.text[~train.text_present].any()
+
+
+def test_ids_may_be_integers_or_bytes(tmp_path):
+    arrays = archive()
+    arrays["dialogue"] = np.array([12, 7, 12, 3, 7, 4, 7])
+    arrays["utterance"] = arrays["utterance"].astype("S")
+    train = read_npz(save(tmp_path, arrays))["train"]
+    assert train.dialogue_ids == ("12", "7")
+    assert train.utterance_ids[0] == "b1"
+
+
+def changed(name: str, row: int, value: object) -> dict[str, np.ndarray]:
+    arrays = archive()
+    arrays[name] = arrays[name].copy()
+    arrays[name][row] = value
+    return arrays
+
+
+BAD = {
+    "no array speech": {k: v for k, v in archive().items() if k != "speech"},
+    "speech: 1 dimensions": {**archive(), "speech": np.zeros(7)},
+    "text: 6 rows": {**archive(), "text": np.zeros((6, 4))},
+    "text: no columns": {**archive(), "text": np.zeros((7, 0))},
+    "text: type int64; allowed: floats": {**archive(), "text": np.zeros((7, 4), int)},
+    "speech: row 3 (utterance c1)": changed("speech", 3, np.nan),
+    "text: row 2 (utterance b1): inf": changed("text", 2, 1e300),
+    "label: type float64; allowed: integers": {**archive(), "label": np.zeros(7)},
+    "label: row 5 (utterance d1): 3: allowed: -1 (unlabelled) and 0 to 2": changed("label", 5, 3),
+    "label: row 0 (utterance b2): -2": changed("label", 0, -2),
+    "position: row 2 (utterance b1): 5.5: repeated": changed("position", 2, 5.5),
+    "position: row 1 (utterance a1): nan": changed("position", 1, np.nan),
+    "position: type <U1; allowed: numbers": {**archive(), "position": np.array(list("1234567"))},
+    "in its dialogue": {**archive(), "position": np.zeros(7)},
+    "split: row 0 (utterance b2): test: part of its dialogue": changed("split", 0, "test"),
+    "split: row 1 (utterance a1): de v: allowed:": changed("split", 1, "de\nv"),
+    "allowed: train, validation, test": changed("split", 0, "dev"),
+    "utterance: row 4 (utterance a1)": changed("utterance", 4, "a1"),
+    "utterance: no rows": {**archive(), "utterance": np.array([], str)},
+    "class_names: 'joy' repeated": changed("class_names", 1, "joy"),
+    "class_names: 'a\\nb'": changed("class_names", 1, "a\nb"),
+    "class_names: empty": {**archive(), "class_names": np.array([], str)},
+    "dialogue: damaged, or an array of Python objects": {
+        **archive(),
+        "dialogue": np.array(list("babcada"), object),
+    },
+    "score: row 6 (utterance a3)": {**archive(), "score": np.array([0.0] * 6 + [np.inf])},
+    "text_present: row 0 (utterance b2): 2": {**archive(), "text_present": np.arange(7) + 2},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_archive_is_refused_in_one_line_and_leaves_nothing(tmp_path, message):
+    source = save(tmp_path, BAD[message])
+    with pytest.raises(InputError) as error:
+        prepare(source, "bad", tmp_path / "store")
+    assert str(error.value).startswith(f"{source}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    path = tmp_path / "features.npz"
+    with pytest.raises(InputError, match="no such file"):
+        read_npz(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="not an npz file"):
+        read_npz(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match="a single array"):
+        read_npz(path)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_reads_the_same(tmp_path, data):
+    path = save(tmp_path, archive())
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        del content[data.draw(st.integers(0, len(content) - 1), label="length") :]
+    else:
+        index = data.draw(st.integers(0, len(content) - 1), label="byte")
+        content[index] ^= data.draw(st.integers(1, 255), label="change")
+    path.write_bytes(bytes(content))
+    try:
+        splits = read_npz(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert splits["train"].utterance_ids.tolist() == ["b1", "b2", "a1", "a3", "a2"]
+
+
+def test_an_existing_dataset_is_replaced_only_on_demand(tmp_path):
+    source = save(tmp_path, archive())
+    store = tmp_path / "store"
+    prepare(source, "twice", store)
+    save(tmp_path, changed("label", 0, 2))
+    with pytest.raises(InputError, match="exists"):
+        prepare(source, "twice", store)
+    assert load("twice", "train", store).label[1] == 0
+    prepare(source, "twice", store, overwrite=True)
+    assert load("twice", "train", store).label[1] == 2
+    assert [path.name for path in store.iterdir()] == ["twice"]
+
+
+def test_a_failure_while_writing_keeps_the_old_dataset_and_nothing_else(tmp_path):
+    splits = read_npz(save(tmp_path, archive()))
+    store = tmp_path / "store"
+    write(splits, "kept", store)
+    with pytest.raises(TypeError):
+        write(splits, "kept", store, metadata={"not": {"json"}}, overwrite=True)
+    assert_same(load("kept", "train", store), splits["train"])
+    assert [path.name for path in store.iterdir()] == ["kept"]
+
+
+def test_metadata_of_the_dataset_and_of_the_split_come_back_together(tmp_path):
+    splits = read_npz(save(tmp_path, archive()))
+    write(splits, "told", tmp_path, metadata={"encoder": "base"})
+    metadata = load("told", "test", tmp_path).metadata
+    assert metadata == {"encoder": "base", **splits["test"].metadata}
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "9lives", "a-b", "../up", "a/b", "a\n"])
+def test_an_illegal_dataset_name_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="lower-case"):
+        prepare(save(tmp_path, archive()), name, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    source = save(tmp_path, archive())
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare(source, "name", source)
+
+
+def test_what_cannot_be_loaded_is_named_with_what_can(tmp_path):
+    arrays = {key: value[:3] if key != "class_names" else value for key, value in archive().items()}
+    prepare(save(tmp_path, arrays), "only_train", tmp_path)
+    with pytest.raises(InputError, match="no dataset 'absent'; there are: only_train"):
+        load("absent", "train", tmp_path)
+    with pytest.raises(InputError, match="there are: none"):
+        load("absent", "train", tmp_path / "empty")
+    with pytest.raises(InputError, match="no split 'test'; allowed: train"):
+        load("only_train", "test", tmp_path)
+
+
+def test_a_dataset_of_something_else_is_refused(tmp_path):
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="numbers",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"number": np.int64}),
+        split_datasets={"train": [(0, {"number": 1})]},
+        data_dir=tmp_path,
+    )
+    with pytest.raises(InputError, match="it holds number"):
+        load("numbers", "train", tmp_path)
