@@ -95,7 +95,7 @@ def supervised_contrastive(
     x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0).reshape(-1, width)
     x = x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))  # N F
     labels, mask = labels.reshape(-1), mask.reshape(-1)  # N
-    others, other_labels, other_mask, first = x, labels, mask, 0
+    others, other_labels, other_mask, first = x, labels, mask, jnp.zeros((), jnp.int32)
     if axis_name is not None:
         gather = lambda value: jax.lax.all_gather(value, axis_name, tiled=True)  # noqa: E731
         others, other_labels, other_mask = gather(x), gather(labels), gather(mask)  # M

@@ -58,9 +58,9 @@ class OptimizerConfig:
 
 
 class AverageState(NamedTuple):
-    """State of `average_parameters`: updates counted, and the average, a tree like the params."""
+    """State of `average_parameters`: updates so far, and the average, a tree like the params."""
 
-    count: jax.Array
+    updates: jax.Array
     average: Any
 
 
@@ -77,11 +77,11 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("average_parameters needs the parameters in update")
-        step_size = 1 - jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        step_size = 1 - jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
         average = optax.incremental_update(
             optax.apply_updates(params, updates), state.average, step_size
         )
-        return updates, AverageState(state.count + 1, average)
+        return updates, AverageState(state.updates + 1, average)
 
     return optax.GradientTransformation(init, update)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pathlib
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ _BLOCKS = {
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
 _DIRECTIONS = ("", "_reverse")
+_UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, SafetensorError)
 _READABLE = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
 
 Arrays = Mapping[str, np.ndarray]
@@ -62,24 +64,30 @@ def load_head(
     kernels = sorted(found) or ["conv"]
     gru_layers = _count(r"audio_self\.rnn_1\.weight_ih_l(\d+)", weights)
     fusion_layers = _count(r"fusion\.units\.(\d+)\.", weights)
-    _check_names(weights, _names(kernels, gru_layers, fusion_layers))
+    _check_names(weights, _template(kernels, gru_layers, fusion_layers))
 
-    config = MisterEConfig(
-        num_classes=weights["audio_self.fc.weight"].shape[0],
-        speech_dim=weights["audio_self.fc_1.weight"].shape[-1],
-        text_dim=weights["text_self.fc_1.weight"].shape[-1],
-        context_width=weights["audio_self.fc_1.weight"].shape[0],
-        kernel_sizes=tuple(weights[f"audio_self.{name}.weight"].shape[-1] for name in kernels),
-        gru_layers=gru_layers,
-        fusion_width=weights["fusion.fc_aud.weight"].shape[0],
-        fusion_layers=fusion_layers,
-        attention_width=weights["fusion.units.0.fc_audq.weight"].shape[0],
-        gate_width=weights["gate.0.weight"].shape[0],
-        attention_heads=attention_heads,
-        **changes,
-    )
-    _check_shapes(weights, _shapes(config, kernels))
-    return _fill(MisterE(config, rngs=nnx.Rngs(0)), weights, kernels)
+    try:
+        config = MisterEConfig(
+            num_classes=weights["audio_self.fc.weight"].shape[0],
+            speech_dim=weights["audio_self.fc_1.weight"].shape[-1],
+            text_dim=weights["text_self.fc_1.weight"].shape[-1],
+            context_width=weights["audio_self.fc_1.weight"].shape[0],
+            kernel_sizes=tuple(weights[f"audio_self.{name}.weight"].shape[-1] for name in kernels),
+            gru_layers=gru_layers,
+            fusion_width=weights["fusion.fc_aud.weight"].shape[0],
+            fusion_layers=fusion_layers,
+            attention_width=weights["fusion.units.0.fc_audq.weight"].shape[0],
+            gate_width=weights["gate.0.weight"].shape[0],
+            attention_heads=attention_heads,
+            **changes,
+        )
+        _check_shapes(weights, _shapes(config, kernels))
+        model = MisterE(config, rngs=nnx.Rngs(0))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"official weights: no model has their sizes: {error}") from error
+    return _fill(model, weights, kernels)
 
 
 def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
@@ -90,11 +98,15 @@ def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
         raise InputError(f"{path}: no such file; allowed are {_READABLE}")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
+            # Opened here, since NumPy leaves a damaged archive open.
+            with path.open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                if not isinstance(loaded, np.lib.npyio.NpzFile):
+                    raise ValueError("one array, not an archive of them")
+                return dict(loaded)
         if path.suffix == ".safetensors":
             return load_file(path)
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable {path.suffix} file ({error})") from error
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path)
@@ -176,43 +188,56 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
     return shapes
 
 
-def _names(kernels: list[str], gru_layers: int, fusion_layers: int) -> set[str]:
-    """The names alone, which do not depend on the widths."""
+def _template(
+    kernels: list[str], gru_layers: int, fusion_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes at some widths, for the names and numbers of axes, which depend on no width."""
     depths = MisterEConfig(
         gru_layers=gru_layers, fusion_layers=fusion_layers, kernel_sizes=(1,) * len(kernels)
     )
-    return set(_shapes(depths, kernels))
+    return _shapes(depths, kernels)
 
 
-def _check_names(weights: Arrays, expected: set[str]) -> None:
-    missing, surplus = sorted(expected - set(weights)), sorted(set(weights) - expected)
+def _check_names(weights: Arrays, template: dict[str, tuple[int, ...]]) -> None:
+    missing, surplus = sorted(set(template) - set(weights)), sorted(set(weights) - set(template))
     if missing or surplus:
         raise InputError(
             f"official weights: {len(missing)} missing {missing}, {len(surplus)} surplus {surplus}"
         )
+    _refuse_misshapen(
+        f"{name} {weights[name].shape} instead of {len(shape)} axes"
+        for name, shape in template.items()
+        if weights[name].ndim != len(shape)
+    )
 
 
 def _check_shapes(weights: Arrays, expected: dict[str, tuple[int, ...]]) -> None:
-    wrong = [
+    _refuse_misshapen(
         f"{name} {weights[name].shape} instead of {shape}"
         for name, shape in expected.items()
         if weights[name].shape != shape
-    ]
+    )
+
+
+def _refuse_misshapen(descriptions: Iterable[str]) -> None:
+    wrong = list(descriptions)
     if wrong:
         raise InputError(f"official weights: {len(wrong)} misshapen: {'; '.join(wrong)}")
 
 
-def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
-    def put(param: nnx.Param, value: np.ndarray) -> None:
-        param.set_value(jnp.asarray(value, param.dtype))
+def _put(param: nnx.Param | None, value: np.ndarray) -> None:
+    assert param is not None  # Only layers without a bias have None, and there are none here.
+    param.set_value(jnp.asarray(value, param.dtype))
 
+
+def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
     def linear(module: nnx.Linear, name: str) -> None:
-        put(module.kernel, weights[f"{name}.weight"].T)
-        put(module.bias, weights[f"{name}.bias"])
+        _put(module.kernel, weights[f"{name}.weight"].T)
+        _put(module.bias, weights[f"{name}.bias"])
 
     def norm(module: nnx.LayerNorm, name: str) -> None:
-        put(module.scale, weights[f"{name}.weight"])
-        put(module.bias, weights[f"{name}.bias"])
+        _put(module.scale, weights[f"{name}.weight"])
+        _put(module.bias, weights[f"{name}.bias"])
 
     for ours, official in _EXPERTS.items():
         expert = getattr(model, ours)
@@ -220,18 +245,18 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
         linear(expert.classifier, f"{official}.fc")
         for index, name in enumerate(kernels):
             kernel = weights[f"{official}.{name}.weight"].transpose(1, 2, 0)
-            put(expert.convolution.kernels[index], kernel)
-            put(expert.convolution.biases[index], weights[f"{official}.{name}.bias"])
+            _put(expert.convolution.kernels[index], kernel)
+            _put(expert.convolution.biases[index], weights[f"{official}.{name}.bias"])
         for depth, layer in enumerate(expert.gru.layers):
 
             def directions(kind: str, depth: int = depth, official: str = official):
                 names = [f"{official}.rnn_1.{kind}_l{depth}{end}" for end in _DIRECTIONS]
                 return np.stack([weights[name] for name in names])
 
-            put(layer.input_kernel, directions("weight_ih").transpose(2, 0, 1))
-            put(layer.recurrent_kernel, directions("weight_hh").transpose(0, 2, 1))
-            put(layer.input_bias, directions("bias_ih"))
-            put(layer.recurrent_bias, directions("bias_hh"))
+            _put(layer.input_kernel, directions("weight_ih").transpose(2, 0, 1))
+            _put(layer.recurrent_kernel, directions("weight_hh").transpose(0, 2, 1))
+            _put(layer.input_bias, directions("bias_ih"))
+            _put(layer.recurrent_bias, directions("bias_hh"))
 
     fusion = model.fusion
     linear(fusion.speech_in, "fusion.fc_aud")
@@ -252,6 +277,7 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
     norm(fusion.norm, "fusion.bn")
     linear(fusion.hidden, "fusion.fc")
     linear(fusion.classifier, "fusion.fc_2")
+    assert model.gate is not None  # of a config with the mixture "gate"
     linear(model.gate.hidden, "gate.0")
     linear(model.gate.out, "gate.2")
     return model
@@ -272,9 +298,8 @@ def _fill_attention(
 
     def put(linear: nnx.Linear, *stacked: _Linear) -> None:
         kernel = np.concatenate([weight for weight, _ in stacked]).T
-        linear.kernel.set_value(jnp.asarray(kernel, linear.kernel.dtype))
-        bias = np.concatenate([bias for _, bias in stacked])
-        linear.bias.set_value(jnp.asarray(bias, linear.bias.dtype))
+        _put(linear.kernel, kernel)
+        _put(linear.bias, np.concatenate([bias for _, bias in stacked]))
 
     def pair(name: str) -> _Linear:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]

@@ -44,7 +44,7 @@ def length_buckets(
         lengths: [M] int, all at least 1.
         num_buckets: most buckets, at least 1. Fewer are made when more would not save positions.
         batch_size: as in `BatchPlan`.
-        multiple_of: as in `BatchPlan`; 1 leaves no rows empty.
+        multiple_of: as in `BatchPlan`.
 
     Returns:
         The boundaries, ascending; the last is the greatest length.
@@ -60,8 +60,8 @@ def length_buckets(
     shorter = np.concatenate([[0], np.cumsum(counts)])  # [V + 1] dialogues shorter than value v
 
     # positions[i, j]: taken by one bucket that holds the values i to j - 1.
-    rows = _num_rows(shorter[None, :] - shorter[:, None], batch_size, multiple_of)
-    positions = np.concatenate([[0], values]) * rows.astype(float)
+    num_batches, num_rows = _batches_and_rows(shorter - shorter[:, None], batch_size, multiple_of)
+    positions = np.concatenate([[0], values]) * (num_batches * num_rows).astype(float)
     positions[np.tril_indices(len(positions))] = np.inf
     best = np.full(len(positions), np.inf)  # best[j]: positions of the values below j
     best[0] = 0
@@ -95,7 +95,8 @@ class BatchPlan:
     """Which dialogues share a batch, for every epoch.
 
     The dialogues of a bucket are spread evenly over the fewest batches that hold them, so there
-    is no small batch at the end and a bucket has at most two shapes, the same in every epoch.
+    is no small batch at the end. All batches of a bucket have one shape, with an empty row where
+    the dialogues do not divide evenly, so a training compiles as many programs as it has buckets.
 
     Attributes:
         lengths: [M] int, the utterances of each dialogue.
@@ -146,10 +147,11 @@ class BatchPlan:
         for num_utterances, members in zip(self.boundaries, self._buckets, strict=True):
             if shuffle:
                 members = generator.permutation(members)
-            for chunk in np.array_split(members, _ceil_div(len(members), self.batch_size)):
-                rows = np.full(
-                    _ceil_div(len(chunk), self.multiple_of) * self.multiple_of, -1, np.int32
-                )
+            num_batches, num_rows = _batches_and_rows(
+                len(members), self.batch_size, self.multiple_of
+            )
+            for chunk in np.array_split(members, num_batches):
+                rows = np.full(num_rows, -1, np.int32)
                 rows[: len(chunk)] = chunk
                 planned.append(PlannedBatch(rows, num_utterances))
         if shuffle:
@@ -289,12 +291,10 @@ def _gather(
     }
 
 
-def _num_rows(dialogues: np.ndarray, batch_size: int, multiple_of: int) -> np.ndarray:
-    """The rows of the batches that a bucket of so many dialogues is spread over."""
+def _batches_and_rows(dialogues: Any, batch_size: int, multiple_of: int) -> tuple[Any, Any]:
+    """The batches that a bucket of so many dialogues is spread over, and the rows of each."""
     num_batches = np.maximum(_ceil_div(dialogues, batch_size), 1)
-    size, num_larger = np.divmod(dialogues, num_batches)
-    larger = num_larger * _ceil_div(size + 1, multiple_of)
-    return (larger + (num_batches - num_larger) * _ceil_div(size, multiple_of)) * multiple_of
+    return num_batches, _ceil_div(_ceil_div(dialogues, num_batches), multiple_of) * multiple_of
 
 
 def _ceil_div(value: Any, divisor: int) -> Any:

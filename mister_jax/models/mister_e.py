@@ -9,7 +9,7 @@ E experts (speech, text, fusion), C classes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,10 @@ class MisterEOutput:
     text_present: jax.Array
 
 
+def _types(config: MisterEConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
 class ContextExpert(nnx.Module):
     """One modality's context network with its classifier.
 
@@ -184,10 +188,10 @@ class ContextExpert(nnx.Module):
 
     def __init__(self, features: int, config: MisterEConfig, *, rngs: nnx.Rngs):
         width = config.context_width
-        types = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+        options = _types(config) | {"rngs": rngs}
         self.dropout = Dropout(config.context_dropout)
         self.convolution = nnx.data(
-            ParallelConvolution(features, width, config.kernel_sizes, **types, rngs=rngs)
+            ParallelConvolution(features, width, config.kernel_sizes, **options)
             if config.kernel_sizes
             else None
         )
@@ -197,14 +201,13 @@ class ContextExpert(nnx.Module):
                 width // 2,
                 config.gru_layers,
                 dropout=config.context_dropout,
-                **types,
-                rngs=rngs,
+                **options,
             )
             if config.gru_layers
             else None
         )
-        self.skip = nnx.Linear(features, width, **types, rngs=rngs)
-        self.classifier = nnx.Linear(width, config.num_classes, **types, rngs=rngs)
+        self.skip = nnx.Linear(features, width, **options)
+        self.classifier = nnx.Linear(width, config.num_classes, **options)
 
     def __call__(
         self,
@@ -236,15 +239,16 @@ def vote_together(
     rngs: KeySource | None = None,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """`ContextExpert.__call__` of several experts of one config, whose GRUs share their scans."""
-    options = {"deterministic": deterministic, "rngs": rngs}
+    options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
     hidden = []
     for expert, x in zip(experts, inputs, strict=True):
         if expert.convolution is not None:
             x = expert.dropout(expert.convolution(x, mask), **options)  # B T H
         hidden.append(x)
     outputs = []
-    if experts and experts[0].gru is not None:
-        hidden = run_together([expert.gru for expert in experts], hidden, mask, **options)
+    grus = [expert.gru for expert in experts if expert.gru is not None]
+    if grus:
+        hidden = run_together(grus, hidden, mask, **options)
     for expert, x, recurrent in zip(experts, inputs, hidden, strict=True):
         context = expert.skip(x)  # B T H
         if expert.gru is not None or expert.convolution is not None:
@@ -263,8 +267,7 @@ class CrossModalExpert(nnx.Module):
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
         width = config.fusion_width
-        types = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-        options = {**types, "rngs": rngs}
+        options = _types(config) | {"rngs": rngs}
         self.speech_in = nnx.Linear(config.speech_dim, width, **options)
         self.text_in = nnx.Linear(config.text_dim, width, **options)
         self.layers = nnx.List(
@@ -308,7 +311,7 @@ class CrossModalExpert(nnx.Module):
         Returns:
           logits [B, T, C] float32, and the fusion representations of speech and text [B, T, F].
         """
-        options = {"deterministic": deterministic, "rngs": rngs}
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         speech_stream, text_stream = self.speech_in(speech), self.text_in(text)  # B T F
         for layer in self.layers:
             speech_stream, text_stream = layer(
@@ -332,7 +335,7 @@ class Gate(nnx.Module):
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
         experts = len(EXPERTS)
-        options = {"param_dtype": jnp.dtype(config.param_dtype), "dtype": jnp.float32, "rngs": rngs}
+        options = _types(config) | {"dtype": jnp.float32, "rngs": rngs}
         self.temperature = config.gate_temperature
         self.hidden = nnx.Linear(experts * config.num_classes, config.gate_width, **options)
         self.out = nnx.Linear(config.gate_width, experts, **options)
@@ -404,7 +407,7 @@ class MisterE(nnx.Module):
         mask = mask.astype(bool)
         speech_present = mask if speech_present is None else mask & speech_present
         text_present = mask if text_present is None else mask & text_present
-        options = {"deterministic": deterministic, "rngs": rngs}
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         if not deterministic and self.config.modality_dropout:
             speech_present, text_present = drop_modalities(
                 speech_present, text_present, self.config.modality_dropout, rngs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class MultiHeadAttention(nnx.Module):
         self.num_heads = num_heads
         self.implementation = implementation
         self.dropout = Dropout(dropout)
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = nnx.Linear(query_features, width, **options)
         self.key_value = nnx.Linear(key_features, 2 * width, **options)
         self.out = nnx.Linear(width, out_features, **options)
@@ -80,6 +80,8 @@ class MultiHeadAttention(nnx.Module):
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
+        # A weight of zero does not undo a value that is not finite.
+        key = jnp.where(key_mask[..., None], key, 0)
         q = heads(self.query(query))  # B T K W
         k, v = map(heads, jnp.split(self.key_value(key), 2, axis=-1))  # B S K W
         mask = key_mask[:, None, None, :]  # B 1 1 S
@@ -211,7 +213,7 @@ class CoAttentionLayer(nnx.Module):
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Both streams [B, T, F] with masks [B, T] of what may be attended to; gives both anew."""
-        options = {"deterministic": deterministic, "rngs": rngs}
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         crossed_first = self.first_to_second(first, second, second_mask, **options)
         crossed_second = self.second_to_first(second, first, first_mask, **options)
         return (

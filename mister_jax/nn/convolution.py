@@ -62,7 +62,10 @@ class ParallelConvolution(nnx.Module):
         """
         x = jnp.where(mask[..., None], x, 0).astype(self.dtype)
         branches = zip(self.kernels, self.biases, strict=True)
-        return sum(self._branch(x, kernel[...], bias[...]) for kernel, bias in branches)
+        return sum(
+            (self._branch(x, kernel[...], bias[...]) for kernel, bias in branches),
+            start=jnp.zeros((), self.dtype),
+        )
 
     def _branch(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         time, size = x.shape[1], kernel.shape[1]

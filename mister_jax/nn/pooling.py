@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,7 +47,7 @@ class AttentiveStatisticsPooling(nnx.Module):
         rngs: nnx.Rngs,
     ):
         hidden = features if attention_features is None else attention_features
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.hidden = nnx.Linear(features, hidden, **options)
         self.score = nnx.Linear(hidden, 1, use_bias=False, **options)
 

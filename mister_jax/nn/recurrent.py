@@ -270,7 +270,8 @@ def run_together(
     def flip_backward(x: jax.Array) -> jax.Array:  # T P B ...
         return jnp.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
 
-    outputs = list(inputs)
+    # Not only for the states: 0 times what is not finite would be NaN in the kernels' gradients.
+    outputs = [jnp.where(mask[..., None], x, 0) for x in inputs]
     for depth in range(len(grus[0].layers)):
         layers = [gru.layers[depth] for gru in grus]
         if depth:

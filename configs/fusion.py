@@ -1,0 +1,106 @@
+"""MiSTER-E on dialogue features.
+
+    python -m launch.train --config=configs/fusion.py:DATASET[,VARIANT...] --workdir=DIR
+
+DATASET is `mosi_features`, `meld_dev_features`, or the name of any dataset of dialogue features
+that `launch.prepare` has made.
+"""
+
+from ml_collections import ConfigDict
+
+from mister_jax.errors import InputError
+
+
+def _released(config: ConfigDict) -> None:
+    """The recipe of the released code, at its sizes."""
+    config.model = ConfigDict()
+    config.optimizer = ConfigDict(
+        {"name": "adam", "learning_rate": 1e-5, "schedule": "constant", "clip_norm": 1.0}
+    )
+    config.train.epochs = 100
+    config.data.batch_size = 8
+    config.loss.gamma = 3.0
+    config.loss.weights = ConfigDict({"contrastive": 2.0, "agreement": 0.1})
+
+
+def _only(expert: str):
+    def change(config: ConfigDict) -> None:
+        config.model.experts = (expert,)
+
+    return change
+
+
+def _mixture(name: str):
+    def change(config: ConfigDict) -> None:
+        config.model.mixture = name
+
+    return change
+
+
+def _without(part: str):
+    def change(config: ConfigDict) -> None:
+        config.loss.weights[part] = 0.0
+
+    return change
+
+
+VARIANTS = {
+    "paper": _released,
+    "no_contrastive": _without("contrastive"),
+    "no_kl": _without("agreement"),
+    "speech_only": _only("speech"),
+    "text_only": _only("text"),
+    "fusion_only": _only("fusion"),
+    "mean_of_experts": _mixture("mean"),
+    "majority": _mixture("majority"),
+}
+
+
+def get_config(argument: str = "synthetic_features") -> ConfigDict:
+    """The experiment for "DATASET[,VARIANT...]"; variants apply in the order given."""
+    dataset, *variants = argument.split(",")
+    config = ConfigDict()
+    config.task = "fusion"
+    config.seed = 0
+    config.data = ConfigDict({"name": dataset, "data_dir": "", "batch_size": 8, "num_buckets": 7})
+    config.model = ConfigDict(
+        {
+            "context_width": 128,
+            "gru_layers": 1,
+            "fusion_width": 128,
+            "fusion_layers": 2,
+            "attention_width": 96,
+            "input_dropout": 0.3,
+            "context_dropout": 0.3,
+            "fusion_dropout": 0.3,
+            "classifier_dropout": 0.3,
+            "modality_dropout": 0.0,
+        }
+    )
+    config.loss = ConfigDict(
+        {
+            "gamma": 3.0,
+            "temperature": 1.0,
+            "weights": {"contrastive": 2.0, "agreement": 0.1},
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "warmup_fraction": 0.05,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "average_decay": 0.0,
+        }
+    )
+    config.train = ConfigDict({"epochs": 30, "patience": 0, "log_every": 10, "save_every": 0})
+    config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(
+                f"configs/fusion.py: unknown variant {variant!r}; allowed are {', '.join(VARIANTS)}"
+            )
+        VARIANTS[variant](config)
+    return config

@@ -1,0 +1,60 @@
+"""Scores a trained work directory on a split.
+
+python -m launch.evaluate --workdir=DIR --split=test
+python -m launch.evaluate --workdir=DIR --split=test --drop_speech=0.1,0.3,0.5
+"""
+
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from launch import run
+from mister_jax.errors import InputError
+from mister_jax.evaluate import evaluate, missing_modality_study
+from mister_jax.writers import score_table, study_table
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "of a training")
+_SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
+_DATASET = flags.DEFINE_string("dataset", None, "another dataset than the training's")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "where the dataset is; as in the training")
+_OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
+_DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
+_DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
+_DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bound=1)
+
+
+def _rates(flag: flags.FlagHolder) -> list[float]:
+    try:
+        return [float(rate) for rate in flag.value] or [0.0]
+    except ValueError as error:
+        raise InputError(f"--{flag.name}={','.join(flag.value)}; allowed are numbers") from error
+
+
+def main() -> None:
+    if not _WORKDIR.value:
+        raise InputError("--workdir is needed: a directory that training has made")
+    options: dict[str, Any] = {
+        "dataset": _DATASET.value,
+        "data_dir": _DATA_DIR.value,
+        "output": _OUTPUT.value,
+    }
+    console, place = Console(), _OUTPUT.value or _WORKDIR.value
+    if _DROP_SPEECH.value or _DROP_TEXT.value:
+        rates: dict[str, Any] = {
+            "drop_speech": _rates(_DROP_SPEECH),
+            "drop_text": _rates(_DROP_TEXT),
+        }
+        points = missing_modality_study(
+            _WORKDIR.value, _SPLIT.value, **rates, draws=_DRAWS.value, **options
+        )
+        console.print(study_table(f"{_SPLIT.value}: missing modalities", points))
+        written = "missing_modality.json, missing_modality.png"
+    else:
+        console.print(score_table(_SPLIT.value, evaluate(_WORKDIR.value, _SPLIT.value, **options)))
+        written = "metrics.json, predictions.jsonl, confusion.png"
+    console.print(f"written to {place}: {written}", soft_wrap=True, highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    run(main)

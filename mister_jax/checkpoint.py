@@ -1,0 +1,111 @@
+"""What a work directory keeps of a training: the latest state, and the best parameters.
+
+The one user of Orbax. A checkpoint appears whole or not at all, so a run may be killed at any
+moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mister_jax.errors import InputError
+
+LATEST, BEST = "latest", "best"
+_STATE, _PROGRESS = "state", "progress"
+
+
+class Checkpoints:
+    """The checkpoints under `workdir/checkpoints`, of which each kind keeps its newest.
+
+    Use it as a context: leaving it waits for what is still being written.
+
+    Args:
+      workdir: of the training.
+    """
+
+    def __init__(self, workdir: epath.PathLike):
+        # Orbax announces every save at warning level.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._directory = epath.Path(workdir).absolute() / "checkpoints"
+        self._managers: dict[str, ocp.CheckpointManager] = {}
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for manager in self._managers.values():
+            manager.close()
+
+    def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Begins to save; the arrays may be donated at once afterwards.
+
+        A step that is there already is left alone: a resumed run repeats the steps after its
+        checkpoint bit for bit, so it would write the same again.
+
+        Args:
+          kind: `LATEST` or `BEST`.
+          step: of the training.
+          state: arrays.
+          progress: what else belongs to the step, plain JSON values.
+        """
+        manager = self._manager(kind)
+        if step in manager.all_steps():
+            return
+        items = {
+            _STATE: ocp.args.StandardSave(state),
+            _PROGRESS: ocp.args.JsonSave(progress),
+        }
+        manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, kind: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Reads the newest checkpoint of a kind.
+
+        Args:
+          kind: `LATEST` or `BEST`.
+          like: arrays or shapes, with the shardings to restore to.
+
+        Returns:
+          The state and its progress, or None if there is no checkpoint.
+
+        Raises:
+          InputError: there is one, but it cannot be read, or holds other arrays.
+        """
+        if not (self._directory / kind).exists():
+            return None
+        manager = self._manager(kind)
+        manager.wait_until_finished()
+        step = manager.latest_step()
+        if step is None:
+            return None
+        items = {
+            _STATE: ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+            _PROGRESS: ocp.args.JsonRestore(),
+        }
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+            place = self._directory / kind / str(step)
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{place}: the checkpoint is damaged or of another model ({reason}); "
+                "remove it, or use another workdir"
+            ) from error
+        return restored[_STATE], restored[_PROGRESS]
+
+    def _manager(self, kind: str) -> ocp.CheckpointManager:
+        if kind not in self._managers:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            self._managers[kind] = ocp.CheckpointManager(self._directory / kind, options=options)
+        return self._managers[kind]
+
+
+def _abstract(value: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(value, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)

@@ -1,0 +1,308 @@
+"""Scores and predictions of a trained work directory, on any split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mister_jax import figures, metrics
+from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.data import DialogueFeatures, prefetch_to_device
+from mister_jax.errors import InputError
+from mister_jax.models import EXPERTS
+from mister_jax.parallel import JitSpread, data_mesh
+from mister_jax.tasks import FusionTask, task_class
+from mister_jax.train import read_config
+from mister_jax.writers import Reporter, mean_and_deviation, write_json, write_text
+
+Predictions = dict[str, np.ndarray]
+
+
+class Predictor:
+    """The best parameters of a work directory, ready to predict on all devices.
+
+    Args:
+      workdir: of a training.
+      data_dir: where its datasets are now; the place of the training by default.
+
+    Raises:
+      InputError: not a work directory, or one without a best checkpoint.
+    """
+
+    def __init__(self, workdir: epath.PathLike, data_dir: str | None = None):
+        workdir = epath.Path(workdir)
+        config = read_config(workdir)
+        if data_dir:
+            config.data.data_dir = data_dir
+        description = json.loads((workdir / "model.json").read_text())
+        self.task: FusionTask = task_class(config).restore(config, description)
+        self._spread = JitSpread(data_mesh())
+        shapes = jax.eval_shape(lambda: self.task.init(jax.random.key(0)))
+        graph, params = nnx.split(shapes)
+        like = jax.tree.map(
+            lambda value: jax.ShapeDtypeStruct(
+                value.shape, value.dtype, sharding=self._spread.replicated
+            ),
+            nnx.as_pure(params),
+        )
+        with Checkpoints(workdir) as checkpoints:
+            restored = checkpoints.restore(BEST, like)
+        if restored is None:
+            raise InputError(
+                f"{workdir}: no best checkpoint yet; train until the first validation has been"
+            )
+        self.params, self.progress = restored
+
+        def read(params, batch, _axis_name):
+            return {**self.task.predict(nnx.merge(graph, params), batch), "row": batch["row"]}
+
+        self._predict = self._spread.compile_reader(read)
+
+    def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
+        """Predicts every utterance of a split.
+
+        Args:
+          features: N utterances.
+          quiet: show no progress.
+
+        Returns:
+          Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
+          "expert_choices" [N, E], "expert_present" [N, E].
+        """
+        split = self.task.batched(features, num_shards=self._spread.num_shards)
+        offsets = features.offsets
+        found: Predictions = {}
+        with Reporter(split.steps, unit="batches", quiet=quiet) as reporter:
+            for batch in prefetch_to_device(split.batches(), self._spread.put_batch):
+                outputs = jax.device_get(self._predict(self.params, batch))
+                rows = outputs.pop("row")  # of all processes
+                for name, values in outputs.items():
+                    if name not in found:
+                        shape = (len(features.label), *values.shape[2:])
+                        found[name] = np.zeros(shape, values.dtype)
+                    for row, value in zip(rows, values, strict=True):
+                        if row >= 0:
+                            length = features.lengths[row]
+                            start = offsets[row]
+                            found[name][start : start + length] = value[:length]
+                reporter.advance("predicting")
+        return found
+
+
+def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, Any]:
+    """`metrics.scores` of predictions, of each expert's choices too, and of sentiment scores."""
+    classes = len(features.class_names)
+    labelled = features.label >= 0
+
+    def confusion(predicted: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        cells = features.label[counted] * classes + predicted[counted]
+        return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+    predicted = predictions["probabilities"].argmax(-1)
+    counts = confusion(predicted, labelled)
+    found = metrics.scores(counts, features.class_names)
+    found["confusion"] = counts.tolist()
+    found["mean_gate"] = {}
+    found["experts"] = {}
+    for index, name in enumerate(EXPERTS):
+        present = labelled & predictions["expert_present"][:, index]
+        if present.any():
+            choices = predictions["expert_choices"][:, index]
+            own = metrics.scores(confusion(choices, present), features.class_names)
+            found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
+            found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
+    if features.score is not None and classes == 2:
+        found["sentiment"] = metrics.binary_sentiment(
+            np.where(labelled, features.score, np.nan), predicted == 1
+        )
+    if "reference_scores" in features.metadata:
+        found["reference_scores"] = features.metadata["reference_scores"]
+    return found
+
+
+def prediction_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:
+    """One JSON object an utterance, in the order of the split."""
+    names = features.class_names
+    dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
+    for index, dialogue in enumerate(dialogues):
+        label = features.label[index]
+        probabilities = predictions["probabilities"][index]
+        present = predictions["expert_present"][index]
+        choices = predictions["expert_choices"][index]
+        yield {
+            "split": features.split,
+            "dialogue": str(features.dialogue_ids[dialogue]),
+            "utterance": str(features.utterance_ids[index]),
+            "label": names[label] if label >= 0 else None,
+            "predicted": names[probabilities.argmax()],
+            "probabilities": _rounded(names, probabilities),
+            "gate": _rounded(EXPERTS, predictions["gate"][index]),
+            "experts": {
+                name: names[choice] if there else None
+                for name, choice, there in zip(EXPERTS, choices, present, strict=True)
+            },
+        }
+
+
+def _rounded(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    split: str,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    output: epath.PathLike | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
+
+    Each of the files holds all splits that were evaluated so far; this one is replaced in them.
+
+    Args:
+      workdir: of a training.
+      split: of the dataset.
+      dataset: another than the training's, with the same classes and widths.
+      data_dir: where the dataset is; as in the training by default.
+      output: folder of the files; the work directory by default.
+      quiet: show no progress.
+
+    Returns:
+      The scores of the split, as in `metrics.json`.
+    """
+    predictor = Predictor(workdir, data_dir)
+    features = predictor.task.features(split, dataset)
+    predictions = predictor(features, quiet=quiet)
+    found = scores(features, predictions)
+    found["checkpoint"] = {"epoch": predictor.progress["epoch"]}
+    if jax.process_index() == 0:
+        output = _made(workdir if output is None else output)
+        by_split = {**read_metrics(output), split: found}
+        write_json(output / "metrics.json", by_split)
+        path = output / "predictions.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["split"] != split]
+        new = [
+            json.dumps(row, ensure_ascii=False) for row in prediction_rows(features, predictions)
+        ]
+        write_text(path, "\n".join([*kept, *new]) + "\n")
+        figures.confusion(
+            {
+                f"{name}, weighted F1 {value['weighted_f1']:.3f}": np.array(value["confusion"])
+                for name, value in by_split.items()
+            },
+            features.class_names,
+            output / "confusion.png",
+        )
+    return found
+
+
+def read_metrics(output: epath.PathLike) -> dict[str, Any]:
+    """`metrics.json` of a folder, by split; empty if there is none."""
+    path = epath.Path(output) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def drop(
+    features: DialogueFeatures, drop_speech: float, drop_text: float, seed: int
+) -> DialogueFeatures:
+    """Features whose utterances have lost each modality independently, flagged as missing.
+
+    Args:
+      features: a split.
+      drop_speech: probability that an utterance loses its speech.
+      drop_text: likewise its text.
+      seed: of the draw.
+    """
+    draw = np.random.default_rng(seed).random((2, len(features.label)))
+    return dataclasses.replace(
+        features,
+        speech_present=features.speech_present & (draw[0] >= drop_speech),
+        text_present=features.text_present & (draw[1] >= drop_text),
+    )
+
+
+def missing_modality_study(
+    workdir: epath.PathLike,
+    split: str,
+    *,
+    drop_speech: Sequence[float] = (0.0,),
+    drop_text: Sequence[float] = (0.0,),
+    draws: int = 5,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    output: epath.PathLike | None = None,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Scores a split with modalities missing at given rates.
+
+    Rates of one modality are paired with the other's (a single one goes with all). Writes
+    `missing_modality.json` and `missing_modality.png`.
+
+    Args:
+      workdir: of a training.
+      split: of the dataset.
+      drop_speech: probabilities that an utterance loses its speech.
+      drop_text: likewise its text.
+      draws: of the utterances that lose them, for each pair of rates.
+      dataset: another than the training's.
+      data_dir: where the dataset is.
+      output: folder of the files; the work directory by default.
+      quiet: show no progress.
+
+    Returns:
+      For each pair "drop_speech", "drop_text", "weighted_f1" (mean of the draws), "deviation".
+
+    Raises:
+      InputError: a rate outside 0 to 1, or lists that cannot be paired.
+    """
+    count = max(len(drop_speech), len(drop_text))
+    pairs = []
+    for name, rates in (("drop_speech", drop_speech), ("drop_text", drop_text)):
+        if len(rates) not in (1, count):
+            raise InputError(f"{name} has {len(rates)} rates; allowed are 1 or {count}")
+        if any(not 0 <= rate <= 1 for rate in rates):
+            raise InputError(f"{name}={list(rates)}; allowed are 0 <= rate <= 1")
+        pairs.append(list(rates) * (count if len(rates) == 1 else 1))
+    predictor = Predictor(workdir, data_dir)
+    features = predictor.task.features(split, dataset)
+    complete = scores(features, predictor(features, quiet=True))["weighted_f1"]
+    points = []
+    with Reporter(count * draws, unit="draws", quiet=quiet) as reporter:
+        for speech_rate, text_rate in zip(*pairs, strict=True):
+            values = []
+            for seed in range(draws):
+                dropped = drop(features, speech_rate, text_rate, seed)
+                found = scores(dropped, predictor(dropped, quiet=True))
+                values.append(found["weighted_f1"])
+                reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
+            mean, deviation = mean_and_deviation(values)
+            points.append(
+                {
+                    "drop_speech": speech_rate,
+                    "drop_text": text_rate,
+                    "weighted_f1": mean,
+                    "deviation": deviation,
+                }
+            )
+    if jax.process_index() == 0:
+        output = _made(workdir if output is None else output)
+        study: Mapping[str, Any] = {"split": split, "complete": complete, "points": points}
+        write_json(output / "missing_modality.json", study)
+        figures.missing_modality(points, complete, output / "missing_modality.png")
+    return points
+
+
+def _made(folder: epath.PathLike) -> epath.Path:
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

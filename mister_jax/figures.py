@@ -1,0 +1,107 @@
+"""Pictures: training curves, confusion matrices, scores under missing modalities."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+
+def _save(figure: Figure, path: epath.PathLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    epath.Path(path).write_bytes(buffer.getvalue())
+
+
+def curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
+    """Draws the loss and the validation scores of a training over its steps.
+
+    Args:
+      metrics: the training's `metrics.jsonl`.
+      path: of the PNG.
+    """
+    rows = [json.loads(line) for line in epath.Path(metrics).read_text().splitlines()]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines = (
+        (left, "train/loss", "loss"),
+        (right, "validation/weighted_f1", "weighted F1"),
+        (right, "validation/macro_f1", "macro F1"),
+        (right, "validation/accuracy", "accuracy"),
+    )
+    for axes, name, label in lines:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=label)
+    for axes, title in ((left, "training loss"), (right, "validation")):
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    right.legend()
+    _save(figure, path)
+
+
+def confusion(
+    counts: Mapping[str, np.ndarray], class_names: Sequence[str], path: epath.PathLike
+) -> None:
+    """Draws confusion matrices side by side.
+
+    Args:
+      counts: title of each matrix to its [C, C] counts, labels down, predictions across.
+      class_names: C names.
+      path: of the PNG.
+    """
+    size = 2.5 + 0.55 * len(class_names)
+    figure = Figure(figsize=(size * len(counts), size), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (title, matrix) in zip(panels, counts.items(), strict=True):
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+        ticks = range(len(class_names))
+        axes.set_xticks(ticks, class_names, rotation=45, ha="right")
+        axes.set_yticks(ticks, class_names)
+        axes.set(xlabel="predicted", ylabel="labelled", title=title)
+    _save(figure, path)
+
+
+def missing_modality(
+    points: Sequence[Mapping[str, Any]], complete: float, path: epath.PathLike
+) -> None:
+    """Draws weighted F1 over the share of utterances that lost a modality.
+
+    Args:
+      points: each with "drop_speech", "drop_text", "weighted_f1" and "deviation".
+      complete: weighted F1 with nothing dropped.
+      path: of the PNG.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    kinds = {
+        "speech dropped": lambda point: point["drop_speech"] > 0 == point["drop_text"],
+        "text dropped": lambda point: point["drop_text"] > 0 == point["drop_speech"],
+        "both dropped": lambda point: point["drop_speech"] > 0 and point["drop_text"] > 0,
+    }
+    for label, belongs in kinds.items():
+        chosen = [point for point in points if belongs(point)]
+        share = [max(point["drop_speech"], point["drop_text"]) for point in chosen]
+        order = np.argsort(share)
+        if len(order):
+            axes.errorbar(
+                np.array(share)[order],
+                np.array([point["weighted_f1"] for point in chosen])[order],
+                np.array([point["deviation"] for point in chosen])[order],
+                marker="o",
+                capsize=3,
+                label=label,
+            )
+    axes.axhline(complete, color="gray", linestyle="--", label="nothing dropped")
+    axes.set(xlabel="share of utterances", ylabel="weighted F1", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)

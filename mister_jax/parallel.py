@@ -1,0 +1,233 @@
+"""One step over many devices: by `jit` over a ("data", "model") mesh, or by `pmap` over ("data",).
+
+A step is a pure function `step(state, batch, axis_name)`. Under `jit` the batch is one global array
+and `axis_name` is None; under `pmap` each device runs the step on its rows and `axis_name` names
+the axis to sum over. Both ways give the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA, MODEL = "data", "model"
+
+State = Any
+Batch = dict[str, Any]
+Step = Callable[[State, Batch, str | None], tuple[State, Any]]
+Reader = Callable[[State, Batch, str | None], Any]
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread.
+
+    Attributes:
+      backend: "jit" or "pmap".
+      model_parallelism: devices that share one copy of the parameters; "jit" alone has more than 1.
+    """
+
+    backend: Literal["jit", "pmap"] = "jit"
+    model_parallelism: int = 1
+
+    def __post_init__(self):
+        if self.backend not in ("jit", "pmap"):
+            raise ValueError(f"ParallelConfig.backend={self.backend!r}: allowed are 'jit', 'pmap'")
+        if self.model_parallelism < 1 or (self.backend == "pmap" and self.model_parallelism > 1):
+            raise ValueError(
+                f"ParallelConfig.model_parallelism={self.model_parallelism}: must be at least 1, "
+                "and 1 with backend='pmap'"
+            )
+
+
+class Spread(Protocol):
+    """A way to run steps over devices."""
+
+    @property
+    def num_shards(self) -> int:
+        """Parts a global batch is cut into; its rows are a multiple of this."""
+
+    def put_state(self, state: State) -> State:
+        """Places a single copy of the state."""
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """Places this process's rows of a global batch."""
+
+    def take_state(self, state: State) -> State:
+        """The single copy of a placed state."""
+
+    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
+        """Compiles a step; the state that goes in is given up for the one that comes out."""
+
+    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
+        """Compiles a function that only reads the state; its results are sums over the batch."""
+
+
+def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The ("data", "model") mesh.
+
+    Args:
+      model_parallelism: size of the "model" axis.
+      devices: all of the job by default.
+
+    Raises:
+      ValueError: the devices cannot be shared out evenly.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) % model_parallelism:
+        raise ValueError(
+            f"model_parallelism={model_parallelism} does not divide {len(devices)} devices"
+        )
+    shape = (len(devices) // model_parallelism, model_parallelism)
+    return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """Shardings of a tree of arrays by the paths of its leaves.
+
+    The first rule whose pattern is found in a leaf's path ("/".join of its keys) gives the
+    leaf's partition; leaves without a rule, and scalars, are replicated. An optimiser's moments
+    lie under paths that end like their parameters', so one rule serves both.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: to shard over.
+      rules: pairs of a regular expression and the mesh axes of the dimensions.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, axes in rules:
+            if leaf.ndim and re.search(pattern, name):
+                return NamedSharding(mesh, P(*axes))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+class JitSpread:
+    """Steps under `jit`: rows over the "data" axis, parameters by rules over "model".
+
+    Args:
+      mesh: of axes "data" and "model".
+      rules: see `shardings`.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Rules = ()):
+        self.mesh = mesh
+        self.rules = rules
+        self.replicated = NamedSharding(mesh, P())
+        self.rows = NamedSharding(mesh, P(DATA))
+
+    @property
+    def num_shards(self) -> int:
+        return self.mesh.shape[DATA]
+
+    def put_state(self, state: State) -> State:
+        return jax.device_put(state, shardings(state, self.mesh, self.rules))
+
+    def put_batch(self, batch: Batch) -> Batch:
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, value)
+            for name, value in batch.items()
+        }
+
+    def take_state(self, state: State) -> State:
+        return state
+
+    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
+        # The shardings that come out must be those that went in, or the second step would be
+        # compiled anew.
+        def constrained(state: State, batch: Batch) -> tuple[State, Any]:
+            state, metrics = step(state, batch, None)
+            placed = shardings(state, self.mesh, self.rules)
+            return jax.lax.with_sharding_constraint(state, placed), metrics
+
+        return jax.jit(constrained, donate_argnums=0)
+
+    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
+        def read(state: State, batch: Batch) -> Any:
+            return reader(state, batch, None)
+
+        return jax.jit(read, out_shardings=self.replicated)
+
+
+class PmapSpread:
+    """Steps under `pmap`: one copy of the state and some rows of the batch on each device.
+
+    Args:
+      devices: of this process; all of them by default.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        self.devices = list(jax.local_devices() if devices is None else devices)
+        mesh = jax.make_mesh(
+            (len(self.devices),), (DATA,), axis_types=(AxisType.Auto,), devices=self.devices
+        )
+        self.leading = NamedSharding(mesh, P(DATA))
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.devices) * jax.process_count()
+
+    def put_state(self, state: State) -> State:
+        def repeat(value: Any) -> jax.Array:
+            value = np.asarray(value)
+            copies = np.broadcast_to(value, (len(self.devices), *value.shape))
+            return jax.device_put(copies, self.leading)
+
+        return jax.tree.map(repeat, state)
+
+    def put_batch(self, batch: Batch) -> Batch:
+        def split(value: np.ndarray) -> jax.Array:
+            parts = value.reshape(len(self.devices), -1, *value.shape[1:])
+            return jax.device_put(parts, self.leading)
+
+        return {name: split(value) for name, value in batch.items()}
+
+    def take_state(self, state: State) -> State:
+        return jax.tree.map(lambda value: value.addressable_data(0)[0], state)
+
+    def _pmap(self, function: Callable, **options: Any) -> Callable:
+        devices = self.devices if jax.process_count() == 1 else None
+        named = functools.partial(function, axis_name=DATA)
+        return jax.pmap(named, axis_name=DATA, devices=devices, **options)
+
+    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
+        mapped = self._pmap(step, donate_argnums=0)
+
+        def run(state: State, batch: Batch) -> tuple[State, Any]:
+            state, metrics = mapped(state, batch)
+            return state, self.take_state(metrics)
+
+        return run
+
+    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
+        mapped = self._pmap(reader)
+        return lambda state, batch: self.take_state(mapped(state, batch))
+
+
+def spread(config: ParallelConfig, rules: Rules = ()) -> Spread:
+    """The way `config` asks for, over all devices of the job."""
+    if config.backend == "pmap":
+        return PmapSpread()
+    return JitSpread(data_mesh(config.model_parallelism), rules)
+
+
+def first_row(batch_size: int, axis_name: str | None) -> jax.Array | int:
+    """Index in the global batch of the first of this device's `batch_size` rows."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
+
+
+def sum_over(tree: Any, axis_name: str | None) -> Any:
+    """Sums every leaf over the axis, if there is one."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)

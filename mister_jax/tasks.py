@@ -1,0 +1,282 @@
+"""What is trained: how a config becomes a model, batches, a loss and predictions.
+
+A task is the one place that knows both the config (`ml_collections`) and the model. The training
+loop knows neither: it works on a task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mister_jax import losses, metrics
+from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
+from mister_jax.errors import InputError
+from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.nn import DialogueKeys
+from mister_jax.parallel import first_row
+
+Batch = Mapping[str, Any]
+Dataclass = TypeVar("Dataclass")
+
+
+def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: Any) -> Dataclass:
+    """A frozen dataclass from a part of the config.
+
+    Args:
+      cls: a dataclass.
+      config: its fields, some or all.
+      where: name of the part, for errors.
+      **given: fields that do not come from the config.
+
+    Raises:
+      InputError: an unknown field, or a value the dataclass does not allow.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+    allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(given))  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    try:
+        return cls(**fields, **given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+class Split(Protocol):
+    """One split of a dataset, in batches that are a function of (seed, epoch, step, process)."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that hold no utterance."""
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of each batch of an epoch, from `start_step` on."""
+
+
+class Task(Protocol):
+    """A kind of training."""
+
+    class_names: tuple[str, ...]
+
+    def description(self) -> dict[str, Any]:
+        """What `restore` needs beside the config, plain JSON values."""
+
+    def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
+        """A split of the dataset, in batches whose rows are a multiple of `num_shards`."""
+
+    def init(self, key: jax.Array) -> nnx.Module:
+        """The model with initial parameters."""
+
+    def loss(
+        self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """This device's share of the loss of a batch, and the shares of its parts."""
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """This device's share of sums over a batch: "confusion" [C, C], "cross_entropy" []."""
+
+    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """What is predicted for each utterance of a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSplit:
+    """`Split` of a dataset of dialogue features."""
+
+    features: DialogueFeatures
+    plan: BatchPlan
+    seed: int
+    shuffle: bool
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def padding_share(self) -> float:
+        return self.plan.padding_share
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        return batches(
+            self.features,
+            self.plan,
+            seed=self.seed,
+            epoch=epoch,
+            start_step=start_step,
+            shuffle=self.shuffle,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+class FusionTask:
+    """MiSTER-E on dialogues of speech and text vectors.
+
+    Args:
+      config: of the experiment.
+      class_names: C names.
+      model: the model's sizes.
+    """
+
+    def __init__(self, config: ConfigDict, class_names: tuple[str, ...], model: MisterEConfig):
+        self.class_names = class_names
+        self.model = model
+        self._data = config.data
+        self._seed = config.seed
+        self._weights = from_config(losses.LossWeights, config.loss.weights, "config.loss.weights")
+        self._gamma = config.loss.gamma
+        self._temperature = config.loss.temperature
+        if self._gamma < 0 or self._temperature <= 0:
+            raise InputError(
+                f"config.loss: gamma {self._gamma}, temperature {self._temperature}; allowed are "
+                "gamma of 0 or more and a positive temperature"
+            )
+        if min(self._data.batch_size, self._data.num_buckets) < 1:
+            raise InputError(
+                f"config.data: batch_size {self._data.batch_size}, num_buckets "
+                f"{self._data.num_buckets}; both must be at least 1"
+            )
+
+    @classmethod
+    def from_data(cls, config: ConfigDict) -> FusionTask:
+        """The task for the dataset that the config names; its training split gives the sizes."""
+        train = load(config.data.name, "train", config.data.data_dir or None)
+        model = from_config(
+            MisterEConfig,
+            config.model,
+            "config.model",
+            num_classes=len(train.class_names),
+            speech_dim=train.speech_dim,
+            text_dim=train.text_dim,
+        )
+        return cls(config, train.class_names, model)
+
+    @classmethod
+    def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
+        """The task of a work directory, from its config and its `description`."""
+        fields = ConfigDict(description["model"])
+        model = from_config(MisterEConfig, fields, "the workdir's model")
+        return cls(config, tuple(description["class_names"]), model)
+
+    def description(self) -> dict[str, Any]:
+        return {"class_names": list(self.class_names), "model": dataclasses.asdict(self.model)}
+
+    def features(self, split: str, name: str | None = None) -> DialogueFeatures:
+        """A split of the config's dataset, or of another with the same classes and widths.
+
+        Raises:
+          InputError: there is none, or it does not fit the model.
+        """
+        name = self._data.name if name is None else name
+        features = load(name, split, self._data.data_dir or None)
+        found = {
+            "classes": features.class_names,
+            "speech width": features.speech_dim,
+            "text width": features.text_dim,
+        }
+        expected = {
+            "classes": self.class_names,
+            "speech width": self.model.speech_dim,
+            "text width": self.model.text_dim,
+        }
+        for what, value in found.items():
+            if value != expected[what]:
+                raise InputError(
+                    f"dataset {name}, split {split}: {what} {value}; the model takes "
+                    f"{expected[what]}"
+                )
+        return features
+
+    def batched(
+        self, features: DialogueFeatures, *, num_shards: int, shuffle: bool = False
+    ) -> FeatureSplit:
+        """Features in batches whose rows are a multiple of `num_shards`."""
+        plan = BatchPlan(
+            features.lengths, self._data.batch_size, self._data.num_buckets, num_shards
+        )
+        return FeatureSplit(features, plan, self._seed, shuffle)
+
+    def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
+        features = self.features(name)
+        if not (features.label >= 0).any():
+            raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
+        return self.batched(features, num_shards=num_shards, shuffle=shuffle)
+
+    def init(self, key: jax.Array) -> MisterE:
+        return MisterE(self.model, rngs=nnx.Rngs(key))
+
+    def _apply(self, model: MisterE, batch: Batch, **options: Any):
+        return model(
+            batch["speech"],
+            batch["text"],
+            batch["mask"],
+            speech_present=batch["speech_present"],
+            text_present=batch["text_present"],
+            **options,
+        )
+
+    def loss(
+        self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rows = batch["mask"].shape[0]
+        keys = DialogueKeys.of_batch(key, rows, first_row(rows, axis_name))
+        output = self._apply(model, batch, deterministic=False, rngs=keys)
+        return losses.mister_e(
+            output,
+            batch["label"],
+            batch["mask"],
+            self._weights,
+            gamma=self._gamma,
+            temperature=self._temperature,
+            experts=self.model.experts,
+            axis_name=axis_name,
+        )
+
+    def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
+        logits, label = self._apply(model, batch).logits, batch["label"]
+        labelled = batch["mask"] & (label >= 0)
+        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(labelled, label, 0)
+        )
+        return {
+            "confusion": metrics.confusion_counts(
+                label, logits.argmax(-1), batch["mask"], len(self.class_names)
+            ),
+            "cross_entropy": jnp.where(labelled, cross_entropy, 0).sum(),
+        }
+
+    def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
+        output = self._apply(model, batch)
+        return {
+            "probabilities": jax.nn.softmax(output.logits),  # B T C
+            "gate": output.gate,  # B T E
+            "expert_choices": output.expert_logits.argmax(-1),  # B T E
+            "expert_present": output.expert_present,  # B T E
+        }
+
+
+TASKS = {"fusion": FusionTask}
+
+
+def task_class(config: ConfigDict) -> type[FusionTask]:
+    """The class of the config's task.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    if config.task not in TASKS:
+        raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")
+    return TASKS[config.task]

@@ -1,0 +1,420 @@
+"""The one training loop: every training of the project is a task run through it.
+
+A run is a work directory. Started again it goes on from its latest checkpoint and ends with the
+same parameters as if it had never stopped. It sees the training and the validation split, and no
+other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import mister_jax
+from mister_jax import figures, metrics
+from mister_jax.checkpoint import BEST, LATEST, Checkpoints
+from mister_jax.data import prefetch_to_device
+from mister_jax.errors import InputError
+from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
+from mister_jax.parallel import ParallelConfig, Reader, Spread, Step, spread, sum_over
+from mister_jax.tasks import Split, Task, from_config, task_class
+from mister_jax.writers import MetricsWriter, Reporter, parameter_table, write_json, write_text
+
+# Parts of the config that a resumed run may change: they move no parameter.
+_FREE = ("data.data_dir", "train.log_every", "parallel")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+
+
+class TrainingDiverged(InputError):
+    """The loss or the gradient is no longer finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long a training runs, and how often it speaks and saves.
+
+    Attributes:
+      epochs: passes over the training split.
+      patience: epochs without a better validation weighted F1 after which it stops; 0 never stops.
+      log_every: steps between two records of the training loss.
+      save_every: steps between two saved states beside those at the end of each epoch; 0 for none.
+    """
+
+    epochs: int
+    patience: int = 0
+    log_every: int = 10
+    save_every: int = 0
+
+    def __post_init__(self):
+        if min(self.epochs, self.log_every) < 1 or min(self.patience, self.save_every) < 0:
+            raise ValueError(
+                f"{self}: epochs and log_every must be at least 1, patience and save_every at "
+                "least 0"
+            )
+
+
+@dataclasses.dataclass
+class TrainProgress:
+    """Where a training stands; saved beside its state.
+
+    Attributes:
+      epoch: of the next step.
+      best_score: greatest validation weighted F1; -1 before the first validation.
+      best_epoch: after which it was reached, counted from 1.
+      finished: nothing is left to do.
+    """
+
+    epoch: int = 0
+    best_score: float = -1.0
+    best_epoch: int = 0
+    finished: bool = False
+
+
+def train_step(task: Task, graph: Any, transformation: optax.GradientTransformation) -> Step:
+    """One update as a pure function of `(state, batch, axis_name)`.
+
+    The state is `{step, params, opt_state, key}`; the key never changes, a step folds its number
+    in. The metrics that come out are global: the loss, its parts, and the norm of the gradient.
+    """
+
+    def step(state, batch, axis_name):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+        def loss(params):
+            return task.loss(nnx.merge(graph, params), batch, key, axis_name)
+
+        (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        total, parts, gradient = sum_over((total, parts, gradient), axis_name)
+        updates, opt_state = transformation.update(gradient, state["opt_state"], state["params"])
+        following = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], updates),
+            "opt_state": opt_state,
+            "key": state["key"],
+        }
+        return following, {"loss": total, **parts, "gradient_norm": optax.global_norm(gradient)}
+
+    return step
+
+
+def validation_sums(task: Task, graph: Any) -> Reader:
+    """The task's sums over a batch, of the parameters that are to be judged."""
+
+    def read(state, batch, axis_name):
+        model = nnx.merge(graph, evaluated_params(state["params"], state["opt_state"]))
+        return sum_over(task.evaluate(model, batch), axis_name)
+
+    return read
+
+
+def initial_state(
+    task: Task, transformation: optax.GradientTransformation, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The model's graph, and the state of a training before its first step."""
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    graph, params = nnx.split(task.init(init_key))
+    params = nnx.as_pure(params)
+    state = {
+        "step": jnp.zeros([], jnp.int32),
+        "params": params,
+        "opt_state": transformation.init(params),
+        "key": jax.random.key_data(train_key),
+    }
+    return graph, state
+
+
+def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -> TrainProgress:
+    """Trains what the config says, from the start or from where the work directory stands.
+
+    Args:
+      config: of the experiment.
+      workdir: made if it is not there.
+      quiet: show no progress.
+
+    Returns:
+      Where the training ended; `finished` is false after SIGTERM.
+
+    Raises:
+      InputError: a config, dataset or work directory that cannot be used.
+      TrainingDiverged: the loss is not finite; the last good state is kept.
+    """
+    workdir = epath.Path(workdir)
+    options = from_config(TrainConfig, config.train, "config.train")
+    spreading = spread(from_config(ParallelConfig, config.parallel, "config.parallel"))
+    optimizer_config = from_config(OptimizerConfig, config.optimizer, "config.optimizer")
+    check_workdir(config, workdir)
+    task = task_class(config).from_data(config)
+    training = task.split("train", num_shards=spreading.num_shards, shuffle=True)
+    validation = task.split("validation", num_shards=spreading.num_shards, shuffle=False)
+    total_steps = options.epochs * training.steps
+    transformation = optimizer(optimizer_config, total_steps)
+    graph, state = initial_state(task, transformation, config.seed)
+    if jax.process_index() == 0:
+        describe(workdir, config, task, state["params"])
+
+    loop = _Loop(
+        workdir=workdir,
+        options=options,
+        task=task,
+        spreading=spreading,
+        training=training,
+        validation=validation,
+        step=spreading.compile_step(train_step(task, graph, transformation)),
+        judge=spreading.compile_reader(validation_sums(task, graph)),
+        rate=learning_rate(optimizer_config, total_steps),
+    )
+    with Checkpoints(workdir) as checkpoints, terminated() as stop:
+        return loop.run(state, checkpoints, stop, quiet)
+
+
+@dataclasses.dataclass
+class _Loop:
+    """What the loop works with; `run` is the loop."""
+
+    workdir: epath.Path
+    options: TrainConfig
+    task: Task
+    spreading: Spread
+    training: Split
+    validation: Split
+    step: Any
+    judge: Any
+    rate: optax.Schedule
+
+    def run(
+        self, state: Any, checkpoints: Checkpoints, stop: threading.Event, quiet: bool
+    ) -> TrainProgress:
+        options, steps = self.options, self.training.steps
+        state = self.spreading.put_state(state)
+        progress = TrainProgress()
+        restored = checkpoints.restore(LATEST, self.spreading.take_state(state))
+        if restored is not None:
+            state = self.spreading.put_state(restored[0])
+            progress = TrainProgress(**restored[1])
+        done = self._done(state)
+        writer = MetricsWriter(self.workdir, done)
+        reporter = Reporter(options.epochs * steps, done=done, quiet=quiet)
+        try:
+            with reporter:
+                if progress.finished:
+                    reporter.line(f"{self.workdir} is finished; nothing to do")
+                elif restored is not None:
+                    reporter.line(f"resuming {self.workdir} at step {done}")
+                while not progress.finished:
+                    first = self._done(state) - progress.epoch * steps
+                    state, stopped = self._epoch(
+                        state, progress, first, checkpoints, stop, writer, reporter
+                    )
+                    if stopped:
+                        reporter.line(
+                            f"stopped by SIGTERM; the state of step {self._done(state)} is saved, "
+                            "start again to go on"
+                        )
+                        break
+                    self._validate(state, progress, checkpoints, writer, reporter)
+        finally:
+            writer.close()
+        if progress.finished and jax.process_index() == 0:
+            figures.curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
+        return progress
+
+    def _done(self, state: Any) -> int:
+        return int(self.spreading.take_state(state)["step"])
+
+    def _save(
+        self, state: Any, progress: TrainProgress, checkpoints: Checkpoints, done: int
+    ) -> None:
+        single = self.spreading.take_state(state)
+        checkpoints.save(LATEST, done, single, dataclasses.asdict(progress))
+
+    def _epoch(
+        self,
+        state: Any,
+        progress: TrainProgress,
+        first: int,
+        checkpoints: Checkpoints,
+        stop: threading.Event,
+        writer: MetricsWriter,
+        reporter: Reporter,
+    ) -> tuple[Any, bool]:
+        """Takes the epoch's steps from its `first` on; true beside the state if told to stop."""
+        options, steps = self.options, self.training.steps
+        done = progress.epoch * steps + first
+        unread: list[Any] = []
+        batches = self.training.batches(progress.epoch, first)
+        for batch in prefetch_to_device(batches, self.spreading.put_batch):
+            state, step_metrics = self.step(state, batch)
+            unread.append(step_metrics)
+            done += 1
+            reporter.advance(self._headline(progress))
+            last = done % steps == 0
+            stopped = _stop_together(stop, done)
+            saving = stopped or (options.save_every and done % options.save_every == 0)
+            # Reading waits for the devices, so it is done seldom; always before a save, so that no
+            # state is saved whose loss was not seen to be finite.
+            if len(unread) == options.log_every or last or saving:
+                self._record(unread, done, writer)
+                unread = []
+            if saving and not last:
+                self._save(state, progress, checkpoints, done)
+            if stopped and not last:
+                return state, True
+        return state, False
+
+    def _headline(self, progress: TrainProgress) -> str:
+        best = f"best {progress.best_score:.3f}" if progress.best_epoch else "no best yet"
+        return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
+
+    def _record(self, unread: list[Any], done: int, writer: MetricsWriter) -> None:
+        """Reads the metrics of some steps, checks that they are finite, writes their means."""
+        read = jax.device_get(unread)
+        means = {name: float(np.mean([step[name] for step in read])) for name in read[0]}
+        bad = [name for name, value in means.items() if not np.isfinite(value)]
+        if bad:
+            raise TrainingDiverged(
+                f"{self.workdir}: {', '.join(bad)} not finite between steps {done - len(read)} and "
+                f"{done}; the last good state is kept. Allowed are finite losses: try a smaller "
+                "config.optimizer.learning_rate or clip_norm"
+            )
+        scalars = {f"train/{name}": value for name, value in means.items()}
+        writer(done, {**scalars, "learning_rate": float(self.rate(done - 1))})
+
+    def _validate(
+        self,
+        state: Any,
+        progress: TrainProgress,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        reporter: Reporter,
+    ) -> None:
+        """Scores the validation split at the end of an epoch; keeps the best, saves the latest."""
+        done = self._done(state)
+        found = self._validation_scores(state)
+        writer(done, {f"validation/{name}": value for name, value in found.items()})
+        score = found["weighted_f1"]
+        progress.epoch += 1
+        if score > progress.best_score:
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            single = self.spreading.take_state(state)
+            params = evaluated_params(single["params"], single["opt_state"])
+            checkpoints.save(BEST, done, params, {"epoch": progress.epoch, **found})
+        stale = progress.epoch - progress.best_epoch
+        options = self.options
+        progress.finished = progress.epoch == options.epochs or 0 < options.patience <= stale
+        self._save(state, progress, checkpoints, done)
+        if not reporter.console.is_terminal or progress.finished:
+            reporter.line(
+                f"epoch {progress.epoch}/{options.epochs}: validation weighted F1 {score:.4f}, "
+                f"best {progress.best_score:.4f} (epoch {progress.best_epoch})"
+            )
+
+    def _validation_scores(self, state: Any) -> dict[str, float]:
+        sums: Any = None
+        for batch in prefetch_to_device(self.validation.batches(), self.spreading.put_batch):
+            found = self.judge(state, batch)
+            sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+        sums = jax.device_get(sums)
+        scores = metrics.scores(sums["confusion"], self.task.class_names)
+        kept = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
+        mean_loss = float(sums["cross_entropy"]) / scores["utterances"]
+        return {**{name: scores[name] for name in kept}, "cross_entropy": mean_loss}
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets while the context is open."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop_together(stop: threading.Event, done: int) -> bool:
+    """Whether to stop at this step; all processes of a job answer alike."""
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return multihost_utils.reached_preemption_sync_point(done)
+
+
+def check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises InputError if the work directory belongs to another experiment."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    theirs, ours = _flat(read_config(workdir)), _flat(config)
+    changed = sorted(
+        name
+        for name in theirs.keys() | ours.keys()
+        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE)
+    )
+    if changed:
+        shown = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in changed)
+        raise InputError(
+            f"{workdir}: made with another config ({shown}); use its config, or another workdir"
+        )
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """The config a work directory was made with.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; the workdir must be one that training has made")
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable config ({error})") from error
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """Dotted names to values, as JSON has them (lists for tuples)."""
+    pairs = jax.tree_util.tree_flatten_with_path(
+        json.loads(config.to_json_best_effort()), is_leaf=lambda value: not isinstance(value, dict)
+    )[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in pairs}
+
+
+def describe(workdir: epath.Path, config: ConfigDict, task: Task, params: Any) -> None:
+    """Writes what a work directory is: its config, model, parameters and package versions."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = jax.devices()[0]
+    write_json(
+        workdir / "versions.json",
+        {
+            "mister_jax": mister_jax.__version__,
+            "python": platform.python_version(),
+            **versions,
+            "backend": device.platform,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+        },
+    )
+    write_text(workdir / "parameters.txt", parameter_table(params))
+    write_json(workdir / "model.json", task.description())
+    # Last: a work directory with a config has all the rest.
+    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))

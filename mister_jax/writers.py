@@ -1,0 +1,173 @@
+"""What a run shows and writes of itself: metrics, progress, tables, files that appear whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """`write_text` of a value as readable JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class MetricsWriter:
+    """Appends scalars to `workdir/metrics.jsonl` and to TensorBoard files beside it.
+
+    Only the first process writes. A resumed run drops the lines after its checkpoint, which it is
+    about to write again.
+
+    Args:
+      workdir: of the training.
+      step: from which the run goes on.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int):
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._board = None
+        if jax.process_index() == 0:
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            self._board = SummaryWriter(os.fspath(workdir), purge_step=step + 1)
+
+    def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step."""
+        if self._board is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes what is not yet written."""
+        if self._board is not None:
+            self._board.close()
+
+    def _lines(self) -> Iterable[str]:
+        if not self._path.exists():
+            return
+        for line in self._path.read_text().splitlines():
+            # The last line may be cut short where a run was killed.
+            if line.startswith("{") and line.endswith("}"):
+                yield line
+
+
+class Reporter:
+    """Progress of a long piece of work: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+      total: units of work.
+      done: units that are done already.
+      unit: what they are called.
+      quiet: show nothing; processes but the first never do.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, unit: str = "steps", quiet: bool = False):
+        self.console = Console(quiet=quiet or jax.process_index() != 0, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, description: str | None = None) -> None:
+        """One unit more is done."""
+        self._progress.update(self._task, advance=1, description=description)
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def parameter_table(params: Any) -> str:
+    """The parameters' paths, shapes, types and counts, one a line, and the total."""
+    rows = [("parameter", "shape", "dtype", "count")]
+    total = 0
+    for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = " x ".join(map(str, value.shape))
+        rows.append((name, shape, str(value.dtype), f"{value.size:,}"))
+        total += value.size
+    rows.append(("total", "", "", f"{total:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+    return "\n".join(lines) + "\n"
+
+
+def score_table(title: str, scores: Mapping[str, Any]) -> Table:
+    """The per-class table of `metrics.scores`, with the overall scores below it.
+
+    Args:
+      title: above the table.
+      scores: of `metrics.scores`.
+    """
+    table = Table("class", "precision", "recall", "F1", "support", title=title, box=rich.box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in scores["per_class"].items():
+        cells = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(name, *cells, str(row["support"]))
+    table.add_section()
+    for key in ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy"):
+        table.add_row(key.replace("_", " "), "", "", f"{scores[key]:.3f}", "")
+    majority = scores["majority"]["weighted_f1"]
+    table.add_row("weighted f1 of the majority class", "", "", f"{majority:.3f}", "")
+    return table
+
+
+def study_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
+    """The table of a missing-modality study, whose points `evaluate` describes."""
+    table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
+    for point in points:
+        score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
+        table.add_row(f"{point['drop_speech']:g}", f"{point['drop_text']:g}", score)
+    return table
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of a sample; 0 for one value)."""
+    array = np.asarray(list(values), float)
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
