@@ -66,22 +66,23 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     config.model = ConfigDict(
         {
             "context_width": 128,
+            "kernel_sizes": (1,),
             "gru_layers": 1,
             "fusion_width": 128,
-            "fusion_layers": 2,
+            "fusion_layers": 1,
             "attention_width": 96,
-            "input_dropout": 0.3,
+            "input_dropout": 0.5,
             "context_dropout": 0.3,
             "fusion_dropout": 0.3,
             "classifier_dropout": 0.3,
-            "modality_dropout": 0.0,
+            "modality_dropout": 0.3,
         }
     )
     config.loss = ConfigDict(
         {
-            "gamma": 3.0,
+            "gamma": 1.0,
             "temperature": 1.0,
-            "weights": {"contrastive": 2.0, "agreement": 0.1},
+            "weights": {"contrastive": 0.2, "agreement": 0.02},
         }
     )
     config.optimizer = ConfigDict(
@@ -92,7 +93,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "warmup_fraction": 0.05,
             "weight_decay": 0.01,
             "clip_norm": 1.0,
-            "average_decay": 0.0,
+            "average_decay": 0.98,
         }
     )
     config.train = ConfigDict({"epochs": 30, "patience": 0, "log_every": 10, "save_every": 0})

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -32,7 +31,8 @@ from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
-from mister_jax.parallel import ParallelConfig, Reader, Spread, Step, spread, sum_over
+from mister_jax.parallel import ParallelConfig, Spread, spread
+from mister_jax.steps import initial_state, train_step, validation_sums
 from mister_jax.tasks import Split, Task, from_config, task_class
 from mister_jax.writers import MetricsWriter, Reporter, parameter_table, write_json, write_text
 
@@ -84,59 +84,6 @@ class TrainProgress:
     best_score: float = -1.0
     best_epoch: int = 0
     finished: bool = False
-
-
-def train_step(task: Task, graph: Any, transformation: optax.GradientTransformation) -> Step:
-    """One update as a pure function of `(state, batch, axis_name)`.
-
-    The state is `{step, params, opt_state, key}`; the key never changes, a step folds its number
-    in. The metrics that come out are global: the loss, its parts, and the norm of the gradient.
-    """
-
-    def step(state, batch, axis_name):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-
-        def loss(params):
-            return task.loss(nnx.merge(graph, params), batch, key, axis_name)
-
-        (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        total, parts, gradient = sum_over((total, parts, gradient), axis_name)
-        updates, opt_state = transformation.update(gradient, state["opt_state"], state["params"])
-        following = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-            "key": state["key"],
-        }
-        return following, {"loss": total, **parts, "gradient_norm": optax.global_norm(gradient)}
-
-    return step
-
-
-def validation_sums(task: Task, graph: Any) -> Reader:
-    """The task's sums over a batch, of the parameters that are to be judged."""
-
-    def read(state, batch, axis_name):
-        model = nnx.merge(graph, evaluated_params(state["params"], state["opt_state"]))
-        return sum_over(task.evaluate(model, batch), axis_name)
-
-    return read
-
-
-def initial_state(
-    task: Task, transformation: optax.GradientTransformation, seed: int
-) -> tuple[Any, dict[str, Any]]:
-    """The model's graph, and the state of a training before its first step."""
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    graph, params = nnx.split(task.init(init_key))
-    params = nnx.as_pure(params)
-    state = {
-        "step": jnp.zeros([], jnp.int32),
-        "params": params,
-        "opt_state": transformation.init(params),
-        "key": jax.random.key_data(train_key),
-    }
-    return graph, state
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -> TrainProgress:
@@ -309,7 +256,9 @@ class _Loop:
         writer(done, {f"validation/{name}": value for name, value in found.items()})
         score = found["weighted_f1"]
         progress.epoch += 1
-        if score > progress.best_score:
+        # A tie goes to the later epoch: on a small validation split scores repeat, and the later
+        # parameters have seen more updates at a lower learning rate.
+        if score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, progress.epoch
             single = self.spreading.take_state(state)
             params = evaluated_params(single["params"], single["opt_state"])

@@ -1,0 +1,299 @@
+"""A training as a user runs it: resumed, killed, stopped, misused."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import mister_jax.train as train_module
+from configs import fusion
+from mister_jax import data
+from mister_jax.checkpoint import BEST, LATEST, Checkpoints
+from mister_jax.errors import InputError
+from mister_jax.train import TrainingDiverged, train
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with the dataset `tiny`: a few short synthetic dialogues."""
+    folder = tmp_path_factory.mktemp("data")
+    splits = data.generate(
+        seed=1,
+        num_dialogues={"train": 12, "validation": 5, "test": 6},
+        num_classes=3,
+        speech_dim=6,
+        text_dim=7,
+    )
+    data.write(splits, "tiny", folder)
+    return folder
+
+
+def tiny(data_dir, argument="tiny", **changes):
+    config = fusion.get_config(argument)
+    config.data.data_dir = str(data_dir)
+    config.data.num_buckets = 1
+    config.data.batch_size = 4
+    config.model.kernel_sizes = (1, 3)
+    config.model.update(
+        {"context_width": 8, "fusion_width": 8, "fusion_layers": 1, "attention_width": 6}
+    )
+    config.train.update({"epochs": 2, "log_every": 1})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def latest(workdir):
+    """Every array of the latest checkpoint, by path, and its progress."""
+    (step,) = (workdir / "checkpoints" / LATEST).iterdir()
+    import orbax.checkpoint as ocp
+
+    state = ocp.StandardCheckpointer().restore((step / "state").absolute())
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    arrays = {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
+    return arrays, json.loads((step / "progress" / "metadata").read_text())
+
+
+def assert_same_bits(ours, theirs):
+    assert ours[1] == theirs[1]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, value in ours[0].items():
+        np.testing.assert_array_equal(value, theirs[0][name], err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir, tmp_path_factory):
+    """A workdir of a training that was never disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    progress = train(tiny(data_dir), workdir, quiet=True)
+    assert progress.finished and progress.epoch == 2
+    return workdir
+
+
+def test_a_run_leaves_what_its_users_look_for(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.json", "model.json", "versions.json", "parameters.txt", "metrics.jsonl",
+        "curves.png", "checkpoints",
+    } <= names  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    validation = [row for row in records(finished) if "validation/weighted_f1" in row]
+    assert len(validation) == 2
+    best = max(row["validation/weighted_f1"] for row in validation)
+    assert latest(finished)[1]["best_score"] == best
+
+
+def test_the_test_split_is_not_opened(data_dir, tmp_path, monkeypatch):
+    opened = []
+
+    def load(name, split, *options):
+        opened.append(split)
+        return data.load(name, split, *options)
+
+    monkeypatch.setattr("mister_jax.tasks.load", load)
+    train(tiny(data_dir, **{"train.epochs": 1}), tmp_path, quiet=True)
+    assert set(opened) == {"train", "validation"}
+
+
+def test_a_finished_run_stays_as_it_is(data_dir, finished):
+    before = latest(finished), (finished / "metrics.jsonl").read_text()
+    assert train(tiny(data_dir), finished, quiet=True).finished
+    assert_same_bits(latest(finished), before[0])
+    assert (finished / "metrics.jsonl").read_text() == before[1]
+
+
+def test_seed_decides_the_run(data_dir, finished, tmp_path):
+    train(tiny(data_dir), tmp_path / "same", quiet=True)
+    assert_same_bits(latest(tmp_path / "same"), latest(finished))
+    train(tiny(data_dir, seed=1), tmp_path / "other", quiet=True)
+    kernel = next(name for name in latest(finished)[0] if "params" in name and "kernel" in name)
+    assert (latest(tmp_path / "other")[0][kernel] != latest(finished)[0][kernel]).any()
+
+
+def train_and_signal(data_dir, workdir, place, call, moment, name):
+    """Trains in this process, which at the `call`-th call of `place` sends itself a signal.
+
+    Before the call, or right after it: a save is then still being written.
+    """
+    jax.config.update("jax_num_cpu_devices", 1)
+    owner = {"Loop": train_module._Loop, "Checkpoints": Checkpoints}
+    if place:
+        owner_name, method = place.split(".")
+        original, calls = getattr(owner[owner_name], method), itertools.count(1)
+
+        def watched(*arguments, **options):
+            due = next(calls) == call
+            if due and moment == "before":
+                os.kill(os.getpid(), getattr(signal, name))
+            result = original(*arguments, **options)
+            if due and moment == "after":
+                os.kill(os.getpid(), getattr(signal, name))
+            return result
+
+        setattr(owner[owner_name], method, watched)
+    progress = train(tiny(data_dir, "tiny,text_only"), workdir, quiet=True)
+    sys.exit(0 if progress.finished else STOPPED)
+
+
+STOPPED = 15
+
+
+@pytest.fixture(scope="module")
+def train_apart():
+    """Runs `train_and_signal` in a process of its own and gives its exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_train", "tensorflow_datasets"])
+
+    def run(*arguments):
+        process = context.Process(target=train_and_signal, args=arguments)
+        process.start()
+        process.join(timeout=200)
+        return process.exitcode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_dir, tmp_path_factory, train_apart):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    return workdir
+
+
+def test_killed_in_training_validation_and_saving_it_ends_with_the_same_bits(
+    data_dir, undisturbed, tmp_path, train_apart
+):
+    workdir = tmp_path / "run"
+    kills = (
+        ("Loop._record", 2, "before"),  # in the first epoch, before anything was saved
+        ("Loop._validation_scores", 1, "before"),
+        ("Checkpoints.save", 1, "after"),  # the best is being written, the latest is not
+        ("Checkpoints.save", 2, "after"),  # the latest is being written
+        ("Loop._record", 2, "after"),  # in the second epoch
+    )
+    for place, call, moment in kills:
+        status = train_apart(data_dir, workdir, place, call, moment, "SIGKILL")
+        assert status == -signal.SIGKILL, (place, call, moment)
+    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    assert_same_bits(latest(workdir), latest(undisturbed))
+    assert records(workdir) == records(undisturbed)
+
+
+def test_sigterm_saves_and_a_new_start_goes_on(data_dir, undisturbed, tmp_path, train_apart):
+    workdir = tmp_path / "run"
+    stopped = train_apart(data_dir, workdir, "Loop._record", 1, "before", "SIGTERM")
+    assert stopped == STOPPED
+    assert latest(workdir)[1]["epoch"] == 0  # in the middle of the first epoch
+    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    assert_same_bits(latest(workdir), latest(undisturbed))
+
+
+def test_early_stopping_waits_for_the_patience(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, **{"train.epochs": 9, "train.patience": 2})
+    scores = iter([0.3, 0.5, 0.4, 0.4, 0.9])
+    monkeypatch.setattr(
+        "mister_jax.train._Loop._validation_scores", lambda *_: {"weighted_f1": next(scores)}
+    )
+    progress = train(config, tmp_path, quiet=True)
+    assert (progress.epoch, progress.best_epoch) == (4, 2)
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
+    data_dir, finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    step, progress = latest(workdir)[1], workdir / "checkpoints" / LATEST
+    good = latest(workdir)
+    # The run goes on for an epoch more than it was made for, on features that overflow.
+    (saved,) = progress.iterdir()
+    path = saved / "progress" / "metadata"
+    path.write_text(json.dumps({**step, "finished": False}))
+
+    def load(name, split, *options):
+        features = data.load(name, split, *options)
+        return dataclasses.replace(features, speech=np.full_like(features.speech, np.nan))
+
+    monkeypatch.setattr("mister_jax.tasks.load", load)
+    monkeypatch.setattr("mister_jax.train.check_workdir", lambda *_: None)
+    with pytest.raises(TrainingDiverged, match="not finite between steps") as error:
+        train(tiny(data_dir, **{"train.epochs": 3}), workdir, quiet=True)
+    assert "\n" not in str(error.value)
+    assert_same_bits((latest(workdir)[0], good[1]), good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.name": "nowhere"}, "nowhere"),
+        ({"data.batch_size": 0}, "batch_size 0"),
+        ({"train.epochs": 0}, "epochs"),
+        ({"task": "speaking"}, "'speaking'; allowed are fusion"),
+        ({"optimizer.name": "sgd"}, "'sgd': allowed is 'adam' or 'adamw'"),
+        ({"optimizer.learning_rate": -1.0}, "learning_rate"),
+        ({"parallel.backend": "threads"}, "'threads': allowed are 'jit', 'pmap'"),
+        ({"loss.gamma": -1.0}, "gamma -1.0"),
+        ({"model.attention_width": 7}, "attention"),
+        ({"model.input_dropout": 1.5}, "rate"),
+    ],
+)
+def test_a_config_that_cannot_be_used_says_so(data_dir, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        train(tiny(data_dir, **changes), tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_fields_are_named_with_the_allowed(data_dir, tmp_path):
+    config = tiny(data_dir)
+    config.model.widht = 3
+    with pytest.raises(
+        InputError, match=r"config.model: unknown widht; allowed are .*fusion_width"
+    ):
+        train(config, tmp_path / "run", quiet=True)
+
+
+def test_a_workdir_of_another_config_is_refused(data_dir, finished):
+    before = latest(finished)
+    with pytest.raises(InputError, match=r"another config \(seed 0 -> 7\)"):
+        train(tiny(data_dir, seed=7), finished, quiet=True)
+    assert_same_bits(latest(finished), before)
+
+
+@pytest.mark.parametrize("kind", [LATEST, BEST])
+def test_a_truncated_checkpoint_is_named(data_dir, tmp_path, kind):
+    train(tiny(data_dir, **{"train.epochs": 1}), tmp_path, quiet=True)
+    (step,) = (tmp_path / "checkpoints" / kind).iterdir()
+    for path in step.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    from mister_jax.evaluate import Predictor
+
+    with pytest.raises(InputError, match=f"{kind}/{step.name}: the checkpoint is damaged") as error:
+        if kind == LATEST:
+            train(tiny(data_dir, **{"train.epochs": 1}), tmp_path, quiet=True)
+        else:
+            Predictor(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_pmap_and_jit_train_the_same_model(data_dir, finished, tmp_path):
+    train(tiny(data_dir, **{"parallel.backend": "pmap"}), tmp_path, quiet=True)
+    ours, theirs = latest(tmp_path)[0], latest(finished)[0]
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=name)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(finished):
+    with Checkpoints(finished) as checkpoints, pytest.raises(InputError, match="another model"):
+        checkpoints.restore(BEST, {"wrong": np.zeros(3)})
