@@ -104,9 +104,10 @@ def supervised_contrastive(
     candidates = other_mask & ~itself & mask[:, None]
     positives = candidates & (labels[:, None] == other_labels)
     similarity = x @ others.T / temperature  # N M
-    # Cosines are bounded, so the largest possible value serves as the shift of the log-sum-exp.
-    shifted = jnp.where(candidates, jnp.exp(similarity - 1 / temperature), 0).sum(-1)
-    log_sum = jnp.log(jnp.where(shifted > 0, shifted, 1.0)) + 1 / temperature  # N
+    among = jnp.where(candidates, similarity, -jnp.inf)
+    largest = jnp.maximum(jax.lax.stop_gradient(among.max(-1)), -1 / temperature)
+    scaled = jnp.exp(among - largest[:, None]).sum(-1)
+    log_sum = jnp.log(jnp.where(scaled > 0, scaled, 1.0)) + largest  # N
     count = positives.sum(-1)
     mean_positive = jnp.where(positives, similarity, 0).sum(-1) / jnp.maximum(count, 1)
     anchors = count > 0

@@ -72,7 +72,8 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     """
 
     def init(params):
-        return AverageState(jnp.zeros([], jnp.int32), params)
+        # A copy, so that a step may be given both to overwrite.
+        return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params=None):
         if params is None:
@@ -88,7 +89,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 def evaluated_params(params: Any, opt_state: Any) -> Any:
     """The parameters to validate and predict with: their average if one is kept."""
-    average = optax.tree_utils.tree_get(opt_state, "average", None)
+    average = optax.tree.get(opt_state, "average", None)
     return params if average is None else average
 
 
@@ -114,7 +115,10 @@ def optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransf
     """
 
     def is_kernel(params):
-        return jax.tree.map(lambda value: value.ndim > 1, params)
+        # By name, too: a bias of both directions of a GRU has two axes.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, value: value.ndim > 1 and "bias" not in jax.tree_util.keystr(path), params
+        )
 
     rate = learning_rate(config, total_steps)
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}

@@ -21,8 +21,7 @@ from mister_jax import losses, metrics
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
-from mister_jax.nn import DialogueKeys
-from mister_jax.parallel import first_row
+from mister_jax.steps import mister_e_loss, read_dialogues
 
 Batch = Mapping[str, Any]
 Dataclass = TypeVar("Dataclass")
@@ -218,35 +217,21 @@ class FusionTask:
     def init(self, key: jax.Array) -> MisterE:
         return MisterE(self.model, rngs=nnx.Rngs(key))
 
-    def _apply(self, model: MisterE, batch: Batch, **options: Any):
-        return model(
-            batch["speech"],
-            batch["text"],
-            batch["mask"],
-            speech_present=batch["speech_present"],
-            text_present=batch["text_present"],
-            **options,
-        )
-
     def loss(
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        rows = batch["mask"].shape[0]
-        keys = DialogueKeys.of_batch(key, rows, first_row(rows, axis_name))
-        output = self._apply(model, batch, deterministic=False, rngs=keys)
-        return losses.mister_e(
-            output,
-            batch["label"],
-            batch["mask"],
-            self._weights,
+        return mister_e_loss(
+            model,
+            batch,
+            key,
+            axis_name,
+            weights=self._weights,
             gamma=self._gamma,
             temperature=self._temperature,
-            experts=self.model.experts,
-            axis_name=axis_name,
         )
 
     def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        logits, label = self._apply(model, batch).logits, batch["label"]
+        logits, label = read_dialogues(model, batch).logits, batch["label"]
         labelled = batch["mask"] & (label >= 0)
         cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(labelled, label, 0)
@@ -259,7 +244,7 @@ class FusionTask:
         }
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        output = self._apply(model, batch)
+        output = read_dialogues(model, batch)
         return {
             "probabilities": jax.nn.softmax(output.logits),  # B T C
             "gate": output.gate,  # B T E

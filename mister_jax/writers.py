@@ -153,8 +153,13 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     table.add_section()
     for key in ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy"):
         table.add_row(key.replace("_", " "), "", "", f"{scores[key]:.3f}", "")
-    majority = scores["majority"]["weighted_f1"]
-    table.add_row("weighted f1 of the majority class", "", "", f"{majority:.3f}", "")
+    compared = {"experts": "{} expert alone", "reference_scores": "{} (reference)"}
+    others = {"majority class": scores["majority"]}
+    for group, title_of in compared.items():
+        others |= {title_of.format(name): row for name, row in scores.get(group, {}).items()}
+    table.add_section()
+    for name, row in others.items():
+        table.add_row(f"weighted f1: {name}", "", "", f"{row['weighted_f1']:.3f}", "")
     return table
 
 

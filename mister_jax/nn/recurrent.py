@@ -27,12 +27,21 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
 
 
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays as they are, for `shard_map` all varying over the axes that any of them does.
+
+    So their gradients may be taken together, of those that are the same on all devices, too.
+    """
+    zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
+    zero = sum(zeros, start=jnp.zeros((), jnp.float32))
+    return [array + zero.astype(array.dtype) for array in arrays]
+
+
 def _scan(
     gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The states of all steps [T, G, B, H], and what the gradient needs of each step."""
-    _, groups, batch, gate_width = gates.shape
-    width = gate_width // 3
+    width = gates.shape[-1] // 3
 
     def step(state, inputs):
         gate, valid = inputs
@@ -45,12 +54,12 @@ def _scan(
         following = jnp.where(valid, new + update * (state - new), state)  # G B H
         return following, (following, state, reset, update, new, recurrent_n)
 
-    start = jnp.zeros((groups, batch, width), jnp.float32)
-    _, (states, *saved) = jax.lax.scan(step, start, (gates.astype(jnp.float32), mask[..., None]))
+    gates = gates.astype(jnp.float32)
+    start = jnp.zeros_like(gates[0, ..., :width])
+    _, (states, *saved) = jax.lax.scan(step, start, (gates, mask[..., None]))
     return states, tuple(saved)
 
 
-@jax.custom_vjp
 def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array) -> jax.Array:
     """The recurrent part of a GRU, for G independent recurrences at once.
 
@@ -65,6 +74,12 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
     Returns:
       States after each step [T, G, B, H], float32.
     """
+    gates, kernel, bias_n = _varying_alike(gates, kernel, bias_n)
+    return _gru_scan(gates, mask, kernel, bias_n)
+
+
+@jax.custom_vjp
+def _gru_scan(gates, mask, kernel, bias_n):
     return _scan(gates, mask, kernel, bias_n)[0]
 
 
@@ -90,7 +105,7 @@ def _gru_scan_backward(residuals, d_states):
         return d_previous, (d_recurrent, d_n)
 
     steps = (d_states, mask[..., None], saved)
-    _, (d_recurrent, d_n) = jax.lax.scan(step, jnp.zeros_like(d_states[0]), steps, reverse=True)
+    _, (d_recurrent, d_n) = jax.lax.scan(step, jnp.zeros_like(saved[0][0]), steps, reverse=True)
     width = d_n.shape[-1]
     d_gates = jnp.concatenate([d_recurrent[..., : 2 * width], d_n], axis=-1)
     # One product over all steps: accumulating this inside the scan would read and write the whole
@@ -110,7 +125,7 @@ def _gru_scan_backward(residuals, d_states):
     )
 
 
-gru_scan.defvjp(_gru_scan_forward, _gru_scan_backward)
+_gru_scan.defvjp(_gru_scan_forward, _gru_scan_backward)
 
 
 class GRULayer(nnx.Module):

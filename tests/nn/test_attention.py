@@ -1,0 +1,162 @@
+"""Masked attention and the co-attention layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.nn import CoAttentionLayer, MultiHeadAttention
+
+KEY_MASK = np.arange(6) < np.array([[6], [2], [0]])  # the last has no key
+HEADS = 3
+
+
+def attention(dropout=0.0):
+    module = MultiHeadAttention(
+        5, 4, 7, width=6, num_heads=HEADS, dropout=dropout, rngs=nnx.Rngs(0)
+    )
+    for index, linear in enumerate((module.query, module.key_value, module.out)):
+        bias = jax.random.normal(jax.random.key(index), linear.bias.shape)
+        linear.bias.set_value(bias)
+    return module
+
+
+def query_and_key(seed=0):
+    random = np.random.default_rng(seed)
+    return (
+        random.normal(size=(3, 4, 5)).astype(np.float32),
+        random.normal(size=(*KEY_MASK.shape, 4)).astype(np.float32),
+    )
+
+
+def numpy_attention(module, query, key, key_mask):
+    """One dialogue, head by head, over its valid keys alone."""
+    key = key[key_mask]
+    q = np.asarray(module.query(query))
+    k, v = np.split(np.asarray(module.key_value(key)), 2, axis=-1)
+    heads = []
+    for q_head, k_head, v_head in zip(
+        *(np.split(part, HEADS, axis=-1) for part in (q, k, v)), strict=True
+    ):
+        weights = np.exp(q_head @ k_head.T / np.sqrt(q_head.shape[-1]))
+        heads.append(weights / weights.sum(-1, keepdims=True) @ v_head)
+    return np.asarray(module.out(np.concatenate(heads, axis=-1)))
+
+
+@nnx.jit
+def outputs_and_gradients(module, query, key):
+    def total(module):
+        outputs = module(query, key, KEY_MASK)
+        return (outputs**2).sum(), outputs
+
+    gradients, outputs = nnx.grad(total, has_aux=True)(module)
+    return outputs, gradients
+
+
+def co_attention():
+    return CoAttentionLayer(6, attention_width=6, num_heads=HEADS, rngs=nnx.Rngs(0))
+
+
+def streams():
+    return np.random.default_rng(0).normal(size=(2, 3, 5, 6)).astype(np.float32)
+
+
+def test_equals_attention_head_by_head():
+    module, (query, key) = attention(), query_and_key()
+    outputs = module(query, key, KEY_MASK)
+    for row in (0, 1):
+        expected = numpy_attention(module, query[row], key[row], KEY_MASK[row])
+        np.testing.assert_allclose(outputs[row], expected, atol=1e-5)
+
+
+def test_training_path_equals_the_other_as_dropout_goes_to_zero():
+    query, key = query_and_key()
+    expected = attention()(query, key, KEY_MASK)
+    trained = attention(dropout=1e-12)(
+        query, key, KEY_MASK, deterministic=False, rngs=nnx.Rngs(dropout=0)
+    )
+    np.testing.assert_allclose(trained, expected, atol=1e-6)
+
+
+def test_dropout_changes_the_weights_in_training_only():
+    query, key = query_and_key()
+    module = attention(dropout=0.5)
+    expected = attention()(query, key, KEY_MASK)
+    np.testing.assert_array_equal(module(query, key, KEY_MASK), expected)
+    dropped = module(query, key, KEY_MASK, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    assert not np.allclose(dropped[0], expected[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])
+def test_a_query_without_keys_attends_to_nothing(dropout):
+    module, (query, key) = attention(dropout), query_and_key()
+    for time in (1, 6):
+        outputs = module(
+            query,
+            key[:, :time],
+            KEY_MASK[:, :time],
+            deterministic=False,
+            rngs=nnx.Rngs(dropout=0),
+        )
+        np.testing.assert_array_equal(
+            outputs[2], jnp.broadcast_to(module.out.bias[...], outputs[2].shape)
+        )
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_masked_keys_change_neither_outputs_nor_gradients(garbage):
+    query, key = query_and_key()
+    clean = outputs_and_gradients(attention(), query, np.where(KEY_MASK[..., None], key, 0))
+    dirty = outputs_and_gradients(attention(), query, np.where(KEY_MASK[..., None], key, garbage))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dirty, clean)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="7 is not a multiple of 3 heads"):
+        MultiHeadAttention(5, 4, 7, width=7, num_heads=3, rngs=nnx.Rngs(0))
+
+
+def test_both_streams_cross_from_the_same_inputs():
+    layer, (first, second) = co_attention(), streams()
+    mask = np.ones(first.shape[:2], bool)
+    ours = layer(first, second, mask, mask)
+
+    swapped = co_attention()
+    swapped.first_to_second, swapped.second_to_first = layer.second_to_first, layer.first_to_second
+    swapped.first_self, swapped.second_self = layer.second_self, layer.first_self
+    theirs = swapped(second, first, mask, mask)
+    np.testing.assert_allclose(ours[0], theirs[1], atol=1e-6)
+    np.testing.assert_allclose(ours[1], theirs[0], atol=1e-6)
+
+
+def test_co_attention_does_not_see_padding():
+    layer, (first, second) = co_attention(), streams()
+    first_mask = np.arange(5) < np.array([[5], [3], [0]])
+    second_mask = np.arange(5) < np.array([[2], [5], [4]])
+    expected = layer(first, second, first_mask, second_mask)
+    padding = ((0, 0), (0, 15), (0, 0))
+    padded = [np.pad(stream, padding, constant_values=1e30) for stream in (first, second)]
+    masks = [np.pad(mask, padding[:2]) for mask in (first_mask, second_mask)]
+    for ours, want in zip(layer(*padded, *masks), expected, strict=True):
+        np.testing.assert_allclose(ours[:, :5], want, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_equals_pytorch():
+    import torch
+
+    module, (query, key) = attention(), query_and_key()
+    theirs = torch.nn.MultiheadAttention(6, HEADS, batch_first=True)
+    theirs.in_proj_weight.data = torch.eye(6).repeat(3, 1)
+    theirs.in_proj_bias.data.zero_()
+    theirs.out_proj.weight.data = torch.eye(6)
+    theirs.out_proj.bias.data.zero_()
+    key, value = np.split(np.asarray(module.key_value(key)), 2, axis=-1)
+    projected = [torch.tensor(part) for part in (np.asarray(module.query(query)), key, value)]
+    mixed, _ = theirs(*projected, key_padding_mask=torch.tensor(~KEY_MASK))
+    outputs = module(*query_and_key(), KEY_MASK)
+    for row in (0, 1):  # PyTorch gives NaN where there is no key
+        np.testing.assert_allclose(
+            outputs[row], module.out(jnp.asarray(mixed[row].detach().numpy())), atol=1e-5
+        )

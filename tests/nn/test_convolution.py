@@ -1,0 +1,74 @@
+"""Parallel convolutions against the convolutions of JAX and PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.nn import ParallelConvolution
+
+SIZES = (1, 3, 5)
+MASK = np.arange(7) < np.array([[7], [2], [4]])
+
+
+def convolution_and_input(kernel_sizes=SIZES):
+    convolution = ParallelConvolution(3, 4, kernel_sizes, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(0)
+    for bias in convolution.biases:
+        bias.set_value(jnp.asarray(random.normal(size=4), jnp.float32))
+    return convolution, random.normal(size=(*MASK.shape, 3)).astype(np.float32)
+
+
+def test_equals_a_convolution_of_each_size():
+    convolution, x = convolution_and_input()
+
+    def branch(kernel, bias):
+        convolved = jax.lax.conv_general_dilated(
+            jnp.where(MASK[..., None], x, 0),
+            kernel.transpose(1, 0, 2),  # size, in, out
+            window_strides=(1,),
+            padding="SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        return jax.nn.relu(convolved + bias)
+
+    branches = zip(convolution.kernels, convolution.biases, strict=True)
+    expected = sum(branch(kernel[...], bias[...]) for kernel, bias in branches)
+    np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)
+
+
+def test_padding_does_not_reach_valid_steps():
+    convolution, x = convolution_and_input()
+    longer = np.full((3, 28, 3), np.nan, np.float32)
+    longer[:, :7] = np.where(MASK[..., None], x, np.inf)
+    outputs = convolution(longer, np.pad(MASK, ((0, 0), (0, 21))))[:, :7]
+    np.testing.assert_allclose(outputs[MASK], convolution(x, MASK)[MASK], atol=1e-6)
+
+
+def test_a_dialogue_shorter_than_the_kernel_is_convolved():
+    convolution, x = convolution_and_input((5,))
+    outputs = convolution(x[:, :1], MASK[:, :1])
+    kernel, bias = convolution.kernels[0][...], convolution.biases[0][...]
+    np.testing.assert_allclose(outputs, jax.nn.relu(x[:, :1] @ kernel[:, 2] + bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_sizes", [(), (2,), (1, 0), (-1,)])
+def test_sizes_that_cannot_be_centred_are_refused(kernel_sizes):
+    with pytest.raises(ValueError, match="odd sizes"):
+        ParallelConvolution(3, 4, kernel_sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parity
+def test_equals_pytorch():
+    import torch
+
+    convolution, x = convolution_and_input()
+    expected = 0
+    for size, kernel, bias in zip(SIZES, convolution.kernels, convolution.biases, strict=True):
+        theirs = torch.nn.Conv1d(3, 4, size, padding="same")
+        theirs.weight.data = torch.tensor(np.asarray(kernel[...]).transpose(2, 0, 1))
+        theirs.bias.data = torch.tensor(np.asarray(bias[...]))
+        masked = torch.tensor(np.where(MASK[..., None], x, 0)).transpose(1, 2)
+        expected = expected + torch.relu(theirs(masked)).transpose(1, 2).detach().numpy()
+    np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)

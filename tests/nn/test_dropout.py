@@ -1,0 +1,67 @@
+"""Dropout and its keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.nn import DialogueKeys, Dropout
+
+KEY = jax.random.key(0)
+ONES = jnp.ones((6, 50, 8))
+
+
+def drop(x, rngs, rate=0.25):
+    return Dropout(rate)(x, deterministic=False, rngs=rngs)
+
+
+@pytest.mark.parametrize("rngs", [DialogueKeys.of_batch(KEY, 6), nnx.Rngs(dropout=0)])
+def test_units_are_dropped_at_the_rate_and_the_mean_is_kept(rngs):
+    dropped = np.asarray(drop(ONES, rngs))
+    assert set(np.unique(dropped).round(6)) == {0, np.float32(4 / 3).round(6)}
+    assert abs((dropped == 0).mean() - 0.25) < 0.03
+    assert abs(dropped.mean() - 1) < 0.04
+
+
+def test_a_dialogue_drops_the_same_units_in_any_batch():
+    full = drop(ONES, DialogueKeys.of_batch(KEY, 6))
+    np.testing.assert_array_equal(drop(ONES[:2], DialogueKeys.of_batch(KEY, 2)), full[:2])
+    np.testing.assert_array_equal(drop(ONES[:3], DialogueKeys.of_batch(KEY, 3, 3)), full[3:])
+    own = DialogueKeys(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
+    np.testing.assert_array_equal(drop(ONES[:1], own), full[4:5])
+
+
+def test_dialogues_drop_different_units():
+    dropped = np.asarray(drop(ONES, DialogueKeys.of_batch(KEY, 6)))
+    assert len(np.unique(dropped, axis=0)) == 6
+
+
+@pytest.mark.parametrize("rngs", [DialogueKeys.of_batch(KEY, 6), nnx.Rngs(dropout=0)])
+def test_each_draw_drops_different_units(rngs):
+    assert (drop(ONES, rngs) != drop(ONES, rngs)).any()
+
+
+def test_keys_work_under_jit():
+    @jax.jit
+    def run(key, offset):
+        return drop(ONES[:2], DialogueKeys.of_batch(key, 2, offset))
+
+    expected = drop(ONES, DialogueKeys.of_batch(KEY, 6))[4:]
+    np.testing.assert_array_equal(run(KEY, 4), expected)
+
+
+@pytest.mark.parametrize(("rate", "deterministic"), [(0.0, False), (0.5, True)])
+def test_nothing_is_dropped_without_a_rate_or_out_of_training(rate, deterministic):
+    assert Dropout(rate)(ONES, deterministic=deterministic) is ONES
+
+
+def test_training_without_keys_is_refused():
+    with pytest.raises(ValueError, match="needs rngs"):
+        drop(ONES, None)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_rates_out_of_range_are_refused(rate):
+    with pytest.raises(ValueError, match="0 <= rate < 1"):
+        Dropout(rate)

@@ -1,0 +1,225 @@
+"""The GRU: its scan, its gradient, its masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.nn import GRU, DialogueKeys, gru_scan, run_together
+
+LENGTHS = (7, 3, 5)
+MASK = np.arange(7) < np.array(LENGTHS)[:, None]
+
+
+def inputs(features, seed=0):
+    return np.random.default_rng(seed).normal(size=(*MASK.shape, features)).astype(np.float32)
+
+
+def scan_arguments(groups=2, width=4, seed=0):
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    steps, batch = MASK.shape[::-1]
+    mask = np.broadcast_to(MASK.T[:, None], (steps, groups, batch))
+    return (
+        normal(steps, groups, batch, 3 * width),
+        jnp.asarray(mask),
+        normal(groups, width, 3 * width),
+        normal(groups, width),
+    )
+
+
+def plain_scan(gates, mask, kernel, bias_n):
+    """`gru_scan` as the equations have it, left to JAX to differentiate."""
+
+    def step(state, now):
+        gate, valid = now
+        gate_r, gate_z, gate_n = jnp.split(gate, 3, axis=-1)
+        from_r, from_z, from_n = jnp.split(jnp.einsum("gbi,gio->gbo", state, kernel), 3, axis=-1)
+        reset, update = jax.nn.sigmoid(gate_r + from_r), jax.nn.sigmoid(gate_z + from_z)
+        new = jnp.tanh(gate_n + reset * (from_n + bias_n[:, None]))
+        state = jnp.where(valid[..., None], (1 - update) * new + update * state, state)
+        return state, state
+
+    start = jnp.zeros((*gates.shape[1:3], kernel.shape[1]))
+    return jax.lax.scan(step, start, (gates, mask))[1]
+
+
+def numpy_gru(gru, x, length):
+    """Outputs of one unpadded dialogue, step by step in float64."""
+    x = x[:length].astype(np.float64)
+    for layer in gru.layers:
+        names = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
+        from_input, from_state, input_bias, state_bias = (
+            np.asarray(getattr(layer, name)[...], np.float64) for name in names
+        )
+        directions, width = from_state.shape[:2]
+        outputs = np.zeros((directions, length, width))
+        for direction in range(directions):
+            state = np.zeros(width)
+            for t in reversed(range(length)) if direction else range(length):
+                i = np.split(x[t] @ from_input[:, direction] + input_bias[direction], 3)
+                s = np.split(state @ from_state[direction] + state_bias[direction], 3)
+                reset, update = (1 / (1 + np.exp(-i[gate] - s[gate])) for gate in (0, 1))
+                new = np.tanh(i[2] + reset * s[2])
+                state = outputs[direction, t] = (1 - update) * new + update * state
+        x = np.concatenate(outputs, axis=-1)
+    return x
+
+
+@jax.jit
+def value_and_gradients(gru, x):
+    """Outputs of a GRU, and gradients of a weighted sum of the valid ones for (parameters, x)."""
+    graphdef, params = gru
+
+    def total(params, x):
+        outputs = nnx.merge(graphdef, params)(x, MASK)
+        return (jnp.where(MASK[..., None], outputs, 0) * weights(outputs.shape[1:])).sum(), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
+    return outputs, gradients
+
+
+def weights(shape):
+    return np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+
+
+@nnx.jit
+def run(gru, x):
+    return gru(x, MASK)
+
+
+def test_scan_equals_the_equations():
+    arguments = scan_arguments()
+    np.testing.assert_allclose(gru_scan(*arguments), plain_scan(*arguments), atol=1e-6)
+
+
+def test_gradient_of_the_scan_equals_that_of_the_equations():
+    gates, mask, kernel, bias_n = scan_arguments()
+
+    def gradient(scan):
+        def total(gates, kernel, bias_n):
+            states = scan(gates, mask, kernel, bias_n)
+            return (states * jnp.sin(jnp.arange(states.size).reshape(states.shape))).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(gates, kernel, bias_n)
+
+    for ours, expected in zip(gradient(gru_scan), gradient(plain_scan), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_scan_can_be_vmapped_and_differentiated_under_vmap():
+    first, second = scan_arguments(seed=1), scan_arguments(seed=2)
+    stacked = [jnp.stack(pair) for pair in zip(first, second, strict=True)]
+
+    def gradient(gates, mask, kernel, bias_n):
+        return jax.grad(lambda k: (gru_scan(gates, mask, k, bias_n) ** 2).sum())(kernel)
+
+    for function in (gru_scan, gradient):
+        together = jax.jit(jax.vmap(function))(*stacked)
+        for index, arguments in enumerate((first, second)):
+            np.testing.assert_allclose(together[index], function(*arguments), atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_layers_and_directions_equal_a_step_by_step_gru(bidirectional):
+    gru = GRU(3, 4, 2, bidirectional=bidirectional, rngs=nnx.Rngs(0))
+    x = inputs(3)
+    outputs = run(gru, x)
+    assert outputs.shape == (*MASK.shape, 8 if bidirectional else 4)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(outputs[row, :length], numpy_gru(gru, x[row], length), atol=1e-6)
+    assert not np.asarray(outputs)[~MASK].any()
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_padding_changes_neither_outputs_nor_gradients(garbage):
+    gru = GRU(3, 4, 2, rngs=nnx.Rngs(0))
+    clean = np.where(MASK[..., None], inputs(3), 0)
+    dirty = np.where(MASK[..., None], clean, garbage)
+    results = (value_and_gradients(nnx.split(gru), x) for x in (dirty, clean))
+    jax.tree.map(lambda ours, want: np.testing.assert_allclose(ours, want, atol=1e-6), *results)
+
+
+def test_bfloat16_is_close_to_float32():
+    full, half = (GRU(3, 4, 2, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (None, "bfloat16"))
+    outputs = run(half, inputs(3))
+    assert outputs.dtype == jnp.bfloat16
+    np.testing.assert_allclose(outputs.astype(jnp.float32), run(full, inputs(3)), atol=0.03)
+
+
+def test_grus_run_together_as_they_do_apart():
+    speech, text = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(5, 4, 2, rngs=nnx.Rngs(1))
+    together = nnx.jit(run_together)((speech, text), (inputs(3), inputs(5)), MASK)
+    np.testing.assert_allclose(together[0], run(speech, inputs(3)), atol=1e-6)
+    np.testing.assert_allclose(together[1], run(text, inputs(5)), atol=1e-6)
+
+
+def test_grus_of_different_shape_cannot_run_together():
+    grus = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(3, 4, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="one depth and width"):
+        run_together(grus, (inputs(3), inputs(3)), MASK)
+    with pytest.raises(ValueError, match="2 GRUs, 1 inputs"):
+        run_together(grus[:1] * 2, (inputs(3),), MASK)
+
+
+def test_dropout_acts_between_layers_only():
+    @nnx.jit
+    def train(gru, x):
+        keys = DialogueKeys.of_batch(jax.random.key(0), len(LENGTHS))
+        return gru(x, MASK, deterministic=False, rngs=keys)
+
+    for layers, changes in ((1, False), (2, True)):
+        gru = GRU(3, 4, layers, dropout=0.5, rngs=nnx.Rngs(0))
+        dropped = train(gru, inputs(3))
+        assert bool((dropped != run(gru, inputs(3))).any()) == changes
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 1), (3, 0, 1), (3, 4, 0)])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        GRU(*sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parity
+def test_three_layers_equal_pytorch_on_packed_sequences():
+    import torch
+
+    layers, features, width = 3, 6, 4
+    torch.manual_seed(0)
+    theirs = torch.nn.GRU(features, width, layers, bidirectional=True, batch_first=True)
+    gru = GRU(features, width, layers, rngs=nnx.Rngs(0))
+
+    def both_directions(kind, layer, read=torch.Tensor.detach):
+        names = (f"{kind}_l{layer}{end}" for end in ("", "_reverse"))
+        return np.stack([read(getattr(theirs, name)).numpy() for name in names])
+
+    def in_our_layout(layer, read=torch.Tensor.detach):
+        return {
+            "input_kernel": both_directions("weight_ih", layer, read).transpose(2, 0, 1),
+            "recurrent_kernel": both_directions("weight_hh", layer, read).transpose(0, 2, 1),
+            "input_bias": both_directions("bias_ih", layer, read),
+            "recurrent_bias": both_directions("bias_hh", layer, read),
+        }
+
+    for index, layer in enumerate(gru.layers):
+        for name, value in in_our_layout(index).items():
+            getattr(layer, name).set_value(jnp.asarray(value))
+
+    x = torch.tensor(inputs(features), requires_grad=True)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False
+    )
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
+    (expected * torch.tensor(weights((MASK.shape[1], 2 * width)))).sum().backward()
+
+    outputs, (gradients, x_gradient) = value_and_gradients(nnx.split(gru), inputs(features))
+    np.testing.assert_allclose(outputs, expected.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(x_gradient, x.grad.numpy(), atol=1e-4)
+    for index in range(layers):
+        for name, value in in_our_layout(index, lambda parameter: parameter.grad).items():
+            ours = gradients["layers"][index][name][...]
+            np.testing.assert_allclose(ours, value, atol=1e-4, err_msg=f"layer {index} {name}")

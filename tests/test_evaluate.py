@@ -1,0 +1,145 @@
+"""Scores, predictions and the missing-modality study of a trained work directory."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from mister_jax import data
+from mister_jax.errors import InputError
+from mister_jax.evaluate import drop, evaluate, missing_modality_study
+from tests.test_train import data_dir, finished  # noqa: F401
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("evaluated")
+    for split in ("validation", "test"):
+        evaluate(finished, split, output=output, quiet=True)
+    return output
+
+
+def test_files_hold_each_split_once(finished, evaluated, data_dir):  # noqa: F811
+    evaluate(finished, "test", output=evaluated, quiet=True)
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "test"}
+    for split in metrics:
+        features = data.load("tiny", split, data_dir)
+        found = [row["utterance"] for row in rows(evaluated) if row["split"] == split]
+        assert found == features.utterance_ids.tolist()
+    assert (evaluated / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_are_those_of_the_predictions(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    for split, scores in metrics.items():
+        pairs = [
+            (row["label"], row["predicted"])
+            for row in rows(evaluated)
+            if row["split"] == split and row["label"] is not None
+        ]
+        label, predicted = zip(*pairs, strict=True)
+        expected = f1_score(label, predicted, average="weighted", zero_division=0)
+        assert scores["weighted_f1"] == pytest.approx(expected)
+        assert scores["reference_scores"]["bayes"]["weighted_f1"] > 0
+
+
+def test_validation_score_is_that_of_the_training(finished, evaluated):  # noqa: F811
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    best = max(json.loads(line).get("validation/weighted_f1", 0) for line in lines)
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert metrics["validation"]["weighted_f1"] == pytest.approx(best)
+
+
+def test_a_prediction_is_a_distribution_and_missing_experts_have_no_weight(
+    evaluated,
+    data_dir,  # noqa: F811
+):
+    features = data.load("tiny", "test", data_dir)
+    found = [row for row in rows(evaluated) if row["split"] == "test"]
+    assert not features.speech_present.all()
+    for row, speech in zip(found, features.speech_present, strict=True):
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(row["gate"].values()) == pytest.approx(1, abs=1e-5)
+        assert max(row["probabilities"], key=row["probabilities"].get) == row["predicted"]
+        assert (row["experts"]["speech"] is not None) == speech
+        assert (row["gate"]["speech"] > 0) == speech
+
+
+def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
+    features = data.load("tiny", "train", data_dir)
+    dropped = drop(features, 0.5, 0.0, seed=0)
+    assert (dropped.text_present == features.text_present).all()
+    assert not (dropped.speech_present & ~features.speech_present).any()
+    share = 1 - dropped.speech_present.sum() / features.speech_present.sum()
+    assert share == pytest.approx(0.5, abs=0.15)
+
+
+def test_missing_modality_study(finished, evaluated):  # noqa: F811
+    points = missing_modality_study(
+        finished, "test", drop_speech=[0.0, 1.0], draws=2, output=evaluated, quiet=True
+    )
+    complete = json.loads((evaluated / "metrics.json").read_text())["test"]["weighted_f1"]
+    assert points[0]["weighted_f1"] == pytest.approx(complete)
+    assert points[0]["deviation"] == points[1]["deviation"] == 0
+    assert (evaluated / "missing_modality.png").exists()
+    assert json.loads((evaluated / "missing_modality.json").read_text())["points"] == points
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_speech": [1.5]}, r"drop_speech=\[1.5\]; allowed are 0 <= rate <= 1"),
+        ({"drop_speech": [0.1, 0.2], "drop_text": [0.1, 0.2, 0.3]}, "2 rates; allowed are 1 or 3"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(finished, options, message):  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        missing_modality_study(finished, "test", quiet=True, **options)
+
+
+def test_a_split_that_is_not_there_is_named(finished):  # noqa: F811
+    with pytest.raises(InputError, match="dev"):
+        evaluate(finished, "dev", quiet=True)
+
+
+def test_a_dataset_that_does_not_fit_the_model_is_refused(finished, data_dir):  # noqa: F811
+    splits = data.generate(0, {"test": 2}, num_classes=3, speech_dim=9, text_dim=7)
+    data.write(splits, "wider", data_dir, overwrite=True)
+    with pytest.raises(InputError, match="wider, split test: speech width 9; the model takes 6"):
+        evaluate(finished, "test", dataset="wider", quiet=True)
+
+
+def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"config.json: no such file"):
+        evaluate(tmp_path, "test", quiet=True)
+
+
+def test_scores_of_sentiment_are_named_by_convention(finished, data_dir):  # noqa: F811
+    from mister_jax.evaluate import scores
+
+    features = data.load("tiny", "test", data_dir)
+    count = len(features.label)
+    label = (np.arange(count) % 2).astype(np.int32)
+    two = data.DialogueFeatures(
+        **{
+            **{field: getattr(features, field) for field in features.__dataclass_fields__},
+            "class_names": ("negative", "positive"),
+            "label": label,
+            "score": np.where(label == 1, 1.5, -0.5).astype(np.float32),
+        }
+    )
+    predictions = {
+        "probabilities": np.eye(2)[label],
+        "gate": np.full((count, 3), 1 / 3),
+        "expert_choices": np.stack([label] * 3, axis=-1),
+        "expert_present": np.ones((count, 3), bool),
+    }
+    found = scores(two, predictions)
+    assert {row["weighted_f1"] for row in found["sentiment"].values()} == {1.0}
+    assert found["experts"]["fusion"]["weighted_f1"] == 1.0

@@ -1,0 +1,157 @@
+"""One training step on 1, 2 and 8 devices, by jit and by pmap."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mister_jax import MisterE, MisterEConfig
+from mister_jax.metrics import confusion_counts
+from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.parallel import JitSpread, ParallelConfig, PmapSpread, data_mesh, shardings
+from mister_jax.steps import (
+    initial_state,
+    mister_e_loss,
+    read_dialogues,
+    train_step,
+    validation_sums,
+)
+
+
+@dataclasses.dataclass
+class TinyTask:
+    """MiSTER-E at tiny widths."""
+
+    config: MisterEConfig
+
+    def init(self, key):
+        return MisterE(self.config, rngs=nnx.Rngs(key))
+
+    def loss(self, model, batch, key, axis_name):
+        return mister_e_loss(model, batch, key, axis_name)
+
+    def evaluate(self, model, batch):
+        chosen = read_dialogues(model, batch).logits.argmax(-1)
+        classes = self.config.num_classes
+        return {"confusion": confusion_counts(batch["label"], chosen, batch["mask"], classes)}
+
+
+@pytest.fixture(scope="module")
+def task(tiny_config):
+    """Every kind of dropout is on: devices must agree on what is dropped, too."""
+    dropouts = {
+        "input_dropout": 0.2,
+        "context_dropout": 0.2,
+        "fusion_dropout": 0.2,
+        "attention_dropout": 0.2,
+        "classifier_dropout": 0.2,
+        "modality_dropout": 0.3,
+    }
+    return TinyTask(dataclasses.replace(tiny_config, **dropouts))
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+    """Devices get unequal shares of the utterances; one of eight gets none."""
+    return make_batch([5, 1, 3, 0, 2, 5, 4, 1])
+
+
+@pytest.fixture(scope="module")
+def transformation():
+    config = OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.1, average_decay=0.9)
+    return optimizer(config, 10)
+
+
+def spreads(count):
+    devices = jax.devices()[:count]
+    return {"jit": JitSpread(data_mesh(devices=devices)), "pmap": PmapSpread(devices)}
+
+
+def run(spread, task, transformation, batch, steps=2):
+    """States and metrics after some steps, and the sums of a validation."""
+    graph, state = initial_state(task, transformation, seed=0)
+    step = spread.compile_step(train_step(task, graph, transformation))
+    placed, batch = spread.put_state(state), spread.put_batch(batch)
+    for _ in range(steps):
+        placed, metrics = step(placed, batch)
+    sums = spread.compile_reader(validation_sums(task, graph))(placed, batch)
+    return jax.device_get((spread.take_state(placed), metrics, sums))
+
+
+@pytest.fixture(scope="module")
+def alone(task, transformation, batch):
+    return run(spreads(1)["jit"], task, transformation, batch)
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_devices_do_not_change_a_step(task, transformation, batch, alone, backend, count):
+    state, metrics, sums = run(spreads(count)[backend], task, transformation, batch)
+    for name, value in alone[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    for path, value in jax.tree_util.tree_flatten_with_path(alone[0])[0]:
+        ours = dict(jax.tree_util.tree_flatten_with_path(state)[0])[path]
+        np.testing.assert_allclose(ours, value, atol=1e-5, err_msg=str(path))
+    np.testing.assert_array_equal(sums["confusion"], alone[2]["confusion"])
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_later_steps_are_not_compiled_anew(task, transformation, batch, backend):
+    spread = spreads(2)[backend]
+    graph, state = initial_state(task, transformation, seed=0)
+    step = spread.compile_step(train_step(task, graph, transformation))
+    placed, batch = spread.put_state(state), spread.put_batch(batch)
+    placed, _ = step(placed, batch)
+    compiled = []
+    listener = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for _ in range(2):
+            placed, metrics = step(placed, batch)
+        jax.block_until_ready(metrics)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_rules_shard_parameters_and_their_moments(task, transformation):
+    _, state = initial_state(task, transformation, seed=0)
+    mesh = data_mesh(2)
+    placed = shardings(state, mesh, [(r"fusion/hidden/kernel$", (None, "model"))])
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.spec
+        for path, leaf in jax.tree_util.tree_flatten_with_path(placed)[0]
+    }
+    sharded = [name for name, spec in specs.items() if spec == PartitionSpec(None, "model")]
+    assert len(sharded) == 4  # the kernel, its two moments and its average
+    assert all(name.endswith("fusion/hidden/kernel") for name in sharded)
+    assert all(spec == PartitionSpec() for name, spec in specs.items() if name not in sharded)
+
+
+def test_sharded_parameters_train_as_replicated_ones(task, transformation, batch, alone):
+    spread = JitSpread(data_mesh(2), [(r"fusion/hidden/kernel$", (None, "model"))])
+    state, metrics, _ = run(spread, task, transformation, batch)
+    np.testing.assert_allclose(metrics["loss"], alone[1]["loss"], rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(alone[0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "threads"},
+        {"model_parallelism": 0},
+        {"backend": "pmap", "model_parallelism": 2},
+    ],
+)
+def test_a_way_that_does_not_exist_is_refused(options):
+    with pytest.raises(ValueError, match="ParallelConfig"):
+        ParallelConfig(**options)
+
+
+def test_devices_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match="model_parallelism=3 does not divide 8 devices"):
+        data_mesh(3)

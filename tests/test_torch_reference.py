@@ -1,0 +1,92 @@
+"""Our PyTorch statement of stage 2 gives the official model's numbers, and so do ours in JAX."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mister_jax import MisterEConfig
+
+pytestmark = pytest.mark.parity
+
+PARTS = {
+    "mixture": "focal_mixture",
+    "speech": "focal_speech",
+    "text": "focal_text",
+    "fusion": "focal_fusion",
+    "contrastive": "supcon",
+    "agreement": "kl",
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    pytest.importorskip("torch")
+    from mister_jax.convert import torch_reference
+
+    return torch_reference
+
+
+@pytest.fixture(scope="module")
+def model(reference, golden):
+    official = json.loads(str(golden["config"][""]))
+    config = MisterEConfig(
+        num_classes=official["num_classes"],
+        speech_dim=official["feature_dim"],
+        text_dim=official["feature_dim"],
+        context_width=2 * official["gru_hidden"],
+        kernel_sizes=tuple(official["kernel_sizes"]),
+        gru_layers=official["gru_layers"],
+        fusion_width=official["fusion_dim"],
+        fusion_layers=official["fusion_layers"],
+        attention_width=official["attention_dim"],
+        attention_heads=official["attention_heads"],
+        gate_width=official["gate_hidden"],
+    )
+    return reference.from_official(golden["param"], config).eval()
+
+
+@pytest.mark.parametrize(
+    "group, rows, length", [("out", slice(None), 11), ("short", slice(1, 2), 7)]
+)
+def test_outputs_and_losses_are_the_official_ones(reference, model, golden, group, rows, length):
+    import torch
+
+    speech, text, label = (
+        torch.as_tensor(golden["in"][name][rows, :length]) for name in ("speech", "text", "label")
+    )
+    with torch.no_grad():
+        output = model(speech, text)
+        total, parts = reference.loss(output, label.long())
+    found = {
+        "mixture_logits": output.logits,
+        "speech_logits": output.expert_logits[:, :, 0],
+        "text_logits": output.expert_logits[:, :, 1],
+        "fusion_logits": output.expert_logits[:, :, 2],
+        "gate_weights": output.gate,
+        "speech_context": output.speech_context,
+        "text_context": output.text_context,
+        "fusion_speech_repr": output.speech_repr,
+        "fusion_text_repr": output.text_repr,
+    }
+    for name, value in found.items():
+        np.testing.assert_allclose(value, golden[group][name], rtol=1e-5, atol=1e-5, err_msg=name)
+    expected = golden["loss" if group == "out" else "short_loss"]
+    for ours, theirs in PARTS.items():
+        np.testing.assert_allclose(parts[ours], expected[theirs], rtol=1e-5, err_msg=theirs)
+    np.testing.assert_allclose(total, expected["total"], rtol=1e-5)
+
+
+def test_gradients_are_the_official_ones(reference, model, golden):
+    import torch
+
+    speech, text, label = (
+        torch.as_tensor(golden["in"][name]) for name in ("speech", "text", "label")
+    )
+    model.zero_grad()
+    total, _ = reference.loss(model(speech, text), label.long())
+    total.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert golden["grad"].keys() <= found.keys()
+    for name, expected in golden["grad"].items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
