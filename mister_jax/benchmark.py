@@ -878,7 +878,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     header, *body = lines
     table = Table(title=title, title_justify="left")
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for line in body:
         table.add_row(*line)
     return table

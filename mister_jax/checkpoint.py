@@ -7,6 +7,7 @@ moment.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import jax
@@ -89,13 +90,14 @@ class Checkpoints:
         try:
             restored = manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-            place = self._directory / kind / str(step)
             reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{place}: the checkpoint is damaged or of another model ({reason}); "
-                "remove it, or use another workdir"
-            ) from error
-        return restored[_STATE], restored[_PROGRESS]
+        else:
+            return restored[_STATE], restored[_PROGRESS]
+        _silence_unfinished_reads()
+        raise InputError(
+            f"{self._directory / kind / str(step)}: the checkpoint is damaged or of another model "
+            f"({reason}); remove it, or use another workdir"
+        )
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         if kind not in self._managers:
@@ -109,3 +111,19 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
+def _silence_unfinished_reads() -> None:
+    """Keeps quiet the reads that a failed restore left behind.
+
+    They end after their event loop has closed, and each would print a traceback about that around
+    the one line that says what is wrong.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook

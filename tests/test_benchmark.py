@@ -230,11 +230,10 @@ def test_pytorch_is_measured_beside_ours():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("preset", ["small", "paper"])
-def test_the_training_step_compiles_for_tpus(preset, tmp_path):
+def test_the_training_step_compiles_for_tpus(tmp_path):
     pytest.importorskip("libtpu")
     path = tmp_path / "report.json"
-    done = run_command(f"--preset={preset}", "--aot=v5e:2x2", f"--json={path}")
+    done = run_command("--preset=small", "--aot=v5e:2x2", f"--json={path}")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(path.read_text())["rows"]
     assert row["fits"] and row["devices"] == 4
@@ -242,7 +241,7 @@ def test_the_training_step_compiles_for_tpus(preset, tmp_path):
 
 
 @pytest.mark.parity
-def test_a_topology_that_is_too_small_or_unknown_fails(tmp_path):
+def test_an_unknown_topology_is_refused():
     pytest.importorskip("libtpu")
     done = run_command("--preset=small", "--aot=v99:2x2")
     assert done.returncode == 2

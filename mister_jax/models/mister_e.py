@@ -108,10 +108,15 @@ class MisterEConfig:
             raise ValueError(
                 f"MisterEConfig.gate_temperature={self.gate_temperature}: must be positive"
             )
-        if not 0 <= self.modality_dropout < 1:
+        if self.attention_width % self.attention_heads:
             raise ValueError(
-                f"MisterEConfig.modality_dropout={self.modality_dropout}: allowed are 0 <= rate < 1"
+                f"MisterEConfig.attention_width={self.attention_width}: must be a multiple of "
+                f"attention_heads={self.attention_heads}"
             )
+        for name in ("input", "context", "attention", "fusion", "classifier", "modality"):
+            rate = getattr(self, f"{name}_dropout")
+            if not 0 <= rate < 1:
+                raise ValueError(f"MisterEConfig.{name}_dropout={rate}: allowed are 0 <= rate < 1")
         if self.mixture not in MIXTURES:
             raise ValueError(f"MisterEConfig.mixture={self.mixture!r}: allowed are {MIXTURES}")
         unknown = set(self.experts) - set(EXPERTS)
