@@ -1,6 +1,5 @@
 """Measures training and inference on made-up dialogues; needs no dataset.
 
-python -m launch.benchmark
 python -m launch.benchmark --parts
 python -m launch.benchmark --lengths=iemocap --steps=2 --torch
 python -m launch.benchmark --aot=v5e:2x2    # compiles for TPUs that are not there
@@ -47,8 +46,8 @@ def main() -> int:
     if _TORCH.value:
         # Both share an accelerator's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    chosen: dict[str, Any] = {"lengths": _LENGTHS.value, "parts": _PARTS.value}
-    report = benchmark(config, **chosen, compare=_TORCH.value, topology=_AOT.value)
+    choice: dict[str, Any] = {"lengths": _LENGTHS.value, "parts": _PARTS.value}
+    report = benchmark(config, **choice, compare=_TORCH.value, topology=_AOT.value)
     for table in report.tables():
         Console().print(table)
     if _JSON.value:

@@ -48,9 +48,9 @@ PRESETS: dict[str, Callable[..., MisterEConfig]] = {
     "small": MisterEConfig.small,
 }
 
-CONVOLUTIONS = "context convolutions"
+CONVOLUTIONS = "convolutions"
 RECURRENCE = "GRU"
-CONTEXT_HEADS = "context skips, classifiers"
+CONTEXT_HEADS = "skips, classifiers"
 CROSS_MODAL = "cross-modal expert"
 GATE_AND_LOSSES = "gate, losses"
 OPTIMISER = "optimiser"
@@ -687,7 +687,7 @@ def part_rows(config: BenchmarkConfig, peak: float) -> list[Row]:
     if config.devices != 1:
         raise InputError(f"devices {config.devices}; the parts are measured on 1")
     parts = _model_parts(config)
-    scan = "of it, one layer's scan"
+    scan = "one of its scans"
     batch = make_batch(config.model, np.full(config.batch_size, config.length), config.length)
     runs: dict[str, Run] = {
         "training step": Ours(config).train_on(batch),
