@@ -296,10 +296,9 @@ def _fill_attention(
         weight = second[0].astype(np.float64)
         return weight @ first[0], weight @ first[1] + second[1]
 
-    def put(linear: nnx.Linear, *stacked: _Linear) -> None:
-        kernel = np.concatenate([weight for weight, _ in stacked]).T
-        _put(linear.kernel, kernel)
-        _put(linear.bias, np.concatenate([bias for _, bias in stacked]))
+    def put(linear: nnx.Linear, projection: _Linear) -> None:
+        _put(linear.kernel, projection[0].T)
+        _put(linear.bias, projection[1])
 
     def pair(name: str) -> _Linear:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -311,5 +310,6 @@ def _fill_attention(
     )
     query, key, value = map(product, map(pair, projections), inner)
     put(module.query, query)
-    put(module.key_value, key, value)
+    _put(module.key_value.kernel, np.concatenate([key[0], value[0]]).T)
+    _put(module.value_bias, value[1])  # The keys' bias has no effect.
     put(module.out, product(pair(f"{attention}.out_proj"), pair(out)))

@@ -53,7 +53,10 @@ class MultiHeadAttention(nnx.Module):
         self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = nnx.Linear(query_features, width, **options)
-        self.key_value = nnx.Linear(key_features, 2 * width, **options)
+        # Keys have no bias: it would add the same to all scores of a query, which the softmax
+        # takes out again, and its gradient would be rounding noise.
+        self.key_value = nnx.Linear(key_features, 2 * width, use_bias=False, **options)
+        self.value_bias = nnx.Param(jnp.zeros(width, param_dtype))
         self.out = nnx.Linear(width, out_features, **options)
 
     def __call__(
@@ -83,7 +86,8 @@ class MultiHeadAttention(nnx.Module):
         # A weight of zero does not undo a value that is not finite.
         key = jnp.where(key_mask[..., None], key, 0)
         q = heads(self.query(query))  # B T K W
-        k, v = map(heads, jnp.split(self.key_value(key), 2, axis=-1))  # B S K W
+        k, v = jnp.split(self.key_value(key), 2, axis=-1)
+        k, v = heads(k), heads(v + self.value_bias.astype(v.dtype))  # B S K W
         mask = key_mask[:, None, None, :]  # B 1 1 S
         if deterministic or self.dropout.rate == 0.0:
             mixed = jax.nn.dot_product_attention(

@@ -16,9 +16,8 @@ def attention(dropout=0.0):
     module = MultiHeadAttention(
         5, 4, 7, width=6, num_heads=HEADS, dropout=dropout, rngs=nnx.Rngs(0)
     )
-    for index, linear in enumerate((module.query, module.key_value, module.out)):
-        bias = jax.random.normal(jax.random.key(index), linear.bias.shape)
-        linear.bias.set_value(bias)
+    for index, bias in enumerate((module.query.bias, module.value_bias, module.out.bias)):
+        bias.set_value(jax.random.normal(jax.random.key(index), bias.shape))
     return module
 
 
@@ -30,11 +29,16 @@ def query_and_key(seed=0):
     )
 
 
+def keys_and_values(module, key):
+    keys, values = np.split(np.asarray(module.key_value(key)), 2, axis=-1)
+    return keys, values + np.asarray(module.value_bias)
+
+
 def numpy_attention(module, query, key, key_mask):
     """One dialogue, head by head, over its valid keys alone."""
     key = key[key_mask]
     q = np.asarray(module.query(query))
-    k, v = np.split(np.asarray(module.key_value(key)), 2, axis=-1)
+    k, v = keys_and_values(module, key)
     heads = []
     for q_head, k_head, v_head in zip(
         *(np.split(part, HEADS, axis=-1) for part in (q, k, v)), strict=True
@@ -152,7 +156,7 @@ def test_equals_pytorch():
     theirs.in_proj_bias.data.zero_()
     theirs.out_proj.weight.data = torch.eye(6)
     theirs.out_proj.bias.data.zero_()
-    key, value = np.split(np.asarray(module.key_value(key)), 2, axis=-1)
+    key, value = keys_and_values(module, key)
     projected = [torch.tensor(part) for part in (np.asarray(module.query(query)), key, value)]
     mixed, _ = theirs(*projected, key_padding_mask=torch.tensor(~KEY_MASK))
     outputs = module(*query_and_key(), KEY_MASK)
