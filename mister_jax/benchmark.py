@@ -306,13 +306,13 @@ class Ours:
         transformation = optimizer(OptimizerConfig(), total_steps=1)
         graph, state = initial_state(task, transformation, seed=0)
         self._state = self.spread.put_state(state)
-        self._step = self.spread.compile_step(train_step(task, graph, transformation))
+        self._step = self.spread.program_of_step(train_step(task, graph, transformation))
 
         def read(state, batch, axis_name):
             output = read_dialogues(nnx.merge(graph, state["params"]), batch)
             return output.logits, output.gate
 
-        self._reader = self.spread.compile_reader(read)
+        self._reader = self.spread.program_of_reader(read)
 
     def train(self, batches: Sequence[Batch]) -> Run:
         """Takes a step on each batch; the batches come from the host."""
@@ -777,7 +777,7 @@ def compile_for_tpu(config: BenchmarkConfig, topology: str) -> Row:
     batch = make_batch(config.model, np.full(config.batch_size, config.length), config.length)
     start = time.perf_counter()
     try:
-        step: Any = spread.compile_step(train_step(task, graph, transformation))
+        step: Any = spread.program_of_step(train_step(task, graph, transformation))
         compiled = step.lower(state, jax.tree.map(placed(spread.rows), batch)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"does not compile for {topology}: {_first_line(error)}") from error

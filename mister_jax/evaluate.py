@@ -63,7 +63,7 @@ class Predictor:
         def read(params, batch, _axis_name):
             return {**self.task.predict(nnx.merge(graph, params), batch), "row": batch["row"]}
 
-        self._predict = self._spread.compile_reader(read)
+        self._predict = self._spread.program_of_reader(read)
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance of a split.

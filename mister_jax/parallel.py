@@ -49,6 +49,26 @@ class ParallelConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function of `(state, batch)` over devices, compiled once for each shape of batch.
+
+    Attributes:
+      function: under `jit` or `pmap`.
+      finish: makes of its result what is given back.
+    """
+
+    function: Any
+    finish: Callable[[Any], Any] = lambda result: result
+
+    def compile(self, state: State, batch: Batch) -> None:
+        """Compiles for batches of this shape ahead of the first call, which then starts at once."""
+        self.function.lower(state, batch).compile()
+
+    def __call__(self, state: State, batch: Batch) -> Any:
+        return self.finish(self.function(state, batch))
+
+
 class Spread(Protocol):
     """A way to run steps over devices."""
 
@@ -65,11 +85,11 @@ class Spread(Protocol):
     def take_state(self, state: State) -> State:
         """The single copy of a placed state."""
 
-    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
-        """Compiles a step; the state that goes in is given up for the one that comes out."""
+    def program_of_step(self, step: Step) -> Program:
+        """A step over the devices; the state that goes in is given up for what comes out."""
 
-    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
-        """Compiles a function that only reads the state; its results are sums over the batch."""
+    def program_of_reader(self, reader: Reader) -> Program:
+        """A function that only reads the state; its results are sums over the batch."""
 
 
 def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -144,7 +164,7 @@ class JitSpread:
     def take_state(self, state: State) -> State:
         return state
 
-    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
+    def program_of_step(self, step: Step) -> Program:
         # The shardings that come out must be those that went in, or the second step would be
         # compiled anew.
         def constrained(state: State, batch: Batch) -> tuple[State, Any]:
@@ -152,13 +172,13 @@ class JitSpread:
             placed = shardings(state, self.mesh, self.rules)
             return jax.lax.with_sharding_constraint(state, placed), metrics
 
-        return jax.jit(constrained, donate_argnums=0)
+        return Program(jax.jit(constrained, donate_argnums=0))
 
-    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
+    def program_of_reader(self, reader: Reader) -> Program:
         def read(state: State, batch: Batch) -> Any:
             return reader(state, batch, None)
 
-        return jax.jit(read, out_shardings=self.replicated)
+        return Program(jax.jit(read, out_shardings=self.replicated))
 
 
 class PmapSpread:
@@ -202,18 +222,14 @@ class PmapSpread:
         named = functools.partial(function, axis_name=DATA)
         return jax.pmap(named, axis_name=DATA, devices=devices, **options)
 
-    def compile_step(self, step: Step) -> Callable[[State, Batch], tuple[State, Any]]:
-        mapped = self._pmap(step, donate_argnums=0)
+    def program_of_step(self, step: Step) -> Program:
+        def finish(result: tuple[State, Any]) -> tuple[State, Any]:
+            return result[0], self.take_state(result[1])
 
-        def run(state: State, batch: Batch) -> tuple[State, Any]:
-            state, metrics = mapped(state, batch)
-            return state, self.take_state(metrics)
+        return Program(self._pmap(step, donate_argnums=0), finish)
 
-        return run
-
-    def compile_reader(self, reader: Reader) -> Callable[[State, Batch], Any]:
-        mapped = self._pmap(reader)
-        return lambda state, batch: self.take_state(mapped(state, batch))
+    def program_of_reader(self, reader: Reader) -> Program:
+        return Program(self._pmap(reader), self.take_state)
 
 
 def spread(config: ParallelConfig, rules: Rules = ()) -> Spread:

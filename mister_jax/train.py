@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -14,6 +15,7 @@ import json
 import platform
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,13 +33,13 @@ from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
-from mister_jax.parallel import ParallelConfig, Spread, spread
+from mister_jax.parallel import ParallelConfig, Program, Spread, spread
 from mister_jax.steps import initial_state, train_step, validation_sums
 from mister_jax.tasks import Split, Task, from_config, task_class
 from mister_jax.writers import MetricsWriter, Reporter, parameter_table, write_json, write_text
 
 # Parts of the config that a resumed run may change: they move no parameter.
-_FREE = ("data.data_dir", "train.log_every", "parallel")
+_FREE = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
 
 
@@ -122,8 +124,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
         spreading=spreading,
         training=training,
         validation=validation,
-        step=spreading.compile_step(train_step(task, graph, transformation)),
-        judge=spreading.compile_reader(validation_sums(task, graph)),
+        step=spreading.program_of_step(train_step(task, graph, transformation)),
+        judge=spreading.program_of_reader(validation_sums(task, graph)),
         rate=learning_rate(optimizer_config, total_steps),
     )
     with Checkpoints(workdir) as checkpoints, terminated() as stop:
@@ -140,8 +142,8 @@ class _Loop:
     spreading: Spread
     training: Split
     validation: Split
-    step: Any
-    judge: Any
+    step: Program
+    judge: Program
     rate: optax.Schedule
 
     def run(
@@ -163,6 +165,8 @@ class _Loop:
                     reporter.line(f"{self.workdir} is finished; nothing to do")
                 elif restored is not None:
                     reporter.line(f"resuming {self.workdir} at step {done}")
+                if not progress.finished:
+                    self._compile(state, reporter)
                 while not progress.finished:
                     first = self._done(state) - progress.epoch * steps
                     state, stopped = self._epoch(
@@ -180,6 +184,19 @@ class _Loop:
         if progress.finished and jax.process_index() == 0:
             figures.curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
+
+    def _compile(self, state: Any, reporter: Reporter) -> None:
+        """Compiles for every shape of batch before the first step, side by side."""
+        work = []
+        for program, split in ((self.step, self.training), (self.judge, self.validation)):
+            shapes = {batch["mask"].shape: batch for batch in split.batches()}
+            work += [(program, self.spreading.put_batch(batch)) for batch in shapes.values()]
+        reporter.line(f"compiling {len(work)} programs")
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for job in [pool.submit(program.compile, state, batch) for program, batch in work]:
+                job.result()
+        reporter.line(f"compiled in {time.perf_counter() - started:.0f} s")
 
     def _done(self, state: Any) -> int:
         return int(self.spreading.take_state(state)["step"])

@@ -73,11 +73,11 @@ def spreads(count):
 def run(spread, task, transformation, batch, steps=2):
     """States and metrics after some steps, and the sums of a validation."""
     graph, state = initial_state(task, transformation, seed=0)
-    step = spread.compile_step(train_step(task, graph, transformation))
+    step = spread.program_of_step(train_step(task, graph, transformation))
     placed, batch = spread.put_state(state), spread.put_batch(batch)
     for _ in range(steps):
         placed, metrics = step(placed, batch)
-    sums = spread.compile_reader(validation_sums(task, graph))(placed, batch)
+    sums = spread.program_of_reader(validation_sums(task, graph))(placed, batch)
     return jax.device_get((spread.take_state(placed), metrics, sums))
 
 
@@ -102,7 +102,7 @@ def test_devices_do_not_change_a_step(task, transformation, batch, alone, backen
 def test_later_steps_are_not_compiled_anew(task, transformation, batch, backend):
     spread = spreads(2)[backend]
     graph, state = initial_state(task, transformation, seed=0)
-    step = spread.compile_step(train_step(task, graph, transformation))
+    step = spread.program_of_step(train_step(task, graph, transformation))
     placed, batch = spread.put_state(state), spread.put_batch(batch)
     placed, _ = step(placed, batch)
     compiled = []
