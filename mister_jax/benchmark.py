@@ -777,7 +777,7 @@ def compile_for_tpu(config: BenchmarkConfig, topology: str) -> Row:
     batch = make_batch(config.model, np.full(config.batch_size, config.length), config.length)
     start = time.perf_counter()
     try:
-        step: Any = spread.program_of_step(train_step(task, graph, transformation))
+        step = spread.program_of_step(train_step(task, graph, transformation)).function
         compiled = step.lower(state, jax.tree.map(placed(spread.rows), batch)).compile()
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"does not compile for {topology}: {_first_line(error)}") from error

@@ -6,8 +6,10 @@ moment.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -87,17 +89,16 @@ class Checkpoints:
             _STATE: ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
             _PROGRESS: ocp.args.JsonRestore(),
         }
-        try:
-            restored = manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-            reason = " ".join(str(error).split())[:200]
-        else:
-            return restored[_STATE], restored[_PROGRESS]
-        _silence_unfinished_reads()
-        raise InputError(
-            f"{self._directory / kind / str(step)}: the checkpoint is damaged or of another model "
-            f"({reason}); remove it, or use another workdir"
-        )
+        with _quiet_failure():
+            try:
+                restored = manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"{self._directory / kind / str(step)}: the checkpoint is damaged or of "
+                    f"another model ({reason}); remove it, or use another workdir"
+                ) from error
+        return restored[_STATE], restored[_PROGRESS]
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         if kind not in self._managers:
@@ -113,17 +114,23 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
 
-def _silence_unfinished_reads() -> None:
-    """Keeps quiet the reads that a failed restore left behind.
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """Keeps quiet the reads that a failed restore leaves behind.
 
-    They end after their event loop has closed, and each would print a traceback about that around
-    the one line that says what is wrong.
+    They end after their event loop has closed, some long after the failure, and each would print a
+    traceback about that around the one line that says what is wrong.
     """
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    previous = sys.unraisablehook
+    logger = logging.getLogger("asyncio")
+    previous, level = sys.unraisablehook, logger.level
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
     sys.unraisablehook = hook
+    logger.setLevel(logging.CRITICAL)
+    yield
+    # Not after a failure: what was left behind still has to end.
+    sys.unraisablehook = previous
+    logger.setLevel(level)

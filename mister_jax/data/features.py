@@ -11,7 +11,7 @@ import pathlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 from absl import logging
@@ -277,11 +277,17 @@ class _Archive:
     def _read(self) -> dict[str, np.ndarray]:
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
-        # zipfile, zlib and NumPy raise a dozen kinds of errors for a damaged file.
         try:
-            archive = np.load(self.path, allow_pickle=False)
+            # Opened here: NumPy leaves a damaged archive open.
+            with self.path.open("rb") as file:
+                return self._load(file)
         except PermissionError as error:
             raise InputError(f"{self.path}: no permission to read it") from error
+
+    def _load(self, file: BinaryIO) -> dict[str, np.ndarray]:
+        # zipfile, zlib and NumPy raise a dozen kinds of errors for a damaged file.
+        try:
+            archive = np.load(file, allow_pickle=False)
         except Exception as error:
             raise InputError(f"{self.path}: not an npz file, or damaged") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):

@@ -304,7 +304,7 @@ def test_even_kernels_are_refused(golden):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(golden):
-    assert "5 heads" in refusal(golden["param"], attention_heads=5)
+    assert "attention_heads=5" in refusal(golden["param"], attention_heads=5)
 
 
 def test_a_missing_file_is_refused(tmp_path):
