@@ -39,7 +39,7 @@ def main() -> None:
         "data_dir": _DATA_DIR.value,
         "output": _OUTPUT.value,
     }
-    console, place = Console(), _OUTPUT.value or _WORKDIR.value
+    console = Console()
     if _DROP_SPEECH.value or _DROP_TEXT.value:
         rates: dict[str, Any] = {
             "drop_speech": _rates(_DROP_SPEECH),
@@ -53,7 +53,12 @@ def main() -> None:
     else:
         console.print(score_table(_SPLIT.value, evaluate(_WORKDIR.value, _SPLIT.value, **options)))
         written = "metrics.json, predictions.jsonl, confusion.png"
-    console.print(f"written to {place}: {written}", soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"written to {_OUTPUT.value or _WORKDIR.value}: {written}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

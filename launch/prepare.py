@@ -29,6 +29,8 @@ def main() -> None:
             raise InputError("--source is needed with --corpus=features: an npz file")
         splits = data.read_npz(_SOURCE.value)
     elif _CORPUS.value == "synthetic_features":
+        if _SOURCE.value:
+            raise InputError("--source goes with --corpus=features; synthetic features have none")
         splits = data.generate(_SEED.value)
     else:
         raise InputError(f"--corpus={_CORPUS.value or ''}; allowed: {', '.join(CORPORA)}")
