@@ -53,12 +53,7 @@ def main() -> None:
     else:
         console.print(score_table(_SPLIT.value, evaluate(_WORKDIR.value, _SPLIT.value, **options)))
         written = "metrics.json, predictions.jsonl, confusion.png"
-    console.print(
-        f"written to {_OUTPUT.value or _WORKDIR.value}: {written}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    console.out(f"written to {_OUTPUT.value or _WORKDIR.value}: {written}", highlight=False)
 
 
 if __name__ == "__main__":
