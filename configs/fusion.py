@@ -4,6 +4,22 @@
 
 DATASET is `mosi_features`, `meld_dev_features`, or the name of any dataset of dialogue features
 that `launch.prepare` has made.
+
+Test weighted F1, epoch chosen on validation, one CPU:
+
+    default, seeds 0 1 2     meld_dev_features 0.622 +- 0.007    mosi_features 0.766 +- 0.006
+
+Ablations so far, one seed (0) with `--config.data.num_buckets=1`; over seeds the default moves by
+about 0.007, so differences smaller than that say nothing:
+
+                      meld_dev_features   mosi_features
+    default                 0.602             0.767
+    no_kl                   0.614             0.777
+    no_contrastive          0.602             0.767
+    speech_only             0.451             0.552
+
+The recipe was chosen by cross-validation on the training and validation dialogues of
+`meld_dev_features`, and is one for all datasets.
 """
 
 from ml_collections import ConfigDict
