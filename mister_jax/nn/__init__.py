@@ -5,6 +5,7 @@ from mister_jax.nn.convolution import ParallelConvolution
 from mister_jax.nn.dropout import DialogueKeys, Dropout
 from mister_jax.nn.pooling import AttentiveStatisticsPooling, masked_mean
 from mister_jax.nn.recurrent import GRU, gru_scan, run_together
+from mister_jax.nn.stack import Stack
 
 __all__ = [
     "GRU",
@@ -14,6 +15,7 @@ __all__ = [
     "Dropout",
     "MultiHeadAttention",
     "ParallelConvolution",
+    "Stack",
     "gru_scan",
     "masked_mean",
     "run_together",
