@@ -1,50 +1,112 @@
-"""Writes a corpus as a TFDS dataset and prints what it holds.
+"""Writes a corpus as a TFDS dataset, and tells what a dataset holds.
 
+python -m launch.prepare --corpus=meld --source=MELD.Raw --data_dir=DIR [--config=text]
+python -m launch.prepare --corpus=iemocap --source=IEMOCAP_full_release --config=six_session1
+python -m launch.prepare --corpus=mosi --source=CMU-MOSI
+python -m launch.prepare --corpus=manifest --source=my.jsonl --name=my_calls --labels=calm,angry
+python -m launch.prepare --corpus=synthetic                # recordings and transcripts made up
 python -m launch.prepare --corpus=features --source=features.npz --name=my_features
-python -m launch.prepare --corpus=synthetic_features --name=synthetic_features --seed=0
+python -m launch.prepare --corpus=synthetic_features
+python -m launch.prepare --inspect=meld/text               # a picture, and the first dialogue
 """
+
+import json
 
 from absl import flags
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from launch import run
-from mister_jax import data
+from mister_jax import data, figures, writers
+from mister_jax.data.builder import Decoding
+from mister_jax.data.inspection import inspect
+from mister_jax.data.prepare import CORPORA, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 
-CORPORA = ("features", "synthetic_features")
+FEATURES = ("features", "synthetic_features")
 
-_CORPUS = flags.DEFINE_string("corpus", None, f"what to prepare: {', '.join(CORPORA)}")
-_SOURCE = flags.DEFINE_string("source", None, "npz file of utterance features")
-_NAME = flags.DEFINE_string("name", None, "name of the dataset; the corpus when left out")
+_CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join((*CORPORA, *FEATURES))}")
+_SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, or npz of features")
+_CONFIG = flags.DEFINE_string("config", "", "of iemocap, meld, mosi; their first one by default")
+_NAME = flags.DEFINE_string("name", "", "of the dataset of a manifest or of features")
+_LABELS = flags.DEFINE_list("labels", [], "class names of a manifest, in their order")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "where datasets are kept; TFDS's own by default")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the synthetic features", lower_bound=0)
+_PARTIAL = flags.DEFINE_bool("partial", False, "allow a part of a corpus")
+_SEED = flags.DEFINE_integer("seed", 0, "of synthetic corpora and random splits", lower_bound=0)
+_DIALOGUES = flags.DEFINE_list("num_dialogues", [], "of --corpus=synthetic: train,validation,test")
+_WORKERS = flags.DEFINE_integer("num_workers", 2, "processes that decode recordings", lower_bound=0)
+_SECONDS = flags.DEFINE_float("max_seconds", 60, "of an utterance that are kept", lower_bound=0.1)
+_BEAM = flags.DEFINE_string("beam_options", None, "JSON of Apache Beam options: decode there")
+_INSPECT = flags.DEFINE_string("inspect", None, "tell what the dataset of this name holds")
 
 
 def main() -> None:
-    if _CORPUS.value == "features":
-        if not _SOURCE.value:
-            raise InputError("--source is needed with --corpus=features: an npz file")
-        splits = data.read_npz(_SOURCE.value)
-    elif _CORPUS.value == "synthetic_features":
-        if _SOURCE.value:
-            raise InputError("--source goes with --corpus=features; synthetic features have none")
-        splits = data.generate(_SEED.value)
-    else:
-        raise InputError(f"--corpus={_CORPUS.value or ''}; allowed: {', '.join(CORPORA)}")
-    builder = data.write(
-        splits, _NAME.value or _CORPUS.value, _DATA_DIR.value, overwrite=_OVERWRITE.value
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if _INSPECT.value is not None:
+        return _inspect(console)
+    if _CORPUS.value in FEATURES:
+        return _prepare_features(_CORPUS.value, console)
+    report = prepare_corpus(_preparation())
+    console.print(writers.corpus_table(report))
+    for kind in ("missing", "capped", "damaged"):
+        for entry in report[kind][:5]:
+            told = entry.get("reason") or f"{entry['seconds']:.1f} s"
+            console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {told}")
+        if len(report[kind]) > 5:
+            console.print(f"{kind}: {len(report[kind])} in all, see report.json")
+    for note in report["notes"]:
+        console.print(f"note: {note}")
+    console.print(f"written to {report['directory']}")
+
+
+def _preparation() -> Preparation:
+    splits = dict(zip(data.SPLITS, _DIALOGUES.value, strict=False))
+    if len(_DIALOGUES.value) not in (0, 3) or not all(map(str.isdecimal, splits.values())):
+        raise InputError(f"--num_dialogues={','.join(_DIALOGUES.value)}; allowed: three numbers")
+    return Preparation(
+        corpus=_CORPUS.value or "",
+        source=_SOURCE.value,
+        data_dir=_DATA_DIR.value,
+        config=_CONFIG.value,
+        name=_NAME.value,
+        labels=tuple(_LABELS.value),
+        seed=_SEED.value,
+        num_dialogues={split: int(count) for split, count in splits.items()},
+        decoding=Decoding(_WORKERS.value, _SECONDS.value, _BEAM.value is not None),
+        beam_options=_beam_options(_BEAM.value or "{}"),
+        partial=_PARTIAL.value,
+        overwrite=_OVERWRITE.value,
     )
 
-    table = Table("", *splits)
-    summaries = [features.summary() for features in splits.values()]
-    for field in summaries[0]:
-        table.add_row(escape(field), *(summary[field] for summary in summaries))
-    console = Console()
-    console.print(table)
-    console.print(f"written to {builder.data_dir}", soft_wrap=True, highlight=False, markup=False)
+
+def _beam_options(text: str) -> dict[str, object]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f'--beam_options={text}; allowed: an object, as {{"runner": "direct"}}')
+    return options
+
+
+def _prepare_features(corpus: str, console: Console) -> None:
+    if (corpus == "features") != bool(_SOURCE.value):
+        raise InputError("--source goes with --corpus=features, which needs it: an npz file")
+    splits = data.read_npz(_SOURCE.value) if _SOURCE.value else data.generate(_SEED.value)
+    name = _NAME.value or corpus
+    builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
+    console.print(writers.columns(name, {split: it.summary() for split, it in splits.items()}))
+    console.print(f"written to {builder.data_dir}")
+
+
+def _inspect(console: Console) -> None:
+    seen = inspect(_INSPECT.value or "", _DATA_DIR.value)
+    picture = seen.directory / "inspection.png"
+    figures.dataset(seen.class_counts, seen.lengths, seen.seconds, picture)
+    console.print(f"first dialogue of {seen.name}:")
+    for line in seen.first:
+        console.print(f"  {line}")
+    console.print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
-from mister_jax.parallel import JitSpread, data_mesh
-from mister_jax.tasks import FusionTask, task_class
+from mister_jax.parallel import JitSpread, data_mesh, shardings
+from mister_jax.steps import split_model
+from mister_jax.tasks import task_class
 from mister_jax.train import read_config
 from mister_jax.writers import Reporter, mean_and_deviation, write_json, write_text
 
@@ -42,15 +43,16 @@ class Predictor:
         if data_dir:
             config.data.data_dir = data_dir
         description = json.loads((workdir / "model.json").read_text())
-        self.task: FusionTask = task_class(config).restore(config, description)
-        self._spread = JitSpread(data_mesh())
-        shapes = jax.eval_shape(lambda: self.task.init(jax.random.key(0)))
-        graph, params = nnx.split(shapes)
+        self.task = task_class(config).restore(config, description)
+        self.spread = JitSpread(data_mesh(), self.task.rules)
+        shapes = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
+        graph, params, frozen = split_model(shapes, self.task.trainable)
         like = jax.tree.map(
-            lambda value: jax.ShapeDtypeStruct(
-                value.shape, value.dtype, sharding=self._spread.replicated
+            lambda value, sharding: jax.ShapeDtypeStruct(
+                value.shape, value.dtype, sharding=sharding
             ),
-            nnx.as_pure(params),
+            params,
+            shardings(params, self.spread.mesh, self.task.rules),
         )
         with Checkpoints(workdir) as checkpoints:
             restored = checkpoints.restore(BEST, like)
@@ -58,12 +60,21 @@ class Predictor:
             raise InputError(
                 f"{workdir}: no best checkpoint yet; train until the first validation has been"
             )
-        self.params, self.progress = restored
+        params, self.progress = restored
+        if jax.tree.leaves(frozen):  # They come from where the training had them from.
+            loaded = self.task.load(jax.random.key(config.seed), self.spread)
+            frozen = self.spread.put_state(split_model(loaded, self.task.trainable)[2])
+        self.params = {"trained": params, "frozen": frozen}
 
         def read(params, batch, _axis_name):
-            return {**self.task.predict(nnx.merge(graph, params), batch), "row": batch["row"]}
+            model = nnx.merge(graph, params["trained"], params["frozen"])
+            return {**self.task.predict(model, batch), "row": batch["row"]}
 
-        self._predict = self._spread.program_of_reader(read)
+        self._predict = self.spread.program_of_reader(read)
+
+    def run(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """What the task predicts for a placed batch, and its "row"."""
+        return self._predict(self.params, batch)
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance of a split.
@@ -76,12 +87,12 @@ class Predictor:
           Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
           "expert_choices" [N, E], "expert_present" [N, E].
         """
-        split = self.task.batched(features, num_shards=self._spread.num_shards)
+        split = self.task.batched(features, num_shards=self.spread.num_shards)
         offsets = features.offsets
         found: Predictions = {}
         with Reporter(split.steps, unit="batches", quiet=quiet) as reporter:
-            for batch in prefetch_to_device(split.batches(), self._spread.put_batch):
-                outputs = jax.device_get(self._predict(self.params, batch))
+            for batch in prefetch_to_device(split.batches(), self.spread.put_batch):
+                outputs = jax.device_get(self.run(batch))
                 rows = outputs.pop("row")  # of all processes
                 for name, values in outputs.items():
                     if name not in found:
@@ -109,15 +120,16 @@ def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, An
     counts = confusion(predicted, labelled)
     found = metrics.scores(counts, features.class_names)
     found["confusion"] = counts.tolist()
-    found["mean_gate"] = {}
-    found["experts"] = {}
-    for index, name in enumerate(EXPERTS):
-        present = labelled & predictions["expert_present"][:, index]
-        if present.any():
-            choices = predictions["expert_choices"][:, index]
-            own = metrics.scores(confusion(choices, present), features.class_names)
-            found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
-            found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
+    if "gate" in predictions:
+        found["mean_gate"] = {}
+        found["experts"] = {}
+        for index, name in enumerate(EXPERTS):
+            present = labelled & predictions["expert_present"][:, index]
+            if present.any():
+                choices = predictions["expert_choices"][:, index]
+                own = metrics.scores(confusion(choices, present), features.class_names)
+                found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
+                found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
     if features.score is not None and classes == 2:
         found["sentiment"] = metrics.binary_sentiment(
             np.where(labelled, features.score, np.nan), predicted == 1
@@ -134,21 +146,23 @@ def prediction_rows(features: DialogueFeatures, predictions: Predictions) -> Ite
     for index, dialogue in enumerate(dialogues):
         label = features.label[index]
         probabilities = predictions["probabilities"][index]
-        present = predictions["expert_present"][index]
-        choices = predictions["expert_choices"][index]
-        yield {
+        row = {
             "split": features.split,
             "dialogue": str(features.dialogue_ids[dialogue]),
             "utterance": str(features.utterance_ids[index]),
             "label": names[label] if label >= 0 else None,
             "predicted": names[probabilities.argmax()],
             "probabilities": _rounded(names, probabilities),
-            "gate": _rounded(EXPERTS, predictions["gate"][index]),
-            "experts": {
+        }
+        if "gate" in predictions:
+            present = predictions["expert_present"][index]
+            choices = predictions["expert_choices"][index]
+            row["gate"] = _rounded(EXPERTS, predictions["gate"][index])
+            row["experts"] = {
                 name: names[choice] if there else None
                 for name, choice, there in zip(EXPERTS, choices, present, strict=True)
-            },
-        }
+            }
+        yield row
 
 
 def _rounded(names: Sequence[str], values: np.ndarray) -> dict[str, float]:

@@ -105,3 +105,43 @@ def missing_modality(
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def dataset(
+    class_counts: Mapping[str, Mapping[str, int]],
+    lengths: Mapping[str, np.ndarray],
+    seconds: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+) -> None:
+    """Draws what a dataset holds: classes, lengths of dialogues, durations of recordings.
+
+    Args:
+      class_counts: split -> class -> utterances.
+      lengths: split -> utterances of its dialogues.
+      seconds: split -> durations; no panel where there are none.
+      path: of the PNG.
+    """
+    with_sound = any(len(values) for values in seconds.values())
+    columns = 3 if with_sound else 2
+    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
+    panels = figure.subplots(1, columns)
+    names = list(dict.fromkeys(name for counts in class_counts.values() for name in counts))
+    width = 0.8 / len(class_counts)
+    for index, (split, counts) in enumerate(class_counts.items()):
+        total = max(1, sum(counts.values()))
+        shares = [counts.get(name, 0) / total for name in names]
+        panels[0].bar(np.arange(len(names)) + index * width, shares, width, label=split)
+    panels[0].set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=45, ha="right")
+    panels[0].set(ylabel="share of utterances", title="classes")
+    panels[0].legend()
+    measures = [(lengths, "utterances", "length of dialogues")]
+    if with_sound:
+        measures.append((seconds, "seconds", "duration of recordings"))
+    for axes, (values, unit, title) in zip(panels[1:], measures, strict=True):
+        every = np.concatenate(list(values.values()))
+        bins = np.linspace(0, every.max(), 30)
+        for split, numbers in values.items():
+            if len(numbers):
+                axes.hist(numbers, bins, density=True, histtype="step", label=split)
+        axes.set(xlabel=unit, ylabel="density", title=title)
+    _save(figure, path)

@@ -53,6 +53,13 @@ def focal(
     Raises:
       ValueError: negative gamma.
     """
+    return _divide(focal_of_each(logits, labels, mask, gamma=gamma).sum(), mask.sum(), axis_name)
+
+
+def focal_of_each(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array, *, gamma: float = 3.0
+) -> jax.Array:
+    """The focal loss of each position [...] float32, zero where the mask is false; see `focal`."""
     if gamma < 0:
         raise ValueError(f"focal gamma {gamma}: must not be negative")
     # Masked logits are taken out before anything is computed of them: a NaN there would reach the
@@ -65,7 +72,7 @@ def focal(
         # 1 - p = -expm1(-loss), without cancellation. The floor keeps the power's gradient finite
         # for gamma < 1.
         losses *= jnp.maximum(-jnp.expm1(-losses), 1e-12) ** gamma
-    return _divide(jnp.where(mask, losses, 0).sum(), mask.sum(), axis_name)
+    return jnp.where(mask, losses, 0)
 
 
 def supervised_contrastive(

@@ -115,8 +115,9 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     """Shardings of a tree of arrays by the paths of its leaves.
 
     The first rule whose pattern is found in a leaf's path ("/".join of its keys) gives the
-    leaf's partition; leaves without a rule, and scalars, are replicated. An optimiser's moments
-    lie under paths that end like their parameters', so one rule serves both.
+    leaf's partition; leaves without a rule, and scalars, are replicated, and so is a dimension
+    whose size the devices of its axis do not divide, such as an odd vocabulary. An optimiser's
+    moments lie under paths that end like their parameters', so one rule serves both.
 
     Args:
       tree: arrays or their shapes.
@@ -128,7 +129,11 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, axes in rules:
             if leaf.ndim and re.search(pattern, name):
-                return NamedSharding(mesh, P(*axes))
+                fitting = (
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(axes, leaf.shape, strict=False)
+                )
+                return NamedSharding(mesh, P(*fitting))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -6,7 +6,7 @@ compilation for a TPU that is not there run the same program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -24,7 +24,7 @@ Batch = Mapping[str, Any]
 
 
 class Trainable(Protocol):
-    """What a training step needs of a task."""
+    """What a training needs of a task."""
 
     def init(self, key: jax.Array) -> nnx.Module:
         """The model with initial parameters."""
@@ -42,43 +42,96 @@ class Judgeable(Protocol):
         """This device's share of sums over a batch."""
 
 
+def split_model(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
+    """A model's graph, the trees of its trained and of its other arrays; `nnx.merge` undoes it.
+
+    Args:
+      model: to split; may hold shapes in place of arrays.
+      trainable: the `nnx` filter of what is trained.
+    """
+    graph, state = nnx.split(model)
+    params, frozen = nnx.split_state(state, trainable, ...)
+    return graph, nnx.as_pure(params), nnx.as_pure(frozen)
+
+
 def initial_state(
-    task: Trainable, transformation: optax.GradientTransformation, seed: int
+    task: Trainable,
+    transformation: optax.GradientTransformation,
+    seed: int,
+    *,
+    trainable: Any = nnx.Param,
+    make: Callable[[jax.Array], nnx.Module] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model's graph, and the state of a training before its first step."""
+    """The model's graph, and the state of a training before its first step.
+
+    Args:
+      task: its `init` makes the model.
+      transformation: the optimiser.
+      seed: of all randomness of the training.
+      trainable: the `nnx` filter of the parameters that are trained.
+      make: makes the model in place of the task's `init`.
+    """
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    graph, params = nnx.split(task.init(init_key))
-    params = nnx.as_pure(params)
+    model = (make or task.init)(init_key)
+    graph, params, frozen = split_model(model, trainable)
     state = {
         "step": jnp.zeros([], jnp.int32),
         "params": params,
+        "frozen": frozen,
         "opt_state": transformation.init(params),
         "key": jax.random.key_data(train_key),
     }
     return graph, state
 
 
-def train_step(task: Trainable, graph: Any, transformation: optax.GradientTransformation) -> Step:
+def train_step(
+    task: Trainable, graph: Any, transformation: optax.GradientTransformation, accumulation: int = 1
+) -> Step:
     """One update as a pure function of `(state, batch, axis_name)`.
 
-    The state is `{step, params, opt_state, key}`; the key never changes, a step folds its number
-    in. The metrics that come out are global: the loss, its parts, and the norm of the gradient.
+    The state is `{step, params, frozen, opt_state, key}`; the key and what is frozen never change,
+    a step folds its number into the key. The metrics that come out are global: the loss, its parts,
+    and the norm of the gradient.
+
+    Args:
+      task: its loss; with accumulation a sum over rows, weighed by what is in the batch.
+      graph: of the model.
+      transformation: the optimiser.
+      accumulation: parts a device's rows are cut into, one after the other through the model, so
+        that the activations of one part alone are in memory; divides the rows.
     """
 
     def step(state, batch, axis_name):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
 
-        def loss(params):
-            return task.loss(nnx.merge(graph, params), batch, key, axis_name)
+        def loss(params, batch):
+            model = nnx.merge(graph, params, state["frozen"])
+            return task.loss(model, batch, key, axis_name)
 
-        (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
-        total, parts, gradient = sum_over((total, parts, gradient), axis_name)
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, differentiate(state["params"], part)), None
+
+        if accumulation == 1:
+            found = differentiate(state["params"], batch)
+        else:
+            # Each part has rows of every device, so none has to move.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            shapes = jax.eval_shape(
+                differentiate, state["params"], jax.tree.map(lambda x: x[0], parts)
+            )
+            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+            found = jax.lax.scan(add, zeros, parts)[0]
+        ((total, parts), gradient) = sum_over(found, axis_name)
         updates, opt_state = transformation.update(gradient, state["opt_state"], state["params"])
         following = {
+            **state,
             "step": state["step"] + 1,
             "params": optax.apply_updates(state["params"], updates),
             "opt_state": opt_state,
-            "key": state["key"],
         }
         return following, {"loss": total, **parts, "gradient_norm": optax.tree.norm(gradient)}
 
@@ -89,7 +142,8 @@ def validation_sums(task: Judgeable, graph: Any) -> Reader:
     """The task's sums over a batch, of the parameters that are to be judged."""
 
     def read(state, batch, axis_name):
-        model = nnx.merge(graph, evaluated_params(state["params"], state["opt_state"]))
+        params = evaluated_params(state["params"], state["opt_state"])
+        model = nnx.merge(graph, params, state["frozen"])
         return sum_over(task.evaluate(model, batch), axis_name)
 
     return read

@@ -56,18 +56,24 @@ class TrainConfig:
       patience: epochs without a better validation weighted F1 after which it stops; 0 never stops.
       log_every: steps between two records of the training loss.
       save_every: steps between two saved states beside those at the end of each epoch; 0 for none.
+      accumulation: parts of each device's rows that go through the model one after the other; 1
+        for tasks whose loss is not a sum over rows.
     """
 
     epochs: int
     patience: int = 0
     log_every: int = 10
     save_every: int = 0
+    accumulation: int = 1
 
     def __post_init__(self):
-        if min(self.epochs, self.log_every) < 1 or min(self.patience, self.save_every) < 0:
+        if (
+            min(self.epochs, self.log_every, self.accumulation) < 1
+            or min(self.patience, self.save_every) < 0
+        ):
             raise ValueError(
-                f"{self}: epochs and log_every must be at least 1, patience and save_every at "
-                "least 0"
+                f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
+                "save_every at least 0"
             )
 
 
@@ -105,15 +111,22 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     """
     workdir = epath.Path(workdir)
     options = from_config(TrainConfig, config.train, "config.train")
-    spreading = spread(from_config(ParallelConfig, config.parallel, "config.parallel"))
+    parallel = from_config(ParallelConfig, config.parallel, "config.parallel")
     optimizer_config = from_config(OptimizerConfig, config.optimizer, "config.optimizer")
     check_workdir(config, workdir)
     task = task_class(config).from_data(config)
+    spreading = spread(parallel, task.rules)
     training = task.split("train", num_shards=spreading.num_shards, shuffle=True)
     validation = task.split("validation", num_shards=spreading.num_shards, shuffle=False)
     total_steps = options.epochs * training.steps
     transformation = optimizer(optimizer_config, total_steps)
-    graph, state = initial_state(task, transformation, config.seed)
+    graph, state = initial_state(
+        task,
+        transformation,
+        config.seed,
+        trainable=task.trainable,
+        make=lambda key: task.load(key, spreading),
+    )
     if jax.process_index() == 0:
         describe(workdir, config, task, state["params"])
 
@@ -124,7 +137,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
         spreading=spreading,
         training=training,
         validation=validation,
-        step=spreading.program_of_step(train_step(task, graph, transformation)),
+        step=spreading.program_of_step(
+            train_step(task, graph, transformation, options.accumulation)
+        ),
         judge=spreading.program_of_reader(validation_sums(task, graph)),
         rate=learning_rate(optimizer_config, total_steps),
     )
@@ -152,9 +167,9 @@ class _Loop:
         options, steps = self.options, self.training.steps
         state = self.spreading.put_state(state)
         progress = TrainProgress()
-        restored = checkpoints.restore(LATEST, self.spreading.take_state(state))
+        restored = checkpoints.restore(LATEST, self._saved(state))
         if restored is not None:
-            state = self.spreading.put_state(restored[0])
+            state = {**state, **self.spreading.put_state(restored[0])}
             progress = TrainProgress(**restored[1])
         done = self._done(state)
         writer = MetricsWriter(self.workdir, done)
@@ -198,14 +213,18 @@ class _Loop:
                 job.result()
         reporter.line(f"compiled in {time.perf_counter() - started:.0f} s")
 
+    def _saved(self, state: Any) -> Any:
+        """The single copy of what changes in a training."""
+        changing = {name: value for name, value in state.items() if name != "frozen"}
+        return self.spreading.take_state(changing)
+
     def _done(self, state: Any) -> int:
-        return int(self.spreading.take_state(state)["step"])
+        return int(self.spreading.take_state(state["step"]))
 
     def _save(
         self, state: Any, progress: TrainProgress, checkpoints: Checkpoints, done: int
     ) -> None:
-        single = self.spreading.take_state(state)
-        checkpoints.save(LATEST, done, single, dataclasses.asdict(progress))
+        checkpoints.save(LATEST, done, self._saved(state), dataclasses.asdict(progress))
 
     def _epoch(
         self,
@@ -277,7 +296,7 @@ class _Loop:
         # parameters have seen more updates at a lower learning rate.
         if score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, progress.epoch
-            single = self.spreading.take_state(state)
+            single = self._saved(state)
             params = evaluated_params(single["params"], single["opt_state"])
             checkpoints.save(BEST, done, params, {"epoch": progress.epoch, **found})
         stale = progress.epoch - progress.best_epoch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import rich.box
 from etils import epath
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -90,7 +92,10 @@ class Reporter:
     """
 
     def __init__(self, total: int, *, done: int = 0, unit: str = "steps", quiet: bool = False):
-        self.console = Console(quiet=quiet or jax.process_index() != 0, highlight=False)
+        # The stream of now: libraries that are kept quiet may not take it away.
+        self.console = Console(
+            file=sys.stdout, quiet=quiet or jax.process_index() != 0, highlight=False
+        )
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,9 +115,9 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def advance(self, description: str | None = None) -> None:
-        """One unit more is done."""
-        self._progress.update(self._task, advance=1, description=description)
+    def advance(self, description: str | None = None, *, amount: int = 1) -> None:
+        """So many units more are done."""
+        self._progress.update(self._task, advance=amount, description=description)
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -176,3 +181,32 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; 0 for one value)."""
     array = np.asarray(list(values), float)
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
+
+
+def columns(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
+    """A table with a column for each key of `values`, and a row for each key of its values."""
+    table = Table("", *values, title=escape(title), box=rich.box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in next(iter(values.values())):
+        table.add_row(escape(name), *(escape(cells[name]) for cells in values.values()))
+    return table
+
+
+def corpus_table(report: Mapping[str, Any]) -> Table:
+    """The table of what `launch.prepare` has written, from its report."""
+    cells = {}
+    for split, values in report["splits"].items():
+        least, mean, most = values["lengths"] or (0, 0, 0)
+        cells[split] = {
+            "dialogues": f"{values['dialogues']}",
+            "utterances": f"{values['utterances']}",
+            **{f"  {name}": f"{count}" for name, count in values["classes"].items()},
+            "  unlabelled": f"{values['unlabelled']}",
+            "hours of speech": f"{values['hours']:.2f}",
+            "without speech": f"{values['without_speech']}",
+            "without text": f"{values['without_text']}",
+            "with a text of training": f"{values['texts_of_training']}",
+            "length min / mean / max": f"{least} / {mean:.1f} / {most}",
+        }
+    return columns(report["dataset"], cells)

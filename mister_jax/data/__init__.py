@@ -1,13 +1,16 @@
 """Dialogues from disk to batches.
 
-`features` stores and reads utterance vectors as TFDS datasets, `synthetic` makes up dialogues with
-known best scores, and `pipeline` turns a split into padded batches. This is the only package that
-uses TensorFlow, and only when a dataset is read, written or iterated.
+`prepare` writes corpora as datasets of dialogues, which `dialogues` reads; `features` stores and
+reads utterance vectors; `synthetic` makes up dialogues with known best scores; `pipeline` turns a
+split into padded batches. This is the only package that uses TensorFlow. The modules that write
+corpora (`prepare`, `builder` and those of the corpora) need it to be imported, the others only when
+a dataset is read, written or iterated.
 """
 
-from mister_jax.data.features import load, prepare, read_npz, write
+from mister_jax.data.features import load, read_npz, split_names, write
 from mister_jax.data.pipeline import BatchPlan, batches, length_buckets, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.data.storage import dataset_directory
 from mister_jax.data.synthetic import generate
 
 __all__ = [
@@ -16,11 +19,12 @@ __all__ = [
     "BatchPlan",
     "DialogueFeatures",
     "batches",
+    "dataset_directory",
     "generate",
     "length_buckets",
     "load",
     "prefetch_to_device",
-    "prepare",
     "read_npz",
+    "split_names",
     "write",
 ]

@@ -4,29 +4,23 @@
 the other, and `load` brings a split back into memory. Batches are made in `pipeline`.
 """
 
-import contextlib
 import hashlib
-import io
 import pathlib
-import re
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.data.storage import VERSION, quiet, staged, stored
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-__all__ = ["DialogueFeatures", "load", "prepare", "read_npz", "write"]
-
-VERSION = "1.0.0"
+__all__ = ["DialogueFeatures", "load", "prepare", "read_npz", "split_names", "write"]
 
 _REQUIRED = (
     "utterance",
@@ -151,40 +145,26 @@ def write(
         InputError: the name is not legal, the dataset exists, the directory cannot be written.
         ValueError: the splits do not fit each other.
     """
-    directory = _directory(name, data_dir)
-    if directory.exists() and not overwrite:
-        raise InputError(f"{directory}: dataset exists; allowed: another name, or to overwrite it")
+    if "/" in name:
+        raise InputError(f"dataset name {name!r}; allowed: lower-case letters, digits and _")
     spec = _feature_spec(splits)
     told = {
         **(metadata or {}),
         "splits": {split: features.metadata for split, features in splits.items()},
     }
-
-    # Everything is written beside the dataset's place and moved there last.
-    incomplete = directory.parent.parent / f".incomplete.{name}.{uuid.uuid4().hex}"
-    try:
-        incomplete.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{incomplete.parent}: cannot be written ({error.strerror})") from error
-    try:
-        with _quiet():
+    with staged(name, data_dir, overwrite=overwrite) as (place, _):
+        with quiet():
             builder = tfds.dataset_builders.store_as_tfds_dataset(
                 name=name,
                 version=VERSION,
                 features=spec,
                 split_datasets={split: _examples(splits[split]) for split in splits},
-                data_dir=incomplete,
+                data_dir=place,
                 description="Dialogues of utterances as speech and text features.",
                 disable_shuffling=True,
             )
         tfds.core.MetadataDict(told).save_metadata(builder.data_dir)
-        directory.parent.mkdir(exist_ok=True)
-        if directory.exists():
-            directory.rename(incomplete / "replaced")
-        epath.Path(builder.data_dir).rename(directory)
-    finally:
-        incomplete.rmtree()
-    return _stored(directory)
+    return stored(name, data_dir)
 
 
 def prepare(
@@ -205,6 +185,16 @@ def prepare(
     return write(read_npz(source), name, data_dir, overwrite=overwrite)
 
 
+def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str, ...]:
+    """The splits of a dataset that hold anything.
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    splits = stored(name, data_dir).info.splits
+    return tuple(split for split, info in splits.items() if info.num_examples > 0)
+
+
 def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> DialogueFeatures:
     """Reads one split of a dataset of features into memory.
 
@@ -219,21 +209,18 @@ def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> Dialo
     Raises:
         InputError: there is no such dataset or split, or it does not hold features.
     """
-    directory = _directory(name, data_dir)
-    if not (directory / "dataset_info.json").exists():
-        root = directory.parent.parent
-        there = sorted(info.parent.parent.name for info in root.glob(f"*/{VERSION}/features.json"))
-        raise InputError(f"{root}: no dataset {name!r}; there are: {', '.join(there) or 'none'}")
-    builder = _stored(directory)
+    builder = stored(name, data_dir)
     spec = dict(builder.info.features.items())
     fields: Mapping[str, Any] = getattr(spec.get("utterances"), "feature", {})
     if "speech" not in fields or "text" not in fields:
-        raise InputError(f"{directory}: not a dataset of features; it holds {', '.join(spec)}")
+        raise InputError(
+            f"{builder.data_dir}: not a dataset of features; it holds {', '.join(spec)}"
+        )
     filled = [key for key, info in builder.info.splits.items() if info.num_examples > 0]
     if split not in filled:
-        raise InputError(f"{directory}: no split {split!r}; allowed: {', '.join(filled)}")
+        raise InputError(f"{builder.data_dir}: no split {split!r}; allowed: {', '.join(filled)}")
 
-    with _quiet():
+    with quiet():
         # One file at a time, or the dialogues of a dataset of several files would interleave.
         reading = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         dialogues = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=reading)))
@@ -413,15 +400,6 @@ class _Archive:
         return strings
 
 
-def _directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
-    if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise InputError(
-            f"dataset name {name!r}; allowed: lower-case letters, digits and _, a letter first"
-        )
-    root = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
-    return epath.Path(root).expanduser() / name / VERSION
-
-
 def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     """The TFDS features that all the splits share."""
     shared = {
@@ -479,21 +457,3 @@ def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]
                 "utterances": {field: values[rows] for field, values in columns.items()},
             },
         )
-
-
-def _stored(directory: epath.Path) -> "DatasetBuilder":
-    with _quiet():
-        return tfds.builder_from_directory(directory)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS from telling of its progress and of the temporary places it works in."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    unread = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

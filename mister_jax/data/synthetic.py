@@ -29,36 +29,53 @@ _CLEAR, _FAINT = 2.0, 0.8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EmotionProcess:
-    """The process that makes the dialogues, with its exact posterior.
+class ConversationProcess:
+    """The course of a dialogue, and the exact posterior of its emotions.
+
+    Emotions are a Markov chain. Given its emotion, an utterance's speech and text are independent
+    of each other and of all else, save that at most one of them says nothing. What speech and text
+    are is left to the subclass.
 
     Attributes:
         initial: [C] distribution of the first emotion.
         transition: [C, C] rows: distribution of the next emotion.
-        speech_mean: [C, Ds] mean speech features of each emotion.
-        text_mean: [C, Dt] mean text features of each emotion.
-        speech_neutral: [Ds] mean of speech that says nothing.
-        text_neutral: [Dt] mean of text that says nothing.
         uninformative_share: probability that speech says nothing, and as much for text; never both.
         missing_share: probability that an utterance lacks one modality, either as often.
+
+    Raises:
+        ValueError: a share is out of range.
     """
 
     initial: np.ndarray
     transition: np.ndarray
-    speech_mean: np.ndarray
-    text_mean: np.ndarray
-    speech_neutral: np.ndarray
-    text_neutral: np.ndarray
     uninformative_share: float
     missing_share: float
 
-    def sample(
+    def __post_init__(self) -> None:
+        if not 0 <= self.uninformative_share <= 0.5:
+            raise ValueError(f"uninformative_share={self.uninformative_share}; allowed: 0 to 0.5")
+        if not 0 <= self.missing_share <= 1:
+            raise ValueError(f"missing_share={self.missing_share}; allowed: 0 to 1")
+
+    def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log p(speech | emotion) [T, C] and log p(speech that says nothing) [T, 1].
+
+        Both up to the same constant of each utterance.
+        """
+        raise NotImplementedError
+
+    def text_log_density(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `speech_log_density`, for text."""
+        raise NotImplementedError
+
+    def sample_course(
         self, length: int, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Draws a dialogue of T utterances.
+        """Draws the emotions of T utterances and what tells of them.
 
         Returns:
-            label [T] int32, speech [T, Ds] and text [T, Dt] float32, and their presence, [T] bool.
+            label [T] int32; whether speech says nothing, text says nothing, speech is there, text
+            is there, [T] bool each.
         """
         label = np.empty(length, np.int32)
         distribution = self.initial
@@ -68,12 +85,13 @@ class EmotionProcess:
         silent = generator.uniform(size=length)
         missing = generator.uniform(size=length)
         share, half = self.uninformative_share, self.missing_share / 2
-        speech_present, text_present = missing >= half, (missing < half) | (missing >= 2 * half)
-        speech = _draw(self.speech_mean[label], self.speech_neutral, silent < share, generator)
-        text = _draw(self.text_mean[label], self.text_neutral, silent >= 1 - share, generator)
-        speech[~speech_present] = 0
-        text[~text_present] = 0
-        return label, speech, text, speech_present, text_present
+        return (
+            label,
+            silent < share,
+            silent >= 1 - share,
+            missing >= half,
+            (missing < half) | (missing >= 2 * half),
+        )
 
     def log_likelihood(
         self,
@@ -93,10 +111,13 @@ class EmotionProcess:
         Returns:
             [T, C] float64.
         """
-        speech_clear = _log_density(speech, self.speech_mean, speech_present)  # [T, C]
-        text_clear = _log_density(text, self.text_mean, text_present)  # [T, C]
-        speech_silent = _log_density(speech, self.speech_neutral[None], speech_present)  # [T, 1]
-        text_silent = _log_density(text, self.text_neutral[None], text_present)  # [T, 1]
+        speech_clear, speech_silent = (
+            np.where(speech_present[:, None], density, 0.0)
+            for density in self.speech_log_density(speech)
+        )
+        text_clear, text_silent = (
+            np.where(text_present[:, None], density, 0.0) for density in self.text_log_density(text)
+        )
         with np.errstate(divide="ignore"):
             log_silent = np.log(self.uninformative_share)
             log_clear = np.log(1 - 2 * self.uninformative_share)
@@ -139,6 +160,75 @@ class EmotionProcess:
         return _normalised(np.array(forward) + np.array(backward[::-1]))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmotionProcess(ConversationProcess):
+    """The process that makes dialogues of feature vectors.
+
+    Attributes:
+        speech_mean: [C, Ds] mean speech features of each emotion.
+        text_mean: [C, Dt] mean text features of each emotion.
+        speech_neutral: [Ds] mean of speech that says nothing.
+        text_neutral: [Dt] mean of text that says nothing.
+    """
+
+    speech_mean: np.ndarray
+    text_mean: np.ndarray
+    speech_neutral: np.ndarray
+    text_neutral: np.ndarray
+
+    def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        silent = gaussian_log_density(speech, self.speech_neutral[None])
+        return gaussian_log_density(speech, self.speech_mean), silent
+
+    def text_log_density(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        silent = gaussian_log_density(text, self.text_neutral[None])
+        return gaussian_log_density(text, self.text_mean), silent
+
+    def sample(
+        self, length: int, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Draws a dialogue of T utterances.
+
+        Returns:
+            label [T] int32, speech [T, Ds] and text [T, Dt] float32, and their presence, [T] bool.
+        """
+        label, speech_silent, text_silent, speech_present, text_present = self.sample_course(
+            length, generator
+        )
+        speech = _draw(self.speech_mean[label], self.speech_neutral, speech_silent, generator)
+        text = _draw(self.text_mean[label], self.text_neutral, text_silent, generator)
+        speech[~speech_present] = 0
+        text[~text_present] = 0
+        return label, speech, text, speech_present, text_present
+
+
+def emotion_chain(
+    num_classes: int, stay_probability: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a Markov chain of emotions that last.
+
+    Args:
+        num_classes: C, at least 2.
+        stay_probability: of an emotion to last; else it changes in a way that depends on it.
+        generator: source of randomness.
+
+    Returns:
+        initial [C] and transition [C, C]. The chain starts as it goes on, so a class is as frequent
+        anywhere in a dialogue.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if num_classes < 2 or not 0 <= stay_probability < 1:
+        raise ValueError(f"{num_classes=}, {stay_probability=}; allowed: at least 2, and 0 to 1")
+    change = generator.dirichlet(np.ones(num_classes), size=num_classes)
+    np.fill_diagonal(change, 0)
+    change *= (1 - stay_probability) / change.sum(axis=1, keepdims=True)
+    transition = change + stay_probability * np.eye(num_classes)
+    initial = np.linalg.matrix_power(transition, 1000)[0]
+    return initial / initial.sum(), transition
+
+
 def emotion_process(
     seed: int,
     *,
@@ -156,32 +246,20 @@ def emotion_process(
         num_classes: C, at least 2.
         speech_dim: Ds.
         text_dim: Dt.
-        stay_probability: of an emotion to last; else it changes in a way that depends on it.
-        uninformative_share: see `EmotionProcess`, at most 0.5.
-        missing_share: see `EmotionProcess`.
+        stay_probability: see `emotion_chain`.
+        uninformative_share: see `ConversationProcess`, at most 0.5.
+        missing_share: see `ConversationProcess`.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    if num_classes < 2 or not 0 <= uninformative_share <= 0.5:
-        raise ValueError(
-            f"{num_classes=}, {uninformative_share=}; allowed: at least 2, and 0 to 0.5"
-        )
-    if not (0 <= stay_probability < 1 and 0 <= missing_share <= 1):
-        raise ValueError(f"{stay_probability=}, {missing_share=} are probabilities")
     generator = np.random.default_rng([seed, 0])
-    change = generator.dirichlet(np.ones(num_classes), size=num_classes)
-    np.fill_diagonal(change, 0)
-    change *= (1 - stay_probability) / change.sum(axis=1, keepdims=True)
-    transition = change + stay_probability * np.eye(num_classes)
-    # The chain starts as it goes on, so a class is as frequent anywhere in a dialogue.
-    initial = np.linalg.matrix_power(transition, 1000)[0]
-
+    initial, transition = emotion_chain(num_classes, stay_probability, generator)
     emotion = np.arange(num_classes)
     speech_mean = _means(emotion % 2, speech_dim, generator)
     text_mean = _means(emotion // 2, text_dim, generator)
     return EmotionProcess(
-        initial=initial / initial.sum(),
+        initial=initial,
         transition=transition,
         speech_mean=speech_mean,
         text_mean=text_mean,
@@ -205,13 +283,7 @@ def generate(
 ) -> dict[str, DialogueFeatures]:
     """Generates splits of synthetic dialogues, the same for the same arguments.
 
-    Each split's metadata holds `reference_scores`, the weighted F1 and the accuracy on the labels
-    of that split of
-
-    - `bayes`: the most probable emotion given the whole dialogue;
-    - `bayes_utterance`: given the utterance alone;
-    - `bayes_speech`, `bayes_text`: given one modality of the whole dialogue;
-    - `majority`: the most frequent emotion of the process.
+    Each split's metadata holds its `reference_scores`.
 
     Args:
         seed: at least 0.
@@ -219,9 +291,9 @@ def generate(
         num_classes: C, at least 2.
         speech_dim: Ds.
         text_dim: Dt.
-        stay_probability: see `emotion_process`.
-        uninformative_share: see `EmotionProcess`.
-        missing_share: see `EmotionProcess`.
+        stay_probability: see `emotion_chain`.
+        uninformative_share: see `ConversationProcess`.
+        missing_share: see `ConversationProcess`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -268,14 +340,27 @@ def _generate_split(
         speech_present=speech_present,
         text_present=text_present,
         label=label,
-        metadata={"seed": seed, "reference_scores": _reference_scores(process, dialogues)},
+        metadata={"seed": seed, "reference_scores": reference_scores(process, dialogues)},
     )
 
 
-def _reference_scores(
-    process: EmotionProcess, dialogues: Sequence[tuple[np.ndarray, ...]]
+def reference_scores(
+    process: ConversationProcess, dialogues: Sequence[tuple[np.ndarray, ...]]
 ) -> dict[str, dict[str, float]]:
-    """The scores described in `generate`."""
+    """The scores that no model can be expected to exceed.
+
+    They are the weighted F1 and the accuracy, on the labels that were drawn, of
+
+    - `bayes`: the most probable emotion given the whole dialogue;
+    - `bayes_utterance`: given the utterance alone;
+    - `bayes_speech`, `bayes_text`: given one modality of the whole dialogue;
+    - `majority`: the most frequent emotion of the process.
+
+    Args:
+        process: that made the dialogues.
+        dialogues: of each the labels [T], speech [T, Ds], text [T, Dt], and their presence, [T]
+            bool.
+    """
     label = np.concatenate([dialogue[0] for dialogue in dialogues])
     absent = np.zeros_like
     posteriors = {
@@ -334,10 +419,9 @@ def _draw(
     return (centre + generator.normal(size=mean.shape)).astype(np.float32)
 
 
-def _log_density(features: np.ndarray, means: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """[T, C] log N(features; mean, 1) without the part that no mean enters; 0 where absent."""
-    log_density = features.astype(float) @ means.T - np.sum(means**2, axis=1) / 2
-    return np.where(present[:, None], log_density, 0.0)
+def gaussian_log_density(features: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """[T, C] log N(features; mean, 1) without the part that no mean enters."""
+    return features.astype(float) @ means.T - np.sum(means**2, axis=1) / 2
 
 
 def _normalised(log_weights: np.ndarray) -> np.ndarray:

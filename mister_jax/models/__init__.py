@@ -9,6 +9,12 @@ from mister_jax.models.mister_e import (
     MisterEConfig,
     MisterEOutput,
 )
+from mister_jax.models.utterance import (
+    TextUtterance,
+    UtteranceConfig,
+    UtteranceHead,
+    UtteranceOutput,
+)
 
 __all__ = [
     "EXPERTS",
@@ -18,4 +24,8 @@ __all__ = [
     "MisterE",
     "MisterEConfig",
     "MisterEOutput",
+    "TextUtterance",
+    "UtteranceConfig",
+    "UtteranceHead",
+    "UtteranceOutput",
 ]

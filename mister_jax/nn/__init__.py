@@ -3,6 +3,14 @@
 from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention
 from mister_jax.nn.convolution import ParallelConvolution
 from mister_jax.nn.dropout import DialogueKeys, Dropout
+from mister_jax.nn.lora import (
+    LoRAConfig,
+    LoRALinear,
+    QuantizedParam,
+    add_lora,
+    merge_lora,
+    quantize,
+)
 from mister_jax.nn.pooling import AttentiveStatisticsPooling, masked_mean
 from mister_jax.nn.recurrent import GRU, gru_scan, run_together
 from mister_jax.nn.stack import Stack
@@ -13,10 +21,16 @@ __all__ = [
     "CoAttentionLayer",
     "DialogueKeys",
     "Dropout",
+    "LoRAConfig",
+    "LoRALinear",
     "MultiHeadAttention",
     "ParallelConvolution",
+    "QuantizedParam",
     "Stack",
+    "add_lora",
     "gru_scan",
     "masked_mean",
+    "merge_lora",
+    "quantize",
     "run_together",
 ]

@@ -1,14 +1,10 @@
-"""What is trained: how a config becomes a model, batches, a loss and predictions.
-
-A task is the one place that knows both the config (`ml_collections`) and the model. The training
-loop knows neither: it works on a task.
-"""
+"""MiSTER-E on dialogues of speech and text vectors."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,74 +17,9 @@ from mister_jax import losses, metrics
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.parallel import Rules, Spread
 from mister_jax.steps import mister_e_loss, read_dialogues
-
-Batch = Mapping[str, Any]
-Dataclass = TypeVar("Dataclass")
-
-
-def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: Any) -> Dataclass:
-    """A frozen dataclass from a part of the config.
-
-    Args:
-      cls: a dataclass.
-      config: its fields, some or all.
-      where: name of the part, for errors.
-      **given: fields that do not come from the config.
-
-    Raises:
-      InputError: an unknown field, or a value the dataclass does not allow.
-    """
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
-    allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(given))  # type: ignore[arg-type]
-    unknown = sorted(set(fields) - set(allowed))
-    if unknown:
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-    try:
-        return cls(**fields, **given)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-class Split(Protocol):
-    """One split of a dataset, in batches that are a function of (seed, epoch, step, process)."""
-
-    @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
-
-    @property
-    def padding_share(self) -> float:
-        """Share of positions that hold no utterance."""
-
-    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of each batch of an epoch, from `start_step` on."""
-
-
-class Task(Protocol):
-    """A kind of training."""
-
-    class_names: tuple[str, ...]
-
-    def description(self) -> dict[str, Any]:
-        """What `restore` needs beside the config, plain JSON values."""
-
-    def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
-        """A split of the dataset, in batches whose rows are a multiple of `num_shards`."""
-
-    def init(self, key: jax.Array) -> nnx.Module:
-        """The model with initial parameters."""
-
-    def loss(
-        self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """This device's share of the loss of a batch, and the shares of its parts."""
-
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """This device's share of sums over a batch: "confusion" [C, C], "cross_entropy" []."""
-
-    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """What is predicted for each utterance of a batch."""
+from mister_jax.tasks.base import Batch, from_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +145,14 @@ class FusionTask:
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
         return self.batched(features, num_shards=num_shards, shuffle=shuffle)
 
+    trainable = nnx.Param
+    rules: Rules = ()
+
     def init(self, key: jax.Array) -> MisterE:
         return MisterE(self.model, rngs=nnx.Rngs(key))
+
+    def load(self, key: jax.Array, spreading: Spread) -> MisterE:
+        return self.init(key)
 
     def loss(
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
@@ -251,17 +188,3 @@ class FusionTask:
             "expert_choices": output.expert_logits.argmax(-1),  # B T E
             "expert_present": output.expert_present,  # B T E
         }
-
-
-TASKS = {"fusion": FusionTask}
-
-
-def task_class(config: ConfigDict) -> type[FusionTask]:
-    """The class of the config's task.
-
-    Raises:
-      InputError: an unknown name.
-    """
-    if config.task not in TASKS:
-        raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")
-    return TASKS[config.task]

@@ -1,0 +1,96 @@
+"""A text encoder, fine-tuned on the utterances of a corpus (stage 1 of MiSTER-E).
+
+    python -m launch.train --config=configs/text_encoder.py:DATASET,ENCODER --workdir=DIR
+
+DATASET is one of `DATASETS` or the name of a dataset that `launch.prepare` has made. ENCODER is one
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from disk.
+
+The LLMs are tuned by LoRA as released: rank 8, alpha 32 on queries and values, AdamW 1e-5. Small
+encoders are tuned whole.
+"""
+
+from ml_collections import ConfigDict
+
+from mister_jax.errors import InputError
+
+DATASETS = {
+    "meld": "meld/text",
+    "iemocap6": "iemocap/six_session1",
+    "iemocap4": "iemocap/four_session1",
+    "mosi": "mosi/binary",
+}
+
+LLMS = {
+    "llama_3_1_8b": "meta-llama/Llama-3.1-8B",
+    "llama_3_2_1b": "meta-llama/Llama-3.2-1B",
+    "qwen2_5_0_5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2_5_7b": "Qwen/Qwen2.5-7B",
+}
+SMALL = {
+    "roberta_base": "FacebookAI/roberta-base",
+    "roberta_large": "FacebookAI/roberta-large",
+    "bert_base": "google-bert/bert-base-uncased",
+    "minilm_l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
+ENCODERS = LLMS | SMALL
+
+
+def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
+    """The experiment for "DATASET,ENCODER"."""
+    dataset, _, encoder = argument.partition(",")
+    if encoder not in ENCODERS:
+        raise InputError(
+            f"configs/text_encoder.py: encoder {encoder!r}; allowed are {', '.join(ENCODERS)}"
+        )
+    large = encoder in LLMS
+    config = ConfigDict()
+    config.task = "text_encoder"
+    config.seed = 0
+    config.data = ConfigDict(
+        {
+            "name": DATASETS.get(dataset, dataset),
+            "data_dir": "",
+            "batch_size": 8 if large else 32,
+            "num_buckets": 5,
+        }
+    )
+    config.encoder = ConfigDict(
+        {
+            "options": {
+                "name": ENCODERS[encoder],
+                "max_tokens": 128,
+                "full": not large,
+                "quantize": False,
+                "dtype": "bfloat16" if large else "float32",
+                "param_dtype": "bfloat16" if large else "float32",
+                "remat": "full" if large else "none",
+            },
+            "lora": {"rank": 8, "alpha": 32.0, "dropout": 0.1, "targets": ("query", "value")},
+        }
+    )
+    config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})
+    config.loss = ConfigDict({"gamma": 2.0})
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-5 if large else 5e-5,
+            "schedule": "constant" if large else "cosine",
+            "warmup_fraction": 0.0 if large else 0.1,
+            "b2": 0.99 if large else 0.999,
+            "eps": 1e-6,
+            "weight_decay": 0.0 if large else 0.01,
+            "clip_norm": 1.0,
+            "average_decay": 0.0,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "epochs": 20 if large else 4,
+            "patience": 0,
+            "log_every": 10,
+            "save_every": 0,
+            "accumulation": 1,
+        }
+    )
+    config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
+    return config

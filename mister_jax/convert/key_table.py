@@ -1,0 +1,383 @@
+"""Key tables: which tensors of a checkpoint make which parameter of a module, both ways.
+
+A table is plain data, written once an architecture. `load_params` reads a checkpoint by it, one
+tensor at a time and only the slices a device needs; `save_params` gives the tensors back. Files
+are not opened here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from mister_jax.errors import InputError
+
+Index = tuple[slice, ...]
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
+
+
+class Tensor(Protocol):
+    """An array that may still be in a file: of shape and type, read by slicing."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensors one parameter is made of.
+
+    Attributes:
+      names: of the tensors; several with `stacked`, one a layer, or with `combine`.
+      axes: permutation of each tensor's axes on the way in, as of `np.transpose`: (1, 0) for the
+        weight of a PyTorch Linear, (2, 1, 0) for that of a Conv1d.
+      stacked: each layer's value is put on a new leading axis L; the names are those of the first
+        layer, then of the second, and so on.
+      combine: makes the value (of one layer) of its tensors, for what is no plain permutation:
+        fused projections, weight normalisation. It reads whole tensors.
+      split: the inverse of `combine`; without it the parameter cannot be saved.
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[int, ...] | None = None
+    stacked: bool = False
+    combine: Callable[[list[np.ndarray]], np.ndarray] | None = None
+    split: Callable[[np.ndarray], list[np.ndarray]] | None = None
+
+    def __post_init__(self):
+        if not self.names or (len(self.names) > 1 and not (self.stacked or self.combine)):
+            raise ValueError(
+                f"Source.names={self.names}: allowed is one name, or several with stacked or "
+                "combine"
+            )
+
+
+# "/"-joined path of a parameter in `nnx.state(module)` -> what it is made of.
+KeyTable = Mapping[str, Source]
+
+
+def layer_names(pattern: str, num_layers: int) -> tuple[str, ...]:
+    """Names of all layers, of a pattern with `{}` for the layer's number."""
+    return tuple(pattern.format(layer) for layer in range(num_layers))
+
+
+def load_params(
+    module: AnyModule,
+    table: KeyTable,
+    checkpoint: Mapping[str, Tensor],
+    *,
+    ignore: Sequence[str] = (),
+    prefix: str = "",
+    shardings: Any = None,
+    dtype: DTypeLike | None = None,
+    skip: Any = nnx.LoRAParam,
+) -> AnyModule:
+    """Fills the parameters of a module from a checkpoint.
+
+    Tensors are read, cast and placed one after another (of a stack, layer by layer), and of each
+    only the slices that devices of this process need, so host memory never holds more than about
+    two tensors. Nothing is changed where the checkpoint does not fit.
+
+    Args:
+      module: concrete, or abstract as from `nnx.eval_shape`, of which nothing is allocated before.
+      table: for all parameters of the module that are not skipped.
+      checkpoint: a `Checkpoint`, or a plain mapping of names to arrays.
+      ignore: regular expressions; tensors in whose names one is found may be surplus.
+      prefix: of all the table's names in the checkpoint, such as "model.".
+      shardings: one `jax.sharding.Sharding` for all, or a tree of them like the pure dictionary of
+        the parameters, as from `parallel.shardings`. By default, where a concrete parameter is, or
+        on the first device.
+      dtype: of the floating parameters; by default the module's own.
+      skip: filter of variables that have no source, left as they are.
+
+    Returns:
+      The module that was given.
+
+    Raises:
+      InputError: missing, surplus or misshapen tensors, all of them named in one line.
+      ValueError: the table does not fit the module.
+    """
+    state, params = _parameters(module, table, skip)
+    named = {path: _prefixed(table[path], prefix) for path in params}
+    _check(params, named, checkpoint, ignore)
+    placed = _shardings_of(shardings, params)
+    for path, variable in params.items():
+        kind = variable.dtype
+        if dtype is not None and jnp.issubdtype(kind, jnp.floating):
+            kind = dtype
+        where = variable.shape, np.dtype(kind), placed[path]
+        if named[path].stacked:
+            value = _place_stack(named[path], checkpoint, *where)
+        else:
+            value = _place(named[path], checkpoint, named[path].names, *where)
+        variable.set_value(value)
+    nnx.update(module, state)
+    return module
+
+
+def save_params(
+    module: nnx.Module, table: KeyTable, *, prefix: str = "", skip: Any = nnx.LoRAParam
+) -> Mapping[str, Tensor]:
+    """The tensors of a module's parameters under the names of a checkpoint.
+
+    Args:
+      module: concrete.
+      table: for all parameters of the module that are not skipped.
+      prefix: put before all names.
+      skip: filter of variables that are left out.
+
+    Returns:
+      Tensors by name, each brought to the host when it is sliced.
+
+    Raises:
+      ValueError: the table does not fit the module, or has a `combine` without `split`.
+    """
+    tensors: dict[str, Tensor] = {}
+    _, params = _parameters(module, table, skip)
+    for path, variable in params.items():
+        source = _prefixed(table[path], prefix)
+        value = variable.get_value()
+        if source.combine and not source.split:
+            raise ValueError(f"{path} is combined of {source.names} and cannot be split again")
+        shape = value.shape[1:] if source.stacked else value.shape
+        for layer, names in enumerate(_by_layer(source, value.shape)):
+            for part, name in enumerate(names):
+                give = functools.partial(_part, source, value, layer, part)
+                tensors[name] = _Saved(give, _given_shape(source, shape, part), value.dtype)
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A tensor of a parameter; on the host only while it is sliced."""
+
+    give: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.give()[index]
+
+
+def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
+    """One layer's value as the tensors it is made of."""
+    parts = source.split(value) if source.split else [value]
+    if source.axes is not None:
+        parts = [part.transpose(np.argsort(source.axes)) for part in parts]
+    return parts
+
+
+def _part(source: Source, value: jax.Array, layer: int, part: int) -> np.ndarray:
+    """One tensor of a parameter."""
+    if source.stacked:
+        value = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    if not value.is_fully_addressable:
+        return _split(source, multihost_utils.process_allgather(value, tiled=True))[part]
+    return _split(source, np.asarray(value))[part]
+
+
+def _given_shape(source: Source, shape: tuple[int, ...], part: int) -> tuple[int, ...]:
+    return _split(source, _ones(shape))[part].shape
+
+
+def _ones(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of any size that takes no memory, to learn from it what shapes come out."""
+    return np.broadcast_to(np.float32(1), shape)
+
+
+def _parameters(
+    module: nnx.Module, table: KeyTable, skip: Any
+) -> tuple[nnx.State, dict[str, nnx.Param]]:
+    """The parameters the table is for, as a state and by path."""
+    state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
+    params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+    without, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
+    if without or unknown:
+        raise ValueError(
+            f"key table: parameters without a source {without}, sources without a parameter "
+            f"{unknown}"
+        )
+    return state, params
+
+
+def _prefixed(source: Source, prefix: str) -> Source:
+    return dataclasses.replace(source, names=tuple(prefix + name for name in source.names))
+
+
+def _by_layer(source: Source, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """The names of each layer's tensors; a source that is not stacked is one layer."""
+    layers = shape[0] if source.stacked else 1
+    size, rest = divmod(len(source.names), layers)
+    if rest or not size or (size > 1 and not source.combine):
+        raise ValueError(f"{len(source.names)} names {source.names} for {layers} layers")
+    return [source.names[size * layer : size * (layer + 1)] for layer in range(layers)]
+
+
+def _check(
+    params: Mapping[str, nnx.Param],
+    sources: Mapping[str, Source],
+    checkpoint: Mapping[str, Tensor],
+    ignore: Sequence[str],
+) -> None:
+    """Raises one InputError with all that is missing, surplus or misshapen."""
+    expected = {name for source in sources.values() for name in source.names}
+    missing = [name for name in sorted(expected) if name not in checkpoint]
+    surplus = [
+        name
+        for name in sorted(set(checkpoint) - expected)
+        if not any(re.search(pattern, name) for pattern in ignore)
+    ]
+    misshapen = [
+        f"{'+'.join(names)} {'+'.join(_shape(checkpoint[name].shape) for name in names)}"
+        f" instead of {wanted}"
+        for path, source in sources.items()
+        for names, wanted in _misfits(source, params[path].shape, checkpoint)
+    ]
+    found = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
+    told = [f"{len(all_)} {what}: {_fold(all_)}" for what, all_ in found.items() if all_]
+    if told:
+        where = getattr(checkpoint, "path", "weights")
+        raise InputError(f"{where}: tensors do not fit: {'; '.join(told)}")
+
+
+def _misfits(
+    source: Source, shape: tuple[int, ...], checkpoint: Mapping[str, Tensor]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The tensors, of those that are there, which do not give the shape; and what would."""
+    layers = _by_layer(source, shape)
+    shape = shape[1:] if source.stacked else shape
+    for names in layers:
+        if any(name not in checkpoint for name in names):
+            continue
+        try:
+            given = _join(source, [_ones(checkpoint[name].shape) for name in names]).shape
+        except ValueError:  # of numpy, for axes or sizes that do not go together
+            given = None
+        if given != shape:
+            if source.combine:
+                yield names, f"what makes {_shape(shape)}"
+            else:
+                axes = range(len(shape)) if source.axes is None else np.argsort(source.axes)
+                yield names, _shape(tuple(shape[axis] for axis in axes))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _fold(descriptions: Iterable[str]) -> str:
+    """Joins descriptions; those that differ in their layer's number alone become one."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for description in descriptions:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", description)
+        start, number, end = match.groups() if match else (description, "", "")
+        numbers.setdefault((start, end), []).append(number)
+    return ", ".join(
+        f"{start}{found[0] if len(found) == 1 else '{' + ','.join(found) + '}'}{end}"
+        for (start, end), found in numbers.items()
+    )
+
+
+def _join(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
+    """The value, of one layer, that its tensors make."""
+    if source.axes is not None:
+        tensors = [tensor.transpose(source.axes) for tensor in tensors]
+    return source.combine(tensors) if source.combine else tensors[0]
+
+
+def _read(
+    source: Source, checkpoint: Mapping[str, Tensor], names: tuple[str, ...], index: Index
+) -> np.ndarray:
+    """A slice of the value, of one layer, that its tensors make."""
+    if source.combine:
+        return _join(source, [checkpoint[name][...] for name in names])[index]
+    if source.axes is None:
+        return checkpoint[names[0]][index]
+    given = tuple(index[axis] for axis in np.argsort(source.axes))
+    return checkpoint[names[0]][given].transpose(source.axes)
+
+
+def _place(
+    source: Source,
+    checkpoint: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+) -> jax.Array:
+    """The value, of one layer, on its devices, each of which gets its slice alone."""
+    slices: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def give(index: Any) -> np.ndarray:  # slices of the shape
+        # Devices with the same slice share one reading.
+        bounds = tuple((part.start, part.stop) for part in index)
+        if bounds not in slices:
+            # A copy, since the CPU's arrays may keep what they are given, here a mapped file.
+            value = _read(source, checkpoint, names, index)
+            slices[bounds] = np.array(value, dtype, order="C")
+        return slices[bounds]
+
+    # Waiting keeps the host from reading ahead of the copies to the devices.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, give))
+
+
+def _place_stack(
+    source: Source,
+    checkpoint: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+) -> jax.Array:
+    """A stacked value on its devices, filled there layer by layer."""
+    if isinstance(sharding, NamedSharding):
+        of_layer: Sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    else:
+        of_layer = sharding
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+    for layer, names in enumerate(_by_layer(source, shape)):
+        value = _place(source, checkpoint, names, shape[1:], dtype, of_layer)
+        stack = _put_layer(sharding)(stack, value, layer)
+    return stack
+
+
+@functools.lru_cache
+def _put_layer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    def put(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def _shardings_of(shardings: Any, params: Mapping[str, nnx.Param]) -> dict[str, Sharding]:
+    """A sharding for every parameter."""
+    if shardings is None:
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        return {
+            path: getattr(variable.get_value(), "sharding", None) or first
+            for path, variable in params.items()
+        }
+    if isinstance(shardings, Sharding):
+        return dict.fromkeys(params, shardings)
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    given = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    without = sorted(set(params) - set(given))
+    if without:
+        raise ValueError(f"no sharding for the parameters {without}")
+    return {path: given[path] for path in params}

@@ -1,0 +1,181 @@
+"""Released SALMONN checkpoints, and those of its four parts, as a `Salmonn`.
+
+SALMONN's own file holds what it learned: the Q-Former and the language model's LoRA. Whisper,
+BEATs and Vicuna come from the files they were released in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from mister_jax.convert import beats as beats_table
+from mister_jax.convert import decoder as decoder_table
+from mister_jax.convert import whisper as whisper_table
+from mister_jax.convert.key_table import KeyTable, Source, Tensor, layer_names, load_params
+from mister_jax.encoders.salmonn import QFormerConfig, Salmonn, SalmonnConfig
+
+# What SALMONN's file holds besides: state of its training, and tensors that are no parameters or
+# copies of one.
+IGNORED = (
+    r"^(optimizer|scaler|config)\.",
+    r"\.position_ids$",
+    r"\.rotary_emb\.inv_freq$",
+    r"(^|\.)beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
+)
+# The names of SALMONN's and of BEATs' parameters in their files begin with this.
+PREFIX = "model."
+
+# Our module in the Q-Former, or in a layer of it -> the official one.
+_NORMS = {
+    "speech_norm": "ln_speech",
+    "sound_norm": "ln_audio",
+    "query_norm": "speech_Qformer.bert.embeddings.LayerNorm",
+}
+_LAYER_NORMS = {
+    "attention/norm": "attention.output.LayerNorm",
+    "cross_attention/norm": "crossattention.output.LayerNorm",
+    "out_norm": "output_query.LayerNorm",
+}
+_LAYER_LINEARS = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "cross_attention/query": "crossattention.self.query",
+    "cross_attention/key": "crossattention.self.key",
+    "cross_attention/value": "crossattention.self.value",
+    "cross_attention/out": "crossattention.output.dense",
+    "hidden": "intermediate_query.dense",
+    "out": "output_query.dense",
+}
+# Tells how a Whisper checkpoint's names begin.
+_WHISPER = "encoder.conv1.weight"
+_LORA = {"query": "q_proj", "value": "v_proj"}
+
+
+def qformer_key_table(config: QFormerConfig) -> KeyTable:
+    """Tensor names of SALMONN's file for each parameter of a `WindowQFormer`."""
+
+    def of_layers(name: str, axes: tuple[int, ...] | None = None) -> Source:
+        pattern = f"speech_Qformer.bert.encoder.layer.{{}}.{name}"
+        return Source(layer_names(pattern, config.num_layers), axes=axes, stacked=True)
+
+    table = {
+        "queries": Source(
+            ("speech_query_tokens",),
+            combine=lambda tokens: tokens[0][0],
+            split=lambda tokens: [np.asarray(tokens)[None]],
+        ),
+        "projection/kernel": Source(("speech_llama_proj.weight",), axes=(1, 0)),
+        "projection/bias": Source(("speech_llama_proj.bias",)),
+    }
+    for ours, theirs in _NORMS.items():
+        table[f"{ours}/scale"] = Source((f"{theirs}.weight",))
+        table[f"{ours}/bias"] = Source((f"{theirs}.bias",))
+    for ours, theirs in _LAYER_LINEARS.items():
+        table[f"layers/layers/{ours}/kernel"] = of_layers(f"{theirs}.weight", axes=(1, 0))
+        table[f"layers/layers/{ours}/bias"] = of_layers(f"{theirs}.bias")
+    for ours, theirs in _LAYER_NORMS.items():
+        table[f"layers/layers/{ours}/scale"] = of_layers(f"{theirs}.weight")
+        table[f"layers/layers/{ours}/bias"] = of_layers(f"{theirs}.bias")
+    return table
+
+
+def key_table(config: SalmonnConfig) -> KeyTable:
+    """Tensor names of SALMONN's file for the `LEARNED` parameters of a `Salmonn`."""
+    table = {
+        f"qformer/{path}": source for path, source in qformer_key_table(config.qformer).items()
+    }
+    for ours, theirs in _LORA.items():
+        for side in ("a", "b"):
+            names = layer_names(
+                f"llama_model.base_model.model.model.layers.{{}}.self_attn.{theirs}."
+                f"lora_{side.upper()}.default.weight",
+                config.decoder.num_layers,
+            )
+            table[f"decoder/layers/layers/attention/{ours}/lora_{side}"] = Source(
+                names, axes=(1, 0), stacked=True
+            )
+    return table
+
+
+def load(
+    module: Salmonn,
+    *,
+    whisper: Mapping[str, Tensor],
+    beats: Mapping[str, Tensor],
+    vicuna: Mapping[str, Tensor],
+    salmonn: Mapping[str, Tensor],
+    shardings: Any = None,
+) -> Salmonn:
+    """Fills a `Salmonn` from the checkpoints of its parts; see `load_params`.
+
+    Args:
+      module: concrete, or abstract as from `nnx.eval_shape`, with LoRA on queries and values.
+      whisper: in transformers' form.
+      beats: as released, names beginning with "model.".
+      vicuna: in transformers' form.
+      salmonn: as released, names beginning with "model.".
+      shardings: one for all, or a tree of them for all of the module.
+
+    Returns:
+      The module.
+
+    Raises:
+      InputError: missing, surplus or misshapen tensors of a checkpoint, all named in one line.
+      ValueError: the module has LoRA elsewhere.
+    """
+    config = module.config
+
+    def fill(part: str, table: KeyTable, checkpoint: Mapping[str, Tensor], **options: Any) -> None:
+        load_params(
+            module,
+            {f"{part}/{path}": source for path, source in table.items()},
+            checkpoint,
+            shardings=shardings,
+            skip=nnx.Any(nnx.Not(_within(part)), nnx.LoRAParam),
+            **options,
+        )
+
+    found = [prefix for prefix in whisper_table.PREFIXES if f"{prefix}{_WHISPER}" in whisper]
+    fill(
+        "whisper",
+        whisper_table.key_table(config.whisper),
+        whisper,
+        prefix=found[0] if found else whisper_table.PREFIXES[0],
+        ignore=whisper_table.IGNORE,
+    )
+    fill(
+        "beats",
+        beats_table.key_table(config.beats),
+        beats,
+        prefix=PREFIX,
+        ignore=beats_table.IGNORED,
+    )
+    fill(
+        "decoder",
+        decoder_table.key_table(config.decoder),
+        vicuna,
+        ignore=decoder_table.IGNORED,
+    )
+    return load_params(
+        module,
+        key_table(config),
+        salmonn,
+        prefix=PREFIX,
+        ignore=IGNORED,
+        shardings=shardings,
+        skip=nnx.Not(LEARNED),
+    )
+
+
+def _within(part: str) -> Callable[[tuple[Any, ...], Any], bool]:
+    return lambda path, _: path[0] == part
+
+
+# NNX filter of the parameters that are in SALMONN's own file, which `key_table` is for.
+LEARNED = nnx.Any(_within("qformer"), nnx.LoRAParam)

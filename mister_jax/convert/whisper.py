@@ -1,0 +1,48 @@
+"""Tensors of Whisper checkpoints in transformers' form as parameters of a `Whisper`."""
+
+from __future__ import annotations
+
+from mister_jax.convert.key_table import KeyTable, Source, layer_names
+from mister_jax.encoders.whisper import WhisperConfig
+
+# What may stand before the table's names: of `WhisperModel` and of models with a head.
+PREFIXES = ("", "model.")
+# The decoder, and what it shares with its output.
+IGNORE = (r"^(model\.)?decoder\.", r"^proj_out\.")
+
+# Our module -> the one in transformers, in a layer and outside of the layers.
+_LINEARS = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "hidden": "fc1",
+    "out": "fc2",
+}
+_NORMS = {"attention_norm": "self_attn_layer_norm", "hidden_norm": "final_layer_norm"}
+_CONVOLUTIONS = {"convolution": "conv1", "strided_convolution": "conv2"}
+
+
+def key_table(config: WhisperConfig) -> KeyTable:
+    """Tensor names of a `WhisperModel`, for each parameter of a `Whisper`."""
+
+    def of_layers(name: str, axes: tuple[int, ...] | None = None) -> Source:
+        names = layer_names(f"encoder.layers.{{}}.{name}", config.num_layers)
+        return Source(names, axes, stacked=True)
+
+    table = {
+        "positions": Source(("encoder.embed_positions.weight",)),
+        "norm/scale": Source(("encoder.layer_norm.weight",)),
+        "norm/bias": Source(("encoder.layer_norm.bias",)),
+    }
+    for ours, theirs in _CONVOLUTIONS.items():
+        table[f"{ours}/kernel"] = Source((f"encoder.{theirs}.weight",), (2, 1, 0))
+        table[f"{ours}/bias"] = Source((f"encoder.{theirs}.bias",))
+    for ours, theirs in _LINEARS.items():
+        table[f"layers/layers/{ours}/kernel"] = of_layers(f"{theirs}.weight", (1, 0))
+        if theirs != "self_attn.k_proj":  # which has no bias
+            table[f"layers/layers/{ours}/bias"] = of_layers(f"{theirs}.bias")
+    for ours, theirs in _NORMS.items():
+        table[f"layers/layers/{ours}/scale"] = of_layers(f"{theirs}.weight")
+        table[f"layers/layers/{ours}/bias"] = of_layers(f"{theirs}.bias")
+    return table

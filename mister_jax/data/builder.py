@@ -1,0 +1,372 @@
+"""Writes corpora as TFDS datasets of dialogues: sound at 16 kHz, text, labels, what is missing.
+
+`DialogueBuilder` is the TFDS builder that those of the corpora extend; `write_corpus` runs one and
+adds `report.json`. `dialogues` reads the datasets again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import shuffle
+
+from mister_jax.data import audio
+from mister_jax.data.corpus import Corpus, Dialogue, Utterance
+from mister_jax.data.schema import UNLABELLED
+from mister_jax.data.storage import REPORT, VERSION, quiet, staged
+from mister_jax.errors import InputError
+from mister_jax.writers import Reporter, write_json
+
+# TFDS sorts the examples of a split in buckets on disk, but the first gigabyte in memory.
+_SORTED_IN_MEMORY = 64 * 2**20
+
+# Of 128 bits, which TFDS maps to its buckets.
+_KEYS = 2**128
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How recordings are read.
+
+    Attributes:
+        num_workers: processes; 0 decodes in this one.
+        max_seconds: of an utterance that are kept.
+        beam: decode in the workers of an Apache Beam pipeline instead.
+    """
+
+    num_workers: int = 2
+    max_seconds: float = 60.0
+    beam: bool = False
+
+
+class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A TFDS builder whose examples are dialogues.
+
+    Subclasses say how their corpus is read, and have an entry in `BUILDER_CONFIGS` for each way.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {str(VERSION): "First."}
+    DESCRIPTION: ClassVar[str]
+    CITATION: ClassVar[str]
+    LICENSE: ClassVar[str]
+    HOMEPAGE: ClassVar[str]
+
+    corpus: Corpus | None = None
+    """What to write; read from the manual directory when None."""
+
+    decoding = Decoding()
+    on_utterance: Callable[[], None] | None = None
+    """Called after each utterance that is decoded in this process."""
+
+    notes_dir: epath.Path | None = None
+    """Where a file for each dialogue tells of its recordings; nowhere when None."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """Emotions in the order of their labels."""
+        raise NotImplementedError
+
+    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
+        """Reads the corpus as this builder's config says."""
+        raise NotImplementedError
+
+    @property
+    def scored(self) -> bool:
+        """Utterances have sentiment scores."""
+        return False
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        utterance = {
+            "utterance": tfds.features.Text(doc="Its id."),
+            "start": tfds.features.Scalar(np.float32, doc="Seconds into the dialogue, or NaN."),
+            "end": tfds.features.Scalar(np.float32, doc="Seconds into the dialogue, or NaN."),
+            "audio": tfds.features.Tensor(
+                shape=(None,), dtype=np.int16, encoding="bytes", doc="16 kHz, mono; may be empty."
+            ),
+            "text": tfds.features.Text(doc="The transcript; may be empty."),
+            "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabelled."),
+            "speech_present": tfds.features.Scalar(np.bool_),
+            "text_present": tfds.features.Scalar(np.bool_),
+        }
+        if self.scored:
+            utterance["score"] = tfds.features.Scalar(np.float32, doc="Sentiment, or NaN.")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict(
+                {
+                    "dialogue": tfds.features.Text(doc="Its id."),
+                    "utterances": tfds.features.Dataset(utterance),
+                }
+            ),
+            homepage=self.HOMEPAGE,
+            citation=self.CITATION,
+            license=self.LICENSE,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        corpus = self.corpus or self.read(pathlib.Path(dl_manager.manual_dir))
+        return {
+            split: self._generate_examples(split, dialogues, corpus.class_names)
+            for split, dialogues in corpus.splits.items()
+            if dialogues
+        }
+
+    def _generate_examples(
+        self, split: str, dialogues: tuple[Dialogue, ...], class_names: tuple[str, ...]
+    ) -> Any:
+        write = functools.partial(
+            _example,
+            class_names=class_names,
+            scored=self.scored,
+            notes=None if self.notes_dir is None else f"{self.notes_dir}/{split}",
+        )
+        if self.decoding.beam:
+            beam = tfds.core.lazy_imports.apache_beam
+            decode = functools.partial(_decoded_example, self.decoding.max_seconds, write)
+            return beam.Create(list(enumerate(dialogues))) | beam.MapTuple(decode)
+        return self._decoded(dialogues, write)
+
+    def _decoded(
+        self, dialogues: tuple[Dialogue, ...], write: Callable[..., Any]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        requests = (
+            _request(utterance)
+            for dialogue in dialogues
+            for utterance in dialogue.utterances
+            if utterance.recording is not None
+        )
+        clips = audio.decode_many(
+            requests,
+            num_workers=self.decoding.num_workers,
+            max_seconds=self.decoding.max_seconds,
+        )
+        for key, dialogue in zip(spread_keys(len(dialogues)), dialogues, strict=True):
+            decoded = []
+            for utterance in dialogue.utterances:
+                decoded.append(None if utterance.recording is None else next(clips))
+                if self.on_utterance is not None:
+                    self.on_utterance()
+            yield key, write(dialogue, decoded)
+
+
+def spread_keys(count: int) -> list[int]:
+    """Keys of examples, ascending, that fill the buckets in which TFDS sorts them evenly.
+
+    Small keys would all go into the first bucket, which is then sorted in memory.
+    """
+    return [index * (_KEYS // count) for index in range(count)]
+
+
+def write_corpus(
+    builder_class: type[DialogueBuilder],
+    corpus: Corpus,
+    name: str,
+    data_dir: epath.PathLike | None = None,
+    *,
+    config: Any = None,
+    decoding: Decoding | None = None,
+    beam_options: Mapping[str, Any] | None = None,
+    source: str = "",
+    partial: bool = False,
+    overwrite: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a corpus as a dataset, whole or not at all.
+
+    Args:
+        builder_class: of the corpus.
+        corpus: what its reader gave.
+        name: of the dataset, `DATASET/CONFIG`.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+        config: of the builder.
+        decoding: how recordings are read.
+        beam_options: of the pipeline, where `decoding.beam` is on.
+        source: where the corpus was read from, for the report.
+        partial: allow that most recordings of a split are not there.
+        overwrite: replace a dataset of this name.
+        known: what else the report is to say.
+
+    Returns:
+        The report, which is in the dataset's directory as `report.json`, too; see `_report`.
+
+    Raises:
+        InputError: the dataset exists or cannot be written, or the corpus is there in part only.
+    """
+    decoding = decoding or Decoding()
+    if not partial:
+        _check_recordings(corpus)
+    total = sum(1 for _ in corpus.utterances())
+    with (
+        staged(name, data_dir, overwrite=overwrite) as (place, directory),
+        Reporter(total, unit="utterances", quiet=decoding.beam) as reporter,
+        quiet(),
+    ):
+        builder = builder_class(config=config, data_dir=place)
+        builder.corpus, builder.decoding = corpus, decoding
+        builder.on_utterance = functools.partial(reporter.advance, "decoding")
+        builder.notes_dir = place / "notes"
+        for split in corpus.splits:
+            (builder.notes_dir / split).mkdir(parents=True)
+        options: dict[str, Any] = {"manual_dir": place}
+        if decoding.beam:
+            options["beam_options"] = _beam_options(beam_options or {})
+        with _small_buffer():
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(**options), download_dir=place
+            )
+        report = _report(corpus, builder.notes_dir)
+        report = {"dataset": name, "directory": str(directory), "source": source, **report}
+        report |= known or {}
+        write_json(epath.Path(builder.data_dir) / REPORT, report)
+    return report
+
+
+def _beam_options(options: Mapping[str, Any]) -> Any:
+    beam = tfds.core.lazy_imports.apache_beam
+    return beam.options.pipeline_options.PipelineOptions.from_dictionary(dict(options))
+
+
+class _small_buffer:
+    """Lets TFDS sort on disk early, so that memory does not grow with the corpus."""
+
+    def __enter__(self) -> None:
+        self._before = shuffle.MAX_MEM_BUFFER_SIZE
+        shuffle.MAX_MEM_BUFFER_SIZE = _SORTED_IN_MEMORY
+
+    def __exit__(self, *_: object) -> None:
+        shuffle.MAX_MEM_BUFFER_SIZE = self._before
+
+
+def _check_recordings(corpus: Corpus) -> None:
+    for split, dialogues in corpus.splits.items():
+        paths = {
+            utterance.recording.path
+            for dialogue in dialogues
+            for utterance in dialogue.utterances
+            if utterance.recording is not None
+        }
+        missing = sorted(path for path in paths if not epath.Path(path).exists())
+        if 2 * len(missing) > len(paths):
+            raise InputError(
+                f"{corpus.name}: {split}: {len(missing)} of {len(paths)} recordings are not "
+                f"there, as {missing[0]}; --partial allows it"
+            )
+
+
+def _request(utterance: Utterance) -> audio.Request:
+    assert utterance.recording is not None
+    recording = utterance.recording
+    return audio.Request(recording.path, recording.start, recording.end)
+
+
+def _decoded_example(
+    max_seconds: float, write: Callable[..., Any], key: int, dialogue: Dialogue
+) -> tuple[int, dict[str, Any]]:
+    """An example of a dialogue whose recordings are decoded here, one after the other."""
+    requests = [_request(turn) for turn in dialogue.utterances if turn.recording is not None]
+    clips = audio.decode_many(requests, num_workers=0, max_seconds=max_seconds)
+    decoded = [None if turn.recording is None else next(clips) for turn in dialogue.utterances]
+    return key, write(dialogue, decoded)
+
+
+def _example(
+    dialogue: Dialogue,
+    decoded: list[audio.Clip | audio.AudioError | None],
+    *,
+    class_names: tuple[str, ...],
+    scored: bool,
+    notes: str | None,
+) -> dict[str, Any]:
+    """The example of a dialogue; what its recordings were like goes into a file of `notes`."""
+    utterances: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
+    for utterance, clip in zip(dialogue.utterances, decoded, strict=True):
+        samples = clip.samples if isinstance(clip, audio.Clip) else np.zeros(0, np.int16)
+        label = UNLABELLED if utterance.label is None else class_names.index(utterance.label)
+        utterances.append(
+            {
+                "utterance": utterance.id,
+                "start": np.float32(np.nan if utterance.start is None else utterance.start),
+                "end": np.float32(np.nan if utterance.end is None else utterance.end),
+                "audio": samples,
+                "text": utterance.text,
+                "label": label,
+                "speech_present": isinstance(clip, audio.Clip),
+                "text_present": bool(utterance.text),
+            }
+        )
+        if scored:
+            score = np.nan if utterance.score is None else utterance.score
+            utterances[-1]["score"] = np.float32(score)
+        if utterance.recording is None or clip is None:
+            continue
+        told.append({"utterance": utterance.id, "file": utterance.recording.path})
+        if isinstance(clip, audio.Clip):
+            told[-1] |= {
+                "seconds": len(samples) / audio.SAMPLE_RATE,
+                "of_seconds": clip.seconds,
+                "capped": clip.capped,
+                "damaged": clip.damaged,
+            }
+        else:
+            told[-1]["reason"] = str(clip.reason) + (f" ({clip.detail})" if clip.detail else "")
+    if notes is not None:
+        # An id may hold what a file name may not.
+        name = hashlib.sha256(dialogue.id.encode()).hexdigest()
+        epath.Path(notes, f"{name}.json").write_text(json.dumps(told))
+    return {"dialogue": dialogue.id, "utterances": utterances}
+
+
+def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
+    """What was written.
+
+    - `splits`: of each split the numbers of dialogues, utterances, each class, unlabelled,
+      without speech, without text and with a text that occurs in training, the hours of speech,
+      and the least, mean and greatest length of a dialogue;
+    - `missing`, `capped`, `damaged`: utterances whose recording could not be used, was longer than
+      what is kept, or could be decoded in part only, with file and reason or seconds;
+    - `notes`: of the reader.
+    """
+    order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
+    classes, repeated = corpus.class_counts(), corpus.texts_of_training()
+    lists: dict[str, list[dict[str, Any]]] = {"missing": [], "capped": [], "damaged": []}
+    splits = {}
+    for split, dialogues in corpus.splits.items():
+        told = [entry for path in (notes / split).glob("*.json") for entry in _read(path)]
+        told.sort(key=lambda entry: order[entry["utterance"]])
+        present = [entry for entry in told if "reason" not in entry]
+        lists["missing"] += [entry for entry in told if "reason" in entry]
+        for kind in ("capped", "damaged"):
+            lists[kind] += [
+                {"utterance": entry["utterance"], "file": entry["file"]}
+                | {"seconds": entry["of_seconds"]}
+                for entry in present
+                if entry[kind]
+            ]
+        utterances = [utterance for dialogue in dialogues for utterance in dialogue.utterances]
+        lengths = [len(dialogue.utterances) for dialogue in dialogues]
+        splits[split] = {
+            "dialogues": len(dialogues),
+            "utterances": len(utterances),
+            "classes": classes[split],
+            "unlabelled": sum(utterance.label is None for utterance in utterances),
+            "without_speech": len(utterances) - len(present),
+            "without_text": sum(not utterance.text for utterance in utterances),
+            "texts_of_training": repeated.get(split, 0),
+            "hours": sum(entry["seconds"] for entry in present) / 3600,
+            "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
+        }
+    return {"splits": splits, **lists, "notes": list(corpus.notes)}
+
+
+def _read(path: epath.Path) -> Iterable[dict[str, Any]]:
+    return json.loads(path.read_text())

@@ -1,0 +1,131 @@
+"""Reads datasets of dialogues: recordings, transcripts and labels, one dialogue at a time."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from mister_jax.data.lazy import tf
+from mister_jax.data.storage import REPORT, stored
+from mister_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredUtterance:
+    """One turn, as stored.
+
+    Attributes:
+        id: unique in the dataset.
+        audio: [S] int16, 16 kHz, mono; empty where speech is missing.
+        text: empty where it is missing.
+        label: a class, or `UNLABELLED`.
+        score: sentiment, NaN where there is none.
+        start: seconds into the dialogue, NaN where unknown.
+        end: likewise.
+        speech_present: there is sound.
+        text_present: there is text.
+    """
+
+    id: str
+    audio: np.ndarray
+    text: str
+    label: int
+    score: float
+    start: float
+    end: float
+    speech_present: bool
+    text_present: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredDialogue:
+    """Utterances in the order in which they were said."""
+
+    id: str
+    utterances: tuple[StoredUtterance, ...]
+
+
+class DialogueDataset:
+    """A dataset of dialogues that `launch.prepare` has written.
+
+    Args:
+        name: `DATASET/CONFIG`.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+
+    Raises:
+        InputError: there is no such dataset, or it does not hold recordings and transcripts.
+    """
+
+    def __init__(self, name: str, data_dir: epath.PathLike | None = None) -> None:
+        self.name = name
+        self._builder: DatasetBuilder = stored(name, data_dir)
+        self.directory = epath.Path(self._builder.data_dir)
+        spec = dict(self._builder.info.features.items())
+        fields = getattr(spec.get("utterances"), "feature", {})
+        if "audio" not in fields:
+            raise InputError(
+                f"{self.directory}: no recordings in it; needed: a dataset of a corpus"
+            )
+        self.class_names: tuple[str, ...] = tuple(fields["label"].names)
+        self.scored = "score" in fields
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Dialogues of each split that has any."""
+        splits = self._builder.info.splits
+        return {name: split.num_examples for name, split in splits.items() if split.num_examples}
+
+    def known(self, split: str) -> dict[str, Any]:
+        """What the report of `launch.prepare` knows of a split besides what is stored.
+
+        Returns:
+            `reference_scores` of a synthetic corpus; empty for others.
+        """
+        path = self.directory / REPORT
+        scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
+        return {"reference_scores": scores[split]} if split in scores else {}
+
+    def dialogues(self, split: str, *, start: int = 0) -> Iterator[StoredDialogue]:
+        """Reads the dialogues of a split in their order.
+
+        Args:
+            split: one of `splits`.
+            start: dialogues to leave out at the start.
+
+        Raises:
+            InputError: there is no such split.
+        """
+        if split not in self.splits:
+            allowed = ", ".join(self.splits)
+            raise InputError(f"{self.directory}: no split {split!r}; allowed: {allowed}")
+        files = [str(path) for path in self._builder.info.splits[split].filepaths]
+        records = tf.data.TFRecordDataset(files).skip(start)
+        return map(self._dialogue, records.as_numpy_iterator())
+
+    def _dialogue(self, record: bytes) -> StoredDialogue:
+        # In NumPy: an eager TensorFlow dataset of each dialogue's utterances is 20 times slower.
+        example: dict[str, Any] = self._builder.info.features.deserialize_example_np(record)
+        return StoredDialogue(
+            example["dialogue"].decode(),
+            tuple(_utterance(utterance) for utterance in example["utterances"]),
+        )
+
+
+def _utterance(values: dict[str, Any]) -> StoredUtterance:
+    return StoredUtterance(
+        id=values["utterance"].decode(),
+        audio=values["audio"],
+        text=values["text"].decode(),
+        label=int(values["label"]),
+        score=float(values.get("score", np.nan)),
+        start=float(values["start"]),
+        end=float(values["end"]),
+        speech_present=bool(values["speech_present"]),
+        text_present=bool(values["text_present"]),
+    )

@@ -1,0 +1,188 @@
+"""Reads IEMOCAP as released: annotation, transcripts and sentence recordings of five sessions."""
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+from mister_jax.data.corpus import (
+    Corpus,
+    Dialogue,
+    Recording,
+    Utterance,
+    check_sizes,
+    count_names,
+    existing_directory,
+    read_text,
+)
+from mister_jax.errors import InputError
+
+CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
+    "six": ("happy", "sad", "neutral", "angry", "excited", "frustrated"),
+    "four": ("happy", "sad", "neutral", "angry"),
+}
+
+_LABELS = {
+    "hap": "happy",
+    "sad": "sad",
+    "neu": "neutral",
+    "ang": "angry",
+    "exc": "excited",
+    "fru": "frustrated",
+}
+# No consensus, other, surprise, fear, disgust: the turn is context.
+_CONTEXT = ("xxx", "oth", "sur", "fea", "dis")
+_MERGED: Mapping[str, Mapping[str, str]] = {"six": {}, "four": {"excited": "happy"}}
+
+SESSIONS = (1, 2, 3, 4, 5)
+TEST_SESSION = 5
+VALIDATION = ("session1", "cosmic12")
+
+COSMIC12 = frozenset(
+    {
+        "Ses01M_impro01",
+        "Ses01M_script03_1",
+        "Ses02F_impro02",
+        "Ses02F_impro07",
+        "Ses02M_script01_2",
+        "Ses03F_impro01",
+        "Ses03M_impro02",
+        "Ses03M_impro08a",
+        "Ses03M_script02_2",
+        "Ses03M_script03_2",
+        "Ses04F_impro07",
+        "Ses04F_script02_1",
+    }
+)
+"""The validation dialogues of COSMIC (arXiv 2010.02795); their speakers are in training, too."""
+
+RELEASED = (151, 10_039)
+"""Dialogues and annotated turns of all sessions."""
+
+LAYOUT = (
+    "IEMOCAP_full_release, with Session1 to Session5, each with dialog/EmoEvaluation, "
+    "dialog/transcriptions and sentences/wav"
+)
+
+_TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*")
+_LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
+
+
+def read(
+    source: str | pathlib.Path,
+    *,
+    classes: str = "six",
+    validation: str = "session1",
+    partial: bool = False,
+) -> Corpus:
+    """Reads the annotation and finds the recordings.
+
+    Args:
+        source: the folder that holds `Session1` to `Session5`.
+        classes: `six`, or `four` with excited as happy. Turns of other emotions are context.
+        validation: `session1`, with speakers of its own, or `cosmic12`, see `COSMIC12`. Session 5
+            is the test split.
+        partial: allow a corpus of other than the released size.
+
+    Raises:
+        InputError: a file is missing or a line cannot be used.
+    """
+    if classes not in CLASS_NAMES:
+        raise InputError(f"classes {classes!r}; allowed: {', '.join(CLASS_NAMES)}")
+    if validation not in VALIDATION:
+        raise InputError(f"validation {validation!r}; allowed: {', '.join(VALIDATION)}")
+    root = existing_directory(source, needed=LAYOUT)
+    if not (root / "Session1").is_dir() and (root / "IEMOCAP_full_release").is_dir():
+        root = root / "IEMOCAP_full_release"
+    splits: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
+    notes: list[str] = []
+    for session in SESSIONS:
+        folder = root / f"Session{session}"
+        annotation = folder / "dialog" / "EmoEvaluation"
+        if not annotation.is_dir():
+            if partial:
+                notes.append(f"no folder {annotation.relative_to(root)}")
+                continue
+            raise InputError(f"{annotation}: no such folder; needed: {LAYOUT}")
+        # macOS leaves files of the same names with `._` before them.
+        paths = sorted(path for path in annotation.glob("*.txt") if path.name[:2] != "._")
+        for path in paths:
+            dialogue = _read_dialogue(path, folder, classes, notes)
+            in_validation = session == 1 if validation == "session1" else dialogue.id in COSMIC12
+            split = "train"
+            if session == TEST_SESSION:
+                split = "test"
+            elif in_validation:
+                split = "validation"
+            splits[split].append(dialogue)
+    corpus = Corpus(
+        "iemocap",
+        CLASS_NAMES[classes],
+        {split: tuple(dialogues) for split, dialogues in splits.items()},
+        notes=tuple(notes),
+    )
+    sizes = corpus.sizes().values()
+    found = (sum(dialogues for dialogues, _ in sizes), sum(turns for _, turns in sizes))
+    return check_sizes(corpus, {"in all": found}, {"in all": RELEASED}, partial=partial)
+
+
+def _read_dialogue(
+    path: pathlib.Path, session: pathlib.Path, classes: str, notes: list[str]
+) -> Dialogue:
+    name = path.stem
+    transcript = session / "dialog" / "transcriptions" / path.name
+    if not transcript.is_file():
+        raise InputError(f"{transcript}: no such file; each dialogue needs its transcript")
+    texts = {}
+    for line in read_text(transcript).splitlines():
+        match = _LINE.fullmatch(line.strip())
+        if match:
+            texts[match[1]] = match[2].strip()
+    turns, unspoken = [], []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        # Other lines hold the single evaluators' opinions.
+        if not line.startswith("["):
+            continue
+        place = f"{path}: line {number}"
+        match = _TURN.fullmatch(line)
+        if match is None:
+            raise InputError(
+                f"{place}: {line[:60]!r}; needed: [start - end], id, label, [v, a, d], tabs between"
+            )
+        start, end, turn, label = match.groups()
+        # The id is the dialogue's, then who speaks and a number: Ses03M_impro05a_F003.
+        dialogue, _, position = turn.rpartition("_")
+        if "XX" in position:
+            continue
+        if dialogue != name:
+            raise InputError(f"{place}: turn {turn} of another dialogue; needed: {name}_...")
+        if label not in _LABELS and label not in _CONTEXT:
+            raise InputError(
+                f"{place}: label {label!r}; allowed: {', '.join((*_LABELS, *_CONTEXT))}"
+            )
+        emotion = _LABELS.get(label)
+        if emotion is not None:
+            emotion = _MERGED[classes].get(emotion, emotion)
+        if turn not in texts:
+            unspoken.append(turn)
+        turns.append(
+            Utterance(
+                id=turn,
+                text=texts.get(turn, ""),
+                recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
+                label=emotion if emotion in CLASS_NAMES[classes] else None,
+                start=_seconds(start, place),
+                end=_seconds(end, place),
+            )
+        )
+    if not turns:
+        raise InputError(f"{path}: no turns; the file may be cut short")
+    if unspoken:
+        notes.append(f"{name}: no transcript of {count_names(unspoken)}")
+    return Dialogue(name, tuple(sorted(turns, key=lambda turn: (turn.start, turn.end))))
+
+
+def _seconds(value: str, place: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise InputError(f"{place}: time {value!r}; allowed: seconds") from error

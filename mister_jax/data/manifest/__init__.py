@@ -1,0 +1,1 @@
+"""One's own dialogues, listed in a JSON Lines or CSV file."""

@@ -1,0 +1,160 @@
+"""Reads MELD as released: three CSV files, and a video clip for each of their rows."""
+
+import csv
+import io
+import pathlib
+import re
+
+from mister_jax.data.corpus import (
+    Corpus,
+    Dialogue,
+    Recording,
+    Utterance,
+    check_sizes,
+    existing_directory,
+    find,
+    read_text,
+)
+from mister_jax.errors import InputError
+
+CLASS_NAMES = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
+
+RELEASED = {"train": (1038, 9989), "validation": (114, 1109), "test": (280, 2610)}
+"""Dialogues and utterances of each split."""
+
+CSV_FILES = {
+    "train": "train_sent_emo.csv",
+    "validation": "dev_sent_emo.csv",
+    "test": "test_sent_emo.csv",
+}
+CLIP_FOLDERS = {
+    "train": "train_splits",
+    "validation": "dev_splits_complete",
+    "test": "output_repeated_splits_test",
+}
+LAYOUT = f"MELD.Raw, with {', '.join(CSV_FILES.values())} and {', '.join(CLIP_FOLDERS.values())}"
+
+_COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
+_TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
+_CLIP = re.compile(r"(?:final_videos_test)?dia\d+_utt\d+\.mp4")
+
+
+def _windows_punctuation() -> dict[int, str]:
+    """U+0080 to U+009F, where old files keep bytes of cp1252, to what those bytes meant."""
+    table = {}
+    for code in range(0x80, 0xA0):
+        try:
+            table[code] = bytes([code]).decode("cp1252")
+        except UnicodeDecodeError:  # five bytes mean nothing
+            continue
+    return table
+
+
+_WINDOWS = _windows_punctuation()
+
+
+def read(
+    source: str | pathlib.Path,
+    *,
+    clips: bool = True,
+    corrected_test_clips: bool = False,
+    partial: bool = False,
+) -> Corpus:
+    """Reads the annotation and finds the clips.
+
+    Args:
+        source: folder that holds the CSV files and the folders of clips, at most one folder down.
+        clips: look for clips; without them all speech is missing.
+        corrected_test_clips: where a test clip has a corrected cut, `final_videos_testdia*`, take
+            that.
+        partial: allow a corpus of other than the released size.
+
+    Raises:
+        InputError: a file is missing or a row cannot be used.
+    """
+    root = existing_directory(source, needed=LAYOUT)
+    splits, notes = {}, []
+    for split, name in CSV_FILES.items():
+        path = find(root, [name])
+        if path is None:
+            raise InputError(f"{root}: no {name}; needed: {LAYOUT}")
+        folder = find(root, [CLIP_FOLDERS[split]]) if clips else None
+        if clips and folder is None:
+            raise InputError(
+                f"{root}: no folder {CLIP_FOLDERS[split]}; needed: {LAYOUT}; "
+                "--config=text needs no clips"
+            )
+        dialogues, used = _read_split(path, split, folder, corrected_test_clips)
+        splits[split] = dialogues
+        if folder is not None:
+            there = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
+            left = sorted(clip for clip in there - used if not clip.startswith("final_"))
+            if left:
+                notes.append(f"{split}: {len(left)} clips without a row left out, as {left[0]}")
+    corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
+    return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)
+
+
+def _read_split(
+    path: pathlib.Path, split: str, folder: pathlib.Path | None, corrected: bool
+) -> tuple[tuple[Dialogue, ...], set[str]]:
+    """The dialogues of a CSV file, and the names of the clips they use."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}")
+    dialogues: dict[int, dict[int, Utterance]] = {}
+    used = set()
+    try:
+        for row in reader:
+            place = f"{path}: line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: {len(row)} fields; needed: one for each column")
+            dialogue = _number(row["Dialogue_ID"], f"{place}: Dialogue_ID")
+            number = _number(row["Utterance_ID"], f"{place}: Utterance_ID")
+            label = row["Emotion"].strip().lower()
+            if label not in CLASS_NAMES:
+                raise InputError(
+                    f"{place}: Emotion {row['Emotion']!r}; allowed: {', '.join(CLASS_NAMES)}"
+                )
+            turns = dialogues.setdefault(dialogue, {})
+            if number in turns:
+                raise InputError(f"{place}: dialogue {dialogue}, utterance {number} repeated")
+            clip = None
+            if folder is not None:
+                clip = folder / f"dia{dialogue}_utt{number}.mp4"
+                replacement = clip.with_name(f"final_videos_test{clip.name}")
+                if corrected and split == "test" and replacement.exists():
+                    clip = replacement
+                used.add(clip.name)
+            turns[number] = Utterance(
+                id=f"{split}_dia{dialogue}_utt{number}",
+                text=row["Utterance"].translate(_WINDOWS).strip(),
+                recording=None if clip is None else Recording(str(clip)),
+                label=label,
+                start=_seconds(row["StartTime"], f"{place}: StartTime"),
+                end=_seconds(row["EndTime"], f"{place}: EndTime"),
+            )
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}") from error
+    return tuple(
+        Dialogue(
+            f"{split}_dia{dialogue}",
+            tuple(dialogues[dialogue][number] for number in sorted(dialogues[dialogue])),
+        )
+        for dialogue in sorted(dialogues)
+    ), used
+
+
+def _number(value: str, place: str) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", value):
+        raise InputError(f"{place}: {value!r}; allowed: whole numbers")
+    return int(value)
+
+
+def _seconds(value: str, place: str) -> float:
+    match = _TIME.fullmatch(value.strip())
+    if match is None:
+        raise InputError(f"{place}: {value!r}; allowed: hours:minutes:seconds,milliseconds")
+    hours, minutes, seconds, fraction = match.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}")

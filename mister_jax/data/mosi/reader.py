@@ -1,0 +1,157 @@
+"""Reads CMU-MOSI as released: segment recordings, transcripts, and the SDK's opinion labels.
+
+A label is the paper's binary one, [-3, 0) against [0, 3]; the score is kept beside it, from which
+`BINARY_CONVENTIONS` gives the others.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from mister_jax.data.corpus import (
+    Corpus,
+    Dialogue,
+    Recording,
+    Utterance,
+    check_sizes,
+    existing_directory,
+    find,
+    read_text,
+)
+from mister_jax.errors import InputError
+
+CLASS_NAMES = ("negative", "non_negative")
+
+RELEASED = {"train": (52, 1284), "validation": (10, 229), "test": (31, 686)}
+"""Videos and segments of each split."""
+
+AUDIO, TRANSCRIPTS = "Raw/Audio/WAV_16000/Segmented", "Raw/Transcript/Segmented"
+LABELS = "CMU_MOSI_Opinion_Labels.csd"
+LAYOUT = f"the folder that holds {AUDIO}, {TRANSCRIPTS} and {LABELS}"
+
+_TRAIN = """
+    03bSnISJMiM 0h-zjBukYpk 1DmNV9C1hbY 1iG0909rllw 2WGyTLYerpo 2iD-tVS8NPw 5W7Z1C_fDaE 6Egk_28TtTM
+    6_0THN4chvY 73jzhE8R1TQ 7JsX8y1ysxY 8OtFthrtaJM 8d-gEyoeBzc 8qrpnFRGt2A 9J25DZhivz8 9T9Hf74oK10
+    9c67fiY0wGQ 9qR7uwkblbs Af8D0E4ZXaw BI97DNYfe5I BXuRRbG0Ugk Bfr499ggo-0 BioHAh1qJAQ BvYR0L6f2Ig
+    Ci-AH39fi3Y Clx4VXItLTE Dg_0XKD0Mf4 G-xst2euQUc G6GlGvlkxAQ GWuJjcEuzt8 HEsqda8_d0Q I5y0__X72p0
+    Iu2PFX3z_1s IumbAb8q2dM Jkswaaud0hk LSi-o-IrDMs MLal-t_vJPM Njd1F0vZSm4 Nzq88NnDkEk OQvJTdtJ2H4
+    OtBXNcAL_lE Oz06ZWiO20M POKffnXeBds PZ-lDQFboO8 QN9ZIUWUXsY Qr1Ca94K55A Sqr0AcuoNnk TvyZBvOMOTc
+    VCslbP0mgZI VbQk4H8hgr0 Vj1wYRQjB-o W8NXH0Djyww
+"""
+_VALIDATION = """
+    WKA5OygbEKI X3j2zQgwYgE ZAIRrfG22O0 ZUXBRvtny7o _dI--eQ6qVU aiEXnCPZubE atnd_PF-Lbs bOL9jKpeJRs
+    bvLlb-M3UXU c5xsKMxpXnc
+"""
+_TEST = """
+    c7UH_rxdZv4 cM3Yna7AavY cW1FSBF59ik cXypl4FnoZo d3_k5Xpfmik d6hH302o4v8 dq3Nf_lMPnE etzxEpPuc6I
+    f9O3YtZ2VfI f_pcplsH_V0 fvVhgmXxadc iiK8YX8oH1E jUzDDGyPkXU k5Y_838nuGo lXPQBPVc5Cw nbWiPyCm4g0
+    nzpVDcQ0ywM ob23OKe5a9Q pLTX3ipuDJI phBUpBr1hSo rnaNMUZpvvg tIrG4oNLFzE tStelxIAHjw tmZoasNr4rU
+    v0zCBqDeKcE vvZ4IcEtiZc vyB00TXsimI wMbj6ajWbic yDtzw_Y-7RU yvsjCA6Y5Fc zhpQhgha_KU
+"""
+VIDEOS: Mapping[str, str] = {
+    video: split
+    for split, videos in (("train", _TRAIN), ("validation", _VALIDATION), ("test", _TEST))
+    for video in videos.split()
+}
+"""The standard split of the SDK."""
+
+BINARY_CONVENTIONS = {
+    "negative / non-negative": lambda score: np.where(score < 0, 0, 1),
+    "negative / positive": lambda score: np.where(score < 0, 0, np.where(score > 0, 1, -1)),
+    "non-positive / positive": lambda score: np.where(score > 0, 1, 0),
+}
+"""Name of each convention in use -> function from scores to 0, 1, or -1 for left out."""
+
+_SEGMENT = re.compile(r"(\d+)_DELIM_(.*)")
+
+
+def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
+    """Reads labels and transcripts and finds the recordings.
+
+    Args:
+        source: the folder that holds `Raw` and the labels.
+        partial: allow a corpus of other than the released size.
+
+    Raises:
+        InputError: a file is missing or cannot be used.
+    """
+    root = existing_directory(source, needed=LAYOUT)
+    labels = find(root, [LABELS])
+    transcripts = root / TRANSCRIPTS
+    if labels is None or not transcripts.is_dir():
+        missing = LABELS if labels is None else TRANSCRIPTS
+        raise InputError(f"{root}: no {missing}; needed: {LAYOUT}")
+    splits: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
+    for video, (scores, intervals) in sorted(_opinions(labels).items()):
+        if video not in VIDEOS:
+            raise InputError(f"{labels}: video {video!r} is in no split of the corpus")
+        path = transcripts / f"{video}.annotprocessed"
+        texts = _transcript(path)
+        if sorted(texts) != list(range(1, len(scores) + 1)):
+            raise InputError(
+                f"{path}: segments {sorted(texts)}; needed: 1 to {len(scores)}, as in {labels.name}"
+            )
+        utterances = []
+        for number, (score, (start, end)) in enumerate(zip(scores, intervals, strict=True), 1):
+            if not -3 <= score <= 3:
+                raise InputError(f"{labels}: {video}: segment {number}: score {score}; -3 to 3")
+            segment = f"{video}_{number}"
+            utterances.append(
+                Utterance(
+                    id=segment,
+                    text=texts[number],
+                    recording=Recording(str(root / AUDIO / f"{segment}.wav")),
+                    label=CLASS_NAMES[int(score >= 0)],
+                    score=float(score),
+                    start=float(start),
+                    end=float(end),
+                )
+            )
+        splits[VIDEOS[video]].append(Dialogue(video, tuple(utterances)))
+    corpus = Corpus(
+        "mosi",
+        CLASS_NAMES,
+        {split: tuple(dialogues) for split, dialogues in splits.items()},
+        scored=True,
+    )
+    return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)
+
+
+def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scores [n] and intervals [n, 2] in seconds of each video's segments 1 to n."""
+    import h5py
+
+    opinions = {}
+    try:
+        with h5py.File(path, "r") as file:
+            groups = [group for group in file.values() if "data" in group]
+            if len(groups) != 1:
+                raise InputError(f"{path}: {len(groups)} tables; needed: one, with `data` in it")
+            for video, values in groups[0]["data"].items():
+                scores = np.asarray(values["features"], float)
+                intervals = np.asarray(values["intervals"], float)
+                if scores.ndim != 2 or intervals.shape != (len(scores), 2):
+                    raise InputError(
+                        f"{path}: {video}: features {scores.shape}, intervals {intervals.shape}; "
+                        "needed: [n, 1] and [n, 2]"
+                    )
+                opinions[video] = scores[:, 0], intervals
+    except (OSError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the SDK's labels, or damaged ({error})") from error
+    return opinions
+
+
+def _transcript(path: pathlib.Path) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = _SEGMENT.fullmatch(line.strip())
+        if match is None:
+            raise InputError(f"{path}: line {number}: {line[:60]!r}; needed: number_DELIM_text")
+        if int(match[1]) in texts:
+            raise InputError(f"{path}: line {number}: segment {match[1]} repeated")
+        texts[int(match[1])] = match[2].strip()
+    return texts

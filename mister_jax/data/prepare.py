@@ -1,0 +1,188 @@
+"""From a corpus on disk to a dataset of dialogues: the stage that `launch.prepare` runs."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from mister_jax.data.builder import Decoding, DialogueBuilder, write_corpus
+from mister_jax.data.iemocap.builder import Iemocap
+from mister_jax.data.manifest import reader as manifest_reader
+from mister_jax.data.manifest.builder import Manifest, ManifestConfig
+from mister_jax.data.meld.builder import Meld, download
+from mister_jax.data.mosi.builder import Mosi
+from mister_jax.data.recordings import SCORES, write_recordings
+from mister_jax.data.storage import dataset_directory
+from mister_jax.errors import InputError
+
+RELEASED: Mapping[str, type[DialogueBuilder]] = {"iemocap": Iemocap, "meld": Meld, "mosi": Mosi}
+"""Corpora by name, each with the builder that reads it."""
+
+CORPORA = (*RELEASED, "manifest", "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What to prepare, and how.
+
+    Attributes:
+        corpus: one of `CORPORA`.
+        source: the corpus's folder, or the manifest; for `synthetic` the folder to write the
+            recordings to. None: what MELD's config `text` downloads, and a folder beside the
+            dataset for `synthetic`.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+        config: of the corpus; its first one when empty.
+        name: of a manifest's dataset, which is then `manifest/NAME`; the file's name when empty.
+        labels: a manifest's class names in their order; those in the file, sorted, when empty.
+        seed: of a manifest's random split, and of the synthetic corpus.
+        num_dialogues: of the synthetic corpus by split; its default when empty.
+        decoding: how recordings are read.
+        beam_options: of the Beam pipeline, where one decodes.
+        partial: allow a part of a corpus.
+        overwrite: replace a dataset of this name.
+    """
+
+    corpus: str
+    source: epath.PathLike | None = None
+    data_dir: epath.PathLike | None = None
+    config: str = ""
+    name: str = ""
+    labels: Sequence[str] = ()
+    seed: int = 0
+    num_dialogues: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+    beam_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    partial: bool = False
+    overwrite: bool = False
+
+
+def prepare_corpus(preparation: Preparation) -> dict[str, Any]:
+    """Reads and checks a corpus, then writes it as a dataset.
+
+    Returns:
+        The report that `builder.write_corpus` describes.
+
+    Raises:
+        InputError: anything that cannot be used; nothing is left half-written.
+    """
+    if preparation.corpus not in CORPORA:
+        raise InputError(f"corpus {preparation.corpus!r}; allowed: {', '.join(CORPORA)}")
+    if preparation.corpus in RELEASED:
+        return _prepare_released(preparation)
+    if preparation.config:
+        raise InputError(f"{preparation.corpus} has no configs, got {preparation.config!r}")
+    if preparation.corpus == "synthetic":
+        return _prepare_synthetic(preparation)
+    if preparation.source is None:
+        raise InputError("--source is needed with --corpus=manifest: a .jsonl or .csv file")
+    return _prepare_manifest(preparation)
+
+
+def _prepare_released(preparation: Preparation) -> dict[str, Any]:
+    builder_class = RELEASED[preparation.corpus]
+    configs = {config.name: config for config in builder_class.BUILDER_CONFIGS}
+    name = preparation.config or next(iter(configs))
+    if name not in configs:
+        raise InputError(f"config {name!r} of {preparation.corpus}; allowed: {', '.join(configs)}")
+    dataset = f"{preparation.corpus}/{name}"
+    _check_free(dataset, preparation)
+    source = preparation.source
+    if source is None and dataset == "meld/text":
+        source = _downloaded(preparation)
+    if source is None:
+        instructions = " ".join(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        raise InputError(f"--source is needed with --corpus={preparation.corpus}. {instructions}")
+    reader = builder_class(config=name, data_dir=preparation.data_dir)
+    corpus = reader.read(pathlib.Path(source), partial=preparation.partial)
+    return _write(builder_class, corpus, dataset, name, source, preparation)
+
+
+def _prepare_manifest(preparation: Preparation, **known: Any) -> dict[str, Any]:
+    assert preparation.source is not None
+    path = pathlib.Path(preparation.source).expanduser()
+    name = preparation.name or path.stem.lower().replace("-", "_").replace(" ", "_")
+    dataset = f"manifest/{name}"
+    _check_free(dataset, preparation)
+    corpus = manifest_reader.read(path, labels=preparation.labels, seed=preparation.seed)
+    if not corpus.class_names:
+        raise InputError(f"{path}: label: no row has one; needed: labels, or --labels=A,B,...")
+    config = ManifestConfig(
+        name=name,
+        file=path.name,
+        labels=corpus.class_names,
+        scored=corpus.scored,
+        seed=preparation.seed,
+    )
+    return _write(Manifest, corpus, dataset, config, path, preparation, known)
+
+
+def _prepare_synthetic(preparation: Preparation) -> dict[str, Any]:
+    name = preparation.name or "synthetic"
+    _check_free(f"manifest/{name}", preparation)
+    folder = preparation.source
+    if folder is None:
+        folder = dataset_directory(name, preparation.data_dir).parent.parent / f"{name}_recordings"
+    options: dict[str, Any] = {}
+    if preparation.num_dialogues:
+        options["num_dialogues"] = preparation.num_dialogues
+    manifest = write_recordings(
+        folder,
+        seed=preparation.seed,
+        num_workers=preparation.decoding.num_workers,
+        overwrite=preparation.overwrite,
+        **options,
+    )
+    scores = json.loads((manifest.parent / SCORES).read_text())
+    return _prepare_manifest(
+        dataclasses.replace(preparation, source=manifest, name=name), reference_scores=scores
+    )
+
+
+def _write(
+    builder_class: type[DialogueBuilder],
+    corpus: Any,
+    dataset: str,
+    config: Any,
+    source: epath.PathLike,
+    preparation: Preparation,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    return write_corpus(
+        builder_class,
+        corpus,
+        dataset,
+        preparation.data_dir,
+        config=config,
+        decoding=preparation.decoding,
+        beam_options=preparation.beam_options,
+        source=str(source),
+        partial=preparation.partial,
+        overwrite=preparation.overwrite,
+        known=known,
+    )
+
+
+def _check_free(dataset: str, preparation: Preparation) -> None:
+    """Fails before the corpus is read, not after."""
+    directory = dataset_directory(dataset, preparation.data_dir)
+    if directory.exists() and not preparation.overwrite:
+        raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another --name")
+
+
+def _downloaded(preparation: Preparation) -> pathlib.Path:
+    root = dataset_directory("meld", preparation.data_dir).parent.parent
+    manager = tfds.download.DownloadManager(
+        download_dir=root / "downloads", dataset_name="meld", register_checksums=False
+    )
+    try:
+        return download(manager)
+    # requests, TFDS and TensorFlow raise errors of their own kinds.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"MELD's CSV files cannot be downloaded ({reason}); --source=DIR reads them from disk"
+        ) from error

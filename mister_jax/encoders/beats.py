@@ -1,0 +1,355 @@
+"""BEATs: a transformer over 16 x 16 patches of a Mel filter bank (arXiv 2212.09058).
+
+It reads the normalised filter bank of `features` and gives one vector a patch. The classifier of
+the fine-tuned checkpoints is not here. Shape letters: B clips, S samples, F frames, N patches
+("tokens", in the order time, then frequency), D width, K heads, W width of a head, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mister_jax.encoders import audio
+from mister_jax.errors import InputError
+from mister_jax.nn import Stack
+from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.stack import Remat
+
+# Over the filter banks of AudioSet; the models were trained on (x - mean) / (2 deviation).
+FBANK_MEAN = 15.41663
+FBANK_DEVIATION = 6.55582
+
+# What a checkpoint's `cfg` may say of the options that change the architecture.
+_SUPPORTED = {
+    "layer_norm_first": False,
+    "conv_bias": False,
+    "relative_position_embedding": True,
+    "gru_rel_pos": True,
+    "deep_norm": True,
+    "activation_fn": "gelu",
+}
+# Field of `BeatsConfig` -> its name in a checkpoint's `cfg`.
+_FIELDS = {
+    "width": "encoder_embed_dim",
+    "num_layers": "encoder_layers",
+    "num_heads": "encoder_attention_heads",
+    "hidden_width": "encoder_ffn_embed_dim",
+    "patch_width": "embed_dim",
+    "patch_size": "input_patch_size",
+    "position_kernel": "conv_pos",
+    "position_groups": "conv_pos_groups",
+    "num_buckets": "num_buckets",
+    "max_distance": "max_distance",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatsConfig:
+    """Sizes of `Beats`; the defaults are those of all released BEATs.
+
+    Attributes:
+      width: D.
+      num_layers: L.
+      num_heads: K; divides `width`.
+      hidden_width: of the feed-forward blocks.
+      num_mel_bins: of the filter bank.
+      patch_size: frames and Mel bins of a patch.
+      patch_width: of a patch's embedding before it is projected to D.
+      position_kernel: taps of the positional convolution.
+      position_groups: groups of the positional convolution.
+      num_buckets: of relative positions, both directions together.
+      max_distance: positions as far as this or farther share a bucket.
+      layer_norm_epsilon: of every LayerNorm.
+      remat: see `mister_jax.nn.Stack`.
+      dtype: of the computation; attention scores and gates are float32.
+      param_dtype: of the parameters.
+    """
+
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_width: int = 3072
+    num_mel_bins: int = 128
+    patch_size: int = 16
+    patch_width: int = 512
+    position_kernel: int = 128
+    position_groups: int = 16
+    num_buckets: int = 320
+    max_distance: int = 800
+    layer_norm_epsilon: float = 1e-5
+    remat: Remat = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in _FIELDS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"BeatsConfig.{name}={getattr(self, name)}: must be at least 1")
+        for name, divisor in (
+            ("width", "num_heads"),
+            ("width", "position_groups"),
+            ("num_mel_bins", "patch_size"),
+        ):
+            if getattr(self, name) % getattr(self, divisor):
+                raise ValueError(
+                    f"BeatsConfig.{name}={getattr(self, name)}: must be a multiple of "
+                    f"{divisor}={getattr(self, divisor)}"
+                )
+
+    @classmethod
+    def iter3_plus(cls, **changes: Any) -> BeatsConfig:
+        """BEATs iter3+ (90 M parameters), with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def from_checkpoint(cls, cfg: Mapping[str, Any], **changes: Any) -> BeatsConfig:
+        """Reads the `cfg` of a released checkpoint.
+
+        Its rates of dropout and layer drop are not read: the model is used frozen.
+
+        Args:
+          cfg: the mapping.
+          **changes: further fields.
+
+        Raises:
+          InputError: a field is missing, or has a value no released model has.
+        """
+        missing = sorted({*_SUPPORTED, *_FIELDS.values()} - set(cfg))
+        if missing:
+            raise InputError(f"BEATs cfg: no {', '.join(missing)}; all are needed")
+        for name, allowed in _SUPPORTED.items():
+            if cfg[name] != allowed:
+                raise InputError(f"BEATs cfg: {name} {cfg[name]!r}; allowed: {allowed!r}")
+        sizes = {field: cfg[name] for field, name in _FIELDS.items()}
+        for field, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"BEATs cfg: {_FIELDS[field]} {value!r}; allowed: an integer")
+        try:
+            return cls(**{**sizes, **changes})
+        except ValueError as error:
+            raise InputError(f"BEATs cfg: {error}") from error
+
+    @property
+    def patches_per_step(self) -> int:
+        """Patches that share their frames."""
+        return self.num_mel_bins // self.patch_size
+
+    def num_tokens(self, num_frames: Any) -> Any:
+        """N of a clip of F frames; works on ints and on arrays."""
+        return num_frames // self.patch_size * self.patches_per_step
+
+
+def features(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
+    """The normalised filter bank that `Beats` reads.
+
+    Args:
+      waveform: [B, S] at 16 kHz, full scale 1.
+      config: of the model.
+
+    Returns:
+      [B, F, Mel bins] float32; a frame depends on its own 400 samples alone.
+    """
+    fbank = audio.kaldi_fbank(waveform * 2.0**15, num_mel_bins=config.num_mel_bins)
+    return (fbank - FBANK_MEAN) / (2 * FBANK_DEVIATION)
+
+
+def batch_token_mask(sample_mask: jax.Array, num_frames: int, config: BeatsConfig) -> jax.Array:
+    """Which tokens of a padded batch the official code takes for valid.
+
+    It halves the samples into as many equal rows as there are frames, then those into tokens, so
+    in clips of a few seconds the edge is not where the frames' is, and a clip's mask depends on
+    the batch's length. `config.num_tokens` of a clip's own frames has neither flaw.
+
+    Args:
+      sample_mask: true at samples of the clip [B, S] bool.
+      num_frames: F of the padded batch.
+      config: of the model.
+
+    Returns:
+      [B, N] bool; a token is masked if no sample of its row is valid.
+    """
+
+    def rows(mask: jax.Array, count: int) -> jax.Array:
+        size = mask.shape[1] // count
+        return mask[:, : count * size].reshape(mask.shape[0], count, size).any(-1)
+
+    return rows(rows(sample_mask, num_frames), config.num_tokens(num_frames))
+
+
+def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Buckets of relative positions (arXiv 1910.10683): exact when near, logarithmic when far.
+
+    Args:
+      offsets: key's position less the query's, integers.
+      num_buckets: the upper half of them is for keys after the query.
+      max_distance: from here on, all share the last bucket of their half.
+
+    Returns:
+      Integers of the shape of `offsets`, 0 <= bucket < num_buckets.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    distance = np.abs(offsets)
+    # In float32, since rounding decides at some of the edges.
+    scaled = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    scaled = scaled / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + scaled.astype(np.int32), half - 1)
+    return np.where(offsets > 0, half, 0) + np.where(distance < exact, distance, far)
+
+
+def _types(config: BeatsConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+class GatedAttention(nnx.Module):
+    """Attention whose relative position bias is gated by each query and head.
+
+    The gate reads the projected query (arXiv 2212.09058), not the layer's input as in WavLM.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
+        width, heads = config.width, config.num_heads
+        options = _types(config) | {"rngs": rngs}
+        self.num_heads = heads
+        self.query = nnx.Linear(width, width, **options)
+        self.key = nnx.Linear(width, width, **options)
+        self.value = nnx.Linear(width, width, **options)
+        self.out = nnx.Linear(width, width, **options)
+        self.gate = nnx.Linear(width // heads, 8, **options)
+        self.gate_scale = nnx.Param(jnp.ones(heads, options["param_dtype"]))
+
+    def __call__(self, x: jax.Array, mask: jax.Array, position_bias: jax.Array) -> jax.Array:
+        """x [B, N, D], mask of keys [B, N] bool, position_bias [K, N, N] float32 (query, key)."""
+
+        def heads(projected: jax.Array) -> jax.Array:
+            return projected.reshape(*projected.shape[:2], self.num_heads, -1)  # B N K W
+
+        query = heads(self.query(x))
+        gates = self.gate(query).astype(jnp.float32)  # B N K 8
+        update, reset = jnp.moveaxis(
+            jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1)), -1, 0
+        )  # B N K
+        gate = update * (reset * self.gate_scale.astype(jnp.float32) - 1) + 2
+        bias = jnp.moveaxis(gate, 1, 2)[..., None] * position_bias  # B K N N
+        mixed = jax.nn.dot_product_attention(
+            query, heads(self.key(x)), heads(self.value(x)), bias=bias, mask=mask[:, None, None]
+        )
+        return self.out(mixed.reshape(x.shape))
+
+
+class BeatsLayer(nnx.Module):
+    """Attention and a feed-forward block, a LayerNorm after each, the residual scaled up.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
+        options = _types(config) | {"rngs": rngs}
+        norm = {"epsilon": config.layer_norm_epsilon, **options}
+        self.residual_scale = (2 * config.num_layers) ** 0.25  # arXiv 2203.00555
+        self.attention = GatedAttention(config, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(config.width, **norm)
+        self.hidden = nnx.Linear(config.width, config.hidden_width, **options)
+        self.out = nnx.Linear(config.hidden_width, config.width, **options)
+        self.out_norm = nnx.LayerNorm(config.width, **norm)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        position_bias: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """x [B, N, D] anew; there is no dropout."""
+        attended = self.attention(x, mask, position_bias)
+        x = self.attention_norm(self.residual_scale * x + attended)
+        transformed = self.out(jax.nn.gelu(self.hidden(x), approximate=False))
+        return self.out_norm(self.residual_scale * x + transformed)
+
+
+class Beats(nnx.Module):
+    """The encoder.
+
+    Args:
+      config: sizes.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        options = _types(config) | {"rngs": rngs}
+        norm = {"epsilon": config.layer_norm_epsilon, **options}
+        self.patch_embedding = nnx.Linear(
+            config.patch_size**2, config.patch_width, use_bias=False, **options
+        )
+        self.patch_norm = nnx.LayerNorm(config.patch_width, **norm)
+        self.projection = nnx.Linear(config.patch_width, config.width, **options)
+        self.position_convolution = nnx.Conv(
+            config.width,
+            config.width,
+            (config.position_kernel,),
+            padding=[(config.position_kernel // 2, (config.position_kernel - 1) // 2)],
+            feature_group_count=config.position_groups,
+            **options,
+        )
+        self.norm = nnx.LayerNorm(config.width, **norm)
+        self.position_bias = nnx.Embed(config.num_buckets, config.num_heads, **options)
+        self.layers = Stack(
+            lambda rngs: BeatsLayer(config, rngs=rngs),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+
+    def __call__(self, fbank: jax.Array, token_mask: jax.Array) -> jax.Array:
+        """Encodes clips.
+
+        Args:
+          fbank: normalised filter bank [B, F, Mel bins]; frames of an unfinished patch are cut.
+          token_mask: true at tokens of the clip [B, N] bool, N = `config.num_tokens(F)`.
+
+        Returns:
+          [B, N, D]; at masked tokens finite and without meaning.
+
+        Raises:
+          ValueError: the mask has another N.
+        """
+        config = self.config
+        batch, num_frames, _ = fbank.shape
+        num_tokens = config.num_tokens(num_frames)
+        if token_mask.shape != (batch, num_tokens):
+            raise ValueError(
+                f"token_mask {token_mask.shape}; {num_frames} frames need {(batch, num_tokens)}"
+            )
+        size, steps = config.patch_size, num_frames // config.patch_size
+        patches = fbank[:, : steps * size].reshape(batch, steps, size, -1, size)
+        patches = patches.swapaxes(2, 3).reshape(batch, num_tokens, size * size)
+        valid = token_mask[..., None]
+        # Masked before, too: a gradient of zero does not undo a value that is not finite.
+        x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
+        x = jnp.where(valid, self.projection(x), 0)  # B N D
+        x = self.norm(x + jax.nn.gelu(self.position_convolution(x), approximate=False))
+        return self.layers(x, token_mask, self.relative_bias(num_tokens))[0]
+
+    def relative_bias(self, num_tokens: int) -> jax.Array:
+        """The bias before the gates [K, N, N] (query, key), float32."""
+        config = self.config
+        offsets = np.arange(1 - num_tokens, num_tokens)
+        buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
+        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets]  # 2N-1 K
+        position = jnp.arange(num_tokens)
+        place = position - position[:, None] + num_tokens - 1  # N N
+        return jnp.moveaxis(table[place], -1, 0)

@@ -1,0 +1,454 @@
+"""BERT and RoBERTa: a bidirectional transformer over text, normed after each block.
+
+arXiv 1810.04805 and 1907.11692; MiniLM (arXiv 2002.10957) and XLM-RoBERTa are the same at other
+sizes. It gives a hidden state a token; the pooler and the language-model heads of the checkpoints
+are not here. Shape letters: B sequences, N tokens, D width, K heads, W width of a head, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mister_jax.errors import InputError
+from mister_jax.nn import Dropout, Stack
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.stack import Remat
+
+# What transformers takes where a config.json lacks a field, by model type. Sizes have no default.
+_ROBERTA_DEFAULTS = {"pad_token_id": 1, "type_vocab_size": 2}
+_HUGGINGFACE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {"pad_token_id": 0, "type_vocab_size": 2},
+    "roberta": _ROBERTA_DEFAULTS,
+    "xlm-roberta": _ROBERTA_DEFAULTS,
+}
+# Options that change the architecture, and the one value of each that is supported.
+_HUGGINGFACE_FIXED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+# Field of `BertConfig` -> its name in a config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "hidden_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_positions": "max_position_embeddings",
+    "num_token_types": "type_vocab_size",
+}
+_RATES = {
+    "layer_norm_epsilon": ("layer_norm_eps", 1e-12),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "attention_dropout": ("attention_probs_dropout_prob", 0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes and options of `Bert`; the defaults are those of BERT-base, uncased.
+
+    Attributes:
+      vocab_size: rows of the token embedding.
+      width: D.
+      hidden_width: of the feed-forward blocks.
+      num_layers: L.
+      num_heads: K; divides `width`.
+      num_positions: rows of the position embedding.
+      num_token_types: rows of the token type embedding.
+      position_offset: row of the first token's position. RoBERTa's is the padding token's id plus
+        1, so its tables have rows that no token uses.
+      layer_norm_epsilon: of every LayerNorm.
+      dropout: rate on the embeddings and on each block's output before the residual.
+      attention_dropout: rate on the attention weights.
+      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
+        feed-forward block, "out" of both and "attention/out"; None for none.
+      remat: see `mister_jax.nn.Stack`.
+      attention_implementation: of `jax.nn.dot_product_attention`, used where dropout is off.
+      dtype: of the computation; softmaxes and the norms' statistics are float32.
+      param_dtype: of the parameters; those of the low-rank paths are float32.
+    """
+
+    vocab_size: int = 30522
+    width: int = 768
+    hidden_width: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    num_positions: int = 512
+    num_token_types: int = 2
+    position_offset: int = 0
+    layer_norm_epsilon: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    lora: LoRAConfig | None = None
+    remat: Remat = "none"
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"BertConfig.{name}={getattr(self, name)}: must be at least 1")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"BertConfig.width={self.width}: must be a multiple of num_heads={self.num_heads}"
+            )
+        if not 0 <= self.position_offset < self.num_positions:
+            raise ValueError(
+                f"BertConfig.position_offset={self.position_offset}: allowed are 0 to "
+                f"num_positions - 1, {self.num_positions - 1}"
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"BertConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
+                )
+
+    @classmethod
+    def bert_base(cls, **changes: Any) -> BertConfig:
+        """BERT-base, uncased (110 M parameters), with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def bert_large(cls, **changes: Any) -> BertConfig:
+        """BERT-large, uncased (335 M parameters), with `changes`."""
+        sizes = {"width": 1024, "hidden_width": 4096, "num_layers": 24, "num_heads": 16}
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def roberta_base(cls, **changes: Any) -> BertConfig:
+        """RoBERTa-base (125 M parameters), with `changes`."""
+        fields = {
+            "vocab_size": 50265,
+            "num_positions": 514,
+            "num_token_types": 1,
+            "position_offset": 2,
+            "layer_norm_epsilon": 1e-5,
+        }
+        return cls(**{**fields, **changes})
+
+    @classmethod
+    def roberta_large(cls, **changes: Any) -> BertConfig:
+        """RoBERTa-large (355 M parameters), with `changes`."""
+        sizes = {"width": 1024, "hidden_width": 4096, "num_layers": 24, "num_heads": 16}
+        return cls.roberta_base(**{**sizes, **changes})
+
+    @classmethod
+    def minilm_l6(cls, **changes: Any) -> BertConfig:
+        """MiniLM-L6-H384, uncased (23 M parameters), with `changes`."""
+        sizes = {"width": 384, "hidden_width": 1536, "num_layers": 6}
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
+        """Reads a `config.json` of model type "bert", "roberta" or "xlm-roberta".
+
+        Args:
+          config: its content.
+          **changes: further fields.
+
+        Raises:
+          InputError: a field is missing, or has a value that this architecture does not have.
+        """
+        model_type = config.get("model_type")
+        if model_type not in _HUGGINGFACE_DEFAULTS:
+            raise _unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
+        for name, allowed in _HUGGINGFACE_FIXED.items():
+            value = config.get(name, allowed)
+            if value != allowed:
+                raise _unsupported(name, value, repr(allowed))
+        given = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
+        fields = {field: _integer(given, name) for field, name in _SIZES.items()}
+        if model_type != "bert":
+            fields["position_offset"] = _integer(given, "pad_token_id") + 1
+        rates = {field: given.get(name, default) for field, (name, default) in _RATES.items()}
+        for field, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                raise _unsupported(_RATES[field][0], rate, "a number")
+        try:
+            return cls(**{**fields, **rates, **changes})
+        except ValueError as error:
+            raise InputError(f"config.json: no model has its sizes: {error}") from error
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """A `config.json` of which `from_huggingface` and transformers make the same model."""
+        names = _SIZES | {field: name for field, (name, _) in _RATES.items()}
+        kind = {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0}
+        if self.position_offset:
+            kind = {
+                "model_type": "roberta",
+                "architectures": ["RobertaModel"],
+                "pad_token_id": self.position_offset - 1,
+            }
+        return {
+            **kind,
+            **_HUGGINGFACE_FIXED,
+            **{name: getattr(self, field) for field, name in names.items()},
+        }
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.num_positions - self.position_offset
+
+
+def _unsupported(field: str, value: Any, allowed: Any) -> InputError:
+    return InputError(f"config.json: {field}={value!r}: allowed here is {allowed}")
+
+
+def _integer(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _unsupported(field, value, "an integer that is not negative")
+    return value
+
+
+def _types(config: BertConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # A few dimensions of RoBERTa are far larger than the rest; the fast variance would cancel.
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.layer_norm_epsilon,
+        use_fast_variance=False,
+        rngs=rngs,
+        **_types(config),
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Attention in several heads, each token to all of its sequence.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        self.implementation = config.attention_implementation
+        self.dropout = Dropout(config.attention_dropout)
+        options = _types(config) | {"rngs": rngs}
+        self.query = LoRALinear(config.width, config.width, **options)
+        self.key = LoRALinear(config.width, config.width, **options)
+        self.value = LoRALinear(config.width, config.width, **options)
+        self.out = LoRALinear(config.width, config.width, **options)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """x [B, N, D], mask [B, 1, N, N] bool with a key for every query; gives [B, N, D]."""
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+        query = heads(self.query(x, **options))  # B N K W
+        key = heads(self.key(x, **options))  # B N K W
+        value = heads(self.value(x, **options))  # B N K W
+        if deterministic or self.dropout.rate == 0.0:
+            mixed = jax.nn.dot_product_attention(
+                query, key, value, mask=mask, implementation=self.implementation
+            )
+        else:
+            scores = jnp.einsum("bnkw,bmkw->bknm", query, key, preferred_element_type=jnp.float32)
+            scores = jnp.where(mask, scores / query.shape[-1] ** 0.5, jnp.finfo(jnp.float32).min)
+            weights = self.dropout(jax.nn.softmax(scores, axis=-1), **options)  # B K N N
+            mixed = jnp.einsum("bknm,bmkw->bnkw", weights.astype(value.dtype), value)
+        return self.out(mixed.reshape(x.shape), **options)
+
+
+class BertLayer(nnx.Module):
+    """Attention and a feed-forward block, each added to its input and normed.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        options = _types(config) | {"rngs": rngs}
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention_norm = _norm(config, rngs)
+        self.hidden = LoRALinear(config.width, config.hidden_width, **options)
+        self.out = LoRALinear(config.hidden_width, config.width, **options)
+        self.out_norm = _norm(config, rngs)
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """x [B, N, D], mask [B, 1, N, N] bool; gives [B, N, D]."""
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        attended = self.attention(x, mask, **options)
+        x = self.attention_norm(x + self.dropout(attended, **options))
+        hidden = jax.nn.gelu(self.hidden(x, **options), approximate=False)  # B N hidden
+        return self.out_norm(x + self.dropout(self.out(hidden, **options), **options))
+
+
+class Bert(nnx.Module):
+    """The encoder, from tokens to hidden states.
+
+    Args:
+      config: sizes and options.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        # In the parameters' own dtype: a cast of the whole table would cost more than all rows
+        # that are read of it.
+        param_dtype = jnp.dtype(config.param_dtype)
+        options: dict[str, Any] = {"dtype": param_dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.token_embedding = nnx.Embed(config.vocab_size, config.width, **options)
+        self.position_embedding = nnx.Embed(config.num_positions, config.width, **options)
+        self.token_type_embedding = nnx.Embed(config.num_token_types, config.width, **options)
+        self.embedding_norm = _norm(config, rngs)
+        self.dropout = Dropout(config.dropout)
+        self.layers = Stack(
+            lambda rngs: BertLayer(config, rngs=rngs),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        if config.lora is not None:
+            add_lora(self, config.lora, rngs=rngs)
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Embeddings [B, N, D] of tokens [B, N] int alone, for `embeddings` of a call."""
+        return self.token_embedding(input_ids)
+
+    @overload
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        token_type_ids: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+        collect: Literal[False] = False,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        token_type_ids: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+        collect: Literal[True],
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        token_type_ids=None,
+        embeddings=None,
+        positions=None,
+        segment_ids=None,
+        deterministic=True,
+        rngs=None,
+        collect=False,
+    ):
+        """Reads a batch of sequences.
+
+        A token sees all of its own sequence, or segment. Values in padding are finite and have no
+        meaning, and nothing depends on what the padding holds.
+
+        Args:
+          input_ids: tokens [B, N] int.
+          attention_mask: true at tokens, false in padding on either side [B, N] bool; all true by
+            default.
+          token_type_ids: [B, N] int; all 0 by default.
+          embeddings: of the tokens [B, N, D] in place of `input_ids`.
+          positions: [B, N] int, from 0, before the config's offset. By default the number of
+            tokens before in the sequence, or segment: padding is not counted, so a sequence has
+            the same positions whether it is padded left or right.
+          segment_ids: for several sequences packed in a row, a number that changes from each to
+            the next [B, N] int.
+          deterministic: no dropout.
+          rngs: source of dropout keys in training.
+          collect: give all hidden states, too.
+
+        Returns:
+          The last layer's hidden states [B, N, D]. If `collect`, also all hidden states
+          [L + 1, B, N, D]: the normed embeddings and what each layer gave.
+
+        Raises:
+          ValueError: neither or both of `input_ids` and `embeddings`, or rows longer than the
+            longest sequence without `positions` or `segment_ids`.
+        """
+        if (input_ids is None) == (embeddings is None):
+            raise ValueError("BERT reads input_ids or embeddings, one of them")
+        config = self.config
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        shape = (embeddings if input_ids is None else input_ids).shape[:2]
+        if shape[1] > config.max_length and positions is None and segment_ids is None:
+            raise ValueError(f"rows of {shape[1]} tokens; allowed are at most {config.max_length}")
+        mask = jnp.ones(shape, bool) if attention_mask is None else attention_mask
+        mask = jnp.asarray(mask).astype(bool)  # B N
+        starts = _starts(jnp.zeros(shape, int) if segment_ids is None else segment_ids)  # B N
+        if positions is None:
+            positions = _positions(mask, starts)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros(shape, int)
+        if embeddings is None:
+            embeddings = self.embed(jnp.where(mask, input_ids, 0))
+
+        def rows(table: nnx.Embed, index: jax.Array) -> jax.Array:
+            return table(jnp.where(mask, index, 0)).astype(config.dtype)
+
+        x = jnp.where(mask[..., None], embeddings, 0).astype(config.dtype)  # B N D
+        x = x + rows(self.token_type_embedding, token_type_ids)
+        x = x + rows(self.position_embedding, positions + config.position_offset)
+        x = self.dropout(self.embedding_norm(x), **options)
+
+        # All padding is a segment of its own, so that every query has a key.
+        segments = jnp.where(mask, jnp.cumsum(starts, axis=1), 0)
+        together = segments[:, None, :, None] == segments[:, None, None, :]  # B 1 N N
+        last, given = self.layers(x, together, collect=collect, **options)
+        return (last, jnp.concatenate([x[None], given])) if collect else last
+
+
+def _starts(segment_ids: jax.Array) -> jax.Array:
+    """True where a segment begins [B, N] bool."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)
+
+
+def _positions(mask: jax.Array, starts: jax.Array) -> jax.Array:
+    """Tokens before each in its segment [B, N] int; where the mask is false, of no meaning."""
+    before = jnp.cumsum(mask, axis=1) - mask
+    at_start = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+    return before - at_start

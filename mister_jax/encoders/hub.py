@@ -1,0 +1,367 @@
+"""From a model's name or folder to an encoder with its weights, and its tokenizer; and back.
+
+A folder is as the Hugging Face libraries write it: `config.json`, safetensors, the tokenizer's
+files. `ARCHITECTURES` is the table of what can be loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import huggingface_hub
+import jax
+import transformers
+from flax import nnx
+from huggingface_hub import errors
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mister_jax import parallel
+from mister_jax.convert import bert as bert_tables
+from mister_jax.convert import decoder as decoder_tables
+from mister_jax.convert.key_table import KeyTable, load_params, save_params
+from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.encoders.bert import Bert, BertConfig
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig, merge_lora
+from mister_jax.parallel import DATA, MODEL, Rules
+
+CONFIG = "config.json"
+# What a folder needs, and no more: repositories also hold other formats of the same weights.
+_FILES = (
+    CONFIG,
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*processor_config.json",
+    "chat_template*",
+)
+# One of these holds a vocabulary. transformers makes an empty tokenizer where there is none.
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
+# Kernels are cut over "model" where their heads or hidden units are, and over "data" along the
+# other side; each device of a "data" axis then holds its part alone until a layer runs.
+RULES: Rules = (
+    (r"embedding/embedding$", (MODEL, DATA)),
+    (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
+    (r"layers/layers/(.*/)?(out|down)/kernel$", (None, MODEL, DATA)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What is needed to load a model type, and to save it.
+
+    Attributes:
+      config: class with `from_huggingface`.
+      module: class, made as `module(config, rngs=...)`.
+      key_table: of a config.
+      ignored: regular expressions of tensors the module has no use for.
+      prefixes: what may stand before the table's names; files are written with the first.
+      renamed: endings of tensor names in some checkpoints -> those in the table.
+      processor: name of the class in transformers that makes the module's input: a tokenizer, for
+        sound a feature extractor. By name, since access to it imports PyTorch where there is one.
+    """
+
+    config: Any
+    module: Callable[..., nnx.Module]
+    key_table: Callable[[Any], KeyTable]
+    ignored: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("",)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    processor: str = "AutoTokenizer"
+
+
+_BERT = Architecture(
+    BertConfig,
+    Bert,
+    bert_tables.key_table,
+    ignored=bert_tables.IGNORED,
+    prefixes=bert_tables.PREFIXES,
+    renamed=bert_tables.RENAMED,
+)
+_DECODER = Architecture(
+    DecoderConfig,
+    Decoder,
+    lambda config: decoder_tables.key_table(config, prefix=""),
+    ignored=decoder_tables.IGNORED,
+    prefixes=("model.", ""),
+)
+# `model_type` of a config.json -> architecture.
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "llama": _DECODER,
+    "qwen2": _DECODER,
+}
+
+
+def load(
+    name_or_dir: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> tuple[nnx.Module, Any]:
+    """Loads an encoder and what makes its input.
+
+    Args:
+      name_or_dir: a folder, which needs no network, or the name of a model on the Hugging Face Hub.
+      revision: branch, tag or commit of the model on the hub.
+      mesh: to place the parameters on; by default the first device.
+      rules: how they are sharded over the mesh, see `parallel.shardings`.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      lora: low-rank paths to add.
+      seed: of the low-rank paths.
+      **changes: further fields of the architecture's config.
+
+    Returns:
+      The module and its tokenizer, for sound its feature extractor.
+
+    Raises:
+      InputError: a model that cannot be fetched, read or supported, weights or a tokenizer that do
+        not belong to it.
+    """
+    directory = fetch(name_or_dir, revision=revision)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "lora": lora}
+    changes |= {field: value for field, value in options.items() if value is not None}
+    module = load_module(directory, mesh=mesh, rules=rules, seed=seed, **changes)
+    return module, load_processor(directory, module)
+
+
+def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
+    """The folder of a model: the one that is named, or a copy from the Hugging Face Hub.
+
+    Raises:
+      InputError: it is no folder, and cannot be fetched.
+    """
+    directory = pathlib.Path(name_or_dir)
+    if directory.is_dir():
+        return directory
+    name = str(name_or_dir)
+    try:
+        copy = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(_FILES)
+        )
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{name}: access to it is granted by request; ask for it at "
+            f"https://huggingface.co/{name} and log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{name}: no revision {revision!r} on the Hugging Face Hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: no such folder, and no such model on the Hugging Face Hub, or a private one "
+            "(log in with `hf auth login`)"
+        ) from error
+    except Exception as error:  # the network's layers raise many kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{name}: no such folder, and it cannot be fetched from the Hugging Face Hub "
+            f"({reason}); allowed is a folder, or with a network a model's name"
+        ) from error
+    copied = pathlib.Path(copy)
+    if not any(copied.glob("model*.safetensors")):
+        raise InputError(
+            f"{name}: has no safetensors on the Hugging Face Hub; where PyTorch is installed, "
+            f"convert it with transformers.AutoModel.from_pretrained({name!r})"
+            ".save_pretrained(FOLDER) and give the folder"
+        )
+    return copied
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged (no JSON: {error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: damaged (JSON, but not of names and values)")
+    return config
+
+
+def make(
+    config: Mapping[str, Any],
+    *,
+    rngs: nnx.Rngs,
+    where: str | os.PathLike[str] = CONFIG,
+    **changes: Any,
+) -> nnx.Module:
+    """An encoder with random parameters; may be traced, reads no file.
+
+    Args:
+      config: content of its config.json.
+      rngs: for the parameters.
+      where: what `config` was read from, for errors.
+      **changes: further fields of the architecture's config.
+
+    Raises:
+      InputError: an architecture that is not supported.
+    """
+    architecture = _architecture(config, where)
+    return architecture.module(architecture.config.from_huggingface(config, **changes), rngs=rngs)
+
+
+def load_module(
+    directory: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    seed: int = 0,
+    **changes: Any,
+) -> nnx.Module:
+    """Loads an encoder alone; see `load`.
+
+    Raises:
+      InputError: an architecture that is not supported, or weights that do not belong to it.
+    """
+    directory = pathlib.Path(directory)
+    fields = read_config(directory)
+    architecture = _architecture(fields, directory / CONFIG)
+    try:
+        config = architecture.config.from_huggingface(fields, **changes)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from error
+
+    def new() -> nnx.Module:
+        return architecture.module(config, rngs=nnx.Rngs(seed))
+
+    module = nnx.eval_shape(new)
+    table = architecture.key_table(config)
+    checkpoint = Checkpoint.open(directory).renamed(architecture.renamed)
+    first = next(iter(table.values())).names[0]
+    found = [prefix for prefix in architecture.prefixes if prefix + first in checkpoint]
+    shapes = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    load_params(
+        module,
+        table,
+        checkpoint,
+        ignore=architecture.ignored,
+        prefix=found[0] if found else architecture.prefixes[0],
+        shardings=None if mesh is None else parallel.shardings(shapes, mesh, rules),
+    )
+    # What no checkpoint holds, such as low-rank paths, is made as in a new module. The compiler
+    # leaves out the rest, so no parameter is made twice.
+    others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
+    if jax.tree.leaves(nnx.state(module, others)):
+        everywhere = None if mesh is None else NamedSharding(mesh, P())
+        made = jax.jit(lambda: nnx.state(new(), others), out_shardings=everywhere)()
+        nnx.update(module, made)
+    return module
+
+
+def load_processor(directory: str | os.PathLike[str], module: nnx.Module) -> Any:
+    """The tokenizer of a folder, for sound its feature extractor.
+
+    Args:
+      directory: with the files.
+      module: that is to read what it gives.
+
+    Raises:
+      InputError: there is none, or its vocabulary is larger than the module's.
+    """
+    directory = pathlib.Path(directory)
+    architecture = _architecture(read_config(directory), directory / CONFIG)
+    kind = getattr(transformers, architecture.processor)
+    try:
+        processor = kind.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # each tokenizer and file format raises its own kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{directory}: no readable tokenizer or processor ({reason})") from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_vocab"):
+        return processor
+    if not any(file for pattern in _VOCABULARIES for file in directory.glob(pattern)):
+        raise InputError(f"{directory}: no tokenizer; allowed is {', '.join(_VOCABULARIES)}")
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    rows = getattr(getattr(module, "config", None), "vocab_size", None)
+    if rows is not None and last >= rows:
+        raise InputError(
+            f"{directory}: the tokenizer does not belong to the model: its tokens have numbers up "
+            f"to {last}; allowed are those below {rows}"
+        )
+    return processor
+
+
+def save_pretrained(
+    module: nnx.Module,
+    config: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+) -> None:
+    """Writes a folder that `load`, and transformers, read back with equal outputs.
+
+    Low-rank paths are added to their kernels in what is written; the module keeps them.
+
+    Args:
+      module: an encoder with a `config`.
+      config: the content of its config.json, from `read_config` or `to_huggingface`.
+      directory: made where it is missing.
+      tokenizer: or a feature extractor, saved beside it.
+
+    Raises:
+      InputError: an architecture that is not supported, or a folder that cannot be written.
+      ValueError: the config is of another model.
+    """
+    directory = pathlib.Path(directory)
+    architecture = _architecture(config, directory / CONFIG)
+    merged = merge_lora(nnx.merge(*nnx.split(module)))
+    described = architecture.config.from_huggingface(config)
+    expected = nnx.eval_shape(lambda: architecture.module(described, rngs=nnx.Rngs(0)))
+    if _shapes(expected) != _shapes(merged):
+        raise ValueError("save_pretrained: the config is of a model of other parameters")
+    tensors = save_params(
+        merged, architecture.key_table(described), prefix=architecture.prefixes[0]
+    )
+    save(directory, tensors)
+    # Read by transformers as the dtype to load in.
+    dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
+    fields = {name: value for name, value in config.items() if name != "torch_dtype"}
+    text = json.dumps(fields | {"dtype": dtype.name}, indent=2, sort_keys=True)
+    try:
+        partial = directory / f".{CONFIG}.partial"
+        partial.write_text(f"{text}\n")
+        partial.replace(directory / CONFIG)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error})") from error
+
+
+def _architecture(config: Mapping[str, Any], where: str | os.PathLike[str]) -> Architecture:
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return {
+        jax.tree_util.keystr(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }

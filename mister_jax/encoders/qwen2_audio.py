@@ -1,0 +1,261 @@
+"""Qwen2-Audio: a Whisper-like tower heard by Qwen (arXiv 2407.10759).
+
+From waveforms and prompts to the last hidden states of the language model; its head is not here.
+Shape letters: B clips, S samples, P tokens of the prompt, A audio vectors of 40 ms, N = P - 1 + A,
+D width of the language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mister_jax.encoders.audio_prompt import AudioPromptOutput, splice_audio
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.errors import InputError
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import KeySource
+
+# What transformers takes for fields that a config.json leaves out.
+_AUDIO_DEFAULTS = {
+    "model_type": "qwen2_audio_encoder",
+    "num_mel_bins": 128,
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "max_source_positions": 1500,
+}
+_TEXT_DEFAULTS = {"model_type": "qwen2"}
+_PLACEHOLDER = 151646  # <|AUDIO|>
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2AudioConfig:
+    """The parts of `Qwen2Audio`.
+
+    Attributes:
+      tower: encoder of audio, with `trim`; its positions say how long a clip may be.
+      decoder: the language model.
+      placeholder: the token that stands for the audio in a prompt.
+    """
+
+    tower: WhisperConfig
+    decoder: DecoderConfig
+    placeholder: int = _PLACEHOLDER
+
+    def __post_init__(self):
+        if not self.tower.trim:
+            raise ValueError("Qwen2AudioConfig.tower.trim=False: must be True")
+
+    @classmethod
+    def qwen2_audio_7b(
+        cls,
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        attention_implementation: Implementation | None = None,
+        **changes: Any,
+    ) -> Qwen2AudioConfig:
+        """Qwen2-Audio-7B, and -7B-Instruct (8.4 billion parameters).
+
+        Args:
+          dtype: of all parts' computation.
+          param_dtype: of all parts' parameters, but for LoRA's.
+          attention_implementation: of all parts.
+          **changes: further fields of the language model's config, such as `lora` or `remat`.
+        """
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "attention_implementation": attention_implementation,
+        }
+        sizes: dict[str, Any] = {
+            "vocab_size": 156032,
+            "width": 4096,
+            "mlp_width": 11008,
+            "num_layers": 32,
+            "num_heads": 32,
+            "num_key_value_heads": 32,
+            "head_width": 128,
+            "query_key_value_bias": True,
+        }
+        return cls(WhisperConfig.large_v3(**common), DecoderConfig(**sizes | common | changes))
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        attention_implementation: Implementation | None = None,
+        **changes: Any,
+    ) -> Qwen2AudioConfig:
+        """Reads a `config.json` of model type "qwen2_audio".
+
+        Args:
+          config: the file's content. Absent fields have the values transformers gives them.
+          dtype: of all parts' computation.
+          param_dtype: of all parts' parameters, but for LoRA's.
+          attention_implementation: of all parts.
+          **changes: further fields of the language model's config, such as `lora` or `remat`.
+
+        Raises:
+          InputError: a field with a value that this architecture does not have.
+        """
+        if config.get("model_type") != "qwen2_audio":
+            raise InputError(
+                f"config.json: model_type={config.get('model_type')!r}: allowed is 'qwen2_audio'"
+            )
+        audio = _part(config, "audio_config", _AUDIO_DEFAULTS)
+        if audio["model_type"] != _AUDIO_DEFAULTS["model_type"]:
+            raise InputError(
+                f"config.json: audio_config.model_type={audio['model_type']!r}: allowed is "
+                f"{_AUDIO_DEFAULTS['model_type']!r}"
+            )
+        placeholder = config.get("audio_token_index", _PLACEHOLDER)
+        if isinstance(placeholder, bool) or not isinstance(placeholder, int):
+            raise InputError(
+                f"config.json: audio_token_index={placeholder!r}: allowed is an integer"
+            )
+        text = _part(config, "text_config", _TEXT_DEFAULTS)
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "attention_implementation": attention_implementation,
+        }
+        return cls(
+            WhisperConfig.from_huggingface({**audio, "model_type": "whisper"}, **common),
+            DecoderConfig.from_huggingface(text, **common | changes),
+            placeholder,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the language model."""
+        return self.decoder.vocab_size
+
+
+def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    part = config.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise InputError(f"config.json: {name}={part!r}: allowed are fields and their values")
+    return {**defaults, **part}
+
+
+class AudioTower(Whisper):
+    """Whisper's encoder with pairs of positions averaged before the last LayerNorm.
+
+    A clip's padding is attended to by nothing, so no result depends on it.
+    """
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips.
+
+        Args:
+          waveform: mono at 16 kHz, full scale 1 [B, S]. What is behind a clip is not read; what a
+            clip has behind `max_positions` of 20 ms is cut.
+          lengths: samples of each clip [B] int.
+          deterministic: no dropout.
+          rngs: source of dropout keys.
+
+        Returns:
+          Vectors of 40 ms [B, A, width], and how many are each clip's [B] int: those both of whose
+          positions are in the clip.
+        """
+        mel, mel_lengths = self.mel(waveform, lengths)
+        x, mask, _ = self._run(mel, mel_lengths, False, deterministic=deterministic, rngs=rngs)
+        batch, num_positions, width = x.shape
+        pairs = x[:, : num_positions // 2 * 2].reshape(batch, -1, 2, width)
+        return self.norm(pairs.mean(2)), mask.sum(1) // 2
+
+
+class Qwen2Audio(nnx.Module):
+    """From waveforms and prompts to hidden states.
+
+    Args:
+      config: of the parts.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tower = AudioTower(config.tower, rngs=rngs)
+        self.projection = nnx.Linear(
+            config.tower.width,
+            config.decoder.width,
+            dtype=jnp.dtype(config.decoder.dtype),
+            param_dtype=jnp.dtype(config.decoder.param_dtype),
+            rngs=rngs,
+        )
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> AudioPromptOutput:
+        """Reads clips, each with its prompt.
+
+        Args:
+          waveform: [B, S] at 16 kHz, full scale 1, each clip at the start of its row.
+          lengths: samples of each clip [B] int.
+          prompt: tokens [B, P] int, one of each prompt the placeholder; see `prompt_tokens`.
+          prompt_mask: true at tokens [B, P] bool.
+          deterministic: no dropout.
+          rngs: source of dropout keys.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        vectors, audio_lengths = self.tower(waveform, lengths, **options)
+        sequence, mask, audio_mask = splice_audio(
+            self.decoder.embed(jnp.where(prompt_mask, prompt, 0)),
+            prompt_mask,
+            prompt == self.config.placeholder,
+            self.projection(vectors),  # B A D
+            audio_lengths,
+        )
+        hidden = self.decoder(embeddings=sequence, attention_mask=mask, **options)
+        return AudioPromptOutput(hidden, mask, audio_mask)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:
+    """A prompt's tokens, one of them the placeholder for the audio.
+
+    Args:
+      tokenizer: Qwen2-Audio's, of transformers.
+      prompt: with `<|AUDIO|>` where the audio belongs, such as
+        "<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:".
+      config: of the model.
+
+    Returns:
+      P tokens.
+
+    Raises:
+      InputError: not one placeholder, or a tokenizer that does not know it.
+    """
+    tokens = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    found = tokens.count(config.placeholder)
+    if found != 1:
+        raise InputError(
+            f"prompt {prompt!r}: {found} tokens {config.placeholder} (<|AUDIO|>); allowed is one"
+        )
+    return tokens

@@ -1,0 +1,555 @@
+"""wav2vec 2.0, HuBERT and WavLM: a vector every 20 ms of a waveform.
+
+One architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the waveform, a
+positional convolution, and a transformer, which in WavLM has gated relative positions. Heads for
+pre-training and recognition are not here, nor the masking of latents. Shape letters: B clips, S
+samples, N frames of 20 ms, C convolution channels, D width, K heads, W width of a head, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mister_jax.encoders import audio
+from mister_jax.encoders.attention import SelfAttention
+from mister_jax.encoders.beats import position_buckets
+from mister_jax.errors import InputError
+from mister_jax.nn import Stack
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import Dropout, KeySource
+from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.stack import Remat
+
+# Field of `WavLMConfig` -> its name in a config.json, and transformers' value where it is absent.
+_HUGGINGFACE: dict[str, tuple[str, Any]] = {
+    "width": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "hidden_width": ("intermediate_size", 3072),
+    "convolution_widths": ("conv_dim", (512,) * 7),
+    "convolution_kernels": ("conv_kernel", (10, 3, 3, 3, 3, 2, 2)),
+    "convolution_strides": ("conv_stride", (5, 2, 2, 2, 2, 2, 2)),
+    "convolution_bias": ("conv_bias", False),
+    "convolution_norm": ("feat_extract_norm", "group"),
+    "projection_norm": ("feat_proj_layer_norm", True),
+    "position_kernel": ("num_conv_pos_embeddings", 128),
+    "position_groups": ("num_conv_pos_embedding_groups", 16),
+    "norm_first": ("do_stable_layer_norm", False),
+    "layer_norm_epsilon": ("layer_norm_eps", 1e-5),
+    "dropout": ("hidden_dropout", 0.1),
+    "attention_dropout": ("attention_dropout", 0.1),
+    "hidden_dropout": ("activation_dropout", 0.1),
+    "projection_dropout": ("feat_proj_dropout", 0.0),
+}
+_HUGGINGFACE_WAVLM: dict[str, tuple[str, Any]] = {
+    "num_buckets": ("num_buckets", 320),
+    "max_distance": ("max_bucket_distance", 800),
+}
+# What a config.json may say of the options that change the architecture.
+_HUGGINGFACE_FIXED = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "conv_pos_batch_norm": False,
+    "add_adapter": False,
+    "adapter_attn_dim": None,
+}
+_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
+
+
+@dataclasses.dataclass(frozen=True)
+class WavLMConfig:
+    """Sizes and options of `WavLM`; the default ones are WavLM Base's.
+
+    Attributes:
+      width: D.
+      num_layers: L.
+      num_heads: K; divides `width`.
+      hidden_width: of the feed-forward blocks.
+      convolution_widths: C of each convolution over the waveform.
+      convolution_kernels: of each, in steps of the one before it.
+      convolution_strides: likewise.
+      convolution_bias: the convolutions have a bias.
+      convolution_norm: "group" normalises each channel of the first convolution over time, "layer"
+        each step of each convolution over the channels.
+      projection_norm: a LayerNorm before the convolutions' output is projected to D.
+      position_kernel: taps of the positional convolution.
+      position_groups: groups of the positional convolution; divides `width`.
+      num_buckets: of relative positions, both directions together; 0 for a model without, that is
+        for all but WavLM.
+      max_distance: relative positions as far as this or farther share a bucket.
+      norm_first: the LayerNorms are before the blocks and at the end, as in the large models, not
+        behind each residual.
+      normalise: the waveform is given zero mean and unit variance; what a model was trained with
+        its `preprocessor_config.json` tells (`do_normalize`).
+      layer_norm_epsilon: of the transformer's LayerNorms.
+      dropout: rate on the transformer's input and on each block's output.
+      attention_dropout: rate on the attention weights.
+      hidden_dropout: rate in the feed-forward blocks.
+      projection_dropout: rate on the projected output of the convolutions.
+      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
+        feed-forward block, "attention/out" and "layers/out"; None for none.
+      remat: see `mister_jax.nn.Stack`.
+      attention_implementation: of `jax.nn.dot_product_attention`.
+      dtype: of the computation; statistics of norms, softmaxes and gates are float32.
+      param_dtype: of the parameters.
+    """
+
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_width: int = 3072
+    convolution_widths: tuple[int, ...] = (512,) * 7
+    convolution_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    convolution_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    convolution_bias: bool = False
+    convolution_norm: Literal["group", "layer"] = "group"
+    projection_norm: bool = True
+    position_kernel: int = 128
+    position_groups: int = 16
+    num_buckets: int = 320
+    max_distance: int = 800
+    norm_first: bool = False
+    normalise: bool = False
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.0
+    projection_dropout: float = 0.1
+    lora: LoRAConfig | None = None
+    remat: Remat = "none"
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ["width", "num_layers", "num_heads", "hidden_width", "position_kernel"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"WavLMConfig.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("num_heads", "position_groups"):
+            if self.width % getattr(self, name):
+                raise ValueError(
+                    f"WavLMConfig.{name}={getattr(self, name)}: must divide width={self.width}"
+                )
+        parts = (self.convolution_widths, self.convolution_kernels, self.convolution_strides)
+        if len(set(map(len, parts))) > 1 or not all(min(part, default=0) > 0 for part in parts):
+            raise ValueError(
+                f"WavLMConfig.convolution_widths, kernels and strides {parts}: must be as many of "
+                "each, at least one, and positive"
+            )
+        if self.convolution_norm not in ("group", "layer"):
+            raise ValueError(
+                f"WavLMConfig.convolution_norm={self.convolution_norm!r}: allowed are 'group' and "
+                "'layer'"
+            )
+        if self.num_buckets < 0 or self.num_buckets % 4 or self.max_distance < self.num_buckets:
+            raise ValueError(
+                f"WavLMConfig.num_buckets={self.num_buckets}: must be a multiple of 4 and not "
+                f"above max_distance={self.max_distance}"
+            )
+
+    @classmethod
+    def wav2vec2_base(cls, **changes: Any) -> WavLMConfig:
+        """wav2vec 2.0 Base (94 M parameters), with `changes`."""
+        return cls(**{"num_buckets": 0, "normalise": True, **changes})
+
+    @classmethod
+    def hubert_base(cls, **changes: Any) -> WavLMConfig:
+        """HuBERT Base (94 M parameters), with `changes`."""
+        return cls(**{"num_buckets": 0, "normalise": True, **changes})
+
+    @classmethod
+    def wavlm_base(cls, **changes: Any) -> WavLMConfig:
+        """WavLM Base (94 M parameters), with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def wavlm_base_plus(cls, **changes: Any) -> WavLMConfig:
+        """WavLM Base+, of the same sizes but more audio, with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def wavlm_large(cls, **changes: Any) -> WavLMConfig:
+        """WavLM Large (315 M parameters), with `changes`."""
+        sizes = {
+            "width": 1024,
+            "num_layers": 24,
+            "num_heads": 16,
+            "hidden_width": 4096,
+            "convolution_norm": "layer",
+            "norm_first": True,
+            "normalise": True,
+        }
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:
+        """Reads a `config.json` of model type "wav2vec2", "hubert" or "wavlm", with `changes`.
+
+        Absent fields have the values transformers gives them. The file does not tell whether the
+        waveform is normalised; the value here is that of the published models.
+
+        Raises:
+          InputError: a field with a value that this architecture does not have.
+        """
+        model_type = config.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise InputError(
+                f"config.json: model_type={model_type!r}: allowed are {', '.join(_MODEL_TYPES)}"
+            )
+        for name, allowed in _HUGGINGFACE_FIXED.items():
+            if config.get(name, allowed) != allowed:
+                raise InputError(f"config.json: {name}={config[name]!r}: allowed is {allowed!r}")
+        is_wavlm = model_type == "wavlm"
+        fields = _read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
+        if not is_wavlm:
+            fields["num_buckets"] = 0
+        fields["normalise"] = not is_wavlm or fields["convolution_norm"] == "layer"
+        try:
+            return cls(**{**fields, **changes})
+        except ValueError as error:
+            raise InputError(f"config.json: {error}") from error
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """N of a clip of S samples, 0 if it is shorter than a frame; works on ints and arrays."""
+        for kernel, stride in zip(self.convolution_kernels, self.convolution_strides, strict=True):
+            num_samples = (num_samples - kernel) // stride + 1
+        return num_samples * (num_samples > 0)
+
+    @property
+    def frame_size(self) -> int:
+        """Samples that one frame sees."""
+        size = 1
+        pairs = zip(self.convolution_kernels, self.convolution_strides, strict=True)
+        for kernel, stride in reversed(list(pairs)):
+            size = (size - 1) * stride + kernel
+        return size
+
+
+def _read(config: Mapping[str, Any], fields: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """The values of our fields in a config.json."""
+    values = {}
+    for field, (name, default) in fields.items():
+        value = config.get(name, default)
+        value = tuple(value) if isinstance(value, list) else value
+        kind = float | int if isinstance(default, float) else type(default)
+        numbers = value if isinstance(value, tuple) else ()
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool) != isinstance(default, bool)
+            or not all(type(number) is int for number in numbers)
+        ):
+            raise InputError(f"config.json: {name}={value!r}: allowed are values like {default!r}")
+        values[field] = value
+    return values
+
+
+def _types(config: WavLMConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def _norm(width: int, epsilon: float, config: WavLMConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # A few dimensions are far larger than the rest; the fast variance would cancel.
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, use_fast_variance=False, rngs=rngs, **_types(config)
+    )
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MaskedChannelNorm(nnx.Module):
+    """Normalises each channel over the valid steps of its sequence: GroupNorm, a channel a group.
+
+    Args:
+      width: C.
+      dtype: of the output; the statistics are float32.
+      param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self, width: int, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+    ):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """x [B, N, C] anew, with mask [B, N] bool of the steps the statistics are over."""
+        x, mask = x.astype(jnp.float32), mask[..., None]
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        centred = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
+        variance = jnp.where(mask, centred**2, 0).sum(1, keepdims=True) / count  # B 1 C
+        normed = centred * jax.lax.rsqrt(variance + 1e-5)
+        return (normed * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class WaveformEncoder(nnx.Module):
+    """Convolutions over the waveform, each with a norm where the config says so, and GELU.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
+        options = _types(config)
+        widths = config.convolution_widths
+        self.strides = config.convolution_strides
+        self.kernel_sizes = config.convolution_kernels
+        self.convolutions = nnx.List(
+            nnx.Conv(
+                wide_in,
+                wide_out,
+                (kernel,),
+                strides=stride,
+                padding="VALID",
+                use_bias=config.convolution_bias,
+                **options,
+                rngs=rngs,
+            )
+            for wide_in, wide_out, kernel, stride in zip(
+                (1, *widths[:-1]), widths, self.kernel_sizes, self.strides, strict=True
+            )
+        )
+        self.channel_norm = nnx.data(
+            MaskedChannelNorm(widths[0], **options) if config.convolution_norm == "group" else None
+        )
+        self.norms = nnx.List(
+            _norm(width, 1e-5, config, rngs)
+            for width in widths
+            if config.convolution_norm == "layer"
+        )
+
+    def __call__(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
+        """waveform [B, S], zero behind `lengths` [B]; gives [B, N, C]."""
+        x = waveform[..., None]
+        for index, convolution in enumerate(self.convolutions):
+            x = convolution(x)
+            lengths = (lengths - self.kernel_sizes[index]) // self.strides[index] + 1
+            if index == 0 and self.channel_norm is not None:
+                x = self.channel_norm(x, audio.length_mask(lengths, x.shape[1]))
+            if self.norms:
+                x = self.norms[index](x)
+            x = _gelu(x)
+        return x
+
+
+class GatedBias(nnx.Module):
+    """The part of the relative position bias each query and head lets through.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
+        options = _types(config)
+        self.num_heads = config.num_heads
+        self.projection = nnx.Linear(config.width // config.num_heads, 8, **options, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
+
+    def __call__(self, x: jax.Array, position_bias: jax.Array) -> jax.Array:
+        """x [B, N, D] and position_bias [K, N, N] (query, key) float32; gives [B, K, N, N]."""
+        heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # B N K W
+        gates = self.projection(heads).astype(jnp.float32)  # B N K 8
+        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # B N K 2
+        update, reset = gates[..., 0], gates[..., 1]
+        gate = update * (reset * self.scale[...].astype(jnp.float32) - 1) + 2  # B N K
+        return jnp.moveaxis(gate, 1, 2)[..., None] * position_bias
+
+
+class TransformerLayer(nnx.Module):
+    """The parts of both kinds of layers.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
+        width, options = config.width, _types(config) | {"rngs": rngs}
+        self.gate = nnx.data(GatedBias(config, rngs=rngs) if config.num_buckets else None)
+        self.attention = SelfAttention(
+            width,
+            config.num_heads,
+            dropout=config.attention_dropout,
+            implementation=config.attention_implementation,
+            **options,
+        )
+        self.attention_norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.hidden = LoRALinear(width, config.hidden_width, **options)
+        self.out = LoRALinear(config.hidden_width, width, **options)
+        self.hidden_norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.dropout = Dropout(config.dropout)
+        self.hidden_dropout = Dropout(config.hidden_dropout)
+
+    def attend(
+        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
+    ) -> jax.Array:
+        """What self-attention adds to x [B, N, D]."""
+        bias = None
+        if self.gate is not None and position_bias is not None:
+            bias = self.gate(x, position_bias)
+        return self.dropout(self.attention(x, key_mask, bias, **options), **options)
+
+    def transform(self, x: jax.Array, **options: Any) -> jax.Array:
+        """What the feed-forward block adds to x [B, N, D]."""
+        hidden = self.hidden_dropout(_gelu(self.hidden(x, **options)), **options)
+        return self.dropout(self.out(hidden, **options), **options)
+
+
+class NormLastLayer(TransformerLayer):
+    """A LayerNorm behind each residual, as in the base models."""
+
+    def __call__(
+        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
+    ) -> jax.Array:
+        """x [B, N, D] anew, with key_mask [B, N] and position_bias [K, N, N] or None."""
+        x = self.attention_norm(x + self.attend(x, key_mask, position_bias, **options))
+        return self.hidden_norm(x + self.transform(x, **options))
+
+
+class NormFirstLayer(TransformerLayer):
+    """A LayerNorm before each block, as in the large models."""
+
+    def __call__(
+        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
+    ) -> jax.Array:
+        """x [B, N, D] anew, with key_mask [B, N] and position_bias [K, N, N] or None."""
+        x = x + self.attend(self.attention_norm(x), key_mask, position_bias, **options)
+        return x + self.transform(self.hidden_norm(x), **options)
+
+
+class WavLM(nnx.Module):
+    """The encoder.
+
+    Args:
+      config: sizes and options.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
+        channels, width, taps = config.convolution_widths[-1], config.width, config.position_kernel
+        options = _types(config) | {"rngs": rngs}
+        self.config = config
+        self.waveform_encoder = WaveformEncoder(config, rngs=rngs)
+        self.projection_norm = nnx.data(
+            _norm(channels, config.layer_norm_epsilon, config, rngs)
+            if config.projection_norm
+            else None
+        )
+        self.projection = nnx.Linear(channels, width, **options)
+        self.projection_dropout = Dropout(config.projection_dropout)
+        self.position_convolution = nnx.Conv(
+            width,
+            width,
+            (taps,),
+            padding=[(taps // 2, (taps - 1) // 2)],
+            feature_group_count=config.position_groups,
+            **options,
+        )
+        self.position_bias = nnx.data(
+            nnx.Embed(config.num_buckets, config.num_heads, **options)
+            if config.num_buckets
+            else None
+        )
+        self.norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.dropout = Dropout(config.dropout)
+        layer = NormFirstLayer if config.norm_first else NormLastLayer
+        self.layers = Stack(
+            lambda rngs: layer(config, rngs=rngs),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        if config.lora is not None:
+            add_lora(self, config.lora, rngs=rngs)
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips.
+
+        A clip's result is the reference's for this clip alone. (In a batch, the reference lets
+        padding into the statistics of the group norm.)
+
+        Args:
+          waveform: mono at 16 kHz, full scale 1 [B, S]; what is behind a clip is not read.
+          lengths: samples of each clip [B] int.
+          deterministic: no dropout.
+          rngs: source of dropout keys.
+
+        Returns:
+          hidden states [B, N, D], and true at the clip's frames [B, N] bool. N is
+          `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has none.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        x, mask, _ = self._run(waveform, lengths, False, **options)
+        return (self.norm(x) if self.config.norm_first else x), mask
+
+    def layer_outputs(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like calling it, but for all layers; the large models' last LayerNorm is not applied.
+
+        Returns:
+          what the first layer read and what each layer gave [L + 1, B, N, D], and true at the
+          clip's frames [B, N] bool.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        _, mask, layers = self._run(waveform, lengths, True, **options)
+        assert layers is not None
+        return layers, mask
+
+    def relative_bias(self, num_frames: int) -> jax.Array | None:
+        """The bias before the gates [K, N, N] (query, key) float32, or None without buckets."""
+        if self.position_bias is None:
+            return None
+        config = self.config
+        # Offsets key - query in the order 0 ... N - 1, -N ... -1.
+        offsets = np.fft.ifftshift(np.arange(-num_frames, num_frames))
+        buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
+        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # K 2N
+        # Rows of 2N - 1 out of a repeated row of 2N: each starts one offset earlier than the last.
+        size = 2 * num_frames
+        rows = jnp.tile(table, num_frames)[:, : num_frames * (size - 1)]
+        return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]
+
+    def _run(
+        self, waveform: jax.Array, lengths: jax.Array, collect: bool, **options: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        config = self.config
+        short = max(0, config.frame_size - waveform.shape[1])
+        lengths = jnp.minimum(lengths, waveform.shape[1])
+        waveform = jnp.pad(waveform, ((0, 0), (0, short)))
+        if config.normalise:
+            waveform = audio.normalise(waveform, lengths)
+        else:
+            waveform = jnp.where(audio.length_mask(lengths, waveform.shape[1]), waveform, 0)
+        x = self.waveform_encoder(waveform, lengths)  # B N C
+        mask = audio.length_mask(config.num_frames(lengths), x.shape[1])
+        if self.projection_norm is not None:
+            x = self.projection_norm(x)
+        x = self.projection_dropout(self.projection(x), **options)
+        x = jnp.where(mask[..., None], x, 0)  # B N D
+        x = x + _gelu(self.position_convolution(x))
+        x = self.dropout(x if config.norm_first else self.norm(x), **options)
+        bias = self.relative_bias(x.shape[1])
+        last, layers = self.layers(x, mask, bias, collect=collect, **options)
+        return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

@@ -1,0 +1,363 @@
+"""Whisper's encoder (arXiv 2212.04356): a vector every 20 ms of a clip of up to 30 s.
+
+The decoder is not here. Whisper was trained on clips padded to 30 s with silence, which it attends
+to like speech. Shape letters: B clips, S samples, F frames of 10 ms, M Mel bins, N positions of
+20 ms, D width, K heads, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mister_jax.encoders import audio
+from mister_jax.encoders.attention import SelfAttention
+from mister_jax.errors import InputError
+from mister_jax.nn import Stack
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import Dropout, KeySource
+from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.stack import Remat
+
+_SAMPLES_A_POSITION = 2 * audio.FRAME_STEP
+
+# Field of `WhisperConfig` -> its name in a config.json, and transformers' value where it is absent.
+_HUGGINGFACE: dict[str, tuple[str, Any]] = {
+    "num_mel_bins": ("num_mel_bins", 80),
+    "width": ("d_model", 384),
+    "num_layers": ("encoder_layers", 4),
+    "num_heads": ("encoder_attention_heads", 6),
+    "hidden_width": ("encoder_ffn_dim", 1536),
+    "max_positions": ("max_source_positions", 1500),
+    "dropout": ("dropout", 0.0),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "hidden_dropout": ("activation_dropout", 0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WhisperConfig:
+    """Sizes and options of `Whisper`; the default sizes are large-v3's.
+
+    Attributes:
+      num_mel_bins: M.
+      width: D; even.
+      num_layers: L.
+      num_heads: K; divides `width`.
+      hidden_width: of the feed-forward blocks.
+      max_positions: N of the padded clip, 1500 for 30 s.
+      trim: encode no more of the batch's padding than its longest row has, and attend to each
+        clip alone; else pad to `max_positions` and attend to all of it, as the reference does.
+        Trimming takes time and memory in proportion to the audio, and is another function: the
+        convolutions' output is the reference's, but the silence behind the clip is not attended
+        to. How far the outputs move depends on the weights and on the clip: by 0.3 to 0.6 of
+        their deviation for a tiny model with random weights and clips of a fifth to a half of
+        the window. Train and extract with the same choice.
+      dropout: rate on the positions' sum and on each block's output.
+      attention_dropout: rate on the attention weights.
+      hidden_dropout: rate in the feed-forward blocks.
+      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
+        feed-forward block, "attention/out" and "layers/out"; None for none.
+      remat: see `mister_jax.nn.Stack`.
+      attention_implementation: of `jax.nn.dot_product_attention`.
+      dtype: of the computation; spectrograms and softmaxes are float32.
+      param_dtype: of the parameters.
+    """
+
+    num_mel_bins: int = 128
+    width: int = 1280
+    num_layers: int = 32
+    num_heads: int = 20
+    hidden_width: int = 5120
+    max_positions: int = 1500
+    trim: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    lora: LoRAConfig | None = None
+    remat: Remat = "none"
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in [
+            "num_mel_bins",
+            "width",
+            "num_layers",
+            "num_heads",
+            "hidden_width",
+            "max_positions",
+        ]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"WhisperConfig.{name}={getattr(self, name)}: must be at least 1")
+        if self.width % self.num_heads or self.width % 2:
+            raise ValueError(
+                f"WhisperConfig.width={self.width}: must be even and a multiple of "
+                f"num_heads={self.num_heads}"
+            )
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> WhisperConfig:
+        """Whisper tiny (8 M parameters), with `changes`."""
+        return cls._sized(384, 4, 6, **changes)
+
+    @classmethod
+    def base(cls, **changes: Any) -> WhisperConfig:
+        """Whisper base (21 M parameters), with `changes`."""
+        return cls._sized(512, 6, 8, **changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> WhisperConfig:
+        """Whisper small (88 M parameters), with `changes`."""
+        return cls._sized(768, 12, 12, **changes)
+
+    @classmethod
+    def medium(cls, **changes: Any) -> WhisperConfig:
+        """Whisper medium (307 M parameters), with `changes`."""
+        return cls._sized(1024, 24, 16, **changes)
+
+    @classmethod
+    def large_v2(cls, **changes: Any) -> WhisperConfig:
+        """Whisper large-v2 (637 M parameters), with `changes`."""
+        return cls._sized(1280, 32, 20, **changes)
+
+    @classmethod
+    def large_v3(cls, **changes: Any) -> WhisperConfig:
+        """Whisper large-v3 (637 M parameters), with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def _sized(cls, width: int, num_layers: int, num_heads: int, **changes: Any) -> WhisperConfig:
+        sizes = {
+            "num_mel_bins": 80,
+            "width": width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "hidden_width": 4 * width,
+        }
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
+        """Reads the encoder's part of a `config.json` of model type "whisper", with `changes`.
+
+        Absent fields have the values transformers gives them.
+
+        Raises:
+          InputError: a field with a value that this architecture does not have.
+        """
+        for name, allowed in (("model_type", "whisper"), ("activation_function", "gelu")):
+            if config.get(name, allowed) != allowed:
+                raise InputError(f"config.json: {name}={config[name]!r}: allowed is {allowed!r}")
+        fields = {}
+        for field, (name, default) in _HUGGINGFACE.items():
+            fields[field] = value = config.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, type(default) | int):
+                kind = "an integer" if isinstance(default, int) else "a number"
+                raise InputError(f"config.json: {name}={value!r}: allowed is {kind}")
+        try:
+            return cls(**{**fields, **changes})
+        except ValueError as error:
+            raise InputError(f"config.json: {error}") from error
+
+
+def _types(config: WhisperConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # A few dimensions are far larger than the rest; the fast variance would cancel.
+    return nnx.LayerNorm(
+        config.width, epsilon=1e-5, use_fast_variance=False, rngs=rngs, **_types(config)
+    )
+
+
+def _sinusoids(num_positions: int, width: int) -> np.ndarray:
+    """Sines, then cosines, of wave lengths from 2 pi to 10,000 times that, [N, D] float32."""
+    rates = np.exp(-np.log(10_000) * np.arange(width // 2) / max(1, width // 2 - 1))
+    angles = np.arange(num_positions)[:, None] * rates
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class WhisperLayer(nnx.Module):
+    """Self-attention and a feed-forward block, each on a normed input and added to it.
+
+    Args:
+      config: the model's.
+    """
+
+    def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
+        width, options = config.width, _types(config) | {"rngs": rngs}
+        self.attention_norm = _norm(config, rngs)
+        self.attention = SelfAttention(
+            width,
+            config.num_heads,
+            key_bias=False,
+            dropout=config.attention_dropout,
+            implementation=config.attention_implementation,
+            **options,
+        )
+        self.hidden_norm = _norm(config, rngs)
+        self.hidden = LoRALinear(width, config.hidden_width, **options)
+        self.out = LoRALinear(config.hidden_width, width, **options)
+        self.dropout = Dropout(config.dropout)
+        self.hidden_dropout = Dropout(config.hidden_dropout)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        key_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """x [B, N, D] anew, attending where key_mask [B, N]."""
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        attended = self.attention(self.attention_norm(x), key_mask, **options)
+        x = x + self.dropout(attended, **options)
+        hidden = jax.nn.gelu(self.hidden(self.hidden_norm(x), **options), approximate=False)
+        hidden = self.hidden_dropout(hidden, **options)
+        return x + self.dropout(self.out(hidden, **options), **options)
+
+
+class Whisper(nnx.Module):
+    """The encoder.
+
+    Args:
+      config: sizes and options.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
+        width, options = config.width, _types(config) | {"rngs": rngs}
+        self.config = config
+        self.convolution = nnx.Conv(config.num_mel_bins, width, (3,), padding=1, **options)
+        self.strided_convolution = nnx.Conv(width, width, (3,), strides=2, padding=1, **options)
+        self.positions = nnx.Param(
+            jnp.asarray(_sinusoids(config.max_positions, width), options["param_dtype"])
+        )
+        self.dropout = Dropout(config.dropout)
+        self.layers = Stack(
+            lambda rngs: WhisperLayer(config, rngs=rngs),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.norm = _norm(config, rngs)
+        if config.lora is not None:
+            add_lora(self, config.lora, rngs=rngs)
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips.
+
+        Args:
+          waveform: mono at 16 kHz, full scale 1 [B, S]. What is behind a clip is not read; what a
+            clip has behind `max_positions` of 20 ms is cut.
+          lengths: samples of each clip [B] int.
+          deterministic: no dropout.
+          rngs: source of dropout keys.
+
+        Returns:
+          hidden states [B, N, D], and true at the clip's positions [B, N] bool. N is
+          `max_positions`, or with `trim` what S samples need, if less.
+        """
+        mel, mel_lengths = self.mel(waveform, lengths)
+        hidden, mask = self.from_mel(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
+        num_positions = self.num_positions(waveform.shape[1])
+        return hidden[:, :num_positions], mask[:, :num_positions]
+
+    def num_positions(self, num_samples: int) -> int:
+        """N of a batch of S samples."""
+        if not self.config.trim:
+            return self.config.max_positions
+        needed = max(1, -(-num_samples // _SAMPLES_A_POSITION))
+        return min(needed, self.config.max_positions)
+
+    def mel(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What `from_mel` reads of clips: spectrograms [B, F, M] and their lengths [B]."""
+        # The convolutions of a clip's last position see two frames behind it.
+        num_frames = 2 * self.num_positions(waveform.shape[1]) + 2
+        mel = audio.log_mel(
+            waveform,
+            lengths,
+            num_mel_bins=self.config.num_mel_bins,
+            num_frames=num_frames,
+            window_frames=2 * self.config.max_positions,
+        )
+        return mel, audio.log_mel_lengths(lengths)
+
+    def from_mel(
+        self,
+        mel: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes spectrograms.
+
+        Args:
+          mel: of `audio.log_mel` [B, F, M], F even and at most twice `max_positions`. It is read
+            behind the clip, too, where silence must be.
+          lengths: frames of each clip [B] int.
+          deterministic: no dropout.
+          rngs: source of dropout keys.
+
+        Returns:
+          hidden states [B, F / 2, D], and true at the clip's positions [B, F / 2] bool.
+        """
+        x, mask, _ = self._run(mel, lengths, False, deterministic=deterministic, rngs=rngs)
+        return self.norm(x), mask
+
+    def layer_outputs(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like calling it, but for all layers, and the final LayerNorm is not applied.
+
+        Returns:
+          what the first layer read and what each layer gave [L + 1, B, N, D], and true at the
+          clip's positions [B, N] bool.
+        """
+        mel, mel_lengths = self.mel(waveform, lengths)
+        _, mask, layers = self._run(mel, mel_lengths, True, deterministic=deterministic, rngs=rngs)
+        assert layers is not None
+        num_positions = self.num_positions(waveform.shape[1])
+        return layers[:, :, :num_positions], mask[:, :num_positions]
+
+    def _run(
+        self, mel: jax.Array, lengths: jax.Array, collect: bool, **options: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        num_positions = mel.shape[1] // 2
+        if mel.shape[1] % 2 or num_positions > self.config.max_positions:
+            raise ValueError(
+                f"{mel.shape[1]} frames; allowed is an even number up to "
+                f"{2 * self.config.max_positions}"
+            )
+        x = jax.nn.gelu(self.convolution(mel), approximate=False)
+        x = jax.nn.gelu(self.strided_convolution(x), approximate=False)  # B N D
+        # The table is not learned.
+        positions = jax.lax.stop_gradient(self.positions[:num_positions]).astype(x.dtype)
+        x = self.dropout(x + positions, **options)
+        mask = audio.length_mask(-(-lengths // 2), num_positions)
+        key_mask = mask if self.config.trim else jnp.ones_like(mask)
+        last, layers = self.layers(x, key_mask, collect=collect, **options)
+        return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

@@ -1,0 +1,38 @@
+"""What is trained: how a config becomes a model, batches, a loss and predictions.
+
+A task is the one place that knows both the config (`ml_collections`) and the model. The training
+loop knows neither: it works on a task.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mister_jax.errors import InputError
+from mister_jax.tasks.base import Batch, Split, Task, from_config
+from mister_jax.tasks.fusion import FusionTask
+from mister_jax.tasks.text_encoder import TextEncoderTask
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "FusionTask",
+    "Split",
+    "Task",
+    "TextEncoderTask",
+    "from_config",
+    "task_class",
+]
+
+TASKS: dict[str, Any] = {"fusion": FusionTask, "text_encoder": TextEncoderTask}
+
+
+def task_class(config: ConfigDict) -> Any:
+    """The class of the config's task.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    if config.task not in TASKS:
+        raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")
+    return TASKS[config.task]

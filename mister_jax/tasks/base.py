@@ -1,0 +1,93 @@
+"""What every task has: how a config becomes dataclasses, and what the training loop asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mister_jax.errors import InputError
+from mister_jax.parallel import Rules, Spread
+
+Batch = Mapping[str, Any]
+Dataclass = TypeVar("Dataclass")
+
+
+def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: Any) -> Dataclass:
+    """A frozen dataclass from a part of the config.
+
+    Args:
+      cls: a dataclass.
+      config: its fields, some or all.
+      where: name of the part, for errors.
+      **given: fields that do not come from the config.
+
+    Raises:
+      InputError: an unknown field, or a value the dataclass does not allow.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+    allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(given))  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    try:
+        return cls(**fields, **given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+class Split(Protocol):
+    """One split of a dataset, in batches that are a function of (seed, epoch, step, process)."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that hold no utterance."""
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of each batch of an epoch, from `start_step` on."""
+
+
+class Task(Protocol):
+    """A kind of training."""
+
+    class_names: tuple[str, ...]
+
+    def description(self) -> dict[str, Any]:
+        """What `restore` needs beside the config, plain JSON values."""
+
+    def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
+        """A split of the dataset, in batches whose rows are a multiple of `num_shards`."""
+
+    @property
+    def trainable(self) -> Any:
+        """The `nnx` filter of the parameters that are trained; the others are never saved."""
+
+    @property
+    def rules(self) -> Rules:
+        """How parameters are sharded over devices, see `parallel.shardings`."""
+
+    def init(self, key: jax.Array) -> nnx.Module:
+        """The model with initial parameters; may be traced, reads no file."""
+
+    def load(self, key: jax.Array, spreading: Spread) -> nnx.Module:
+        """The model a training starts from, with weights of a checkpoint where it has any."""
+
+    def loss(
+        self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """This device's share of the loss of a batch, and the shares of its parts."""
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """This device's share of sums over a batch: "confusion" [C, C], "cross_entropy" []."""
+
+    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """What is predicted for each utterance of a batch."""

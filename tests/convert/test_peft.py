@@ -1,0 +1,299 @@
+"""LoRA adapters in peft's layout, read and written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from mister_jax.convert.decoder import IGNORED, key_table
+from mister_jax.convert.key_table import load_params
+from mister_jax.convert.peft import load_adapter, read_lora_config, save_adapter
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig, add_lora
+from tests.conftest import GOLDEN
+
+PREFIX = "base_model.model."
+OPTIONS = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 6,
+    "lora_dropout": 0.1,
+    "bias": "none",
+    "target_modules": ["v_proj", "q_proj"],
+    "use_rslora": False,
+    "rank_pattern": {},
+}
+LORA = LoRAConfig(rank=2, alpha=6, dropout=0.1, targets=("query", "value"))
+
+
+class Golden:
+    """A golden file, the decoder of which it tells, and its key table."""
+
+    def __init__(self, name):
+        with np.load(GOLDEN / f"decoder_{name}.npz") as file:
+            self.arrays = dict(file)
+        self.config = DecoderConfig.from_huggingface(json.loads(str(self.arrays["config"])))
+        self.table = key_table(self.config, prefix="")
+
+    def group(self, start):
+        return {
+            key.removeprefix(start): value
+            for key, value in self.arrays.items()
+            if key.startswith(start)
+        }
+
+    def decoder(self, lora=None):
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        load_params(decoder, self.table, self.group("param/"))
+        return decoder if lora is None else add_lora(decoder, lora, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden("llama3")
+
+
+@pytest.fixture
+def write(tmp_path, golden):
+    """Writes an adapter with changed options and tensors; gives its folder."""
+
+    def write(tensors=None, **changes):
+        tensors = golden.group("lora/") if tensors is None else tensors
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**OPTIONS, **changes}))
+        return tmp_path
+
+    return write
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new, 1): value for name, value in tensors.items()}
+
+
+@nnx.jit
+def last_and_gradients(decoder, inputs):
+    """The last hidden state, and gradients as `make_decoder.py` has them."""
+    mask = inputs["attention_mask"]
+
+    def total(decoder):
+        last = decoder(inputs["input_ids"], mask)
+        return jnp.sum(jnp.where(mask[..., None], last * inputs["weights"], 0)), last
+
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    gradients, last = nnx.grad(total, argnums=wrt, has_aux=True)(decoder)
+    return last, gradients
+
+
+def in_their_layout(gradients):
+    """Our gradients of stacked paths under peft's names."""
+    layers = gradients["layers"]["layers"]["attention"]
+    return {
+        f"{PREFIX}layers.{layer}.self_attn.{theirs}.lora_{matrix}.weight": value[layer].T
+        for ours, theirs in (("query", "q_proj"), ("value", "v_proj"))
+        for matrix in "AB"
+        for value in [np.asarray(layers[ours][f"lora_{matrix.lower()}"][...])]
+        for layer in range(len(value))
+    }
+
+
+def assert_equal_to_peft(decoder, inputs, last, gradients):
+    ours, our_gradients = last_and_gradients(decoder, inputs)
+    mask = inputs["attention_mask"]
+    np.testing.assert_allclose(np.asarray(ours)[mask], last[mask], atol=1e-4)
+    our_gradients = in_their_layout(our_gradients)
+    assert our_gradients.keys() == gradients.keys()
+    for name, value in gradients.items():
+        np.testing.assert_allclose(our_gradients[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama2", "qwen2"])
+def test_outputs_and_gradients_equal_the_golden_ones(name, write):
+    golden = Golden(name)
+    folder = write(golden.group("lora/"))
+    decoder = golden.decoder(read_lora_config(folder, golden.table))
+    assert load_adapter(decoder, folder, golden.table) is decoder
+    gradients = golden.group("lora_gradient/")
+    expected = golden.arrays["lora_out/last"]
+    assert_equal_to_peft(decoder, golden.group("in/"), expected, gradients)
+
+
+def test_reads_the_config(golden, write):
+    assert read_lora_config(write(), golden.table) == LORA
+
+
+def test_what_is_saved_is_what_was_loaded(golden, write, tmp_path):
+    decoder = load_adapter(golden.decoder(LORA), write(), golden.table)
+    folder = tmp_path / "made" / "here"
+    save_adapter(decoder, folder, golden.table, base_model="meta-llama/Llama-3.1-8B")
+    saved = load_file(folder / "adapter_model.safetensors")
+    expected = golden.group("lora/")
+    assert saved.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, saved, expected)
+    options = json.loads((folder / "adapter_config.json").read_text())
+    assert options["target_modules"] == ["q_proj", "v_proj"]
+    assert (options["r"], options["lora_alpha"], options["lora_dropout"]) == (2, 6, 0.1)
+    assert options["base_model_name_or_path"] == "meta-llama/Llama-3.1-8B"
+    assert read_lora_config(folder, golden.table) == LORA
+
+
+@pytest.mark.parametrize("theirs", ["", "model."])
+@pytest.mark.parametrize("ours", ["", "model."])
+def test_reads_adapters_of_models_with_and_without_a_head(golden, write, ours, theirs):
+    folder = write(renamed(golden.group("lora/"), PREFIX, PREFIX + theirs))
+    table = key_table(golden.config, prefix=ours)
+    decoder = load_adapter(golden.decoder(LORA), folder, table)
+    expected = golden.group("lora/")[f"{PREFIX}layers.1.self_attn.q_proj.lora_A.weight"]
+    np.testing.assert_array_equal(decoder.layers.layers.attention.query.lora_a[1], expected.T)
+
+
+def test_targets_are_told_from_layers_of_the_same_name(golden, write, tmp_path):
+    class Both(nnx.Module):
+        def __init__(self):
+            self.tower, self.decoder = golden.decoder(), golden.decoder()
+
+    model = Both()
+    table = {
+        f"{part}/{path}": source
+        for part in ("tower", "decoder")
+        for path, source in key_table(golden.config, prefix=f"{part}.").items()
+    }
+    folder = write(renamed(golden.group("lora/"), PREFIX, f"{PREFIX}decoder."))
+    lora = read_lora_config(folder, table)
+    assert lora.targets == tuple(
+        f"decoder/layers/layers/attention/{name}" for name in ("query", "value")
+    )
+    load_adapter(add_lora(model, lora, rngs=nnx.Rngs(0)), folder, table)
+    assert model.tower.layers.layers.attention.query.lora is None
+    save_adapter(model, tmp_path / "saved", table)
+    options = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert options["target_modules"] == [
+        f"decoder.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "v_proj")
+    ]
+
+
+def test_all_tensors_that_do_not_fit_are_named_at_once(golden, write):
+    tensors = golden.group("lora/")
+    first = f"{PREFIX}layers.0.self_attn."
+    del tensors[f"{first}q_proj.lora_B.weight"]
+    tensors[f"{first}k_proj.lora_A.weight"] = np.zeros((2, 16), np.float32)
+    tensors[f"{first}v_proj.lora_A.weight"] = np.zeros((2, 15), np.float32)
+    decoder = golden.decoder(LORA)
+    before = np.asarray(decoder.layers.layers.attention.query.lora_a[...])
+    with pytest.raises(InputError) as error:
+        load_adapter(decoder, write(tensors), golden.table)
+    for told in (
+        f"missing: {first}q_proj.lora_B.weight",
+        f"surplus: {first}k_proj.lora_A.weight",
+        f"misshapen: {first}v_proj.lora_A.weight",
+        "adapter_model.safetensors",
+    ):
+        assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(decoder.layers.layers.attention.query.lora_a[...], before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("bias", "all"),
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("alpha_pattern", {"q_proj": 3}),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_options_that_change_what_lora_computes_are_refused(golden, write, field, value):
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {field}="):
+        read_lora_config(write(**{field: value}), golden.table)
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", 0), ("r", "two"), ("lora_dropout", 1.5)])
+def test_bad_sizes_are_refused(golden, write, field, value):
+    with pytest.raises(InputError, match=r"adapter_config\.json: no LoRA of these sizes"):
+        read_lora_config(write(**{field: value}), golden.table)
+
+
+def test_another_scale_than_the_modules_is_refused(golden, write):
+    with pytest.raises(InputError, match=r"lora_alpha / r = 4; allowed is .* 3"):
+        load_adapter(golden.decoder(LORA), write(lora_alpha=8), golden.table)
+    with pytest.raises(InputError, match=r"lora_alpha / r = 3; .* which has none"):
+        load_adapter(golden.decoder(), write(), golden.table)
+
+
+def test_adapters_of_other_models_are_refused(golden, write):
+    folder = write(renamed(golden.group("lora/"), "self_attn", "attention"))
+    with pytest.raises(InputError, match=r"LoRA of none of the model's modules; allowed .*q_proj"):
+        read_lora_config(folder, golden.table)
+
+
+def test_unreadable_folders_are_named(golden, write):
+    folder = write()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        read_lora_config(folder, golden.table)
+    for damage in ("{", "[]"):
+        (folder / "adapter_config.json").write_text(damage)
+        with pytest.raises(InputError, match=r"adapter_config\.json: damaged"):
+            read_lora_config(folder, golden.table)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
+        read_lora_config(folder, golden.table)
+
+
+def test_what_one_adapter_cannot_hold_is_refused(golden, tmp_path):
+    with pytest.raises(ValueError, match="of one"):
+        save_adapter(golden.decoder(), tmp_path, golden.table)
+    decoder = golden.decoder(LORA)
+    add_lora(decoder, LoRAConfig(rank=3, alpha=6, targets=("down",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="of one"):
+        save_adapter(decoder, tmp_path, golden.table)
+    table = {path: source for path, source in golden.table.items() if "query" not in path}
+    with pytest.raises(ValueError, match=r"no one module in PyTorch: .*attention/query"):
+        save_adapter(golden.decoder(LORA), tmp_path, table)
+
+
+def test_a_folder_that_cannot_be_written_is_named(golden, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_adapter(golden.decoder(LORA), tmp_path / "file", golden.table)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_equals_peft_both_ways(name, tmp_path):
+    import peft
+
+    from tests.golden import make_decoder
+
+    inputs = make_decoder.batch()
+    theirs = make_decoder.with_lora(make_decoder.huggingface_model(name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    last, gradients = make_decoder.last_and_gradients(theirs, inputs)
+
+    config = DecoderConfig.from_huggingface(theirs.config.to_dict())
+    table = key_table(config, prefix="")
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    base = make_decoder.huggingface_model(name)
+    tensors = {key: value.numpy() for key, value in base.state_dict().items()}
+    load_params(decoder, table, tensors, ignore=IGNORED)
+    add_lora(decoder, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
+    load_adapter(decoder, tmp_path / "theirs", table)
+    assert_equal_to_peft(decoder, inputs, last, gradients)
+
+    # Back again, for a model with a head.
+    save_adapter(decoder, tmp_path / "ours", key_table(config))
+    causal_lm = make_decoder.huggingface_model(name, causal_lm=True)
+    causal_lm.model.load_state_dict(base.state_dict())
+    loaded = peft.PeftModel.from_pretrained(causal_lm, tmp_path / "ours")
+    given = make_decoder.hidden_states(loaded.eval(), inputs)[-1]
+    mask = inputs["attention_mask"]
+    np.testing.assert_allclose(given[mask], last[mask], atol=1e-5)

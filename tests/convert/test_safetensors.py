@@ -1,0 +1,270 @@
+"""Checkpoint files: what is written is read back, lazily, and damage is told in one line."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mister_jax.convert.safetensors import Checkpoint, FileTensor, save
+from mister_jax.errors import InputError
+
+FIRST = "model-00001-of-00003.safetensors"
+
+
+def tensors():
+    random = np.random.default_rng(0)
+    return {
+        "embedding": random.normal(size=(6, 4)).astype(np.float32),
+        "half": random.normal(size=(3, 5)).astype(np.float16),
+        "brain": random.normal(size=(2, 3)).astype(jnp.bfloat16),
+        "numbers": np.arange(5),
+        "flags": np.array([True, False, True]),
+        "scalar": np.array(2.5, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+
+
+def assert_same(checkpoint, expected):
+    assert set(checkpoint) == set(expected) and len(checkpoint) == len(expected)
+    for name, value in expected.items():
+        tensor = checkpoint[name]
+        assert tensor.shape == value.shape and tensor.dtype == value.dtype
+        np.testing.assert_array_equal(tensor[...], value)
+
+
+def refuses(path, *words):
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(path)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in (*words, str(path)):
+        assert word in message
+    return message
+
+
+def shards(folder):
+    """A checkpoint in three files."""
+    save(folder, tensors(), max_shard_size=50)
+    assert len(list(folder.glob("model-*.safetensors"))) == 3
+
+
+def edit_header(path, change):
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def test_the_common_library_reads_what_is_written(tmp_path):
+    save(tmp_path, tensors())
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    theirs = load_file(tmp_path / "model.safetensors")
+    for name, value in tensors().items():
+        np.testing.assert_array_equal(theirs[name], value)
+
+
+def test_files_of_the_common_library_are_read(tmp_path):
+    save_file(tensors(), tmp_path / "any.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(tmp_path / "any.safetensors")
+    assert_same(checkpoint, tensors())
+    assert checkpoint.metadata == {"format": "pt"}
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    shards(tmp_path)
+    assert_same(Checkpoint.open(tmp_path), tensors())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors().values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+
+
+def test_a_slice_of_a_file_larger_than_memory_is_read(tmp_path):
+    path, size = tmp_path / "model.safetensors", 2**36
+    entry = {"dtype": "U8", "shape": [2**18, 2**18], "data_offsets": [0, size]}
+    text = json.dumps({"large": entry}).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + size)  # a hole, which takes no room on the disk
+        file.seek(-3, 2)
+        file.write(bytes([1, 2, 3]))
+    tensor = Checkpoint.open(path)["large"]
+    np.testing.assert_array_equal(tensor[-2:, -3:], [[0, 0, 0], [1, 2, 3]])
+
+
+def test_many_tensors_need_few_open_files(tmp_path):
+    many = {str(index): np.full(3, index) for index in range(3000)}
+    save(tmp_path, many)
+    read = {name: tensor[...] for name, tensor in Checkpoint.open(tmp_path).items()}
+    np.testing.assert_array_equal(read["2999"], many["2999"])
+
+
+def test_a_later_save_leaves_nothing_of_an_earlier_one(tmp_path):
+    shards(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    save(tmp_path, {"one": np.ones(2)})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    shards(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same(Checkpoint.open(tmp_path), tensors())
+
+
+def test_a_checkpoint_can_be_saved_over_itself(tmp_path):
+    shards(tmp_path)
+    save(tmp_path, Checkpoint.open(tmp_path))
+    assert_same(Checkpoint.open(tmp_path), tensors())
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
+    class Unreadable:
+        shape, dtype = (2,), np.dtype(np.float32)
+
+        def __getitem__(self, index):
+            raise OSError("gone")
+
+    shards(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="cannot be written"):
+        save(tmp_path, {"one": np.ones(2), "two": Unreadable()})
+    assert sorted(tmp_path.iterdir()) == before
+    assert_same(Checkpoint.open(tmp_path), tensors())
+
+
+def test_types_the_format_lacks_are_named(tmp_path):
+    with pytest.raises(InputError, match="tensor odd has dtype complex64; allowed: bool"):
+        save(tmp_path, {"odd": np.zeros(2, np.complex64)})
+
+
+def test_names_may_be_given_new_endings(tmp_path):
+    save(tmp_path, {"a.gamma": np.ones(2), "gamma.b": np.zeros(2)})
+    assert set(Checkpoint.open(tmp_path).renamed({".gamma": ".weight"})) == {"a.weight", "gamma.b"}
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    refuses(tmp_path / "nothing", "no such file or folder")
+    refuses(tmp_path, "no weights")
+    (tmp_path / "notes.txt").touch()
+    refuses(tmp_path / "notes.txt", "unknown kind of file")
+
+
+def test_a_folder_of_pytorch_files_says_how_to_convert_it(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    refuses(tmp_path, "pytorch_model.bin", "AutoModel.from_pretrained", "save_pretrained")
+
+
+def test_missing_shards_are_named(tmp_path):
+    shards(tmp_path)
+    (tmp_path / FIRST).unlink()
+    with pytest.raises(InputError, match=f"1 of 3 shards missing: .*{FIRST}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_an_index_leads_out_of_its_folder_to_nothing(tmp_path):
+    save(tmp_path / "elsewhere", tensors())
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"half": "elsewhere/model.safetensors"}}))
+    refuses(index, "1 of 1 shards missing")
+
+
+def test_tensors_missing_from_their_shards_are_named(tmp_path):
+    shards(tmp_path)
+    save_file({"other": np.ones(2)}, tmp_path / FIRST)
+    refuses(tmp_path / "model.safetensors.index.json", "missing from their shards", "embedding")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    refuses(index, "damaged")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 60, -1])
+def test_a_file_cut_short_is_named(tmp_path, kept):
+    save(tmp_path, tensors())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    message = refuses(path)
+    assert "cut short" in message or "not a safetensors file" in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 64,
+        (4).to_bytes(8, "little") + b"{[[}",
+        (4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{}" + b"surplus",
+    ],
+)
+def test_a_damaged_header_is_named(tmp_path, data):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    message = refuses(path)
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shape", [6, 5], "damaged at tensor embedding"),
+        ("shape", [-6, -4], "damaged at tensor embedding"),
+        ("shape", "64", "damaged at tensor embedding"),
+        ("shape", None, "damaged at tensor embedding"),
+        ("data_offsets", [0], "damaged at tensor embedding"),
+        ("dtype", "F8_E4M3", "tensor embedding has dtype F8_E4M3; allowed: BOOL"),
+        ("dtype", [], "damaged at tensor embedding"),
+    ],
+)
+def test_a_damaged_entry_is_named(tmp_path, key, value, message):
+    save(tmp_path, tensors())
+    path = tmp_path / "model.safetensors"
+    edit_header(path, lambda header: header["embedding"].update({key: value}))
+    refuses(path, message)
+
+
+def test_tensors_know_their_file(tmp_path):
+    shards(tmp_path)
+    tensor = Checkpoint.open(tmp_path)["embedding"]
+    assert isinstance(tensor, FileTensor) and tensor.file == tmp_path / FIRST
+
+
+def test_pytorch_files_need_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "model.pth").touch()
+    refuses(tmp_path / "model.pth", "needs PyTorch", "install it, or convert")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_files_are_read(tmp_path, zipped):
+    import torch
+
+    path = tmp_path / "model.pth"
+    brain = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
+    content = {"model": {"a": brain, "b": {"c": torch.ones(2)}}, "cfg": {"width": 3}, "epoch": 4}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    checkpoint = Checkpoint.open(path)
+    assert set(checkpoint) == {"model.a", "model.b.c"}
+    assert checkpoint["model.a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(checkpoint["model.a"][1:], [[1, 4], [2, 5]])
+    assert checkpoint.metadata["cfg"] == {"width": 3} and checkpoint.metadata["epoch"] == 4
+    save(tmp_path / "converted", checkpoint)
+    assert_same(Checkpoint.open(tmp_path / "converted"), {k: v[...] for k, v in checkpoint.items()})
+
+
+@pytest.mark.parity
+def test_damaged_pytorch_files_are_named(tmp_path):
+    import torch
+
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"nonsense")
+    refuses(path, "not a readable PyTorch file")
+    torch.save([torch.ones(2)], path)
+    refuses(path, "not a state_dict")

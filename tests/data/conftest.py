@@ -1,0 +1,46 @@
+"""Recordings for tests, made as the corpora's are."""
+
+import pathlib
+
+import av
+import numpy as np
+import pytest
+
+from mister_jax.data.audio import SAMPLE_RATE, encode_wav
+
+
+def tone(seconds: float, rate: int, channels: int, hertz: float = 220.0) -> np.ndarray:
+    """[channels, S] int16."""
+    time = np.arange(round(seconds * rate)) / rate
+    wave = (8000 * np.sin(2 * np.pi * hertz * time)).astype(np.int16)
+    return np.tile(wave, (channels, 1))
+
+
+@pytest.fixture(scope="session")
+def write_wav():
+    """Function of a path and seconds that writes a 16 kHz mono tone."""
+
+    def write(path: pathlib.Path, seconds: float = 0.5) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode_wav(path, tone(seconds, SAMPLE_RATE, 1)[0])
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_mp4():
+    """Function of a path, seconds and channels that writes AAC at 48 kHz in an mp4 file."""
+
+    def write(path: pathlib.Path, seconds: float = 0.5, channels: int = 2) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+        samples = tone(seconds, 48_000, channels)
+        with av.open(str(path), "w", format="mp4") as container:
+            stream = container.add_stream("aac", rate=48_000, layout=layout)
+            # Interleaved, as the packed format wants it.
+            frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1), "s16", layout)
+            frame.sample_rate = 48_000
+            for packet in (*stream.encode(frame), *stream.encode(None)):
+                container.mux(packet)
+
+    return write

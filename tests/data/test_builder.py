@@ -1,0 +1,215 @@
+"""Writing datasets of dialogues: whole or not at all, the same by every way of decoding."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mister_jax.data import BatchPlan, DialogueFeatures, batches, load, write
+from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.inspection import inspect
+from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory, write_wav):
+    """Twelve dialogues of three turns; a third of the turns lacks a modality, in turn."""
+    root = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for dialogue in range(12):
+        for turn in range(3):
+            row = {"dialogue": f"d{dialogue}", "utterance": turn, "order": turn}
+            row["label"] = ("joy", "anger")[(dialogue + turn) % 2]
+            if turn != 1:
+                row["audio"] = f"{dialogue}_{turn}.wav"
+                write_wav(root / row["audio"], 0.1 + 0.01 * dialogue)
+            if turn != 2:
+                row["text"] = f"Turn {turn}."
+            rows.append(row)
+    path = root / "small.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def contents(name, data_dir):
+    dataset = DialogueDataset(name, data_dir)
+    return {
+        split: [
+            (dialogue.id, turn.id, turn.audio.tobytes(), turn.text, turn.label)
+            for dialogue in dataset.dialogues(split)
+            for turn in dialogue.utterances
+        ]
+        for split in dataset.splits
+    }
+
+
+@pytest.mark.parametrize("way", ["workers", "beam"])
+def test_every_way_of_decoding_gives_the_same_dataset(manifest, tmp_path, way):
+    if way == "beam":
+        pytest.importorskip("apache_beam")
+    decodings = {"plain": Decoding(0), way: Decoding(num_workers=2, beam=way == "beam")}
+    reports = {
+        folder: prepare_corpus(
+            Preparation("manifest", manifest, tmp_path / folder, decoding=decoding)
+        )
+        for folder, decoding in decodings.items()
+    }
+    seen = [contents("manifest/small", tmp_path / folder) for folder in decodings]
+    assert seen[0] == seen[1]
+    assert sum(map(len, seen[0].values())) == 36
+    for field in ("splits", "missing", "capped"):
+        assert reports["plain"][field] == reports[way][field]
+
+
+def test_a_report_lies_beside_the_data(manifest, tmp_path):
+    report = prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    directory = tmp_path / "manifest/small/1.0.0"
+    assert json.loads((directory / "report.json").read_text()) == report
+    split = report["splits"]["train"]
+    assert split["without_speech"] == split["without_text"] == split["dialogues"]
+    assert 0 < split["hours"] * 3600 < 2 * 0.25 * split["dialogues"]
+
+
+def test_an_existing_dataset_is_replaced_only_on_demand(manifest, tmp_path):
+    preparation = Preparation("manifest", manifest, tmp_path, decoding=Decoding(0))
+    prepare_corpus(preparation)
+    with pytest.raises(InputError, match="dataset exists; allowed: --overwrite"):
+        prepare_corpus(preparation)
+    prepare_corpus(
+        Preparation("manifest", manifest, tmp_path, decoding=Decoding(0), overwrite=True)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+
+
+def test_mostly_missing_recordings_are_a_half_read_corpus(tmp_path):
+    path = tmp_path / "gone.jsonl"
+    rows = [
+        {"dialogue": "d", "utterance": turn, "order": turn, "audio": f"{turn}.wav", "label": "joy"}
+        for turn in range(3)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"3 of 3 recordings are not there, as .*--partial"):
+        prepare_corpus(Preparation("manifest", path, tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+    report = prepare_corpus(
+        Preparation("manifest", path, tmp_path / "data", decoding=Decoding(0), partial=True)
+    )
+    assert len(report["missing"]) == 3
+
+
+def test_a_killed_preparation_leaves_no_dataset_and_the_next_one_cleans_up(manifest, tmp_path):
+    code = (
+        "import time\n"
+        "from mister_jax.data import audio, builder\n"
+        "from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus\n"
+        "decode = audio.decode_many\n"
+        "def slow(*args, **options):\n"
+        "    for clip in decode(*args, **options):\n"
+        "        print('decoded', flush=True, file=__import__('sys').__stdout__)\n"
+        "        time.sleep(60)\n"
+        "        yield clip\n"
+        "audio.decode_many = slow\n"
+        f"prepare_corpus(Preparation('manifest', {str(manifest)!r}, {str(tmp_path)!r},"
+        " decoding=Decoding(0)))\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "decoded\n"
+        process.send_signal(signal.SIGKILL)
+    left = list(tmp_path.iterdir())
+    assert [path.name.startswith(".incomplete.manifest.small.") for path in left] == [True]
+    with pytest.raises(InputError, match="no dataset 'manifest/small'"):
+        DialogueDataset("manifest/small", tmp_path)
+    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+
+
+def test_another_running_preparation_is_left_alone(manifest, tmp_path):
+    running = tmp_path / f".incomplete.manifest.small.{socket.gethostname()}.{os.getpid()}.abc"
+    running.mkdir()
+    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    assert running.exists()
+
+
+def test_features_made_from_the_dataset_go_through_the_pipeline(manifest, tmp_path):
+    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    dataset = DialogueDataset("manifest/small", tmp_path)
+    dialogues = list(dataset.dialogues("train"))
+    turns = [turn for dialogue in dialogues for turn in dialogue.utterances]
+
+    def vectors(values):
+        return np.array(values, np.float32)[:, None]
+
+    features = DialogueFeatures(
+        name="small",
+        split="train",
+        class_names=dataset.class_names,
+        dialogue_ids=tuple(dialogue.id for dialogue in dialogues),
+        lengths=np.array([len(dialogue.utterances) for dialogue in dialogues]),
+        utterance_ids=np.array([turn.id for turn in turns]),
+        speech=vectors([len(turn.audio) for turn in turns]),
+        text=vectors([len(turn.text) for turn in turns]),
+        speech_present=np.array([turn.speech_present for turn in turns]),
+        text_present=np.array([turn.text_present for turn in turns]),
+        label=np.array([turn.label for turn in turns], np.int32),
+    )
+    write({"train": features}, "small_features", tmp_path)
+    again = load("small_features", "train", tmp_path)
+    (batch,) = batches(again, BatchPlan(again.lengths, 16), seed=0, epoch=0, shuffle=False)
+    assert batch["mask"].sum() == len(turns)
+    # The second turn of each dialogue has no sound, the third no text.
+    np.testing.assert_array_equal(batch["speech_present"][batch["row"] >= 0][:, 1], False)
+    np.testing.assert_array_equal(batch["text_present"][batch["row"] >= 0][:, 2], False)
+
+
+def test_inspection_counts_what_is_there(manifest, tmp_path):
+    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    seen = inspect("manifest/small", tmp_path)
+    assert sum(sum(counts.values()) for counts in seen.class_counts.values()) == 36
+    assert len(seen.seconds["train"]) == 2 * len(seen.lengths["train"])
+    assert seen.first[0].endswith("Turn 0.") and "0." in seen.first[0]
+
+
+def test_no_bucket_of_tfds_holds_a_whole_split():
+
+    from tensorflow_datasets.core import shuffle
+
+    from mister_jax.data import builder
+
+    count = 5000
+    keys = builder.spread_keys(count)
+    buckets = {shuffle.get_bucket_number(key, shuffle.BUCKETS_NUMBER) for key in keys}
+    assert len(buckets) == shuffle.BUCKETS_NUMBER
+    assert keys == sorted(keys)
+    before = shuffle.MAX_MEM_BUFFER_SIZE
+    with builder._small_buffer():
+        assert before > shuffle.MAX_MEM_BUFFER_SIZE
+    assert before == shuffle.MAX_MEM_BUFFER_SIZE
+
+
+def test_wrong_uses_are_one_clear_error(manifest, tmp_path):
+    for preparation, message in [
+        (Preparation("tv"), "corpus 'tv'; allowed: iemocap, meld, mosi, manifest, synthetic"),
+        (Preparation("meld", config="video", data_dir=tmp_path), "config 'video' of meld; allowed"),
+        (Preparation("mosi", data_dir=tmp_path), "--source is needed with --corpus=mosi"),
+        (Preparation("manifest", data_dir=tmp_path), "--source is needed"),
+        (Preparation("manifest", manifest, tmp_path, "six"), "manifest has no configs"),
+        (
+            Preparation("manifest", manifest, tmp_path, labels=("calm",)),
+            "label: 'joy'; allowed: calm",
+        ),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare_corpus(preparation)

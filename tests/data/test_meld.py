@@ -1,0 +1,226 @@
+"""MELD's released layout, with its traps."""
+
+import csv
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.meld import reader
+from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.errors import InputError
+
+COLUMNS = [
+    "Sr No.",
+    "Utterance",
+    "Speaker",
+    "Emotion",
+    "Sentiment",
+    "Dialogue_ID",
+    "Utterance_ID",
+    "Season",
+    "Episode",
+    "StartTime",
+    "EndTime",
+]
+# Split, dialogue, utterance, text, emotion. Train has no dialogue 60; ids have gaps and no order.
+ROWS = [
+    ("train", 61, 3, "Third.", "joy"),
+    ("train", 61, 0, "It\x92s first.", "neutral"),
+    ("train", 59, 0, "Alone \x96 caf\xe9.", "fear"),
+    ("train", 125, 3, "Unreadable.", "anger"),
+    ("dev", 110, 7, "Absent.", "sadness"),
+    ("dev", 110, 8, "There.", "surprise"),
+    ("test", 38, 4, "Very long.", "disgust"),
+    ("test", 38, 5, "Alone \x96 caf\xe9.", "neutral"),
+    ("test", 220, 0, "Very short.", "joy"),
+]
+FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete"}
+FOLDERS["test"] = "output_repeated_splits_test"
+
+
+def write_csv(root, rows, names=("train", "dev", "test"), start="00:00:01,500"):
+    for name in names:
+        path = root / f"{name}_sent_emo.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for split, dialogue, utterance, text, emotion in rows:
+                if split == name:
+                    cells = [1, text, "Someone", emotion, "neutral", dialogue, utterance, 8, 21]
+                    writer.writerow([*cells, start, "00:00:02,25"])
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory, write_mp4):
+    root = tmp_path_factory.mktemp("MELD.Raw")
+    write_csv(root, ROWS)
+    for split, dialogue, utterance, *_ in ROWS:
+        clip = root / split / FOLDERS[split] / f"dia{dialogue}_utt{utterance}.mp4"
+        if clip.name == "dia110_utt7.mp4":
+            continue
+        if clip.name == "dia125_utt3.mp4":
+            clip.parent.mkdir(parents=True, exist_ok=True)
+            clip.write_bytes(b"\0" * 500)
+        elif clip.name == "dia38_utt4.mp4":
+            write_mp4(clip, 305)
+        elif clip.name == "dia220_utt0.mp4":
+            write_mp4(clip, 0.064)
+        else:
+            write_mp4(clip, 0.5, channels=6 if dialogue == 61 else 2)
+    test_clips = root / "test" / FOLDERS["test"]
+    write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
+    write_mp4(root / "train" / FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # no row
+    (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
+    return root
+
+
+def prepare(source, data_dir, config="clips", **changes):
+    return prepare_corpus(
+        Preparation("meld", source, data_dir, config, decoding=Decoding(0), **changes)
+    )
+
+
+@pytest.mark.parametrize("config", ["clips", "corrected_test_clips"])
+def test_dialogues_order_labels_and_presence_are_those_of_the_rows(tree, tmp_path, config):
+    report = prepare(tree, tmp_path, config, partial=True)
+    dataset = DialogueDataset(f"meld/{config}", tmp_path)
+    assert dataset.class_names == reader.CLASS_NAMES
+    seen = {
+        split: [
+            (turn.id, turn.text, dataset.class_names[turn.label], turn.speech_present)
+            for dialogue in dataset.dialogues(split)
+            for turn in dialogue.utterances
+        ]
+        for split in dataset.splits
+    }
+    assert seen == {
+        "train": [
+            ("train_dia59_utt0", "Alone \u2013 café.", "fear", True),
+            ("train_dia61_utt0", "It\u2019s first.", "neutral", True),
+            ("train_dia61_utt3", "Third.", "joy", True),
+            ("train_dia125_utt3", "Unreadable.", "anger", False),
+        ],
+        "validation": [
+            ("validation_dia110_utt7", "Absent.", "sadness", False),
+            ("validation_dia110_utt8", "There.", "surprise", True),
+        ],
+        "test": [
+            ("test_dia38_utt4", "Very long.", "disgust", True),
+            ("test_dia38_utt5", "Alone \u2013 café.", "neutral", True),
+            ("test_dia220_utt0", "Very short.", "joy", True),
+        ],
+    }
+    assert [entry["utterance"] for entry in report["missing"]] == [
+        "train_dia125_utt3",
+        "validation_dia110_utt7",
+    ]
+    assert report["missing"][1]["reason"] == "no such file"
+    assert [entry["utterance"] for entry in report["capped"]] == ["test_dia38_utt4"]
+    assert report["capped"][0]["seconds"] == pytest.approx(305, abs=0.1)
+    assert report["splits"]["test"]["texts_of_training"] == 1
+    assert any("1 clips without a row" in note for note in report["notes"])
+    long, corrected, short = [
+        turn for dialogue in dataset.dialogues("test") for turn in dialogue.utterances
+    ]
+    assert len(long.audio) == 60 * 16_000
+    # AAC pads to whole frames of 1,024 samples at 48 kHz.
+    assert 0 < len(short.audio) <= 0.064 * 16_000 + 2 * 342
+    seconds = 1.5 if config == "corrected_test_clips" else 0.5
+    assert len(corrected.audio) / 16_000 == pytest.approx(seconds, abs=0.05)
+    assert (long.start, long.end) == (1.5, 2.25)
+    six_channels = next(iter(list(dataset.dialogues("train"))[1:])).utterances[0].audio
+    spectrum = np.abs(np.fft.rfft(six_channels.astype(float)))
+    assert np.argmax(spectrum) * 16_000 / len(six_channels) == pytest.approx(220, abs=4)
+
+
+def test_nothing_tells_who_speaks(tree, tmp_path):
+    prepare(tree, tmp_path, partial=True)
+    fields = (tmp_path / "meld/clips/1.0.0/features.json").read_text().lower()
+    assert "speaker" not in fields and "utterance" in fields
+
+
+def test_text_needs_no_clips(tmp_path):
+    source = tmp_path / "csv"
+    source.mkdir()
+    write_csv(source, ROWS)
+    prepare(source, tmp_path, "text", partial=True)
+    dataset = DialogueDataset("meld/text", tmp_path)
+    turns = [turn for dialogue in dataset.dialogues("train") for turn in dialogue.utterances]
+    assert not any(turn.speech_present or len(turn.audio) for turn in turns)
+    assert all(turn.text_present for turn in turns)
+
+
+def test_a_part_of_the_corpus_is_refused(tree, tmp_path):
+    with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances in place of 1038, 9989"):
+        prepare(tree, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("train", 1, 0, "a", "boredom"), "line 2: Emotion 'boredom'; allowed: neutral, joy"),
+        (("train", "one", 0, "a", "joy"), "line 2: Dialogue_ID 'one'|Dialogue_ID: 'one'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    write_csv(tmp_path, [row])
+    with pytest.raises(InputError, match=message):
+        reader.read(tmp_path, clips=False)
+
+
+def test_other_bad_input_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no train_sent_emo.csv; needed: MELD.Raw"):
+        reader.read(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        reader.read(tmp_path / "nowhere")
+    write_csv(tmp_path, ROWS)
+    with pytest.raises(InputError, match=r"no folder train_splits.*--config=text"):
+        reader.read(tmp_path)
+    write_csv(tmp_path, [ROWS[0], ROWS[0]])
+    with pytest.raises(InputError, match="line 3: dialogue 61, utterance 3 repeated"):
+        reader.read(tmp_path, clips=False)
+    write_csv(tmp_path, ROWS, start="noon")
+    with pytest.raises(InputError, match="line 2: StartTime: 'noon'"):
+        reader.read(tmp_path, clips=False)
+    (tmp_path / "train_sent_emo.csv").write_text("Utterance,Emotion\n")
+    with pytest.raises(InputError, match="no column Dialogue_ID"):
+        reader.read(tmp_path, clips=False)
+    (tmp_path / "train_sent_emo.csv").write_bytes(b"Utterance\n\xff\n")
+    with pytest.raises(InputError, match="line 2: not UTF-8"):
+        reader.read(tmp_path, clips=False)
+
+
+TRANSCRIPTS = os.environ.get("MELD_TRANSCRIPTS", "../shared/data/meld_transcripts.jsonl")
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not pathlib.Path(TRANSCRIPTS).exists(), reason="needs MELD's transcripts")
+def test_all_of_meld_comes_out_in_its_published_numbers(tmp_path):
+    fields = ("split", "dialogue", "utterance", "text", "emotion")
+    lines = pathlib.Path(TRANSCRIPTS).read_text(encoding="utf-8").splitlines()
+    rows = [tuple(json.loads(line)[field] for field in fields) for line in lines]
+    write_csv(tmp_path, rows)
+    report = prepare(tmp_path, tmp_path / "data", "text")
+    sizes = {
+        split: (values["dialogues"], values["utterances"], values["texts_of_training"])
+        for split, values in report["splits"].items()
+    }
+    assert sizes == {
+        "train": (1038, 9989, 0),
+        "validation": (114, 1109, 135),
+        "test": (280, 2610, 331),
+    }
+    assert report["splits"]["train"]["classes"] == {
+        "neutral": 4710,
+        "joy": 1743,
+        "surprise": 1205,
+        "anger": 1109,
+        "sadness": 683,
+        "disgust": 271,
+        "fear": 268,
+    }

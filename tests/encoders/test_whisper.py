@@ -1,0 +1,263 @@
+"""Whisper's encoder against transformers', trimmed and not."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.whisper import IGNORE, PREFIXES, key_table
+from mister_jax.encoders import audio
+from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.errors import InputError
+from mister_jax.nn import DialogueKeys
+from mister_jax.nn.lora import LoRAConfig
+from tests.conftest import GOLDEN
+
+NAMES = ("whisper", "whisper_v3")
+WINDOW = 16_000
+
+
+@functools.cache
+def golden():
+    with np.load(GOLDEN / "whisper.npz") as file:
+        return dict(file)
+
+
+def group(start):
+    return {
+        key.removeprefix(start): value for key, value in golden().items() if key.startswith(start)
+    }
+
+
+def huggingface_config(name):
+    return json.loads(str(golden()[f"{name}/config"]))
+
+
+@functools.cache
+def make(name="whisper", **changes):
+    """A golden encoder. Tests do not change it."""
+    config = WhisperConfig.from_huggingface(huggingface_config(name), **changes)
+    whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
+    return load_params(whisper, key_table(config), group(f"{name}/param/"), ignore=IGNORE)
+
+
+def padded(clips, num_samples):
+    """Clips one below the other with NaN behind them, and their lengths."""
+    waveform = np.full((len(clips), num_samples), np.nan, np.float32)
+    for row, samples in zip(waveform, clips, strict=True):
+        row[: len(samples)] = samples[:num_samples]
+    return waveform, np.array([len(samples) for samples in clips])
+
+
+def clips():
+    return list(group("waveform/").values())
+
+
+def noise(length, seed=0):
+    return (0.1 * np.random.default_rng(seed).normal(size=length)).astype(np.float32)
+
+
+@nnx.jit
+def run(whisper, waveform, lengths):
+    return whisper(waveform, lengths)
+
+
+@nnx.jit
+def run_layers(whisper, waveform, lengths):
+    layers, mask = whisper.layer_outputs(waveform, lengths)
+    return jnp.concatenate([layers[:-1], whisper.norm(layers[-1:])]), mask
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_equals_transformers(name):
+    waveform, lengths = padded(clips(), WINDOW)
+    layers, mask = run_layers(make(name, trim=False), waveform, lengths)
+    expected = np.stack(list(group(f"{name}/hidden_states/").values()), axis=1)
+    assert layers.shape == expected.shape
+    np.testing.assert_allclose(layers, expected, atol=1e-4)
+    np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
+    hidden, _ = run(make(name, trim=False), waveform, lengths)
+    np.testing.assert_allclose(hidden, expected[-1], atol=1e-4)
+
+
+def test_spectrograms_of_other_software_are_read():
+    waveform, lengths = padded(clips(), WINDOW)
+    mel = audio.log_mel(waveform, lengths, window_frames=100)
+    hidden, mask = make(trim=False).from_mel(mel, audio.log_mel_lengths(lengths))
+    expected = [states[-1] for states in group("whisper/hidden_states/").values()]
+    np.testing.assert_allclose(hidden, np.stack(expected), atol=1e-4)
+    np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
+    for num_frames in (99, 102):
+        with pytest.raises(ValueError, match="an even number up to 100"):
+            make().from_mel(np.zeros((1, num_frames, 80), np.float32), np.array([1]))
+
+
+def test_trimming_changes_what_is_attended_to_and_nothing_else():
+    waveform, lengths = padded(clips(), 5000)
+    whole, mask = run_layers(make(trim=False), waveform, lengths)
+    trimmed, trimmed_mask = run_layers(make(), waveform, lengths)
+    assert trimmed.shape[2] == 16 and whole.shape[2] == 50
+    np.testing.assert_array_equal(trimmed_mask, mask[:, :16])
+    np.testing.assert_allclose(trimmed[0], whole[0, :, :16], atol=1e-5)
+    assert not np.allclose(trimmed[1], whole[1, :, :16], atol=1e-2)
+
+
+def test_a_clip_without_padding_gives_the_same_trimmed():
+    waveform, lengths = padded([noise(WINDOW)], WINDOW)
+    trimmed, _ = run(make(), waveform, lengths)
+    np.testing.assert_allclose(trimmed, run(make(trim=False), waveform, lengths)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("length", [5000, 1, WINDOW - 100])
+def test_a_clip_gives_the_same_alone_and_in_any_batch(trim, length):
+    samples = noise(length)
+    alone, mask = run(make(trim=trim), *padded([samples], length))
+    count = int(mask.sum())
+    assert count == -(-length // 320)
+    others = [noise(17_000, seed=1), samples, noise(0)]
+    together, mask = run(make(trim=trim), *padded(others, 17_000))
+    assert int(mask[1].sum()) == count
+    np.testing.assert_allclose(together[1, :count], alone[0, :count], atol=1e-5)
+
+
+def test_what_is_behind_the_window_is_cut():
+    samples = noise(WINDOW + 3000)
+    short, _ = run(make(), *padded([samples[:WINDOW]], WINDOW))
+    long, mask = run(make(), *padded([samples], WINDOW + 3000))
+    assert mask.shape == (1, 50) and mask.all()
+    np.testing.assert_allclose(long, short, atol=1e-5)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_odd_clips_give_finite_values(trim):
+    odd = [noise(0), noise(1), np.zeros(3000), np.clip(99 * noise(3000), -1, 1)]
+    hidden, mask = run(make(trim=trim), *padded(odd, 3000))
+    assert np.isfinite(hidden).all()
+    np.testing.assert_array_equal(mask.sum(1), [0, 1, 10, 10])
+    hidden, mask = run(make(), np.zeros((2, 0), np.float32), np.array([0, 0]))
+    assert np.isfinite(hidden).all() and not mask.any()
+
+
+def test_half_precision_is_near():
+    waveform, lengths = padded(clips(), 5000)
+    expected, mask = run(make(), waveform, lengths)
+    half, _ = run(make(dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
+    assert half.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(half, np.float32) - expected)[np.asarray(mask)]
+    assert error.mean() < 0.05
+
+
+def test_padding_changes_no_gradient_and_positions_are_not_learned():
+    @nnx.jit
+    def gradient(whisper, waveform, lengths):
+        def loss(whisper):
+            hidden, mask = whisper(waveform, lengths)
+            return jnp.sum(jnp.where(mask[..., None], hidden, 0) ** 2)
+
+        return nnx.grad(loss)(whisper)
+
+    dirty = gradient(make(), *padded(clips(), 5000))
+    waveform, lengths = padded(clips(), 5000)
+    clean = gradient(make(), np.nan_to_num(waveform), lengths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dirty, clean)
+    np.testing.assert_array_equal(dirty["positions"][...], 0)
+    assert np.abs(dirty["convolution"]["kernel"][...]).max() > 0
+
+
+def test_dropout_is_the_clips_own():
+    whisper = make(dropout=0.3, attention_dropout=0.3, hidden_dropout=0.3)
+    waveform, lengths = padded(clips(), 5000)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    @nnx.jit
+    def train(whisper, waveform, lengths, keys):
+        return whisper(waveform, lengths, deterministic=False, rngs=DialogueKeys(keys))
+
+    both, mask = train(whisper, waveform, lengths, keys)
+    second, _ = train(whisper, waveform[1:], lengths[1:], keys[1:])
+    np.testing.assert_allclose(both[1][mask[1]], second[0][mask[1]], atol=1e-5)
+    assert not np.allclose(both[mask], run(make(), waveform, lengths)[0][mask], atol=1e-3)
+
+
+def test_lora_is_added_where_the_config_says():
+    lora = LoRAConfig(2, 4.0, targets=("query", "layers/out"))
+    whisper = Whisper(dataclasses.replace(make().config, lora=lora), rngs=nnx.Rngs(0))
+    nnx.update(whisper, nnx.state(make()))
+    waveform, lengths = padded(clips(), 5000)
+    expected, mask = run(make(), waveform, lengths)
+    np.testing.assert_allclose(run(whisper, waveform, lengths)[0][mask], expected[mask], atol=1e-6)
+    found = nnx.to_flat_state(nnx.state(whisper, nnx.LoRAParam))
+    owners = {path[-2] for path, _ in found}
+    assert owners == {"query", "out"} and len(found) == 4
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_checkpoints_with_and_without_a_head_are_read(prefix):
+    config = make().config
+    tensors = {f"{prefix}{name}": value for name, value in group("whisper/param/").items()}
+    more = (f"{prefix}decoder.embed_tokens.weight", "proj_out.weight")
+    tensors |= {name: np.zeros((3, 8), np.float32) for name in more}
+    whisper = Whisper(config, rngs=nnx.Rngs(1))
+    load_params(whisper, key_table(config), tensors, prefix=prefix, ignore=IGNORE)
+    saved = save_params(whisper, key_table(config))
+    for name, value in group("whisper/param/").items():
+        np.testing.assert_array_equal(saved[name][...], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "bert"}, "model_type='bert': allowed is 'whisper'"),
+        ({"activation_function": "relu"}, "activation_function='relu': allowed is 'gelu'"),
+        ({"d_model": "8"}, "d_model='8': allowed is an integer"),
+        ({"d_model": 9}, "width=9: must be even and a multiple of num_heads=2"),
+        ({"encoder_layers": 0}, "num_layers=0: must be at least 1"),
+    ],
+)
+def test_bad_configs_are_named(change, reason):
+    with pytest.raises(InputError, match=reason):
+        WhisperConfig.from_huggingface(huggingface_config("whisper") | change)
+
+
+def num_parameters(config):
+    state = nnx.state(nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("tiny", 8), ("base", 21), ("small", 88), ("medium", 307), ("large_v2", 637)],
+)
+def test_presets_have_the_published_sizes(preset, millions):
+    config = getattr(WhisperConfig, preset)()
+    assert round(num_parameters(config) / 1e6) == millions
+    assert config.num_mel_bins == 80
+
+
+def test_large_v3_differs_in_its_mel_bins():
+    assert WhisperConfig.large_v3(num_mel_bins=80) == WhisperConfig.large_v2()
+    assert WhisperConfig.large_v3().num_mel_bins == 128
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_transformers_with_other_weights_and_clips(name):
+    from tests.golden import make_speech_encoders as reference
+
+    theirs = reference.huggingface_model("whisper", name, seed=1)
+    config = WhisperConfig.from_huggingface(theirs.config.to_dict(), trim=False)
+    ours = Whisper(config, rngs=nnx.Rngs(0))
+    tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    load_params(ours, key_table(config), tensors, ignore=IGNORE)
+    samples = reference.clips((16_000, 15_900, 1, 20_000, 7777), seed=1)
+    layers, _ = run_layers(ours, *padded(samples, 20_000))
+    for index, clip in enumerate(samples):
+        expected = reference.hidden_states(theirs, clip)
+        np.testing.assert_allclose(layers[:, index], expected, atol=1e-4)

@@ -1,0 +1,267 @@
+"""The linear layer with a low-rank path, a bfloat16 or an int8 kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mister_jax.nn import Stack
+from mister_jax.nn.lora import (
+    LoRAConfig,
+    LoRALinear,
+    QuantizedParam,
+    add_lora,
+    merge_lora,
+    quantize,
+)
+
+CONFIG = LoRAConfig(rank=2, alpha=6, targets=("first", "block/second"))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.first = LoRALinear(5, 7, rngs=rngs)
+        self.second = LoRALinear(7, 5, use_bias=False, rngs=rngs)
+
+    def __call__(self, x, *, deterministic=True, rngs=None):
+        options = {"deterministic": deterministic, "rngs": rngs}
+        return x + self.second(jnp.tanh(self.first(x, **options)), **options)
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.block = Block(rngs)
+        self.second = LoRALinear(5, 5, rngs=rngs)
+
+    def __call__(self, x, *, deterministic=True, rngs=None):
+        x = self.block(x, deterministic=deterministic, rngs=rngs)
+        return self.second(x, deterministic=deterministic, rngs=rngs)
+
+
+class Model(nnx.Module):
+    """Layers by themselves and in a stack."""
+
+    def __init__(self, rngs):
+        self.stack = Stack(Layer, 3, rngs=rngs)
+        self.last = Block(rngs)
+
+    def __call__(self, x, **options):
+        return self.last(self.stack(x, **options)[0], **options)
+
+
+@nnx.jit
+def build():
+    return add_lora(Model(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
+
+
+@functools.cache
+def parts():
+    return nnx.split(build())
+
+
+def untrained(dtype=jnp.float32):
+    """The model with a fresh low-rank path, and its base in `dtype`."""
+
+    def copy(path, leaf):
+        return leaf.astype(jnp.float32 if "lora" in str(path) else dtype)
+
+    graph, state = parts()
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(copy, state))
+
+
+def make(dtype=jnp.float32):
+    """The model as training would leave it."""
+    return randomise(untrained(dtype))
+
+
+def randomise(model):
+    """Gives the low-rank paths values as training would."""
+    leaves, structure = jax.tree.flatten(nnx.state(model, nnx.LoRAParam))
+    random = np.random.default_rng(2)
+    values = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    nnx.update(model, jax.tree.unflatten(structure, values))
+    return model
+
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+X = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
+
+
+def flat(model, kind):
+    state = nnx.to_flat_state(nnx.state(model, kind))
+    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in state}
+
+
+def single(lora=None, **options):
+    """A layer by itself, as `first` of a module."""
+    module = nnx.Module()
+    module.first = LoRALinear(5, 7, rngs=nnx.Rngs(0), **options)
+    if lora is not None:
+        add_lora(module, lora, rngs=nnx.Rngs(1))
+    return module.first
+
+
+def test_adds_the_scaled_low_rank_product():
+    base = single()(X)
+    layer = single(LoRAConfig(rank=3, alpha=12, targets=("first",)))
+    np.testing.assert_array_equal(layer(X), base)  # the second matrix starts at zero
+    layer.lora_b.set_value(jax.random.normal(jax.random.key(0), (3, 7)))
+    expected = base + 4 * X @ layer.lora_a[...] @ layer.lora_b[...]
+    np.testing.assert_allclose(layer(X), expected, atol=1e-5)
+
+
+def test_named_layers_alone_have_a_path_one_for_each_of_a_stack():
+    lora = flat(make(), nnx.LoRAParam)
+    assert {path: value.shape for path, value in lora.items()} == {
+        "last/first/lora_a": (5, 2),
+        "last/first/lora_b": (2, 7),
+        "stack/layers/block/first/lora_a": (3, 5, 2),
+        "stack/layers/block/first/lora_b": (3, 2, 7),
+        "stack/layers/block/second/lora_a": (3, 7, 2),
+        "stack/layers/block/second/lora_b": (3, 2, 5),
+    }
+
+
+def test_starts_uniform_within_the_root_of_the_width():
+    model = nnx.Module()
+    model.first = LoRALinear(100, 3, rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=50, alpha=1, targets=("first",)), rngs=nnx.Rngs(1))
+    first = np.asarray(model.first.lora_a[...])
+    assert np.abs(first).max() <= 0.1
+    np.testing.assert_allclose(first.std(), 0.1 / np.sqrt(3), rtol=0.02)
+    assert not model.first.lora_b[...].any()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_merged_equals_unmerged(int8):
+    model = make()
+    if int8:
+        quantize(model)
+    expected = run(model, X)
+    assert merge_lora(model) is model
+    np.testing.assert_allclose(run(model, X), expected, atol=1e-5)
+    assert not flat(model, nnx.LoRAParam)
+    # Layers that had no path are as they were.
+    left = {"last/second", "stack/layers/second"} if int8 else set()
+    assert {path.rpartition("/")[0] for path in flat(model, QuantizedParam)} == left
+
+
+def test_merging_keeps_the_base_dtype():
+    layer = single(LoRAConfig(rank=3, alpha=12, targets=("first",)), param_dtype=jnp.bfloat16)
+    assert merge_lora(layer).kernel.dtype == jnp.bfloat16
+
+
+def test_int8_is_close_to_float():
+    model = make()
+    expected, floats = run(model, X), flat(model, nnx.Param)
+    quantize(model)
+    int8 = flat(model, QuantizedParam)
+    for path, kernel in floats.items():
+        if path.endswith("kernel"):
+            assert int8[path].dtype == np.int8
+            held = int8[path] * int8[f"{path}_scale"][..., None, :]
+            bound = np.abs(kernel).max(-2, keepdims=True) / 254
+            assert (np.abs(held - kernel) <= bound * 1.001).all()
+    np.testing.assert_allclose(run(model, X), expected, atol=0.05)
+    assert not np.array_equal(run(model, X), expected)
+
+
+def test_int8_holds_a_column_of_zeros():
+    layer = LoRALinear(5, 7, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(layer.kernel[...].at[:, 3].set(0))
+    np.testing.assert_array_equal(quantize(layer)(X)[..., 3], 0)
+
+
+def test_quantizing_twice_changes_nothing():
+    model = quantize(make())
+    expected = flat(model, QuantizedParam)
+    quantize(model)
+    jax.tree.map(np.testing.assert_array_equal, flat(model, QuantizedParam), expected)
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+def test_training_the_paths_leaves_the_base_bit_identical(base):
+    model = make(jnp.bfloat16 if base == "bfloat16" else jnp.float32)
+    if base == "int8":
+        quantize(model)
+    frozen, lora = flat(model, nnx.Not(nnx.LoRAParam)), flat(model, nnx.LoRAParam)
+    optimizer = nnx.Optimizer(model, optax.adamw(0.1), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return (model(X) ** 2).mean()
+
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        value, gradients = nnx.value_and_grad(loss, argnums=wrt)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    losses = [step(model, optimizer) for _ in range(3)]
+    assert losses[2] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, flat(model, nnx.Not(nnx.LoRAParam)), frozen)
+    for path, value in flat(model, nnx.LoRAParam).items():
+        assert value.dtype == np.float32
+        assert not np.array_equal(value, lora[path])
+
+
+def test_an_int8_kernel_is_no_parameter_to_take_gradients_of():
+    gradients = nnx.grad(lambda layer: (layer(X) ** 2).sum())(quantize(single()))
+    assert [path for path, _ in nnx.to_flat_state(gradients)] == [("bias",)]
+
+
+def test_computes_in_dtype():
+    lora = LoRAConfig(rank=3, alpha=12, targets=("first",))
+    expected = randomise(single(lora))(X)
+    layer = randomise(single(lora, dtype=jnp.bfloat16))
+    for made in (layer, quantize(layer)):
+        given = made(X)
+        assert given.dtype == jnp.bfloat16
+        np.testing.assert_allclose(given.astype(np.float32), expected, atol=0.05)
+
+
+def test_dropout_is_on_the_low_rank_path_in_training_only():
+    lora = LoRAConfig(rank=2, alpha=6, dropout=0.5, targets=CONFIG.targets)
+    model, expected = randomise(add_lora(make(), lora, rngs=nnx.Rngs(1))), run(make(), X)
+    np.testing.assert_allclose(run(model, X), expected, atol=1e-6)
+    dropped = model(X, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    assert not np.allclose(dropped, expected, atol=0.01)
+    with pytest.raises(ValueError, match="needs rngs"):
+        model(X, deterministic=False)
+    fresh = add_lora(untrained(), lora, rngs=nnx.Rngs(1))
+    dropped = fresh(X, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    np.testing.assert_allclose(dropped, run(untrained(), X), atol=1e-6)
+
+
+def test_abstract_modules_are_given_paths_and_int8_kernels():
+    shapes = nnx.eval_shape(lambda: quantize(build()))
+    kernel = shapes.stack.layers.block.first.kernel
+    assert (kernel.shape, kernel.dtype) == ((3, 5, 7), jnp.int8)
+    add_lora(shapes, CONFIG, rngs=nnx.Rngs(1))
+    expected = flat(untrained(), nnx.LoRAParam)
+    jax.tree.map(np.testing.assert_array_equal, flat(shapes, nnx.LoRAParam), expected)
+
+
+def test_unknown_targets_are_named():
+    with pytest.raises(
+        ValueError, match=r"targets \['third', 'econd'\].*allowed are \['first', 'second'\]"
+    ):
+        add_lora(make(), LoRAConfig(2, 1, targets=("first", "third", "econd")), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": ()}, {"targets": "query"}],
+)
+def test_bad_configs_are_named(changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=f"LoRAConfig.{field}="):
+        LoRAConfig(**{"rank": 2, "alpha": 4, **changes})
