@@ -1,6 +1,7 @@
 """Scores a trained work directory on a split.
 
 python -m launch.evaluate --workdir=DIR --split=test
+python -m launch.evaluate --workdir=DIR --split=test --report
 python -m launch.evaluate --workdir=DIR --split=test --drop_speech=0.1,0.3,0.5
 """
 
@@ -19,6 +20,7 @@ _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
 _DATASET = flags.DEFINE_string("dataset", None, "another dataset than the training's")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "where the dataset is; as in the training")
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
+_REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, pictures, dialogues")
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bound=1)
@@ -51,8 +53,10 @@ def main() -> None:
         console.print(study_table(f"{_SPLIT.value}: missing modalities", points))
         written = "missing_modality.json, missing_modality.png"
     else:
-        console.print(score_table(_SPLIT.value, evaluate(_WORKDIR.value, _SPLIT.value, **options)))
+        found = evaluate(_WORKDIR.value, _SPLIT.value, report=_REPORT.value, **options)
+        console.print(score_table(_SPLIT.value, found))
         written = "metrics.json, predictions.jsonl, confusion.png"
+        written += ", report.html" if _REPORT.value else ""
     console.out(f"written to {_OUTPUT.value or _WORKDIR.value}: {written}", highlight=False)
 
 

@@ -30,11 +30,9 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this na
 def main() -> None:
     ways = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
     chosen = [name for name, value in ways.items() if value]
-    if len(chosen) != 1:
+    if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):
         raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
     if chosen == ["speech"]:
-        if not _TEXT.value:
-            raise InputError("--speech takes --text: two datasets of features to merge")
         builder = extract.merge(
             _SPEECH.value or "",
             _TEXT.value,

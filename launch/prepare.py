@@ -44,6 +44,9 @@ def main() -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if _INSPECT.value is not None:
         return _inspect(console)
+    if _CORPUS.value not in (*CORPORA, *FEATURES):
+        allowed = ", ".join((*CORPORA, *FEATURES))
+        raise InputError(f"--corpus={_CORPUS.value or ''}; allowed: {allowed}")
     if _CORPUS.value in FEATURES:
         return _prepare_features(_CORPUS.value, console)
     report = prepare_corpus(_preparation())

@@ -32,8 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike):
-        # Orbax announces every save at warning level.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(_is_worth_telling)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
         self._managers: dict[str, ocp.CheckpointManager] = {}
 
@@ -105,6 +104,11 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
             self._managers[kind] = ocp.CheckpointManager(self._directory / kind, options=options)
         return self._managers[kind]
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Not what Orbax announces of every save, at warning level."""
+    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
 from mister_jax.parallel import JitSpread, data_mesh, shardings
+from mister_jax.report import Experiment, utterance_texts, write_report
 from mister_jax.steps import split_model
 from mister_jax.tasks import task_class
 from mister_jax.train import read_config
@@ -42,6 +43,7 @@ class Predictor:
         config = read_config(workdir)
         if data_dir:
             config.data.data_dir = data_dir
+        self.data_dir: str | None = config.data.data_dir or None
         description = json.loads((workdir / "model.json").read_text())
         self.task = task_class(config).restore(config, description)
         self.spread = JitSpread(data_mesh(), self.task.rules)
@@ -120,6 +122,9 @@ def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, An
     counts = confusion(predicted, labelled)
     found = metrics.scores(counts, features.class_names)
     found["confusion"] = counts.tolist()
+    confidence = predictions["probabilities"][labelled].max(-1)
+    calibration = metrics.calibration(confidence, (predicted == features.label)[labelled])
+    found["calibration_error"] = calibration["error"]
     if "gate" in predictions:
         found["mean_gate"] = {}
         found["experts"] = {}
@@ -176,6 +181,7 @@ def evaluate(
     dataset: str | None = None,
     data_dir: str | None = None,
     output: epath.PathLike | None = None,
+    report: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
@@ -188,6 +194,7 @@ def evaluate(
       dataset: another than the training's, with the same classes and widths.
       data_dir: where the dataset is; as in the training by default.
       output: folder of the files; the work directory by default.
+      report: write `report.html`, too, of this split alone.
       quiet: show no progress.
 
     Returns:
@@ -217,6 +224,10 @@ def evaluate(
             features.class_names,
             output / "confusion.png",
         )
+        if report:
+            experiment = Experiment.of(workdir, predictor.progress["epoch"])
+            texts = utterance_texts(features, predictor.data_dir)
+            write_report(output, features, predictions, found, experiment, texts)
     return found
 
 
@@ -289,6 +300,8 @@ def missing_modality_study(
         pairs.append(list(rates) * (count if len(rates) == 1 else 1))
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
+    if not isinstance(features, DialogueFeatures):
+        raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
     complete = scores(features, predictor(features, quiet=True))["weighted_f1"]
     points = []
     with Reporter(count * draws, unit="draws", quiet=quiet) as reporter:

@@ -18,17 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.pipeline import prefetch_to_device
-from mister_jax.data.utterances import load_tokens, pad_tokens
+from mister_jax.data.utterances import UtteranceTokens, load_tokens, pad_tokens
 from mister_jax.encoders import hub
-from mister_jax.encoders.text import encode_texts
+from mister_jax.encoders.text import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor
 from mister_jax.nn import masked_mean
-from mister_jax.parallel import JitSpread, data_mesh
+from mister_jax.parallel import JitSpread, data_mesh, enough_memory
 from mister_jax.writers import Reporter
 
 TOKEN_BUDGET = 4096
@@ -44,6 +45,8 @@ class Encoder(Protocol):
     """What extraction needs of an encoder."""
 
     spread: JitSpread
+    max_tokens: int
+    """Of the longest text."""
 
     def identity(self) -> dict[str, Any]:
         """What the features depend on, plain JSON values; a change starts an extraction anew."""
@@ -72,11 +75,17 @@ class TunedEncoder:
         if not hasattr(task, "encode"):
             raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
         self.spread = self._predictor.spread
+        self.max_tokens = task.options.max_tokens
         self.encode = task.encode
+        self._files = hub.fingerprint(task.folder)
 
     def identity(self) -> dict[str, Any]:
-        config = json.loads((self._workdir / "config.json").read_text())
-        return {"workdir": str(self._workdir), "config": config, **self._predictor.progress}
+        return {
+            "workdir": str(self._workdir),
+            "config": json.loads((self._workdir / "config.json").read_text()),
+            "best": self._predictor.progress,
+            "files": self._files,
+        }
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
         return self._predictor.run(batch)["feature"][:, 0]
@@ -104,16 +113,20 @@ class PretrainedEncoder:
         param_dtype: str = "float32",
     ):
         self.spread = JitSpread(data_mesh(), hub.RULES)
+        self.max_tokens = max_tokens
+        folder = hub.fetch(name)
         self._identity = {
             "encoder": name,
             "max_tokens": max_tokens,
             "dtype": dtype,
             "param_dtype": param_dtype,
+            "files": hub.fingerprint(folder),
         }
-        self._max_tokens = max_tokens
-        module, self._tokenizer = hub.load(
-            name, mesh=self.spread.mesh, dtype=dtype, param_dtype=param_dtype
-        )
+        with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
+            module, self._tokenizer = hub.load(
+                folder, mesh=self.spread.mesh, dtype=dtype, param_dtype=param_dtype
+            )
+        check_max_tokens(module, max_tokens)
         graph, params = nnx.split(module)
         self._params = nnx.as_pure(params)
 
@@ -127,7 +140,7 @@ class PretrainedEncoder:
         return self._identity
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return encode_texts(self._tokenizer, texts, self._max_tokens)
+        return encode_texts(self._tokenizer, texts, self.max_tokens)
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
         return self._read(self._params, batch)
@@ -161,31 +174,48 @@ def extract(
       The TFDS builder of the features.
 
     Raises:
-      InputError: a dataset that is not there, or an output that is.
+      InputError: a dataset that is not there, or has no text in a split; an output that is there or
+        cannot be written; a batch that does not fit into the devices' memory.
     """
     source = DialogueDataset(dataset, data_dir)
     target = data.dataset_directory(output, data_dir)
+    if "/" in output:
+        raise InputError(f"--output={output}; allowed: lower-case letters, digits and _")
     if target.exists() and not overwrite:
         raise InputError(f"{target}: dataset exists; allowed: another --output, or --overwrite")
     told = {"dataset": dataset, "token_budget": token_budget, **encoder.identity()}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-    parts = target.parent.parent / f".extracting.{output}.{digest}"
-    splits = {}
-    counts = {
+    texts = {
         split: load_tokens(dataset, split, data_dir, encoder.encode) for split in source.splits
     }
-    total = sum(len(utterances.tokens) for utterances in counts.values())
+    root, prefix = target.parent.parent, f".extracting.{output}."
+    parts = root / f"{prefix}{_digest(told, texts)}"
+    splits = {}
+    total = sum(len(utterances.tokens) for utterances in texts.values())
     with Reporter(total, unit="utterances", quiet=quiet) as reporter:
-        for split, utterances in counts.items():
+        for split, utterances in texts.items():
+            if not utterances.tokens:
+                raise InputError(f"dataset {dataset}, split {split}: no utterance has text")
             found = _features_of(encoder, utterances.tokens, parts / split, token_budget, reporter)
             features = dict(zip(utterances.utterance_ids.tolist(), found, strict=True))
-            splits[split] = _text_features(source, split, features, found.shape[1], told)
-    if jax.process_index() == 0:
-        builder = data.write(splits, output, data_dir, metadata=told, overwrite=overwrite)
-        if parts.exists():
-            parts.rmtree()
-        return builder
-    return None
+            splits[split] = _text_features(source, split, features, found.shape[1])
+    # The parts are there until every process has read them.
+    multihost_utils.sync_global_devices("extracted")
+    if jax.process_index() != 0:
+        return None
+    builder = data.write(splits, output, data_dir, metadata={"text": told}, overwrite=overwrite)
+    for left in root.glob(f"{prefix}*"):  # those of other encoders, too
+        left.rmtree()
+    return builder
+
+
+def _digest(told: dict[str, Any], texts: dict[str, UtteranceTokens]) -> str:
+    """Of all that the features depend on."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for split, utterances in texts.items():
+        digest.update(json.dumps([split, utterances.utterance_ids.tolist()]).encode())
+        for tokens in utterances.tokens:
+            digest.update(tokens.tobytes() + b";")
+    return digest.hexdigest()[:16]
 
 
 def _features_of(
@@ -200,7 +230,10 @@ def _features_of(
     # Long ones first: what does not fit into memory fails at once.
     order = np.argsort(-lengths, kind="stable")
     done: list[np.ndarray] = []
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{parts.parent}: cannot be written ({error.strerror})") from error
     for number, start in enumerate(range(0, len(order), _PART)):
         rows = order[start : start + _PART]
         path = parts / f"{number:05d}.npy"
@@ -226,7 +259,8 @@ def _encode_part(
     encoder: Encoder, tokens: Sequence[np.ndarray], token_budget: int, reporter: Reporter
 ) -> np.ndarray:
     """Features [N, F] of token sequences that are sorted by length, longest first."""
-    planned = list(plan(np.array([len(values) for values in tokens]), token_budget, encoder.spread))
+    lengths = np.array([len(values) for values in tokens])
+    planned = list(plan(lengths, token_budget, encoder.max_tokens, encoder.spread.num_shards))
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for rows, length in planned:
@@ -255,39 +289,42 @@ def _encode_part(
             features = np.zeros((len(tokens), values.shape[1]), np.float32)
         kept = rows >= 0
         features[rows[kept]] = values[kept]
-        read += sum(len(tokens[row]) for row in rows[kept])
+        read += int(lengths[rows[kept]].sum())
         rate = read / (time.perf_counter() - began)
         reporter.advance(f"{rate:,.0f} tokens/s", amount=int(kept.sum()))
 
-    for (rows, _), batch in zip(planned, placed, strict=True):
-        pending.append((rows, encoder(batch)))
-        if len(pending) == 2:
+    rows, length = planned[0]
+    work = f"batches of {len(rows)} x {length} tokens on {jax.device_count()} devices"
+    with enough_memory("extraction", work, "a smaller --token_budget, or --dtype=bfloat16"):
+        for (rows, _), batch in zip(planned, placed, strict=True):
+            pending.append((rows, encoder(batch)))
+            if len(pending) == 2:
+                take()
+        while pending:
             take()
-    while pending:
-        take()
     assert features is not None
     return features
 
 
 def plan(
-    lengths: np.ndarray, token_budget: int, spread: JitSpread
+    lengths: np.ndarray, token_budget: int, max_tokens: int, num_shards: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Batches of sequences that are sorted, longest first.
 
     Args:
       lengths: [N] tokens of each, descending.
       token_budget: tokens on each device, padding counted; a longer sequence goes alone.
-      spread: over devices.
+      max_tokens: no sequence is longer, and none is padded beyond it.
+      num_shards: parts a batch is cut into.
 
     Yields:
       Rows [B], -1 for an empty one, and the padded length. All batches of one length have one B.
     """
-    shards = spread.num_shards
     start = 0
     while start < len(lengths):
         longest = int(lengths[start])
-        padded = next((step for step in _LENGTHS if step >= longest), longest)
-        size = max(1, token_budget // padded) * shards
+        padded = min(next((step for step in _LENGTHS if step >= longest), max_tokens), max_tokens)
+        size = max(1, token_budget // padded) * num_shards
         below = max((step for step in _LENGTHS if step < longest), default=0)
         # What fits a shorter step waits for it.
         end = min(start + size, start + int(np.sum(lengths[start:] > below)))
@@ -298,27 +335,30 @@ def plan(
 
 
 def _text_features(
-    source: DialogueDataset, split: str, features: dict[str, np.ndarray], width: int, told: Any
+    source: DialogueDataset, split: str, features: dict[str, np.ndarray], width: int
 ) -> data.DialogueFeatures:
     """A split with these text features, and no speech."""
-    dialogues = list(source.dialogues(split))
-    turns = [turn for dialogue in dialogues for turn in dialogue.utterances]
+    dialogues, turns = [], []
+    for dialogue in source.dialogues(split):
+        dialogues.append((dialogue.id, len(dialogue.utterances)))
+        turns += [(turn.id, turn.label, turn.score) for turn in dialogue.utterances]
+    dialogue_ids, lengths = zip(*dialogues, strict=True)
+    utterance_ids, labels, scores = zip(*turns, strict=True)
     missing = np.zeros(width, np.float32)
-    text = np.stack([features.get(turn.id, missing) for turn in turns])
     return data.DialogueFeatures(
         name=source.name,
         split=split,
         class_names=source.class_names,
-        dialogue_ids=tuple(dialogue.id for dialogue in dialogues),
-        lengths=np.array([len(dialogue.utterances) for dialogue in dialogues]),
-        utterance_ids=np.array([turn.id for turn in turns]),
+        dialogue_ids=dialogue_ids,
+        lengths=np.array(lengths),
+        utterance_ids=np.array(utterance_ids),
         speech=np.zeros((len(turns), 1), np.float32),
-        text=text,
+        text=np.stack([features.get(utterance, missing) for utterance in utterance_ids]),
         speech_present=np.zeros(len(turns), bool),
-        text_present=np.array([turn.id in features for turn in turns]),
-        label=np.array([turn.label for turn in turns], np.int32),
-        score=np.array([turn.score for turn in turns], np.float32) if source.scored else None,
-        metadata={"text": told, **source.known(split)},
+        text_present=np.array([utterance in features for utterance in utterance_ids]),
+        label=np.array(labels, np.int32),
+        score=np.array(scores, np.float32) if source.scored else None,
+        metadata=source.known(split),
     )
 
 
@@ -334,7 +374,8 @@ def merge(
 
     Args:
       speech: dataset whose speech is taken.
-      text: dataset whose text is taken; it has the same dialogues, utterances and labels.
+      text: dataset whose text is taken, and the order of dialogues and utterances; both have the
+        same utterances with the same labels.
       output: name of the dataset.
       data_dir: the directory that holds datasets.
       overwrite: replace a dataset of this name.
@@ -348,24 +389,34 @@ def merge(
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:
         raise InputError(f"{speech} has splits {names[speech]}, {text} {names[text]}")
-    splits = {}
-    for split in names[text]:
-        first, second = (data.load(name, split, data_dir) for name in (speech, text))
-        for field in ("class_names", "dialogue_ids"):
-            if getattr(first, field) != getattr(second, field):
-                raise InputError(f"{speech} and {text}, split {split}: {field} differ")
-        for field in ("utterance_ids", "label"):
-            differ = getattr(first, field) != getattr(second, field)
-            if np.any(differ):
-                row = int(np.argmax(differ))
-                raise InputError(
-                    f"{speech} and {text}, split {split}: {field} differ at utterance "
-                    f"{second.utterance_ids[row]}"
-                )
-        splits[split] = dataclasses.replace(
-            second,
-            speech=first.speech,
-            speech_present=first.speech_present,
-            metadata={**first.metadata, **second.metadata},
-        )
+    splits = {
+        split: _joined(*(data.load(name, split, data_dir) for name in (speech, text)))
+        for split in names[text]
+    }
     return data.write(splits, output, data_dir, overwrite=overwrite)
+
+
+def _joined(speech: data.DialogueFeatures, text: data.DialogueFeatures) -> data.DialogueFeatures:
+    """A split of `merge`."""
+    where = f"{speech.name} and {text.name}, split {text.split}"
+    if speech.class_names != text.class_names:
+        raise InputError(f"{where}: classes {speech.class_names} and {text.class_names}")
+    places = {utterance: row for row, utterance in enumerate(speech.utterance_ids.tolist())}
+    alone = sorted(places.keys() ^ set(text.utterance_ids.tolist()))
+    if alone:
+        raise InputError(
+            f"{where}: {len(alone)} utterances are in one of them alone, the first is {alone[0]}"
+        )
+    rows = np.array([places[utterance] for utterance in text.utterance_ids.tolist()])
+    differ = np.flatnonzero(speech.label[rows] != text.label)
+    if len(differ):
+        raise InputError(
+            f"{where}: {len(differ)} labels differ, the first is that of utterance "
+            f"{text.utterance_ids[differ[0]]}"
+        )
+    return dataclasses.replace(
+        text,
+        speech=speech.speech[rows],
+        speech_present=speech.speech_present[rows],
+        metadata={**speech.metadata, **text.metadata},
+    )

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+OVERALL = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
+"""The scores of a whole split."""
+
 
 def confusion_counts(
     labels: jax.Array, predicted: jax.Array, mask: jax.Array, num_classes: int
@@ -35,24 +38,35 @@ def confusion_counts(
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """0 where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
+    zeros = np.zeros(np.broadcast_shapes(numerator.shape, denominator.shape))
+    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
-def _scores(confusion: np.ndarray) -> dict[str, Any]:
-    correct = np.diag(confusion).astype(float)
-    support, predicted = confusion.sum(1).astype(float), confusion.sum(0).astype(float)
-    total = max(support.sum(), 1.0)
+def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of one or many confusion matrices.
+
+    Args:
+      confusion: [..., C, C] counts, labels down, predictions across.
+
+    Returns:
+      "weighted_f1", "macro_f1", "accuracy", "balanced_accuracy", "utterances" [...], and
+      "precision", "recall", "f1", "support" [..., C]. A score without a basis is 0.
+    """
+    confusion = np.asarray(confusion)
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    support, predicted = confusion.sum(-1).astype(float), confusion.sum(-2).astype(float)
+    total = support.sum(-1)
     recall = _ratio(correct, support)
     f1 = _ratio(2 * correct, support + predicted)
     # As scikit-learn has it: macro F1 over classes that occur or were predicted, balanced accuracy
-    # over classes that occur.
+    # over classes that occur. The others' terms are 0.
     seen, occurs = support + predicted > 0, support > 0
     return {
-        "weighted_f1": float((f1 * support).sum() / total),
-        "macro_f1": float(f1[seen].mean()) if seen.any() else 0.0,
-        "accuracy": float(correct.sum() / total),
-        "balanced_accuracy": float(recall[occurs].mean()) if occurs.any() else 0.0,
-        "utterances": int(support.sum()),
+        "weighted_f1": _ratio((f1 * support).sum(-1), total),
+        "macro_f1": _ratio(f1.sum(-1), seen.sum(-1)),
+        "accuracy": _ratio(correct.sum(-1), total),
+        "balanced_accuracy": _ratio(recall.sum(-1), occurs.sum(-1)),
+        "utterances": total,
         "precision": _ratio(correct, predicted),
         "recall": recall,
         "f1": f1,
@@ -75,7 +89,7 @@ def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     confusion = np.asarray(confusion)
     if confusion.shape != (len(class_names),) * 2:
         raise ValueError(f"confusion {confusion.shape} for {len(class_names)} class names")
-    found = _scores(confusion)
+    found = confusion_scores(confusion)
     per_class = {
         name: {
             "precision": float(found["precision"][index]),
@@ -87,12 +101,11 @@ def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     }
     constant = np.zeros_like(confusion)
     constant[:, found["support"].argmax()] = found["support"]
-    overall = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-    baseline = _scores(constant)
+    baseline = confusion_scores(constant)
     return {
-        **{name: found[name] for name in overall},
-        "utterances": found["utterances"],
-        "majority": {name: baseline[name] for name in overall},
+        **{name: float(found[name]) for name in OVERALL},
+        "utterances": int(found["utterances"]),
+        "majority": {name: float(baseline[name]) for name in OVERALL},
         "per_class": per_class,
     }
 
@@ -128,6 +141,63 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
     for name in SENTIMENT_CONVENTIONS:
         label, counted = readings[name]
         cells = 2 * label[counted].astype(int) + positive[counted]
-        found = _scores(np.bincount(cells, minlength=4).reshape(2, 2))
-        result[name] = {key: found[key] for key in ("weighted_f1", "accuracy", "utterances")}
+        found = confusion_scores(np.bincount(cells, minlength=4).reshape(2, 2))
+        result[name] = {
+            "weighted_f1": float(found["weighted_f1"]),
+            "accuracy": float(found["accuracy"]),
+            "utterances": int(found["utterances"]),
+        }
     return result
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
+    """How far probabilities are from shares: bins of equal width, and their expected error.
+
+    The expected calibration error of arXiv 1706.04599, equation 3: the mean over utterances of
+    |accuracy - mean confidence| of their bins.
+
+    Args:
+      confidence: probability of the predicted class [N], in [0, 1].
+      correct: whether it was the label [N] bool.
+      num_bins: of equal width, between 0 and 1; each holds its upper end, the first also 0.
+
+    Returns:
+      "error", and "bin" [N] int, "count", "confidence", "accuracy" [num_bins]; 0 without a basis.
+    """
+    confidence = np.asarray(confidence, float)
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    count = np.bincount(bins, minlength=num_bins).astype(float)
+    mean_confidence = _ratio(np.bincount(bins, confidence, num_bins), count)
+    accuracy = _ratio(np.bincount(bins, np.asarray(correct, float), num_bins), count)
+    total = max(count.sum(), 1.0)
+    return {
+        "error": float((count * np.abs(accuracy - mean_confidence)).sum() / total),
+        "bin": bins,
+        "count": count.astype(int),
+        "confidence": mean_confidence,
+        "accuracy": accuracy,
+    }
+
+
+def bootstrap_weights(groups: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each group is drawn when as many groups as there are are drawn with replacement.
+
+    Utterances of a dialogue are not independent, so intervals are made by drawing dialogues:
+    `weights @ counts` sums the counts of the drawn ones.
+
+    Args:
+      groups: M dialogues, at least 1.
+      draws: R.
+      seed: of the draws.
+
+    Returns:
+      [R, M] float64; each row sums to M.
+    """
+    chances = np.full(groups, 1 / groups)
+    return np.random.default_rng(seed).multinomial(groups, chances, size=draws).astype(float)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """The ends [2, ...] of the percentile interval of draws [R, ...]; NaN draws do not count."""
+    tail = (1 - level) / 2
+    return np.nanquantile(values, [tail, 1 - tail], axis=0)

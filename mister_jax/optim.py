@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+_NO_KERNEL = re.compile("bias|scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +118,12 @@ def optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransf
     """
 
     def is_kernel(params):
-        # By name, too: a bias of both directions of a GRU has two axes.
+        # By name, too: a bias of both directions of a GRU, and a scale in a stack, have two axes.
         return jax.tree_util.tree_map_with_path(
-            lambda path, value: value.ndim > 1 and "bias" not in jax.tree_util.keystr(path), params
+            lambda path, value: (
+                value.ndim > 1 and not _NO_KERNEL.search(jax.tree_util.keystr(path))
+            ),
+            params,
         )
 
     rate = learning_rate(config, total_steps)

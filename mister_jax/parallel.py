@@ -7,16 +7,19 @@ the axis to sum over. Both ways give the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mister_jax.errors import InputError
 
 DATA, MODEL = "data", "model"
 
@@ -242,6 +245,24 @@ def spread(config: ParallelConfig, rules: Rules = ()) -> Spread:
     if config.backend == "pmap":
         return PmapSpread()
     return JitSpread(data_mesh(config.model_parallelism), rules)
+
+
+@contextlib.contextmanager
+def enough_memory(where: str, work: str, remedy: str) -> Iterator[None]:
+    """Makes an `InputError` of a lack of memory on the devices.
+
+    Args:
+      where: what the message begins with.
+      work: what took the memory.
+      remedy: what takes less.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{where}: out of memory with {work} ({reason}); try {remedy}") from error
 
 
 def first_row(batch_size: int, axis_name: str | None) -> jax.Array | int:

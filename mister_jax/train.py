@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import signal
 import threading
@@ -33,7 +34,7 @@ from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
-from mister_jax.parallel import ParallelConfig, Program, Spread, spread
+from mister_jax.parallel import ParallelConfig, Program, Spread, enough_memory, spread
 from mister_jax.steps import initial_state, train_step, validation_sums
 from mister_jax.tasks import Split, Task, from_config, task_class
 from mister_jax.writers import MetricsWriter, Reporter, parameter_table, write_json, write_text
@@ -106,7 +107,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
       Where the training ended; `finished` is false after SIGTERM.
 
     Raises:
-      InputError: a config, dataset or work directory that cannot be used.
+      InputError: a config, dataset or work directory that cannot be used, or a batch that does not
+        fit into the devices' memory.
       TrainingDiverged: the loss is not finite; the last good state is kept.
     """
     workdir = epath.Path(workdir)
@@ -120,31 +122,35 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     validation = task.split("validation", num_shards=spreading.num_shards, shuffle=False)
     total_steps = options.epochs * training.steps
     transformation = optimizer(optimizer_config, total_steps)
-    graph, state = initial_state(
-        task,
-        transformation,
-        config.seed,
-        trainable=task.trainable,
-        make=lambda key: task.load(key, spreading),
-    )
-    if jax.process_index() == 0:
-        describe(workdir, config, task, state["params"])
-
-    loop = _Loop(
-        workdir=workdir,
-        options=options,
-        task=task,
-        spreading=spreading,
-        training=training,
-        validation=validation,
-        step=spreading.program_of_step(
-            train_step(task, graph, transformation, options.accumulation)
-        ),
-        judge=spreading.program_of_reader(validation_sums(task, graph)),
-        rate=learning_rate(optimizer_config, total_steps),
-    )
-    with Checkpoints(workdir) as checkpoints, terminated() as stop:
-        return loop.run(state, checkpoints, stop, quiet)
+    rows, length = max((*training.shapes, *validation.shapes), key=math.prod)
+    with enough_memory(
+        str(workdir),
+        f"batches of up to {rows} x {length} on {jax.device_count()} devices",
+        task.memory_remedy,
+    ):
+        graph, state = initial_state(
+            task,
+            transformation,
+            config.seed,
+            trainable=task.trainable,
+            make=lambda key: task.load(key, spreading),
+        )
+        if jax.process_index() == 0:
+            describe(workdir, config, task, state["params"])
+        step = train_step(task, graph, transformation, options.accumulation)
+        loop = _Loop(
+            workdir=workdir,
+            options=options,
+            task=task,
+            spreading=spreading,
+            training=training,
+            validation=validation,
+            step=spreading.program_of_step(step),
+            judge=spreading.program_of_reader(validation_sums(task, graph)),
+            rate=learning_rate(optimizer_config, total_steps),
+        )
+        with Checkpoints(workdir) as checkpoints, terminated() as stop:
+            return loop.run(state, checkpoints, stop, quiet)
 
 
 @dataclasses.dataclass
@@ -204,7 +210,9 @@ class _Loop:
         """Compiles for every shape of batch before the first step, side by side."""
         work = []
         for program, split in ((self.step, self.training), (self.judge, self.validation)):
-            shapes = {batch["mask"].shape: batch for batch in split.batches()}
+            shapes = {
+                tuple(value.shape for value in batch.values()): batch for batch in split.batches()
+            }
             work += [(program, self.spreading.put_batch(batch)) for batch in shapes.values()]
         reporter.line(f"compiling {len(work)} programs")
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """Set-up of all tests: eight CPU devices, the `--parity` option, shared fixtures."""
 
+import json
 import os
 import tempfile
 
@@ -99,3 +100,110 @@ def make_batch(tiny_config):
         }
 
     return make
+
+
+MOODS = {"joy": ("glad", "happy", "great"), "anger": ("angry", "mad", "awful")}
+FILLERS = ("i", "am", "so", "very", "today", "you", "are", "we")
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """Function that makes a tokenizer of a few words, as BERT's, or without as Llama's."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def make(bert):
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<s>", "</s>"]
+        words = [*special, *FILLERS, *(word for words in MOODS.values() for word in words)]
+        vocabulary = {word: number for number, word in enumerate(words)}
+        unknown = special[1] if bert else special[0]
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        template = "[CLS] $A [SEP]" if bert else "<s> $A"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template,
+            special_tokens=[(word, vocabulary[word]) for word in template.split() if word != "$A"],
+        )
+        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        if not bert:
+            names = {"bos_token": "<s>", "eos_token": "</s>"}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory, word_tokenizer):
+    """A tiny BERT with random weights and its tokenizer. Tests do not change it."""
+    from flax import nnx
+
+    from mister_jax.encoders import hub
+    from mister_jax.encoders.bert import Bert, BertConfig
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = word_tokenizer(bert=True)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        width=16,
+        hidden_width=24,
+        num_layers=2,
+        num_heads=4,
+        num_positions=20,
+    )
+    hub.save_pretrained(Bert(config, rngs=nnx.Rngs(0)), config.to_huggingface(), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, word_tokenizer):
+    """A tiny Llama with random weights and its tokenizer. Tests do not change it."""
+    from flax import nnx
+
+    from mister_jax.encoders import hub
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = word_tokenizer(bert=False)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaModel"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spoken_dir(tmp_path_factory):
+    """A folder with the dataset `manifest/spoken`: short dialogues whose words tell the emotion.
+
+    Of four turns, one in three dialogues has no text in the third and no label in the fourth.
+    """
+    from mister_jax.data.audio import encode_wav
+    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+
+    root = tmp_path_factory.mktemp("spoken")
+    encode_wav(root / "noise.wav", np.arange(800, dtype=np.int16))
+    random = np.random.default_rng(0)
+    rows = []
+    for split, count in {"train": 18, "validation": 6, "test": 6}.items():
+        for dialogue in range(count):
+            for turn in range(4):
+                row = {"dialogue": f"{split}{dialogue}", "utterance": turn, "order": turn}
+                row |= {"split": split, "audio": "noise.wav"}
+                label = random.choice(list(MOODS))
+                words = [random.choice(MOODS[label]), *random.choice(FILLERS, 1 + 2 * turn)]
+                if dialogue % 3 or turn != 2:
+                    row["text"] = " ".join(random.permutation(words))
+                if dialogue % 3 or turn != 3:
+                    row["label"] = str(label)
+                rows.append(row)
+    manifest = root / "spoken.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
+    return root / "data"

@@ -147,7 +147,7 @@ def load(
         whisper_table.key_table(config.whisper),
         whisper,
         prefix=found[0] if found else whisper_table.PREFIXES[0],
-        ignore=whisper_table.IGNORE,
+        ignore=whisper_table.IGNORED,
     )
     fill(
         "beats",

@@ -12,7 +12,7 @@ from mister_jax.encoders.wavlm import WavLMConfig
 # What may stand before the table's names, in models with a head.
 PREFIXES = ("", "wav2vec2.", "hubert.", "wavlm.")
 # Pre-training's mask vector and quantiser, and heads.
-IGNORE = (
+IGNORED = (
     r"(^|\.)masked_spec_embed$",
     r"^quantizer\.",
     r"^project_(hid|q)\.",

@@ -8,7 +8,7 @@ from mister_jax.encoders.whisper import WhisperConfig
 # What may stand before the table's names: of `WhisperModel` and of models with a head.
 PREFIXES = ("", "model.")
 # The decoder, and what it shares with its output.
-IGNORE = (r"^(model\.)?decoder\.", r"^proj_out\.")
+IGNORED = (r"^(model\.)?decoder\.", r"^proj_out\.")
 
 # Our module -> the one in transformers, in a layer and outside of the layers.
 _LINEARS = {

@@ -7,6 +7,7 @@ corpora (`prepare`, `builder` and those of the corpora) need it to be imported, 
 a dataset is read, written or iterated.
 """
 
+from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.features import load, read_npz, split_names, write
 from mister_jax.data.pipeline import BatchPlan, batches, length_buckets, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
@@ -14,6 +15,7 @@ from mister_jax.data.storage import dataset_directory
 from mister_jax.data.synthetic import generate
 
 __all__ = [
+    "SAMPLE_RATE",
     "SPLITS",
     "UNLABELLED",
     "BatchPlan",

@@ -1,7 +1,7 @@
 """The feature store: dialogues of utterance vectors as a TFDS dataset.
 
-`read_npz` checks a NumPy archive, `write` stores splits as a TFDS dataset, `prepare` does one after
-the other, and `load` brings a split back into memory. Batches are made in `pipeline`.
+`read_npz` checks a NumPy archive, `write` stores splits as a TFDS dataset, and `load` brings a
+split back into memory. Batches are made in `pipeline`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from mister_jax.errors import InputError
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-__all__ = ["DialogueFeatures", "load", "prepare", "read_npz", "split_names", "write"]
+__all__ = ["DialogueFeatures", "load", "read_npz", "split_names", "write"]
 
 _REQUIRED = (
     "utterance",
@@ -165,24 +165,6 @@ def write(
             )
         tfds.core.MetadataDict(told).save_metadata(builder.data_dir)
     return stored(name, data_dir)
-
-
-def prepare(
-    source: epath.PathLike,
-    name: str,
-    data_dir: epath.PathLike | None = None,
-    *,
-    overwrite: bool = False,
-) -> "DatasetBuilder":
-    """Stores the npz archive `source` as the TFDS dataset `name`.
-
-    See `read_npz` for the archive and `write` for the other arguments. The metadata records the
-    file's name and its SHA-256.
-
-    Raises:
-        InputError: the archive cannot be used or the dataset cannot be written.
-    """
-    return write(read_npz(source), name, data_dir, overwrite=overwrite)
 
 
 def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str, ...]:

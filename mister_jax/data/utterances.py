@@ -80,22 +80,25 @@ def load_tokens(
         InputError: there is no such dataset or split.
     """
     dataset = DialogueDataset(name, data_dir)
-    turns, dialogues = [], []
-    for dialogue in dataset.dialogues(split):
-        for turn in dialogue.utterances:
-            if turn.text_present:
-                turns.append(turn)
-                dialogues.append(dialogue.id)
-    scores = np.array([turn.score for turn in turns], np.float32)
+    # Not the turns themselves: they would keep a split's recordings in memory.
+    rows = [
+        (dialogue.id, turn.id, turn.text, turn.label, turn.score)
+        for dialogue in dataset.dialogues(split)
+        for turn in dialogue.utterances
+        if turn.text_present
+    ]
+    dialogue_ids, utterance_ids, texts, labels, scores = (
+        zip(*rows, strict=True) if rows else [()] * 5
+    )
     return UtteranceTokens(
         name=name,
         split=split,
         class_names=dataset.class_names,
-        dialogue_ids=tuple(dialogues),
-        utterance_ids=np.array([turn.id for turn in turns], str),
-        tokens=tuple(encode([turn.text for turn in turns])),
-        label=np.array([turn.label for turn in turns], np.int32),
-        score=scores if dataset.scored else None,
+        dialogue_ids=dialogue_ids,
+        utterance_ids=np.array(utterance_ids, str),
+        tokens=tuple(encode(texts)),
+        label=np.array(labels, np.int32),
+        score=np.array(scores, np.float32) if dataset.scored else None,
     )
 
 

@@ -7,6 +7,7 @@ files. `ARCHITECTURES` is the table of what can be loaded.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -24,10 +25,16 @@ from jax.sharding import PartitionSpec as P
 from mister_jax import parallel
 from mister_jax.convert import bert as bert_tables
 from mister_jax.convert import decoder as decoder_tables
+from mister_jax.convert import qwen2_audio as qwen2_audio_tables
+from mister_jax.convert import wavlm as wavlm_tables
+from mister_jax.convert import whisper as whisper_tables
 from mister_jax.convert.key_table import KeyTable, load_params, save_params
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
+from mister_jax.encoders.wavlm import WavLM, WavLMConfig
+from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, merge_lora
 from mister_jax.parallel import DATA, MODEL, Rules
@@ -95,6 +102,15 @@ _DECODER = Architecture(
     ignored=decoder_tables.IGNORED,
     prefixes=("model.", ""),
 )
+_WAVLM = Architecture(
+    WavLMConfig,
+    WavLM,
+    wavlm_tables.key_table,
+    ignored=wavlm_tables.IGNORED,
+    prefixes=wavlm_tables.PREFIXES,
+    renamed=wavlm_tables.RENAMED,
+    processor="AutoFeatureExtractor",
+)
 # `model_type` of a config.json -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
@@ -102,6 +118,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta": _BERT,
     "llama": _DECODER,
     "qwen2": _DECODER,
+    "whisper": Architecture(
+        WhisperConfig,
+        Whisper,
+        whisper_tables.key_table,
+        ignored=whisper_tables.IGNORED,
+        prefixes=whisper_tables.PREFIXES,
+        processor="AutoFeatureExtractor",
+    ),
+    "wav2vec2": _WAVLM,
+    "hubert": _WAVLM,
+    "wavlm": _WAVLM,
+    "qwen2_audio": Architecture(
+        Qwen2AudioConfig,
+        Qwen2Audio,
+        qwen2_audio_tables.key_table,
+        ignored=qwen2_audio_tables.IGNORED,
+    ),
 }
 
 
@@ -189,10 +222,22 @@ def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a folder's config.json.
 
+    Where a preprocessor_config.json says whether a speech encoder's input is normalised, its
+    `do_normalize` is added, which belongs to the model.
+
     Raises:
       InputError: there is none, or it is damaged.
     """
-    path = pathlib.Path(directory) / CONFIG
+    config = _read_json(pathlib.Path(directory) / CONFIG)
+    preprocessor = pathlib.Path(directory) / "preprocessor_config.json"
+    if config.get("model_type") in ("wav2vec2", "hubert", "wavlm") and preprocessor.exists():
+        described = _read_json(preprocessor)
+        if "do_normalize" in described:
+            config["do_normalize"] = described["do_normalize"]
+    return config
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
@@ -202,6 +247,13 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: damaged (JSON, but not of names and values)")
     return config
+
+
+def fingerprint(directory: str | os.PathLike[str]) -> str:
+    """A text that is another one after a file of the folder was changed or exchanged."""
+    files = [(path.name, path.stat()) for path in sorted(pathlib.Path(directory).iterdir())]
+    told = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def make(

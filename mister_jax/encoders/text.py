@@ -15,7 +15,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[
     """Token ids of texts, no prompt before them.
 
     The tokenizer adds what its model expects around a sentence. Where that has no end, as with
-    decoders, its end-of-text token is added: the last token sees all of the others.
+    most decoders, its end-of-text token is added: the last token sees all of the others.
 
     Args:
       tokenizer: of transformers.
@@ -26,22 +26,30 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[
       Arrays [n] int32, 1 <= n <= `max_tokens`.
 
     Raises:
-      InputError: `max_tokens` leaves no room for text.
+      InputError: `max_tokens` leaves no room for text, or the tokenizer finds none in one.
     """
     if max_tokens < 3:
         raise InputError(f"max_tokens={max_tokens}; allowed: 3 or more, two may be special")
     if not texts:
         return []
-    end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else None
-    limit = max_tokens if end is None else max_tokens - 1
+    around = tokenizer("")["input_ids"]
+    end = []
+    if tokenizer.sep_token_id is None and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id] if around[-1:] != [tokenizer.eos_token_id] else []
+    limit = max_tokens - len(end)
     encoded = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    whole = sum(len(ids) > limit for ids in encoded)
-    if whole:
-        logging.warning("%d of %d texts cut at %d tokens", whole, len(texts), max_tokens)
+    too_long = sum(len(ids) > limit for ids in encoded)
+    if too_long:
+        logging.warning("%d of %d texts cut at %d tokens", too_long, len(texts), max_tokens)
         encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    arrays = []
-    for ids in encoded:
-        if end is not None and (not ids or ids[-1] != end):
-            ids = [*ids, end]
-        arrays.append(np.asarray(ids, np.int32))
-    return arrays
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids and not end:
+            raise InputError(f"text {text!r}: the tokenizer makes no tokens of it")
+    return [np.array([*ids, *end], np.int32) for ids in encoded]
+
+
+def check_max_tokens(backbone: Any, max_tokens: int) -> None:
+    """Raises InputError if a backbone has no positions for so many tokens."""
+    longest = getattr(backbone.config, "max_length", None)
+    if longest is not None and max_tokens > longest:
+        raise InputError(f"max_tokens={max_tokens}; allowed: at most {longest}, as the encoder has")

@@ -193,8 +193,9 @@ class WavLMConfig:
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:
         """Reads a `config.json` of model type "wav2vec2", "hubert" or "wavlm", with `changes`.
 
-        Absent fields have the values transformers gives them. The file does not tell whether the
-        waveform is normalised; the value here is that of the published models.
+        Absent fields have the values transformers gives them. Whether the waveform is normalised
+        is in another file, preprocessor_config.json, whose `do_normalize` `hub.read_config` adds;
+        where that is missing, the value is that of the published models.
 
         Raises:
           InputError: a field with a value that this architecture does not have.
@@ -211,7 +212,8 @@ class WavLMConfig:
         fields = _read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
-        fields["normalise"] = not is_wavlm or fields["convolution_norm"] == "layer"
+        published = not is_wavlm or fields["convolution_norm"] == "layer"
+        fields["normalise"] = bool(config.get("do_normalize", published))
         try:
             return cls(**{**fields, **changes})
         except ValueError as error:

@@ -10,6 +10,7 @@ from mister_jax.models.mister_e import (
     MisterEOutput,
 )
 from mister_jax.models.utterance import (
+    SpeechUtterance,
     TextUtterance,
     UtteranceConfig,
     UtteranceHead,
@@ -24,6 +25,7 @@ __all__ = [
     "MisterE",
     "MisterEConfig",
     "MisterEOutput",
+    "SpeechUtterance",
     "TextUtterance",
     "UtteranceConfig",
     "UtteranceHead",

@@ -16,6 +16,7 @@ from mister_jax.nn import AttentiveStatisticsPooling, Dropout, masked_mean
 from mister_jax.nn.dropout import KeySource
 
 Pooling = Literal["statistics", "mean", "last"]
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class UtteranceConfig:
       pooling: "statistics" (attentive mean and deviation, see `nn.AttentiveStatisticsPooling`),
         "mean", or "last", the last valid token.
       dropout: rate before the classifier.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      dtype: of the computation, "float32" or "bfloat16".
+      param_dtype: of the parameters, likewise.
     """
 
     num_classes: int
@@ -52,6 +53,17 @@ class UtteranceConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UtteranceConfig.dropout={self.dropout}: allowed are 0 <= rate < 1")
+        check_dtypes(self)
+
+
+def check_dtypes(config: Any) -> None:
+    """Raises ValueError if the `dtype` or the `param_dtype` of a config is none of `DTYPES`."""
+    for field in ("dtype", "param_dtype"):
+        value = getattr(config, field)
+        if value not in DTYPES:
+            raise ValueError(
+                f"{type(config).__name__}.{field}={value!r}: allowed are {', '.join(DTYPES)}"
+            )
 
 
 class UtteranceOutput(NamedTuple):
@@ -81,7 +93,8 @@ class UtteranceHead(nnx.Module):
             "rngs": rngs,
         }
         self.config = config
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        # A few dimensions of an LLM are far larger than the rest; the fast variance would cancel.
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **options)
         statistics = config.pooling == "statistics"
         self.pooling = nnx.data(
             AttentiveStatisticsPooling(width, **options) if statistics else None
@@ -137,4 +150,31 @@ class TextUtterance(nnx.Module):
         """Reads token ids [B, N] where `mask` [B, N] bool is true."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = self.backbone(input_ids, mask, **options)
+        return self.head(hidden, mask, **options)
+
+
+class SpeechUtterance(nnx.Module):
+    """A speech backbone and its head.
+
+    Args:
+      backbone: called as `backbone(waveform, lengths)`, gives hidden states [B, N, D] and which of
+        them are valid [B, N] bool.
+      head: of width D.
+    """
+
+    def __init__(self, backbone: nnx.Module, head: UtteranceHead):
+        self.backbone = backbone
+        self.head = head
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> UtteranceOutput:
+        """Reads clips [B, S] at 16 kHz, full scale 1, of `lengths` [B] samples."""
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        hidden, mask = self.backbone(waveform, lengths, **options)
         return self.head(hidden, mask, **options)

@@ -11,12 +11,14 @@ from ml_collections import ConfigDict
 from mister_jax.errors import InputError
 from mister_jax.tasks.base import Batch, Split, Task, from_config
 from mister_jax.tasks.fusion import FusionTask
+from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
 
 __all__ = [
     "TASKS",
     "Batch",
     "FusionTask",
+    "SpeechEncoderTask",
     "Split",
     "Task",
     "TextEncoderTask",
@@ -24,7 +26,11 @@ __all__ = [
     "task_class",
 ]
 
-TASKS: dict[str, Any] = {"fusion": FusionTask, "text_encoder": TextEncoderTask}
+TASKS: dict[str, Any] = {
+    "fusion": FusionTask,
+    "speech_encoder": SpeechEncoderTask,
+    "text_encoder": TextEncoderTask,
+}
 
 
 def task_class(config: ConfigDict) -> Any:

@@ -49,6 +49,10 @@ class Split(Protocol):
         """Batches in an epoch."""
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The distinct rows and padded lengths of its global batches."""
+
+    @property
     def padding_share(self) -> float:
         """Share of positions that hold no utterance."""
 
@@ -60,6 +64,8 @@ class Task(Protocol):
     """A kind of training."""
 
     class_names: tuple[str, ...]
+    memory_remedy: str
+    """What in the config makes a training take less memory."""
 
     def description(self) -> dict[str, Any]:
         """What `restore` needs beside the config, plain JSON values."""

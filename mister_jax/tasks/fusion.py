@@ -36,6 +36,10 @@ class FeatureSplit:
         return self.plan.steps_per_epoch
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return self.plan.shapes
+
+    @property
     def padding_share(self) -> float:
         return self.plan.padding_share
 
@@ -78,6 +82,11 @@ class FusionTask:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
                 f"{self._data.num_buckets}; both must be at least 1"
+            )
+        if config.train.get("accumulation", 1) != 1:
+            raise InputError(
+                f"config.train.accumulation={config.train.accumulation}; allowed is 1: the "
+                "contrastive loss is of a whole batch"
             )
 
     @classmethod
@@ -147,6 +156,7 @@ class FusionTask:
 
     trainable = nnx.Param
     rules: Rules = ()
+    memory_remedy = "a smaller config.data.batch_size"
 
     def init(self, key: jax.Array) -> MisterE:
         return MisterE(self.model, rngs=nnx.Rngs(key))

@@ -7,9 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mister_jax.data import DialogueFeatures, load, prepare, read_npz, write
+from mister_jax.data import DialogueFeatures, load, read_npz, write
 from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
+
+
+def prepare(source, name, data_dir, **options):
+    """What `launch.prepare --corpus=features` does."""
+    return write(read_npz(source), name, data_dir, **options)
+
 
 ARRAYS = ("utterance_ids", "speech", "text", "speech_present", "text_present", "label", "lengths")
 

@@ -26,8 +26,11 @@ def prepare(*flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--corpus=tv", "error: --corpus=tv; allowed: features, synthetic_features"),
-        ("--corpus=features", "error: --source is needed"),
+        (
+            "--corpus=tv",
+            "error: --corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
+        ),
+        ("--corpus=features", "error: --source goes with --corpus=features, which needs it"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(tmp_path, flag, message):

@@ -1,7 +1,5 @@
 """Prosodic features of made sounds, of odd clips, and in any batch."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -146,24 +144,9 @@ def test_silence_has_no_loudness_pitch_or_spectrum():
         np.testing.assert_array_equal(values, 0 if name != "duration" else values[0])
 
 
-@pytest.mark.parametrize("clip", [syllables()[:9000], noise(777), tone(99), ODD["click"]])
-def test_a_clip_gives_the_same_in_any_batch(clip):
+@pytest.mark.parametrize("clip", [syllables()[:9000], noise(777), tone(99)[:8999], ODD["click"]])
+def test_a_clip_gives_the_same_alone_and_in_any_batch(clip):
     together = measure(noise(seed=1), clip, ODD["empty"])
-    alone = measure(clip, num_samples=SECOND, num_clips=1)
+    alone = measure(clip, num_samples=9000, num_clips=1)
     for name, values in together.items():
         np.testing.assert_allclose(values[1], alone[name][0], atol=1e-5, err_msg=name)
-
-
-def test_a_clip_gives_the_same_without_padding():
-    clip = syllables()[:9000]
-    without = measure(clip, num_samples=9000, num_clips=1)
-    for name, values in measure(clip).items():
-        np.testing.assert_allclose(values[0], without[name][0], atol=1e-5, err_msg=name)
-
-
-def test_integers_are_read_and_work_inside_of_other_programs():
-    loud = (3e4 * tone(150)[None]).astype(np.int16)
-    features, _ = jax.jit(prosody)(loud, np.array([SECOND]))
-    assert features.dtype == jnp.float32
-    pitch = 55 * 2 ** features[0, FEATURE_NAMES.index("pitch_p50")]
-    np.testing.assert_allclose(pitch, 150, rtol=0.02)

@@ -1,0 +1,102 @@
+"""A speech encoder, fine-tuned on the utterances of a corpus (stage 1 of MiSTER-E).
+
+    python -m launch.train --config=configs/speech_encoder.py:DATASET,ENCODER --workdir=DIR
+
+DATASET is one of `DATASETS` or the name of a dataset that `launch.prepare` has made. ENCODER is one
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from disk. Crops are random in
+training only; validation, test and extraction read the same 30 s of an utterance.
+
+Small encoders are tuned whole; Qwen2-Audio by LoRA as released (rank 16, alpha 8 on queries and
+keys of the language model, the audio tower frozen).
+"""
+
+from ml_collections import ConfigDict
+
+from mister_jax.errors import InputError
+
+DATASETS = {
+    "meld": "meld/clips",
+    "iemocap6": "iemocap/six_session1",
+    "iemocap4": "iemocap/four_session1",
+    "mosi": "mosi/binary",
+    "synthetic": "manifest/synthetic",
+}
+
+LLMS = {"qwen2_audio_7b": "Qwen/Qwen2-Audio-7B"}
+SMALL = {
+    "whisper_tiny": "openai/whisper-tiny",
+    "whisper_base": "openai/whisper-base",
+    "whisper_small": "openai/whisper-small",
+    "whisper_medium": "openai/whisper-medium",
+    "whisper_large_v2": "openai/whisper-large-v2",
+    "whisper_large_v3": "openai/whisper-large-v3",
+    "wav2vec2_base": "facebook/wav2vec2-base",
+    "hubert_base": "facebook/hubert-base-ls960",
+    "wavlm_base": "microsoft/wavlm-base",
+    "wavlm_base_plus": "microsoft/wavlm-base-plus",
+    "wavlm_large": "microsoft/wavlm-large",
+}
+ENCODERS = LLMS | SMALL
+
+
+def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
+    """The experiment for "DATASET,ENCODER"."""
+    dataset, _, encoder = argument.partition(",")
+    if encoder not in ENCODERS:
+        raise InputError(
+            f"configs/speech_encoder.py: encoder {encoder!r}; allowed are {', '.join(ENCODERS)}"
+        )
+    large = encoder in LLMS
+    config = ConfigDict()
+    config.task = "speech_encoder"
+    config.seed = 0
+    config.data = ConfigDict(
+        {
+            "name": DATASETS.get(dataset, dataset),
+            "data_dir": "",
+            "batch_size": 16,
+            "num_buckets": 4,
+        }
+    )
+    config.encoder = ConfigDict(
+        {
+            "options": {
+                "name": ENCODERS[encoder],
+                "full": not large,
+                "quantize": False,
+                "dtype": "bfloat16" if large else "float32",
+                "param_dtype": "bfloat16" if large else "float32",
+                "remat": "full" if large else "none",
+                "max_seconds": 30.0,
+                "crop_seconds": 30.0,
+                "gain": False,
+                "noise": False,
+                "speed": False,
+            },
+            "lora": {"rank": 16, "alpha": 8.0, "dropout": 0.05, "targets": ("query", "key")},
+        }
+    )
+    config.head = ConfigDict({"feature_dim": 2048, "pooling": "mean", "dropout": 0.5})
+    config.loss = ConfigDict({"gamma": 2.0})
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-5 if large else 3e-5,
+            "schedule": "constant" if large else "cosine",
+            "warmup_fraction": 0.0 if large else 0.1,
+            "weight_decay": 0.0 if large else 0.01,
+            "clip_norm": 1.0,
+            "average_decay": 0.0,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "epochs": 20 if large else 5,
+            "patience": 0,
+            "log_every": 10,
+            "save_every": 0,
+            "accumulation": 8 if large else 1,
+        }
+    )
+    config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
+    return config

@@ -1,0 +1,17 @@
+"""The report of an evaluation: one HTML page that opens without a network.
+
+`summary` makes the numbers, `charts` draws them, `page` puts the page together from
+`template.html`, `style.css` and `script.js`.
+"""
+
+from mister_jax.report.page import Experiment, report_html, write_report
+from mister_jax.report.summary import Evaluated, Score, utterance_texts
+
+__all__ = [
+    "Evaluated",
+    "Experiment",
+    "Score",
+    "report_html",
+    "utterance_texts",
+    "write_report",
+]
