@@ -30,7 +30,7 @@ The recipe was chosen by cross-validation on the training and validation dialogu
 `meld_dev_features`, and is one for all datasets.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
 
@@ -68,6 +68,12 @@ def _without(part: str):
     return change
 
 
+def _no_context(config: ConfigDict) -> None:
+    """The speech and the text expert read each utterance by itself, through one Linear."""
+    config.model.kernel_sizes = ()
+    config.model.gru_layers = 0
+
+
 VARIANTS = {
     "paper": _released,
     "no_contrastive": _without("contrastive"),
@@ -77,7 +83,21 @@ VARIANTS = {
     "fusion_only": _only("fusion"),
     "mean_of_experts": _mixture("mean"),
     "majority": _mixture("majority"),
+    "no_context": _no_context,
 }
+
+STUDY = {
+    "default": "the config as given",
+    "speech_only": "the speech expert alone",
+    "text_only": "the text expert alone",
+    "fusion_only": "the cross-modal expert alone",
+    "no_contrastive": "no contrastive loss",
+    "no_kl": "no agreement loss",
+    "mean_of_experts": "no gate: the experts' mean",
+    "majority": "no gate: the experts' vote",
+    "no_context": "no context network",
+}
+"""The variants that `launch.ablate` compares, and what is changed in each."""
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:
@@ -86,7 +106,17 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     config = ConfigDict()
     config.task = "fusion"
     config.seed = 0
-    config.data = ConfigDict({"name": dataset, "data_dir": "", "batch_size": 8, "num_buckets": 7})
+    config.num_seeds = 1
+    config.data = ConfigDict(
+        {
+            "name": dataset,
+            "data_dir": "",
+            "batch_size": 8,
+            "num_buckets": 7,
+            # Of the order of batches; None is config.seed.
+            "seed": config_dict.placeholder(int),
+        }
+    )
     config.model = ConfigDict(
         {
             "context_width": 128,

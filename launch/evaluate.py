@@ -42,7 +42,9 @@ def main() -> None:
         "output": _OUTPUT.value,
     }
     console = Console()
-    if _DROP_SPEECH.value or _DROP_TEXT.value:
+    written = []
+    dropping = _DROP_SPEECH.value or _DROP_TEXT.value
+    if dropping:
         rates: dict[str, Any] = {
             "drop_speech": _rates(_DROP_SPEECH),
             "drop_text": _rates(_DROP_TEXT),
@@ -51,13 +53,15 @@ def main() -> None:
             _WORKDIR.value, _SPLIT.value, **rates, draws=_DRAWS.value, **options
         )
         console.print(study_table(f"{_SPLIT.value}: missing modalities", points))
-        written = "missing_modality.json, missing_modality.png"
-    else:
+        written += ["missing_modality.json", "missing_modality.png"]
+    if _REPORT.value or not dropping:
         found = evaluate(_WORKDIR.value, _SPLIT.value, report=_REPORT.value, **options)
-        console.print(score_table(_SPLIT.value, found))
-        written = "metrics.json, predictions.jsonl, confusion.png"
-        written += ", report.html" if _REPORT.value else ""
-    console.out(f"written to {_OUTPUT.value or _WORKDIR.value}: {written}", highlight=False)
+        together = f", {len(found['seeds']['of_each'])} seeds together" if "seeds" in found else ""
+        console.print(score_table(_SPLIT.value + together, found))
+        written += ["metrics.json", "predictions.jsonl", "confusion.png"]
+        written += ["report.html"] if _REPORT.value else []
+    place = _OUTPUT.value or _WORKDIR.value
+    console.out(f"written to {place}: {', '.join(written)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
     if chosen == ["speech"]:
         builder = extract.merge(
             _SPEECH.value or "",
-            _TEXT.value,
+            _TEXT.value or "",
             _OUTPUT.value,
             _DATA_DIR.value,
             overwrite=_OVERWRITE.value,

@@ -58,6 +58,9 @@ class Checkpoints:
         manager = self._manager(kind)
         if step in manager.all_steps():
             return
+        # A latest state that is whole may count on the best one it tells of.
+        for other in self._managers.values():
+            other.wait_until_finished()
         items = {
             _STATE: ocp.args.StandardSave(state),
             _PROGRESS: ocp.args.JsonSave(progress),

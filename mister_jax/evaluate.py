@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mister_jax import figures, metrics
+from mister_jax import figures, metrics, seeds
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
@@ -20,15 +20,22 @@ from mister_jax.models import EXPERTS
 from mister_jax.parallel import JitSpread, data_mesh, shardings
 from mister_jax.report import Experiment, utterance_texts, write_report
 from mister_jax.steps import split_model
+from mister_jax.tasks import seeds as seeds_of
 from mister_jax.tasks import task_class
 from mister_jax.train import read_config
 from mister_jax.writers import Reporter, mean_and_deviation, write_json, write_text
 
 Predictions = dict[str, np.ndarray]
 
+RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""At which a report drops each modality, and how often anew."""
+RATE_DRAWS = 3
+
 
 class Predictor:
     """The best parameters of a work directory, ready to predict on all devices.
+
+    Of several seeds it predicts what they say together, see `seeds.ensemble`.
 
     Args:
       workdir: of a training.
@@ -46,9 +53,11 @@ class Predictor:
         self.data_dir: str | None = config.data.data_dir or None
         description = json.loads((workdir / "model.json").read_text())
         self.task = task_class(config).restore(config, description)
+        self.seeds = seeds_of(config)
         self.spread = JitSpread(data_mesh(), self.task.rules)
         shapes = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
         graph, params, frozen = split_model(shapes, self.task.trainable)
+        params = seeds.joined_shapes(params, len(self.seeds))
         like = jax.tree.map(
             lambda value, sharding: jax.ShapeDtypeStruct(
                 value.shape, value.dtype, sharding=sharding
@@ -66,7 +75,9 @@ class Predictor:
         if jax.tree.leaves(frozen):  # They come from where the training had them from.
             loaded = self.task.load(jax.random.key(config.seed), self.spread)
             frozen = self.spread.put_state(split_model(loaded, self.task.trainable)[2])
-        self.params = {"trained": params, "frozen": frozen}
+        self.params = [
+            {"trained": own, "frozen": frozen} for own in seeds.split(params, len(self.seeds))
+        ]
 
         def read(params, batch, _axis_name):
             model = nnx.merge(graph, params["trained"], params["frozen"])
@@ -76,7 +87,11 @@ class Predictor:
 
     def run(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """What the task predicts for a placed batch, and its "row"."""
-        return self._predict(self.params, batch)
+        return seeds.ensemble(self.run_each(batch))
+
+    def run_each(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
+        """`run` of each seed alone."""
+        return [self._predict(own, batch) for own in self.params]
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance of a split.
@@ -89,22 +104,49 @@ class Predictor:
           Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
           "expert_choices" [N, E], "expert_present" [N, E].
         """
+        return seeds.ensemble(self.of_each_seed(features, quiet=quiet))
+
+    def of_each_seed(
+        self, features: DialogueFeatures, *, quiet: bool = False
+    ) -> list[Predictions]:
+        """`__call__` of each seed alone."""
         split = self.task.batched(features, num_shards=self.spread.num_shards)
+        return self._over(split.batches(), split.steps, features, quiet=quiet)
+
+    def over(
+        self,
+        batches: Iterable[dict[str, np.ndarray]],
+        steps: int,
+        features: DialogueFeatures,
+        *,
+        quiet: bool = False,
+    ) -> Predictions:
+        """`__call__` over batches that are made already, `steps` of them."""
+        return seeds.ensemble(self._over(batches, steps, features, quiet=quiet))
+
+    def _over(
+        self,
+        batches: Iterable[dict[str, np.ndarray]],
+        steps: int,
+        features: DialogueFeatures,
+        *,
+        quiet: bool,
+    ) -> list[Predictions]:
         offsets = features.offsets
-        found: Predictions = {}
-        with Reporter(split.steps, unit="batches", quiet=quiet) as reporter:
-            for batch in prefetch_to_device(split.batches(), self.spread.put_batch):
-                outputs = jax.device_get(self.run(batch))
-                rows = outputs.pop("row")  # of all processes
-                for name, values in outputs.items():
-                    if name not in found:
-                        shape = (len(features.label), *values.shape[2:])
-                        found[name] = np.zeros(shape, values.dtype)
-                    for row, value in zip(rows, values, strict=True):
-                        if row >= 0:
-                            length = features.lengths[row]
-                            start = offsets[row]
-                            found[name][start : start + length] = value[:length]
+        found: list[Predictions] = [{} for _ in self.seeds]
+        with Reporter(steps, unit="batches", quiet=quiet) as reporter:
+            for batch in prefetch_to_device(batches, self.spread.put_batch):
+                for own, outputs in zip(found, jax.device_get(self.run_each(batch)), strict=True):
+                    rows = outputs.pop("row")  # of all processes
+                    for name, values in outputs.items():
+                        if name not in own:
+                            shape = (len(features.label), *values.shape[2:])
+                            own[name] = np.zeros(shape, values.dtype)
+                        for row, value in zip(rows, values, strict=True):
+                            if row >= 0:
+                                length = features.lengths[row]
+                                start = offsets[row]
+                                own[name][start : start + length] = value[:length]
                 reporter.advance("predicting")
         return found
 
@@ -148,14 +190,31 @@ def prediction_rows(features: DialogueFeatures, predictions: Predictions) -> Ite
     """One JSON object an utterance, in the order of the split."""
     names = features.class_names
     dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
-    for index, dialogue in enumerate(dialogues):
+    told = predicted_rows(names, predictions)
+    for index, (dialogue, row) in enumerate(zip(dialogues, told, strict=True)):
         label = features.label[index]
-        probabilities = predictions["probabilities"][index]
-        row = {
+        yield {
             "split": features.split,
             "dialogue": str(features.dialogue_ids[dialogue]),
             "utterance": str(features.utterance_ids[index]),
             "label": names[label] if label >= 0 else None,
+            **row,
+        }
+
+
+def predicted_rows(names: Sequence[str], predictions: Predictions) -> Iterator[dict]:
+    """What is predicted for each utterance, plain JSON values.
+
+    Args:
+      names: of the classes.
+      predictions: arrays of `Predictor`.
+
+    Yields:
+      "predicted", "probabilities" by class; of MiSTER-E also "gate" by expert, and "experts": the
+      vote of each, None where it has no modality to vote from.
+    """
+    for index, probabilities in enumerate(predictions["probabilities"]):
+        row: dict[str, Any] = {
             "predicted": names[probabilities.argmax()],
             "probabilities": _rounded(names, probabilities),
         }
@@ -194,7 +253,8 @@ def evaluate(
       dataset: another than the training's, with the same classes and widths.
       data_dir: where the dataset is; as in the training by default.
       output: folder of the files; the work directory by default.
-      report: write `report.html`, too, of this split alone.
+      report: write `report.html`, too, of this split alone. A missing-modality study belongs to
+        it, that in the folder if it is of the same checkpoint, or one at `RATES`.
       quiet: show no progress.
 
     Returns:
@@ -202,11 +262,20 @@ def evaluate(
     """
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
-    predictions = predictor(features, quiet=quiet)
+    output = epath.Path(workdir if output is None else output)
+    study = _read_study(output, _studied(predictor, features)) if report else None
+    of_each = predictor.of_each_seed(features, quiet=quiet)
+    predictions = seeds.ensemble(of_each)
     found = scores(features, predictions)
+    if len(of_each) > 1:
+        own = [scores(features, each) for each in of_each]
+        found["seeds"] = seeds.summary(predictor.seeds, own)
     found["checkpoint"] = {"epoch": predictor.progress["epoch"]}
+    if report and study is None and _has_both(features):
+        pairs = [(rate, 0.0) for rate in RATES] + [(0.0, rate) for rate in RATES]
+        study = _study(predictor, features, pairs, RATE_DRAWS, quiet=quiet)
     if jax.process_index() == 0:
-        output = _made(workdir if output is None else output)
+        output.mkdir(parents=True, exist_ok=True)
         by_split = {**read_metrics(output), split: found}
         write_json(output / "metrics.json", by_split)
         path = output / "predictions.jsonl"
@@ -225,9 +294,11 @@ def evaluate(
             output / "confusion.png",
         )
         if report:
-            experiment = Experiment.of(workdir, predictor.progress["epoch"])
+            if study is not None:
+                _write_study(study, output)
+            experiment = Experiment.of(workdir, found["checkpoint"])
             texts = utterance_texts(features, predictor.data_dir)
-            write_report(output, features, predictions, found, experiment, texts)
+            write_report(output, features, predictions, found, experiment, texts, study)
     return found
 
 
@@ -291,26 +362,50 @@ def missing_modality_study(
       InputError: a rate outside 0 to 1, or lists that cannot be paired.
     """
     count = max(len(drop_speech), len(drop_text))
-    pairs = []
+    paired = []
     for name, rates in (("drop_speech", drop_speech), ("drop_text", drop_text)):
         if len(rates) not in (1, count):
             raise InputError(f"{name} has {len(rates)} rates; allowed are 1 or {count}")
         if any(not 0 <= rate <= 1 for rate in rates):
             raise InputError(f"{name}={list(rates)}; allowed are 0 <= rate <= 1")
-        pairs.append(list(rates) * (count if len(rates) == 1 else 1))
+        paired.append(list(rates) * (count if len(rates) == 1 else 1))
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
     if not isinstance(features, DialogueFeatures):
         raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
-    complete = scores(features, predictor(features, quiet=True))["weighted_f1"]
+    pairs = list(zip(*paired, strict=True))
+    study = _study(predictor, features, pairs, draws, quiet=quiet)
+    if jax.process_index() == 0:
+        output = epath.Path(workdir if output is None else output)
+        output.mkdir(parents=True, exist_ok=True)
+        _write_study(study, output)
+    return study["points"]
+
+
+def _study(
+    predictor: Predictor,
+    features: DialogueFeatures,
+    pairs: Sequence[tuple[float, float]],
+    draws: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """What `missing_modality.json` holds, for pairs of rates of speech and of text.
+
+    Of several seeds each is scored alone; means and deviations are over draws and seeds.
+    """
+
+    def scored(seen: DialogueFeatures) -> list[float]:
+        of_each = predictor.of_each_seed(seen, quiet=True)
+        return [scores(seen, each)["weighted_f1"] for each in of_each]
+
+    complete = mean_and_deviation(scored(features))[0]
     points = []
-    with Reporter(count * draws, unit="draws", quiet=quiet) as reporter:
-        for speech_rate, text_rate in zip(*pairs, strict=True):
-            values = []
-            for seed in range(draws):
-                dropped = drop(features, speech_rate, text_rate, seed)
-                found = scores(dropped, predictor(dropped, quiet=True))
-                values.append(found["weighted_f1"])
+    with Reporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
+        for speech_rate, text_rate in pairs:
+            values: list[float] = []
+            for draw in range(draws):
+                values += scored(drop(features, speech_rate, text_rate, draw))
                 reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
             mean, deviation = mean_and_deviation(values)
             points.append(
@@ -321,15 +416,36 @@ def missing_modality_study(
                     "deviation": deviation,
                 }
             )
-    if jax.process_index() == 0:
-        output = _made(workdir if output is None else output)
-        study: Mapping[str, Any] = {"split": split, "complete": complete, "points": points}
-        write_json(output / "missing_modality.json", study)
-        figures.missing_modality(points, complete, output / "missing_modality.png")
-    return points
+    return {**_studied(predictor, features), "complete": complete, "points": points}
 
 
-def _made(folder: epath.PathLike) -> epath.Path:
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _studied(predictor: Predictor, features: Any) -> dict[str, Any]:
+    """What a study is of."""
+    return {
+        "dataset": features.name,
+        "split": features.split,
+        "checkpoint": {"epoch": predictor.progress["epoch"]},
+    }
+
+
+def _write_study(study: Mapping[str, Any], output: epath.Path) -> None:
+    write_json(output / "missing_modality.json", study)
+    figures.missing_modality(
+        study["points"], study["complete"], output / "missing_modality.png"
+    )
+
+
+def _read_study(output: epath.Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The study in a folder, if it is one of the same."""
+    path = output / "missing_modality.json"
+    study = json.loads(path.read_text()) if path.exists() else {}
+    return study if all(study.get(name) == value for name, value in of.items()) else None
+
+
+def _has_both(features: Any) -> bool:
+    """Whether there is speech and text to drop."""
+    return (
+        isinstance(features, DialogueFeatures)
+        and features.speech_present.any()
+        and features.text_present.any()
+    )

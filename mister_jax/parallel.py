@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,6 +102,10 @@ class Spread(Protocol):
 def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The ("data", "model") mesh.
 
+    The devices of a process follow each other, so that its rows of a batch do: the p-th of P
+    processes holds the p-th of P equal parts. A copy of the parameters lies within a process as
+    long as `model_parallelism` divides the devices of each; else it spans some.
+
     Args:
       model_parallelism: size of the "model" axis.
       devices: all of the job by default.
@@ -110,8 +118,19 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
         raise ValueError(
             f"model_parallelism={model_parallelism} does not divide {len(devices)} devices"
         )
-    shape = (len(devices) // model_parallelism, model_parallelism)
-    return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    process = operator.attrgetter("process_index")
+    blocks = [list(block) for _, block in itertools.groupby(sorted(devices, key=process), process)]
+    if any(len(block) % model_parallelism for block in blocks):
+        blocks = [list(devices)]
+
+    def arranged(block: list[jax.Device]) -> np.ndarray:
+        # Within a process JAX knows best how the devices are wired.
+        shape = (len(block) // model_parallelism, model_parallelism)
+        axis_types = (AxisType.Auto,) * 2
+        return jax.make_mesh(shape, (DATA, MODEL), axis_types=axis_types, devices=block).devices
+
+    grid = np.concatenate([arranged(block) for block in blocks])
+    return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
@@ -192,6 +211,8 @@ class JitSpread:
 class PmapSpread:
     """Steps under `pmap`: one copy of the state and some rows of the batch on each device.
 
+    In a job of several processes it takes all their devices.
+
     Args:
       devices: of this process; all of them by default.
     """
@@ -223,6 +244,17 @@ class PmapSpread:
         return {name: split(value) for name, value in batch.items()}
 
     def take_state(self, state: State) -> State:
+        single = self._first(state)
+        if jax.process_count() == 1:
+            return single
+        # A checkpoint of several processes is made of arrays that all of them know.
+        everywhere = NamedSharding(Mesh(np.array(jax.devices()), (DATA,)), P())
+        return jax.tree.map(
+            lambda value: jax.make_array_from_process_local_data(everywhere, np.asarray(value)),
+            single,
+        )
+
+    def _first(self, state: State) -> State:
         return jax.tree.map(lambda value: value.addressable_data(0)[0], state)
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
@@ -232,19 +264,49 @@ class PmapSpread:
 
     def program_of_step(self, step: Step) -> Program:
         def finish(result: tuple[State, Any]) -> tuple[State, Any]:
-            return result[0], self.take_state(result[1])
+            return result[0], self._first(result[1])
 
         return Program(self._pmap(step, donate_argnums=0), finish)
 
     def program_of_reader(self, reader: Reader) -> Program:
-        return Program(self._pmap(reader), self.take_state)
+        return Program(self._pmap(reader), self._first)
 
 
 def spread(config: ParallelConfig, rules: Rules = ()) -> Spread:
-    """The way `config` asks for, over all devices of the job."""
+    """The way `config` asks for, over all devices of the job.
+
+    Raises:
+      InputError: a copy of the parameters would not lie within each process's devices.
+    """
     if config.backend == "pmap":
         return PmapSpread()
+    # Over several processes they would have to be given the same rows.
+    if jax.local_device_count() % config.model_parallelism:
+        raise InputError(
+            f"config.parallel.model_parallelism={config.model_parallelism}; allowed are divisors "
+            f"of the {jax.local_device_count()} devices of a process"
+        )
     return JitSpread(data_mesh(config.model_parallelism), rules)
+
+
+def check_shared(path: epath.PathLike) -> None:
+    """Makes sure that what the first process has written is seen by all; each calls it.
+
+    Args:
+      path: what the first process has written.
+
+    Raises:
+      InputError: some process does not see it; raised by all.
+    """
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(str(path))
+    seen = multihost_utils.process_allgather(np.array(epath.Path(path).exists()))
+    if not seen.all():
+        raise InputError(
+            f"{path}: not seen by process {int(seen.argmin())} of {len(seen)}; allowed is a place "
+            "that all processes share, such as gs://BUCKET/FOLDER or a network folder"
+        )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A run is a work directory. Started again it goes on from its latest checkpoint and ends with the
 same parameters as if it had never stopped. It sees the training and the validation split, and no
-other.
+other. It trains one seed or several side by side, each with its own best epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,30 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import mister_jax
-from mister_jax import figures, metrics
+from mister_jax import figures, metrics, seeds
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
-from mister_jax.parallel import ParallelConfig, Program, Spread, enough_memory, spread
+from mister_jax.parallel import (
+    ParallelConfig,
+    Program,
+    Spread,
+    check_shared,
+    enough_memory,
+    spread,
+)
 from mister_jax.steps import initial_state, train_step, validation_sums
 from mister_jax.tasks import Split, Task, from_config, task_class
-from mister_jax.writers import MetricsWriter, Reporter, parameter_table, write_json, write_text
+from mister_jax.tasks import seeds as seeds_of
+from mister_jax.writers import (
+    MetricsWriter,
+    Reporter,
+    mean_and_deviation,
+    parameter_table,
+    write_json,
+    write_text,
+)
 
 # Parts of the config that a resumed run may change: they move no parameter.
 _FREE = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
@@ -55,6 +70,8 @@ class TrainConfig:
     Attributes:
       epochs: passes over the training split.
       patience: epochs without a better validation weighted F1 after which it stops; 0 never stops.
+        Of several seeds one that would have stopped keeps its best; the training ends with the
+        last.
       log_every: steps between two records of the training loss.
       save_every: steps between two saved states beside those at the end of each epoch; 0 for none.
       accumulation: parts of each device's rows that go through the model one after the other; 1
@@ -83,16 +100,21 @@ class TrainProgress:
     """Where a training stands; saved beside its state.
 
     Attributes:
+      best_scores: greatest validation weighted F1 of each seed; -1 before the first validation.
+      best_epochs: after which they were reached, counted from 1.
       epoch: of the next step.
-      best_score: greatest validation weighted F1; -1 before the first validation.
-      best_epoch: after which it was reached, counted from 1.
       finished: nothing is left to do.
     """
 
+    best_scores: list[float]
+    best_epochs: list[int]
     epoch: int = 0
-    best_score: float = -1.0
-    best_epoch: int = 0
     finished: bool = False
+
+    def waiting(self, patience: int) -> np.ndarray:
+        """The seeds that may still get better [S] bool."""
+        stale = self.epoch - np.array(self.best_epochs)
+        return (stale < patience) | (patience == 0)
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -> TrainProgress:
@@ -116,6 +138,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     parallel = from_config(ParallelConfig, config.parallel, "config.parallel")
     optimizer_config = from_config(OptimizerConfig, config.optimizer, "config.optimizer")
     check_workdir(config, workdir)
+    chosen = seeds_of(config)
     task = task_class(config).from_data(config)
     spreading = spread(parallel, task.rules)
     training = task.split("train", num_shards=spreading.num_shards, shuffle=True)
@@ -128,29 +151,42 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
         f"batches of up to {rows} x {length} on {jax.device_count()} devices",
         task.memory_remedy,
     ):
-        graph, state = initial_state(
-            task,
-            transformation,
-            config.seed,
-            trainable=task.trainable,
-            make=lambda key: task.load(key, spreading),
-        )
+        graph, state = _initial_state(task, transformation, chosen, spreading)
         if jax.process_index() == 0:
-            describe(workdir, config, task, state["params"])
+            first = seeds.split(state["params"], len(chosen))[0]
+            describe(workdir, config, task, first)
+        check_shared(workdir / "config.json")
         step = train_step(task, graph, transformation, options.accumulation)
+        judge = validation_sums(task, graph)
         loop = _Loop(
             workdir=workdir,
             options=options,
+            seeds=chosen,
             task=task,
             spreading=spreading,
             training=training,
             validation=validation,
-            step=spreading.program_of_step(step),
-            judge=spreading.program_of_reader(validation_sums(task, graph)),
+            step=spreading.program_of_step(seeds.over_seeds(step, len(chosen))),
+            judge=spreading.program_of_reader(seeds.over_seeds(judge, len(chosen))),
             rate=learning_rate(optimizer_config, total_steps),
         )
         with Checkpoints(workdir) as checkpoints, terminated() as stop:
             return loop.run(state, checkpoints, stop, quiet)
+
+
+def _initial_state(
+    task: Task, transformation: Any, chosen: Sequence[int], spreading: Spread
+) -> tuple[Any, Any]:
+    """The model's graph, and the joined states of the seeds."""
+
+    def make(key: jax.Array) -> Any:
+        return task.load(key, spreading)
+
+    made = [
+        initial_state(task, transformation, seed, trainable=task.trainable, make=make)
+        for seed in chosen
+    ]
+    return made[0][0], seeds.join([state for _, state in made])
 
 
 @dataclasses.dataclass
@@ -159,6 +195,7 @@ class _Loop:
 
     workdir: epath.Path
     options: TrainConfig
+    seeds: tuple[int, ...]
     task: Task
     spreading: Spread
     training: Split
@@ -172,7 +209,7 @@ class _Loop:
     ) -> TrainProgress:
         options, steps = self.options, self.training.steps
         state = self.spreading.put_state(state)
-        progress = TrainProgress()
+        progress = TrainProgress([-1.0] * len(self.seeds), [0] * len(self.seeds))
         restored = checkpoints.restore(LATEST, self._saved(state))
         if restored is not None:
             state = {**state, **self.spreading.put_state(restored[0])}
@@ -227,7 +264,7 @@ class _Loop:
         return self.spreading.take_state(changing)
 
     def _done(self, state: Any) -> int:
-        return int(self.spreading.take_state(state["step"]))
+        return int(np.ravel(self.spreading.take_state(state["step"]))[0])
 
     def _save(
         self, state: Any, progress: TrainProgress, checkpoints: Checkpoints, done: int
@@ -269,22 +306,31 @@ class _Loop:
         return state, False
 
     def _headline(self, progress: TrainProgress) -> str:
-        best = f"best {progress.best_score:.3f}" if progress.best_epoch else "no best yet"
+        reached = f"best {_told(progress.best_scores, 3)}"
+        best = reached if any(progress.best_epochs) else "no best yet"
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _record(self, unread: list[Any], done: int, writer: MetricsWriter) -> None:
         """Reads the metrics of some steps, checks that they are finite, writes their means."""
         read = jax.device_get(unread)
-        means = {name: float(np.mean([step[name] for step in read])) for name in read[0]}
-        bad = [name for name, value in means.items() if not np.isfinite(value)]
+        means = {name: np.mean([step[name] for step in read], axis=0) for name in read[0]}
+        bad = [name for name, value in means.items() if not np.isfinite(value).all()]
         if bad:
             raise TrainingDiverged(
                 f"{self.workdir}: {', '.join(bad)} not finite between steps {done - len(read)} and "
                 f"{done}; the last good state is kept. Allowed are finite losses: try a smaller "
                 "config.optimizer.learning_rate or clip_norm"
             )
-        scalars = {f"train/{name}": value for name, value in means.items()}
+        scalars = self._scalars("train", means)
         writer(done, {**scalars, "learning_rate": float(self.rate(done - 1))})
+
+    def _scalars(self, part: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+        """Named as they are written: the mean of the seeds; of several seeds each, too."""
+        found = {f"{part}/{name}": float(np.mean(value)) for name, value in values.items()}
+        if len(self.seeds) > 1:
+            for seed, own in zip(self.seeds, seeds.split(values, len(self.seeds)), strict=True):
+                found |= {f"{part}/{name}/seed_{seed}": float(own[name]) for name in own}
+        return found
 
     def _validate(
         self,
@@ -296,44 +342,68 @@ class _Loop:
     ) -> None:
         """Scores the validation split at the end of an epoch; keeps the best, saves the latest."""
         done = self._done(state)
+        options, count = self.options, len(self.seeds)
         found = self._validation_scores(state)
-        writer(done, {f"validation/{name}": value for name, value in found.items()})
-        score = found["weighted_f1"]
+        writer(done, self._scalars("validation", found))
+        scores = np.atleast_1d(found["weighted_f1"])
+        waiting = progress.waiting(options.patience)
         progress.epoch += 1
         # A tie goes to the later epoch: on a small validation split scores repeat, and the later
         # parameters have seen more updates at a lower learning rate.
-        if score >= progress.best_score:
-            progress.best_score, progress.best_epoch = score, progress.epoch
+        better = waiting & (scores >= progress.best_scores)
+        progress.best_scores = np.where(better, scores, progress.best_scores).tolist()
+        progress.best_epochs = np.where(better, progress.epoch, progress.best_epochs).tolist()
+        if better.any():
             single = self._saved(state)
             params = evaluated_params(single["params"], single["opt_state"])
-            checkpoints.save(BEST, done, params, {"epoch": progress.epoch, **found})
-        stale = progress.epoch - progress.best_epoch
-        options = self.options
-        progress.finished = progress.epoch == options.epochs or 0 < options.patience <= stale
+            told = {"epoch": seeds.join([progress.epoch] * count), **found}
+            if not better.all():
+                before = checkpoints.restore(BEST, params)
+                if before is None:  # In the first epoch all are better.
+                    raise InputError(
+                        f"{self.workdir}: no best checkpoint; it was there and is needed to go on"
+                    )
+                params = seeds.select(better, params, before[0])
+                told = {name: np.where(better, told[name], before[1][name]) for name in told}
+            told = {name: np.asarray(value).tolist() for name, value in told.items()}
+            checkpoints.save(BEST, done, params, told)
+        last = progress.epoch == options.epochs
+        progress.finished = last or not progress.waiting(options.patience).any()
         self._save(state, progress, checkpoints, done)
         if not reporter.console.is_terminal or progress.finished:
             reporter.line(
-                f"epoch {progress.epoch}/{options.epochs}: validation weighted F1 {score:.4f}, "
-                f"best {progress.best_score:.4f} (epoch {progress.best_epoch})"
+                f"epoch {progress.epoch}/{options.epochs}: validation weighted F1 "
+                f"{_told(scores, 4)}, best {_told(progress.best_scores, 4)} "
+                f"(epoch {', '.join(map(str, progress.best_epochs))})"
             )
 
-    def _validation_scores(self, state: Any) -> dict[str, float]:
+    def _validation_scores(self, state: Any) -> dict[str, Any]:
+        """Scores of the validation split; of several seeds, arrays of them."""
         sums: Any = None
         for batch in prefetch_to_device(self.validation.batches(), self.spreading.put_batch):
             found = self.judge(state, batch)
             sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        sums = jax.device_get(sums)
-        scores = metrics.scores(sums["confusion"], self.task.class_names)
-        kept = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-        mean_loss = float(sums["cross_entropy"]) / scores["utterances"]
-        return {**{name: scores[name] for name in kept}, "cross_entropy": mean_loss}
+        rows = []
+        for own in seeds.split(jax.device_get(sums), len(self.seeds)):
+            scores = metrics.scores(own["confusion"], self.task.class_names)
+            mean_loss = float(own["cross_entropy"]) / scores["utterances"]
+            rows.append({**{name: scores[name] for name in seeds.SCORES}, "cross_entropy": mean_loss})
+        return seeds.join(rows)
+
+
+def _told(values: Sequence[float] | np.ndarray, digits: int) -> str:
+    """A number, or the mean and the deviation of several."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 @contextlib.contextmanager
 def terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while the context is open."""
+    """An event that SIGTERM sets while the context is open, if this process is alone."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    # In a job of several JAX listens for the signal, and a handler here would replace its own.
+    alone = jax.process_count() == 1
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield event
         return
     previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
@@ -344,10 +414,13 @@ def terminated() -> Iterator[threading.Event]:
 
 
 def _stop_together(stop: threading.Event, done: int) -> bool:
-    """Whether to stop at this step; all processes of a job answer alike."""
-    if jax.process_count() == 1:
-        return stop.is_set()
-    return multihost_utils.reached_preemption_sync_point(done)
+    """Whether to stop at this step; all processes of a job answer alike.
+
+    A SIGTERM to one of several processes stops all, after the same step.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+        stop.set()
+    return stop.is_set()
 
 
 def check_workdir(config: ConfigDict, workdir: epath.Path) -> None:

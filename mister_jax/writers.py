@@ -145,6 +145,8 @@ def parameter_table(params: Any) -> str:
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     """The per-class table of `metrics.scores`, with the overall scores below it.
 
+    Of several seeds they are the ensemble's; each seed, their mean and deviation follow.
+
     Args:
       title: above the table.
       scores: of `metrics.scores`.
@@ -165,6 +167,13 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     table.add_section()
     for name, row in others.items():
         table.add_row(f"weighted f1: {name}", "", "", f"{row['weighted_f1']:.3f}", "")
+    if "seeds" in scores:
+        found = scores["seeds"]
+        table.add_section()
+        for seed, row in found["of_each"].items():
+            table.add_row(f"weighted f1: seed {seed}", "", "", f"{row['weighted_f1']:.3f}", "")
+        told = f"{found['mean']['weighted_f1']:.3f} +- {found['deviation']['weighted_f1']:.3f}"
+        table.add_row("weighted f1: mean of the seeds", "", "", told, "")
     return table
 
 

@@ -1,6 +1,7 @@
 """Scores, predictions and the missing-modality study of a trained work directory."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +70,14 @@ def test_a_prediction_is_a_distribution_and_missing_experts_have_no_weight(
         assert max(row["probabilities"], key=row["probabilities"].get) == row["predicted"]
         assert (row["experts"]["speech"] is not None) == speech
         assert (row["gate"]["speech"] > 0) == speech
+
+
+def test_a_report_shows_the_scores_and_the_checkpoint(finished, tmp_path):  # noqa: F811
+    found = evaluate(finished, "test", output=tmp_path, report=True, quiet=True)
+    text = (tmp_path / "report.html").read_text()
+    assert f"{found['weighted_f1']:.3f}" in text
+    assert f"epoch {found['checkpoint']['epoch']} of 2" in text
+    assert re.search(r"saved \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
 
 
 def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811

@@ -138,3 +138,11 @@ def test_sentiment_scores_equal_scikit_learn(pairs):
     found = metrics.binary_sentiment(score, positive)["nonpositive_positive"]
     expected = sklearn.metrics.f1_score(score > 0, positive, average="weighted", zero_division=0)
     assert found["weighted_f1"] == pytest.approx(expected)
+
+
+def test_calibration_bins_by_hand():
+    confidence = np.array([0.55, 0.6, 0.95, 1.0])
+    found = metrics.calibration(confidence, np.array([True, False, True, True]))
+    assert found["count"].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert found["error"] == pytest.approx((2 * abs(0.5 - 0.575) + 2 * abs(1 - 0.975)) / 4)
+    assert metrics.calibration(np.zeros(0), np.zeros(0, bool))["error"] == 0

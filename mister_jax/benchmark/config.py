@@ -11,7 +11,6 @@ import jax
 from mister_jax.errors import InputError
 from mister_jax.models import MisterEConfig
 
-
 PRESETS: dict[str, Callable[..., MisterEConfig]] = {
     "paper": MisterEConfig.paper,
     "small": MisterEConfig.small,
@@ -69,7 +68,12 @@ class BenchmarkConfig:
         )
 
 
-def _devices(config: BenchmarkConfig) -> list[jax.Device]:
+def devices_of(config: BenchmarkConfig) -> list[jax.Device]:
+    """As many of those that are there as the config asks for.
+
+    Raises:
+      InputError: there are fewer.
+    """
     found = jax.devices()
     if len(found) < config.devices:
         raise InputError(f"devices {config.devices}; allowed are 1 to {len(found)}, as many as are")
@@ -77,6 +81,7 @@ def _devices(config: BenchmarkConfig) -> list[jax.Device]:
 
 
 def check_divisible(config: BenchmarkConfig, devices: int) -> None:
+    """Raises InputError if the batch cannot be spread evenly."""
     if config.batch_size % devices:
         raise InputError(
             f"batch_size {config.batch_size}; allowed are multiples of the {devices} devices"

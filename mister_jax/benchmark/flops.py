@@ -6,17 +6,11 @@ A multiplication and its addition are two operations. What is not a matrix produ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+from jax.extend import core
 
-from mister_jax.encoders.beats import BeatsConfig
-from mister_jax.encoders.decoder import DecoderConfig
-from mister_jax.encoders.salmonn import SalmonnConfig
-from mister_jax.encoders.whisper import WhisperConfig
-from mister_jax.models import EXPERTS, MisterEConfig, UtteranceConfig
-
+from mister_jax.models import EXPERTS, MisterEConfig
 
 CONVOLUTIONS = "convolutions"
 RECURRENCE = "GRU"
@@ -77,129 +71,25 @@ def model_flops(config: MisterEConfig, dialogues: int, length: int) -> dict[str,
 
 
 def forward_flops(config: MisterEConfig, dialogues: int, length: int) -> float:
+    """Of inference; see `model_flops`."""
     parts = model_flops(config, dialogues, length)
     return sum(part.forward for name, part in parts.items() if name != GATE_AND_LOSSES)
 
 
 def training_flops(config: MisterEConfig, dialogues: int, length: int) -> float:
+    """Of a training step; see `model_flops`."""
     return sum(sum(part) for part in model_flops(config, dialogues, length).values())
 
 
-def decoder_flops(config: DecoderConfig, sequences: int, length: int) -> Flops:
-    """A decoder that is frozen, but for its low-rank paths.
-
-    The gradient goes through every frozen product once, through attention and the low-rank paths
-    twice. Attention is counted whole, as it is computed, not its causal half.
-
-    Args:
-      config: sizes, and LoRA if there is any.
-      sequences: B.
-      length: N.
-    """
-    tokens = sequences * length
-    queries = config.num_heads * config.head_width
-    keys = config.num_key_value_heads * config.head_width
-    sizes = {
-        "query": (config.width, queries),
-        "key": (config.width, keys),
-        "value": (config.width, keys),
-        "out": (queries, config.width),
-        "gate": (config.width, config.mlp_width),
-        "up": (config.width, config.mlp_width),
-        "down": (config.mlp_width, config.width),
-    }
-    frozen = sum(2.0 * tokens * inputs * outputs for inputs, outputs in sizes.values())
-    learned = 4.0 * tokens * length * queries
-    if config.lora is not None:
-        for target in config.lora.targets:
-            inputs, outputs = sizes[target.rpartition("/")[2]]
-            learned += 2.0 * tokens * config.lora.rank * (inputs + outputs)
-    layers = config.num_layers
-    return Flops(layers * (frozen + learned), layers * (frozen + 2 * learned))
-
-
-def whisper_flops(config: WhisperConfig, clips: int, positions: int) -> float:
-    """The forward pass of Whisper's encoder.
-
-    Args:
-      config: sizes.
-      clips: B.
-      positions: N, of 20 ms each.
-    """
-    width, vectors = config.width, clips * positions
-    convolutions = 2.0 * vectors * 3 * width * (2 * config.num_mel_bins + width)
-    kernels = 4 * width**2 + 2 * width * config.hidden_width
-    layer = 2.0 * vectors * kernels + 4.0 * vectors * positions * width
-    return convolutions + config.num_layers * layer
-
-
-def beats_flops(config: BeatsConfig, clips: int, frames: int) -> float:
-    """The forward pass of BEATs.
-
-    Args:
-      config: sizes.
-      clips: B.
-      frames: F, of 10 ms each.
-    """
-    width, length = config.width, config.num_tokens(frames)
-    vectors = clips * length
-    patches = config.patch_size**2 * config.patch_width + config.patch_width * width
-    position = config.position_kernel * width * (width // config.position_groups)
-    kernels = 4 * width**2 + 2 * width * config.hidden_width + 8 * width
-    layer = 2.0 * vectors * kernels + 4.0 * vectors * length * width
-    return 2.0 * vectors * (patches + position) + config.num_layers * layer
-
-
-def qformer_flops(config: SalmonnConfig, clips: int, positions: int) -> float:
-    """The forward pass of SALMONN's window-level Q-Former.
-
-    Args:
-      config: sizes.
-      clips: B.
-      positions: T, of 20 ms each.
-    """
-    former = config.qformer
-    width, queries = former.width, clips * former.num_tokens(positions)
-    windows = queries // former.num_queries
-    frames = config.whisper.width + config.beats.width
-    of_query = 6 * width**2 + 2 * width * former.hidden_width
-    of_query += 2 * width * (former.num_queries + former.window)
-    of_frame = 2 * frames * width
-    layer = 2.0 * (queries * of_query + windows * former.window * of_frame)
-    projection = 2.0 * queries * width * config.decoder.width
-    return former.num_layers * layer + projection
-
-
-def head_flops(head: UtteranceConfig, width: int, sequences: int, length: int) -> Flops:
-    """The trained head of an utterance encoder.
-
-    Args:
-      head: its config.
-      width: D.
-      sequences: B.
-      length: N.
-    """
-    pooled = 2 * width if head.pooling == "statistics" else width
-    forward = 2.0 * sequences * head.feature_dim * (pooled + head.num_classes)
-    if head.pooling == "statistics":
-        forward += 2.0 * sequences * length * (width**2 + width)
-    return Flops(forward, 2 * forward)
-
-
-def program_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """The products and convolutions that a function computes as it is written.
+def program_flops(jaxpr: Any) -> float:
+    """The products and convolutions of a program as it is written.
 
     The body of a scan counts as often as it runs, and so does what is computed anew in a backward
     pass.
 
     Args:
-      function: of arrays.
-      *arguments: trees of arrays, or of their shapes.
+      jaxpr: of the traced program.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _jaxpr_flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -213,8 +103,8 @@ def _jaxpr_flops(jaxpr: Any) -> float:
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
         elif name == "cond":
-            total += max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+            total += max(program_flops(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = sum(map(_jaxpr_flops, jax.core.jaxprs_in_params(params)))
+            inner = sum(map(program_flops, core.jaxprs_in_params(params)))
             total += inner * (params["length"] if name == "scan" else 1)
     return total

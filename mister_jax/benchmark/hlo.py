@@ -82,7 +82,7 @@ def execution(text: str) -> Execution:
     visit(entry, 1)
     cycles = once = blocking = 0.0
     # Several fusions do a part of one collective; all of them have its channel.
-    overlapped: dict[tuple[str, ...], float] = {}
+    overlapped: dict[str, float] = {}
     for name, times in runs.items():
         for place, instruction in enumerate(computations[name]):
             estimate = _CYCLES.search(instruction.rest)
@@ -90,17 +90,13 @@ def execution(text: str) -> Execution:
                 cycles += times * float(estimate[1])
                 once += float(estimate[1])
             received = times * _received(instruction)
-            if not received:
-                continue
+            channel = _CHANNEL.search(instruction.rest)
             if "all-reduce-scatter" in name:
                 blocking += received / 2  # the sums are kept in part
             elif instruction.operation.endswith("-start"):
-                overlapped[name, str(place)] = received
-            elif "fused" in name or "fusion" in name:
-                channel = _CHANNEL.search(instruction.rest)
-                overlapped[channel[1] if channel else f"{name} {place}", instruction.shape] = (
-                    received
-                )
+                overlapped[f"{name} {place}"] = received
+            elif "fus" in name and channel is not None:
+                overlapped[channel[1]] = max(received, overlapped.get(channel[1], 0.0))
             else:
                 blocking += received
     return Execution(cycles, cycles / once if once else 1.0, blocking, sum(overlapped.values()))

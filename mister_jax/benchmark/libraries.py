@@ -181,6 +181,7 @@ def _spread(config: BenchmarkConfig) -> Spread:
 
 
 def sides_of(config: BenchmarkConfig, compare: bool) -> dict[str, Ours | Torch]:
+    """Ours and, to compare with, PyTorch's."""
     # PyTorch first: if it is missing, that is said at once.
     torch = {Torch.name: Torch(config)} if compare else {}
     return {Ours.name: Ours(config), **torch}

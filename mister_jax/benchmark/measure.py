@@ -66,6 +66,8 @@ def measure(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
 
 
 def repeated(call: Callable[[], Any]) -> Run:
+    """A run that calls so many times, and waits for what the last call gives."""
+
     def run(times: int) -> None:
         result = None
         for _ in range(times):

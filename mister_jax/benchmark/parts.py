@@ -27,12 +27,12 @@ from mister_jax.benchmark.flops import (
 from mister_jax.benchmark.libraries import Ours, Training
 from mister_jax.benchmark.measure import Run, measure, repeated
 from mister_jax.benchmark.report import Row
+from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEOutput
 from mister_jax.models.mister_e import vote_together
 from mister_jax.nn import DialogueKeys, gru_scan, run_together
 from mister_jax.optim import OptimizerConfig, optimizer
 from mister_jax.steps import initial_state
-
 
 Part = Callable[[Any, Any], Any]
 """A part of the model: from what it is differentiated by, and what not, to a tree of arrays."""

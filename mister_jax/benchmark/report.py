@@ -20,6 +20,8 @@ from mister_jax.errors import InputError
 
 Row = dict[str, Any]
 
+PREDICTED = "predicted by the compiler and the chips' data sheets"
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -58,6 +60,13 @@ class Report:
         return [_table(title, rows) for title, rows in titled.items()]
 
 
+def report_of(
+    settings: dict[str, Any], sections: dict[str, list[Row]], compare: bool = False
+) -> Report:
+    """A report with the environment it was made in."""
+    return Report(settings, _environment(compare), sections)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -84,23 +93,20 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def environment_of(compare: bool) -> dict[str, Any]:
+def _environment(compare: bool) -> dict[str, Any]:
+    """What the figures depend on, and the most memory this process has held."""
     device: Any = jax.devices()[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": device.platform,
         "device_kind": device.device_kind,
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "host_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
     }
     if compare and importlib.util.find_spec("torch") is not None:
         import torch
 
         found |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
     return found
-
-
-def host_memory() -> float:
-    """Most memory this process has held, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

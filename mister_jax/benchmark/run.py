@@ -1,4 +1,4 @@
-"""What `launch.benchmark` calls."""
+"""What `launch.benchmark` calls for MiSTER-E."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 
 import jax
 
-from mister_jax.benchmark.aot import compile_for_tpu
+from mister_jax.benchmark.aot import Tell, compile_for_tpus
 from mister_jax.benchmark.config import BenchmarkConfig, devices_of
 from mister_jax.benchmark.dialogues import LENGTHS
 from mister_jax.benchmark.measure import matmul_peak
 from mister_jax.benchmark.parts import part_rows
-from mister_jax.benchmark.report import Report, Row, environment_of, host_memory
+from mister_jax.benchmark.report import PREDICTED, Report, Row, report_of
 from mister_jax.benchmark.steps import epoch_rows, step_rows
 from mister_jax.errors import InputError
 
@@ -22,46 +22,50 @@ def benchmark(
     lengths: str = "",
     parts: bool = False,
     compare: bool = False,
-    topology: str = "",
+    topologies: str = "",
+    tell: Tell = lambda line: None,
 ) -> Report:
-    """Measures what is asked for: steps, unless an epoch, the parts or a topology is.
+    """Measures what is asked for: steps, unless an epoch, the parts or topologies are.
 
     Args:
       config: what is measured.
       lengths: "iemocap" for an epoch over dialogues of such lengths.
       parts: of the training step, each alone.
       compare: steps or epochs with PyTorch, too.
-      topology: TPUs to compile for; nothing else is done then.
+      topologies: TPUs to compile for, see `aot.tpu_topologies`; nothing else is done then.
+      tell: is given a line when something long begins.
 
     Raises:
       InputError: something asked for that is unknown, missing here, or does not go together.
     """
     if lengths and lengths not in LENGTHS:
         raise InputError(f"lengths {lengths!r}; allowed are {', '.join(LENGTHS)}")
-    if topology and (lengths or parts or compare):
-        raise InputError(f"topology {topology} goes with no lengths, parts or comparison")
+    if topologies and (lengths or parts or compare):
+        raise InputError(f"topology {topologies} goes with no lengths, parts or comparison")
     settings = {
         **dataclasses.asdict(config),
         "lengths": lengths or None,
         "parts": parts,
         "compare": compare,
-        "topology": topology or None,
+        "topologies": topologies or None,
     }
     sections: dict[str, list[Row]] = {}
+    peak = None
     precision = None if config.precision == "default" else config.precision
     with jax.default_matmul_precision(precision):
-        environment = environment_of(compare)
-        if topology:
-            sections["ahead of time"] = [compile_for_tpu(config, topology)]
-            return Report(settings, environment, sections)
-        devices_of(config)  # before anything long begins
-        peak = matmul_peak(config)
-        if lengths:
-            sections["epoch"] = epoch_rows(config, LENGTHS[lengths](), peak, compare)
-        if parts:
-            sections["parts"] = part_rows(config, peak)
-        if not (lengths or parts):
-            sections["steps"] = step_rows(config, peak, compare)
-    environment["matmul_peak_gflop_per_second"] = peak / 1e9
-    environment["host_memory_mib"] = host_memory()
-    return Report(settings, environment, sections)
+        if topologies:
+            rows = compile_for_tpus(config, topologies, tell)
+            sections[f"training step, {PREDICTED}"] = rows
+        else:
+            devices_of(config)  # before anything long begins
+            peak = matmul_peak(config)
+            if lengths:
+                sections["epoch"] = epoch_rows(config, LENGTHS[lengths](), peak, compare)
+            if parts:
+                sections["parts"] = part_rows(config, peak)
+            if not (lengths or parts):
+                sections["steps"] = step_rows(config, peak, compare)
+    report = report_of(settings, sections, compare)
+    if peak is not None:
+        report.environment["matmul_peak_gflop_per_second"] = peak / 1e9
+    return report

@@ -236,7 +236,7 @@ def batches(
     def gather(step: np.int64) -> list[np.ndarray]:
         rows, num_utterances = planned[step]
         rows = np.split(rows, process_count)[process_index]
-        batch = _gather(features, offsets, rows, num_utterances)
+        batch = padded_batch(features, offsets, rows, num_utterances)
         return [batch[field] for field in _BATCH_DTYPES]
 
     def read(step: "tf.Tensor") -> dict[str, "tf.Tensor"]:
@@ -266,10 +266,10 @@ def prefetch_to_device(
     yield from waiting
 
 
-def _gather(
+def padded_batch(
     features: DialogueFeatures, offsets: np.ndarray, rows: np.ndarray, num_utterances: int
 ) -> dict[str, np.ndarray]:
-    """The batch of the dialogues `rows` [B], padded to `num_utterances`."""
+    """The batch of the dialogues `rows` [B], padded to `num_utterances`; see `batches`."""
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     places = np.arange(num_utterances)
     mask = places < lengths[:, None]  # [B, T]

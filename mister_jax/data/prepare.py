@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mister_jax.data.builder import Decoding, DialogueBuilder, write_corpus
+from mister_jax.data.corpus import Corpus
 from mister_jax.data.iemocap.builder import Iemocap
 from mister_jax.data.manifest import reader as manifest_reader
 from mister_jax.data.manifest.builder import Manifest, ManifestConfig
@@ -82,23 +83,49 @@ def prepare_corpus(preparation: Preparation) -> dict[str, Any]:
     return _prepare_manifest(preparation)
 
 
+def read_released(
+    corpus: str, source: epath.PathLike | None, config: str = "", *, partial: bool = False
+) -> Corpus:
+    """Reads and checks a released corpus; decodes nothing.
+
+    Args:
+        corpus: one of `RELEASED`.
+        source: its folder.
+        config: of the corpus; its first one when empty.
+        partial: allow a part of it.
+
+    Raises:
+        InputError: anything that cannot be used.
+    """
+    if corpus not in RELEASED:
+        raise InputError(f"corpus {corpus!r}; allowed: {', '.join(RELEASED)}")
+    builder_class = RELEASED[corpus]
+    if source is None:
+        instructions = " ".join(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        raise InputError(f"--source is needed with --corpus={corpus}. {instructions}")
+    reader = builder_class(config=_config_name(corpus, config))
+    return reader.read(pathlib.Path(source), partial=partial)
+
+
+def _config_name(corpus: str, config: str) -> str:
+    names = [known.name for known in RELEASED[corpus].BUILDER_CONFIGS]
+    name = config or names[0]
+    if name not in names:
+        raise InputError(f"config {name!r} of {corpus}; allowed: {', '.join(names)}")
+    return name
+
+
 def _prepare_released(preparation: Preparation) -> dict[str, Any]:
-    builder_class = RELEASED[preparation.corpus]
-    configs = {config.name: config for config in builder_class.BUILDER_CONFIGS}
-    name = preparation.config or next(iter(configs))
-    if name not in configs:
-        raise InputError(f"config {name!r} of {preparation.corpus}; allowed: {', '.join(configs)}")
+    name = _config_name(preparation.corpus, preparation.config)
     dataset = f"{preparation.corpus}/{name}"
     _check_free(dataset, preparation)
     source = preparation.source
     if source is None and dataset == "meld/text":
         source = _downloaded(preparation)
-    if source is None:
-        instructions = " ".join(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
-        raise InputError(f"--source is needed with --corpus={preparation.corpus}. {instructions}")
-    reader = builder_class(config=name, data_dir=preparation.data_dir)
-    corpus = reader.read(pathlib.Path(source), partial=preparation.partial)
-    return _write(builder_class, corpus, dataset, name, source, preparation)
+    corpus = read_released(preparation.corpus, source, name, partial=preparation.partial)
+    return _write(
+        RELEASED[preparation.corpus], corpus, dataset, name, source or "", preparation
+    )
 
 
 def _prepare_manifest(preparation: Preparation, **known: Any) -> dict[str, Any]:

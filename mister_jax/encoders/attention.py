@@ -1,4 +1,4 @@
-"""Self-attention of the speech transformers, with or without a bias on its scores."""
+"""What the transformers share: self-attention, and which tokens of a row belong together."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        key_mask: jax.Array,
+        mask: jax.Array,
         bias: jax.Array | None = None,
         *,
         deterministic: bool = True,
@@ -63,11 +63,11 @@ class SelfAttention(nnx.Module):
 
         Args:
           x: [B, N, D], finite.
-          key_mask: true where may be attended to [B, N] bool.
+          mask: true where a query may attend to a key [B, 1, N or 1, N] (query, key) bool.
           bias: added to the scores [B, K, N, N] (query, key), or None.
 
         Returns:
-          [B, N, D]; finite, but without meaning, for a sequence with no key.
+          [B, N, D]; finite, but without meaning, for a query with no key.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
@@ -77,7 +77,6 @@ class SelfAttention(nnx.Module):
         query = heads(self.query(x, **options))
         key = heads(self.key(x, **options))
         value = heads(self.value(x, **options))
-        mask = key_mask[:, None, None]  # B 1 1 N
         if deterministic or self.dropout.rate == 0.0:
             mixed = jax.nn.dot_product_attention(
                 query, key, value, bias, mask, implementation=self.implementation
@@ -89,3 +88,27 @@ class SelfAttention(nnx.Module):
             weights = self.dropout(jax.nn.softmax(scores, axis=-1), **options)  # B K N N
             mixed = jnp.einsum("bkqs,bskw->bqkw", weights.astype(value.dtype), value)
         return self.out(mixed.reshape(x.shape), **options)
+
+
+def token_layout(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Where the tokens of rows stand, which may be padded on either side or hold several sequences.
+
+    Args:
+      mask: true at tokens [B, N] bool.
+      segment_ids: a number that changes from each sequence of a row to the next [B, N] int, or None
+        where a row is one sequence.
+
+    Returns:
+      How many tokens each has before it in its sequence [B, N] int, of no meaning in padding; and
+      which belong to one sequence [B, 1, N, N] bool. All padding counts as a sequence of its own,
+      so that every query has a key.
+    """
+    if segment_ids is None:
+        segment_ids = jnp.zeros(mask.shape, int)
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)  # B N
+    before = jnp.cumsum(mask, axis=1) - mask
+    at_start = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+    sequence = jnp.where(mask, jnp.cumsum(starts, axis=1), 0)
+    together = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return before - at_start, together

@@ -7,9 +7,12 @@ place. Shape letters: B clips, P tokens of the prompt, A audio vectors, N = P - 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 @jax.tree_util.register_dataclass
@@ -68,3 +71,31 @@ def splice_audio(
     parts = jnp.concatenate([prompt, audio.astype(prompt.dtype)], axis=1)  # B P+A D
     sequence = jnp.take_along_axis(parts, index[..., None], axis=1)
     return jnp.where(mask[..., None], sequence, 0), mask, audio_mask
+
+
+class PromptedSpeech(nnx.Module):
+    """A speech LLM that is asked the same of every clip, called as other speech encoders are.
+
+    Args:
+      model: called with clips, lengths, prompts and their mask, gives an `AudioPromptOutput`.
+      prompt: its tokens, one of them the placeholder.
+      whole: all positions count as the clip's, those of the prompt too; else those of its audio.
+    """
+
+    def __init__(self, model: nnx.Module, prompt: Sequence[int], *, whole: bool = False):
+        self.model = model
+        self.prompt = tuple(prompt)
+        self.whole = whole
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    def __call__(
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [B, N, D], and true at those to be read [B, N] bool, of [B, S] and [B]."""
+        prompt = jnp.broadcast_to(jnp.array(self.prompt), (len(waveform), len(self.prompt)))
+        output = self.model(waveform, lengths, prompt, jnp.ones(prompt.shape, bool), **options)
+        return output.hidden, output.mask if self.whole else output.audio_mask

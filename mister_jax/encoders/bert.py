@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mister_jax.encoders.attention import SelfAttention, token_layout
 from mister_jax.errors import InputError
 from mister_jax.nn import Dropout, Stack
 from mister_jax.nn.attention import Implementation
@@ -228,52 +229,6 @@ def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-class SelfAttention(nnx.Module):
-    """Attention in several heads, each token to all of its sequence.
-
-    Args:
-      config: the model's.
-    """
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        self.implementation = config.attention_implementation
-        self.dropout = Dropout(config.attention_dropout)
-        options = _types(config) | {"rngs": rngs}
-        self.query = LoRALinear(config.width, config.width, **options)
-        self.key = LoRALinear(config.width, config.width, **options)
-        self.value = LoRALinear(config.width, config.width, **options)
-        self.out = LoRALinear(config.width, config.width, **options)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> jax.Array:
-        """x [B, N, D], mask [B, 1, N, N] bool with a key for every query; gives [B, N, D]."""
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-
-        def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:2], self.num_heads, -1)
-
-        query = heads(self.query(x, **options))  # B N K W
-        key = heads(self.key(x, **options))  # B N K W
-        value = heads(self.value(x, **options))  # B N K W
-        if deterministic or self.dropout.rate == 0.0:
-            mixed = jax.nn.dot_product_attention(
-                query, key, value, mask=mask, implementation=self.implementation
-            )
-        else:
-            scores = jnp.einsum("bnkw,bmkw->bknm", query, key, preferred_element_type=jnp.float32)
-            scores = jnp.where(mask, scores / query.shape[-1] ** 0.5, jnp.finfo(jnp.float32).min)
-            weights = self.dropout(jax.nn.softmax(scores, axis=-1), **options)  # B K N N
-            mixed = jnp.einsum("bknm,bmkw->bnkw", weights.astype(value.dtype), value)
-        return self.out(mixed.reshape(x.shape), **options)
-
-
 class BertLayer(nnx.Module):
     """Attention and a feed-forward block, each added to its input and normed.
 
@@ -283,7 +238,13 @@ class BertLayer(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         options = _types(config) | {"rngs": rngs}
-        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention = SelfAttention(
+            config.width,
+            config.num_heads,
+            dropout=config.attention_dropout,
+            implementation=config.attention_implementation,
+            **options,
+        )
         self.attention_norm = _norm(config, rngs)
         self.hidden = LoRALinear(config.width, config.hidden_width, **options)
         self.out = LoRALinear(config.hidden_width, config.width, **options)
@@ -418,9 +379,8 @@ class Bert(nnx.Module):
             raise ValueError(f"rows of {shape[1]} tokens; allowed are at most {config.max_length}")
         mask = jnp.ones(shape, bool) if attention_mask is None else attention_mask
         mask = jnp.asarray(mask).astype(bool)  # B N
-        starts = _starts(jnp.zeros(shape, int) if segment_ids is None else segment_ids)  # B N
-        if positions is None:
-            positions = _positions(mask, starts)
+        found, together = token_layout(mask, segment_ids)  # B N, B 1 N N
+        positions = found if positions is None else positions
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, int)
         if embeddings is None:
@@ -434,21 +394,5 @@ class Bert(nnx.Module):
         x = x + rows(self.position_embedding, positions + config.position_offset)
         x = self.dropout(self.embedding_norm(x), **options)
 
-        # All padding is a segment of its own, so that every query has a key.
-        segments = jnp.where(mask, jnp.cumsum(starts, axis=1), 0)
-        together = segments[:, None, :, None] == segments[:, None, None, :]  # B 1 N N
         last, given = self.layers(x, together, collect=collect, **options)
         return (last, jnp.concatenate([x[None], given])) if collect else last
-
-
-def _starts(segment_ids: jax.Array) -> jax.Array:
-    """True where a segment begins [B, N] bool."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)
-
-
-def _positions(mask: jax.Array, starts: jax.Array) -> jax.Array:
-    """Tokens before each in its segment [B, N] int; where the mask is false, of no meaning."""
-    before = jnp.cumsum(mask, axis=1) - mask
-    at_start = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return before - at_start

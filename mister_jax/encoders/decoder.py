@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mister_jax.encoders.attention import token_layout
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
@@ -544,16 +545,12 @@ class Decoder(nnx.Module):
         mask = jnp.asarray(mask).astype(bool)
         x = jnp.where(mask[..., None], x, 0).astype(self.config.dtype)  # B N D
 
-        starts = _starts(jnp.zeros(mask.shape, int) if segment_ids is None else segment_ids)  # B N
-        if positions is None:
-            positions = _positions(mask, starts)
+        found, together = token_layout(mask, segment_ids)  # B N, B 1 N N
+        positions = found if positions is None else positions
         frequencies = rope_frequencies(
             self.config.head_width, self.config.rope_theta, self.config.rope_scaling
         )
         angles = positions[..., None, None] * frequencies  # B N 1 W/2
-        # All padding is a segment of its own, so that every query has a key.
-        segments = jnp.where(mask, jnp.cumsum(starts, axis=1), 0)
-        together = segments[:, None, :, None] == segments[:, None, None, :]  # B 1 N N
 
         last, given = self.layers(
             x,
@@ -567,16 +564,3 @@ class Decoder(nnx.Module):
         if not collect:
             return last
         return last, jnp.concatenate([x[None], given[:-1], last[None]])
-
-
-def _starts(segment_ids: jax.Array) -> jax.Array:
-    """True where a segment begins [B, N] bool."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True)
-
-
-def _positions(mask: jax.Array, starts: jax.Array) -> jax.Array:
-    """Tokens before each in its segment [B, N] int; where the mask is false, of no meaning."""
-    before = jnp.cumsum(mask, axis=1) - mask
-    at_start = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return before - at_start

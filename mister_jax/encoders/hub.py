@@ -30,6 +30,7 @@ from mister_jax.convert import wavlm as wavlm_tables
 from mister_jax.convert import whisper as whisper_tables
 from mister_jax.convert.key_table import KeyTable, load_params, save_params
 from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.encoders import qwen2_audio
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
@@ -76,6 +77,9 @@ class Architecture:
       renamed: endings of tensor names in some checkpoints -> those in the table.
       processor: name of the class in transformers that makes the module's input: a tokenizer, for
         sound a feature extractor. By name, since access to it imports PyTorch where there is one.
+      modality: of what the module encodes, "text" or "speech".
+      prompt: of a module that hears clips in a prompt: what it is asked by default.
+      prompt_tokens: of such a module: tokens of (tokenizer, prompt, config).
     """
 
     config: Any
@@ -85,6 +89,9 @@ class Architecture:
     prefixes: tuple[str, ...] = ("",)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     processor: str = "AutoTokenizer"
+    modality: str = "text"
+    prompt: str = ""
+    prompt_tokens: Callable[[Any, str, Any], list[int]] | None = None
 
 
 _BERT = Architecture(
@@ -110,6 +117,7 @@ _WAVLM = Architecture(
     prefixes=wavlm_tables.PREFIXES,
     renamed=wavlm_tables.RENAMED,
     processor="AutoFeatureExtractor",
+    modality="speech",
 )
 # `model_type` of a config.json -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -125,6 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ignored=whisper_tables.IGNORED,
         prefixes=whisper_tables.PREFIXES,
         processor="AutoFeatureExtractor",
+        modality="speech",
     ),
     "wav2vec2": _WAVLM,
     "hubert": _WAVLM,
@@ -134,6 +143,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Qwen2Audio,
         qwen2_audio_tables.key_table,
         ignored=qwen2_audio_tables.IGNORED,
+        modality="speech",
+        prompt="<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:",
+        prompt_tokens=qwen2_audio.prompt_tokens,
     ),
 }
 
@@ -174,7 +186,7 @@ def load(
     options = {"dtype": dtype, "param_dtype": param_dtype, "lora": lora}
     changes |= {field: value for field, value in options.items() if value is not None}
     module = load_module(directory, mesh=mesh, rules=rules, seed=seed, **changes)
-    return module, load_processor(directory, module)
+    return module, load_processor(directory, getattr(module, "config", None))
 
 
 def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
@@ -183,10 +195,12 @@ def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -
     Raises:
       InputError: it is no folder, and cannot be fetched.
     """
+    name = str(name_or_dir)
+    if not name:
+        raise InputError("an empty name; allowed: a folder, or a name on the Hugging Face Hub")
     directory = pathlib.Path(name_or_dir)
     if directory.is_dir():
         return directory
-    name = str(name_or_dir)
     try:
         copy = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_FILES)
@@ -249,9 +263,23 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(directory: str | os.PathLike[str]) -> str:
-    """A text that is another one after a file of the folder was changed or exchanged."""
-    files = [(path.name, path.stat()) for path in sorted(pathlib.Path(directory).iterdir())]
+def architecture_of(config: Mapping[str, Any], where: str | os.PathLike[str]) -> Architecture:
+    """The row of `ARCHITECTURES` for the content of a config.json, read from `where`.
+
+    Raises:
+      InputError: an architecture that is not supported.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def fingerprint(*places: str | os.PathLike[str]) -> str:
+    """A text that is another one after a file, or one of a folder, was changed or exchanged."""
+    paths = map(pathlib.Path, places)
+    each = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
+    files = [(path.name, path.stat()) for found in each for path in found]
     told = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -274,7 +302,7 @@ def make(
     Raises:
       InputError: an architecture that is not supported.
     """
-    architecture = _architecture(config, where)
+    architecture = architecture_of(config, where)
     return architecture.module(architecture.config.from_huggingface(config, **changes), rngs=rngs)
 
 
@@ -293,7 +321,7 @@ def load_module(
     """
     directory = pathlib.Path(directory)
     fields = read_config(directory)
-    architecture = _architecture(fields, directory / CONFIG)
+    architecture = architecture_of(fields, directory / CONFIG)
     try:
         config = architecture.config.from_huggingface(fields, **changes)
     except InputError as error:
@@ -326,18 +354,18 @@ def load_module(
     return module
 
 
-def load_processor(directory: str | os.PathLike[str], module: nnx.Module) -> Any:
+def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
     """The tokenizer of a folder, for sound its feature extractor.
 
     Args:
       directory: with the files.
-      module: that is to read what it gives.
+      config: of the module that is to read what it gives.
 
     Raises:
       InputError: there is none, or its vocabulary is larger than the module's.
     """
     directory = pathlib.Path(directory)
-    architecture = _architecture(read_config(directory), directory / CONFIG)
+    architecture = architecture_of(read_config(directory), directory / CONFIG)
     kind = getattr(transformers, architecture.processor)
     try:
         processor = kind.from_pretrained(directory, local_files_only=True)
@@ -350,7 +378,7 @@ def load_processor(directory: str | os.PathLike[str], module: nnx.Module) -> Any
     if not any(file for pattern in _VOCABULARIES for file in directory.glob(pattern)):
         raise InputError(f"{directory}: no tokenizer; allowed is {', '.join(_VOCABULARIES)}")
     last = max(tokenizer.get_vocab().values(), default=-1)
-    rows = getattr(getattr(module, "config", None), "vocab_size", None)
+    rows = getattr(config, "vocab_size", None)
     if rows is not None and last >= rows:
         raise InputError(
             f"{directory}: the tokenizer does not belong to the model: its tokens have numbers up "
@@ -380,7 +408,7 @@ def save_pretrained(
       ValueError: the config is of another model.
     """
     directory = pathlib.Path(directory)
-    architecture = _architecture(config, directory / CONFIG)
+    architecture = architecture_of(config, directory / CONFIG)
     merged = merge_lora(nnx.merge(*nnx.split(module)))
     described = architecture.config.from_huggingface(config)
     expected = nnx.eval_shape(lambda: architecture.module(described, rngs=nnx.Rngs(0)))
@@ -402,13 +430,6 @@ def save_pretrained(
             tokenizer.save_pretrained(directory)
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error})") from error
-
-
-def _architecture(config: Mapping[str, Any], where: str | os.PathLike[str]) -> Architecture:
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
 
 
 def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:

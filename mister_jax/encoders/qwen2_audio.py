@@ -96,6 +96,7 @@ class Qwen2AudioConfig:
         dtype: str = "float32",
         param_dtype: str = "float32",
         attention_implementation: Implementation | None = None,
+        tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Qwen2AudioConfig:
         """Reads a `config.json` of model type "qwen2_audio".
@@ -105,6 +106,7 @@ class Qwen2AudioConfig:
           dtype: of all parts' computation.
           param_dtype: of all parts' parameters, but for LoRA's.
           attention_implementation: of all parts.
+          tower: further fields of the tower's config, such as `lora` or `mask_spectrogram`.
           **changes: further fields of the language model's config, such as `lora` or `remat`.
 
         Raises:
@@ -132,7 +134,9 @@ class Qwen2AudioConfig:
             "attention_implementation": attention_implementation,
         }
         return cls(
-            WhisperConfig.from_huggingface({**audio, "model_type": "whisper"}, **common),
+            WhisperConfig.from_huggingface(
+                {**audio, "model_type": "whisper"}, **common | dict(tower or {})
+            ),
             DecoderConfig.from_huggingface(text, **common | changes),
             placeholder,
         )
@@ -141,6 +145,16 @@ class Qwen2AudioConfig:
     def vocab_size(self) -> int:
         """Of the language model."""
         return self.decoder.vocab_size
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.decoder.width
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that the tower has positions for; what a clip has behind them is cut."""
+        return self.tower.max_samples
 
 
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

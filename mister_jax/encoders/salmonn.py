@@ -10,6 +10,7 @@ speech tokens, N = P - 1 + A, D width of the language model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from mister_jax.encoders.audio_prompt import AudioPromptOutput, splice_audio
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
@@ -271,10 +273,50 @@ class SalmonnConfig:
         }
         return cls.salmonn_7b(**{**sizes, **changes})
 
+    @classmethod
+    def from_parts(
+        cls,
+        described: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        tower: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> SalmonnConfig:
+        """Reads what is known of the four checkpoints, see `convert.salmonn.describe`.
+
+        Args:
+          described: content of "whisper"'s and "vicuna"'s config.json, the "cfg" of "beats" and the
+            "qformer"'s sizes.
+          dtype: of all parts' computation.
+          param_dtype: of all parts' parameters, but for LoRA's.
+          tower: further fields of Whisper's config, such as `mask_spectrogram`.
+          **changes: further fields of the language model's config, such as `lora` or `remat`.
+
+        Raises:
+          InputError: a field with a value that the architectures do not have.
+        """
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        whisper = dict(tower or {}) | types | {"trim": False}
+        try:
+            return cls(
+                WhisperConfig.from_huggingface(described["whisper"], **whisper),
+                BeatsConfig.from_checkpoint(described["beats"], **types),
+                QFormerConfig(**described["qformer"], **types),
+                DecoderConfig.from_huggingface(described["vicuna"], **types | changes),
+            )
+        except ValueError as error:
+            raise InputError(f"SALMONN: {error}") from error
+
     @property
     def max_samples(self) -> int:
         """Samples that Whisper has positions for; what a clip has behind them is cut."""
-        return 2 * self.whisper.max_positions * audio.FRAME_STEP
+        return self.whisper.max_samples
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.decoder.width
 
     @property
     def num_speech_tokens(self) -> int:
@@ -320,10 +362,11 @@ class Salmonn(nnx.Module):
           lengths: samples of each clip [B] int.
           prompt: tokens [B, P] int, one of each prompt the placeholder; see `prompt_tokens`.
           prompt_mask: true at tokens [B, P] bool.
-          deterministic: no dropout; the two encoders and the Q-Former have none.
+          deterministic: no dropout; BEATs and the Q-Former have none.
           rngs: source of dropout keys.
         """
-        speech = self.speech_tokens(waveform, lengths)  # B A D
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        speech = self.speech_tokens(waveform, lengths, **options)  # B A D
         is_placeholder = prompt == self.config.placeholder
         sequence, mask, audio_mask = splice_audio(
             self.decoder.embed(jnp.where(is_placeholder | ~prompt_mask, 0, prompt)),
@@ -332,12 +375,10 @@ class Salmonn(nnx.Module):
             speech,
             jnp.full(len(lengths), speech.shape[1]),
         )
-        hidden = self.decoder(
-            embeddings=sequence, attention_mask=mask, deterministic=deterministic, rngs=rngs
-        )
+        hidden = self.decoder(embeddings=sequence, attention_mask=mask, **options)
         return AudioPromptOutput(hidden, mask, audio_mask)
 
-    def speech_tokens(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
+    def speech_tokens(self, waveform: jax.Array, lengths: jax.Array, **options: Any) -> jax.Array:
         """What the language model hears of clips: [B, A, D] of [B, S] and [B]."""
         config = self.config
         # Short clips count as longer ones that end in silence.
@@ -347,7 +388,7 @@ class Salmonn(nnx.Module):
         waveform = jnp.pad(waveform, ((0, 0), (0, missing)))
         lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
 
-        speech, _ = self.whisper(waveform, lengths)  # B T width
+        speech, _ = self.whisper(waveform, lengths, **options)  # B T width
         fbank = beats.features(waveform, config.beats)
         # A clip's own tokens, in whatever batch: those of a batch of one in the official code.
         num_tokens = config.beats.num_tokens(audio.kaldi_fbank_lengths(lengths))

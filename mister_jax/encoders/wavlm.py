@@ -398,7 +398,7 @@ class TransformerLayer(nnx.Module):
         bias = None
         if self.gate is not None and position_bias is not None:
             bias = self.gate(x, position_bias)
-        return self.dropout(self.attention(x, key_mask, bias, **options), **options)
+        return self.dropout(self.attention(x, key_mask[:, None, None], bias, **options), **options)
 
     def transform(self, x: jax.Array, **options: Any) -> jax.Array:
         """What the feed-forward block adds to x [B, N, D]."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mister_jax.encoders import audio
+from mister_jax.encoders import audio, augment
 from mister_jax.encoders.attention import SelfAttention
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
@@ -62,6 +62,8 @@ class WhisperConfig:
       dropout: rate on the positions' sum and on each block's output.
       attention_dropout: rate on the attention weights.
       hidden_dropout: rate in the feed-forward blocks.
+      mask_spectrogram: hide stretches of time and of bins in training, see
+        `augment.mask_spectrogram`.
       lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
         feed-forward block, "attention/out" and "layers/out"; None for none.
       remat: see `mister_jax.nn.Stack`.
@@ -80,6 +82,7 @@ class WhisperConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    mask_spectrogram: bool = False
     lora: LoRAConfig | None = None
     remat: Remat = "none"
     attention_implementation: Implementation | None = None
@@ -102,6 +105,11 @@ class WhisperConfig:
                 f"WhisperConfig.width={self.width}: must be even and a multiple of "
                 f"num_heads={self.num_heads}"
             )
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that there are positions for; what a clip has behind them is cut."""
+        return self.max_positions * _SAMPLES_A_POSITION
 
     @classmethod
     def tiny(cls, **changes: Any) -> WhisperConfig:
@@ -220,7 +228,7 @@ class WhisperLayer(nnx.Module):
     ) -> jax.Array:
         """x [B, N, D] anew, attending where key_mask [B, N]."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        attended = self.attention(self.attention_norm(x), key_mask, **options)
+        attended = self.attention(self.attention_norm(x), key_mask[:, None, None], **options)
         x = x + self.dropout(attended, **options)
         hidden = jax.nn.gelu(self.hidden(self.hidden_norm(x), **options), approximate=False)
         hidden = self.hidden_dropout(hidden, **options)
@@ -343,10 +351,29 @@ class Whisper(nnx.Module):
         num_positions = self.num_positions(waveform.shape[1])
         return layers[:, :, :num_positions], mask[:, :num_positions]
 
+    def _masked(
+        self,
+        mel: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """Spectrograms as training sees them."""
+        if deterministic or not self.config.mask_spectrogram:
+            return mel
+        if rngs is None:
+            raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or DialogueKeys) in training")
+        key = rngs.dropout()
+        keys = key if key.shape else jax.random.split(key, len(mel))
+        mask = audio.length_mask(lengths, mel.shape[1])
+        return augment.mask_spectrogram(mel, mask, keys)
+
     def _run(
         self, mel: jax.Array, lengths: jax.Array, collect: bool, **options: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         num_positions = mel.shape[1] // 2
+        mel = self._masked(mel, lengths, **options)
         if mel.shape[1] % 2 or num_positions > self.config.max_positions:
             raise ValueError(
                 f"{mel.shape[1]} frames; allowed is an even number up to "

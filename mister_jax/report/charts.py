@@ -188,7 +188,8 @@ def missing_modality_curve(study: Mapping[str, Any]) -> str:
             for share, mean, deviation in points
         ]
         path = " ".join(
-            f"{_number(axes.x(share))},{_number(axes.y(mean))}" for share, mean, _ in points
+            f"{_number(axes.x(share))},{_number(axes.y(mean))}"
+            for share, mean, _ in [(0.0, study["complete"], 0.0), *points]
         )
         drawn.append(element("polyline", class_="line", points=path))
         drawn += [
@@ -202,6 +203,9 @@ def missing_modality_curve(study: Mapping[str, Any]) -> str:
             )
             for share, mean, deviation in points
         ]
+        share, mean, _ = points[-1]
+        x, y = axes.x(share), axes.y(mean) - 9
+        drawn.append(element("text", name, x=x - 4, y=y, text_anchor="end"))
         parts.append(element("g", "".join(drawn), class_=name))
     return _svg(
         "Weighted F1 over the share of missing modalities; the table has the numbers", parts

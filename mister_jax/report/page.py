@@ -42,20 +42,24 @@ class Experiment:
     Attributes:
       name: of the work directory.
       config: of the training, nested.
-      epoch: after which the parameters were best, counted from 1.
+      epochs: after which the parameters of each seed were best, counted from 1.
       versions: of packages, and the device.
       date: of the checkpoint, as ISO 8601; None where unknown.
     """
 
     name: str
     config: Mapping[str, Any]
-    epoch: int
+    epochs: Sequence[int]
     versions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     date: str | None = None
 
     @classmethod
-    def of(cls, workdir: epath.PathLike, epoch: int) -> Experiment:
+    def of(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
         """Of a work directory.
+
+        Args:
+          workdir: of the training.
+          checkpoint: as `evaluate.evaluate` gives it, of one seed or several.
 
         Raises:
           InputError: it is none.
@@ -66,7 +70,7 @@ class Experiment:
         return cls(
             name=workdir.name,
             config=config,
-            epoch=epoch,
+            epochs=checkpoint.get("epochs") or (checkpoint["epoch"],),
             versions=json.loads(versions.read_text()) if versions.exists() else {},
             date=_saved_on(workdir / "checkpoints" / BEST),
         )
@@ -92,8 +96,9 @@ def write_report(
     scores: Mapping[str, Any],
     experiment: Experiment,
     texts: Mapping[str, str] | None = None,
+    study: Mapping[str, Any] | None = None,
 ) -> epath.Path:
-    """Writes `report.html` into a folder; a `missing_modality.json` there becomes part of it.
+    """Writes `report.html` into a folder.
 
     Args:
       output: folder, which exists.
@@ -102,17 +107,15 @@ def write_report(
       scores: of `evaluate.scores`.
       experiment: what was trained.
       texts: utterance id to what was said, for those where it is known.
+      study: of missing modalities, see `report_html`.
 
     Returns:
       The path of the page.
     """
-    output = epath.Path(output)
-    path = output / "missing_modality.json"
-    study = json.loads(path.read_text()) if path.exists() else None
+    path = epath.Path(output) / "report.html"
     evaluated = Evaluated.of(features, predictions)
-    page = report_html(evaluated, scores, experiment, texts or {}, study)
-    write_text(output / "report.html", page)
-    return output / "report.html"
+    write_text(path, report_html(evaluated, scores, experiment, texts, study))
+    return path
 
 
 def report_html(
@@ -126,16 +129,17 @@ def report_html(
 
     Args:
       evaluated: a split and its predictions.
-      scores: of `evaluate.scores`; "reference_scores" and "sentiment" are taken from it.
+      scores: of `evaluate.evaluate`; "reference_scores", "sentiment" and "seeds" are taken from it.
       experiment: what was trained.
       texts: utterance id to what was said.
-      study: content of `missing_modality.json`; another split's is left out.
+      study: content of `missing_modality.json`; without it there is no curve.
     """
     sections: list[tuple[str, str, str]] = []  # id, title, content
     if evaluated.labelled.any():
         bootstrap = Bootstrap(evaluated)
         systems = summary.systems(evaluated, bootstrap, scores.get("reference_scores", {}))
-        sections.append(("scores", "Scores", _scores(evaluated, systems, bootstrap)))
+        of_seeds = scores.get("seeds")
+        sections.append(("scores", "Scores", _scores(evaluated, systems, bootstrap, of_seeds)))
         if "sentiment" in scores:
             sections.append(("sentiment", "Sentiment", _sentiment(scores["sentiment"])))
         sections.append(("classes", "Classes", _classes(evaluated, bootstrap)))
@@ -143,9 +147,8 @@ def report_html(
         if evaluated.gate is not None:
             sections.append(("gate", "Gate", _gate(evaluated)))
         sections.append(("calibration", "Calibration", _calibration(evaluated, bootstrap)))
-    if evaluated.experts:
-        content = _missing_modality(evaluated.split, study)
-        sections.append(("missing", "Missing modalities", content))
+    if study is not None:
+        sections.append(("missing", "Missing modalities", _missing_modality(study)))
     script, texts = _file("script.js"), texts or {}
     digest = hashlib.sha256(script.encode()).digest()
     title = f"{evaluated.dataset}, {evaluated.split}: {experiment.name}"
@@ -276,7 +279,8 @@ def _header(evaluated: Evaluated, experiment: Experiment) -> str:
     utterances = f"{len(evaluated.label):,} utterances"
     if unlabelled:
         utterances += f", {unlabelled:,} of them unlabelled"
-    epoch = f"epoch {experiment.epoch}"
+    epoch = "epoch" if len(experiment.epochs) == 1 else "epochs"
+    epoch += f" {', '.join(map(str, experiment.epochs))}"
     if "train.epochs" in config:
         epoch += f" of {config['train.epochs']}, the best on validation"
     optimizer = [str(config["optimizer.name"])] if "optimizer.name" in config else []
@@ -285,7 +289,9 @@ def _header(evaluated: Evaluated, experiment: Experiment) -> str:
     if "data.batch_size" in config:
         optimizer.append(f"batch size {config['data.batch_size']}")
     if "seed" in config:
-        optimizer.append(f"seed {config['seed']}")
+        count = len(experiment.epochs)
+        seeds = ", ".join(str(config["seed"] + index) for index in range(count))
+        optimizer.append(f"seed {seeds}" if count == 1 else f"seeds {seeds}")
     versions = experiment.versions
     facts = {
         "Split": f"{evaluated.split}: {len(evaluated.dialogue_ids):,} dialogues, {utterances}, "
@@ -334,7 +340,12 @@ def _named(system: System) -> str:
     return {"model": "this model", "majority": "majority class"}[system.kind]
 
 
-def _scores(evaluated: Evaluated, systems: Sequence[System], bootstrap: Bootstrap) -> str:
+def _scores(
+    evaluated: Evaluated,
+    systems: Sequence[System],
+    bootstrap: Bootstrap,
+    of_seeds: Mapping[str, Any] | None,
+) -> str:
     main = systems[0]
     figures = "".join(
         element(
@@ -358,16 +369,18 @@ def _scores(evaluated: Evaluated, systems: Sequence[System], bootstrap: Bootstra
         rows.append(
             (
                 _named(system),
+                _score(own),
                 drawn,
-                *(_score(system.scores.get(key)) for key in OVERALL),
+                *(_score(system.scores.get(key)) for key in OVERALL[1:]),
                 _score(system.difference, signed=True),
                 f"{system.utterances:,}" if system.utterances is not None else _score(None),
             )
         )
     head = (
         "predicted by",
-        "weighted F1, 0 to 1",
-        *(_TITLES[key] for key in OVERALL),
+        "weighted F1",
+        "from 0 to 1",
+        *(_TITLES[key].lower().replace("f1", "F1") for key in OVERALL[1:]),
         "difference in weighted F1",
         "utterances",
     )
@@ -376,10 +389,16 @@ def _scores(evaluated: Evaluated, systems: Sequence[System], bootstrap: Bootstra
             f"Intervals hold 95 % of {DRAWS:,} bootstrap draws of the {len(bootstrap.dialogues):,} "
             "labelled dialogues, not of single utterances, which are not independent. Differences "
             "are from this model, on the same utterances and draws; one whose interval excludes 0 "
-            "is more than chance."
+            "is hardly chance."
         )
     else:
         note = "There is one labelled dialogue, so there are no intervals."
+    if of_seeds is not None:
+        note += (
+            f" This model is the mean of {len(of_seeds['of_each'])} seeds; one alone has weighted "
+            f"F1 {of_seeds['mean']['weighted_f1']:.3f} ± {of_seeds['deviation']['weighted_f1']:.3f}"
+            " (mean and standard deviation)."
+        )
     if evaluated.experts:
         note += " An expert alone is scored where its modality is there."
     return "\n".join(
@@ -417,7 +436,7 @@ def _classes(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
         )
         for name, found in summary.per_class(evaluated, bootstrap).items()
     ]
-    head = ("emotion", "support", "precision", "recall", "F1", "F1, 0 to 1")
+    head = ("emotion", "support", "precision", "recall", "F1", "from 0 to 1")
     return _table("Scores of each class", head, rows, "classes")
 
 
@@ -503,19 +522,7 @@ def _legend(experts: Sequence[str]) -> str:
     return element("ul", items, class_="legend", aria_label="Colours of the experts")
 
 
-def _missing_modality(split: str, study: Mapping[str, Any] | None) -> str:
-    if study is None or study["split"] != split or not study["points"]:
-        command = (
-            f"python -m launch.evaluate --workdir=DIR --split={split} "
-            "--drop_speech=0.1,0.3,0.5,0.7,0.9"
-        )
-        return element(
-            "p",
-            "Not measured yet. This command scores the split with speech missing at given rates; "
-            "the next report in the same folder shows the curve: "
-            + element("code", escape(command)),
-            class_="note",
-        )
+def _missing_modality(study: Mapping[str, Any]) -> str:
     names = {"speech": "speech dropped", "text": "text dropped", "both": "both dropped"}
     lines = charts.missing_modality_lines(study)
     legend = "".join(

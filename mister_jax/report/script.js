@@ -196,5 +196,5 @@
   find("keys").hidden = false;
   const asked = new URLSearchParams(location.hash.slice(1)).get("dialogue");
   filter(dialogues.find(({ id }) => id === asked) ?? dialogues[0]);
-  if (asked !== null) find("dialogues").scrollIntoView();
+  if (asked !== null) find("dialogues").scrollIntoView({ behavior: "instant" });
 })();

@@ -309,13 +309,13 @@ def gate_rows(evaluated: Evaluated) -> list[tuple[str | None, str, int, np.ndarr
     groups: dict[str | None, np.ndarray] = {None: evaluated.labelled}
     for index, name in enumerate(evaluated.class_names):
         groups[name] = evaluated.label == index
-    rows = []
-    for name, members in groups.items():
+    rows: list[tuple[str | None, str, int, np.ndarray]] = []
+    for emotion, members in groups.items():
         for outcome, chosen in (
             ("right", members & ~evaluated.wrong),
             ("wrong", members & evaluated.wrong),
         ):
             if chosen.any():
                 mean = evaluated.gate[chosen].mean(0)
-                rows.append((name, outcome, int(chosen.sum()), mean))
+                rows.append((emotion, outcome, int(chosen.sum()), mean))
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
-from mister_jax.tasks.base import Batch, Split, Task, from_config
+from mister_jax.tasks.base import Batch, Split, Task, from_config, seeds
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
@@ -23,6 +23,7 @@ __all__ = [
     "Task",
     "TextEncoderTask",
     "from_config",
+    "seeds",
     "task_class",
 ]
 

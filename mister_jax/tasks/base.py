@@ -41,6 +41,28 @@ def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: A
         raise InputError(f"{where}: {error}") from error
 
 
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+    """The seeds that one training trains side by side.
+
+    `config.seed` and those that follow it, `config.num_seeds` of them. They differ in initial
+    parameters and dropout, and share the order of batches, which `config.data.seed` decides; where
+    that is None it is `config.seed`. So a training of one of the seeds alone, with the same
+    `config.data.seed`, gives the same parameters.
+
+    Raises:
+      InputError: less than one, or several of a task that trains one at a time.
+    """
+    count = config.get("num_seeds", 1)
+    if count < 1:
+        raise InputError(f"config.num_seeds={count}; allowed: 1 or more")
+    if count > 1 and config.task != "fusion":
+        raise InputError(
+            f"config.num_seeds={count}; allowed for the task {config.task} is 1: train an encoder "
+            "once for each seed, each in a workdir of its own"
+        )
+    return tuple(range(config.seed, config.seed + count))
+
+
 class Split(Protocol):
     """One split of a dataset, in batches that are a function of (seed, epoch, step, process)."""
 

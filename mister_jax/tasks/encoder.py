@@ -57,8 +57,6 @@ class EncoderOptions:
     remat: str = "none"
 
     def __post_init__(self):
-        if not self.name:
-            raise ValueError("name is empty; allowed: a folder, or a name on the Hugging Face Hub")
         if self.full and self.quantize:
             raise ValueError("quantize keeps kernels as they are; full trains them: one of the two")
         check_dtypes(self)

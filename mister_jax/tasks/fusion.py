@@ -63,13 +63,27 @@ class FusionTask:
       config: of the experiment.
       class_names: C names.
       model: the model's sizes.
+      encoders: "speech" and "text" to what identifies the encoder that made the features, where
+        that is known; see `extract.encoder_of`.
     """
 
-    def __init__(self, config: ConfigDict, class_names: tuple[str, ...], model: MisterEConfig):
+    def __init__(
+        self,
+        config: ConfigDict,
+        class_names: tuple[str, ...],
+        model: MisterEConfig,
+        encoders: Mapping[str, Any] | None = None,
+    ):
         self.class_names = class_names
         self.model = model
+        self.encoders = dict(encoders or {})
         self._data = config.data
-        self._seed = config.seed
+        data_seed = config.data.get("seed")
+        self._data_seed = config.seed if data_seed is None else data_seed
+        if self._data_seed < 0:
+            raise InputError(
+                f"config.data.seed={data_seed}, config.seed={config.seed}; allowed: 0 or more"
+            )
         self._weights = from_config(losses.LossWeights, config.loss.weights, "config.loss.weights")
         self._gamma = config.loss.gamma
         self._temperature = config.loss.temperature
@@ -101,17 +115,24 @@ class FusionTask:
             speech_dim=train.speech_dim,
             text_dim=train.text_dim,
         )
-        return cls(config, train.class_names, model)
+        told = train.metadata
+        encoders = {name: told[name] for name in ("speech", "text") if name in told}
+        return cls(config, train.class_names, model, encoders)
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
         """The task of a work directory, from its config and its `description`."""
         fields = ConfigDict(description["model"])
         model = from_config(MisterEConfig, fields, "the workdir's model")
-        return cls(config, tuple(description["class_names"]), model)
+        encoders = description.get("encoders", {})
+        return cls(config, tuple(description["class_names"]), model, encoders)
 
     def description(self) -> dict[str, Any]:
-        return {"class_names": list(self.class_names), "model": dataclasses.asdict(self.model)}
+        return {
+            "class_names": list(self.class_names),
+            "model": dataclasses.asdict(self.model),
+            "encoders": self.encoders,
+        }
 
     def features(self, split: str, name: str | None = None) -> DialogueFeatures:
         """A split of the config's dataset, or of another with the same classes and widths.
@@ -146,7 +167,7 @@ class FusionTask:
         plan = BatchPlan(
             features.lengths, self._data.batch_size, self._data.num_buckets, num_shards
         )
-        return FeatureSplit(features, plan, self._seed, shuffle)
+        return FeatureSplit(features, plan, self._data_seed, shuffle)
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
         features = self.features(name)
@@ -156,7 +177,7 @@ class FusionTask:
 
     trainable = nnx.Param
     rules: Rules = ()
-    memory_remedy = "a smaller config.data.batch_size"
+    memory_remedy = "a smaller config.data.batch_size or config.num_seeds"
 
     def init(self, key: jax.Array) -> MisterE:
         return MisterE(self.model, rngs=nnx.Rngs(key))

@@ -38,7 +38,7 @@ class TextEncoderTask(EncoderTask):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The backbone's."""
-        return hub.load_processor(self.folder, self._shapes)
+        return hub.load_processor(self.folder, self._shapes.config)
 
     def encode(self, texts: Any) -> list[np.ndarray]:
         """Tokens of texts."""

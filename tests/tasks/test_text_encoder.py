@@ -16,7 +16,6 @@ from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, evaluate, missing_modality_study
-from mister_jax.nn.lora import QuantizedParam
 from mister_jax.optim import OptimizerConfig, optimizer
 from mister_jax.parallel import JitSpread, PmapSpread, Program, data_mesh
 from mister_jax.steps import initial_state, train_step
@@ -35,18 +34,9 @@ def tiny(folder, data_dir, kind="llama_3_2_1b", **changes):
     config.encoder.options.remat = "none"
     config.head.update({"feature_dim": 12, "dropout": 0.2})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_fraction": 0.0})
-    config.train.update({"epochs": 5, "log_every": 2})
+    config.train.update({"epochs": 6, "log_every": 2})
     config.update_from_flattened_dict(changes)
     return config
-
-
-def weights(tree):
-    """Arrays by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in leaves
-    }
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +48,13 @@ def tuned(llama_folder, spoken_dir, tmp_path_factory):
 
 
 def scores(workdir):
-    return [row["validation/weighted_f1"] for row in records(workdir) if "epoch" not in row
-            and "validation/weighted_f1" in row]  # fmt: skip
+    found = (row.get("validation/weighted_f1") for row in records(workdir))
+    return [score for score in found if score is not None]
 
 
 def test_low_rank_paths_and_head_learn(tuned):
     found = scores(tuned)
-    assert max(found) > max(0.9, found[0])
+    assert max(found) > max(0.95, found[1])
 
 
 def test_a_checkpoint_holds_what_was_trained_alone(tuned):
@@ -90,8 +80,247 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
     config = tiny(llama_folder, spoken_dir)
     monkeypatch.setattr(train_module._Loop, "_record", record)
     progress = train(config, tmp_path, quiet=True)
-    assert not progress.finished and progress.epoch == 1
+    assert not progress.finished and progress.epoch == 0  # in the middle of the first epoch
     monkeypatch.undo()
     assert train(config, tmp_path, quiet=True).finished
     assert_same_bits(latest(tmp_path), latest(tuned))
-    assert records(tmp_path) == records(tuned)
+    assert scores(tmp_path) == scores(tuned)
+
+
+def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tmp_path):
+    train(tiny(bert_folder, spoken_dir, "minilm_l6"), tmp_path, quiet=True)
+    found = scores(tmp_path)
+    assert max(found) > max(0.95, found[0])
+    predictor = Predictor(tmp_path)
+    assert not jax.tree.leaves(predictor.params["frozen"])
+    ours = predictor.params["trained"]["backbone"]
+    theirs = nnx.as_pure(nnx.state(hub.load_module(bert_folder), nnx.Param))
+    changed = jax.tree.map(
+        lambda one, other: (np.asarray(one) != np.asarray(other)).any(), ours, theirs
+    )
+    assert changed["token_embedding"]["embedding"]
+    assert changed["layers"]["layers"]["attention"]["query"]["kernel"]
+    assert changed["layers"]["layers"]["out_norm"]["scale"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tuned, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated")
+    for split in ("validation", "test"):
+        evaluate(tuned, split, output=output, quiet=True)
+    return output
+
+
+def test_evaluation_scores_what_has_text_and_a_label(tuned, evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "test"}
+    assert metrics["validation"]["weighted_f1"] == pytest.approx(max(scores(tuned)))
+    lines = (evaluated / "predictions.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "test"]
+    assert len(rows) == 6 * 4 - 2  # two have no text
+    assert sum(row["label"] is None for row in rows) == 2
+    assert metrics["test"]["utterances"] == 20
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert (evaluated / "confusion.png").exists()
+
+
+def test_an_encoder_has_no_modalities_to_miss(tuned):
+    with pytest.raises(InputError, match="a training of an encoder; needed: one of MiSTER-E"):
+        missing_modality_study(tuned, "test", drop_text=[0.5], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def task(llama_folder, spoken_dir):
+    """Dropout is on: devices and parts must agree on what is dropped, too."""
+    return TextEncoderTask.from_data(tiny(llama_folder, spoken_dir))
+
+
+@pytest.fixture(scope="module")
+def batch(task):
+    """Sixteen utterances; some rows are empty, and one part of four devices is."""
+    split = task.split("train", num_shards=16, shuffle=True)
+    batch = next(iter(split.batches()))
+    for name, fill in {"input_ids": 0, "mask": False, "weight": 0, "label": -1, "row": -1}.items():
+        batch[name][12:] = fill
+        batch[name][3] = fill
+    batch["weight"] = np.where(batch["weight"] > 0, 1 / (batch["weight"] > 0).sum(), 0)
+    batch["weight"] = batch["weight"].astype(np.float32)
+    return batch
+
+
+def test_utterances_without_a_label_or_text_are_left_out(task):
+    assert len(task.features("train").tokens) == 36 * 4 - 12
+    split = task.split("train", num_shards=8, shuffle=True)
+    batches = list(split.batches())
+    assert sum((batch["row"] >= 0).sum() for batch in batches) == 36 * 4 - 24
+    assert all((batch["label"][batch["row"] >= 0] >= 0).all() for batch in batches)
+    assert all(len(batch["row"]) % 8 == 0 for batch in batches)
+    assert {(len(batch["row"]), batch["mask"].shape[1]) for batch in batches} == set(split.shapes)
+
+
+def two_steps(spread, task, batch, accumulation=1):
+    """The trained arrays and the metrics after two steps."""
+    transformation = optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+    graph, state = initial_state(
+        task,
+        transformation,
+        seed=0,
+        trainable=task.trainable,
+        make=lambda key: task.load(key, spread),
+    )
+    before = jax.device_get(state["frozen"])
+    step = spread.program_of_step(train_step(task, graph, transformation, accumulation))
+    placed, rows = spread.put_state(state), spread.put_batch(batch)
+    with jax.default_matmul_precision("highest"):
+        for _ in range(2):
+            placed, metrics = step(placed, rows)
+    after = jax.device_get(spread.take_state(placed))
+    jax.tree.map(np.testing.assert_array_equal, after["frozen"], before)
+    return after["params"], jax.device_get(metrics)
+
+
+def assert_alike(ours, theirs):
+    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
+    for (path, value), other in zip(
+        jax.tree_util.tree_leaves_with_path(ours[0]), jax.tree.leaves(theirs[0]), strict=True
+    ):
+        np.testing.assert_allclose(value, other, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def alone(task, batch):
+    return two_steps(JitSpread(data_mesh(devices=jax.devices()[:1])), task, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "model_parallelism", "accumulation"),
+    [
+        ("data", 1, 1, 4),
+        ("data", 2, 1, 1),
+        ("fsdp", 8, 1, 2),
+        ("tensor", 2, 2, 1),
+        ("both", 8, 2, 1),
+        ("pmap", 8, 1, 2),
+    ],
+)
+def test_devices_and_parts_do_not_change_a_step(
+    task, batch, alone, kind, count, model_parallelism, accumulation
+):
+    devices = jax.devices()[:count]
+    if kind == "pmap":
+        spread = PmapSpread(devices)
+    else:
+        rules = () if kind == "data" else task.rules
+        spread = JitSpread(data_mesh(model_parallelism, devices), rules)
+    assert_alike(two_steps(spread, task, batch, accumulation), alone)
+
+
+def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir, batch, alone):
+    config = tiny(llama_folder, spoken_dir, **{"encoder.options.quantize": True})
+    task = TextEncoderTask.from_data(config)
+    _, metrics = two_steps(JitSpread(data_mesh(2), task.rules), task, batch)
+    assert metrics["loss"] == pytest.approx(alone[1]["loss"], rel=0.05)
+    assert metrics["loss"] != alone[1]["loss"]
+    made = nnx.eval_shape(lambda: task.init(jax.random.key(0)))
+    loaded = task.load(jax.random.key(0), JitSpread(data_mesh(), task.rules))
+    assert nnx.graphdef(made) == nnx.graphdef(loaded)
+    assert loaded.backbone.layers.layers.attention.query.kernel.dtype == np.int8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder.options.max_tokens": 2}, "max_tokens=2; allowed: 3 or more"),
+        ({"encoder.options.max_tokens": 21}, "max_tokens=21; allowed: at most 20"),
+        ({"encoder.options.name": ""}, "an empty name; allowed: a folder"),
+        ({"encoder.options.dtype": "int8"}, "dtype='int8': allowed are float32, bfloat16"),
+        ({"encoder.options.remat": "some"}, "remat 'some'; allowed: none, full, dots"),
+        ({"encoder.options.quantize": True}, "one of the two"),
+        ({"encoder.options.full": False, "encoder.lora.rank": 0}, "rank=0"),
+        (
+            {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},
+            r"LoRA targets \['wise'\]: no such layers; allowed are .*'query'",
+        ),
+        ({"head.pooling": "max"}, "'max': allowed are statistics, mean, last"),
+        ({"loss.gamma": -1.0}, "gamma=-1.0"),
+        ({"data.batch_size": 0}, "batch_size 0"),
+        ({"train.accumulation": 0}, "accumulation"),
+        ({"data.name": "manifest/written"}, "no dataset 'manifest/written'"),
+    ],
+)
+def test_a_config_that_cannot_be_used_says_so(bert_folder, spoken_dir, tmp_path, changes, message):
+    config = tiny(bert_folder, spoken_dir, "minilm_l6", **changes)
+    with pytest.raises(InputError, match=message) as error:
+        train(config, tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def other_weights(folder, llama_folder):
+    save(folder, Checkpoint.open(llama_folder))
+
+
+def lost_shard(folder, _):
+    save(folder, Checkpoint.open(folder), max_shard_size=3000)
+    next(folder.glob("model-00002-*")).unlink()
+
+
+def cut_short(folder, _):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_tokenizer(folder, _):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {f"word{number}": number for number in range(99, 120)}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_weights, "missing: embeddings.* surplus"),
+        (lost_shard, "1 of .* shards missing"),
+        (cut_short, "cut short"),
+        (other_tokenizer, "does not belong to the model: .* up to 119; allowed are those below"),
+    ],
+)
+def test_a_backbone_that_cannot_be_used_is_named(
+    bert_folder, llama_folder, spoken_dir, tmp_path, damage, message
+):
+    folder = shutil.copytree(bert_folder, tmp_path / "copy")
+    damage(folder, llama_folder)
+    with pytest.raises(InputError, match=f"{folder}.*{message}") as error:
+        train(tiny(folder, spoken_dir, "minilm_l6"), tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
+    utterances = task.features("validation")
+    monkeypatch.setattr(task, "features", lambda _: utterances.take(np.arange(0)))
+    with pytest.raises(InputError, match="spoken, split validation: no utterance"):
+        task.split("validation", num_shards=1, shuffle=False)
+
+
+@pytest.mark.parametrize("place", ["compile", "__call__"])
+def test_a_lack_of_memory_names_the_batch_and_the_remedies(
+    llama_folder, spoken_dir, tmp_path, monkeypatch, place
+):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nHm"
+        )
+
+    monkeypatch.setattr(Program, "compile", lambda *_: None)
+    monkeypatch.setattr(Program, place, fail)
+    with pytest.raises(
+        InputError, match="out of memory with batches of up to 16 x 7 on 8"
+    ) as error:
+        train(tiny(llama_folder, spoken_dir), tmp_path, quiet=True)
+    message = str(error.value)
+    for part in ("batch_size", "accumulation", "remat", "allocating 7 bytes", str(tmp_path)):
+        assert part in message
+    assert "\n" not in message

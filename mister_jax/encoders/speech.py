@@ -1,0 +1,206 @@
+"""Speech encoders by one call: from where their files are to clips in, hidden states out.
+
+A folder as the Hugging Face libraries write it holds an encoder whole. SALMONN comes in four
+checkpoints, its own and those of Whisper, BEATs and Vicuna. An LLM that hears hears every clip in
+the same prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from mister_jax import parallel
+from mister_jax.convert import salmonn as salmonn_checkpoints
+from mister_jax.convert.safetensors import Checkpoint
+from mister_jax.encoders import hub, salmonn
+from mister_jax.encoders.audio_prompt import PromptedSpeech
+from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
+from mister_jax.errors import InputError
+
+SALMONN = "salmonn"
+"""The `model_type` of a description of SALMONN."""
+
+PROMPT_TOKENS = "prompt_tokens"
+"""What a description holds besides, of an LLM."""
+
+_SALMONN_PROMPT = "Describe the emotion of the speaker."
+_QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
+_HEAD_WIDTH = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechFiles:
+    """Where the files of a speech encoder are.
+
+    Attributes:
+      name: a folder, or a name on the Hugging Face Hub; of SALMONN the checkpoint of what it has
+        learned, see `Checkpoint.open`.
+      whisper: of SALMONN alone, as are the following: folder of Whisper.
+      beats: checkpoint of BEATs, a file as released or a folder; there its `cfg` is in config.json.
+      vicuna: folder of Vicuna, with its tokenizer.
+    """
+
+    name: str
+    whisper: str = ""
+    beats: str = ""
+    vicuna: str = ""
+
+    def __post_init__(self):
+        given = [bool(part) for part in (self.whisper, self.beats, self.vicuna)]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"whisper {self.whisper!r}, beats {self.beats!r}, vicuna {self.vicuna!r}; allowed: "
+                "all of them (SALMONN), or none"
+            )
+
+    @property
+    def is_salmonn(self) -> bool:
+        """The encoder comes in four checkpoints."""
+        return bool(self.vicuna)
+
+    def fingerprint(self) -> str:
+        """See `hub.fingerprint`."""
+        if self.is_salmonn:
+            return hub.fingerprint(self.name, self.whisper, self.beats, self.vicuna)
+        return hub.fingerprint(hub.fetch(self.name))
+
+
+def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
+    """What a speech encoder is: JSON values, from which `make` makes it without its files.
+
+    Args:
+      files: where they are.
+      prompt: of an LLM: what it is asked about every clip; its usual question if empty.
+
+    Raises:
+      InputError: files that cannot be read, an encoder of text, or a prompt it has no use for.
+    """
+    if files.is_salmonn:
+        described = _describe_salmonn(files)
+        config = SalmonnConfig.from_parts(described)
+        tokenizer = hub.load_processor(files.vicuna, config.decoder)
+        asked = prompt or _SALMONN_PROMPT
+        return described | {PROMPT_TOKENS: salmonn.prompt_tokens(tokenizer, asked, config)}
+    folder = hub.fetch(files.name)
+    described = hub.read_config(folder)
+    architecture = hub.architecture_of(described, folder / hub.CONFIG)
+    if architecture.modality != "speech":
+        raise InputError(
+            f"{files.name}: model_type {described['model_type']!r} encodes text; needed: speech"
+        )
+    if architecture.prompt_tokens is None:
+        if prompt:
+            raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
+        return described
+    config = architecture.config.from_huggingface(described)
+    tokenizer = hub.load_processor(folder, config)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = architecture.prompt_tokens(tokenizer, prompt or architecture.prompt, config)
+    return described | {PROMPT_TOKENS: tokens}
+
+
+def is_llm(described: Mapping[str, Any]) -> bool:
+    """A language model is part of what `describe` described."""
+    return PROMPT_TOKENS in described
+
+
+def make(
+    described: Mapping[str, Any], *, rngs: nnx.Rngs, whole: bool = False, **changes: Any
+) -> nnx.Module:
+    """A speech encoder with random parameters; may be traced, reads no file.
+
+    Args:
+      described: of `describe`.
+      rngs: for the parameters.
+      whole: see `PromptedSpeech`; of an LLM alone.
+      **changes: further fields of the architecture's config.
+
+    Returns:
+      Called with clips [B, S] and lengths [B], it gives hidden states and which of them to read.
+    """
+    if described.get("model_type") == SALMONN:
+        module: nnx.Module = Salmonn(SalmonnConfig.from_parts(described, **changes), rngs=rngs)
+    else:
+        module = hub.make(described, rngs=rngs, **changes)
+    return _prompted(module, described, whole)
+
+
+def load(
+    files: SpeechFiles,
+    described: Mapping[str, Any],
+    *,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    whole: bool = False,
+    **changes: Any,
+) -> nnx.Module:
+    """The speech encoder that `make` makes, with its weights.
+
+    Args:
+      files: where they are.
+      described: of `describe`.
+      mesh: to place the parameters on; by default the first device.
+      seed: of low-rank paths that no checkpoint holds.
+      whole: see `make`.
+      **changes: likewise.
+
+    Raises:
+      InputError: weights that do not belong to it.
+    """
+    if not files.is_salmonn:
+        module = hub.load_module(hub.fetch(files.name), mesh=mesh, seed=seed, **changes)
+        return _prompted(module, described, whole)
+    config = SalmonnConfig.from_parts(described, **changes)
+    shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
+    params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))
+    shardings = None if mesh is None else parallel.shardings(params, mesh, hub.RULES)
+    module = salmonn_checkpoints.load(
+        shapes,
+        whisper=Checkpoint.open(files.whisper),
+        beats=Checkpoint.open(files.beats),
+        vicuna=Checkpoint.open(files.vicuna),
+        salmonn=Checkpoint.open(files.name),
+        shardings=shardings,
+    )
+    return _prompted(module, described, whole)
+
+
+def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
+    """What `SalmonnConfig.from_parts` reads."""
+    beats, learned = Checkpoint.open(files.beats), Checkpoint.open(files.name)
+    cfg = beats.metadata.get("cfg") or hub.read_config(beats.path.parent)
+
+    def shape(name: str) -> tuple[int, ...]:
+        name = f"{salmonn_checkpoints.PREFIX}{name}"
+        if name not in learned:
+            raise InputError(f"{files.name}: not a checkpoint of SALMONN: it has no tensor {name}")
+        return tuple(learned[name].shape)
+
+    _, num_queries, width = shape("speech_query_tokens")
+    layers = {match[1] for name in learned if (match := re.search(_QFORMER_LAYER, name))}
+    hidden = shape("speech_Qformer.bert.encoder.layer.0.intermediate_query.dense.weight")
+    return {
+        "model_type": SALMONN,
+        "whisper": hub.read_config(files.whisper),
+        "beats": dict(cfg),
+        "vicuna": hub.read_config(files.vicuna),
+        "qformer": {
+            "width": width,
+            "num_layers": len(layers),
+            "num_heads": max(1, width // _HEAD_WIDTH),
+            "hidden_width": hidden[0],
+            "num_queries": num_queries,
+        },
+    }
+
+
+def _prompted(module: nnx.Module, described: Mapping[str, Any], whole: bool) -> nnx.Module:
+    if not is_llm(described):
+        return module
+    return PromptedSpeech(module, described[PROMPT_TOKENS], whole=whole)

@@ -1,0 +1,30 @@
+"""From a dataset of dialogues to one of features: the stage between the two trainings.
+
+`encoders` are what reads utterances, `features` runs one over many of them, `dataset` writes
+datasets that stage 2 trains on and joins those of two modalities.
+"""
+
+from mister_jax.extract.dataset import extract, merge
+from mister_jax.extract.encoders import (
+    Encoder,
+    PretrainedSpeech,
+    PretrainedText,
+    ProsodyEncoder,
+    TunedEncoder,
+    encoder_of,
+    open_encoder,
+)
+from mister_jax.extract.features import features_of
+
+__all__ = [
+    "Encoder",
+    "PretrainedSpeech",
+    "PretrainedText",
+    "ProsodyEncoder",
+    "TunedEncoder",
+    "encoder_of",
+    "extract",
+    "features_of",
+    "merge",
+    "open_encoder",
+]

@@ -1,0 +1,183 @@
+"""Features of many utterances: sorted by length, in batches of a budget, kept as they are made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mister_jax.data.pipeline import prefetch_to_device
+from mister_jax.errors import InputError
+from mister_jax.extract.encoders import Encoder
+from mister_jax.parallel import enough_memory
+from mister_jax.writers import Reporter
+
+_PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
+
+
+def features_of(
+    encoder: Encoder, utterances: Sequence[Any], *, budget: int | None = None, quiet: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of utterances in memory.
+
+    Args:
+      encoder: of them.
+      utterances: N texts, or clips [s] int16 of `SAMPLE_RATE`, of any length.
+      budget: tokens or seconds of audio in a batch on each device, padding counted; the input's by
+        default.
+      quiet: show no progress.
+
+    Returns:
+      Features [N, F] float32, zero where nothing is present; and presence [N] bool. An empty text,
+      and a clip that is silent or shorter than a frame, are not present.
+
+    Raises:
+      InputError: no utterance is present, so F is not known; a batch that does not fit into the
+        devices' memory.
+    """
+    items = encoder.input.items(utterances)
+    present = np.array([len(item) > 0 for item in items], bool)
+    if not present.any():
+        raise InputError(f"{len(items)} utterances: none has {encoder.modality}; needed: one")
+    budget = encoder.input.budget if budget is None else budget
+    with Reporter(int(present.sum()), unit="utterances", quiet=quiet) as reporter:
+        there = [item for item in items if len(item)]
+        found = encode_items(encoder, there, budget, reporter)
+    features = np.zeros((len(items), found.shape[1]), np.float32)
+    features[present] = found
+    return features, present
+
+
+def encode_items(
+    encoder: Encoder,
+    items: Sequence[np.ndarray],
+    budget: int,
+    reporter: Reporter,
+    parts: epath.Path | None = None,
+) -> np.ndarray:
+    """Features [N, F] of items, none empty.
+
+    Args:
+      encoder: of the items.
+      items: N >= 1 of the encoder's input.
+      budget: units in a batch on each device, padding counted.
+      reporter: advances by utterances.
+      parts: a folder where features are kept as soon as they are made, and found again.
+
+    Raises:
+      InputError: the folder cannot be written, or a batch does not fit into the devices' memory.
+    """
+    # Long ones first: what does not fit into memory fails at once.
+    order = np.argsort(-encoder.input.lengths(items), kind="stable")
+    done: list[np.ndarray] = []
+    if parts is not None:
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{parts.parent}: cannot be written ({error.strerror})") from error
+    for number, start in enumerate(range(0, len(order), _PART)):
+        rows = order[start : start + _PART]
+        path = None if parts is None else parts / f"{number:05d}.npy"
+        if path is not None and path.exists():
+            with path.open("rb") as file:
+                done.append(np.load(file))
+            reporter.advance("resumed", amount=len(rows))
+            continue
+        done.append(_encode_part(encoder, [items[row] for row in rows], budget, reporter))
+        if path is not None and jax.process_index() == 0:
+            partial = path.with_name(f"{path.name}.partial")
+            with partial.open("wb") as file:
+                np.save(file, done[-1])
+            partial.rename(path)
+    sorted_features = np.concatenate(done)
+    features = np.empty_like(sorted_features)
+    features[order] = sorted_features
+    return features
+
+
+def _encode_part(
+    encoder: Encoder, items: Sequence[np.ndarray], budget: int, reporter: Reporter
+) -> np.ndarray:
+    """Features [N, F] of items that are sorted by length, longest first."""
+    source = encoder.input
+    lengths = source.lengths(items)
+    planned = list(
+        plan(
+            lengths,
+            budget * source.scale,
+            steps=source.steps,
+            longest=source.longest,
+            num_shards=encoder.spread.num_shards,
+        )
+    )
+    nothing = items[0][:0]
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for rows, length in planned:
+            there = np.split(rows, jax.process_count())[jax.process_index()]
+            batch = source.batch([items[row] if row >= 0 else nothing for row in there], length)
+            yield {**batch, "row": there}
+
+    features: np.ndarray | None = None
+    began, read = time.perf_counter(), 0.0
+    placed = prefetch_to_device(batches(), encoder.spread.put_batch)
+    # A batch is computed while the one before it is fetched.
+    pending: list[tuple[np.ndarray, jax.Array]] = []
+
+    def take() -> None:
+        nonlocal features, read
+        rows, found = pending.pop(0)
+        values = np.asarray(jax.device_get(found))
+        if features is None:
+            features = np.zeros((len(items), values.shape[1]), np.float32)
+        kept = rows >= 0
+        features[rows[kept]] = values[kept]
+        read += source.amount([items[row] for row in rows[kept]])
+        rate = read / (time.perf_counter() - began)
+        reporter.advance(f"{rate:,.0f} {source.unit}/s", amount=int(kept.sum()))
+
+    rows, length = planned[0]
+    size = f"{len(rows)} x {length / source.scale:g} {source.unit}"
+    work = f"batches of {size} on {jax.device_count()} devices"
+    with enough_memory("extraction", work, "a smaller --budget, or --dtype=bfloat16"):
+        for (rows, _), batch in zip(planned, placed, strict=True):
+            pending.append((rows, encoder(batch)))
+            if len(pending) == 2:
+                take()
+        while pending:
+            take()
+    assert features is not None
+    return features
+
+
+def plan(
+    lengths: np.ndarray, budget: int, *, steps: Sequence[int], longest: int, num_shards: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of items that are sorted, longest first.
+
+    Args:
+      lengths: [N] of each, descending.
+      budget: sum of lengths on each device, padding counted; a longer item goes alone.
+      steps: ascending lengths that items are padded to.
+      longest: no item is longer, and none is padded beyond it.
+      num_shards: parts a batch is cut into.
+
+    Yields:
+      Rows [B], -1 for an empty one, and the padded length. All batches of one length have one B.
+    """
+    start = 0
+    while start < len(lengths):
+        most = int(lengths[start])
+        padded = min(next((step for step in steps if step >= most), longest), longest)
+        size = max(1, budget // padded) * num_shards
+        below = max((step for step in steps if step < most), default=0)
+        # What fits a shorter step waits for it.
+        end = min(start + size, start + int(np.sum(lengths[start:] > below)))
+        rows = np.full(size, -1, np.int32)
+        rows[: end - start] = np.arange(start, end)
+        yield rows, padded
+        start = end

@@ -1,0 +1,138 @@
+"""What encoders of text and of speech read: how utterances become items, and items batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from mister_jax import data
+from mister_jax.data.clips import UNIT, is_heard, load_clips, pad_clips
+from mister_jax.data.utterances import Encode, load_tokens, pad_tokens
+
+TOKEN_BUDGET = 4096
+SECONDS_BUDGET = 120
+
+# Lengths are rounded up to these steps: what is short pads little, and programs are few.
+_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_TENTHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300)
+
+
+class Utterances(NamedTuple):
+    """Those of a split that have the modality, in the order of the dataset."""
+
+    ids: np.ndarray
+    """[N] str."""
+    items: Sequence[np.ndarray]
+    """N arrays, none empty."""
+
+
+class Input(Protocol):
+    """How utterances of a modality are read. An item is an array, a batch is made of some."""
+
+    modality: str
+    """The field of a dataset of features."""
+    unit: str
+    """What budgets and speeds are counted in."""
+    budget: int
+    """Units in a batch on each device, padding counted, that are a good choice on most."""
+    scale: int
+    """Steps of length in a unit."""
+    steps: tuple[int, ...]
+    """Lengths that batches are padded to; the longest is one, too."""
+    longest: int
+    """Length of the longest item."""
+
+    def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+        """The utterances of a split of a dataset of dialogues."""
+
+    def items(self, utterances: Sequence[Any]) -> list[np.ndarray]:
+        """Items of utterances in memory; an empty one where there is nothing to read."""
+
+    def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        """[N] int, in steps."""
+
+    def amount(self, items: Sequence[np.ndarray]) -> float:
+        """Units in items."""
+
+    def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Items, some empty, padded to so many steps."""
+
+
+class TextInput:
+    """Texts as tokens.
+
+    Args:
+      encode: from texts to token ids of each.
+      max_tokens: of a text.
+    """
+
+    modality, unit, budget, scale, steps = "text", "tokens", TOKEN_BUDGET, 1, _TOKENS
+
+    def __init__(self, encode: Encode, max_tokens: int):
+        self.encode = encode
+        self.longest = max_tokens
+
+    def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+        found = load_tokens(dataset, split, data_dir, self.encode)
+        return Utterances(found.utterance_ids, found.tokens)
+
+    def items(self, utterances: Sequence[str]) -> list[np.ndarray]:
+        items = [np.zeros(0, np.int32)] * len(utterances)
+        there = [row for row, text in enumerate(utterances) if text.strip()]
+        encoded = self.encode([utterances[row] for row in there])
+        for row, tokens in zip(there, encoded, strict=True):
+            items[row] = tokens
+        return items
+
+    def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([len(tokens) for tokens in items], int)
+
+    def amount(self, items: Sequence[np.ndarray]) -> float:
+        return sum(map(len, items))
+
+    def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+        ids, mask = pad_tokens(items, length)
+        return {"input_ids": ids, "mask": mask}
+
+
+class SpeechInput:
+    """Clips, cut at their end.
+
+    Args:
+      max_seconds: of a clip.
+      whole: each clip costs as much as the longest, so all are padded to it.
+    """
+
+    modality, unit, budget, scale = "speech", "s of audio", SECONDS_BUDGET, 10
+
+    def __init__(self, max_seconds: float, *, whole: bool = False):
+        self._most = round(max_seconds * data.SAMPLE_RATE)
+        self.longest = -(-self._most // UNIT)
+        self.steps: tuple[int, ...] = () if whole else _TENTHS
+
+    def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+        found = load_clips(dataset, split, data_dir)
+        return Utterances(found.utterance_ids, self._cut(found.clips))
+
+    def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
+        for clip in utterances:
+            if clip.ndim != 1 or clip.dtype != np.int16:
+                raise ValueError(f"a clip of {clip.shape} {clip.dtype}; needed: [s] int16")
+        nothing = np.zeros(0, np.int16)
+        return [clip if is_heard(clip) else nothing for clip in self._cut(utterances)]
+
+    def _cut(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [clip[: self._most] for clip in clips]
+
+    def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([-(-len(clip) // UNIT) for clip in items], int)
+
+    def amount(self, items: Sequence[np.ndarray]) -> float:
+        return sum(map(len, items)) / data.SAMPLE_RATE
+
+    def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+        waveform, lengths = pad_clips(list(items), length * UNIT)
+        return {"waveform": waveform, "lengths": lengths}

@@ -1,0 +1,436 @@
+"""The report of an evaluation: its numbers, what it leaves out, and that a browser can work it."""
+
+import dataclasses
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from mister_jax import data, metrics
+from mister_jax.data.utterances import UtteranceTokens
+from mister_jax.evaluate import scores
+from mister_jax.report import Evaluated, Experiment, report_html, utterance_texts, write_report
+from mister_jax.report.page import dialogue_data, embedded_json
+from mister_jax.report.summary import Bootstrap, calibration, gate_rows, systems
+
+CLASSES = ("anger", "joy", "neutral")
+EXPERIMENT = Experiment(
+    name="run <1>", config={"task": "fusion", "data": {"name": "tiny", "data_dir": "/x"}}, epochs=(3,)
+)
+NASTY = "</script><script>document.title = 'broken'</script><!--<script>& \u2028"
+
+
+def made_up(num_dialogues=8, seed=0, unlabelled=0.1, length=6):
+    """A split, and predictions that are right more often than not."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, length, num_dialogues)
+    total = int(lengths.sum())
+    label = np.where(random.random(total) < unlabelled, -1, random.integers(3, size=total))
+    speech_present = random.random(total) < 0.8
+    features = data.DialogueFeatures(
+        name="tiny",
+        split="test",
+        class_names=CLASSES,
+        dialogue_ids=tuple(f"d{index}" for index in range(num_dialogues)),
+        lengths=lengths,
+        utterance_ids=np.array([f"u{index}" for index in range(total)]),
+        speech=np.zeros((total, 1), np.float32),
+        text=np.zeros((total, 1), np.float32),
+        speech_present=speech_present,
+        text_present=np.ones(total, bool),
+        label=label.astype(np.int32),
+        metadata={"reference_scores": {"bayes": {"weighted_f1": 0.9, "accuracy": 0.91}}},
+    )
+    logits = random.normal(size=(total, 3)) + 2 * np.eye(3)[label] * (label >= 0)[:, None]
+    present = np.stack([speech_present, np.ones(total, bool), np.ones(total, bool)], axis=-1)
+    gate = random.random((total, 3)) * present
+    choices = np.where(random.random((total, 3)) < 0.6, label[:, None] % 3, 1)
+    predictions = {
+        "probabilities": np.exp(logits) / np.exp(logits).sum(-1, keepdims=True),
+        "gate": gate / gate.sum(-1, keepdims=True),
+        "expert_choices": choices,
+        "expert_present": present,
+    }
+    return features, predictions
+
+
+def page_of(features, predictions, **options):
+    evaluated = Evaluated.of(features, predictions)
+    return report_html(evaluated, scores(features, predictions), EXPERIMENT, **options)
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, links to elsewhere, and the rows of tables of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.addresses, self.rows, self.scripts = set(), [], {}, 0
+        self._table, self._row, self._cell = None, None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.scripts += tag == "script"
+        if "id" in attributes:
+            assert attributes["id"] not in self.ids
+            self.ids.add(attributes["id"])
+        self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag == "table":
+            self._table = self.rows.setdefault(attributes.get("class"), [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, text):
+        if self._cell:
+            self._table[-1][-1] += f"{text} "
+
+
+def embedded(text):
+    found = re.findall(r'<script type="application/json" id="report-data">(.*?)</script>', text)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def test_scores_in_the_page_are_those_of_the_metrics():
+    features, predictions = made_up()
+    expected = scores(features, predictions)
+    rows = {row[0].strip(): row[1:] for row in Page(page_of(features, predictions)).rows["systems"]}
+    assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
+    assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
+    assert rows["bayes (reference)"][0].startswith("0.900")
+    for name, own in expected["experts"].items():
+        assert rows[f"{name} alone"][0].startswith(f"{own['weighted_f1']:.3f}")
+        assert rows[f"{name} alone"][-1].strip() == str(own["utterances"])
+
+
+def test_classes_confusion_and_calibration_are_those_of_the_metrics():
+    features, predictions = made_up()
+    expected = scores(features, predictions)
+    text = page_of(features, predictions)
+    tables = Page(text).rows
+    for row, name, counts in zip(
+        tables["classes"][1:], CLASSES, expected["confusion"], strict=True
+    ):
+        own = expected["per_class"][name]
+        assert row[:2] == [f"{name} ", f"{own['support']} "]
+        for cell, key in zip(row[2:5], ("precision", "recall", "f1"), strict=True):
+            assert cell.startswith(f"{own[key]:.3f}")
+        (cells,) = (line for line in tables["confusion"][1:] if line[0].strip() == name)
+        assert [int(cell.split()[0]) for cell in cells[1:-1]] == counts
+    assert f"<strong>{expected['calibration_error']:.3f}</strong>" in text
+
+
+def test_intervals_hold_the_score_shrink_with_data_and_repeat():
+    widths = []
+    for count in (10, 40, 160):
+        features, predictions = made_up(count)
+        evaluated = Evaluated.of(features, predictions)
+        first, again = (systems(evaluated, Bootstrap(evaluated), {})[0].scores for _ in range(2))
+        assert first == again
+        for score in first.values():
+            assert score.low <= score.value <= score.high
+        widths.append(first["weighted_f1"].high - first["weighted_f1"].low)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 2 * widths[-1] > 0
+
+
+def test_dialogues_are_drawn_whole():
+    """Twins of an utterance within its dialogue tell nothing new; more dialogues would."""
+    features, predictions = made_up(30, unlabelled=0)
+    rows = np.repeat(np.arange(len(features.label)), 4)
+    twins = dataclasses.replace(
+        features,
+        lengths=features.lengths * 4,
+        utterance_ids=np.array([f"t{index}" for index in range(len(rows))]),
+        **{
+            field: getattr(features, field)[rows]
+            for field in ("speech", "text", "speech_present", "text_present", "label")
+        },
+    )
+    taken = {name: values[rows] for name, values in predictions.items()}
+    found = []
+    for split, predicted in ((features, predictions), (twins, taken)):
+        evaluated = Evaluated.of(split, predicted)
+        found.append(systems(evaluated, Bootstrap(evaluated), {})[0].scores)
+    for one, four in zip(found[0].values(), found[1].values(), strict=True):
+        assert (one.low, one.high) == pytest.approx((four.low, four.high))
+
+
+def test_one_dialogue_has_no_interval():
+    features, predictions = made_up(1, unlabelled=0)
+    text = page_of(features, predictions)
+    assert "There is one labelled dialogue" in text
+    assert 'class="interval"' not in text and "nan" not in Page(text).rows["systems"][1][1]
+
+
+def test_differences_are_on_the_utterances_that_an_expert_saw():
+    features, predictions = made_up()
+    evaluated = Evaluated.of(features, predictions)
+    found = {system.name: system for system in systems(evaluated, Bootstrap(evaluated), {})}
+    seen = evaluated.labelled & features.speech_present
+    ours, theirs = (
+        metrics.confusion_scores(
+            np.bincount(evaluated.label[seen] * 3 + chosen[seen], minlength=9).reshape(3, 3)
+        )["weighted_f1"]
+        for chosen in (evaluated.votes[:, 0], evaluated.predicted)
+    )
+    assert found["speech"].utterances == seen.sum() < evaluated.labelled.sum()
+    assert found["speech"].difference.value == pytest.approx(ours - theirs)
+
+
+def test_calibration_of_the_report_has_intervals():
+    features, predictions = made_up(20)
+    evaluated = Evaluated.of(features, predictions)
+    error, bins = calibration(evaluated, Bootstrap(evaluated))
+    assert error == scores(features, predictions)["calibration_error"]
+    assert sum(part.count for part in bins) == evaluated.labelled.sum()
+    for part in bins:
+        assert part.low <= part.confidence <= part.high
+        assert part.accuracy.low <= part.accuracy.value <= part.accuracy.high
+
+
+def test_mean_gate_is_split_by_class_and_by_outcome():
+    features, predictions = made_up()
+    evaluated = Evaluated.of(features, predictions)
+    rows = gate_rows(evaluated)
+    assert sum(count for name, _, count, _ in rows if name) == evaluated.labelled.sum()
+    chosen = (evaluated.label == 1) & (evaluated.predicted == 1)
+    (gate,) = (gate for name, outcome, _, gate in rows if (name, outcome) == ("joy", "right"))
+    np.testing.assert_allclose(gate, predictions["gate"][chosen].mean(0))
+
+
+def test_page_needs_nothing_from_elsewhere():
+    text = page_of(*made_up())
+    page = Page(text)
+    assert page.addresses and all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= page.ids
+    assert (
+        "@import" not in text
+        and "url(" not in text
+        and "http" not in text.replace("http-equiv", "")
+    )
+    assert page.scripts == 2
+
+
+def test_texts_and_ids_cannot_break_out():
+    features, predictions = made_up()
+    features = dataclasses.replace(
+        features,
+        class_names=("anger", "joy", "<b>&"),
+        dialogue_ids=(NASTY, *features.dialogue_ids[1:]),
+    )
+    text = page_of(features, predictions, texts={"u0": NASTY})
+    page = Page(text)
+    assert page.scripts == 2
+    found = embedded(text)
+    assert found["texts"][0] == found["dialogues"][0] == NASTY
+    assert "&lt;b&gt;&amp;" in text and "<b>" not in text
+    assert "run &lt;1&gt;" in text and "/x" not in text
+
+
+def test_embedded_json_has_no_markup():
+    text = embedded_json({NASTY: NASTY})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {NASTY: NASTY}
+
+
+def test_large_splits_stay_small():
+    features, predictions = made_up(1300, length=20)
+    evaluated = Evaluated.of(features, predictions)
+    size = len(embedded_json(dialogue_data(evaluated, {})))
+    assert len(features.label) > 12_000
+    assert size < 60 * len(features.label)
+
+
+def without_gate(kind, predictions):
+    present = predictions["expert_present"]
+    if kind == "mean":
+        return {**predictions, "gate": present / present.sum(-1, keepdims=True)}
+    if kind == "one expert":
+        only = np.array([False, True, False]) & np.ones_like(present)
+        return {**predictions, "gate": only.astype(float), "expert_present": only}
+    return {"probabilities": predictions["probabilities"]}
+
+
+@pytest.mark.parametrize("kind", ["mean", "one expert", "probabilities"])
+def test_what_a_model_does_not_have_is_left_out(kind):
+    features, predictions = made_up()
+    text = page_of(features, without_gate(kind, predictions))
+    page = Page(text)
+    votes = kind == "mean"
+    assert "gate" not in page.ids and "gates" not in page.rows
+    assert ("missing" in page.ids) == votes
+    assert ("alone" in text.partition("<section")[2].partition("<noscript>")[0]) == votes
+    found = embedded(text)
+    assert found["gate"] is None
+    assert found["experts"] == (["speech", "text", "fusion"] if votes else [])
+    assert {"scores", "classes", "confusion", "calibration", "dialogues"} <= page.ids
+
+
+def test_a_split_without_labels_still_shows_its_dialogues():
+    features, predictions = made_up(unlabelled=1.1)
+    page = Page(report_html(Evaluated.of(features, predictions), {}, EXPERIMENT))
+    assert "dialogues" in page.ids
+    assert not {"scores", "confusion", "calibration", "gate"} & page.ids
+
+
+def test_single_utterances_are_shown_in_their_dialogues():
+    tokens = UtteranceTokens(
+        name="tiny",
+        split="test",
+        class_names=CLASSES,
+        dialogue_ids=("b", "b", "a", "b"),
+        utterance_ids=np.array(["b0", "b1", "a0", "b2"]),
+        tokens=(np.zeros(1, np.int32),) * 4,
+        label=np.array([0, 1, 2, -1], np.int32),
+    )
+    evaluated = Evaluated.of(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})
+    assert Bootstrap(evaluated).dialogues.tolist() == [0, 1]
+    found = dialogue_data(evaluated, {})
+    assert found["dialogues"] == ["b", "a"] and found["offsets"] == [0, 3, 4]
+    assert found["utterances"] == ["b0", "b1", "b2", "a0"]
+    assert found["predicted"] == [0, 1, 2, 1]
+
+
+def test_texts_of_a_dataset_that_is_not_there_are_left_out(tmp_path):
+    features, _ = made_up()
+    assert utterance_texts(features, tmp_path) == {}
+    features.metadata["text"] = {"dataset": "elsewhere/text"}
+    assert utterance_texts(features, tmp_path) == {}
+
+
+STUDY = {
+    "split": "test",
+    "complete": 0.6,
+    "points": [
+        {"drop_speech": 0.5, "drop_text": 0.0, "weighted_f1": 0.5, "deviation": 0.01},
+        {"drop_speech": 0.0, "drop_text": 0.5, "weighted_f1": 0.3, "deviation": 0.02},
+        {"drop_speech": 0.2, "drop_text": 0.2, "weighted_f1": 0.45, "deviation": 0.0},
+    ],
+}
+
+
+def test_missing_modality_curve_is_there_when_it_was_measured(tmp_path):
+    features, predictions = made_up()
+    found = scores(features, predictions)
+    without = write_report(tmp_path, features, predictions, found, EXPERIMENT).read_text()
+    assert "--drop_speech=" in without
+    (tmp_path / "missing_modality.json").write_text(json.dumps(STUDY))
+    path = write_report(tmp_path, features, predictions, found, EXPERIMENT)
+    assert path.name == "report.html" and "--drop_speech=" not in path.read_text()
+    assert "0.450 ± 0.000" in path.read_text()
+    other = page_of(features, predictions, study={**STUDY, "split": "validation"})
+    assert "--drop_speech=" in other
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+WALK = """
+const out = {errors: window.failures, seen: []};
+const find = (id) => document.getElementById(id);
+const turns = () => document.querySelectorAll("#turns > li");
+const press = (key, target) => target.dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+const note = (what) => out.seen.push(
+  [what, find("choice").selectedIndex, turns().length, find("position").textContent]);
+note("start");
+out.text = document.querySelector("#turns .said").textContent;
+out.title = document.title;
+find("next").click(); note("next");
+find("previous").click(); note("previous");
+find("previous").click(); note("before the first");
+press("ArrowRight", document.body); note("arrow");
+turns()[0].focus(); press("ArrowDown", turns()[0]);
+out.down = [...turns()].indexOf(document.activeElement);
+out.probabilities = getComputedStyle(document.activeElement.querySelector(".probabilities"))
+  .visibility;
+press("Escape", document.activeElement);
+out.quiet = getComputedStyle(document.activeElement.querySelector(".probabilities")).visibility;
+press("ArrowRight", document.activeElement); note("arrow in the list");
+out.focus = [...turns()].indexOf(document.activeElement);
+find("choice").selectedIndex = 0; find("choice").dispatchEvent(new Event("change")); note("choice");
+find("only-errors").click(); note("errors");
+out.options = find("choice").options.length;
+out.wide = document.documentElement.scrollWidth > window.innerWidth;
+document.body.innerHTML = "";
+document.body.append(Object.assign(document.createElement("pre"),
+  {id: "result", textContent: JSON.stringify(out)}));
+"""
+
+
+def dump(path, folder):
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={folder}", "--window-size=500,900",
+            "--virtual-time-budget=3000", "--dump-dom", path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("kind", ["gate", "probabilities"])
+def test_a_browser_shows_the_dialogues(tmp_path, kind):
+    features, predictions = made_up(unlabelled=0, length=9)
+    features = dataclasses.replace(features, lengths=np.sort(features.lengths)[::-1])
+    if kind != "gate":
+        predictions = without_gate(kind, predictions)
+    evaluated = Evaluated.of(features, predictions)
+    text = page_of(features, predictions, texts={"u0": NASTY}, study=STUDY)
+    # The page runs its own script only; the walk is let in.
+    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
+    watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
+    text = text.replace("<head>", f"<head><script>{watch}</script>", 1)
+    text = text.replace("</body>", f"<script>{WALK}</script></body>")
+    path = tmp_path / "report.html"
+    path.write_text(text)
+    dom = dump(path, tmp_path / "profile")
+    result = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert result, dom[-2000:]
+    found = json.loads(html.unescape(result[1]))
+    assert found["errors"] == []
+    assert found["text"] == NASTY and found["title"] != "broken"
+    lengths, wrong = features.lengths, np.bincount(evaluated.dialogue[evaluated.wrong], minlength=8)
+    expected = [
+        ("start", 0), ("next", 1), ("previous", 0), ("before the first", 0), ("arrow", 1),
+        ("arrow in the list", 2), ("choice", 0),
+    ]  # fmt: skip
+    for (what, index), seen in zip(expected, found["seen"], strict=False):
+        said = f"{wrong[index]} wrong" if wrong[index] else "none wrong"
+        assert seen[:3] == [what, index, lengths[index]]
+        assert seen[3].startswith(f"Dialogue {index + 1} of 8") and seen[3].endswith(said)
+    assert found["options"] == (wrong > 0).sum()
+    assert found["down"] == 1 and found["focus"] == 0
+    assert (found["probabilities"], found["quiet"]) == ("visible", "hidden")
+    assert not found["wide"]
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_browser_runs_the_script_of_the_page_and_no_other(tmp_path):
+    text = page_of(*made_up())
+    foreign = "<script>document.title = 'foreign'</script></body>"
+    path = tmp_path / "report.html"
+    path.write_text(text.replace("</body>", foreign))
+    dom = dump(path, tmp_path / "profile")
+    assert "Dialogue 1 of 8" in dom
+    assert "<title>foreign" not in dom
