@@ -6,8 +6,17 @@ DATASET is one of `DATASETS` or the name of a dataset that `launch.prepare` has 
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from disk. Crops are random in
 training only; validation, test and extraction read the same 30 s of an utterance.
 
-Small encoders are tuned whole; Qwen2-Audio by LoRA as released (rank 16, alpha 8 on queries and
-keys of the language model, the audio tower frozen).
+Small encoders are tuned whole; the LLMs by LoRA, what they hear through frozen. Qwen2-Audio's is as
+released (rank 16, alpha 8 on queries and keys of the language model). SALMONN's is its own (rank 8,
+alpha 32 on queries and values), and tuned further. It comes in four checkpoints:
+
+    --config.encoder.options.name=salmonn_7b_v0.pth
+    --config.encoder.options.whisper=openai/whisper-large-v2
+    --config.encoder.options.beats=BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt
+    --config.encoder.options.vicuna=FOLDER
+
+Each is the place of a file or folder, or for Whisper and Vicuna a name on the Hugging Face Hub;
+Vicuna 7B v1.5 is there in PyTorch's format only, and has to be converted to safetensors.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +31,13 @@ DATASETS = {
     "synthetic": "manifest/synthetic",
 }
 
-LLMS = {"qwen2_audio_7b": "Qwen/Qwen2-Audio-7B"}
+SALMONN = {
+    "name": "salmonn_7b_v0.pth",
+    "whisper": "openai/whisper-large-v2",
+    "beats": "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
+    "vicuna": "lmsys/vicuna-7b-v1.5",
+}
+LLMS = {"qwen2_audio_7b": "Qwen/Qwen2-Audio-7B", "salmonn_7b": SALMONN["name"]}
 SMALL = {
     "whisper_tiny": "openai/whisper-tiny",
     "whisper_base": "openai/whisper-base",
@@ -62,6 +77,13 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         {
             "options": {
                 "name": ENCODERS[encoder],
+                "whisper": "",
+                "beats": "",
+                "vicuna": "",
+                "prompt": "",
+                "pool_prompt": False,
+                "tower": "frozen" if large else "lora",
+                "trim": True,
                 "full": not large,
                 "quantize": False,
                 "dtype": "bfloat16" if large else "float32",
@@ -72,10 +94,15 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
                 "gain": False,
                 "noise": False,
                 "speed": False,
+                "mask_spectrogram": False,
             },
             "lora": {"rank": 16, "alpha": 8.0, "dropout": 0.05, "targets": ("query", "key")},
         }
     )
+    if encoder == "salmonn_7b":
+        config.encoder.options.update(SALMONN)
+        config.encoder.lora.update({"rank": 8, "alpha": 32.0, "dropout": 0.1})
+        config.encoder.lora.targets = ("query", "value")
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "mean", "dropout": 0.5})
     config.loss = ConfigDict({"gamma": 2.0})
     config.optimizer = ConfigDict(

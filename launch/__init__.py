@@ -3,6 +3,8 @@
 import os
 import platform
 import sys
+import traceback
+import types
 from collections.abc import Callable
 
 # A step on CPU takes and frees gigabytes. By default glibc hands each piece back to the system,
@@ -22,17 +24,56 @@ if _is_command and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in
     os.environ["GLIBC_TUNABLES"] = _GLIBC_TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
+
+def _tell(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Says in one line that a package is not installed; leaves all else to Python."""
+    if isinstance(error, ModuleNotFoundError):
+        reason = " ".join(str(error).split())
+        print(f"error: {reason}; `pip install --editable .` gets what is needed", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if _is_command:
+    sys.excepthook = _tell
+
 from absl import app, flags  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
 from mister_jax.errors import InputError  # noqa: E402
+
+TERMINATED = 128 + 15
+"""Exit status after SIGTERM, by the convention of shells: the work is not finished."""
+
+
+def given_config(flag: flags.FlagHolder) -> ConfigDict:
+    """The config that a flag names.
+
+    Raises:
+      InputError: none was named, or its file is not there.
+    """
+    if not flag.value:
+        raise InputError(
+            f"--{flag.name} is needed: a file, such as configs/fusion.py:mosi_features"
+        )
+    try:
+        flag.value.to_dict()
+    except OSError as error:  # What ml_collections gives for a file it did not find.
+        reason = " ".join(str(error).rpartition("[Errno")[2].partition("]")[2].split())
+        raise InputError(
+            f"--{flag.name}: {reason}; needed: a Python file, its path from the current folder"
+        ) from error
+    return flag.value
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` after its flags are parsed.
 
-    Its result, if any, is the exit status. A flag that cannot be read and an `InputError` end the
-    program with one line on stderr and exit status 2. Other exceptions are errors of the program
-    and keep their traceback.
+    Its result, if any, is the exit status. A flag that cannot be read, an `InputError`, a place
+    that cannot be written and a JAX platform that is not there end the program with one line on
+    stderr and exit status 2. Other exceptions are errors of the program and keep their traceback.
     """
 
     def guarded(arguments: list[str]) -> int:
@@ -41,8 +82,18 @@ def run(main: Callable[[], int | None]) -> None:
                 raise InputError(f"argument {arguments[1]!r}; allowed: flags, --name=value")
             return main() or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            told = str(error)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            told = f"{error.filename}: {error.strerror}; needed: a place that can be written"
+        except (AssertionError, RuntimeError) as error:
+            # Where JAX starts the platforms that it is told to use.
+            if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+                raise
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            reason = " ".join(str(error).split()) or "none is there"
+            told = f"no devices of JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
+        print(f"error: {told}", file=sys.stderr)
+        return 2
 
     app.run(guarded, flags_parser=_parse)
 
@@ -53,10 +104,13 @@ def _parse(arguments: list[str]) -> list[str]:
     except (flags.Error, AttributeError, ValueError, TypeError, KeyError, OSError) as error:
         # A config file raises its errors while flags are parsed, wrapped in a report with their
         # traceback. The error that was raised first says what is wrong.
-        first: BaseException = error
-        while first.__cause__ or first.__context__:
-            first = first.__cause__ or first.__context__  # type: ignore[assignment]
-        told = first if isinstance(first, InputError) else error
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+        told = chain[-1]
+        if not isinstance(told, InputError):
+            # A wrong name in a config is wrapped, too, and loses its line break.
+            told = next((known for known in chain[::-1] if "Did you mean" in str(known)), error)
         reason = told.args[0] if isinstance(told, KeyError) else told
         message = " ".join(str(reason).partition("Traceback")[0].split())
         print(f"error: {message or type(told).__name__}", file=sys.stderr)

@@ -11,7 +11,7 @@ An utterance encoder of full size: a step of LoRA fine-tuning, and extraction:
     python -m launch.benchmark --encoder=llama_3_1_8b --aot=v5e:2x4
     python -m launch.benchmark --encoder=llama_3_1_8b --random    # here, with random parameters
 
-From texts to features with an encoder's weights, and the preparation of recordings:
+From texts, or clips, to features with an encoder's weights, and the preparation of recordings:
 
     python -m launch.benchmark --encoder=FOLDER --throughput --torch
     python -m launch.benchmark --prepare=5000
@@ -66,7 +66,7 @@ _MODEL_PARALLELISM = flags.DEFINE_integer(
     "model_parallelism", 1, "chips that share their rows, for --encoder with --aot"
 )
 _RANDOM = flags.DEFINE_bool("random", False, "run --encoder with random parameters")
-_THROUGHPUT = flags.DEFINE_bool("throughput", False, "from texts to features with --encoder")
+_THROUGHPUT = flags.DEFINE_bool("throughput", False, "from utterances to features with --encoder")
 _TEXTS = flags.DEFINE_string("texts", "", "file for --throughput, a text a line; else random ones")
 _PREPARE = flags.DEFINE_integer("prepare", 0, "utterances of a corpus that launch.prepare reads")
 _JSON = flags.DEFINE_string("json", "", "file to write everything to")
@@ -118,10 +118,10 @@ def _throughput(options: dict[str, Any], tell: Any) -> list[dict[str, Any]]:
     # Needs the libraries that extraction needs; the rest of this command does not.
     from mister_jax.benchmark import throughput
 
-    texts = throughput.read_texts(_TEXTS.value) if _TEXTS.value else None
     return throughput.throughput_rows(
         _ENCODER.value,
-        texts or throughput.meld_like_texts(_ROWS.value or 2000),
+        throughput.read_texts(_TEXTS.value) if _TEXTS.value else (),
+        max_tokens=_SEQUENCE.value,
         dtype=options["dtype"],
         compare=_TORCH.value,
         rounds=options["steps"],

@@ -2,6 +2,7 @@
 # Trains and evaluates MiSTER-E on synthetic dialogues of which the best possible score is known.
 # Everything it makes lies in the folder given as first argument (./workdir/demo by default).
 folder="${1:-workdir/demo}"
+# shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" demo
 
 echo "1/3 preparing synthetic dialogue features"

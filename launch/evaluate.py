@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from launch import run
+from launch import cluster, run
 from mister_jax.errors import InputError
 from mister_jax.evaluate import evaluate, missing_modality_study
 from mister_jax.writers import score_table, study_table
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(cluster.member(main))

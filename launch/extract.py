@@ -2,27 +2,37 @@
 
 python -m launch.extract --workdir=DIR --dataset=meld/text --output=meld_tuned
 python -m launch.extract --encoder=NAME_OR_FOLDER --dataset=meld/text --output=meld_frozen
-python -m launch.extract --speech=speech_features --text=text_features --output=both
+python -m launch.extract --encoder=prosody --dataset=meld/clips --output=meld_prosody
+python -m launch.extract --speech=meld_prosody --text=meld_tuned --output=meld_both
 """
 
 from absl import flags
 from rich.console import Console
 
-from launch import run
+from launch import cluster, run
 from mister_jax import extract
 from mister_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a fine-tuned encoder")
-_ENCODER = flags.DEFINE_string("encoder", None, "an encoder as released: a folder or a hub name")
+_ENCODER = flags.DEFINE_string(
+    "encoder", None, "an encoder as released: a folder, a hub name, or prosody"
+)
 _DATASET = flags.DEFINE_string("dataset", None, "dataset of dialogues")
 _SPEECH = flags.DEFINE_string("speech", None, "dataset of features whose speech is taken")
 _TEXT = flags.DEFINE_string("text", None, "dataset of features whose text is taken")
-_OUTPUT = flags.DEFINE_string("output", None, "name of the dataset of features", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "name of the dataset of features")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "where datasets are kept; TFDS's own by default")
-_TOKENS = flags.DEFINE_integer("max_tokens", 128, "of an utterance, with --encoder", lower_bound=3)
 _BUDGET = flags.DEFINE_integer(
-    "token_budget", extract.TOKEN_BUDGET, "tokens in a batch on each device", lower_bound=1
+    "budget", None, "tokens, or seconds of audio, in a batch on each device", lower_bound=1
 )
+_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 128, "of an utterance, with --encoder of text", lower_bound=3
+)
+_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "of an utterance, with --encoder of speech")
+_TRIM = flags.DEFINE_bool(
+    "trim", True, "with --encoder of Whisper: do not encode 30 s of each clip, as it was trained"
+)
+_PROMPT = flags.DEFINE_string("prompt", "", "with --encoder of a speech LLM: what it is asked")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "with --encoder")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
 
@@ -32,6 +42,8 @@ def main() -> None:
     chosen = [name for name, value in ways.items() if value]
     if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):
         raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
+    if not _OUTPUT.value:
+        raise InputError("--output is needed: a name for the dataset of features")
     if chosen == ["speech"]:
         builder = extract.merge(
             _SPEECH.value or "",
@@ -48,7 +60,7 @@ def main() -> None:
             _DATASET.value,
             _OUTPUT.value,
             _DATA_DIR.value,
-            token_budget=_BUDGET.value,
+            budget=_BUDGET.value,
             overwrite=_OVERWRITE.value,
         )
     if builder is not None:
@@ -60,13 +72,15 @@ def main() -> None:
 def _encoder() -> extract.Encoder:
     if _WORKDIR.value:
         return extract.TunedEncoder(_WORKDIR.value)
-    return extract.PretrainedEncoder(
+    return extract.open_encoder(
         _ENCODER.value or "",
         max_tokens=_TOKENS.value,
+        max_seconds=_SECONDS.value,
+        trim=_TRIM.value,
+        prompt=_PROMPT.value,
         dtype=_DTYPE.value,
-        param_dtype=_DTYPE.value,
     )
 
 
 if __name__ == "__main__":
-    run(main)
+    run(cluster.member(main))

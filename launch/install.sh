@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository and installs the project with the
 # extras named in $1, unless that was done before for the same setup.cfg.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format and types, in one command. With --fix, mends what can be mended by itself.
+# shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" test
 
 if [ "${1:-}" = "--fix" ]; then
@@ -10,3 +11,4 @@ else
   ruff format --check .
 fi
 mypy
+shellcheck --severity=style --external-sources launch/*.sh launch/*.sbatch

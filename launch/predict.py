@@ -47,11 +47,11 @@ def main() -> None:
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
     if not _OUTPUT.value and len(dialogues) > 1:
         raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
-    if _OUTPUT.value and not epath.Path(_OUTPUT.value).absolute().parent.is_dir():
-        raise InputError(f"--output={_OUTPUT.value}: no such folder; make it first")
-    system = load(
-        _WORKDIR.value, speech_encoder=_SPEECH.value, text_encoder=_TEXT_ENCODER.value
-    )
+    if _OUTPUT.value:
+        path = epath.Path(_OUTPUT.value).absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"--output={_OUTPUT.value}; needed: a file, in a folder that is there")
+    system = load(_WORKDIR.value, speech_encoder=_SPEECH.value, text_encoder=_TEXT_ENCODER.value)
     found = system.predict_dialogues(
         [[_fields(turn) for turn in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
@@ -64,21 +64,23 @@ def main() -> None:
     if _OUTPUT.value:
         write_text(_OUTPUT.value, "".join(_lines(corpus, found)))
         console.print(
-            f"{len(dialogues)} dialogues, {len(turns)} utterances written to {_OUTPUT.value}",
+            f"written to {_OUTPUT.value}: utterances {len(turns)}, dialogues {len(dialogues)}",
             markup=False,
         )
 
 
 def _corpus() -> Corpus:
     """What the flags name."""
-    ways = {"manifest": _MANIFEST.value, "corpus": _CORPUS.value}
-    ways["audio or --text"] = _AUDIO.value or _TEXT.value
+    ways: dict[str, Any] = {"manifest": _MANIFEST.value, "corpus": _CORPUS.value}
+    ways["typed"] = _AUDIO.value or _TEXT.value
     chosen = [name for name, value in ways.items() if value]
     if len(chosen) != 1:
-        raise InputError("one of --manifest, --corpus with --source, or --audio and --text is needed")
+        raise InputError(
+            "one of --manifest, --corpus with --source, or --audio and --text is needed"
+        )
     if chosen == ["manifest"]:
         # All dialogues as one split, in the order of the file.
-        return reader.read(_MANIFEST.value, shares=(0, 0, 1))
+        return reader.read(_MANIFEST.value or "", shares=(0, 0, 1))
     if chosen == ["corpus"]:
         return _released()
     return _typed(_AUDIO.value, _TEXT.value)
@@ -88,15 +90,13 @@ def _released() -> Corpus:
     # Reading a corpus takes TensorFlow Datasets; what is typed and a manifest do not.
     from mister_jax.data.prepare import read_released
 
-    corpus = read_released(_CORPUS.value, _SOURCE.value, _CONFIG.value, partial=True)
+    corpus = read_released(_CORPUS.value or "", _SOURCE.value, _CONFIG.value, partial=True)
     if _SPLIT.value is None:
         return corpus
     if not corpus.splits.get(_SPLIT.value):
         allowed = ", ".join(split for split, dialogues in corpus.splits.items() if dialogues)
         raise InputError(f"--split={_SPLIT.value}; allowed: {allowed}")
-    return Corpus(
-        corpus.name, corpus.class_names, {_SPLIT.value: corpus.splits[_SPLIT.value]}
-    )
+    return Corpus(corpus.name, corpus.class_names, {_SPLIT.value: corpus.splits[_SPLIT.value]})
 
 
 def _typed(paths: Sequence[str], texts: Sequence[str]) -> Corpus:

@@ -106,9 +106,7 @@ class Predictor:
         """
         return seeds.ensemble(self.of_each_seed(features, quiet=quiet))
 
-    def of_each_seed(
-        self, features: DialogueFeatures, *, quiet: bool = False
-    ) -> list[Predictions]:
+    def of_each_seed(self, features: DialogueFeatures, *, quiet: bool = False) -> list[Predictions]:
         """`__call__` of each seed alone."""
         split = self.task.batched(features, num_shards=self.spread.num_shards)
         return self._over(split.batches(), split.steps, features, quiet=quiet)
@@ -430,9 +428,7 @@ def _studied(predictor: Predictor, features: Any) -> dict[str, Any]:
 
 def _write_study(study: Mapping[str, Any], output: epath.Path) -> None:
     write_json(output / "missing_modality.json", study)
-    figures.missing_modality(
-        study["points"], study["complete"], output / "missing_modality.png"
-    )
+    figures.missing_modality(study["points"], study["complete"], output / "missing_modality.png")
 
 
 def _read_study(output: epath.Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -446,6 +442,6 @@ def _has_both(features: Any) -> bool:
     """Whether there is speech and text to drop."""
     return (
         isinstance(features, DialogueFeatures)
-        and features.speech_present.any()
-        and features.text_present.any()
+        and bool(features.speech_present.any())
+        and bool(features.text_present.any())
     )

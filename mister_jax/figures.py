@@ -107,6 +107,31 @@ def missing_modality(
     _save(figure, path)
 
 
+def bars(
+    values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
+) -> None:
+    """Draws numbers with their deviations as groups of bars.
+
+    Args:
+      values: name of a bar's colour -> name of its group -> mean and deviation.
+      label: what the numbers are.
+      path: of the PNG.
+    """
+    groups = list(next(iter(values.values())))
+    places, width = np.arange(len(groups)), 0.8 / len(values)
+    figure = Figure(figsize=(2 + 1.1 * len(groups), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, of_group) in enumerate(values.items()):
+        means, deviations = zip(*(of_group[group] for group in groups), strict=True)
+        x = places + (index - (len(values) - 1) / 2) * width
+        axes.bar(x, means, width, yerr=deviations, capsize=3, label=name)
+    axes.set_xticks(places, groups, rotation=30, ha="right")
+    axes.set(ylabel=label, ylim=(0, 1))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def dataset(
     class_counts: Mapping[str, Mapping[str, int]],
     lengths: Mapping[str, np.ndarray],

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.errors import InputError
+from mister_jax.nn.stack import rows_sharded
 
 DATA, MODEL = "data", "model"
 
@@ -161,6 +162,16 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def _placed(value: Any, sharding: NamedSharding) -> jax.Array:
+    local = not isinstance(value, jax.Array) or value.is_fully_addressable
+    if sharding.is_fully_addressable or not local:
+        return jax.device_put(value, sharding)
+    # All processes have made the same value. To be sure of it, `device_put` would have them compare
+    # each array in a program of its own.
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
 class JitSpread:
     """Steps under `jit`: rows over the "data" axis, parameters by rules over "model".
 
@@ -180,7 +191,7 @@ class JitSpread:
         return self.mesh.shape[DATA]
 
     def put_state(self, state: State) -> State:
-        return jax.device_put(state, shardings(state, self.mesh, self.rules))
+        return jax.tree.map(_placed, state, shardings(state, self.mesh, self.rules))
 
     def put_batch(self, batch: Batch) -> Batch:
         return {
@@ -195,7 +206,8 @@ class JitSpread:
         # The shardings that come out must be those that went in, or the second step would be
         # compiled anew.
         def constrained(state: State, batch: Batch) -> tuple[State, Any]:
-            state, metrics = step(state, batch, None)
+            with rows_sharded(self.rows):
+                state, metrics = step(state, batch, None)
             placed = shardings(state, self.mesh, self.rules)
             return jax.lax.with_sharding_constraint(state, placed), metrics
 
@@ -203,7 +215,8 @@ class JitSpread:
 
     def program_of_reader(self, reader: Reader) -> Program:
         def read(state: State, batch: Batch) -> Any:
-            return reader(state, batch, None)
+            with rows_sharded(self.rows):
+                return reader(state, batch, None)
 
         return Program(jax.jit(read, out_shardings=self.replicated))
 

@@ -6,6 +6,7 @@ A `System` needs no dataset: training has written down which encoders made its f
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -152,14 +153,21 @@ class System:
         self, modality: str, items: Sequence[Any], quiet: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features [N, F] of texts or clips, and which of them are there [N]."""
-        there = np.array([len(item) > 0 for item in items])
+        nothing = np.zeros((len(items), self._widths[modality]), np.float32)
+        absent = np.zeros(len(items), bool)
         if modality not in self._encoders:
-            if there.any():
+            if any(map(len, items)):
                 logging.warning("%s is not used: the model has no encoder of it", modality)
-            return np.zeros((len(items), self._widths[modality]), np.float32), there & False
-        if not there.any():
-            return np.zeros((len(items), self._widths[modality]), np.float32), there
-        features, present = extract.features_of(self._encoders[modality], items, quiet=quiet)
+            return nothing, absent
+        encoder = self._encoders[modality]
+        # A clip may be silent; of items none of which is there, an encoder has no features.
+        read = [item for item in encoder.input.items(items) if len(item)]
+        if not read:
+            return nothing, absent
+        # A batch is as large as a few utterances need, by powers of 2: few programs.
+        needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.amount(read))))
+        budget = min(encoder.input.budget, needed)
+        features, present = extract.features_of(encoder, items, budget=budget, quiet=quiet)
         if features.shape[1] != self._widths[modality]:
             raise InputError(
                 f"{modality} encoder: features of width {features.shape[1]}; the model takes "
@@ -183,8 +191,8 @@ def load(
 ) -> System:
     """The `System` of a work directory, whose arguments these are.
 
-        system = load("RUN")
-        system.predict([{"audio": "1.wav", "text": "Hello?"}, {"text": "You again!"}])
+    system = load("RUN")
+    system.predict([{"audio": "1.wav", "text": "Hello?"}, {"text": "You again!"}])
     """
     return System(workdir, speech_encoder=speech_encoder, text_encoder=text_encoder)
 
@@ -193,10 +201,10 @@ def _moved(identity: Mapping[str, Any], place: str | None) -> dict[str, Any]:
     """What identifies an encoder, at another place."""
     if place is None:
         return dict(identity)
-    key = "workdir" if "workdir" in identity else "encoder"
-    if key not in identity:
-        raise InputError(f"{place}: the features' encoder has no files; leave the flag out")
-    return {**identity, key: place}
+    if identity.get("kind") == "prosody":
+        raise InputError(f"{place}: the features' encoder is prosody, which has no files")
+    folder = epath.Path(place)
+    return {**identity, "name": str(folder.absolute()) if folder.is_dir() else place}
 
 
 def _checked(utterance: Any, where: str) -> _Checked:

@@ -30,16 +30,15 @@ def split(tree: Any, count: int) -> list[Any]:
     """The tree of each of `count` seeds."""
     if count == 1:
         return [tree]
-    return [jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count)]
+    leaves, form = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(form, [leaf[index] for leaf in leaves]) for index in range(count)]
 
 
 def joined_shapes(shapes: Any, count: int) -> Any:
     """The shapes of `join` of `count` trees with these shapes."""
     if count == 1:
         return shapes
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
 
 
 def over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -107,9 +106,7 @@ def summary(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -> dict[s
     Returns:
       "of_each" seed, their "mean" and "deviation" (of a sample, so 0 for one seed): `SCORES`.
     """
-    told = {
-        name: mean_and_deviation(each[name] for each in scores) for name in SCORES
-    }
+    told = {name: mean_and_deviation(each[name] for each in scores) for name in SCORES}
     return {
         "of_each": {
             str(seed): {name: each[name] for name in SCORES}

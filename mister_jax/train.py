@@ -387,7 +387,8 @@ class _Loop:
         for own in seeds.split(jax.device_get(sums), len(self.seeds)):
             scores = metrics.scores(own["confusion"], self.task.class_names)
             mean_loss = float(own["cross_entropy"]) / scores["utterances"]
-            rows.append({**{name: scores[name] for name in seeds.SCORES}, "cross_entropy": mean_loss})
+            kept = {name: scores[name] for name in seeds.SCORES}
+            rows.append({**kept, "cross_entropy": mean_loss})
         return seeds.join(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, record_writer
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -37,6 +37,36 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_json(path: epath.PathLike, value: Any) -> None:
     """`write_text` of a value as readable JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class _BucketEvents:
+    """A file of TensorBoard events on a bucket, where files are written whole: at each flush."""
+
+    def __init__(self, path: str):
+        self._path = epath.Path(path)
+        self._events = bytearray()
+
+    def write(self, events: bytes) -> None:
+        self._events += events
+
+    def flush(self) -> None:
+        self._path.write_bytes(bytes(self._events))
+
+    def close(self) -> None:
+        self.flush()
+
+
+class _Bucket:
+    """How tensorboardX is to write to `gs://`; its own way needs one more package."""
+
+    open = _BucketEvents
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """A bucket has no directories that must be made."""
+
+
+record_writer.register_writer_factory("gs", _Bucket())
 
 
 class MetricsWriter:
@@ -151,6 +181,8 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
       title: above the table.
       scores: of `metrics.scores`.
     """
+    if "seeds" in scores:
+        title += f": {len(scores['seeds']['of_each'])} seeds together"
     table = Table("class", "precision", "recall", "F1", "support", title=title, box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -183,6 +215,27 @@ def study_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
         table.add_row(f"{point['drop_speech']:g}", f"{point['drop_text']:g}", score)
+    return table
+
+
+def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of a dialogue: texts, and what `evaluate.predicted_rows` tells of each of them."""
+    experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
+    table = Table("", "text", "emotion", "", *experts, box=rich.box.SIMPLE)
+    for column in table.columns:
+        column.no_wrap = True
+    table.columns[1].max_width = 48
+    for column in (table.columns[0], table.columns[3]):
+        column.justify = "right"
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True), start=1):
+        votes = (
+            f"{row['experts'][name]} {row['gate'][name]:.0%}" if row["experts"][name] else "-"
+            for name in experts
+        )
+        emotion = row["predicted"]
+        probability = f"{row['probabilities'][emotion]:.2f}"
+        table.add_row(str(number), escape(text), escape(emotion), probability, *map(escape, votes))
+    table.caption = "of each expert its vote and the weight that the gate gives it"
     return table
 
 

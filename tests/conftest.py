@@ -207,3 +207,152 @@ def spoken_dir(tmp_path_factory):
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
     return root / "data"
+
+
+@pytest.fixture(scope="session")
+def heard_dir(tmp_path_factory):
+    """A folder with the dataset `manifest/heard`: dialogues of three turns whose pitch tells.
+
+    In one dialogue of three the second turn is silent and the third has no recording.
+    """
+    from mister_jax.data.audio import encode_wav
+    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+
+    root = tmp_path_factory.mktemp("heard")
+    random = np.random.default_rng(0)
+    rows = []
+    for split, count in {"train": 24, "validation": 6, "test": 6}.items():
+        for dialogue in range(count):
+            for turn in range(3):
+                label = random.choice(list(MOODS))
+                seconds, pitch = random.uniform(0.2, 0.7), {"joy": 2000, "anger": 300}[label]
+                time = np.arange(int(16_000 * seconds)) / 16_000
+                sound = 8000 * np.sin(2 * np.pi * pitch * time) + random.normal(0, 500, time.size)
+                if dialogue % 3 == 0 and turn == 1:
+                    sound[:] = 0
+                name = f"{split}{dialogue}_{turn}.wav"
+                encode_wav(root / name, sound.astype(np.int16))
+                row = {"dialogue": f"{split}{dialogue}", "utterance": turn, "order": turn}
+                row |= {"split": split, "text": " ".join(random.choice(FILLERS, 2))}
+                row |= {"label": str(label)}
+                if dialogue % 3 or turn != 2:
+                    row["audio"] = name
+                rows.append(row)
+    manifest = root / "heard.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
+    return root / "data"
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(tmp_path_factory):
+    """A tiny Whisper of 0.8 s with random weights. Tests do not change it."""
+    from flax import nnx
+
+    from mister_jax.encoders import hub
+
+    folder = tmp_path_factory.mktemp("tiny_whisper")
+    config = {
+        "model_type": "whisper",
+        "num_mel_bins": 8,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "max_source_positions": 40,
+    }
+    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory, word_tokenizer):
+    """A tiny Qwen2-Audio of 0.8 s with random weights. Tests do not change it."""
+    from flax import nnx
+
+    from mister_jax.encoders import hub
+
+    folder = tmp_path_factory.mktemp("tiny_qwen")
+    tokenizer = word_tokenizer(bert=False)
+    tokenizer.add_tokens(["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"], special_tokens=True)
+    config = {
+        "model_type": "qwen2_audio",
+        "audio_token_index": tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": 8,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "max_source_positions": 40,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    }
+    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def salmonn_options(tmp_path_factory, llama_folder):
+    """Where the four checkpoints of a tiny SALMONN of 1 s are. Tests do not change them."""
+    from flax import nnx
+
+    from mister_jax.convert import beats, salmonn
+    from mister_jax.convert.key_table import save_params
+    from mister_jax.convert.safetensors import save
+    from mister_jax.encoders import hub
+    from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
+    from mister_jax.nn.lora import LoRAConfig
+
+    root = tmp_path_factory.mktemp("tiny_salmonn")
+    described = {
+        "whisper": {
+            "model_type": "whisper",
+            "num_mel_bins": 8,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "max_source_positions": 50,
+        },
+        "beats": {
+            "layer_norm_first": False,
+            "conv_bias": False,
+            "relative_position_embedding": True,
+            "gru_rel_pos": True,
+            "deep_norm": True,
+            "activation_fn": "gelu",
+            "encoder_embed_dim": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_embed_dim": 16,
+            "embed_dim": 8,
+            "input_patch_size": 16,
+            "conv_pos": 4,
+            "conv_pos_groups": 2,
+            "num_buckets": 8,
+            "max_distance": 16,
+        },
+        "vicuna": hub.read_config(llama_folder),
+        "qformer": {"width": 64, "num_layers": 1, "num_heads": 1, "hidden_width": 16},
+    }
+    lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
+    config = SalmonnConfig.from_parts(described, lora=lora)
+    module = Salmonn(config, rngs=nnx.Rngs(0))
+    hub.save_pretrained(module.whisper, described["whisper"], root / "whisper")
+    prefix = salmonn.PREFIX
+    save(root / "beats", save_params(module.beats, beats.key_table(config.beats), prefix=prefix))
+    (root / "beats" / "config.json").write_text(json.dumps(described["beats"]))
+    table, kept = salmonn.key_table(config), nnx.Not(salmonn.LEARNED)
+    save(root / "own", save_params(module, table, prefix=prefix, skip=kept))
+    places = {name: str(root / name) for name in ("whisper", "beats")}
+    return {"name": str(root / "own"), **places, "vicuna": str(llama_folder)}

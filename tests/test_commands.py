@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from configs import text_encoder
+from mister_jax import data
+from tests.test_predict import untrained
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
@@ -40,21 +44,121 @@ def test_from_features_to_scores(tmp_path):
     assert 0 < metrics["test"]["weighted_f1"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (("train", "--workdir=DIR"), "--config is needed"),
-        (("train", "--config=configs/fusion.py:x"), "--workdir is needed"),
-        (("train", "--config=configs/fusion.py:x,fast", "--workdir=DIR"), "unknown variant 'fast'"),
-        (("evaluate", "--split=test"), "--workdir is needed"),
-        (("evaluate", "--workdir=DIR"), "config.json: no such file"),
-    ],
-)
-def test_bad_input_ends_with_one_line(tmp_path, command, message):
-    name, *flags = command
-    ended = run(name, *(flag.replace("DIR", str(tmp_path / "run")) for flag in flags))
-    assert ended.returncode not in (0, -11)
-    last = ended.stderr.strip().splitlines()[-1]
-    assert message in last
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "run").exists()
+# What is typed, where DIR is a folder with an empty one in it, and what is said of it.
+WRONG_USES = {
+    "train": "--config is needed: a file, such as configs/fusion.py:mosi_features",
+    "train configs/fusion.py:x": "argument 'configs/fusion.py:x'; allowed: flags, --name=value",
+    "train --config=configs/fusion.py:x": "--workdir is needed",
+    "train --config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
+    "train --config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
+    "train --config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
+    "train --config=configs/fusion.py:x --config.data.batchsize=8": 'mean "batch_size" instead',
+    "train --config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
+    "train --config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (
+        "DIR/nowhere: no dataset 'x'; there are: none"
+    ),
+    "train --config=configs/text_encoder.py:meld,bert --workdir=DIR/run": (
+        "encoder 'bert'; allowed are"
+    ),
+    "evaluate": "--workdir is needed: a directory that training has made",
+    "evaluate --workdir=DIR": "config.json: no such file; the workdir must be one that training",
+    "evaluate --workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
+    "evaluate --workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; there are: none",
+    "evaluate --workdir=DIR/ready --report=maybe": "--report=maybe",
+    "predict --text=hello": "--workdir is needed",
+    "predict --workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
+    "predict --workdir=DIR/stage1 --text=hello": "a training of an encoder; needed: one of MiSTER",
+    "predict --workdir=DIR/ready --text=hello": "ready-made features, so recordings and texts",
+    "predict --workdir=DIR/ready --text=a --text=b --audio=c.wav": (
+        "1 of --audio and 2 of --text; needed: as many of both"
+    ),
+    "predict --workdir=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
+    "predict --workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
+    "predict --workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": "needed: a file, in a folder",
+    "extract --workdir=DIR": "--output is needed: a name for the dataset of features",
+    "extract --output=x": "one of --workdir, --encoder, or --speech with --text is needed",
+    "extract --output=x --encoder=DIR/empty --dataset=meld/text": "config.json: cannot be read",
+    "prepare --corpus=tv": "--corpus=tv; allowed: iemocap, meld",
+    "prepare --corpus=iemocap --data_dir=DIR": "--source is needed with --corpus=iemocap. IEMOC",
+    "prepare --corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: the",
+    "prepare --inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; there are: none",
+    "benchmark --encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
+}
+
+# One process starts the commands one after the other, so that libraries are loaded once.
+START_ALL = """
+import importlib, json, os, sys, tempfile
+import launch, mister_jax.benchmark, mister_jax.data.prepare, mister_jax.predict
+
+for use in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 2)
+            name, *flags = use.split()
+            sys.argv = [f"launch/{name}.py", *flags]
+            launch.run(importlib.import_module(f"launch.{name}").main)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        print(json.dumps([status, said.read().decode()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Folder, and of each wrong use its exit status and what it said."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "empty").mkdir()
+    (folder / "stage1").mkdir()
+    (folder / "stage1" / "config.json").write_text(text_encoder.get_config().to_json_best_effort())
+    splits = data.generate(0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3)
+    data.write(splits, "x", folder / "data")
+    untrained(folder / "ready", folder / "data", "x")
+    uses = [use.replace("DIR", str(folder)) for use in WRONG_USES]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", START_ALL],
+        input=json.dumps(uses),
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = map(json.loads, done.stdout.splitlines())
+    return folder, dict(zip(WRONG_USES, results, strict=True))
+
+
+@pytest.mark.parametrize("use", WRONG_USES)
+def test_a_wrong_use_ends_with_one_line(ended, use):
+    folder, results = ended
+    status, said = results[use]
+    assert WRONG_USES[use].replace("DIR", str(folder)) in said
+    assert (status, said.count("\n"), said[:7]) == (2, 1, "error: ")
+    assert not (folder / "run").exists()
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    script = "import jax, launch; launch.run(jax.devices)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no devices of JAX_PLATFORMS=cuda")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named pen')")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.evaluate", "--workdir=run", "--report"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: No module named pen; `pip install --editable .` gets what is needed\n"
+    )

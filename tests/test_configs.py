@@ -3,11 +3,14 @@
 import importlib
 import pathlib
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from configs import fusion
 from mister_jax.errors import InputError
-from mister_jax.models import MisterEConfig
+from mister_jax.models import EXPERTS, MisterE, MisterEConfig
+from mister_jax.models.utterance import UtteranceConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.parallel import ParallelConfig
 from mister_jax.tasks import FusionTask, from_config
@@ -24,15 +27,24 @@ def check(config):
     sizes = {"num_classes": 3, "speech_dim": 6, "text_dim": 7}
     model = from_config(MisterEConfig, config.model, "model", **sizes)
     FusionTask(config, ("a", "b", "c"), model)
+    check_training(config)
+    return model
+
+
+def check_training(config):
     from_config(OptimizerConfig, config.optimizer, "optimizer")
     from_config(ParallelConfig, config.parallel, "parallel")
     from_config(TrainConfig, config.train, "train")
-    return model
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_default_of_every_file_loads(name):
-    check(importlib.import_module(f"configs.{name}").get_config())
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if config.task == "fusion":
+        check(config)
+    else:  # What its task needs more, tests of the task try.
+        check_training(config)
+        from_config(UtteranceConfig, config.head, "head", num_classes=3)
 
 
 @pytest.mark.parametrize("variant", fusion.VARIANTS)
@@ -47,6 +59,22 @@ def test_variants_combine():
     model = check(config)
     assert model.context_width == 1024 and model.mixture == "majority"
     assert config.loss.weights.contrastive == 0 and config.optimizer.learning_rate == 1e-5
+
+
+def test_the_study_names_what_there_is():
+    assert set(fusion.STUDY) <= {"default", *fusion.VARIANTS}
+    assert {"default", "no_context", *(f"{name}_only" for name in EXPERTS)} <= set(fusion.STUDY)
+
+
+def test_without_context_an_expert_reads_each_utterance_by_itself():
+    model = MisterE(check(fusion.get_config("any,no_context,speech_only")), rngs=nnx.Rngs(0))
+    speech, text = np.random.default_rng(0).normal(size=(1, 3, 6)), np.zeros((1, 3, 7))
+    other = speech.copy()
+    other[:, 1:] += 1
+    mask = np.ones((1, 3), bool)
+    ours, theirs = model(speech, text, mask).logits, model(other, text, mask).logits
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], atol=1e-6)
+    assert (np.abs(ours - theirs)[:, 1:] > 1e-3).any()
 
 
 def test_paper_is_the_released_recipe():

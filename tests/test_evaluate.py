@@ -80,6 +80,24 @@ def test_a_report_shows_the_scores_and_the_checkpoint(finished, tmp_path):  # no
     assert re.search(r"saved \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
 
 
+def test_a_report_has_a_study_of_its_checkpoint(finished, tmp_path):  # noqa: F811
+    def reported():
+        evaluate(finished, "test", output=tmp_path, report=True, quiet=True)
+        return (tmp_path / "report.html").read_text()
+
+    assert 'id="missing"' in reported()
+    path = tmp_path / "missing_modality.json"
+    study = json.loads(path.read_text())
+    dropped = {(point["drop_speech"] > 0, point["drop_text"] > 0) for point in study["points"]}
+    assert dropped == {(True, False), (False, True)}
+    # What was measured is kept; what is of another checkpoint is measured anew.
+    study["points"] = [{**study["points"][0], "weighted_f1": 0.1234}]
+    path.write_text(json.dumps(study))
+    assert "0.123" in reported()
+    path.write_text(json.dumps({**study, "checkpoint": {"epoch": 99}}))
+    assert "0.123" not in reported()
+
+
 def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
     features = data.load("tiny", "train", data_dir)
     dropped = drop(features, 0.5, 0.0, seed=0)

@@ -18,9 +18,9 @@ FILES = sorted(
 # A part may import those of its own row and of the rows below it.
 LAYERS = (
     ("launch", "configs"),
-    ("train", "extract", "evaluate", "predict", "benchmark", "report"),
+    ("train", "ablate", "extract", "evaluate", "predict", "benchmark", "report"),
     ("tasks",),
-    ("steps",),
+    ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
     ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics"),
     ("errors", "parallel", "optim", "checkpoint", "writers", "figures"),

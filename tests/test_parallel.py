@@ -9,9 +9,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mister_jax import MisterE, MisterEConfig
+from mister_jax.errors import InputError
 from mister_jax.metrics import confusion_counts
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, ParallelConfig, PmapSpread, data_mesh, shardings
+from mister_jax.parallel import (
+    JitSpread,
+    ParallelConfig,
+    PmapSpread,
+    data_mesh,
+    shardings,
+    spread,
+)
 from mister_jax.steps import (
     initial_state,
     mister_e_loss,
@@ -155,3 +163,20 @@ def test_a_way_that_does_not_exist_is_refused(options):
 def test_devices_that_cannot_be_shared_out_are_refused():
     with pytest.raises(ValueError, match="model_parallelism=3 does not divide 8 devices"):
         data_mesh(3)
+
+
+def test_a_copy_of_the_parameters_that_devices_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="model_parallelism=3; allowed are divisors of the 8"):
+        spread(ParallelConfig(model_parallelism=3))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model_parallelism", [1, 4])
+def test_the_processes_of_a_pod_hold_consecutive_rows(model_parallelism, monkeypatch):
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    pod = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    mesh = data_mesh(model_parallelism, pod)
+    processes = np.array([[device.process_index for device in row] for row in mesh.devices])
+    np.testing.assert_array_equal(processes.ravel(), np.repeat(np.arange(4), 4))

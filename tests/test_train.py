@@ -91,7 +91,7 @@ def test_a_run_leaves_what_its_users_look_for(finished):
     validation = [row for row in records(finished) if "validation/weighted_f1" in row]
     assert len(validation) == 2
     best = max(row["validation/weighted_f1"] for row in validation)
-    assert latest(finished)[1]["best_score"] == best
+    assert latest(finished)[1]["best_scores"] == [best]
 
 
 def test_the_test_split_is_not_opened(data_dir, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_early_stopping_waits_for_the_patience(data_dir, tmp_path, monkeypatch):
         "mister_jax.train._Loop._validation_scores", lambda *_: {"weighted_f1": next(scores)}
     )
     progress = train(config, tmp_path, quiet=True)
-    assert (progress.epoch, progress.best_epoch) == (4, 2)
+    assert (progress.epoch, progress.best_epochs) == (4, [2])
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
@@ -246,6 +246,12 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
         ({"loss.gamma": -1.0}, "gamma -1.0"),
         ({"model.attention_width": 7}, "attention"),
         ({"model.input_dropout": 1.5}, "rate"),
+        ({"num_seeds": 0}, "num_seeds=0; allowed: 1 or more"),
+        (
+            {"num_seeds": 2, "task": "text_encoder"},
+            "num_seeds=2; allowed for the task text_encoder",
+        ),
+        ({"data.seed": -1}, "data.seed=-1"),
     ],
 )
 def test_a_config_that_cannot_be_used_says_so(data_dir, tmp_path, changes, message):

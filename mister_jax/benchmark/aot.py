@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def tpu_topologies(named: str) -> dict[str, list[jax.Device]]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # As many processes may compile at once as like; a TPU would serve one alone.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     found: dict[str, list[jax.Device]] = {}
     kind = ""
     for name in named.split(","):
@@ -116,7 +119,10 @@ def compile_ahead(
     start = time.perf_counter()
     traced = function.trace(state, batch)
     try:
-        compiled = traced.lower().compile()
+        with warnings.catch_warnings():
+            # A program for devices that are not there goes into JAX's cache, but not out of it.
+            warnings.filterwarnings("ignore", "Error .* persistent compilation cache", UserWarning)
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return {**about, "fits": False, "reason": first_line(error)}

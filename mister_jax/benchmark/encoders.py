@@ -151,8 +151,12 @@ class SpeechTuning(Tuning):
         }
 
 
-_TEXT = {"lora": LoRAConfig(rank=8, alpha=32, dropout=0.1, targets=("query", "value"))}
-_SPEECH = {"lora": LoRAConfig(rank=16, alpha=8, dropout=0.05, targets=("query", "key"))}
+_TEXT: dict[str, Any] = {
+    "lora": LoRAConfig(rank=8, alpha=32, dropout=0.1, targets=("query", "value"))
+}
+_SPEECH: dict[str, Any] = {
+    "lora": LoRAConfig(rank=16, alpha=8, dropout=0.05, targets=("query", "key"))
+}
 
 ENCODERS: dict[str, Callable[..., Tuning]] = {
     "llama_3_1_8b": lambda length, **options: TextTuning(
@@ -164,9 +168,7 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
     "qwen2_audio_7b": lambda _, **options: SpeechTuning(
         Qwen2Audio, Qwen2AudioConfig.qwen2_audio_7b(**_SPEECH, **options)
     ),
-    "salmonn_7b": lambda _, **options: SpeechTuning(
-        Salmonn, SalmonnConfig.salmonn_7b(**options)
-    ),
+    "salmonn_7b": lambda _, **options: SpeechTuning(Salmonn, SalmonnConfig.salmonn_7b(**options)),
 }
 """From the tokens of a text, which speech has no use for, and options to the encoder's tuning."""
 
@@ -194,9 +196,7 @@ def programs(encoder: str, length: int, spread: JitSpread, rows: int) -> dict[st
     step_flops, extract_flops = _model_flops(tuning_of(encoder, length, remat="none"))
     return {
         TUNING_STEP: Program(spread.program_of_step(step).function, state, rows * step_flops),
-        EXTRACTION: Program(
-            spread.program_of_reader(extract).function, read, rows * extract_flops
-        ),
+        EXTRACTION: Program(spread.program_of_reader(extract).function, read, rows * extract_flops),
     }
 
 
@@ -232,7 +232,12 @@ def _shapes(tuning: Tuning, rows: int) -> Any:
 
 
 def tuning_of(encoder: str, length: int, **options: Any) -> Tuning:
-    """Of an encoder that is named, in bfloat16; `options` are fields of the language model's config.
+    """Of an encoder that is named, in bfloat16.
+
+    Args:
+      encoder: one of `ENCODERS`.
+      length: tokens of a text.
+      **options: fields of the language model's config.
 
     Raises:
       InputError: no such encoder, or no length.

@@ -1,4 +1,4 @@
-"""The matrix products of a model, counted from its sizes.
+"""The matrix products of MiSTER-E, counted from its sizes, and those of any traced program.
 
 A multiplication and its addition are two operations. What is not a matrix product is left out.
 """

@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(\d+)\)")
 # Devices that take part in a collective, in the three ways they are written.
 _GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUPS_BY_COUNT = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 # Of the bytes that come out of a collective over g devices, the share a device receives, in a ring.

@@ -1,28 +1,25 @@
-"""Extraction of text features beside the same encoder in PyTorch.
+"""Extraction of features beside the same encoder in PyTorch.
 
-Both go from texts to the mean of the last hidden states. PyTorch reads one text at a time, as the
-released MiSTER-E does, and, to be fair to it, sorted texts in batches.
+Both go from texts, or from clips of sound, to the mean of the last hidden states. PyTorch reads
+one utterance at a time, as the released MiSTER-E does, and, to be fair to it, sorted ones in
+batches.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from mister_jax import extract
 from mister_jax.benchmark.measure import Run, Timing, measure
 from mister_jax.benchmark.report import Row
+from mister_jax.data import SAMPLE_RATE
+from mister_jax.encoders import hub
 from mister_jax.errors import InputError
-from mister_jax.writers import Reporter
-
-BATCHES = (8, 32, 128)
-"""Texts in a batch of PyTorch's."""
 
 # Words of MELD's 13,708 utterances: quantiles of their number.
 _SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
@@ -32,8 +29,14 @@ yeah oh okay no well so what why how you I we he she they it is was are do did h
 want like go come get see tell look good right just really never thing time guy here there now then
 and but or because with about from this that my your the a
 """
+_SECONDS = (1.0, 5.0)  # of a clip
 
-_ALONE = 200  # texts at most that PyTorch reads one by one
+# Utterances that are read, PyTorch's batches, and how many of each size it reads at most.
+_COUNT = {"text": 2000, "speech": 64}
+_BATCHES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
+_MOST = {"text": 200, "speech": 8}
+# What rates are told in besides utterances, and how many units of the encoder's input one is.
+_AMOUNT = {"text": ("tokens", 1), "speech": ("audio_hours", 3600)}
 
 
 def meld_like_texts(count: int) -> list[str]:
@@ -41,6 +44,13 @@ def meld_like_texts(count: int) -> list[str]:
     random, vocabulary = np.random.default_rng(0), _VOCABULARY.split()
     lengths = np.interp(random.random(count), _SHARES, _WORDS).round().astype(int)
     return [f"{' '.join(random.choice(vocabulary, length))}." for length in lengths]
+
+
+def noise_clips(count: int) -> list[np.ndarray]:
+    """Clips [s] int16 of noise, of 1 to 5 seconds each."""
+    random = np.random.default_rng(0)
+    lengths = (random.uniform(*_SECONDS, count) * SAMPLE_RATE).astype(int)
+    return [random.normal(0, 2**12, length).astype(np.int16) for length in lengths]
 
 
 def read_texts(path: str | pathlib.Path) -> list[str]:
@@ -60,68 +70,115 @@ def read_texts(path: str | pathlib.Path) -> list[str]:
 
 
 class _Torch:
-    """The encoder in transformers on PyTorch.
+    """An encoder in transformers on PyTorch.
 
     Args:
-      name: a folder, or a name on the Hugging Face Hub.
-      max_tokens: of a text.
+      folder: of the encoder.
       dtype: of parameters and computation.
 
     Raises:
       InputError: PyTorch is missing.
     """
 
-    def __init__(self, name: str, max_tokens: int, dtype: str):
+    def __init__(self, folder: pathlib.Path, dtype: str):
         if importlib.util.find_spec("torch") is None:
             raise InputError("PyTorch is not installed; the comparison needs it: pip install torch")
         import torch
         import transformers
 
-        self._torch = torch
+        self._torch, self._transformers = torch, transformers
+        self._dtype = getattr(torch, dtype)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._options: dict[str, Any] = {"truncation": True, "max_length": max_tokens}
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        model = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = transformers.AutoModel.from_pretrained(folder, dtype=self._dtype)
         self._model = model.to(self._device).eval()
 
-    def features(self, texts: Sequence[str], size: int) -> np.ndarray:
-        """Features [N, D] float32 of texts, in the order of their lengths."""
-        lengths = [len(ids) for ids in self._tokenizer(list(texts), **self._options)["input_ids"]]
-        order = np.argsort(lengths, kind="stable") if size > 1 else np.arange(len(texts))
-        found = []
+    def _lengths(self, utterances: Sequence[Any]) -> list[int]:
+        raise NotImplementedError
+
+    def _read(self, utterances: Sequence[Any]) -> Any:
+        """Features of one batch."""
+        raise NotImplementedError
+
+    def features(self, utterances: Sequence[Any], size: int) -> np.ndarray:
+        """Features [N, D] float32, read in batches of `size`, in the order of their lengths."""
+        order = np.arange(len(utterances))
+        if size > 1:
+            order = np.argsort(self._lengths(utterances), kind="stable")
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         with self._torch.inference_mode():
-            for start in range(0, len(texts), size):
-                chosen = [texts[row] for row in order[start : start + size]]
-                batch = self._tokenizer(chosen, padding=True, return_tensors="pt", **self._options)
-                batch = batch.to(self._device)
-                hidden = self._model(**batch).last_hidden_state.float()
-                mask = batch["attention_mask"][..., None]
-                found.append(((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy())
-        features = np.concatenate(found)
+            found = [self._read([utterances[row] for row in rows]).cpu() for rows in batches]
+        features = np.concatenate([values.float().numpy() for values in found])
         ordered = np.empty_like(features)
         ordered[order] = features
         return ordered
 
 
+class _TorchText(_Torch):
+    def __init__(self, folder: pathlib.Path, dtype: str, max_tokens: int):
+        super().__init__(folder, dtype)
+        self._options: dict[str, Any] = {"truncation": True, "max_length": max_tokens}
+        self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+
+    def _lengths(self, utterances: Sequence[Any]) -> list[int]:
+        return list(map(len, self._tokenizer(list(utterances), **self._options)["input_ids"]))
+
+    def _read(self, utterances: Sequence[Any]) -> Any:
+        batch = self._tokenizer(utterances, padding=True, return_tensors="pt", **self._options)
+        batch = batch.to(self._device)
+        hidden = self._model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+class _TorchWhisper(_Torch):
+    """Every clip is padded to the 30 s that transformers' Whisper reads."""
+
+    def __init__(self, folder: pathlib.Path, dtype: str):
+        super().__init__(folder, dtype)
+        self._model = self._model.get_encoder()
+        self._extractor = self._transformers.AutoFeatureExtractor.from_pretrained(folder)
+
+    def _lengths(self, utterances: Sequence[Any]) -> list[int]:
+        return list(map(len, utterances))
+
+    def _read(self, utterances: Sequence[Any]) -> Any:
+        clips = [clip.astype(np.float32) / 2**15 for clip in utterances]
+        batch = self._extractor(clips, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        features = batch["input_features"].to(self._device, self._dtype)
+        return self._model(features).last_hidden_state.mean(1)
+
+
+def _torch_of(name: str, dtype: str, encoder: extract.Encoder) -> _Torch:
+    folder = hub.fetch(name)
+    if encoder.modality == "text":
+        return _TorchText(folder, dtype, encoder.input.longest)
+    kind = hub.read_config(folder)["model_type"]
+    if kind != "whisper":
+        raise InputError(f"{name}: model_type {kind!r}; compared with PyTorch are text and whisper")
+    return _TorchWhisper(folder, dtype)
+
+
 def throughput_rows(
     name: str,
-    texts: Sequence[str],
+    texts: Sequence[str] = (),
     *,
+    max_tokens: int = 128,
     dtype: str = "float32",
     compare: bool = False,
     rounds: int = 3,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Times extraction from texts to features.
+    """Times extraction from utterances to features.
 
     Args:
       name: of the encoder: a folder, or a name on the Hugging Face Hub.
-      texts: what is read.
+      texts: what an encoder of text reads; random ones by default. One of speech reads noise.
+      max_tokens: of a text.
       dtype: of parameters and computation.
       compare: with PyTorch, too.
-      rounds: timed passes over all texts, in turns.
+      rounds: timed passes over all utterances, in turns.
       tell: is given a line when something long begins.
 
     Returns:
@@ -130,31 +187,25 @@ def throughput_rows(
     Raises:
       InputError: an encoder that cannot be loaded, or PyTorch is missing.
     """
-    # PyTorch first: if it is missing, that is said at once.
-    max_tokens = 128
-    torch = _Torch(name, max_tokens, dtype) if compare else None
-    encoder = extract.PretrainedEncoder(name, max_tokens=max_tokens, dtype=dtype, param_dtype=dtype)
-    counts = np.array([len(tokens) for tokens in encoder.encode(texts)])
-
-    def ours(times: int) -> None:
-        for _ in range(times):
-            _features(encoder, texts)
-
-    alone = list(texts[:: -(-len(texts) // _ALONE)])
-    read: dict[tuple[str, int | None], tuple[Sequence[str], Run]] = {
-        ("mister_jax", None): (texts, ours)
+    encoder = extract.open_encoder(name, max_tokens=max_tokens, dtype=dtype)
+    modality = encoder.modality
+    utterances: Sequence[Any] = texts
+    if modality == "speech":
+        utterances = noise_clips(_COUNT[modality])
+    elif not texts:
+        utterances = meld_like_texts(_COUNT[modality])
+    read: dict[str, tuple[Sequence[Any], Run]] = {
+        "mister_jax": (utterances, _ours(encoder, utterances))
     }
-    for size in (1, *BATCHES) if torch is not None else ():
-        chosen = alone if size == 1 else texts
-        read["torch", size] = (chosen, _repeat(torch, chosen, size))
-    tell(f"extracting from {len(texts)} texts, {rounds + 2} times")
-    labels = {f"{library} {size}": (library, size) for library, size in read}
-    timings = measure({label: read[key][1] for label, key in labels.items()}, rounds)
-    rows = []
-    for label, key in labels.items():
-        chosen = read[key][0]
-        tokens = counts if key[1] != 1 else counts[:: -(-len(texts) // _ALONE)]
-        rows.append(_row(key, timings[label], len(chosen), int(tokens.sum())))
+    if compare:
+        torch = _torch_of(name, dtype, encoder)
+        for size in _BATCHES[modality]:
+            some = utterances[:: -(-len(utterances) // (_MOST[modality] * size))]
+            read[f"torch, batches of {size}"] = (some, _theirs(torch, some, size))
+    tell(f"extracting from {len(utterances)} utterances, {rounds + 2} times")
+    timings = measure({label: run for label, (_, run) in read.items()}, rounds)
+    rows = [_row(label, timings[label], encoder, some) for label, (some, _) in read.items()]
+    rows[0]["compile_s"] = timings["mister_jax"].compiling
     for row in rows:
         row["rate_of_ours_over_it"] = (
             rows[0]["utterances_per_second"] / row["utterances_per_second"]
@@ -162,35 +213,30 @@ def throughput_rows(
     return rows
 
 
-def _features(encoder: Any, texts: Sequence[str]) -> np.ndarray:
-    with tempfile.TemporaryDirectory() as folder, Reporter(len(texts), quiet=True) as reporter:
-        return extract._features_of(
-            encoder,
-            encoder.encode(texts),
-            epath.Path(folder) / "parts",
-            extract.TOKEN_BUDGET,
-            reporter,
-        )
-
-
-def _repeat(torch: Any, texts: Sequence[str], size: int) -> Run:
+def _ours(encoder: extract.Encoder, utterances: Sequence[Any]) -> Run:
     def run(times: int) -> None:
         for _ in range(times):
-            torch.features(texts, size)
+            extract.features_of(encoder, utterances)
 
     return run
 
 
-def _row(key: tuple[str, int | None], timing: Timing, utterances: int, tokens: int) -> Row:
-    library, size = key
+def _theirs(torch: _Torch, utterances: Sequence[Any], size: int) -> Run:
+    def run(times: int) -> None:
+        for _ in range(times):
+            torch.features(utterances, size)
+
+    return run
+
+
+def _row(label: str, timing: Timing, encoder: extract.Encoder, utterances: Sequence[Any]) -> Row:
+    unit, size = _AMOUNT[encoder.modality]
+    amount = encoder.input.amount(encoder.input.items(utterances)) / size
     return {
-        "what": "extraction",
-        "library": library,
-        "batch": size,
-        "utterances": utterances,
-        "tokens": tokens,
+        "library": label,
+        "utterances": len(utterances),
+        unit: amount,
         "median_s": timing.median,
-        "utterances_per_second": utterances / timing.median,
-        "tokens_per_second": tokens / timing.median,
-        "compile_s": timing.compiling if size is None else None,
+        "utterances_per_second": len(utterances) / timing.median,
+        f"{unit}_per_second": amount / timing.median,
     }

@@ -438,13 +438,22 @@ def _resampled(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
     for _, alike in itertools.groupby(frames, _format):
         resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
         for frame in itertools.chain(alike, [None]):
-            for out in resampler.resample(frame and _with_places(frame)):
+            for out in resampler.resample(frame and _with_places(_numbers(frame))):
                 if out is not None:  # As is the answer to None where nothing is to be done.
                     yield out.to_ndarray()[0]
 
 
 def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def _numbers(frame: "av.AudioFrame") -> "av.AudioFrame":
+    """The frame, silent where its samples are no finite numbers: FFmpeg would make them loudest."""
+    samples = frame.to_ndarray()
+    if samples.dtype.kind != "f" or np.isfinite(samples).all():
+        return frame
+    finite = np.where(np.isfinite(samples), samples, 0).astype(samples.dtype)
+    return _frame(finite, frame, layout=frame.layout.name)
 
 
 def _with_places(frame: "av.AudioFrame") -> "av.AudioFrame":

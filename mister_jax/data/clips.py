@@ -14,6 +14,9 @@ from mister_jax.data.schema import UNLABELLED
 UNIT = SAMPLE_RATE // 10
 """Samples by which batches grow: clips are padded to a multiple of it."""
 
+SHORTEST = SAMPLE_RATE // 40
+"""Samples of the shortest clip that is heard, 25 ms: every encoder makes a frame of as many."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UtteranceClips:
@@ -27,7 +30,7 @@ class UtteranceClips:
         class_names: emotions.
         dialogue_ids: N ids, of the dialogue each utterance is in.
         utterance_ids: [N] str.
-        clips: N arrays of samples [s] int16, `SAMPLE_RATE` a second, none empty.
+        clips: N arrays of samples [s] int16, `SAMPLE_RATE` a second, all of them heard.
         label: [N] int32, `UNLABELLED` or a class.
         score: [N] float32, or None for a dataset without scores.
         metadata: of the split.
@@ -73,8 +76,13 @@ class UtteranceClips:
         return self.take(np.flatnonzero(self.label != UNLABELLED))
 
 
+def is_heard(clip: np.ndarray) -> bool:
+    """Whether there is anything in samples [s]: at least a frame, and not the same throughout."""
+    return len(clip) >= SHORTEST and bool((clip != clip[0]).any())
+
+
 def load_clips(name: str, split: str, data_dir: epath.PathLike | None) -> UtteranceClips:
-    """Reads the recordings of a split; silent ones, of nothing but zeros, are left out.
+    """Reads the recordings of a split; those with nothing to hear, see `is_heard`, are left out.
 
     Raises:
         InputError: there is no such dataset or split.
@@ -83,7 +91,7 @@ def load_clips(name: str, split: str, data_dir: epath.PathLike | None) -> Uttera
     turns, dialogues = [], []
     for dialogue in dataset.dialogues(split):
         for turn in dialogue.utterances:
-            if turn.speech_present and turn.audio.any():
+            if turn.speech_present and is_heard(turn.audio):
                 turns.append(turn)
                 dialogues.append(dialogue.id)
     scores = np.array([turn.score for turn in turns], np.float32)

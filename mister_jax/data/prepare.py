@@ -123,9 +123,7 @@ def _prepare_released(preparation: Preparation) -> dict[str, Any]:
     if source is None and dataset == "meld/text":
         source = _downloaded(preparation)
     corpus = read_released(preparation.corpus, source, name, partial=preparation.partial)
-    return _write(
-        RELEASED[preparation.corpus], corpus, dataset, name, source or "", preparation
-    )
+    return _write(RELEASED[preparation.corpus], corpus, dataset, name, source or "", preparation)
 
 
 def _prepare_manifest(preparation: Preparation, **known: Any) -> dict[str, Any]:

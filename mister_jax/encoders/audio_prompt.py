@@ -82,7 +82,7 @@ class PromptedSpeech(nnx.Module):
       whole: all positions count as the clip's, those of the prompt too; else those of its audio.
     """
 
-    def __init__(self, model: nnx.Module, prompt: Sequence[int], *, whole: bool = False):
+    def __init__(self, model: Any, prompt: Sequence[int], *, whole: bool = False):
         self.model = model
         self.prompt = tuple(prompt)
         self.whole = whole

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mister_jax import parallel
 from mister_jax.convert import salmonn as salmonn_checkpoints
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import hub, salmonn
+from mister_jax.encoders import audio, hub, salmonn
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
@@ -29,6 +29,7 @@ SALMONN = "salmonn"
 PROMPT_TOKENS = "prompt_tokens"
 """What a description holds besides, of an LLM."""
 
+_WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
 _QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
 _HEAD_WIDTH = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
@@ -41,9 +42,9 @@ class SpeechFiles:
     Attributes:
       name: a folder, or a name on the Hugging Face Hub; of SALMONN the checkpoint of what it has
         learned, see `Checkpoint.open`.
-      whisper: of SALMONN alone, as are the following: folder of Whisper.
+      whisper: of SALMONN alone, as are the following: Whisper, a folder or a name as above.
       beats: checkpoint of BEATs, a file as released or a folder; there its `cfg` is in config.json.
-      vicuna: folder of Vicuna, with its tokenizer.
+      vicuna: Vicuna with its tokenizer, a folder or a name as above.
     """
 
     name: str
@@ -67,7 +68,8 @@ class SpeechFiles:
     def fingerprint(self) -> str:
         """See `hub.fingerprint`."""
         if self.is_salmonn:
-            return hub.fingerprint(self.name, self.whisper, self.beats, self.vicuna)
+            folders = hub.fetch(self.whisper), hub.fetch(self.vicuna)
+            return hub.fingerprint(self.name, self.beats, *folders)
         return hub.fingerprint(hub.fetch(self.name))
 
 
@@ -84,7 +86,7 @@ def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
     if files.is_salmonn:
         described = _describe_salmonn(files)
         config = SalmonnConfig.from_parts(described)
-        tokenizer = hub.load_processor(files.vicuna, config.decoder)
+        tokenizer = hub.load_processor(hub.fetch(files.vicuna), config.decoder)
         asked = prompt or _SALMONN_PROMPT
         return described | {PROMPT_TOKENS: salmonn.prompt_tokens(tokenizer, asked, config)}
     folder = hub.fetch(files.name)
@@ -162,9 +164,9 @@ def load(
     shardings = None if mesh is None else parallel.shardings(params, mesh, hub.RULES)
     module = salmonn_checkpoints.load(
         shapes,
-        whisper=Checkpoint.open(files.whisper),
+        whisper=Checkpoint.open(hub.fetch(files.whisper)),
         beats=Checkpoint.open(files.beats),
-        vicuna=Checkpoint.open(files.vicuna),
+        vicuna=Checkpoint.open(hub.fetch(files.vicuna)),
         salmonn=Checkpoint.open(files.name),
         shardings=shardings,
     )
@@ -187,9 +189,9 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
     hidden = shape("speech_Qformer.bert.encoder.layer.0.intermediate_query.dense.weight")
     return {
         "model_type": SALMONN,
-        "whisper": hub.read_config(files.whisper),
+        "whisper": hub.read_config(hub.fetch(files.whisper)),
         "beats": dict(cfg),
-        "vicuna": hub.read_config(files.vicuna),
+        "vicuna": hub.read_config(hub.fetch(files.vicuna)),
         "qformer": {
             "width": width,
             "num_layers": len(layers),
@@ -204,3 +206,33 @@ def _prompted(module: nnx.Module, described: Mapping[str, Any], whole: bool) -> 
     if not is_llm(described):
         return module
     return PromptedSpeech(module, described[PROMPT_TOKENS], whole=whole)
+
+
+def trimming(described: Mapping[str, Any], trim: bool) -> dict[str, bool]:
+    """`changes` for `make` and `load` that decide on `WhisperConfig.trim`; of others, none."""
+    return {"trim": trim} if described["model_type"] == "whisper" else {}
+
+
+def check_spectrogram(described: Mapping[str, Any]) -> None:
+    """Raises ValueError if an encoder reads the waveform itself, without Whisper's front end."""
+    if described["model_type"] not in _WITH_SPECTROGRAM:
+        raise ValueError(
+            f"mask_spectrogram, and model_type {described['model_type']!r} has no spectrogram; "
+            f"allowed with {', '.join(_WITH_SPECTROGRAM)}"
+        )
+
+
+def hears_whole(module: Any) -> bool:
+    """A clip costs an encoder as much as the longest it has positions for."""
+    config = module.config
+    return isinstance(config, SalmonnConfig) or not getattr(config, "trim", True)
+
+
+def check_seconds(module: Any, max_seconds: float) -> None:
+    """Raises InputError if an encoder has no positions for clips of so many seconds."""
+    longest = getattr(module.config, "max_samples", None)
+    if longest is not None and max_seconds > longest / audio.SAMPLE_RATE:
+        raise InputError(
+            f"max_seconds={max_seconds:g}; allowed: at most {longest / audio.SAMPLE_RATE:g}, as "
+            "the encoder has"
+        )

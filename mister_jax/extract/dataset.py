@@ -71,7 +71,9 @@ def extract(
                 f"dataset {dataset}, split {split}: no utterance has {encoder.modality}"
             )
         parts = root / f"{prefix}{_digest(told, split, utterances)}"
-        with Reporter(len(utterances.items), unit=f"utterances of {split}", quiet=quiet) as reporter:
+        with Reporter(
+            len(utterances.items), unit=f"utterances of {split}", quiet=quiet
+        ) as reporter:
             found = encode_items(encoder, utterances.items, budget, reporter, parts)
         features = dict(zip(utterances.ids.tolist(), found, strict=True))
         splits[split] = _of_modality(source, split, encoder.modality, features, found.shape[1])
@@ -92,7 +94,7 @@ def _digest(told: dict[str, Any], split: str, utterances: Utterances) -> str:
     digest.update(json.dumps(utterances.ids.tolist()).encode())
     for item in utterances.items:
         digest.update(f"{len(item)};".encode())
-        digest.update(np.ascontiguousarray(item))
+        digest.update(item.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -149,10 +151,10 @@ def merge(
       overwrite: replace a dataset of this name.
 
     Returns:
-      The TFDS builder of the merged dataset.
+      The TFDS builder of the merged dataset; None for processes but the first.
 
     Raises:
-      InputError: the two are not of the same utterances.
+      InputError: the two are not of the same utterances, or lack what is taken.
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:
@@ -161,6 +163,11 @@ def merge(
         split: _joined(*(data.load(name, split, data_dir) for name in (speech, text)))
         for split in names[text]
     }
+    for name, modality in ((speech, "speech"), (text, "text")):
+        if not any(getattr(split, f"{modality}_present").any() for split in splits.values()):
+            raise InputError(f"dataset {name}: no utterance has {modality}")
+    if jax.process_index() != 0:
+        return None
     return data.write(splits, output, data_dir, overwrite=overwrite)
 
 
@@ -182,9 +189,20 @@ def _joined(speech: data.DialogueFeatures, text: data.DialogueFeatures) -> data.
             f"{where}: {len(differ)} labels differ, the first is that of utterance "
             f"{text.utterance_ids[differ[0]]}"
         )
+    # Either may be a merged one, and tell of a modality that is not taken.
+    own = {
+        name: told.metadata[name]
+        for name, told in (("speech", speech), ("text", text))
+        if name in told.metadata
+    }
+    others = {
+        name: value
+        for name, value in {**speech.metadata, **text.metadata}.items()
+        if name not in ("speech", "text")
+    }
     return dataclasses.replace(
         text,
         speech=speech.speech[rows],
         speech_present=speech.speech_present[rows],
-        metadata={**speech.metadata, **text.metadata},
+        metadata={**others, **own},
     )

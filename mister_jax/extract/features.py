@@ -13,7 +13,7 @@ from etils import epath
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
-from mister_jax.parallel import enough_memory
+from mister_jax.parallel import check_shared, enough_memory
 from mister_jax.writers import Reporter
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
@@ -76,9 +76,11 @@ def encode_items(
     done: list[np.ndarray] = []
     if parts is not None:
         try:
-            parts.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{parts.parent}: cannot be written ({error.strerror})") from error
+        check_shared(parts)
     for number, start in enumerate(range(0, len(order), _PART)):
         rows = order[start : start + _PART]
         path = None if parts is None else parts / f"{number:05d}.npy"
@@ -173,11 +175,15 @@ def plan(
     while start < len(lengths):
         most = int(lengths[start])
         padded = min(next((step for step in steps if step >= most), longest), longest)
-        size = max(1, budget // padded) * num_shards
         below = max((step for step in steps if step < most), default=0)
         # What fits a shorter step waits for it.
-        end = min(start + size, start + int(np.sum(lengths[start:] > below)))
-        rows = np.full(size, -1, np.int32)
-        rows[: end - start] = np.arange(start, end)
-        yield rows, padded
+        end = start + int(np.sum(lengths[start:] > below))
+        # A few items take a small batch, of a size that is likely to come again.
+        needed = 1 << max(0, -(-(end - start) // num_shards) - 1).bit_length()
+        size = min(max(1, budget // padded), needed) * num_shards
+        for first in range(start, end, size):
+            rows = np.full(size, -1, np.int32)
+            last = min(first + size, end)
+            rows[: last - first] = np.arange(first, last)
+            yield rows, padded
         start = end

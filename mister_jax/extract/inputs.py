@@ -69,7 +69,8 @@ class TextInput:
       max_tokens: of a text.
     """
 
-    modality, unit, budget, scale, steps = "text", "tokens", TOKEN_BUDGET, 1, _TOKENS
+    modality, unit, budget, scale = "text", "tokens", TOKEN_BUDGET, 1
+    steps: tuple[int, ...] = _TOKENS
 
     def __init__(self, encode: Encode, max_tokens: int):
         self.encode = encode

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,6 +19,29 @@ _POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+_ROWS: contextvars.ContextVar[jax.sharding.Sharding | None] = contextvars.ContextVar(
+    "rows", default=None
+)
+
+
+@contextlib.contextmanager
+def rows_sharded(sharding: jax.sharding.Sharding) -> Iterator[None]:
+    """While a program is traced, what goes from layer to layer of a `Stack` is so sharded.
+
+    Where kernels are sharded over the devices that share out the rows, too, the compiler would
+    otherwise rather move all activations than put a layer's kernels together.
+    """
+    token = _ROWS.set(sharding)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def _as_rows(x: jax.Array) -> jax.Array:
+    sharding = _ROWS.get()
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 class Stack(nnx.Module):
@@ -79,7 +104,8 @@ class Stack(nnx.Module):
         def run(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array | None]:
             layer_params, index = scanned
             layer = nnx.merge(graph, layer_params)
-            x = layer(x, *inputs, deterministic=deterministic, rngs=_of_layer(key, index))
+            options = {"deterministic": deterministic, "rngs": _of_layer(key, index)}
+            x = _as_rows(layer(_as_rows(x), *inputs, **options))
             return x, x if collect else None
 
         if self.remat != "none":

@@ -31,6 +31,8 @@ _TITLES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
 }
+# A confusion matrix of more classes has narrow columns.
+_NARROW = 10
 # Where a dataset is does not tell what was done with it.
 _PLACES = ("data.data_dir",)
 
@@ -457,8 +459,9 @@ def _confusion(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
         rows.append((name, *cells, f"{support:,}"))
     head = ("true ↓ predicted →", *names, "support")
     lead = "Counts, and below them the share of their row. A framed cell is right."
+    kind = "confusion" if len(names) <= _NARROW else "confusion narrow"
     return element("p", lead, class_="note") + _table(
-        "Confusion: true emotions down, predicted across", head, rows, "confusion"
+        "Confusion: true emotions down, predicted across", head, rows, kind
     )
 
 

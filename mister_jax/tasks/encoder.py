@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mister_jax import losses, metrics
@@ -108,7 +109,7 @@ class EncoderTask:
     Args:
       config: of the experiment.
       class_names: C names.
-      described: content of the backbone's `config.json`.
+      described: of `described`.
     """
 
     options_class: Any = EncoderOptions
@@ -156,8 +157,13 @@ class EncoderTask:
     def from_data(cls, config: ConfigDict) -> Any:
         """The task for the dataset and the backbone that the config names."""
         dataset = DialogueDataset(config.data.name, config.data.data_dir or None)
-        folder = hub.fetch(config.encoder.options.name)
-        return cls(config, dataset.class_names, hub.read_config(folder))
+        options = from_config(cls.options_class, config.encoder.options, "config.encoder.options")
+        return cls(config, dataset.class_names, cls.described(options))
+
+    @classmethod
+    def described(cls, options: Any) -> dict[str, Any]:
+        """What a backbone is, of the config's options: JSON values that `_backbone` makes it of."""
+        return hub.read_config(hub.fetch(options.name))
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> Any:
@@ -180,6 +186,10 @@ class EncoderTask:
         """Where the backbone's files are."""
         return hub.fetch(self.options.name)
 
+    def fingerprint(self) -> str:
+        """See `hub.fingerprint`; of the backbone's files."""
+        return hub.fingerprint(self.folder)
+
     def _changes(self) -> dict[str, Any]:
         options = self.options
         return {
@@ -191,6 +201,10 @@ class EncoderTask:
 
     def _backbone(self, key: jax.Array) -> nnx.Module:
         return hub.make(self._described, rngs=nnx.Rngs(key), **self._changes())
+
+    def _loaded_backbone(self, mesh: Mesh | None, seed: int) -> Any:
+        """`_backbone` with its weights; `seed` is of what no checkpoint holds."""
+        return hub.load_module(self.folder, mesh=mesh, seed=seed, **self._changes())
 
     def model(self, backbone: Any, head: UtteranceHead) -> nnx.Module:
         """The model of a backbone and its head."""
@@ -245,12 +259,8 @@ class EncoderTask:
 
     def load(self, key: jax.Array, spreading: Spread) -> nnx.Module:
         backbone_key, head_key = jax.random.split(key)
-        backbone = hub.load_module(
-            self.folder,
-            mesh=spreading.mesh if isinstance(spreading, JitSpread) else None,
-            seed=int(jax.random.bits(backbone_key)),
-            **self._changes(),
-        )
+        mesh = spreading.mesh if isinstance(spreading, JitSpread) else None
+        backbone = self._loaded_backbone(mesh, int(jax.random.bits(backbone_key)))
         return self._with_head(backbone, head_key)
 
     def loss(

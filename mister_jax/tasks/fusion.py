@@ -116,7 +116,7 @@ class FusionTask:
             text_dim=train.text_dim,
         )
         told = train.metadata
-        encoders = {name: told[name] for name in ("speech", "text") if name in told}
+        encoders: dict[str, Any] = {name: told[name] for name in ("speech", "text") if name in told}
         return cls(config, train.class_names, model, encoders)
 
     @classmethod

@@ -8,32 +8,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 
 from mister_jax import data
 from mister_jax.data.clips import UtteranceClips, clip_batches, load_clips
-from mister_jax.encoders import augment
+from mister_jax.encoders import augment, speech
 from mister_jax.models.utterance import SpeechUtterance, UtteranceHead, UtteranceOutput
 from mister_jax.tasks.base import Batch
 from mister_jax.tasks.encoder import EncoderOptions, EncoderSplit, EncoderTask
+
+TOWERS = ("frozen", "lora", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechEncoderOptions(EncoderOptions):
     """Options of a speech encoder.
 
+    An LLM that hears is trained by its low-rank paths, unless all is; `tower` is about what it
+    hears through. An encoder that is no LLM is a tower as a whole.
+
     Attributes:
+      whisper: see `SpeechFiles`; for SALMONN, as are the following.
+      beats: likewise.
+      vicuna: likewise.
+      prompt: of an LLM: what it is asked about every clip; its usual question if empty.
+      pool_prompt: of an LLM: pool over the prompt's positions, too, not the audio's alone.
+      tower: "frozen", "lora" (low-rank paths) or "full", unless the option `full` trains all.
+      trim: of Whisper: see `WhisperConfig`.
       max_seconds: of an utterance, that are read in validation, test and extraction.
       crop_seconds: that are read in training, at a place drawn anew in every epoch.
       gain: draw the loudness anew in training.
       noise: add noise in training.
       speed: draw the speed anew in training.
+      mask_spectrogram: hide stretches of time and of bins in training; of encoders with
+        Whisper's front end.
     """
 
+    whisper: str = ""
+    beats: str = ""
+    vicuna: str = ""
+    prompt: str = ""
+    pool_prompt: bool = False
+    tower: str = "lora"
+    trim: bool = True
     max_seconds: float = 30.0
     crop_seconds: float = 30.0
     gain: bool = False
     noise: bool = False
     speed: bool = False
+    mask_spectrogram: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,12 +66,77 @@ class SpeechEncoderOptions(EncoderOptions):
                 f"max_seconds {self.max_seconds}, crop_seconds {self.crop_seconds}; allowed: 0.1 "
                 "or more"
             )
+        if self.tower not in TOWERS:
+            raise ValueError(f"tower {self.tower!r}; allowed: {', '.join(TOWERS)}")
+        if self.tower == "full" and self.quantize:
+            raise ValueError("quantize keeps kernels as they are, tower=full trains them")
+        # Its low-rank paths are part of what it has learned, and Whisper's are not in its files.
+        if self.files.is_salmonn and (self.full or self.tower == "lora"):
+            raise ValueError("full and tower=lora are not for SALMONN; allowed: tower=frozen, full")
+
+    @property
+    def files(self) -> speech.SpeechFiles:
+        """Where the backbone's are."""
+        return speech.SpeechFiles(self.name, self.whisper, self.beats, self.vicuna)
 
 
 class SpeechEncoderTask(EncoderTask):
     """A speech backbone with a head, on utterances with sound and a label."""
 
     options_class = SpeechEncoderOptions
+
+    @classmethod
+    def described(cls, options: SpeechEncoderOptions) -> dict[str, Any]:
+        return speech.describe(options.files, options.prompt)
+
+    def fingerprint(self) -> str:
+        return self.options.files.fingerprint()
+
+    @property
+    def whole(self) -> bool:
+        """A clip costs the backbone as much as the longest it has positions for."""
+        return speech.hears_whole(self._shapes)
+
+    def _check_backbone(self, backbone: Any) -> None:
+        options = self.options
+        speech.check_seconds(backbone, max(options.max_seconds, options.crop_seconds))
+
+    @property
+    def trainable(self) -> Any:
+        options = self.options
+        if options.full:
+            return nnx.Param
+        trained: list[Any] = [nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head"))]
+        if options.tower == "full":
+            # What is not of a language model.
+            trained.append(nnx.All(nnx.Param, nnx.Not(nnx.PathContains("decoder"))))
+        return nnx.Any(*trained)
+
+    def _changes(self) -> dict[str, Any]:
+        options, described = self.options, self._described
+        changes = super()._changes() | speech.trimming(described, options.trim)
+        through_lora = options.tower == "lora" and not options.full
+        tower: dict[str, Any] = {"lora": self.lora if through_lora else None}
+        if options.mask_spectrogram:
+            speech.check_spectrogram(described)
+            tower["mask_spectrogram"] = True
+        if speech.is_llm(described):
+            return {**changes, "tower": {**tower, "remat": options.remat}}
+        return changes | tower
+
+    def _backbone(self, key: jax.Array) -> nnx.Module:
+        rngs, whole = nnx.Rngs(key), self.options.pool_prompt
+        return speech.make(self._described, rngs=rngs, whole=whole, **self._changes())
+
+    def _loaded_backbone(self, mesh: Mesh | None, seed: int) -> Any:
+        return speech.load(
+            self.options.files,
+            self._described,
+            mesh=mesh,
+            seed=seed,
+            whole=self.options.pool_prompt,
+            **self._changes(),
+        )
 
     def model(self, backbone: Any, head: UtteranceHead) -> SpeechUtterance:
         return SpeechUtterance(backbone, head)

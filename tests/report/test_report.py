@@ -19,7 +19,9 @@ from mister_jax.report.summary import Bootstrap, calibration, gate_rows, systems
 
 CLASSES = ("anger", "joy", "neutral")
 EXPERIMENT = Experiment(
-    name="run <1>", config={"task": "fusion", "data": {"name": "tiny", "data_dir": "/x"}}, epochs=(3,)
+    name="run <1>",
+    config={"task": "fusion", "data": {"name": "tiny", "data_dir": "/x"}},
+    epochs=(3,),
 )
 NASTY = "</script><script>document.title = 'broken'</script><!--<script>& \u2028"
 
@@ -270,7 +272,6 @@ def test_what_a_model_does_not_have_is_left_out(kind):
     page = Page(text)
     votes = kind == "mean"
     assert "gate" not in page.ids and "gates" not in page.rows
-    assert ("missing" in page.ids) == votes
     assert ("alone" in text.partition("<section")[2].partition("<noscript>")[0]) == votes
     found = embedded(text)
     assert found["gate"] is None
@@ -324,14 +325,27 @@ STUDY = {
 def test_missing_modality_curve_is_there_when_it_was_measured(tmp_path):
     features, predictions = made_up()
     found = scores(features, predictions)
-    without = write_report(tmp_path, features, predictions, found, EXPERIMENT).read_text()
-    assert "--drop_speech=" in without
-    (tmp_path / "missing_modality.json").write_text(json.dumps(STUDY))
     path = write_report(tmp_path, features, predictions, found, EXPERIMENT)
-    assert path.name == "report.html" and "--drop_speech=" not in path.read_text()
+    assert "missing" not in Page(path.read_text()).ids
+    path = write_report(tmp_path, features, predictions, found, EXPERIMENT, study=STUDY)
+    page = Page(path.read_text())
+    assert path.name == "report.html" and "missing" in page.ids
     assert "0.450 ± 0.000" in path.read_text()
-    other = page_of(features, predictions, study={**STUDY, "split": "validation"})
-    assert "--drop_speech=" in other
+
+
+def test_several_seeds_are_named():
+    features, predictions = made_up()
+    found = scores(features, predictions)
+    found["seeds"] = {
+        "of_each": {"3": {"weighted_f1": 0.5}, "4": {"weighted_f1": 0.7}},
+        "mean": {"weighted_f1": 0.6},
+        "deviation": {"weighted_f1": 0.1414},
+    }
+    config = {"seed": 3, "train": {"epochs": 9}}
+    experiment = Experiment(name="run", config=config, epochs=(7, 9))
+    text = report_html(Evaluated.of(features, predictions), found, experiment)
+    assert "the mean of 2 seeds; one alone has weighted F1 0.600 ± 0.141" in text
+    assert "seeds 3, 4" in text and "epochs 7, 9 of 9" in text
 
 
 BROWSER = next(

@@ -1,0 +1,338 @@
+"""Utterance encoders as extraction uses them, and how one is found again by what it says it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from mister_jax.encoders import hub, speech
+from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.encoders.text import check_max_tokens, encode_texts
+from mister_jax.errors import InputError
+from mister_jax.evaluate import Predictor
+from mister_jax.extract.inputs import Input, SpeechInput, TextInput
+from mister_jax.nn import masked_mean
+from mister_jax.parallel import JitSpread, data_mesh, enough_memory
+from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
+
+Features = Callable[[Any, Any], jax.Array]
+"""From parameters and a batch to [B, F] float32."""
+
+_FULL_SCALE = 2**15
+
+
+class Encoder(Protocol):
+    """What extraction needs of an encoder."""
+
+    input: Input
+    spread: JitSpread
+
+    @property
+    def modality(self) -> str:
+        """Of what it encodes: "speech" or "text"."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on, plain JSON values; `encoder_of` finds the encoder by it.
+
+        `kind`, `name` and `options` say how it is made, the rest what it was made of. Any change
+        starts an extraction anew.
+        """
+
+    def __call__(self, batch: dict[str, Any]) -> jax.Array:
+        """Features [B, F] float32 of a placed batch of its input."""
+
+
+class _Encoder:
+    """What all kinds have."""
+
+    input: Input
+    spread: JitSpread
+    _identity: dict[str, Any]
+
+    @property
+    def modality(self) -> str:
+        return self.input.modality
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+
+class TunedEncoder(_Encoder):
+    """The best parameters of a training of an encoder; features are those of its head.
+
+    Args:
+      workdir: of the training.
+
+    Raises:
+      InputError: not a work directory of an encoder, or one without a best checkpoint.
+    """
+
+    def __init__(self, workdir: epath.PathLike):
+        self._predictor = Predictor(workdir)
+        task = self._predictor.task
+        self.spread = self._predictor.spread
+        self.input: Input
+        if isinstance(task, TextEncoderTask):
+            self.input = TextInput(task.encode, task.options.max_tokens)
+        elif isinstance(task, SpeechEncoderTask):
+            self.input = SpeechInput(task.options.max_seconds, whole=task.whole)
+        else:
+            raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
+        config = epath.Path(workdir) / "config.json"
+        self._identity = {
+            "kind": "tuned",
+            "name": _place(workdir),
+            "options": {},
+            "config": json.loads(config.read_text()),
+            "best": self._predictor.progress,
+            "files": task.fingerprint(),
+        }
+
+    def __call__(self, batch: dict[str, Any]) -> jax.Array:
+        return self._predictor.run(batch)["feature"][:, 0]
+
+
+class _Released(_Encoder):
+    """An encoder as it was released, on all devices.
+
+    Args:
+      source: its input.
+      identity: see `Encoder`.
+      module: with its parameters.
+      features: of the module and a batch.
+    """
+
+    def __init__(
+        self,
+        source: Input,
+        identity: dict[str, Any],
+        module: nnx.Module,
+        features: Callable[[Any, Any], jax.Array],
+        spread: JitSpread,
+    ):
+        self.input = source
+        self.spread = spread
+        self._identity = identity
+        graph, params = nnx.split(module)
+        self._params = nnx.as_pure(params)
+
+        def read(params, batch, _axis_name):
+            return features(nnx.merge(graph, params), batch)
+
+        self._read = spread.program_of_reader(read)
+
+    def __call__(self, batch: dict[str, Any]) -> jax.Array:
+        return self._read(self._params, batch)
+
+
+class PretrainedText(_Released):
+    """A text encoder as it was released; a feature is the mean of its last hidden states.
+
+    Args:
+      name: a folder, or a name on the Hugging Face Hub.
+      max_tokens: of an utterance.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+
+    Raises:
+      InputError: an encoder that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_tokens: int = 128,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        spread = JitSpread(data_mesh(), hub.RULES)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        folder = hub.fetch(name)
+        with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
+            module, tokenizer = hub.load(folder, mesh=spread.mesh, **types)
+        check_max_tokens(module, max_tokens)
+
+        def encode(texts: Sequence[str]) -> list[np.ndarray]:
+            return encode_texts(tokenizer, texts, max_tokens)
+
+        def features(module: Any, batch: Any) -> jax.Array:
+            hidden = module(batch["input_ids"], batch["mask"])
+            return masked_mean(hidden.astype(jnp.float32), batch["mask"])
+
+        identity = {
+            "kind": "text",
+            "name": _place(name),
+            "options": {"max_tokens": max_tokens, **types},
+            "files": hub.fingerprint(folder),
+        }
+        super().__init__(TextInput(encode, max_tokens), identity, module, features, spread)
+
+
+class PretrainedSpeech(_Released):
+    """A speech encoder as it was released; a feature is the mean of its last hidden states.
+
+    Args:
+      name: a folder, or a name on the Hugging Face Hub.
+      max_seconds: of an utterance.
+      trim: of Whisper: see `WhisperConfig`.
+      prompt: of an LLM: what it is asked about every clip; its usual question if empty. The mean
+        is over the audio's positions alone.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+
+    Raises:
+      InputError: an encoder that cannot be loaded, or has no positions for so long an utterance.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_seconds: float = 30.0,
+        trim: bool = True,
+        prompt: str = "",
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        spread = JitSpread(data_mesh(), hub.RULES)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        files = speech.SpeechFiles(name)
+        described = speech.describe(files, prompt)
+        changes = types | speech.trimming(described, trim)
+        with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
+            module: Any = speech.load(files, described, mesh=spread.mesh, **changes)
+        speech.check_seconds(module, max_seconds)
+
+        def features(module: Any, batch: Any) -> jax.Array:
+            waveform = batch["waveform"].astype(jnp.float32) / _FULL_SCALE
+            hidden, mask = module(waveform, batch["lengths"])
+            return masked_mean(hidden.astype(jnp.float32), mask)
+
+        options = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt, **types}
+        identity = {
+            "kind": "speech",
+            "name": _place(name),
+            "options": options,
+            "files": files.fingerprint(),
+        }
+        source = SpeechInput(max_seconds, whole=speech.hears_whole(module))
+        super().__init__(source, identity, module, features, spread)
+
+
+class ProsodyEncoder(_Encoder):
+    """The named features of `encoders.prosody`, which needs no weights.
+
+    Args:
+      max_seconds: of an utterance.
+    """
+
+    def __init__(self, *, max_seconds: float = 30.0):
+        self.input = SpeechInput(max_seconds)
+        self.spread = JitSpread(data_mesh())
+        self._identity = {
+            "kind": "prosody",
+            "name": PROSODY,
+            "options": {"max_seconds": max_seconds},
+            "features": list(FEATURE_NAMES),
+        }
+
+        def read(_params, batch, _axis_name):
+            return prosody(batch["waveform"].astype(jnp.float32) / _FULL_SCALE, batch["lengths"])[0]
+
+        self._read = self.spread.program_of_reader(read)
+
+    def __call__(self, batch: dict[str, Any]) -> jax.Array:
+        return self._read({}, batch)
+
+
+PROSODY = "prosody"
+"""The name of the encoder without weights."""
+
+# `kind` of an identity -> how an encoder of it is made of `name` and `options`.
+_KINDS: dict[str, Callable[..., Encoder]] = {
+    "tuned": TunedEncoder,
+    "text": PretrainedText,
+    "speech": PretrainedSpeech,
+    "prosody": lambda _, **options: ProsodyEncoder(**options),
+}
+
+
+def open_encoder(
+    name: str,
+    *,
+    max_tokens: int = 128,
+    max_seconds: float = 30.0,
+    trim: bool = True,
+    prompt: str = "",
+    dtype: str = "float32",
+) -> Encoder:
+    """An encoder that was not tuned: "prosody", or one of a folder or the Hugging Face Hub.
+
+    Args:
+      name: of it.
+      max_tokens: see `PretrainedText`.
+      max_seconds: see `PretrainedSpeech`, as are the following.
+      trim: likewise.
+      prompt: likewise.
+      dtype: of computation and parameters.
+
+    Raises:
+      InputError: an encoder that cannot be loaded.
+    """
+    if max_seconds < 0.1:
+        raise InputError(f"max_seconds={max_seconds}; allowed: 0.1 or more")
+    if name == PROSODY:
+        return ProsodyEncoder(max_seconds=max_seconds)
+    types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
+    folder = hub.fetch(name)
+    config = hub.read_config(folder)
+    if hub.architecture_of(config, folder / hub.CONFIG).modality == "text":
+        return PretrainedText(name, max_tokens=max_tokens, **types)
+    options: dict[str, Any] = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt}
+    return PretrainedSpeech(name, **options, **types)
+
+
+def encoder_of(identity: Mapping[str, Any]) -> Encoder:
+    """The encoder that made a dataset's features, by the dataset's metadata of its modality.
+
+    Args:
+      identity: of `Encoder.identity`; more than that is ignored.
+
+    Raises:
+      InputError: an encoder that cannot be loaded any more, or is not the same any more.
+    """
+    kind = _KINDS.get(identity.get("kind", ""))
+    if kind is None:
+        raise InputError(
+            f"features of kind {identity.get('kind')!r}, whose encoder is not known; allowed: "
+            f"those that extraction has written, of {', '.join(_KINDS)}"
+        )
+    encoder = kind(identity["name"], **identity["options"])
+    made_of = encoder.identity()
+    changed = sorted(name for name, value in made_of.items() if identity.get(name) != value)
+    if set(changed) - {"files", "name"}:
+        raise InputError(
+            f"{identity['name']}: not the encoder that made the features any more "
+            f"({', '.join(changed)} changed); extract them anew, or use the encoder of then"
+        )
+    if changed:
+        # The same files copied to another place look like this, too.
+        logging.warning("%s: files were touched since features were made", identity["name"])
+    return encoder
+
+
+def _place(name: epath.PathLike) -> str:
+    """A folder's whole path, so that it is found from anywhere; a name on the hub as it is."""
+    path = pathlib.Path(name)
+    return str(path.absolute()) if path.is_dir() else os.fspath(name)

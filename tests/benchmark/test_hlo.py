@@ -1,0 +1,62 @@
+"""What a compiled program says of loops and of what is sent between chips."""
+
+import pytest
+
+from mister_jax.benchmark.hlo import execution
+
+PROGRAM = """
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state = (s32[], f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0} fusion(%state), kind=kLoop, backend_config={"estimated_cycles":"100"}
+  %whole = bf16[8,512]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={1}
+  ROOT %next = (s32[], f32[8,128]{1,0}) tuple(%state, %x)
+}
+
+%condition (state: (s32[], f32[8,128])) -> pred[] {
+  %state.1 = (s32[], f32[8,128]{1,0}) parameter(0)
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%state.1, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[8,128]) -> f32[16] {
+  %start = (s32[], f32[8,128]{1,0}) parameter(0)
+  %loop = (s32[], f32[8,128]{1,0}) while(%start), condition=%condition, body=%body
+  %y = f32[16]{0} fusion(%loop), kind=kLoop, backend_config={"estimated_cycles":"20"}
+  %sent = (f32[16]{0}, f32[16]{0}) collective-permute-start(%y), channel_id=2
+  ROOT %total = f32[16]{0} all-reduce(%y), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    done = execution(PROGRAM)
+    assert done.cycles == 5 * 100 + 20
+    assert done.repetition == pytest.approx(520 / 120)
+
+
+def test_bytes_are_those_a_device_receives():
+    done = execution(PROGRAM)
+    gathered = 5 * (8 * 512 * 2) * 3 / 4
+    summed = 2 * (16 * 4) * 3 / 4
+    assert done.blocking == gathered + summed
+    assert done.overlapped == 16 * 4
+
+
+@pytest.mark.parametrize("order", ["", ", device_ids=([4,2]T(1,0))"])
+def test_groups_may_be_axes_of_a_mesh(order):
+    groups = f"replica_groups=mesh['data'=4,'model'=2]{order} {{'data'}}"
+    text = PROGRAM.replace("replica_groups=[2,4]<=[8]", groups)
+    assert execution(text) == execution(PROGRAM)
+
+
+def test_a_loop_whose_length_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="0 constants"):
+        execution(PROGRAM.replace("constant(5)", "parameter(1)"))

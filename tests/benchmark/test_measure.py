@@ -1,0 +1,26 @@
+"""Times are taken in turns, of dialogues like those of a corpus."""
+
+import numpy as np
+
+from mister_jax.benchmark.dialogues import iemocap_like_lengths, released_epoch
+from mister_jax.benchmark.measure import measure
+
+
+def test_candidates_are_timed_in_turns():
+    order = []
+    runs = {name: lambda times, name=name: order.append(name) for name in "ab"}
+    timings = measure(runs, rounds=3)
+    assert order == list("ab" * 5)
+    assert {len(timing.seconds) for timing in timings.values()} == {3}
+
+
+def test_lengths_are_like_those_of_iemocap():
+    lengths = iemocap_like_lengths()
+    assert len(lengths) == 120
+    assert abs(lengths.mean() - 49) <= 1
+    assert lengths.max() == 110
+    np.testing.assert_array_equal(lengths, iemocap_like_lengths())
+    epoch = released_epoch(lengths, 8)
+    np.testing.assert_array_equal(np.sort(np.concatenate([b.rows for b in epoch])), range(120))
+    positions = sum(len(batch.rows) * batch.num_utterances for batch in epoch)
+    assert 0.28 < 1 - lengths.sum() / positions < 0.36

@@ -1,0 +1,104 @@
+"""Extraction is timed on utterances like a corpus's, beside PyTorch on the same weights."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mister_jax import extract
+from mister_jax.benchmark import throughput
+from mister_jax.errors import InputError
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(throughput, "_COUNT", {"text": 5, "speech": 3})
+    monkeypatch.setattr(throughput, "_BATCHES", {"text": (1, 2), "speech": (1, 2)})
+    monkeypatch.setattr(throughput, "_MOST", {"text": 2, "speech": 1})
+
+
+def test_texts_are_as_long_as_those_of_meld():
+    words = [len(text.split()) for text in throughput.meld_like_texts(2000)]
+    assert np.mean(words) == pytest.approx(8, abs=1)
+    assert np.median(words) == pytest.approx(6, abs=1)
+    assert max(words) <= 69
+
+
+def test_texts_come_from_a_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n\n two words \n")
+    assert throughput.read_texts(path) == ["one", "two words"]
+    path.write_text("\n")
+    with pytest.raises(InputError, match="no text; needed: one a line"):
+        throughput.read_texts(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        throughput.read_texts(tmp_path / "none.txt")
+
+
+def test_extraction_is_timed_in_utterances_and_tokens(bert_folder, few):
+    texts = ["i am glad", "you are so mad", "today"]
+    (row,) = throughput.throughput_rows(str(bert_folder), texts, max_tokens=20, rounds=1)
+    assert row["utterances"] == 3
+    assert row["tokens"] == 8 + 2 * 3  # with what BERT puts around them
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_s"])
+    assert row["rate_of_ours_over_it"] == 1
+
+
+@pytest.mark.parity
+def test_texts_are_read_by_pytorch_too(bert_folder, few):
+    pytest.importorskip("torch")
+    texts = ["i am glad", "you are so mad", "today", "we are happy"]
+    rows = throughput.throughput_rows(str(bert_folder), texts, max_tokens=20, compare=True, rounds=1)
+    assert [row["library"] for row in rows[1:]] == [
+        "torch, batches of 1",
+        "torch, batches of 2",
+    ]
+    assert [row["utterances"] for row in rows] == [4, 2, 4]
+    encoder = extract.open_encoder(str(bert_folder), max_tokens=20)
+    ours, _ = extract.features_of(encoder, texts)
+    theirs = throughput._torch_of(str(bert_folder), "float32", encoder).features(texts, 2)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_clips_are_read_by_pytorch_too(tmp_path, few):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=16,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )
+    transformers.WhisperModel(config).save_pretrained(tmp_path)
+    transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
+    rows = throughput.throughput_rows(str(tmp_path), compare=True, rounds=1)
+    assert [row["utterances"] for row in rows] == [3, 1, 2]
+    assert all(row["audio_hours_per_second"] > 0 for row in rows)
+    # Untrimmed, both read the same 30 s.
+    whole = extract.PretrainedSpeech(str(tmp_path), trim=False)
+    clips = [np.full(30 * 16000, 100, np.int16) * np.arange(1, 3).repeat(15 * 16000)]
+    ours, _ = extract.features_of(whole, [clips[0].astype(np.int16)])
+    theirs = throughput._torch_of(str(tmp_path), "float32", whole)
+    np.testing.assert_allclose(ours, theirs.features([clips[0].astype(np.int16)], 1), atol=1e-3)
+
+
+@pytest.mark.parity
+def test_an_encoder_that_is_not_compared_is_named(tmp_path, few):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
+
+    class Hears:
+        modality = "speech"
+
+    with pytest.raises(InputError, match="model_type 'hubert'; compared with PyTorch are text"):
+        throughput._torch_of(str(tmp_path), "float32", Hears())

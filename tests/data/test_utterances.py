@@ -1,0 +1,123 @@
+"""Texts of single utterances: which are read, and what batches hold of them."""
+
+import numpy as np
+import pytest
+
+from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.utterances import UtteranceTokens, load_tokens, pad_tokens, token_batches
+from mister_jax.errors import InputError
+
+LENGTHS = (5, 2, 7, 1, 3, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Utterances whose tokens count up; one has no label."""
+    return UtteranceTokens(
+        name="counted",
+        split="train",
+        class_names=("a", "b"),
+        dialogue_ids=tuple("xxyyyzz"),
+        utterance_ids=np.array(list("abcdefg")),
+        tokens=tuple(np.arange(1, length + 1, dtype=np.int32) for length in LENGTHS),
+        label=np.array([0, 1, -1, 1, 0, 1, 0], np.int32),
+        score=np.arange(7, dtype=np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(tokens):
+    return BatchPlan(tokens.token_counts, batch_size=4, num_buckets=2, multiple_of=2)
+
+
+def epoch(tokens, plan, number=0, **options):
+    return list(token_batches(tokens, plan, **{"seed": 0, "epoch": number, **options}))
+
+
+def words_of(texts):
+    return [np.full(len(text.split()), 7, np.int32) for text in texts]
+
+
+def test_a_split_is_read_in_its_order_without_what_has_no_text(spoken_dir):
+    found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
+    # Of six dialogues of four turns two have no text in the third.
+    assert len(found.tokens) == len(found.utterance_ids) == len(found.label) == 6 * 4 - 2
+    assert found.dialogue_ids[:7] == ("test0",) * 3 + ("test1",) * 4
+    # A turn has one word more than the one before it.
+    np.testing.assert_array_equal(found.token_counts[:7], [2, 3, 5, 2, 3, 4, 5])
+    assert found.class_names == ("anger", "joy") and found.score is None
+    np.testing.assert_array_equal(found.offsets, range(6 * 4 - 1))
+    assert (found.lengths == 1).all()
+
+
+def test_utterances_without_a_label_are_left_out_of_training(spoken_dir):
+    found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
+    assert (found.label == -1).sum() == 2
+    assert len(found.labelled().tokens) == 6 * 4 - 4
+    assert (found.labelled().label >= 0).all()
+
+
+def test_what_is_not_there_is_named(spoken_dir):
+    with pytest.raises(InputError, match="written"):
+        load_tokens("manifest/written", "test", spoken_dir, words_of)
+    with pytest.raises(InputError, match="dev"):
+        load_tokens("manifest/spoken", "dev", spoken_dir, words_of)
+
+
+def test_rows_stay_together_when_some_are_taken(tokens):
+    some = tokens.take(np.array([4, 2]))
+    assert some.dialogue_ids == ("y", "y")
+    assert some.utterance_ids.tolist() == ["e", "c"]
+    assert some.token_counts.tolist() == [3, 7]
+    assert some.label.tolist() == [0, -1] and some.score.tolist() == [4, 2]
+
+
+def test_padding_is_on_the_right_and_masked():
+    ids, mask = pad_tokens([np.array([3, 4]), np.zeros(0, int)], 3)
+    np.testing.assert_array_equal(ids, [[3, 4, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(mask, [[1, 1, 0], [0, 0, 0]])
+    assert ids.dtype == np.int32 and mask.dtype == bool
+
+
+def test_each_utterance_is_in_one_batch_of_an_epoch(tokens, plan):
+    batches = epoch(tokens, plan)
+    rows = np.concatenate([batch["row"] for batch in batches])
+    np.testing.assert_array_equal(np.sort(rows[rows >= 0]), range(7))
+    for batch in batches:
+        there = batch["row"] >= 0
+        assert not batch["mask"][~there].any() and (batch["label"][~there] == -1).all()
+        for row, ids, mask in zip(batch["row"], batch["input_ids"], batch["mask"], strict=True):
+            if row >= 0:
+                np.testing.assert_array_equal(ids[mask], tokens.tokens[row])
+
+
+def test_weights_make_a_mean_over_what_has_a_label(tokens, plan):
+    for batch in epoch(tokens, plan):
+        labelled = batch["label"] >= 0
+        assert (batch["weight"][~labelled] == 0).all()
+        np.testing.assert_allclose(batch["weight"][labelled], 1 / labelled.sum())
+
+
+def test_batches_are_a_function_of_seed_and_epoch(tokens, plan):
+    def rows(*arguments, **options):
+        return [batch["row"].tolist() for batch in epoch(tokens, plan, *arguments, **options)]
+
+    assert rows() == rows()
+    assert any(rows() != rows(number) for number in (1, 2, 3))
+    assert any(rows() != rows(seed=seed) for seed in (1, 2, 3))
+    assert rows(shuffle=False) == rows(1, shuffle=False)
+
+
+def test_a_resumed_epoch_is_the_rest_of_it(tokens, plan):
+    whole, rest = epoch(tokens, plan), epoch(tokens, plan, start_step=1)
+    assert len(rest) == len(whole) - 1
+    for ours, theirs in zip(rest, whole[1:], strict=True):
+        np.testing.assert_equal(ours, theirs)
+
+
+def test_the_shares_of_the_processes_make_up_the_batch(tokens, plan):
+    shares = [epoch(tokens, plan, process_index=index, process_count=2) for index in (0, 1)]
+    for whole, *parts in zip(epoch(tokens, plan), *shares, strict=True):
+        for name, value in whole.items():
+            joined = np.concatenate([part[name] for part in parts])
+            np.testing.assert_array_equal(joined, value)

@@ -1,0 +1,358 @@
+"""From dialogues to features: the same in any batch, started again, of text and of speech."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from configs import text_encoder
+from mister_jax import data, extract
+from mister_jax.data.clips import UNIT, load_clips, pad_clips
+from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.encoders import hub
+from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.encoders.text import encode_texts
+from mister_jax.errors import InputError
+from mister_jax.evaluate import Predictor
+from mister_jax.extract import features as features_module
+from mister_jax.extract.features import plan
+from mister_jax.nn import masked_mean
+from mister_jax.train import train
+
+SPEECH, TEXT = "manifest/heard", "manifest/spoken"
+SECONDS = 0.8  # of Whisper
+
+
+@pytest.fixture(scope="module")
+def by_prosody():
+    return extract.ProsodyEncoder(max_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def by_whisper(whisper_folder):
+    return extract.open_encoder(str(whisper_folder), max_seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def by_bert(bert_folder):
+    return extract.open_encoder(str(bert_folder), max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def speech(by_prosody, heard_dir):
+    """The name of a dataset of prosody."""
+    extract.extract(by_prosody, SPEECH, "prosodic", heard_dir, quiet=True)
+    return "prosodic"
+
+
+@pytest.fixture(scope="module")
+def text(by_bert, heard_dir):
+    """The name of a dataset of the same utterances' text."""
+    extract.extract(by_bert, SPEECH, "written", heard_dir, quiet=True)
+    return "written"
+
+
+def some_clips():
+    random = np.random.default_rng(0)
+    lengths = (9000, 400, 12_800, 3000, 1700, 8000, 5000, 12_000, 640, 7777)
+    return [random.normal(0, 3000, length).astype(np.int16) for length in lengths]
+
+
+def some_texts():
+    return ["i am so happy", "you", "we are very mad today", "so so so so so", "glad i am"] * 3
+
+
+def test_prosody_is_written_where_there_is_sound(speech, heard_dir, by_prosody):
+    found = data.load(speech, "test", heard_dir)
+    clips = load_clips(SPEECH, "test", heard_dir)
+    heard = np.isin(found.utterance_ids, clips.utterance_ids)
+    np.testing.assert_array_equal(found.speech_present, heard)
+    assert heard.sum() == 14 and not found.text_present.any()
+    assert found.speech.shape == (18, len(FEATURE_NAMES)) and found.text.shape == (18, 1)
+    np.testing.assert_array_equal(found.speech[~heard], 0)
+    told = found.metadata["speech"]
+    assert told["kind"] == "prosody" and told["dataset"] == SPEECH
+    assert told.items() >= json.loads(json.dumps(by_prosody.identity())).items()
+    waveform, lengths = pad_clips(list(clips.clips), 8000)
+    alone, _ = prosody(waveform.astype(np.float32) / 2**15, lengths)
+    np.testing.assert_allclose(found.speech[heard], alone, atol=1e-5)
+
+
+def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
+    extract.extract(by_bert, TEXT, "texts", spoken_dir, quiet=True)
+    found = data.load("texts", "test", spoken_dir)
+    assert found.text_present.sum() == 6 * 4 - 2 and not found.speech_present.any()
+    assert found.text.shape == (24, 16) and found.speech.shape == (24, 1)
+    assert found.metadata["text"]["kind"] == "text" and "speech" not in found.metadata
+    module, tokenizer = hub.load(bert_folder)
+    dataset = DialogueDataset(TEXT, spoken_dir)
+    turn = next(dataset.dialogues("test")).utterances[0]
+    (ids,) = encode_texts(tokenizer, [turn.text], 12)
+    hidden = module(ids[None], np.ones((1, len(ids)), bool))
+    np.testing.assert_allclose(found.text[0], hidden[0].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "prosody", "bert"])
+def test_features_depend_on_neither_batch_nor_padding(kind, request):
+    encoder = request.getfixturevalue(f"by_{kind}")
+    utterances = some_texts() if kind == "bert" else some_clips()
+    together, present = extract.features_of(encoder, utterances)
+    assert present.all() and len(np.unique(together[:5].round(4), axis=0)) == 5
+    few, _ = extract.features_of(encoder, utterances[:3], budget=1)
+    np.testing.assert_allclose(few, together[:3], atol=1e-5)
+    backwards, _ = extract.features_of(encoder, utterances[::-1], budget=2)
+    np.testing.assert_allclose(backwards[::-1], together, atol=1e-5)
+
+
+def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder):
+    clips = some_clips()
+    found, _ = extract.features_of(by_whisper, clips)
+    module = hub.load_module(whisper_folder)
+    for row in (1, 2):
+        waveform = clips[row][None].astype(np.float32) / 2**15
+        hidden, mask = module(waveform, np.array([len(clips[row])]))
+        expected = masked_mean(hidden, mask)[0]
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_whisper):
+    whole = extract.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS, trim=False)
+    assert whole.input.steps == () and by_whisper.input.steps
+    clips = some_clips()[:4]
+    found, _ = extract.features_of(whole, clips)
+    module = hub.load_module(whisper_folder, trim=False)
+    waveform, mask = pad_clips(clips, 12_800)
+    hidden, mask = module(waveform.astype(np.float32) / 2**15, mask)
+    np.testing.assert_allclose(found, masked_mean(hidden, mask), atol=1e-5)
+    trimmed, _ = extract.features_of(by_whisper, clips)
+    assert np.abs(found - trimmed).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["whisper", "prosody"])
+def test_odd_clips_are_absent_or_finite(kind, request):
+    encoder = request.getfixturevalue(f"by_{kind}")
+    loud = np.where(np.arange(5000) % 100 < 50, 2**15 - 1, -(2**15)).astype(np.int16)
+    ten_minutes = np.tile(some_clips()[2], 750)
+    odd = [np.zeros(0), np.ones(1), np.zeros(9000), loud, ten_minutes]
+    odd = [clip.astype(np.int16) for clip in odd]
+    found, present = extract.features_of(encoder, odd)
+    np.testing.assert_array_equal(present, [False, False, False, True, True])
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[:3], 0)
+    longest = encoder.input.longest * UNIT
+    cut, _ = extract.features_of(encoder, [ten_minutes[:longest]])
+    np.testing.assert_allclose(found[4], cut[0], atol=1e-5)
+
+
+def test_texts_of_nothing_are_absent(by_bert):
+    found, present = extract.features_of(by_bert, ["", "i am", " \n"])
+    np.testing.assert_array_equal(present, [False, True, False])
+    assert not found[[0, 2]].any() and found[1].any()
+
+
+def test_nothing_to_read_at_all_is_said(by_bert, by_prosody):
+    for encoder, nothing in ((by_bert, [""]), (by_prosody, [np.zeros(9, np.int16)])):
+        with pytest.raises(InputError, match=f"1 utterances: none has {encoder.modality}"):
+            extract.features_of(encoder, nothing)
+    with pytest.raises(ValueError, match="needed: \\[s\\] int16"):
+        extract.features_of(by_prosody, [np.zeros(9000)])
+
+
+def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_bert):
+    for encoder in (by_whisper, by_prosody, by_bert):
+        told = json.loads(json.dumps({"dataset": "any", "budget": 1, **encoder.identity()}))
+        again = extract.encoder_of(told)
+        assert type(again) is type(encoder) and again.modality == encoder.modality
+        utterances = some_texts()[:2] if encoder is by_bert else some_clips()[:2]
+        found, expected = (extract.features_of(one, utterances)[0] for one in (again, encoder))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_an_identity_that_leads_nowhere_is_refused(by_whisper, by_prosody, tmp_path):
+    with pytest.raises(InputError, match="kind None, whose encoder is not known"):
+        extract.encoder_of({"sha256": "features from elsewhere"})
+    with pytest.raises(InputError, match=r"not the encoder .* any more \(features changed"):
+        extract.encoder_of(by_prosody.identity() | {"features": ["others"]})
+    with pytest.raises(InputError, match="no such folder"):
+        extract.encoder_of(by_whisper.identity() | {"name": str(tmp_path / "gone")})
+
+
+def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_path):
+    config = text_encoder.get_config("manifest/spoken,minilm_l6")
+    config.data.update({"data_dir": str(spoken_dir), "num_buckets": 1})
+    config.encoder.options.update({"name": str(bert_folder), "max_tokens": 12})
+    config.head.feature_dim = 10
+    config.train.epochs = 1
+    train(config, tmp_path / "run", quiet=True)
+    encoder = extract.TunedEncoder(tmp_path / "run")
+    extract.extract(encoder, TEXT, "tuned", spoken_dir, quiet=True)
+    found = data.load("tuned", "validation", spoken_dir)
+    predictor = Predictor(tmp_path / "run")
+    expected = predictor(predictor.task.features("validation"), quiet=True)["feature"]
+    np.testing.assert_allclose(found.text[found.text_present], expected, atol=1e-5)
+    told = found.metadata["text"]
+    assert told["kind"] == "tuned" and told["best"]["epoch"] == 1
+    again = extract.encoder_of(told)
+    features, _ = extract.features_of(again, some_texts()[:2])
+    np.testing.assert_allclose(
+        features, extract.features_of(encoder, some_texts()[:2])[0], atol=1e-6
+    )
+    with pytest.raises(InputError, match=r"not the encoder .* any more \(best changed\)"):
+        extract.encoder_of(told | {"best": {"epoch": 2}})
+
+
+class Counting:
+    """An encoder that counts what it reads, and stops after a number of batches."""
+
+    def __init__(self, encoder, batches=None):
+        self.encoder, self.left, self.read = encoder, batches, 0
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def __call__(self, batch):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left = None if self.left is None else self.left - 1
+        self.read += int((np.asarray(batch["row"]) >= 0).sum())
+        return self.encoder(batch)
+
+
+def test_stopped_and_started_again_it_does_the_rest(by_prosody, speech, heard_dir, monkeypatch):
+    monkeypatch.setattr(features_module, "_PART", 16)
+    stopped = Counting(by_prosody, batches=3)
+    with pytest.raises(KeyboardInterrupt):
+        extract.extract(stopped, SPEECH, "stopped", heard_dir, quiet=True)
+    left = list(heard_dir.glob(".extracting.stopped.*/*.npy"))
+    assert left and not (heard_dir / "stopped").exists()
+    kept = sum(len(np.load(path)) for path in left)
+    rest = Counting(by_prosody)
+    extract.extract(rest, SPEECH, "stopped", heard_dir)
+    total = sum(len(load_clips(SPEECH, split, heard_dir).clips) for split in data.SPLITS)
+    assert 0 < rest.read == total - kept
+    assert not list(heard_dir.glob(".extracting*"))
+    for split in data.SPLITS:
+        found, expected = (data.load(name, split, heard_dir) for name in ("stopped", speech))
+        np.testing.assert_allclose(found.speech, expected.speech, atol=1e-5)
+
+
+def test_what_another_encoder_left_is_not_taken(by_prosody, heard_dir, monkeypatch):
+    monkeypatch.setattr(features_module, "_PART", 16)
+    with pytest.raises(KeyboardInterrupt):
+        extract.extract(Counting(by_prosody, batches=3), SPEECH, "other", heard_dir, quiet=True)
+    other = Counting(extract.ProsodyEncoder(max_seconds=0.4))
+    extract.extract(other, SPEECH, "other", heard_dir, quiet=True)
+    assert other.read == sum(
+        len(load_clips(SPEECH, split, heard_dir).clips) for split in data.SPLITS
+    )
+
+
+def test_both_modalities_are_joined_by_utterance(speech, text, heard_dir):
+    extract.merge(speech, text, "both", heard_dir)
+    for split in data.SPLITS:
+        heard, read, both = (data.load(name, split, heard_dir) for name in (speech, text, "both"))
+        np.testing.assert_array_equal(both.speech, heard.speech)
+        np.testing.assert_array_equal(both.text, read.text)
+        np.testing.assert_array_equal(both.speech_present, heard.speech_present)
+        assert both.text_present.all()
+        np.testing.assert_array_equal(both.label, read.label)
+        assert both.metadata["speech"] == heard.metadata["speech"]
+        assert both.metadata["text"] == read.metadata["text"]
+    # A merged dataset may give either, and tells of no encoder whose features it lacks.
+    with pytest.raises(InputError, match="exists"):
+        extract.merge("both", text, "both", heard_dir)
+    extract.merge(speech, "both", "both", heard_dir, overwrite=True)
+    assert data.load("both", "test", heard_dir).metadata["speech"]["kind"] == "prosody"
+
+
+def test_what_does_not_fit_together_is_not_merged(speech, text, heard_dir, tmp_path):
+    with pytest.raises(InputError, match=f"dataset {text}: no utterance has speech"):
+        extract.merge(text, speech, "swapped", heard_dir)
+    test = data.load(text, "test", heard_dir)
+    splits = {split: data.load(text, split, heard_dir) for split in data.SPLITS}
+
+    def refused(message, **changes):
+        changed = {**splits, "test": dataclasses.replace(test, **changes)}
+        data.write(changed, "changed", heard_dir, overwrite=True)
+        with pytest.raises(InputError, match=message):
+            extract.merge(speech, "changed", "never", heard_dir)
+        assert not (heard_dir / "never").exists()
+
+    refused("1 labels differ, the first is that of utterance", label=swapped(test.label, 0))
+    ids = test.utterance_ids.copy()
+    ids[0] = "nobody"
+    refused("2 utterances are in one of them alone", utterance_ids=ids)
+    data.write({"train": splits["train"]}, "changed", heard_dir, overwrite=True)
+    with pytest.raises(InputError, match="has splits"):
+        extract.merge(speech, "changed", "never", heard_dir)
+
+
+def swapped(label, row):
+    label = label.copy()
+    label[row] = 1 - label[row]
+    return label
+
+
+@pytest.mark.parametrize(
+    ("dataset", "output", "message"),
+    [
+        ("manifest/unheard", "new", "no dataset 'manifest/unheard'"),
+        (SPEECH, "prosodic", "dataset exists; allowed: another --output, or --overwrite"),
+        (SPEECH, "a/b", "--output=a/b; allowed: lower-case letters"),
+        ("prosodic", "new", "no recordings in it"),
+        ("manifest/silent", "new", "split train: no utterance has speech"),
+    ],
+)
+def test_what_cannot_be_extracted_is_said(
+    by_prosody, speech, silent, heard_dir, dataset, output, message
+):
+    with pytest.raises(InputError, match=message) as error:
+        extract.extract(by_prosody, dataset, output, heard_dir, quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (heard_dir / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def silent(heard_dir, tmp_path_factory):
+    """The dataset `manifest/silent`, of texts alone."""
+    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+
+    rows = [
+        {
+            "dialogue": split,
+            "utterance": 0,
+            "order": 0,
+            "split": split,
+            "text": "so",
+            "label": label,
+        }
+        for split, label in zip(data.SPLITS, ("joy", "anger", "joy"), strict=True)
+    ]
+    manifest = tmp_path_factory.mktemp("silent") / "silent.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_corpus(Preparation("manifest", manifest, heard_dir, decoding=Decoding(0)))
+
+
+def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tmp_path):
+    with pytest.raises(InputError, match=r"max_seconds=1; allowed: at most 0\.8"):
+        extract.open_encoder(str(whisper_folder), max_seconds=1.0)
+    with pytest.raises(InputError, match=r"max_seconds=0\.01; allowed: 0\.1 or more"):
+        extract.open_encoder("prosody", max_seconds=0.01)
+    with pytest.raises(InputError, match=r"prompt 'well'; allowed: none"):
+        extract.open_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
+    with pytest.raises(InputError, match="encodes text; needed: speech"):
+        extract.PretrainedSpeech(str(bert_folder))
+    with pytest.raises(InputError, match=r"config\.json"):
+        extract.TunedEncoder(tmp_path)
+
+
+def test_batches_of_a_plan_hold_all_rows_within_the_budget():
+    lengths = np.sort(np.random.default_rng(0).integers(1, 100, 200))[::-1]
+    found = list(plan(lengths, 300, steps=(10, 20, 50), longest=100, num_shards=2))
+    rows = np.concatenate([rows[rows >= 0] for rows, _ in found])
+    np.testing.assert_array_equal(rows, np.arange(200))
+    for rows, padded in found:
+        assert padded in (10, 20, 50, 100) and len(rows) % 2 == 0
+        assert len(rows) * padded <= 2 * 300 and lengths[rows[rows >= 0]].max() <= padded
+    assert len({(len(rows), padded) for rows, padded in found}) == 4

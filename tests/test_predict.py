@@ -1,0 +1,266 @@
+"""From recordings and texts to emotions: a `System` and `python -m launch.predict`."""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import optax
+import pytest
+
+import mister_jax
+from configs import fusion
+from mister_jax import data, extract
+from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.data.audio import encode_wav
+from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.errors import InputError
+from mister_jax.evaluate import Predictor, predicted_rows
+from mister_jax.steps import initial_state
+from mister_jax.tasks import FusionTask
+from mister_jax.train import describe
+from tests.conftest import FILLERS
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def untrained(workdir, data_dir, dataset):
+    """A workdir as a training leaves it, whose best parameters are the initial ones."""
+    config = fusion.get_config(dataset)
+    config.data.data_dir = str(data_dir)
+    config.model.update(
+        {"context_width": 8, "fusion_width": 8, "fusion_layers": 1, "attention_width": 6}
+    )
+    task = FusionTask.from_data(config)
+    state = initial_state(task, optax.sgd(0.1), seed=3)[1]
+    describe(workdir, config, task, state["params"])
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(BEST, 1, state["params"], {"epoch": 1, "weighted_f1": 0.5})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory, bert_folder):
+    """A folder of datasets: `manifest/calls`, and its features `both`."""
+    root = tmp_path_factory.mktemp("calls")
+    random = np.random.default_rng(0)
+    rows = []
+    for dialogue, (split, length) in enumerate(
+        (("train", 2), ("validation", 1), ("test", 3), ("test", 1), ("test", 5))
+    ):
+        for turn in range(length):
+            row = {"dialogue": dialogue, "utterance": turn, "order": turn, "split": split}
+            row["label"] = ("calm", "angry")[turn % 2]
+            if turn != 2:
+                row["audio"] = f"{dialogue}_{turn}.wav"
+                samples = 3000 * random.normal(size=3200 + 800 * turn)
+                encode_wav(root / row["audio"], samples.astype(np.int16))
+            if turn != 1:
+                row["text"] = " ".join(random.choice(FILLERS, 1 + turn))
+            rows.append(row)
+    manifest = root / "calls.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = {"data_dir": root / "data", "quiet": True}
+    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
+    text = extract.PretrainedText(str(bert_folder), max_tokens=20)
+    extract.extract(text, "manifest/calls", "text_alone", **where)
+    extract.extract(extract.ProsodyEncoder(), "manifest/calls", "speech_alone", **where)
+    extract.merge("speech_alone", "text_alone", "both", root / "data")
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def workdir(spoken, tmp_path_factory):
+    return untrained(tmp_path_factory.mktemp("system") / "run", spoken, "both")
+
+
+@pytest.fixture(scope="module")
+def system(workdir):
+    return mister_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def dialogues(spoken):
+    """The test dialogues as a user has them."""
+    return [
+        [
+            ({"text": turn.text} if turn.text_present else {})
+            | ({"audio": turn.audio} if turn.speech_present else {})
+            for turn in dialogue.utterances
+        ]
+        for dialogue in DialogueDataset("manifest/calls", spoken).dialogues("test")
+    ]
+
+
+def assert_close(found, expected, *, tolerance=1e-5):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours["predicted"], ours["experts"]) == (theirs["predicted"], theirs["experts"])
+        for field in ("probabilities", "gate"):
+            assert ours[field] == pytest.approx(theirs[field], abs=tolerance)
+
+
+def test_raw_dialogues_give_what_their_extracted_features_give(system, workdir, spoken, dialogues):
+    predictor = Predictor(workdir)
+    expected = predicted_rows(system.class_names, predictor(data.load("both", "test", spoken)))
+    found = system.predict_dialogues(dialogues)
+    assert [len(rows) for rows in found] == [len(turns) for turns in dialogues]
+    assert_close([row for rows in found for row in rows], list(expected))
+
+
+def test_a_dialogue_alone_is_as_among_others_whatever_their_order(system, dialogues):
+    together = system.predict_dialogues(dialogues)
+    backwards = system.predict_dialogues(dialogues[::-1])
+    for one, other in zip(together, reversed(backwards), strict=True):
+        assert_close(one, other)
+    assert_close(system.predict(dialogues[0]), together[0])
+
+
+def test_files_cuts_and_samples_are_one(system, tmp_path):
+    random = np.random.default_rng(0)
+    samples = (3000 * random.normal(size=16_000)).astype(np.int16)
+    encode_wav(tmp_path / "one.wav", samples)
+    encode_wav(tmp_path / "padded.wav", np.concatenate([samples[:8000], samples]))
+    cut = {"audio": str(tmp_path / "padded.wav"), "audio_start": 0.5, "audio_end": 1.5}
+    rows = [
+        system.predict([{**sound, "text": "so happy"}])
+        for sound in (
+            {"audio": samples},
+            {"audio": samples.astype(np.float64) / 2**15},
+            {"audio": tmp_path / "one.wav"},
+            cut,
+        )
+    ]
+    for other in rows[1:]:
+        assert_close(other, rows[0])
+
+
+def test_what_is_missing_has_no_vote(system, dialogues, tmp_path, caplog):
+    sound = dialogues[1][0]["audio"]
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no sound")
+    with caplog.at_level(logging.WARNING):
+        rows = system.predict(
+            [
+                {"text": "angry today", "audio": sound},
+                {"text": "we are glad"},
+                {"audio": sound},
+                {"audio": tmp_path / "nowhere.wav", "text": "mad"},
+                {"audio": broken, "text": None},
+                {"audio": np.zeros(16_000, np.int16), "text": "so mad"},
+            ]
+        )
+    voted = [{name for name, vote in row["experts"].items() if vote} for row in rows]
+    both = {"speech", "text", "fusion"}
+    # Where nothing is there, the rest of the dialogue is all that speaks.
+    assert voted == [
+        both, {"text", "fusion"}, {"speech", "fusion"}, {"text", "fusion"}, both, {"text", "fusion"}
+    ]  # fmt: skip
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert all((row["gate"][name] > 0) == (row["experts"][name] is not None) for name in both)
+    assert "nowhere.wav: no such file; its utterance is taken as one without speech" in caplog.text
+    assert "broken.wav" in caplog.text
+
+
+def test_one_utterance_and_none(system):
+    (row,) = system.predict([{"text": "i am glad"}])
+    assert set(row) == {"predicted", "probabilities", "gate", "experts"}
+    assert row["experts"]["speech"] is None
+    assert system.predict_dialogues([]) == []
+
+
+@pytest.mark.parametrize(
+    ("utterances", "message"),
+    [
+        ([], "dialogue 1: no utterances"),
+        (["hello"], "dialogue 1, utterance 1: str; needed: a dict with audio or text"),
+        ([{"text": "a"}, {}], "dialogue 1, utterance 2: neither audio nor text"),
+        ([{"txt": "a"}], "unknown 'txt'; allowed: audio, audio_start, audio_end, text"),
+        ([{"text": 3}], "text int; allowed: str"),
+        ([{"audio": np.zeros((2, 5))}], r"audio float64 \[2, 5\]; allowed: a file, or samples"),
+        ([{"audio": np.zeros(5, np.int32)}], "audio int32"),
+        ([{"audio": np.full(5, np.nan)}], "audio is not finite"),
+        ([{"audio": np.zeros(5), "audio_end": 1}], "audio_start and audio_end are of a file"),
+    ],
+)
+def test_an_utterance_that_cannot_be_used_is_named(system, utterances, message):
+    with pytest.raises(InputError, match=message):
+        system.predict(utterances)
+
+
+def test_ready_made_features_tell_of_no_encoder(data_dir_of_features, tmp_path):
+    run = untrained(tmp_path / "run", data_dir_of_features, "made_up")
+    with pytest.raises(InputError, match="trained on ready-made features"):
+        mister_jax.load(run)
+
+
+@pytest.fixture(scope="module")
+def data_dir_of_features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    splits = data.generate(0, {"train": 2}, num_classes=3, speech_dim=4, text_dim=5)
+    data.write(splits, "made_up", folder)
+    return folder
+
+
+def test_an_encoder_that_moved_is_found_where_the_user_says(workdir, bert_folder, tmp_path):
+    described = json.loads((workdir / "model.json").read_text())
+    assert described["encoders"].keys() == {"speech", "text"}
+    moved = tmp_path / "run"
+    moved.mkdir()
+    for path in workdir.iterdir():
+        (moved / path.name).symlink_to(path)
+    (moved / "model.json").unlink()
+    described["encoders"]["text"]["name"] = str(tmp_path / "gone")
+    (moved / "model.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="gone"):
+        mister_jax.load(moved)
+    system = mister_jax.load(moved, text_encoder=str(bert_folder))
+    assert system.predict([{"text": "glad"}])[0]["experts"]["text"]
+    with pytest.raises(InputError, match="prosody, which has no files"):
+        mister_jax.load(moved, speech_encoder=str(bert_folder))
+
+
+def test_an_encoder_the_model_does_not_use_is_not_loaded(spoken, bert_folder, tmp_path):
+    run = untrained(tmp_path / "run", spoken, "text_alone,text_only")
+    system = mister_jax.load(run)
+    rows = system.predict([{"text": "glad"}, {"text": "mad", "audio": np.arange(9000.0) / 9000}])
+    assert [row["gate"]["text"] for row in rows] == [1, 1]
+    with pytest.raises(InputError, match="uses no speech encoder"):
+        mister_jax.load(run, speech_encoder=str(bert_folder))
+
+
+def test_the_command_writes_what_the_system_gives(system, workdir, spoken, dialogues, tmp_path):
+    output = tmp_path / "out.jsonl"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "launch.predict", f"--workdir={workdir}",
+            f"--manifest={spoken.parent / 'calls.jsonl'}", f"--output={output}",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"written to {output}: utterances 12, dialogues 5" in done.stdout
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["utterance"] for row in rows[:4]] == ["0/0", "0/1", "1/0", "2/0"]
+    assert [row["label"] for row in rows[:2]] == ["calm", "angry"]
+    expected = [row for found in system.predict_dialogues(dialogues) for row in found]
+    # The command's programs are optimised, those of tests are not.
+    assert_close(rows[3:], expected, tolerance=1e-4)
+
+
+def test_importing_the_library_does_not_import_what_predicts():
+    assert callable(mister_jax.load) and "load" in mister_jax.__all__
+    code = "import sys, mister_jax; print('mister_jax.predict' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = mister_jax.laod

@@ -1,0 +1,56 @@
+"""What a run writes of itself, on a bucket as on a disk."""
+
+import json
+import os
+
+import pytest
+from etils.epath import backend
+
+from mister_jax import figures
+from mister_jax.writers import MetricsWriter, write_json
+
+
+class Bucket(backend._OsPathBackend):
+    """A folder that stands for `gs://`; a file of it is written in one go, or appended to."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def _local(self, path):
+        return os.fspath(path).replace("gs:/", str(self.root), 1)
+
+    def open(self, path, mode):
+        return super().open(self._local(path), mode)
+
+    def exists(self, path):
+        return super().exists(self._local(path))
+
+    def replace(self, path, dst):
+        super().replace(self._local(path), self._local(dst))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder that `gs://bucket` stands for."""
+    monkeypatch.setattr(backend, "tf_backend", Bucket(tmp_path))
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"
+
+
+def test_metrics_events_and_pictures_go_to_a_bucket(bucket):
+    workdir = "gs://bucket"
+    scores = {"validation/weighted_f1": 0.5, "validation/macro_f1": 0.4, "validation/accuracy": 0.6}
+    for start in (0, 1):  # the second run has lost step 2
+        writer = MetricsWriter(workdir, start)
+        for step in (start + 1, start + 2):
+            writer(step, {"train/loss": 1 / step, **scores})
+        writer.close()
+    lines = [json.loads(line) for line in (bucket / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    events = list(bucket.glob("events.out.tfevents*"))
+    assert events and all(b"train/loss" in path.read_bytes() for path in events)
+    figures.curves(f"{workdir}/metrics.jsonl", f"{workdir}/curves.png")
+    assert (bucket / "curves.png").read_bytes().startswith(b"\x89PNG")
+    write_json(f"{workdir}/metrics.json", {"test": scores})
+    assert json.loads((bucket / "metrics.json").read_text()) == {"test": scores}
+    assert not list(bucket.glob("*.tmp"))
