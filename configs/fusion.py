@@ -113,6 +113,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "data_dir": "",
             "batch_size": 8,
             "num_buckets": 7,
+            # Modalities, of "speech" and "text", whose features differ in scale between dimensions.
+            "standardise": (),
             # Of the order of batches; None is config.seed.
             "seed": config_dict.placeholder(int),
         }

@@ -16,10 +16,49 @@ from ml_collections import ConfigDict
 from mister_jax import losses, metrics
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
 from mister_jax.errors import InputError
-from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
 from mister_jax.parallel import Rules, Spread
 from mister_jax.steps import mister_e_loss, read_dialogues
 from mister_jax.tasks.base import Batch, from_config
+
+MODALITIES = ("speech", "text")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+    """Standardisation of features, dimension by dimension.
+
+    Attributes:
+      mean: [D] float32.
+      deviation: [D] float32.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, features: DialogueFeatures, modality: str) -> Scale:
+        """That of a split's utterances that have the modality.
+
+        A dimension that is constant there is left as wide as it is.
+        """
+        present = getattr(features, f"{modality}_present")
+        values = getattr(features, modality)[present].astype(np.float64)
+        if not len(values):
+            raise InputError(
+                f"config.data.standardise: {modality!r}, which no utterance of dataset "
+                f"{features.name}, split {features.split} has; leave it out"
+            )
+        deviation = values.std(0)
+        steady = deviation < 1e-6 * np.maximum(1, np.abs(values).max(0))
+        return cls(
+            values.mean(0).astype(np.float32),
+            np.where(steady, 1, deviation).astype(np.float32),
+        )
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Features [..., D], standardised."""
+        return (features - self.mean) / self.deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +104,7 @@ class FusionTask:
       model: the model's sizes.
       encoders: "speech" and "text" to what identifies the encoder that made the features, where
         that is known; see `extract.encoder_of`.
+      scales: of the modalities that are standardised before the model reads them.
     """
 
     def __init__(
@@ -73,10 +113,12 @@ class FusionTask:
         class_names: tuple[str, ...],
         model: MisterEConfig,
         encoders: Mapping[str, Any] | None = None,
+        scales: Mapping[str, Scale] | None = None,
     ):
         self.class_names = class_names
         self.model = model
         self.encoders = dict(encoders or {})
+        self.scales = dict(scales or {})
         self._data = config.data
         data_seed = config.data.get("seed")
         self._data_seed = config.seed if data_seed is None else data_seed
@@ -117,7 +159,14 @@ class FusionTask:
         )
         told = train.metadata
         encoders: dict[str, Any] = {name: told[name] for name in ("speech", "text") if name in told}
-        return cls(config, train.class_names, model, encoders)
+        scales = {}
+        for modality in config.data.get("standardise", ()):
+            if modality not in MODALITIES:
+                raise InputError(
+                    f"config.data.standardise: {modality!r}; allowed are {', '.join(MODALITIES)}"
+                )
+            scales[modality] = Scale.of(train, modality)
+        return cls(config, train.class_names, model, encoders, scales)
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
@@ -125,13 +174,21 @@ class FusionTask:
         fields = ConfigDict(description["model"])
         model = from_config(MisterEConfig, fields, "the workdir's model")
         encoders = description.get("encoders", {})
-        return cls(config, tuple(description["class_names"]), model, encoders)
+        scales = {
+            modality: Scale(*(np.array(scale[name], np.float32) for name in ("mean", "deviation")))
+            for modality, scale in description.get("scales", {}).items()
+        }
+        return cls(config, tuple(description["class_names"]), model, encoders, scales)
 
     def description(self) -> dict[str, Any]:
         return {
             "class_names": list(self.class_names),
             "model": dataclasses.asdict(self.model),
             "encoders": self.encoders,
+            "scales": {
+                modality: {"mean": scale.mean.tolist(), "deviation": scale.deviation.tolist()}
+                for modality, scale in self.scales.items()
+            },
         }
 
     def features(self, split: str, name: str | None = None) -> DialogueFeatures:
@@ -190,7 +247,7 @@ class FusionTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         return mister_e_loss(
             model,
-            batch,
+            self._scaled(batch),
             key,
             axis_name,
             weights=self._weights,
@@ -198,8 +255,17 @@ class FusionTask:
             temperature=self._temperature,
         )
 
+    def _scaled(self, batch: Batch) -> Batch:
+        return {
+            **batch,
+            **{modality: scale(batch[modality]) for modality, scale in self.scales.items()},
+        }
+
+    def _read(self, model: MisterE, batch: Batch) -> MisterEOutput:
+        return read_dialogues(model, self._scaled(batch))
+
     def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        logits, label = read_dialogues(model, batch).logits, batch["label"]
+        logits, label = self._read(model, batch).logits, batch["label"]
         labelled = batch["mask"] & (label >= 0)
         cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(labelled, label, 0)
@@ -212,7 +278,7 @@ class FusionTask:
         }
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        output = read_dialogues(model, batch)
+        output = self._read(model, batch)
         return {
             "probabilities": jax.nn.softmax(output.logits),  # B T C
             "gate": output.gate,  # B T E

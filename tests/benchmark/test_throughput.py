@@ -48,7 +48,9 @@ def test_extraction_is_timed_in_utterances_and_tokens(bert_folder, few):
 def test_texts_are_read_by_pytorch_too(bert_folder, few):
     pytest.importorskip("torch")
     texts = ["i am glad", "you are so mad", "today", "we are happy"]
-    rows = throughput.throughput_rows(str(bert_folder), texts, max_tokens=20, compare=True, rounds=1)
+    rows = throughput.throughput_rows(
+        str(bert_folder), texts, max_tokens=20, compare=True, rounds=1
+    )
     assert [row["library"] for row in rows[1:]] == [
         "torch, batches of 1",
         "torch, batches of 2",

@@ -1,0 +1,90 @@
+"""The task of stage 2: what it does to features before the model reads them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import fusion
+from mister_jax import data
+from mister_jax.errors import InputError
+from mister_jax.tasks import FusionTask
+
+SPLITS = data.generate(
+    num_dialogues={"train": 6, "validation": 2, "test": 2}, speech_dim=5, text_dim=4
+)
+
+
+def _crooked(features):
+    """Speech whose dimensions differ in place and size, the first of them steady."""
+    factor, shift = np.float32([0, 1e-3, 1, 30, 500]), np.float32([7, 1e-3, -9, 4, 1e4])
+    speech = features.speech * factor + shift
+    return dataclasses.replace(
+        features, speech=np.where(features.speech_present[:, None], speech, np.float32(1e9))
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    data.write({name: _crooked(split) for name, split in SPLITS.items()}, "crooked", folder)
+    config = fusion.get_config("crooked")
+    config.data.data_dir = str(folder)
+    config.data.num_buckets = 1
+    config.model.update(context_width=8, fusion_width=8, fusion_layers=0, attention_width=6)
+    return config
+
+
+@pytest.fixture(scope="module")
+def task(config):
+    changed = config.copy_and_resolve_references()
+    changed.data.standardise = ("speech",)
+    return FusionTask.from_data(changed)
+
+
+def test_training_utterances_that_have_speech_get_mean_0_and_deviation_1(task):
+    train = task.features("train")
+    scaled = task.scales["speech"](train.speech[train.speech_present])
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=2e-3)
+    np.testing.assert_allclose(scaled.std(0)[1:], 1, rtol=1e-3)
+    assert (scaled[:, 0] == 0).all()  # steady in training
+
+
+def test_the_model_reads_the_scaled_speech_and_the_text_as_it_is(task, config):
+    (batch,) = task.split("test", num_shards=1, shuffle=False).batches()
+    model = task.init(jax.random.key(0))
+    plain = FusionTask.from_data(config)
+    scaled = {**batch, "speech": task.scales["speech"](batch["speech"])}
+    found, expected = task.predict(model, batch), plain.predict(model, scaled)
+    np.testing.assert_array_equal(found["probabilities"], expected["probabilities"])
+    assert (
+        task.evaluate(model, batch)["cross_entropy"]
+        == (plain.evaluate(model, scaled)["cross_entropy"])
+    )
+    key = jax.random.key(1)
+    assert task.loss(model, batch, key, None)[0] == plain.loss(model, scaled, key, None)[0]
+    assert np.abs(plain.predict(model, batch)["probabilities"] - found["probabilities"]).max() > 0.1
+
+
+def test_a_work_directory_keeps_the_scales(task, config):
+    restored = FusionTask.restore(config, task.description())
+    np.testing.assert_array_equal(restored.scales["speech"].mean, task.scales["speech"].mean)
+    np.testing.assert_array_equal(
+        restored.scales["speech"].deviation, task.scales["speech"].deviation
+    )
+    assert restored.scales["speech"].mean.dtype == np.float32
+
+
+def test_modalities_that_cannot_be_standardised_are_named(config):
+    for chosen, what in (("speech", "no utterance of dataset"), ("video", "allowed are speech")):
+        changed = config.copy_and_resolve_references()
+        changed.data.standardise = (chosen,)
+        silent = {
+            name: dataclasses.replace(split, speech_present=np.zeros_like(split.speech_present))
+            for name, split in SPLITS.items()
+        }
+        data.write(silent, "silent", config.data.data_dir, overwrite=True)
+        changed.data.name = "silent"
+        with pytest.raises(InputError, match=what):
+            FusionTask.from_data(changed)
