@@ -9,7 +9,10 @@ the gradients of the shares sum to its gradient. Without an axis the share is th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,28 +101,87 @@ def supervised_contrastive(
     Returns:
       A scalar, float32; zero where no anchor has a positive.
     """
-    width = representations.shape[-1]
-    x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0).reshape(-1, width)
-    x = x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))  # N F
-    labels, mask = labels.reshape(-1), mask.reshape(-1)  # N
-    others, other_labels, other_mask, first = x, labels, mask, jnp.zeros((), jnp.int32)
+    x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0)
+    square = (x * x).sum(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.maximum(square, 1e-12) * temperature)  # ... F
+    total, count = _over_anchors(axis_name, x, labels, mask)
+    return _divide(total, count, axis_name)
+
+
+class _Pairs(NamedTuple):
+    """Anchors [...] beside all representations [M] of the global batch.
+
+    The anchors keep their axes: flattened, a sharded batch axis would be lost on the compiler, and
+    each device would compute the similarities of all anchors.
+    """
+
+    others: jax.Array  # M F
+    gather: Callable[[jax.Array], jax.Array]  # ... -> M
+    similarity: jax.Array  # ... M
+    candidates: jax.Array  # ... M
+    positives: jax.Array  # ... M
+
+
+def _pairs(axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array) -> _Pairs:
+    """Of representations [..., F] whose products are the similarities."""
+    first: jax.Array | int = 0
     if axis_name is not None:
-        gather = lambda value: jax.lax.all_gather(value, axis_name, tiled=True)  # noqa: E731
-        others, other_labels, other_mask = gather(x), gather(labels), gather(mask)  # M
-        first = jax.lax.axis_index(axis_name) * x.shape[0]
-    itself = jnp.arange(others.shape[0]) == first + jnp.arange(x.shape[0])[:, None]  # N M
-    candidates = other_mask & ~itself & mask[:, None]
-    positives = candidates & (labels[:, None] == other_labels)
-    similarity = x @ others.T / temperature  # N M
-    among = jnp.where(candidates, similarity, -jnp.inf)
-    largest = jnp.maximum(jax.lax.stop_gradient(among.max(-1)), -1 / temperature)
-    scaled = jnp.exp(among - largest[:, None]).sum(-1)
-    log_sum = jnp.log(jnp.where(scaled > 0, scaled, 1.0)) + largest  # N
-    count = positives.sum(-1)
-    mean_positive = jnp.where(positives, similarity, 0).sum(-1) / jnp.maximum(count, 1)
-    anchors = count > 0
-    losses = jnp.where(anchors, log_sum - mean_positive, 0)
-    return _divide(losses.sum(), anchors.sum(), axis_name)
+        first = jax.lax.axis_index(axis_name) * mask.size
+
+    def gather(values: jax.Array) -> jax.Array:
+        values = values.reshape(-1, *values.shape[mask.ndim :])
+        if axis_name is None:
+            return values
+        return jax.lax.all_gather(values, axis_name, tiled=True)
+
+    others = gather(x)
+    place = first + jnp.arange(mask.size).reshape(mask.shape)
+    itself = place[..., None] == jnp.arange(len(others))
+    candidates = gather(mask) & ~itself & mask[..., None]
+    positives = candidates & (labels[..., None] == gather(labels))
+    return _Pairs(others, gather, x @ others.T, candidates, positives)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_anchors(axis_name, x, labels, mask):
+    """Sum of the contrastive losses of this device's anchors, and their number."""
+    return _over_anchors_forward(axis_name, x, labels, mask)[0]
+
+
+def _over_anchors_forward(axis_name, x, labels, mask):
+    pairs = _pairs(axis_name, x, labels, mask)
+    among = jnp.where(pairs.candidates, pairs.similarity, -jnp.inf)
+    largest = jnp.where(pairs.candidates.any(-1), among.max(-1), 0)
+    scaled = jnp.exp(among - largest[..., None]).sum(-1)
+    log_sum = jnp.log(jnp.where(scaled > 0, scaled, 1.0)) + largest  # ...
+    count = pairs.positives.sum(-1)
+    mean_positive = jnp.where(pairs.positives, pairs.similarity, 0).sum(-1) / jnp.maximum(count, 1)
+    total = jnp.where(count > 0, log_sum - mean_positive, 0).sum()
+    return (total, (count > 0).sum()), (x, labels, mask, log_sum, count)
+
+
+def _over_anchors_backward(axis_name, kept, cotangents):
+    """A representation is an anchor, and others' candidate; each device works out both for its own.
+
+    By transposition the second part would come from all devices, as a sum over what is [N, M]. But
+    the similarities are symmetric, so with every anchor's log sum and count at hand it can be had
+    at home.
+    """
+    x, labels, mask, log_sum, count = kept
+    pairs = _pairs(axis_name, x, labels, mask)
+
+    def pull(log_sum: jax.Array, count: jax.Array) -> jax.Array:
+        softmax = jnp.exp(jnp.where(pairs.candidates, pairs.similarity - log_sum, -jnp.inf))
+        pulled = softmax - jnp.where(pairs.positives, 1 / jnp.maximum(count, 1), 0)
+        return jnp.where(count > 0, pulled, 0)
+
+    pulled = pull(log_sum[..., None], count[..., None])
+    pulled += pull(pairs.gather(log_sum), pairs.gather(count))
+    gradient = pulled @ pairs.others * cotangents[0]
+    return gradient, None, None
+
+
+_over_anchors.defvjp(_over_anchors_forward, _over_anchors_backward)
 
 
 def expert_agreement(

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.errors import InputError
-from mister_jax.nn.stack import rows_sharded
+from mister_jax.nn.stack import layers_placed
 
 DATA, MODEL = "data", "model"
 
@@ -202,11 +202,28 @@ class JitSpread:
     def take_state(self, state: State) -> State:
         return state
 
+    def _layers_placed(self) -> contextlib.AbstractContextManager[None]:
+        """Layers compute on their device's rows, with kernels that are cut over "model" alone."""
+        # A layer's parameters are at the same path as those of all, but without the axis of layers.
+        whole = [
+            (pattern, tuple(axis if axis == MODEL else None for axis in axes[1:]))
+            for pattern, axes in self.rules
+        ]
+
+        def parameters(layer: Any) -> Any:
+            placed = shardings({"layers": {"layers": layer}}, self.mesh, whole)["layers"]["layers"]
+            return jax.lax.with_sharding_constraint(layer, placed)
+
+        def rows(x: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(x, self.rows)
+
+        return layers_placed(parameters, rows)
+
     def program_of_step(self, step: Step) -> Program:
         # The shardings that come out must be those that went in, or the second step would be
         # compiled anew.
         def constrained(state: State, batch: Batch) -> tuple[State, Any]:
-            with rows_sharded(self.rows):
+            with self._layers_placed():
                 state, metrics = step(state, batch, None)
             placed = shardings(state, self.mesh, self.rules)
             return jax.lax.with_sharding_constraint(state, placed), metrics
@@ -215,7 +232,7 @@ class JitSpread:
 
     def program_of_reader(self, reader: Reader) -> Program:
         def read(state: State, batch: Batch) -> Any:
-            with rows_sharded(self.rows):
+            with self._layers_placed():
                 return reader(state, batch, None)
 
         return Program(jax.jit(read, out_shardings=self.replicated))

@@ -18,6 +18,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_UNKNOWN = 2**62  # an estimate above this says that there is none
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -86,7 +87,7 @@ def execution(text: str) -> Execution:
     for name, times in runs.items():
         for place, instruction in enumerate(computations[name]):
             estimate = _CYCLES.search(instruction.rest)
-            if estimate is not None:
+            if estimate is not None and int(estimate[1]) < _UNKNOWN:
                 cycles += times * float(estimate[1])
                 once += float(estimate[1])
             received = times * _received(instruction)

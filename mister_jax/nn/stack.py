@@ -20,28 +20,29 @@ _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-_ROWS: contextvars.ContextVar[jax.sharding.Sharding | None] = contextvars.ContextVar(
-    "rows", default=None
+Constraint = Callable[[Any], Any]
+_PLACEMENT: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = contextvars.ContextVar(
+    "placement", default=None
 )
 
 
 @contextlib.contextmanager
-def rows_sharded(sharding: jax.sharding.Sharding) -> Iterator[None]:
-    """While a program is traced, what goes from layer to layer of a `Stack` is so sharded.
+def layers_placed(parameters: Constraint, rows: Constraint) -> Iterator[None]:
+    """While a program is traced, where the layers of a `Stack` compute.
 
     Where kernels are sharded over the devices that share out the rows, too, the compiler would
-    otherwise rather move all activations than put a layer's kernels together.
+    otherwise rather move all activations, or add up products with parts of a kernel, than put a
+    layer's kernels together.
+
+    Args:
+      parameters: gives a tree of the parameters of one layer a sharding, before it runs.
+      rows: gives one to what goes from layer to layer.
     """
-    token = _ROWS.set(sharding)
+    token = _PLACEMENT.set((parameters, rows))
     try:
         yield
     finally:
-        _ROWS.reset(token)
-
-
-def _as_rows(x: jax.Array) -> jax.Array:
-    sharding = _ROWS.get()
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+        _PLACEMENT.reset(token)
 
 
 class Stack(nnx.Module):
@@ -99,13 +100,15 @@ class Stack(nnx.Module):
           What the last layer gave, and if `collect` that of all layers [L, ...], else None.
         """
         graph, params = nnx.split(self.layers)
+        params = nnx.as_pure(params)
+        place_params, place_rows = _PLACEMENT.get() or (lambda x: x, lambda x: x)
         key = None if deterministic or rngs is None else rngs.dropout()
 
         def run(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array | None]:
             layer_params, index = scanned
-            layer = nnx.merge(graph, layer_params)
+            layer = nnx.merge(graph, place_params(layer_params))
             options = {"deterministic": deterministic, "rngs": _of_layer(key, index)}
-            x = _as_rows(layer(_as_rows(x), *inputs, **options))
+            x = place_rows(layer(place_rows(x), *inputs, **options))
             return x, x if collect else None
 
         if self.remat != "none":

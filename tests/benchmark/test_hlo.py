@@ -42,6 +42,11 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert done.repetition == pytest.approx(520 / 120)
 
 
+def test_an_estimate_that_there_is_none_of_counts_nothing():
+    text = PROGRAM.replace('"estimated_cycles":"20"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert execution(text).cycles == 5 * 100
+
+
 def test_bytes_are_those_a_device_receives():
     done = execution(PROGRAM)
     gathered = 5 * (8 * 512 * 2) * 3 / 4
