@@ -6,6 +6,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
+from typing import Any
 
 # A step on CPU takes and frees gigabytes. By default glibc hands each piece back to the system,
 # and the kernel clears it page by page when it is taken again. Kept, in huge pages, a training
@@ -40,7 +41,6 @@ if _is_command:
     sys.excepthook = _tell
 
 from absl import app, flags  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
 
 from mister_jax.errors import InputError  # noqa: E402
 
@@ -48,8 +48,8 @@ TERMINATED = 128 + 15
 """Exit status after SIGTERM, by the convention of shells: the work is not finished."""
 
 
-def given_config(flag: flags.FlagHolder) -> ConfigDict:
-    """The config that a flag names.
+def given_config(flag: flags.FlagHolder) -> Any:
+    """The `ConfigDict` that a flag names.
 
     Raises:
       InputError: none was named, or its file is not there.

@@ -101,7 +101,7 @@ def test_the_test_split_is_not_opened(data_dir, tmp_path, monkeypatch):
         opened.append(split)
         return data.load(name, split, *options)
 
-    monkeypatch.setattr("mister_jax.tasks.load", load)
+    monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
     train(tiny(data_dir, **{"train.epochs": 1}), tmp_path, quiet=True)
     assert set(opened) == {"train", "validation"}
 
@@ -225,7 +225,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
         features = data.load(name, split, *options)
         return dataclasses.replace(features, speech=np.full_like(features.speech, np.nan))
 
-    monkeypatch.setattr("mister_jax.tasks.load", load)
+    monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
     monkeypatch.setattr("mister_jax.train.check_workdir", lambda *_: None)
     with pytest.raises(TrainingDiverged, match="not finite between steps") as error:
         train(tiny(data_dir, **{"train.epochs": 3}), workdir, quiet=True)

@@ -169,21 +169,24 @@ def plan(
       num_shards: parts a batch is cut into.
 
     Yields:
-      Rows [B], -1 for an empty one, and the padded length. All batches of one length have one B.
+      Rows [B], -1 for an empty one, and the padded length. All batches of one length have one B,
+      but for the last few items.
     """
     start = 0
     while start < len(lengths):
         most = int(lengths[start])
         padded = min(next((step for step in steps if step >= most), longest), longest)
-        below = max((step for step in steps if step < most), default=0)
-        # What fits a shorter step waits for it.
-        end = start + int(np.sum(lengths[start:] > below))
-        # A few items take a small batch, of a size that is likely to come again.
-        needed = 1 << max(0, -(-(end - start) // num_shards) - 1).bit_length()
-        size = min(max(1, budget // padded), needed) * num_shards
-        for first in range(start, end, size):
-            rows = np.full(size, -1, np.int32)
-            last = min(first + size, end)
-            rows[: last - first] = np.arange(first, last)
-            yield rows, padded
+        size = max(1, budget // padded) * num_shards
+        end = start + size
+        if end > len(lengths):
+            # The last few: what fits a shorter step waits for it, and they take a small batch, of
+            # a size that is likely to come again. Before, what would fit a shorter step fills rows
+            # up, as an empty one would cost as much.
+            below = max((step for step in steps if step < most), default=0)
+            end = start + int(np.sum(lengths[start:] > below))
+            needed = 1 << max(0, -(-(end - start) // num_shards) - 1).bit_length()
+            size = min(size, needed * num_shards)
+        rows = np.full(size, -1, np.int32)
+        rows[: end - start] = np.arange(start, end)
+        yield rows, padded
         start = end

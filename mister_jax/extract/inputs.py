@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -13,10 +14,11 @@ from mister_jax.data.clips import UNIT, is_heard, load_clips, pad_clips
 from mister_jax.data.utterances import Encode, load_tokens, pad_tokens
 
 TOKEN_BUDGET = 4096
+CPU_TOKEN_BUDGET = 1024  # what a layer computes of it stays in the cache
 SECONDS_BUDGET = 120
 
 # Lengths are rounded up to these steps: what is short pads little, and programs are few.
-_TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_TOKENS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _TENTHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300)
 
 
@@ -69,12 +71,13 @@ class TextInput:
       max_tokens: of a text.
     """
 
-    modality, unit, budget, scale = "text", "tokens", TOKEN_BUDGET, 1
+    modality, unit, scale = "text", "tokens", 1
     steps: tuple[int, ...] = _TOKENS
 
     def __init__(self, encode: Encode, max_tokens: int):
         self.encode = encode
         self.longest = max_tokens
+        self.budget = CPU_TOKEN_BUDGET if jax.default_backend() == "cpu" else TOKEN_BUDGET
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         found = load_tokens(dataset, split, data_dir, self.encode)
