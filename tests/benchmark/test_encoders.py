@@ -86,7 +86,7 @@ def test_both_programs_compile_for_tpus(model_parallelism):
         assert row["utterances_per_second"] == pytest.approx(8e3 / row["predicted_ms"])
     (step,), (extraction,) = sections.values()
     # What is computed anew in the backward pass is work, but none of the model's.
-    assert step["executed_gflop_per_device"] > 1.3 * step["model_gflop_per_device"]
+    assert step["executed_gflop_per_device"] > 1.05 * step["model_gflop_per_device"]
     assert extraction["executed_gflop_per_device"] == pytest.approx(
         extraction["model_gflop_per_device"]
     )

@@ -92,8 +92,8 @@ def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tm
     found = scores(tmp_path)
     assert max(found) > max(0.95, found[0])
     predictor = Predictor(tmp_path)
-    assert not jax.tree.leaves(predictor.params["frozen"])
-    ours = predictor.params["trained"]["backbone"]
+    assert not jax.tree.leaves(predictor.params[0]["frozen"])
+    ours = predictor.params[0]["trained"]["backbone"]
     theirs = nnx.as_pure(nnx.state(hub.load_module(bert_folder), nnx.Param))
     changed = jax.tree.map(
         lambda one, other: (np.asarray(one) != np.asarray(other)).any(), ours, theirs
