@@ -29,11 +29,18 @@ class Checkpoints:
 
     Args:
       workdir: of the training.
+      read_only: nothing will be saved. A training must say False: it then removes what a killed one
+        left half-written, which beside a running one is what that is writing.
     """
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         logging.getLogger("absl").addFilter(_is_worth_telling)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
+        self._options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        )
         self._managers: dict[str, ocp.CheckpointManager] = {}
 
     def __enter__(self) -> Checkpoints:
@@ -104,8 +111,9 @@ class Checkpoints:
 
     def _manager(self, kind: str) -> ocp.CheckpointManager:
         if kind not in self._managers:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-            self._managers[kind] = ocp.CheckpointManager(self._directory / kind, options=options)
+            self._managers[kind] = ocp.CheckpointManager(
+                self._directory / kind, options=self._options
+            )
         return self._managers[kind]
 
 

@@ -65,7 +65,7 @@ class Predictor:
             params,
             shardings(params, self.spread.mesh, self.task.rules),
         )
-        with Checkpoints(workdir) as checkpoints:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
             restored = checkpoints.restore(BEST, like)
         if restored is None:
             raise InputError(

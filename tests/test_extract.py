@@ -74,7 +74,7 @@ def test_prosody_is_written_where_there_is_sound(speech, heard_dir, by_prosody):
     told = found.metadata["speech"]
     assert told["kind"] == "prosody" and told["dataset"] == SPEECH
     assert told.items() >= json.loads(json.dumps(by_prosody.identity())).items()
-    waveform, lengths = pad_clips(list(clips.clips), 8000)
+    waveform, lengths = pad_clips(list(clips.items), 8000)
     alone, _ = prosody(waveform.astype(np.float32) / 2**15, lengths)
     np.testing.assert_allclose(found.speech[heard], alone, atol=1e-5)
 
@@ -229,7 +229,7 @@ def test_stopped_and_started_again_it_does_the_rest(by_prosody, speech, heard_di
     kept = sum(len(np.load(path)) for path in left)
     rest = Counting(by_prosody)
     extract.extract(rest, SPEECH, "stopped", heard_dir)
-    total = sum(len(load_clips(SPEECH, split, heard_dir).clips) for split in data.SPLITS)
+    total = sum(len(load_clips(SPEECH, split, heard_dir).items) for split in data.SPLITS)
     assert 0 < rest.read == total - kept
     assert not list(heard_dir.glob(".extracting*"))
     for split in data.SPLITS:
@@ -244,7 +244,7 @@ def test_what_another_encoder_left_is_not_taken(by_prosody, heard_dir, monkeypat
     other = Counting(extract.ProsodyEncoder(max_seconds=0.4))
     extract.extract(other, SPEECH, "other", heard_dir, quiet=True)
     assert other.read == sum(
-        len(load_clips(SPEECH, split, heard_dir).clips) for split in data.SPLITS
+        len(load_clips(SPEECH, split, heard_dir).items) for split in data.SPLITS
     )
 
 

@@ -299,6 +299,22 @@ def test_pmap_and_jit_train_the_same_model(data_dir, finished, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+def test_what_a_killed_save_left_goes_with_the_next_training(tmp_path):
+    state = {"kernel": np.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, 3, state, {})
+    half = tmp_path / "checkpoints" / LATEST / "4.orbax-checkpoint-tmp"
+    half.mkdir()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        restored, _ = checkpoints.restore(LATEST, state)
+    np.testing.assert_array_equal(restored["kernel"], state["kernel"])
+    assert half.exists(), "a training that runs beside an evaluation may be writing it"
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(LATEST, state)
+    assert [path.name for path in half.parent.iterdir()] == ["3"]
+
+
 def test_a_checkpoint_of_other_shapes_is_refused(finished):
-    with Checkpoints(finished) as checkpoints, pytest.raises(InputError, match="another model"):
-        checkpoints.restore(BEST, {"wrong": np.zeros(3)})
+    saved = Checkpoints(finished, read_only=True)
+    with saved, pytest.raises(InputError, match="another model"):
+        saved.restore(BEST, {"wrong": np.zeros(3)})

@@ -1,22 +1,25 @@
-"""Single utterances as token sequences, and their batches: what text encoders are trained on."""
+"""Single utterances, each alone: what encoders are trained on and read.
+
+Here is what texts (`tokens`) and recordings (`clips`) have in common.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
 from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.schema import UNLABELLED
 
-Encode = Callable[[Sequence[str]], list[np.ndarray]]
-"""From texts to token ids [n] int32 of each."""
+Fields = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class UtteranceTokens:
-    """The utterances of a split that have text, in the order of the dataset.
+class Utterances:
+    """The utterances of a split that have a modality, in the order of the dataset.
 
     Attributes:
         name: of the dataset.
@@ -24,10 +27,11 @@ class UtteranceTokens:
         class_names: emotions.
         dialogue_ids: N ids, of the dialogue each utterance is in.
         utterance_ids: [N] str.
-        tokens: N arrays of token ids [n] int32, none empty.
+        items: N arrays, none empty: token ids [n] int32, or samples [s] int16, `SAMPLE_RATE` a
+            second.
         label: [N] int32, `UNLABELLED` or a class.
         score: [N] float32, or None for a dataset without scores.
-        metadata: of the dataset.
+        metadata: of the split.
     """
 
     name: str
@@ -35,7 +39,7 @@ class UtteranceTokens:
     class_names: tuple[str, ...]
     dialogue_ids: tuple[str, ...]
     utterance_ids: np.ndarray
-    tokens: tuple[np.ndarray, ...]
+    items: tuple[np.ndarray, ...]
     label: np.ndarray
     score: np.ndarray | None = None
     metadata: dict = dataclasses.field(default_factory=dict)
@@ -43,38 +47,47 @@ class UtteranceTokens:
     @property
     def lengths(self) -> np.ndarray:
         """[N] ones: each utterance stands alone, as in a dialogue of its own."""
-        return np.ones(len(self.tokens), int)
+        return np.ones(len(self.items), int)
 
     @property
     def offsets(self) -> np.ndarray:
         """[N + 1], as in `DialogueFeatures`."""
-        return np.arange(len(self.tokens) + 1)
+        return np.arange(len(self.items) + 1)
 
     @property
-    def token_counts(self) -> np.ndarray:
-        """[N] int."""
-        return np.array([len(tokens) for tokens in self.tokens])
+    def sizes(self) -> np.ndarray:
+        """[N] int, tokens or samples of each."""
+        return np.array([len(item) for item in self.items], int)
 
-    def take(self, rows: np.ndarray) -> "UtteranceTokens":
+    def take(self, rows: np.ndarray) -> "Utterances":
         """The utterances of these rows."""
         return dataclasses.replace(
             self,
             dialogue_ids=tuple(self.dialogue_ids[row] for row in rows),
             utterance_ids=self.utterance_ids[rows],
-            tokens=tuple(self.tokens[row] for row in rows),
+            items=tuple(self.items[row] for row in rows),
             label=self.label[rows],
             score=None if self.score is None else self.score[rows],
         )
 
-    def labelled(self) -> "UtteranceTokens":
+    def labelled(self) -> "Utterances":
         """Those with a label."""
         return self.take(np.flatnonzero(self.label != UNLABELLED))
 
 
-def load_tokens(
-    name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
-) -> UtteranceTokens:
-    """Reads a split of a dataset of dialogues and encodes its texts.
+def load_utterances(
+    name: str,
+    split: str,
+    data_dir: epath.PathLike | None,
+    item: Callable[[StoredUtterance], Any],
+) -> Utterances:
+    """Reads a split of a dataset of dialogues.
+
+    Args:
+        name: of the dataset.
+        split: of it.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+        item: what is kept of an utterance, None to leave it out.
 
     Raises:
         InputError: there is no such dataset or split.
@@ -82,39 +95,31 @@ def load_tokens(
     dataset = DialogueDataset(name, data_dir)
     # Not the turns themselves: they would keep a split's recordings in memory.
     rows = [
-        (dialogue.id, turn.id, turn.text, turn.label, turn.score)
+        (dialogue.id, turn.id, kept, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
         for turn in dialogue.utterances
-        if turn.text_present
+        if (kept := item(turn)) is not None
     ]
-    dialogue_ids, utterance_ids, texts, labels, scores = (
+    dialogue_ids, utterance_ids, items, labels, scores = (
         zip(*rows, strict=True) if rows else [()] * 5
     )
-    return UtteranceTokens(
+    return Utterances(
         name=name,
         split=split,
         class_names=dataset.class_names,
         dialogue_ids=dialogue_ids,
         utterance_ids=np.array(utterance_ids, str),
-        tokens=tuple(encode(texts)),
+        items=items,
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if dataset.scored else None,
+        metadata=dataset.known(split),
     )
 
 
-def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, N] int32, zero in padding on the right, and what is valid [B, N] bool."""
-    ids = np.zeros((len(tokens), length), np.int32)
-    mask = np.zeros(ids.shape, bool)
-    for row, values in enumerate(tokens):
-        ids[row, : len(values)] = values
-        mask[row, : len(values)] = True
-    return ids, mask
-
-
-def token_batches(
-    utterances: UtteranceTokens,
+def utterance_batches(
+    utterances: Utterances,
     plan: BatchPlan,
+    fields: Callable[[np.ndarray, int], Fields],
     *,
     seed: int,
     epoch: int,
@@ -122,43 +127,36 @@ def token_batches(
     shuffle: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Fields]:
     """Makes the batches of one epoch, each process its share of the rows.
 
     Args:
         utterances: the split.
-        plan: made from `utterances.token_counts`.
+        plan: made from their lengths.
+        fields: of the items of rows [B], -1 for an empty one, padded to a length of the plan's.
         seed: of the shuffle, with `epoch`.
         epoch: counts from 0.
         start_step: batches to leave out at the start.
-        shuffle: see `BatchPlan.epoch`.
+        shuffle: for training; see `BatchPlan.epoch`.
         process_index: of this process.
         process_count: divides `plan.multiple_of`.
 
     Returns:
-        An iterator over dicts.
+        An iterator over dicts with these fields and
 
-        - `input_ids` [B, N] int32, zero in padding
-        - `mask` [B, N] bool
         - `label` [B] int32, -1 where unlabelled
         - `weight` [B] float32: of a labelled row 1 over their number in the global batch, else 0
         - `row` [B] int32, the index of the utterance, -1 for an empty row
     """
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
-    nothing = np.zeros(0, np.int32)
 
-    def batch(all_rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    def batch(all_rows: np.ndarray, length: int) -> Fields:
         counted = (all_rows >= 0) & (utterances.label[all_rows] != UNLABELLED)
         share = 1 / max(1, counted.sum())
         rows = np.split(all_rows, process_count)[process_index]
-        there = rows >= 0
-        ids, mask = pad_tokens(
-            [utterances.tokens[row] if row >= 0 else nothing for row in rows], length
-        )
-        label = np.where(there, utterances.label[rows], UNLABELLED).astype(np.int32)
+        label = np.where(rows >= 0, utterances.label[rows], UNLABELLED).astype(np.int32)
         return {
-            "input_ids": ids,
-            "mask": mask,
+            **fields(rows, length),
             "label": label,
             "weight": np.where(label != UNLABELLED, share, 0).astype(np.float32),
             "row": rows,

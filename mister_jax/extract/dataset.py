@@ -14,10 +14,10 @@ from jax.experimental import multihost_utils
 
 from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
 from mister_jax.extract.features import encode_items
-from mister_jax.extract.inputs import Utterances
 from mister_jax.writers import Reporter
 
 
@@ -75,7 +75,7 @@ def extract(
             len(utterances.items), unit=f"utterances of {split}", quiet=quiet
         ) as reporter:
             found = encode_items(encoder, utterances.items, budget, reporter, parts)
-        features = dict(zip(utterances.ids.tolist(), found, strict=True))
+        features = dict(zip(utterances.utterance_ids.tolist(), found, strict=True))
         splits[split] = _of_modality(source, split, encoder.modality, features, found.shape[1])
     # The parts are there until every process has read them.
     multihost_utils.sync_global_devices("extracted")
@@ -91,7 +91,7 @@ def extract(
 def _digest(told: dict[str, Any], split: str, utterances: Utterances) -> str:
     """Of all that a split's features depend on."""
     digest = hashlib.sha256(json.dumps([told, split], sort_keys=True).encode())
-    digest.update(json.dumps(utterances.ids.tolist()).encode())
+    digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:
         digest.update(f"{len(item)};".encode())
         digest.update(item.tobytes())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from etils import epath
 
 from mister_jax import data
-from mister_jax.data.clips import UNIT, is_heard, load_clips, pad_clips
-from mister_jax.data.utterances import Encode, load_tokens, pad_tokens
+from mister_jax.data.clips import UNIT, is_heard, load_clips, pad_clips, units
+from mister_jax.data.tokens import Encode, load_tokens, pad_tokens
+from mister_jax.data.utterances import Utterances
 
 TOKEN_BUDGET = 4096
 CPU_TOKEN_BUDGET = 1024  # what a layer computes of it stays in the cache
@@ -20,15 +22,6 @@ SECONDS_BUDGET = 120
 # Lengths are rounded up to these steps: what is short pads little, and programs are few.
 _TOKENS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _TENTHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300)
-
-
-class Utterances(NamedTuple):
-    """Those of a split that have the modality, in the order of the dataset."""
-
-    ids: np.ndarray
-    """[N] str."""
-    items: Sequence[np.ndarray]
-    """N arrays, none empty."""
 
 
 class Input(Protocol):
@@ -80,8 +73,7 @@ class TextInput:
         self.budget = CPU_TOKEN_BUDGET if jax.default_backend() == "cpu" else TOKEN_BUDGET
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        found = load_tokens(dataset, split, data_dir, self.encode)
-        return Utterances(found.utterance_ids, found.tokens)
+        return load_tokens(dataset, split, data_dir, self.encode)
 
     def items(self, utterances: Sequence[str]) -> list[np.ndarray]:
         items = [np.zeros(0, np.int32)] * len(utterances)
@@ -119,7 +111,7 @@ class SpeechInput:
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         found = load_clips(dataset, split, data_dir)
-        return Utterances(found.utterance_ids, self._cut(found.clips))
+        return dataclasses.replace(found, items=tuple(self._cut(found.items)))
 
     def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
         for clip in utterances:
@@ -132,7 +124,7 @@ class SpeechInput:
         return [clip[: self._most] for clip in clips]
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        return np.array([-(-len(clip) // UNIT) for clip in items], int)
+        return units(np.array([len(clip) for clip in items], int), self._most)
 
     def amount(self, items: Sequence[np.ndarray]) -> float:
         return sum(map(len, items)) / data.SAMPLE_RATE

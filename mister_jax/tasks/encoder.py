@@ -69,8 +69,7 @@ class EncoderSplit:
 
     Attributes:
       plan: which utterances share a batch.
-      make: the batches of an epoch, called with the keywords of `data.utterances.token_batches`
-        but for the utterances and the plan.
+      make: the batches of an epoch, called with keywords of `data.utterances.utterance_batches`.
       seed: of the shuffle.
       shuffle: permute the utterances in each epoch.
     """

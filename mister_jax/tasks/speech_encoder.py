@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mister_jax import data
-from mister_jax.data.clips import UtteranceClips, clip_batches, load_clips
+from mister_jax.data.clips import clip_batches, load_clips, units
+from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import augment, speech
 from mister_jax.models.utterance import SpeechUtterance, UtteranceHead, UtteranceOutput
 from mister_jax.tasks.base import Batch
@@ -158,7 +159,7 @@ class SpeechEncoderTask(EncoderTask):
             waveform = augment.random_gain(waveform, draws[2])
         return {**batch, "waveform": waveform * 2**15, "lengths": lengths}
 
-    def features(self, split: str, name: str | None = None) -> UtteranceClips:
+    def features(self, split: str, name: str | None = None) -> Utterances:
         """The utterances with sound of a split of the config's dataset, or of another.
 
         Raises:
@@ -168,10 +169,10 @@ class SpeechEncoderTask(EncoderTask):
         return self._checked(load_clips(name, split, self._data.data_dir or None))
 
     def batched(
-        self, utterances: UtteranceClips, *, num_shards: int, shuffle: bool = False
+        self, utterances: Utterances, *, num_shards: int, shuffle: bool = False
     ) -> EncoderSplit:
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         most = round(seconds * data.SAMPLE_RATE)
-        plan = self._plan(utterances.units(most), num_shards)
+        plan = self._plan(units(utterances.sizes, most), num_shards)
         make = functools.partial(clip_batches, utterances, plan, most=most)
         return EncoderSplit(plan, make, self._seed, shuffle)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mister_jax.data.utterances import UtteranceTokens, load_tokens, token_batches
+from mister_jax.data.tokens import load_tokens, token_batches
+from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hub
 from mister_jax.encoders.text import check_max_tokens, encode_texts
 from mister_jax.models.utterance import TextUtterance, UtteranceHead, UtteranceOutput
@@ -50,7 +51,7 @@ class TextEncoderTask(EncoderTask):
     def read(self, model: TextUtterance, batch: Batch, **options: Any) -> UtteranceOutput:
         return model(batch["input_ids"], batch["mask"], **options)
 
-    def features(self, split: str, name: str | None = None) -> UtteranceTokens:
+    def features(self, split: str, name: str | None = None) -> Utterances:
         """The utterances with text of a split of the config's dataset, or of another.
 
         Raises:
@@ -60,8 +61,8 @@ class TextEncoderTask(EncoderTask):
         return self._checked(load_tokens(name, split, self._data.data_dir or None, self.encode))
 
     def batched(
-        self, utterances: UtteranceTokens, *, num_shards: int, shuffle: bool = False
+        self, utterances: Utterances, *, num_shards: int, shuffle: bool = False
     ) -> EncoderSplit:
-        plan = self._plan(utterances.token_counts, num_shards)
+        plan = self._plan(utterances.sizes, num_shards)
         make = functools.partial(token_batches, utterances, plan)
         return EncoderSplit(plan, make, self._seed, shuffle)

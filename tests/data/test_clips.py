@@ -10,13 +10,14 @@ from mister_jax.data.audio import SAMPLE_RATE, decode
 from mister_jax.data.clips import (
     SHORTEST,
     UNIT,
-    UtteranceClips,
     clip_batches,
     is_heard,
     load_clips,
     pad_clips,
+    units,
 )
 from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 
 LENGTHS = (500, 4000, 16_000, 900, 7000, 3200, 12_345)
@@ -27,20 +28,20 @@ MOST = 6400
 def clips():
     """Clips that count up, so that a stretch tells its place; one has no label."""
     label = np.array([0, 1, -1, 1, 0, 1, 0], np.int32)
-    return UtteranceClips(
+    return Utterances(
         name="counted",
         split="train",
         class_names=("a", "b"),
         dialogue_ids=tuple("xxyyyzz"),
         utterance_ids=np.array(list("abcdefg")),
-        clips=tuple(np.arange(length, dtype=np.int16) for length in LENGTHS),
+        items=tuple(np.arange(length, dtype=np.int16) for length in LENGTHS),
         label=label,
     )
 
 
 @pytest.fixture(scope="module")
 def plan(clips):
-    return BatchPlan(clips.units(MOST), batch_size=4, num_buckets=2, multiple_of=2)
+    return BatchPlan(units(clips.sizes, MOST), batch_size=4, num_buckets=2, multiple_of=2)
 
 
 def epoch(clips, plan, number=0, **options):
@@ -99,16 +100,16 @@ def test_samples_that_are_no_numbers_are_silent_and_too_loud_ones_clipped(rate):
 def test_a_split_is_read_in_its_order_without_what_is_not_heard(heard_dir):
     found = load_clips("manifest/heard", "test", heard_dir)
     # Of six dialogues of three turns two lose two.
-    assert len(found.clips) == len(found.utterance_ids) == len(found.label) == 6 * 3 - 4
+    assert len(found.items) == len(found.utterance_ids) == len(found.label) == 6 * 3 - 4
     assert found.dialogue_ids[:4] == ("test0", "test1", "test1", "test1")
-    assert all(clip.dtype == np.int16 and is_heard(clip) for clip in found.clips)
+    assert all(clip.dtype == np.int16 and is_heard(clip) for clip in found.items)
     np.testing.assert_array_equal(found.offsets, np.arange(15))
     with pytest.raises(InputError, match="no split 'dev'"):
         load_clips("manifest/heard", "dev", heard_dir)
 
 
 def test_lengths_are_rounded_up_and_cut(clips):
-    np.testing.assert_array_equal(clips.units(MOST), [1, 3, 4, 1, 4, 2, 4])
+    np.testing.assert_array_equal(units(clips.sizes, MOST), [1, 3, 4, 1, 4, 2, 4])
     assert UNIT == SAMPLE_RATE // 10
 
 
@@ -121,7 +122,7 @@ def test_padding_is_zero():
 def test_evaluation_reads_the_beginning_in_every_epoch(clips, plan):
     for number in range(2):
         for row, samples in by_row(epoch(clips, plan, number, shuffle=False)).items():
-            np.testing.assert_array_equal(samples, clips.clips[row][:MOST])
+            np.testing.assert_array_equal(samples, clips.items[row][:MOST])
 
 
 def test_training_reads_another_stretch_in_every_epoch_and_short_clips_whole(clips, plan):
@@ -131,7 +132,7 @@ def test_training_reads_another_stretch_in_every_epoch_and_short_clips_whole(cli
     for row, samples in first.items():
         assert len(samples) == min(MOST, LENGTHS[row])
         start = samples[0] if len(samples) else 0
-        np.testing.assert_array_equal(samples, clips.clips[row][start : start + MOST])
+        np.testing.assert_array_equal(samples, clips.items[row][start : start + MOST])
         np.testing.assert_array_equal(samples, again[row])
         starts.append((int(start), int(second[row][0])))
         assert LENGTHS[row] > MOST or start == 0
@@ -166,4 +167,4 @@ def test_an_epoch_goes_on_from_any_step_and_is_shared_by_processes(clips, plan):
 def test_the_unlabelled_can_be_left_out(clips):
     labelled = clips.labelled()
     assert list(labelled.utterance_ids) == list("abdefg")
-    assert len(labelled.clips[2]) == 900
+    assert len(labelled.items[2]) == 900

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mister_jax import data, metrics
-from mister_jax.data.utterances import UtteranceTokens
+from mister_jax.data.utterances import Utterances
 from mister_jax.evaluate import scores
 from mister_jax.report import Evaluated, Experiment, report_html, utterance_texts, write_report
 from mister_jax.report.page import dialogue_data, embedded_json
@@ -287,13 +287,13 @@ def test_a_split_without_labels_still_shows_its_dialogues():
 
 
 def test_single_utterances_are_shown_in_their_dialogues():
-    tokens = UtteranceTokens(
+    tokens = Utterances(
         name="tiny",
         split="test",
         class_names=CLASSES,
         dialogue_ids=("b", "b", "a", "b"),
         utterance_ids=np.array(["b0", "b1", "a0", "b2"]),
-        tokens=(np.zeros(1, np.int32),) * 4,
+        items=(np.zeros(1, np.int32),) * 4,
         label=np.array([0, 1, 2, -1], np.int32),
     )
     evaluated = Evaluated.of(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})

@@ -94,7 +94,7 @@ def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
     expected = predictor(clips, quiet=True)["feature"]
     np.testing.assert_allclose(features.speech[features.speech_present], expected, atol=1e-5)
     again = extract.encoder_of(json.loads(json.dumps(features.metadata["speech"])))
-    some, _ = extract.features_of(again, clips.clips[:3])
+    some, _ = extract.features_of(again, clips.items[:3])
     np.testing.assert_allclose(some, expected[:3], atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_crops_are_of_training_alone(task):
     validation = task.split("validation", num_shards=1, shuffle=False)
     assert max(length for _, length in training.shapes) * UNIT == 8000
     assert max(length for _, length in validation.shapes) * UNIT > 8000
-    clips = task.features("train").labelled().clips
+    clips = task.features("train").labelled().items
     places = set()
     for epoch in range(4):
         for batch in training.batches(epoch):

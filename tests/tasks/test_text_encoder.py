@@ -150,7 +150,7 @@ def batch(task):
 
 
 def test_utterances_without_a_label_or_text_are_left_out(task):
-    assert len(task.features("train").tokens) == 36 * 4 - 12
+    assert len(task.features("train").items) == 36 * 4 - 12
     split = task.split("train", num_shards=8, shuffle=True)
     batches = list(split.batches())
     assert sum((batch["row"] >= 0).sum() for batch in batches) == 36 * 4 - 24

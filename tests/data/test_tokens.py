@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mister_jax.data.pipeline import BatchPlan
-from mister_jax.data.utterances import UtteranceTokens, load_tokens, pad_tokens, token_batches
+from mister_jax.data.tokens import load_tokens, pad_tokens, token_batches
+from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 
 LENGTHS = (5, 2, 7, 1, 3, 3, 4)
@@ -13,13 +14,13 @@ LENGTHS = (5, 2, 7, 1, 3, 3, 4)
 @pytest.fixture(scope="module")
 def tokens():
     """Utterances whose tokens count up; one has no label."""
-    return UtteranceTokens(
+    return Utterances(
         name="counted",
         split="train",
         class_names=("a", "b"),
         dialogue_ids=tuple("xxyyyzz"),
         utterance_ids=np.array(list("abcdefg")),
-        tokens=tuple(np.arange(1, length + 1, dtype=np.int32) for length in LENGTHS),
+        items=tuple(np.arange(1, length + 1, dtype=np.int32) for length in LENGTHS),
         label=np.array([0, 1, -1, 1, 0, 1, 0], np.int32),
         score=np.arange(7, dtype=np.float32),
     )
@@ -27,7 +28,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def plan(tokens):
-    return BatchPlan(tokens.token_counts, batch_size=4, num_buckets=2, multiple_of=2)
+    return BatchPlan(tokens.sizes, batch_size=4, num_buckets=2, multiple_of=2)
 
 
 def epoch(tokens, plan, number=0, **options):
@@ -41,10 +42,10 @@ def words_of(texts):
 def test_a_split_is_read_in_its_order_without_what_has_no_text(spoken_dir):
     found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
     # Of six dialogues of four turns two have no text in the third.
-    assert len(found.tokens) == len(found.utterance_ids) == len(found.label) == 6 * 4 - 2
+    assert len(found.items) == len(found.utterance_ids) == len(found.label) == 6 * 4 - 2
     assert found.dialogue_ids[:7] == ("test0",) * 3 + ("test1",) * 4
     # A turn has one word more than the one before it.
-    np.testing.assert_array_equal(found.token_counts[:7], [2, 3, 5, 2, 3, 4, 5])
+    np.testing.assert_array_equal(found.sizes[:7], [2, 3, 5, 2, 3, 4, 5])
     assert found.class_names == ("anger", "joy") and found.score is None
     np.testing.assert_array_equal(found.offsets, range(6 * 4 - 1))
     assert (found.lengths == 1).all()
@@ -53,7 +54,7 @@ def test_a_split_is_read_in_its_order_without_what_has_no_text(spoken_dir):
 def test_utterances_without_a_label_are_left_out_of_training(spoken_dir):
     found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
     assert (found.label == -1).sum() == 2
-    assert len(found.labelled().tokens) == 6 * 4 - 4
+    assert len(found.labelled().items) == 6 * 4 - 4
     assert (found.labelled().label >= 0).all()
 
 
@@ -68,7 +69,7 @@ def test_rows_stay_together_when_some_are_taken(tokens):
     some = tokens.take(np.array([4, 2]))
     assert some.dialogue_ids == ("y", "y")
     assert some.utterance_ids.tolist() == ["e", "c"]
-    assert some.token_counts.tolist() == [3, 7]
+    assert some.sizes.tolist() == [3, 7]
     assert some.label.tolist() == [0, -1] and some.score.tolist() == [4, 2]
 
 
@@ -88,7 +89,7 @@ def test_each_utterance_is_in_one_batch_of_an_epoch(tokens, plan):
         assert not batch["mask"][~there].any() and (batch["label"][~there] == -1).all()
         for row, ids, mask in zip(batch["row"], batch["input_ids"], batch["mask"], strict=True):
             if row >= 0:
-                np.testing.assert_array_equal(ids[mask], tokens.tokens[row])
+                np.testing.assert_array_equal(ids[mask], tokens.items[row])
 
 
 def test_weights_make_a_mean_over_what_has_a_label(tokens, plan):
