@@ -95,5 +95,6 @@ def clip_batches(
         waveform, lengths = pad_clips([stretch(row) for row in rows], length * UNIT)
         return {"waveform": waveform, "lengths": lengths}
 
-    chosen = {"seed": seed, "epoch": epoch, "shuffle": shuffle}
-    return utterance_batches(clips, plan, fields, **chosen, **options)
+    return utterance_batches(
+        clips, plan, fields, seed=seed, epoch=epoch, shuffle=shuffle, **options
+    )

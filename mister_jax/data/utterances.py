@@ -39,7 +39,7 @@ class Utterances:
     class_names: tuple[str, ...]
     dialogue_ids: tuple[str, ...]
     utterance_ids: np.ndarray
-    items: tuple[np.ndarray, ...]
+    items: tuple[Any, ...]
     label: np.ndarray
     score: np.ndarray | None = None
     metadata: dict = dataclasses.field(default_factory=dict)
