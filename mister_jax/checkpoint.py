@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,19 +134,23 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
 def _quiet_failure() -> Iterator[None]:
     """Keeps quiet the reads that a failed restore leaves behind.
 
-    They end after their event loop has closed, some long after the failure, and each would print a
-    traceback about that around the one line that says what is wrong.
+    They end after their event loop has closed, some long after the failure, and others never begin;
+    each would print something about that around the one line that says what is wrong.
     """
+    left_behind = ("Event loop is closed", "was never awaited")
     logger = logging.getLogger("asyncio")
     previous, level = sys.unraisablehook, logger.level
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).endswith(left_behind):
             previous(unraisable)
 
+    filters = warnings.filters[:]
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = hook
     logger.setLevel(logging.CRITICAL)
     yield
     # Not after a failure: what was left behind still has to end.
+    warnings.filters[:] = filters
     sys.unraisablehook = previous
     logger.setLevel(level)

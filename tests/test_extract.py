@@ -361,9 +361,16 @@ def test_batches_of_a_plan_hold_all_rows_within_the_budget():
     assert {len(rows) for rows, padded in full if padded == 100} == {2 * 3}
 
 
-def test_a_few_items_are_not_padded_to_the_longest_of_them():
-    found = list(plan(np.array([100, 9, 8, 7]), 900, steps=(10, 50), longest=100, num_shards=1))
-    assert [(rows.tolist(), padded) for rows, padded in found] == [
-        ([0], 100),
-        ([1, 2, 3, -1], 10),
-    ]
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (900, [([0, 1, 2], 100), ([3], 10)]),  # two of them padded cost less than a program
+        (500, [([0, 1], 100), ([2, 3], 10)]),
+        (350, [([0, 1, 2], 100), ([3], 10)]),  # no row is left empty while there are some
+        (1800, [([0, 1, 2, 3], 100)]),
+    ],
+)
+def test_a_few_items_are_padded_to_the_longest_where_that_saves_a_program(budget, expected):
+    few = np.array([100, 9, 8, 7])
+    found = list(plan(few, budget, steps=(10, 50), longest=100, num_shards=1))
+    assert [(rows[rows >= 0].tolist(), padded) for rows, padded in found] == expected

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mister_jax.encoders.decoder import Decoder
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,36 @@ def splice_audio(
     parts = jnp.concatenate([prompt, audio.astype(prompt.dtype)], axis=1)  # B P+A D
     sequence = jnp.take_along_axis(parts, index[..., None], axis=1)
     return jnp.where(mask[..., None], sequence, 0), mask, audio_mask
+
+
+def decode_prompt(
+    decoder: Decoder,
+    prompt: jax.Array,
+    prompt_mask: jax.Array,
+    placeholder: int,
+    audio: jax.Array,
+    audio_lengths: jax.Array,
+    **options: Any,
+) -> AudioPromptOutput:
+    """Reads prompts with each clip's vectors in place of the placeholder.
+
+    Args:
+      decoder: the language model.
+      prompt: tokens [B, P] int, one of each prompt the placeholder, which need not be a token of
+        the language model.
+      prompt_mask: true at tokens [B, P] bool.
+      placeholder: stands for the audio.
+      audio: vectors [B, A, D].
+      audio_lengths: how many of them, from the first, are the clip's [B] int.
+      **options: of the language model's call.
+    """
+    is_placeholder = prompt == placeholder
+    embedded = decoder.embed(jnp.where(prompt_mask & ~is_placeholder, prompt, 0))
+    sequence, mask, audio_mask = splice_audio(
+        embedded, prompt_mask, is_placeholder, audio, audio_lengths
+    )
+    hidden = decoder(embeddings=sequence, attention_mask=mask, **options)
+    return AudioPromptOutput(hidden, mask, audio_mask)
 
 
 class PromptedSpeech(nnx.Module):

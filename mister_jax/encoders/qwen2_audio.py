@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mister_jax.encoders.audio_prompt import AudioPromptOutput, splice_audio
+from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
@@ -240,15 +240,15 @@ class Qwen2Audio(nnx.Module):
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         vectors, audio_lengths = self.tower(waveform, lengths, **options)
-        sequence, mask, audio_mask = splice_audio(
-            self.decoder.embed(jnp.where(prompt_mask, prompt, 0)),
+        return decode_prompt(
+            self.decoder,
+            prompt,
             prompt_mask,
-            prompt == self.config.placeholder,
+            self.config.placeholder,
             self.projection(vectors),  # B A D
             audio_lengths,
+            **options,
         )
-        hidden = self.decoder(embeddings=sequence, attention_mask=mask, **options)
-        return AudioPromptOutput(hidden, mask, audio_mask)
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders import audio, beats
-from mister_jax.encoders.audio_prompt import AudioPromptOutput, splice_audio
+from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
@@ -367,16 +367,15 @@ class Salmonn(nnx.Module):
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         speech = self.speech_tokens(waveform, lengths, **options)  # B A D
-        is_placeholder = prompt == self.config.placeholder
-        sequence, mask, audio_mask = splice_audio(
-            self.decoder.embed(jnp.where(is_placeholder | ~prompt_mask, 0, prompt)),
+        return decode_prompt(
+            self.decoder,
+            prompt,
             prompt_mask,
-            is_placeholder,
+            self.config.placeholder,
             speech,
             jnp.full(len(lengths), speech.shape[1]),
+            **options,
         )
-        hidden = self.decoder(embeddings=sequence, attention_mask=mask, **options)
-        return AudioPromptOutput(hidden, mask, audio_mask)
 
     def speech_tokens(self, waveform: jax.Array, lengths: jax.Array, **options: Any) -> jax.Array:
         """What the language model hears of clips: [B, A, D] of [B, S] and [B]."""

@@ -17,6 +17,7 @@ from mister_jax.parallel import check_shared, enough_memory
 from mister_jax.writers import Reporter
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
+_WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than to compute that
 
 
 def features_of(
@@ -179,11 +180,13 @@ def plan(
         size = max(1, budget // padded) * num_shards
         end = start + size
         if end > len(lengths):
-            # The last few: what fits a shorter step waits for it, and they take a small batch, of
-            # a size that is likely to come again. Before, what would fit a shorter step fills rows
-            # up, as an empty one would cost as much.
-            below = max((step for step in steps if step < most), default=0)
-            end = start + int(np.sum(lengths[start:] > below))
+            # The last few: what fits a shorter step waits for it, unless that saves too little to
+            # be worth a program, and they take a small batch, of a size that is likely to come
+            # again. Before, what would fit a shorter step fills rows up, as an empty one would
+            # cost as much.
+            own = np.append(steps, longest)[np.searchsorted(steps, lengths[start:])]
+            saved = np.cumsum(padded - np.minimum(own, padded))
+            end = start + int(np.sum(saved <= budget * num_shards * _WORTH_A_PROGRAM))
             needed = 1 << max(0, -(-(end - start) // num_shards) - 1).bit_length()
             size = min(size, needed * num_shards)
         rows = np.full(size, -1, np.int32)
