@@ -145,12 +145,13 @@ def _quiet_failure() -> Iterator[None]:
         if not str(unraisable.exc_value).endswith(left_behind):
             previous(unraisable)
 
-    filters = warnings.filters[:]
+    ignoring = warnings.catch_warnings()
+    ignoring.__enter__()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = hook
     logger.setLevel(logging.CRITICAL)
     yield
     # Not after a failure: what was left behind still has to end.
-    warnings.filters[:] = filters
+    ignoring.__exit__(None, None, None)
     sys.unraisablehook = previous
     logger.setLevel(level)
