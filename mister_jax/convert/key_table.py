@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -25,6 +27,7 @@ from jax.typing import DTypeLike
 from mister_jax.errors import InputError
 
 Index = tuple[slice, ...]
+_ALIGNMENT = 64  # bytes
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
@@ -92,8 +95,10 @@ def load_params(
     """Fills the parameters of a module from a checkpoint.
 
     Tensors are read, cast and placed one after another (of a stack, layer by layer), and of each
-    only the slices that devices of this process need, so host memory never holds more than about
-    two tensors. Nothing is changed where the checkpoint does not fit.
+    only the slices that devices of this process need. Beyond what is placed, host memory stays
+    below twice the largest tensor, which counts as it lies in the file or as a layer of it is
+    placed, whichever is larger; what `combine` makes comes on top. Nothing is changed where the
+    checkpoint does not fit.
 
     Args:
       module: concrete, or abstract as from `nnx.eval_shape`, of which nothing is allocated before.
@@ -119,6 +124,7 @@ def load_params(
     _check(params, named, checkpoint, ignore)
     placed = _shardings_of(shardings, params)
     for path, variable in params.items():
+        gc.collect(0)  # when JAX lets go of what devices have read
         kind = variable.dtype
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
             kind = dtype
@@ -126,7 +132,7 @@ def load_params(
         if named[path].stacked:
             value = _place_stack(named[path], checkpoint, *where)
         else:
-            value = _place(named[path], checkpoint, named[path].names, *where)
+            value = _place(named[path], checkpoint, named[path].names, *where, memory={})
         variable.set_value(value)
     nnx.update(module, state)
     return module
@@ -321,21 +327,37 @@ def _place(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding,
+    memory: dict[Any, np.ndarray],
 ) -> jax.Array:
-    """The value, of one layer, on its devices, each of which gets its slice alone."""
-    slices: dict[tuple[Any, ...], np.ndarray] = {}
+    """The value, of one layer, on its devices, each of which gets its slice alone.
+
+    The slices come to lie in `memory`, in place of those that are there, and devices may go on
+    reading them there.
+    """
+    filled = set()
 
     def give(index: Any) -> np.ndarray:  # slices of the shape
         # Devices with the same slice share one reading.
         bounds = tuple((part.start, part.stop) for part in index)
-        if bounds not in slices:
-            # A copy, since the CPU's arrays may keep what they are given, here a mapped file.
+        if bounds not in filled:
             value = _read(source, checkpoint, names, index)
-            slices[bounds] = np.array(value, dtype, order="C")
-        return slices[bounds]
+            if bounds not in memory:
+                memory[bounds] = _aligned(value.shape, dtype)
+            # The one copy, which transposes and casts on its way out of the mapped file.
+            np.copyto(memory[bounds], value, casting="unsafe")
+            filled.add(bounds)
+        return memory[bounds]
 
     # Waiting keeps the host from reading ahead of the copies to the devices.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, give))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address from which the CPU's devices take it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _place_stack(
@@ -351,9 +373,11 @@ def _place_stack(
     else:
         of_layer = sharding
     stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+    memory: dict[Any, np.ndarray] = {}
     for layer, names in enumerate(_by_layer(source, shape)):
-        value = _place(source, checkpoint, names, shape[1:], dtype, of_layer)
+        value = _place(source, checkpoint, names, shape[1:], dtype, of_layer, memory)
         stack = _put_layer(sharding)(stack, value, layer)
+        stack.block_until_ready()  # for the next layer takes the place of this one in memory
     return stack
 
 

@@ -51,7 +51,10 @@ _READABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a safetensors file; slicing it reads that slice alone."""
+    """A tensor in a safetensors file; slicing it gives a view that reads that slice alone.
+
+    A view maps the file and so holds a file descriptor; who keeps values must copy them.
+    """
 
     file: pathlib.Path
     shape: tuple[int, ...]
@@ -62,11 +65,11 @@ class FileTensor:
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)[index]
         try:
-            # Mapped for each reading, since a map that is kept holds a file descriptor.
+            # Mapped for each reading: a checkpoint has thousands of tensors.
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.file}: cannot be read ({error})") from error
-        return np.array(mapped[index])
+        return np.asarray(mapped[index])
 
 
 class Checkpoint(Mapping[str, Tensor]):

@@ -1,5 +1,7 @@
 """Loading and saving by a key table: whole, in place, slice by slice, or one line that says why."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.convert.key_table import Source, layer_names, load_params, save_params
+from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
@@ -141,6 +144,45 @@ def test_reading_takes_no_more_than_a_tensor_and_each_byte_once():
         load_params(abstract(), TABLE, spies, shardings=where)
         assert Spy.read == sum(value.nbytes for value in given.values())
         assert Spy.largest == max(value.nbytes for value in given.values())
+
+
+ON_DEVICES = {"one": None, "sharded": P("data", "model"), "replicated": P()}
+
+
+@pytest.mark.parametrize("where", ON_DEVICES)
+@pytest.mark.parametrize(
+    "kinds", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("axes", [None, (1, 0)])
+@pytest.mark.parametrize("layers", [None, 3])
+def test_host_memory_stays_below_twice_the_largest_tensor(tmp_path, layers, axes, kinds, where):
+    in_file, placed = map(jnp.dtype, kinds)
+    given = {
+        f"{layer}.weight": np.full((1024, 512), layer + 1, in_file) for layer in range(layers or 1)
+    }
+    save(tmp_path, given)
+    names = layer_names("{}.weight", len(given))
+    table = {"kernel": Source(names, axes, stacked=layers is not None)}
+    shape = (1024, 512) if axes is None else (512, 1024)
+    shape = shape if layers is None else (layers, *shape)
+
+    def load():
+        module = nnx.eval_shape(lambda: nnx.Dict(kernel=nnx.Param(jnp.zeros(shape, placed))))
+        spec = ON_DEVICES[where]
+        if spec is not None and layers is not None:
+            spec = P(None, *spec)
+        sharding = None if spec is None else NamedSharding(data_mesh(4), spec)
+        return load_params(module, table, Checkpoint.open(tmp_path), shardings=sharding)
+
+    load()  # what is compiled and imported stays in memory
+    tracemalloc.start()
+    module = load()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The result is in JAX's memory, or it is the one copy that was made.
+    assert peak < 1.2 * 1024 * 512 * max(in_file.itemsize, placed.itemsize)
+    for layer, kernel in enumerate(np.asarray(module.kernel[...]).reshape(-1, *shape[-2:])):
+        assert (kernel == layer + 1).all()
 
 
 def test_sharded_tensors_are_read_in_slices():

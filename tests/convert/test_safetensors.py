@@ -100,7 +100,7 @@ def test_a_slice_of_a_file_larger_than_memory_is_read(tmp_path):
 def test_many_tensors_need_few_open_files(tmp_path):
     many = {str(index): np.full(3, index) for index in range(3000)}
     save(tmp_path, many)
-    read = {name: tensor[...] for name, tensor in Checkpoint.open(tmp_path).items()}
+    read = {name: np.array(tensor[...]) for name, tensor in Checkpoint.open(tmp_path).items()}
     np.testing.assert_array_equal(read["2999"], many["2999"])
 
 
