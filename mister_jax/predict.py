@@ -18,6 +18,7 @@ from etils import epath
 from mister_jax import extract
 from mister_jax.data import UNLABELLED, DialogueFeatures, audio
 from mister_jax.data.pipeline import padded_batch
+from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictions, Predictor, predicted_rows
 from mister_jax.train import read_config
@@ -119,8 +120,9 @@ class System:
           For each utterance what `evaluate.predicted_rows` describes.
 
         Raises:
-          InputError: a dialogue or an utterance that cannot be used.
+          InputError: a dialogue or an utterance that cannot be used, or seconds that cannot be.
         """
+        check_seconds(max_seconds)
         turns = []
         for number, dialogue in enumerate(dialogues, start=1):
             if not len(dialogue):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -143,6 +144,17 @@ def test_odd_clips_are_absent_or_finite(kind, request):
     longest = encoder.input.longest * UNIT
     cut, _ = extract.features_of(encoder, [ten_minutes[:longest]])
     np.testing.assert_allclose(found[4], cut[0], atol=1e-5)
+
+
+def test_silence_until_the_cut_is_absent_in_memory_and_in_a_dataset(
+    by_prosody, heard_dir, monkeypatch
+):
+    late = np.append(np.zeros(9000), some_clips()[0]).astype(np.int16)
+    turn = types.SimpleNamespace(id="late", audio=late, speech_present=True, label=0, score=None)
+    dialogues = [types.SimpleNamespace(id="one", utterances=[turn])]
+    monkeypatch.setattr(DialogueDataset, "dialogues", lambda *_: iter(dialogues))
+    assert not by_prosody.input.load(SPEECH, "train", heard_dir).items
+    assert not len(by_prosody.input.items([late])[0])
 
 
 def test_texts_of_nothing_are_absent(by_bert):
@@ -335,10 +347,13 @@ def silent(heard_dir, tmp_path_factory):
 
 
 def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tmp_path):
-    with pytest.raises(InputError, match=r"max_seconds=1; allowed: at most 0\.8"):
+    with pytest.raises(InputError, match=r"max_seconds=1; allowed: 0\.1 to 0\.8, as"):
         extract.open_encoder(str(whisper_folder), max_seconds=1.0)
-    with pytest.raises(InputError, match=r"max_seconds=0\.01; allowed: 0\.1 or more"):
-        extract.open_encoder("prosody", max_seconds=0.01)
+    for seconds in (0.01, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to 3600"):
+            extract.open_encoder("prosody", max_seconds=seconds)
+        with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to"):
+            extract.PretrainedSpeech(str(whisper_folder), max_seconds=seconds)
     with pytest.raises(InputError, match=r"prompt 'well'; allowed: none"):
         extract.open_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
     with pytest.raises(InputError, match="encodes text; needed: speech"):

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from mister_jax.data.audio import SAMPLE_RATE
+from mister_jax.data.dialogues import StoredUtterance
 from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
 
@@ -17,25 +19,72 @@ SHORTEST = SAMPLE_RATE // 40
 """Samples of the shortest clip that is heard, 25 ms: every encoder makes a frame of as many."""
 
 
+QUIETEST = 2**15 * 10 ** (-80 / 20)
+"""Root mean square of the quietest sound that is heard: 3.3 steps of int16, 80 dB below full scale.
+
+Above the dither of a silent recording and the rounding of its samples, which are of up to a step
+each (-90 dB); far below the softest speech (-60 dB).
+"""
+
+
 def is_heard(clip: np.ndarray) -> bool:
-    """Whether there is anything in samples [s]: at least a frame, and not the same throughout."""
-    return len(clip) >= SHORTEST and bool((clip != clip[0]).any())
+    """Whether there is sound in samples [s]: a stretch of `SHORTEST` that is loud enough.
+
+    A stretch, since the level of the whole falls with the silence around a sound. Its mean does not
+    count: a constant is not heard.
+    """
+    if len(clip) < SHORTEST:
+        return False
+    whole = len(clip) // SHORTEST * SHORTEST
+    frames = [*clip[:whole].reshape(-1, SHORTEST), clip[-SHORTEST:]]
+    # A frame at a time: most clips are told by their first few.
+    return any(frame.std(dtype=np.float32) >= QUIETEST for frame in frames)
 
 
-def load_clips(name: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+def beginning(clip: np.ndarray, most: int | None = None) -> np.ndarray:
+    """The first `most` samples of a clip [s], all by default; none where they are not heard."""
+    kept = clip[:most]
+    return kept if is_heard(kept) else kept[:0]
+
+
+def load_clips(
+    name: str, split: str, data_dir: epath.PathLike | None, most: int | None = None
+) -> Utterances:
     """Reads the recordings of a split; those with nothing to hear, see `is_heard`, are left out.
 
-    All of their sound is in memory: 115 MB an hour.
+    All of their sound is in memory: 115 MB an hour. How many were left out is logged.
+
+    Args:
+        name: of a dataset of dialogues.
+        split: of it.
+        data_dir: the directory that holds datasets; that of TFDS when None.
+        most: samples that are kept of a clip, from its beginning; all by default.
 
     Raises:
         InputError: there is no such dataset or split.
     """
-    return load_utterances(
-        name,
-        split,
-        data_dir,
-        lambda turn: turn.audio if turn.speech_present and is_heard(turn.audio) else None,
-    )
+    silent = missing = 0
+
+    def item(turn: StoredUtterance) -> np.ndarray | None:
+        nonlocal silent, missing
+        if not turn.speech_present:
+            missing += 1
+            return None
+        clip = beginning(turn.audio, most)
+        silent += not len(clip)
+        return clip if len(clip) else None
+
+    found = load_utterances(name, split, data_dir, item)
+    if silent or missing:
+        logging.warning(
+            "dataset %s, split %s: of %d utterances %d are silent and %d have no usable recording",
+            name,
+            split,
+            len(found.items) + silent + missing,
+            silent,
+            missing,
+        )
+    return found
 
 
 def units(sizes: np.ndarray, most: int) -> np.ndarray:

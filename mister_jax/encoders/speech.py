@@ -29,6 +29,9 @@ SALMONN = "salmonn"
 PROMPT_TOKENS = "prompt_tokens"
 """What a description holds besides, of an LLM."""
 
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
+"""Of an utterance; what encoders without a longest of their own take."""
+
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
 _QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
@@ -228,11 +231,20 @@ def hears_whole(module: Any) -> bool:
     return isinstance(config, SalmonnConfig) or not getattr(config, "trim", True)
 
 
-def check_seconds(module: Any, max_seconds: float) -> None:
-    """Raises InputError if an encoder has no positions for clips of so many seconds."""
-    longest = getattr(module.config, "max_samples", None)
-    if longest is not None and max_seconds > longest / audio.SAMPLE_RATE:
-        raise InputError(
-            f"max_seconds={max_seconds:g}; allowed: at most {longest / audio.SAMPLE_RATE:g}, as "
-            "the encoder has"
-        )
+def check_seconds(seconds: float, module: Any = None, *, name: str = "max_seconds") -> None:
+    """Makes sure that clips may be cut at so many seconds.
+
+    Args:
+      seconds: of a clip.
+      module: the encoder that is to read it, if it is known; may hold shapes in place of arrays.
+      name: of the option, for the error.
+
+    Raises:
+      InputError: not from `SHORTEST_SECONDS` to `LONGEST_SECONDS`, or more than the encoder has
+        positions for.
+    """
+    longest, why = LONGEST_SECONDS, ""
+    if module is not None and hasattr(module.config, "max_samples"):
+        longest, why = module.config.max_samples / audio.SAMPLE_RATE, ", as the encoder has"
+    if not SHORTEST_SECONDS <= seconds <= longest:  # of no number, neither is true
+        raise InputError(f"{name}={seconds:g}; allowed: {SHORTEST_SECONDS:g} to {longest:g}{why}")

@@ -210,9 +210,11 @@ class PretrainedSpeech(_Released):
         files = speech.SpeechFiles(name)
         described = speech.describe(files, prompt)
         changes = types | speech.trimming(described, trim)
+        # Before its weights are read, which may take minutes.
+        shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
+        speech.check_seconds(max_seconds, shapes)
         with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
             module: Any = speech.load(files, described, mesh=spread.mesh, **changes)
-        speech.check_seconds(module, max_seconds)
 
         def features(module: Any, batch: Any) -> jax.Array:
             waveform = batch["waveform"].astype(jnp.float32) / _FULL_SCALE
@@ -235,9 +237,13 @@ class ProsodyEncoder(_Encoder):
 
     Args:
       max_seconds: of an utterance.
+
+    Raises:
+      InputError: seconds that cannot be.
     """
 
     def __init__(self, *, max_seconds: float = 30.0):
+        speech.check_seconds(max_seconds)
         self.input = SpeechInput(max_seconds)
         self.spread = JitSpread(data_mesh())
         self._identity = {
@@ -290,8 +296,7 @@ def open_encoder(
     Raises:
       InputError: an encoder that cannot be loaded.
     """
-    if max_seconds < 0.1:
-        raise InputError(f"max_seconds={max_seconds}; allowed: 0.1 or more")
+    speech.check_seconds(max_seconds)
     if name == PROSODY:
         return ProsodyEncoder(max_seconds=max_seconds)
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax import data
-from mister_jax.data.clips import UNIT, is_heard, load_clips, pad_clips, units
+from mister_jax.data.clips import UNIT, beginning, load_clips, pad_clips, units
 from mister_jax.data.tokens import Encode, load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 
@@ -110,18 +109,13 @@ class SpeechInput:
         self.steps: tuple[int, ...] = () if whole else _TENTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        found = load_clips(dataset, split, data_dir)
-        return dataclasses.replace(found, items=tuple(self._cut(found.items)))
+        return load_clips(dataset, split, data_dir, self._most)
 
     def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
         for clip in utterances:
             if clip.ndim != 1 or clip.dtype != np.int16:
                 raise ValueError(f"a clip of {clip.shape} {clip.dtype}; needed: [s] int16")
-        nothing = np.zeros(0, np.int16)
-        return [clip if is_heard(clip) else nothing for clip in self._cut(utterances)]
-
-    def _cut(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [clip[: self._most] for clip in clips]
+        return [beginning(clip, self._most) for clip in utterances]
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         return units(np.array([len(clip) for clip in items], int), self._most)

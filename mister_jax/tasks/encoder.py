@@ -221,6 +221,10 @@ class EncoderTask:
         """The utterances of a split of the config's dataset, or of another, that can be read."""
         raise NotImplementedError
 
+    def _to_train_on(self, split: str) -> Any:
+        """`features` of a split that is to be trained on."""
+        return self.features(split)
+
     def batched(self, utterances: Any, *, num_shards: int, shuffle: bool = False) -> EncoderSplit:
         """Utterances in batches whose rows are a multiple of `num_shards`."""
         raise NotImplementedError
@@ -239,7 +243,8 @@ class EncoderTask:
         return utterances
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> EncoderSplit:
-        labelled = self.features(name).labelled()
+        utterances = self._to_train_on(name) if shuffle else self.features(name)
+        labelled = utterances.labelled()
         if not len(labelled.label):
             raise InputError(
                 f"dataset {labelled.name}, split {name}: no utterance with a label can be read"

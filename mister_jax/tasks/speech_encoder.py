@@ -62,11 +62,7 @@ class SpeechEncoderOptions(EncoderOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.max_seconds, self.crop_seconds) < 0.1:
-            raise ValueError(
-                f"max_seconds {self.max_seconds}, crop_seconds {self.crop_seconds}; allowed: 0.1 "
-                "or more"
-            )
+        self.check_seconds()
         if self.tower not in TOWERS:
             raise ValueError(f"tower {self.tower!r}; allowed: {', '.join(TOWERS)}")
         if self.tower == "full" and self.quantize:
@@ -75,10 +71,19 @@ class SpeechEncoderOptions(EncoderOptions):
         if self.files.is_salmonn and (self.full or self.tower == "lora"):
             raise ValueError("full and tower=lora are not for SALMONN; allowed: tower=frozen, full")
 
+    def check_seconds(self, backbone: Any = None) -> None:
+        """Raises InputError if clips of so many seconds cannot be read, see `speech`."""
+        for name in ("max_seconds", "crop_seconds"):
+            speech.check_seconds(getattr(self, name), backbone, name=name)
+
     @property
     def files(self) -> speech.SpeechFiles:
         """Where the backbone's are."""
         return speech.SpeechFiles(self.name, self.whisper, self.beats, self.vicuna)
+
+
+def _samples(seconds: float) -> int:
+    return round(seconds * data.SAMPLE_RATE)
 
 
 class SpeechEncoderTask(EncoderTask):
@@ -99,8 +104,7 @@ class SpeechEncoderTask(EncoderTask):
         return speech.hears_whole(self._shapes)
 
     def _check_backbone(self, backbone: Any) -> None:
-        options = self.options
-        speech.check_seconds(backbone, max(options.max_seconds, options.crop_seconds))
+        self.options.check_seconds(backbone)
 
     @property
     def trainable(self) -> Any:
@@ -160,19 +164,28 @@ class SpeechEncoderTask(EncoderTask):
         return {**batch, "waveform": waveform * 2**15, "lengths": lengths}
 
     def features(self, split: str, name: str | None = None) -> Utterances:
-        """The utterances with sound of a split of the config's dataset, or of another.
+        """The utterances of a split of the config's dataset, or of another, cut at `max_seconds`.
+
+        Those in which something is heard.
 
         Raises:
           InputError: there is none, or its classes are others.
         """
         name = self._data.name if name is None else name
-        return self._checked(load_clips(name, split, self._data.data_dir or None))
+        return self._clips(name, split, _samples(self.options.max_seconds))
+
+    def _to_train_on(self, split: str) -> Utterances:
+        # Whole, since crops may be from anywhere.
+        return self._clips(self._data.name, split, None)
+
+    def _clips(self, name: str, split: str, most: int | None) -> Utterances:
+        return self._checked(load_clips(name, split, self._data.data_dir or None, most))
 
     def batched(
         self, utterances: Utterances, *, num_shards: int, shuffle: bool = False
     ) -> EncoderSplit:
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
-        most = round(seconds * data.SAMPLE_RATE)
+        most = _samples(seconds)
         plan = self._plan(units(utterances.sizes, most), num_shards)
         make = functools.partial(clip_batches, utterances, plan, most=most)
         return EncoderSplit(plan, make, self._seed, shuffle)

@@ -5,11 +5,13 @@ import io
 import av
 import numpy as np
 import pytest
+from absl import logging
 
 from mister_jax.data.audio import SAMPLE_RATE, decode
 from mister_jax.data.clips import (
     SHORTEST,
     UNIT,
+    beginning,
     clip_batches,
     is_heard,
     load_clips,
@@ -69,11 +71,23 @@ def by_row(batches):
         (np.arange(SHORTEST), True),
         (np.zeros(9000), False),
         (np.full(9000, 77), False),
-        (np.eye(1, 9000)[0], True),
+        (np.eye(1, 9000)[0], False),
+        (np.random.default_rng(0).integers(-2, 3, 9000), False),  # dither
+        (77 + np.random.default_rng(0).normal(0, 5, 9000), True),
+        (np.append(np.zeros(9000), np.arange(SHORTEST - 1)), True),
+        (np.append(np.zeros(10**6), 30 * np.sin(np.arange(800))), True),
     ],
 )
 def test_silence_and_what_is_shorter_than_a_frame_are_not_heard(clip, heard):
-    assert is_heard(clip.astype(np.int16)) is heard
+    clip = clip.astype(np.int16)
+    assert is_heard(clip) is heard
+    np.testing.assert_array_equal(beginning(clip), clip if heard else [])
+
+
+def test_a_clip_is_heard_by_what_is_kept_of_it():
+    late = np.append(np.zeros(9000), np.arange(1000)).astype(np.int16)
+    assert is_heard(late) and not len(beginning(late, 9000))
+    np.testing.assert_array_equal(beginning(late, 9500), late[:9500])
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 48_000])
@@ -97,10 +111,16 @@ def test_samples_that_are_no_numbers_are_silent_and_too_loud_ones_clipped(rate):
     assert np.abs(samples[8100:]).max() >= 2**15 - 1
 
 
-def test_a_split_is_read_in_its_order_without_what_is_not_heard(heard_dir):
+def test_a_split_is_read_in_its_order_without_what_is_not_heard(heard_dir, monkeypatch):
+    told = []
+    monkeypatch.setattr(logging, "warning", lambda line, *values: told.append(line % values))
     found = load_clips("manifest/heard", "test", heard_dir)
     # Of six dialogues of three turns two lose two.
     assert len(found.items) == len(found.utterance_ids) == len(found.label) == 6 * 3 - 4
+    assert told == [
+        "dataset manifest/heard, split test: of 18 utterances 2 are silent and 2 have no usable "
+        "recording"
+    ]
     assert found.dialogue_ids[:4] == ("test0", "test1", "test1", "test1")
     assert all(clip.dtype == np.int16 and is_heard(clip) for clip in found.items)
     np.testing.assert_array_equal(found.offsets, np.arange(15))

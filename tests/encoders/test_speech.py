@@ -84,9 +84,15 @@ def test_what_is_described_is_what_is_loaded(files):
     assert speech.is_llm(described) and made.config.width == 16
     assert speech.hears_whole(made) == files.is_salmonn
     longest = made.config.max_samples / 16_000
-    speech.check_seconds(made, longest)
-    with pytest.raises(InputError, match="allowed: at most"):
-        speech.check_seconds(made, longest + 0.1)
+    speech.check_seconds(longest, made)
+    with pytest.raises(InputError, match=f"allowed: 0.1 to {longest:g}, as the encoder has"):
+        speech.check_seconds(longest + 0.1, made)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.05, -1.0, 1e308])
+def test_seconds_that_cannot_be_are_refused(seconds):
+    with pytest.raises(InputError, match=f"{seconds:g}; allowed: 0.1 to 3600$".replace("+", ".")):
+        speech.check_seconds(seconds)
 
 
 def test_released_low_rank_paths_of_salmonn_are_loaded(salmonn_options):

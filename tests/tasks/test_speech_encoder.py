@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import mister_jax.train as train_module
 from configs import speech_encoder
 from mister_jax import data, extract
 from mister_jax.data.clips import UNIT
+from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, evaluate
@@ -134,6 +136,17 @@ def test_crops_are_of_training_alone(task):
     np.testing.assert_array_equal(first["waveform"], second["waveform"])
 
 
+def test_a_clip_that_is_silent_until_the_cut_is_of_training_alone(task, monkeypatch):
+    late = np.append(np.zeros(13_000), np.arange(1000)).astype(np.int16)
+    turn = types.SimpleNamespace(id="late", audio=late, speech_present=True, label=0, score=None)
+    dialogues = [types.SimpleNamespace(id="one", utterances=[turn])]
+    monkeypatch.setattr(DialogueDataset, "dialogues", lambda *_: iter(dialogues))
+    assert not task.features("train").items
+    assert task.split("train", num_shards=1, shuffle=True).steps == 1
+    with pytest.raises(InputError, match="no utterance with a label can be read"):
+        task.split("validation", num_shards=1, shuffle=False)
+
+
 def make(task, key=0):
     return task.init(jax.random.key(key))
 
@@ -250,8 +263,10 @@ def test_the_loss_is_divided_once(whisper_folder, heard_dir, task, batch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder.options.max_seconds": 1.0}, "max_seconds=1; allowed: at most 0.8"),
-        ({"encoder.options.crop_seconds": 0.01}, "crop_seconds 0.01; allowed: 0.1 or more"),
+        ({"encoder.options.max_seconds": 1.0}, "max_seconds=1; allowed: 0.1 to 0.8, as the"),
+        ({"encoder.options.crop_seconds": 0.01}, "crop_seconds=0.01; allowed: 0.1 to"),
+        ({"encoder.options.max_seconds": float("nan")}, "options: max_seconds=nan; allowed: 0.1"),
+        ({"encoder.options.crop_seconds": float("inf")}, "options: crop_seconds=inf; allowed: 0.1"),
         ({"encoder.options.tower": "high"}, "tower 'high'; allowed: frozen, lora, full"),
         ({"encoder.options.prompt": "Well?"}, "prompt 'Well.'; allowed: none, it is no LLM"),
         ({"encoder.options.vicuna": "here"}, r"allowed: all of them \(SALMONN\), or none"),
