@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
-from mister_jax.parallel import JitSpread, data_mesh, shardings
+from mister_jax.parallel import JitSpread, data_mesh, enough_memory, shardings
 from mister_jax.report import Experiment, utterance_texts, write_report
 from mister_jax.steps import split_model
 from mister_jax.tasks import seeds as seeds_of
@@ -31,6 +32,8 @@ RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """At which a report drops each modality, and how often anew."""
 RATE_DRAWS = 3
 
+_REMEDY = "devices with more memory, or more of them"
+
 
 class Predictor:
     """The best parameters of a work directory, ready to predict on all devices.
@@ -42,7 +45,8 @@ class Predictor:
       data_dir: where its datasets are now; the place of the training by default.
 
     Raises:
-      InputError: not a work directory, or one without a best checkpoint.
+      InputError: not a work directory, one without a best checkpoint, or parameters that do not
+        fit into the devices' memory.
     """
 
     def __init__(self, workdir: epath.PathLike, data_dir: str | None = None):
@@ -65,7 +69,13 @@ class Predictor:
             params,
             shardings(params, self.spread.mesh, self.task.rules),
         )
-        with Checkpoints(workdir, read_only=True) as checkpoints:
+        memory = functools.partial(
+            enough_memory,
+            str(workdir),
+            f"the model's parameters on {jax.device_count()} devices",
+            _REMEDY,
+        )
+        with Checkpoints(workdir, read_only=True) as checkpoints, memory():
             restored = checkpoints.restore(BEST, like)
         if restored is None:
             raise InputError(
@@ -73,8 +83,9 @@ class Predictor:
             )
         params, self.progress = restored
         if jax.tree.leaves(frozen):  # They come from where the training had them from.
-            loaded = self.task.load(jax.random.key(config.seed), self.spread)
-            frozen = self.spread.put_state(split_model(loaded, self.task.trainable)[2])
+            with memory():
+                loaded = self.task.load(jax.random.key(config.seed), self.spread)
+                frozen = self.spread.put_state(split_model(loaded, self.task.trainable)[2])
         self.params = [
             {"trained": own, "frozen": frozen} for own in seeds.split(params, len(self.seeds))
         ]
@@ -132,7 +143,8 @@ class Predictor:
     ) -> list[Predictions]:
         offsets = features.offsets
         found: list[Predictions] = [{} for _ in self.seeds]
-        with Reporter(steps, unit="batches", quiet=quiet) as reporter:
+        memory = enough_memory("prediction", f"batches on {jax.device_count()} devices", _REMEDY)
+        with memory, Reporter(steps, unit="batches", quiet=quiet) as reporter:
             for batch in prefetch_to_device(batches, self.spread.put_batch):
                 for own, outputs in zip(found, jax.device_get(self.run_each(batch)), strict=True):
                     rows = outputs.pop("row")  # of all processes

@@ -77,7 +77,9 @@ class System:
         for modality, readers in _READERS.items():
             if modality in task.encoders and set(readers) & set(task.model.experts):
                 identity = _moved(task.encoders[modality], places[modality])
-                self._encoders[modality] = extract.encoder_of(identity)
+                encoder = extract.encoder_of(identity)
+                encoder.memory_remedy = "shorter utterances, or devices with more memory"
+                self._encoders[modality] = encoder
             elif places[modality] is not None:
                 raise InputError(
                     f"--{modality}_encoder={places[modality]}: {workdir} uses no {modality} "

@@ -102,6 +102,18 @@ def make_batch(tiny_config):
     return make
 
 
+@pytest.fixture
+def out_of_memory():
+    """Function that fails as JAX does where the devices have no memory left."""
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nHm"
+        )
+
+    return fail
+
+
 MOODS = {"joy": ("glad", "happy"), "anger": ("angry", "mad")}
 FILLERS = ("i", "am", "so", "very", "today", "you", "are", "we")
 

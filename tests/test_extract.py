@@ -19,6 +19,7 @@ from mister_jax.evaluate import Predictor
 from mister_jax.extract import features as features_module
 from mister_jax.extract.features import plan
 from mister_jax.nn import masked_mean
+from mister_jax.parallel import Program
 from mister_jax.train import train
 
 SPEECH, TEXT = "manifest/heard", "manifest/spoken"
@@ -360,6 +361,37 @@ def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tm
         extract.PretrainedSpeech(str(bert_folder))
     with pytest.raises(InputError, match=r"config\.json"):
         extract.TunedEncoder(tmp_path)
+
+
+def test_a_lack_of_memory_names_what_takes_less(
+    by_prosody, by_bert, bert_folder, whisper_folder, monkeypatch, out_of_memory
+):
+    def refused(call, *parts):
+        with pytest.raises(InputError, match="out of memory with ") as error:
+            call()
+        message = str(error.value)
+        assert "\n" not in message
+        assert all(part in message for part in ("allocating 7 bytes", *parts))
+        return message
+
+    monkeypatch.setattr(Program, "__call__", out_of_memory)
+    monkeypatch.setattr(by_prosody, "_read", out_of_memory)
+    told = refused(
+        lambda: extract.features_of(by_bert, some_texts(), budget=16),
+        "extraction: ", "batches of ", " tokens on 8 devices", "smaller --budget or --dtype=bfl",
+    )  # fmt: skip
+    told = refused(lambda: extract.features_of(by_prosody, some_clips()), "try a smaller --budget")
+    assert "dtype" not in told  # which it does not have
+    light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
+    assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
+    monkeypatch.setattr(hub, "load_params", out_of_memory)
+    for folder, options in ((bert_folder, {"max_tokens": 12}), (whisper_folder, {})):
+        refused(
+            lambda folder=folder, options=options: extract.open_encoder(
+                str(folder), max_seconds=SECONDS, **options
+            ),
+            f"{folder}: ", "the encoder's parameters", "--dtype=bfloat16",
+        )  # fmt: skip
 
 
 def test_batches_of_a_plan_hold_all_rows_within_the_budget():

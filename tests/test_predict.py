@@ -96,6 +96,31 @@ def dialogues(spoken):
     ]
 
 
+def test_a_lack_of_memory_is_said_of_loading_and_of_predicting(
+    workdir, system, dialogues, monkeypatch, out_of_memory
+):
+    def refused(message, call):
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value) and "allocating 7 bytes" in str(error.value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "restore", out_of_memory)
+        refused("run: out of memory with the model's parameters", lambda: Predictor(workdir))
+    with monkeypatch.context() as patched:
+        patched.setattr(system._predictor, "_predict", out_of_memory)
+        refused(
+            "prediction: out of memory with batches on 8 devices .* try devices with more",
+            lambda: system.predict_dialogues(dialogues),
+        )
+    with monkeypatch.context() as patched:
+        patched.setattr(extract.ProsodyEncoder, "__call__", out_of_memory)
+        refused(
+            "out of memory with batches of .* try shorter utterances",
+            lambda: system.predict_dialogues(dialogues),
+        )
+
+
 def assert_close(found, expected, *, tolerance=1e-5):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):

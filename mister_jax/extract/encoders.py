@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -36,6 +37,8 @@ class Encoder(Protocol):
 
     input: Input
     spread: JitSpread
+    memory_remedy: str
+    """What makes an extraction take less memory."""
 
     @property
     def modality(self) -> str:
@@ -57,6 +60,7 @@ class _Encoder:
 
     input: Input
     spread: JitSpread
+    memory_remedy = "a smaller --budget"
     _identity: dict[str, Any]
 
     @property
@@ -123,6 +127,8 @@ class _Released(_Encoder):
         self.input = source
         self.spread = spread
         self._identity = identity
+        if identity["options"]["dtype"] != "bfloat16":
+            self.memory_remedy += " or --dtype=bfloat16"
         graph, params = nnx.split(module)
         self._params = nnx.as_pure(params)
 
@@ -159,7 +165,7 @@ class PretrainedText(_Released):
         spread = JitSpread(data_mesh(), hub.RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
-        with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
+        with _room_for(name, dtype):
             module, tokenizer = hub.load(folder, mesh=spread.mesh, **types)
         check_max_tokens(module, max_tokens)
 
@@ -213,7 +219,7 @@ class PretrainedSpeech(_Released):
         # Before its weights are read, which may take minutes.
         shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
         speech.check_seconds(max_seconds, shapes)
-        with enough_memory(name, "the encoder's parameters", "--dtype=bfloat16"):
+        with _room_for(name, dtype):
             module: Any = speech.load(files, described, mesh=spread.mesh, **changes)
 
         def features(module: Any, batch: Any) -> jax.Array:
@@ -335,6 +341,13 @@ def encoder_of(identity: Mapping[str, Any]) -> Encoder:
         # The same files copied to another place look like this, too.
         logging.warning("%s: files were touched since features were made", identity["name"])
     return encoder
+
+
+def _room_for(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
+    remedy = "devices with more memory, or more of them"
+    if dtype != "bfloat16":
+        remedy = f"extraction with --dtype=bfloat16, or {remedy}"
+    return enough_memory(name, "the encoder's parameters", remedy)
 
 
 def _place(name: epath.PathLike) -> str:

@@ -146,7 +146,7 @@ def _encode_part(
     rows, length = planned[0]
     size = f"{len(rows)} x {length / source.scale:g} {source.unit}"
     work = f"batches of {size} on {jax.device_count()} devices"
-    with enough_memory("extraction", work, "a smaller --budget, or --dtype=bfloat16"):
+    with enough_memory("extraction", work, encoder.memory_remedy):
         for (rows, _), batch in zip(planned, placed, strict=True):
             pending.append((rows, encoder(batch)))
             if len(pending) == 2:

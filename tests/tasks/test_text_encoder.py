@@ -305,17 +305,19 @@ def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
         task.split("validation", num_shards=1, shuffle=False)
 
 
+def test_a_lack_of_memory_for_the_backbone_is_said(tuned, monkeypatch, out_of_memory):
+    monkeypatch.setattr(hub, "load_params", out_of_memory)
+    with pytest.raises(InputError, match=f"{tuned}: out of memory with the model's") as error:
+        Predictor(tuned)
+    assert "more of them" in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("place", ["compile", "__call__"])
 def test_a_lack_of_memory_names_the_batch_and_the_remedies(
-    llama_folder, spoken_dir, tmp_path, monkeypatch, place
+    llama_folder, spoken_dir, tmp_path, monkeypatch, out_of_memory, place
 ):
-    def fail(*_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nHm"
-        )
-
     monkeypatch.setattr(Program, "compile", lambda *_: None)
-    monkeypatch.setattr(Program, place, fail)
+    monkeypatch.setattr(Program, place, out_of_memory)
     with pytest.raises(
         InputError, match="out of memory with batches of up to 16 x 7 on 8"
     ) as error:
