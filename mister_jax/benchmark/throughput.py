@@ -2,7 +2,8 @@
 
 Both go from texts, or from clips of sound, to the mean of the last hidden states. PyTorch reads
 one utterance at a time, as the released MiSTER-E does, and, to be fair to it, sorted ones in
-batches.
+batches. Whisper is ours in two ways, trimmed to the clips and padded to 30 s as in PyTorch; how far
+ours lie from PyTorch's is told beside the times.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ want like go come get see tell look good right just really never thing time guy 
 and but or because with about from this that my your the a
 """
 _SECONDS = (1.0, 5.0)  # of a clip
+_FRAME = 320  # samples of a position of Whisper's encoder
 
 # Utterances that are read, PyTorch's batches, and how many of each size it reads at most.
 _COUNT = {"text": 2000, "speech": 64}
@@ -133,7 +135,7 @@ class _TorchText(_Torch):
 
 
 class _TorchWhisper(_Torch):
-    """Every clip is padded to the 30 s that transformers' Whisper reads."""
+    """Every clip is padded to the 30 s that transformers' Whisper reads; the mean is the clip's."""
 
     def __init__(self, folder: pathlib.Path, dtype: str):
         super().__init__(folder, dtype)
@@ -147,7 +149,11 @@ class _TorchWhisper(_Torch):
         clips = [clip.astype(np.float32) / 2**15 for clip in utterances]
         batch = self._extractor(clips, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         features = batch["input_features"].to(self._device, self._dtype)
-        return self._model(features).last_hidden_state.mean(1)
+        hidden = self._model(features).last_hidden_state.float()
+        lengths = self._torch.tensor([-(-len(clip) // _FRAME) for clip in clips])
+        places = self._torch.arange(hidden.shape[1])
+        mask = (places < lengths[:, None])[..., None].to(self._device)
+        return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def _torch_of(name: str, dtype: str, encoder: extract.Encoder) -> _Torch:
@@ -194,18 +200,26 @@ def throughput_rows(
         utterances = noise_clips(_COUNT[modality])
     elif not texts:
         utterances = meld_like_texts(_COUNT[modality])
-    read: dict[str, tuple[Sequence[Any], Run]] = {
-        "mister_jax": (utterances, _ours(encoder, utterances))
-    }
+    ours = {"mister_jax": encoder}
+    torch = None
     if compare:
         torch = _torch_of(name, dtype, encoder)
+        if isinstance(torch, _TorchWhisper):
+            ours["mister_jax, padded to 30 s"] = extract.open_encoder(name, trim=False, dtype=dtype)
+    read: dict[str, tuple[Sequence[Any], Run]] = {
+        label: (utterances, _ours(one, utterances)) for label, one in ours.items()
+    }
+    if torch is not None:
         for size in _BATCHES[modality]:
             some = utterances[:: -(-len(utterances) // (_MOST[modality] * size))]
             read[f"torch, batches of {size}"] = (some, _theirs(torch, some, size))
     tell(f"extracting from {len(utterances)} utterances, {rounds + 2} times")
     timings = measure({label: run for label, (_, run) in read.items()}, rounds)
     rows = [_row(label, timings[label], encoder, some) for label, (some, _) in read.items()]
-    rows[0]["compile_s"] = timings["mister_jax"].compiling
+    for row, one in zip(rows, ours.values(), strict=False):
+        row["compile_s"] = timings[row["library"]].compiling
+        if torch is not None:
+            row |= _distance(one, torch, utterances[:: -(-len(utterances) // _MOST[modality])])
     for row in rows:
         row["rate_of_ours_over_it"] = (
             rows[0]["utterances_per_second"] / row["utterances_per_second"]
@@ -219,6 +233,16 @@ def _ours(encoder: extract.Encoder, utterances: Sequence[Any]) -> Run:
             extract.features_of(encoder, utterances)
 
     return run
+
+
+def _distance(encoder: extract.Encoder, torch: _Torch, utterances: Sequence[Any]) -> Row:
+    """How far features lie from PyTorch's: at most, and as a share of their length."""
+    theirs = torch.features(utterances, 1)
+    difference = extract.features_of(encoder, utterances)[0] - theirs
+    return {
+        "largest_difference": float(np.abs(difference).max()),
+        "relative_difference": float(np.linalg.norm(difference) / np.linalg.norm(theirs)),
+    }
 
 
 def _theirs(torch: _Torch, utterances: Sequence[Any], size: int) -> Run:

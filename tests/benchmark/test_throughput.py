@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from mister_jax import extract
 from mister_jax.benchmark import throughput
 from mister_jax.errors import InputError
 
@@ -56,10 +55,7 @@ def test_texts_are_read_by_pytorch_too(bert_folder, few):
         "torch, batches of 2",
     ]
     assert [row["utterances"] for row in rows] == [4, 2, 4]
-    encoder = extract.open_encoder(str(bert_folder), max_tokens=20)
-    ours, _ = extract.features_of(encoder, texts)
-    theirs = throughput._torch_of(str(bert_folder), "float32", encoder).features(texts, 2)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert rows[0]["largest_difference"] < 1e-5
 
 
 @pytest.mark.parity
@@ -85,14 +81,12 @@ def test_clips_are_read_by_pytorch_too(tmp_path, few):
     transformers.WhisperModel(config).save_pretrained(tmp_path)
     transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
     rows = throughput.throughput_rows(str(tmp_path), compare=True, rounds=1)
-    assert [row["utterances"] for row in rows] == [3, 1, 2]
+    assert [row["utterances"] for row in rows] == [3, 3, 1, 2]
     assert all(row["audio_hours_per_second"] > 0 for row in rows)
     # Untrimmed, both read the same 30 s.
-    whole = extract.PretrainedSpeech(str(tmp_path), trim=False)
-    clips = [np.full(30 * 16000, 100, np.int16) * np.arange(1, 3).repeat(15 * 16000)]
-    ours, _ = extract.features_of(whole, [clips[0].astype(np.int16)])
-    theirs = throughput._torch_of(str(tmp_path), "float32", whole)
-    np.testing.assert_allclose(ours, theirs.features([clips[0].astype(np.int16)], 1), atol=1e-3)
+    trimmed, padded = rows[:2]
+    assert padded["largest_difference"] < 1e-4
+    assert trimmed["relative_difference"] > 10 * padded["relative_difference"]
 
 
 @pytest.mark.parity
