@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh" demo
 data="$folder/data"
 
 made() { # dataset
-  [ -d "$data/$1" ]
+  [ -d "$data/$1/1.0.0" ]
 }
 
 echo "1/6 recordings and transcripts become dialogues"

@@ -16,8 +16,8 @@ from mister_jax.data.manifest import reader as manifest_reader
 from mister_jax.data.manifest.builder import Manifest, ManifestConfig
 from mister_jax.data.meld.builder import Meld, download
 from mister_jax.data.mosi.builder import Mosi
-from mister_jax.data.recordings import SCORES, write_recordings
-from mister_jax.data.storage import dataset_directory
+from mister_jax.data.recordings import DEFAULT_NUM_DIALOGUES, SCORES, write_recordings
+from mister_jax.data.storage import dataset_directory, settle
 from mister_jax.errors import InputError
 
 RELEASED: Mapping[str, type[DialogueBuilder]] = {"iemocap": Iemocap, "meld": Meld, "mosi": Mosi}
@@ -126,7 +126,9 @@ def _prepare_released(preparation: Preparation) -> dict[str, Any]:
     return _write(RELEASED[preparation.corpus], corpus, dataset, name, source or "", preparation)
 
 
-def _prepare_manifest(preparation: Preparation, **known: Any) -> dict[str, Any]:
+def _prepare_manifest(
+    preparation: Preparation, notes: Sequence[str] = (), **known: Any
+) -> dict[str, Any]:
     assert preparation.source is not None
     path = pathlib.Path(preparation.source).expanduser()
     name = preparation.name or path.stem.lower().replace("-", "_").replace(" ", "_")
@@ -135,6 +137,7 @@ def _prepare_manifest(preparation: Preparation, **known: Any) -> dict[str, Any]:
     corpus = manifest_reader.read(path, labels=preparation.labels, seed=preparation.seed)
     if not corpus.class_names:
         raise InputError(f"{path}: label: no row has one; needed: labels, or --labels=A,B,...")
+    corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
     config = ManifestConfig(
         name=name,
         file=path.name,
@@ -151,19 +154,20 @@ def _prepare_synthetic(preparation: Preparation) -> dict[str, Any]:
     folder = preparation.source
     if folder is None:
         folder = dataset_directory(name, preparation.data_dir).parent.parent / f"{name}_recordings"
-    options: dict[str, Any] = {}
-    if preparation.num_dialogues:
-        options["num_dialogues"] = preparation.num_dialogues
+    notes: list[str] = []
     manifest = write_recordings(
         folder,
         seed=preparation.seed,
+        num_dialogues=preparation.num_dialogues or DEFAULT_NUM_DIALOGUES,
         num_workers=preparation.decoding.num_workers,
         overwrite=preparation.overwrite,
-        **options,
+        tell=notes.append,
     )
     scores = json.loads((manifest.parent / SCORES).read_text())
     return _prepare_manifest(
-        dataclasses.replace(preparation, source=manifest, name=name), reference_scores=scores
+        dataclasses.replace(preparation, source=manifest, name=name),
+        notes,
+        reference_scores=scores,
     )
 
 
@@ -193,9 +197,12 @@ def _write(
 
 def _check_free(dataset: str, preparation: Preparation) -> None:
     """Fails before the corpus is read, not after."""
+    settle(dataset, preparation.data_dir)
     directory = dataset_directory(dataset, preparation.data_dir)
     if directory.exists() and not preparation.overwrite:
-        raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another --name")
+        # A released corpus has the name it has.
+        other = "--data_dir" if preparation.corpus in RELEASED else "--name"
+        raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another {other}")
 
 
 def _downloaded(preparation: Preparation) -> pathlib.Path:

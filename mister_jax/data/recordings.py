@@ -9,21 +9,20 @@ nothing to do with the emotion. So the posterior of the emotions given the ways 
 words can be computed, and no model of sound and text can be expected to do better.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.schema import SPLITS
+from mister_jax.data.storage import clean_up, whole_directory
 from mister_jax.data.synthetic import (
     ConversationProcess,
     emotion_chain,
@@ -34,6 +33,7 @@ from mister_jax.data.workers import WorkerCrash, ordered_map
 from mister_jax.errors import InputError
 
 MANIFEST, TRUTH, SCORES = "manifest.jsonl", "truth.jsonl", "reference_scores.json"
+ARGUMENTS = "arguments.json"
 
 DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 120, "validation": 30, "test": 40}
 
@@ -281,6 +281,7 @@ def write_recordings(
     missing_share: float = 0.05,
     num_workers: int = 0,
     overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> pathlib.Path:
     """Writes a corpus of dialogues of 4 to 14 utterances of 1 to 3 s, whole or not at all.
 
@@ -292,7 +293,8 @@ def write_recordings(
     - `truth.jsonl`, which no model should see: of each row of the manifest which modality is
       `uninformative` and which `missing`, the physical values of the way of speaking, and the
       words that were drawn;
-    - `reference_scores.json`: of each split what `synthetic.reference_scores` describes.
+    - `reference_scores.json`: of each split what `synthetic.reference_scores` describes;
+    - `arguments.json`: those of this function that tell what is in the other files.
 
     The same arguments give the same bytes on the same kind of machine, with any `num_workers`. A
     dialogue does not depend on how many others there are.
@@ -306,14 +308,16 @@ def write_recordings(
         uninformative_share: see `synthetic.ConversationProcess`, at most 0.5.
         missing_share: see `synthetic.ConversationProcess`.
         num_workers: processes that make the sound; with 0 this one does.
-        overwrite: replace a directory, if it holds such a corpus.
+        overwrite: replace a directory, if it holds such a corpus. Without, a corpus of the same
+            arguments is left as it is.
+        tell: is given a line where a corpus is left as it is.
 
     Returns:
         The path of the manifest.
 
     Raises:
-        InputError: the directory exists or cannot be written, or `num_dialogues` has no dialogue
-            or an unknown split.
+        InputError: the directory holds something else or cannot be written, or `num_dialogues` has
+            no dialogue or an unknown split.
         ValueError: another argument is out of range.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
@@ -323,14 +327,22 @@ def write_recordings(
             f"num_dialogues {dict(num_dialogues)}; allowed: numbers for {', '.join(SPLITS)}, "
             "not all 0"
         )
-    process = spoken_process(
-        seed,
-        num_classes=num_classes,
-        stay_probability=stay_probability,
-        uninformative_share=uninformative_share,
-        missing_share=missing_share,
-    )
-    with _new_directory(directory, overwrite) as place:
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "stay_probability": stay_probability,
+        "uninformative_share": uninformative_share,
+        "missing_share": missing_share,
+    }
+    process = spoken_process(seed, **options)
+    arguments = {"seed": seed, "num_dialogues": dict(num_dialogues), **options}
+    made, root = epath.Path(directory), epath.Path(directory.parent)
+    clean_up(made, root)
+    if directory.exists() and _is_made(directory, arguments, overwrite):
+        tell(f"{directory}: recordings of the same arguments were there and are used")
+        return directory / MANIFEST
+    with whole_directory(made, root, overwrite=overwrite) as incomplete:
+        place = pathlib.Path(incomplete) / directory.name
+        place.mkdir()
         manifest: list[dict[str, Any]] = []
         truth: list[dict[str, Any]] = []
         scores: dict[str, Any] = {}
@@ -350,8 +362,32 @@ def write_recordings(
                 raise result
         _write_jsonl(place / MANIFEST, manifest)
         _write_jsonl(place / TRUTH, truth)
-        (place / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        for name, values in ((SCORES, scores), (ARGUMENTS, arguments)):
+            (place / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return directory / MANIFEST
+
+
+def _is_made(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether what is there is what was asked for; fails where it may not be replaced either."""
+    if not all((directory / name).is_file() for name in (MANIFEST, TRUTH, SCORES)):
+        raise InputError(f"{directory}: not a synthetic corpus of recordings; not overwritten")
+    if overwrite:
+        return False
+    try:
+        known = dict(json.loads((directory / ARGUMENTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    differences = [
+        f"{name} {known[name]} in place of {value}" if name in known else f"no {name}"
+        for name, value in arguments.items()
+        if known.get(name) != value
+    ]
+    if differences:
+        raise InputError(
+            f"{directory}: recordings of other arguments exist ({'; '.join(differences)}); "
+            "allowed: another directory, or to overwrite them"
+        )
+    return True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -580,25 +616,3 @@ def _level(samples: np.ndarray) -> float:
 def _write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_directory(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A directory that takes the given place when all went well, and else is gone."""
-    if directory.exists() and not overwrite:
-        raise InputError(f"{directory}: exists; allowed: another directory, or to overwrite it")
-    ours = all((directory / name).is_file() for name in (MANIFEST, TRUTH, SCORES))
-    if directory.exists() and not ours:
-        raise InputError(f"{directory}: not a synthetic corpus of recordings; not overwritten")
-    incomplete = directory.with_name(f".incomplete.{directory.name}.{uuid.uuid4().hex}")
-    try:
-        place = incomplete / "corpus"
-        place.mkdir(parents=True)
-        yield place
-        if directory.exists():
-            directory.rename(incomplete / "replaced")
-        place.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(incomplete, ignore_errors=True)

@@ -23,6 +23,9 @@ VERSION = "1.0.0"
 REPORT = "report.json"
 """Beside a dataset of dialogues: what was written, see `builder.write_corpus`."""
 
+# No dataset has such a name.
+_REPLACED = ".replaced"
+
 
 def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
     """The place of a dataset, which need not exist.
@@ -49,7 +52,10 @@ def stored(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder":
         InputError: there is none of this name.
     """
     directory = dataset_directory(name, data_dir)
-    if not (directory / "dataset_info.json").exists():
+    info = directory / "dataset_info.json"
+    if not info.exists():
+        settle(name, data_dir)
+    if not info.exists():
         root = _root(data_dir)
         there = sorted(
             str(info.parent.parent.relative_to(root))
@@ -67,8 +73,6 @@ def staged(
 ) -> Iterator[tuple[epath.Path, epath.Path]]:
     """A place to write a dataset to, moved to where it belongs when the body ends well.
 
-    What killed processes of this machine have left of the same dataset is removed.
-
     Args:
         name: `DATASET` or `DATASET/CONFIG`.
         data_dir: see `dataset_directory`.
@@ -83,26 +87,91 @@ def staged(
     directory = dataset_directory(name, data_dir)
     if directory.exists() and not overwrite:
         raise InputError(f"{directory}: dataset exists; allowed: another name, or to overwrite it")
-    root = _root(data_dir)
-    prefix = f".incomplete.{name.replace('/', '.')}.{socket.gethostname()}."
-    incomplete = root / f"{prefix}{os.getpid()}.{uuid.uuid4().hex}"
+    with whole_directory(directory, _root(data_dir), overwrite=overwrite) as place:
+        yield place, directory
+
+
+@contextlib.contextmanager
+def whole_directory(
+    directory: epath.Path, root: epath.Path, *, overwrite: bool
+) -> Iterator[epath.Path]:
+    """A place to write a directory in, which is there as a whole when the body ends well, or not.
+
+    A process that is killed leaves its place behind; the next one cleans it up, see `clean_up`.
+
+    Args:
+        directory: to be made.
+        root: a folder that holds it, at any depth; the place is made in it.
+        overwrite: replace the directory if it exists.
+
+    Yields:
+        The place. What the body writes in it as `directory.relative_to(root)` becomes `directory`.
+
+    Raises:
+        InputError: the directory exists or cannot be written.
+    """
+    place = root / f"{_prefix(directory, root)}{os.getpid()}.{uuid.uuid4().hex}"
     try:
-        incomplete.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{root}: cannot be written ({error.strerror})") from error
-    try:
-        for left in root.glob(f"{prefix}*"):
-            process = left.name.removeprefix(prefix).partition(".")[0]
-            if process.isdigit() and not _is_alive(int(process)):
-                left.rmtree()
-        yield incomplete, directory
-        written = incomplete / name / VERSION
+        place.mkdir(parents=True)
+        clean_up(directory, root)
+        if directory.exists() and not overwrite:
+            raise InputError(f"{directory}: exists; allowed: another one, or to overwrite it")
+        yield place
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():
-            directory.rename(incomplete / "replaced")
-        written.rename(directory)
+            directory.rename(place / _REPLACED)
+        (place / directory.relative_to(root)).rename(directory)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{directory}: cannot be written ({reason})") from error
     finally:
-        incomplete.rmtree()
+        if place.exists():
+            _give_up(place, directory)
+
+
+def settle(name: str, data_dir: epath.PathLike | None) -> None:
+    """Does `clean_up` for a dataset, where its folder can be written.
+
+    Raises:
+        InputError: the name is not legal.
+    """
+    directory = dataset_directory(name, data_dir)
+    with contextlib.suppress(OSError):  # A reader need not be able to write.
+        clean_up(directory, _root(data_dir))
+
+
+def clean_up(directory: epath.Path, root: epath.Path) -> None:
+    """Removes what killed processes of this machine have left of a directory.
+
+    One that was about to replace it may have been killed when the old one was put aside and the new
+    one was not in its place. The old one then is put back.
+
+    Args:
+        directory: see `whole_directory`.
+        root: the same as there.
+    """
+    if not root.exists():
+        return
+    prefix = _prefix(directory, root)
+    for left in root.iterdir():
+        if not left.name.startswith(prefix):
+            continue
+        process = left.name.removeprefix(prefix).partition(".")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            with contextlib.suppress(FileNotFoundError):  # Another process does the same.
+                _give_up(left, directory)
+
+
+def _prefix(directory: epath.Path, root: epath.Path) -> str:
+    name = ".".join(directory.relative_to(root).parts)
+    return f".incomplete.{name}.{socket.gethostname()}."
+
+
+def _give_up(place: epath.Path, directory: epath.Path) -> None:
+    replaced = place / _REPLACED
+    if replaced.exists() and not directory.exists():
+        replaced.rename(directory)
+    place.rmtree()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,7 +138,8 @@ def test_a_killed_preparation_leaves_no_dataset_and_the_next_one_cleans_up(manif
 
 
 def test_another_running_preparation_is_left_alone(manifest, tmp_path):
-    running = tmp_path / f".incomplete.manifest.small.{socket.gethostname()}.{os.getpid()}.abc"
+    ours = f"{socket.gethostname()}.{os.getpid()}.abc"
+    running = tmp_path / f".incomplete.manifest.small.1.0.0.{ours}"
     running.mkdir()
     prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
     assert running.exists()
@@ -213,3 +215,28 @@ def test_wrong_uses_are_one_clear_error(manifest, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             prepare_corpus(preparation)
+
+
+def test_synthetic_recordings_without_a_dataset_are_used_again(tmp_path):
+    def prepare(**changes):
+        few = {"train": 1, "test": 1}
+        return prepare_corpus(
+            Preparation(
+                "synthetic", None, tmp_path, num_dialogues=few, decoding=Decoding(0), **changes
+            )
+        )
+
+    first = prepare()
+    assert first["notes"] == []
+    before = contents("manifest/synthetic", tmp_path)
+    shutil.rmtree(tmp_path / "manifest")  # killed before it was written
+    with pytest.raises(InputError, match=r"recordings of other arguments exist \(seed 0 in place"):
+        prepare(seed=1)
+    (note,) = prepare()["notes"]
+    assert note.endswith(
+        "synthetic_recordings: recordings of the same arguments were there and are used"
+    )
+    assert contents("manifest/synthetic", tmp_path) == before
+    with pytest.raises(InputError, match="--overwrite, or another --name"):
+        prepare()
+    assert prepare(seed=1, overwrite=True)["notes"] == []

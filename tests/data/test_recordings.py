@@ -7,6 +7,9 @@ import os
 import pathlib
 import re
 import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +71,13 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(tmp_path)
     same = write_recordings(tmp_path / "same", seed=3, num_dialogues=SMALL, num_workers=2).parent
     other = write_recordings(tmp_path / "other", seed=4, num_dialogues=SMALL).parent
     assert tree(one) == tree(same)
+    assert (
+        json.loads((one / "arguments.json").read_text()).items()
+        >= {
+            "seed": 3,
+            "num_dialogues": SMALL,
+        }.items()
+    )
     assert not filecmp.cmp(one / "manifest.jsonl", other / "manifest.jsonl", shallow=False)
 
 
@@ -100,6 +110,7 @@ def test_the_manifest_has_the_named_fields_and_nothing_else(corpus, manifest):
         "manifest.jsonl",
         "truth.jsonl",
         "reference_scores.json",
+        "arguments.json",
         "audio",
     }
 
@@ -362,11 +373,32 @@ def test_a_dead_worker_leaves_what_was_there(tmp_path, monkeypatch):
 def test_a_corpus_is_replaced_only_when_asked(tmp_path):
     folder = tmp_path / "corpus"
     write_recordings(folder, num_dialogues={"test": 2})
-    with pytest.raises(InputError, match="exists; allowed"):
+    with pytest.raises(InputError, match=r"\(num_dialogues {'test': 2} in place of {'test': 1}\)"):
         write_recordings(folder, num_dialogues={"test": 1})
+    (folder / "arguments.json").write_text("cut sh")
+    with pytest.raises(InputError, match=r"other arguments exist \(no seed; no num_dialogues"):
+        write_recordings(folder, num_dialogues={"test": 2})
     manifest = write_recordings(folder, num_dialogues={"test": 1}, overwrite=True)
     assert {row["dialogue"] for row in rows(manifest)} == {"test_0"}
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_corpus_of_the_same_arguments_is_used_again(tmp_path, monkeypatch):
+    made = write_recordings(tmp_path / "corpus", num_dialogues={"test": 1})
+    monkeypatch.setattr(recordings, "_write_sound", fail)
+    told = []
+    again = write_recordings(tmp_path / "corpus", num_dialogues={"test": 1}, tell=told.append)
+    assert again == made
+    assert told == [f"{tmp_path}/corpus: recordings of the same arguments were there and are used"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    left = tmp_path / f".incomplete.corpus.{socket.gethostname()}.{process.pid}.abc"
+    (left / "corpus" / "audio").mkdir(parents=True)
+    write_recordings(tmp_path / "corpus", num_dialogues={"test": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_another_folder_is_never_replaced(tmp_path):
