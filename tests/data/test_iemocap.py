@@ -144,6 +144,11 @@ def test_a_part_of_the_corpus_is_refused(tree):
         ("[1 - 2] Ses01F_x_F000 neu", "line 3: .*tabs between"),
         ("[1.2.3 - 2]\tSes01F_x_F000\tneu\t[1, 1, 1]", r"line 3: time '1\.2\.3'"),
         ("nothing", "no turns"),
+        ("[5 - 2]\tSes01F_x_F000\tneu\t[1, 1, 1]", r"line 3: \[5 - 2\]; needed: an end after"),
+        (
+            "[1 - 2]\tSes01F_x_F000\tneu\t[1, 1, 1]\n[3 - 4]\tSes01F_x_F000\tsad\t[1, 1, 1]",
+            r"EmoEvaluation/Ses01F_x\.txt: line 4: turn Ses01F_x_F000 repeated",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -152,6 +157,21 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         path.parent.mkdir(parents=True)
         path.write_text(HEADER + line + "\n")
     with pytest.raises(InputError, match=message):
+        reader.read(tmp_path, partial=True)
+
+
+def test_a_turn_has_one_transcript(tmp_path):
+    annotation = tmp_path / "Session1/dialog/EmoEvaluation/Ses01F_x.txt"
+    transcript = tmp_path / "Session1/dialog/transcriptions/Ses01F_x.txt"
+    for path in (annotation, transcript):
+        path.parent.mkdir(parents=True)
+    annotation.write_text(HEADER + "[1 - 2]\tSes01F_x_F000\tneu\t[1, 1, 1]\n")
+    line = "Ses01F_x_F000 [001.0-002.0]: One.\n"
+    transcript.write_text(line + "Ses01F_x_MXX0 [1-2]: A.\nSes01F_x_MXX0 [3-4]: B.\n" + line)
+    ((_, turn),) = reader.read(tmp_path, partial=True).utterances()
+    assert turn.text == "One."
+    transcript.write_text(line + line.replace("One", "Another"))
+    with pytest.raises(InputError, match=r"transcriptions/Ses01F_x\.txt: line 2: turn Ses01F_x_F0"):
         reader.read(tmp_path, partial=True)
 
 

@@ -84,7 +84,10 @@ def test_random_splits_are_by_dialogue_and_repeatable(tmp_path):
         ({"order": None}, "order", "missing, and start too"),
         ({"order": "soon"}, "order", "'soon'; allowed: a number"),
         ({"order": True}, "order", "True; allowed: a number"),
-        ({"start": -1}, "start", "-1.0; allowed: a finite number, at least 0"),
+        ({"start": -1}, "start", "-1.0; allowed: a finite number, 0 to 3.40282e+38"),
+        ({"start": 1e300}, "start", "1e+300; allowed: a finite number, 0 to 3.40282e+38"),
+        ({"score": 1e300}, "score", "1e+300; allowed: a finite number, -3 to 3"),
+        ({"score": -3.1}, "score", "-3.1; allowed: a finite number, -3 to 3"),
         ({"start": 2, "end": 2}, "end", "2; allowed: more than start"),
         ({"audio_end": 2}, "audio", "missing; audio_start and audio_end are places in it"),
         ({"dialogue": ""}, "dialogue", "missing; needed: an id"),
@@ -241,7 +244,12 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     path = write_jsonl(tmp_path / "My-calls.jsonl", [row | {"split": "train"} for row in rows])
     report = prepare_corpus(
         Preparation(
-            "manifest", path, tmp_path / "data", labels=("calm", "joy"), decoding=Decoding(0)
+            "manifest",
+            path,
+            tmp_path / "data",
+            labels=("calm", "joy"),
+            decoding=Decoding(0),
+            partial=True,
         )
     )
     assert report["dataset"] == "manifest/my_calls"

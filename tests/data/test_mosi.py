@@ -65,16 +65,6 @@ def test_the_standard_split_has_its_published_sizes():
     assert counts == {split: videos for split, (videos, _) in reader.RELEASED.items()}
 
 
-def test_the_three_binary_conventions():
-    scores = np.array([-0.2, 0.0, 0.2])
-    labels = {name: of(scores).tolist() for name, of in reader.BINARY_CONVENTIONS.items()}
-    assert labels == {
-        "negative / non-negative": [0, 1, 1],
-        "negative / positive": [0, -1, 1],
-        "non-positive / positive": [0, 0, 1],
-    }
-
-
 def test_a_part_of_the_corpus_is_refused(tree):
     with pytest.raises(InputError, match="train 1 dialogues, 11 utterances in place of 52, 1284"):
         reader.read(tree)
@@ -98,6 +88,21 @@ def test_bad_input_is_named(tree):
     write_labels(tree / reader.LABELS, {"unheard_of": [0.0]})
     with pytest.raises(InputError, match="video 'unheard_of' is in no split"):
         reader.read(tree)
+    for changed, message in [
+        ({"data/tStelxIAHjw": [0.0]}, "tStelxIAHjw: no group; needed: one of features"),
+        ({"data": [0.0]}, "0 tables; needed: one, with `data` in it"),
+        ({"data/tStelxIAHjw/features": [[0.0]]}, "not the SDK's labels, or damaged"),
+        ({"data/tStelxIAHjw/features": [["good"]], "data/tStelxIAHjw/intervals": [[0, 1]]}, "dam"),
+        (
+            {"data/tStelxIAHjw/features": [0.0], "data/tStelxIAHjw/intervals": [[0, 1]]},
+            r"tStelxIAHjw: features \(1,\), intervals \(1, 2\); needed",
+        ),
+    ]:
+        with h5py.File(tree / reader.LABELS, "w") as file:
+            for name, values in changed.items():
+                file[f"Opinion Segment Labels/{name}"] = values
+        with pytest.raises(InputError, match=message):
+            reader.read(tree)
     (tree / reader.LABELS).write_bytes(b"not HDF5")
     with pytest.raises(InputError, match="not the SDK's labels, or damaged"):
         reader.read(tree)

@@ -132,12 +132,18 @@ def _read_dialogue(
     transcript = session / "dialog" / "transcriptions" / path.name
     if not transcript.is_file():
         raise InputError(f"{transcript}: no such file; each dialogue needs its transcript")
-    texts = {}
-    for line in read_text(transcript).splitlines():
+    texts: dict[str, str] = {}
+    for number, line in enumerate(read_text(transcript).splitlines(), start=1):
         match = _LINE.fullmatch(line.strip())
-        if match:
-            texts[match[1]] = match[2].strip()
-    turns, unspoken = [], []
+        if match is None or not _is_turn(match[1]):
+            continue
+        if texts.setdefault(match[1], match[2].strip()) != match[2].strip():
+            raise InputError(
+                f"{transcript}: line {number}: turn {match[1]} repeated with another text; "
+                "needed: one for each turn"
+            )
+    turns: dict[str, Utterance] = {}
+    unspoken = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         # Other lines hold the single evaluators' opinions.
         if not line.startswith("["):
@@ -149,11 +155,9 @@ def _read_dialogue(
                 f"{place}: {line[:60]!r}; needed: [start - end], id, label, [v, a, d], tabs between"
             )
         start, end, turn, label = match.groups()
-        # The id is the dialogue's, then who speaks and a number: Ses03M_impro05a_F003.
-        dialogue, _, position = turn.rpartition("_")
-        if "XX" in position:
+        if not _is_turn(turn):
             continue
-        if dialogue != name:
+        if turn.rpartition("_")[0] != name:
             raise InputError(f"{place}: turn {turn} of another dialogue; needed: {name}_...")
         if label not in _LABELS and label not in _CONTEXT:
             raise InputError(
@@ -162,23 +166,33 @@ def _read_dialogue(
         emotion = _LABELS.get(label)
         if emotion is not None:
             emotion = _MERGED[classes].get(emotion, emotion)
+        if turn in turns:
+            raise InputError(f"{place}: turn {turn} repeated; ids differ")
+        begin, finish = _seconds(start, place), _seconds(end, place)
+        if finish < begin:
+            raise InputError(f"{place}: [{start} - {end}]; needed: an end after the start")
         if turn not in texts:
             unspoken.append(turn)
-        turns.append(
-            Utterance(
-                id=turn,
-                text=texts.get(turn, ""),
-                recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
-                label=emotion if emotion in CLASS_NAMES[classes] else None,
-                start=_seconds(start, place),
-                end=_seconds(end, place),
-            )
+        turns[turn] = Utterance(
+            id=turn,
+            text=texts.get(turn, ""),
+            recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
+            label=emotion if emotion in CLASS_NAMES[classes] else None,
+            start=begin,
+            end=finish,
         )
     if not turns:
         raise InputError(f"{path}: no turns; the file may be cut short")
     if unspoken:
         notes.append(f"{name}: no transcript of {count_names(unspoken)}")
-    return Dialogue(name, tuple(sorted(turns, key=lambda turn: (turn.start, turn.end))))
+    in_time = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
+    return Dialogue(name, tuple(in_time))
+
+
+def _is_turn(name: str) -> bool:
+    # The id is the dialogue's, then who speaks and a number: Ses03M_impro05a_F003. XX in the number
+    # is for what the actors did not say.
+    return "XX" not in name.rpartition("_")[2]
 
 
 def _seconds(value: str, place: str) -> float:

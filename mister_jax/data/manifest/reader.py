@@ -12,7 +12,7 @@ Fields; what is left out, null or empty is absent:
 - `audio`: a sound or video file, relative to the manifest's folder; `audio_start`, `audio_end`:
   seconds into that file where the utterance begins and ends.
 - `text`: the transcript. A row needs `audio` or `text`.
-- `label`: an emotion; rows without are context. `score`: a number.
+- `label`: an emotion; rows without are context. `score`: a sentiment from -3 to 3.
 - `split`: `train`, `validation` or `test`, the same for a whole dialogue. Where no row has one, the
   dialogues are shared out at random.
 """
@@ -47,6 +47,9 @@ FIELDS = (
     "split",
 )
 FORMATS = (".jsonl", ".csv")
+
+# Numbers are stored as float32, in which larger ones are infinite.
+_LARGEST = float(np.finfo(np.float32).max)
 
 SHARES = (0.8, 0.1, 0.1)
 """Shares of the dialogues in training, validation and test, where the manifest names no splits."""
@@ -146,8 +149,10 @@ class _Row:
             self.fail(field, "missing; needed: an id, text or a whole number")
         return name
 
-    def number(self, field: str, *, least: float = -math.inf) -> float | None:
-        """A finite number; None where absent."""
+    def number(
+        self, field: str, *, least: float = -_LARGEST, most: float = _LARGEST
+    ) -> float | None:
+        """A number in a range; None where absent."""
         value = self.fields.get(field)
         if value is None:
             return None
@@ -164,9 +169,8 @@ class _Row:
             value = float(value)
         except OverflowError:
             value = math.inf
-        if not math.isfinite(value) or value < least:
-            allowed = "a finite number" + (f", at least {least:g}" if least > -math.inf else "")
-            self.fail(field, f"{value!r}; allowed: {allowed}")
+        if not least <= value <= most:  # Nor NaN.
+            self.fail(field, f"{value!r}; allowed: a finite number, {least:g} to {most:g}")
         return value
 
     def interval(self, first: str, last: str) -> tuple[float | None, float | None]:
@@ -195,7 +199,7 @@ class _Row:
             text=text or "",
             recording=recording,
             label=self.line_of_text("label"),
-            score=self.number("score"),
+            score=self.number("score", least=-3, most=3),
             start=start,
             end=end,
         )

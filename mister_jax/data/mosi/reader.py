@@ -1,7 +1,7 @@
 """Reads CMU-MOSI as released: segment recordings, transcripts, and the SDK's opinion labels.
 
 A label is the paper's binary one, [-3, 0) against [0, 3]; the score is kept beside it, from which
-`BINARY_CONVENTIONS` gives the others.
+`metrics.binary_sentiment` tells the others.
 """
 
 import pathlib
@@ -56,13 +56,6 @@ VIDEOS: Mapping[str, str] = {
     for video in videos.split()
 }
 """The standard split of the SDK."""
-
-BINARY_CONVENTIONS = {
-    "negative / non-negative": lambda score: np.where(score < 0, 0, 1),
-    "negative / positive": lambda score: np.where(score < 0, 0, np.where(score > 0, 1, -1)),
-    "non-positive / positive": lambda score: np.where(score > 0, 1, 0),
-}
-"""Name of each convention in use -> function from scores to 0, 1, or -1 for left out."""
 
 _SEGMENT = re.compile(r"(\d+)_DELIM_(.*)")
 
@@ -126,19 +119,29 @@ def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     opinions = {}
     try:
         with h5py.File(path, "r") as file:
-            groups = [group for group in file.values() if "data" in group]
-            if len(groups) != 1:
-                raise InputError(f"{path}: {len(groups)} tables; needed: one, with `data` in it")
-            for video, values in groups[0]["data"].items():
+            tables = [
+                group["data"]
+                for group in file.values()
+                if isinstance(group, h5py.Group) and isinstance(group.get("data"), h5py.Group)
+            ]
+            if len(tables) != 1:
+                raise InputError(f"{path}: {len(tables)} tables; needed: one, with `data` in it")
+            for video, values in tables[0].items():
+                if not isinstance(values, h5py.Group):
+                    raise InputError(
+                        f"{path}: {video}: no group; needed: one of features and intervals"
+                    )
                 scores = np.asarray(values["features"], float)
                 intervals = np.asarray(values["intervals"], float)
-                if scores.ndim != 2 or intervals.shape != (len(scores), 2):
+                if scores.shape != (len(intervals), 1) or intervals.shape != (len(scores), 2):
                     raise InputError(
                         f"{path}: {video}: features {scores.shape}, intervals {intervals.shape}; "
                         "needed: [n, 1] and [n, 2]"
                     )
                 opinions[video] = scores[:, 0], intervals
-    except (OSError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the SDK's labels, or damaged ({error})") from error
     return opinions
 
