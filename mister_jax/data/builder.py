@@ -4,10 +4,13 @@
 adds `report.json`. `dialogues` reads the datasets again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -39,11 +42,18 @@ class Decoding:
         num_workers: processes; 0 decodes in this one.
         max_seconds: of an utterance that are kept.
         beam: decode in the workers of an Apache Beam pipeline instead.
+
+    Raises:
+        InputError: `max_seconds` is not a positive number.
     """
 
     num_workers: int = 2
     max_seconds: float = 60.0
     beam: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_seconds < math.inf:  # Nor NaN.
+            raise InputError(f"max_seconds={self.max_seconds}; allowed: finite, more than 0")
 
 
 class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -182,6 +192,12 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Writes a corpus as a dataset, whole or not at all.
 
+    A corpus whose recordings are there in part only is refused: if in a split, of the utterances
+    that name a recording, more than one in ten has none that can be used. Single clips are broken
+    in corpora as released (2 of MELD's 13,708) and are told in the report; more than that is a copy
+    that broke off, an archive that was not unpacked, or a wrong path. Files that are missing or
+    empty are found before any is decoded, broken ones when all are; then nothing is written.
+
     Args:
         builder_class: of the corpus.
         corpus: what its reader gave.
@@ -191,7 +207,7 @@ def write_corpus(
         decoding: how recordings are read.
         beam_options: of the pipeline, where `decoding.beam` is on.
         source: where the corpus was read from, for the report.
-        partial: allow that most recordings of a split are not there.
+        partial: allow any number of recordings that cannot be used.
         overwrite: replace a dataset of this name.
         known: what else the report is to say.
 
@@ -199,11 +215,14 @@ def write_corpus(
         The report, which is in the dataset's directory as `report.json`, too; see `_report`.
 
     Raises:
-        InputError: the dataset exists or cannot be written, or the corpus is there in part only.
+        InputError: the dataset exists or cannot be written, the corpus is there in part only, or
+            Beam is not there or does not know an option.
     """
     decoding = decoding or Decoding()
+    with quiet():
+        pipeline_options = _beam_options(beam_options or {}) if decoding.beam else None
     if not partial:
-        _check_recordings(corpus)
+        _check_files(corpus)
     total = sum(1 for _ in corpus.utterances())
     with (
         staged(name, data_dir, overwrite=overwrite) as (place, directory),
@@ -218,12 +237,14 @@ def write_corpus(
             (builder.notes_dir / split).mkdir(parents=True)
         options: dict[str, Any] = {"manual_dir": place}
         if decoding.beam:
-            options["beam_options"] = _beam_options(beam_options or {})
+            options["beam_options"] = pipeline_options
         with _small_buffer():
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(**options), download_dir=place
             )
         report = _report(corpus, builder.notes_dir)
+        if not partial:
+            _check_decoded(corpus, report)
         report = {"dataset": name, "directory": str(directory), "source": source, **report}
         report |= known or {}
         write_json(epath.Path(builder.data_dir) / REPORT, report)
@@ -231,8 +252,34 @@ def write_corpus(
 
 
 def _beam_options(options: Mapping[str, Any]) -> Any:
-    beam = tfds.core.lazy_imports.apache_beam
-    return beam.options.pipeline_options.PipelineOptions.from_dictionary(dict(options))
+    """What Beam makes of its options; it would pass over those it does not know."""
+    try:
+        import apache_beam  # noqa: F401
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+        from apache_beam.runners import runner
+    except ImportError as error:
+        raise InputError(
+            f"--beam_options needs Apache Beam ({error}); pip install apache-beam"
+        ) from error
+    made = PipelineOptions.from_dictionary(dict(options))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            known = made.get_all_options()
+    except SystemExit as error:  # argparse's
+        reason = " ".join(said.getvalue().rpartition("error:")[2].split())
+        raise InputError(f"--beam_options: {reason}; see Apache Beam's options") from error
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"--beam_options: {unknown[0]}: unknown; see Apache Beam's options")
+    name = made.view_as(StandardOptions).runner
+    if name is not None:
+        try:
+            runner.create_runner(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--beam_options: runner {name!r}: {reason}") from error
+    return made
 
 
 class _small_buffer:
@@ -246,20 +293,48 @@ class _small_buffer:
         shuffle.MAX_MEM_BUFFER_SIZE = self._before
 
 
-def _check_recordings(corpus: Corpus) -> None:
+def _check_files(corpus: Corpus) -> None:
+    """Fails where too many recordings are missing or empty, before any is decoded."""
+    usable: dict[str, bool] = {}
     for split, dialogues in corpus.splits.items():
-        paths = {
+        paths = [
             utterance.recording.path
             for dialogue in dialogues
             for utterance in dialogue.utterances
             if utterance.recording is not None
-        }
-        missing = sorted(path for path in paths if not epath.Path(path).exists())
-        if 2 * len(missing) > len(paths):
+        ]
+        for path in dict.fromkeys(paths):
+            # A path that no file can have raises ValueError or OSError, as the decoder will tell.
+            with contextlib.suppress(OSError, ValueError):
+                usable[path] = epath.Path(path).stat().length > 0
+        lost = [path for path in paths if not usable.get(path, False)]
+        if _too_many(len(lost), len(paths)):
             raise InputError(
-                f"{corpus.name}: {split}: {len(missing)} of {len(paths)} recordings are not "
-                f"there, as {missing[0]}; --partial allows it"
+                f"{corpus.name}: {split}: {len(lost)} of {len(paths)} recordings are missing or "
+                f"empty, as {lost[0]}; --partial allows it"
             )
+
+
+def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
+    """Fails where too many recordings could not be used."""
+    lost = {entry["utterance"]: entry for entry in report["missing"]}
+    for split, dialogues in corpus.splits.items():
+        named = [
+            utterance.id
+            for dialogue in dialogues
+            for utterance in dialogue.utterances
+            if utterance.recording is not None
+        ]
+        found = [lost[utterance] for utterance in named if utterance in lost]
+        if _too_many(len(found), len(named)):
+            raise InputError(
+                f"{corpus.name}: {split}: {len(found)} of {len(named)} recordings cannot be used, "
+                f"as {found[0]['file']}: {found[0]['reason']}; --partial allows it"
+            )
+
+
+def _too_many(lost: int, named: int) -> bool:
+    return 10 * lost > named
 
 
 def _request(utterance: Utterance) -> audio.Request:

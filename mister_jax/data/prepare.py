@@ -17,7 +17,7 @@ from mister_jax.data.manifest.builder import Manifest, ManifestConfig
 from mister_jax.data.meld.builder import Meld, download
 from mister_jax.data.mosi.builder import Mosi
 from mister_jax.data.recordings import DEFAULT_NUM_DIALOGUES, SCORES, write_recordings
-from mister_jax.data.storage import dataset_directory, settle
+from mister_jax.data.storage import dataset_directory, quiet, settle
 from mister_jax.errors import InputError
 
 RELEASED: Mapping[str, type[DialogueBuilder]] = {"iemocap": Iemocap, "meld": Meld, "mosi": Mosi}
@@ -131,7 +131,7 @@ def _prepare_manifest(
 ) -> dict[str, Any]:
     assert preparation.source is not None
     path = pathlib.Path(preparation.source).expanduser()
-    name = preparation.name or path.stem.lower().replace("-", "_").replace(" ", "_")
+    name = preparation.name or _name_of(path)
     dataset = f"manifest/{name}"
     _check_free(dataset, preparation)
     corpus = manifest_reader.read(path, labels=preparation.labels, seed=preparation.seed)
@@ -146,6 +146,17 @@ def _prepare_manifest(
         seed=preparation.seed,
     )
     return _write(Manifest, corpus, dataset, config, path, preparation, known)
+
+
+def _name_of(manifest: pathlib.Path) -> str:
+    name = manifest.stem.lower().replace("-", "_").replace(" ", "_")
+    try:
+        dataset_directory(f"manifest/{name}", None)
+    except InputError as error:
+        raise InputError(
+            f"{manifest}: {error}; --name=NAME gives another than the file's"
+        ) from error
+    return name
 
 
 def _prepare_synthetic(preparation: Preparation) -> dict[str, Any]:
@@ -210,11 +221,5 @@ def _downloaded(preparation: Preparation) -> pathlib.Path:
     manager = tfds.download.DownloadManager(
         download_dir=root / "downloads", dataset_name="meld", register_checksums=False
     )
-    try:
+    with quiet():
         return download(manager)
-    # requests, TFDS and TensorFlow raise errors of their own kinds.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"MELD's CSV files cannot be downloaded ({reason}); --source=DIR reads them from disk"
-        ) from error

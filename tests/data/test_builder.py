@@ -1,5 +1,6 @@
 """Writing datasets of dialogues: whole or not at all, the same by every way of decoding."""
 
+import functools
 import json
 import os
 import pathlib
@@ -98,13 +99,53 @@ def test_mostly_missing_recordings_are_a_half_read_corpus(tmp_path):
         for turn in range(3)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"3 of 3 recordings are not there, as .*--partial"):
+    with pytest.raises(InputError, match=r"3 of 3 recordings are missing or empty, as .*--partial"):
         prepare_corpus(Preparation("manifest", path, tmp_path / "data"))
     assert not (tmp_path / "data").exists()
     report = prepare_corpus(
         Preparation("manifest", path, tmp_path / "data", decoding=Decoding(0), partial=True)
     )
     assert len(report["missing"]) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no sound", None])
+def test_more_than_one_in_ten_unusable_recordings_are_a_half_read_corpus(
+    tmp_path, write_wav, content
+):
+    rows = []
+    for turn in range(10):
+        write_wav(tmp_path / f"{turn}.wav", 0.1)
+        rows.append({"dialogue": "d", "utterance": turn, "order": turn, "audio": f"{turn}.wav"})
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row | {"label": "joy"}) + "\n" for row in rows))
+
+    def spoil(turn):
+        (tmp_path / f"{turn}.wav").unlink()
+        if content is not None:
+            (tmp_path / f"{turn}.wav").write_bytes(content)
+
+    spoil(3)
+    prepare = functools.partial(Preparation, "manifest", path, decoding=Decoding(0))
+    report = prepare_corpus(prepare(tmp_path / "one"))
+    assert [entry["utterance"] for entry in report["missing"]] == ["d/3"]
+    spoil(7)
+    with pytest.raises(InputError, match=r"m: train: 2 of 10 recordings .*3\.wav.*; --partial"):
+        prepare_corpus(prepare(tmp_path / "two"))
+    assert not list(tmp_path.glob("two/*"))
+    assert len(prepare_corpus(prepare(tmp_path / "two", partial=True))["missing"]) == 2
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_some_of_a_recording_is_kept(seconds):
+    with pytest.raises(InputError, match=r"max_seconds=.*; allowed: finite, more than 0"):
+        Decoding(max_seconds=seconds)
+
+
+def test_a_file_whose_name_is_no_dataset_needs_another(tmp_path):
+    path = tmp_path / "2024 Gespräche.jsonl"
+    path.write_text(json.dumps({"dialogue": 1, "utterance": 1, "order": 1, "text": "a"}) + "\n")
+    with pytest.raises(InputError, match=r"Gespräche\.jsonl: dataset name .*; --name=NAME gives"):
+        prepare_corpus(Preparation("manifest", path, tmp_path))
 
 
 def test_a_killed_preparation_leaves_no_dataset_and_the_next_one_cleans_up(manifest, tmp_path):

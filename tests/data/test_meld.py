@@ -4,12 +4,17 @@ import csv
 import json
 import os
 import pathlib
+import time
+import types
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.meld import reader
+from mister_jax.data.meld import builder, reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 
@@ -190,9 +195,70 @@ def test_other_bad_input_is_named(tmp_path):
     (tmp_path / "train_sent_emo.csv").write_text("Utterance,Emotion\n")
     with pytest.raises(InputError, match="no column Dialogue_ID"):
         reader.read(tmp_path, clips=False)
+    for text in ('"Sr No.,Utterance\n', ",".join(COLUMNS) + '\n1,"never closed\n'):
+        (tmp_path / "train_sent_emo.csv").write_text(text)
+        with pytest.raises(InputError, match=r"line \d: not CSV \(unexpected end of data\)"):
+            reader.read(tmp_path, clips=False)
     (tmp_path / "train_sent_emo.csv").write_bytes(b"Utterance\n\xff\n")
     with pytest.raises(InputError, match="line 2: not UTF-8"):
         reader.read(tmp_path, clips=False)
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    """What TFDS downloads with: here it copies, and before it ends there is an unfinished file."""
+
+    def download(urls):
+        unfinished = tmp_path / "meld" / "train.csv.tmp.abc"
+        unfinished.mkdir(parents=True)
+        for name, url in urls.items():
+            assert url.endswith(f"/MELD/{name}")
+            (tmp_path / f"cached_{name}").write_text(name)
+        unfinished.rmdir()
+        return {name: epath.Path(tmp_path / f"cached_{name}") for name in urls}
+
+    return types.SimpleNamespace(download_dir=tmp_path, download=download)
+
+
+def test_csv_files_are_downloaded_once(downloads, monkeypatch):
+    monkeypatch.setattr(builder, "_ask", lambda url: None)
+    folder = builder.download(downloads)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        name: name for name in reader.CSV_FILES.values()
+    }
+    downloads.download = None
+    assert builder.download(downloads) == folder
+
+
+def refuse(*_, **__):
+    raise urllib.error.URLError("Name or service not known")
+
+
+def hang(*_, **__):
+    time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(refuse, "Name or service not known"), (hang, "no answer in 0.1 s")]
+)
+def test_without_a_network_one_is_told_soon_what_to_do(downloads, monkeypatch, answer, reason):
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(builder, "_PATIENCE", 0.1)
+    with pytest.raises(InputError, match=rf"{reason}.*; --source=DIR reads train_sent_emo\.csv"):
+        builder.download(downloads)
+    assert not list(downloads.download_dir.iterdir())
+
+
+def test_a_download_that_fails_leaves_nothing_unfinished(downloads, monkeypatch):
+    def failing(urls):
+        (downloads.download_dir / "meld" / "train.csv.tmp.abc").mkdir(parents=True)
+        raise ConnectionError("reset\nby peer")
+
+    monkeypatch.setattr(builder, "_ask", lambda url: None)
+    downloads.download = failing
+    with pytest.raises(InputError, match=r"cannot be downloaded \(reset by peer\)"):
+        builder.download(downloads)
+    assert not list(downloads.download_dir.rglob("*.tmp.*"))
 
 
 TRANSCRIPTS = os.environ.get("MELD_TRANSCRIPTS", "../shared/data/meld_transcripts.jsonl")

@@ -2,15 +2,28 @@
 
 import dataclasses
 import pathlib
+import threading
+import urllib.request
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.meld import reader
+from mister_jax.data.storage import whole_directory
+from mister_jax.errors import InputError
 
+# Nobody published checksums of these files, and the branch may move. In their place stands that the
+# reader refuses other numbers of dialogues and utterances than the published ones.
 _URL = "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD"
+
+_PATIENCE = 10.0
+"""Seconds in which the server answers if there is a network."""
+
+_UNFINISHED = "*/*.tmp.*"
+"""What TFDS calls the folders of its downloads until they are done."""
 
 
 @dataclasses.dataclass
@@ -69,11 +82,54 @@ class Meld(DialogueBuilder):
 
 
 def download(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
-    """Fetches the CSV files into one folder and returns it."""
+    """Fetches the CSV files, unless that was done before, into one folder and returns it.
+
+    Raises:
+        InputError: they cannot be fetched or written.
+    """
     names = reader.CSV_FILES.values()
-    paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
-    folder = pathlib.Path(dl_manager.download_dir) / "meld_csv"
-    folder.mkdir(exist_ok=True)
-    for name, path in paths.items():
-        (folder / name).write_bytes(path.read_bytes())
-    return folder
+    folder = epath.Path(dl_manager.download_dir)
+    fetched = folder / "meld_csv"
+    if fetched.exists():
+        return pathlib.Path(fetched)
+    before = set(folder.glob(_UNFINISHED))
+    try:
+        # TFDS tries again for minutes where there is no network.
+        _ask(f"{_URL}/{next(iter(names))}")
+        paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
+    # requests, TFDS and TensorFlow raise errors of their own kinds.
+    except Exception as error:
+        for left in set(folder.glob(_UNFINISHED)) - before:
+            left.rmtree()
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"MELD's CSV files cannot be downloaded ({reason}); --source=DIR reads "
+            f"{', '.join(names)} from a folder"
+        ) from error
+    with whole_directory(fetched, folder, overwrite=True) as place:
+        (place / fetched.name).mkdir()
+        for name, path in paths.items():
+            path.copy(place / fetched.name / name)
+    return pathlib.Path(fetched)
+
+
+def _ask(url: str) -> None:
+    """Fails unless a server soon answers that it has this."""
+    answers: list[Exception | None] = []
+
+    def wait() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=_PATIENCE).close()
+            answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    # The time that it takes to look up a server's address cannot be limited but from outside.
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if not answers:
+        raise TimeoutError(f"no answer in {_PATIENCE:g} s")
+    if answers[0] is not None:
+        raise answers[0]

@@ -100,12 +100,14 @@ def _read_split(
 ) -> tuple[tuple[Dialogue, ...], set[str]]:
     """The dialogues of a CSV file, and the names of the clips they use."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise InputError(f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}")
     dialogues: dict[int, dict[int, Utterance]] = {}
     used = set()
     try:
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(
+                f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}"
+            )
         for row in reader:
             place = f"{path}: line {reader.line_num}"
             if None in row or None in row.values():
@@ -136,7 +138,8 @@ def _read_split(
                 end=_seconds(row["EndTime"], f"{place}: EndTime"),
             )
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}") from error
+        place = f"{path}: line {max(1, reader.line_num)}"  # 0 where the first never ends
+        raise InputError(f"{place}: not CSV ({error}); needed: fields in closed quotes") from error
     return tuple(
         Dialogue(
             f"{split}_dia{dialogue}",
