@@ -11,6 +11,7 @@ python -m launch.prepare --inspect=meld/text               # a picture, and the 
 """
 
 import json
+from collections.abc import Sequence
 
 from absl import flags
 from rich.console import Console
@@ -23,6 +24,19 @@ from mister_jax.data.prepare import CORPORA, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 
 FEATURES = ("features", "synthetic_features")
+
+_DECODING = ("num_workers", "max_seconds", "beam_options", "partial", "overwrite", "data_dir")
+_RELEASED = ("source", "config", *_DECODING)
+_FLAGS = {
+    "iemocap": _RELEASED,
+    "meld": _RELEASED,
+    "mosi": _RELEASED,
+    "manifest": ("source", "name", "labels", "seed", *_DECODING),
+    "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING),
+    "features": ("source", "name", "overwrite", "data_dir"),
+    "synthetic_features": ("name", "seed", "overwrite", "data_dir"),
+}
+"""Flags that go with a corpus; another would change nothing."""
 
 _CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join((*CORPORA, *FEATURES))}")
 _SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, or npz of features")
@@ -43,10 +57,12 @@ _INSPECT = flags.DEFINE_string("inspect", None, "tell what the dataset of this n
 def main() -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if _INSPECT.value is not None:
+        _check_flags(f"--inspect={_INSPECT.value}", ("inspect", "data_dir"))
         return _inspect(console)
     if _CORPUS.value not in (*CORPORA, *FEATURES):
         allowed = ", ".join((*CORPORA, *FEATURES))
         raise InputError(f"--corpus={_CORPUS.value or ''}; allowed: {allowed}")
+    _check_flags(f"--corpus={_CORPUS.value}", ("corpus", *_FLAGS[_CORPUS.value]))
     if _CORPUS.value in FEATURES:
         return _prepare_features(_CORPUS.value, console)
     report = prepare_corpus(_preparation())
@@ -60,6 +76,13 @@ def main() -> None:
     for note in report["notes"]:
         console.print(f"note: {note}")
     console.print(f"written to {report['directory']}")
+
+
+def _check_flags(use: str, allowed: Sequence[str]) -> None:
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        if flag.present and flag.name not in allowed:
+            names = ", ".join(f"--{name}" for name in allowed)
+            raise InputError(f"--{flag.name} does not go with {use}; allowed: {names}")
 
 
 def _preparation() -> Preparation:
@@ -93,8 +116,8 @@ def _beam_options(text: str) -> dict[str, object]:
 
 
 def _prepare_features(corpus: str, console: Console) -> None:
-    if (corpus == "features") != bool(_SOURCE.value):
-        raise InputError("--source goes with --corpus=features, which needs it: an npz file")
+    if corpus == "features" and not _SOURCE.value:
+        raise InputError("--source is needed with --corpus=features: an npz file")
     splits = data.read_npz(_SOURCE.value) if _SOURCE.value else data.generate(_SEED.value)
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)

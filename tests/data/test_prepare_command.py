@@ -1,49 +1,210 @@
 """`python -m launch.prepare`, as a user runs it."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import h5py
+import numpy as np
 import pytest
 
 from mister_jax.data import load
+from mister_jax.data.audio import encode_wav
+from mister_jax.data.mosi import reader as mosi_reader
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+# One process starts the commands one after the other, so that libraries are loaded once. A command
+# ends without taking them down, which takes longer than most commands.
+START_ALL = """
+import json, os, sys, tempfile
+import launch.prepare, matplotlib.pyplot, tensorflow
 
-def prepare(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.prepare", *flags],
+for flags in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(told.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            sys.argv = ["launch/prepare.py", *flags]
+            try:
+                launch.run(launch.prepare.main)
+            except SystemExit as end:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(end.code)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        told.seek(0), said.seek(0)
+        print(json.dumps([status, told.read().decode(), said.read().decode()]), flush=True)
+"""
+
+
+def run_all(uses: list[str], folder: pathlib.Path) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of commands that are given as their flags."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", START_ALL],
+        input=json.dumps([use.replace("DIR", str(folder)).split() for use in uses]),
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        (
-            "--corpus=tv",
-            "error: --corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
-        ),
-        ("--corpus=features", "error: --source goes with --corpus=features, which needs it"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_and_status_2(tmp_path, flag, message):
-    done = prepare(flag, f"--data_dir={tmp_path}")
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> pathlib.Path:
+    """A folder with a manifest, and corpora that cannot be used.
+
+    Of the manifest's five dialogues four are for training; of their 12 recordings one is longer
+    than a second. Of the two recordings of the fifth one is broken.
+    """
+    folder = tmp_path_factory.mktemp("corpora")
+    rows = []
+    for dialogue in range(5):
+        for turn in range(3):
+            row = {"dialogue": f"d{dialogue}", "utterance": turn, "order": turn}
+            row |= {
+                "split": "train" if dialogue < 4 else "test",
+                "label": ("joy", "anger")[turn % 2],
+            }
+            row |= {"text": f"Words of {dialogue} and {turn}."}
+            if dialogue < 4 or turn < 2:
+                row["audio"] = f"{dialogue}_{turn}.wav"
+                sound = np.arange(3200 if (dialogue, turn) != (1, 1) else 24_000, dtype=np.int16)
+                encode_wav(folder / row["audio"], sound)
+            rows.append(row)
+    (folder / "4_1.wav").write_bytes(b"no sound")
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "meld").mkdir()
+    for name in ("train", "dev", "test"):
+        (folder / "meld" / f"{name}_sent_emo.csv").write_text('"Sr No.,Utterance\n')
+    (folder / "mosi" / mosi_reader.TRANSCRIPTS).mkdir(parents=True)
+    with h5py.File(folder / "mosi" / mosi_reader.LABELS, "w") as file:
+        file["Opinion Segment Labels/data/03bSnISJMiM"] = [0.0]
+    return folder
 
 
-def test_it_tells_what_it_wrote_and_where(tmp_path):
-    done = prepare("--corpus=synthetic_features", "--name=made_up", f"--data_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert f"written to {tmp_path}/made_up/1.0.0" in done.stdout
+SUCCESSES = {
+    "manifest": "--corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/data --labels=joy,anger "
+    "--num_workers=2 --max_seconds=1 --partial",
+    "inspect": "--inspect=manifest/calls --data_dir=DIR/data",
+    "synthetic": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --num_workers=1",
+    "again": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --name=again "
+    "--source=DIR/data/synthetic_recordings --num_workers=0",
+    "features": "--corpus=synthetic_features --name=made_up --data_dir=DIR/data",
+}
+
+
+# Flags -> what is said of them.
+WRONG_USES = {
+    "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
+    "--corpus=features": "--source is needed with --corpus=features: an npz file",
+    "--corpus=features --config=six --labels=a,b": (
+        "--config does not go with --corpus=features; allowed: --corpus, --source, --name,"
+    ),
+    "--corpus=meld --name=x": "--name does not go with --corpus=meld; allowed: --corpus, --source,",
+    "--corpus=meld --labels=a": "--labels does not go with --corpus=meld",
+    "--corpus=synthetic_features --source=x": "--source does not go with --corpus=synthetic_feat",
+    "--corpus=synthetic --labels=a": "--labels does not go with --corpus=synthetic;",
+    "--corpus=manifest --num_dialogues=1,1,1": "--num_dialogues does not go with --corpus=manifest",
+    "--inspect=x --corpus=meld": "--corpus does not go with --inspect=x; allowed: --inspect, --d",
+    "--corpus=synthetic --num_dialogues=1,x,2": "--num_dialogues=1,x,2; allowed: three numbers",
+    "--corpus=manifest --source=DIR/calls.jsonl --max_seconds=nan": "max_seconds=nan; allowed: fin",
+    "--corpus=manifest --source=DIR/calls.jsonl --beam_options=[]": "--beam_options=[]; allowed: a",
+    "--corpus=manifest --source=DIR/calls.jsonl --num_workers=0": (
+        "calls: test: 1 of 2 recordings cannot be used, as DIR/4_1.wav: not a format"
+    ),
+    "--corpus=meld --config=text --source=DIR/meld": "train_sent_emo.csv: line 1: not CSV (unexp",
+    "--corpus=mosi --source=DIR/mosi": "03bSnISJMiM: no group; needed: one of features and",
+}
+
+
+@pytest.fixture(scope="module")
+def done(corpora) -> dict[str, tuple[int, str, str]]:
+    """Exit status, output and errors of each of the commands."""
+    uses = {**SUCCESSES, **{use: f"{use} --data_dir=DIR/unwritten" for use in WRONG_USES}}
+    return dict(zip(uses, run_all(list(uses.values()), corpora), strict=True))
+
+
+@pytest.fixture(scope="module")
+def successes(done) -> dict[str, str]:
+    """What the commands that succeed have told."""
+    for name in SUCCESSES:
+        status, _, said = done[name]
+        assert status == 0, said
+    return {name: done[name][1] for name in SUCCESSES}
+
+
+def cells(told: str, name: str) -> list[str]:
+    """The row of a table that begins with a name, in three columns."""
+    (line,) = (line for line in told.splitlines() if line.split()[:1] == [name])
+    return line.split()[-3:]
+
+
+def test_a_table_tells_what_was_written(successes, corpora):
+    told = successes["manifest"]
+    assert cells(told, "train") == ["train", "validation", "test"]
+    assert cells(told, "dialogues") == ["4", "0", "1"]
+    assert cells(told, "utterances") == ["12", "0", "3"]
+    assert cells(told, "joy") == ["8", "0", "2"]
+    assert cells(told, "anger") == ["4", "0", "1"]
+    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in told
+    assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in told
+    assert told.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
+
+
+def test_an_inspection_draws_and_prints_the_first_dialogue(successes, corpora):
+    picture = corpora / "data/manifest/calls/1.0.0/inspection.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    assert successes["inspect"].splitlines() == [
+        "first dialogue of manifest/calls:",
+        "  d0/0  joy  0.20 s  Words of 0 and 0.",
+        "  d0/1  anger  0.20 s  Words of 0 and 1.",
+        "  d0/2  joy  0.20 s  Words of 0 and 2.",
+        f"picture: {picture}",
+    ]
+
+
+def test_recordings_that_are_made_are_used_again(successes, corpora):
+    assert cells(successes["synthetic"], "dialogues") == ["2", "1", "1"]
+    assert "note" not in successes["synthetic"]
+    note = f"note: {corpora}/data/synthetic_recordings: recordings of the same arguments were there"
+    assert note in successes["again"]
+    assert cells(successes["again"], "utterances") == cells(successes["synthetic"], "utterances")
+
+
+def test_features_are_told_too(successes, corpora):
+    assert f"written to {corpora}/data/made_up/1.0.0" in successes["features"]
     for split in ("train", "validation", "test"):
-        assert str(len(load("made_up", split, tmp_path).label)) in done.stdout
+        assert str(len(load("made_up", split, corpora / "data").label)) in successes["features"]
+
+
+@pytest.mark.parametrize("use", WRONG_USES)
+def test_a_wrong_use_is_one_line_and_status_2(done, corpora, use):
+    status, told, said = done[use]
+    assert WRONG_USES[use].replace("DIR", str(corpora)) in said
+    assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
+    assert not list(corpora.glob("unwritten/*"))
+
+
+@pytest.mark.parity
+def test_beam_is_used_with_options_it_knows(corpora):
+    pytest.importorskip("apache_beam")
+    use = "--corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/beam --partial --beam_options="
+    wrong = {
+        '{"runner":"nosuch"}': "--beam_options: runner 'nosuch': Unexpected pipeline runner",
+        '{"runner":"direct","direct_num_wrokers":2}': "--beam_options: direct_num_wrokers: unknown",
+        '{"direct_num_workers":"many"}': "--beam_options: argument --direct_num_workers: invalid",
+    }
+    *failed, done = run_all([use + options for options in (*wrong, '{"runner":"direct"}')], corpora)
+    for (status, told, said), message in zip(failed, wrong.values(), strict=True):
+        assert message in said
+        assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
+    status, told, said = done
+    assert status == 0, said
+    assert cells(told, "utterances") == ["12", "0", "3"]
+    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in told
+    assert told.endswith(f"written to {corpora}/beam/manifest/calls/1.0.0\n")
