@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_NO_KERNEL = re.compile("bias|scale")
+# Beside them what is no more than a constant: Whisper's table of positions. It has no gradient, so
+# decay alone would change it.
+_NO_KERNEL = re.compile(r"bias|scale|\['positions'\]$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class OptimizerConfig:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: of "adamw"; on kernels, not on biases and scales.
+      weight_decay: of "adamw"; on kernels, not on biases, scales and Whisper's positions.
       clip_norm: largest global norm of the gradient; 0 does not clip.
       average_decay: of a running average of the parameters, which is then what is validated, kept
         as the best and used for prediction; 0 keeps none.

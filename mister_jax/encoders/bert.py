@@ -367,8 +367,9 @@ class Bert(nnx.Module):
           [L + 1, B, N, D]: the normed embeddings and what each layer gave.
 
         Raises:
-          ValueError: neither or both of `input_ids` and `embeddings`, or rows longer than the
-            longest sequence without `positions` or `segment_ids`.
+          ValueError: neither or both of `input_ids` and `embeddings`, or a sequence longer than
+            there are positions for. Where `positions` or `segment_ids` are traced, that is not
+            known, and what such a sequence gives is not finite.
         """
         if (input_ids is None) == (embeddings is None):
             raise ValueError("BERT reads input_ids or embeddings, one of them")
@@ -381,6 +382,12 @@ class Bert(nnx.Module):
         mask = jnp.asarray(mask).astype(bool)  # B N
         found, together = token_layout(mask, segment_ids)  # B N, B 1 N N
         positions = found if positions is None else positions
+        if shape[1] > config.max_length and not isinstance(positions, jax.core.Tracer):
+            last = int(jnp.where(mask, positions, 0).max())
+            if last >= config.max_length:
+                raise ValueError(
+                    f"a token at position {last}; allowed are those below {config.max_length}"
+                )
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, int)
         if embeddings is None:

@@ -283,7 +283,7 @@ class SalmonnConfig:
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
-        """Reads what is known of the four checkpoints, see `convert.salmonn.describe`.
+        """Reads what is known of the four checkpoints, see `speech.describe`.
 
         Args:
           described: content of "whisper"'s and "vicuna"'s config.json, the "cfg" of "beats" and the
@@ -407,7 +407,12 @@ def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[in
 
     Returns:
       P tokens.
+
+    Raises:
+      InputError: a tokenizer that does not know how a text begins.
     """
+    if tokenizer.bos_token_id is None:
+        raise InputError("SALMONN: a tokenizer without bos_token; needed: Vicuna's, which has <s>")
 
     def tokens(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -61,6 +61,7 @@ _HUGGINGFACE_FIXED = {
     "add_adapter": False,
     "adapter_attn_dim": None,
 }
+_LARGE: dict[str, Any] = {"width": 1024, "num_layers": 24, "num_heads": 16, "hidden_width": 4096}
 _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
@@ -130,9 +131,21 @@ class WavLMConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ["width", "num_layers", "num_heads", "hidden_width", "position_kernel"]:
+        for name in [
+            "width",
+            "num_layers",
+            "num_heads",
+            "hidden_width",
+            "position_kernel",
+            "position_groups",
+        ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"WavLMConfig.{name}={getattr(self, name)}: must be at least 1")
+        for name in ["dropout", "attention_dropout", "hidden_dropout", "projection_dropout"]:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"WavLMConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
+                )
         for name in ("num_heads", "position_groups"):
             if self.width % getattr(self, name):
                 raise ValueError(
@@ -166,6 +179,21 @@ class WavLMConfig:
         return cls(**{"num_buckets": 0, "normalise": True, **changes})
 
     @classmethod
+    def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
+        """wav2vec 2.0 Large (316 M parameters), with `changes`.
+
+        Trained on LibriSpeech: its norms are the base models'. Those of Libri-Light and XLS-R are
+        as HuBERT Large.
+        """
+        return cls.wav2vec2_base(**{**_LARGE, **changes})
+
+    @classmethod
+    def hubert_large(cls, **changes: Any) -> WavLMConfig:
+        """HuBERT Large (315 M parameters), with `changes`."""
+        norms = {"convolution_norm": "layer", "norm_first": True, "convolution_bias": True}
+        return cls.hubert_base(**{**_LARGE, **norms, **changes})
+
+    @classmethod
     def wavlm_base(cls, **changes: Any) -> WavLMConfig:
         """WavLM Base (94 M parameters), with `changes`."""
         return cls(**changes)
@@ -178,16 +206,8 @@ class WavLMConfig:
     @classmethod
     def wavlm_large(cls, **changes: Any) -> WavLMConfig:
         """WavLM Large (315 M parameters), with `changes`."""
-        sizes = {
-            "width": 1024,
-            "num_layers": 24,
-            "num_heads": 16,
-            "hidden_width": 4096,
-            "convolution_norm": "layer",
-            "norm_first": True,
-            "normalise": True,
-        }
-        return cls(**{**sizes, **changes})
+        norms = {"convolution_norm": "layer", "norm_first": True, "normalise": True}
+        return cls(**{**_LARGE, **norms, **changes})
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:

@@ -100,6 +100,11 @@ class WhisperConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"WhisperConfig.{name}={getattr(self, name)}: must be at least 1")
+        for name in ["dropout", "attention_dropout", "hidden_dropout"]:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"WhisperConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
+                )
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"WhisperConfig.width={self.width}: must be even and a multiple of "
@@ -381,7 +386,8 @@ class Whisper(nnx.Module):
             )
         x = jax.nn.gelu(self.convolution(mel), approximate=False)
         x = jax.nn.gelu(self.strided_convolution(x), approximate=False)  # B N D
-        # The table is not learned.
+        # The table is not learned, and `optim` does not let it decay. A parameter nevertheless: it
+        # is of the checkpoint.
         positions = jax.lax.stop_gradient(self.positions[:num_positions]).astype(x.dtype)
         x = self.dropout(x + positions, **options)
         mask = audio.length_mask(-(-lengths // 2), num_positions)

@@ -238,6 +238,12 @@ def test_misuse_is_named():
     ids = np.zeros((1, 10), int)
     with pytest.raises(ValueError, match="rows of 10 tokens; allowed are at most 9"):
         make("bert")(ids)
+    with pytest.raises(ValueError, match="a token at position 9; allowed are those below 9"):
+        make("bert")(ids, segment_ids=np.zeros((1, 10), int))
+    with pytest.raises(ValueError, match="a token at position 12; allowed are those below 9"):
+        make("bert")(ids, positions=np.arange(3, 13)[None])
+    two_sequences = np.arange(10)[None] // 5
+    assert np.isfinite(make("bert")(ids, segment_ids=two_sequences)).all()
     with pytest.raises(ValueError, match="one of them"):
         make("bert")()
     with pytest.raises(ValueError, match="num_layers=0: must be at least 1"):

@@ -333,3 +333,6 @@ def test_prompt_is_put_in_the_template_around_the_speech(config):
     place = tokens.index(config.placeholder)
     assert "".join(map(chr, tokens[:place])) == "USER: <Speech>"
     assert "".join(map(chr, tokens[place + 1 :])) == "</Speech> Who speaks?\nASSISTANT:"
+    Tokenizer.bos_token_id = None
+    with pytest.raises(InputError, match="a tokenizer without bos_token; needed: Vicuna's"):
+        prompt_tokens(Tokenizer(), "Who speaks?", config)

@@ -218,6 +218,9 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),
         ({"feat_extract_norm": "batch"}, "allowed are 'group' and 'layer'"),
         ({"num_attention_heads": 3}, "num_heads=3: must divide width=8"),
+        ({"num_conv_pos_embedding_groups": 0}, "position_groups=0: must be at least 1"),
+        ({"hidden_dropout": 2.0}, "WavLMConfig.dropout=2.0: allowed are 0 <= rate < 1"),
+        ({"feat_proj_dropout": -0.1}, "projection_dropout=-0.1: allowed are 0 <= rate < 1"),
         ({"num_buckets": 18}, "num_buckets=18: must be a multiple of 4"),
     ],
 )
@@ -239,12 +242,35 @@ def parameter_shapes(config):
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("wav2vec2_base", 94), ("hubert_base", 94), ("wavlm_base", 94), ("wavlm_large", 315)],
+    [
+        ("wav2vec2_base", 94),
+        ("wav2vec2_large", 315),
+        ("hubert_base", 94),
+        ("hubert_large", 315),
+        ("wavlm_base", 94),
+        ("wavlm_large", 315),
+    ],
 )
 def test_presets_have_the_published_sizes(preset, millions):
     shapes = parameter_shapes(getattr(WavLMConfig, preset)())
     assert round(sum(map(np.prod, shapes)) / 1e6) == millions
     assert WavLMConfig.wavlm_base_plus() == WavLMConfig.wavlm_base()
+
+
+def test_large_models_differ_in_their_norms():
+    sizes = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "activation_dropout": 0.0,
+        "feat_proj_dropout": 0.1,
+    }
+    large = WavLMConfig.from_huggingface({"model_type": "wav2vec2", **sizes})
+    assert large == WavLMConfig.wav2vec2_large()
+    norms = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    large = WavLMConfig.from_huggingface({"model_type": "hubert", **sizes, **norms})
+    assert large == WavLMConfig.hubert_large()
 
 
 @pytest.mark.parity
