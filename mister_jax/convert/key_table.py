@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from mister_jax.errors import InputError
 
 Index = tuple[slice, ...]
+_TOLD = 3  # tensors, or layers, that an error names of each kind
 _ALIGNMENT = 64  # bytes
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
@@ -116,7 +117,7 @@ def load_params(
       The module that was given.
 
     Raises:
-      InputError: missing, surplus or misshapen tensors, all of them named in one line.
+      InputError: missing, surplus or misshapen tensors: one line with how many, and the first.
       ValueError: the table does not fit the module.
     """
     state, params = _parameters(module, table, skip)
@@ -242,7 +243,7 @@ def _check(
     checkpoint: Mapping[str, Tensor],
     ignore: Sequence[str],
 ) -> None:
-    """Raises one InputError with all that is missing, surplus or misshapen."""
+    """Raises one InputError that says how much is missing, surplus or misshapen, and of what."""
     expected = {name for source in sources.values() for name in source.names}
     missing = [name for name in sorted(expected) if name not in checkpoint]
     surplus = [
@@ -257,10 +258,13 @@ def _check(
         for names, wanted in _misfits(source, params[path].shape, checkpoint)
     ]
     found = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
-    told = [f"{len(all_)} {what}: {_fold(all_)}" for what, all_ in found.items() if all_]
+    told = [f"{len(all_)} {what}: {_first(_fold(all_))}" for what, all_ in found.items() if all_]
     if told:
         where = getattr(checkpoint, "path", "weights")
-        raise InputError(f"{where}: tensors do not fit: {'; '.join(told)}")
+        known = len(expected) - len(missing)
+        strange = known < min(len(missing), len(surplus))
+        kind = "weights of another architecture" if strange else "tensors do not fit"
+        raise InputError(f"{where}: {kind}: {'; '.join(told)}")
 
 
 def _misfits(
@@ -288,17 +292,26 @@ def _shape(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _fold(descriptions: Iterable[str]) -> str:
-    """Joins descriptions; those that differ in their layer's number alone become one."""
+def _first(descriptions: Sequence[str]) -> str:
+    return ", ".join([*descriptions[:_TOLD], *["..."][: max(0, len(descriptions) - _TOLD)]])
+
+
+def _fold(descriptions: Iterable[str]) -> list[str]:
+    """Descriptions, in which those that differ in their layer's number alone become one."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for description in descriptions:
         match = re.match(r"(.*?\.)(\d+)(\..*)", description)
         start, number, end = match.groups() if match else (description, "", "")
         numbers.setdefault((start, end), []).append(number)
-    return ", ".join(
-        f"{start}{found[0] if len(found) == 1 else '{' + ','.join(found) + '}'}{end}"
+    return [
+        f"{start}{found[0] if len(found) == 1 else '{' + _layers(found) + '}'}{end}"
         for (start, end), found in numbers.items()
-    )
+    ]
+
+
+def _layers(numbers: Sequence[str]) -> str:
+    few = len(numbers) <= _TOLD
+    return ",".join(numbers if few else [*numbers[: _TOLD - 1], "...", numbers[-1]])
 
 
 def _join(source: Source, tensors: list[np.ndarray]) -> np.ndarray:

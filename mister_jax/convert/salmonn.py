@@ -126,7 +126,8 @@ def load(
       The module.
 
     Raises:
-      InputError: missing, surplus or misshapen tensors of a checkpoint, all named in one line.
+      InputError: missing, surplus or misshapen tensors of a checkpoint: one line with how many,
+        and the first.
       ValueError: the module has LoRA elsewhere.
     """
     config = module.config

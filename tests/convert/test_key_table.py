@@ -206,6 +206,29 @@ def test_parameters_stay_where_they_are():
     assert module.layers.layers.kernel[...].sharding.is_equivalent_to(sharding, 3)
 
 
+def test_of_many_tensors_that_do_not_fit_the_first_are_named():
+    table = {
+        f"{name}/kernel": Source(layer_names(f"{name}.{{}}.weight", 9), stacked=True)
+        for name in "abcde"
+    }
+
+    def refusal(given):
+        module = nnx.Dict({name: nnx.Dict(kernel=nnx.Param(jnp.zeros((9, 2)))) for name in "abcde"})
+        with pytest.raises(InputError) as error:
+            load_params(module, table, given)
+        return str(error.value)
+
+    others = {f"x{number}.{layer}": np.zeros(2) for number in range(9) for layer in range(9)}
+    assert refusal(others) == (
+        "weights: weights of another architecture: 45 missing: a.{0,1,...,8}.weight, "
+        "b.{0,1,...,8}.weight, c.{0,1,...,8}.weight, ...; 81 surplus: x0.0, x0.1, x0.2, ..."
+    )
+    ours = {name: np.zeros(2) for source in table.values() for name in source.names}
+    del ours["a.0.weight"]
+    assert refusal({**ours, **others}).startswith("weights: tensors do not fit: 1 missing: a.0.we")
+    assert refusal({}).startswith("weights: tensors do not fit: 45 missing")  # cut short
+
+
 def test_low_rank_paths_are_left_alone():
     module = add_lora(
         Model(nnx.Rngs(0)), LoRAConfig(rank=2, alpha=4, targets=("layers",)), rngs=nnx.Rngs(1)
