@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from mister_jax.convert import bert as bert_tables
 from mister_jax.convert.decoder import IGNORED, key_table
 from mister_jax.convert.key_table import load_params
 from mister_jax.convert.peft import load_adapter, read_lora_config, save_adapter
+from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
@@ -267,7 +269,7 @@ def test_a_folder_that_cannot_be_written_is_named(golden, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "llama2", "qwen2"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_equals_peft_both_ways(name, tmp_path):
     import peft
@@ -297,3 +299,76 @@ def test_equals_peft_both_ways(name, tmp_path):
     given = make_decoder.hidden_states(loaded.eval(), inputs)[-1]
     mask = inputs["attention_mask"]
     np.testing.assert_allclose(given[mask], last[mask], atol=1e-5)
+
+
+# What is adapted in BERT: peft's names, our layer, and its name there.
+BERT_TARGETS = ("query", "value", "attention.output.dense", "intermediate.dense")
+BERT_LAYERS = {
+    ("attention", "query"): "attention.self.query",
+    ("attention", "value"): "attention.self.value",
+    ("attention", "out"): "attention.output.dense",
+    ("hidden",): "intermediate.dense",
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_bert_equals_peft_both_ways(name, tmp_path):
+    import peft
+    import torch
+
+    from tests.golden import make_bert, make_decoder
+
+    batch = make_bert.batch(name)
+    mask, types = batch["attention_mask"], batch["token_type_ids"]
+    weights = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
+    tensors = {key: torch.tensor(value).long() for key, value in batch.items()}
+    if name == "bert":  # it is told to count tokens, as in the golden file
+        tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    theirs = make_decoder.with_lora(make_bert.huggingface_model(name), targets=BERT_TARGETS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(**tensors).last_hidden_state
+    (expected * torch.tensor(weights * mask[..., None])).sum().backward()
+
+    config = BertConfig.from_huggingface(theirs.config.to_dict())
+    table = bert_tables.key_table(config)
+    bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
+    base = make_bert.huggingface_model(name).state_dict()
+    load_params(
+        bert, table, {key: value.numpy() for key, value in base.items()}, ignore=bert_tables.IGNORED
+    )
+    add_lora(bert, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
+    load_adapter(bert, tmp_path / "theirs", table)
+
+    @nnx.jit
+    def both(bert):
+        def total(bert):
+            last = bert(batch["input_ids"], mask, token_type_ids=types)
+            return jnp.sum(jnp.where(mask[..., None], last * weights, 0)), last
+
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        gradients, last = nnx.grad(total, argnums=wrt, has_aux=True)(bert)
+        return last, gradients
+
+    last, gradients = both(bert)
+    expected = expected.detach().numpy()[mask]
+    np.testing.assert_allclose(np.asarray(last)[mask], expected, atol=1e-4)
+    compared = 0
+    for path, told in BERT_LAYERS.items():
+        ours = gradients["layers"]["layers"]
+        for part in path:
+            ours = ours[part]
+        for matrix in "AB":
+            for layer, value in enumerate(np.asarray(ours[f"lora_{matrix.lower()}"][...])):
+                key = f"{PREFIX}encoder.layer.{layer}.{told}.lora_{matrix}.default.weight"
+                given = theirs.get_parameter(key).grad.numpy()
+                np.testing.assert_allclose(value.T, given, rtol=1e-3, atol=1e-3, err_msg=key)
+                compared += 1
+    assert compared == sum("lora_" in key for key, _ in theirs.named_parameters())
+
+    save_adapter(bert, tmp_path / "ours", table)
+    loaded = peft.PeftModel.from_pretrained(make_bert.huggingface_model(name), tmp_path / "ours")
+    with torch.no_grad():
+        given = loaded.eval()(**tensors).last_hidden_state.numpy()
+    np.testing.assert_allclose(given[mask], expected, atol=1e-5)
