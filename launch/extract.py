@@ -2,9 +2,14 @@
 
 python -m launch.extract --workdir=DIR --dataset=meld/text --output=meld_tuned
 python -m launch.extract --encoder=NAME_OR_FOLDER --dataset=meld/text --output=meld_frozen
+python -m launch.extract --encoder=salmonn_7b_v0.pth --whisper=openai/whisper-large-v2 \\
+    --beats=FILE --vicuna=FOLDER --dtype=bfloat16 --dataset=meld/clips --output=meld_salmonn
 python -m launch.extract --encoder=prosody --dataset=meld/clips --output=meld_prosody
 python -m launch.extract --speech=meld_prosody --text=meld_tuned --output=meld_both
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -29,12 +34,22 @@ _TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "of an utterance, with --encoder of text", lower_bound=3
 )
 _SECONDS = flags.DEFINE_float("max_seconds", 30.0, "of an utterance, with --encoder of speech")
+_WHISPER = flags.DEFINE_string(
+    "whisper", "", "with --encoder of SALMONN: folder or hub name of its Whisper"
+)
+_BEATS = flags.DEFINE_string("beats", "", "with --encoder of SALMONN: file of its BEATs")
+_VICUNA = flags.DEFINE_string(
+    "vicuna", "", "with --encoder of SALMONN: folder or hub name of its Vicuna"
+)
 _TRIM = flags.DEFINE_bool(
     "trim", True, "with --encoder of Whisper: do not encode 30 s of each clip, as it was trained"
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "with --encoder of a speech LLM: what it is asked")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "with --encoder")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
+
+_OF_ENCODER = (_TOKENS, _SECONDS, _WHISPER, _BEATS, _VICUNA, _TRIM, _PROMPT, _DTYPE)
+_OF_DATASET = (_DATASET, _BUDGET)
 
 
 def main() -> None:
@@ -44,6 +59,15 @@ def main() -> None:
         raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
     if not _OUTPUT.value:
         raise InputError("--output is needed: a name for the dataset of features")
+    useless = () if chosen == ["encoder"] else _given(_OF_ENCODER)
+    if useless:
+        raise InputError(
+            f"--{', --'.join(useless)}: with --encoder alone; a tuned one is used as it was trained"
+        )
+    if chosen == ["speech"] and _given(_OF_DATASET):
+        raise InputError(
+            f"--{', --'.join(_given(_OF_DATASET))}: not with --speech and --text, which are read"
+        )
     if chosen == ["speech"]:
         builder = extract.merge(
             _SPEECH.value or "",
@@ -72,14 +96,12 @@ def main() -> None:
 def _encoder() -> extract.Encoder:
     if _WORKDIR.value:
         return extract.TunedEncoder(_WORKDIR.value)
-    return extract.open_encoder(
-        _ENCODER.value or "",
-        max_tokens=_TOKENS.value,
-        max_seconds=_SECONDS.value,
-        trim=_TRIM.value,
-        prompt=_PROMPT.value,
-        dtype=_DTYPE.value,
-    )
+    return extract.open_encoder(_ENCODER.value or "", **_given(_OF_ENCODER))
+
+
+def _given(some: Sequence[flags.FlagHolder[Any]]) -> dict[str, Any]:
+    """Values of those flags that were typed."""
+    return {flag.name: flag.value for flag in some if flag.present}
 
 
 if __name__ == "__main__":

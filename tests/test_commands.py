@@ -76,6 +76,15 @@ WRONG_USES = {
     "predict --workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
     "predict --workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": "needed: a file, in a folder",
     "extract --workdir=DIR": "--output is needed: a name for the dataset of features",
+    "extract --workdir=DIR --output=x --dataset=d --max_seconds=1 --trim=false --prompt=hello": (
+        "--max_seconds, --trim, --prompt: with --encoder alone; a tuned one is used as it was"
+    ),
+    "extract --encoder=prosody --output=x --dataset=d --max_tokens=5 --dtype=bfloat16": (
+        "prosody: max_tokens, dtype; allowed for an encoder of this kind (prosody): max_seconds"
+    ),
+    "extract --speech=a --text=b --output=x --budget=5": "--budget: not with --speech and --text",
+    "extract --encoder=prosody --output=x --dataset=d --max_seconds=nan": "max_seconds=nan; all",
+    "extract --encoder=prosody --output=x --dataset=d --max_seconds=inf": "max_seconds=inf; all",
     "extract --output=x": "one of --workdir, --encoder, or --speech with --text is needed",
     "extract --output=x --encoder=DIR/empty --dataset=meld/text": "config.json: cannot be read",
     "prepare --corpus=tv": "--corpus=tv; allowed: iemocap, meld",

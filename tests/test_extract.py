@@ -12,6 +12,7 @@ from mister_jax import data, extract
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import hub
+from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.text import encode_texts
 from mister_jax.errors import InputError
@@ -385,13 +386,47 @@ def test_a_lack_of_memory_names_what_takes_less(
     light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
     assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
     monkeypatch.setattr(hub, "load_params", out_of_memory)
-    for folder, options in ((bert_folder, {"max_tokens": 12}), (whisper_folder, {})):
+    for folder, options in (
+        (bert_folder, {"max_tokens": 12}),
+        (whisper_folder, {"max_seconds": SECONDS}),
+    ):
         refused(
-            lambda folder=folder, options=options: extract.open_encoder(
-                str(folder), max_seconds=SECONDS, **options
-            ),
+            lambda folder=folder, options=options: extract.open_encoder(str(folder), **options),
             f"{folder}: ", "the encoder's parameters", "--dtype=bfloat16",
         )  # fmt: skip
+
+
+def test_options_that_an_encoder_does_not_have_are_refused(whisper_folder, bert_folder):
+    def refused(message, name, **options):
+        with pytest.raises(InputError, match=message) as error:
+            extract.open_encoder(str(name), **options)
+        assert "\n" not in str(error.value)
+
+    message = r"max_seconds, trim; allowed for an encoder of this kind \(text\): max_tokens, "
+    refused(f"{bert_folder}: {message}", bert_folder, max_seconds=1.0, trim=False)
+    refused("max_tokens; allowed for .*speech.*: max_seconds, ", whisper_folder, max_tokens=9)
+    refused("prosody: dtype; allowed for .*: max_seconds$", "prosody", dtype="bfloat16")
+    refused("allowed: all of them", whisper_folder, max_seconds=SECONDS, beats="beats")
+
+
+def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypatch):
+    options = {name: value for name, value in salmonn_options.items() if name != "name"}
+    encoder = extract.open_encoder(salmonn_options["name"], max_seconds=1.0, **options)
+    found, present = extract.features_of(encoder, some_clips()[:3])
+    assert present.all() and np.isfinite(found).all()
+    monkeypatch.chdir(tmp_path)
+    again = extract.encoder_of(json.loads(json.dumps(encoder.identity())))
+    np.testing.assert_allclose(extract.features_of(again, some_clips()[:3])[0], found, atol=1e-5)
+    files = speech_encoders.SpeechFiles(**salmonn_options)
+    described = speech_encoders.describe(files)
+    paths = speech_encoders.learned_paths(described)
+    assert (paths["lora"].rank, paths["lora"].alpha) == (2, 32.0)
+    module = speech_encoders.load(files, described, **paths)
+    waveform, lengths = pad_clips(some_clips()[:3], 16_000)
+    expected = masked_mean(*module(waveform.astype(np.float32) / 2**15, lengths))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(InputError, match="trim=False; allowed: True, it is not Whisper"):
+        extract.open_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)
 
 
 def test_batches_of_a_plan_hold_all_rows_within_the_budget():

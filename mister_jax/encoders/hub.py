@@ -7,6 +7,7 @@ files. `ARCHITECTURES` is the table of what can be loaded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -54,6 +55,7 @@ _FILES = (
     "*processor_config.json",
     "chat_template*",
 )
+_DTYPES = ("float32", "bfloat16", "float16")
 # One of these holds a vocabulary. transformers makes an empty tokenizer where there is none.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 # Kernels are cut over "model" where their heads or hidden units are, and over "data" along the
@@ -181,7 +183,7 @@ def load(
 
     Raises:
       InputError: a model that cannot be fetched, read or supported, weights or a tokenizer that do
-        not belong to it.
+        not belong to it, types or low-rank paths that it cannot have.
     """
     directory = fetch(name_or_dir, revision=revision)
     options = {"dtype": dtype, "param_dtype": param_dtype, "lora": lora}
@@ -220,6 +222,12 @@ def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -
         return directory
     if name == MINILM:
         return _installed_minilm()
+    return _copy(name, revision)
+
+
+@functools.cache  # what reads an encoder asks for its folder several times
+def _copy(name: str, revision: str | None) -> pathlib.Path:
+    """The folder of a copy from the Hugging Face Hub."""
     try:
         copy = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_FILES)
@@ -282,16 +290,30 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def architecture_of(config: Mapping[str, Any], where: str | os.PathLike[str]) -> Architecture:
+def architecture_of(
+    config: Mapping[str, Any], where: str | os.PathLike[str], modality: str | None = None
+) -> Architecture:
     """The row of `ARCHITECTURES` for the content of a config.json, read from `where`.
 
+    Args:
+      config: the content.
+      where: it was read, for errors.
+      modality: that it must encode, "text" or "speech"; either by default.
+
     Raises:
-      InputError: an architecture that is not supported.
+      InputError: an architecture that is not supported, or of the other modality.
     """
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
+    found = ARCHITECTURES[model_type]
+    if modality not in (None, found.modality):
+        able = [kind for kind, one in ARCHITECTURES.items() if one.modality == modality]
+        raise InputError(
+            f"{where}: model_type {model_type!r} encodes {found.modality}; needed: {modality}, as "
+            f"of {', '.join(able)}"
+        )
+    return found
 
 
 def fingerprint(*places: str | os.PathLike[str]) -> str:
@@ -322,7 +344,14 @@ def make(
       InputError: an architecture that is not supported.
     """
     architecture = architecture_of(config, where)
+    _check_types(changes)
     return architecture.module(architecture.config.from_huggingface(config, **changes), rngs=rngs)
+
+
+def _check_types(changes: Mapping[str, Any]) -> None:
+    for name in ("dtype", "param_dtype"):
+        if name in changes and changes[name] not in _DTYPES:
+            raise InputError(f"{name}={changes[name]!r}; allowed: {', '.join(_DTYPES)}")
 
 
 def load_module(
@@ -341,15 +370,16 @@ def load_module(
     directory = pathlib.Path(directory)
     fields = read_config(directory)
     architecture = architecture_of(fields, directory / CONFIG)
-    try:
-        config = architecture.config.from_huggingface(fields, **changes)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from error
 
     def new() -> nnx.Module:
         return architecture.module(config, rngs=nnx.Rngs(seed))
 
-    module = nnx.eval_shape(new)
+    try:
+        _check_types(changes)
+        config = architecture.config.from_huggingface(fields, **changes)
+        module = nnx.eval_shape(new)
+    except ValueError as error:
+        raise InputError(f"{directory}: {error}") from error
     table = architecture.key_table(config)
     checkpoint = Checkpoint.open(directory).renamed(architecture.renamed)
     first = next(iter(table.values())).names[0]
@@ -381,10 +411,11 @@ def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
       config: of the module that is to read what it gives.
 
     Raises:
-      InputError: there is none, or its vocabulary is larger than the module's.
+      InputError: there is none, or it contradicts the module's vocabulary or its config.json.
     """
     directory = pathlib.Path(directory)
-    architecture = architecture_of(read_config(directory), directory / CONFIG)
+    fields = read_config(directory)
+    architecture = architecture_of(fields, directory / CONFIG)
     kind = getattr(transformers, architecture.processor)
     try:
         processor = kind.from_pretrained(directory, local_files_only=True)
@@ -398,12 +429,38 @@ def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
         raise InputError(f"{directory}: no tokenizer; allowed is {', '.join(_VOCABULARIES)}")
     last = max(tokenizer.get_vocab().values(), default=-1)
     rows = getattr(config, "vocab_size", None)
+    problem = _contradiction(tokenizer, {**fields, **fields.get("text_config", {})})
     if rows is not None and last >= rows:
-        raise InputError(
-            f"{directory}: the tokenizer does not belong to the model: its tokens have numbers up "
-            f"to {last}; allowed are those below {rows}"
-        )
+        problem = f"its tokens have numbers up to {last}; allowed are those below {rows}"
+    elif not problem and architecture is _BERT and tokenizer.cls_token_id is None:
+        problem = "it puts no token before a text (cls_token); a model of BERT's kind needs one"
+    if problem:
+        raise InputError(f"{directory}: the tokenizer does not belong to the model: {problem}")
     return processor
+
+
+def _contradiction(tokenizer: Any, fields: Mapping[str, Any]) -> str:
+    """In what a tokenizer and the content of a config.json cannot both be right; "" if in nothing.
+
+    A smaller vocabulary is none, since many models have rows to spare. Nor is another special token
+    of the same tokenizer: chat models end a text with one and an answer with another, and
+    multilingual MiniLM says of its padding what BERT's is.
+    """
+    known = set(tokenizer.get_vocab().values())
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    for name in ("bos", "eos", "cls", "sep", "pad"):
+        said = fields.get(f"{name}_token_id")
+        numbers = said if isinstance(said, list) else [said]
+        wanted = {number for number in numbers if type(number) is int and number >= 0}
+        own = getattr(tokenizer, f"{name}_token_id", None)
+        if not wanted or wanted & (known if own is None else special):
+            continue
+        if own is not None:
+            return f"its {name} token is {own}; {CONFIG} says {name}_token_id={said}"
+        if name != "pad":  # which may have been given to the model alone
+            return f"its tokens are {len(known)}; {CONFIG} says {name}_token_id={said}"
+    return ""
 
 
 def save_pretrained(

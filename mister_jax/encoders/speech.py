@@ -22,6 +22,7 @@ from mister_jax.encoders import audio, hub, salmonn
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig
 
 SALMONN = "salmonn"
 """The `model_type` of a description of SALMONN."""
@@ -32,9 +33,14 @@ PROMPT_TOKENS = "prompt_tokens"
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
 """Of an utterance; what encoders without a longest of their own take."""
 
+LORA_RANK = "lora_rank"
+"""What it holds besides, of SALMONN."""
+
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
 _QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
+_LORA = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+_LORA_ALPHA = 32.0  # of all released SALMONN; no tensor tells it
 _HEAD_WIDTH = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
 
 
@@ -58,7 +64,7 @@ class SpeechFiles:
     def __post_init__(self):
         given = [bool(part) for part in (self.whisper, self.beats, self.vicuna)]
         if any(given) and not all(given):
-            raise ValueError(
+            raise InputError(
                 f"whisper {self.whisper!r}, beats {self.beats!r}, vicuna {self.vicuna!r}; allowed: "
                 "all of them (SALMONN), or none"
             )
@@ -94,11 +100,7 @@ def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
         return described | {PROMPT_TOKENS: salmonn.prompt_tokens(tokenizer, asked, config)}
     folder = hub.fetch(files.name)
     described = hub.read_config(folder)
-    architecture = hub.architecture_of(described, folder / hub.CONFIG)
-    if architecture.modality != "speech":
-        raise InputError(
-            f"{files.name}: model_type {described['model_type']!r} encodes text; needed: speech"
-        )
+    architecture = hub.architecture_of(described, files.name, "speech")
     if architecture.prompt_tokens is None:
         if prompt:
             raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
@@ -195,6 +197,7 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
         "whisper": hub.read_config(hub.fetch(files.whisper)),
         "beats": dict(cfg),
         "vicuna": hub.read_config(hub.fetch(files.vicuna)),
+        LORA_RANK: shape(_LORA)[0],
         "qformer": {
             "width": width,
             "num_layers": len(layers),
@@ -214,6 +217,17 @@ def _prompted(module: nnx.Module, described: Mapping[str, Any], whole: bool) -> 
 def trimming(described: Mapping[str, Any], trim: bool) -> dict[str, bool]:
     """`changes` for `make` and `load` that decide on `WhisperConfig.trim`; of others, none."""
     return {"trim": trim} if described["model_type"] == "whisper" else {}
+
+
+def learned_paths(described: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+    """`changes` for `make` and `load` that give SALMONN the low-rank paths of its checkpoint.
+
+    Of other encoders, none.
+    """
+    if described["model_type"] != SALMONN:
+        return {}
+    rank = described[LORA_RANK]
+    return {"lora": LoRAConfig(rank=rank, alpha=_LORA_ALPHA, targets=("query", "value"))}
 
 
 def check_spectrogram(described: Mapping[str, Any]) -> None:

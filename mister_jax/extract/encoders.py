@@ -165,6 +165,7 @@ class PretrainedText(_Released):
         spread = JitSpread(data_mesh(), hub.RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
+        hub.architecture_of(hub.read_config(folder), name, "text")
         with _room_for(name, dtype):
             module, tokenizer = hub.load(folder, mesh=spread.mesh, **types)
         check_max_tokens(module, max_tokens)
@@ -191,6 +192,9 @@ class PretrainedSpeech(_Released):
     Args:
       name: a folder, or a name on the Hugging Face Hub.
       max_seconds: of an utterance.
+      whisper: of SALMONN alone: see `SpeechFiles`, as are the following.
+      beats: likewise.
+      vicuna: likewise.
       trim: of Whisper: see `WhisperConfig`.
       prompt: of an LLM: what it is asked about every clip; its usual question if empty. The mean
         is over the audio's positions alone.
@@ -206,6 +210,9 @@ class PretrainedSpeech(_Released):
         name: str,
         *,
         max_seconds: float = 30.0,
+        whisper: str = "",
+        beats: str = "",
+        vicuna: str = "",
         trim: bool = True,
         prompt: str = "",
         dtype: str = "float32",
@@ -213,9 +220,12 @@ class PretrainedSpeech(_Released):
     ):
         spread = JitSpread(data_mesh(), hub.RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        files = speech.SpeechFiles(name)
+        files = speech.SpeechFiles(name, whisper, beats, vicuna)
         described = speech.describe(files, prompt)
-        changes = types | speech.trimming(described, trim)
+        trimming = speech.trimming(described, trim)
+        if not trim and not trimming:
+            raise InputError(f"{name}: trim=False; allowed: True, it is not Whisper")
+        changes = {**types, **trimming, **speech.learned_paths(described)}
         # Before its weights are read, which may take minutes.
         shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
         speech.check_seconds(max_seconds, shapes)
@@ -228,6 +238,9 @@ class PretrainedSpeech(_Released):
             return masked_mean(hidden.astype(jnp.float32), mask)
 
         options = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt, **types}
+        if files.is_salmonn:
+            parts = {"whisper": whisper, "beats": beats, "vicuna": vicuna}
+            options |= {part: _place(place) for part, place in parts.items()}
         identity = {
             "kind": "speech",
             "name": _place(name),
@@ -280,38 +293,54 @@ _KINDS: dict[str, Callable[..., Encoder]] = {
 }
 
 
-def open_encoder(
-    name: str,
-    *,
-    max_tokens: int = 128,
-    max_seconds: float = 30.0,
-    trim: bool = True,
-    prompt: str = "",
-    dtype: str = "float32",
-) -> Encoder:
+# `kind` -> what `open_encoder` may be told of it; the encoder's class says what it means.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    PROSODY: ("max_seconds",),
+    "text": ("max_tokens", "dtype"),
+    "speech": (
+        "max_seconds",
+        "whisper",
+        "beats",
+        "vicuna",
+        "trim",
+        "prompt",
+        "dtype",
+    ),
+}
+
+
+def open_encoder(name: str, **options: Any) -> Encoder:
     """An encoder that was not tuned: "prosody", or one of a folder or the Hugging Face Hub.
 
     Args:
       name: of it.
-      max_tokens: see `PretrainedText`.
-      max_seconds: see `PretrainedSpeech`, as are the following.
-      trim: likewise.
-      prompt: likewise.
-      dtype: of computation and parameters.
+      **options: of `PretrainedText`, `PretrainedSpeech` or `ProsodyEncoder`, whichever it is;
+        `dtype` is also that of the parameters.
 
     Raises:
-      InputError: an encoder that cannot be loaded.
+      InputError: an encoder that cannot be loaded, or an option that it does not have.
     """
-    speech.check_seconds(max_seconds)
+    if "max_seconds" in options:
+        speech.check_seconds(options["max_seconds"])
+    kind = _kind(name, options)
+    useless = [option for option in options if option not in _OPTIONS[kind]]
+    if useless:
+        raise InputError(
+            f"{name}: {', '.join(useless)}; allowed for an encoder of this kind ({kind}): "
+            f"{', '.join(_OPTIONS[kind])}"
+        )
+    if "dtype" in options:
+        options["param_dtype"] = options["dtype"]
+    return _KINDS[kind](name, **options)
+
+
+def _kind(name: str, options: Mapping[str, Any]) -> str:
     if name == PROSODY:
-        return ProsodyEncoder(max_seconds=max_seconds)
-    types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
+        return PROSODY
+    if any(options.get(part) for part in ("whisper", "beats", "vicuna")):
+        return "speech"  # SALMONN, whose own checkpoint has no config.json
     folder = hub.fetch(name)
-    config = hub.read_config(folder)
-    if hub.architecture_of(config, folder / hub.CONFIG).modality == "text":
-        return PretrainedText(name, max_tokens=max_tokens, **types)
-    options: dict[str, Any] = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt}
-    return PretrainedSpeech(name, **options, **types)
+    return hub.architecture_of(hub.read_config(folder), folder / hub.CONFIG).modality
 
 
 def encoder_of(identity: Mapping[str, Any]) -> Encoder:
@@ -351,6 +380,6 @@ def _room_for(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _place(name: epath.PathLike) -> str:
-    """A folder's whole path, so that it is found from anywhere; a name on the hub as it is."""
+    """The whole path of what is there, to be found from anywhere; a name on the hub as it is."""
     path = pathlib.Path(name)
-    return str(path.absolute()) if path.is_dir() else os.fspath(name)
+    return str(path.absolute()) if path.exists() else os.fspath(name)

@@ -33,6 +33,12 @@ class TextEncoderTask(EncoderTask):
 
     options_class = TextEncoderOptions
 
+    @classmethod
+    def described(cls, options: TextEncoderOptions) -> dict[str, Any]:
+        described = hub.read_config(hub.fetch(options.name))
+        hub.architecture_of(described, options.name, "text")
+        return described
+
     def _check_backbone(self, backbone: Any) -> None:
         check_max_tokens(backbone, self.options.max_tokens)
 

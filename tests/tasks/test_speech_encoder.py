@@ -195,6 +195,41 @@ def gradient_of(task, batch):
     return gradient(params, frozen, batch)
 
 
+def test_a_table_of_positions_does_not_decay(whisper_folder, heard_dir, batch, llm):
+    tasks = [
+        SpeechEncoderTask.from_data(
+            tiny(whisper_folder, heard_dir, **{"encoder.options.full": True})
+        ),
+        llm(tower="full"),
+    ]
+    for task in tasks:
+        transformation = optimizer(
+            OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.5), 10
+        )
+        spread = one_device()
+        graph, state = initial_state(
+            task,
+            transformation,
+            seed=0,
+            trainable=task.trainable,
+            make=lambda key, task=task: task.load(key, one_device()),
+        )
+        before = jax.device_get(state["params"])
+        program = spread.program_of_step(train_step(task, graph, transformation))
+        after, _ = program(spread.put_state(state), spread.put_batch(batch))
+        kept = [
+            jax.tree_util.keystr(path)
+            for (path, new), old in zip(
+                jax.tree_util.tree_leaves_with_path(after["params"]),
+                jax.tree.leaves(before),
+                strict=True,
+            )
+            if new.ndim > 1 and np.array_equal(new, old)
+        ]
+        assert [name for name in kept if name.endswith("['positions']")]
+        assert not [name for name in kept if name.endswith("['kernel']")]
+
+
 def test_each_augmentation_changes_training_and_nothing_else(whisper_folder, heard_dir, batch):
     def found(*names):
         changes = {f"encoder.options.{name}": True for name in names}
@@ -288,7 +323,7 @@ def test_a_config_that_cannot_be_used_says_so(
 
 
 def test_a_text_encoder_is_refused(bert_folder, heard_dir):
-    with pytest.raises(InputError, match="'bert' encodes text; needed: speech"):
+    with pytest.raises(InputError, match="'bert' encodes text; needed: speech, as of whis"):
         SpeechEncoderTask.from_data(tiny(bert_folder, heard_dir))
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 import mister_jax.train as train_module
 from configs import text_encoder
+from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
@@ -281,7 +282,7 @@ def other_tokenizer(folder, _):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (other_weights, "missing: embeddings.* surplus"),
+        (other_weights, "another architecture: .* missing: embeddings.* surplus"),
         (lost_shard, "1 of .* shards missing"),
         (cut_short, "cut short"),
         (other_tokenizer, "does not belong to the model: .* up to 119; allowed are those below"),
@@ -296,6 +297,14 @@ def test_a_backbone_that_cannot_be_used_is_named(
         train(tiny(folder, spoken_dir, "minilm_l6"), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_speech_encoder_is_refused(whisper_folder, spoken_dir, tmp_path):
+    message = f"{whisper_folder}: model_type 'whisper' encodes speech; needed: text, as of bert, ro"
+    with pytest.raises(InputError, match=message):
+        train(tiny(whisper_folder, spoken_dir, "minilm_l6"), tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match=message):
+        extract.PretrainedText(str(whisper_folder))
 
 
 def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
