@@ -2,13 +2,16 @@
 
 import collections
 import csv
+import io
 import json
 import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_examples
 from hypothesis import strategies as st
 
+from mister_jax.data.corpus import Recording
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
@@ -79,7 +82,7 @@ def test_random_splits_are_by_dialogue_and_repeatable(tmp_path):
 @pytest.mark.parametrize(
     ("row", "field", "message"),
     [
-        ({"speaker": "Ann"}, "speaker", "unknown; allowed: dialogue, utterance"),
+        ({"speaker": "Ann"}, "'speaker'", "unknown; allowed: dialogue, utterance"),
         ({"text": None}, "audio", "missing, and text too"),
         ({"order": None}, "order", "missing, and start too"),
         ({"order": "soon"}, "order", "'soon'; allowed: a number"),
@@ -175,23 +178,76 @@ def manifests(draw):
     return rows
 
 
+def given(value):
+    """Text as it is read; None where nothing is given."""
+    return None if value is None else str(value).strip() or None
+
+
+def number(value):
+    return None if given(value) is None else float(value)
+
+
 def oracle(rows):
     """Ids of each dialogue's utterances in order; plain, for rows that are known to be right."""
 
     def place(row):
-        order = row.get("order")
-        absent = order is None or (isinstance(order, str) and not order.strip())
-        return float(row["start"] if absent else order)
+        order = number(row.get("order"))
+        return number(row["start"]) if order is None else order
 
     dialogues = collections.defaultdict(list)
     for row in sorted(rows, key=place):
-        dialogue, turn = str(row["dialogue"]).strip(), str(row["utterance"]).strip()
-        dialogues[dialogue].append(f"{dialogue}/{turn}")
+        dialogues[given(row["dialogue"])].append(utterance_id(row))
     return dict(dialogues)
 
 
+def utterance_id(row):
+    return f"{given(row['dialogue'])}/{given(row['utterance'])}"
+
+
+def told(row, folder):
+    """All that a row says, as `seen` of what is read."""
+    recording = None
+    if given(row.get("audio")) is not None:
+        path = str(folder / given(row["audio"]))
+        recording = Recording(path, number(row.get("audio_start")), number(row.get("audio_end")))
+    numbers = [number(row.get(field)) for field in ("score", "start", "end")]
+    return (
+        given(row.get("split")),
+        given(row.get("text")),
+        given(row.get("label")),
+        recording,
+        numbers,
+    )
+
+
+def seen(corpus, splits_given):
+    return {
+        turn.id: (
+            split if splits_given else None,
+            turn.text or None,
+            turn.label,
+            turn.recording,
+            [turn.score, turn.start, turn.end],
+        )
+        for split, turn in corpus.utterances()
+    }
+
+
+def names_of(content, as_csv, rows):
+    """How an error may call a field of a file: by its name, quoted where there is no such field."""
+    known = {field for row in rows for field in row}
+    if as_csv:  # The file may end within its header.
+        header = next(csv.reader(io.StringIO(content.decode(errors="replace"), newline="")), [])
+        known = {name.strip() for name in header}
+    return {*reader.FIELDS, *(" ".join(repr(name).split()) for name in known - {*reader.FIELDS})}
+
+
+# What is wrong with a row or a file, not with a field.
+WITHOUT_FIELD = ("not JSON (", "fields; needed: ", "not CSV (", "not UTF-8; ")
+
+
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rows=manifests(), as_csv=st.booleans(), cut=st.one_of(st.none(), st.floats(0, 1)))
+@given_examples(rows=manifests(), as_csv=st.booleans(), cut=st.one_of(st.none(), st.floats(0, 1)))
 def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, rows, as_csv, cut):
     path = tmp_path / ("m.csv" if as_csv else "m.jsonl")
     if as_csv:
@@ -205,31 +261,35 @@ def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, r
     content = path.read_bytes()
     whole = cut is None or cut == 1
     if not whole:
-        path.write_bytes(content[: int(cut * len(content))])
+        content = content[: int(cut * len(content))]
+        path.write_bytes(content)
     try:
         corpus = reader.read(path)
     except InputError as error:
         message = str(error)
         assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1
-        where = re.search(r"line (\d+)", message)
-        assert where or re.search(r"no rows|empty", message), message
-        if where and "not JSON" not in message and "fields; needed" not in message:
-            named = re.search(r"line \d+: ('.*?'|\w*)", message)
-            assert named, message
+        where = re.match(r"(?:row at )?line (\d+): (.*)", message.removeprefix(f"{path}: "))
+        if where is None:
+            assert re.search(r": (no rows|empty);", message), message
+            return
+        line, reason = int(where[1]), where[2]
+        assert 1 <= line <= 1 + content.count(b"\n") + content.count(b"\r")
+        if not any(what in reason for what in WITHOUT_FIELD):
+            names = names_of(content, as_csv, rows)
+            assert any(reason.startswith(f"{name}: ") for name in names), message
         return
     utterances = [turn for _, turn in corpus.utterances()]
     if whole:
         assert len(utterances) == len(rows)
         assert ids(corpus) == oracle(rows)
-        labels = sorted(str(row["label"]).strip() for row in rows if _given(row.get("label")))
-        assert sorted(turn.label for turn in utterances if turn.label is not None) == labels
+        complete = rows
     else:
         # What is left of a cut file is a beginning of it; a row cut in its last value may pass.
         assert 0 < len(utterances) <= len(rows)
-
-
-def _given(value):
-    return value is not None and str(value).strip() != ""
+        complete = rows[: len(utterances) - 1]
+    found = seen(corpus, any(given(row.get("split")) for row in complete))
+    for row in complete:
+        assert found[utterance_id(row)] == told(row, path.parent)
 
 
 def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):

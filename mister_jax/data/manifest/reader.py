@@ -182,7 +182,7 @@ class _Row:
     def utterance(self) -> Utterance:
         for field in self.fields:
             if field not in FIELDS:
-                self.fail(field, f"unknown; allowed: {', '.join(FIELDS)}")
+                self.fail(repr(field), f"unknown; allowed: {', '.join(FIELDS)}")
         dialogue, name = self.id("dialogue"), self.id("utterance")
         text, audio = self.text("text"), self.line_of_text("audio")
         if text is None and audio is None:
