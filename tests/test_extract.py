@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from absl import logging
 
 from configs import text_encoder
 from mister_jax import data, extract
@@ -157,6 +158,14 @@ def test_silence_until_the_cut_is_absent_in_memory_and_in_a_dataset(
     monkeypatch.setattr(DialogueDataset, "dialogues", lambda *_: iter(dialogues))
     assert not by_prosody.input.load(SPEECH, "train", heard_dir).items
     assert not len(by_prosody.input.items([late])[0])
+
+
+def test_what_is_cut_is_told_of_the_split(bert_folder, spoken_dir, monkeypatch):
+    told = []
+    monkeypatch.setattr(logging, "warning", lambda line, *values: told.append(line % values))
+    extract.PretrainedText(str(bert_folder), max_tokens=4).input.load(TEXT, "test", spoken_dir)
+    assert told[0].startswith(f"dataset {TEXT}, split test: ")
+    assert told[0].endswith("22 texts cut at 4 tokens")
 
 
 def test_texts_of_nothing_are_absent(by_bert):

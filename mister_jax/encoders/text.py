@@ -11,7 +11,9 @@ from absl import logging
 from mister_jax.errors import InputError
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str = ""
+) -> list[np.ndarray]:
     """Token ids of texts, no prompt before them.
 
     The tokenizer adds what its model expects around a sentence. Where that has no end, as with
@@ -21,6 +23,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[
       tokenizer: of transformers.
       texts: none empty.
       max_tokens: longer texts lose their end; how many did is logged.
+      where: the texts are from, for the log.
 
     Returns:
       Arrays [n] int32, 1 <= n <= `max_tokens`.
@@ -40,7 +43,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[
     encoded = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
     too_long = sum(len(ids) > limit for ids in encoded)
     if too_long:
-        logging.warning("%d of %d texts cut at %d tokens", too_long, len(texts), max_tokens)
+        told = f"{where}: " if where else ""
+        logging.warning("%s%d of %d texts cut at %d tokens", told, too_long, len(texts), max_tokens)
         encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     for text, ids in zip(texts, encoded, strict=True):
         if not ids and not end:

@@ -170,8 +170,8 @@ class PretrainedText(_Released):
             module, tokenizer = hub.load(folder, mesh=spread.mesh, **types)
         check_max_tokens(module, max_tokens)
 
-        def encode(texts: Sequence[str]) -> list[np.ndarray]:
-            return encode_texts(tokenizer, texts, max_tokens)
+        def encode(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
+            return encode_texts(tokenizer, texts, max_tokens, where=where)
 
         def features(module: Any, batch: Any) -> jax.Array:
             hidden = module(batch["input_ids"], batch["mask"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 
 from mister_jax import data
 from mister_jax.data.clips import UNIT, beginning, load_clips, pad_clips, units
-from mister_jax.data.tokens import Encode, load_tokens, pad_tokens
+from mister_jax.data.tokens import load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 
 TOKEN_BUDGET = 4096
@@ -59,20 +60,21 @@ class TextInput:
     """Texts as tokens.
 
     Args:
-      encode: from texts to token ids of each.
+      encode: from texts to token ids of each; `where` they are from is for its log.
       max_tokens: of a text.
     """
 
     modality, unit, scale = "text", "tokens", 1
     steps: tuple[int, ...] = _TOKENS
 
-    def __init__(self, encode: Encode, max_tokens: int):
+    def __init__(self, encode: Callable[..., list[np.ndarray]], max_tokens: int):
         self.encode = encode
         self.longest = max_tokens
         self.budget = CPU_TOKEN_BUDGET if jax.default_backend() == "cpu" else TOKEN_BUDGET
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        return load_tokens(dataset, split, data_dir, self.encode)
+        encode = functools.partial(self.encode, where=f"dataset {dataset}, split {split}")
+        return load_tokens(dataset, split, data_dir, encode)
 
     def items(self, utterances: Sequence[str]) -> list[np.ndarray]:
         items = [np.zeros(0, np.int32)] * len(utterances)

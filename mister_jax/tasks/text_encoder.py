@@ -47,9 +47,9 @@ class TextEncoderTask(EncoderTask):
         """The backbone's."""
         return hub.load_processor(self.folder, self._shapes.config)
 
-    def encode(self, texts: Any) -> list[np.ndarray]:
-        """Tokens of texts."""
-        return encode_texts(self.tokenizer, texts, self.options.max_tokens)
+    def encode(self, texts: Any, *, where: str = "") -> list[np.ndarray]:
+        """Tokens of texts; see `encode_texts`."""
+        return encode_texts(self.tokenizer, texts, self.options.max_tokens, where=where)
 
     def model(self, backbone: Any, head: UtteranceHead) -> TextUtterance:
         return TextUtterance(backbone, head)
@@ -64,7 +64,8 @@ class TextEncoderTask(EncoderTask):
           InputError: there is none, or its classes are others.
         """
         name = self._data.name if name is None else name
-        return self._checked(load_tokens(name, split, self._data.data_dir or None, self.encode))
+        encode = functools.partial(self.encode, where=f"dataset {name}, split {split}")
+        return self._checked(load_tokens(name, split, self._data.data_dir or None, encode))
 
     def batched(
         self, utterances: Utterances, *, num_shards: int, shuffle: bool = False

@@ -43,7 +43,11 @@ def test_a_long_text_loses_its_end_and_that_is_counted(tokenizer, logged):
     first, last = first_and_last(tokenizer)
     cut, whole = encode_texts(tokenizer, ["i am so very glad", "i am"], 4)
     assert cut.tolist() == whole.tolist() == [first, *words, last]
-    assert logged == ["1 of 2 texts cut at 4 tokens"]
+    encode_texts(tokenizer, ["i am so very glad"], 4, where="dataset x, split test")
+    assert logged == [
+        "1 of 2 texts cut at 4 tokens",
+        "dataset x, split test: 1 of 1 texts cut at 4 tokens",
+    ]
 
 
 def test_texts_do_not_change_each_other(tokenizer):
