@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from mister_jax.errors import InputError
 from mister_jax.evaluate import evaluate
 from mister_jax.tasks import seeds as seeds_of
 from mister_jax.train import check_workdir, train
-from mister_jax.writers import write_json, write_text
+from mister_jax.writers import read_json, write_json, write_text
 
 SPLITS = ("validation", "test")
 CHOSEN_BY = "weighted_f1"
@@ -128,7 +127,7 @@ def _run(variant: Variant, folder: epath.Path, quiet: bool) -> dict[str, Any] | 
 def _rows(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
     """Of the variants that are done."""
     paths = [workdir / variant.name / _RESULT for variant in variants]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [read_json(path) for path in paths if path.exists()]
 
 
 def _write(rows: Sequence[Mapping[str, Any]], config: ConfigDict, workdir: epath.Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+
+from mister_jax.writers import read_json_lines
 
 
 def _save(figure: Figure, path: epath.PathLike) -> None:
@@ -25,7 +26,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
       metrics: the training's `metrics.jsonl`.
       path: of the PNG.
     """
-    rows = [json.loads(line) for line in epath.Path(metrics).read_text().splitlines()]
+    rows = read_json_lines(metrics)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = (

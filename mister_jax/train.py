@@ -17,7 +17,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ from mister_jax.writers import (
     Reporter,
     mean_and_deviation,
     parameter_table,
+    read_json,
     write_json,
     write_text,
 )
@@ -143,6 +144,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     spreading = spread(parallel, task.rules)
     training = task.split("train", num_shards=spreading.num_shards, shuffle=True)
     validation = task.split("validation", num_shards=spreading.num_shards, shuffle=False)
+    content = {
+        "train": {"fingerprint": training.fingerprint(), "steps_per_epoch": training.steps},
+        "validation": {"fingerprint": validation.fingerprint()},
+    }
+    check_data(content, config.data.name, workdir)
     total_steps = options.epochs * training.steps
     transformation = optimizer(optimizer_config, total_steps)
     rows, length = max((*training.shapes, *validation.shapes), key=math.prod)
@@ -154,7 +160,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
         graph, state = _initial_state(task, transformation, chosen, spreading)
         if jax.process_index() == 0:
             first = seeds.split(state["params"], len(chosen))[0]
-            describe(workdir, config, task, first)
+            describe(workdir, config, task, first, content)
         check_shared(workdir / "config.json")
         step = train_step(task, graph, transformation, options.accumulation)
         judge = validation_sums(task, graph)
@@ -429,17 +435,40 @@ def check_workdir(config: ConfigDict, workdir: epath.Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    theirs, ours = _flat(read_config(workdir)), _flat(config)
-    changed = sorted(
-        name
-        for name in theirs.keys() | ours.keys()
+    changed = _changes(_plain(read_config(workdir)), _plain(config))
+    if changed:
+        raise InputError(
+            f"{workdir}: made with another config ({changed}); use its config, or another workdir"
+        )
+
+
+def check_data(content: Mapping[str, Any], name: str, workdir: epath.Path) -> None:
+    """Raises InputError if the work directory was made with other data of the same name.
+
+    Args:
+      content: of the splits, as `describe` writes it.
+      name: of the dataset.
+      workdir: of the training.
+    """
+    path = workdir / "data.json"
+    if not (workdir / "config.json").exists() or not path.exists():
+        return
+    changed = _changes(read_json(path), content)
+    if changed:
+        raise InputError(
+            f"{workdir}: made with other data than dataset {name} has now ({changed}); use what it "
+            "was made with, or another workdir"
+        )
+
+
+def _changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs between two nested mappings, but for `_FREE`; empty if nothing does."""
+    theirs, ours = _flat(theirs), _flat(ours)
+    return ", ".join(
+        f"{name} {theirs.get(name)} -> {ours.get(name)}"
+        for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name) and not name.startswith(_FREE)
     )
-    if changed:
-        shown = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in changed)
-        raise InputError(
-            f"{workdir}: made with another config ({shown}); use its config, or another workdir"
-        )
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
@@ -452,21 +481,44 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     if not path.exists():
         raise InputError(f"{path}: no such file; the workdir must be one that training has made")
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except ValueError as error:
+        return ConfigDict(read_json(path))
+    except InputError:
+        raise
+    except ValueError as error:  # such as a dot in a name
         raise InputError(f"{path}: not a readable config ({error})") from error
 
 
-def _flat(config: ConfigDict) -> dict[str, Any]:
-    """Dotted names to values, as JSON has them (lists for tuples)."""
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """As JSON has it: lists for tuples."""
+    plain: dict[str, Any] = json.loads(config.to_json_best_effort())
+    return plain
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to values."""
     pairs = jax.tree_util.tree_flatten_with_path(
-        json.loads(config.to_json_best_effort()), is_leaf=lambda value: not isinstance(value, dict)
+        values, is_leaf=lambda value: not isinstance(value, dict)
     )[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in pairs}
 
 
-def describe(workdir: epath.Path, config: ConfigDict, task: Task, params: Any) -> None:
-    """Writes what a work directory is: its config, model, parameters and package versions."""
+def describe(
+    workdir: epath.Path,
+    config: ConfigDict,
+    task: Task,
+    params: Any,
+    content: Mapping[str, Any],
+) -> None:
+    """Writes what a work directory is: its config, model, parameters, data, package versions.
+
+    Args:
+      workdir: of the training; made if it is not there.
+      config: of the experiment.
+      task: of it.
+      params: of one seed.
+      content: by split what tells that a training goes on with the data it began with: the
+        "fingerprint", and of the training split "steps_per_epoch".
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     device = jax.devices()[0]
@@ -483,5 +535,6 @@ def describe(workdir: epath.Path, config: ConfigDict, task: Task, params: Any) -
     )
     write_text(workdir / "parameters.txt", parameter_table(params))
     write_json(workdir / "model.json", task.description())
+    write_json(workdir / "data.json", content)
     # Last: a work directory with a config has all the rest.
-    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    write_json(workdir / "config.json", _plain(config))

@@ -1,8 +1,12 @@
-"""What a run shows and writes of itself: metrics, progress, tables, files that appear whole."""
+"""What a run shows and writes of itself: metrics, progress, tables, files that appear whole.
+
+And how such files are read again.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +29,8 @@ from rich.progress import (
 from rich.table import Table
 from tensorboardX import SummaryWriter, record_writer
 
+from mister_jax.errors import InputError
+
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a file that is there whole or not at all."""
@@ -37,6 +43,56 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_json(path: epath.PathLike, value: Any) -> None:
     """`write_text` of a value as readable JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """What `write_json` has written: an object.
+
+    Raises:
+      InputError: the file is not there, or is not a JSON object, such as one that was cut short.
+    """
+    path = epath.Path(path)
+    try:
+        return _object(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such file; needed: what a command has written there"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); needed: a JSON object") from error
+
+
+def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, one a line.
+
+    Raises:
+      InputError: the file is not there, or a line is not a JSON object.
+    """
+    path = epath.Path(path)
+    try:
+        # Not splitlines: JSON text may hold the other line separators of Unicode.
+        lines = path.read_text().split("\n")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; needed: JSON Lines") from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); needed: JSON Lines") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append(_object(line))
+            except ValueError as error:
+                raise InputError(
+                    f"{path}: line {number}: damaged ({error}); needed: a JSON object"
+                ) from error
+    return rows
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
 
 
 class _BucketEvents:
@@ -84,7 +140,7 @@ class MetricsWriter:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._board = None
         if jax.process_index() == 0:
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+            kept = [line for line in self._lines() if _step(line) <= step]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
             self._board = SummaryWriter(os.fspath(workdir), purge_step=step + 1)
 
@@ -105,10 +161,16 @@ class MetricsWriter:
     def _lines(self) -> Iterable[str]:
         if not self._path.exists():
             return
-        for line in self._path.read_text().splitlines():
-            # The last line may be cut short where a run was killed.
-            if line.startswith("{") and line.endswith("}"):
-                yield line
+        # The last one may be cut short where a run was killed, within a character, too.
+        yield from self._path.read_bytes().decode(errors="replace").split("\n")
+
+
+def _step(line: str) -> float:
+    """That of a line of `metrics.jsonl`; past all others' where the line cannot be read."""
+    try:
+        return float(_object(line)["step"])
+    except (KeyError, TypeError, ValueError):
+        return math.inf
 
 
 class Reporter:

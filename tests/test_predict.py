@@ -37,7 +37,7 @@ def untrained(workdir, data_dir, dataset):
     )
     task = FusionTask.from_data(config)
     state = initial_state(task, optax.sgd(0.1), seed=3)[1]
-    describe(workdir, config, task, state["params"])
+    describe(workdir, config, task, state["params"], {})
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(BEST, 1, state["params"], {"epoch": 1, "weighted_f1": 0.5})
     return workdir

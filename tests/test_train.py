@@ -5,10 +5,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
+import threading
+import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from configs import fusion
 from mister_jax import data
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.errors import InputError
+from mister_jax.parallel import JitSpread, data_mesh
 from mister_jax.train import TrainingDiverged, train
 
 
@@ -121,28 +126,63 @@ def test_seed_decides_the_run(data_dir, finished, tmp_path):
     assert (latest(tmp_path / "other")[0][kernel] != latest(finished)[0][kernel]).any()
 
 
-def train_and_signal(data_dir, workdir, place, call, moment, name):
-    """Trains in this process, which at the `call`-th call of `place` sends itself a signal.
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """That a process sends itself at the `call`-th call of `place`.
 
-    Before the call, or right after it: a save is then still being written.
+    Before the call, or right after it: a save is then still being written. Or `delay` seconds after
+    it began.
     """
-    jax.config.update("jax_num_cpu_devices", 1)
-    owner = {"Loop": train_module._Loop, "Checkpoints": Checkpoints}
-    if place:
-        owner_name, method = place.split(".")
-        original, calls = getattr(owner[owner_name], method), itertools.count(1)
+
+    place: str
+    call: int
+    moment: str
+    name: str = "SIGKILL"
+    delay: float = 0.0
+
+    def send(self):
+        os.kill(os.getpid(), getattr(signal, self.name))
+
+    def await_place(self):
+        owner_name, method = self.place.split(".")
+        owner = {"Loop": train_module._Loop, "Checkpoints": Checkpoints}[owner_name]
+        original, calls = getattr(owner, method), itertools.count(1)
 
         def watched(*arguments, **options):
-            due = next(calls) == call
-            if due and moment == "before":
-                os.kill(os.getpid(), getattr(signal, name))
+            due = next(calls) == self.call
+            if due and self.moment == "before":
+                self.send()
+            if due and self.moment == "later":
+                threading.Timer(self.delay, self.send).start()
             result = original(*arguments, **options)
-            if due and moment == "after":
-                os.kill(os.getpid(), getattr(signal, name))
+            if due and self.moment == "after":
+                self.send()
             return result
 
-        setattr(owner[owner_name], method, watched)
-    progress = train(tiny(data_dir, "tiny,text_only"), workdir, quiet=True)
+        setattr(owner, method, watched)
+
+
+def two_lengths(data_dir, **changes):
+    """The config of a training of all parts of the model, in batches of two lengths."""
+    return tiny(data_dir, **{"data.num_buckets": 2, **changes})
+
+
+def train_and_signal(data_dir, workdir, sent, changes):
+    """Trains in this process, which has one device and sends itself a signal."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    if sent is not None:
+        sent.await_place()
+    started = []
+    original = train_module._Loop._epoch
+
+    def timed(*arguments):
+        started.append(time.monotonic())
+        return original(*arguments)
+
+    train_module._Loop._epoch = timed
+    progress = train(two_lengths(data_dir, **changes), workdir, quiet=True)
+    workdir.with_suffix(".seconds").write_text(str(time.monotonic() - started[0]))
     sys.exit(0 if progress.finished else STOPPED)
 
 
@@ -153,10 +193,10 @@ STOPPED = 15
 def train_apart():
     """Runs `train_and_signal` in a process of its own and gives its exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_train", "tensorflow_datasets"])
+    context.set_forkserver_preload(["tests.test_train", "tensorflow", "tensorflow_datasets"])
 
-    def run(*arguments):
-        process = context.Process(target=train_and_signal, args=arguments)
+    def run(data_dir, workdir, sent=None, **changes):
+        process = context.Process(target=train_and_signal, args=(data_dir, workdir, sent, changes))
         process.start()
         process.join(timeout=200)
         return process.exitcode
@@ -167,7 +207,7 @@ def train_apart():
 @pytest.fixture(scope="module")
 def undisturbed(data_dir, tmp_path_factory, train_apart):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    assert train_apart(data_dir, workdir) == 0
     return workdir
 
 
@@ -176,26 +216,84 @@ def test_killed_in_training_validation_and_saving_it_ends_with_the_same_bits(
 ):
     workdir = tmp_path / "run"
     kills = (
-        ("Loop._record", 2, "before"),  # in the first epoch, before anything was saved
-        ("Loop._validation_scores", 1, "before"),
-        ("Checkpoints.save", 1, "after"),  # the best is being written, the latest is not
-        ("Checkpoints.save", 2, "after"),  # the latest is being written
-        ("Loop._record", 2, "after"),  # in the second epoch
+        Signal("Loop._record", 2, "before"),  # in the first epoch, before anything was saved
+        Signal("Loop._validation_scores", 1, "before"),
+        Signal("Checkpoints.save", 1, "after"),  # the best is being written, the latest is not
+        Signal("Checkpoints.save", 2, "after"),  # the latest is being written
+        Signal("Loop._record", 2, "after"),  # in the second epoch
     )
-    for place, call, moment in kills:
-        status = train_apart(data_dir, workdir, place, call, moment, "SIGKILL")
-        assert status == -signal.SIGKILL, (place, call, moment)
-    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    for kill in kills:
+        assert train_apart(data_dir, workdir, kill) == -signal.SIGKILL, kill
+    assert train_apart(data_dir, workdir) == 0
     assert_same_bits(latest(workdir), latest(undisturbed))
     assert records(workdir) == records(undisturbed)
 
 
+def test_killed_at_any_moment_it_ends_with_the_same_bits(
+    data_dir, undisturbed, tmp_path, train_apart
+):
+    workdir = tmp_path / "run"
+    seconds = float(undisturbed.with_suffix(".seconds").read_text())
+    kill = Signal("Loop._epoch", 1, "later", delay=random.SystemRandom().uniform(0, seconds))
+    status = train_apart(data_dir, workdir, kill, **{"train.save_every": 1})
+    # On a busy machine it may have been done by then.
+    assert status in (-signal.SIGKILL, 0), kill
+    assert train_apart(data_dir, workdir) == 0, kill
+    assert records(workdir) == records(undisturbed), kill
+    assert_same_bits(latest(workdir), latest(undisturbed))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_run_of_eight_devices_goes_on_with_one(data_dir, undisturbed, tmp_path, monkeypatch):
+    def on_devices(number):
+        mesh = data_mesh(devices=jax.devices()[:number])
+        monkeypatch.setattr(train_module, "spread", lambda *_: JitSpread(mesh))
+
+    def save_and_fall(*arguments):
+        save(*arguments)
+        if arguments[-1] == 4:  # in the second epoch
+            raise Interrupted
+
+    save = train_module._Loop._save
+    on_devices(8)
+    with monkeypatch.context() as falling, pytest.raises(Interrupted):
+        falling.setattr(train_module._Loop, "_save", save_and_fall)
+        train(two_lengths(data_dir, **{"train.save_every": 2}), tmp_path, quiet=True)
+    assert latest(tmp_path)[1]["epoch"] == 1
+    on_devices(1)
+    train(two_lengths(data_dir), tmp_path, quiet=True)
+    ours, theirs = latest(tmp_path), latest(undisturbed)
+    assert ours[1] == theirs[1]
+    chex.assert_trees_all_close(ours[0], theirs[0], atol=1e-5)
+    for ours, theirs in zip(records(tmp_path), records(undisturbed), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_other_data_of_the_same_name_is_refused(data_dir, finished, monkeypatch):
+    before = latest(finished)
+
+    def load(name, split, *options):
+        features = data.load(name, split, *options)
+        return dataclasses.replace(features, text=-features.text) if split == "train" else features
+
+    monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
+    with pytest.raises(
+        InputError, match=r"other data than dataset tiny has now \(train.fingerprint \w+ -> \w+\)"
+    ) as error:
+        train(tiny(data_dir), finished, quiet=True)
+    assert "\n" not in str(error.value)
+    assert_same_bits(latest(finished), before)
+
+
 def test_sigterm_saves_and_a_new_start_goes_on(data_dir, undisturbed, tmp_path, train_apart):
     workdir = tmp_path / "run"
-    stopped = train_apart(data_dir, workdir, "Loop._record", 1, "before", "SIGTERM")
-    assert stopped == STOPPED
+    stop = Signal("Loop._record", 1, "before", "SIGTERM")
+    assert train_apart(data_dir, workdir, stop) == STOPPED
     assert latest(workdir)[1]["epoch"] == 0  # in the middle of the first epoch
-    assert train_apart(data_dir, workdir, "", 0, "", "") == 0
+    assert train_apart(data_dir, workdir) == 0
     assert_same_bits(latest(workdir), latest(undisturbed))
 
 
@@ -227,6 +325,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
 
     monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
     monkeypatch.setattr("mister_jax.train.check_workdir", lambda *_: None)
+    monkeypatch.setattr("mister_jax.train.check_data", lambda *_: None)
     with pytest.raises(TrainingDiverged, match="not finite between steps") as error:
         train(tiny(data_dir, **{"train.epochs": 3}), workdir, quiet=True)
     assert "\n" not in str(error.value)

@@ -7,7 +7,8 @@ import pytest
 from etils.epath import backend
 
 from mister_jax import figures
-from mister_jax.writers import MetricsWriter, write_json
+from mister_jax.errors import InputError
+from mister_jax.writers import MetricsWriter, read_json, read_json_lines, write_json
 
 
 class Bucket(backend._OsPathBackend):
@@ -54,3 +55,34 @@ def test_metrics_events_and_pictures_go_to_a_bucket(bucket):
     write_json(f"{workdir}/metrics.json", {"test": scores})
     assert json.loads((bucket / "metrics.json").read_text()) == {"test": scores}
     assert not list(bucket.glob("*.tmp"))
+
+
+def test_a_line_that_was_cut_short_goes_with_the_next_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cut = '{"step": 2, "na\N{LATIN SMALL LETTER E WITH ACUTE}'.encode()[:-1]
+    for end in (cut, b'{"step": 2, "loss": {}', b"{}", b"\x00\x00"):
+        path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + end)
+        MetricsWriter(tmp_path, 3).close()
+        assert read_json_lines(path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_json_lines_end_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"name": "a\u2028b"}\r\n\n{"name": "c"}')
+    assert read_json_lines(path) == [{"name": "a\u2028b"}, {"name": "c"}]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"[1]", b'{"a": "\xff"}'])
+@pytest.mark.parametrize("read", [read_json, read_json_lines])
+def test_json_that_cannot_be_read_is_named(tmp_path, read, content):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_bytes(content)
+    if read is read_json_lines and content == b"":
+        assert read(path) == []
+        return
+    with pytest.raises(
+        InputError, match=r"some.json: (no such file|.*damaged).*; needed: "
+    ) as error:
+        read(path)
+    assert "\n" not in str(error.value)

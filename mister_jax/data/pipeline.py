@@ -98,12 +98,17 @@ class BatchPlan:
     is no small batch at the end. All batches of a bucket have one shape, with an empty row where
     the dialogues do not divide evenly, so a training compiles as many programs as it has buckets.
 
+    `multiple_of` adds empty rows and moves no dialogue, so a training takes the same steps on any
+    number of devices.
+
     Attributes:
         lengths: [M] int, the utterances of each dialogue.
         batch_size: most dialogues in a global batch.
         num_buckets: most padded lengths.
         multiple_of: each batch is filled up with empty rows to a multiple of this, the number of
             devices.
+        fitted_to: the buckets are those that pad the least where `multiple_of` is this. The number
+            of devices where it does not matter which dialogues share a batch, as in an evaluation.
 
     Raises:
         ValueError: no lengths, or an argument below 1.
@@ -113,8 +118,11 @@ class BatchPlan:
     batch_size: int
     num_buckets: int = DEFAULT_NUM_BUCKETS
     multiple_of: int = 1
+    fitted_to: int = 1
 
     def __post_init__(self) -> None:
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of {self.multiple_of}; at least 1")
         # A plan that cannot be made fails here, not in the first epoch.
         _ = self.boundaries
 
@@ -125,7 +133,7 @@ class BatchPlan:
             self.lengths,
             self.num_buckets,
             batch_size=self.batch_size,
-            multiple_of=self.multiple_of,
+            multiple_of=self.fitted_to,
         )
 
     @functools.cached_property

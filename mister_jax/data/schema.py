@@ -1,6 +1,7 @@
 """What a split of dialogues looks like in memory, between a dataset and its batches."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,16 @@ SPLITS = ("train", "validation", "test")
 
 UNLABELLED = -1
 """The label of an utterance that is context only: no loss, no metric."""
+
+
+def fingerprint(*values: Any) -> str:
+    """16 hexadecimal digits of arrays or lists of texts; others have another."""
+    digest = hashlib.sha256()
+    for value in values:
+        array = np.ascontiguousarray(value)
+        digest.update(f"{array.dtype.str} {array.shape} ".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +94,20 @@ class DialogueFeatures:
     def class_counts(self) -> np.ndarray:
         """[C] int64, labelled utterances of each class."""
         return np.bincount(self.label[self.label != UNLABELLED], minlength=len(self.class_names))
+
+    def fingerprint(self) -> str:
+        """Of all that a training reads: features of another encoder have another."""
+        return fingerprint(
+            self.class_names,
+            self.dialogue_ids,
+            self.lengths,
+            self.utterance_ids,
+            self.speech,
+            self.text,
+            self.speech_present,
+            self.text_present,
+            self.label,
+        )
 
     def summary(self) -> dict[str, str]:
         """What the split holds, in the lines of a table for people."""

@@ -12,7 +12,7 @@ from etils import epath
 
 from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
 from mister_jax.data.pipeline import BatchPlan
-from mister_jax.data.schema import UNLABELLED
+from mister_jax.data.schema import UNLABELLED, fingerprint
 
 Fields = dict[str, np.ndarray]
 
@@ -68,6 +68,12 @@ class Utterances:
             items=tuple(self.items[row] for row in rows),
             label=self.label[rows],
             score=None if self.score is None else self.score[rows],
+        )
+
+    def fingerprint(self) -> str:
+        """Of all that a training reads: other tokens or samples have another."""
+        return fingerprint(
+            self.class_names, self.dialogue_ids, self.utterance_ids, self.label, *self.items
         )
 
     def labelled(self) -> "Utterances":

@@ -22,7 +22,7 @@ from mister_jax.report import charts, summary
 from mister_jax.report.charts import element
 from mister_jax.report.summary import DRAWS, Bootstrap, Evaluated, Score, System
 from mister_jax.train import read_config
-from mister_jax.writers import write_text
+from mister_jax.writers import read_json, write_text
 
 _HERE = epath.resource_path("mister_jax") / "report"
 _TITLES = {
@@ -73,7 +73,7 @@ class Experiment:
             name=workdir.name,
             config=config,
             epochs=checkpoint.get("epochs") or (checkpoint["epoch"],),
-            versions=json.loads(versions.read_text()) if versions.exists() else {},
+            versions=read_json(versions) if versions.exists() else {},
             date=_saved_on(workdir / "checkpoints" / BEST),
         )
 
@@ -82,7 +82,7 @@ def _saved_on(folder: epath.Path) -> str | None:
     """When the newest checkpoint was written, by what it says itself: copies keep that."""
     written = []
     for path in folder.glob("*/_CHECKPOINT_METADATA"):
-        told = json.loads(path.read_text()).get("commit_timestamp_nsecs")
+        told = read_json(path).get("commit_timestamp_nsecs")
         if told:
             written.append(told)
     if not written:

@@ -78,6 +78,9 @@ class Split(Protocol):
     def padding_share(self) -> float:
         """Share of positions that hold no utterance."""
 
+    def fingerprint(self) -> str:
+        """Of what is in it: that of a dataset with other content is another."""
+
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of each batch of an epoch, from `start_step` on."""
 
@@ -93,7 +96,10 @@ class Task(Protocol):
         """What `restore` needs beside the config, plain JSON values."""
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
-        """A split of the dataset, in batches whose rows are a multiple of `num_shards`."""
+        """A split of the dataset, in batches whose rows are a multiple of `num_shards`.
+
+        With `shuffle`, for training, what shares a batch does not hang on `num_shards`.
+        """
 
     @property
     def trainable(self) -> Any:

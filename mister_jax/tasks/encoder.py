@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from mister_jax import losses, metrics
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.models.utterance import (
@@ -68,12 +69,14 @@ class EncoderSplit:
     """`Split` of single utterances.
 
     Attributes:
+      utterances: that are in it.
       plan: which utterances share a batch.
       make: the batches of an epoch, called with keywords of `data.utterances.utterance_batches`.
       seed: of the shuffle.
       shuffle: permute the utterances in each epoch.
     """
 
+    utterances: Utterances
     plan: BatchPlan
     make: Callable[..., Iterator[dict[str, np.ndarray]]]
     seed: int
@@ -90,6 +93,9 @@ class EncoderSplit:
     @property
     def padding_share(self) -> float:
         return self.plan.padding_share
+
+    def fingerprint(self) -> str:
+        return self.utterances.fingerprint()
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         return self.make(
@@ -229,9 +235,15 @@ class EncoderTask:
         """Utterances in batches whose rows are a multiple of `num_shards`."""
         raise NotImplementedError
 
-    def _plan(self, lengths: np.ndarray, num_shards: int) -> BatchPlan:
-        data = self._data
-        return BatchPlan(lengths, data.batch_size, data.num_buckets, num_shards * self._multiple)
+    def _plan(self, lengths: np.ndarray, num_shards: int, *, shuffle: bool) -> BatchPlan:
+        return BatchPlan(
+            lengths,
+            self._data.batch_size,
+            self._data.num_buckets,
+            multiple_of=num_shards * self._multiple,
+            # A training must take the same steps on any number of devices.
+            fitted_to=self._multiple * (1 if shuffle else num_shards),
+        )
 
     def _checked(self, utterances: Any) -> Any:
         """The utterances, if their classes are the model's."""

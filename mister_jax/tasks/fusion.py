@@ -82,6 +82,9 @@ class FeatureSplit:
     def padding_share(self) -> float:
         return self.plan.padding_share
 
+    def fingerprint(self) -> str:
+        return self.features.fingerprint()
+
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         return batches(
             self.features,
@@ -222,7 +225,12 @@ class FusionTask:
     ) -> FeatureSplit:
         """Features in batches whose rows are a multiple of `num_shards`."""
         plan = BatchPlan(
-            features.lengths, self._data.batch_size, self._data.num_buckets, num_shards
+            features.lengths,
+            self._data.batch_size,
+            self._data.num_buckets,
+            multiple_of=num_shards,
+            # A training must take the same steps on any number of devices.
+            fitted_to=1 if shuffle else num_shards,
         )
         return FeatureSplit(features, plan, self._data_seed, shuffle)
 

@@ -186,6 +186,6 @@ class SpeechEncoderTask(EncoderTask):
     ) -> EncoderSplit:
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         most = _samples(seconds)
-        plan = self._plan(units(utterances.sizes, most), num_shards)
+        plan = self._plan(units(utterances.sizes, most), num_shards, shuffle=shuffle)
         make = functools.partial(clip_batches, utterances, plan, most=most)
-        return EncoderSplit(plan, make, self._seed, shuffle)
+        return EncoderSplit(utterances, plan, make, self._seed, shuffle)

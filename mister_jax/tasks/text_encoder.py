@@ -70,6 +70,6 @@ class TextEncoderTask(EncoderTask):
     def batched(
         self, utterances: Utterances, *, num_shards: int, shuffle: bool = False
     ) -> EncoderSplit:
-        plan = self._plan(utterances.sizes, num_shards)
+        plan = self._plan(utterances.sizes, num_shards, shuffle=shuffle)
         make = functools.partial(token_batches, utterances, plan)
-        return EncoderSplit(plan, make, self._seed, shuffle)
+        return EncoderSplit(utterances, plan, make, self._seed, shuffle)

@@ -122,6 +122,22 @@ def test_shapes_are_the_same_in_every_epoch_and_at_most_two_a_bucket():
     assert all(max(size) - min(size) <= 1 for size in sizes.values())
 
 
+@pytest.mark.parametrize("multiple_of", [2, 8])
+def test_more_devices_add_empty_rows_and_move_no_dialogue(multiple_of):
+    alone = BatchPlan(LENGTHS, 4, num_buckets=3)
+    spread = BatchPlan(LENGTHS, 4, num_buckets=3, multiple_of=multiple_of)
+    for ours, theirs in zip(spread.epoch(5, 2), alone.epoch(5, 2), strict=True):
+        assert ours.num_utterances == theirs.num_utterances
+        np.testing.assert_array_equal(ours.rows[ours.rows >= 0], theirs.rows[theirs.rows >= 0])
+        assert (ours.rows[len(theirs.rows) :] == -1).all()
+
+
+def test_buckets_fitted_to_the_devices_pad_less_there():
+    plans = [BatchPlan(LENGTHS, 4, multiple_of=4, fitted_to=fitted_to) for fitted_to in (1, 4)]
+    assert plans[1].padding_share < plans[0].padding_share
+    assert plans[1].boundaries == length_buckets(LENGTHS, 7, batch_size=4, multiple_of=4)
+
+
 def test_epochs_and_seeds_shuffle_and_without_shuffle_nothing_moves():
     plan = BatchPlan(LENGTHS, 4)
 
@@ -196,6 +212,8 @@ def test_a_plan_that_does_not_fit_is_refused():
         batches(features, plan, seed=0, epoch=0, process_count=3)
     with pytest.raises(ValueError, match="start_step 99"):
         batches(features, plan, seed=0, epoch=0, start_step=99)
+    with pytest.raises(ValueError, match="multiple_of 0"):
+        BatchPlan(LENGTHS, 4, multiple_of=0)
 
 
 def test_prefetch_keeps_order_and_stays_a_fixed_number_ahead():
