@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import nnx
 
@@ -24,7 +26,14 @@ from mister_jax.steps import split_model
 from mister_jax.tasks import seeds as seeds_of
 from mister_jax.tasks import task_class
 from mister_jax.train import read_config
-from mister_jax.writers import Reporter, mean_and_deviation, write_json, write_text
+from mister_jax.writers import (
+    Reporter,
+    mean_and_deviation,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
 
 Predictions = dict[str, np.ndarray]
 
@@ -55,8 +64,13 @@ class Predictor:
         if data_dir:
             config.data.data_dir = data_dir
         self.data_dir: str | None = config.data.data_dir or None
-        description = json.loads((workdir / "model.json").read_text())
-        self.task = task_class(config).restore(config, description)
+        description = read_json(workdir / "model.json")
+        try:
+            self.task = task_class(config).restore(config, description)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{workdir / 'model.json'}: damaged ({error!r}); needed: that of a training"
+            ) from error
         self.seeds = seeds_of(config)
         self.spread = JitSpread(data_mesh(), self.task.rules)
         shapes = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
@@ -162,7 +176,11 @@ class Predictor:
 
 
 def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, Any]:
-    """`metrics.scores` of predictions, of each expert's choices too, and of sentiment scores."""
+    """`metrics.scores` of predictions, and of each expert's choices.
+
+    Where utterances have scores and two classes of sentiment (see `metrics.positive_class`), also
+    "sentiment": the readings of the scores.
+    """
     classes = len(features.class_names)
     labelled = features.label >= 0
 
@@ -187,9 +205,10 @@ def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, An
                 own = metrics.scores(confusion(choices, present), features.class_names)
                 found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
                 found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
-    if features.score is not None and classes == 2:
+    positive = metrics.positive_class(features.class_names)
+    if features.score is not None and positive is not None:
         found["sentiment"] = metrics.binary_sentiment(
-            np.where(labelled, features.score, np.nan), predicted == 1
+            np.where(labelled, features.score, np.nan), predicted == positive
         )
     if "reference_scores" in features.metadata:
         found["reference_scores"] = features.metadata["reference_scores"]
@@ -204,6 +223,7 @@ def prediction_rows(features: DialogueFeatures, predictions: Predictions) -> Ite
     for index, (dialogue, row) in enumerate(zip(dialogues, told, strict=True)):
         label = features.label[index]
         yield {
+            "dataset": features.name,
             "split": features.split,
             "dialogue": str(features.dialogue_ids[dialogue]),
             "utterance": str(features.utterance_ids[index]),
@@ -256,6 +276,8 @@ def evaluate(
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
 
     Each of the files holds all splits that were evaluated so far; this one is replaced in them.
+    Those of another dataset than the training's are told apart: its test split is "DATASET/test" in
+    `metrics.json`.
 
     Args:
       workdir: of a training.
@@ -268,33 +290,48 @@ def evaluate(
       quiet: show no progress.
 
     Returns:
-      The scores of the split, as in `metrics.json`.
+      The scores of the split, as in `metrics.json`: of `scores`, and "dataset", "checkpoint" (the
+      "epoch" of the parameters), "seeds" where there are several.
+
+    Raises:
+      InputError: a work directory, a dataset, or results in the folder that cannot be used.
     """
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
     output = epath.Path(workdir if output is None else output)
+    trained_on = read_config(workdir).data.name
+    key = split if features.name == trained_on else f"{features.name}/{split}"
+    by_split = read_metrics(output)
+    path = output / "predictions.jsonl"
+    kept = [
+        row
+        for row in (read_json_lines(path) if path.exists() else [])
+        if (row.get("dataset", trained_on), row.get("split")) != (features.name, split)
+    ]
     study = _read_study(output, _studied(predictor, features)) if report else None
+    if features.score is not None and metrics.positive_class(features.class_names) is None:
+        logging.warning(
+            "dataset %s: its scores are not read as sentiment, which needs classes such as "
+            "negative and positive; it has %s",
+            features.name,
+            ", ".join(features.class_names),
+        )
     of_each = predictor.of_each_seed(features, quiet=quiet)
     predictions = seeds.ensemble(of_each)
     found = scores(features, predictions)
     if len(of_each) > 1:
         own = [scores(features, each) for each in of_each]
         found["seeds"] = seeds.summary(predictor.seeds, own)
-    found["checkpoint"] = {"epoch": predictor.progress["epoch"]}
+    found |= {"dataset": features.name, "checkpoint": {"epoch": predictor.progress["epoch"]}}
     if report and study is None and _has_both(features):
         pairs = [(rate, 0.0) for rate in RATES] + [(0.0, rate) for rate in RATES]
         study = _study(predictor, features, pairs, RATE_DRAWS, quiet=quiet)
     if jax.process_index() == 0:
         output.mkdir(parents=True, exist_ok=True)
-        by_split = {**read_metrics(output), split: found}
+        by_split = {**by_split, key: found}
         write_json(output / "metrics.json", by_split)
-        path = output / "predictions.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["split"] != split]
-        new = [
-            json.dumps(row, ensure_ascii=False) for row in prediction_rows(features, predictions)
-        ]
-        write_text(path, "\n".join([*kept, *new]) + "\n")
+        rows = itertools.chain(kept, prediction_rows(features, predictions))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         figures.confusion(
             {
                 f"{name}, weighted F1 {value['weighted_f1']:.3f}": np.array(value["confusion"])
@@ -313,9 +350,13 @@ def evaluate(
 
 
 def read_metrics(output: epath.PathLike) -> dict[str, Any]:
-    """`metrics.json` of a folder, by split; empty if there is none."""
+    """`metrics.json` of a folder, by split; empty if there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
     path = epath.Path(output) / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def drop(
@@ -446,7 +487,7 @@ def _write_study(study: Mapping[str, Any], output: epath.Path) -> None:
 def _read_study(output: epath.Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
     """The study in a folder, if it is one of the same."""
     path = output / "missing_modality.json"
-    study = json.loads(path.read_text()) if path.exists() else {}
+    study = read_json(path) if path.exists() else {}
     return study if all(study.get(name) == value for name, value in of.items()) else None
 
 

@@ -5,6 +5,7 @@ Counts are made on the devices and add up over batches; scores are made of the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,31 @@ SENTIMENT_CONVENTIONS = (
     "negative_positive_without_zero",
     "nonpositive_positive",
 )
+
+
+_SENTIMENTS = (
+    {"negative", "positive"},
+    {"negative", "nonnegative"},
+    {"nonpositive", "positive"},
+)
+
+
+def positive_class(class_names: Sequence[str]) -> int | None:
+    """Which of two classes of sentiment is the positive one.
+
+    Args:
+      class_names: of a dataset, such as "negative" and "Non-negative", in any order.
+
+    Returns:
+      The index of "positive" or "nonnegative" beside "negative" or "nonpositive"; None for classes
+      with other names. Upper case, hyphens, underscores and spaces do not count.
+    """
+    names = [re.sub(r"[-_ ]", "", name.lower()) for name in class_names]
+    if len(names) != 2 or set(names) not in _SENTIMENTS:
+        return None
+    return next(
+        index for index, name in enumerate(names) if name not in ("negative", "nonpositive")
+    )
 
 
 def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Scores, predictions and the missing-modality study of a trained work directory."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,8 @@ from sklearn.metrics import f1_score
 
 from mister_jax import data
 from mister_jax.errors import InputError
-from mister_jax.evaluate import drop, evaluate, missing_modality_study
+from mister_jax.evaluate import drop, evaluate, missing_modality_study, scores
+from mister_jax.writers import read_json_lines
 from tests.test_train import data_dir, finished  # noqa: F401
 
 
@@ -38,7 +40,7 @@ def test_files_hold_each_split_once(finished, evaluated, data_dir):  # noqa: F81
 
 def test_scores_are_those_of_the_predictions(evaluated):
     metrics = json.loads((evaluated / "metrics.json").read_text())
-    for split, scores in metrics.items():
+    for split, found in metrics.items():
         pairs = [
             (row["label"], row["predicted"])
             for row in rows(evaluated)
@@ -46,8 +48,8 @@ def test_scores_are_those_of_the_predictions(evaluated):
         ]
         label, predicted = zip(*pairs, strict=True)
         expected = f1_score(label, predicted, average="weighted", zero_division=0)
-        assert scores["weighted_f1"] == pytest.approx(expected)
-        assert scores["reference_scores"]["bayes"]["weighted_f1"] > 0
+        assert found["weighted_f1"] == pytest.approx(expected)
+        assert found["reference_scores"]["bayes"]["weighted_f1"] > 0
 
 
 def test_validation_score_is_that_of_the_training(finished, evaluated):  # noqa: F811
@@ -55,6 +57,56 @@ def test_validation_score_is_that_of_the_training(finished, evaluated):  # noqa:
     best = max(json.loads(line).get("validation/weighted_f1", 0) for line in lines)
     metrics = json.loads((evaluated / "metrics.json").read_text())
     assert metrics["validation"]["weighted_f1"] == pytest.approx(best)
+
+
+def test_another_dataset_is_told_apart(finished, data_dir, tmp_path):  # noqa: F811
+    features = data.load("tiny", "test", data_dir)
+    ids = np.array([f"a\u2028b{index}" for index in range(len(features.label))])
+    other = dataclasses.replace(features, name="other", utterance_ids=ids)
+    data.write({"test": other}, "other", data_dir, overwrite=True)
+    for dataset in ("tiny", "other", "other"):
+        evaluate(finished, "test", dataset=dataset, output=tmp_path, quiet=True)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {key: found["dataset"] for key, found in metrics.items()} == {
+        "test": "tiny",
+        "other/test": "other",
+    }
+    assert all(found["checkpoint"]["epoch"] for found in metrics.values())
+    found = [
+        (row["dataset"], row["utterance"])
+        for row in read_json_lines(tmp_path / "predictions.jsonl")
+    ]
+    assert found == [("tiny", name) for name in features.utterance_ids] + [
+        ("other", name) for name in ids
+    ]
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "missing_modality.json"])
+def test_damaged_results_are_named(finished, tmp_path, name):  # noqa: F811
+    (tmp_path / name).write_text('{"test": {"weigh')
+    with pytest.raises(InputError, match=f"{name}: .*damaged") as error:
+        evaluate(finished, "test", output=tmp_path, report=True, quiet=True)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("", "damaged"),
+        ('{"class_names": ["jo', "damaged"),
+        ("[1]", "damaged .it holds a list"),
+        ('{"class_names": []}', "damaged .KeyError"),
+    ],
+)
+def test_a_damaged_description_of_the_model_is_named(finished, tmp_path, content, message):  # noqa: F811
+    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    if content is not None:
+        (tmp_path / "model.json").write_text(content)
+    with pytest.raises(InputError, match=f"model.json: {message}") as error:
+        evaluate(tmp_path, "test", quiet=True)
+    assert "\n" not in str(error.value)
 
 
 def test_a_prediction_is_a_distribution_and_missing_experts_have_no_weight(
@@ -147,19 +199,19 @@ def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
         evaluate(tmp_path, "test", quiet=True)
 
 
-def test_scores_of_sentiment_are_named_by_convention(finished, data_dir):  # noqa: F811
-    from mister_jax.evaluate import scores
-
+@pytest.mark.parametrize(
+    "class_names", [("negative", "positive"), ("non_negative", "negative"), ("calm", "angry")]
+)
+def test_scores_of_sentiment_go_by_the_names_of_the_classes(data_dir, class_names):  # noqa: F811
     features = data.load("tiny", "test", data_dir)
     count = len(features.label)
     label = (np.arange(count) % 2).astype(np.int32)
-    two = data.DialogueFeatures(
-        **{
-            **{field: getattr(features, field) for field in features.__dataclass_fields__},
-            "class_names": ("negative", "positive"),
-            "label": label,
-            "score": np.where(label == 1, 1.5, -0.5).astype(np.float32),
-        }
+    positive = label == (1 if class_names[1] == "positive" else 0)
+    two = dataclasses.replace(
+        features,
+        class_names=class_names,
+        label=label,
+        score=np.where(positive, 1.5, -0.5).astype(np.float32),
     )
     predictions = {
         "probabilities": np.eye(2)[label],
@@ -168,5 +220,8 @@ def test_scores_of_sentiment_are_named_by_convention(finished, data_dir):  # noq
         "expert_present": np.ones((count, 3), bool),
     }
     found = scores(two, predictions)
-    assert {row["weighted_f1"] for row in found["sentiment"].values()} == {1.0}
+    if class_names == ("calm", "angry"):
+        assert "sentiment" not in found
+    else:
+        assert {row["weighted_f1"] for row in found["sentiment"].values()} == {1.0}
     assert found["experts"]["fusion"]["weighted_f1"] == 1.0

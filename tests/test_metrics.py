@@ -146,3 +146,20 @@ def test_calibration_bins_by_hand():
     assert found["count"].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
     assert found["error"] == pytest.approx((2 * abs(0.5 - 0.575) + 2 * abs(1 - 0.975)) / 4)
     assert metrics.calibration(np.zeros(0), np.zeros(0, bool))["error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("class_names", "expected"),
+    [
+        (("negative", "positive"), 1),
+        (("positive", "negative"), 0),
+        (("negative", "non_negative"), 1),
+        (("Non-negative", "Negative"), 0),
+        (("non positive", "positive"), 1),
+        (("calm", "angry"), None),
+        (("negative", "neutral", "positive"), None),
+        (("nonnegative", "nonpositive"), None),
+    ],
+)
+def test_the_positive_class_is_told_by_its_name(class_names, expected):
+    assert metrics.positive_class(class_names) == expected
