@@ -2,6 +2,7 @@
 
 python -m launch.extract --workdir=DIR --dataset=meld/text --output=meld_tuned
 python -m launch.extract --encoder=NAME_OR_FOLDER --dataset=meld/text --output=meld_frozen
+python -m launch.extract --encoder=NAME_OR_FOLDER --adapter=FOLDER --dataset=meld/text --output=x
 python -m launch.extract --encoder=salmonn_7b_v0.pth --whisper=openai/whisper-large-v2 \\
     --beats=FILE --vicuna=FOLDER --dtype=bfloat16 --dataset=meld/clips --output=meld_salmonn
 python -m launch.extract --encoder=prosody --dataset=meld/clips --output=meld_prosody
@@ -45,10 +46,23 @@ _TRIM = flags.DEFINE_bool(
     "trim", True, "with --encoder of Whisper: do not encode 30 s of each clip, as it was trained"
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "with --encoder of a speech LLM: what it is asked")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "with --encoder: folder of an adapter of peft that is put on it"
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "with --encoder")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
 
-_OF_ENCODER = (_TOKENS, _SECONDS, _WHISPER, _BEATS, _VICUNA, _TRIM, _PROMPT, _DTYPE)
+_OF_ENCODER = (
+    _TOKENS,
+    _SECONDS,
+    _WHISPER,
+    _BEATS,
+    _VICUNA,
+    _TRIM,
+    _PROMPT,
+    _ADAPTER,
+    _DTYPE,
+)
 _OF_DATASET = (_DATASET, _BUDGET)
 
 

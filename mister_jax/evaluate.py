@@ -74,7 +74,7 @@ class Predictor:
         self.seeds = seeds_of(config)
         self.spread = JitSpread(data_mesh(), self.task.rules)
         shapes = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
-        graph, params, frozen = split_model(shapes, self.task.trainable)
+        self._graph, params, frozen = split_model(shapes, self.task.trainable)
         params = seeds.joined_shapes(params, len(self.seeds))
         like = jax.tree.map(
             lambda value, sharding: jax.ShapeDtypeStruct(
@@ -105,10 +105,16 @@ class Predictor:
         ]
 
         def read(params, batch, _axis_name):
-            model = nnx.merge(graph, params["trained"], params["frozen"])
-            return {**self.task.predict(model, batch), "row": batch["row"]}
+            return {**self.task.predict(self._merged(params), batch), "row": batch["row"]}
 
         self._predict = self.spread.program_of_reader(read)
+
+    def _merged(self, params: Mapping[str, Any]) -> Any:
+        return nnx.merge(self._graph, params["trained"], params["frozen"])
+
+    def models(self) -> list[Any]:
+        """The model of each seed, with its best parameters on all devices."""
+        return [self._merged(own) for own in self.params]
 
     def run(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """What the task predicts for a placed batch, and its "row"."""

@@ -272,6 +272,9 @@ def whisper_folder(tmp_path_factory):
         "encoder_attention_heads": 2,
         "encoder_ffn_dim": 24,
         "max_source_positions": 40,
+        # Of a decoder, which transformers makes besides.
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
     }
     hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder)
     return folder

@@ -18,7 +18,7 @@ FILES = sorted(
 # A part may import those of its own row and of the rows below it.
 LAYERS = (
     ("launch", "configs"),
-    ("train", "ablate", "extract", "evaluate", "predict", "benchmark", "report"),
+    ("train", "ablate", "extract", "evaluate", "predict", "export", "benchmark", "report"),
     ("tasks",),
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.

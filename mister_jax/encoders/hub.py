@@ -31,6 +31,7 @@ from mister_jax.convert import qwen2_audio as qwen2_audio_tables
 from mister_jax.convert import wavlm as wavlm_tables
 from mister_jax.convert import whisper as whisper_tables
 from mister_jax.convert.key_table import KeyTable, load_params, save_params
+from mister_jax.convert.peft import load_adapter, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import qwen2_audio
 from mister_jax.encoders.bert import Bert, BertConfig
@@ -39,15 +40,11 @@ from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from mister_jax.encoders.wavlm import WavLM, WavLMConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
-from mister_jax.nn.lora import LoRAConfig, merge_lora
+from mister_jax.nn.lora import LoRAConfig, add_lora, dequantize, merge_lora
 from mister_jax.parallel import DATA, MODEL, Rules
 
 CONFIG = "config.json"
-# What a folder needs, and no more: repositories also hold other formats of the same weights.
-_FILES = (
-    CONFIG,
-    "model*.safetensors",
-    "model.safetensors.index.json",
+PROCESSOR_FILES = (
     "*token*.json",
     "vocab*",
     "merges.txt",
@@ -55,6 +52,9 @@ _FILES = (
     "*processor_config.json",
     "chat_template*",
 )
+"""Patterns of the files in a folder that make a module's input."""
+# What a folder needs, and no more: repositories also hold other formats of the same weights.
+_FILES = (CONFIG, "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
 _DTYPES = ("float32", "bfloat16", "float16")
 # One of these holds a vocabulary. transformers makes an empty tokenizer where there is none.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
@@ -162,6 +162,7 @@ def load(
     dtype: str | None = None,
     param_dtype: str | None = None,
     lora: LoRAConfig | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> tuple[nnx.Module, Any]:
@@ -175,6 +176,7 @@ def load(
       dtype: of the computation.
       param_dtype: of the parameters.
       lora: low-rank paths to add.
+      adapter: folder of an adapter of `peft`, whose low-rank paths are added in place of `lora`.
       seed: of the low-rank paths.
       **changes: further fields of the architecture's config.
 
@@ -188,7 +190,7 @@ def load(
     directory = fetch(name_or_dir, revision=revision)
     options = {"dtype": dtype, "param_dtype": param_dtype, "lora": lora}
     changes |= {field: value for field, value in options.items() if value is not None}
-    module = load_module(directory, mesh=mesh, rules=rules, seed=seed, **changes)
+    module = load_module(directory, mesh=mesh, rules=rules, adapter=adapter, seed=seed, **changes)
     return module, load_processor(directory, getattr(module, "config", None))
 
 
@@ -359,13 +361,15 @@ def load_module(
     *,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    adapter: str | os.PathLike[str] | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> nnx.Module:
     """Loads an encoder alone; see `load`.
 
     Raises:
-      InputError: an architecture that is not supported, or weights that do not belong to it.
+      InputError: an architecture that is not supported, or weights or an adapter that do not
+        belong to it.
     """
     directory = pathlib.Path(directory)
     fields = read_config(directory)
@@ -396,10 +400,14 @@ def load_module(
     # What no checkpoint holds, such as low-rank paths, is made as in a new module. The compiler
     # leaves out the rest, so no parameter is made twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
+    everywhere = None if mesh is None else NamedSharding(mesh, P())
     if jax.tree.leaves(nnx.state(module, others)):
-        everywhere = None if mesh is None else NamedSharding(mesh, P())
         made = jax.jit(lambda: nnx.state(new(), others), out_shardings=everywhere)()
         nnx.update(module, made)
+    if adapter is not None:
+        add_lora(module, read_lora_config(adapter, table), rngs=nnx.Rngs(seed))
+        load_adapter(module, adapter, table)
+        nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), everywhere))
     return module
 
 
@@ -471,7 +479,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `load`, and transformers, read back with equal outputs.
 
-    Low-rank paths are added to their kernels in what is written; the module keeps them.
+    What is written has no low-rank paths, which are added to their kernels, and no int8 ones; the
+    module keeps both.
 
     Args:
       module: an encoder with a `config`.
@@ -485,7 +494,7 @@ def save_pretrained(
     """
     directory = pathlib.Path(directory)
     architecture = architecture_of(config, directory / CONFIG)
-    merged = merge_lora(nnx.merge(*nnx.split(module)))
+    merged = dequantize(merge_lora(nnx.merge(*nnx.split(module))))
     described = architecture.config.from_huggingface(config)
     expected = nnx.eval_shape(lambda: architecture.module(described, rngs=nnx.Rngs(0)))
     if _shapes(expected) != _shapes(merged):

@@ -145,6 +145,7 @@ def load(
     mesh: Mesh | None = None,
     seed: int = 0,
     whole: bool = False,
+    adapter: str | None = None,
     **changes: Any,
 ) -> nnx.Module:
     """The speech encoder that `make` makes, with its weights.
@@ -155,14 +156,18 @@ def load(
       mesh: to place the parameters on; by default the first device.
       seed: of low-rank paths that no checkpoint holds.
       whole: see `make`.
-      **changes: likewise.
+      adapter: see `hub.load`; of all but SALMONN.
+      **changes: see `make`.
 
     Raises:
-      InputError: weights that do not belong to it.
+      InputError: weights or an adapter that do not belong to it.
     """
     if not files.is_salmonn:
-        module = hub.load_module(hub.fetch(files.name), mesh=mesh, seed=seed, **changes)
+        folder = hub.fetch(files.name)
+        module = hub.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
         return _prompted(module, described, whole)
+    if adapter:
+        raise InputError(f"{adapter}: an adapter, and SALMONN comes with its own; leave it out")
     config = SalmonnConfig.from_parts(described, **changes)
     shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
     params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))

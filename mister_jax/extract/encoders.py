@@ -147,11 +147,12 @@ class PretrainedText(_Released):
     Args:
       name: a folder, or a name on the Hugging Face Hub.
       max_tokens: of an utterance.
+      adapter: folder of an adapter of `peft` that is put on it; none if empty.
       dtype: of the computation.
       param_dtype: of the parameters.
 
     Raises:
-      InputError: an encoder that cannot be loaded.
+      InputError: an encoder or adapter that cannot be loaded.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class PretrainedText(_Released):
         name: str,
         *,
         max_tokens: int = 128,
+        adapter: str = "",
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
@@ -167,7 +169,7 @@ class PretrainedText(_Released):
         folder = hub.fetch(name)
         hub.architecture_of(hub.read_config(folder), name, "text")
         with _room_for(name, dtype):
-            module, tokenizer = hub.load(folder, mesh=spread.mesh, **types)
+            module, tokenizer = hub.load(folder, mesh=spread.mesh, adapter=adapter or None, **types)
         check_max_tokens(module, max_tokens)
 
         def encode(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
@@ -183,6 +185,7 @@ class PretrainedText(_Released):
             "options": {"max_tokens": max_tokens, **types},
             "files": hub.fingerprint(folder),
         }
+        identity = _with_adapter(identity, adapter)
         super().__init__(TextInput(encode, max_tokens), identity, module, features, spread)
 
 
@@ -198,11 +201,13 @@ class PretrainedSpeech(_Released):
       trim: of Whisper: see `WhisperConfig`.
       prompt: of an LLM: what it is asked about every clip; its usual question if empty. The mean
         is over the audio's positions alone.
+      adapter: folder of an adapter of `peft` that is put on it; none if empty.
       dtype: of the computation.
       param_dtype: of the parameters.
 
     Raises:
-      InputError: an encoder that cannot be loaded, or has no positions for so long an utterance.
+      InputError: an encoder or adapter that cannot be loaded, or an encoder that has no positions
+        for so long an utterance.
     """
 
     def __init__(
@@ -215,6 +220,7 @@ class PretrainedSpeech(_Released):
         vicuna: str = "",
         trim: bool = True,
         prompt: str = "",
+        adapter: str = "",
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
@@ -230,7 +236,9 @@ class PretrainedSpeech(_Released):
         shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
         speech.check_seconds(max_seconds, shapes)
         with _room_for(name, dtype):
-            module: Any = speech.load(files, described, mesh=spread.mesh, **changes)
+            module: Any = speech.load(
+                files, described, mesh=spread.mesh, adapter=adapter or None, **changes
+            )
 
         def features(module: Any, batch: Any) -> jax.Array:
             waveform = batch["waveform"].astype(jnp.float32) / _FULL_SCALE
@@ -248,6 +256,7 @@ class PretrainedSpeech(_Released):
             "files": files.fingerprint(),
         }
         source = SpeechInput(max_seconds, whole=speech.hears_whole(module))
+        identity = _with_adapter(identity, adapter)
         super().__init__(source, identity, module, features, spread)
 
 
@@ -296,7 +305,7 @@ _KINDS: dict[str, Callable[..., Encoder]] = {
 # `kind` -> what `open_encoder` may be told of it; the encoder's class says what it means.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     PROSODY: ("max_seconds",),
-    "text": ("max_tokens", "dtype"),
+    "text": ("max_tokens", "adapter", "dtype"),
     "speech": (
         "max_seconds",
         "whisper",
@@ -304,6 +313,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         "vicuna",
         "trim",
         "prompt",
+        "adapter",
         "dtype",
     ),
 }
@@ -318,7 +328,7 @@ def open_encoder(name: str, **options: Any) -> Encoder:
         `dtype` is also that of the parameters.
 
     Raises:
-      InputError: an encoder that cannot be loaded, or an option that it does not have.
+      InputError: an encoder or adapter that cannot be loaded, or an option that it does not have.
     """
     if "max_seconds" in options:
         speech.check_seconds(options["max_seconds"])
@@ -370,6 +380,15 @@ def encoder_of(identity: Mapping[str, Any]) -> Encoder:
         # The same files copied to another place look like this, too.
         logging.warning("%s: files were touched since features were made", identity["name"])
     return encoder
+
+
+def _with_adapter(identity: dict[str, Any], adapter: str) -> dict[str, Any]:
+    """The identity of an encoder that has an adapter, if it has one."""
+    if not adapter:
+        return identity
+    options = {**identity["options"], "adapter": _place(adapter)}
+    files = f"{identity['files']} {hub.fingerprint(adapter)}"
+    return {**identity, "options": options, "files": files}
 
 
 def _room_for(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:

@@ -209,6 +209,23 @@ def quantize(module: AnyModule) -> AnyModule:
     return module
 
 
+def dequantize(module: AnyModule) -> AnyModule:
+    """Turns int8 kernels back to ones of `param_dtype`, of the values that int8 left of them.
+
+    Args:
+      module: changed in place.
+
+    Returns:
+      The module.
+    """
+    for _, layer in linear_layers(module):
+        if layer.kernel_scale is not None:
+            kernel = _dequantized(layer.kernel[...], layer.kernel_scale[...])
+            layer.kernel = nnx.Param(kernel.astype(layer.param_dtype))
+            layer.kernel_scale = nnx.data(None)
+    return module
+
+
 def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
     """All `LoRALinear` layers in a module by their "/"-joined paths."""
     for path, layer in nnx.iter_modules(module):
@@ -222,10 +239,8 @@ def _ends(path: str, target: str) -> bool:
 
 @jax.jit
 def _merged(kernel: jax.Array, kernel_scale: Any, first: Any, second: Any, scale: float):
-    base = kernel.astype(jnp.float32)
-    if kernel_scale is not None:
-        base = base * kernel_scale[..., None, :]
-    return base + scale * jnp.matmul(first, second, precision="highest")
+    base = kernel if kernel_scale is None else _dequantized(kernel, kernel_scale)
+    return base.astype(jnp.float32) + scale * jnp.matmul(first, second, precision="highest")
 
 
 @jax.jit
@@ -234,3 +249,8 @@ def _quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.abs(kernel).max(-2)  # ... out
     scale = jnp.where(largest == 0, 1.0, largest / _INT8_MAX)
     return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
+
+
+@jax.jit
+def _dequantized(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    return kernel.astype(jnp.float32) * scale[..., None, :]

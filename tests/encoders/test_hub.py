@@ -14,13 +14,15 @@ from huggingface_hub import errors
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mister_jax.convert import bert as bert_tables
+from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import hub
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
-from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel import data_mesh, shardings
 from tests.conftest import GOLDEN
 
@@ -143,6 +145,30 @@ def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path
     np.testing.assert_allclose(run(loaded), expected, atol=1e-5)
 
 
+def test_kernels_of_int8_are_saved_as_the_values_that_int8_left(folder, tmp_path):
+    module = quantize(hub.load_module(folder, lora=LORA))
+    second = module.layers.layers.attention.query.lora_b
+    second.set_value(jax.random.normal(jax.random.key(0), second.shape))
+    expected = run(module)
+    hub.save_pretrained(module, hub.read_config(folder), tmp_path)
+    assert module.layers.layers.hidden.kernel.dtype == np.int8
+    np.testing.assert_allclose(run(hub.load_module(tmp_path)), expected, atol=1e-5)
+
+
+def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
+    module = hub.load_module(folder, lora=LORA)
+    second = module.layers.layers.attention.query.lora_b
+    second.set_value(jax.random.normal(jax.random.key(0), second.shape))
+    save_adapter(module, tmp_path, bert_tables.key_table(module.config))
+    expected = run(module)
+    np.testing.assert_allclose(run(hub.load_module(folder, adapter=tmp_path)), expected, atol=1e-5)
+    mesh = data_mesh(2)
+    module, _ = hub.load(folder, mesh=mesh, adapter=tmp_path)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(nnx.state(module))} == {mesh}
+    ids, mask = jax.device_put((IDS, MASK), NamedSharding(mesh, P()))
+    np.testing.assert_allclose(run(module, ids, mask), expected, atol=1e-5)
+
+
 def test_saving_writes_what_was_loaded(folder, tmp_path):
     module, _ = hub.load(folder, param_dtype="bfloat16")
     hub.save_pretrained(module, hub.read_config(folder), tmp_path)
@@ -256,7 +282,7 @@ def test_an_unknown_architecture_is_refused(copy):
 
 def test_an_unsupported_option_is_refused(copy):
     edit_config(copy, hidden_act="swish")
-    refuses(copy, "hidden_act='swish': allowed here is 'gelu'")
+    refuses(copy, "hidden_act='swish': allowed is 'gelu'")
 
 
 def test_a_damaged_or_missing_config_is_refused(copy):

@@ -15,6 +15,7 @@ from mister_jax.nn.lora import (
     LoRALinear,
     QuantizedParam,
     add_lora,
+    dequantize,
     merge_lora,
     quantize,
 )
@@ -152,6 +153,17 @@ def test_merged_equals_unmerged(int8):
     # Layers that had no path are as they were.
     left = {"last/second", "stack/layers/second"} if int8 else set()
     assert {path.rpartition("/")[0] for path in flat(model, QuantizedParam)} == left
+
+
+def test_int8_turned_back_gives_the_same():
+    model = quantize(make())
+    expected = run(model, X)
+    assert dequantize(model) is model
+    np.testing.assert_allclose(run(model, X), expected, atol=1e-5)
+    assert not flat(model, QuantizedParam)
+    assert flat(model, nnx.LoRAParam)
+    half = dequantize(quantize(single(param_dtype=jnp.bfloat16)))
+    assert half.kernel.dtype == jnp.bfloat16
 
 
 def test_merging_keeps_the_base_dtype():

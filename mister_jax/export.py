@@ -1,0 +1,96 @@
+"""From a work directory of stage 1 to a folder that transformers or `peft` opens."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any
+
+from etils import epath
+
+from mister_jax.convert import peft
+from mister_jax.data.storage import whole_directory
+from mister_jax.encoders import hub
+from mister_jax.encoders.audio_prompt import PromptedSpeech
+from mister_jax.errors import InputError
+from mister_jax.evaluate import Predictor
+from mister_jax.nn.lora import linear_layers
+from mister_jax.train import read_config
+
+
+def export(
+    workdir: epath.PathLike,
+    output: epath.PathLike,
+    *,
+    adapter: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the tuned encoder of a training, with its best parameters, for other libraries.
+
+    That is the encoder without the head that stage 1 puts on it, of Whisper without the decoder.
+    The folder is one that `transformers.AutoModel.from_pretrained` opens: `config.json`,
+    safetensors into which low-rank paths are merged, and the files of the tokenizer or feature
+    extractor. With `adapter` it is one that `peft.PeftModel.from_pretrained` puts on the base,
+    itself opened by `AutoModel`. It appears whole or not at all.
+
+    Args:
+      workdir: of the training.
+      output: the folder to write.
+      adapter: write the low-rank paths alone.
+      overwrite: replace a folder that was exported before.
+
+    Raises:
+      InputError: no work directory of an encoder, one without a best checkpoint, or one whose
+        encoder cannot be exported so; an output that is there, or cannot be written.
+    """
+    config = read_config(workdir)
+    if config.task == "fusion":
+        raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
+    if config.encoder.options.get("vicuna"):
+        raise InputError(
+            f"{workdir}: SALMONN is four checkpoints and no model of transformers; allowed: "
+            "encoders of one folder"
+        )
+    target = pathlib.Path(output).resolve()
+    if target.exists():
+        _check_replaceable(target, overwrite)
+    predictor = Predictor(workdir)
+    task = predictor.task
+    if target == task.folder.resolve():
+        raise InputError(f"{output}: what the training started from; needed: another folder")
+    (model,) = predictor.models()
+    encoder = model.backbone
+    if isinstance(encoder, PromptedSpeech):
+        encoder = encoder.model
+    write = _write_adapter if adapter else _write_model
+    where = epath.Path(target)
+    with whole_directory(where, where.parent, overwrite=overwrite) as place:
+        write(pathlib.Path(place) / target.name, task, encoder)
+
+
+def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
+    is_model = (target / hub.CONFIG).exists() and any(target.glob("model*.safetensors"))
+    if not is_model and not (target / peft.CONFIG).exists():
+        raise InputError(f"{target}: holds no model; allowed with --overwrite: one that does")
+
+
+def _write_model(folder: pathlib.Path, task: Any, encoder: Any) -> None:
+    hub.save_pretrained(encoder, hub.read_config(task.folder), folder)
+    for pattern in hub.PROCESSOR_FILES:
+        for file in task.folder.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
+    name = task.options.name
+    whole = task.options.full or getattr(task.options, "tower", "") == "full"
+    if whole or not any(layer.lora for _, layer in linear_layers(encoder)):
+        raise InputError(
+            f"{name}: trained by more or less than low-rank paths, and an adapter holds these "
+            "alone; allowed: without --adapter"
+        )
+    architecture = hub.architecture_of(hub.read_config(task.folder), task.folder / hub.CONFIG)
+    base = str(task.folder.resolve()) if pathlib.Path(name).is_dir() else name
+    peft.save_adapter(encoder, folder, architecture.key_table(encoder.config), base_model=base)
