@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
+from tests.data.corpora import write_iemocap, write_meld
 
 
 def tone(seconds: float, rate: int, channels: int, hertz: float = 220.0) -> np.ndarray:
@@ -44,3 +45,17 @@ def write_mp4():
                 container.mux(packet)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def iemocap_tree(tmp_path_factory, write_wav):
+    root = tmp_path_factory.mktemp("iemocap") / "IEMOCAP_full_release"
+    write_iemocap(root, write_wav)
+    return root
+
+
+@pytest.fixture(scope="session")
+def meld_tree(tmp_path_factory, write_mp4):
+    root = tmp_path_factory.mktemp("MELD.Raw")
+    write_meld(root, write_mp4)
+    return root

@@ -1,6 +1,5 @@
 """MELD's released layout, with its traps."""
 
-import csv
 import json
 import os
 import pathlib
@@ -17,70 +16,7 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.meld import builder, reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
-
-COLUMNS = [
-    "Sr No.",
-    "Utterance",
-    "Speaker",
-    "Emotion",
-    "Sentiment",
-    "Dialogue_ID",
-    "Utterance_ID",
-    "Season",
-    "Episode",
-    "StartTime",
-    "EndTime",
-]
-# Split, dialogue, utterance, text, emotion. Train has no dialogue 60; ids have gaps and no order.
-ROWS = [
-    ("train", 61, 3, "Third.", "joy"),
-    ("train", 61, 0, "It\x92s first.", "neutral"),
-    ("train", 59, 0, "Alone \x96 caf\xe9.", "fear"),
-    ("train", 125, 3, "Unreadable.", "anger"),
-    ("dev", 110, 7, "Absent.", "sadness"),
-    ("dev", 110, 8, "There.", "surprise"),
-    ("test", 38, 4, "Very long.", "disgust"),
-    ("test", 38, 5, "Alone \x96 caf\xe9.", "neutral"),
-    ("test", 220, 0, "Very short.", "joy"),
-]
-FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete"}
-FOLDERS["test"] = "output_repeated_splits_test"
-
-
-def write_csv(root, rows, names=("train", "dev", "test"), start="00:00:01,500"):
-    for name in names:
-        path = root / f"{name}_sent_emo.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for split, dialogue, utterance, text, emotion in rows:
-                if split == name:
-                    cells = [1, text, "Someone", emotion, "neutral", dialogue, utterance, 8, 21]
-                    writer.writerow([*cells, start, "00:00:02,25"])
-
-
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory, write_mp4):
-    root = tmp_path_factory.mktemp("MELD.Raw")
-    write_csv(root, ROWS)
-    for split, dialogue, utterance, *_ in ROWS:
-        clip = root / split / FOLDERS[split] / f"dia{dialogue}_utt{utterance}.mp4"
-        if clip.name == "dia110_utt7.mp4":
-            continue
-        if clip.name == "dia125_utt3.mp4":
-            clip.parent.mkdir(parents=True, exist_ok=True)
-            clip.write_bytes(b"\0" * 500)
-        elif clip.name == "dia38_utt4.mp4":
-            write_mp4(clip, 305)
-        elif clip.name == "dia220_utt0.mp4":
-            write_mp4(clip, 0.064)
-        else:
-            write_mp4(clip, 0.5, channels=6 if dialogue == 61 else 2)
-    test_clips = root / "test" / FOLDERS["test"]
-    write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
-    write_mp4(root / "train" / FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # no row
-    (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
-    return root
+from tests.data.corpora import MELD, MELD_COLUMNS, write_meld_csv
 
 
 def prepare(source, data_dir, config="clips", **changes):
@@ -90,35 +26,45 @@ def prepare(source, data_dir, config="clips", **changes):
 
 
 @pytest.mark.parametrize("config", ["clips", "corrected_test_clips"])
-def test_dialogues_order_labels_and_presence_are_those_of_the_rows(tree, tmp_path, config):
-    report = prepare(tree, tmp_path, config, partial=True)
+def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tmp_path, config):
+    report = prepare(meld_tree, tmp_path, config, partial=True)
     dataset = DialogueDataset(f"meld/{config}", tmp_path)
     assert dataset.class_names == reader.CLASS_NAMES
     seen = {
-        split: [
-            (turn.id, turn.text, dataset.class_names[turn.label], turn.speech_present)
+        split: {
+            dialogue.id: [
+                (turn.id, turn.text, dataset.class_names[turn.label], turn.speech_present)
+                for turn in dialogue.utterances
+            ]
             for dialogue in dataset.dialogues(split)
-            for turn in dialogue.utterances
-        ]
+        }
         for split in dataset.splits
     }
     assert seen == {
-        "train": [
-            ("train_dia59_utt0", "Alone \u2013 café.", "fear", True),
-            ("train_dia61_utt0", "It\u2019s first.", "neutral", True),
-            ("train_dia61_utt3", "Third.", "joy", True),
-            ("train_dia125_utt3", "Unreadable.", "anger", False),
-        ],
-        "validation": [
-            ("validation_dia110_utt7", "Absent.", "sadness", False),
-            ("validation_dia110_utt8", "There.", "surprise", True),
-        ],
-        "test": [
-            ("test_dia38_utt4", "Very long.", "disgust", True),
-            ("test_dia38_utt5", "Alone \u2013 café.", "neutral", True),
-            ("test_dia220_utt0", "Very short.", "joy", True),
-        ],
+        "train": {
+            "train_dia59": [("train_dia59_utt0", "Alone \u2013 café.", "fear", True)],
+            "train_dia61": [
+                ("train_dia61_utt0", "It\u2019s first.", "neutral", True),
+                ("train_dia61_utt3", "Third.", "joy", True),
+            ],
+            "train_dia125": [("train_dia125_utt3", "Unreadable.", "anger", False)],
+        },
+        "validation": {
+            "validation_dia110": [
+                ("validation_dia110_utt7", "Absent.", "sadness", False),
+                ("validation_dia110_utt8", "There.", "surprise", True),
+            ]
+        },
+        "test": {
+            "test_dia38": [
+                ("test_dia38_utt4", "Very long.", "disgust", True),
+                ("test_dia38_utt5", "Alone \u2013 café.", "neutral", True),
+            ],
+            "test_dia220": [("test_dia220_utt0", "Very short.", "joy", True)],
+        },
     }
+    assert list(seen["train"]) == ["train_dia59", "train_dia61", "train_dia125"]
+    assert list(seen["test"]) == ["test_dia38", "test_dia220"]
     assert [entry["utterance"] for entry in report["missing"]] == [
         "train_dia125_utt3",
         "validation_dia110_utt7",
@@ -142,8 +88,8 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(tree, tmp_pat
     assert np.argmax(spectrum) * 16_000 / len(six_channels) == pytest.approx(220, abs=4)
 
 
-def test_nothing_tells_who_speaks(tree, tmp_path):
-    prepare(tree, tmp_path, partial=True)
+def test_nothing_tells_who_speaks(meld_tree, tmp_path):
+    prepare(meld_tree, tmp_path, partial=True)
     fields = (tmp_path / "meld/clips/1.0.0/features.json").read_text().lower()
     assert "speaker" not in fields and "utterance" in fields
 
@@ -151,7 +97,7 @@ def test_nothing_tells_who_speaks(tree, tmp_path):
 def test_text_needs_no_clips(tmp_path):
     source = tmp_path / "csv"
     source.mkdir()
-    write_csv(source, ROWS)
+    write_meld_csv(source, MELD)
     prepare(source, tmp_path, "text", partial=True)
     dataset = DialogueDataset("meld/text", tmp_path)
     turns = [turn for dialogue in dataset.dialogues("train") for turn in dialogue.utterances]
@@ -159,9 +105,9 @@ def test_text_needs_no_clips(tmp_path):
     assert all(turn.text_present for turn in turns)
 
 
-def test_a_part_of_the_corpus_is_refused(tree, tmp_path):
+def test_a_part_of_the_corpus_is_refused(meld_tree, tmp_path):
     with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances in place of 1038, 9989"):
-        prepare(tree, tmp_path)
+        prepare(meld_tree, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +119,7 @@ def test_a_part_of_the_corpus_is_refused(tree, tmp_path):
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
-    write_csv(tmp_path, [row])
+    write_meld_csv(tmp_path, [row])
     with pytest.raises(InputError, match=message):
         reader.read(tmp_path, clips=False)
 
@@ -183,19 +129,19 @@ def test_other_bad_input_is_named(tmp_path):
         reader.read(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         reader.read(tmp_path / "nowhere")
-    write_csv(tmp_path, ROWS)
+    write_meld_csv(tmp_path, MELD)
     with pytest.raises(InputError, match=r"no folder train_splits.*--config=text"):
         reader.read(tmp_path)
-    write_csv(tmp_path, [ROWS[0], ROWS[0]])
+    write_meld_csv(tmp_path, [MELD[0], MELD[0]])
     with pytest.raises(InputError, match="line 3: dialogue 61, utterance 3 repeated"):
         reader.read(tmp_path, clips=False)
-    write_csv(tmp_path, ROWS, start="noon")
+    write_meld_csv(tmp_path, MELD, start="noon")
     with pytest.raises(InputError, match="line 2: StartTime: 'noon'"):
         reader.read(tmp_path, clips=False)
     (tmp_path / "train_sent_emo.csv").write_text("Utterance,Emotion\n")
     with pytest.raises(InputError, match="no column Dialogue_ID"):
         reader.read(tmp_path, clips=False)
-    for text in ('"Sr No.,Utterance\n', ",".join(COLUMNS) + '\n1,"never closed\n'):
+    for text in ('"Sr No.,Utterance\n', ",".join(MELD_COLUMNS) + '\n1,"never closed\n'):
         (tmp_path / "train_sent_emo.csv").write_text(text)
         with pytest.raises(InputError, match=r"line \d: not CSV \(unexpected end of data\)"):
             reader.read(tmp_path, clips=False)
@@ -264,13 +210,12 @@ def test_a_download_that_fails_leaves_nothing_unfinished(downloads, monkeypatch)
 TRANSCRIPTS = os.environ.get("MELD_TRANSCRIPTS", "../shared/data/meld_transcripts.jsonl")
 
 
-@pytest.mark.parity
 @pytest.mark.skipif(not pathlib.Path(TRANSCRIPTS).exists(), reason="needs MELD's transcripts")
 def test_all_of_meld_comes_out_in_its_published_numbers(tmp_path):
     fields = ("split", "dialogue", "utterance", "text", "emotion")
     lines = pathlib.Path(TRANSCRIPTS).read_text(encoding="utf-8").splitlines()
     rows = [tuple(json.loads(line)[field] for field in fields) for line in lines]
-    write_csv(tmp_path, rows)
+    write_meld_csv(tmp_path, rows)
     report = prepare(tmp_path, tmp_path / "data", "text")
     sizes = {
         split: (values["dialogues"], values["utterances"], values["texts_of_training"])
@@ -281,12 +226,10 @@ def test_all_of_meld_comes_out_in_its_published_numbers(tmp_path):
         "validation": (114, 1109, 135),
         "test": (280, 2610, 331),
     }
-    assert report["splits"]["train"]["classes"] == {
-        "neutral": 4710,
-        "joy": 1743,
-        "surprise": 1205,
-        "anger": 1109,
-        "sadness": 683,
-        "disgust": 271,
-        "fear": 268,
+    order = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
+    classes = {split: values["classes"] for split, values in report["splits"].items()}
+    assert classes == {
+        "train": dict(zip(order, (4710, 1743, 1205, 1109, 683, 271, 268), strict=True)),
+        "validation": dict(zip(order, (470, 163, 150, 153, 111, 22, 40), strict=True)),
+        "test": dict(zip(order, (1256, 402, 281, 345, 208, 68, 50), strict=True)),
     }

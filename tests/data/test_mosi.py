@@ -8,39 +8,13 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.mosi import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
-
-# A video of each split; more than nine segments, so that 10 comes after 2.
-SCORES = {
-    "03bSnISJMiM": [2.4, 0.0, -0.8, 1.0, -3.0, 3.0, 0.2, -0.2, 1.8, -1.2, 0.6],
-    "_dI--eQ6qVU": [0.0],
-    "tStelxIAHjw": [-1.0, 1.0],
-}
-
-
-def write_labels(path, scores, group="Opinion Segment Labels"):
-    with h5py.File(path, "w") as file:
-        data = file.create_group(f"{group}/data")
-        file.create_group(f"{group}/metadata")
-        for video, values in scores.items():
-            starts = np.arange(len(values), dtype=float)
-            data[f"{video}/features"] = np.array(values)[:, None]
-            data[f"{video}/intervals"] = np.stack([starts, starts + 0.9], axis=1)
+from tests.data.corpora import MOSI, write_mosi, write_mosi_labels
 
 
 @pytest.fixture
 def tree(tmp_path, write_wav):
-    root = tmp_path / "CMU-MOSI"
-    for video, scores in SCORES.items():
-        numbers = range(1, len(scores) + 1)
-        for number in numbers:
-            if (video, number) != ("tStelxIAHjw", 2):
-                write_wav(root / reader.AUDIO / f"{video}_{number}.wav", 0.2)
-        transcript = root / reader.TRANSCRIPTS / f"{video}.annotprocessed"
-        transcript.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"{number}_DELIM_SEGMENT {number}" for number in numbers]
-        transcript.write_text("\n".join(lines) + "\n")
-    write_labels(root / reader.LABELS, SCORES)
-    return root
+    write_mosi(tmp_path / "CMU-MOSI", write_wav)
+    return tmp_path / "CMU-MOSI"
 
 
 def test_segments_come_in_their_order_with_scores(tree, tmp_path):
@@ -50,7 +24,7 @@ def test_segments_come_in_their_order_with_scores(tree, tmp_path):
     (dialogue,) = dataset.dialogues("train")
     assert [turn.id for turn in dialogue.utterances] == [f"03bSnISJMiM_{n}" for n in range(1, 12)]
     np.testing.assert_allclose(
-        [turn.score for turn in dialogue.utterances], SCORES["03bSnISJMiM"], atol=1e-6
+        [turn.score for turn in dialogue.utterances], MOSI["03bSnISJMiM"], atol=1e-6
     )
     assert [turn.label for turn in dialogue.utterances] == [1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1]
     assert dialogue.utterances[9].text == "SEGMENT 10"
@@ -82,10 +56,10 @@ def test_bad_input_is_named(tree):
     with pytest.raises(InputError, match="line 2: segment 1 repeated"):
         reader.read(tree)
     path.write_text("1_DELIM_A\n2_DELIM_B\n")
-    write_labels(tree / reader.LABELS, SCORES | {"tStelxIAHjw": [0.0, 9.0]})
+    write_mosi_labels(tree / reader.LABELS, MOSI | {"tStelxIAHjw": [0.0, 9.0]})
     with pytest.raises(InputError, match=r"tStelxIAHjw: segment 2: score 9\.0"):
         reader.read(tree)
-    write_labels(tree / reader.LABELS, {"unheard_of": [0.0]})
+    write_mosi_labels(tree / reader.LABELS, {"unheard_of": [0.0]})
     with pytest.raises(InputError, match="video 'unheard_of' is in no split"):
         reader.read(tree)
     for changed, message in [
