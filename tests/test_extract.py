@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 from absl import logging
+from flax import nnx
 
 from configs import text_encoder
 from mister_jax import data, extract
@@ -23,6 +24,7 @@ from mister_jax.extract.features import plan
 from mister_jax.nn import masked_mean
 from mister_jax.parallel import Program
 from mister_jax.train import train
+from tests.tasks.test_speech_encoder import WAVLM
 
 SPEECH, TEXT = "manifest/heard", "manifest/spoken"
 SECONDS = 0.8  # of Whisper
@@ -41,6 +43,28 @@ def by_whisper(whisper_folder):
 @pytest.fixture(scope="module")
 def by_bert(bert_folder):
     return extract.open_encoder(str(bert_folder), max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def by_llama(llama_folder):
+    return extract.open_encoder(str(llama_folder), max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def by_wavlm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_wavlm")
+    hub.save_pretrained(hub.make(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
+    return extract.open_encoder(str(folder), max_seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def by_qwen(qwen_folder):
+    return extract.open_encoder(str(qwen_folder), max_seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def by_salmonn(salmonn_options):
+    return extract.open_encoder(**salmonn_options, max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +121,12 @@ def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
     np.testing.assert_allclose(found.text[0], hidden[0].mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["whisper", "prosody", "bert"])
+@pytest.mark.parametrize(
+    "kind", ["whisper", "prosody", "wavlm", "qwen", "salmonn", "bert", "llama"]
+)
 def test_features_depend_on_neither_batch_nor_padding(kind, request):
     encoder = request.getfixturevalue(f"by_{kind}")
-    utterances = some_texts() if kind == "bert" else some_clips()
+    utterances = some_clips() if encoder.modality == "speech" else some_texts()
     together, present = extract.features_of(encoder, utterances)
     assert present.all() and len(np.unique(together[:5].round(4), axis=0)) == 5
     few, _ = extract.features_of(encoder, utterances[:3], budget=1)

@@ -24,6 +24,7 @@ from mister_jax.parallel import JitSpread, data_mesh
 from mister_jax.steps import initial_state, split_model, train_step
 from mister_jax.tasks import SpeechEncoderTask
 from mister_jax.train import train
+from tests.tasks.test_text_encoder import assert_alike, two_steps
 from tests.test_train import assert_same_bits, latest, records
 
 
@@ -380,6 +381,15 @@ def test_an_llm_is_tuned_by_its_low_rank_paths(llm, batch):
     moved = {jax.tree_util.keystr(path) for path, leaf in leaves if np.asarray(leaf).any()}
     assert any("lora_" in path and "decoder" in path for path in moved)
     assert all("lora_" in path or "['head']" in path for path in moved)
+
+
+@pytest.mark.parametrize("llm", ["qwen2_audio_7b"], indirect=True)
+def test_devices_do_not_change_a_step_of_an_llm(llm, batch):
+    task = llm()
+    alone = two_steps(one_device(), task, batch)
+    for count, model_parallelism in ((2, 1), (2, 2), (8, 2)):  # FSDP, tensor parallel, both
+        mesh = data_mesh(model_parallelism, jax.devices()[:count])
+        assert_alike(two_steps(JitSpread(mesh, task.rules), task, batch), alone)
 
 
 def test_what_an_llm_hears_through_is_trained_where_asked(llm):

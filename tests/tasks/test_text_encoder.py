@@ -173,6 +173,17 @@ def two_steps(spread, task, batch, accumulation=1):
     before = jax.device_get(state["frozen"])
     step = spread.program_of_step(train_step(task, graph, transformation, accumulation))
     placed, rows = spread.put_state(state), spread.put_batch(batch)
+    if getattr(spread, "rules", ()):
+        # Each device of the mesh holds a part of its own, and no more.
+        (kernel,) = (
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(placed["frozen"])
+            if jax.tree_util.keystr(path).endswith("['attention']['query']['kernel']")
+            and "tower" not in jax.tree_util.keystr(path)
+        )
+        parts = {str(shard.index): shard.data.size for shard in kernel.addressable_shards}
+        assert len(parts) == spread.mesh.size
+        assert set(parts.values()) == {kernel.size // spread.mesh.size}
     with jax.default_matmul_precision("highest"):
         for _ in range(2):
             placed, metrics = step(placed, rows)
@@ -199,6 +210,7 @@ def alone(task, batch):
     [
         ("data", 1, 1, 4),
         ("data", 2, 1, 1),
+        ("fsdp", 2, 1, 1),
         ("fsdp", 8, 1, 2),
         ("tensor", 2, 2, 1),
         ("both", 8, 2, 1),
