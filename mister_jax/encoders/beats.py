@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders import audio
+from mister_jax.encoders.fields import check_positive, types_of
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.dropout import KeySource
@@ -89,9 +90,7 @@ class BeatsConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in _FIELDS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"BeatsConfig.{name}={getattr(self, name)}: must be at least 1")
+        check_positive(self, _FIELDS)
         for name, divisor in (
             ("width", "num_heads"),
             ("width", "position_groups"),
@@ -204,10 +203,6 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
     return np.where(offsets > 0, half, 0) + np.where(distance < exact, distance, far)
 
 
-def _types(config: BeatsConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 class GatedAttention(nnx.Module):
     """Attention whose relative position bias is gated by each query and head.
 
@@ -219,7 +214,7 @@ class GatedAttention(nnx.Module):
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         width, heads = config.width, config.num_heads
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         self.num_heads = heads
         self.query = nnx.Linear(width, width, **options)
         self.key = nnx.Linear(width, width, **options)
@@ -255,7 +250,7 @@ class BeatsLayer(nnx.Module):
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.residual_scale = (2 * config.num_layers) ** 0.25  # arXiv 2203.00555
         self.attention = GatedAttention(config, rngs=rngs)
@@ -290,7 +285,7 @@ class Beats(nnx.Module):
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         self.config = config
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.patch_embedding = nnx.Linear(
             config.patch_size**2, config.patch_width, use_bias=False, **options

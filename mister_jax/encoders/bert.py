@@ -16,6 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.encoders.attention import SelfAttention, token_layout
+from mister_jax.encoders.fields import (
+    check_fixed,
+    check_positive,
+    check_rates,
+    layer_norm,
+    read,
+    types_of,
+    unsupported,
+)
 from mister_jax.errors import InputError
 from mister_jax.nn import Dropout, Stack
 from mister_jax.nn.attention import Implementation
@@ -47,7 +56,7 @@ _SIZES = {
     "num_positions": "max_position_embeddings",
     "num_token_types": "type_vocab_size",
 }
-_RATES = {
+_RATES: dict[str, tuple[str, Any]] = {
     "layer_norm_epsilon": ("layer_norm_eps", 1e-12),
     "dropout": ("hidden_dropout_prob", 0.1),
     "attention_dropout": ("attention_probs_dropout_prob", 0.1),
@@ -97,9 +106,7 @@ class BertConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"BertConfig.{name}={getattr(self, name)}: must be at least 1")
+        check_positive(self, _SIZES)
         if self.width % self.num_heads:
             raise ValueError(
                 f"BertConfig.width={self.width}: must be a multiple of num_heads={self.num_heads}"
@@ -109,11 +116,7 @@ class BertConfig:
                 f"BertConfig.position_offset={self.position_offset}: allowed are 0 to "
                 f"num_positions - 1, {self.num_positions - 1}"
             )
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"BertConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
-                )
+        check_rates(self, ("dropout", "attention_dropout"))
 
     @classmethod
     def bert_base(cls, **changes: Any) -> BertConfig:
@@ -163,21 +166,15 @@ class BertConfig:
         """
         model_type = config.get("model_type")
         if model_type not in _HUGGINGFACE_DEFAULTS:
-            raise _unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
-        for name, allowed in _HUGGINGFACE_FIXED.items():
-            value = config.get(name, allowed)
-            if value != allowed:
-                raise _unsupported(name, value, repr(allowed))
+            raise unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
+        check_fixed(config, _HUGGINGFACE_FIXED)
         given = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
-        fields = {field: _integer(given, name) for field, name in _SIZES.items()}
+        fields = read(given, {field: (name, int) for field, name in _SIZES.items()} | _RATES)
         if model_type != "bert":
-            fields["position_offset"] = _integer(given, "pad_token_id") + 1
-        rates = {field: given.get(name, default) for field, (name, default) in _RATES.items()}
-        for field, rate in rates.items():
-            if isinstance(rate, bool) or not isinstance(rate, int | float):
-                raise _unsupported(_RATES[field][0], rate, "a number")
+            padding = read(given, {"token": ("pad_token_id", int)})
+            fields["position_offset"] = padding["token"] + 1
         try:
-            return cls(**{**fields, **rates, **changes})
+            return cls(**{**fields, **changes})
         except ValueError as error:
             raise InputError(f"config.json: no model has its sizes: {error}") from error
 
@@ -203,30 +200,8 @@ class BertConfig:
         return self.num_positions - self.position_offset
 
 
-def _unsupported(field: str, value: Any, allowed: Any) -> InputError:
-    return InputError(f"config.json: {field}={value!r}: allowed here is {allowed}")
-
-
-def _integer(config: Mapping[str, Any], field: str) -> int:
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _unsupported(field, value, "an integer that is not negative")
-    return value
-
-
-def _types(config: BertConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # A few dimensions of RoBERTa are far larger than the rest; the fast variance would cancel.
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        rngs=rngs,
-        **_types(config),
-    )
+    return layer_norm(config.width, config.layer_norm_epsilon, config, rngs)
 
 
 class BertLayer(nnx.Module):
@@ -237,7 +212,7 @@ class BertLayer(nnx.Module):
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         self.attention = SelfAttention(
             config.width,
             config.num_heads,

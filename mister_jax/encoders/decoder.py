@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders.attention import token_layout
+from mister_jax.encoders.fields import check_positive, types_of, unsupported
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
@@ -138,9 +139,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         sizes = "vocab_size width mlp_width num_layers num_heads num_key_value_heads head_width"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig.{name}={getattr(self, name)}: must be at least 1")
+        check_positive(self, sizes.split())
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"DecoderConfig.num_heads={self.num_heads}: must be a multiple of "
@@ -236,11 +235,11 @@ class DecoderConfig:
         """
         model_type = config.get("model_type")
         if model_type not in _HUGGINGFACE_DEFAULTS:
-            raise _unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
+            raise unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
         for name, allowed in _HUGGINGFACE_FIXED.items():
             value = config.get(name)
             if value is not None and value != allowed:
-                raise _unsupported(name, value, allowed)
+                raise unsupported(name, value, allowed)
         given = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
         width = _number(given, "hidden_size", int)
         num_heads = _number(given, "num_attention_heads", int)
@@ -251,7 +250,7 @@ class DecoderConfig:
         if given.get("head_dim") is None:
             if width % num_heads:
                 allowed = f"a multiple of num_attention_heads={num_heads}, or head_dim be given"
-                raise _unsupported("hidden_size", width, allowed)
+                raise unsupported("hidden_size", width, allowed)
             given["head_dim"] = width // num_heads
         fields = {
             "vocab_size": _number(given, "vocab_size", int),
@@ -272,16 +271,12 @@ class DecoderConfig:
             raise InputError(f"config.json: no decoder has its sizes: {error}") from error
 
 
-def _unsupported(field: str, value: Any, allowed: Any) -> InputError:
-    return InputError(f"config.json: {field}={value!r}: allowed here is {allowed}")
-
-
 def _number(config: Mapping[str, Any], field: str, kind: type[int] | type[float]) -> Any:
     value = config.get(field.rpartition(".")[2])
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _unsupported(field, value, "a number")
+        raise unsupported(field, value, "a number")
     if not 0 < value < math.inf or value != kind(value):
-        raise _unsupported(
+        raise unsupported(
             field, value, "a positive integer" if kind is int else "a positive number"
         )
     return kind(value)
@@ -290,12 +285,12 @@ def _number(config: Mapping[str, Any], field: str, kind: type[int] | type[float]
 def _check_window(config: Mapping[str, Any]) -> None:
     layer_types = config.get("layer_types") or []
     if set(layer_types) - {"full_attention"}:
-        raise _unsupported("layer_types", layer_types, "full_attention in all layers")
+        raise unsupported("layer_types", layer_types, "full_attention in all layers")
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return
     # Unless the layers' types are given, those from this one on have a window.
     if not layer_types and config.get("max_window_layers", 28) < config["num_hidden_layers"]:
-        raise _unsupported("use_sliding_window", True, False)
+        raise unsupported("use_sliding_window", True, False)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,9 +298,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(field) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise _unsupported(field, rope, "one set of parameters for all layers")
+        raise unsupported(field, rope, "one set of parameters for all layers")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise _unsupported(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], 1)
+        raise unsupported(f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], 1)
     # The later of these wins.
     theta = {"rope_theta": 10000.0}
     positions = {"original_max_position_embeddings": config.get("max_position_embeddings")}
@@ -315,7 +310,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"rope_theta": _number(theta, "rope_theta", float)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise _unsupported(f"{field}.rope_type", kind, "default or llama3")
+        raise unsupported(f"{field}.rope_type", kind, "default or llama3")
     if kind == "llama3":
         fields["rope_scaling"] = RopeScaling(
             factor=_number(rope, f"{field}.factor", float),
@@ -346,10 +341,6 @@ def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _types(config: DecoderConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 class GroupedQueryAttention(nnx.Module):
     """Causal attention in which several query heads share a key and value head (arXiv 2305.13245).
 
@@ -363,7 +354,7 @@ class GroupedQueryAttention(nnx.Module):
         self.implementation = config.attention_implementation
         queries = config.num_heads * config.head_width
         keys = config.num_key_value_heads * config.head_width
-        options = _types(config) | {"use_bias": config.query_key_value_bias, "rngs": rngs}
+        options = types_of(config) | {"use_bias": config.query_key_value_bias, "rngs": rngs}
         self.query = LoRALinear(config.width, queries, **options)
         self.key = LoRALinear(config.width, keys, **options)
         self.value = LoRALinear(config.width, keys, **options)
@@ -399,7 +390,7 @@ class SwiGLU(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        options = _types(config) | {"use_bias": False, "rngs": rngs}
+        options = types_of(config) | {"use_bias": False, "rngs": rngs}
         self.gate = LoRALinear(config.width, config.mlp_width, **options)
         self.up = LoRALinear(config.width, config.mlp_width, **options)
         self.down = LoRALinear(config.mlp_width, config.width, **options)
@@ -418,7 +409,7 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        options = _types(config) | {"epsilon": config.norm_epsilon, "rngs": rngs}
+        options = types_of(config) | {"epsilon": config.norm_epsilon, "rngs": rngs}
         self.attention_norm = nnx.RMSNorm(config.width, **options)
         self.attention = GroupedQueryAttention(config, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, **options)
@@ -462,7 +453,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.norm = nnx.RMSNorm(
-            config.width, epsilon=config.norm_epsilon, rngs=rngs, **_types(config)
+            config.width, epsilon=config.norm_epsilon, rngs=rngs, **types_of(config)
         )
         if config.lora is not None:
             add_lora(self, config.lora, rngs=rngs)

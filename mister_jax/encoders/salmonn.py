@@ -22,16 +22,13 @@ from mister_jax.encoders import audio, beats
 from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.fields import types_of
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig
-
-
-def _types(config: QFormerConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ class PostNormAttention(nnx.Module):
 
     def __init__(self, key_width: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         width = config.width
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         self.num_heads = config.num_heads
         self.query = nnx.Linear(width, width, **options)
         self.key = nnx.Linear(key_width, width, **options)
@@ -116,7 +113,7 @@ class QFormerLayer(nnx.Module):
 
     def __init__(self, frame_width: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         width = config.width
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         self.attention = PostNormAttention(width, config, rngs=rngs)
         self.cross_attention = PostNormAttention(frame_width, config, rngs=rngs)
         self.hidden = nnx.Linear(width, config.hidden_width, **options)
@@ -157,7 +154,7 @@ class WindowQFormer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         input_norm = {"epsilon": config.input_norm_epsilon, **options}
         self.speech_norm = nnx.LayerNorm(speech_width, **input_norm)
         self.sound_norm = nnx.LayerNorm(sound_width, **input_norm)

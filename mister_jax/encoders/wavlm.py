@@ -21,6 +21,14 @@ from jax.typing import DTypeLike
 from mister_jax.encoders import audio
 from mister_jax.encoders.attention import SelfAttention
 from mister_jax.encoders.beats import position_buckets
+from mister_jax.encoders.fields import (
+    check_fixed,
+    check_positive,
+    check_rates,
+    layer_norm,
+    read,
+    types_of,
+)
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.attention import Implementation
@@ -131,21 +139,10 @@ class WavLMConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in [
-            "width",
-            "num_layers",
-            "num_heads",
-            "hidden_width",
-            "position_kernel",
-            "position_groups",
-        ]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"WavLMConfig.{name}={getattr(self, name)}: must be at least 1")
-        for name in ["dropout", "attention_dropout", "hidden_dropout", "projection_dropout"]:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"WavLMConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
-                )
+        sizes = "width num_layers num_heads hidden_width position_kernel position_groups"
+        check_positive(self, sizes.split())
+        rates = "dropout attention_dropout hidden_dropout projection_dropout"
+        check_rates(self, rates.split())
         for name in ("num_heads", "position_groups"):
             if self.width % getattr(self, name):
                 raise ValueError(
@@ -225,11 +222,9 @@ class WavLMConfig:
             raise InputError(
                 f"config.json: model_type={model_type!r}: allowed are {', '.join(_MODEL_TYPES)}"
             )
-        for name, allowed in _HUGGINGFACE_FIXED.items():
-            if config.get(name, allowed) != allowed:
-                raise InputError(f"config.json: {name}={config[name]!r}: allowed is {allowed!r}")
+        check_fixed(config, _HUGGINGFACE_FIXED)
         is_wavlm = model_type == "wavlm"
-        fields = _read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
+        fields = read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["convolution_norm"] == "layer"
@@ -253,35 +248,6 @@ class WavLMConfig:
         for kernel, stride in reversed(list(pairs)):
             size = (size - 1) * stride + kernel
         return size
-
-
-def _read(config: Mapping[str, Any], fields: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """The values of our fields in a config.json."""
-    values = {}
-    for field, (name, default) in fields.items():
-        value = config.get(name, default)
-        value = tuple(value) if isinstance(value, list) else value
-        kind = float | int if isinstance(default, float) else type(default)
-        numbers = value if isinstance(value, tuple) else ()
-        if (
-            not isinstance(value, kind)
-            or isinstance(value, bool) != isinstance(default, bool)
-            or not all(type(number) is int for number in numbers)
-        ):
-            raise InputError(f"config.json: {name}={value!r}: allowed are values like {default!r}")
-        values[field] = value
-    return values
-
-
-def _types(config: WavLMConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
-def _norm(width: int, epsilon: float, config: WavLMConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # A few dimensions are far larger than the rest; the fast variance would cancel.
-    return nnx.LayerNorm(
-        width, epsilon=epsilon, use_fast_variance=False, rngs=rngs, **_types(config)
-    )
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -322,7 +288,7 @@ class WaveformEncoder(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        options = _types(config)
+        options = types_of(config)
         widths = config.convolution_widths
         self.strides = config.convolution_strides
         self.kernel_sizes = config.convolution_kernels
@@ -345,7 +311,7 @@ class WaveformEncoder(nnx.Module):
             MaskedChannelNorm(widths[0], **options) if config.convolution_norm == "group" else None
         )
         self.norms = nnx.List(
-            _norm(width, 1e-5, config, rngs)
+            layer_norm(width, 1e-5, config, rngs)
             for width in widths
             if config.convolution_norm == "layer"
         )
@@ -372,7 +338,7 @@ class GatedBias(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        options = _types(config)
+        options = types_of(config)
         self.num_heads = config.num_heads
         self.projection = nnx.Linear(config.width // config.num_heads, 8, **options, rngs=rngs)
         self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
@@ -395,7 +361,7 @@ class TransformerLayer(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, _types(config) | {"rngs": rngs}
+        width, options = config.width, types_of(config) | {"rngs": rngs}
         self.gate = nnx.data(GatedBias(config, rngs=rngs) if config.num_buckets else None)
         self.attention = SelfAttention(
             width,
@@ -404,10 +370,10 @@ class TransformerLayer(nnx.Module):
             implementation=config.attention_implementation,
             **options,
         )
-        self.attention_norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.attention_norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
         self.hidden = LoRALinear(width, config.hidden_width, **options)
         self.out = LoRALinear(config.hidden_width, width, **options)
-        self.hidden_norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.hidden_norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
         self.hidden_dropout = Dropout(config.hidden_dropout)
 
@@ -458,11 +424,11 @@ class WavLM(nnx.Module):
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         channels, width, taps = config.convolution_widths[-1], config.width, config.position_kernel
-        options = _types(config) | {"rngs": rngs}
+        options = types_of(config) | {"rngs": rngs}
         self.config = config
         self.waveform_encoder = WaveformEncoder(config, rngs=rngs)
         self.projection_norm = nnx.data(
-            _norm(channels, config.layer_norm_epsilon, config, rngs)
+            layer_norm(channels, config.layer_norm_epsilon, config, rngs)
             if config.projection_norm
             else None
         )
@@ -481,7 +447,7 @@ class WavLM(nnx.Module):
             if config.num_buckets
             else None
         )
-        self.norm = _norm(width, config.layer_norm_epsilon, config, rngs)
+        self.norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
         layer = NormFirstLayer if config.norm_first else NormLastLayer
         self.layers = Stack(

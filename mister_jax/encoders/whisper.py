@@ -18,6 +18,14 @@ from flax import nnx
 
 from mister_jax.encoders import audio, augment
 from mister_jax.encoders.attention import SelfAttention
+from mister_jax.encoders.fields import (
+    check_fixed,
+    check_positive,
+    check_rates,
+    layer_norm,
+    read,
+    types_of,
+)
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.attention import Implementation
@@ -90,21 +98,9 @@ class WhisperConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in [
-            "num_mel_bins",
-            "width",
-            "num_layers",
-            "num_heads",
-            "hidden_width",
-            "max_positions",
-        ]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"WhisperConfig.{name}={getattr(self, name)}: must be at least 1")
-        for name in ["dropout", "attention_dropout", "hidden_dropout"]:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"WhisperConfig.{name}={getattr(self, name)}: allowed are 0 <= rate < 1"
-                )
+        sizes = "num_mel_bins width num_layers num_heads hidden_width max_positions"
+        check_positive(self, sizes.split())
+        check_rates(self, ("dropout", "attention_dropout", "hidden_dropout"))
         if self.width % self.num_heads or self.width % 2:
             raise ValueError(
                 f"WhisperConfig.width={self.width}: must be even and a multiple of "
@@ -166,30 +162,17 @@ class WhisperConfig:
         Raises:
           InputError: a field with a value that this architecture does not have.
         """
-        for name, allowed in (("model_type", "whisper"), ("activation_function", "gelu")):
-            if config.get(name, allowed) != allowed:
-                raise InputError(f"config.json: {name}={config[name]!r}: allowed is {allowed!r}")
-        fields = {}
-        for field, (name, default) in _HUGGINGFACE.items():
-            fields[field] = value = config.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, type(default) | int):
-                kind = "an integer" if isinstance(default, int) else "a number"
-                raise InputError(f"config.json: {name}={value!r}: allowed is {kind}")
+        check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
         try:
-            return cls(**{**fields, **changes})
+            return cls(**{**read(config, _HUGGINGFACE), **changes})
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"config.json: {error}") from error
 
 
-def _types(config: WhisperConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # A few dimensions are far larger than the rest; the fast variance would cancel.
-    return nnx.LayerNorm(
-        config.width, epsilon=1e-5, use_fast_variance=False, rngs=rngs, **_types(config)
-    )
+    return layer_norm(config.width, 1e-5, config, rngs)
 
 
 def _sinusoids(num_positions: int, width: int) -> np.ndarray:
@@ -207,7 +190,7 @@ class WhisperLayer(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, _types(config) | {"rngs": rngs}
+        width, options = config.width, types_of(config) | {"rngs": rngs}
         self.attention_norm = _norm(config, rngs)
         self.attention = SelfAttention(
             width,
@@ -249,7 +232,7 @@ class Whisper(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, _types(config) | {"rngs": rngs}
+        width, options = config.width, types_of(config) | {"rngs": rngs}
         self.config = config
         self.convolution = nnx.Conv(config.num_mel_bins, width, (3,), padding=1, **options)
         self.strided_convolution = nnx.Conv(width, width, (3,), strides=2, padding=1, **options)

@@ -221,13 +221,13 @@ def test_a_config_goes_to_huggingface_and_back():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "gpt2", r"model_type='gpt2': allowed here is \['bert', 'roberta'"),
-        ("hidden_act", "relu", "hidden_act='relu': allowed here is 'gelu'"),
-        ("position_embedding_type", "relative_key", "allowed here is 'absolute'"),
-        ("is_decoder", True, "is_decoder=True: allowed here is False"),
-        ("hidden_size", None, "hidden_size=None: allowed here is an integer"),
+        ("model_type", "gpt2", r"model_type='gpt2': allowed is \['bert', 'roberta'"),
+        ("hidden_act", "relu", "hidden_act='relu': allowed is 'gelu'"),
+        ("position_embedding_type", "relative_key", "allowed is 'absolute'"),
+        ("is_decoder", True, "is_decoder=True: allowed is False"),
+        ("hidden_size", None, "hidden_size=None: allowed is an integer"),
         ("hidden_size", 15, "width=15: must be a multiple of num_heads=4"),
-        ("layer_norm_eps", "small", "layer_norm_eps='small': allowed here is a number"),
+        ("layer_norm_eps", "small", "layer_norm_eps='small': allowed is a number"),
         ("hidden_dropout_prob", 1.5, "dropout=1.5: allowed are 0 <= rate < 1"),
     ],
 )
