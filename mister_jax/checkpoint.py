@@ -119,8 +119,13 @@ class Checkpoints:
 
 
 def _is_worth_telling(record: logging.LogRecord) -> bool:
-    """Not what Orbax announces of every save, at warning level."""
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    """Not what Orbax announces of every save, at warning level; nor that its notes are damaged.
+
+    It goes on without them, and where it cannot, the error says so.
+    """
+    if "orbax" not in record.pathname:
+        return True
+    return record.levelno >= logging.ERROR and "Failed to json parse" not in str(record.msg)
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:

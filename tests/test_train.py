@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -360,6 +361,43 @@ def test_a_config_that_cannot_be_used_says_so(data_dir, tmp_path, changes, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (None, "no split 'validation'; allowed: train"),
+        (-1, "dataset mute, split validation: no utterance has a label"),
+    ],
+)
+def test_a_dataset_without_a_validation_to_judge_by_is_refused(
+    data_dir, tmp_path, validation, message
+):
+    splits = {"train": data.load("tiny", "train", data_dir)}
+    if validation is not None:
+        features = data.load("tiny", "validation", data_dir)
+        splits["validation"] = dataclasses.replace(
+            features, label=np.full_like(features.label, validation)
+        )
+    data.write(splits, "mute", tmp_path / "data")
+    with pytest.raises(InputError, match=message) as error:
+        train(tiny(tmp_path / "data", "mute"), tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_compiled_after_the_first_step(data_dir, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    # Traced once for each of two shapes; the later epochs, the validations and saves add nothing.
+    for name, shapes in (("train_step", 2), ("validation_sums", 2)):
+        make = getattr(train_module, name)
+
+        def counted(*arguments, make=make, shapes=shapes):
+            return chex.assert_max_traces(make(*arguments), n=shapes)
+
+        monkeypatch.setattr(train_module, name, counted)
+    changes = {"data.num_buckets": 2, "train.epochs": 3, "train.save_every": 2}
+    assert train(tiny(data_dir, "tiny,text_only", **changes), tmp_path, quiet=True).epoch == 3
+
+
 def test_unknown_fields_are_named_with_the_allowed(data_dir, tmp_path):
     config = tiny(data_dir)
     config.model.widht = 3
@@ -390,6 +428,32 @@ def test_a_truncated_checkpoint_is_named(data_dir, tmp_path, kind):
         else:
             Predictor(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_a_cut_file_is_read_whole_or_refused(tmp_path, caplog):
+    state = {"kernel": np.arange(3000.0), "head": {"bias": np.ones(5, np.float32)}}
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        checkpoints.save(LATEST, 3, state, {"epoch": 1})
+    caplog.clear()
+    refused = set()
+    for whole in sorted((tmp_path / "whole").rglob("*")):
+        name = whole.relative_to(tmp_path / "whole")
+        if whole.is_dir() or "ocdbt.process_0" in name.parts:  # Those are joined in the others.
+            continue
+        cut = tmp_path / "cut"
+        shutil.copytree(tmp_path / "whole", cut)
+        (cut / name).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        try:
+            with Checkpoints(cut, read_only=True) as checkpoints:
+                restored = checkpoints.restore(LATEST, state)
+        except InputError as error:
+            assert "\n" not in str(error) and "latest/3: the checkpoint is damaged" in str(error)
+            refused.add(name.parts[-1] if "d" not in name.parts else "d")
+        else:
+            chex.assert_trees_all_equal(restored, (state, {"epoch": 1}))
+        shutil.rmtree(cut)
+    assert refused == {"_METADATA", "manifest.ocdbt", "d", "metadata"}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_pmap_and_jit_train_the_same_model(data_dir, finished, tmp_path):

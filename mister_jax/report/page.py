@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -17,6 +18,7 @@ from etils import epath
 
 import mister_jax
 from mister_jax.checkpoint import BEST
+from mister_jax.errors import InputError
 from mister_jax.metrics import OVERALL
 from mister_jax.report import charts, summary
 from mister_jax.report.charts import element
@@ -82,9 +84,10 @@ def _saved_on(folder: epath.Path) -> str | None:
     """When the newest checkpoint was written, by what it says itself: copies keep that."""
     written = []
     for path in folder.glob("*/_CHECKPOINT_METADATA"):
-        told = read_json(path).get("commit_timestamp_nsecs")
-        if told:
-            written.append(told)
+        with contextlib.suppress(InputError):  # A checkpoint can be read without these notes.
+            told = read_json(path).get("commit_timestamp_nsecs")
+            if told:
+                written.append(told)
     if not written:
         return None
     moment = datetime.datetime.fromtimestamp(max(written) / 1e9, datetime.UTC)
