@@ -11,6 +11,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Tests and the processes they start compile a program once between them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Most of a test's time is XLA's optimiser; see `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import pathlib
 from collections import defaultdict
@@ -28,9 +30,10 @@ def pytest_addoption(parser):
     parser.addoption("--parity", action="store_true", help="run the tests marked parity, too")
 
 
-def pytest_configure(config):
-    # Most of a test's time is XLA's optimiser. A run with --parity tests what users run.
-    jax.config.update("jax_disable_most_optimizations", not config.getoption("parity"))
+@pytest.fixture(autouse=True)
+def optimised(request):
+    """Tests marked parity compare what users run: programs that XLA has optimised."""
+    jax.config.update("jax_disable_most_optimizations", "parity" not in request.keywords)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -20,6 +20,7 @@ def _run(name: str) -> dict:
 
 def test_no_notebook_is_left_out():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {
+        "reading_the_gate",
         "reuse_modules",
         "your_own_data",
     }
@@ -31,6 +32,14 @@ def test_reuse_modules():
     assert names["difference"] == 0
     assert names["vectors"].shape == (24, 64)
     assert names["probabilities"].shape == names["output"].logits.shape
+
+
+def test_reading_the_gate(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = _run("reading_the_gate")
+    assert names["turned"] > 0.05
+    assert names["heavier"] > names["lighter"]
+    assert names["weights"]["no speech"][0] == names["weights"]["no text"][1] == 0
 
 
 def test_your_own_data():

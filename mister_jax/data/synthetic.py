@@ -186,11 +186,12 @@ class EmotionProcess(ConversationProcess):
 
     def sample(
         self, length: int, generator: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Draws a dialogue of T utterances.
 
         Returns:
-            label [T] int32, speech [T, Ds] and text [T, Dt] float32, and their presence, [T] bool.
+            label [T] int32, speech [T, Ds] and text [T, Dt] float32, and their presence, [T] bool;
+            and beside them which modality says nothing, [T]: "speech", "text" or "".
         """
         label, speech_silent, text_silent, speech_present, text_present = self.sample_course(
             length, generator
@@ -199,7 +200,8 @@ class EmotionProcess(ConversationProcess):
         text = _draw(self.text_mean[label], self.text_neutral, text_silent, generator)
         speech[~speech_present] = 0
         text[~text_present] = 0
-        return label, speech, text, speech_present, text_present
+        silent = np.where(speech_silent, "speech", np.where(text_silent, "text", ""))
+        return (label, speech, text, speech_present, text_present), silent
 
 
 def emotion_chain(
@@ -283,7 +285,8 @@ def generate(
 ) -> dict[str, DialogueFeatures]:
     """Generates splits of synthetic dialogues, the same for the same arguments.
 
-    Each split's metadata holds its `reference_scores`.
+    Each split's metadata holds its `reference_scores`, and of each utterance which modality is
+    `uninformative`, what no model should see: "speech", "text" or "".
 
     Args:
         seed: at least 0.
@@ -317,7 +320,9 @@ def _generate_split(
     process: EmotionProcess, split: str, count: int, seed: int, generator: np.random.Generator
 ) -> DialogueFeatures:
     lengths = generator.integers(MIN_LENGTH, MAX_LENGTH, size=count, endpoint=True)
-    dialogues = [process.sample(length, generator) for length in lengths]
+    dialogues, silent = zip(
+        *(process.sample(length, generator) for length in lengths), strict=True
+    )
     label, speech, text, speech_present, text_present = map(
         np.concatenate, zip(*dialogues, strict=True)
     )
@@ -340,7 +345,11 @@ def _generate_split(
         speech_present=speech_present,
         text_present=text_present,
         label=label,
-        metadata={"seed": seed, "reference_scores": reference_scores(process, dialogues)},
+        metadata={
+            "seed": seed,
+            "reference_scores": reference_scores(process, dialogues),
+            "uninformative": np.concatenate(silent).tolist(),
+        },
     )
 
 

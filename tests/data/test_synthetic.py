@@ -30,7 +30,7 @@ def test_the_posterior_is_that_of_enumeration():
     process = synthetic.emotion_process(
         3, num_classes=3, speech_dim=2, text_dim=3, uninformative_share=0.2, missing_share=0.5
     )
-    _, *features = process.sample(4, np.random.default_rng(0))
+    (_, *features), _ = process.sample(4, np.random.default_rng(0))
     speech, text, speech_present, text_present = features
     speech_present[:], text_present[:] = [True, False, True, True], [True, True, False, True]
 
