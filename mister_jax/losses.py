@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,6 +30,12 @@ def _divide(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Ar
     """total / global count, and zero where nothing was counted."""
     count = _global_sum(count.astype(jnp.float32), axis_name)
     return total / jnp.maximum(count, 1.0)
+
+
+def _check_positions(values: jax.Array, labels: jax.Array, mask: jax.Array) -> None:
+    """Values [..., D] belong to labels and mask [...]; broadcast, they would give a wrong loss."""
+    chex.assert_equal_shape([labels, mask])
+    chex.assert_equal_shape_prefix([values, mask], mask.ndim)
 
 
 def focal(
@@ -55,6 +62,7 @@ def focal(
 
     Raises:
       ValueError: negative gamma.
+      AssertionError: logits, labels and mask are not of the same positions.
     """
     return _divide(focal_of_each(logits, labels, mask, gamma=gamma).sum(), mask.sum(), axis_name)
 
@@ -65,6 +73,7 @@ def focal_of_each(
     """The focal loss of each position [...] float32, zero where the mask is false; see `focal`."""
     if gamma < 0:
         raise ValueError(f"focal gamma {gamma}: must not be negative")
+    _check_positions(logits, labels, mask)
     # Masked logits are taken out before anything is computed of them: a NaN there would reach the
     # gradient even through a loss that is multiplied by zero.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
@@ -100,7 +109,11 @@ def supervised_contrastive(
 
     Returns:
       A scalar, float32; zero where no anchor has a positive.
+
+    Raises:
+      AssertionError: representations, labels and mask are not of the same positions.
     """
+    _check_positions(representations, labels, mask)
     x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0)
     square = (x * x).sum(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.maximum(square, 1e-12) * temperature)  # ... F

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mister_jax import MisterE, losses
+from mister_jax import MisterE, MisterEOutput, losses
+from mister_jax.steps import mister_e_loss
 
 CLASSES, WIDTH, EXPERTS = 4, 5, 3
 TINY = 1e-300
@@ -329,3 +331,65 @@ def test_unlabelled_utterances_count_in_no_part(training):
     params, batch, loss, _ = training
     _, parts = jax.jit(loss)(params, batch | {"label": np.full_like(batch["label"], -1)})
     assert not any(parts.values())
+
+
+@pytest.fixture(scope="module")
+def extreme(make_batch):
+    """Dialogues of 500 utterances, of one, and of four without a label."""
+    batch = make_batch((500, 1, 4))
+    batch["label"][2] = -1
+    return batch
+
+
+def test_huge_bfloat16_outputs_of_all_kinds_of_dialogues_have_finite_gradients(
+    extreme, tiny_config
+):
+    random = np.random.default_rng(0)
+    positions, classes = extreme["mask"].shape, tiny_config.num_classes
+
+    def huge(*shape):
+        return jnp.asarray(random.choice([-1e4, 1e4], (*positions, *shape)), jnp.bfloat16)
+
+    floats = {"logits": huge(classes), "expert_logits": huge(EXPERTS, classes)}
+    floats |= {"speech_repr": huge(WIDTH), "text_repr": huge(WIDTH)}
+    present = np.stack([extreme["speech_present"], extreme["text_present"]], axis=-1)
+    known = {
+        "gate": np.full((*positions, EXPERTS), 1 / EXPERTS),
+        "expert_present": np.concatenate([present, extreme["mask"][..., None]], axis=-1),
+        "speech_context": None,
+        "text_context": None,
+        "speech_present": extreme["speech_present"],
+        "text_present": extreme["text_present"],
+    }
+
+    def loss(floats):
+        output = MisterEOutput(**floats, **known)
+        return losses.mister_e(output, extreme["label"], extreme["mask"])
+
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+    chex.assert_tree_all_finite(found)
+    assert all(part > 0 for part in found[0][1].values())
+
+
+def test_a_step_with_huge_bfloat16_logits_has_finite_gradients(extreme, tiny_config):
+    config = dataclasses.replace(tiny_config, dtype="bfloat16", input_dropout=0.2)
+    graph, params = nnx.split(MisterE(config, rngs=nnx.Rngs(0)))
+
+    def scaled(path, value):
+        return value * 1e4 if "classifier" in jax.tree_util.keystr(path) else value
+
+    params = jax.tree_util.tree_map_with_path(scaled, params)
+
+    def loss(params):
+        return mister_e_loss(nnx.merge(graph, params), extreme, jax.random.key(0))
+
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    chex.assert_tree_all_finite(found)
+    assert found[0][1]["mixture"] > 1000
+
+
+@pytest.mark.parametrize("field", ["label", "labelled"])
+@pytest.mark.parametrize("loss", [focal_of, contrastive_of])
+def test_labels_and_masks_of_other_positions_are_refused(batch, loss, field):
+    with pytest.raises(AssertionError, match="shape"):
+        loss(batch | {field: batch[field][:, :1]})
