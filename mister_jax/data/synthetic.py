@@ -320,9 +320,7 @@ def _generate_split(
     process: EmotionProcess, split: str, count: int, seed: int, generator: np.random.Generator
 ) -> DialogueFeatures:
     lengths = generator.integers(MIN_LENGTH, MAX_LENGTH, size=count, endpoint=True)
-    dialogues, silent = zip(
-        *(process.sample(length, generator) for length in lengths), strict=True
-    )
+    dialogues, silent = zip(*(process.sample(length, generator) for length in lengths), strict=True)
     label, speech, text, speech_present, text_present = map(
         np.concatenate, zip(*dialogues, strict=True)
     )
