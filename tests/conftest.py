@@ -34,6 +34,9 @@ def pytest_addoption(parser):
 def optimised(request):
     """Tests marked parity compare what users run: programs that XLA has optimised."""
     jax.config.update("jax_disable_most_optimizations", "parity" not in request.keywords)
+    yield
+    # For the fixtures of a wider scope, which are made before this one.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,9 +9,8 @@ import pytest
 
 from configs import text_encoder
 from mister_jax import data
+from tests.commands import REPOSITORY, run_all
 from tests.test_predict import untrained
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def run(name, *flags):
@@ -100,24 +98,6 @@ WRONG_USES = {
     "benchmark --encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
 }
 
-# One process starts the commands one after the other, so that libraries are loaded once.
-START_ALL = """
-import importlib, json, os, sys, tempfile
-import launch, mister_jax.benchmark, mister_jax.data.prepare, mister_jax.predict
-
-for use in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            os.dup2(said.fileno(), 2)
-            name, *flags = use.split()
-            sys.argv = [f"launch/{name}.py", *flags]
-            launch.run(importlib.import_module(f"launch.{name}").main)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        print(json.dumps([status, said.read().decode()]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
@@ -129,24 +109,13 @@ def ended(tmp_path_factory):
     splits = data.generate(0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3)
     data.write(splits, "x", folder / "data")
     untrained(folder / "ready", folder / "data", "x")
-    uses = [use.replace("DIR", str(folder)) for use in WRONG_USES]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", START_ALL],
-        input=json.dumps(uses),
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    results = map(json.loads, done.stdout.splitlines())
-    return folder, dict(zip(WRONG_USES, results, strict=True))
+    return folder, dict(zip(WRONG_USES, run_all(list(WRONG_USES), folder), strict=True))
 
 
 @pytest.mark.parametrize("use", WRONG_USES)
 def test_a_wrong_use_ends_with_one_line(ended, use):
     folder, results = ended
-    status, said = results[use]
+    status, _, said = results[use]
     assert WRONG_USES[use].replace("DIR", str(folder)) in said
     assert (status, said.count("\n"), said[:7]) == (2, 1, "error: ")
     assert not (folder / "run").exists()

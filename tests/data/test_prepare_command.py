@@ -1,10 +1,7 @@
 """`python -m launch.prepare`, as a user runs it."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -13,45 +10,7 @@ import pytest
 from mister_jax.data import load
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.mosi import reader as mosi_reader
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-# One process starts the commands one after the other, so that libraries are loaded once. A command
-# ends without taking them down, which takes longer than most commands.
-START_ALL = """
-import json, os, sys, tempfile
-import launch.prepare, matplotlib.pyplot, tensorflow
-
-for flags in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            os.dup2(told.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            sys.argv = ["launch/prepare.py", *flags]
-            try:
-                launch.run(launch.prepare.main)
-            except SystemExit as end:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(end.code)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        told.seek(0), said.seek(0)
-        print(json.dumps([status, told.read().decode(), said.read().decode()]), flush=True)
-"""
-
-
-def run_all(uses: list[str], folder: pathlib.Path) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of commands that are given as their flags."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", START_ALL],
-        input=json.dumps([use.replace("DIR", str(folder)).split() for use in uses]),
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+from tests.commands import run_all
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +85,9 @@ WRONG_USES = {
 def done(corpora) -> dict[str, tuple[int, str, str]]:
     """Exit status, output and errors of each of the commands."""
     uses = {**SUCCESSES, **{use: f"{use} --data_dir=DIR/unwritten" for use in WRONG_USES}}
-    return dict(zip(uses, run_all(list(uses.values()), corpora), strict=True))
+    return dict(
+        zip(uses, run_all([f"prepare {flags}" for flags in uses.values()], corpora), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +154,15 @@ def test_a_wrong_use_is_one_line_and_status_2(done, corpora, use):
 @pytest.mark.parity
 def test_beam_is_used_with_options_it_knows(corpora):
     pytest.importorskip("apache_beam")
-    use = "--corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/beam --partial --beam_options="
+    use = "prepare --corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/beam --partial"
     wrong = {
         '{"runner":"nosuch"}': "--beam_options: runner 'nosuch': Unexpected pipeline runner",
         '{"runner":"direct","direct_num_wrokers":2}': "--beam_options: direct_num_wrokers: unknown",
         '{"direct_num_workers":"many"}': "--beam_options: argument --direct_num_workers: invalid",
     }
-    *failed, done = run_all([use + options for options in (*wrong, '{"runner":"direct"}')], corpora)
+    *failed, done = run_all(
+        [f"prepare {use}{options}" for options in (*wrong, '{"runner":"direct"}')], corpora
+    )
     for (status, told, said), message in zip(failed, wrong.values(), strict=True):
         assert message in said
         assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
