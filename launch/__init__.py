@@ -32,7 +32,11 @@ def _tell(
     """Says in one line that a package is not installed; leaves all else to Python."""
     if isinstance(error, ModuleNotFoundError):
         reason = " ".join(str(error).split())
-        print(f"error: {reason}; `pip install --editable .` gets what is needed", file=sys.stderr)
+        print(
+            f"error: {reason}; `source .venv/bin/activate` where launch/demo.sh has been, or "
+            "`pip install --editable .[demo]`",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, error, trace)
 

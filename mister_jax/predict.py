@@ -119,7 +119,8 @@ class System:
           quiet: show no progress.
 
         Returns:
-          For each utterance what `evaluate.predicted_rows` describes.
+          For each utterance what `evaluate.predicted_rows` describes. Where neither speech nor text
+          could be read, no expert has a vote.
 
         Raises:
           InputError: a dialogue or an utterance that cannot be used, or seconds that cannot be.
@@ -150,7 +151,11 @@ class System:
             text_present=text_present,
             label=np.full(count, UNLABELLED, np.int32),
         )
-        rows = predicted_rows(self.class_names, self._predictions(features, quiet))
+        found = self._predictions(features, quiet)
+        # Of an utterance with nothing to read the model tells what its dialogue makes likely; no
+        # expert has a vote of its own.
+        found["expert_present"] = found["expert_present"] & (speech_present | text_present)[:, None]
+        rows = predicted_rows(self.class_names, found)
         return [[next(rows) for _ in dialogue] for dialogue in dialogues]
 
     def _features(

@@ -284,7 +284,8 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     """The table of a dialogue: texts, and what `evaluate.predicted_rows` tells of each of them."""
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
     table = Table("", "text", "emotion", "", *experts, box=rich.box.SIMPLE)
-    for column in table.columns:
+    # On a narrow terminal the texts give way, nothing else.
+    for column in (table.columns[0], *table.columns[2:]):
         column.no_wrap = True
     table.columns[1].max_width = 48
     for column in (table.columns[0], table.columns[3]):
