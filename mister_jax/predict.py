@@ -119,8 +119,7 @@ class System:
           quiet: show no progress.
 
         Returns:
-          For each utterance what `evaluate.predicted_rows` describes. Where neither speech nor text
-          could be read, no expert has a vote.
+          For each utterance what `evaluate.predicted_rows` describes.
 
         Raises:
           InputError: a dialogue or an utterance that cannot be used, or seconds that cannot be.
@@ -151,11 +150,7 @@ class System:
             text_present=text_present,
             label=np.full(count, UNLABELLED, np.int32),
         )
-        found = self._predictions(features, quiet)
-        # Of an utterance with nothing to read the model tells what its dialogue makes likely; no
-        # expert has a vote of its own.
-        found["expert_present"] = found["expert_present"] & (speech_present | text_present)[:, None]
-        rows = predicted_rows(self.class_names, found)
+        rows = predicted_rows(self.class_names, self._predictions(features, quiet))
         return [[next(rows) for _ in dialogue] for dialogue in dialogues]
 
     def _features(

@@ -160,9 +160,8 @@ def test_beam_is_used_with_options_it_knows(corpora):
         '{"runner":"direct","direct_num_wrokers":2}': "--beam_options: direct_num_wrokers: unknown",
         '{"direct_num_workers":"many"}': "--beam_options: argument --direct_num_workers: invalid",
     }
-    *failed, done = run_all(
-        [f"prepare {use}{options}" for options in (*wrong, '{"runner":"direct"}')], corpora
-    )
+    uses = [f"{use} --beam_options={options}" for options in (*wrong, '{"runner":"direct"}')]
+    *failed, done = run_all(uses, corpora)
     for (status, told, said), message in zip(failed, wrong.values(), strict=True):
         assert message in said
         assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
