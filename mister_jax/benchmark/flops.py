@@ -50,15 +50,21 @@ def model_flops(config: MisterEConfig, dialogues: int, length: int) -> dict[str,
     def flops(of_batch: float, of_hidden: float = 0.0) -> Flops:
         return Flops(of_batch + of_hidden, of_batch + 2 * of_hidden)
 
-    recurrence = linear(width, 3 * width) + linear(width // 2, 3 * width)
+    def gru(layers: int, inputs: int, outputs: int) -> float:
+        read = linear(inputs, 3 * outputs) + (layers - 1) * linear(outputs, 3 * outputs)
+        return (read + layers * linear(outputs // 2, 3 * outputs)) if layers else 0.0
+
     attended = 4 * (linear(fusion, 4 * attention) + 4.0 * positions * length * attention)
     return {
         CONVOLUTIONS: flops(linear(features, width * sum(config.kernel_sizes))),
-        RECURRENCE: flops(0, 2 * config.gru_layers * recurrence),
+        RECURRENCE: flops(0, 2 * gru(config.gru_layers, width, width)),
         CONTEXT_HEADS: flops(linear(features, width), 2 * linear(width, classes)),
         CROSS_MODAL: flops(
             linear(features, 2 * fusion),
-            config.fusion_layers * attended + linear(2 * fusion, fusion) + linear(fusion, classes),
+            config.fusion_layers * attended
+            + gru(config.fusion_gru_layers, 2 * fusion, fusion)
+            + linear(2 * fusion, fusion)
+            + linear(fusion, classes),
         ),
         GATE_AND_LOSSES: flops(
             0,

@@ -43,6 +43,8 @@ class MisterEConfig:
       gru_layers: bidirectional layers; 0 leaves the GRU out.
       fusion_width: F, of the cross-modal expert's streams.
       fusion_layers: co-attention layers.
+      fusion_gru_layers: bidirectional layers of a GRU over the two streams joined, so that the
+        cross-modal expert, too, knows the order of the utterances; not in the released model.
       attention_width: of all heads together.
       attention_heads: heads of each attention.
       gate_width: hidden units of the gate.
@@ -72,6 +74,7 @@ class MisterEConfig:
     gru_layers: int = 3
     fusion_width: int = 1024
     fusion_layers: int = 4
+    fusion_gru_layers: int = 0
     attention_width: int = 120
     attention_heads: int = 3
     gate_width: int = 10
@@ -97,13 +100,18 @@ class MisterEConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"MisterEConfig.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("gru_layers", "fusion_layers"):
+        for name in ("gru_layers", "fusion_layers", "fusion_gru_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"MisterEConfig.{name}={getattr(self, name)}: must not be negative"
                 )
         if self.context_width % 2:
             raise ValueError(f"MisterEConfig.context_width={self.context_width}: must be even")
+        if self.fusion_gru_layers and self.fusion_width % 2:
+            raise ValueError(
+                f"MisterEConfig.fusion_width={self.fusion_width}: must be even with "
+                "fusion_gru_layers"
+            )
         if self.gate_temperature <= 0:
             raise ValueError(
                 f"MisterEConfig.gate_temperature={self.gate_temperature}: must be positive"
@@ -291,6 +299,18 @@ class CrossModalExpert(nnx.Module):
         self.speech_skip = nnx.Linear(config.speech_dim, width, **options)
         self.text_skip = nnx.Linear(config.text_dim, width, **options)
         self.norm = nnx.LayerNorm(2 * width, epsilon=config.layer_norm_epsilon, **options)
+        self.context_dropout = Dropout(config.context_dropout)
+        self.gru = nnx.data(
+            GRU(
+                2 * width,
+                width // 2,
+                config.fusion_gru_layers,
+                dropout=config.context_dropout,
+                **options,
+            )
+            if config.fusion_gru_layers
+            else None
+        )
         self.hidden = nnx.Linear(2 * width, width, **options)
         self.dropout = Dropout(config.classifier_dropout)
         self.classifier = nnx.Linear(width, config.num_classes, **options)
@@ -301,6 +321,7 @@ class CrossModalExpert(nnx.Module):
         text: jax.Array,
         speech_present: jax.Array,
         text_present: jax.Array,
+        mask: jax.Array | None = None,
         *,
         deterministic: bool = True,
         rngs: KeySource | None = None,
@@ -312,6 +333,8 @@ class CrossModalExpert(nnx.Module):
           text: [B, T, D of text], finite.
           speech_present: utterances whose speech may be attended to [B, T] bool.
           text_present: likewise for text.
+          mask: true at utterances [B, T] bool, the steps of the GRU; those that have speech or
+            text by default.
 
         Returns:
           logits [B, T, C] float32, and the fusion representations of speech and text [B, T, F].
@@ -325,7 +348,11 @@ class CrossModalExpert(nnx.Module):
         speech_repr = speech_stream + self.speech_skip(speech)
         text_repr = text_stream + self.text_skip(text)
         joint = self.norm(jnp.concatenate([text_repr, speech_repr], axis=-1))  # B T 2F
-        hidden = self.dropout(jax.nn.relu(self.hidden(joint)), **options)  # B T F
+        hidden = self.hidden(joint)  # B T F
+        if self.gru is not None:
+            steps = speech_present | text_present if mask is None else mask
+            hidden = hidden + self.gru(self.context_dropout(joint, **options), steps, **options)
+        hidden = self.dropout(jax.nn.relu(hidden), **options)
         return self.classifier(hidden).astype(jnp.float32), speech_repr, text_repr
 
 
@@ -441,7 +468,7 @@ class MisterE(nnx.Module):
             logits[name], contexts[name] = vote, context
         if self.fusion is not None:
             logits["fusion"], representations["speech"], representations["text"] = self.fusion(
-                speech, text, speech_present, text_present, **options
+                speech, text, speech_present, text_present, mask, **options
             )
 
         expert_logits = jnp.stack([logits[name] for name in EXPERTS], axis=2)  # B T E C

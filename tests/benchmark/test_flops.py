@@ -28,6 +28,7 @@ def test_flops_of_mister_e_are_those_the_compiler_counts():
         gru_layers=2,
         fusion_width=128,
         fusion_layers=2,
+        fusion_gru_layers=2,
         attention_width=96,
         attention_dropout=0.0,
         fusion_dropout=0.0,

@@ -27,6 +27,7 @@ VARIANTS = [
     {"experts": ("text", "fusion")},
     {"gru_layers": 0},
     {"kernel_sizes": ()},
+    {"experts": ("fusion",), "fusion_gru_layers": 1},
     *(
         {"experts": subset, "mixture": mixture, **SHALLOW}
         for subset in SUBSETS
@@ -189,6 +190,15 @@ def test_experts_out_of_use_have_no_weight_and_no_parameters(tiny_config, make_b
     assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement"}
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_cross_modal_expert_knows_the_order_by_its_gru_alone(tiny_config, make_batch, layers):
+    model = model_of(tiny_config, experts=("fusion",), fusion_gru_layers=layers)
+    batch = make_batch((LENGTH,))
+    backwards = {name: values[:, ::-1] for name, values in batch.items()}
+    logits, turned = (compiled_forward(model, each).logits for each in (batch, backwards))
+    assert np.allclose(turned[:, ::-1], logits, atol=1e-5) == (layers == 0)
+
+
 def test_mean_mixture_weighs_present_experts_evenly(tiny_config, make_batch):
     model = model_of(tiny_config, mixture="mean", **SHALLOW)
     output, _ = output_and_losses(model, dialogues(make_batch)[0])
@@ -312,6 +322,7 @@ def test_small_takes_changes():
         ("gate_width", 0),
         ("gru_layers", -1),
         ("fusion_layers", -1),
+        ("fusion_gru_layers", -1),
         ("gate_temperature", 0.0),
         ("modality_dropout", 1.0),
         ("mixture", "median"),
@@ -323,6 +334,11 @@ def test_small_takes_changes():
 def test_values_that_make_no_model_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"MisterEConfig\.{field}="):
         MisterEConfig(**{field: value})
+
+
+def test_a_gru_over_an_odd_fusion_width_is_refused():
+    with pytest.raises(ValueError, match=r"MisterEConfig\.fusion_width=7: must be even"):
+        MisterEConfig(fusion_width=7, fusion_gru_layers=1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mister_jax.nn import DialogueKeys, Dropout
+from mister_jax.nn.dropout import random_bits
 
 KEY = jax.random.key(0)
 ONES = jnp.ones((6, 50, 8))
@@ -65,3 +66,38 @@ def test_training_without_keys_is_refused():
 def test_rates_out_of_range_are_refused(rate):
     with pytest.raises(ValueError, match="0 <= rate < 1"):
         Dropout(rate)
+
+
+def test_bits_are_even_and_tell_nothing_of_their_neighbours():
+    keys = jax.random.split(KEY, 64)
+    bits = np.asarray(random_bits(keys, (64, 64, 32)))
+    ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # of 32 each
+    deviation = 0.5 / np.sqrt(bits.size)
+    assert abs(ones.mean((0, 1, 2)) - 0.5).max() < 5 * deviation
+    signs = 2.0 * ones - 1
+    for axis in range(4):
+        for distance in (1, 2, 5):
+            beside = np.roll(signs, distance, axis)
+            assert abs((signs * beside).mean((0, 1, 2))).max() < 10 * deviation, (axis, distance)
+    # All of one key's are different, as those of a hash that loses nothing are.
+    assert len(np.unique(bits[0])) == bits[0].size
+
+
+def test_bits_of_a_sequence_do_not_depend_on_its_padding():
+    keys = jax.random.split(KEY, 2)
+    np.testing.assert_array_equal(
+        random_bits(keys, (2, 9, 4))[:, :5], random_bits(keys, (2, 5, 4))
+    )
+
+
+def test_one_key_of_a_whole_batch_tells_its_rows_apart():
+    bits = random_bits(KEY, (3, 5, 4))
+    assert len(np.unique(bits)) == bits.size
+    np.testing.assert_array_equal(bits.reshape(-1), random_bits(KEY, (60,)))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+def test_the_rate_is_kept_closely(rate):
+    ones = jnp.ones((4, 500, 500))
+    dropped = np.asarray(drop(ones, DialogueKeys.of_batch(KEY, 4), rate) == 0)
+    assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)
