@@ -117,5 +117,21 @@ def _parse(arguments: list[str]) -> list[str]:
             told = next((known for known in chain[::-1] if "Did you mean" in str(known)), error)
         reason = told.args[0] if isinstance(told, KeyError) else told
         message = " ".join(str(reason).partition("Traceback")[0].split())
-        print(f"error: {message or type(told).__name__}", file=sys.stderr)
+        print(f"error: {_place_of(message, arguments)}{message}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit:
+        # After absl has printed what was asked for, as a failure.
+        if any(argument.lstrip("-").startswith("help") for argument in arguments):
+            sys.exit(0)
+        raise
+
+
+def _place_of(message: str, arguments: list[str]) -> str:
+    """The argument that sets what a config does not have, where the message tells its name alone.
+
+    `message` is as of ml_collections: 'widht' Did you mean "width" instead of "widht"?
+    """
+    name, told, _ = message.partition(" Did you mean")
+    places = [given.partition("=")[0] for given in arguments if "." in given.partition("=")[0]]
+    found = [place for place in places if name.strip("'\"") in place.split(".")]
+    return f"{found[0]}: " if told and found else ""

@@ -194,7 +194,10 @@ def meet(place: Place, timeout: float) -> None:
       InputError: they are not there in time or do not agree; the same for all that are there.
     """
     deadline = time.monotonic() + timeout
-    problem = _receive(place, deadline) if place.process_id == 0 else _visit(place, deadline)
+    if place.process_id == 0:
+        problem = _receive(place, deadline)
+    else:
+        problem = _visit(place, deadline, timeout)
     if problem:
         raise InputError(f"--coordinator={place.host}:{place.port}: {problem}")
 
@@ -236,12 +239,17 @@ def _receive(place: Place, deadline: float) -> str:
     return problem
 
 
-def _visit(place: Place, deadline: float) -> str:
-    """Another process says who it is; what process 0 found wrong, empty if nothing."""
+def _visit(place: Place, deadline: float, timeout: float) -> str:
+    """Another process says who it is; what process 0 found wrong, empty if nothing.
+
+    Process 0, which may have started later, waits for the others until its own deadline, and a
+    process that has reached it waits with it: otherwise who is missing would not be told.
+    """
     while time.monotonic() < deadline:
         try:
             address = (place.host, place.port)
             with socket.create_connection(address, deadline - time.monotonic()) as host:
+                host.settimeout(timeout + _TALK)
                 host.sendall(f"{place.process_id} {place.num_processes}\n".encode())
                 answer = host.makefile().readline().strip()
                 if answer:

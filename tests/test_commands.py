@@ -50,7 +50,9 @@ WRONG_USES = {
     "train --config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
     "train --config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
     "train --config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
-    "train --config=configs/fusion.py:x --config.data.batchsize=8": 'mean "batch_size" instead',
+    "train --config=configs/fusion.py:x --config.data.batchsize=8": (
+        "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\""
+    ),
     "train --config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
     "train --config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (
         "DIR/nowhere: no dataset 'x'; there are: none"
@@ -98,6 +100,8 @@ WRONG_USES = {
     "benchmark --encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
 }
 
+HELP = "extract --help"
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
@@ -109,7 +113,8 @@ def ended(tmp_path_factory):
     splits = data.generate(0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3)
     data.write(splits, "x", folder / "data")
     untrained(folder / "ready", folder / "data", "x")
-    return folder, dict(zip(WRONG_USES, run_all(list(WRONG_USES), folder), strict=True))
+    uses = [*WRONG_USES, HELP]
+    return folder, dict(zip(uses, run_all(uses, folder), strict=True))
 
 
 @pytest.mark.parametrize("use", WRONG_USES)
@@ -119,6 +124,12 @@ def test_a_wrong_use_ends_with_one_line(ended, use):
     assert WRONG_USES[use].replace("DIR", str(folder)) in said
     assert (status, said.count("\n"), said[:7]) == (2, 1, "error: ")
     assert not (folder / "run").exists()
+
+
+def test_help_that_was_asked_for_is_no_failure(ended):
+    status, told, said = ended[1][HELP]
+    assert (status, said) == (0, "")
+    assert "--encoder: an encoder as released" in told
 
 
 def test_a_platform_that_is_not_there_is_one_line():

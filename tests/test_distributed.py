@@ -249,10 +249,15 @@ def test_a_machine_alone_does_not_ask_for_others(given, monkeypatch):
 
 
 def meeting(*processes):
-    """What each process of (number, number of all) is told, where all meet at one place."""
+    """What each process of (number, number of all) is told, where all meet at one place.
+
+    Process 0 is the last to come, and so the last that stops waiting.
+    """
     port = free_port()
 
     def told(number, count):
+        if number == 0:
+            time.sleep(0.3)
         try:
             cluster.meet(cluster.Place("localhost", port, count, number), timeout=2)
         except InputError as error:

@@ -81,26 +81,29 @@ def execution(text: str) -> Execution:
                 visit(called, times * trips)
 
     visit(entry, 1)
-    cycles = once = blocking = 0.0
-    # Several fusions do a part of one collective; all of them have its channel.
-    overlapped: dict[str, float] = {}
+    cycles = once = blocking = overlapped = 0.0
+    # Several fusions do a part of one collective; all of them have its channel. Two begin and end
+    # it; others may stand in a loop, each run of which takes it a step further.
+    fused: dict[str, tuple[int, float]] = {}
     for name, times in runs.items():
-        for place, instruction in enumerate(computations[name]):
+        for instruction in computations[name]:
             estimate = _CYCLES.search(instruction.rest)
             if estimate is not None and int(estimate[1]) < _UNKNOWN:
                 cycles += times * float(estimate[1])
                 once += float(estimate[1])
-            received = times * _received(instruction)
+            received = _received(instruction)
             channel = _CHANNEL.search(instruction.rest)
             if "all-reduce-scatter" in name:
-                blocking += received / 2  # the sums are kept in part
+                blocking += times * received / 2  # the sums are kept in part
             elif instruction.operation.endswith("-start"):
-                overlapped[f"{name} {place}"] = received
+                overlapped += times * received
             elif "fus" in name and channel is not None:
-                overlapped[channel[1]] = max(received, overlapped.get(channel[1], 0.0))
+                fewest, most = fused.get(channel[1], (times, received))
+                fused[channel[1]] = min(times, fewest), max(received, most)
             else:
-                blocking += received
-    return Execution(cycles, cycles / once if once else 1.0, blocking, sum(overlapped.values()))
+                blocking += times * received
+    overlapped += sum(times * received for times, received in fused.values())
+    return Execution(cycles, cycles / once if once else 1.0, blocking, overlapped)
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

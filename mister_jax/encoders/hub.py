@@ -250,7 +250,7 @@ def _copy(name: str, revision: str | None) -> pathlib.Path:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{name}: no such folder, and it cannot be fetched from the Hugging Face Hub "
-            f"({reason}); allowed is a folder, or with a network a model's name"
+            f"({reason}); allowed is a folder, {MINILM!r}, or with a network a model's name"
         ) from error
     copied = pathlib.Path(copy)
     if not any(copied.glob("model*.safetensors")):

@@ -55,6 +55,25 @@ def test_bytes_are_those_a_device_receives():
     assert done.overlapped == 16 * 4
 
 
+def test_a_gather_that_goes_on_beside_a_loop_is_received_once():
+    def part(name):
+        gather = "all-gather(%p), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}"
+        return (
+            f"%{name} (p: f32[16]) -> f32[64] {{\n"
+            f"  %p = f32[16]{{0}} parameter(0)\n  ROOT %{name}.out = f32[64]{{0}} {gather}\n}}\n"
+        )
+
+    names = ("fused_begin", "async_collective_fusion.1", "async_collective_fusion.2", "fused_end")
+    calls = [f"  %{name}.in = f32[64]{{0}} fusion(%p), calls=%{name}\n" for name in names]
+    begin, *steps, end = calls
+    text = PROGRAM.replace("%body (", "".join(map(part, names)) + "\n%body (", 1)
+    text = text.replace("  %whole", "".join(steps) + "  %whole", 1)
+    text = text.replace("  %loop", begin + "  %loop", 1).replace("  %sent", end + "  %sent", 1)
+    done, without = execution(text), execution(PROGRAM)
+    assert done.blocking == without.blocking
+    assert done.overlapped - without.overlapped == 64 * 4 * 3 / 4
+
+
 @pytest.mark.parametrize("order", ["", ", device_ids=([4,2]T(1,0))"])
 def test_groups_may_be_axes_of_a_mesh(order):
     groups = f"replica_groups=mesh['data'=4,'model'=2]{order} {{'data'}}"

@@ -79,7 +79,8 @@ def read(
     """
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
-        raise InputError(f"{path}: no such file; needed: a manifest, {' or '.join(FORMATS)}")
+        lack = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {lack}; needed: a manifest, {' or '.join(FORMATS)}")
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(FORMATS)}")
     for name in labels:
