@@ -1,6 +1,7 @@
 """Command lines of the library: flags in, one call, results out."""
 
 import os
+import pathlib
 import platform
 import sys
 import traceback
@@ -24,6 +25,12 @@ _is_command = sys.argv[0] == "-m"  # so it reads while `python -m launch.NAME` l
 if _is_command and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = _GLIBC_TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+# Compiled programs are kept, the small ones, too, so that a second start begins at once.
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mister_jax"
+if _is_command:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _tell(

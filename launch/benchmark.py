@@ -74,6 +74,7 @@ _MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
 def main() -> int:
+    jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is told
     if _AOT.value:
         jax.config.update("jax_platforms", "cpu")
     if _DEVICES.value > 1:

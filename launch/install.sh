@@ -19,5 +19,3 @@ if ! cmp -s setup.cfg "$stamp"; then
   cp setup.cfg "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
-# Compiled programs are kept, so a second run starts at once.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}"

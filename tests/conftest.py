@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import tempfile
 
+# What tests and libraries leave behind is in one folder, which goes when all is well. Workers of
+# xdist are started by a process that has made it.
+SCRATCH = "" if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="mister_jax_")
+if SCRATCH:
+    os.environ["TMPDIR"] = tempfile.tempdir = SCRATCH
 # JAX reads these when it is imported, so they come first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Tests and the processes they start compile a program once between them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of a test's time is XLA's optimiser; see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
@@ -37,6 +43,11 @@ def optimised(request):
     yield
     # For the fixtures of a wider scope, which are made before this one.
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_sessionfinish(exitstatus):
+    if SCRATCH and exitstatus == 0:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -100,7 +100,7 @@ WRONG_USES = {
     "benchmark --encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
 }
 
-HELP = "extract --help"
+HELP = "extract --helpfull"
 
 
 @pytest.fixture(scope="module")

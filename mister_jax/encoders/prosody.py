@@ -71,7 +71,6 @@ _MIN_LAG = int(audio.SAMPLE_RATE / _HIGHEST_PITCH)
 _MAX_LAG = int(audio.SAMPLE_RATE / _LOWEST_PITCH)
 _PITCH_FRAME = 800  # samples
 _NUM_LAGS = 300
-_PITCH_FFT = 1024
 _DIP = 0.15  # the first lag whose difference dips below this is the period
 _VOICED = 0.35  # largest difference of a voiced frame
 _SOUNDING = 4.0  # log10 of power below the loudest frame
@@ -180,9 +179,10 @@ def _pitch(x: jax.Array, lengths: jax.Array, count: int) -> tuple[jax.Array, jax
     x = jnp.where(audio.length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     framed = _centred_frames(x, _PITCH_FRAME, count)  # B F 800
     window = _PITCH_FRAME - _NUM_LAGS
-    spectrum = jnp.fft.rfft(framed, _PITCH_FFT)
-    start = jnp.fft.rfft(framed[..., :window], _PITCH_FFT)
-    product = jnp.fft.irfft(jnp.conj(start) * spectrum, _PITCH_FFT)[..., :_NUM_LAGS]
+    # The window at the largest lag ends with the frame, so nothing wraps around.
+    start = jnp.where(np.arange(_PITCH_FRAME) < window, framed, 0)
+    spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(framed)
+    product = jnp.fft.irfft(spectrum, _PITCH_FRAME)[..., :_NUM_LAGS]
     running = jnp.pad(jnp.cumsum(framed**2, axis=-1), ((0, 0), (0, 0), (1, 0)))
     energy = running[..., window : window + _NUM_LAGS] - running[..., :_NUM_LAGS]
     difference = jnp.maximum(energy[..., :1] + energy - 2 * product, 0)[..., 1:]  # lags 1 ... 299

@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 
 from mister_jax.encoders import hub, speech
+from mister_jax.encoders.audio import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.text import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
@@ -281,14 +282,31 @@ class ProsodyEncoder(_Encoder):
             "features": list(FEATURE_NAMES),
         }
 
+        few = jax.default_backend() == "cpu" and self.spread.num_shards == 1
+
+        def features(clips: tuple[jax.Array, jax.Array]) -> jax.Array:
+            waveform, lengths = clips
+            return prosody(waveform.astype(jnp.float32) / _FULL_SCALE, lengths)[0]
+
         def read(_params, batch, _axis_name):
-            return prosody(batch["waveform"].astype(jnp.float32) / _FULL_SCALE, batch["lengths"])[0]
+            clips = batch["waveform"], batch["lengths"]
+            if not few:
+                return features(clips)
+            # Frames overlap, so what is computed of a batch is much larger than it is; of a few
+            # clips at a time it stays in a CPU's cache, which is half as fast again.
+            rows, samples = batch["waveform"].shape
+            most = max(1, _CACHED // samples)
+            at_once = max(count for count in range(1, most + 1) if rows % count == 0)
+            groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), clips)
+            return jax.lax.map(features, groups).reshape(rows, -1)
 
         self._read = self.spread.program_of_reader(read)
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
         return self._read({}, batch)
 
+
+_CACHED = 10 * SAMPLE_RATE  # samples of clips that are computed at once on a CPU
 
 PROSODY = "prosody"
 """The name of the encoder without weights."""

@@ -136,6 +136,11 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
         reader.read(path)
 
 
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(InputError, match="a folder; needed: a manifest"):
+        reader.read(tmp_path)
+
+
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
