@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
         {
             "context_width": 64,
             "fusion_width": 64,
+            # Emotions last, and only both modalities tell them: both, with what came before.
+            "fusion_gru_layers": 1,
             "gate_width": 32,
             "gate_temperature": 0.5,
             "input_dropout": 0.3,

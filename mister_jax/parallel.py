@@ -100,6 +100,11 @@ class Spread(Protocol):
         """A function that only reads the state; its results are sums over the batch."""
 
 
+def job_devices() -> list[jax.Device]:
+    """Devices of all processes, over which work is spread unless others are named."""
+    return jax.devices()
+
+
 def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The ("data", "model") mesh.
 
@@ -114,7 +119,7 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     Raises:
       ValueError: the devices cannot be shared out evenly.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = job_devices() if devices is None else devices
     if len(devices) % model_parallelism:
         raise ValueError(
             f"model_parallelism={model_parallelism} does not divide {len(devices)} devices"
@@ -278,7 +283,7 @@ class PmapSpread:
         if jax.process_count() == 1:
             return single
         # A checkpoint of several processes is made of arrays that all of them know.
-        everywhere = NamedSharding(Mesh(np.array(jax.devices()), (DATA,)), P())
+        everywhere = NamedSharding(Mesh(np.array(job_devices()), (DATA,)), P())
         return jax.tree.map(
             lambda value: jax.make_array_from_process_local_data(everywhere, np.asarray(value)),
             single,

@@ -27,13 +27,25 @@ import jax
 import numpy as np
 import pytest
 
-from mister_jax import MisterEConfig
+from mister_jax import MisterEConfig, parallel
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser):
     parser.addoption("--parity", action="store_true", help="run the tests marked parity, too")
+
+
+# To compile for eight devices and to feed them takes twice as long as one, and most tests are not
+# about that. Fixtures of a wider scope are made with one, too.
+parallel.job_devices = lambda: jax.devices()[:1]
+
+
+@pytest.fixture(autouse=True)
+def spread_over_devices(request, monkeypatch):
+    """Work is spread over all eight devices in tests marked so, in others over one."""
+    if "devices" in request.keywords:
+        monkeypatch.setattr(parallel, "job_devices", jax.devices)
 
 
 @pytest.fixture(autouse=True)

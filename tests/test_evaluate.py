@@ -10,7 +10,8 @@ from sklearn.metrics import f1_score
 
 from mister_jax import data
 from mister_jax.errors import InputError
-from mister_jax.evaluate import drop, evaluate, missing_modality_study, scores
+from mister_jax.evaluate import Predictor, drop, evaluate, missing_modality_study, scores
+from mister_jax.models import EXPERTS
 from mister_jax.writers import read_json_lines
 from tests.test_train import data_dir, finished  # noqa: F401
 
@@ -57,6 +58,16 @@ def test_validation_score_is_that_of_the_training(finished, evaluated):  # noqa:
     best = max(json.loads(line).get("validation/weighted_f1", 0) for line in lines)
     metrics = json.loads((evaluated / "metrics.json").read_text())
     assert metrics["validation"]["weighted_f1"] == pytest.approx(best)
+
+
+@pytest.mark.devices
+def test_devices_do_not_change_predictions(finished, evaluated):  # noqa: F811
+    predictor = Predictor(finished)
+    assert predictor.spread.num_shards == 8
+    found = predictor(predictor.task.features("test"), quiet=True)
+    told = [row for row in rows(evaluated) if row["split"] == "test"]
+    gate = [[row["gate"][name] for name in EXPERTS] for row in told]
+    np.testing.assert_allclose(found["gate"], gate, atol=1e-5)
 
 
 def test_another_dataset_is_told_apart(finished, data_dir, tmp_path):  # noqa: F811

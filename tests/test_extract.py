@@ -135,6 +135,28 @@ def test_features_depend_on_neither_batch_nor_padding(kind, request):
     np.testing.assert_allclose(backwards[::-1], together, atol=1e-5)
 
 
+@pytest.mark.devices
+@pytest.mark.parametrize("kind", ["whisper", "bert"])
+def test_devices_do_not_change_features(kind, request):
+    alone = request.getfixturevalue(f"by_{kind}")
+    folder = request.getfixturevalue(f"{kind}_folder")
+    spread = type(alone)(str(folder), **alone.identity()["options"])
+    assert (alone.spread.num_shards, spread.spread.num_shards) == (1, 8)
+    utterances = some_clips() if alone.modality == "speech" else some_texts()
+    ours, theirs = (extract.features_of(encoder, utterances)[0] for encoder in (spread, alone))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.devices
+def test_devices_do_not_change_prosody(by_prosody):
+    spread = extract.ProsodyEncoder(max_seconds=0.5)
+    assert (by_prosody.spread.num_shards, spread.spread.num_shards) == (1, 8)
+    ours, theirs = (
+        extract.features_of(encoder, some_clips(), budget=4)[0] for encoder in (spread, by_prosody)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder):
     clips = some_clips()
     found, _ = extract.features_of(by_whisper, clips)

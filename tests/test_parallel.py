@@ -28,6 +28,8 @@ from mister_jax.steps import (
     validation_sums,
 )
 
+pytestmark = pytest.mark.devices
+
 
 @dataclasses.dataclass
 class TinyTask:

@@ -85,9 +85,7 @@ def test_bits_are_even_and_tell_nothing_of_their_neighbours():
 
 def test_bits_of_a_sequence_do_not_depend_on_its_padding():
     keys = jax.random.split(KEY, 2)
-    np.testing.assert_array_equal(
-        random_bits(keys, (2, 9, 4))[:, :5], random_bits(keys, (2, 5, 4))
-    )
+    np.testing.assert_array_equal(random_bits(keys, (2, 9, 4))[:, :5], random_bits(keys, (2, 5, 4)))
 
 
 def test_one_key_of_a_whole_batch_tells_its_rows_apart():

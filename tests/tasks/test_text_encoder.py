@@ -24,6 +24,8 @@ from mister_jax.tasks import TextEncoderTask
 from mister_jax.train import train
 from tests.test_train import assert_same_bits, latest, records
 
+pytestmark = pytest.mark.devices
+
 
 def tiny(folder, data_dir, kind="llama_3_2_1b", **changes):
     """A quick experiment; a decoder is tuned by LoRA, BERT ("minilm_l6") whole."""
