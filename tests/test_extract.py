@@ -4,13 +4,14 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
 from flax import nnx
 
 from configs import text_encoder
-from mister_jax import data, extract
+from mister_jax import data, extract, parallel
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import hub
@@ -135,10 +136,10 @@ def test_features_depend_on_neither_batch_nor_padding(kind, request):
     np.testing.assert_allclose(backwards[::-1], together, atol=1e-5)
 
 
-@pytest.mark.devices
 @pytest.mark.parametrize("kind", ["whisper", "bert"])
-def test_devices_do_not_change_features(kind, request):
+def test_devices_do_not_change_features(kind, request, monkeypatch):
     alone = request.getfixturevalue(f"by_{kind}")
+    monkeypatch.setattr(parallel, "job_devices", jax.devices)
     folder = request.getfixturevalue(f"{kind}_folder")
     spread = type(alone)(str(folder), **alone.identity()["options"])
     assert (alone.spread.num_shards, spread.spread.num_shards) == (1, 8)

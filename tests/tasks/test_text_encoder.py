@@ -42,7 +42,7 @@ def tiny(folder, data_dir, kind="llama_3_2_1b", **changes):
     return config
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tuned(llama_folder, spoken_dir, tmp_path_factory):
     """The work directory of a Llama tuned by LoRA."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
