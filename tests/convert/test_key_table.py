@@ -17,6 +17,8 @@ from mister_jax.nn import Stack
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
 from mister_jax.parallel import data_mesh, shardings
 
+pytestmark = pytest.mark.devices
+
 LAYERS = 4
 TABLE = {
     "layers/layers/kernel": Source(layer_names("layer.{}.weight", LAYERS), (1, 0), stacked=True),

@@ -173,6 +173,7 @@ def test_reads_ids_or_embeddings():
             decoder(**given)
 
 
+@pytest.mark.devices
 def test_shards_of_the_parameters_give_the_same():
     mesh = data_mesh(model_parallelism=2)
     rules = (

@@ -26,6 +26,8 @@ from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel import data_mesh, shardings
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.devices
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "i", "am", "so", "happy", "today"]
 IDS = np.array([[2, 5, 6, 7, 8, 9, 3], [2, 5, 6, 8, 3, 0, 0]])
 MASK = IDS != 0

@@ -74,6 +74,7 @@ def test_padding_and_batch_mates_do_not_change_features(files, waveform):
     np.testing.assert_allclose(alone[0], together[0], atol=1e-5)
 
 
+@pytest.mark.devices
 def test_what_is_described_is_what_is_loaded(files):
     """Of the same structure, so that a checkpoint of a training fits; and spread over devices."""
     described = json.loads(json.dumps(speech.describe(files)))
