@@ -21,6 +21,8 @@ SECONDS_BUDGET = 120
 
 # Lengths are rounded up to these steps: what is short pads little, and programs are few.
 _TOKENS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+# On a CPU a program costs little to compile, and padding as much as tokens.
+_CPU_TOKENS = (*range(4, 25, 2), *_TOKENS[6:])
 _TENTHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300)
 
 
@@ -65,12 +67,13 @@ class TextInput:
     """
 
     modality, unit, scale = "text", "tokens", 1
-    steps: tuple[int, ...] = _TOKENS
 
     def __init__(self, encode: Callable[..., list[np.ndarray]], max_tokens: int):
         self.encode = encode
         self.longest = max_tokens
-        self.budget = CPU_TOKEN_BUDGET if jax.default_backend() == "cpu" else TOKEN_BUDGET
+        on_cpu = jax.default_backend() == "cpu"
+        self.budget = CPU_TOKEN_BUDGET if on_cpu else TOKEN_BUDGET
+        self.steps: tuple[int, ...] = _CPU_TOKENS if on_cpu else _TOKENS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         encode = functools.partial(self.encode, where=f"dataset {dataset}, split {split}")
