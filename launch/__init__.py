@@ -1,5 +1,6 @@
 """Command lines of the library: flags in, one call, results out."""
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -26,11 +27,21 @@ if _is_command and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in
     os.environ["GLIBC_TUNABLES"] = _GLIBC_TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-# Compiled programs are kept, the small ones, too, so that a second start begins at once.
-_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mister_jax"
+
+def _keep_programs() -> None:
+    """Keeps what is compiled, the small programs, too, so that a second start begins at once.
+
+    Not where there is no home, or one that cannot be written: JAX would complain at each program.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        (cache / "mister_jax").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mister_jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 if _is_command:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    _keep_programs()
 
 
 def _tell(
@@ -124,6 +135,7 @@ def _parse(arguments: list[str]) -> list[str]:
             told = next((known for known in chain[::-1] if "Did you mean" in str(known)), error)
         reason = told.args[0] if isinstance(told, KeyError) else told
         message = " ".join(str(reason).partition("Traceback")[0].split())
+        message = message or type(told).__name__
         print(f"error: {_place_of(message, arguments)}{message}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
@@ -138,7 +150,7 @@ def _place_of(message: str, arguments: list[str]) -> str:
 
     `message` is as of ml_collections: 'widht' Did you mean "width" instead of "widht"?
     """
-    name, told, _ = message.partition(" Did you mean")
+    name = message.partition(" Did you mean")[0]
     places = [given.partition("=")[0] for given in arguments if "." in given.partition("=")[0]]
     found = [place for place in places if name.strip("'\"") in place.split(".")]
-    return f"{found[0]}: " if told and found else ""
+    return f"{found[0]}: " if found else ""

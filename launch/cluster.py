@@ -193,17 +193,14 @@ def meet(place: Place, timeout: float) -> None:
     Raises:
       InputError: they are not there in time or do not agree; the same for all that are there.
     """
-    deadline = time.monotonic() + timeout
-    if place.process_id == 0:
-        problem = _receive(place, deadline)
-    else:
-        problem = _visit(place, deadline, timeout)
+    problem = _receive(place, timeout) if place.process_id == 0 else _visit(place, timeout)
     if problem:
         raise InputError(f"--coordinator={place.host}:{place.port}: {problem}")
 
 
-def _receive(place: Place, deadline: float) -> str:
+def _receive(place: Place, timeout: float) -> str:
     """Process 0 hears from all others and tells each what is wrong; empty if nothing is."""
+    deadline = time.monotonic() + timeout
     guests: dict[int, socket.socket] = {}
     count, problem = place.num_processes, ""
     try:
@@ -239,12 +236,13 @@ def _receive(place: Place, deadline: float) -> str:
     return problem
 
 
-def _visit(place: Place, deadline: float, timeout: float) -> str:
+def _visit(place: Place, timeout: float) -> str:
     """Another process says who it is; what process 0 found wrong, empty if nothing.
 
     Process 0, which may have started later, waits for the others until its own deadline, and a
     process that has reached it waits with it: otherwise who is missing would not be told.
     """
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
             address = (place.host, place.port)

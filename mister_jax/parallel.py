@@ -283,7 +283,7 @@ class PmapSpread:
         if jax.process_count() == 1:
             return single
         # A checkpoint of several processes is made of arrays that all of them know.
-        everywhere = NamedSharding(Mesh(np.array(job_devices()), (DATA,)), P())
+        everywhere = NamedSharding(Mesh(np.array(jax.devices()), (DATA,)), P())
         return jax.tree.map(
             lambda value: jax.make_array_from_process_local_data(everywhere, np.asarray(value)),
             single,

@@ -51,7 +51,7 @@ WRONG_USES = {
     "train --config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
     "train --config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
     "train --config=configs/fusion.py:x --config.data.batchsize=8": (
-        "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\""
+        "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\" instead"
     ),
     "train --config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
     "train --config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (

@@ -102,7 +102,7 @@ def execution(text: str) -> Execution:
                 fused[channel[1]] = min(times, fewest), max(received, most)
             else:
                 blocking += times * received
-    overlapped += sum(times * received for times, received in fused.values())
+    overlapped += sum(map(math.prod, fused.values()))
     return Execution(cycles, cycles / once if once else 1.0, blocking, overlapped)
 
 

@@ -193,9 +193,7 @@ def throughput_rows(
     Raises:
       InputError: an encoder that cannot be loaded, or PyTorch is missing.
     """
-    folder = hub.fetch(name)
-    described = hub.architecture_of(hub.read_config(folder), folder / hub.CONFIG)
-    options = {"max_tokens": max_tokens} if described.modality == "text" else {}
+    options = {"max_tokens": max_tokens} if hub.modality_of(name) == "text" else {}
     encoder = extract.open_encoder(name, dtype=dtype, **options)
     modality = encoder.modality
     utterances: Sequence[Any] = texts

@@ -318,6 +318,16 @@ def architecture_of(
     return found
 
 
+def modality_of(name_or_dir: str | os.PathLike[str]) -> str:
+    """What an encoder in a folder or on the Hugging Face Hub reads, "text" or "speech".
+
+    Raises:
+      InputError: it cannot be fetched or read, or is of no supported architecture.
+    """
+    folder = fetch(name_or_dir)
+    return architecture_of(read_config(folder), folder / CONFIG).modality
+
+
 def fingerprint(*places: str | os.PathLike[str]) -> str:
     """A text that is another one after a file, or one of a folder, was changed or exchanged."""
     paths = map(pathlib.Path, places)

@@ -367,8 +367,7 @@ def _kind(name: str, options: Mapping[str, Any]) -> str:
         return PROSODY
     if any(options.get(part) for part in ("whisper", "beats", "vicuna")):
         return "speech"  # SALMONN, whose own checkpoint has no config.json
-    folder = hub.fetch(name)
-    return hub.architecture_of(hub.read_config(folder), folder / hub.CONFIG).modality
+    return hub.modality_of(name)
 
 
 def encoder_of(identity: Mapping[str, Any]) -> Encoder:

@@ -5,7 +5,7 @@ the number of devices. With one key a dialogue, one device and eight devices dro
 
 Keys are JAX's own. Which units a key drops is told by a hash of the unit's place and the key, not
 by twenty rounds of Threefry: a mask does not need a cipher, and the programs of a training are
-compiled in three quarters of the time.
+compiled in two thirds of the time.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def tiny(folder, data_dir, kind="llama_3_2_1b", **changes):
     )
     config.encoder.options.remat = "none"
     config.head.update({"feature_dim": 12, "dropout": 0.2})
-    config.optimizer.update({"learning_rate": 1e-2, "warmup_fraction": 0.0})
-    config.train.update({"epochs": 6, "log_every": 2})
+    config.optimizer.update({"learning_rate": 2e-2, "warmup_fraction": 0.0})
+    config.train.update({"epochs": 10, "log_every": 2})
     config.update_from_flattened_dict(changes)
     return config
 
@@ -57,7 +57,7 @@ def scores(workdir):
 
 def test_low_rank_paths_and_head_learn(tuned):
     found = scores(tuned)
-    assert max(found) > max(0.9, found[1])
+    assert max(found) > max(0.95, found[1])
 
 
 def test_a_checkpoint_holds_what_was_trained_alone(tuned):
@@ -91,9 +91,10 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
 
 
 def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tmp_path):
-    train(tiny(bert_folder, spoken_dir, "minilm_l6"), tmp_path, quiet=True)
+    changes = {"optimizer.learning_rate": 1e-2}
+    train(tiny(bert_folder, spoken_dir, "minilm_l6", **changes), tmp_path, quiet=True)
     found = scores(tmp_path)
-    assert max(found) > max(0.8, found[0])
+    assert max(found) > max(0.95, found[0])
     predictor = Predictor(tmp_path)
     assert not jax.tree.leaves(predictor.params[0]["frozen"])
     ours = predictor.params[0]["trained"]["backbone"]
