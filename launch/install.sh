@@ -11,8 +11,9 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-stamp=".venv/installed-$(echo "$extras" | tr -c 'a-z\n' '-')"
-if ! cmp -s setup.cfg "$stamp"; then
+stamp=".venv/installed-$extras"
+# What was installed with further extras behind these will do.
+if ! find .venv -maxdepth 1 -name "installed-$extras*" -exec cmp -s setup.cfg {} \; -print | grep -q .; then
   echo "installing mister_jax[$extras] into .venv"
   .venv/bin/python -m pip install --quiet --upgrade pip
   .venv/bin/python -m pip install --quiet --editable ".[$extras]"

@@ -15,9 +15,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Tests and the processes they start compile a program once between them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most of a test's time is XLA's optimiser; see `optimised`.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
+import gc
 import pathlib
 from collections import defaultdict
 
@@ -30,8 +29,24 @@ from mister_jax import MisterEConfig, parallel
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# The dearest, in descending order, which must not begin when all others have ended.
+FIRST = ("test_train", "test_distributed", "test_notebooks", "test_commands", "test_extract")
+
+
 def pytest_addoption(parser):
-    parser.addoption("--parity", action="store_true", help="run the tests marked parity, too")
+    parser.addoption("--parity", action="store_true", help="run the tests marked parity, only")
+
+
+def pytest_configure(config):
+    # JAX makes so many objects that a tenth of the time went into looking for garbage.
+    gc.set_threshold(20_000, 20, 50)
+    if config.getoption("parity"):
+        return  # These compare what users run: programs that XLA has optimised.
+    # Two thirds of the time were XLA's. Here and in the processes that tests start.
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    flags = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 # To compile for eight devices and to feed them takes twice as long as one, and most tests are not
@@ -52,27 +67,21 @@ spread_a_test = pytest.fixture(autouse=True)(_spread_over_devices)
 spread_a_module = pytest.fixture(scope="module", autouse=True)(_spread_over_devices)
 
 
-@pytest.fixture(autouse=True)
-def optimised(request):
-    """Tests marked parity compare what users run: programs that XLA has optimised."""
-    jax.config.update("jax_disable_most_optimizations", "parity" not in request.keywords)
-    yield
-    # For the fixtures of a wider scope, which are made before this one.
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def pytest_sessionfinish(exitstatus):
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("parity"):
-        return
-    skip = pytest.mark.skip(reason="needs --parity")
-    for item in items:
-        if "parity" in item.keywords:
-            item.add_marker(skip)
+    parity = config.getoption("parity")
+    other = [item for item in items if ("parity" in item.keywords) != parity]
+    if other:
+        config.hook.pytest_deselected(items=other)
+    order = {name: place for place, name in enumerate(FIRST)}
+    items[:] = sorted(
+        (item for item in items if ("parity" in item.keywords) == parity),
+        key=lambda item: order.get(item.path.stem, len(order)),
+    )
 
 
 @pytest.fixture(scope="session")

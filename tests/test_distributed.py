@@ -97,7 +97,6 @@ def process(index, port, log, work):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     jax.config.update("jax_num_cpu_devices", 4)
-    jax.config.update("jax_disable_most_optimizations", True)
     cluster.HEARTBEAT_TIMEOUT = HEARTBEAT_TIMEOUT
     place = (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={index}")
     sys.argv = ["job", "--distributed", *place]

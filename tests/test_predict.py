@@ -278,8 +278,7 @@ def test_the_command_writes_what_the_system_gives(system, workdir, spoken, dialo
     assert [row["utterance"] for row in rows[:4]] == ["0/0", "0/1", "1/0", "2/0"]
     assert [row["label"] for row in rows[:2]] == ["calm", "angry"]
     expected = [row for found in system.predict_dialogues(dialogues) for row in found]
-    # The command's programs are optimised, those of tests are not.
-    assert_close(rows[3:], expected, tolerance=1e-4)
+    assert_close(rows[3:], expected)
 
 
 def test_importing_the_library_does_not_import_what_predicts():

@@ -171,7 +171,6 @@ def two_lengths(data_dir, **changes):
 def train_and_signal(data_dir, workdir, sent, changes):
     """Trains in this process, which has one device and sends itself a signal."""
     jax.config.update("jax_num_cpu_devices", 1)
-    jax.config.update("jax_disable_most_optimizations", True)
     if sent is not None:
         sent.await_place()
     started = []
