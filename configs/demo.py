@@ -3,6 +3,16 @@
     bash launch/demo.sh
 
 The corpus knows its Bayes score, which `launch.evaluate` prints beside the model's.
+
+Best validation weighted F1, where Bayes has 0.881:
+
+    this recipe, seed 0                         0.864
+    40 epochs, learning rate 2e-3, no focal loss, classifier dropout 0.3, seeds 0 and 1:
+      as said                                   0.859
+      and input dropout 0.3                     0.856
+        and contexts and fusion of width 128    0.853
+        and no CRF                              0.823
+        and 30 epochs, with one co-attention    0.832
 """
 
 from ml_collections import ConfigDict
@@ -21,14 +31,16 @@ def get_config() -> ConfigDict:
             "context_width": 64,
             "fusion_width": 64,
             # Emotions last, and only both modalities tell them: both, with what came before.
+            "fusion_layers": 0,
             "fusion_gru_layers": 1,
+            "crf": True,
             "gate_width": 32,
             "gate_temperature": 0.5,
-            "input_dropout": 0.3,
+            "classifier_dropout": 0.5,
             "context_dropout": 0.2,
         }
     )
     config.loss.weights.agreement = 0.0
-    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.3})
-    config.train.epochs = 10
+    config.optimizer.update({"learning_rate": 4e-3, "weight_decay": 0.3})
+    config.train.epochs = 25
     return config

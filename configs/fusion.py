@@ -128,6 +128,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "fusion_width": 128,
             "fusion_layers": 1,
             "fusion_gru_layers": 0,
+            "crf": False,
             "attention_width": 96,
             "input_dropout": 0.5,
             "context_dropout": 0.3,

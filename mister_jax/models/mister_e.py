@@ -18,6 +18,7 @@ from flax import nnx
 from mister_jax.nn import (
     GRU,
     CoAttentionLayer,
+    ConditionalRandomField,
     DialogueKeys,
     Dropout,
     ParallelConvolution,
@@ -59,6 +60,8 @@ class MisterEConfig:
       experts: in use, of "speech", "text", "fusion".
       mixture: "gate" weighs by the gate, "mean" evenly, "majority" counts votes (the fusion
         expert's decides a tie).
+      crf: read the mixture's logits with a linear-chain conditional random field, which learns how
+        emotions last and change; not in the released model.
       layer_norm_epsilon: of every LayerNorm.
       attention_implementation: of `jax.nn.dot_product_attention`.
       dtype: of the computation; recurrent states, softmaxes and all outputs that are logits or
@@ -87,6 +90,7 @@ class MisterEConfig:
     modality_dropout: float = 0.0
     experts: tuple[str, ...] = EXPERTS
     mixture: Literal["gate", "mean", "majority"] = "gate"
+    crf: bool = False
     layer_norm_epsilon: float = 1e-6
     attention_implementation: Implementation | None = None
     dtype: str = "float32"
@@ -399,6 +403,11 @@ class MisterE(nnx.Module):
         self.fusion = expert("fusion", lambda: CrossModalExpert(config, rngs=rngs))
         gated = config.mixture == "gate" and len(config.experts) > 1
         self.gate = nnx.data(Gate(config, rngs=rngs) if gated else None)
+        self.crf = nnx.data(
+            ConditionalRandomField(config.num_classes, param_dtype=jnp.dtype(config.param_dtype))
+            if config.crf
+            else None
+        )
         self.input_dropout = Dropout(config.input_dropout)
 
     def __call__(
@@ -474,6 +483,8 @@ class MisterE(nnx.Module):
         expert_logits = jnp.stack([logits[name] for name in EXPERTS], axis=2)  # B T E C
         present = self._experts_present(speech_present, text_present)  # B T E
         mixture_logits, gate = self._mix(expert_logits, present)
+        if self.crf is not None:
+            mixture_logits = self.crf(mixture_logits, mask)
         return MisterEOutput(
             logits=mixture_logits,
             expert_logits=expert_logits,

@@ -2,6 +2,7 @@
 
 from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention
 from mister_jax.nn.convolution import ParallelConvolution
+from mister_jax.nn.crf import ConditionalRandomField
 from mister_jax.nn.dropout import DialogueKeys, Dropout
 from mister_jax.nn.lora import (
     LoRAConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "GRU",
     "AttentiveStatisticsPooling",
     "CoAttentionLayer",
+    "ConditionalRandomField",
     "DialogueKeys",
     "Dropout",
     "LoRAConfig",

@@ -28,6 +28,7 @@ VARIANTS = [
     {"gru_layers": 0},
     {"kernel_sizes": ()},
     {"experts": ("fusion",), "fusion_gru_layers": 1},
+    {"crf": True, **SHALLOW},
     *(
         {"experts": subset, "mixture": mixture, **SHALLOW}
         for subset in SUBSETS
@@ -197,6 +198,28 @@ def test_the_cross_modal_expert_knows_the_order_by_its_gru_alone(tiny_config, ma
     backwards = {name: values[:, ::-1] for name, values in batch.items()}
     logits, turned = (compiled_forward(model, each).logits for each in (batch, backwards))
     assert np.allclose(turned[:, ::-1], logits, atol=1e-5) == (layers == 0)
+
+
+def test_the_crf_reads_the_mixture_and_leaves_the_votes(tiny_config, make_batch):
+    plain, model = (model_of(tiny_config, crf=crf, **SHALLOW) for crf in (False, True))
+    batch, _ = dialogues(make_batch)
+    expected, _ = output_and_losses(plain, batch)
+    even, _ = output_and_losses(model, batch)
+    mask = batch["mask"]
+    np.testing.assert_allclose(
+        jax.nn.softmax(even.logits)[mask], jax.nn.softmax(expected.logits)[mask], atol=1e-6
+    )
+    # Emotions that never change: one for all utterances of a dialogue.
+    model.crf.transition[...] = 1e4 * jnp.eye(tiny_config.num_classes)
+    lasting, _ = output_and_losses(model, batch)
+    np.testing.assert_array_equal(lasting.expert_logits, expected.expert_logits)
+    for logits, summed, valid in zip(
+        lasting.logits,
+        jnp.where(mask[..., None], expected.logits, 0).sum(1),
+        mask,
+        strict=True,
+    ):
+        assert (logits[valid].argmax(-1) == summed.argmax()).all()
 
 
 def test_mean_mixture_weighs_present_experts_evenly(tiny_config, make_batch):
