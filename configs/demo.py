@@ -4,15 +4,16 @@
 
 The corpus knows its Bayes score, which `launch.evaluate` prints beside the model's.
 
-Best validation weighted F1, where Bayes has 0.881:
+Best validation weighted F1, where Bayes has 0.881, mean of so many seeds:
 
-    this recipe, seed 0                         0.864
-    40 epochs, learning rate 2e-3, no focal loss, classifier dropout 0.3, seeds 0 and 1:
-      as said                                   0.859
-      and input dropout 0.3                     0.856
-        and contexts and fusion of width 128    0.853
-        and no CRF                              0.823
-        and 30 epochs, with one co-attention    0.832
+    this recipe                                       0.857  (3)
+    25 epochs, learning rate 4e-3, gamma 1, classifier dropout 0.5
+                                                      0.848  (3)
+    gamma 1, classifier dropout 0.5                   0.848  (3)
+    input dropout 0.3                                 0.856  (2)
+      and contexts and fusion of width 128            0.853  (2)
+      and no CRF                                      0.823  (2)
+      and 30 epochs, with one co-attention            0.832  (2)
 """
 
 from ml_collections import ConfigDict
@@ -36,11 +37,11 @@ def get_config() -> ConfigDict:
             "crf": True,
             "gate_width": 32,
             "gate_temperature": 0.5,
-            "classifier_dropout": 0.5,
             "context_dropout": 0.2,
         }
     )
     config.loss.weights.agreement = 0.0
-    config.optimizer.update({"learning_rate": 4e-3, "weight_decay": 0.3})
-    config.train.epochs = 25
+    config.loss.gamma = 0.0  # The CRF reckons with probabilities, which a focal loss flattens.
+    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.3})
+    config.train.epochs = 40
     return config
