@@ -130,6 +130,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "fusion_gru_layers": 0,
             "crf": False,
             "attention_width": 96,
+            "gate_reads_contexts": False,
             "input_dropout": 0.5,
             "context_dropout": 0.3,
             "fusion_dropout": 0.3,
@@ -141,7 +142,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
         {
             "gamma": 1.0,
             "temperature": 1.0,
-            "weights": {"contrastive": 0.2, "agreement": 0.02},
+            "sharpness": 1.0,
+            "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0},
         }
     )
     config.optimizer = ConfigDict(

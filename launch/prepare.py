@@ -21,6 +21,7 @@ from mister_jax import data, figures, writers
 from mister_jax.data.builder import Decoding
 from mister_jax.data.inspection import inspect
 from mister_jax.data.prepare import CORPORA, Preparation, prepare_corpus
+from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
 from mister_jax.errors import InputError
 
 FEATURES = ("features", "synthetic_features")
@@ -34,7 +35,7 @@ _FLAGS = {
     "manifest": ("source", "name", "labels", "seed", *_DECODING),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING),
     "features": ("source", "name", "overwrite", "data_dir"),
-    "synthetic_features": ("name", "seed", "overwrite", "data_dir"),
+    "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
 }
 """Flags that go with a corpus; another would change nothing."""
 
@@ -47,7 +48,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "where datasets are kept; TFDS
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
 _PARTIAL = flags.DEFINE_bool("partial", False, "allow a part of a corpus")
 _SEED = flags.DEFINE_integer("seed", 0, "of synthetic corpora and random splits", lower_bound=0)
-_DIALOGUES = flags.DEFINE_list("num_dialogues", [], "of --corpus=synthetic: train,validation,test")
+_DIALOGUES = flags.DEFINE_list("num_dialogues", [], "of synthetic corpora: train,validation,test")
 _WORKERS = flags.DEFINE_integer("num_workers", 2, "processes that decode recordings", lower_bound=0)
 _SECONDS = flags.DEFINE_float("max_seconds", 60, "of an utterance that are kept", lower_bound=0.1)
 _BEAM = flags.DEFINE_string("beam_options", None, "JSON of Apache Beam options: decode there")
@@ -85,10 +86,15 @@ def _check_flags(use: str, allowed: Sequence[str]) -> None:
             raise InputError(f"--{flag.name} does not go with {use}; allowed: {names}")
 
 
-def _preparation() -> Preparation:
+def _num_dialogues() -> dict[str, int]:
+    """Dialogues by split; empty where the flag is not given."""
     splits = dict(zip(data.SPLITS, _DIALOGUES.value, strict=False))
     if len(_DIALOGUES.value) not in (0, 3) or not all(map(str.isdecimal, splits.values())):
         raise InputError(f"--num_dialogues={','.join(_DIALOGUES.value)}; allowed: three numbers")
+    return {split: int(count) for split, count in splits.items()}
+
+
+def _preparation() -> Preparation:
     return Preparation(
         corpus=_CORPUS.value or "",
         source=_SOURCE.value,
@@ -97,7 +103,7 @@ def _preparation() -> Preparation:
         name=_NAME.value,
         labels=tuple(_LABELS.value),
         seed=_SEED.value,
-        num_dialogues={split: int(count) for split, count in splits.items()},
+        num_dialogues=_num_dialogues(),
         decoding=Decoding(_WORKERS.value, _SECONDS.value, _BEAM.value is not None),
         beam_options=_beam_options(_BEAM.value or "{}"),
         partial=_PARTIAL.value,
@@ -118,7 +124,10 @@ def _beam_options(text: str) -> dict[str, object]:
 def _prepare_features(corpus: str, console: Console) -> None:
     if corpus == "features" and not _SOURCE.value:
         raise InputError("--source is needed with --corpus=features: an npz file")
-    splits = data.read_npz(_SOURCE.value) if _SOURCE.value else data.generate(_SEED.value)
+    if corpus == "features":
+        splits = data.read_npz(_SOURCE.value or "")
+    else:
+        splits = data.generate(_SEED.value, _num_dialogues() or DEFAULT_NUM_DIALOGUES)
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     console.print(writers.columns(name, {split: it.summary() for split, it in splits.items()}))

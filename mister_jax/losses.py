@@ -236,6 +236,55 @@ def expert_agreement(
     return _divide(total / len(pairs), mask.any(1).sum(), axis_name)
 
 
+def gate_responsibility(
+    gate: jax.Array,
+    expert_logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    expert_mask: jax.Array | None = None,
+    *,
+    sharpness: float = 1.0,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Cross-entropy of the gate against the experts' responsibilities, mean over valid positions.
+
+    An expert is responsible for a label in proportion to the probability it gave it, to the power
+    of `sharpness`; to the power of 1 that is the E step of a mixture of experts (Jordan and Jacobs,
+    1994), and the higher, the more the best expert has it alone. It teaches the gate only: to it
+    the experts' votes are given.
+
+    Args:
+      gate: weights of the experts [..., E], sum 1; zero for those that are missing.
+      expert_logits: [..., E, C].
+      labels: class of each position [...] int; read only where the mask is true.
+      mask: positions that count [...] bool.
+      expert_mask: experts present [..., E] bool; all by default.
+      sharpness: not negative.
+      axis_name: see the module.
+
+    Returns:
+      A scalar, float32; zero where no position counts.
+
+    Raises:
+      ValueError: negative sharpness.
+      AssertionError: gate, logits, labels and mask are not of the same positions.
+    """
+    if sharpness < 0:
+        raise ValueError(f"gate sharpness {sharpness}: must not be negative")
+    _check_positions(gate, labels, mask)
+    chex.assert_equal_shape_prefix([expert_logits, gate], gate.ndim)
+    present = jnp.broadcast_to(mask[..., None], gate.shape)
+    present = present if expert_mask is None else present & expert_mask  # ... E
+    votes = jnp.where(present[..., None], expert_logits.astype(jnp.float32), 0)
+    label = jnp.broadcast_to(jnp.where(mask, labels, 0)[..., None], gate.shape)
+    log_p = -optax.losses.softmax_cross_entropy_with_integer_labels(votes, label)  # ... E
+    responsibility = jax.nn.softmax(sharpness * log_p, where=present)
+    responsibility = jax.lax.stop_gradient(responsibility)
+    # The floor is far below what a gate is taught to give, and keeps the logarithm finite.
+    log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
+    return _divide(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
+
+
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
     """Weights of the parts of `mister_e`; the defaults are the released ones."""
@@ -246,6 +295,7 @@ class LossWeights:
     fusion: float = 1.0
     contrastive: float = 2.0
     agreement: float = 0.1
+    gate: float = 0.0
 
 
 def mister_e(
@@ -256,14 +306,16 @@ def mister_e(
     *,
     gamma: float = 3.0,
     temperature: float = 1.0,
+    sharpness: float = 1.0,
     experts: tuple[str, ...] = EXPERTS,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of MiSTER-E (arXiv 2602.23300; weights of the released code).
 
     Focal losses of the mixture and of each expert, the contrastive loss between the fusion
-    representations of speech and text, and the agreement of the experts. An expert is held to
-    account for the utterances it could vote on.
+    representations of speech and text, the agreement of the experts, and the responsibility of the
+    gate (of weight 0 as released). An expert is held to account for the utterances it could vote
+    on.
 
     Args:
       output: of `MisterE`.
@@ -272,12 +324,13 @@ def mister_e(
       weights: of the parts.
       gamma: of the focal losses.
       temperature: of the contrastive loss.
+      sharpness: of the experts' responsibilities that the gate is taught.
       experts: in use; the other experts' parts are left out.
       axis_name: see the module.
 
     Returns:
       The weighted total, and each part unweighted: "mixture", "speech", "text", "fusion",
-      "contrastive", "agreement" (those of experts in use); scalars, float32.
+      "contrastive", "agreement", "gate" (those of experts in use); scalars, float32.
     """
     weights = LossWeights() if weights is None else weights
     labelled = mask & (labels >= 0)
@@ -307,6 +360,15 @@ def mister_e(
             labelled,
             output.expert_present,
             experts=in_use,
+            axis_name=axis_name,
+        )
+        parts["gate"] = gate_responsibility(
+            output.gate,
+            output.expert_logits,
+            labels,
+            labelled,
+            output.expert_present,
+            sharpness=sharpness,
             axis_name=axis_name,
         )
     total = sum(getattr(weights, name) * value for name, value in parts.items())

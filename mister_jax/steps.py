@@ -170,6 +170,7 @@ def mister_e_loss(
     weights: losses.LossWeights | None = None,
     gamma: float = 3.0,
     temperature: float = 1.0,
+    sharpness: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """MiSTER-E's loss of a batch in training, with dropout.
 
@@ -181,6 +182,7 @@ def mister_e_loss(
       weights: see `losses.mister_e`.
       gamma: likewise.
       temperature: likewise.
+      sharpness: likewise.
 
     Returns:
       This device's share of the total, and of each part unweighted.
@@ -195,6 +197,7 @@ def mister_e_loss(
         weights,
         gamma=gamma,
         temperature=temperature,
+        sharpness=sharpness,
         experts=model.config.experts,
         axis_name=axis_name,
     )

@@ -27,7 +27,10 @@ def run(name, *flags):
 def test_from_features_to_scores(tmp_path):
     small = ("--config.model.context_width=8", "--config.model.fusion_width=8")
     where = f"--config.data.data_dir={tmp_path}"
-    prepared = run("prepare", "--corpus=synthetic_features", f"--data_dir={tmp_path}")
+    prepared = run(
+        "prepare", "--corpus=synthetic_features", f"--data_dir={tmp_path}",
+        "--num_dialogues=20,5,6",
+    )  # fmt: skip
     assert prepared.returncode == 0, prepared.stderr
     trained = run(
         "train", "--config=configs/fusion.py:synthetic_features,no_kl", f"--workdir={tmp_path}/run",

@@ -58,6 +58,18 @@ def numpy_expert_agreement(expert_logits, mask, expert_mask, experts):
     return total / len(pairs) / mask.any(1).sum()
 
 
+def numpy_gate_responsibility(gate, expert_logits, labels, mask, expert_mask, sharpness):
+    values = []
+    for position in np.argwhere(mask):
+        position = tuple(position)
+        experts = np.flatnonzero(expert_mask[position])
+        p = [softmax(expert_logits[position][expert])[labels[position]] for expert in experts]
+        responsibility = np.array(p) ** sharpness
+        responsibility /= max(responsibility.sum(), TINY)
+        values.append(-np.sum(responsibility * np.log(gate[position][experts])))
+    return np.mean(values)
+
+
 @pytest.fixture(scope="module")
 def batch():
     """Eight dialogues of unequal length; one empty, one without labels, some experts absent."""
@@ -65,7 +77,9 @@ def batch():
     mask = np.arange(6) < np.array([6, 1, 0, 4, 2, 5, 3, 3])[:, None]
     label = np.where(random.random(mask.shape) < 0.9, random.integers(CLASSES, size=(8, 6)), -1)
     label[7] = -1
+    gate = random.random((8, 6, EXPERTS)).astype(np.float32) + 0.1
     return {
+        "gate": gate / gate.sum(-1, keepdims=True),
         "expert_logits": random.normal(size=(8, 6, EXPERTS, CLASSES)).astype(np.float32) * 2,
         "representations": random.normal(size=(8, 6, WIDTH)).astype(np.float32),
         "expert_mask": random.random((8, 6, EXPERTS)) < 0.7,
@@ -93,8 +107,21 @@ def agreement_of(batch, **options):
     )
 
 
-EACH_LOSS = pytest.mark.parametrize("loss", [focal_of, contrastive_of, agreement_of])
-FLOATS = ("expert_logits", "representations")
+def responsibility_of(batch, **options):
+    return losses.gate_responsibility(
+        batch["gate"],
+        batch["expert_logits"],
+        batch["label"],
+        batch["labelled"],
+        batch["expert_mask"],
+        **options,
+    )
+
+
+EACH_LOSS = pytest.mark.parametrize(
+    "loss", [focal_of, contrastive_of, agreement_of, responsibility_of]
+)
+FLOATS = ("gate", "expert_logits", "representations")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -185,6 +212,39 @@ def test_experts_of_one_mind_agree(batch):
     np.testing.assert_allclose(agreement_of(batch | {"expert_logits": same}), 0, atol=1e-7)
 
 
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 5.0])
+def test_responsibility_equals_its_definition(batch, sharpness):
+    names = ("gate", "expert_logits", "label", "labelled", "expert_mask")
+    expected = numpy_gate_responsibility(*(batch[name] for name in names), sharpness)
+    ours = responsibility_of(batch, sharpness=sharpness)
+    assert float(ours) == pytest.approx(expected, rel=1e-5)
+
+
+def test_responsibility_teaches_the_gate_alone_and_the_responsible_expert():
+    # The first expert gives the label 0.9, the second 0.1; the third is missing.
+    logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9], [1.0, 1e-6]]))
+    present = jnp.array([True, True, False])
+
+    def loss(scores, logits, sharpness):
+        gate = jax.nn.softmax(jnp.where(present, scores, -1e30))
+        return losses.gate_responsibility(
+            gate, logits, jnp.array(0), jnp.array(True), present, sharpness=sharpness
+        )
+
+    for sharpness, odds in ((0.0, 1.0), (1.0, 9.0), (2.0, 81.0)):
+        responsible = jnp.array([jnp.log(odds), 0.0, 0.0])
+        gradients = jax.grad(loss, argnums=(0, 1))(responsible, logits, sharpness)
+        for gradient in gradients:
+            np.testing.assert_allclose(gradient, 0, atol=1e-6)
+    undecided = jax.grad(loss)(jnp.zeros(3), logits, 1.0)
+    np.testing.assert_allclose(undecided, [-0.4, 0.4, 0], atol=1e-6)
+
+
+def test_responsibility_refuses_negative_sharpness(batch):
+    with pytest.raises(ValueError, match=r"sharpness -1\.0"):
+        responsibility_of(batch, sharpness=-1.0)
+
+
 @EACH_LOSS
 def test_values_outside_the_mask_reach_neither_loss_nor_gradient(batch, loss):
     value, gradients = value_and_gradients(loss, batch)
@@ -228,6 +288,7 @@ def test_short_and_long_dialogues_have_finite_losses(loss, utterances):
     random = np.random.default_rng(0)
     mask = np.ones((1, utterances), bool)
     dialogue = {
+        "gate": np.full((1, utterances, EXPERTS), 1 / EXPERTS),
         "expert_logits": random.normal(size=(1, utterances, EXPERTS, CLASSES)),
         "representations": random.normal(size=(1, utterances, WIDTH)),
         "expert_mask": np.ones((1, utterances, EXPERTS), bool),

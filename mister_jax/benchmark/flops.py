@@ -68,7 +68,7 @@ def model_flops(config: MisterEConfig, dialogues: int, length: int) -> dict[str,
         ),
         GATE_AND_LOSSES: flops(
             0,
-            linear(experts * classes, config.gate_width)
+            linear(experts * classes + 2 * width * config.gate_reads_contexts, config.gate_width)
             + linear(config.gate_width, experts)
             + linear(experts, classes)
             + 2.0 * (2 * positions) ** 2 * fusion,

@@ -25,6 +25,7 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.data.storage import clean_up, whole_directory
 from mister_jax.data.synthetic import (
     ConversationProcess,
+    check_num_dialogues,
     emotion_chain,
     gaussian_log_density,
     reference_scores,
@@ -321,12 +322,7 @@ def write_recordings(
         ValueError: another argument is out of range.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
-    unknown = [split for split in num_dialogues if split not in SPLITS]
-    if unknown or min(num_dialogues.values(), default=0) < 0 or not any(num_dialogues.values()):
-        raise InputError(
-            f"num_dialogues {dict(num_dialogues)}; allowed: numbers for {', '.join(SPLITS)}, "
-            "not all 0"
-        )
+    check_num_dialogues(num_dialogues)
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "stay_probability": stay_probability,

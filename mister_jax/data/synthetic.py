@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mister_jax.data.schema import DialogueFeatures
+from mister_jax.data.schema import SPLITS, DialogueFeatures
+from mister_jax.errors import InputError
 
 DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 200, "validation": 40, "test": 60}
 
@@ -272,6 +273,16 @@ def emotion_process(
     )
 
 
+def check_num_dialogues(num_dialogues: Mapping[str, int]) -> None:
+    """Fails with InputError where there is no dialogue or an unknown split."""
+    unknown = [split for split in num_dialogues if split not in SPLITS]
+    if unknown or min(num_dialogues.values(), default=0) < 0 or not any(num_dialogues.values()):
+        raise InputError(
+            f"num_dialogues {dict(num_dialogues)}; allowed: numbers for {', '.join(SPLITS)}, "
+            "not all 0"
+        )
+
+
 def generate(
     seed: int = 0,
     num_dialogues: Mapping[str, int] = DEFAULT_NUM_DIALOGUES,
@@ -290,7 +301,7 @@ def generate(
 
     Args:
         seed: at least 0.
-        num_dialogues: dialogues by split; each has 2 to 30 utterances.
+        num_dialogues: dialogues by split; each has 2 to 30 utterances. A split of none is left out.
         num_classes: C, at least 2.
         speech_dim: Ds.
         text_dim: Dt.
@@ -299,8 +310,10 @@ def generate(
         missing_share: see `ConversationProcess`.
 
     Raises:
-        ValueError: an argument is out of range.
+        InputError: `num_dialogues` has no dialogue or an unknown split.
+        ValueError: another argument is out of range.
     """
+    check_num_dialogues(num_dialogues)
     process = emotion_process(
         seed,
         num_classes=num_classes,
@@ -313,6 +326,7 @@ def generate(
     return {
         split: _generate_split(process, split, count, seed, np.random.default_rng([seed, 1, index]))
         for index, (split, count) in enumerate(num_dialogues.items())
+        if count
     }
 
 

@@ -50,6 +50,9 @@ class MisterEConfig:
       attention_heads: heads of each attention.
       gate_width: hidden units of the gate.
       gate_temperature: the gate's logits are divided by it.
+      gate_reads_contexts: the gate reads the contexts of the speech and the text expert beside the
+        votes, and so can tell an expert that knows something from one that is sure of itself; not
+        in the released model.
       input_dropout: rate on the vectors that come in.
       context_dropout: rate before each GRU layer and before the context classifiers.
       attention_dropout: rate on attention weights.
@@ -82,6 +85,7 @@ class MisterEConfig:
     attention_heads: int = 3
     gate_width: int = 10
     gate_temperature: float = 2.0
+    gate_reads_contexts: bool = False
     input_dropout: float = 0.0
     context_dropout: float = 0.0
     attention_dropout: float = 0.1
@@ -363,7 +367,8 @@ class CrossModalExpert(nnx.Module):
 class Gate(nnx.Module):
     """Weighs the experts by their votes: Linear, ReLU, Linear, softmax with a temperature.
 
-    Computed in float32, whatever the model's dtype.
+    With `gate_reads_contexts` by the contexts behind the votes, too. Computed in float32, whatever
+    the model's dtype.
 
     Args:
       config: the model's.
@@ -373,13 +378,45 @@ class Gate(nnx.Module):
         experts = len(EXPERTS)
         options = _types(config) | {"dtype": jnp.float32, "rngs": rngs}
         self.temperature = config.gate_temperature
-        self.hidden = nnx.Linear(experts * config.num_classes, config.gate_width, **options)
+        self.reads_contexts = config.gate_reads_contexts
+        features = experts * config.num_classes
+        if self.reads_contexts:
+            features += config.context_width * len({"speech", "text"}.intersection(config.experts))
+        self.hidden = nnx.Linear(features, config.gate_width, **options)
         self.out = nnx.Linear(config.gate_width, experts, **options)
 
-    def __call__(self, expert_logits: jax.Array, present: jax.Array) -> jax.Array:
-        """Weights [B, T, E] from logits [B, T, E, C]; zero where `present` [B, T, E] is false."""
+    def __call__(
+        self,
+        expert_logits: jax.Array,
+        present: jax.Array,
+        speech_context: jax.Array | None = None,
+        text_context: jax.Array | None = None,
+    ) -> jax.Array:
+        """Weighs.
+
+        Args:
+          expert_logits: [B, T, E, C].
+          present: experts that may vote [B, T, E] bool.
+          speech_context: [B, T, H], or [B, T, 0] where the expert is not in use; needed by a gate
+            that reads contexts, and by no other.
+          text_context: likewise.
+
+        Returns:
+          Weights [B, T, E], sum 1, zero where `present` is false.
+
+        Raises:
+          ValueError: contexts that the gate needs are not given.
+        """
         votes = jnp.where(present[..., None], expert_logits, 0)
-        flat = votes.reshape(*votes.shape[:2], -1)  # B T E*C
+        read = [votes.reshape(*votes.shape[:2], -1)]  # B T E*C
+        if self.reads_contexts:
+            if speech_context is None or text_context is None:
+                raise ValueError("a gate of gate_reads_contexts needs both contexts")
+            read += [
+                jnp.where(present[..., :1], speech_context, 0),  # B T H
+                jnp.where(present[..., 1:2], text_context, 0),  # B T H
+            ]
+        flat = jnp.concatenate(read, axis=-1)
         scores = self.out(jax.nn.relu(self.hidden(flat))) / self.temperature  # B T E
         return jax.nn.softmax(jnp.where(present, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
@@ -482,7 +519,9 @@ class MisterE(nnx.Module):
 
         expert_logits = jnp.stack([logits[name] for name in EXPERTS], axis=2)  # B T E C
         present = self._experts_present(speech_present, text_present)  # B T E
-        mixture_logits, gate = self._mix(expert_logits, present)
+        mixture_logits, gate = self._mix(
+            expert_logits, present, contexts["speech"], contexts["text"]
+        )
         if self.crf is not None:
             mixture_logits = self.crf(mixture_logits, mask)
         return MisterEOutput(
@@ -505,7 +544,13 @@ class MisterE(nnx.Module):
         present = has & in_use
         return jnp.where(present.any(-1, keepdims=True), present, in_use)
 
-    def _mix(self, expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _mix(
+        self,
+        expert_logits: jax.Array,
+        present: jax.Array,
+        speech_context: jax.Array,
+        text_context: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         """Mixture logits [B, T, C] and the weights [B, T, E] they were mixed with."""
         if self.config.mixture == "majority":
             # The fusion expert's vote counts half a vote more, so that it decides ties and no more.
@@ -517,7 +562,7 @@ class MisterE(nnx.Module):
             choices = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C
             return jnp.log(jnp.einsum("bte,btec->btc", gate, choices) + 1e-6), gate
         if self.gate is not None:
-            gate = self.gate(expert_logits, present)
+            gate = self.gate(expert_logits, present, speech_context, text_context)
         return jnp.einsum("bte,btec->btc", gate, expert_logits), gate
 
     def _check(self, speech, text, mask, speech_present, text_present) -> None:

@@ -132,10 +132,12 @@ class FusionTask:
         self._weights = from_config(losses.LossWeights, config.loss.weights, "config.loss.weights")
         self._gamma = config.loss.gamma
         self._temperature = config.loss.temperature
-        if self._gamma < 0 or self._temperature <= 0:
+        self._sharpness = config.loss.get("sharpness", 1.0)
+        if self._gamma < 0 or self._temperature <= 0 or self._sharpness < 0:
             raise InputError(
-                f"config.loss: gamma {self._gamma}, temperature {self._temperature}; allowed are "
-                "gamma of 0 or more and a positive temperature"
+                f"config.loss: gamma {self._gamma}, temperature {self._temperature}, sharpness "
+                f"{self._sharpness}; allowed are gamma and sharpness of 0 or more and a positive "
+                "temperature"
             )
         if min(self._data.batch_size, self._data.num_buckets) < 1:
             raise InputError(
@@ -261,6 +263,7 @@ class FusionTask:
             weights=self._weights,
             gamma=self._gamma,
             temperature=self._temperature,
+            sharpness=self._sharpness,
         )
 
     def _scaled(self, batch: Batch) -> Batch:

@@ -29,6 +29,8 @@ def test_flops_of_mister_e_are_those_the_compiler_counts():
         fusion_width=128,
         fusion_layers=2,
         fusion_gru_layers=2,
+        gate_width=128,
+        gate_reads_contexts=True,
         attention_width=96,
         attention_dropout=0.0,
         fusion_dropout=0.0,

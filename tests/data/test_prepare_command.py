@@ -71,6 +71,7 @@ WRONG_USES = {
     "--corpus=manifest --num_dialogues=1,1,1": "--num_dialogues does not go with --corpus=manifest",
     "--inspect=x --corpus=meld": "--corpus does not go with --inspect=x; allowed: --inspect, --d",
     "--corpus=synthetic --num_dialogues=1,x,2": "--num_dialogues=1,x,2; allowed: three numbers",
+    "--corpus=synthetic_features --num_dialogues=0,0,0": "allowed: numbers for train, validation",
     "--corpus=manifest --source=DIR/calls.jsonl --max_seconds=nan": "max_seconds=nan; allowed: fin",
     "--corpus=manifest --source=DIR/calls.jsonl --beam_options=[]": "--beam_options=[]; allowed: a",
     "--corpus=manifest --source=DIR/calls.jsonl --num_workers=0": (

@@ -8,6 +8,7 @@ from scipy.stats import multivariate_normal
 from sklearn.metrics import accuracy_score, f1_score
 
 from mister_jax.data import synthetic
+from mister_jax.errors import InputError
 
 SMALL = {"train": 20, "test": 10}
 
@@ -119,3 +120,13 @@ def test_the_written_scores_are_those_of_the_usual_definitions():
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError):
         synthetic.emotion_process(0, **wrong)
+
+
+def test_a_split_without_dialogues_is_left_out_and_some_are_needed():
+    assert list(synthetic.generate(0, {"train": 2, "validation": 0, "test": 1})) == [
+        "train",
+        "test",
+    ]
+    for none in ({}, {"train": 0}, {"train": -1, "test": 2}, {"dev": 2}):
+        with pytest.raises(InputError, match=r"allowed: numbers for train, validation, test"):
+            synthetic.generate(0, none)

@@ -29,6 +29,8 @@ VARIANTS = [
     {"kernel_sizes": ()},
     {"experts": ("fusion",), "fusion_gru_layers": 1},
     {"crf": True, **SHALLOW},
+    {"gate_reads_contexts": True, **SHALLOW},
+    {"gate_reads_contexts": True, "experts": ("text", "fusion"), **SHALLOW},
     *(
         {"experts": subset, "mixture": mixture, **SHALLOW}
         for subset in SUBSETS
@@ -188,7 +190,7 @@ def test_experts_out_of_use_have_no_weight_and_no_parameters(tiny_config, make_b
     assert not output.gate[..., 0].any()
     assert not output.expert_logits[:, :, 0].any()
     assert output.speech_context.shape[-1] == 0
-    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement"}
+    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement", "gate"}
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -266,6 +268,27 @@ def test_a_higher_temperature_evens_the_gate(tiny_config):
     even = present / present.sum(-1, keepdims=True)
     np.testing.assert_allclose(hot, even, atol=0.02)
     assert jnp.abs(cold - even).max() > 0.1
+
+
+def test_a_gate_that_reads_contexts_tells_apart_equal_votes(tiny_config):
+    gates = {
+        reads: Gate(dataclasses.replace(tiny_config, gate_reads_contexts=reads), rngs=nnx.Rngs(0))
+        for reads in (False, True)
+    }
+    votes = jnp.zeros((1, 2, 3, tiny_config.num_classes))
+    present = jnp.array([[[True, True, True], [True, False, True]]])
+    shape = (1, 2, tiny_config.context_width)
+    speech, *texts = jax.random.normal(jax.random.key(0), (3, *shape))
+    weights = {
+        reads: [gate(votes, present, speech, text) for text in texts]
+        for reads, gate in gates.items()
+    }
+    np.testing.assert_array_equal(*weights[False])
+    one, other = weights[True]
+    assert jnp.abs(one - other)[0, 0].max() > 0.01
+    np.testing.assert_array_equal(one[0, 1], other[0, 1])  # whose text is missing
+    with pytest.raises(ValueError, match="needs both contexts"):
+        gates[True](votes, present, speech)
 
 
 def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, make_batch):

@@ -88,3 +88,13 @@ def test_modalities_that_cannot_be_standardised_are_named(config):
         changed.data.name = "silent"
         with pytest.raises(InputError, match=what):
             FusionTask.from_data(changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("gamma", -1), ("temperature", 0), ("sharpness", -1)]
+)
+def test_losses_that_are_none_are_refused(config, option, value):
+    changed = config.copy_and_resolve_references()
+    changed.loss[option] = value
+    with pytest.raises(InputError, match=rf"{option} {value}\b.*allowed"):
+        FusionTask.from_data(changed)
