@@ -4,16 +4,25 @@
 
 The corpus knows its Bayes score, which `launch.evaluate` prints beside the model's.
 
-Best validation weighted F1, where Bayes has 0.881, mean of so many seeds:
+Best validation weighted F1 on 480 dialogues of training and 460 of validation (Bayes 0.881; the
+first 60 of them are the demo's), and how much more weight speech gets where the text says nothing
+than where the speech says nothing; means of two seeds:
 
-    this recipe                                       0.857  (3)
-    25 epochs, learning rate 4e-3, gamma 1, classifier dropout 0.5
-                                                      0.848  (3)
-    gamma 1, classifier dropout 0.5                   0.848  (3)
-    input dropout 0.3                                 0.856  (2)
-      and contexts and fusion of width 128            0.853  (2)
-      and no CRF                                      0.823  (2)
-      and 30 epochs, with one co-attention            0.832  (2)
+    this recipe                                          0.851  0.222
+    40 epochs, classifier dropout 0.6, gate loss of weight 3 and sharpness 5, weight decay 0.3
+                                                         0.848  0.236
+      and input dropout 0.5                              0.847  0.260
+    input and classifier dropout 0.5, 60 epochs, gate loss of weight 3 and sharpness 5, weight
+    decay 0.3                                            0.850  0.249
+      gate loss of weight 1 and sharpness 4, classifier dropout 0.3
+                                                         0.850  0.207
+    weight decay 3                                       0.831  0.222
+    sharpness 3, weight decay 1.5, learning rate 3e-3, average decay 0.99
+                                                         0.847  0.216
+
+On 360 and 60 (three seeds) a gate without its loss and without contexts has 0.857 and 0.155, with
+contexts and a gate loss of sharpness 5 it has 0.857 and 0.209 (without contexts, sharpness 8: 0.853
+and 0.195), and without the CRF all is worth 3 points less (0.853 to 0.823).
 """
 
 from ml_collections import ConfigDict
@@ -37,11 +46,18 @@ def get_config() -> ConfigDict:
             "crf": True,
             "gate_width": 32,
             "gate_temperature": 0.5,
+            # What text or speech has to say is seen in its context, less so in its vote.
+            "gate_reads_contexts": True,
+            "input_dropout": 0.3,
             "context_dropout": 0.2,
+            "classifier_dropout": 0.5,
         }
     )
+    # Of the mixture alone the gate learns to lean on the cross-modal expert.
+    config.loss.weights.gate = 1.0
+    config.loss.sharpness = 4.0
     config.loss.weights.agreement = 0.0
     config.loss.gamma = 0.0  # The CRF reckons with probabilities, which a focal loss flattens.
-    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.3})
-    config.train.epochs = 40
+    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 1.0})
+    config.train.epochs = 60
     return config

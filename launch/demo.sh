@@ -13,7 +13,7 @@ made() { # dataset
 
 echo "1/6 recordings and transcripts become dialogues"
 made manifest/synthetic || python -m launch.prepare --corpus=synthetic --data_dir="$data" \
-  --num_dialogues=360,60,120
+  --num_dialogues=480,60,120
 echo "2/6 speech becomes features: prosody"
 made demo_speech || python -m launch.extract --encoder=prosody --dataset=manifest/synthetic \
   --output=demo_speech --data_dir="$data"
