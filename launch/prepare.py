@@ -122,12 +122,12 @@ def _beam_options(text: str) -> dict[str, object]:
 
 
 def _prepare_features(corpus: str, console: Console) -> None:
-    if corpus == "features" and not _SOURCE.value:
-        raise InputError("--source is needed with --corpus=features: an npz file")
-    if corpus == "features":
-        splits = data.read_npz(_SOURCE.value or "")
-    else:
+    if corpus == "synthetic_features":
         splits = data.generate(_SEED.value, _num_dialogues() or DEFAULT_NUM_DIALOGUES)
+    elif _SOURCE.value:
+        splits = data.read_npz(_SOURCE.value)
+    else:
+        raise InputError("--source is needed with --corpus=features: an npz file")
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     console.print(writers.columns(name, {split: it.summary() for split, it in splits.items()}))

@@ -251,7 +251,8 @@ def gate_responsibility(
     An expert is responsible for a label in proportion to the probability it gave it, to the power
     of `sharpness`; to the power of 1 that is the E step of a mixture of experts (Jordan and Jacobs,
     1994), and the higher, the more the best expert has it alone. It teaches the gate only: to it
-    the experts' votes are given.
+    the experts' votes are given. Where the weights are not learned ("mean", "majority") it is a
+    mere number.
 
     Args:
       gate: weights of the experts [..., E], sum 1; zero for those that are missing.
