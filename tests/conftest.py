@@ -16,7 +16,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import functools
 import gc
+import multiprocessing.util
 import pathlib
 from collections import defaultdict
 
@@ -69,7 +71,9 @@ spread_a_module = pytest.fixture(scope="module", autouse=True)(_spread_over_devi
 
 def pytest_sessionfinish(exitstatus):
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        # After multiprocessing's own, at -100: its folders are in it.
+        remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
+        multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
 
 def pytest_collection_modifyitems(config, items):
