@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launch import cluster, run
 from mister_jax.errors import InputError
-from mister_jax.evaluate import evaluate, missing_modality_study
+from mister_jax.evaluate import AS_ZEROS, STUDY, evaluate, missing_modality_study
 from mister_jax.writers import score_table, study_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training")
@@ -23,6 +23,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdi
 _REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, pictures, dialogues")
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
+_DROP_AS_ZEROS = flags.DEFINE_bool(
+    "drop_as_zeros", False, "as in the paper: the lost are zeros that the model takes for vectors"
+)
 _DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bound=1)
 
 
@@ -50,10 +53,19 @@ def main() -> None:
             "drop_text": _rates(_DROP_TEXT),
         }
         points = missing_modality_study(
-            _WORKDIR.value, _SPLIT.value, **rates, draws=_DRAWS.value, **options
+            _WORKDIR.value,
+            _SPLIT.value,
+            **rates,
+            as_zeros=_DROP_AS_ZEROS.value,
+            draws=_DRAWS.value,
+            **options,
         )
-        console.print(study_table(f"{_SPLIT.value}: missing modalities", points))
-        written += ["missing_modality.json", "missing_modality.png"]
+        kind = " as zeros" if _DROP_AS_ZEROS.value else ""
+        console.print(study_table(f"{_SPLIT.value}: missing modalities{kind}", points))
+        name = AS_ZEROS if _DROP_AS_ZEROS.value else STUDY
+        written += [f"{name}.json", f"{name}.png"]
+    elif _DROP_AS_ZEROS.value:
+        raise InputError("--drop_as_zeros goes with --drop_speech or --drop_text")
     if _REPORT.value or not dropping:
         found = evaluate(_WORKDIR.value, _SPLIT.value, report=_REPORT.value, **options)
         together = f", {len(found['seeds']['of_each'])} seeds together" if "seeds" in found else ""

@@ -23,8 +23,8 @@ from mister_jax.models import EXPERTS
 from mister_jax.parallel import JitSpread, data_mesh, enough_memory, shardings
 from mister_jax.report import Experiment, utterance_texts, write_report
 from mister_jax.steps import split_model
+from mister_jax.tasks import MODALITIES, task_class
 from mister_jax.tasks import seeds as seeds_of
-from mister_jax.tasks import task_class
 from mister_jax.train import read_config
 from mister_jax.writers import (
     Reporter,
@@ -40,6 +40,10 @@ Predictions = dict[str, np.ndarray]
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """At which a report drops each modality, and how often anew."""
 RATE_DRAWS = 3
+
+STUDY = "missing_modality"
+AS_ZEROS = "missing_modality_as_zeros"
+"""Names of the files of a missing-modality study."""
 
 _REMEDY = "devices with more memory, or more of them"
 
@@ -366,7 +370,12 @@ def read_metrics(output: epath.PathLike) -> dict[str, Any]:
 
 
 def drop(
-    features: DialogueFeatures, drop_speech: float, drop_text: float, seed: int
+    features: DialogueFeatures,
+    drop_speech: float,
+    drop_text: float,
+    seed: int,
+    *,
+    blanks: Mapping[str, np.ndarray | float] | None = None,
 ) -> DialogueFeatures:
     """Features whose utterances have lost each modality independently, flagged as missing.
 
@@ -375,13 +384,20 @@ def drop(
       drop_speech: probability that an utterance loses its speech.
       drop_text: likewise its text.
       seed: of the draw.
+      blanks: of "speech" and "text" the vector [D] (or number) that stands for a lost one, which
+        is then not flagged; without them it is.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
-    return dataclasses.replace(
-        features,
-        speech_present=features.speech_present & (draw[0] >= drop_speech),
-        text_present=features.text_present & (draw[1] >= drop_text),
-    )
+    changes = {}
+    for modality, row, rate in zip(MODALITIES, draw, (drop_speech, drop_text), strict=True):
+        if blanks is None:
+            name, kept = f"{modality}_present", getattr(features, f"{modality}_present")
+            changes[name] = kept & (row >= rate)
+        else:
+            vectors = getattr(features, modality)
+            blanked = np.where((row < rate)[:, None], blanks[modality], vectors)
+            changes[modality] = blanked.astype(vectors.dtype)
+    return dataclasses.replace(features, **changes)
 
 
 def missing_modality_study(
@@ -390,6 +406,7 @@ def missing_modality_study(
     *,
     drop_speech: Sequence[float] = (0.0,),
     drop_text: Sequence[float] = (0.0,),
+    as_zeros: bool = False,
     draws: int = 5,
     dataset: str | None = None,
     data_dir: str | None = None,
@@ -399,13 +416,16 @@ def missing_modality_study(
     """Scores a split with modalities missing at given rates.
 
     Rates of one modality are paired with the other's (a single one goes with all). Writes
-    `missing_modality.json` and `missing_modality.png`.
+    `missing_modality.json` and `missing_modality.png`; `missing_modality_as_zeros` with `as_zeros`.
 
     Args:
       workdir: of a training.
       split: of the dataset.
       drop_speech: probabilities that an utterance loses its speech.
       drop_text: likewise its text.
+      as_zeros: do as the paper's study does: the model reads zeros for what is lost and is not told
+        that they stand for nothing. By default it is told, as of any utterance that lacks a
+        modality.
       draws: of the utterances that lose them, for each pair of rates.
       dataset: another than the training's.
       data_dir: where the dataset is.
@@ -431,11 +451,12 @@ def missing_modality_study(
     if not isinstance(features, DialogueFeatures):
         raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
     pairs = list(zip(*paired, strict=True))
-    study = _study(predictor, features, pairs, draws, quiet=quiet)
+    blanks = predictor.task.blanks() if as_zeros else None
+    study = _study(predictor, features, pairs, draws, blanks, quiet=quiet)
     if jax.process_index() == 0:
         output = epath.Path(workdir if output is None else output)
         output.mkdir(parents=True, exist_ok=True)
-        _write_study(study, output)
+        _write_study(study, output, AS_ZEROS if as_zeros else STUDY)
     return study["points"]
 
 
@@ -444,6 +465,7 @@ def _study(
     features: DialogueFeatures,
     pairs: Sequence[tuple[float, float]],
     draws: int,
+    blanks: Mapping[str, np.ndarray | float] | None = None,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -462,7 +484,7 @@ def _study(
         for speech_rate, text_rate in pairs:
             values: list[float] = []
             for draw in range(draws):
-                values += scored(drop(features, speech_rate, text_rate, draw))
+                values += scored(drop(features, speech_rate, text_rate, draw, blanks=blanks))
                 reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
             mean, deviation = mean_and_deviation(values)
             points.append(
@@ -485,14 +507,14 @@ def _studied(predictor: Predictor, features: Any) -> dict[str, Any]:
     }
 
 
-def _write_study(study: Mapping[str, Any], output: epath.Path) -> None:
-    write_json(output / "missing_modality.json", study)
-    figures.missing_modality(study["points"], study["complete"], output / "missing_modality.png")
+def _write_study(study: Mapping[str, Any], output: epath.Path, name: str = STUDY) -> None:
+    write_json(output / f"{name}.json", study)
+    figures.missing_modality(study["points"], study["complete"], output / f"{name}.png")
 
 
 def _read_study(output: epath.Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
     """The study in a folder, if it is one of the same."""
-    path = output / "missing_modality.json"
+    path = output / f"{STUDY}.json"
     study = read_json(path) if path.exists() else {}
     return study if all(study.get(name) == value for name, value in of.items()) else None
 

@@ -66,6 +66,7 @@ WRONG_USES = {
     "evaluate": "--workdir is needed: a directory that training has made",
     "evaluate --workdir=DIR": "config.json: no such file; the workdir must be one that training",
     "evaluate --workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
+    "evaluate --workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros goes with --drop_speech",
     "evaluate --workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; there are: none",
     "evaluate --workdir=DIR/ready --report=maybe": "--report=maybe",
     "predict --text=hello": "--workdir is needed",

@@ -12,6 +12,7 @@ from mister_jax import data
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, drop, evaluate, missing_modality_study, scores
 from mister_jax.models import EXPERTS
+from mister_jax.tasks.fusion import Scale
 from mister_jax.writers import read_json_lines
 from tests.test_train import data_dir, finished  # noqa: F401
 
@@ -170,6 +171,23 @@ def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
     assert share == pytest.approx(0.5, abs=0.15)
 
 
+def test_dropping_to_zeros_tells_the_model_nothing(data_dir):  # noqa: F811
+    features = data.load("tiny", "train", data_dir)
+    scale = Scale.of(features, "speech")
+    blanks = {"speech": scale.mean, "text": 0.0}
+    dropped = drop(features, 0.5, 0.3, seed=0, blanks=blanks)
+    flagged = drop(features, 0.5, 0.3, seed=0)
+    for modality in ("speech", "text"):
+        present = getattr(features, f"{modality}_present")
+        assert (getattr(dropped, f"{modality}_present") == present).all()
+        before, after = getattr(features, modality), getattr(dropped, modality)
+        assert after.dtype == before.dtype
+        kept = getattr(flagged, f"{modality}_present")
+        assert (after[kept] == before[kept]).all()
+        read = scale(after) if modality == "speech" else after
+        assert (read[present & ~kept] == 0).all()
+
+
 def test_missing_modality_study(finished, evaluated):  # noqa: F811
     points = missing_modality_study(
         finished, "test", drop_speech=[0.0, 1.0], draws=2, output=evaluated, quiet=True
@@ -179,6 +197,21 @@ def test_missing_modality_study(finished, evaluated):  # noqa: F811
     assert points[0]["deviation"] == points[1]["deviation"] == 0
     assert (evaluated / "missing_modality.png").exists()
     assert json.loads((evaluated / "missing_modality.json").read_text())["points"] == points
+
+
+def test_a_study_with_zeros_stands_beside_the_other(finished, data_dir, tmp_path):  # noqa: F811
+    both = {"drop_speech": [1.0], "drop_text": [1.0], "draws": 1, "output": tmp_path, "quiet": True}
+    flagged = missing_modality_study(finished, "test", **both)
+    (zeros,) = missing_modality_study(finished, "test", as_zeros=True, **both)
+    for name, points in (("missing_modality", flagged), ("missing_modality_as_zeros", [zeros])):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["points"] == points
+        assert (tmp_path / f"{name}.png").exists()
+    features = data.load("tiny", "test", data_dir)
+    nothing = dataclasses.replace(
+        features, speech=np.zeros_like(features.speech), text=np.zeros_like(features.text)
+    )
+    expected = scores(nothing, Predictor(finished)(nothing, quiet=True))
+    assert zeros["weighted_f1"] == pytest.approx(expected["weighted_f1"])
 
 
 @pytest.mark.parametrize(

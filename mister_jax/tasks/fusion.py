@@ -236,6 +236,10 @@ class FusionTask:
         )
         return FeatureSplit(features, plan, self._data_seed, shuffle)
 
+    def blanks(self) -> dict[str, np.ndarray | float]:
+        """The features, by modality, of which the model reads zeros: [D], or 0 for all."""
+        return {name: self.scales[name].mean if name in self.scales else 0.0 for name in MODALITIES}
+
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
         features = self.features(name)
         if not (features.label >= 0).any():
