@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
             "input_dropout": 0.3,
             "context_dropout": 0.2,
             "classifier_dropout": 0.5,
+            "modality_dropout": 0.3,
         }
     )
     # Of the mixture alone the gate learns to lean on the cross-modal expert.

@@ -135,7 +135,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "context_dropout": 0.3,
             "fusion_dropout": 0.3,
             "classifier_dropout": 0.3,
-            "modality_dropout": 0.3,
+            "modality_dropout": 0.15,
         }
     )
     config.loss = ConfigDict(

@@ -58,8 +58,8 @@ class MisterEConfig:
       attention_dropout: rate on attention weights.
       fusion_dropout: rate on each attention's output.
       classifier_dropout: rate before the cross-modal expert's last Linear.
-      modality_dropout: rate at which, in training, an utterance loses its speech or its text
-        (never the only one it has).
+      modality_dropout: rate at which, in training, an utterance loses its speech, and at which it
+        loses its text; one that loses both is still to be told from its context.
       experts: in use, of "speech", "text", "fusion".
       mixture: "gate" weighs by the gate, "mean" evenly, "majority" counts votes (the fusion
         expert's decides a tie).
@@ -585,12 +585,12 @@ class MisterE(nnx.Module):
 def drop_modalities(
     speech_present: jax.Array, text_present: jax.Array, rate: float, rngs: KeySource | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Takes one modality from some utterances that have both.
+    """Takes each modality from some utterances, by chances of its own: some lose both.
 
     Args:
       speech_present: [B, T] bool.
       text_present: [B, T] bool.
-      rate: probability that an utterance loses one; which one is even chance.
+      rate: probability that an utterance loses its speech, and that it loses its text.
       rngs: source of keys.
 
     Returns:
@@ -598,13 +598,11 @@ def drop_modalities(
     """
     if rngs is None:
         raise ValueError("modality dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
+    present = jnp.stack([speech_present, text_present], axis=1)  # B 2 T
     key = rngs.dropout()
-    time = speech_present.shape[1]
     if key.shape:
-        uniform = jax.vmap(lambda k: jax.random.uniform(k, (time,)))(key)  # B T
+        uniform = jax.vmap(lambda k: jax.random.uniform(k, present.shape[1:]))(key)
     else:
-        uniform = jax.random.uniform(key, speech_present.shape)
-    both = speech_present & text_present
-    lose_speech = both & (uniform < rate / 2)
-    lose_text = both & (uniform >= rate / 2) & (uniform < rate)
-    return speech_present & ~lose_speech, text_present & ~lose_text
+        uniform = jax.random.uniform(key, present.shape)
+    kept = present & (uniform >= rate)
+    return kept[:, 0], kept[:, 1]

@@ -303,17 +303,16 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, ma
         np.testing.assert_allclose(getattr(half, name), getattr(full, name), atol=0.1)
 
 
-def test_modality_dropout_takes_either_modality_at_its_rate_and_never_the_only_one():
+def test_modality_dropout_takes_each_modality_by_itself_at_its_rate():
     random = np.random.default_rng(0)
-    speech, text = jnp.asarray(random.random((2, 40, 100)) < 0.8)
+    speech, text = jnp.asarray(random.random((2, 40, 200)) < 0.8)
     for rngs in (DialogueKeys.of_batch(jax.random.key(0), 40), nnx.Rngs(dropout=0)):
         kept_speech, kept_text = drop_modalities(speech, text, 0.3, rngs)
-        assert not (kept_speech & ~speech).any()
-        assert not (kept_text & ~text).any()
-        np.testing.assert_array_equal(kept_speech | kept_text, speech | text)
+        for kept, had in ((kept_speech, speech), (kept_text, text)):
+            assert not (kept & ~had).any()
+            assert abs((had & ~kept).sum() / had.sum() - 0.3) < 0.03
         both = speech & text
-        for kept in (kept_speech, kept_text):
-            assert abs((both & ~kept).sum() / both.sum() - 0.15) < 0.03
+        assert abs((both & ~kept_speech & ~kept_text).sum() / both.sum() - 0.09) < 0.02
 
 
 def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
@@ -321,7 +320,7 @@ def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
     batch = make_batch((30,))
     output = train(model, batch, jax.random.split(jax.random.key(0), 1))
     assert not output.speech_present.all()
-    assert (output.speech_present | output.text_present).all()
+    assert not output.text_present.all()
     arguments = (batch["speech"], batch["text"], batch["mask"])
     assert model(*arguments).speech_present.all()
     with pytest.raises(ValueError, match="modality dropout needs rngs"):
