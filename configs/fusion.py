@@ -11,7 +11,7 @@ Test weighted F1, epoch chosen on validation, seeds 0, 1, 2 at once, mean +- sta
     default             0.622 +- 0.004    0.774 +- 0.001
     paper, seed 0       0.591             0.770
 
-Ablations by `launch.ablate`, the same with `--config.data.num_buckets=1`, which makes other batches:
+Ablations by `launch.ablate`, with `--config.data.num_buckets=1`, which makes other batches:
 
                       meld_dev_features   mosi_features
     default             0.605 +- 0.007    0.769 +- 0.006
@@ -25,7 +25,8 @@ Ablations by `launch.ablate`, the same with `--config.data.num_buckets=1`, which
     no_context          0.616 +- 0.011    0.761 +- 0.004
 
 On these two small sets the cross-modal expert trained alone does not fall behind the mixture, and
-neither the contrastive nor the agreement loss shows a gain that the deviations would bear out.
+neither the contrastive nor the agreement loss, the gate or the context network shows a gain that
+the deviations would bear out.
 `paper`'s 100 epochs take 19 minutes on `mosi_features`, 27 on `meld_dev_features` (two CPU cores,
 with other work going on).
 
