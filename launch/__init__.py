@@ -1,6 +1,7 @@
 """Command lines of the library: flags in, one call, results out."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import platform
@@ -99,6 +100,9 @@ def run(main: Callable[[], int | None]) -> None:
     """
 
     def guarded(arguments: list[str]) -> int:
+        # JAX tries each kind of device and tells of those that are not there. Where one should be
+        # there, it warns.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
             if len(arguments) > 1:
                 raise InputError(f"argument {arguments[1]!r}; allowed: flags, --name=value")

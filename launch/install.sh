@@ -16,7 +16,8 @@ stamp=".venv/installed-$extras"
 if ! find .venv -maxdepth 1 -name "installed-$extras*" -exec cmp -s setup.cfg {} \; -print | grep -q .; then
   echo "installing mister_jax[$extras] into .venv"
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet --editable ".[$extras]"
+  # setuptools warns of what an editable installation is.
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --editable ".[$extras]"
   cp setup.cfg "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
