@@ -21,6 +21,7 @@ from launch import run
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
 from mister_jax.data.manifest import reader
 from mister_jax.errors import InputError
+from mister_jax.extract import ENCODER_PARTS
 from mister_jax.predict import load
 from mister_jax.writers import prediction_table, write_text
 
@@ -33,8 +34,12 @@ _SPLIT = flags.DEFINE_string("split", None, "of the corpus, all of it by default
 _AUDIO = flags.DEFINE_multi_string("audio", [], "recording of an utterance; may be repeated")
 _TEXT = flags.DEFINE_multi_string("text", [], "text of an utterance; may be repeated")
 _OUTPUT = flags.DEFINE_string("output", None, "file to write: a JSON object a line")
-_SPEECH = flags.DEFINE_string("speech_encoder", None, "where it is now, if it has moved")
-_TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "where it is now, if it has moved")
+_MOVED = (
+    "where it is now, if it has moved; adapter=PLACE for its adapter, whisper=PLACE, beats=PLACE "
+    "and vicuna=PLACE for those of SALMONN; may be repeated"
+)
+_SPEECH = flags.DEFINE_multi_string("speech_encoder", [], _MOVED)
+_TEXT_ENCODER = flags.DEFINE_multi_string("text_encoder", [], _MOVED)
 _SECONDS = flags.DEFINE_float("max_seconds", 60, "of a recording that are read", lower_bound=0.1)
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
@@ -51,7 +56,11 @@ def main() -> None:
         path = epath.Path(_OUTPUT.value).absolute()
         if path.is_dir() or not path.parent.is_dir():
             raise InputError(f"--output={_OUTPUT.value}; needed: a file, in a folder that is there")
-    system = load(_WORKDIR.value, speech_encoder=_SPEECH.value, text_encoder=_TEXT_ENCODER.value)
+    system = load(
+        _WORKDIR.value,
+        speech_encoder=_places(_SPEECH.value),
+        text_encoder=_places(_TEXT_ENCODER.value),
+    )
     found = system.predict_dialogues(
         [[_fields(turn) for turn in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
@@ -67,6 +76,16 @@ def main() -> None:
             f"written to {_OUTPUT.value}: utterances {len(turns)}, dialogues {len(dialogues)}",
             markup=False,
         )
+
+
+def _places(values: Sequence[str]) -> dict[str, str] | None:
+    """Of an encoder and its further files, by the names that `load` takes."""
+    parts = (value.partition("=") for value in values)
+    named = (
+        (part, place) if part in ENCODER_PARTS else ("encoder", part + equals + place)
+        for part, equals, place in parts
+    )
+    return dict(named) or None
 
 
 def _corpus() -> Corpus:

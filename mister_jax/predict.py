@@ -35,6 +35,7 @@ _SHORTEST = 8  # utterances to which dialogues are padded at least
 _TOLD = 5  # recordings that are told of one by one
 
 Utterance = Mapping[str, Any]
+Places = str | Mapping[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ class System:
     Args:
       workdir: of the training, on features that `launch.extract` has made.
       speech_encoder: where the speech encoder is now: a work directory, a folder, or a name on the
-        Hugging Face Hub; where it was when the features were made if None.
+        Hugging Face Hub; where it was when the features were made if None. Of one that has further
+        files, a dict of what has moved: see `extract.moved`.
       text_encoder: likewise.
 
     Raises:
@@ -63,8 +65,8 @@ class System:
         self,
         workdir: epath.PathLike,
         *,
-        speech_encoder: str | None = None,
-        text_encoder: str | None = None,
+        speech_encoder: Places = None,
+        text_encoder: Places = None,
     ):
         if read_config(workdir).task != "fusion":
             raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
@@ -72,18 +74,18 @@ class System:
         task = self._predictor.task
         self.class_names: tuple[str, ...] = task.class_names
         self._widths = {"speech": task.model.speech_dim, "text": task.model.text_dim}
-        places = {"speech": speech_encoder, "text": text_encoder}
+        places = {"speech": _by_part(speech_encoder), "text": _by_part(text_encoder)}
         self._encoders: dict[str, Any] = {}
         for modality, readers in _READERS.items():
             if modality in task.encoders and set(readers) & set(task.model.experts):
-                identity = _moved(task.encoders[modality], places[modality])
+                identity = extract.moved(task.encoders[modality], places[modality])
                 encoder = extract.encoder_of(identity)
                 encoder.memory_remedy = "shorter utterances, or devices with more memory"
                 self._encoders[modality] = encoder
-            elif places[modality] is not None:
+            elif places[modality]:
                 raise InputError(
-                    f"--{modality}_encoder={places[modality]}: {workdir} uses no {modality} "
-                    "encoder; leave it out"
+                    f"--{modality}_encoder={', '.join(places[modality].values())}: {workdir} uses "
+                    f"no {modality} encoder; leave it out"
                 )
         if not self._encoders:
             raise InputError(
@@ -190,8 +192,8 @@ class System:
 def load(
     workdir: epath.PathLike,
     *,
-    speech_encoder: str | None = None,
-    text_encoder: str | None = None,
+    speech_encoder: Places = None,
+    text_encoder: Places = None,
 ) -> System:
     """The `System` of a work directory, whose arguments these are.
 
@@ -201,14 +203,8 @@ def load(
     return System(workdir, speech_encoder=speech_encoder, text_encoder=text_encoder)
 
 
-def _moved(identity: Mapping[str, Any], place: str | None) -> dict[str, Any]:
-    """What identifies an encoder, at another place."""
-    if place is None:
-        return dict(identity)
-    if identity.get("kind") == "prosody":
-        raise InputError(f"{place}: the features' encoder is prosody, which has no files")
-    folder = epath.Path(place)
-    return {**identity, "name": str(folder.absolute()) if folder.is_dir() else place}
+def _by_part(places: Places) -> Mapping[str, str]:
+    return {"encoder": places} if isinstance(places, str) else places or {}
 
 
 def _checked(utterance: Any, where: str) -> _Checked:

@@ -73,6 +73,9 @@ WRONG_USES = {
     "predict --workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
     "predict --workdir=DIR/stage1 --text=hello": "a training of an encoder; needed: one of MiSTER",
     "predict --workdir=DIR/ready --text=hello": "ready-made features, so recordings and texts",
+    "predict --workdir=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
+        "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
+    ),
     "predict --workdir=DIR/ready --text=a --text=b --audio=c.wav": (
         "1 of --audio and 2 of --text; needed: as many of both"
     ),

@@ -156,9 +156,13 @@ def test_an_encoder_with_an_adapter_is_found_by_what_it_says_it_is(workdirs, tmp
     identity = json.loads(json.dumps(encoder.identity()))
     again = extract.encoder_of(identity)
     np.testing.assert_array_equal(extract.features_of(again, texts)[0], found)
-    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "adapter").rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
         extract.encoder_of(identity)
+    again = extract.encoder_of(extract.moved(identity, {"adapter": str(tmp_path / "moved")}))
+    np.testing.assert_array_equal(extract.features_of(again, texts)[0], found)
+    with pytest.raises(InputError, match=r"which has no beats; allowed: encoder, adapter$"):
+        extract.moved(identity, {"beats": "there"})
 
 
 def test_what_is_there_is_replaced_where_asked_and_if_it_was_exported(workdirs, tmp_path):

@@ -248,6 +248,8 @@ def test_an_encoder_that_moved_is_found_where_the_user_says(workdir, bert_folder
     assert system.predict([{"text": "glad"}])[0]["experts"]["text"]
     with pytest.raises(InputError, match="prosody, which has no files"):
         mister_jax.load(moved, speech_encoder=str(bert_folder))
+    with pytest.raises(InputError, match=r"adapter=there: .* no adapter; allowed: encoder$"):
+        mister_jax.load(moved, text_encoder={"encoder": str(bert_folder), "adapter": "there"})
 
 
 def test_an_encoder_the_model_does_not_use_is_not_loaded(spoken, bert_folder, tmp_path):
@@ -259,12 +261,15 @@ def test_an_encoder_the_model_does_not_use_is_not_loaded(spoken, bert_folder, tm
         mister_jax.load(run, speech_encoder=str(bert_folder))
 
 
-def test_the_command_writes_what_the_system_gives(system, workdir, spoken, dialogues, tmp_path):
+def test_the_command_writes_what_the_system_gives(
+    system, workdir, spoken, dialogues, bert_folder, tmp_path
+):
     output = tmp_path / "out.jsonl"
     done = subprocess.run(
         [
             sys.executable, "-m", "launch.predict", f"--workdir={workdir}",
             f"--manifest={spoken.parent / 'calls.jsonl'}", f"--output={output}",
+            f"--text_encoder={bert_folder}",
         ],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},

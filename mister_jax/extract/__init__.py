@@ -6,17 +6,20 @@ datasets that stage 2 trains on and joins those of two modalities.
 
 from mister_jax.extract.dataset import extract, merge
 from mister_jax.extract.encoders import (
+    ENCODER_PARTS,
     Encoder,
     PretrainedSpeech,
     PretrainedText,
     ProsodyEncoder,
     TunedEncoder,
     encoder_of,
+    moved,
     open_encoder,
 )
 from mister_jax.extract.features import features_of
 
 __all__ = [
+    "ENCODER_PARTS",
     "Encoder",
     "PretrainedSpeech",
     "PretrainedText",
@@ -26,5 +29,6 @@ __all__ = [
     "extract",
     "features_of",
     "merge",
+    "moved",
     "open_encoder",
 ]

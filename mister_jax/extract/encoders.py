@@ -399,6 +399,35 @@ def encoder_of(identity: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
+ENCODER_PARTS = ("whisper", "beats", "vicuna", "adapter")
+"""Options that are places of further files."""
+
+
+def moved(identity: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """What identifies an encoder whose files are at other places now.
+
+    Args:
+      identity: of `Encoder.identity`; more than that is kept.
+      places: by "encoder", or by the name of a further file or folder that it was opened with
+        ("adapter"; SALMONN's "whisper", "beats" and "vicuna"), where that is now.
+
+    Raises:
+      InputError: a place of what the encoder does not have.
+    """
+    options = identity.get("options", {})
+    parts = [part for part in ENCODER_PARTS if options.get(part)]
+    allowed = parts if identity.get("kind") == PROSODY else ["encoder", *parts]
+    for part, place in places.items():
+        if part not in allowed:
+            raise InputError(
+                f"{part}={place}: the features' encoder is {identity.get('name')}, which has "
+                + (f"no {part}; allowed: {', '.join(allowed)}" if allowed else "no files")
+            )
+    changed = {part: _place(place) for part, place in places.items()}
+    name = changed.pop("encoder", identity["name"])
+    return {**identity, "name": name, "options": {**options, **changed}}
+
+
 def _with_adapter(identity: dict[str, Any], adapter: str) -> dict[str, Any]:
     """The identity of an encoder that has an adapter, if it has one."""
     if not adapter:
