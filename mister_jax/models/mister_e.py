@@ -598,11 +598,11 @@ def drop_modalities(
     """
     if rngs is None:
         raise ValueError("modality dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
-    present = jnp.stack([speech_present, text_present], axis=1)  # B 2 T
+    present = jnp.stack([speech_present, text_present], axis=-1)  # B T 2
     key = rngs.dropout()
     if key.shape:
         uniform = jax.vmap(lambda k: jax.random.uniform(k, present.shape[1:]))(key)
     else:
         uniform = jax.random.uniform(key, present.shape)
     kept = present & (uniform >= rate)
-    return kept[:, 0], kept[:, 1]
+    return kept[..., 0], kept[..., 1]

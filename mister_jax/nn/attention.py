@@ -13,6 +13,9 @@ from mister_jax.nn.dropout import Dropout, KeySource
 
 Implementation = Literal["xla", "cudnn"]
 
+_LONGEST = 4096
+"""Positions up to which the weights that a key drops do not depend on the padding."""
+
 
 class MultiHeadAttention(nnx.Module):
     """Scaled dot-product attention in several heads (arXiv 1706.03762).
@@ -97,7 +100,10 @@ class MultiHeadAttention(nnx.Module):
             scores = jnp.einsum("btkw,bskw->bkts", q, k, preferred_element_type=jnp.float32)
             scores = jnp.where(mask, scores / jnp.sqrt(q.shape[-1]), jnp.finfo(jnp.float32).min)
             weights = jax.nn.softmax(scores, axis=-1)  # B K T S
-            weights = self.dropout(weights, deterministic=deterministic, rngs=rngs)
+            # The same weights are dropped whatever the padding.
+            longest = (max(_LONGEST, length) for length in weights.shape[2:])
+            within = (*weights.shape[:2], *longest)
+            weights = self.dropout(weights, deterministic=deterministic, rngs=rngs, within=within)
             mixed = jnp.einsum("bkts,bskw->btkw", weights.astype(v.dtype), v)
         mixed = jnp.where(key_mask.any(-1)[:, None, None, None], mixed, 0)
         return self.out(mixed.reshape(*mixed.shape[:2], -1))

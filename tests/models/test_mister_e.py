@@ -327,7 +327,7 @@ def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
         model(*arguments, deterministic=False)
 
 
-def test_dropout_of_a_dialogue_does_not_depend_on_its_place_in_the_batch(tiny_config, make_batch):
+def test_dropout_of_a_dialogue_depends_neither_on_its_place_in_the_batch_nor_on_padding(tiny_config, make_batch):
     rates = dict.fromkeys((name for name in FIELDS if name.endswith("_dropout")), 0.3)
     model = model_of(tiny_config, **rates, kernel_sizes=(1,), gru_layers=2)
     batch, keys = make_batch((5, 5, 5)), jax.random.split(jax.random.key(0), 3)
@@ -336,6 +336,12 @@ def test_dropout_of_a_dialogue_does_not_depend_on_its_place_in_the_batch(tiny_co
     permuted = train(model, {name: values[order] for name, values in batch.items()}, keys[order])
     assert_close(permuted, jax.tree.map(lambda leaf: leaf[order], output))
     assert not np.allclose(train(model, batch, keys[order]).logits, output.logits)
+    longer = {
+        name: np.pad(values, [(0, 0), (0, 15)] + [(0, 0)] * (values.ndim - 2))
+        for name, values in batch.items()
+    }
+    padded = train(model, longer, keys)
+    assert_close(jax.tree.map(lambda leaf: leaf[:, :5], padded), output)
 
 
 def test_released_sizes_have_the_released_parameters():
