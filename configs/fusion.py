@@ -37,14 +37,17 @@ The recipe was chosen by cross-validation on the training and validation dialogu
 from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
+from mister_jax.models import MisterEConfig
+from mister_jax.optim import OptimizerConfig
+from mister_jax.tasks import to_config
+
+_OF_THE_DATA = ("num_classes", "speech_dim", "text_dim")
 
 
 def _released(config: ConfigDict) -> None:
     """The recipe of the released code, at its sizes."""
-    config.model = ConfigDict()
-    config.optimizer = ConfigDict(
-        {"name": "adam", "learning_rate": 1e-5, "schedule": "constant", "clip_norm": 1.0}
-    )
+    config.model = to_config(MisterEConfig, without=_OF_THE_DATA)
+    config.optimizer = to_config(OptimizerConfig)
     config.train.epochs = 100
     config.data.batch_size = 8
     config.loss.gamma = 3.0
@@ -123,23 +126,20 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "seed": config_dict.placeholder(int),
         }
     )
-    config.model = ConfigDict(
-        {
-            "context_width": 128,
-            "kernel_sizes": (1,),
-            "gru_layers": 1,
-            "fusion_width": 128,
-            "fusion_layers": 1,
-            "fusion_gru_layers": 0,
-            "crf": False,
-            "attention_width": 96,
-            "gate_reads_contexts": False,
-            "input_dropout": 0.5,
-            "context_dropout": 0.3,
-            "fusion_dropout": 0.3,
-            "classifier_dropout": 0.3,
-            "modality_dropout": 0.15,
-        }
+    config.model = to_config(
+        MisterEConfig,
+        without=_OF_THE_DATA,
+        context_width=128,
+        kernel_sizes=(1,),
+        gru_layers=1,
+        fusion_width=128,
+        fusion_layers=1,
+        attention_width=96,
+        input_dropout=0.5,
+        context_dropout=0.3,
+        fusion_dropout=0.3,
+        classifier_dropout=0.3,
+        modality_dropout=0.15,
     )
     config.loss = ConfigDict(
         {
@@ -149,16 +149,14 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0},
         }
     )
-    config.optimizer = ConfigDict(
-        {
-            "name": "adamw",
-            "learning_rate": 1e-3,
-            "schedule": "cosine",
-            "warmup_fraction": 0.05,
-            "weight_decay": 0.01,
-            "clip_norm": 1.0,
-            "average_decay": 0.98,
-        }
+    config.optimizer = to_config(
+        OptimizerConfig,
+        name="adamw",
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_fraction=0.05,
+        weight_decay=0.01,
+        average_decay=0.98,
     )
     config.train = ConfigDict({"epochs": 30, "patience": 0, "log_every": 10, "save_every": 0})
     config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})

@@ -22,6 +22,8 @@ Vicuna 7B v1.5 is there in PyTorch's format only, and has to be converted to saf
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
+from mister_jax.optim import OptimizerConfig
+from mister_jax.tasks import to_config
 
 DATASETS = {
     "meld": "meld/clips",
@@ -107,16 +109,15 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         config.encoder.lora.targets = ("query", "value")
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "mean", "dropout": 0.5})
     config.loss = ConfigDict({"gamma": 2.0})
-    config.optimizer = ConfigDict(
-        {
-            "name": "adamw",
-            "learning_rate": 1e-5 if large else 3e-5,
-            "schedule": "constant" if large else "cosine",
-            "warmup_fraction": 0.0 if large else 0.1,
-            "weight_decay": 0.0 if large else 0.01,
-            "clip_norm": 1.0,
-            "average_decay": 0.0,
-        }
+    config.optimizer = to_config(
+        OptimizerConfig,
+        name="adamw",
+        learning_rate=1e-5 if large else 3e-5,
+        schedule="constant" if large else "cosine",
+        warmup_fraction=0.0 if large else 0.1,
+        weight_decay=0.0 if large else 0.01,
+        clip_norm=1.0,
+        average_decay=0.0,
     )
     config.train = ConfigDict(
         {

@@ -12,6 +12,8 @@ encoders are tuned whole.
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
+from mister_jax.optim import OptimizerConfig
+from mister_jax.tasks import to_config
 
 DATASETS = {
     "meld": "meld/text",
@@ -70,18 +72,17 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
     )
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})
     config.loss = ConfigDict({"gamma": 2.0})
-    config.optimizer = ConfigDict(
-        {
-            "name": "adamw",
-            "learning_rate": 1e-5 if large else 5e-5,
-            "schedule": "constant" if large else "cosine",
-            "warmup_fraction": 0.0 if large else 0.1,
-            "b2": 0.99 if large else 0.999,
-            "eps": 1e-6,
-            "weight_decay": 0.0 if large else 0.01,
-            "clip_norm": 1.0,
-            "average_decay": 0.0,
-        }
+    config.optimizer = to_config(
+        OptimizerConfig,
+        name="adamw",
+        learning_rate=1e-5 if large else 5e-5,
+        schedule="constant" if large else "cosine",
+        warmup_fraction=0.0 if large else 0.1,
+        b2=0.99 if large else 0.999,
+        eps=1e-6,
+        weight_decay=0.0 if large else 0.01,
+        clip_norm=1.0,
+        average_decay=0.0,
     )
     config.train = ConfigDict(
         {

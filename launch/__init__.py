@@ -140,7 +140,10 @@ def _parse(arguments: list[str]) -> list[str]:
         reason = told.args[0] if isinstance(told, KeyError) else told
         message = " ".join(str(reason).partition("Traceback")[0].split())
         message = message or type(told).__name__
-        print(f"error: {_place_of(message, arguments)}{message}", file=sys.stderr)
+        place = _place_of(message, arguments)
+        if place and isinstance(chain[-1], KeyError) and "Did you mean" not in message:
+            message = f"no such field{_allowed_at(place, arguments)}"
+        print(f"error: {place and place + ': '}{message}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
         # After absl has printed what was asked for, as a failure.
@@ -157,4 +160,22 @@ def _place_of(message: str, arguments: list[str]) -> str:
     name = message.partition(" Did you mean")[0]
     places = [given.partition("=")[0] for given in arguments if "." in given.partition("=")[0]]
     found = [place for place in places if name.strip("'\"") in place.split(".")]
-    return f"{found[0]}: " if found else ""
+    return found[0] if found else ""
+
+
+def _allowed_at(place: str, arguments: list[str]) -> str:
+    """What a config has where an argument such as --config.model.NAME sets something."""
+    from ml_collections import ConfigDict, config_flags  # Not every command needs it.
+
+    flag, *parts = place.lstrip("-").split(".")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(flag, flag_values=values)
+    kept, sys.argv = sys.argv, ["", *(a for a in arguments if a.lstrip("-").startswith(f"{flag}="))]
+    try:
+        values(sys.argv)  # The flag's parser looks for what is set in sys.argv.
+    finally:
+        sys.argv = kept
+    config = values[flag].value
+    for part in parts[:-1]:
+        config = config and config.get(part)
+    return f"; allowed: {', '.join(config)}" if isinstance(config, ConfigDict) else ""

@@ -6,9 +6,9 @@ python -m launch.ablate --config=... --workdir=DIR --variants=default,no_kl
 Writes `ablation.md`, `ablation.csv` and `ablation.png`. Started again it goes on where it stopped.
 """
 
-import pathlib
-
+import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
@@ -38,10 +38,11 @@ def main() -> int:
     variants = [_variant(config, name) for name in STUDY]
     if ablate(variants, _WORKDIR.value, chosen=_VARIANTS.value) is None:
         return TERMINATED
-    folder = pathlib.Path(_WORKDIR.value)
-    console = Console(highlight=False)
-    console.out((folder / "ablation.md").read_text())
-    console.out(f"written to {folder}: ablation.md, ablation.csv, ablation.png")
+    if jax.process_index() == 0:
+        folder = epath.Path(_WORKDIR.value)
+        console = Console(highlight=False)
+        console.out((folder / "ablation.md").read_text())
+        console.out(f"written to {folder}: ablation.md, ablation.csv, ablation.png")
     return 0
 
 

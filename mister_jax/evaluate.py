@@ -503,7 +503,7 @@ def _studied(predictor: Predictor, features: Any) -> dict[str, Any]:
     return {
         "dataset": features.name,
         "split": features.split,
-        "checkpoint": {"epoch": predictor.progress["epoch"]},
+        "checkpoint": predictor.progress,
     }
 
 

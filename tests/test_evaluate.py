@@ -158,7 +158,9 @@ def test_a_report_has_a_study_of_its_checkpoint(finished, tmp_path):  # noqa: F8
     study["points"] = [{**study["points"][0], "weighted_f1": 0.1234}]
     path.write_text(json.dumps(study))
     assert "0.123" in reported()
-    path.write_text(json.dumps({**study, "checkpoint": {"epoch": 99}}))
+    # Another run in the same folder, whose best epoch is the same.
+    other = {**study["checkpoint"], "weighted_f1": 0.123}
+    path.write_text(json.dumps({**study, "checkpoint": other}))
     assert "0.123" not in reported()
 
 

@@ -78,7 +78,9 @@ class Dropout(nnx.Module):
         if rngs is None:
             raise ValueError("dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
         key = rngs.dropout()
-        dropped = random_bits(key, x.shape, within if key.ndim else None) < jnp.uint32(self.rate * 2**32)
+        dropped = random_bits(key, x.shape, within if key.ndim else None) < jnp.uint32(
+            self.rate * 2**32
+        )
         return jnp.where(dropped, 0, x / (1 - self.rate))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
-from mister_jax.tasks.base import Batch, Split, Task, from_config, seeds
+from mister_jax.tasks.base import Batch, Split, Task, from_config, seeds, to_config
 from mister_jax.tasks.fusion import MODALITIES, FusionTask
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
@@ -26,6 +26,7 @@ __all__ = [
     "from_config",
     "seeds",
     "task_class",
+    "to_config",
 ]
 
 TASKS: dict[str, Any] = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
 from mister_jax.parallel import Rules, Spread
@@ -39,6 +39,25 @@ def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: A
         return cls(**fields, **given)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def to_config(cls: type[Any], *, without: Sequence[str] = (), **changes: Any) -> ConfigDict:
+    """A part of the config with every field of a dataclass, so that a flag can set any.
+
+    Args:
+      cls: a dataclass.
+      without: fields that do not come from the config.
+      **changes: values other than the defaults.
+    """
+    config = ConfigDict()
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        value = changes.pop(field.name, field.default)
+        config[field.name] = config_dict.placeholder(str) if value is None else value
+    if changes:
+        raise TypeError(f"{cls.__name__} has no {', '.join(changes)}")
+    return config
 
 
 def seeds(config: ConfigDict) -> tuple[int, ...]:

@@ -327,7 +327,7 @@ def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
         model(*arguments, deterministic=False)
 
 
-def test_dropout_of_a_dialogue_depends_neither_on_its_place_in_the_batch_nor_on_padding(tiny_config, make_batch):
+def test_dropout_of_a_dialogue_depends_neither_on_its_place_nor_on_padding(tiny_config, make_batch):
     rates = dict.fromkeys((name for name in FIELDS if name.endswith("_dropout")), 0.3)
     model = model_of(tiny_config, **rates, kernel_sizes=(1,), gru_layers=2)
     batch, keys = make_batch((5, 5, 5)), jax.random.split(jax.random.key(0), 3)
