@@ -69,6 +69,12 @@ WRONG_USES = {
     "evaluate --workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros goes with --drop_speech",
     "evaluate --workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; there are: none",
     "evaluate --workdir=DIR/ready --report=maybe": "--report=maybe",
+    "train --config=configs/fusion.py:x --config.model.wide=3 --workdir=DIR/new": (
+        "--config.model.wide: no such field; allowed: attention_dropout, attention_heads, "
+    ),
+    "train --config=configs/fusion.py:x,paper --config.optimizer.beta_1=3 --workdir=DIR/new": (
+        "--config.optimizer.beta_1: no such field; allowed: average_decay, b1, b2, "
+    ),
     "predict --text=hello": "--workdir is needed",
     "predict --workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
     "predict --workdir=DIR/stage1 --text=hello": "a training of an encoder; needed: one of MiSTER",

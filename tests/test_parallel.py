@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from mister_jax import MisterE, MisterEConfig
 from mister_jax.errors import InputError
+from mister_jax.losses import LossWeights
 from mister_jax.metrics import confusion_counts
 from mister_jax.optim import OptimizerConfig, optimizer
 from mister_jax.parallel import (
@@ -36,12 +37,13 @@ class TinyTask:
     """MiSTER-E at tiny widths."""
 
     config: MisterEConfig
+    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
 
     def init(self, key):
         return MisterE(self.config, rngs=nnx.Rngs(key))
 
     def loss(self, model, batch, key, axis_name):
-        return mister_e_loss(model, batch, key, axis_name)
+        return mister_e_loss(model, batch, key, axis_name, weights=self.weights)
 
     def evaluate(self, model, batch):
         chosen = read_dialogues(model, batch).logits.argmax(-1)
@@ -99,13 +101,28 @@ def alone(task, transformation, batch):
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_devices_do_not_change_a_step(task, transformation, batch, alone, backend, count):
-    state, metrics, sums = run(spreads(count)[backend], task, transformation, batch)
-    for name, value in alone[1].items():
+    assert_same(run(spreads(count)[backend], task, transformation, batch), alone)
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_devices_do_not_change_a_step_of_what_is_not_released(task, transformation, batch, backend):
+    more = {"fusion_layers": 0, "fusion_gru_layers": 1, "crf": True, "gate_reads_contexts": True}
+    task = TinyTask(dataclasses.replace(task.config, **more), LossWeights(gate=1.0))
+    alone, together = (
+        run(one, task, transformation, batch) for one in (spreads(1)["jit"], spreads(8)[backend])
+    )
+    assert_same(together, alone)
+
+
+def assert_same(found, expected):
+    """That states, metrics and sums of `run` are those of another run."""
+    (state, metrics, sums), (state_alone, metrics_alone, sums_alone) = found, expected
+    for name, value in metrics_alone.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
-    for path, value in jax.tree_util.tree_flatten_with_path(alone[0])[0]:
+    for path, value in jax.tree_util.tree_flatten_with_path(state_alone)[0]:
         ours = dict(jax.tree_util.tree_flatten_with_path(state)[0])[path]
         np.testing.assert_allclose(ours, value, atol=1e-5, err_msg=str(path))
-    np.testing.assert_array_equal(sums["confusion"], alone[2]["confusion"])
+    np.testing.assert_array_equal(sums["confusion"], sums_alone["confusion"])
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
