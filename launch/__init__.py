@@ -69,6 +69,7 @@ from mister_jax.errors import InputError  # noqa: E402
 
 TERMINATED = 128 + 15
 """Exit status after SIGTERM, by the convention of shells: the work is not finished."""
+_INTERRUPTED = 128 + 2  # likewise after Ctrl-C
 
 
 def given_config(flag: flags.FlagHolder) -> Any:
@@ -96,7 +97,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     Its result, if any, is the exit status. A flag that cannot be read, an `InputError`, a place
     that cannot be written and a JAX platform that is not there end the program with one line on
-    stderr and exit status 2. Other exceptions are errors of the program and keep their traceback.
+    stderr and exit status 2, Ctrl-C with status 130. Other exceptions are errors of the program and
+    keep their traceback.
     """
 
     def guarded(arguments: list[str]) -> int:
@@ -118,6 +120,9 @@ def run(main: Callable[[], int | None]) -> None:
             platforms = os.environ.get("JAX_PLATFORMS", "")
             reason = " ".join(str(error).split()) or "none is there"
             told = f"no devices of JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return _INTERRUPTED
         print(f"error: {told}", file=sys.stderr)
         return 2
 

@@ -35,4 +35,4 @@ python -m launch.predict --workdir="$folder/run" \
 echo "report:      $folder/run/report.html"
 echo "metrics:     $folder/run/metrics.json, predictions.jsonl, metrics.jsonl"
 echo "pictures:    $folder/run/confusion.png, curves.png"
-echo "TensorBoard: tensorboard --logdir $folder/run"
+echo "TensorBoard: pip install tensorboard; tensorboard --logdir $folder/run"

@@ -86,7 +86,7 @@ def staged(
     """
     directory = dataset_directory(name, data_dir)
     if directory.exists() and not overwrite:
-        raise InputError(f"{directory}: dataset exists; allowed: another name, or to overwrite it")
+        raise InputError(f"{directory}: dataset exists; allowed: another name, or --overwrite")
     with whole_directory(directory, _root(data_dir), overwrite=overwrite) as place:
         yield place, directory
 
@@ -115,7 +115,7 @@ def whole_directory(
         place.mkdir(parents=True)
         clean_up(directory, root)
         if directory.exists() and not overwrite:
-            raise InputError(f"{directory}: exists; allowed: another one, or to overwrite it")
+            raise InputError(f"{directory}: exists; allowed: another one, or --overwrite")
         yield place
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():
