@@ -8,7 +8,7 @@ that `launch.prepare` has made.
 Test weighted F1, epoch chosen on validation, seeds 0, 1, 2 at once, mean +- standard deviation:
 
                       meld_dev_features   mosi_features
-    default             0.622 +- 0.004    0.772 +- 0.004
+    default             0.619 +- 0.003    0.772 +- 0.004
     paper, seed 0       0.591             0.770
 
 Ablations by `launch.ablate`, with `--config.data.num_buckets=1`, which makes other batches:
