@@ -116,8 +116,6 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         schedule="constant" if large else "cosine",
         warmup_fraction=0.0 if large else 0.1,
         weight_decay=0.0 if large else 0.01,
-        clip_norm=1.0,
-        average_decay=0.0,
     )
     config.train = ConfigDict(
         {

@@ -81,8 +81,6 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
         b2=0.99 if large else 0.999,
         eps=1e-6,
         weight_decay=0.0 if large else 0.01,
-        clip_norm=1.0,
-        average_decay=0.0,
     )
     config.train = ConfigDict(
         {

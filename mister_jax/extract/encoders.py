@@ -320,15 +320,17 @@ _KINDS: dict[str, Callable[..., Encoder]] = {
 }
 
 
+_SALMONN = ("whisper", "beats", "vicuna")
+ENCODER_PARTS = (*_SALMONN, "adapter")
+"""Options that are places of further files."""
+
 # `kind` -> what `open_encoder` may be told of it; the encoder's class says what it means.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     PROSODY: ("max_seconds",),
     "text": ("max_tokens", "adapter", "dtype"),
     "speech": (
         "max_seconds",
-        "whisper",
-        "beats",
-        "vicuna",
+        *_SALMONN,
         "trim",
         "prompt",
         "adapter",
@@ -365,7 +367,7 @@ def open_encoder(name: str, **options: Any) -> Encoder:
 def _kind(name: str, options: Mapping[str, Any]) -> str:
     if name == PROSODY:
         return PROSODY
-    if any(options.get(part) for part in ("whisper", "beats", "vicuna")):
+    if any(options.get(part) for part in _SALMONN):
         return "speech"  # SALMONN, whose own checkpoint has no config.json
     return hub.modality_of(name)
 
@@ -397,10 +399,6 @@ def encoder_of(identity: Mapping[str, Any]) -> Encoder:
         # The same files copied to another place look like this, too.
         logging.warning("%s: files were touched since features were made", identity["name"])
     return encoder
-
-
-ENCODER_PARTS = ("whisper", "beats", "vicuna", "adapter")
-"""Options that are places of further files."""
 
 
 def moved(identity: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
