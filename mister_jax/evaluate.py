@@ -137,7 +137,7 @@ class Predictor:
 
         Returns:
           Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
-          "expert_choices" [N, E], "expert_present" [N, E].
+          "expert_probabilities" [N, E, C], "expert_present" [N, E].
         """
         return seeds.ensemble(self.of_each_seed(features, quiet=quiet))
 
@@ -211,7 +211,7 @@ def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, An
         for index, name in enumerate(EXPERTS):
             present = labelled & predictions["expert_present"][:, index]
             if present.any():
-                choices = predictions["expert_choices"][:, index]
+                choices = predictions["expert_probabilities"][:, index].argmax(-1)
                 own = metrics.scores(confusion(choices, present), features.class_names)
                 found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
                 found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
@@ -260,7 +260,7 @@ def predicted_rows(names: Sequence[str], predictions: Predictions) -> Iterator[d
         }
         if "gate" in predictions:
             present = predictions["expert_present"][index]
-            choices = predictions["expert_choices"][index]
+            choices = predictions["expert_probabilities"][index].argmax(-1)
             row["gate"] = _rounded(EXPERTS, predictions["gate"][index])
             row["experts"] = {
                 name: names[choice] if there else None

@@ -74,26 +74,22 @@ def select(chosen: jax.Array, new: Any, old: Any) -> Any:
 
 
 def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What S seeds predict together.
+    """Averages the predictions of S seeds.
 
-    Weights and probabilities are means; a choice is the one that most seeds make, of several such
-    the class that comes first.
+    The probabilities of the mixture and of each expert, and the gate weights, are means over the
+    seeds, so that a mixture and its experts are compared under one rule. What is no number, such as
+    which expert is present, is the same for all seeds.
 
     Args:
-      predictions: of each seed, what a task predicts.
+      predictions: Predictions of a task, by seed.
     """
     if len(predictions) == 1:
         return dict(predictions[0])
     stacked = {name: np.stack([each[name] for each in predictions]) for name in predictions[0]}
-    return {name: _together(values) for name, values in stacked.items()}
-
-
-def _together(values: np.ndarray) -> np.ndarray:
-    if np.issubdtype(values.dtype, np.floating):
-        return values.mean(0, dtype=values.dtype)
-    choices = np.unique(values)
-    votes = [(values == choice).sum(0) for choice in choices]
-    return choices[np.argmax(votes, axis=0)]
+    return {
+        name: values.mean(0, dtype=values.dtype) if values.dtype.kind == "f" else values[0]
+        for name, values in stacked.items()
+    }
 
 
 def summary(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def test_scores_of_sentiment_go_by_the_names_of_the_classes(data_dir, class_name
     predictions = {
         "probabilities": np.eye(2)[label],
         "gate": np.full((count, 3), 1 / 3),
-        "expert_choices": np.stack([label] * 3, axis=-1),
+        "expert_probabilities": np.stack([np.eye(2)[label]] * 3, axis=1),
         "expert_present": np.ones((count, 3), bool),
     }
     found = scores(two, predictions)

@@ -155,16 +155,32 @@ def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, m
             np.testing.assert_array_equal(value, kept)
 
 
-def test_an_ensemble_has_mean_probabilities_and_the_choices_of_most():
-    found = seeds.ensemble(
+def test_an_ensemble_averages_the_mixture_and_its_experts_alike():
+    present = np.array([[True, False, False]])
+    each = [
+        np.array([[[0.9, 0.1, 0.0]]]),
+        np.array([[[0.3, 0.4, 0.3]]]),
+        np.array([[[0.3, 0.4, 0.3]]]),
+    ]
+    ensemble = seeds.ensemble(
         [
-            {"probabilities": np.array([[0.9, 0.1]]), "expert_choices": np.array([[0, 2, 1]])},
-            {"probabilities": np.array([[0.2, 0.8]]), "expert_choices": np.array([[1, 2, 2]])},
-            {"probabilities": np.array([[0.4, 0.6]]), "expert_choices": np.array([[1, 2, 0]])},
+            {
+                "probabilities": probabilities[:, 0],
+                "expert_probabilities": probabilities,
+                "expert_present": present,
+            }
+            for probabilities in each
         ]
     )
-    np.testing.assert_allclose(found["probabilities"], [[0.5, 0.5]])
-    assert found["expert_choices"].tolist() == [[1, 2, 0]]
+    # Most seeds choose the second class; their mean is the first.
+    np.testing.assert_allclose(ensemble["expert_probabilities"], [[[0.5, 0.3, 0.2]]])
+    np.testing.assert_array_equal(ensemble["probabilities"], ensemble["expert_probabilities"][:, 0])
+    np.testing.assert_array_equal(ensemble["expert_present"], present)
+
+
+def test_the_only_expert_of_several_seeds_scores_as_the_mixture(together, tmp_path):
+    scores = evaluate(together, "test", output=tmp_path, quiet=True)
+    assert scores["experts"]["text"]["weighted_f1"] == pytest.approx(scores["weighted_f1"])
 
 
 def test_of_one_seed_nothing_is_changed():

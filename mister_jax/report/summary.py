@@ -110,7 +110,7 @@ def _experts(
         return nothing, np.zeros((0, 0), int), None
     present = present[:, in_use]
     gate = predictions["gate"][:, in_use]
-    votes = np.where(present, predictions["expert_choices"][:, in_use], MISSING)
+    votes = np.where(present, predictions["expert_probabilities"][:, in_use].argmax(-1), MISSING)
     # An even mixture and a vote give the same weights wherever the same experts are there.
     chosen = any(
         np.ptp(gate[(present == pattern).all(1)], axis=0).max() > 1e-4

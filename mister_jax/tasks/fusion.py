@@ -297,6 +297,6 @@ class FusionTask:
         return {
             "probabilities": jax.nn.softmax(output.logits),  # B T C
             "gate": output.gate,  # B T E
-            "expert_choices": output.expert_logits.argmax(-1),  # B T E
+            "expert_probabilities": jax.nn.softmax(output.expert_logits),  # B T E C
             "expert_present": output.expert_present,  # B T E
         }

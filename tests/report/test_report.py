@@ -54,7 +54,7 @@ def made_up(num_dialogues=8, seed=0, unlabelled=0.1, length=6):
     predictions = {
         "probabilities": np.exp(logits) / np.exp(logits).sum(-1, keepdims=True),
         "gate": gate / gate.sum(-1, keepdims=True),
-        "expert_choices": choices,
+        "expert_probabilities": np.eye(3)[choices],
         "expert_present": present,
     }
     return features, predictions
