@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from mister_jax.writers import read_json_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    # Imported here: predictions need no pictures, and Matplotlib takes a second to import.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
 
 
 def _save(figure: Figure, path: epath.PathLike) -> None:
@@ -27,7 +36,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
       path: of the PNG.
     """
     rows = read_json_lines(metrics)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _new_figure((10, 4))
     left, right = figure.subplots(1, 2)
     lines = (
         (left, "train/loss", "loss"),
@@ -56,7 +65,7 @@ def confusion(
       path: of the PNG.
     """
     size = 2.5 + 0.55 * len(class_names)
-    figure = Figure(figsize=(size * len(counts), size), layout="constrained")
+    figure = _new_figure((size * len(counts), size))
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, (title, matrix) in zip(panels, counts.items(), strict=True):
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -81,7 +90,7 @@ def missing_modality(
       complete: weighted F1 with nothing dropped.
       path: of the PNG.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _new_figure((6, 4))
     axes = figure.subplots()
     kinds = {
         "speech dropped": lambda point: point["drop_speech"] > 0 == point["drop_text"],
@@ -120,7 +129,7 @@ def bars(
     """
     groups = list(next(iter(values.values())))
     places, width = np.arange(len(groups)), 0.8 / len(values)
-    figure = Figure(figsize=(2 + 1.1 * len(groups), 4.5), layout="constrained")
+    figure = _new_figure((2 + 1.1 * len(groups), 4.5))
     axes = figure.subplots()
     for index, (name, of_group) in enumerate(values.items()):
         means, deviations = zip(*(of_group[group] for group in groups), strict=True)
@@ -149,7 +158,7 @@ def dataset(
     """
     with_sound = any(len(values) for values in seconds.values())
     columns = 3 if with_sound else 2
-    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
+    figure = _new_figure((5 * columns, 4))
     panels = figure.subplots(1, columns)
     names = list(dict.fromkeys(name for counts in class_counts.values() for name in counts))
     width = 0.8 / len(class_counts)

@@ -27,7 +27,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from tensorboardX import SummaryWriter, record_writer
 
 from mister_jax.errors import InputError
 
@@ -122,7 +121,12 @@ class _Bucket:
         """A bucket has no directories that must be made."""
 
 
-record_writer.register_writer_factory("gs", _Bucket())
+def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
+    # Imported here: tensorboardX imports PyTorch where it is installed, which takes seconds.
+    from tensorboardX import SummaryWriter, record_writer
+
+    record_writer.register_writer_factory("gs", _Bucket())
+    return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
 
 
 class MetricsWriter:
@@ -142,7 +146,7 @@ class MetricsWriter:
         if jax.process_index() == 0:
             kept = [line for line in self._lines() if _step(line) <= step]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
-            self._board = SummaryWriter(os.fspath(workdir), purge_step=step + 1)
+            self._board = _summary_writer(workdir, purge_step=step + 1)
 
     def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step."""

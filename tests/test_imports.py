@@ -138,3 +138,14 @@ def test_all_modules_import_and_the_model_runs_without_tensorflow():
         check=False,
     )
     assert done.stdout == "works\n", done.stderr
+
+
+def test_loading_a_model_imports_neither_torch_nor_what_draws_and_logs():
+    script = (
+        "import sys; from mister_jax import load; "
+        "print(sorted({'torch', 'tensorboardX', 'matplotlib', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr
