@@ -4,16 +4,19 @@
 split back into memory. Batches are made in `pipeline`.
 """
 
+import collections
 import hashlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 from etils import epath
 
+from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
 from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.data.splits import overlap_note, random_splits
 from mister_jax.data.storage import VERSION, quiet, staged, stored
 from mister_jax.errors import InputError
 
@@ -22,17 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["DialogueFeatures", "load", "read_npz", "split_names", "write"]
 
-_REQUIRED = (
-    "utterance",
-    "dialogue",
-    "position",
-    "split",
-    "label",
-    "class_names",
-    "speech",
-    "text",
+_REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
+_MODALITIES = ("speech", "text")
+_OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
+_NEEDED = (
+    f"needed: {', '.join(_REQUIRED)}, and {' or '.join(_MODALITIES)}; "
+    f"optional: {', '.join(_OPTIONAL)}"
 )
-_OPTIONAL = ("score", "speech_present", "text_present")
+
+# Features of any unit are smaller. Larger ones are broken, and their squares overflow in float32.
+_MAX_FEATURE = 1e15
 
 # What an array may hold, by the letters of NumPy's `dtype.kind`.
 _NUMBER = ("iuf", "numbers")
@@ -43,46 +45,56 @@ _ID = ("USiu", "text or integers")
 _BOOLEAN = ("biu", "booleans")
 
 
-def read_npz(path: epath.PathLike) -> dict[str, DialogueFeatures]:
+def read_npz(
+    path: epath.PathLike, *, group_by: str = "", seed: int = 0
+) -> dict[str, DialogueFeatures]:
     """Reads and checks the utterance features of a NumPy archive.
 
     The archive holds one row per utterance, in any order, under these names:
 
-    - `speech` [N, Ds], `text` [N, Dt]: floats. float16 is kept, all else becomes float32.
-    - `label` [N]: integers, -1 for an unlabelled utterance, else an index into `class_names`.
-    - `class_names` [C]: text.
-    - `utterance` [N], `dialogue` [N]: ids, text or integers; utterance ids are unique.
-    - `position` [N]: numbers that order the utterances of a dialogue.
-    - `split` [N]: `train`, `validation` or `test`, the same for a whole dialogue.
-    - `score` [N], optional: floats, NaN where there is none.
-    - `speech_present`, `text_present` [N], optional: false where an utterance lacks the modality;
+    - `speech` [N, Ds], `text` [N, Dt]: Floats; at least one of them. float16 is kept, other types
+      become float32.
+    - `label` [N]: Integers, -1 for an unlabeled utterance, else an index into `class_names`.
+    - `class_names` [C]: Text.
+    - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
+    - `position` [N]: Numbers that order the utterances of a dialogue.
+    - `split` [N], optional: `train`, `validation` or `test`, the same for a whole dialogue. If it
+      is left out, dialogues are split at random.
+    - `speaker` [N], optional: Text or integers. Random splits keep speakers apart; no model reads
+      them.
+    - `score` [N], optional: Floats from -3 to 3, NaN where there is none.
+    - `speech_present`, `text_present` [N], optional: False where an utterance lacks the modality;
       its features are then ignored and become zero. All true when left out.
 
     Other arrays are ignored.
 
     Args:
-        path: the npz file.
+        path: The npz file.
+        group_by: Name of the array whose values random splits keep apart; by default `speaker` if
+            the file has it.
+        seed: Seed of the random split.
 
     Returns:
         The splits that have utterances. Dialogues keep the order in which they first appear,
-        utterances are ordered by position.
+        utterances are ordered by position. The metadata says where the features come from; its
+        `notes` are for the user.
 
     Raises:
-        InputError: the file or one of its rows cannot be used.
+        InputError: The file or one of its rows cannot be used.
     """
-    archive = _Archive(pathlib.Path(path))
+    archive = _Archive(pathlib.Path(path), further=(group_by,) if group_by else ())
     class_names = archive.class_names()
     position = archive.column("position", _NUMBER)
     archive.check("position", np.isfinite(position), "not finite", position)
-    split = archive.text("split", _TEXT)
-    archive.check("split", np.isin(split, SPLITS), f"allowed: {', '.join(SPLITS)}", split)
     label = archive.column("label", _INTEGER)
-    allowed = f"allowed: -1 (unlabelled) and 0 to {len(class_names) - 1}"
+    allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
     archive.check("label", (label >= UNLABELLED) & (label < len(class_names)), allowed, label)
     score = archive.column("score", _FLOAT) if "score" in archive.arrays else None
     if score is not None:
         score = score.astype(np.float32)
-        archive.check("score", ~np.isinf(score), "allowed: finite, or NaN for no score", score)
+        valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
+        allowed = f"allowed: {MIN_SCORE:g} to {MAX_SCORE:g}, or NaN for no score"
+        archive.check("score", valid, allowed, score)
     speech, speech_present = archive.modality("speech")
     text, text_present = archive.modality("text")
 
@@ -92,10 +104,11 @@ def read_npz(path: epath.PathLike) -> dict[str, DialogueFeatures]:
     )
     appearance = np.argsort(first)
     ids, dialogue = ids[appearance], np.argsort(appearance)[inverse]
+    split, notes = archive.splits(ids, dialogue, group_by, seed)
     order = np.lexsort((position, dialogue))
     archive.check_dialogues(order, ids[dialogue], position, split)
 
-    metadata = {"source": archive.path.name, "sha256": archive.sha256()}
+    metadata = {"source": archive.path.name, "sha256": archive.sha256(), "notes": notes}
     splits = {}
     for name in SPLITS:
         rows = order[split[order] == name]
@@ -233,8 +246,9 @@ def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> Dialo
 class _Archive:
     """The arrays of an npz file, and the checks that name file, array and row when they fail."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, further: Sequence[str] = ()) -> None:
         self.path = path
+        self._further = further
         self.arrays = self._read()
         self.utterance = self._strings("utterance", self._array("utterance", 1, _ID))
         if len(self.utterance) == 0:
@@ -258,18 +272,20 @@ class _Archive:
         try:
             archive = np.load(file, allow_pickle=False)
         except Exception as error:
-            raise InputError(f"{self.path}: not an npz file, or damaged") from error
+            raise InputError(
+                f"{self.path}: not an npz file, or damaged; needed: an npz file with the arrays "
+                f"{', '.join(_REQUIRED)}, and {' or '.join(_MODALITIES)}"
+            ) from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{self.path}: not an npz file but a single array")
+            raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
         with archive:
-            missing = [name for name in _REQUIRED if name not in archive.files]
+            missing = [name for name in (*_REQUIRED, *self._further) if name not in archive.files]
+            if not any(name in archive.files for name in _MODALITIES):
+                missing.append(" or ".join(_MODALITIES))
             if missing:
-                raise InputError(
-                    f"{self.path}: no array {', '.join(missing)}; "
-                    f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
-                )
+                raise InputError(f"{self.path}: no array {', '.join(missing)}; {_NEEDED}")
             arrays = {}
-            for name in (*_REQUIRED, *_OPTIONAL):
+            for name in (*_REQUIRED, *_MODALITIES, *_OPTIONAL, *self._further):
                 try:
                     if name in archive.files:
                         arrays[name] = archive[name]
@@ -300,7 +316,13 @@ class _Archive:
         return self._strings(name, self.column(name, kind))
 
     def modality(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features [N, D], zero where absent, and presence [N]."""
+        """Returns features [N, D], zero where absent, and presence [N].
+
+        A modality that the file lacks is one zero, absent everywhere.
+        """
+        if name not in self.arrays:
+            rows = len(self.utterance)
+            return np.zeros((rows, 1), np.float32), np.zeros(rows, bool)
         features = self._array(name, 2, _FLOAT, rows=len(self.utterance))
         if features.shape[1] == 0:
             self.fail(name, "no columns; at least one feature is needed")
@@ -314,13 +336,14 @@ class _Archive:
             with np.errstate(over="ignore"):
                 features = features.astype(np.float32)
         features = np.where(present[:, None], features, features.dtype.type(0))
-        finite = np.isfinite(features)
+        limit = min(_MAX_FEATURE, float(np.finfo(features.dtype).max))
+        plausible = np.abs(features) <= limit  # False for NaN.
         self.check(
             name,
-            finite.all(axis=1),
-            f"allowed: finite {features.dtype}, or {flag} false",
+            plausible.all(axis=1),
+            f"allowed: finite {features.dtype} of at most {limit:g}, or {flag} false",
             # The first bad value of a row, to be shown.
-            features[np.arange(len(features)), np.argmin(finite, axis=1)],
+            features[np.arange(len(features)), np.argmin(plausible, axis=1)],
         )
         return features, present
 
@@ -334,7 +357,50 @@ class _Archive:
                 self.fail("class_names", f"{name!r}; allowed: one line, no space around")
             if names.count(name) > 1:
                 self.fail("class_names", f"{name!r} repeated; class names are unique")
+        counts = collections.Counter(dict.fromkeys(names, 0))
+        counts.update(names[label] for label in self._labels(len(names)))
+        for name, problem, fix in suspicious_labels(counts):
+            if fix:  # A class may be called "none"; the file says that it is one.
+                self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
+
+    def _labels(self, num_classes: int) -> list[int]:
+        """Returns the labels that name a class."""
+        label = self.column("label", _INTEGER)
+        return label[(label >= 0) & (label < num_classes)].tolist()
+
+    def splits(
+        self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
+    ) -> tuple[np.ndarray, list[str]]:
+        """Returns the split of each utterance [N], and notes for the user.
+
+        Args:
+            ids: Dialogue ids [M].
+            dialogue: Index of each utterance's dialogue [N].
+            group_by: Array whose values random splits keep apart; `speaker` if empty.
+            seed: Seed of the random split.
+        """
+        group_name = group_by or "speaker"
+        groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
+        if group_name in self.arrays:
+            for index, group in zip(dialogue, self.text(group_name, _ID).tolist(), strict=True):
+                groups[str(ids[index])].add(group)
+        if "split" not in self.arrays:
+            lengths = dict(zip(ids.tolist(), np.bincount(dialogue).tolist(), strict=True))
+            by_dialogue, note = random_splits(
+                lengths,
+                groups,
+                name=group_name,
+                source=str(self.path),
+                explicit=bool(group_by),
+                seed=seed,
+            )
+            return np.array([by_dialogue[name] for name in ids.tolist()])[dialogue], [note]
+        split = self.text("split", _TEXT)
+        self.check("split", np.isin(split, SPLITS), f"allowed: {', '.join(SPLITS)}", split)
+        by_dialogue = dict(zip(ids[dialogue].tolist(), split.tolist(), strict=True))
+        note = overlap_note(groups, by_dialogue, group_name)
+        return split, [note] if note else []
 
     def check_dialogues(
         self, order: np.ndarray, dialogue: np.ndarray, position: np.ndarray, split: np.ndarray

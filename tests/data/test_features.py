@@ -115,7 +115,7 @@ def changed(name: str, row: int, value: object) -> dict[str, np.ndarray]:
 
 
 BAD = {
-    "no array speech": {k: v for k, v in archive().items() if k != "speech"},
+    "no array speech or text": {k: v for k, v in archive().items() if k not in ("speech", "text")},
     "speech: 1 dimensions": {**archive(), "speech": np.zeros(7)},
     "text: 6 rows": {**archive(), "text": np.zeros((6, 4))},
     "text: no columns": {**archive(), "text": np.zeros((7, 0))},
@@ -123,7 +123,7 @@ BAD = {
     "speech: row 3 (utterance c1)": changed("speech", 3, np.nan),
     "text: row 2 (utterance b1): inf": changed("text", 2, 1e300),
     "label: type float64; allowed: integers": {**archive(), "label": np.zeros(7)},
-    "label: row 5 (utterance d1): 3: allowed: -1 (unlabelled) and 0 to 2": changed("label", 5, 3),
+    "label: row 5 (utterance d1): 3: allowed: -1 (unlabeled) and 0 to 2": changed("label", 5, 3),
     "label: row 0 (utterance b2): -2": changed("label", 0, -2),
     "position: row 2 (utterance b1): 5.5: repeated": changed("position", 2, 5.5),
     "position: row 1 (utterance a1): nan": changed("position", 1, np.nan),
@@ -142,6 +142,17 @@ BAD = {
         "dialogue": np.array(list("babcada"), object),
     },
     "score: row 6 (utterance a3)": {**archive(), "score": np.array([0.0] * 6 + [np.inf])},
+    "score: row 6 (utterance a3): 3.5: allowed: -3 to 3, or NaN": {
+        **archive(),
+        "score": np.array([0.0] * 6 + [3.5]),
+    },
+    "text: row 2 (utterance b1): 1e+30: allowed: finite float32 of at most 1e+15": (
+        changed("text", 2, 1e30)
+    ),
+    "class_names: 'Joy' is 'joy' spelled differently; allowed: one class 'joy'": {
+        **archive(),
+        "class_names": np.array(["joy", "anger", "Joy"]),
+    },
     "text_present: row 0 (utterance b2): 2": {**archive(), "text_present": np.arange(7) + 2},
 }
 
@@ -157,12 +168,73 @@ def test_a_bad_archive_is_refused_in_one_line_and_leaves_nothing(tmp_path, messa
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(("modality", "other"), [("speech", "text"), ("text", "speech")])
+def test_one_modality_is_enough(tmp_path, modality, other):
+    arrays = archive()
+    del arrays[other]
+    train = read_npz(save(tmp_path, arrays))["train"]
+    assert getattr(train, f"{modality}_present").all()
+    assert not getattr(train, f"{other}_present").any()
+    assert getattr(train, other).shape == (5, 1)
+    prepare(tmp_path / "features.npz", "alone", tmp_path / "store")
+    assert_same(load("alone", "train", tmp_path / "store"), train)
+
+
+def speakers_without_splits(num_speakers: int, num_dialogues: int) -> dict[str, np.ndarray]:
+    """Dialogues of one utterance; each speaker has several."""
+    number = np.arange(num_dialogues)
+    return {
+        "utterance": number,
+        "dialogue": number,
+        "position": number,
+        "label": number % 2,
+        "class_names": np.array(["calm", "angry"]),
+        "speech": np.zeros((num_dialogues, 2), np.float32),
+        "speaker": number % num_speakers,
+    }
+
+
+def test_random_splits_keep_speakers_apart_and_are_repeatable(tmp_path):
+    source = save(tmp_path, speakers_without_splits(20, 200))
+    splits = read_npz(source)
+    speakers = [{int(name) % 20 for name in split.utterance_ids} for split in splits.values()]
+    assert [len(split.label) for split in splits.values()] == [160, 20, 20]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
+    assert "in 20 parts that share no speaker" in splits["train"].metadata["notes"][0]
+    assert_same(read_npz(source)["test"], splits["test"])
+    assert read_npz(source, seed=1)["test"].dialogue_ids != splits["test"].dialogue_ids
+
+
+def test_a_random_split_of_single_utterances_without_speakers_is_warned_of(tmp_path):
+    arrays = speakers_without_splits(20, 200)
+    del arrays["speaker"]
+    note = read_npz(save(tmp_path, arrays))["train"].metadata["notes"][0]
+    assert note.startswith("WARNING: ") and "add a column speaker" in note
+
+
+def test_splits_are_by_another_array_on_demand(tmp_path):
+    arrays = speakers_without_splits(20, 200) | {"session": np.arange(200) % 5}
+    splits = read_npz(save(tmp_path, arrays), group_by="session")
+    sessions = [{int(name) % 5 for name in split.utterance_ids} for split in splits.values()]
+    assert sum(map(len, sessions)) == 5
+    with pytest.raises(InputError, match="no array room"):
+        read_npz(tmp_path / "features.npz", group_by="room")
+    with pytest.raises(InputError, match="dialogues into 2 parts .*; needed .*: at least 3"):
+        read_npz(save(tmp_path, arrays | {"session": np.arange(200) % 2}), group_by="session")
+
+
+def test_speakers_in_training_and_test_are_warned_of(tmp_path):
+    arrays = archive() | {"speaker": np.array(["x", "x", "x", "x", "x", "y", "x"])}
+    (note,) = read_npz(save(tmp_path, arrays))["test"].metadata["notes"]
+    assert note == "WARNING: 1 of 2 values of speaker are in training and in another split"
+
+
 def test_what_is_no_archive_is_refused(tmp_path):
     path = tmp_path / "features.npz"
     with pytest.raises(InputError, match="no such file"):
         read_npz(path)
     path.write_bytes(b"")
-    with pytest.raises(InputError, match="not an npz file"):
+    with pytest.raises(InputError, match="not an npz file.*utterance, dialogue.*speech or text"):
         read_npz(path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))

@@ -1,0 +1,45 @@
+"""Ranges and spellings of labels: what looks like a mistake."""
+
+import collections
+import shlex
+from collections.abc import Iterable, Mapping
+
+MIN_SCORE, MAX_SCORE = -3.0, 3.0
+"""Range of a sentiment score, as in CMU-MOSI and CMU-MOSEI."""
+
+_PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "<na>", "unknown", "")
+"""Names that programs write where a label is missing."""
+
+
+def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Finds class names that are spellings of another name or of a missing value.
+
+    Args:
+        counts: Utterances of each class name.
+
+    Returns:
+        For each suspicious name the name, what is wrong with it, and the name that it should
+        have, empty for an unlabeled utterance. A spelling is compared without case, spaces,
+        hyphens and underscores; of several spellings the most frequent one is right.
+    """
+    spellings = collections.defaultdict(list)
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        spellings[_normalized(name)].append(name)
+    suspicious = []
+    for normalized, names in spellings.items():
+        if normalized in _PLACEHOLDERS:
+            suspicious += [(name, "reads like a missing label", "") for name in names]
+        else:
+            suspicious += [
+                (name, f"is {names[0]!r} spelled differently", names[0]) for name in names[1:]
+            ]
+    return suspicious
+
+
+def map_labels_flag(pairs: Iterable[tuple[str, str]]) -> str:
+    """Returns the flag `--map_labels` for pairs of old and new names."""
+    return "--map_labels=" + shlex.quote(",".join(f"{old}={new}" for old, new in pairs))
+
+
+def _normalized(name: str) -> str:
+    return "".join(name.casefold().split()).replace("-", "").replace("_", "")
