@@ -41,8 +41,6 @@ def get_config() -> ConfigDict:
     """The default recipe, smaller, with a gate that decides."""
     config = fusion.get_config("demo")
     config.data.num_buckets = 3
-    # Prosody's features are in units of their own: octaves, decibels, seconds.
-    config.data.standardise = ("speech",)
     config.model.update(
         {
             "context_width": 64,

@@ -50,6 +50,7 @@ def _released(config: ConfigDict) -> None:
     config.optimizer = to_config(OptimizerConfig)
     config.train.epochs = 100
     config.data.batch_size = 8
+    config.data.standardize = "none"
     config.loss.gamma = 3.0
     config.loss.weights = ConfigDict({"contrastive": 2.0, "agreement": 0.1})
 
@@ -120,8 +121,9 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "data_dir": "",
             "batch_size": 8,
             "num_buckets": 7,
-            # Modalities, of "speech" and "text", whose features differ in scale between dimensions.
-            "standardise": (),
+            # "auto" standardizes the modalities whose dimensions differ much in scale; "none",
+            # "speech", "text" or "speech,text" decide it by hand.
+            "standardize": "auto",
             # Of the order of batches; None is config.seed.
             "seed": config_dict.placeholder(int),
         }

@@ -57,6 +57,8 @@ from mister_jax.writers import (
 
 # Parts of the config that a resumed run may change: they move no parameter.
 _FREE = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
+# Epochs with one predicted class after which a training warns.
+_ONE_CLASS_EPOCHS = 3
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
 
 
@@ -209,6 +211,8 @@ class _Loop:
     step: Program
     judge: Program
     rate: optax.Schedule
+    one_class_epochs: Any = 0
+    """Epochs in a row in which each seed has predicted one class [S]."""
 
     def run(
         self, state: Any, checkpoints: Checkpoints, stop: threading.Event, quiet: bool
@@ -229,6 +233,9 @@ class _Loop:
                     reporter.line(f"{self.workdir} is finished; nothing to do")
                 elif restored is not None:
                     reporter.line(f"resuming {self.workdir} at step {done}")
+                else:
+                    for note in self.task.notes:
+                        reporter.line(note)
                 if not progress.finished:
                     self._compile(state, reporter)
                 while not progress.finished:
@@ -351,6 +358,7 @@ class _Loop:
         options, count = self.options, len(self.seeds)
         found = self._validation_scores(state)
         writer(done, self._scalars("validation", found))
+        self._warn_of_one_class(np.atleast_1d(found["predicted_classes"]), reporter)
         scores = np.atleast_1d(found["weighted_f1"])
         waiting = progress.waiting(options.patience)
         progress.epoch += 1
@@ -383,6 +391,22 @@ class _Loop:
                 f"(epoch {', '.join(map(str, progress.best_epochs))})"
             )
 
+    def _warn_of_one_class(self, predicted_classes: np.ndarray, reporter: Reporter) -> None:
+        """Warns once if a seed has predicted one class for several epochs.
+
+        Args:
+          predicted_classes: Number of classes that each seed predicts on the validation split [S].
+          reporter: Where the warning goes.
+        """
+        self.one_class_epochs = np.where(predicted_classes == 1, self.one_class_epochs + 1, 0)
+        stuck = np.flatnonzero(self.one_class_epochs == _ONE_CLASS_EPOCHS)
+        if len(stuck) and len(self.task.class_names) > 1:
+            reporter.line(
+                f"WARNING: seed {', '.join(str(self.seeds[index]) for index in stuck)} has "
+                f"predicted one class for all of validation in {_ONE_CLASS_EPOCHS} epochs; try "
+                "config.data.standardize=speech,text, or another config.optimizer.learning_rate"
+            )
+
     def _validation_scores(self, state: Any) -> dict[str, Any]:
         """Scores of the validation split; of several seeds, arrays of them."""
         sums: Any = None
@@ -394,7 +418,8 @@ class _Loop:
             scores = metrics.scores(own["confusion"], self.task.class_names)
             mean_loss = float(own["cross_entropy"]) / scores["utterances"]
             kept = {name: scores[name] for name in seeds.SCORES}
-            rows.append({**kept, "cross_entropy": mean_loss})
+            num_predicted = int(np.count_nonzero(own["confusion"].sum(0)))
+            rows.append({**kept, "cross_entropy": mean_loss, "predicted_classes": num_predicted})
         return seeds.join(rows)
 
 

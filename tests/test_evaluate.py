@@ -9,10 +9,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 from mister_jax import data
+from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, drop, evaluate, missing_modality_study, scores
 from mister_jax.models import EXPERTS
-from mister_jax.tasks.fusion import Scale
 from mister_jax.writers import read_json_lines
 from tests.test_train import data_dir, finished  # noqa: F401
 
@@ -175,8 +175,8 @@ def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
 
 def test_dropping_to_zeros_tells_the_model_nothing(data_dir):  # noqa: F811
     features = data.load("tiny", "train", data_dir)
-    scale = Scale.of(features, "speech")
-    blanks = {"speech": scale.mean, "text": 0.0}
+    standardizer = Standardizer.fit(features.speech[features.speech_present])
+    blanks = {"speech": standardizer.mean, "text": 0.0}
     dropped = drop(features, 0.5, 0.3, seed=0, blanks=blanks)
     flagged = drop(features, 0.5, 0.3, seed=0)
     for modality in ("speech", "text"):
@@ -186,7 +186,7 @@ def test_dropping_to_zeros_tells_the_model_nothing(data_dir):  # noqa: F811
         assert after.dtype == before.dtype
         kept = getattr(flagged, f"{modality}_present")
         assert (after[kept] == before[kept]).all()
-        read = scale(after) if modality == "speech" else after
+        read = standardizer(after) if modality == "speech" else after
         assert (read[present & ~kept] == 0).all()
 
 

@@ -112,6 +112,18 @@ def test_the_test_split_is_not_opened(data_dir, tmp_path, monkeypatch):
     assert set(opened) == {"train", "validation"}
 
 
+def test_predictions_of_one_class_are_warned_of_once(data_dir, tmp_path, capsys):
+    splits = {name: data.load("tiny", name, data_dir) for name in ("train", "validation")}
+    labels = np.zeros_like(splits["train"].label)
+    splits["train"] = dataclasses.replace(splits["train"], label=labels)
+    data.write(splits, "one_class", tmp_path)
+    changes = {"data.name": "one_class", "train.epochs": 8, "optimizer.learning_rate": 0.1}
+    train(tiny(tmp_path, **changes), tmp_path / "run")
+    assert records(tmp_path / "run")[-1]["validation/predicted_classes"] == 1
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: seed 0 has predicted one class") == 1
+
+
 def test_a_finished_run_stays_as_it_is(data_dir, finished):
     before = latest(finished), (finished / "metrics.jsonl").read_text()
     assert train(tiny(data_dir), finished, quiet=True).finished

@@ -15,7 +15,7 @@ from etils import epath
 
 from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
 from mister_jax.data.lazy import tfds
-from mister_jax.data.schema import SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELLED, DialogueFeatures
 from mister_jax.data.splits import overlap_note, random_splits
 from mister_jax.data.storage import VERSION, quiet, staged, stored
 from mister_jax.errors import InputError
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["DialogueFeatures", "load", "read_npz", "split_names", "write"]
 
 _REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
-_MODALITIES = ("speech", "text")
 _OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
 _NEEDED = (
-    f"needed: {', '.join(_REQUIRED)}, and {' or '.join(_MODALITIES)}; "
+    f"needed: {', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}; "
     f"optional: {', '.join(_OPTIONAL)}"
 )
 
@@ -274,18 +273,18 @@ class _Archive:
         except Exception as error:
             raise InputError(
                 f"{self.path}: not an npz file, or damaged; needed: an npz file with the arrays "
-                f"{', '.join(_REQUIRED)}, and {' or '.join(_MODALITIES)}"
+                f"{', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}"
             ) from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
         with archive:
             missing = [name for name in (*_REQUIRED, *self._further) if name not in archive.files]
-            if not any(name in archive.files for name in _MODALITIES):
-                missing.append(" or ".join(_MODALITIES))
+            if not any(name in archive.files for name in MODALITIES):
+                missing.append(" or ".join(MODALITIES))
             if missing:
                 raise InputError(f"{self.path}: no array {', '.join(missing)}; {_NEEDED}")
             arrays = {}
-            for name in (*_REQUIRED, *_MODALITIES, *_OPTIONAL, *self._further):
+            for name in (*_REQUIRED, *MODALITIES, *_OPTIONAL, *self._further):
                 try:
                     if name in archive.files:
                         arrays[name] = archive[name]

@@ -8,6 +8,8 @@ import numpy as np
 
 SPLITS = ("train", "validation", "test")
 
+MODALITIES = ("speech", "text")
+
 UNLABELLED = -1
 """The label of an utterance that is context only: no loss, no metric."""
 

@@ -10,12 +10,11 @@ from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
 from mister_jax.tasks.base import Batch, Split, Task, from_config, seeds, to_config
-from mister_jax.tasks.fusion import MODALITIES, FusionTask
+from mister_jax.tasks.fusion import FusionTask
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
 
 __all__ = [
-    "MODALITIES",
     "TASKS",
     "Batch",
     "FusionTask",

@@ -110,6 +110,8 @@ class Task(Protocol):
     class_names: tuple[str, ...]
     memory_remedy: str
     """What in the config makes a training take less memory."""
+    notes: tuple[str, ...]
+    """What the user should know of the choices made from the data, a line each."""
 
     def description(self) -> dict[str, Any]:
         """What `restore` needs beside the config, plain JSON values."""

@@ -119,6 +119,7 @@ class EncoderTask:
 
     options_class: Any = EncoderOptions
     rules: Rules = hub.RULES
+    notes = ()
     memory_remedy = (
         "a smaller config.data.batch_size, a larger config.train.accumulation, "
         "config.encoder.options.remat=full, or its param_dtype=bfloat16 or quantize"

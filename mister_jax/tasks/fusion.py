@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,50 +15,13 @@ from ml_collections import ConfigDict
 
 from mister_jax import losses, metrics
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
+from mister_jax.data.schema import MODALITIES
+from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
 from mister_jax.parallel import Rules, Spread
 from mister_jax.steps import mister_e_loss, read_dialogues
 from mister_jax.tasks.base import Batch, from_config
-
-MODALITIES = ("speech", "text")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scale:
-    """Standardisation of features, dimension by dimension.
-
-    Attributes:
-      mean: [D] float32.
-      deviation: [D] float32.
-    """
-
-    mean: np.ndarray
-    deviation: np.ndarray
-
-    @classmethod
-    def of(cls, features: DialogueFeatures, modality: str) -> Scale:
-        """That of a split's utterances that have the modality.
-
-        A dimension that is constant there is left as wide as it is.
-        """
-        present = getattr(features, f"{modality}_present")
-        values = getattr(features, modality)[present].astype(np.float64)
-        if not len(values):
-            raise InputError(
-                f"config.data.standardise: {modality!r}, which no utterance of dataset "
-                f"{features.name}, split {features.split} has; leave it out"
-            )
-        deviation = values.std(0)
-        steady = deviation < 1e-6 * np.maximum(1, np.abs(values).max(0))
-        return cls(
-            values.mean(0).astype(np.float32),
-            np.where(steady, 1, deviation).astype(np.float32),
-        )
-
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Features [..., D], standardised."""
-        return (features - self.mean) / self.deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +65,14 @@ class FusionTask:
     """MiSTER-E on dialogues of speech and text vectors.
 
     Args:
-      config: of the experiment.
-      class_names: C names.
-      model: the model's sizes.
-      encoders: "speech" and "text" to what identifies the encoder that made the features, where
-        that is known; see `extract.encoder_of`.
-      scales: of the modalities that are standardised before the model reads them.
+      config: Config of the experiment.
+      class_names: Names of the C classes.
+      model: Sizes of the model.
+      encoders: What identifies the encoder that made the features, by modality, where it is known;
+        see `extract.encoder_of`.
+      standardizers: Standardizers by modality, of those that are standardized before the model
+        reads them.
+      notes: What the user should know of the choices made from the data, a line each.
     """
 
     def __init__(
@@ -116,12 +81,14 @@ class FusionTask:
         class_names: tuple[str, ...],
         model: MisterEConfig,
         encoders: Mapping[str, Any] | None = None,
-        scales: Mapping[str, Scale] | None = None,
+        standardizers: Mapping[str, Standardizer] | None = None,
+        notes: Sequence[str] = (),
     ):
         self.class_names = class_names
         self.model = model
         self.encoders = dict(encoders or {})
-        self.scales = dict(scales or {})
+        self.standardizers = dict(standardizers or {})
+        self.notes = tuple(notes)
         self._data = config.data
         data_seed = config.data.get("seed")
         self._data_seed = config.seed if data_seed is None else data_seed
@@ -164,14 +131,8 @@ class FusionTask:
         )
         told = train.metadata
         encoders: dict[str, Any] = {name: told[name] for name in ("speech", "text") if name in told}
-        scales = {}
-        for modality in config.data.get("standardise", ()):
-            if modality not in MODALITIES:
-                raise InputError(
-                    f"config.data.standardise: {modality!r}; allowed are {', '.join(MODALITIES)}"
-                )
-            scales[modality] = Scale.of(train, modality)
-        return cls(config, train.class_names, model, encoders, scales)
+        standardizers, notes = choose_standardizers(train, config.data.get("standardize", AUTO))
+        return cls(config, train.class_names, model, encoders, standardizers, notes)
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
@@ -179,21 +140,31 @@ class FusionTask:
         fields = ConfigDict(description["model"])
         model = from_config(MisterEConfig, fields, "the workdir's model")
         encoders = description.get("encoders", {})
-        scales = {
-            modality: Scale(*(np.array(scale[name], np.float32) for name in ("mean", "deviation")))
-            for modality, scale in description.get("scales", {}).items()
+        standardizers = {
+            modality: Standardizer(
+                *(np.array(values[name], np.float32) for name in ("mean", "deviation"))
+            )
+            for modality, values in description["standardizers"].items()
         }
-        return cls(config, tuple(description["class_names"]), model, encoders, scales)
+        return cls(
+            config,
+            tuple(description["class_names"]),
+            model,
+            encoders,
+            standardizers,
+            description.get("notes", ()),
+        )
 
     def description(self) -> dict[str, Any]:
         return {
             "class_names": list(self.class_names),
             "model": dataclasses.asdict(self.model),
             "encoders": self.encoders,
-            "scales": {
-                modality: {"mean": scale.mean.tolist(), "deviation": scale.deviation.tolist()}
-                for modality, scale in self.scales.items()
+            "standardizers": {
+                modality: {"mean": fitted.mean.tolist(), "deviation": fitted.deviation.tolist()}
+                for modality, fitted in self.standardizers.items()
             },
+            "notes": list(self.notes),
         }
 
     def features(self, split: str, name: str | None = None) -> DialogueFeatures:
@@ -238,7 +209,10 @@ class FusionTask:
 
     def blanks(self) -> dict[str, np.ndarray | float]:
         """The features, by modality, of which the model reads zeros: [D], or 0 for all."""
-        return {name: self.scales[name].mean if name in self.scales else 0.0 for name in MODALITIES}
+        return {
+            name: self.standardizers[name].mean if name in self.standardizers else 0.0
+            for name in MODALITIES
+        }
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
         features = self.features(name)
@@ -261,7 +235,7 @@ class FusionTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         return mister_e_loss(
             model,
-            self._scaled(batch),
+            self._standardized(batch),
             key,
             axis_name,
             weights=self._weights,
@@ -270,14 +244,14 @@ class FusionTask:
             sharpness=self._sharpness,
         )
 
-    def _scaled(self, batch: Batch) -> Batch:
+    def _standardized(self, batch: Batch) -> Batch:
         return {
             **batch,
-            **{modality: scale(batch[modality]) for modality, scale in self.scales.items()},
+            **{name: fitted(batch[name]) for name, fitted in self.standardizers.items()},
         }
 
     def _read(self, model: MisterE, batch: Batch) -> MisterEOutput:
-        return read_dialogues(model, self._scaled(batch))
+        return read_dialogues(model, self._standardized(batch))
 
     def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
         logits, label = self._read(model, batch).logits, batch["label"]

@@ -8,6 +8,7 @@ import pytest
 
 from configs import fusion
 from mister_jax import data
+from mister_jax.data.standardizer import why_standardize
 from mister_jax.errors import InputError
 from mister_jax.tasks import FusionTask
 
@@ -39,13 +40,13 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(config):
     changed = config.copy_and_resolve_references()
-    changed.data.standardise = ("speech",)
+    changed.data.standardize = "speech"
     return FusionTask.from_data(changed)
 
 
 def test_training_utterances_that_have_speech_get_mean_0_and_deviation_1(task):
     train = task.features("train")
-    scaled = task.scales["speech"](train.speech[train.speech_present])
+    scaled = task.standardizers["speech"](train.speech[train.speech_present])
     np.testing.assert_allclose(scaled.mean(0), 0, atol=2e-3)
     np.testing.assert_allclose(scaled.std(0)[1:], 1, rtol=1e-3)
     assert (scaled[:, 0] == 0).all()  # steady in training
@@ -54,8 +55,10 @@ def test_training_utterances_that_have_speech_get_mean_0_and_deviation_1(task):
 def test_the_model_reads_the_scaled_speech_and_the_text_as_it_is(task, config):
     (batch,) = task.split("test", num_shards=1, shuffle=False).batches()
     model = task.init(jax.random.key(0))
-    plain = FusionTask.from_data(config)
-    scaled = {**batch, "speech": task.scales["speech"](batch["speech"])}
+    unscaled = config.copy_and_resolve_references()
+    unscaled.data.standardize = "none"
+    plain = FusionTask.from_data(unscaled)
+    scaled = {**batch, "speech": task.standardizers["speech"](batch["speech"])}
     found, expected = task.predict(model, batch), plain.predict(model, scaled)
     np.testing.assert_array_equal(found["probabilities"], expected["probabilities"])
     assert (
@@ -67,19 +70,50 @@ def test_the_model_reads_the_scaled_speech_and_the_text_as_it_is(task, config):
     assert np.abs(plain.predict(model, batch)["probabilities"] - found["probabilities"]).max() > 0.1
 
 
-def test_a_work_directory_keeps_the_scales(task, config):
+def test_a_work_directory_keeps_the_standardizers(task, config):
     restored = FusionTask.restore(config, task.description())
-    np.testing.assert_array_equal(restored.scales["speech"].mean, task.scales["speech"].mean)
+    ours, theirs = restored.standardizers["speech"], task.standardizers["speech"]
+    np.testing.assert_array_equal(ours.mean, theirs.mean)
+    np.testing.assert_array_equal(ours.deviation, theirs.deviation)
+    assert ours.mean.dtype == np.float32
+
+
+def test_modalities_of_uneven_scale_are_standardized_by_default(task, config):
+    automatic = FusionTask.from_data(config)
+    assert list(automatic.standardizers) == ["speech"]
     np.testing.assert_array_equal(
-        restored.scales["speech"].deviation, task.scales["speech"].deviation
+        automatic.standardizers["speech"].deviation, task.standardizers["speech"].deviation
     )
-    assert restored.scales["speech"].mean.dtype == np.float32
+    (note,) = automatic.notes
+    assert note.startswith("standardizing speech, whose dimensions differ ")
+    assert FusionTask.restore(config, automatic.description()).notes == automatic.notes
 
 
-def test_modalities_that_cannot_be_standardised_are_named(config):
-    for chosen, what in (("speech", "no utterance of dataset"), ("video", "allowed are speech")):
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ([0.1, 0.2, 0.3, 0.1], ""),
+        ([0.1, 1, 0.2, 3], "differ "),
+        ([1] * 40 + [200], "times as wide as most"),
+        ([50, 40, 60, 70], "values are around 5"),
+        ([1e-4, 2e-4, 1e-4, 2e-4], "values are around 0.000"),
+        ([0, 0, 1, 1], ""),
+        ([0, 0], ""),
+    ],
+)
+def test_scales_decide_what_is_standardized(scales, reason):
+    vectors = np.random.default_rng(0).normal(size=(4000, len(scales))) * scales
+    assert reason in why_standardize(vectors) and bool(reason) == bool(why_standardize(vectors))
+    assert why_standardize(vectors[:0]) == ""
+
+
+def test_modalities_that_cannot_be_standardized_are_named(config):
+    for chosen, what in (
+        ("speech", "no utterance of dataset"),
+        ("video", "allowed: auto, none, or some of speech, text"),
+    ):
         changed = config.copy_and_resolve_references()
-        changed.data.standardise = (chosen,)
+        changed.data.standardize = chosen
         silent = {
             name: dataclasses.replace(split, speech_present=np.zeros_like(split.speech_present))
             for name, split in SPLITS.items()

@@ -1,0 +1,115 @@
+"""Standardization of features, and the rule that decides which features need it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mister_jax.data.schema import MODALITIES, DialogueFeatures
+from mister_jax.errors import InputError
+
+AUTO, NONE = "auto", "none"
+
+# Embeddings of neural encoders have deviations within a factor of 6 of each other (RoBERTa, MiniLM,
+# wav2vec 2.0, CNN features); measurements in units of their own differ 30-fold and more (prosody).
+_MAX_SPREAD = 10.0
+_MAX_OUTLIER = 100.0
+_SCALE_RANGE = (0.01, 10.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Standardizer:
+    """Standardizes features dimension by dimension.
+
+    Attributes:
+        mean: Mean of each dimension [D] float32.
+        deviation: Standard deviation of each dimension [D] float32, 1 where it is constant.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def fit(cls, vectors: np.ndarray) -> Standardizer:
+        """Returns the standardizer that gives vectors [N, D] mean 0 and deviation 1."""
+        vectors = vectors.astype(np.float64)
+        deviation = np.where(_is_constant(vectors), 1, vectors.std(0))
+        return cls(vectors.mean(0).astype(np.float32), deviation.astype(np.float32))
+
+    def __call__(self, features: Any) -> Any:
+        """Returns features [..., D], standardized."""
+        return (features - self.mean) / self.deviation
+
+
+def choose_standardizers(
+    features: DialogueFeatures, choice: str | Sequence[str]
+) -> tuple[dict[str, Standardizer], list[str]]:
+    """Chooses the modalities to standardize, and fits their standardizers.
+
+    Args:
+        features: The training split.
+        choice: "auto" decides for each modality by `why_standardize`; "none"; or modalities, as
+            names or as a text separated by commas.
+
+    Returns:
+        Standardizers by modality, and a note for the user with the reasons of "auto".
+
+    Raises:
+        InputError: An unknown choice, or a modality that no utterance of the split has.
+    """
+    names = choice.split(",") if isinstance(choice, str) else list(choice)
+    names = [name.strip() for name in names if name.strip() not in ("", NONE)]
+    if names != [AUTO] and any(name not in MODALITIES for name in names):
+        raise InputError(
+            f"config.data.standardize={choice!r}; allowed: {AUTO}, {NONE}, or some of "
+            f"{', '.join(MODALITIES)}"
+        )
+    standardizers, reasons = {}, []
+    for modality in MODALITIES:
+        if modality not in names and names != [AUTO]:
+            continue
+        vectors = getattr(features, modality)[getattr(features, f"{modality}_present")]
+        if names == [AUTO]:
+            reason = why_standardize(vectors)
+            if reason:
+                reasons.append(f"{modality}, {reason}")
+        elif len(vectors) == 0:
+            raise InputError(
+                f"config.data.standardize: {modality!r}, which no utterance of dataset "
+                f"{features.name}, split {features.split} has; leave it out"
+            )
+        if names != [AUTO] or reason:
+            standardizers[modality] = Standardizer.fit(vectors)
+    notes = [f"standardizing {reason} (config.data.standardize=auto)" for reason in reasons]
+    return standardizers, notes
+
+
+def why_standardize(vectors: np.ndarray) -> str:
+    """Returns why vectors [N, D] should be standardized, empty if they need not be.
+
+    Vectors need it if their dimensions differ much in scale, which is how features in units of
+    their own look (Hz beside decibels beside shares), or if their common scale is far from 1.
+    Constant dimensions do not count.
+    """
+    vectors = vectors.astype(np.float64)
+    vectors = vectors[:, ~_is_constant(vectors)] if len(vectors) else vectors[:, :0]
+    if vectors.size == 0:
+        return ""
+    deviation = vectors.std(0)
+    low, median, high = np.quantile(deviation, [0.05, 0.5, 0.95])
+    scale = float(np.median(np.sqrt((vectors**2).mean(0))))
+    if high > _MAX_SPREAD * low:
+        return f"whose dimensions differ {high / low:.0f}-fold in scale"
+    if deviation.max() > _MAX_OUTLIER * median:
+        return f"one of whose dimensions is {deviation.max() / median:.0f} times as wide as most"
+    if not _SCALE_RANGE[0] <= scale <= _SCALE_RANGE[1]:
+        return f"whose values are around {scale:.2g}"
+    return ""
+
+
+def _is_constant(vectors: np.ndarray) -> np.ndarray:
+    """Returns which dimensions of vectors [N, D] float64 do not vary."""
+    return vectors.std(0) < 1e-6 * np.maximum(1, np.abs(vectors).max(0))
