@@ -18,14 +18,16 @@ class Recording:
     """Where an utterance's sound is.
 
     Attributes:
-        path: a file of any format that FFmpeg reads; it need not exist.
-        start: seconds into the file where the utterance begins; the beginning of the file if None.
-        end: seconds into the file where it ends; the end of the file if None.
+        path: A file of any format that FFmpeg reads; it need not exist.
+        start: Seconds into the file where the utterance begins; the beginning of the file if None.
+        end: Seconds into the file where it ends; the end of the file if None.
+        channel: Channel that is read: "mix", "left", "right", or an index from 0.
     """
 
     path: str
     start: float | None = None
     end: float | None = None
+    channel: str | int = "mix"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Utterance:
     """One turn of a dialogue.
 
     Attributes:
-        id: unique in the corpus.
-        text: the transcript; empty where there is none.
-        recording: the sound; None where there is none.
-        label: a class name, or None for context only.
-        score: a sentiment in [-3, 3], in corpora with scores.
-        start: seconds from the beginning of the dialogue, None where unknown.
-        end: likewise.
+        id: Id, unique in the corpus.
+        text: Transcript; empty where there is none.
+        recording: Sound; None where there is none.
+        label: Class name, or None for context only.
+        score: Sentiment in [-3, 3], in corpora with scores.
+        start: Seconds from the beginning of the dialogue where it begins, None where unknown.
+        end: Seconds from the beginning of the dialogue where it ends, None where unknown.
+        metadata: Further columns of a manifest, by name. They travel to the output, and no model
+            reads them.
     """
 
     id: str
@@ -49,6 +53,7 @@ class Utterance:
     score: float | None = None
     start: float | None = None
     end: float | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

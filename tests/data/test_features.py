@@ -219,7 +219,7 @@ def test_splits_are_by_another_array_on_demand(tmp_path):
     assert sum(map(len, sessions)) == 5
     with pytest.raises(InputError, match="no array room"):
         read_npz(tmp_path / "features.npz", group_by="room")
-    with pytest.raises(InputError, match="dialogues into 2 parts .*; needed .*: at least 3"):
+    with pytest.raises(InputError, match=r"dialogues into 2 parts .*; needed .*: at least 3"):
         read_npz(save(tmp_path, arrays | {"session": np.arange(200) % 2}), group_by="session")
 
 
@@ -234,7 +234,7 @@ def test_what_is_no_archive_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_npz(path)
     path.write_bytes(b"")
-    with pytest.raises(InputError, match="not an npz file.*utterance, dialogue.*speech or text"):
+    with pytest.raises(InputError, match=r"not an npz file.*utterance, dialogue.*speech or text"):
         read_npz(path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))

@@ -1,0 +1,201 @@
+"""Cuts by time come from the player's clock: holes, sound that starts late, channels, one pass."""
+
+import time
+
+import av
+import numpy as np
+import pytest
+
+from mister_jax.data import audio
+from mister_jax.data.audio import AudioError, Reason, Request, decode, decode_many
+
+RATE = audio.SAMPLE_RATE
+CODECS = {"webm": "libopus", "mkv": "aac", "ts": "aac", "mp4": "aac", "mka": "flac", "mov": "aac"}
+
+
+def staircase(seconds: int, rate: int) -> np.ndarray:
+    """Returns [N] int16 whose second k is a tone of 300 + 200 k Hz."""
+    second = np.arange(rate) / rate
+    tones = [np.sin(2 * np.pi * (300 + 200 * k) * second) for k in range(seconds)]
+    return np.rint(8000 * np.concatenate(tones)).astype(np.int16)
+
+
+def hertz(samples: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return float(np.argmax(spectrum)) * RATE / len(samples)
+
+
+def write(path, *, hole=(), late=0.0, picture=False, seconds=8, rate=48_000):
+    """Writes a staircase of tones whose packets within `hole` seconds are left out.
+
+    Args:
+        path: The file; its ending chooses format and codec.
+        hole: Start and end in seconds of the player's clock.
+        late: Seconds after the picture at which sound starts.
+        picture: Add a picture that lasts from the beginning to the end.
+        seconds: Length of the staircase.
+        rate: Samples a second.
+    """
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(CODECS[path.suffix[1:]], rate=rate, layout="mono")
+        if picture:
+            video = container.add_stream("mpeg4", rate=5)
+            video.width = video.height = 32
+            video.pix_fmt = "yuv420p"
+        samples = staircase(seconds, rate)[round(late * rate) :]
+        packets = []
+        for start in range(0, len(samples), rate // 50):
+            block = samples[None, start : start + rate // 50]
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate = rate
+            frame.pts = start + round(late * rate)
+            packets += sound.encode(frame)
+        packets += sound.encode(None)
+        if picture:
+            for index in range(5 * seconds):
+                image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                image.pts = index
+                packets += video.encode(image)
+            packets += video.encode(None)
+        packets.sort(key=lambda packet: packet.dts * packet.time_base)
+        for packet in packets:
+            is_sound = packet.stream.index == sound.index
+            if not (is_sound and hole and hole[0] <= packet.pts * packet.time_base < hole[1]):
+                container.mux(packet)
+    return path
+
+
+@pytest.fixture(scope="module")
+def holes(tmp_path_factory):
+    """Files in which the sound of seconds 2 to 4 is missing, by ending."""
+    folder = tmp_path_factory.mktemp("holes")
+    return {
+        ending: write(folder / f"hole.{ending}", hole=(2, 4)) for ending in CODECS if ending != "ts"
+    } | {"ts": write(folder / "hole.ts", hole=(2, 4), picture=True)}
+
+
+@pytest.mark.parametrize("ending", CODECS)
+def test_a_hole_between_time_stamps_is_silence(holes, ending):
+    whole = decode(holes[ending])
+    assert whole.seconds == pytest.approx(8, abs=0.06)
+    assert any(note in ("2.0 s missing", "1.9 s missing") for note in whole.notes), whole.notes
+    for second in (0, 1, 4, 5, 6, 7):
+        heard = hertz(whole.samples[int((second + 0.25) * RATE) : int((second + 0.75) * RATE)])
+        assert heard == pytest.approx(300 + 200 * second, abs=5)
+    assert np.abs(whole.samples[int(2.3 * RATE) : int(3.7 * RATE)]).max() < 50
+
+
+@pytest.mark.parametrize("ending", CODECS)
+def test_a_cut_behind_a_hole_is_that_part_of_the_whole(holes, ending):
+    whole = decode(holes[ending])
+    for start, end in ((5.25, 5.75), (2.5, 3.5), (3.5, 4.5), (1.0, 6.0)):
+        cut = decode(holes[ending], start=start, end=end)
+        expected = whole.samples[round(start * RATE) : round(end * RATE)]
+        # AAC fills bands with noise, which differs each time.
+        np.testing.assert_allclose(cut.samples, expected, atol=100 if ending != "mka" else 1)
+    assert hertz(decode(holes[ending], start=5.25, end=5.75).samples) == pytest.approx(1300, abs=5)
+    assert decode(holes[ending], start=5.25, end=5.75).notes == ()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "mov"])
+def test_sound_that_starts_after_the_picture_is_preceded_by_silence(tmp_path, ending):
+    path = write(tmp_path / f"late.{ending}", late=1.0, picture=True)
+    whole = decode(path)
+    assert whole.notes == ("audio starts 1.0 s late",)
+    assert whole.seconds == pytest.approx(8, abs=0.06)
+    assert not whole.samples[: int(0.9 * RATE)].any()
+    for start in (1.25, 5.25):
+        cut = decode(path, start=start, end=start + 0.5)
+        assert hertz(cut.samples) == pytest.approx(300 + 200 * int(start), abs=5)
+        expected = whole.samples[int(start * RATE) : int((start + 0.5) * RATE)]
+        np.testing.assert_allclose(cut.samples, expected, atol=100)
+    assert len(decode(path, start=0.25, end=0.5).samples) == RATE // 4
+
+
+def test_sound_alone_begins_with_its_first_sample(tmp_path):
+    # Players show no silence where there is nothing else to wait for.
+    whole = decode(write(tmp_path / "late.mp4", late=1.0))
+    assert whole.notes == ()
+    assert hertz(whole.samples[RATE // 4 : RATE * 3 // 4]) == pytest.approx(500, abs=5)
+
+
+def test_a_clock_that_was_set_is_no_silence(tmp_path):
+    path = tmp_path / "joined.mka"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("flac", rate=RATE, layout="mono")
+        for second in range(4):
+            block = staircase(4, RATE)[None, second * RATE : (second + 1) * RATE]
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate = RATE
+            frame.pts = second * RATE + (10 * 3600 * RATE if second > 1 else 0)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        container.mux(stream.encode(None))
+    clip = decode(path)
+    assert clip.seconds == pytest.approx(4, abs=0.3)
+    assert any("jump by 36000 s" in note for note in clip.notes)
+
+
+@pytest.fixture(scope="module")
+def stereo(tmp_path_factory):
+    """A file whose left channel is a tone of 500 Hz, the right one of 900 Hz."""
+    time = np.arange(2 * RATE) / RATE
+    tones = [np.rint(8000 * np.sin(2 * np.pi * pitch * time)) for pitch in (500, 900)]
+    path = tmp_path_factory.mktemp("stereo") / "call.wav"
+    audio.encode_wav(path, np.stack(tones, axis=1).astype(np.int16))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("channel", "pitch"), [("left", 500), ("right", 900), (0, 500), (1, 900), ("1", 900)]
+)
+def test_one_channel_is_read(stereo, channel, pitch):
+    samples = decode(stereo, channel=channel).samples
+    time = np.arange(2 * RATE) / RATE
+    np.testing.assert_array_equal(samples, np.rint(8000 * np.sin(2 * np.pi * pitch * time)))
+
+
+def test_a_channel_that_is_absent_is_an_error(stereo):
+    with pytest.raises(AudioError, match=r"no such channel \(2 of 2 channels\)") as caught:
+        decode(stereo, channel=2)
+    assert caught.value.reason == Reason.NO_CHANNEL
+    for wrong in ("middle", -1, 1.5, True, None):
+        with pytest.raises(ValueError, match="allowed: mix, left, right, or the index"):
+            decode(stereo, channel=wrong)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_cuts_of_one_recording_are_those_of_each_alone(holes, stereo, num_workers):
+    spans = ((5.0, 6.0), (0.5, 1.5), (1.0, 4.5), (7.5, 9.0), (9.0, 9.5), (3.0, 2.0), (0.0, 0.1))
+    requests = [Request(holes["mka"], *span) for span in spans]
+    requests += [Request(stereo, 0.5, 1.0, channel) for channel in ("left", "right", "mix", 5)]
+    results = list(decode_many(requests, num_workers=num_workers, max_seconds=2.0))
+    for request, result in zip(requests, results, strict=True):
+        (alone,) = decode_many([request], num_workers=0, max_seconds=2.0)
+        if isinstance(alone, AudioError):
+            assert str(result) == str(alone)
+        else:
+            np.testing.assert_array_equal(result.samples, alone.samples)
+            assert (result.seconds, result.capped) == (alone.seconds, alone.capped)
+            assert (result.damaged, result.notes) == (alone.damaged, alone.notes)
+
+
+def test_many_cuts_cost_one_pass(tmp_path):
+    path = tmp_path / "long.ogg"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libopus", rate=48_000, layout="mono")
+        for minute in range(2):
+            block = staircase(60, 48_000)[None]
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 48_000, minute * 60 * 48_000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    starts = np.linspace(60, 118, 30).tolist()
+    began = time.process_time()
+    decode(path)
+    one_pass = time.process_time() - began
+    requests = [Request(path, start, start + 1) for start in starts]
+    began = time.process_time()
+    clips = list(decode_many(requests, num_workers=0))
+    assert time.process_time() - began < 4 * one_pass  # Each alone takes 22 of them.
+    assert all(len(clip.samples) == RATE for clip in clips)
