@@ -93,4 +93,10 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
         )
     architecture = hub.architecture_of(hub.read_config(task.folder), task.folder / hub.CONFIG)
     base = str(task.folder.resolve()) if pathlib.Path(name).is_dir() else name
-    peft.save_adapter(encoder, folder, architecture.key_table(encoder.config), base_model=base)
+    peft.save_adapter(
+        encoder,
+        folder,
+        architecture.key_table(encoder.config),
+        architecture.names,
+        base_model=hub.MINILM_MODEL if base == hub.MINILM else base,
+    )

@@ -1,28 +1,27 @@
-"""BERT and RoBERTa checkpoints: where each parameter of a `Bert` is in them."""
+"""Key table and name rules of BERT and RoBERTa checkpoints, for `Bert`."""
 
 from __future__ import annotations
 
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
+from mister_jax.convert.names import NameRules
 from mister_jax.encoders.bert import BertConfig
 
-# Tensors of a checkpoint that a `Bert` has no use for: the pooler, the heads of pre-training and
-# of fine-tuning, and the row numbers that older versions of transformers saved.
-IGNORED = (
-    r"(^|\.)pooler\.",
-    r"^(cls|lm_head|classifier|qa_outputs)\.",
-    r"(^|\.)embeddings\.(position_ids|token_type_ids)$",
+NAME_RULES = NameRules(
+    prefixes=("", "bert.", "roberta."),
+    # Checkpoints converted from TensorFlow, such as BERT-base, have the names on the left.
+    renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+    # The indices are buffers that old versions of transformers saved.
+    unused=(r"^pooler\.", r"^embeddings\.(position_ids|token_type_ids)$"),
+    heads=(r"^(cls|lm_head|classifier|qa_outputs)\.",),
 )
-# What may stand before the table's names: nothing, or the name models with a head have for it.
-PREFIXES = ("", "bert.", "roberta.")
-# Names that LayerNorm's parameters have in checkpoints made from TensorFlow's, such as BERT-base.
-RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Variants of the tensor names."""
 
 _EMBEDDINGS = {
     "token_embedding": "word_embeddings",
     "position_embedding": "position_embeddings",
     "token_type_embedding": "token_type_embeddings",
 }
-# Our layer's part -> its name in a checkpoint.
+# Module of a layer -> its name in a checkpoint.
 _PROJECTIONS = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
@@ -35,7 +34,7 @@ _NORMS = {"attention_norm": "attention.output.LayerNorm", "out_norm": "output.La
 
 
 def key_table(config: BertConfig) -> KeyTable:
-    """Where the parameters of a `Bert` are in a checkpoint of the bare model."""
+    """Returns the tensor names of the bare model for each parameter of a `Bert`."""
 
     def layers(name: str, axes: tuple[int, ...] | None = None) -> Source:
         names = layer_names(f"encoder.layer.{{}}.{name}", config.num_layers)

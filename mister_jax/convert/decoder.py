@@ -1,14 +1,21 @@
-"""Llama, Qwen2 and Vicuna checkpoints: where each parameter of a `Decoder` is in them."""
+"""Key table and name rules of Llama, Qwen2 and Vicuna checkpoints, for `Decoder`."""
 
 from __future__ import annotations
 
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
+from mister_jax.convert.names import NameRules
 from mister_jax.encoders.decoder import DecoderConfig
 
-# Tensors of a checkpoint that a `Decoder` has no use for.
-IGNORED = (r"(^|\.)lm_head\.weight$", r"(^|\.)rotary_emb\.inv_freq$")
+NAME_RULES = NameRules(
+    # Models for question answering call their backbone "transformer".
+    prefixes=("model.", "", "transformer."),
+    # Old versions of transformers saved the rotary frequencies.
+    unused=(r"(^|\.)rotary_emb\.inv_freq$",),
+    heads=(r"^(lm_head|score|qa_outputs)\.",),
+)
+"""Variants of the tensor names; the key table's prefix is "" with them."""
 
-# Our layer's part -> its name in a checkpoint.
+# Module of a layer -> its name in a checkpoint.
 _PROJECTIONS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -23,12 +30,12 @@ _WITH_BIAS = ("attention/query", "attention/key", "attention/value")
 
 
 def key_table(config: DecoderConfig, prefix: str = "model.") -> KeyTable:
-    """Where the parameters of a `Decoder` are in a checkpoint.
+    """Returns the tensor names for each parameter of a `Decoder`.
 
     Args:
-      config: the decoder's.
-      prefix: of all names: "model." in checkpoints with a language-model head, "" in those
-        without one, such as "language_model.model." inside another model.
+      config: Config of the decoder.
+      prefix: Prefix of all names, "model." in a checkpoint with a language-model head, "" in one
+        of the bare model.
     """
 
     def layers(name: str, axes: tuple[int, ...] | None = None) -> Source:

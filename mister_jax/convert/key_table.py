@@ -27,8 +27,9 @@ from jax.typing import DTypeLike
 from mister_jax.errors import InputError
 
 Index = tuple[slice, ...]
-_TOLD = 3  # tensors, or layers, that an error names of each kind
+_MAX_NAMED = 3  # Tensors, or layers, that a message names of each kind.
 _ALIGNMENT = 64  # bytes
+_PIECE = 1 << 16  # values
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
@@ -257,14 +258,14 @@ def _check(
         for path, source in sources.items()
         for names, wanted in _misfits(source, params[path].shape, checkpoint)
     ]
-    found = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
-    told = [f"{len(all_)} {what}: {_first(_fold(all_))}" for what, all_ in found.items() if all_]
-    if told:
+    misfits = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
+    parts = [f"{len(names)} {kind}: {summarize(names)}" for kind, names in misfits.items() if names]
+    if parts:
         where = getattr(checkpoint, "path", "weights")
-        known = len(expected) - len(missing)
-        strange = known < min(len(missing), len(surplus))
-        kind = "weights of another architecture" if strange else "tensors do not fit"
-        raise InputError(f"{where}: {kind}: {'; '.join(told)}")
+        matching = len(expected) - len(missing)
+        other = matching < min(len(missing), len(surplus))
+        problem = "weights of another architecture" if other else "tensors do not fit"
+        raise InputError(f"{where}: {problem}: {'; '.join(parts)}")
 
 
 def _misfits(
@@ -292,8 +293,10 @@ def _shape(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _first(descriptions: Sequence[str]) -> str:
-    return ", ".join([*descriptions[:_TOLD], *["..."][: max(0, len(descriptions) - _TOLD)]])
+def summarize(names: Iterable[str]) -> str:
+    """Returns the first few names; those that differ in their layer's number alone count as one."""
+    folded = _fold(names)
+    return ", ".join([*folded[:_MAX_NAMED], *(["..."] if len(folded) > _MAX_NAMED else [])])
 
 
 def _fold(descriptions: Iterable[str]) -> list[str]:
@@ -310,8 +313,8 @@ def _fold(descriptions: Iterable[str]) -> list[str]:
 
 
 def _layers(numbers: Sequence[str]) -> str:
-    few = len(numbers) <= _TOLD
-    return ",".join(numbers if few else [*numbers[: _TOLD - 1], "...", numbers[-1]])
+    few = len(numbers) <= _MAX_NAMED
+    return ",".join(numbers if few else [*numbers[: _MAX_NAMED - 1], "...", numbers[-1]])
 
 
 def _join(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
@@ -358,11 +361,30 @@ def _place(
                 memory[bounds] = _aligned(value.shape, dtype)
             # The one copy, which transposes and casts on its way out of the mapped file.
             np.copyto(memory[bounds], value, casting="unsafe")
+            if not _all_finite(memory[bounds]):
+                raise InputError(
+                    f"{getattr(checkpoint, 'path', 'weights')}: tensor {'+'.join(names)} has NaN "
+                    f"or infinite values as {dtype}; allowed: finite weights"
+                )
             filled.add(bounds)
         return memory[bounds]
 
     # Waiting keeps the host from reading ahead of the copies to the devices.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, give))
+
+
+def _all_finite(value: np.ndarray) -> bool:
+    """Returns whether no value is NaN or infinite; in pieces that stay in the CPU's cache."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return True
+    # The exponent's bits are all ones in NaN and infinity alone.
+    bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
+    exponent = np.asarray(np.inf, value.dtype).view(bits.dtype)
+    return all(
+        (piece & exponent).max() < exponent
+        for start in range(0, bits.size, _PIECE)
+        for piece in [bits[start : start + _PIECE]]
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

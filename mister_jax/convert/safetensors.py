@@ -116,18 +116,6 @@ class Checkpoint(Mapping[str, Tensor]):
             return cls(path, *_read_torch(path))
         raise InputError(f"{path}: unknown kind of file; allowed is {_READABLE}")
 
-    def renamed(self, endings: Mapping[str, str]) -> Checkpoint:
-        """The same tensors; names that end in a key of `endings` end in its value instead."""
-
-        def new(name: str) -> str:
-            for old, ending in endings.items():
-                if name.endswith(old):
-                    return name.removesuffix(old) + ending
-            return name
-
-        tensors = {new(name): tensor for name, tensor in self._tensors.items()}
-        return Checkpoint(self.path, tensors, self.metadata)
-
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 

@@ -16,6 +16,7 @@ from mister_jax.convert import beats as beats_table
 from mister_jax.convert import decoder as decoder_table
 from mister_jax.convert import whisper as whisper_table
 from mister_jax.convert.key_table import KeyTable, Source, Tensor, layer_names, load_params
+from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.salmonn import QFormerConfig, Salmonn, SalmonnConfig
 
 # What SALMONN's file holds besides: state of its training, and tensors that are no parameters or
@@ -52,8 +53,6 @@ _LAYER_LINEARS = {
     "hidden": "intermediate_query.dense",
     "out": "output_query.dense",
 }
-# Tells how a Whisper checkpoint's names begin.
-_WHISPER = "encoder.conv1.weight"
 _LORA = {"query": "q_proj", "value": "v_proj"}
 
 
@@ -132,36 +131,32 @@ def load(
     """
     config = module.config
 
-    def fill(part: str, table: KeyTable, checkpoint: Mapping[str, Tensor], **options: Any) -> None:
-        load_params(
-            module,
-            {f"{part}/{path}": source for path, source in table.items()},
-            checkpoint,
-            shardings=shardings,
-            skip=nnx.Any(nnx.Not(_within(part)), nnx.LoRAParam),
-            **options,
-        )
+    def fill(part: str, table: KeyTable, load: Callable[..., Any], *options: Any, **more: Any):
+        part_table = {f"{part}/{path}": source for path, source in table.items()}
+        skip = nnx.Any(nnx.Not(_within(part)), nnx.LoRAParam)
+        load(module, part_table, *options, shardings=shardings, skip=skip, **more)
 
-    found = [prefix for prefix in whisper_table.PREFIXES if f"{prefix}{_WHISPER}" in whisper]
     fill(
         "whisper",
         whisper_table.key_table(config.whisper),
+        load_backbone,
         whisper,
-        prefix=found[0] if found else whisper_table.PREFIXES[0],
-        ignore=whisper_table.IGNORED,
+        whisper_table.NAME_RULES,
     )
     fill(
         "beats",
         beats_table.key_table(config.beats),
+        load_params,
         beats,
         prefix=PREFIX,
         ignore=beats_table.IGNORED,
     )
     fill(
         "decoder",
-        decoder_table.key_table(config.decoder),
+        decoder_table.key_table(config.decoder, ""),
+        load_backbone,
         vicuna,
-        ignore=decoder_table.IGNORED,
+        decoder_table.NAME_RULES,
     )
     return load_params(
         module,

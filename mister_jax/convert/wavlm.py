@@ -1,31 +1,37 @@
-"""Tensors of wav2vec 2.0, HuBERT and WavLM checkpoints in transformers' form as those of a `WavLM`.
+"""Key table and name rules of wav2vec 2.0, HuBERT and WavLM checkpoints, for `WavLM`.
 
-The positional convolution's weight is kept apart in gain and direction there; here it is one.
+transformers splits the positional convolution's weight into gain and direction; here it is one.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from mister_jax.convert.beats import merge_weight_norm, split_weight_norm
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
+from mister_jax.convert.names import NameRules
 from mister_jax.encoders.wavlm import WavLMConfig
 
-# What may stand before the table's names, in models with a head.
-PREFIXES = ("", "wav2vec2.", "hubert.", "wavlm.")
-# Pre-training's mask vector and quantiser, and heads.
-IGNORED = (
-    r"(^|\.)masked_spec_embed$",
-    r"^quantizer\.",
-    r"^project_(hid|q)\.",
-    r"^(lm_head|classifier|projector|layer_weights|feature_extractor_head|objective|tdnn)\b",
+NAME_RULES = NameRules(
+    prefixes=("", "wav2vec2.", "hubert.", "wavlm."),
+    # New files spell the gain and the direction of weight normalization differently.
+    renamed={
+        r"parametrizations\.weight\.original0$": "weight_g",
+        r"parametrizations\.weight\.original1$": "weight_v",
+    },
+    unused=(r"^masked_spec_embed$",),
+    heads=(
+        r"^(quantizer|project_hid|project_q)\.",
+        r"^(lm_head|classifier|projector|layer_weights|objective|tdnn)\b",
+    ),
 )
+"""Variants of the tensor names in wav2vec 2.0 and HuBERT."""
+WAVLM_NAME_RULES = dataclasses.replace(
+    NAME_RULES, lora_bypassed=(r"\.attention\.(q_proj|k_proj|v_proj|out_proj)$",)
+)
+"""Variants of the tensor names in WavLM."""
 
-# The names newer files have for gain and direction -> the older ones, which are in the table.
-RENAMED = {
-    "parametrizations.weight.original0": "weight_g",
-    "parametrizations.weight.original1": "weight_v",
-}
-
-# Our module -> the one in transformers, in a layer.
+# Module of a layer -> its name in transformers.
 _LINEARS = {
     "attention/query": "attention.q_proj",
     "attention/key": "attention.k_proj",
@@ -38,7 +44,7 @@ _NORMS = {"attention_norm": "layer_norm", "hidden_norm": "final_layer_norm"}
 
 
 def key_table(config: WavLMConfig) -> KeyTable:
-    """Tensor names of a `Wav2Vec2Model`, `HubertModel` or `WavLMModel`, for a `WavLM`."""
+    """Returns the tensor names of a `Wav2Vec2Model`, `HubertModel` or `WavLMModel`."""
 
     def of_layers(name: str, axes: tuple[int, ...] | None = None, **how) -> Source:
         return Source(

@@ -1,16 +1,20 @@
-"""Tensors of Whisper checkpoints in transformers' form as parameters of a `Whisper`."""
+"""Key table and name rules of Whisper checkpoints in transformers' format, for `Whisper`."""
 
 from __future__ import annotations
 
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
+from mister_jax.convert.names import NameRules
 from mister_jax.encoders.whisper import WhisperConfig
 
-# What may stand before the table's names: of `WhisperModel` and of models with a head.
-PREFIXES = ("", "model.")
-# The decoder, and what it shares with its output.
-IGNORED = (r"^(model\.)?decoder\.", r"^proj_out\.")
+NAME_RULES = NameRules(
+    prefixes=("", "model."),
+    unused=(r"^decoder\.",),
+    # `WhisperForAudioClassification` has its encoder under no prefix.
+    heads=(r"^proj_out\.", r"^(classifier|projector|layer_weights)\b"),
+)
+"""Variants of the tensor names."""
 
-# Our module -> the one in transformers, in a layer and outside of the layers.
+# Module of a layer, or of the encoder -> its name in transformers.
 _LINEARS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -24,7 +28,7 @@ _CONVOLUTIONS = {"convolution": "conv1", "strided_convolution": "conv2"}
 
 
 def key_table(config: WhisperConfig) -> KeyTable:
-    """Tensor names of a `WhisperModel`, for each parameter of a `Whisper`."""
+    """Returns the tensor names of a `WhisperModel` for each parameter of a `Whisper`."""
 
     def of_layers(name: str, axes: tuple[int, ...] | None = None) -> Source:
         names = layer_names(f"encoder.layers.{{}}.{name}", config.num_layers)

@@ -1,7 +1,7 @@
-"""From a model's name or folder to an encoder with its weights, and its tokenizer; and back.
+"""Loads encoders and their tokenizers from the Hugging Face Hub or a folder, and saves them.
 
-A folder is as the Hugging Face libraries write it: `config.json`, safetensors, the tokenizer's
-files. `ARCHITECTURES` is the table of what can be loaded.
+A folder has the layout of the Hugging Face libraries: `config.json`, safetensors and the files of
+the tokenizer. `ARCHITECTURES` lists the supported model types.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import huggingface_hub
 import jax
 import transformers
+from absl import logging
 from flax import nnx
 from huggingface_hub import errors
 from jax.sharding import Mesh, NamedSharding
@@ -30,8 +32,9 @@ from mister_jax.convert import decoder as decoder_tables
 from mister_jax.convert import qwen2_audio as qwen2_audio_tables
 from mister_jax.convert import wavlm as wavlm_tables
 from mister_jax.convert import whisper as whisper_tables
-from mister_jax.convert.key_table import KeyTable, load_params, save_params
-from mister_jax.convert.peft import load_adapter, read_lora_config
+from mister_jax.convert.key_table import KeyTable, save_params
+from mister_jax.convert.names import NameRules, load_backbone
+from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import qwen2_audio
 from mister_jax.encoders.bert import Bert, BertConfig
@@ -69,28 +72,25 @@ RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What is needed to load a model type, and to save it.
+    """How to load and save a model type.
 
     Attributes:
-      config: class with `from_huggingface`.
-      module: class, made as `module(config, rngs=...)`.
-      key_table: of a config.
-      ignored: regular expressions of tensors the module has no use for.
-      prefixes: what may stand before the table's names; files are written with the first.
-      renamed: endings of tensor names in some checkpoints -> those in the table.
-      processor: name of the class in transformers that makes the module's input: a tokenizer, for
-        sound a feature extractor. By name, since access to it imports PyTorch where there is one.
-      modality: of what the module encodes, "text" or "speech".
-      prompt: of a module that hears clips in a prompt: what it is asked by default.
-      prompt_tokens: of such a module: tokens of (tokenizer, prompt, config).
+      config: Config class with `from_huggingface`.
+      module: Module class, called as `module(config, rngs=...)`.
+      key_table: Function from a config to the key table with the names of the bare backbone.
+      names: Variants of the tensor names in checkpoints and adapters.
+      processor: Name of the class in transformers that prepares the module's input: a tokenizer,
+        or a feature extractor for speech. A name, because access to the class imports PyTorch
+        where it is installed.
+      modality: Kind of input, "text" or "speech".
+      prompt: Default prompt of a module that hears clips in a prompt.
+      prompt_tokens: Function of such a module from (tokenizer, prompt, config) to tokens.
     """
 
     config: Any
     module: Callable[..., nnx.Module]
     key_table: Callable[[Any], KeyTable]
-    ignored: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ("",)
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: NameRules
     processor: str = "AutoTokenizer"
     modality: str = "text"
     prompt: str = ""
@@ -101,24 +101,19 @@ _BERT = Architecture(
     BertConfig,
     Bert,
     bert_tables.key_table,
-    ignored=bert_tables.IGNORED,
-    prefixes=bert_tables.PREFIXES,
-    renamed=bert_tables.RENAMED,
+    bert_tables.NAME_RULES,
 )
 _DECODER = Architecture(
     DecoderConfig,
     Decoder,
     lambda config: decoder_tables.key_table(config, prefix=""),
-    ignored=decoder_tables.IGNORED,
-    prefixes=("model.", ""),
+    decoder_tables.NAME_RULES,
 )
 _WAVLM = Architecture(
     WavLMConfig,
     WavLM,
     wavlm_tables.key_table,
-    ignored=wavlm_tables.IGNORED,
-    prefixes=wavlm_tables.PREFIXES,
-    renamed=wavlm_tables.RENAMED,
+    wavlm_tables.NAME_RULES,
     processor="AutoFeatureExtractor",
     modality="speech",
 )
@@ -133,19 +128,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         WhisperConfig,
         Whisper,
         whisper_tables.key_table,
-        ignored=whisper_tables.IGNORED,
-        prefixes=whisper_tables.PREFIXES,
+        whisper_tables.NAME_RULES,
         processor="AutoFeatureExtractor",
         modality="speech",
     ),
     "wav2vec2": _WAVLM,
     "hubert": _WAVLM,
-    "wavlm": _WAVLM,
+    "wavlm": dataclasses.replace(_WAVLM, names=wavlm_tables.WAVLM_NAME_RULES),
     "qwen2_audio": Architecture(
         Qwen2AudioConfig,
         Qwen2Audio,
         qwen2_audio_tables.key_table,
-        ignored=qwen2_audio_tables.IGNORED,
+        qwen2_audio_tables.NAME_RULES,
         modality="speech",
         prompt="<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:",
         prompt_tokens=qwen2_audio.prompt_tokens,
@@ -195,7 +189,9 @@ def load(
 
 
 MINILM = "minilm"
-"""Names an encoder that needs no download."""
+"""Name of an encoder that needs no download."""
+MINILM_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""Name of the same model on the Hugging Face Hub."""
 
 
 def _installed_minilm() -> pathlib.Path:
@@ -263,21 +259,38 @@ def _copy(name: str, revision: str | None) -> pathlib.Path:
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a folder's config.json.
+    """Reads a folder's config.json.
 
-    Where a preprocessor_config.json says whether a speech encoder's input is normalised, its
-    `do_normalize` is added, which belongs to the model.
+    wav2vec 2.0, HuBERT and WavLM store in a file of the feature extractor whether their input is
+    normalized. Its `do_normalize` is added to the config.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: A file is missing or damaged.
     """
-    config = _read_json(pathlib.Path(directory) / CONFIG)
-    preprocessor = pathlib.Path(directory) / "preprocessor_config.json"
-    if config.get("model_type") in ("wav2vec2", "hubert", "wavlm") and preprocessor.exists():
-        described = _read_json(preprocessor)
-        if "do_normalize" in described:
-            config["do_normalize"] = described["do_normalize"]
+    directory = pathlib.Path(directory)
+    config = _read_json(directory / CONFIG)
+    if config.get("model_type") in ("wav2vec2", "hubert", "wavlm"):
+        extractor = _read_feature_extractor(directory)
+        if extractor is not None:
+            config["do_normalize"] = extractor.get("do_normalize", True)
     return config
+
+
+def _read_feature_extractor(directory: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the fields of a folder's feature extractor, None if it has none.
+
+    transformers 5 writes them into processor_config.json, older versions into
+    preprocessor_config.json. The precedence is that of transformers.
+    """
+    path = directory / "processor_config.json"
+    fields = _read_json(path) if path.exists() else {}
+    for name in ("feature_extractor", "audio_processor"):
+        if name in fields:
+            if not isinstance(fields[name], dict):
+                raise InputError(f"{path}: {name}={fields[name]!r}; allowed: an object")
+            return fields[name]
+    path = directory / "preprocessor_config.json"
+    return _read_json(path) if path.exists() else None
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -375,11 +388,12 @@ def load_module(
     seed: int = 0,
     **changes: Any,
 ) -> nnx.Module:
-    """Loads an encoder alone; see `load`.
+    """Loads an encoder without its tokenizer; see `load`.
+
+    The head of a task model is ignored, which is logged.
 
     Raises:
-      InputError: an architecture that is not supported, or weights or an adapter that do not
-        belong to it.
+      InputError: The architecture is not supported, or weights or an adapter do not fit it.
     """
     directory = pathlib.Path(directory)
     fields = read_config(directory)
@@ -395,30 +409,51 @@ def load_module(
     except ValueError as error:
         raise InputError(f"{directory}: {error}") from error
     table = architecture.key_table(config)
-    checkpoint = Checkpoint.open(directory).renamed(architecture.renamed)
-    first = next(iter(table.values())).names[0]
-    found = [prefix for prefix in architecture.prefixes if prefix + first in checkpoint]
     shapes = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    load_params(
+    load_backbone(
         module,
         table,
-        checkpoint,
-        ignore=architecture.ignored,
-        prefix=found[0] if found else architecture.prefixes[0],
+        Checkpoint.open(directory),
+        architecture.names,
         shardings=None if mesh is None else parallel.shardings(shapes, mesh, rules),
     )
-    # What no checkpoint holds, such as low-rank paths, is made as in a new module. The compiler
-    # leaves out the rest, so no parameter is made twice.
+    # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
+    # module. The compiler drops the rest, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     if jax.tree.leaves(nnx.state(module, others)):
-        made = jax.jit(lambda: nnx.state(new(), others), out_shardings=everywhere)()
-        nnx.update(module, made)
+        initial = jax.jit(lambda: nnx.state(new(), others), out_shardings=everywhere)()
+        nnx.update(module, initial)
     if adapter is not None:
-        add_lora(module, read_lora_config(adapter, table), rngs=nnx.Rngs(seed))
-        load_adapter(module, adapter, table)
+        _check_base_model(adapter, directory, fields)
+        lora = read_lora_config(adapter, table, architecture.names)
+        add_lora(module, lora, rngs=nnx.Rngs(seed))
+        load_adapter(module, adapter, table, architecture.names)
         nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), everywhere))
     return module
+
+
+def _check_base_model(
+    adapter: str | os.PathLike[str], directory: pathlib.Path, fields: Mapping[str, Any]
+) -> None:
+    """Warns if an adapter names another base model than the encoder's.
+
+    Names are compared by their last part, and loosely, since a copy may be in any folder.
+    """
+    base = read_base_model(adapter)
+    name = _letters(pathlib.PurePath(base or "").name)
+    places = (*directory.resolve().parts, *pathlib.PurePath(str(fields.get("_name_or_path"))).parts)
+    if name and not any(_letters(place).endswith(name) for place in places):
+        logging.warning(
+            "%s: trained on %s; the encoder is %s. The result is wrong unless both are the same",
+            adapter,
+            base,
+            directory,
+        )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
@@ -510,7 +545,7 @@ def save_pretrained(
     if _shapes(expected) != _shapes(merged):
         raise ValueError("save_pretrained: the config is of a model of other parameters")
     tensors = save_params(
-        merged, architecture.key_table(described), prefix=architecture.prefixes[0]
+        merged, architecture.key_table(described), prefix=architecture.names.prefixes[0]
     )
     save(directory, tensors)
     # Read by transformers as the dtype to load in.

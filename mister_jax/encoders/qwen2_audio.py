@@ -21,6 +21,7 @@ from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.lora import LoRALinear
 
 # What transformers takes for fields that a config.json leaves out.
 _AUDIO_DEFAULTS = {
@@ -209,9 +210,10 @@ class Qwen2Audio(nnx.Module):
     def __init__(self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.tower = AudioTower(config.tower, rngs=rngs)
-        self.projection = nnx.Linear(
+        self.projection = LoRALinear(
             config.tower.width,
             config.decoder.width,
+            quantizable=False,
             dtype=jnp.dtype(config.decoder.dtype),
             param_dtype=jnp.dtype(config.decoder.param_dtype),
             rngs=rngs,
@@ -245,7 +247,7 @@ class Qwen2Audio(nnx.Module):
             prompt,
             prompt_mask,
             self.config.placeholder,
-            self.projection(vectors),  # B A D
+            self.projection(vectors, **options),  # B A D
             audio_lengths,
             **options,
         )

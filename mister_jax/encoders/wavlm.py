@@ -96,8 +96,8 @@ class WavLMConfig:
       max_distance: relative positions as far as this or farther share a bucket.
       norm_first: the LayerNorms are before the blocks and at the end, as in the large models, not
         behind each residual.
-      normalise: the waveform is given zero mean and unit variance; what a model was trained with
-        its `preprocessor_config.json` tells (`do_normalize`).
+      normalise: Whether the waveform is normalized to zero mean and unit variance. The feature
+        extractor of a model says what it was trained with (`do_normalize`).
       layer_norm_epsilon: of the transformer's LayerNorms.
       dropout: rate on the transformer's input and on each block's output.
       attention_dropout: rate on the attention weights.
@@ -210,12 +210,12 @@ class WavLMConfig:
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:
         """Reads a `config.json` of model type "wav2vec2", "hubert" or "wavlm", with `changes`.
 
-        Absent fields have the values transformers gives them. Whether the waveform is normalised
-        is in another file, preprocessor_config.json, whose `do_normalize` `hub.read_config` adds;
-        where that is missing, the value is that of the published models.
+        Absent fields have the default values of transformers. Whether the waveform is normalized
+        is stored with the feature extractor; `hub.read_config` adds its `do_normalize`. Without
+        it, the value is that of the published models.
 
         Raises:
-          InputError: a field with a value that this architecture does not have.
+          InputError: A field has a value that this architecture does not support.
         """
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
@@ -228,7 +228,7 @@ class WavLMConfig:
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["convolution_norm"] == "layer"
-        fields["normalise"] = bool(config.get("do_normalize", published))
+        fields |= read(config, {"normalise": ("do_normalize", published)})
         try:
             return cls(**{**fields, **changes})
         except ValueError as error:
@@ -340,13 +340,33 @@ class GatedBias(nnx.Module):
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = types_of(config)
         self.num_heads = config.num_heads
-        self.projection = nnx.Linear(config.width // config.num_heads, 8, **options, rngs=rngs)
+        self.projection = LoRALinear(
+            config.width // config.num_heads, 8, quantizable=False, **options, rngs=rngs
+        )
         self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
 
-    def __call__(self, x: jax.Array, position_bias: jax.Array) -> jax.Array:
-        """x [B, N, D] and position_bias [K, N, N] (query, key) float32; gives [B, K, N, N]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        position_bias: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """Gates the position bias.
+
+        Args:
+          x: Input of the attention, [B, N, D].
+          position_bias: Bias of each query and key, [K, N, N] float32.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+
+        Returns:
+          Gated bias, [B, K, N, N] float32.
+        """
         heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # B N K W
-        gates = self.projection(heads).astype(jnp.float32)  # B N K 8
+        gates = self.projection(heads, deterministic=deterministic, rngs=rngs)  # B N K 8
+        gates = gates.astype(jnp.float32)
         gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # B N K 2
         update, reset = gates[..., 0], gates[..., 1]
         gate = update * (reset * self.scale[...].astype(jnp.float32) - 1) + 2  # B N K
@@ -380,14 +400,14 @@ class TransformerLayer(nnx.Module):
     def attend(
         self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
     ) -> jax.Array:
-        """What self-attention adds to x [B, N, D]."""
+        """Returns the attention's residual for x [B, N, D]."""
         bias = None
         if self.gate is not None and position_bias is not None:
-            bias = self.gate(x, position_bias)
+            bias = self.gate(x, position_bias, **options)
         return self.dropout(self.attention(x, key_mask[:, None, None], bias, **options), **options)
 
     def transform(self, x: jax.Array, **options: Any) -> jax.Array:
-        """What the feed-forward block adds to x [B, N, D]."""
+        """Returns the feed-forward block's residual for x [B, N, D]."""
         hidden = self.hidden_dropout(_gelu(self.hidden(x, **options)), **options)
         return self.dropout(self.out(hidden, **options), **options)
 
@@ -432,7 +452,7 @@ class WavLM(nnx.Module):
             if config.projection_norm
             else None
         )
-        self.projection = nnx.Linear(channels, width, **options)
+        self.projection = LoRALinear(channels, width, quantizable=False, **options)
         self.projection_dropout = Dropout(config.projection_dropout)
         self.position_convolution = nnx.Conv(
             width,
@@ -534,7 +554,7 @@ class WavLM(nnx.Module):
         mask = audio.length_mask(config.num_frames(lengths), x.shape[1])
         if self.projection_norm is not None:
             x = self.projection_norm(x)
-        x = self.projection_dropout(self.projection(x), **options)
+        x = self.projection_dropout(self.projection(x, **options), **options)
         x = jnp.where(mask[..., None], x, 0)  # B N D
         x = x + _gelu(self.position_convolution(x))
         x = self.dropout(x if config.norm_first else self.norm(x), **options)

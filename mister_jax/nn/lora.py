@@ -1,13 +1,13 @@
-"""A linear layer whose kernel may be bfloat16 or int8, and frozen while a low-rank path learns.
+"""Linear layer with a bfloat16 or int8 kernel that is frozen while a low-rank path is trained.
 
-LoRA (arXiv 2106.09685) adds x a b to what a frozen kernel gives. The low-rank matrices and nothing
-else are of type `nnx.LoRAParam`, so that is the filter for them, and `nnx.Not(nnx.LoRAParam)` the
-one for the base.
+LoRA (arXiv 2106.09685) adds x a b to the output of a frozen kernel. Only the low-rank matrices are
+of type `nnx.LoRAParam`, which is the filter for them; `nnx.Not(nnx.LoRAParam)` selects the base.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -27,17 +27,19 @@ class LoRAConfig:
     """Which layers get a low-rank path, and its shape.
 
     Attributes:
-      rank: r, columns of the first matrix.
-      alpha: the path's output is multiplied by alpha / r.
-      dropout: rate on the path's input.
-      targets: names of the layers, or the ends of their paths if a name is not enough:
-        "query", "attention/query".
+      rank: Rank r, the number of columns of the first matrix.
+      alpha: Numerator of the scale of the path's output.
+      dropout: Dropout rate on the path's input.
+      targets: Names of layers, or suffixes of their paths where a name is ambiguous: "query",
+        "attention/query". A leading "/" marks a whole path.
+      use_rslora: Whether the scale is alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = ("query", "value")
+    use_rslora: bool = False
 
     def __post_init__(self):
         if self.rank < 1:
@@ -51,34 +53,36 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
+        """Factor of the path's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class QuantizedParam(nnx.Variable):
-    """An int8 kernel or its scales. Not an `nnx.Param`, so nothing takes its gradient."""
+    """Int8 kernel or its scales. Not an `nnx.Param`, so that no gradient is taken."""
 
 
 class LoRALinear(nnx.Module):
-    """x kernel + bias, and with LoRA + alpha / r * dropout(x) lora_a lora_b.
+    """Computes x kernel + bias, with LoRA + scale * dropout(x) lora_a lora_b.
 
-    A layer is made without LoRA; `add_lora` gives it the low-rank path, `quantize` an int8 kernel.
-    Layers stacked along a leading axis L are given theirs in the same way.
+    A new layer has no LoRA; `add_lora` adds the low-rank path, `quantize` makes the kernel int8.
+    Both also work on layers stacked along a leading axis L.
 
     Attributes:
-      kernel: [in, out], an `nnx.Param`, or int8 as a `QuantizedParam`.
-      kernel_scale: of an int8 kernel, what an output's column is multiplied by [out], else None.
-      bias: [out] or None.
-      lora: of the low-rank path, or None.
-      lora_a: [in, r] float32, or None without LoRA.
-      lora_b: [r, out] float32, likewise.
+      kernel: Kernel, [in, out]; an `nnx.Param`, or a `QuantizedParam` of int8.
+      kernel_scale: Scale of each output of an int8 kernel, [out]; otherwise None.
+      bias: Bias, [out], or None.
+      lora: Config of the low-rank path, or None.
+      lora_a: First matrix, [in, r] float32, or None without LoRA.
+      lora_b: Second matrix, [r, out] float32, or None without LoRA.
 
     Args:
-      in_features: width of the input.
-      out_features: width of the output.
-      use_bias: adds a bias.
-      dtype: of the computation; the low-rank path is float32.
-      param_dtype: of kernel and bias.
+      in_features: Size of the input.
+      out_features: Size of the output.
+      use_bias: Whether to add a bias.
+      quantizable: Whether `quantize` applies; False for small layers that are better exact.
+      dtype: Type of the computation; the low-rank path is float32.
+      param_dtype: Type of kernel and bias.
+      rngs: Source of the initial kernel.
     """
 
     def __init__(
@@ -87,10 +91,12 @@ class LoRALinear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
+        quantizable: bool = True,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.quantizable = quantizable
         self.dtype = dtype
         self.param_dtype = param_dtype
         kernel = nnx.initializers.lecun_normal()(
@@ -108,13 +114,13 @@ class LoRALinear(nnx.Module):
     def __call__(
         self, x: jax.Array, *, deterministic: bool = True, rngs: KeySource | None = None
     ) -> jax.Array:
-        """Multiplies x [..., in]; gives [..., out] in `dtype`."""
+        """Applies the layer to x [..., in]; returns [..., out] in `dtype`."""
         x = x.astype(self.dtype)
         kernel = self.kernel[...].astype(self.dtype)
         if self.kernel_scale is None:
             y = x @ kernel
         else:
-            # Every int8 is a bfloat16, so the scales alone need the wider type.
+            # bfloat16 holds every int8, so only the scales need float32.
             y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
             y = (y * self.kernel_scale[...]).astype(self.dtype)
         if self.bias is not None:
@@ -127,28 +133,32 @@ class LoRALinear(nnx.Module):
 
 
 def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyModule:
-    """Gives a low-rank path to the layers the config names.
+    """Adds a low-rank path to the layers that the config names.
 
-    The first matrix is uniform within 1 / sqrt(in), the second zero, so no output changes. A path
-    that is there already is replaced, also that of a module from `nnx.eval_shape`.
+    The first matrix is uniform within 1 / sqrt(in), the second is zero, so that no output changes.
+    An existing path is replaced, also in a module from `nnx.eval_shape`.
 
     Args:
-      module: whose `LoRALinear` layers are looked through; changed in place.
-      config: of the paths.
-      rngs: for the first matrices.
+      module: Module with `LoRALinear` layers; changed in place.
+      config: Config of the paths.
+      rngs: Source of the first matrices.
 
     Returns:
       The module.
 
     Raises:
-      ValueError: a target that is the name of no such layer.
+      ValueError: A target names no `LoRALinear` layer.
     """
     layers = dict(linear_layers(module))
     chosen = {target: [path for path in layers if _ends(path, target)] for target in config.targets}
     unknown = [target for target, paths in chosen.items() if not paths]
     if unknown:
         names = sorted({path.rpartition("/")[2] for path in layers})
-        raise ValueError(f"LoRA targets {unknown}: no such layers; allowed are {names}")
+        allowed = f"allowed are {names}" if names else f"{type(module).__name__} has none at all"
+        raise ValueError(
+            f"LoRA targets {unknown}: no such layers of mister_jax.nn.lora.LoRALinear, the only "
+            f"kind that add_lora adapts; {allowed}"
+        )
     for path in sorted(set().union(*chosen.values())):
         layer = layers[path]
         *stacked, in_features, out_features = layer.kernel.shape
@@ -164,13 +174,13 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
 
 
 def merge_lora(module: AnyModule) -> AnyModule:
-    """Adds every low-rank path to its kernel and takes it away; outputs without dropout stay.
+    """Adds every low-rank path to its kernel and removes it; outputs without dropout stay equal.
 
-    An int8 kernel becomes one of `param_dtype`, since int8 could not hold the sum; `quantize` may
+    An int8 kernel becomes one of `param_dtype`, since int8 cannot hold the sum; `quantize` may
     follow.
 
     Args:
-      module: changed in place.
+      module: Module to change in place.
 
     Returns:
       The module.
@@ -192,28 +202,28 @@ def merge_lora(module: AnyModule) -> AnyModule:
 
 
 def quantize(module: AnyModule) -> AnyModule:
-    """Turns the kernels of all `LoRALinear` layers to int8, symmetric, one scale an output.
+    """Quantizes the kernels of `LoRALinear` layers to int8, symmetric, with one scale per output.
 
-    A weight moves by at most 1 / 254 of the largest in its column. Low-rank paths stay.
+    A weight changes by at most 1 / 254 of the largest in its column. Low-rank paths are kept.
 
     Args:
-      module: changed in place.
+      module: Module whose layers are `quantizable` or not; changed in place.
 
     Returns:
       The module.
     """
     for _, layer in linear_layers(module):
-        if layer.kernel_scale is None:
+        if layer.kernel_scale is None and layer.quantizable:
             kernel, scale = _quantized(layer.kernel[...])
             layer.kernel, layer.kernel_scale = QuantizedParam(kernel), QuantizedParam(scale)
     return module
 
 
 def dequantize(module: AnyModule) -> AnyModule:
-    """Turns int8 kernels back to ones of `param_dtype`, of the values that int8 left of them.
+    """Converts int8 kernels back to `param_dtype`, with the values that int8 left.
 
     Args:
-      module: changed in place.
+      module: Module to change in place.
 
     Returns:
       The module.
@@ -227,14 +237,14 @@ def dequantize(module: AnyModule) -> AnyModule:
 
 
 def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """All `LoRALinear` layers in a module by their "/"-joined paths."""
+    """Yields all `LoRALinear` layers of a module with their "/"-joined paths."""
     for path, layer in nnx.iter_modules(module):
         if isinstance(layer, LoRALinear):
             yield "/".join(map(str, path)), layer
 
 
 def _ends(path: str, target: str) -> bool:
-    return f"/{path}".endswith(f"/{target}")
+    return path == target[1:] if target.startswith("/") else f"/{path}".endswith(f"/{target}")
 
 
 @jax.jit

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mister_jax.convert import bert as bert_tables
-from mister_jax.convert.decoder import IGNORED, key_table
+from mister_jax.convert.decoder import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params
 from mister_jax.convert.peft import load_adapter, read_lora_config, save_adapter
 from mister_jax.encoders.bert import Bert, BertConfig
@@ -143,12 +143,11 @@ def test_what_is_saved_is_what_was_loaded(golden, write, tmp_path):
     assert read_lora_config(folder, golden.table) == LORA
 
 
-@pytest.mark.parametrize("theirs", ["", "model."])
-@pytest.mark.parametrize("ours", ["", "model."])
-def test_reads_adapters_of_models_with_and_without_a_head(golden, write, ours, theirs):
-    folder = write(renamed(golden.group("lora/"), PREFIX, PREFIX + theirs))
-    table = key_table(golden.config, prefix=ours)
-    decoder = load_adapter(golden.decoder(LORA), folder, table)
+@pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
+def test_reads_adapters_of_models_with_and_without_a_head(golden, write, prefix):
+    tensors = renamed(golden.group("lora/"), PREFIX, PREFIX + prefix)
+    tensors[f"{PREFIX}score.weight"] = np.ones((3, 16), np.float32)
+    decoder = load_adapter(golden.decoder(LORA), write(tensors), golden.table, NAME_RULES)
     expected = golden.group("lora/")[f"{PREFIX}layers.1.self_attn.q_proj.lora_A.weight"]
     np.testing.assert_array_equal(decoder.layers.layers.attention.query.lora_a[1], expected.T)
 
@@ -206,7 +205,7 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(golden, write):
     [
         ("peft_type", "IA3"),
         ("bias", "all"),
-        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 3}),
         ("use_dora", True),
         ("alpha_pattern", {"q_proj": 3}),
         ("init_lora_weights", "pissa"),
@@ -286,7 +285,7 @@ def test_equals_peft_both_ways(name, tmp_path):
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     base = make_decoder.huggingface_model(name)
     tensors = {key: value.numpy() for key, value in base.state_dict().items()}
-    load_params(decoder, table, tensors, ignore=IGNORED)
+    load_params(decoder, table, tensors, ignore=NAME_RULES.unused)
     add_lora(decoder, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
     load_adapter(decoder, tmp_path / "theirs", table)
     assert_equal_to_peft(decoder, inputs, last, gradients)
@@ -336,7 +335,10 @@ def test_bert_equals_peft_both_ways(name, tmp_path):
     bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
     base = make_bert.huggingface_model(name).state_dict()
     load_params(
-        bert, table, {key: value.numpy() for key, value in base.items()}, ignore=bert_tables.IGNORED
+        bert,
+        table,
+        {key: value.numpy() for key, value in base.items()},
+        ignore=bert_tables.NAME_RULES.unused,
     )
     add_lora(bert, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
     load_adapter(bert, tmp_path / "theirs", table)

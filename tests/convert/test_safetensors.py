@@ -140,11 +140,6 @@ def test_types_the_format_lacks_are_named(tmp_path):
         save(tmp_path, {"odd": np.zeros(2, np.complex64)})
 
 
-def test_names_may_be_given_new_endings(tmp_path):
-    save(tmp_path, {"a.gamma": np.ones(2), "gamma.b": np.zeros(2)})
-    assert set(Checkpoint.open(tmp_path).renamed({".gamma": ".weight"})) == {"a.weight", "gamma.b"}
-
-
 def test_what_is_not_there_is_named(tmp_path):
     refuses(tmp_path / "nothing", "no such file or folder")
     refuses(tmp_path, "no weights")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.bert import IGNORED, key_table
+from mister_jax.convert.bert import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.errors import InputError
@@ -43,7 +43,7 @@ def make(name, **changes):
     """The golden encoder. Tests do not change it."""
     config = BertConfig.from_huggingface(huggingface_config(name), **changes)
     bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-    return load_params(bert, key_table(config), group(name, "param/"), ignore=IGNORED)
+    return load_params(bert, key_table(config), group(name, "param/"), ignore=NAME_RULES.unused)
 
 
 @nnx.jit(static_argnames=("collect", "deterministic"))

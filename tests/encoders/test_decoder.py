@@ -12,8 +12,9 @@ import optax
 import pytest
 from flax import nnx
 
-from mister_jax.convert.decoder import IGNORED, key_table
+from mister_jax.convert.decoder import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params
+from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.decoder import Decoder, DecoderConfig, RopeScaling, rope_frequencies
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, quantize
@@ -378,15 +379,15 @@ def test_slow_rotations_are_slowed_and_fast_ones_kept():
     assert (scaled[between] > plain[between] / 8).all()
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "language_model.model."])
-def test_reads_checkpoints_whatever_their_prefix(prefix):
+@pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
+def test_checkpoints_are_read_under_any_prefix(prefix):
     tensors = {f"{prefix}{name}": value for name, value in group("qwen2", "param/").items()}
-    head = prefix.removesuffix("model.")
-    tensors[f"{head}lm_head.weight"] = np.zeros((24, 16), np.float32)
+    tensors["lm_head.weight"] = np.zeros((24, 16), np.float32)
     tensors[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
     expected = make("qwen2")
     decoder = nnx.eval_shape(lambda: Decoder(expected.config, rngs=nnx.Rngs(0)))
-    load_params(decoder, key_table(decoder.config, prefix), tensors, ignore=IGNORED)
+    head = load_backbone(decoder, key_table(decoder.config, ""), tensors, NAME_RULES)
+    assert set(head) == {"lm_head.weight"}
     jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), nnx.state(expected))
 
 
@@ -394,7 +395,8 @@ def load_from(model, **changes):
     config = DecoderConfig.from_huggingface(model.config.to_dict(), **changes)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     tensors = {name: value.float().numpy() for name, value in model.state_dict().items()}
-    return load_params(decoder, key_table(config), tensors, ignore=IGNORED)
+    load_backbone(decoder, key_table(config, ""), tensors, NAME_RULES)
+    return decoder
 
 
 @pytest.mark.parity

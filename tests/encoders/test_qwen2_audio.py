@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from mister_jax.convert import qwen2_audio as convert
-from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.key_table import save_params
+from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, prompt_tokens
 from mister_jax.encoders.whisper import WhisperConfig
 from mister_jax.errors import InputError
@@ -46,12 +47,9 @@ def config(hf_config):
 
 
 def load(config, weights):
-    return load_params(
-        nnx.eval_shape(lambda: Qwen2Audio(config, rngs=nnx.Rngs(0))),
-        convert.key_table(config),
-        weights,
-        ignore=convert.IGNORED,
-    )
+    model = nnx.eval_shape(lambda: Qwen2Audio(config, rngs=nnx.Rngs(0)))
+    load_backbone(model, convert.key_table(config), weights, convert.NAME_RULES)
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.convert.wavlm import IGNORED, PREFIXES, RENAMED, key_table
+from mister_jax.convert.names import load_backbone
+from mister_jax.convert.wavlm import NAME_RULES, key_table
 from mister_jax.encoders.wavlm import WavLM, WavLMConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import DialogueKeys
@@ -38,15 +39,8 @@ def huggingface_config(name):
 
 
 def renamed(tensors):
-    """Under the names of older files, as the hub gives them."""
-
-    def new(name):
-        for old, ending in RENAMED.items():
-            if name.endswith(old):
-                return name.removesuffix(old) + ending
-        return name
-
-    return {new(name): value for name, value in tensors.items()}
+    """The tensors under the names of old files, which are those of the key table."""
+    return {NAME_RULES.canonical(name): value for name, value in tensors.items()}
 
 
 @functools.cache
@@ -55,7 +49,7 @@ def make(name, **changes):
     config = WavLMConfig.from_huggingface(huggingface_config(name), **changes)
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
     tensors = renamed(group(f"{name}/param/"))
-    return load_params(encoder, key_table(config), tensors, ignore=IGNORED)
+    return load_params(encoder, key_table(config), tensors, ignore=NAME_RULES.unused)
 
 
 def padded(clips, num_samples):
@@ -185,7 +179,7 @@ def test_lora_is_added_where_the_config_says():
     assert found["layers", "layers", "attention", "value", "lora_a"].shape == (2, 8, 2)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
 def test_checkpoints_with_and_without_a_head_are_read(prefix):
     config = make("wavlm").config
     tensors = renamed(group("wavlm/param/"))
@@ -193,7 +187,8 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
     more = (f"{prefix}masked_spec_embed", "lm_head.weight", "quantizer.codevectors")
     given |= {name: np.zeros(8, np.float32) for name in more}
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
-    load_params(encoder, key_table(config), given, prefix=prefix, ignore=IGNORED)
+    head = load_backbone(encoder, key_table(config), given, NAME_RULES)
+    assert set(head) == {"lm_head.weight", "quantizer.codevectors"}
     saved = save_params(encoder, key_table(config))
     assert set(saved) == set(tensors) - {"masked_spec_embed"}
     for name, value in saved.items():
@@ -282,7 +277,7 @@ def test_equals_transformers_with_other_weights_and_clips(name):
     config = WavLMConfig.from_huggingface(theirs.config.to_dict())
     ours = WavLM(config, rngs=nnx.Rngs(0))
     tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    load_params(ours, key_table(config), renamed(tensors), ignore=IGNORED)
+    load_params(ours, key_table(config), renamed(tensors), ignore=NAME_RULES.unused)
     samples = reference.clips((2000, 30, 1234, 555), seed=1)
     layers, mask = run_layers(ours, *padded(samples, 2000))
     for index, clip in enumerate(samples):

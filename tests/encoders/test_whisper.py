@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.convert.whisper import IGNORED, PREFIXES, key_table
+from mister_jax.convert.names import load_backbone
+from mister_jax.convert.whisper import NAME_RULES, key_table
 from mister_jax.encoders import audio
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
@@ -44,7 +45,9 @@ def make(name="whisper", **changes):
     """A golden encoder. Tests do not change it."""
     config = WhisperConfig.from_huggingface(huggingface_config(name), **changes)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
-    return load_params(whisper, key_table(config), group(f"{name}/param/"), ignore=IGNORED)
+    return load_params(
+        whisper, key_table(config), group(f"{name}/param/"), ignore=NAME_RULES.unused
+    )
 
 
 def padded(clips, num_samples):
@@ -200,14 +203,16 @@ def test_lora_is_added_where_the_config_says():
     assert found["layers", "layers", "out", "lora_a"].shape == (2, 12, 2)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
 def test_checkpoints_with_and_without_a_head_are_read(prefix):
     config = make().config
     tensors = {f"{prefix}{name}": value for name, value in group("whisper/param/").items()}
     more = (f"{prefix}decoder.embed_tokens.weight", "proj_out.weight")
     tensors |= {name: np.zeros((3, 8), np.float32) for name in more}
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
-    load_params(whisper, key_table(config), tensors, prefix=prefix, ignore=IGNORED)
+    assert set(load_backbone(whisper, key_table(config), tensors, NAME_RULES)) == {
+        "proj_out.weight"
+    }
     saved = save_params(whisper, key_table(config))
     for name, value in group("whisper/param/").items():
         np.testing.assert_array_equal(saved[name][...], value)
@@ -259,7 +264,7 @@ def test_equals_transformers_with_other_weights_and_clips(name):
     config = WhisperConfig.from_huggingface(theirs.config.to_dict(), trim=False)
     ours = Whisper(config, rngs=nnx.Rngs(0))
     tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    load_params(ours, key_table(config), tensors, ignore=IGNORED)
+    load_params(ours, key_table(config), tensors, ignore=NAME_RULES.unused)
     samples = reference.clips((16_000, 15_900, 1, 20_000, 7777), seed=1)
     layers, _ = run_layers(ours, *padded(samples, 20_000))
     for index, clip in enumerate(samples):
