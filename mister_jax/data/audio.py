@@ -20,7 +20,6 @@ import stat
 import sys
 import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,9 @@ _FULL_SCALE = 2**15
 
 # A mix is canceled if its power is less than this share of the strongest channel's (-26 dB).
 _CANCELED_SHARE = 10 ** (-26 / 10)
-_POWER_BIN = 0.25  # Seconds over which the power of channels is summed.
+_POWER_BIN = 0.25  # Seconds over which the power of channels is summed,
+_POWER_STEP = 7  # and of how many samples one counts.
+_BLOCK_SECONDS = 0.25  # Decoded frames are worked on in blocks of that length.
 
 
 class Reason(enum.StrEnum):
@@ -555,7 +556,8 @@ class _Recording:
 
     def canceled_by(self, first: int, stop: int) -> int | None:
         """Returns the strongest channel of a part whose mix is canceled, None if it is not."""
-        bins = range(_power_bin(first), _power_bin(max(first, stop - 1)) + 1)
+        ends = (place / SAMPLE_RATE / _POWER_BIN for place in (first, max(first, stop - 1)))
+        bins = range(int(next(ends)), int(next(ends)) + 1)
         powers = [self._powers[index] for index in bins if index in self._powers]
         if not powers:
             return None
@@ -595,15 +597,16 @@ class _Recording:
         Args:
             lead: Time in seconds that the frames have to hold, and all after it.
         """
-        for position, frame in self._timed_frames(lead):
-            self._position = round(position / frame.sample_rate * SAMPLE_RATE)
-            yield position, self._one_channel(frame)
+        num_seconds = 0.0
+        for position, frame in _merged(self._timed_frames(lead)):
+            num_seconds = (position + frame.samples) / frame.sample_rate
+            yield position, self._one_channel(frame, position / frame.sample_rate)
         # FFmpeg passes over damage in FLAC in silence, but the time stamps show it.
         if self._container is not None and self._container.format.name == "flac":
             missing = sum(end - begin for begin, end in self._holes) / SAMPLE_RATE
             if self._stream.duration:
                 announced = float(self._stream.duration * self._stream.time_base)
-                missing += max(0.0, announced - (position + frame.samples) / frame.sample_rate)
+                missing += max(0.0, announced - num_seconds)
             if missing > 0.1:
                 self._note_damage(f"{missing:.1f} s are missing")
         elif self._header is not None and self._header.missing_seconds > 0.1:
@@ -621,12 +624,12 @@ class _Recording:
         position: int | None = None  # Where the next frame is expected.
         rate = 0
         for frame in self._decoded():
-            if rate and frame.sample_rate != rate:
-                position = round(position * Fraction(frame.sample_rate, rate))  # type: ignore[operator]
+            if rate and frame.sample_rate != rate and position is not None:
+                position = round(position * frame.sample_rate / rate)
             rate = frame.sample_rate
             time = None
             if frame.pts is not None and frame.time_base is not None:
-                time = Fraction(frame.pts) * frame.time_base
+                time = frame.pts * float(frame.time_base)
                 if origin is None:
                     origin = time
                 time -= origin
@@ -644,25 +647,26 @@ class _Recording:
             gap = 0 if time is None else round(time * rate) - position
             if abs(gap) > _MAX_HOLE * rate:
                 self._jumps.append(f"time stamps jump by {gap / rate:.0f} s, which is ignored")
-                origin += Fraction(gap, rate)  # type: ignore[operator]
-                gap = 0
+                origin, gap = _shifted(origin, gap / rate), 0
             if is_first and gap < 0:
                 # What comes before the beginning is not played, such as a coder's filling.
                 yield from ((0, kept) for kept in _without(-gap, iter([frame])))
                 position = max(0, gap + frame.samples)
                 continue
             if gap > (0 if is_first else _TIME_TOLERANCE * rate):
-                ends = (round(place / rate * SAMPLE_RATE) for place in (position, position + gap))
-                self._holes.add(tuple(ends))  # type: ignore[arg-type]
+                self._holes.add(
+                    (_at_sample_rate(position, rate), _at_sample_rate(position + gap, rate))
+                )
                 for silence in _silence(frame, gap):
                     yield position, silence
                     position += silence.samples
             elif gap < -_TIME_TOLERANCE * rate:
-                origin += Fraction(gap, rate)  # type: ignore[operator]
+                origin = _shifted(origin, gap / rate)
+            self._position = _at_sample_rate(position, rate)
             yield position, frame
             position += frame.samples
 
-    def _origin(self) -> Fraction | None:
+    def _origin(self) -> float | None:
         """Returns the container's beginning on its clock in seconds.
 
         None stands for the first frame. Where sound is alone it is the beginning, and coders that
@@ -673,15 +677,15 @@ class _Recording:
             for stream in self._container.streams
         )
         if not is_alone and self._container.start_time is not None:
-            return max(Fraction(0), Fraction(self._container.start_time, av.time_base))
+            return max(0.0, self._container.start_time / av.time_base)
         return None
 
-    def _jump(self, origin: Fraction | None, seconds: float) -> bool:
+    def _jump(self, origin: float | None, seconds: float) -> bool:
         """Goes to a time or a little before it, and returns whether it did."""
         if seconds <= 0 or self._container.format.name not in _SEEKABLE:
             return False
         start = self._stream_start() if origin is None else origin
-        target = int((start + Fraction(seconds)) / self._stream.time_base)
+        target = int((start + seconds) / self._stream.time_base)
         try:
             self._container.seek(target, stream=self._stream)
         except _failures():
@@ -689,8 +693,8 @@ class _Recording:
             return False
         return True
 
-    def _stream_start(self) -> Fraction:
-        return Fraction((self._stream.start_time or 0) * self._stream.time_base)
+    def _stream_start(self) -> float:
+        return float((self._stream.start_time or 0) * self._stream.time_base)
 
     def _reopen(self) -> None:
         self.close()
@@ -730,8 +734,13 @@ class _Recording:
             yield position, frame
             position += frame.samples
 
-    def _one_channel(self, frame: "av.AudioFrame") -> "av.AudioFrame":
-        """Returns the channel that is read, or a frame that FFmpeg can mix to one."""
+    def _one_channel(self, frame: "av.AudioFrame", seconds: float) -> "av.AudioFrame":
+        """Returns the channel that is read, or a frame that FFmpeg can mix to one.
+
+        Args:
+            frame: A frame of all channels.
+            seconds: Where it begins.
+        """
         num_channels = len(frame.layout.channels)
         samples = frame.to_ndarray()
         is_finite = samples.dtype.kind != "f" or bool(np.isfinite(samples).all())
@@ -747,7 +756,7 @@ class _Recording:
             return _frame(plane, frame, layout="mono")
         if num_channels == 1:
             return frame if is_finite else _frame(samples, frame, layout=frame.layout.name)
-        self._add_power(planes, frame.sample_rate)
+        self._add_power(planes, frame.sample_rate, seconds)
         # FFmpeg would guess the places of channels without one from their number and, for
         # example, drop the third of three as a subwoofer's.
         if num_channels > 2 and frame.layout.channels[0].name == "NONE":
@@ -757,22 +766,26 @@ class _Recording:
             return _frame(mean[None].astype(samples.dtype), frame, layout="mono")
         return frame if is_finite else _frame(samples, frame, layout=frame.layout.name)
 
-    def _add_power(self, planes: np.ndarray, rate: int) -> None:
-        """Adds the power of channels [C, n] and of their mean to the bin of the frame's place."""
-        floats = planes.astype(np.float32)
+    def _add_power(self, planes: np.ndarray, rate: int, seconds: float) -> None:
+        """Adds the power of channels [C, n] and of their mean to the bin of their place."""
+        floats = planes[:, ::_POWER_STEP].astype(np.float32)
         if planes.dtype == np.uint8:
             floats -= 128
-        mix = floats.mean(axis=0)
-        powers = np.append(np.einsum("cn,cn->c", floats, floats), mix @ mix).astype(np.float64)
-        index = _power_bin(self._position)
+        products = (floats @ floats.T).astype(np.float64)  # [C, C]
+        powers = np.append(np.diagonal(products), products.mean())
+        index = int(seconds / _POWER_BIN)
         self._powers[index] = self._powers.get(index, 0) + powers / rate
 
     def _note_damage(self, damage: str) -> None:
         self._damage.setdefault(self._position, damage)
 
 
-def _power_bin(index: int) -> int:
-    return int(index / (_POWER_BIN * SAMPLE_RATE))
+def _at_sample_rate(position: int, rate: int) -> int:
+    return round(position * SAMPLE_RATE / rate)
+
+
+def _shifted(origin: float | None, seconds: float) -> float | None:
+    return None if origin is None else origin + seconds
 
 
 def _check_max_seconds(max_seconds: float | None) -> None:
@@ -856,6 +869,25 @@ def _to_int16(samples: np.ndarray) -> np.ndarray:
 
 def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def _merged(
+    frames: "Iterable[tuple[int, av.AudioFrame]]",
+) -> "Iterator[tuple[int, av.AudioFrame]]":
+    """Yields frames that follow each other as larger ones, which cost less to work on."""
+    for (_, layout, rate), alike in itertools.groupby(frames, lambda pair: _format(pair[1])):
+        start, size = 0, 0
+        blocks: list[np.ndarray] = []
+        for position, frame in alike:
+            if not blocks:
+                start = position
+            blocks.append(frame.to_ndarray())
+            size += frame.samples
+            if size >= _BLOCK_SECONDS * rate:
+                yield start, _frame(np.concatenate(blocks, axis=1), frame, layout)
+                blocks, size = [], 0
+        if blocks:
+            yield start, _frame(np.concatenate(blocks, axis=1), frame, layout)
 
 
 def _silence(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]":
