@@ -60,7 +60,29 @@ def sound(folder, workdir, encoder, **options):
 
 
 @pytest.fixture(scope="module")
-def workdirs(tmp_path_factory, bert_folder, llama_folder, whisper_folder, qwen_folder):
+def wavlm_folder(tmp_path_factory):
+    """A tiny WavLM with random weights."""
+    folder = tmp_path_factory.mktemp("tiny_wavlm")
+    config = {
+        "model_type": "wavlm",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "conv_dim": [4],
+        "conv_kernel": [400],
+        "conv_stride": [320],
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    }
+    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdirs(
+    tmp_path_factory, bert_folder, llama_folder, whisper_folder, qwen_folder, wavlm_folder
+):
     """Function of a kind of encoder: its base, and a work directory of it tuned."""
     root = tmp_path_factory.mktemp("workdirs")
     make = {
@@ -75,6 +97,10 @@ def workdirs(tmp_path_factory, bert_folder, llama_folder, whisper_folder, qwen_f
             sound(whisper_folder, to, "whisper_tiny", full=False, tower="lora"),
         ),
         "qwen": lambda to: (qwen_folder, sound(qwen_folder, to, "qwen2_audio_7b", tower="lora")),
+        "wavlm": lambda to: (
+            wavlm_folder,
+            sound(wavlm_folder, to, "wavlm_base", full=False, tower="lora"),
+        ),
     }
     made = {}
 
@@ -201,6 +227,16 @@ def test_what_an_adapter_cannot_hold_is_not_exported_as_one(workdirs, tmp_path):
     with pytest.raises(InputError, match="more or less than low-rank paths"):
         export(workdirs("bert")[1], tmp_path / "new", adapter=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_peft_would_ignore_is_not_exported(workdirs, expected, tmp_path):
+    _, workdir = workdirs("wavlm")
+    with pytest.raises(InputError, match=r"peft would ignore .*k_proj.*without --adapter"):
+        export(workdir, tmp_path / "adapter", adapter=True)
+    assert not list(tmp_path.iterdir())
+    export(workdir, tmp_path / "merged")
+    hidden_states = hidden(loaded(tmp_path / "merged", "wavlm"), "wavlm")
+    np.testing.assert_allclose(hidden_states, expected("wavlm"), atol=1e-5)
 
 
 def test_salmonn_is_refused(tmp_path):

@@ -96,30 +96,31 @@ def load_params(
 ) -> AnyModule:
     """Fills the parameters of a module from a checkpoint.
 
-    Tensors are read, cast and placed one after another (of a stack, layer by layer), and of each
-    only the slices that devices of this process need. Beyond what is placed, host memory stays
-    below twice the largest tensor, which counts as it lies in the file or as a layer of it is
-    placed, whichever is larger; what `combine` makes comes on top. Nothing is changed where the
-    checkpoint does not fit.
+    Tensors are read, cast and placed one after another (a stack layer by layer), and only the
+    slices that devices of this process need. Beyond the placed values, host memory stays
+    below twice the size of the largest tensor, in the file or as a layer of it is placed; results
+    of `combine` come on top. A checkpoint whose tensors do not fit changes nothing. Values that are
+    not finite are detected as they are read, when earlier parameters are already filled.
 
     Args:
-      module: concrete, or abstract as from `nnx.eval_shape`, of which nothing is allocated before.
-      table: for all parameters of the module that are not skipped.
-      checkpoint: a `Checkpoint`, or a plain mapping of names to arrays.
-      ignore: regular expressions; tensors in whose names one is found may be surplus.
-      prefix: of all the table's names in the checkpoint, such as "model.".
-      shardings: one `jax.sharding.Sharding` for all, or a tree of them like the pure dictionary of
-        the parameters, as from `parallel.shardings`. By default, where a concrete parameter is, or
-        on the first device.
-      dtype: of the floating parameters; by default the module's own.
-      skip: filter of variables that have no source, left as they are.
+      module: Concrete module, or an abstract one from `nnx.eval_shape`, which allocates nothing.
+      table: Key table of all parameters of the module that are not skipped.
+      checkpoint: `Checkpoint`, or plain mapping of names to arrays.
+      ignore: Regular expressions of tensors that may be surplus.
+      prefix: Prefix of all the table's names in the checkpoint, such as "model.".
+      shardings: One `jax.sharding.Sharding` for all parameters, or a tree of them like the pure
+        dictionary of the parameters, as from `parallel.shardings`. By default, a concrete parameter
+        keeps its sharding, and others are placed on the first device.
+      dtype: Type of the floating parameters; by default that of the module.
+      skip: Filter of variables that have no source and keep their values.
 
     Returns:
-      The module that was given.
+      The module.
 
     Raises:
-      InputError: missing, surplus or misshapen tensors: one line with how many, and the first.
-      ValueError: the table does not fit the module.
+      InputError: Tensors are missing, surplus, misshapen or not finite; one line with the count
+        and the first names.
+      ValueError: The table does not fit the module.
     """
     state, params = _parameters(module, table, skip)
     named = {path: _prefixed(table[path], prefix) for path in params}
@@ -360,7 +361,8 @@ def _place(
             if bounds not in memory:
                 memory[bounds] = _aligned(value.shape, dtype)
             # The one copy, which transposes and casts on its way out of the mapped file.
-            np.copyto(memory[bounds], value, casting="unsafe")
+            with np.errstate(over="ignore"):  # Reported below.
+                np.copyto(memory[bounds], value, casting="unsafe")
             if not _all_finite(memory[bounds]):
                 raise InputError(
                     f"{getattr(checkpoint, 'path', 'weights')}: tensor {'+'.join(names)} has NaN "

@@ -275,6 +275,23 @@ def test_all_that_does_not_fit_is_named_in_one_line_and_nothing_changes():
     assert isinstance(module.head.kernel.get_value(), jax.ShapeDtypeStruct)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("name", ["layer.2.weight", "head.second"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_named(dtype, name, value):
+    tensors = {key: tensor.astype(dtype) for key, tensor in weights().items()}
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[-1] = value
+    with pytest.raises(InputError, match=rf"^weights: tensor .*{name} has NaN or infinite values"):
+        load_params(abstract(), TABLE, tensors)
+
+
+def test_weights_that_overflow_the_parameters_type_are_named():
+    tensors = weights() | {"head.weight": np.full_like(weights()["head.weight"], 1e6)}
+    with pytest.raises(InputError, match=r"head\.weight has NaN or infinite values as float16"):
+        load_params(abstract(), TABLE, tensors, dtype=jnp.float16)
+
+
 def test_a_table_that_does_not_fit_the_module_is_a_programming_error():
     less = {path: source for path, source in TABLE.items() if path != "head/bias"}
     with pytest.raises(ValueError, match=r"without a source \['head/bias'\]"):

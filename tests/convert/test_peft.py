@@ -1,6 +1,8 @@
 """LoRA adapters in peft's layout, read and written."""
 
+import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,12 @@ from safetensors.numpy import load_file, save_file
 from mister_jax.convert import bert as bert_tables
 from mister_jax.convert.decoder import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params
-from mister_jax.convert.peft import load_adapter, read_lora_config, save_adapter
+from mister_jax.convert.peft import (
+    load_adapter,
+    read_base_model,
+    read_lora_config,
+    save_adapter,
+)
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
@@ -227,6 +234,52 @@ def test_another_scale_than_the_modules_is_refused(golden, write):
         load_adapter(golden.decoder(LORA), write(lora_alpha=8), golden.table)
     with pytest.raises(InputError, match=r"lora_alpha / r = 3; .* which has none"):
         load_adapter(golden.decoder(), write(), golden.table)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(golden, write, tmp_path):
+    folder = write(use_rslora=True)
+    lora = read_lora_config(folder, golden.table)
+    assert lora == dataclasses.replace(LORA, use_rslora=True)
+    np.testing.assert_allclose(lora.scale, 6 / np.sqrt(2))
+    decoder = load_adapter(golden.decoder(lora), folder, golden.table)
+    save_adapter(decoder, tmp_path / "saved", golden.table)
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["use_rslora"]
+    assert read_lora_config(tmp_path / "saved", golden.table) == lora
+    with pytest.raises(InputError, match=r"lora_alpha / sqrt\(r\) = 4.24264; allowed is .* 3"):
+        load_adapter(golden.decoder(LORA), folder, golden.table)
+
+
+def test_an_adapter_in_pytorchs_format_says_that_it_needs_pytorch(golden, write, monkeypatch):
+    folder = write()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"adapter_model\.bin: reading \.bin needs PyTorch"):
+        read_lora_config(folder, golden.table)
+
+
+def test_lora_of_unused_parts_is_ignored_and_of_unknown_ones_refused(golden, write):
+    tensors = golden.group("lora/")
+    first = f"{PREFIX}layers.0.self_attn.q_proj"
+    pair = {f"lora_{side}.weight": tensors[f"{first}.lora_{side}.weight"] for side in "AB"}
+    rules = dataclasses.replace(NAME_RULES, unused=(r"^other\.",))
+    others = {f"{PREFIX}other.0.{suffix}": value for suffix, value in pair.items()}
+    load_adapter(golden.decoder(LORA), write(tensors | others), golden.table, rules)
+    with pytest.raises(InputError, match=r"surplus: base_model\.model\.other\.0\.lora_A"):
+        load_adapter(golden.decoder(LORA), write(tensors | others), golden.table)
+
+
+def test_lora_that_peft_would_ignore_is_not_written(golden, write, tmp_path):
+    decoder = load_adapter(golden.decoder(LORA), write(), golden.table)
+    rules = dataclasses.replace(NAME_RULES, lora_bypassed=(r"v_proj$",))
+    message = r"ignore the LoRA of layers\.\{0,1\}\.self_attn\.v_proj,.*allowed: the merged model"
+    with pytest.raises(InputError, match=message):
+        save_adapter(decoder, tmp_path / "saved", golden.table, rules)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_adapter_names_its_base_model(golden, write):
+    assert read_base_model(write(base_model_name_or_path="org/base")) == "org/base"
+    assert read_base_model(write(base_model_name_or_path=None)) is None
 
 
 def test_adapters_of_other_models_are_refused(golden, write):

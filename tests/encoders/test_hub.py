@@ -171,6 +171,68 @@ def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
     np.testing.assert_allclose(run(module, ids, mask), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("base", "known_as", "warns"),
+    [
+        ("google-bert/bert-base-uncased", "bert-base-uncased", False),
+        ("/data/BERT_base_uncased/", "bert-base-uncased", False),
+        ("google-bert/bert-base-uncased", "models--google-bert--bert-base-uncased", False),
+        (None, "any", False),
+        ("google-bert/bert-base", "bert-base-uncased", True),
+        ("org/another", "bert-base-uncased", True),
+    ],
+)
+def test_an_adapter_of_another_base_is_warned_of(
+    folder, tmp_path, monkeypatch, base, known_as, warns
+):
+    module = hub.load_module(folder, lora=LORA)
+    save_adapter(
+        module, tmp_path / "adapter", bert_tables.key_table(module.config), base_model=base
+    )
+    lines = []
+    monkeypatch.setattr(hub.logging, "warning", lambda text, *values: lines.append(text % values))
+    (tmp_path / known_as).mkdir()
+    here = shutil.copytree(folder, tmp_path / known_as / "main")
+    hub.load_module(here, adapter=tmp_path / "adapter")
+    assert [f"trained on {base}; the encoder is {here}" in line for line in lines] == [True] * warns
+    if warns:
+        edit_config(here, _name_or_path=base)
+        hub.load_module(here, adapter=tmp_path / "adapter")
+        assert len(lines) == 1
+
+
+SETTINGS = {"feature_size": 1, "sampling_rate": 16_000}
+
+
+@pytest.mark.parametrize(
+    ("processor", "preprocessor", "expected"),
+    [
+        (None, None, None),
+        (None, {"do_normalize": False}, False),
+        (None, SETTINGS, True),  # the default of transformers
+        ({"feature_extractor": {"do_normalize": False}}, None, False),
+        ({"audio_processor": {"do_normalize": False}}, None, False),
+        ({"feature_extractor": {"do_normalize": False}}, {"do_normalize": True}, False),
+        ({"processor_class": "Wav2Vec2Processor"}, {"do_normalize": False}, False),
+    ],
+)
+def test_do_normalize_is_read_from_either_file(tmp_path, processor, preprocessor, expected):
+    files = {"processor_config": processor, "preprocessor_config": preprocessor}
+    for name, fields in (files | {"config": {"model_type": "hubert"}}).items():
+        if fields is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(fields))
+    assert hub.read_config(tmp_path).get("do_normalize") is expected
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "do_normalize" not in hub.read_config(tmp_path)
+
+
+def test_a_damaged_feature_extractor_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "wavlm"}')
+    (tmp_path / "processor_config.json").write_text('{"feature_extractor": []}')
+    with pytest.raises(InputError, match=r"processor_config\.json: feature_extractor=\[\]"):
+        hub.read_config(tmp_path)
+
+
 def test_saving_writes_what_was_loaded(folder, tmp_path):
     module, _ = hub.load(folder, param_dtype="bfloat16")
     hub.save_pretrained(module, hub.read_config(folder), tmp_path)

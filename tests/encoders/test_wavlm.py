@@ -208,6 +208,7 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"add_adapter": True}, "add_adapter=True: allowed is False"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True: allowed is False"),
         ({"hidden_size": "8"}, "hidden_size='8'"),
+        ({"do_normalize": "false"}, "do_normalize='false': allowed is true or false"),
         ({"do_stable_layer_norm": 1}, "do_stable_layer_norm=1"),
         ({"conv_stride": [5, 2]}, "must be as many of each"),
         ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),

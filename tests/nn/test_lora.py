@@ -1,5 +1,6 @@
 """The linear layer with a low-rank path, a bfloat16 or an int8 kernel."""
 
+import dataclasses
 import functools
 
 import jax
@@ -267,6 +268,37 @@ def test_unknown_targets_are_named():
         ValueError, match=r"targets \['third', 'econd'\].*allowed are \['first', 'second'\]"
     ):
         add_lora(make(), LoRAConfig(2, 1, targets=("first", "third", "econd")), rngs=nnx.Rngs(0))
+
+
+def test_a_module_without_adaptable_layers_is_told_which_kind_is_needed():
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+    message = r"\['first'\]: no such layers of mister_jax\.nn\.lora\.LoRALinear.*Plain has none"
+    with pytest.raises(ValueError, match=message):
+        add_lora(Plain(), LoRAConfig(2, 1, targets=("first",)), rngs=nnx.Rngs(0))
+
+
+def test_a_leading_slash_marks_a_whole_path():
+    model = add_lora(make(), LoRAConfig(2, 1, targets=("/last/first",)), rngs=nnx.Rngs(1))
+    assert model.last.first.lora.targets == ("/last/first",)
+    with pytest.raises(ValueError, match=r"targets \['/first'\]"):
+        add_lora(make(), LoRAConfig(2, 1, targets=("/first",)), rngs=nnx.Rngs(1))
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    plain = LoRAConfig(rank=4, alpha=6, targets=("first",))
+    rslora = dataclasses.replace(plain, use_rslora=True)
+    assert (plain.scale, rslora.scale) == (1.5, 3.0)
+    base, expected = single()(X), randomise(single(plain))(X)
+    given = randomise(single(rslora))(X)
+    np.testing.assert_allclose(given - base, 2 * (expected - base), atol=1e-5)
+
+
+def test_layers_may_be_kept_from_quantization():
+    layer = quantize(LoRALinear(2, 2, quantizable=False, rngs=nnx.Rngs(0)))
+    assert layer.kernel_scale is None and layer.kernel.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

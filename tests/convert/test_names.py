@@ -1,0 +1,92 @@
+"""Which tensors of a checkpoint or an adapter belong to the backbone."""
+
+import numpy as np
+import pytest
+from absl import logging
+
+from mister_jax.convert import bert, decoder, qwen2_audio, wavlm, whisper
+from mister_jax.convert.names import NameRules, log_ignored, split_checkpoint
+from mister_jax.convert.safetensors import Checkpoint
+
+RULES = NameRules(
+    prefixes=("", "body."),
+    renamed={r"\.gamma$": ".weight"},
+    unused=(r"^pooler\.",),
+    heads=(r"^classifier\.",),
+)
+
+
+def split(names, rules=RULES, expected=("norm.weight", "out.weight"), root=""):
+    """Prefix and names of the parts of a checkpoint with such tensors."""
+    checkpoint = Checkpoint("model.safetensors", {name: np.zeros(2) for name in names})
+    parts = split_checkpoint(checkpoint, rules, expected, root=root)
+    return parts.prefix, sorted(parts.backbone), sorted(parts.unused), sorted(parts.head)
+
+
+def test_the_parts_of_a_bare_model_are_told_by_their_names():
+    names = ["norm.gamma", "out.weight", "pooler.bias", "classifier.bias", "other.bias"]
+    assert split(names) == (
+        "",
+        ["norm.weight", "other.bias", "out.weight"],
+        ["pooler.bias"],
+        ["classifier.bias"],
+    )
+
+
+def test_all_beside_a_prefixed_backbone_is_its_head():
+    names = ["body.norm.gamma", "body.out.weight", "body.pooler.bias", "body.other", "any.bias"]
+    assert split(names) == (
+        "body.",
+        ["body.norm.weight", "body.other", "body.out.weight"],
+        ["body.pooler.bias"],
+        ["any.bias"],
+    )
+
+
+def test_nothing_is_a_head_where_no_backbone_is():
+    names = ["trunk.norm.weight", "any.bias"]
+    assert split(names) == ("", sorted(names), [], [])
+
+
+def test_a_root_stands_before_all_names():
+    names = ["root.body.norm.gamma", "root.classifier.weight"]
+    assert split(names, root="root.") == (
+        "root.body.",
+        ["root.body.norm.weight"],
+        [],
+        ["root.classifier.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "expected"),
+    [
+        (
+            qwen2_audio.NAME_RULES,
+            "model.language_model.norm.weight",
+            "language_model.model.norm.weight",
+        ),
+        (qwen2_audio.NAME_RULES, "language_model.norm.weight", "language_model.model.norm.weight"),
+        (
+            qwen2_audio.NAME_RULES,
+            "language_model.model.norm.weight",
+            "language_model.model.norm.weight",
+        ),
+        (decoder.NAME_RULES, "transformer.norm.weight", "norm.weight"),
+        (bert.NAME_RULES, "roberta.norm.weight", "norm.weight"),
+        (wavlm.NAME_RULES, "hubert.norm.weight", "norm.weight"),
+        (whisper.NAME_RULES, "model.norm.weight", "norm.weight"),
+    ],
+)
+def test_each_architecture_knows_its_prefixes(rules, name, expected):
+    prefix, backbone, _, head = split([name, "lm_head.weight"], rules, [expected])
+    assert (backbone, head) == ([prefix + expected], ["lm_head.weight"])
+
+
+def test_a_head_is_reported_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    for _ in range(2):
+        log_ignored("a/model.safetensors", ("score.0.bias", "score.1.bias"), "of the head")
+    log_ignored("a/model.safetensors", (), "of the head")
+    assert lines == ["a/model.safetensors: ignored 2 tensors of the head: score.{0,1}.bias"]
