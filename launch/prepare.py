@@ -11,14 +11,15 @@ python -m launch.prepare --inspect=meld/text               # a picture, and the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from rich.console import Console
 
 from launch import run
 from mister_jax import data, figures, writers
-from mister_jax.data.builder import Decoding
+from mister_jax.data.builder import KINDS, Decoding
 from mister_jax.data.inspection import inspect
 from mister_jax.data.prepare import CORPORA, Preparation, prepare_corpus
 from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
@@ -32,9 +33,9 @@ _FLAGS = {
     "iemocap": _RELEASED,
     "meld": _RELEASED,
     "mosi": _RELEASED,
-    "manifest": ("source", "name", "labels", "seed", *_DECODING),
+    "manifest": ("source", "name", "labels", "map_labels", "group_by", "seed", *_DECODING),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING),
-    "features": ("source", "name", "overwrite", "data_dir"),
+    "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
     "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
 }
 """Flags that go with a corpus; another would change nothing."""
@@ -44,6 +45,12 @@ _SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, o
 _CONFIG = flags.DEFINE_string("config", "", "of iemocap, meld, mosi; their first one by default")
 _NAME = flags.DEFINE_string("name", "", "of the dataset of a manifest or of features")
 _LABELS = flags.DEFINE_list("labels", [], "class names of a manifest, in their order")
+_MAP_LABELS = flags.DEFINE_list(
+    "map_labels", [], "OLD=NEW,... class names of a manifest; OLD= makes its rows unlabeled"
+)
+_GROUP_BY = flags.DEFINE_string(
+    "group_by", "", "column whose values random splits keep apart; speaker by default"
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "where datasets are kept; TFDS's own by default")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
 _PARTIAL = flags.DEFINE_bool("partial", False, "allow a part of a corpus")
@@ -68,15 +75,31 @@ def main() -> None:
         return _prepare_features(_CORPUS.value, console)
     report = prepare_corpus(_preparation())
     console.print(writers.corpus_table(report))
-    for kind in ("missing", "capped", "damaged"):
+    kinds = ("missing", *KINDS)
+    for kind in kinds:
         for entry in report[kind][:5]:
-            told = entry.get("reason") or f"{entry['seconds']:.1f} s"
-            console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {told}")
+            console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")
         if len(report[kind]) > 5:
             console.print(f"{kind}: {len(report[kind])} in all, see report.json")
-    for note in report["notes"]:
-        console.print(f"note: {note}")
+    _print_notes(report["notes"], console)
+    counts = ", ".join(f"{len(report[kind])} {kind}" for kind in kinds if report[kind])
+    console.print(f"recordings: {counts or 'all usable, none changed'}")
     console.print(f"written to {report['directory']}")
+
+
+def _detail(entry: Mapping[str, Any]) -> str:
+    """Returns what a report says of a recording, in one line."""
+    if "reason" in entry:
+        return str(entry["reason"])
+    detail = f"{entry['seconds']:.1f} s"
+    if "annotated_seconds" in entry:
+        detail += f", annotated {entry['annotated_seconds']:.1f} s"
+    return ", ".join([detail, *entry.get("changed", ())])
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(note if note.startswith("WARNING") else f"note: {note}")
 
 
 def _check_flags(use: str, allowed: Sequence[str]) -> None:
@@ -94,6 +117,14 @@ def _num_dialogues() -> dict[str, int]:
     return {split: int(count) for split, count in splits.items()}
 
 
+def _label_map() -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in _MAP_LABELS.value]
+    for old, equals, _ in pairs:
+        if not old or not equals:
+            raise InputError(f"--map_labels={','.join(_MAP_LABELS.value)}; allowed: OLD=NEW,...")
+    return {old.strip(): new.strip() for old, _, new in pairs}
+
+
 def _preparation() -> Preparation:
     return Preparation(
         corpus=_CORPUS.value or "",
@@ -102,6 +133,8 @@ def _preparation() -> Preparation:
         config=_CONFIG.value,
         name=_NAME.value,
         labels=tuple(_LABELS.value),
+        label_map=_label_map(),
+        group_by=_GROUP_BY.value,
         seed=_SEED.value,
         num_dialogues=_num_dialogues(),
         decoding=Decoding(_WORKERS.value, _SECONDS.value, _BEAM.value is not None),
@@ -125,12 +158,13 @@ def _prepare_features(corpus: str, console: Console) -> None:
     if corpus == "synthetic_features":
         splits = data.generate(_SEED.value, _num_dialogues() or DEFAULT_NUM_DIALOGUES)
     elif _SOURCE.value:
-        splits = data.read_npz(_SOURCE.value)
+        splits = data.read_npz(_SOURCE.value, group_by=_GROUP_BY.value, seed=_SEED.value)
     else:
         raise InputError("--source is needed with --corpus=features: an npz file")
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     console.print(writers.columns(name, {split: it.summary() for split, it in splits.items()}))
+    _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
     console.print(f"written to {builder.data_dir}")
 
 

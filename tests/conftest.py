@@ -253,7 +253,7 @@ def spoken_dir(tmp_path_factory):
         for dialogue in range(count):
             for turn in range(4):
                 row = {"dialogue": f"{split}{dialogue}", "utterance": turn, "order": turn}
-                row |= {"split": split, "audio": "noise.wav"}
+                row |= {"split": split, "audio": "noise.wav", "audio_start": 0}
                 label = random.choice(list(MOODS))
                 words = [random.choice(MOODS[label]), *random.choice(FILLERS, 1 + turn)]
                 if dialogue % 3 or turn != 2:

@@ -8,6 +8,7 @@ is preceded by silence, and holes between time stamps are filled with it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -18,6 +19,7 @@ import os
 import pathlib
 import stat
 import sys
+import unicodedata
 import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -273,6 +275,28 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
     return np.clip(scaled, -_FULL_SCALE, _FULL_SCALE - 1).astype(np.int16), note
 
 
+def existing_path(path: str | os.PathLike[str]) -> str:
+    """Returns the path under which a file exists, whatever the Unicode form of its names.
+
+    macOS decomposes accented letters in file names (NFD), most other systems and lists compose
+    them (NFC). The path is returned as it is if there is no such file in either form.
+    """
+    path = os.fspath(path)
+    if path.isascii():
+        return path
+    with contextlib.suppress(OSError, ValueError):
+        if pathlib.Path(path).exists():
+            return path
+        parts = pathlib.Path(path).parts
+        place = pathlib.Path(parts[0])
+        for part in parts[1:]:
+            forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+            place /= next((form for form in forms if (place / form).exists()), part)
+        if place.exists():
+            return str(place)
+    return path
+
+
 def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
     """Writes a WAV file of 16 bits.
 
@@ -493,6 +517,8 @@ class _Recording:
         # Sums of squares by `_POWER_BIN`: of each channel, and of their mean at the end.
         self._powers: dict[int, np.ndarray] = {}
         self._position = 0  # Index of the frame that is decoded.
+        if not isinstance(source, bytes):
+            source = self._source = existing_path(source)
         _check_readable(source, name)
         self._header = wav.read_header(source)
         self._container: Any = None

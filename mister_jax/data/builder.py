@@ -21,6 +21,7 @@ from etils import epath
 from tensorflow_datasets.core import shuffle
 
 from mister_jax.data import audio
+from mister_jax.data.clips import is_heard
 from mister_jax.data.corpus import Corpus, Dialogue, Utterance
 from mister_jax.data.schema import UNLABELLED
 from mister_jax.data.storage import REPORT, VERSION, quiet, staged
@@ -29,6 +30,18 @@ from mister_jax.writers import Reporter, write_json
 
 # TFDS sorts the examples of a split in buckets on disk, but the first gigabyte in memory.
 _SORTED_IN_MEMORY = 64 * 2**20
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "capped": ("seconds",),
+    "damaged": ("seconds",),
+    "silent": ("seconds",),
+    "length_mismatch": ("seconds", "annotated_seconds"),
+    "changed": ("seconds", "changed"),
+}
+"""Kinds of recordings that a report lists, and what it says of each."""
+
+# A recording's length is far from the annotated one if it differs by more than both.
+_MISMATCH_SECONDS, _MISMATCH_SHARE = 1.0, 0.5
 
 # Of 128 bits, which TFDS maps to its buckets.
 _KEYS = 2**128
@@ -104,6 +117,9 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabelled."),
             "speech_present": tfds.features.Scalar(np.bool_),
             "text_present": tfds.features.Scalar(np.bool_),
+            "metadata": tfds.features.Text(
+                doc="JSON object of further columns; no model reads it."
+            ),
         }
         if self.scored:
             utterance["score"] = tfds.features.Scalar(np.float32, doc="Sentiment, or NaN.")
@@ -306,7 +322,7 @@ def _check_files(corpus: Corpus) -> None:
         for path in dict.fromkeys(paths):
             # A path that no file can have raises ValueError or OSError, as the decoder will tell.
             with contextlib.suppress(OSError, ValueError):
-                usable[path] = epath.Path(path).stat().length > 0
+                usable[path] = epath.Path(audio.existing_path(path)).stat().length > 0
         lost = [path for path in paths if not usable.get(path, False)]
         if _too_many(len(lost), len(paths)):
             raise InputError(
@@ -340,7 +356,7 @@ def _too_many(lost: int, named: int) -> bool:
 def _request(utterance: Utterance) -> audio.Request:
     assert utterance.recording is not None
     recording = utterance.recording
-    return audio.Request(recording.path, recording.start, recording.end)
+    return audio.Request(recording.path, recording.start, recording.end, recording.channel)
 
 
 def _decoded_example(
@@ -361,9 +377,9 @@ def _example(
     scored: bool,
     notes: str | None,
 ) -> dict[str, Any]:
-    """The example of a dialogue; what its recordings were like goes into a file of `notes`."""
+    """Returns the example of a dialogue; facts on its recordings go into a file of `notes`."""
     utterances: list[dict[str, Any]] = []
-    told: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     for utterance, clip in zip(dialogue.utterances, decoded, strict=True):
         samples = clip.samples if isinstance(clip, audio.Clip) else np.zeros(0, np.int16)
         label = UNLABELLED if utterance.label is None else class_names.index(utterance.label)
@@ -377,6 +393,7 @@ def _example(
                 "label": label,
                 "speech_present": isinstance(clip, audio.Clip),
                 "text_present": bool(utterance.text),
+                "metadata": json.dumps(dict(utterance.metadata)),
             }
         )
         if scored:
@@ -384,46 +401,61 @@ def _example(
             utterances[-1]["score"] = np.float32(score)
         if utterance.recording is None or clip is None:
             continue
-        told.append({"utterance": utterance.id, "file": utterance.recording.path})
+        facts.append({"utterance": utterance.id, "file": utterance.recording.path})
         if isinstance(clip, audio.Clip):
-            told[-1] |= {
-                "seconds": len(samples) / audio.SAMPLE_RATE,
-                "of_seconds": clip.seconds,
+            facts[-1] |= {
+                "kept_seconds": len(samples) / audio.SAMPLE_RATE,
+                "seconds": clip.seconds,
                 "capped": clip.capped,
                 "damaged": clip.damaged,
+                "silent": not is_heard(samples),
+                "length_mismatch": _differs_in_length(utterance, clip.seconds),
+                "changed": list(clip.notes),
             }
+            if utterance.start is not None and utterance.end is not None:
+                facts[-1]["annotated_seconds"] = utterance.end - utterance.start
         else:
-            told[-1]["reason"] = str(clip.reason) + (f" ({clip.detail})" if clip.detail else "")
+            facts[-1]["reason"] = str(clip.reason) + (f" ({clip.detail})" if clip.detail else "")
     if notes is not None:
         # An id may hold what a file name may not.
         name = hashlib.sha256(dialogue.id.encode()).hexdigest()
-        epath.Path(notes, f"{name}.json").write_text(json.dumps(told))
+        epath.Path(notes, f"{name}.json").write_text(json.dumps(facts))
     return {"dialogue": dialogue.id, "utterances": utterances}
 
 
-def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
-    """What was written.
+def _differs_in_length(utterance: Utterance, seconds: float) -> bool:
+    """Returns whether a recording's length is far from the annotated one."""
+    if utterance.start is None or utterance.end is None:
+        return False
+    annotated = utterance.end - utterance.start
+    return abs(seconds - annotated) > max(_MISMATCH_SECONDS, _MISMATCH_SHARE * annotated)
 
-    - `splits`: of each split the numbers of dialogues, utterances, each class, unlabelled,
+
+def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
+    """Returns what was written.
+
+    - `splits`: For each split the numbers of dialogues, utterances, each class, unlabeled,
       without speech, without text and with a text that occurs in training, the hours of speech,
-      and the least, mean and greatest length of a dialogue;
-    - `missing`, `capped`, `damaged`: utterances whose recording could not be used, was longer than
-      what is kept, or could be decoded in part only, with file and reason or seconds;
-    - `notes`: of the reader.
+      and the least, mean and greatest length of a dialogue.
+    - `missing`: Utterances whose recording could not be used, with file and reason.
+    - `capped`, `damaged`, `silent`, `length_mismatch`, `changed`: Utterances whose recording was
+      longer than what is kept, could be decoded in part only, holds no sound, lasts much longer or
+      shorter than `end` - `start`, or was changed (holes filled, scaled, a channel dropped), with
+      file and seconds.
+    - `notes`: Notes of the reader.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
     classes, repeated = corpus.class_counts(), corpus.texts_of_training()
-    lists: dict[str, list[dict[str, Any]]] = {"missing": [], "capped": [], "damaged": []}
+    lists: dict[str, list[dict[str, Any]]] = {"missing": [], **{kind: [] for kind in KINDS}}
     splits = {}
     for split, dialogues in corpus.splits.items():
-        told = [entry for path in (notes / split).glob("*.json") for entry in _read(path)]
-        told.sort(key=lambda entry: order[entry["utterance"]])
-        present = [entry for entry in told if "reason" not in entry]
-        lists["missing"] += [entry for entry in told if "reason" in entry]
-        for kind in ("capped", "damaged"):
+        facts = [entry for path in (notes / split).glob("*.json") for entry in _read(path)]
+        facts.sort(key=lambda entry: order[entry["utterance"]])
+        present = [entry for entry in facts if "reason" not in entry]
+        lists["missing"] += [entry for entry in facts if "reason" in entry]
+        for kind, names in KINDS.items():
             lists[kind] += [
-                {"utterance": entry["utterance"], "file": entry["file"]}
-                | {"seconds": entry["of_seconds"]}
+                {name: entry[name] for name in ("utterance", "file", *names)}
                 for entry in present
                 if entry[kind]
             ]
@@ -437,7 +469,7 @@ def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
             "without_speech": len(utterances) - len(present),
             "without_text": sum(not utterance.text for utterance in utterances),
             "texts_of_training": repeated.get(split, 0),
-            "hours": sum(entry["seconds"] for entry in present) / 3600,
+            "hours": sum(entry["kept_seconds"] for entry in present) / 3600,
             "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
         }
     return {"splits": splits, **lists, "notes": list(corpus.notes)}

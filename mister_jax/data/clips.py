@@ -63,15 +63,16 @@ def load_clips(
     Raises:
         InputError: there is no such dataset or split.
     """
-    silent = missing = 0
+    silent = missing = cut = 0
 
     def item(turn: StoredUtterance) -> np.ndarray | None:
-        nonlocal silent, missing
+        nonlocal silent, missing, cut
         if not turn.speech_present:
             missing += 1
             return None
         clip = beginning(turn.audio, most)
         silent += not len(clip)
+        cut += most is not None and len(turn.audio) > most
         return clip if len(clip) else None
 
     found = load_utterances(name, split, data_dir, item)
@@ -83,6 +84,14 @@ def load_clips(
             len(found.items) + silent + missing,
             silent,
             missing,
+        )
+    if cut and most is not None:
+        logging.warning(
+            "dataset %s, split %s: %d utterances are longer than %g s, and the rest is not read",
+            name,
+            split,
+            cut,
+            most / SAMPLE_RATE,
         )
     return found
 

@@ -199,11 +199,19 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
 
 
 def find(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """The first of `names` that is in a folder or one folder below it; None if none is."""
+    """Returns the first of `names` in a folder or one folder below it, None if there is none.
+
+    Folders that archive programs add, such as `__MACOSX`, are not searched.
+    """
+    folders = sorted(
+        child
+        for child in root.iterdir()
+        if child.is_dir() and child.name != "__MACOSX" and not child.name.startswith(".")
+    )
     for name in names:
-        for place in (root, *sorted(child for child in root.iterdir() if child.is_dir())):
-            if (place / name).exists():
-                return place / name
+        for folder in (root, *folders):
+            if (folder / name).exists():
+                return folder / name
     return None
 
 

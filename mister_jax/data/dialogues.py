@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,9 @@ class StoredUtterance:
         score: sentiment, NaN where there is none.
         start: seconds into the dialogue, NaN where unknown.
         end: likewise.
-        speech_present: there is sound.
-        text_present: there is text.
+        speech_present: There is sound.
+        text_present: There is text.
+        metadata: Further columns of the manifest, by name; no model reads them.
     """
 
     id: str
@@ -41,6 +42,7 @@ class StoredUtterance:
     end: float
     speech_present: bool
     text_present: bool
+    metadata: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,4 +130,5 @@ def _utterance(values: dict[str, Any]) -> StoredUtterance:
         end=float(values["end"]),
         speech_present=bool(values["speech_present"]),
         text_present=bool(values["text_present"]),
+        metadata=json.loads(values.get("metadata", b"{}")),
     )

@@ -20,10 +20,11 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
     Returns:
         For each suspicious name the name, what is wrong with it, and the name that it should
         have, empty for an unlabeled utterance. A spelling is compared without case, spaces,
-        hyphens and underscores; of several spellings the most frequent one is right.
+        hyphens and underscores; of several spellings the most frequent one is right, and of equally
+        frequent ones that in lower case.
     """
     spellings = collections.defaultdict(list)
-    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+    for name in sorted(counts, key=lambda name: (-counts[name], name != name.lower(), name)):
         spellings[_normalized(name)].append(name)
     suspicious = []
     for normalized, names in spellings.items():

@@ -38,8 +38,10 @@ class Preparation:
         data_dir: the directory that holds datasets; that of TFDS when None.
         config: of the corpus; its first one when empty.
         name: of a manifest's dataset, which is then `manifest/NAME`; the file's name when empty.
-        labels: a manifest's class names in their order; those in the file, sorted, when empty.
-        seed: of a manifest's random split, and of the synthetic corpus.
+        labels: A manifest's class names in their order; those in the file, sorted, when empty.
+        label_map: Names in a manifest to class names, see `manifest.reader.read`.
+        group_by: Column of a manifest whose values random splits keep apart.
+        seed: Seed of a manifest's random split, and of the synthetic corpus.
         num_dialogues: of the synthetic corpus by split; its default when empty.
         decoding: how recordings are read.
         beam_options: of the Beam pipeline, where one decodes.
@@ -53,6 +55,8 @@ class Preparation:
     config: str = ""
     name: str = ""
     labels: Sequence[str] = ()
+    label_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    group_by: str = ""
     seed: int = 0
     num_dialogues: Mapping[str, int] = dataclasses.field(default_factory=dict)
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
@@ -134,15 +138,27 @@ def _prepare_manifest(
     name = preparation.name or _name_of(path)
     dataset = f"manifest/{name}"
     _check_free(dataset, preparation)
-    corpus = manifest_reader.read(path, labels=preparation.labels, seed=preparation.seed)
+    corpus = manifest_reader.read(
+        path,
+        labels=preparation.labels,
+        label_map=preparation.label_map,
+        group_by=preparation.group_by,
+        seed=preparation.seed,
+    )
     if not corpus.class_names:
-        raise InputError(f"{path}: label: no row has one; needed: labels, or --labels=A,B,...")
+        columns = dict.fromkeys(name for _, turn in corpus.utterances() for name in turn.metadata)
+        further = f" (further columns: {', '.join(columns)})" if columns else ""
+        raise InputError(
+            f"{path}: label: no row has one{further}; needed: a column label, or --labels=A,B,..."
+        )
     corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
     config = ManifestConfig(
         name=name,
         file=path.name,
         labels=corpus.class_names,
+        label_map=tuple(preparation.label_map.items()),
         scored=corpus.scored,
+        group_by=preparation.group_by,
         seed=preparation.seed,
     )
     return _write(Manifest, corpus, dataset, config, path, preparation, known)

@@ -125,6 +125,9 @@ def write_meld(root, write_mp4):
     write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
     write_mp4(root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # no row
     (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
+    # What archives of macOS add; it sorts before the folders of clips.
+    for folder in MELD_FOLDERS.values():
+        (root / "__MACOSX" / folder).mkdir(parents=True)
 
 
 # A video of each split; more than nine segments, so that 10 comes after 2.

@@ -74,18 +74,157 @@ def test_random_splits_are_by_dialogue_and_repeatable(tmp_path):
     first, again, other = (reader.read(path, seed=seed) for seed in (0, 0, 1))
     assert first.sizes() == {"train": (16, 48), "validation": (2, 6), "test": (2, 6)}
     assert first.splits == again.splits != other.splits
-    assert "at random, seed 0" in first.notes[0]
+    assert first.notes == ("dialogues split at random, seed 0",)
     few = reader.read(write_jsonl(path, rows[:9]))
     assert few.sizes() == {"train": (1, 3), "validation": (1, 3), "test": (1, 3)}
+
+
+def single_utterances(speakers=None):
+    """200 dialogues of one utterance; each of 20 speakers has 10 of them."""
+    return [
+        {"dialogue": n, "utterance": n, "order": 0, "text": "a", "label": "joy"}
+        | ({"speaker": f"s{n % 20}"} if speakers else {})
+        for n in range(200)
+    ]
+
+
+def test_random_splits_keep_speakers_apart(tmp_path):
+    path = write_jsonl(tmp_path / "m.jsonl", single_utterances(speakers=True))
+    corpus = reader.read(path)
+    assert corpus.sizes() == {"train": (160, 160), "validation": (20, 20), "test": (20, 20)}
+    speakers = [
+        {turn.metadata["speaker"] for dialogue in dialogues for turn in dialogue.utterances}
+        for dialogues in corpus.splits.values()
+    ]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
+    assert "in 20 parts that share no speaker" in corpus.notes[-1]
+
+
+def test_single_utterances_split_without_speakers_are_warned_of(tmp_path):
+    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", single_utterances()))
+    assert corpus.notes[-1].startswith("WARNING: ") and "add a column speaker" in corpus.notes[-1]
+
+
+def test_speakers_that_connect_all_dialogues_are_split_by_dialogue_with_a_warning(tmp_path):
+    rows = [
+        {"dialogue": n, "utterance": turn, "order": turn, "text": "a", "speaker": (n + turn) % 10}
+        for n in range(10)
+        for turn in range(2)
+    ]
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    corpus = reader.read(path)
+    assert corpus.sizes() == {"train": (8, 16), "validation": (1, 2), "test": (1, 2)}
+    (note,) = (note for note in corpus.notes if note.startswith("WARNING: "))
+    assert "connects the dialogues into 1 parts" in note
+    with pytest.raises(InputError, match="into 1 parts that share none; needed"):
+        reader.read(path, group_by="speaker")
+    with pytest.raises(InputError, match="line 1: room: missing, and dialogues are grouped by it"):
+        reader.read(path, group_by="room")
+
+
+def test_speakers_in_training_and_another_given_split_are_warned_of(tmp_path):
+    rows = [row | {"split": "test" if row["dialogue"] == "a" else "train"} for row in ROWS]
+    rows = [row | {"speaker": "Ann"} for row in rows]
+    notes = reader.read(write_jsonl(tmp_path / "m.jsonl", rows)).notes
+    assert "WARNING: 1 of 1 values of speaker are in training and in another split" in notes
+
+
+def in_one_recording(**changes):
+    return [
+        {"dialogue": "d", "utterance": n, "start": n, "end": n + 0.5, "audio": "call.wav"} | changes
+        for n in range(3)
+    ]
+
+
+def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
+    rows = [*in_one_recording(), ROWS[1], ROWS[3]]
+    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    recordings = [turn.recording for _, turn in corpus.utterances() if turn.id.startswith("d/")]
+    path = str(tmp_path / "call.wav")
+    assert recordings == [Recording(path, n, n + 0.5) for n in range(3)]
+    assert "3 utterances cut by start and end out of 1 recordings" in corpus.notes[0]
+    # A recording that one row names is its utterance.
+    turns = {turn.id: turn for _, turn in corpus.utterances()}
+    assert turns["a/x"].recording == Recording(str(tmp_path / "a.wav"))
+
+
+def test_places_in_the_recording_come_before_start_and_end(tmp_path):
+    rows = in_one_recording()
+    rows[1] |= {"audio_start": 7, "audio_end": 8}
+    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    cuts = [(turn.recording.start, turn.recording.end) for _, turn in corpus.utterances()]
+    assert cuts == [(0, 0.5), (7, 8), (2, 2.5)]
+
+
+def test_utterances_that_would_all_hear_the_whole_recording_are_refused(tmp_path):
+    rows = in_one_recording(end=None)
+    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
+        reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    # Another channel, or another dialogue, is another sound.
+    for n, row in enumerate(rows):
+        row["audio_channel"] = n
+    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    recordings = [turn.recording for _, turn in corpus.utterances()]
+    assert [recording.channel for recording in recordings] == [0, 1, 2]
+    assert all((recording.start, recording.end) == (None, None) for recording in recordings)
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("m.csv", ","), ("m.csv", ";"), ("m.csv", "\t"), ("m.tsv", "\t")]
+)
+def test_the_separator_of_a_csv_file_is_found(tmp_path, name, delimiter):
+    path = tmp_path / name
+    lines = ["dialogue", "utterance", "order", "text", "label"], ["d", "1", "1", "a, b; c", "joy"]
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    ((_, turn),) = reader.read(path, shares=(1, 0, 0)).utterances()
+    assert (turn.id, turn.text, turn.label) == ("d/1", "a, b; c", "joy")
+
+
+def test_further_columns_are_kept_as_metadata(tmp_path):
+    rows = [row | {"duration": 1.5, "channel": "left", "tags": ["a", "b"]} for row in ROWS]
+    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    for _, turn in corpus.utterances():
+        assert turn.metadata == {"duration": "1.5", "channel": "left", "tags": '["a", "b"]'}
+    assert corpus.notes[0] == (
+        "columns kept as metadata, which no model reads: duration, channel, tags"
+    )
+
+
+def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
+    labels = ["anger", "anger", "ANGER", "nan"]
+    rows = [row | {"label": label} for row, label in zip(ROWS, labels, strict=True)]
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    with pytest.raises(InputError, match=r"'ANGER' is 'anger' .*--map_labels=ANGER=anger,nan="):
+        reader.read(path)
+    corpus = reader.read(path, label_map={"ANGER": "anger", "nan": ""})
+    assert corpus.class_names == ("anger",)
+    assert [turn.label for _, turn in corpus.utterances()].count(None) == 1
+    kept = reader.read(path, label_map={"ANGER": "anger", "nan": "nan"})
+    assert kept.class_names == ("anger", "nan")
+    assert reader.read(path, check_labels=False).class_names == ("ANGER", "anger", "nan")
 
 
 @pytest.mark.parametrize(
     ("row", "field", "message"),
     [
-        ({"speaker": "Ann"}, "'speaker'", "unknown; allowed: dialogue, utterance"),
+        (
+            {"lable": "joy", "label": None},
+            "'lable'",
+            "unknown, close to 'label'; allowed: ",
+        ),
+        ({"mood\n": "calm"}, "'mood\\n'", "a broken name; allowed: printable text"),
+        ({"mood": "\ud800"}, "mood", "allowed: text without null or broken characters"),
+        ({"audio": "b.wav", "audio_channel": "up"}, "audio_channel", "'up'; allowed: mix, left"),
+        (
+            {"label": "nan"},
+            "label",
+            "'nan' reads like a missing label (1 rows); allowed: --map_l",
+        ),
+        ({"label": "Anger"}, "label", "'Anger' is 'anger' spelled differently"),
         ({"text": None}, "audio", "missing, and text too"),
         ({"order": None}, "order", "missing, and start too"),
-        ({"order": "soon"}, "order", "'soon'; allowed: a number"),
+        ({"order": "soon"}, "order", "'soon'; allowed: a number, with a point for decimals"),
         ({"order": True}, "order", "True; allowed: a number"),
         ({"start": -1}, "start", "-1.0; allowed: a finite number, 0 to 3.40282e+38"),
         ({"start": 1e300}, "start", "1e+300; allowed: a finite number, 0 to 3.40282e+38"),
@@ -122,11 +261,12 @@ def test_a_bad_field_is_named_with_file_and_row(tmp_path, row, field, message):
         ("m.jsonl", b'{"text": "a", "text": "b"}', "row at line 1: 'text': repeated"),
         ("m.jsonl", b"\xff\xfe", "line 1: not UTF-8"),
         ("m.csv", b"", "empty; needed: a header"),
-        ("m.csv", b"dialogue,mood\n", "'mood': unknown column"),
+        ("m.csv", b"dialogue,utterence\n", "'utterence': unknown, close to 'utterance'"),
         ("m.csv", b"text,text\n", "text: repeated column"),
         ("m.csv", b"dialogue,utterance\na\n", "row at line 2: 1 fields; needed: 2"),
+        ("m.csv", b"dialogue;utterance\na,1\n", "separated by semicolons, as the header"),
         ("m.csv", b'dialogue\n"a', "row at line 2: not CSV"),
-        ("m.txt", b"", ".txt; allowed: .jsonl, .csv"),
+        ("m.txt", b"", ".txt; allowed: .jsonl, .csv, .tsv"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
@@ -205,16 +345,27 @@ def oracle(rows):
     return dict(dialogues)
 
 
+def channel(value):
+    """The channel as it is read."""
+    if given(value) is None:
+        return "mix"
+    return int(value) if str(value).strip().isdecimal() else value
+
+
 def utterance_id(row):
     return f"{given(row['dialogue'])}/{given(row['utterance'])}"
 
 
-def told(row, folder):
+def told(row, folder, shared):
     """All that a row says, as `seen` of what is read."""
     recording = None
     if given(row.get("audio")) is not None:
         path = str(folder / given(row["audio"]))
-        recording = Recording(path, number(row.get("audio_start")), number(row.get("audio_end")))
+        cut = number(row.get("audio_start")), number(row.get("audio_end"))
+        times = number(row.get("start")), number(row.get("end"))
+        if cut == (None, None) and given(row["audio"]) in shared and None not in times:
+            cut = times
+        recording = Recording(path, *cut, channel(row.get("audio_channel")))
     numbers = [number(row.get(field)) for field in ("score", "start", "end")]
     return (
         given(row.get("split")),
@@ -293,14 +444,18 @@ def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, r
         assert 0 < len(utterances) <= len(rows)
         complete = rows[: len(utterances) - 1]
     found = seen(corpus, any(given(row.get("split")) for row in complete))
+    recordings = [given(row.get("audio")) for row in rows]
+    shared = {name for name in recordings if name and recordings.count(name) > 1}
     for row in complete:
-        assert found[utterance_id(row)] == told(row, path.parent)
+        if whole or not shared:
+            assert found[utterance_id(row)] == told(row, path.parent, shared)
 
 
 def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     write_wav(tmp_path / "a.wav", 1.0)
     rows = [
-        {"dialogue": 1, "utterance": 1, "order": 1, "audio": "a.wav", "label": "joy", "score": 2},
+        {"dialogue": 1, "utterance": 1, "order": 1, "audio": "a.wav", "label": "joy", "score": 2}
+        | {"audio_start": 0, "mood": "calm", "speaker": "x"},
         {"dialogue": 1, "utterance": 2, "order": 2, "text": "Only text."},
         {"dialogue": 1, "utterance": 3, "order": 3, "audio": "b.wav", "text": "No file."},
         {"dialogue": 1, "utterance": 4, "order": 4, "audio": "a.wav"}
@@ -325,4 +480,6 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     assert [turn.text_present for turn in dialogue.utterances] == [False, True, True, False]
     assert [turn.label for turn in dialogue.utterances] == [1, -1, -1, -1]
     assert dialogue.utterances[0].score == 2 and dataset.class_names == ("calm", "joy")
+    assert dialogue.utterances[0].metadata == {"mood": "calm", "speaker": "x"}
+    assert dialogue.utterances[1].metadata == {}
     assert [entry["utterance"] for entry in report["missing"]] == ["1/3"]

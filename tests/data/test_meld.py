@@ -71,6 +71,8 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tm
     ]
     assert report["missing"][1]["reason"] == "no such file"
     assert [entry["utterance"] for entry in report["capped"]] == ["test_dia38_utt4"]
+    (mismatch,) = report["length_mismatch"]
+    assert (mismatch["utterance"], mismatch["annotated_seconds"]) == ("test_dia38_utt4", 0.75)
     assert report["capped"][0]["seconds"] == pytest.approx(305, abs=0.1)
     assert report["splits"]["test"]["texts_of_training"] == 1
     assert any("1 clips without a row" in note for note in report["notes"])

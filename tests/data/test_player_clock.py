@@ -164,6 +164,17 @@ def test_a_channel_that_is_absent_is_an_error(stereo):
             decode(stereo, channel=wrong)
 
 
+def test_composed_and_decomposed_file_names_are_the_same_name(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    folder = tmp_path / decomposed
+    folder.mkdir()
+    audio.encode_wav(folder / f"{decomposed}.wav", np.ones(RATE, np.int16))
+    for name in (composed, decomposed):
+        assert decode(tmp_path / composed / f"{name}.wav").seconds == 1
+    with pytest.raises(AudioError, match="no such file"):
+        decode(folder / "caf\u00e8.wav")
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_cuts_of_one_recording_are_those_of_each_alone(holes, stereo, num_workers):
     spans = ((5.0, 6.0), (0.5, 1.5), (1.0, 4.5), (7.5, 9.0), (9.0, 9.5), (3.0, 2.0), (0.0, 0.1))

@@ -16,15 +16,19 @@ class ManifestConfig(tfds.core.BuilderConfig):
     """A manifest; `name` is that of the dataset.
 
     Attributes:
-        file: name of the manifest in the manual directory.
-        labels: class names in their order.
-        scored: rows have scores.
-        seed: of the random split, see `reader.read`.
+        file: Name of the manifest in the manual directory.
+        labels: Class names in their order.
+        label_map: Pairs of a name in the file and a class name, see `reader.read`.
+        scored: Whether rows have scores.
+        group_by: Column whose values random splits keep apart, see `reader.read`.
+        seed: Seed of the random split.
     """
 
     file: str = "manifest.jsonl"
     labels: tuple[str, ...] = ()
+    label_map: tuple[tuple[str, str], ...] = ()
     scored: bool = False
+    group_by: str = ""
     seed: int = 0
 
 
@@ -47,4 +51,10 @@ class Manifest(DialogueBuilder):
 
     def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
         config = self.builder_config
-        return reader.read(source / config.file, labels=config.labels, seed=config.seed)
+        return reader.read(
+            source / config.file,
+            labels=config.labels,
+            label_map=dict(config.label_map),
+            group_by=config.group_by,
+            seed=config.seed,
+        )

@@ -1,86 +1,93 @@
-"""Reads a manifest: a JSON Lines or CSV file with one utterance a row.
+"""Reads a manifest: a JSON Lines or CSV file with one utterance per row.
 
     {"dialogue": "call 7", "utterance": 1, "order": 1, "audio": "call7/1.wav", "text": "Hello?"}
     {"dialogue": "call 7", "utterance": 2, "order": 2, "text": "You again!", "label": "anger"}
 
-Fields; what is left out, null or empty is absent:
+Fields; one that is left out, null or empty is absent:
 
-- `dialogue`, `utterance`: ids, text or whole numbers. Utterance ids differ within a dialogue.
-- `order`: a number; utterances of a dialogue are read in its order. Or
-- `start`, `end`: seconds from the beginning of the dialogue; `start` orders where there is no
-  `order`.
-- `audio`: a sound or video file, relative to the manifest's folder; `audio_start`, `audio_end`:
-  seconds into that file where the utterance begins and ends.
-- `text`: the transcript. A row needs `audio` or `text`.
-- `label`: an emotion; rows without are context. `score`: a sentiment from -3 to 3.
-- `split`: `train`, `validation` or `test`, the same for a whole dialogue. Where no row has one, the
-  dialogues are shared out at random.
+- `dialogue`, `utterance`: Ids, text or whole numbers. Utterance ids are unique in a dialogue.
+- `order`: A number; the utterances of a dialogue are read in its order. Or
+- `start`, `end`: Seconds from the beginning of the dialogue; `start` orders the utterances of a
+  dialogue without `order`. Where several rows name one recording, they are also the cut of it.
+- `audio`: A sound or video file, relative to the manifest's folder.
+- `audio_start`, `audio_end`: Seconds into that file where the utterance begins and ends, if its
+  clock is not that of `start` and `end`.
+- `audio_channel`: `mix` (default), `left`, `right`, or a channel's index from 0.
+- `text`: The transcript. A row needs `audio` or `text`.
+- `label`: An emotion; rows without one are context. `score`: A sentiment from -3 to 3.
+- `split`: `train`, `validation` or `test`, the same for a whole dialogue. If no row has one, the
+  dialogues are split at random, by `speaker` if the rows have it.
+- `speaker`: Who speaks. It only keeps speakers apart in random splits; no model reads it.
+
+Further columns are kept as metadata: they travel to the output and no model reads them.
 """
 
+import collections
 import csv
-import dataclasses
 import io
 import json
-import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
+from mister_jax.data.labels import map_labels_flag, suspicious_labels
+from mister_jax.data.manifest.fields import (
+    FIELDS,
+    Fields,
+    Interval,
+    audio_intervals,
+    check_further_name,
+)
 from mister_jax.data.schema import SPLITS
+from mister_jax.data.splits import SHARES, overlap_note, random_splits
 from mister_jax.errors import InputError
 
-FIELDS = (
-    "dialogue",
-    "utterance",
-    "order",
-    "start",
-    "end",
-    "audio",
-    "audio_start",
-    "audio_end",
-    "text",
-    "label",
-    "score",
-    "split",
-)
-FORMATS = (".jsonl", ".csv")
+FORMATS = (".jsonl", ".csv", ".tsv")
 
-# Numbers are stored as float32, in which larger ones are infinite.
-_LARGEST = float(np.finfo(np.float32).max)
+DEFAULT_GROUP = "speaker"
+"""The column that random splits keep apart if it is present."""
 
-SHARES = (0.8, 0.1, 0.1)
-"""Shares of the dialogues in training, validation and test, where the manifest names no splits."""
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read(
     source: str | pathlib.Path,
     *,
     labels: Sequence[str] = (),
+    label_map: Mapping[str, str] | None = None,
+    check_labels: bool = True,
+    group_by: str = "",
     seed: int = 0,
     shares: Sequence[float] = SHARES,
 ) -> Corpus:
     """Reads and checks a manifest.
 
     Args:
-        source: the file, `.jsonl` or `.csv`, UTF-8.
-        labels: class names in their order; the sorted names in the file when left out.
-        seed: of the random split.
-        shares: of the random split.
+        source: The file, `.jsonl`, `.csv` or `.tsv`, UTF-8. The separator of a CSV file may be a
+            comma, a semicolon, a tab or a bar.
+        labels: Class names in their order; the sorted names in the file when left out.
+        label_map: Names in the file to class names; an empty class name makes the row unlabeled.
+            A name that is mapped to itself is not checked for looking like a mistake.
+        check_labels: Refuse labels that look like mistakes. Off where labels are not trained on.
+        group_by: Column whose values random splits keep apart, `speaker` or a further column.
+            By default `speaker` where the manifest has it.
+        seed: Seed of the random split.
+        shares: Shares of the dialogues in the three splits.
 
     Returns:
         The corpus. An utterance's id is `DIALOGUE/UTTERANCE`; dialogues keep the order in which
         they first appear.
 
     Raises:
-        InputError: the file or a row cannot be used; the message names file, row and field.
+        InputError: The file or a row cannot be used; the message names file, row and field.
     """
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
-        lack = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {lack}; needed: a manifest, {' or '.join(FORMATS)}")
+        reason = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {reason}; needed: a manifest, {' or '.join(FORMATS)}")
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(FORMATS)}")
     for name in labels:
@@ -89,124 +96,97 @@ def read(
     rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
     if not rows:
         raise InputError(f"{path}: no rows; at least one utterance is needed")
-    utterances = [row.utterance() for row in rows]
-    given = sorted({utterance.label for utterance in utterances if utterance.label is not None})
-    for row, utterance in zip(rows, utterances, strict=True):
-        if labels and utterance.label is not None and utterance.label not in labels:
-            row.fail("label", f"{utterance.label!r}; allowed: {', '.join(labels)}")
+    intervals = audio_intervals(rows, [row.id("dialogue") for row in rows])
+    notes = _cut_notes(rows, intervals)
+    label_map = dict(label_map or {})
+    utterances = [
+        row.utterance(interval, label_map) for row, interval in zip(rows, intervals, strict=True)
+    ]
+    if check_labels:
+        _check_labels(rows, utterances, labels, label_map)
+    columns = dict.fromkeys(name for turn in utterances for name in turn.metadata)
+    if columns:
+        notes.append(f"columns kept as metadata, which no model reads: {', '.join(columns)}")
     dialogues, splits = _dialogues(rows, utterances)
-    assigned = splits or _random_splits(list(dialogues), seed, shares)
-    scored = any(utterance.score is not None for utterance in utterances)
+    groups = _groups(rows, utterances, group_by)
+    if splits:
+        note = overlap_note(groups, splits, group_by or DEFAULT_GROUP)
+        notes += [note] if note else []
+    elif sum(share > 0 for share in shares) == 1:
+        (index,) = np.flatnonzero(shares)
+        splits = dict.fromkeys(dialogues, SPLITS[index])
+    else:
+        splits, note = random_splits(
+            {name: len(dialogue.utterances) for name, dialogue in dialogues.items()},
+            groups,
+            name=group_by or DEFAULT_GROUP,
+            source=str(path),
+            explicit=bool(group_by),
+            seed=seed,
+            shares=shares,
+        )
+        notes.append(note)
     return Corpus(
         path.stem,
-        tuple(labels or given),
+        tuple(labels or sorted({turn.label for turn in utterances if turn.label is not None})),
         {
-            split: tuple(
-                dialogue for name, dialogue in dialogues.items() if assigned[name] == split
-            )
+            split: tuple(dialogue for name, dialogue in dialogues.items() if splits[name] == split)
             for split in SPLITS
         },
-        scored=scored,
-        notes=() if splits else (f"dialogues shared out at random, seed {seed}",),
+        scored=any(utterance.score is not None for utterance in utterances),
+        notes=tuple(notes),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A row's fields, absent ones left out, and the checks that name file, row and field."""
+class _Row(Fields):
+    """A row of a manifest; absent fields are left out."""
 
-    path: pathlib.Path
-    line: int
-    fields: dict[str, Any]
+    def __init__(self, path: pathlib.Path, line_number: int, values: Mapping[str, Any]) -> None:
+        super().__init__(f"{path}: row at line {line_number}", values)
+        self.folder = path.parent
+        self.line_number = line_number
 
-    def fail(self, field: str, message: str) -> NoReturn:
-        # Values from the file may hold line breaks.
-        line = " ".join(f"row at line {self.line}: {field}: {message}".split())
-        raise InputError(f"{self.path}: {line}")
+    def metadata(self) -> dict[str, str]:
+        """Returns the fields that no model reads: further columns, and the speaker."""
+        metadata = {}
+        for name, value in self.values.items():
+            if name in FIELDS and name != DEFAULT_GROUP:
+                continue
+            check_further_name(self, name, self.values)
+            if not isinstance(value, str):
+                metadata[name] = json.dumps(value)
+            elif self.text(name) is not None:
+                metadata[name] = value
+        return metadata
 
-    def text(self, field: str) -> str | None:
-        """Text; None where absent."""
-        value = self.fields.get(field)
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            self.fail(field, f"{value!r}; allowed: text")
-        if "\0" in value or not _encodes(value):
-            self.fail(field, f"{value!r}; allowed: text without null or broken characters")
-        return value.strip() or None
+    def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
+        """Returns the utterance of the row.
 
-    def line_of_text(self, field: str) -> str | None:
-        value = self.text(field)
-        if value is not None and len(value.splitlines()) != 1:
-            self.fail(field, f"{value!r}; allowed: one line")
-        return value
-
-    def id(self, field: str) -> str:
-        value = self.fields.get(field)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        name = self.line_of_text(field)
-        if name is None:
-            self.fail(field, "missing; needed: an id, text or a whole number")
-        return name
-
-    def number(
-        self, field: str, *, least: float = -_LARGEST, most: float = _LARGEST
-    ) -> float | None:
-        """A number in a range; None where absent."""
-        value = self.fields.get(field)
-        if value is None:
-            return None
-        if isinstance(value, str):
-            if not value.strip():
-                return None
-            try:
-                value = float(value)
-            except ValueError:
-                self.fail(field, f"{value!r}; allowed: a number")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(field, f"{value!r}; allowed: a number")
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf
-        if not least <= value <= most:  # Nor NaN.
-            self.fail(field, f"{value!r}; allowed: a finite number, {least:g} to {most:g}")
-        return value
-
-    def interval(self, first: str, last: str) -> tuple[float | None, float | None]:
-        start, end = self.number(first, least=0), self.number(last, least=0)
-        if end is not None and end <= (start or 0):
-            self.fail(last, f"{end:g}; allowed: more than {first}")
-        return start, end
-
-    def utterance(self) -> Utterance:
-        for field in self.fields:
-            if field not in FIELDS:
-                self.fail(repr(field), f"unknown; allowed: {', '.join(FIELDS)}")
-        dialogue, name = self.id("dialogue"), self.id("utterance")
-        text, audio = self.text("text"), self.line_of_text("audio")
+        Args:
+            interval: Seconds into the recording where the utterance begins and ends.
+            label_map: Names in the file to class names.
+        """
+        text, audio = self.text("text"), self.line("audio")
         if text is None and audio is None:
             self.fail("audio", "missing, and text too; a row needs one of them")
-        audio_start, audio_end = self.interval("audio_start", "audio_end")
-        if audio is None and (audio_start is not None or audio_end is not None):
-            self.fail("audio", "missing; audio_start and audio_end are places in it")
         start, end = self.interval("start", "end")
+        label = self.line("label")
         recording = None
         if audio is not None:
-            recording = Recording(str(self.path.parent / audio), audio_start, audio_end)
+            recording = Recording(str(self.folder / audio), *interval, self.channel())
         return Utterance(
-            id=f"{dialogue}/{name}",
+            id=f"{self.id('dialogue')}/{self.id('utterance')}",
             text=text or "",
             recording=recording,
-            label=self.line_of_text("label"),
-            score=self.number("score", least=-3, most=3),
+            label=label if label is None else label_map.get(label, label) or None,
+            score=self.score(),
             start=start,
             end=end,
+            metadata=self.metadata(),
         )
 
-    def place(self) -> float:
-        """What orders the row in its dialogue."""
+    def position(self) -> float:
+        """Returns what orders the row in its dialogue."""
         order = self.number("order")
         if order is None:
             order = self.number("start")
@@ -215,59 +195,99 @@ class _Row:
         return order
 
     def split(self) -> str | None:
-        split = self.line_of_text("split")
+        """Returns the split, or None if it is absent."""
+        split = self.line("split")
         if split is not None and split not in SPLITS:
             self.fail("split", f"{split!r}; allowed: {', '.join(SPLITS)}")
         return split
 
 
+def _cut_notes(rows: Sequence[_Row], intervals: Sequence[Interval]) -> list[str]:
+    """Returns a note if utterances are cut by `start` and `end`."""
+    paths = [
+        row.line("audio")
+        for row, interval in zip(rows, intervals, strict=True)
+        if interval != row.audio_interval()
+    ]
+    if not paths:
+        return []
+    return [
+        f"{len(paths)} utterances cut by start and end out of {len(set(paths))} recordings that "
+        "several rows name"
+    ]
+
+
+def _check_labels(
+    rows: Sequence[_Row],
+    utterances: Sequence[Utterance],
+    labels: Sequence[str],
+    label_map: Mapping[str, str],
+) -> None:
+    """Fails at the first row whose label is not allowed or looks like a mistake."""
+    counts = collections.Counter(turn.label for turn in utterances if turn.label is not None)
+    suspicious = {
+        name: (problem, fix)
+        for name, problem, fix in suspicious_labels(counts)
+        if name not in labels and name not in label_map.values()
+    }
+    flag = map_labels_flag((name, fix) for name, (_, fix) in suspicious.items())
+    for row, utterance in zip(rows, utterances, strict=True):
+        label = utterance.label
+        if label in suspicious:
+            problem = suspicious[label][0]
+            row.fail(
+                "label",
+                f"{label!r} {problem} ({counts[label]} rows); allowed: {flag}, or map it to itself "
+                "if it is a class",
+            )
+        if labels and label is not None and label not in labels:
+            row.fail("label", f"{label!r}; allowed: {', '.join(labels)}")
+
+
+def _groups(
+    rows: Sequence[_Row], utterances: Sequence[Utterance], group_by: str
+) -> dict[str, set[str]]:
+    """Returns by dialogue the values of a column, `speaker` if `group_by` is empty."""
+    groups: dict[str, set[str]] = collections.defaultdict(set)
+    for row, utterance in zip(rows, utterances, strict=True):
+        value = utterance.metadata.get(group_by or DEFAULT_GROUP)
+        if value is not None:
+            groups[row.id("dialogue")].add(value)
+        elif group_by:
+            row.fail(group_by, "missing, and dialogues are grouped by it; needed: in each row")
+    return dict(groups)
+
+
 def _dialogues(
     rows: Sequence[_Row], utterances: Sequence[Utterance]
 ) -> tuple[dict[str, Dialogue], dict[str, str]]:
-    """Dialogues by id, and their splits if the rows name any."""
+    """Returns the dialogues by id, and their splits if the rows name any."""
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
-    by_order: dict[str, bool] = {}
+    has_order: dict[str, bool] = {}
+    line_of: dict[str, int] = {}
     first = rows[0]
-    seen: dict[str, int] = {}
     for row, utterance in zip(rows, utterances, strict=True):
-        if utterance.id in seen:
-            row.fail("utterance", f"repeats the row at line {seen[utterance.id]}; ids differ")
-        seen[utterance.id] = row.line
-        dialogue, place, split = row.id("dialogue"), row.place(), row.split()
-        has_order = row.number("order") is not None
-        if by_order.setdefault(dialogue, has_order) != has_order:
+        if utterance.id in line_of:
+            row.fail("utterance", f"repeats the row at line {line_of[utterance.id]}; ids differ")
+        line_of[utterance.id] = row.line_number
+        dialogue, position, split = row.id("dialogue"), row.position(), row.split()
+        ordered = row.number("order") is not None
+        if has_order.setdefault(dialogue, ordered) != ordered:
             row.fail("order", "in some rows of the dialogue; allowed: in all or none")
-        if place in turns.setdefault(dialogue, {}):
-            field = "order" if has_order else "start"
-            row.fail(field, f"{place:g} repeated in its dialogue; places differ")
-        turns[dialogue][place] = utterance
+        if position in turns.setdefault(dialogue, {}):
+            field = "order" if ordered else "start"
+            row.fail(field, f"{position:g} repeated in its dialogue; places differ")
+        turns[dialogue][position] = utterance
         if (split is None) != (first.split() is None):
             row.fail("split", "in some rows; allowed: in all or none")
         if splits.setdefault(dialogue, split) != split:
             row.fail("split", f"{split!r}, {splits[dialogue]!r} before; a dialogue has one")
     dialogues = {
-        name: Dialogue(name, tuple(places[place] for place in sorted(places)))
-        for name, places in turns.items()
+        name: Dialogue(name, tuple(by_position[position] for position in sorted(by_position)))
+        for name, by_position in turns.items()
     }
     return dialogues, {name: split for name, split in splits.items() if split is not None}
-
-
-def _random_splits(names: list[str], seed: int, shares: Sequence[float]) -> dict[str, str]:
-    """A split for each dialogue: every split with a share gets one, if there are enough."""
-    if len(shares) != len(SPLITS) or min(shares) < 0 or sum(shares) <= 0:
-        raise InputError(f"split shares {tuple(shares)}; allowed: three, at least 0, not all 0")
-    wanted = np.asarray(shares, float) / sum(shares) * len(names)
-    counts = np.floor(wanted).astype(int)
-    for index in np.argsort(counts - wanted, kind="stable")[: len(names) - counts.sum()]:
-        counts[index] += 1
-    for index in np.flatnonzero((counts == 0) & (wanted > 0)):
-        if counts.max() > 1:
-            counts[counts.argmax()] -= 1
-            counts[index] += 1
-    order = np.random.default_rng(seed).permutation(len(names))
-    assigned = np.repeat(SPLITS, counts)
-    return {names[index]: str(split) for index, split in zip(order, assigned, strict=True)}
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
@@ -275,36 +295,39 @@ def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path}: row at line {number}"
+        row = f"{path}: row at line {number}"
         try:
             pairs = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", type(error).__name__)
-            raise InputError(f"{place}: not JSON ({reason}); needed: one object a line") from error
+            raise InputError(f"{row}: not JSON ({reason}); needed: one object a line") from error
         if not isinstance(pairs, _Pairs):
-            raise InputError(f"{place}: not an object; needed: one object a line")
-        fields: dict[str, Any] = {}
-        for field, value in pairs:
-            if field in fields:
-                _Row(path, number, {}).fail(repr(field), "repeated; fields differ")
-            fields[field] = value
-        yield _Row(path, number, {key: value for key, value in fields.items() if value is not None})
+            raise InputError(f"{row}: not an object; needed: one object a line")
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                Fields(row, {}).fail(repr(name), "repeated; fields differ")
+            values[name] = value
+        yield _Row(path, number, {key: value for key, value in values.items() if value is not None})
 
 
 class _Pairs(list):
-    """The fields of a JSON object, repeated ones too."""
+    """The fields of a JSON object, including repeated ones."""
 
 
 def _csv(path: pathlib.Path) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    delimiter = _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        first = _Row(path, 1, {})
+        # pandas writes its index as a column without a name.
+        header = [name.strip() or "unnamed" for name in next(reader, [])]
         if not header:
             raise InputError(f"{path}: empty; needed: a header and at least one row")
+        first = Fields(f"{path}: row at line 1", {})
         for name in header:
             if name not in FIELDS:
-                first.fail(repr(name), f"unknown column; allowed: {', '.join(FIELDS)}")
+                check_further_name(first, name, header)
             if header.count(name) > 1:
                 first.fail(name, "repeated column; columns differ")
         for values in reader:
@@ -313,7 +336,8 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
             if len(values) != len(header):
                 raise InputError(
                     f"{path}: row at line {reader.line_num}: {len(values)} fields; "
-                    f"needed: {len(header)}, one for each column"
+                    f"needed: {len(header)}, one for each column (separated by "
+                    f"{_DELIMITERS[delimiter]}, as the header)"
                 )
             fields = {name: value for name, value in zip(header, values, strict=True) if value}
             yield _Row(path, reader.line_num, fields)
@@ -321,9 +345,12 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
         raise InputError(f"{path}: row at line {reader.line_num}: not CSV ({error})") from error
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _delimiter(text: str) -> str:
+    """Returns the separator that finds the most known fields in the first line."""
+    line = text.partition("\n")[0]
+
+    def num_fields(delimiter: str) -> int:
+        names = {name.strip().strip('"') for name in line.split(delimiter)}
+        return len(names.intersection(FIELDS))
+
+    return max(_DELIMITERS, key=num_fields)  # The first one, a comma, if none finds more.
