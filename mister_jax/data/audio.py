@@ -699,7 +699,9 @@ class _Recording:
         fill the beginning make the container's own value differ from it.
         """
         is_alone = not any(
-            stream.type == "video" and not stream.disposition & av.stream.Disposition.attached_pic
+            stream.type in ("audio", "video")
+            and stream.index != self._stream.index
+            and not stream.disposition & av.stream.Disposition.attached_pic
             for stream in self._container.streams
         )
         if not is_alone and self._container.start_time is not None:
