@@ -85,8 +85,13 @@ ADAPTERS = {
     "wavlm": (("WavLMForSequenceClassification", ("intermediate_dense", "gru_rel_pos_linear")),),
     "qwen2_audio": (("Qwen2AudioForConditionalGeneration", ("q_proj", "v_proj", "linear")),),
 }
-# Layers that peft applies in the adapters we write; the default is all of them.
-WRITTEN_TARGETS = {"wavlm": ("hidden", "layers/out", "projection")}
+# Layers of the adapters that we write, by model type; () for all of them.
+WRITTEN_ADAPTERS = {
+    **dict.fromkeys(ADAPTERS, ((),)),
+    # peft applies no others.
+    "wavlm": (("hidden", "layers/out", "projection"),),
+    "qwen2_audio": ((), ("decoder/layers/layers/attention/query",), ("/projection",)),
+}
 # Model type and norm of the convolutions, with whatever the feature extractor says.
 FEATURE_EXTRACTORS = tuple(
     itertools.product(("wav2vec2", "hubert", "wavlm"), ("group", "layer"), (False, True))
@@ -398,19 +403,16 @@ def test_adapters_of_task_models_are_read(model_type, case, tmp_path):
     assert all(any(head in name for name in saved) for head in heads)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "use_rslora"), [*((name, False) for name in ADAPTERS), ("llama", True)]
-)
-def test_peft_applies_the_adapters_we_write(model_type, use_rslora, tmp_path):
+@pytest.mark.parametrize(("model_type", "targets"), each(WRITTEN_ADAPTERS))
+def test_peft_applies_the_adapters_we_write(model_type, targets, tmp_path):
     import peft
     import transformers
 
     model = torch_model(model_type, bare_class(model_type))
     model.save_pretrained(tmp_path / "base")
     module = load(tmp_path / "base", model_type)
-    targets = tuple(path for path, _ in linear_layers(module))
-    targets = WRITTEN_TARGETS.get(model_type, targets)
-    lora = LoRAConfig(2, 3, targets=targets, use_rslora=use_rslora)
+    targets = targets or tuple(path for path, _ in linear_layers(module))
+    lora = LoRAConfig(2, 3, targets=targets, use_rslora=model_type == "llama")
     add_lora(module, lora, rngs=nnx.Rngs(0))
     for number, (_, layer) in enumerate(linear_layers(module)):
         if layer.lora is not None:
@@ -454,4 +456,5 @@ def test_the_input_is_normalized_as_the_saved_processor_says(
     processor.save_pretrained(tmp_path)
     assert not (tmp_path / "preprocessor_config.json").exists()
     module = load(tmp_path, model_type)
+    assert module.config.normalise is do_normalize
     assert_equal_hidden(module, model, torch_hidden(model, do_normalize))
