@@ -74,6 +74,7 @@ _FULL_SCALE = 2**15
 _CANCELED_SHARE = 10 ** (-26 / 10)
 _POWER_BIN = 0.25  # Seconds over which the power of channels is summed,
 _POWER_STEP = 7  # and of how many samples one counts.
+_MAX_POWERED = 2.0**31  # Larger floats count as that.
 _BLOCK_SECONDS = 0.25  # Decoded frames are worked on in blocks of that length.
 
 
@@ -380,6 +381,7 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
         return
     waiting = collections.deque(sorted(cuts, key=lambda cut: cut.first))
     active: list[_Cut] = []
+    fatal: AudioError | None = None
     try:
         while waiting:
             end = 0
@@ -397,16 +399,15 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
                 for cut in waiting:
                     cut.position = end
                 waiting.clear()
-        error = None
-    except AudioError as failure:
-        error = failure
-    except _failures() as failure:
-        error = AudioError(Reason.DAMAGED, _name(source), _message(failure))
+    except AudioError as error:
+        fatal = error
+    except _failures() as error:
+        fatal = AudioError(Reason.DAMAGED, _name(source), _message(error))
     finally:
         recording.close()
     for cut in cuts:
-        if error is not None and (cut in active or cut in waiting):
-            cut.error = error
+        if fatal is not None and (cut in active or cut in waiting):
+            cut.error = fatal
         cut.finish(recording)
 
 
@@ -465,7 +466,10 @@ class _Cut:
         name = _name(self.request.source)
         if self.error is not None:
             return self.error
-        samples, note = _joined(self._chunks)
+        try:
+            samples, note = _joined(self._chunks)
+        except ValueError as error:
+            return AudioError(Reason.DAMAGED, name, str(error))
         if len(samples) == 0:
             if self._damage:
                 return AudioError(Reason.DAMAGED, name, self._damage)
@@ -494,6 +498,8 @@ def _joined(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
     ]
     joined = np.concatenate(floats)
     peak = np.abs(joined).max(initial=0.0)
+    if peak > _MAX_PEAK * _FULL_SCALE:
+        raise ValueError(f"float samples of up to {peak:g}")
     if peak > _MAX_PEAK:
         # A recording of floats in integer range: its header cannot say so.
         joined /= _FULL_SCALE
@@ -509,8 +515,7 @@ class _Recording:
         self._source = source
         self._name = name
         self._channel = channel
-        self._index = _NAMED_CHANNELS.get(channel, channel)  # type: ignore[call-overload]
-        # Index behind which FFmpeg could not decode something -> what it said.
+        # Indices behind which FFmpeg could not decode something, and its messages.
         self._damage: dict[int, str] = {}
         self._holes: set[tuple[int, int]] = set()
         self._jumps: list[str] = []
@@ -522,7 +527,7 @@ class _Recording:
         _check_readable(source, name)
         self._header = wav.read_header(source)
         self._container: Any = None
-        if self._header is None or not self._header.is_wide:
+        if self._header is None or not self._header.is_pcm:
             self._open()
 
     def _open(self) -> None:
@@ -641,7 +646,7 @@ class _Recording:
     def _timed_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
         """Yields decoded frames by the container's clock; holes are filled with silence."""
         if self._container is None:
-            yield from self._wide_frames(lead)
+            yield from self._pcm_frames(lead)
             return
         origin = self._origin()
         jumped = self._jump(origin, lead - _DECODER_LEAD)
@@ -748,15 +753,16 @@ class _Recording:
             self._note_damage(_message(error))
             yield None  # The decoder gives what it still holds.
 
-    def _wide_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields frames of a WAV file whose containers FFmpeg does not read."""
+    def _pcm_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
+        """Yields frames of a WAV file whose samples are integers."""
         header = self._header
         assert header is not None
-        position = max(0, int((lead - _DECODER_LEAD) * header.rate))
+        size = math.ceil(_BLOCK_SECONDS * header.rate)
+        position = max(0, int((lead - _DECODER_LEAD) * header.rate)) // size * size
         layout = {1: "mono", 2: "stereo"}.get(header.channels, f"{header.channels} channels")
-        for block in wav.wide_blocks(self._source, header, position, size=header.rate):
+        for block in wav.pcm_blocks(self._source, header, position, size):
             frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(block).reshape(1, -1), format="s32", layout=layout
+                block.reshape(1, -1), format="s16" if block.itemsize == 2 else "s32", layout=layout
             )
             frame.sample_rate = header.rate
             yield position, frame
@@ -770,17 +776,18 @@ class _Recording:
             seconds: Where it begins.
         """
         num_channels = len(frame.layout.channels)
-        samples = frame.to_ndarray()
+        samples: np.ndarray = frame.to_ndarray()
         is_finite = samples.dtype.kind != "f" or bool(np.isfinite(samples).all())
         if not is_finite:  # FFmpeg would make them the loudest of all.
             samples = np.where(np.isfinite(samples), samples, 0).astype(samples.dtype)
         planes = samples if frame.format.is_planar else samples.reshape(-1, num_channels).T
         if self._channel != MIX:
-            if self._index >= num_channels:
+            index = _channel_index(self._channel)
+            if index >= num_channels:
                 raise AudioError(
                     Reason.NO_CHANNEL, self._name, f"{self._channel} of {num_channels} channels"
                 )
-            plane = np.ascontiguousarray(planes[self._index : self._index + 1])
+            plane = np.ascontiguousarray(planes[index : index + 1])
             return _frame(plane, frame, layout="mono")
         if num_channels == 1:
             return frame if is_finite else _frame(samples, frame, layout=frame.layout.name)
@@ -796,7 +803,10 @@ class _Recording:
 
     def _add_power(self, planes: np.ndarray, rate: int, seconds: float) -> None:
         """Adds the power of channels [C, n] and of their mean to the bin of their place."""
-        floats = planes[:, ::_POWER_STEP].astype(np.float32)
+        part = planes[:, ::_POWER_STEP]
+        if planes.dtype.kind == "f":
+            part = np.clip(part, -_MAX_POWERED, _MAX_POWERED)
+        floats = part.astype(np.float32)
         if planes.dtype == np.uint8:
             floats -= 128
         products = (floats @ floats.T).astype(np.float64)  # [C, C]
@@ -806,6 +816,10 @@ class _Recording:
 
     def _note_damage(self, damage: str) -> None:
         self._damage.setdefault(self._position, damage)
+
+
+def _channel_index(channel: Channel) -> int:
+    return channel if isinstance(channel, int) else _NAMED_CHANNELS[channel]
 
 
 def _at_sample_rate(position: int, rate: int) -> int:
@@ -908,6 +922,9 @@ def _merged(
         blocks: list[np.ndarray] = []
         for position, frame in alike:
             if not blocks:
+                if frame.samples >= _BLOCK_SECONDS * rate:
+                    yield position, frame
+                    continue
                 start = position
             blocks.append(frame.to_ndarray())
             size += frame.samples

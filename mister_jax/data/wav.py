@@ -1,8 +1,9 @@
-"""WAV files: their chunks, and samples in containers wider than their valid bits.
+"""WAV files: their chunks, and samples that are plain integers.
 
 FFmpeg reads a sample by its valid bits and not by the size of its container, so it makes noise of
-24 bits in 32. `WavHeader` tells such files apart, and `wide_blocks` reads them. The layout is that
-of Microsoft's "Multiple channel audio data and WAVE files" and of EBU Tech 3306 (RF64).
+24 bits in 32. `pcm_blocks` reads by the container, and without FFmpeg's probing of the file. The
+layout is that of Microsoft's "Multiple channel audio data and WAVE files" and of EBU Tech 3306
+(RF64).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 _MAGIC = (b"RIFF", b"RF64", b"BW64")
 _PCM, _EXTENSIBLE = 0x0001, 0xFFFE
 _MAX_CHUNKS = 1000
+_MAX_RATE = 1_000_000
 
 # Sizes that stand for "until the end of the file", as programs write into a pipe.
 _OPEN_SIZE = 0x7FFF_0000
@@ -55,14 +57,21 @@ class WavHeader:
         return self.block_align // max(1, self.channels)
 
     @property
-    def is_wide(self) -> bool:
-        """Whether samples are integers in containers of more bytes than their valid bits fill."""
+    def is_pcm(self) -> bool:
+        """Whether `pcm_blocks` reads the samples.
+
+        FFmpeg reads samples of 8 bits, which are unsigned, and knows the places of more than two
+        channels.
+        """
+        is_wide = (self.valid_bits + 7) // 8 < self.container_bytes
         return (
             self.codec == _PCM
             and self.channels > 0
-            and self.rate > 0
+            and 0 < self.rate <= _MAX_RATE
             and self.block_align == self.channels * self.container_bytes
-            and (self.valid_bits + 7) // 8 < self.container_bytes <= 4
+            and 2 <= self.container_bytes <= 4
+            and 0 < self.valid_bits <= 8 * self.container_bytes
+            and (is_wide or self.channels <= 2)
         )
 
     @property
@@ -82,10 +91,14 @@ def read_header(source: str | os.PathLike[str] | bytes) -> WavHeader | None:
     Returns:
         The header; None if it is no WAV file, or one without the chunks `fmt ` and `data`.
     """
-    if isinstance(source, bytes):
-        return _read_header(io.BytesIO(source), len(source))
-    with pathlib.Path(source).open("rb") as file:
-        return _read_header(file, os.fstat(file.fileno()).st_size)
+    with _opened(source) as file:
+        file_size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return _read_header(file, file_size)
+
+
+def _opened(source: str | os.PathLike[str] | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else pathlib.Path(source).open("rb")
 
 
 def _read_header(file: BinaryIO, file_size: int) -> WavHeader | None:
@@ -133,32 +146,36 @@ def _read_header(file: BinaryIO, file_size: int) -> WavHeader | None:
     )
 
 
-def wide_blocks(
+def pcm_blocks(
     source: str | os.PathLike[str] | bytes, header: WavHeader, first: int, size: int
 ) -> Iterator[np.ndarray]:
-    """Reads samples whose containers are wider than their valid bits.
+    """Reads samples that are integers, by the size of their containers.
 
-    The valid bits are the highest ones of a container.
+    Valid bits are the highest ones of a container.
 
     Args:
         source: Path or content of the file.
-        header: Its header; `is_wide` is true.
+        header: Its header; `is_pcm` is true.
         first: Index of the first sample.
         size: Samples in a block.
 
     Yields:
-        Blocks [n, channels] int32 of full scale 2^31.
+        Blocks [n, channels] int16 of full scale 2^15, or int32 of full scale 2^31 if containers
+        have more than 16 bits.
     """
     width, end = header.container_bytes, header.file_size
     if header.data_size is not None:
         end = min(end, header.data_start + header.data_size)
-    is_content = isinstance(source, bytes)
-    with io.BytesIO(source) if is_content else pathlib.Path(source).open("rb") as file:
+    with _opened(source) as file:
         file.seek(header.data_start + first * header.block_align)
-        while (left := (end - file.tell()) // header.block_align) > 0:
-            block = file.read(min(size, left) * header.block_align)
-            samples = np.frombuffer(block, np.uint8).reshape(-1, header.channels, width)
+        left = (end - file.tell()) // header.block_align
+        while left > 0 and (block := file.read(min(size, left) * header.block_align)):
+            block = block[: len(block) // header.block_align * header.block_align]
+            left -= len(block) // header.block_align
+            if width != 3:
+                yield np.frombuffer(block, f"<i{width}").reshape(-1, header.channels)
+                continue
             # Bytes are little-endian, so the container is the upper end of a 32-bit one.
-            wide = np.zeros((*samples.shape[:2], 4), np.uint8)
-            wide[..., 4 - width :] = samples
-            yield wide.view("<i4")[..., 0]
+            wide = np.zeros((len(block) // 3, 4), np.uint8)
+            wide[:, 1:] = np.frombuffer(block, np.uint8).reshape(-1, 3)
+            yield wide.view("<i4").reshape(-1, header.channels)

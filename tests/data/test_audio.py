@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import wave
 
 import av
 import numpy as np
@@ -149,21 +150,29 @@ def test_a_cut_is_that_part_of_the_whole(files, name, start, end):
 
 
 def test_a_cut_of_a_long_recording_jumps_to_it(tmp_path, monkeypatch):
-    path = wav(tmp_path / "a.wav", np.zeros((400 * 8000, 2), np.int16), 8000)
-    packets = 0
-    original = audio._Recording._packets
+    silence = np.zeros((400 * 8000, 2), np.int16)
+    num_frames = 0
+    original = audio._Recording._timed_frames
 
-    def counted(self):
-        nonlocal packets
-        for packet in original(self):
-            packets += 1
-            yield packet
+    def counted(self, lead):
+        nonlocal num_frames
+        for frame in original(self, lead):
+            num_frames += 1
+            yield frame
 
-    monkeypatch.setattr(audio._Recording, "_packets", counted)
-    assert decode(path, start=390, end=391).seconds == 1
-    jumped, packets = packets, 0
-    decode(path)
-    assert jumped < packets / 50
+    monkeypatch.setattr(audio._Recording, "_timed_frames", counted)
+    unsigned = tmp_path / "unsigned.wav"
+    with wave.open(str(unsigned), "wb") as file:  # Read by FFmpeg.
+        file.setnchannels(2)
+        file.setsampwidth(1)
+        file.setframerate(8000)
+        file.writeframes(np.full((400 * 8000, 2), 128, np.uint8).tobytes())
+    for path in (wav(tmp_path / "signed.wav", silence, 8000), unsigned):
+        num_frames = 0
+        assert decode(path, start=390, end=391).seconds == 1
+        jumped, num_frames = num_frames, 0
+        decode(path)
+        assert 0 < jumped < num_frames / 50
 
 
 @pytest.mark.parametrize(

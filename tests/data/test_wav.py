@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from mister_jax.data.audio import SAMPLE_RATE, decode
+from mister_jax.data.audio import SAMPLE_RATE, AudioError, decode
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 
@@ -157,3 +157,8 @@ def test_channels_that_cancel_out_give_the_strongest_of_them():
     mixed = decode(float_file(np.stack([left, right], axis=1), channels=2))
     assert mixed.notes == ()
     np.testing.assert_allclose(mixed.samples, (left + right) / 2 * 2**15, atol=1)
+
+
+def test_floats_that_are_no_sound_are_an_error():
+    with pytest.raises(AudioError, match=r"damaged: .* \(float samples of up to 1e\+30"):
+        decode(float_file(1e30 * np.sign(tone()), channels=2))
