@@ -1,7 +1,7 @@
-"""Writes the tuned encoder of a work directory as a folder of transformers, or of `peft`.
+"""Exports the fine-tuned encoder of a work directory for transformers or `peft`.
 
 python -m launch.export --workdir=DIR --output=FOLDER
-python -m launch.export --workdir=DIR --output=FOLDER --adapter     # the low-rank paths alone
+python -m launch.export --workdir=DIR --output=FOLDER --adapter     # only the LoRA adapter
 """
 
 from absl import flags
@@ -11,10 +11,12 @@ from launch import run
 from mister_jax.errors import InputError
 from mister_jax.export import export
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "of a fine-tuned encoder")
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a fine-tuned encoder")
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write")
-_ADAPTER = flags.DEFINE_bool("adapter", False, "write an adapter of peft, for the same base")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a folder that was exported before")
+_ADAPTER = flags.DEFINE_bool(
+    "adapter", False, "write only the LoRA adapter, for peft and the same base model"
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing export")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""From a work directory of stage 1 to a folder that transformers or `peft` opens."""
+"""Exports the encoder of a stage-1 work directory for transformers or `peft`."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def export(
     adapter: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the tuned encoder of a training, with its best parameters, for other libraries.
+    """Writes the fine-tuned encoder of a training, with its best parameters.
 
-    That is the encoder without the head that stage 1 puts on it, of Whisper without the decoder.
-    The folder is one that `transformers.AutoModel.from_pretrained` opens: `config.json`,
-    safetensors into which low-rank paths are merged, and the files of the tokenizer or feature
-    extractor. With `adapter` it is one that `peft.PeftModel.from_pretrained` puts on the base,
-    itself opened by `AutoModel`. It appears whole or not at all.
+    The encoder is written without the head of stage 1, Whisper without its decoder. The folder can
+    be opened with `transformers.AutoModel.from_pretrained`: it holds `config.json`, safetensors
+    with the low-rank paths merged, and the files of the tokenizer or feature extractor. With
+    `adapter`, it holds a LoRA adapter that `peft.PeftModel.from_pretrained` adds to the base model
+    opened with `AutoModel`. The folder is written completely or not at all.
 
     Args:
-      workdir: of the training.
-      output: the folder to write.
-      adapter: write the low-rank paths alone.
-      overwrite: replace a folder that was exported before.
+      workdir: Work directory of the training.
+      output: Folder to write.
+      adapter: Whether to write only the low-rank paths.
+      overwrite: Whether to replace an existing export.
 
     Raises:
-      InputError: no work directory of an encoder, one without a best checkpoint, or one whose
-        encoder cannot be exported so; an output that is there, or cannot be written.
+      InputError: The work directory has no encoder or no best checkpoint, its encoder or adapter
+        cannot be exported, or the output exists or cannot be written.
     """
     config = read_config(workdir)
     if config.task == "fusion":
@@ -88,8 +88,8 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
     whole = task.options.full or getattr(task.options, "tower", "") == "full"
     if whole or not any(layer.lora for _, layer in linear_layers(encoder)):
         raise InputError(
-            f"{name}: trained by more or less than low-rank paths, and an adapter holds these "
-            "alone; allowed: without --adapter"
+            f"{name}: trained by more or less than low-rank paths, and an adapter holds only "
+            "these; allowed: without --adapter"
         )
     architecture = hub.architecture_of(hub.read_config(task.folder), task.folder / hub.CONFIG)
     base = str(task.folder.resolve()) if pathlib.Path(name).is_dir() else name

@@ -1,6 +1,6 @@
-"""Fields of the encoders' configs: read from a config.json, checked, and turned into types.
+"""Reads and checks the fields of a config.json for the encoders' configs.
 
-What cannot be is refused in one line: the field, its value, and what is allowed.
+Unsupported values raise a one-line error with the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ _KINDS = {
 
 
 def unsupported(name: str, value: Any, allowed: Any) -> InputError:
-    """The error for a field of a config.json."""
+    """Returns the error for an unsupported field of a config.json."""
     return InputError(f"config.json: {name}={value!r}: allowed is {allowed}")
 
 
 def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raises InputError where a config.json does not have the one value that is supported."""
+    """Raises InputError if a field of a config.json has another than its one supported value."""
     for name, allowed in fixed.items():
         if config.get(name, allowed) != allowed:
             raise unsupported(name, config[name], repr(allowed))
 
 
 def read(config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """Reads a config.json.
+    """Reads the fields of a config.json.
 
     Args:
-      config: its content.
-      table: field of ours -> its name there and what an absent one is, or where none may be absent,
-        its type.
+      config: Content of the file.
+      table: Mapping of each field of the encoder's config to its name in the file and its default;
+        a type in place of the default makes the field required.
 
     Returns:
-      The values by our fields, each of its default's type; lists are tuples.
+      Values by field, each of its default's type; lists become tuples.
 
     Raises:
-      InputError: a value of another type.
+      InputError: A value has another type.
     """
     values = {}
     for field, (name, default) in table.items():
@@ -72,7 +72,7 @@ def check_positive(config: Any, names: Iterable[str]) -> None:
 
 
 def check_rates(config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError if one of a config's fields is no rate of dropout."""
+    """Raises ValueError if one of a config's fields is no valid dropout rate."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < 1:
@@ -80,13 +80,13 @@ def check_rates(config: Any, names: Iterable[str]) -> None:
 
 
 def types_of(config: Any) -> dict[str, Any]:
-    """The `dtype` and `param_dtype` of a config, for layers."""
+    """Returns the `dtype` and `param_dtype` of a config as arguments of a layer."""
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def layer_norm(width: int, epsilon: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm of a config's types."""
-    # A few dimensions are far larger than the rest; the fast variance would cancel.
+    """Creates a LayerNorm with a config's types."""
+    # A few dimensions are far larger than the rest, where the fast variance loses precision.
     return nnx.LayerNorm(
         width, epsilon=epsilon, use_fast_variance=False, rngs=rngs, **types_of(config)
     )

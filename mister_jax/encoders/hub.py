@@ -55,14 +55,14 @@ PROCESSOR_FILES = (
     "*processor_config.json",
     "chat_template*",
 )
-"""Patterns of the files in a folder that make a module's input."""
-# What a folder needs, and no more: repositories also hold other formats of the same weights.
+"""Patterns of the files of a folder's tokenizer or feature extractor."""
+# Only what is needed: repositories also hold other formats of the same weights.
 _FILES = (CONFIG, "model*.safetensors", "model.safetensors.index.json", *PROCESSOR_FILES)
 _DTYPES = ("float32", "bfloat16", "float16")
-# One of these holds a vocabulary. transformers makes an empty tokenizer where there is none.
+# Files that can hold a vocabulary. Without any, transformers creates an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
-# Kernels are cut over "model" where their heads or hidden units are, and over "data" along the
-# other side; each device of a "data" axis then holds its part alone until a layer runs.
+# Kernels are sharded over "model" along their heads or hidden units, and over "data" along the
+# other axis: a device of the "data" axis holds only its shard until a layer runs.
 RULES: Rules = (
     (r"embedding/embedding$", (MODEL, DATA)),
     (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
@@ -160,26 +160,26 @@ def load(
     seed: int = 0,
     **changes: Any,
 ) -> tuple[nnx.Module, Any]:
-    """Loads an encoder and what makes its input.
+    """Loads an encoder and its tokenizer or feature extractor.
 
     Args:
-      name_or_dir: a folder, which needs no network, or the name of a model on the Hugging Face Hub.
-      revision: branch, tag or commit of the model on the hub.
-      mesh: to place the parameters on; by default the first device.
-      rules: how they are sharded over the mesh, see `parallel.shardings`.
-      dtype: of the computation.
-      param_dtype: of the parameters.
-      lora: low-rank paths to add.
-      adapter: folder of an adapter of `peft`, whose low-rank paths are added in place of `lora`.
-      seed: of the low-rank paths.
-      **changes: further fields of the architecture's config.
+      name_or_dir: Folder, which needs no network, or name of a model on the Hugging Face Hub.
+      revision: Branch, tag or commit of the model on the hub.
+      mesh: Mesh to place the parameters on; by default the first device.
+      rules: Sharding rules for the mesh, see `parallel.shardings`.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
+      lora: Low-rank paths to add.
+      adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
+      seed: Seed of new low-rank paths.
+      **changes: Further fields of the architecture's config.
 
     Returns:
-      The module and its tokenizer, for sound its feature extractor.
+      The module and its tokenizer, or for speech its feature extractor.
 
     Raises:
-      InputError: a model that cannot be fetched, read or supported, weights or a tokenizer that do
-        not belong to it, types or low-rank paths that it cannot have.
+      InputError: The model cannot be fetched or read or is not supported, its weights, tokenizer
+        or adapter do not fit it, or it does not support a type or the low-rank paths.
     """
     directory = fetch(name_or_dir, revision=revision)
     options = {"dtype": dtype, "param_dtype": param_dtype, "lora": lora}
@@ -205,12 +205,12 @@ def _installed_minilm() -> pathlib.Path:
 
 
 def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
-    """The folder of a model: the one that is named, or a copy from the Hugging Face Hub.
+    """Returns the folder of a model, downloaded from the Hugging Face Hub if it is not local.
 
-    The name "minilm" is that of the MiniLM-L6 sentence encoder in the package's extra `demo`.
+    The name "minilm" stands for the MiniLM-L6 sentence encoder of the package's extra `demo`.
 
     Raises:
-      InputError: it is no folder, and cannot be fetched.
+      InputError: The name is no folder and cannot be downloaded.
     """
     name = str(name_or_dir)
     if not name:
@@ -223,9 +223,9 @@ def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -
     return _copy(name, revision)
 
 
-@functools.cache  # what reads an encoder asks for its folder several times
+@functools.cache  # Reading an encoder asks for its folder several times.
 def _copy(name: str, revision: str | None) -> pathlib.Path:
-    """The folder of a copy from the Hugging Face Hub."""
+    """Downloads a model from the Hugging Face Hub and returns its folder."""
     try:
         copy = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(_FILES)
@@ -242,7 +242,7 @@ def _copy(name: str, revision: str | None) -> pathlib.Path:
             f"{name}: no such folder, and no such model on the Hugging Face Hub, or a private one "
             "(log in with `hf auth login`)"
         ) from error
-    except Exception as error:  # the network's layers raise many kinds
+    except Exception as error:  # The network stack raises many types.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{name}: no such folder, and it cannot be fetched from the Hugging Face Hub "
@@ -284,13 +284,13 @@ def _read_feature_extractor(directory: pathlib.Path) -> dict[str, Any] | None:
     """
     path = directory / "processor_config.json"
     fields = _read_json(path) if path.exists() else {}
-    for name in ("feature_extractor", "audio_processor"):
-        if name in fields:
-            if not isinstance(fields[name], dict):
-                raise InputError(f"{path}: {name}={fields[name]!r}; allowed: an object")
-            return fields[name]
-    path = directory / "preprocessor_config.json"
-    return _read_json(path) if path.exists() else None
+    nested = fields.get("feature_extractor", fields.get("audio_processor"))
+    if nested is None:
+        path = directory / "preprocessor_config.json"
+        return _read_json(path) if path.exists() else None
+    if not isinstance(nested, dict):
+        raise InputError(f"{path}: feature_extractor={nested!r}; allowed: fields and their values")
+    return nested
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -308,46 +308,49 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def architecture_of(
     config: Mapping[str, Any], where: str | os.PathLike[str], modality: str | None = None
 ) -> Architecture:
-    """The row of `ARCHITECTURES` for the content of a config.json, read from `where`.
+    """Returns the entry of `ARCHITECTURES` for the content of a config.json.
 
     Args:
-      config: the content.
-      where: it was read, for errors.
-      modality: that it must encode, "text" or "speech"; either by default.
+      config: Content of the file.
+      where: Location of the file, for errors.
+      modality: Required modality, "text" or "speech"; None allows both.
 
     Raises:
-      InputError: an architecture that is not supported, or of the other modality.
+      InputError: The architecture is not supported, or has another modality.
     """
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
-    found = ARCHITECTURES[model_type]
-    if modality not in (None, found.modality):
-        able = [kind for kind, one in ARCHITECTURES.items() if one.modality == modality]
+    architecture = ARCHITECTURES[model_type]
+    if modality not in (None, architecture.modality):
+        allowed = [kind for kind, other in ARCHITECTURES.items() if other.modality == modality]
         raise InputError(
-            f"{where}: model_type {model_type!r} encodes {found.modality}; needed: {modality}, as "
-            f"of {', '.join(able)}"
+            f"{where}: model_type {model_type!r} encodes {architecture.modality}; needed: "
+            f"{modality}, as of {', '.join(allowed)}"
         )
-    return found
+    return architecture
 
 
 def modality_of(name_or_dir: str | os.PathLike[str]) -> str:
-    """What an encoder in a folder or on the Hugging Face Hub reads, "text" or "speech".
+    """Returns the modality of an encoder in a folder or on the Hugging Face Hub.
+
+    Returns:
+      "text" or "speech".
 
     Raises:
-      InputError: it cannot be fetched or read, or is of no supported architecture.
+      InputError: The encoder cannot be fetched or read, or its architecture is not supported.
     """
     folder = fetch(name_or_dir)
     return architecture_of(read_config(folder), folder / CONFIG).modality
 
 
 def fingerprint(*places: str | os.PathLike[str]) -> str:
-    """A text that is another one after a file, or one of a folder, was changed or exchanged."""
+    """Returns a hash that changes when a file, or a file of a folder, is modified or replaced."""
     paths = map(pathlib.Path, places)
     each = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
-    files = [(path.name, path.stat()) for found in each for path in found]
-    told = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    files = [(path.name, path.stat()) for folder_files in each for path in folder_files]
+    states = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
 
 
 def make(
@@ -357,16 +360,16 @@ def make(
     where: str | os.PathLike[str] = CONFIG,
     **changes: Any,
 ) -> nnx.Module:
-    """An encoder with random parameters; may be traced, reads no file.
+    """Creates an encoder with random parameters, without reading files; can be traced.
 
     Args:
-      config: content of its config.json.
-      rngs: for the parameters.
-      where: what `config` was read from, for errors.
-      **changes: further fields of the architecture's config.
+      config: Content of the encoder's config.json.
+      rngs: Source of the parameters.
+      where: Location of `config`, for errors.
+      **changes: Further fields of the architecture's config.
 
     Raises:
-      InputError: an architecture that is not supported.
+      InputError: The architecture is not supported.
     """
     architecture = architecture_of(config, where)
     _check_types(changes)
@@ -436,9 +439,10 @@ def load_module(
 def _check_base_model(
     adapter: str | os.PathLike[str], directory: pathlib.Path, fields: Mapping[str, Any]
 ) -> None:
-    """Warns if an adapter names another base model than the encoder's.
+    """Warns if an adapter was trained on a base model with another name than the encoder's.
 
-    Names are compared by their last part, and loosely, since a copy may be in any folder.
+    Only the last part of the name is compared, with the end of any part of the encoder's path, so
+    that a copy or the Hub's cache of the same model is recognized.
     """
     base = read_base_model(adapter)
     name = _letters(pathlib.PurePath(base or "").name)
@@ -457,14 +461,14 @@ def _letters(name: str) -> str:
 
 
 def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
-    """The tokenizer of a folder, for sound its feature extractor.
+    """Loads the tokenizer of a folder, or for speech its feature extractor.
 
     Args:
-      directory: with the files.
-      config: of the module that is to read what it gives.
+      directory: Folder of the model.
+      config: Config of the module that reads the tokens.
 
     Raises:
-      InputError: there is none, or it contradicts the module's vocabulary or its config.json.
+      InputError: The files are missing, or contradict the module's vocabulary or config.json.
     """
     directory = pathlib.Path(directory)
     fields = read_config(directory)
@@ -472,7 +476,7 @@ def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
     kind = getattr(transformers, architecture.processor)
     try:
         processor = kind.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # each tokenizer and file format raises its own kinds
+    except Exception as error:  # Each tokenizer and file format raises its own types.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{directory}: no readable tokenizer or processor ({reason})") from error
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -493,26 +497,26 @@ def load_processor(directory: str | os.PathLike[str], config: Any) -> Any:
 
 
 def _contradiction(tokenizer: Any, fields: Mapping[str, Any]) -> str:
-    """In what a tokenizer and the content of a config.json cannot both be right; "" if in nothing.
+    """Returns how a tokenizer contradicts the content of a config.json, "" if it does not.
 
-    A smaller vocabulary is none, since many models have rows to spare. Nor is another special token
-    of the same tokenizer: chat models end a text with one and an answer with another, and
-    multilingual MiniLM says of its padding what BERT's is.
+    A smaller vocabulary is no contradiction, since many models have spare rows. Neither is another
+    special token of the same tokenizer: chat models end a text and an answer with different tokens,
+    and the config of multilingual MiniLM has BERT's padding token.
     """
-    known = set(tokenizer.get_vocab().values())
+    vocabulary = set(tokenizer.get_vocab().values())
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
     for name in ("bos", "eos", "cls", "sep", "pad"):
-        said = fields.get(f"{name}_token_id")
-        numbers = said if isinstance(said, list) else [said]
-        wanted = {number for number in numbers if type(number) is int and number >= 0}
-        own = getattr(tokenizer, f"{name}_token_id", None)
-        if not wanted or wanted & (known if own is None else special):
+        value = fields.get(f"{name}_token_id")
+        numbers = value if isinstance(value, list) else [value]
+        configured = {number for number in numbers if type(number) is int and number >= 0}
+        token_id = getattr(tokenizer, f"{name}_token_id", None)
+        if not configured or configured & (vocabulary if token_id is None else special):
             continue
-        if own is not None:
-            return f"its {name} token is {own}; {CONFIG} says {name}_token_id={said}"
-        if name != "pad":  # which may have been given to the model alone
-            return f"its tokens are {len(known)}; {CONFIG} says {name}_token_id={said}"
+        if token_id is not None:
+            return f"its {name} token is {token_id}; {CONFIG} says {name}_token_id={value}"
+        if name != "pad":  # A padding token may have been added to the model alone.
+            return f"its tokens are {len(vocabulary)}; {CONFIG} says {name}_token_id={value}"
     return ""
 
 
@@ -522,20 +526,20 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     tokenizer: Any = None,
 ) -> None:
-    """Writes a folder that `load`, and transformers, read back with equal outputs.
+    """Writes a folder that `load` and transformers read with equal outputs.
 
-    What is written has no low-rank paths, which are added to their kernels, and no int8 ones; the
+    Low-rank paths are merged into their kernels and int8 kernels are dequantized in the files; the
     module keeps both.
 
     Args:
-      module: an encoder with a `config`.
-      config: the content of its config.json, from `read_config` or `to_huggingface`.
-      directory: made where it is missing.
-      tokenizer: or a feature extractor, saved beside it.
+      module: Encoder with a `config`.
+      config: Content of its config.json, from `read_config` or `to_huggingface`.
+      directory: Folder to write; created if it is missing.
+      tokenizer: Tokenizer or feature extractor to save as well.
 
     Raises:
-      InputError: an architecture that is not supported, or a folder that cannot be written.
-      ValueError: the config is of another model.
+      InputError: The architecture is not supported, or the folder cannot be written.
+      ValueError: The config belongs to another model.
     """
     directory = pathlib.Path(directory)
     architecture = architecture_of(config, directory / CONFIG)
@@ -548,7 +552,7 @@ def save_pretrained(
         merged, architecture.key_table(described), prefix=architecture.names.prefixes[0]
     )
     save(directory, tensors)
-    # Read by transformers as the dtype to load in.
+    # transformers loads the weights in this dtype.
     dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
     fields = {name: value for name, value in config.items() if name != "torch_dtype"}
     text = json.dumps(fields | {"dtype": dtype.name}, indent=2, sort_keys=True)

@@ -214,6 +214,7 @@ SETTINGS = {"feature_size": 1, "sampling_rate": 16_000}
         ({"audio_processor": {"do_normalize": False}}, None, False),
         ({"feature_extractor": {"do_normalize": False}}, {"do_normalize": True}, False),
         ({"processor_class": "Wav2Vec2Processor"}, {"do_normalize": False}, False),
+        ({"feature_extractor": None}, {"do_normalize": False}, False),
     ],
 )
 def test_do_normalize_is_read_from_either_file(tmp_path, processor, preprocessor, expected):
