@@ -84,12 +84,15 @@ def given_config(flag: flags.FlagHolder) -> Any:
         )
     try:
         flag.value.to_dict()
-    except OSError as error:  # What ml_collections gives for a file it did not find.
-        reason = " ".join(str(error).rpartition("[Errno")[2].partition("]")[2].split())
-        raise InputError(
-            f"--{flag.name}: {reason}; needed: a Python file, its path from the current folder"
-        ) from error
+    except OSError as error:  # What ml_collections raises for a file that does not exist.
+        raise InputError(_missing_config(flag.name, str(error))) from error
     return flag.value
+
+
+def _missing_config(flag: str, message: str) -> str:
+    """Returns the error for a config file that cannot be opened, from ml_collections' message."""
+    reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
+    return f"--{flag}: {reason}; needed: a Python file, its path from the current folder"
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -146,6 +149,11 @@ def _parse(arguments: list[str]) -> list[str]:
         message = " ".join(str(reason).partition("Traceback")[0].split())
         message = message or type(told).__name__
         place = _place_of(message, arguments)
+        if "failure to load" in message and "[Errno" in message:
+            # An override of a config whose file is missing.
+            names = (given.partition("=")[0] for given in arguments if given.startswith("-"))
+            flag = next(name.lstrip("-").partition(".")[0] for name in names if "." in name)
+            place, message = "", _missing_config(flag, message)
         if place and isinstance(chain[-1], KeyError) and "Did you mean" not in message:
             message = f"no such field{_allowed_at(place, arguments)}"
         print(f"error: {place and place + ': '}{message}", file=sys.stderr)

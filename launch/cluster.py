@@ -16,9 +16,10 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +46,10 @@ HEARTBEAT_TIMEOUT = 40
 # A process that is done waits for the first one, which may still be writing.
 _SHUTDOWN_TIMEOUT = 3600
 
-_TALK = 10.0  # seconds that one process waits for a word of another that it is connected with
+_TALK = 10.0  # Seconds that one process waits for a word of another that it is connected with.
+
+# Seconds after which a process says whom it waits for, and between two such messages.
+_FIRST_MESSAGE, _NEXT_MESSAGE = 10.0, 60.0
 
 _LAST_WORDS = (
     "has failed, or lost the others; see above, and what they print. Started again, all go on from "
@@ -138,13 +142,16 @@ def join(*, saves_on_sigterm: bool = False) -> None:
     # JAX ends a process whose job is lost by abort(), after a line that says so. The stacks of all
     # threads, which would follow, hide that line.
     faulthandler.disable()
+    # Where a cluster says who the processes are, JAX waits for them and cannot name a missing one.
+    waiting = _Waiting(lambda: "waiting for the other processes of the job")
     try:
-        jax.distributed.initialize(
-            **told,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
-        )
+        with waiting:
+            jax.distributed.initialize(
+                **told,
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+            )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -153,6 +160,33 @@ def join(*, saves_on_sigterm: bool = False) -> None:
         ) from error
     if jax.process_index() != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Waiting:
+    """Says on stderr whom a process waits for, after ten seconds and then each minute.
+
+    Args:
+      message: Returns what it waits for.
+    """
+
+    def __init__(self, message: Callable[[], str]):
+        self._message = message
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._speak, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _speak(self) -> None:
+        began, pause = time.monotonic(), _FIRST_MESSAGE
+        while not self._done.wait(pause):
+            seconds = time.monotonic() - began
+            print(f"{self._message()} ({seconds:.0f} s so far)", file=sys.stderr, flush=True)
+            pause = _NEXT_MESSAGE
 
 
 def _names() -> str:
@@ -193,15 +227,34 @@ def meet(place: Place, timeout: float) -> None:
     Raises:
       InputError: they are not there in time or do not agree; the same for all that are there.
     """
-    problem = _receive(place, timeout) if place.process_id == 0 else _visit(place, timeout)
+    if place.process_id == 0:
+        guests: dict[int, socket.socket] = {}
+        with _Waiting(lambda: f"waiting for process {_missing(place, guests)}"):
+            problem = _receive(place, timeout, guests)
+    else:
+        with _Waiting(lambda: f"waiting for process 0 at {place.host}:{place.port}, or others"):
+            problem = _visit(place, timeout)
     if problem:
         raise InputError(f"--coordinator={place.host}:{place.port}: {problem}")
 
 
-def _receive(place: Place, timeout: float) -> str:
-    """Process 0 hears from all others and tells each what is wrong; empty if nothing is."""
+def _missing(place: Place, guests: Mapping[int, socket.socket]) -> str:
+    """Returns the numbers of the processes that process 0 has not heard from."""
+    return ", ".join(str(index) for index in range(1, place.num_processes) if index not in guests)
+
+
+def _receive(place: Place, timeout: float, guests: dict[int, socket.socket]) -> str:
+    """Hears as process 0 from all others, and answers each with what is wrong.
+
+    Args:
+      place: Place of process 0.
+      timeout: Seconds to wait.
+      guests: Is filled with the connections of the other processes.
+
+    Returns:
+      What is wrong, empty if nothing is.
+    """
     deadline = time.monotonic() + timeout
-    guests: dict[int, socket.socket] = {}
     count, problem = place.num_processes, ""
     try:
         server = socket.create_server(("", place.port))
@@ -213,8 +266,7 @@ def _receive(place: Place, timeout: float) -> str:
             try:
                 guest = server.accept()[0]
             except TimeoutError:
-                missing = [str(index) for index in range(1, count) if index not in guests]
-                problem = f"of {count} processes {', '.join(missing)} did not come in time"
+                problem = f"of {count} processes {_missing(place, guests)} did not come in time"
                 break
             guest.settimeout(_TALK)
             try:
@@ -237,7 +289,7 @@ def _receive(place: Place, timeout: float) -> str:
 
 
 def _visit(place: Place, timeout: float) -> str:
-    """Another process says who it is; what process 0 found wrong, empty if nothing.
+    """Tells process 0 which process this is; returns what process 0 finds wrong, else "".
 
     Process 0, which may have started later, waits for the others until its own deadline, and a
     process that has reached it waits with it: otherwise who is missing would not be told.

@@ -34,7 +34,15 @@ _BUDGET = flags.DEFINE_integer(
 _TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "of an utterance, with --encoder of text", lower_bound=3
 )
-_SECONDS = flags.DEFINE_float("max_seconds", 30.0, "of an utterance, with --encoder of speech")
+_SECONDS = flags.DEFINE_float(
+    "max_seconds",
+    None,
+    "seconds of an utterance that --encoder of speech reads; by default all of it, or the fixed "
+    "window of Whisper, Qwen2-Audio and SALMONN",
+)
+_WINDOWS = flags.DEFINE_bool(
+    "windows", False, "encode speech beyond a fixed window in several windows and average them"
+)
 _WHISPER = flags.DEFINE_string(
     "whisper", "", "with --encoder of SALMONN: folder or hub name of its Whisper"
 )
@@ -55,6 +63,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this na
 _OF_ENCODER = (
     _TOKENS,
     _SECONDS,
+    _WINDOWS,
     _WHISPER,
     _BEATS,
     _VICUNA,

@@ -6,24 +6,26 @@ python -m launch.predict --workdir=DIR --manifest=my.jsonl --output=out.jsonl
 python -m launch.predict --workdir=DIR --corpus=meld --source=MELD.Raw --output=out.jsonl
 
 A dialogue's recordings and texts come in the order in which they were said; an empty one is
-missing. The output has a JSON object for each utterance.
+missing. The output has a row for each utterance, as JSON Lines or CSV by its ending. The exit
+status is 1 if none of the recordings could be used.
 """
 
-import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from etils import epath
 from rich.console import Console
 
 from launch import run
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
 from mister_jax.data.manifest import reader
+from mister_jax.data.manifest.fields import Fields
 from mister_jax.errors import InputError
 from mister_jax.extract import ENCODER_PARTS
-from mister_jax.predict import load
-from mister_jax.writers import prediction_table, write_text
+from mister_jax.outputs import FORMATS, check_output, write_rows
+from mister_jax.predict import is_unusable, load, summarize_notes
+from mister_jax.writers import prediction_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training of MiSTER-E")
 _MANIFEST = flags.DEFINE_string("manifest", None, "a .jsonl or .csv file, see launch.prepare")
@@ -33,7 +35,10 @@ _CONFIG = flags.DEFINE_string("config", "", "of the corpus, its first one by def
 _SPLIT = flags.DEFINE_string("split", None, "of the corpus, all of it by default")
 _AUDIO = flags.DEFINE_multi_string("audio", [], "recording of an utterance; may be repeated")
 _TEXT = flags.DEFINE_multi_string("text", [], "text of an utterance; may be repeated")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write: a JSON object a line")
+_CHANNEL = flags.DEFINE_string(
+    "audio_channel", "mix", "channel of --audio that is read: mix, left, right, or an index from 0"
+)
+_OUTPUT = flags.DEFINE_string("output", None, f"file to write, {' or '.join(FORMATS)}")
 _MOVED = (
     "where it is now, if it has moved; adapter=PLACE for its adapter, whisper=PLACE, beats=PLACE "
     "and vicuna=PLACE for those of SALMONN; may be repeated"
@@ -44,42 +49,51 @@ _SECONDS = flags.DEFINE_float("max_seconds", 60, "of a recording that are read",
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
 
-def main() -> None:
+def main() -> int:
     if not _WORKDIR.value:
         raise InputError("--workdir is needed: a directory that training has made")
     corpus = _corpus()
     turns = [turn for _, turn in corpus.utterances()]
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
-    if not _OUTPUT.value and len(dialogues) > 1:
-        raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
     if _OUTPUT.value:
-        path = epath.Path(_OUTPUT.value).absolute()
-        if path.is_dir() or not path.parent.is_dir():
-            raise InputError(f"--output={_OUTPUT.value}; needed: a file, in a folder that is there")
+        check_output(_OUTPUT.value)
+    elif len(dialogues) > 1:
+        raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
     system = load(
         _WORKDIR.value,
         speech_encoder=_places(_SPEECH.value),
         text_encoder=_places(_TEXT_ENCODER.value),
     )
-    found = system.predict_dialogues(
+    by_dialogue = system.predict_dialogues(
         [[_fields(turn) for turn in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
         num_workers=_WORKERS.value,
         quiet=False,
     )
-    console = Console(highlight=False, soft_wrap=True)
+    predicted = [row for rows in by_dialogue for row in rows]
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if len(dialogues) == 1:
-        Console().print(prediction_table([turn.text for turn in turns], found[0]))
+        Console().print(prediction_table([turn.text for turn in turns], predicted))
+    num_recordings = sum(turn.recording is not None for turn in turns)
+    if num_recordings:
+        notes = summarize_notes(predicted)
+        console.print(f"recordings: {num_recordings}" + (f", of these {notes}" if notes else ""))
+    for note in corpus.notes:
+        console.print(f"note: {note}")
     if _OUTPUT.value:
-        write_text(_OUTPUT.value, "".join(_lines(corpus, found)))
+        write_rows(_OUTPUT.value, _rows(corpus, predicted))
         console.print(
-            f"written to {_OUTPUT.value}: utterances {len(turns)}, dialogues {len(dialogues)}",
-            markup=False,
+            f"written to {_OUTPUT.value}: utterances {len(turns)}, dialogues {len(dialogues)}"
         )
+    num_unusable = sum(any(map(is_unusable, row["notes"])) for row in predicted)
+    if num_unusable and num_unusable == num_recordings:
+        print(f"error: none of {num_recordings} recordings could be used", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _places(values: Sequence[str]) -> dict[str, str] | None:
-    """Of an encoder and its further files, by the names that `load` takes."""
+    """Returns the places of an encoder and its further files, by the names that `load` takes."""
     parts = (value.partition("=") for value in values)
     named = (
         (part, place) if part in ENCODER_PARTS else ("encoder", part + equals + place)
@@ -89,7 +103,7 @@ def _places(values: Sequence[str]) -> dict[str, str] | None:
 
 
 def _corpus() -> Corpus:
-    """What the flags name."""
+    """Returns the utterances that the flags name."""
     ways: dict[str, Any] = {"manifest": _MANIFEST.value, "corpus": _CORPUS.value}
     ways["typed"] = _AUDIO.value or _TEXT.value
     chosen = [name for name, value in ways.items() if value]
@@ -99,7 +113,7 @@ def _corpus() -> Corpus:
         )
     if chosen == ["manifest"]:
         # All dialogues as one split, in the order of the file.
-        return reader.read(_MANIFEST.value or "", shares=(0, 0, 1))
+        return reader.read(_MANIFEST.value or "", check_labels=False, shares=(0, 0, 1))
     if chosen == ["corpus"]:
         return _released()
     return _typed(_AUDIO.value, _TEXT.value)
@@ -124,6 +138,7 @@ def _typed(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
             f"{len(paths)} of --audio and {len(texts)} of --text; needed: as many of both, an "
             "empty one (--audio= or --text=) where it is missing"
         )
+    channel = Fields("--audio_channel", {"audio_channel": _CHANNEL.value}).channel()
     count = len(paths) or len(texts)
     utterances = []
     for index, (path, text) in enumerate(
@@ -131,29 +146,46 @@ def _typed(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
     ):
         if not path and not text.strip():
             raise InputError(f"utterance {index}: neither --audio nor --text; needed: one of them")
-        recording = Recording(path) if path else None
+        recording = Recording(path, channel=channel) if path else None
         utterances.append(Utterance(str(index), text=text, recording=recording))
     return Corpus("typed", (), {"test": (Dialogue("1", tuple(utterances)),)})
 
 
 def _fields(turn: Utterance) -> dict[str, Any]:
+    """Returns what `predict_dialogues` reads of an utterance."""
     fields: dict[str, Any] = {"text": turn.text}
     if turn.recording is not None:
         fields["audio"] = turn.recording.path
         fields["audio_start"] = turn.recording.start
         fields["audio_end"] = turn.recording.end
+        fields["audio_channel"] = turn.recording.channel
     return fields
 
 
-def _lines(corpus: Corpus, found: Sequence[Sequence[dict]]) -> Sequence[str]:
-    """A JSON object for each utterance."""
-    lines = []
-    for (split, dialogue), rows in zip(corpus.dialogues(), found, strict=True):
-        for turn, row in zip(dialogue.utterances, rows, strict=True):
-            told = {"dialogue": dialogue.id, "utterance": turn.id, "label": turn.label}
-            told = {"split": split, **told} if _CORPUS.value else told
-            lines.append(json.dumps({**told, **row}, ensure_ascii=False) + "\n")
-    return lines
+def _rows(corpus: Corpus, predicted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of the output: what was read of each utterance, and what is predicted."""
+    rows: list[dict[str, Any]] = []
+    for split, dialogue in corpus.dialogues():
+        for turn in dialogue.utterances:
+            recording = turn.recording
+            # The times in the recording stand in for those in the dialogue.
+            start, end = turn.start, turn.end
+            if recording is not None and start is None and end is None:
+                start, end = recording.start, recording.end
+            rows.append(
+                {
+                    **({"split": split} if _CORPUS.value else {}),
+                    "dialogue": dialogue.id,
+                    "utterance": turn.id.removeprefix(f"{dialogue.id}/"),
+                    "start": start,
+                    "end": end,
+                    "text": turn.text,
+                    "audio": None if recording is None else recording.path,
+                    "label": turn.label,
+                    **({"metadata": dict(turn.metadata)} if turn.metadata else {}),
+                }
+            )
+    return [{**row, **outcome} for row, outcome in zip(rows, predicted, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """From recordings and texts to emotions: the encoders and MiSTER-E of a work directory as one.
 
-A `System` needs no dataset: training has written down which encoders made its features.
+A `System` needs no dataset: the training has recorded which encoders made its features.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from etils import epath
 
 from mister_jax import extract
 from mister_jax.data import UNLABELLED, DialogueFeatures, audio
+from mister_jax.data.clips import is_heard
+from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
@@ -24,41 +27,49 @@ from mister_jax.evaluate import Predictions, Predictor, predicted_rows
 from mister_jax.train import read_config
 from mister_jax.writers import Reporter
 
-FIELDS = ("audio", "audio_start", "audio_end", "text")
-"""What an utterance may have, as in a manifest."""
-
 # Experts that read each modality.
 _READERS = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
 
 _BATCH = 8  # dialogues
 _SHORTEST = 8  # utterances to which dialogues are padded at least
-_TOLD = 5  # recordings that are told of one by one
+_MAX_WARNINGS = 5  # recordings that are warned of one by one
+
+UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = (
+    "unusable",
+    "silent",
+    "capped",
+    "damaged",
+    "cut by the encoder",
+    "note",
+)
+"""Kinds of notes of a recording, the first word of each note."""
 
 Utterance = Mapping[str, Any]
 Places = str | Mapping[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checked:
-    """An utterance whose fields are of the right kind; its sound a request or samples, or None."""
+class _Turn:
+    """A checked utterance; `sound` is a request, samples [S] int16, or None."""
 
     text: str
     sound: audio.Request | np.ndarray | None
+    notes: tuple[str, ...] = ()
 
 
 class System:
     """The encoders and the model of a training of MiSTER-E, loaded once.
 
     Args:
-      workdir: of the training, on features that `launch.extract` has made.
-      speech_encoder: where the speech encoder is now: a work directory, a folder, or a name on the
-        Hugging Face Hub; where it was when the features were made if None. Of one that has further
-        files, a dict of what has moved: see `extract.moved`.
-      text_encoder: likewise.
+      workdir: Work directory of a training on features that `launch.extract` has made.
+      speech_encoder: New place of the speech encoder, if it has moved: a work directory, a folder,
+        or a name on the Hugging Face Hub. For an encoder with further files, a dict of those that
+        have moved: see `extract.moved`.
+      text_encoder: New place of the text encoder.
 
     Raises:
-      InputError: no work directory of MiSTER-E, one whose features were not made by encoders, or
-        an encoder that cannot be loaded or is another one.
+      InputError: The directory holds no training of MiSTER-E, or one whose features were not made
+        by encoders; or an encoder cannot be loaded or has changed.
     """
 
     def __init__(
@@ -108,34 +119,39 @@ class System:
         num_workers: int = 0,
         quiet: bool = True,
     ) -> list[list[dict[str, Any]]]:
-        """Predicts every utterance of some dialogues, each in the light of its own dialogue.
+        """Predicts every utterance of some dialogues, each in the context of its dialogue.
 
         Args:
-          dialogues: utterances in the order in which they were said, each with "text", "audio" or
-            both. Audio is a file of any format that FFmpeg reads, with "audio_start" and
-            "audio_end" in seconds where the utterance is a part of it, or samples [s] at 16 kHz,
-            int16 or floats of full scale 1. A file that cannot be read is logged, and its utterance
-            taken as one without speech.
-          max_seconds: of a recording that are read.
-          num_workers: processes that decode files; 0 decodes in this one.
-          quiet: show no progress.
+          dialogues: Utterances in the order in which they were said, each with "text", "audio" or
+            both. Audio is a file of any format that FFmpeg reads, or samples [S] at 16 kHz, int16
+            or floats of full scale 1. "audio_start" and "audio_end" are seconds into a file,
+            "audio_channel" is "mix", "left", "right" or an index; utterances that share a file and
+            have "start" and "end" are cut by these. Further fields are those of a manifest, and
+            are not read. A file that cannot be read is logged, and its utterance predicted without
+            speech.
+          max_seconds: Seconds of a recording that are read.
+          num_workers: Processes that decode files; 0 decodes in this process.
+          quiet: Show no progress.
 
         Returns:
-          For each utterance what `evaluate.predicted_rows` describes.
+          For each utterance what `evaluate.predicted_rows` describes, and "notes": what happened
+          to its recording, a list of texts that begin with a kind, such as "capped: ...".
 
         Raises:
-          InputError: a dialogue or an utterance that cannot be used, or seconds that cannot be.
+          InputError: A dialogue, an utterance or a number of seconds cannot be used.
         """
         check_seconds(max_seconds)
-        turns = []
-        for number, dialogue in enumerate(dialogues, start=1):
-            if not len(dialogue):
-                raise InputError(f"dialogue {number}: no utterances; at least one is needed")
-            for place, utterance in enumerate(dialogue, start=1):
-                turns.append(_checked(utterance, f"dialogue {number}, utterance {place}"))
+        turns = _checked(dialogues)
         if not turns:
             return []
-        clips = _clips([turn.sound for turn in turns], max_seconds, num_workers, quiet)
+        if "speech" in self._encoders:
+            clips, notes = _clips(turns, max_seconds, num_workers, quiet)
+            self._note_cut_speech(clips, notes)
+        else:
+            clips = [np.zeros(0, np.int16)] * len(turns)
+            notes = [[] for _ in turns]
+            if any(turn.sound is not None for turn in turns):
+                logging.warning("speech is not used: the model has no encoder of it")
         speech, speech_present = self._features("speech", clips, quiet)
         text, text_present = self._features("text", [turn.text for turn in turns], quiet)
         count = len(turns)
@@ -152,21 +168,30 @@ class System:
             text_present=text_present,
             label=np.full(count, UNLABELLED, np.int32),
         )
-        rows = predicted_rows(self.class_names, self._predictions(features, quiet))
+        predicted = predicted_rows(self.class_names, self._predictions(features, quiet))
+        rows = ({**row, "notes": notes_of} for row, notes_of in zip(predicted, notes, strict=True))
         return [[next(rows) for _ in dialogue] for dialogue in dialogues]
+
+    def _note_cut_speech(self, clips: Sequence[np.ndarray], notes: Sequence[list[str]]) -> None:
+        """Notes the clips that are longer than the encoder reads."""
+        limit = self._encoders["speech"].input.max_samples
+        for clip, notes_of in zip(clips, notes, strict=True):
+            if limit is not None and len(clip) > limit:
+                seconds, read = len(clip) / audio.SAMPLE_RATE, limit / audio.SAMPLE_RATE
+                notes_of.append(f"{CUT}: {seconds:.1f} s, of which it reads {read:g} s")
 
     def _features(
         self, modality: str, items: Sequence[Any], quiet: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features [N, F] of texts or clips, and which of them are there [N]."""
+        """Returns features [N, F] of texts or clips, and which of them are present [N]."""
         nothing = np.zeros((len(items), self._widths[modality]), np.float32)
         absent = np.zeros(len(items), bool)
         if modality not in self._encoders:
-            if any(map(len, items)):
-                logging.warning("%s is not used: the model has no encoder of it", modality)
+            if modality == "text" and any(map(len, items)):
+                logging.warning("text is not used: the model has no encoder of it")
             return nothing, absent
         encoder = self._encoders[modality]
-        # A clip may be silent; of items none of which is there, an encoder has no features.
+        # A clip may be silent; if no item is left, an encoder has no features.
         read = [item for item in encoder.input.items(items) if len(item)]
         if not read:
             return nothing, absent
@@ -182,7 +207,7 @@ class System:
         return features, present
 
     def _predictions(self, features: DialogueFeatures, quiet: bool) -> Predictions:
-        # Not by the task's batches: those take TensorFlow, whose start is longer than all the rest.
+        # Not the task's batches: these need TensorFlow, which takes longer to start than the rest.
         planned = list(_plan(features.lengths, self._predictor.spread.num_shards))
         offsets = features.offsets
         batches = (padded_batch(features, offsets, rows, length) for rows, length in planned)
@@ -195,7 +220,7 @@ def load(
     speech_encoder: Places = None,
     text_encoder: Places = None,
 ) -> System:
-    """The `System` of a work directory, whose arguments these are.
+    """Loads the `System` of a work directory, with the same arguments.
 
     system = load("RUN")
     system.predict([{"audio": "1.wav", "text": "Hello?"}, {"text": "You again!"}])
@@ -203,79 +228,142 @@ def load(
     return System(workdir, speech_encoder=speech_encoder, text_encoder=text_encoder)
 
 
+def summarize_notes(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns one line with the number of utterances by kind of note, empty if there are none."""
+    counts = collections.Counter(
+        kind for row in rows for kind in {note.partition(":")[0] for note in row["notes"]}
+    )
+    kinds = (UNUSABLE, SILENT, CAPPED, CUT, DAMAGED, NOTE)
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
+
+
+def is_unusable(note: str) -> bool:
+    """Returns whether a note says that a recording could not be used."""
+    return note.startswith(UNUSABLE)
+
+
 def _by_part(places: Places) -> Mapping[str, str]:
     return {"encoder": places} if isinstance(places, str) else places or {}
 
 
-def _checked(utterance: Any, where: str) -> _Checked:
-    if not isinstance(utterance, Mapping):
-        raise InputError(f"{where}: {type(utterance).__name__}; needed: a dict with audio or text")
-    unknown = [name for name in utterance if name not in FIELDS]
-    if unknown:
-        raise InputError(f"{where}: unknown {unknown[0]!r}; allowed: {', '.join(FIELDS)}")
-    text, sound = utterance.get("text"), utterance.get("audio")
-    if text is None and sound is None:
-        raise InputError(f"{where}: neither audio nor text; needed: one of them")
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: text {type(text).__name__}; allowed: str")
-    start, end = utterance.get("audio_start"), utterance.get("audio_end")
-    if isinstance(sound, str | os.PathLike):
-        request: Any = audio.Request(os.fspath(sound), start, end)
-    elif (start, end) != (None, None):
-        raise InputError(f"{where}: audio_start and audio_end are of a file; cut the samples")
-    else:
-        request = None if sound is None else _samples(sound, where)
-    return _Checked((text or "").strip(), request)
+def _checked(dialogues: Sequence[Sequence[Utterance]]) -> list[_Turn]:
+    """Checks the utterances of all dialogues."""
+    rows, dialogue_numbers, arrays = [], [], []
+    for number, dialogue in enumerate(dialogues, start=1):
+        if not len(dialogue):
+            raise InputError(f"dialogue {number}: no utterances; at least one is needed")
+        for place, utterance in enumerate(dialogue, start=1):
+            where = f"dialogue {number}, utterance {place}"
+            if not isinstance(utterance, Mapping):
+                raise InputError(
+                    f"{where}: {type(utterance).__name__}; needed: a dict with audio or text"
+                )
+            fields = dict(utterance)
+            sound = fields.get("audio")
+            is_array = sound is not None and not isinstance(sound, str | os.PathLike)
+            if is_array:
+                del fields["audio"]
+                if fields.keys() & {"audio_start", "audio_end", "audio_channel"}:
+                    raise InputError(
+                        f"{where}: audio is an array; allowed with audio_start, audio_end and "
+                        "audio_channel: a file. Cut the samples"
+                    )
+            elif sound is not None:
+                fields["audio"] = os.fspath(sound)
+            row = Fields(where, fields)
+            arrays.append(_samples(sound, row) if is_array else None)
+            rows.append(row)
+            dialogue_numbers.append(str(number))
+    intervals = audio_intervals(rows, dialogue_numbers)
+    return [
+        _turn(row, samples, interval)
+        for row, samples, interval in zip(rows, arrays, intervals, strict=True)
+    ]
 
 
-def _samples(sound: Any, where: str) -> np.ndarray:
-    """Samples [s] int16 of an array."""
+def _turn(
+    row: Fields,
+    samples: tuple[np.ndarray, tuple[str, ...]] | None,
+    interval: tuple[float | None, float | None],
+) -> _Turn:
+    for name in row.values:
+        if name not in FIELDS:
+            check_further_name(row, name, row.values)
+    text, path = row.text("text") or "", row.line("audio")
+    if samples is not None:
+        return _Turn(text, *samples)
+    if path is None and row.values.get("text") is None:
+        row.fail("audio", "missing, and text too; needed: one of them")
+    if path is None:
+        return _Turn(text, None)
+    return _Turn(text, audio.Request(path, *interval, row.channel()))
+
+
+def _samples(sound: Any, row: Fields) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns samples [S] int16 of an array, and notes on them."""
     samples = np.asarray(sound)
     if samples.ndim != 1 or not (samples.dtype == np.int16 or samples.dtype.kind == "f"):
-        raise InputError(
-            f"{where}: audio {samples.dtype} {list(samples.shape)}; allowed: a file, or samples "
-            "[s] at 16 kHz, int16 or float"
+        row.fail(
+            "audio",
+            f"{samples.dtype} {list(samples.shape)}; allowed: a file, or samples [S] at 16 kHz, "
+            "int16 or float",
         )
     if samples.dtype == np.int16:
-        return samples
-    if not np.isfinite(samples).all():
-        raise InputError(f"{where}: audio is not finite; allowed: samples from -1 to 1")
-    return np.clip(np.rint(samples * 2.0**15), -(2**15), 2**15 - 1).astype(np.int16)
+        return samples, ()
+    try:
+        scaled, note = audio.float_to_int16(samples)
+    except ValueError as error:
+        row.fail("audio", str(error))
+    return scaled, (f"{NOTE}: {note}",) if note else ()
 
 
 def _clips(
-    sounds: Sequence[audio.Request | np.ndarray | None],
-    max_seconds: float,
-    num_workers: int,
-    quiet: bool,
-) -> list[np.ndarray]:
-    """Samples of each, none where there is no sound."""
-    nothing = np.zeros(0, np.int16)
+    turns: Sequence[_Turn], max_seconds: float, num_workers: int, quiet: bool
+) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Returns the samples [S] of each utterance, empty where it has no sound, and notes on them."""
     most = round(max_seconds * audio.SAMPLE_RATE)
-    files = [sound for sound in sounds if isinstance(sound, audio.Request)]
-    decoded = audio.decode_many(files, num_workers=num_workers, max_seconds=max_seconds)
-    clips, failures = [], []
-    with Reporter(len(files), unit="recordings", quiet=quiet or not files) as reporter:
-        for sound in sounds:
-            if not isinstance(sound, audio.Request):
-                clips.append(nothing if sound is None else sound[:most])
-                continue
-            clip = next(decoded)
-            reporter.advance("decoding")
-            if isinstance(clip, audio.AudioError):
-                failures.append(clip)
-                clips.append(nothing)
-            else:
-                clips.append(clip.samples)
-    for failure in failures[:_TOLD]:
-        logging.warning("%s; its utterance is taken as one without speech", failure)
-    if len(failures) > _TOLD:
-        logging.warning("%d of %d recordings cannot be used", len(failures), len(files))
-    return clips
+    requests = [turn.sound for turn in turns if isinstance(turn.sound, audio.Request)]
+    decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
+    clips, notes = [], []
+    failures: list[audio.AudioError] = []
+    with Reporter(len(requests), unit="recordings", quiet=quiet or not requests) as reporter:
+        for turn in turns:
+            samples, notes_of = np.zeros(0, np.int16), list(turn.notes)
+            if isinstance(turn.sound, np.ndarray):
+                samples = turn.sound[:most]
+                if len(turn.sound) > most:
+                    seconds = len(turn.sound) / audio.SAMPLE_RATE
+                    notes_of.append(_capped(seconds, max_seconds))
+            elif turn.sound is not None:
+                clip = next(decoded)
+                reporter.advance("decoding")
+                if isinstance(clip, audio.AudioError):
+                    failures.append(clip)
+                    notes_of.append(f"{UNUSABLE}: {clip}")
+                else:
+                    samples = clip.samples
+                    notes_of += [f"{NOTE}: {note}" for note in clip.notes]
+                    if clip.capped:
+                        notes_of.append(_capped(clip.seconds, max_seconds))
+                    if clip.damaged:
+                        notes_of.append(f"{DAMAGED}: some of it could not be decoded")
+            if len(samples) and not is_heard(samples):
+                notes_of.append(f"{SILENT}: predicted without speech")
+            clips.append(samples)
+            notes.append(notes_of)
+    for failure in failures[:_MAX_WARNINGS]:
+        logging.warning("%s; its utterance is predicted without speech", failure)
+    if len(failures) > _MAX_WARNINGS:
+        logging.warning("%d of %d recordings cannot be used", len(failures), len(requests))
+    return clips, notes
+
+
+def _capped(seconds: float, max_seconds: float) -> str:
+    return f"{CAPPED}: {seconds:.1f} s, of which {max_seconds:g} s are read"
 
 
 def _plan(lengths: np.ndarray, num_shards: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Dialogues [B] of each batch, -1 for an empty row, and its padded length.
+    """Yields the dialogues [B] of each batch, -1 for an empty row, and its padded length.
 
     Lengths are padded to powers of 2, so that later calls find their program compiled.
     """

@@ -285,24 +285,36 @@ def study_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
 
 
 def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of a dialogue: texts, and what `evaluate.predicted_rows` tells of each of them."""
+    """Returns the table of a dialogue: texts, and what is predicted for each of them.
+
+    The choices and weights of the experts are below the text, so that all of it reads well on a
+    terminal of 80 columns.
+
+    Args:
+      texts: Texts of the utterances.
+      rows: Rows of `evaluate.predicted_rows`.
+    """
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
-    table = Table("", "text", "emotion", "", *experts, box=rich.box.SIMPLE)
-    # On a narrow terminal the texts give way, nothing else.
-    for column in (table.columns[0], *table.columns[2:]):
+    table = Table("", "emotion", "", "utterance", box=rich.box.SIMPLE)
+    for column in table.columns[:3]:
         column.no_wrap = True
-    table.columns[1].max_width = 48
-    for column in (table.columns[0], table.columns[3]):
-        column.justify = "right"
+    table.columns[0].justify = table.columns[2].justify = "right"
+    table.columns[3].max_width = 80
     for number, (text, row) in enumerate(zip(texts, rows, strict=True), start=1):
-        votes = (
-            f"{row['experts'][name]} {row['gate'][name]:.0%}" if row["experts"][name] else "-"
+        choices = (
+            f"{name} {row['experts'][name]} {row['gate'][name]:.0%}"
             for name in experts
+            if row["experts"][name]
         )
         emotion = row["predicted"]
+        lines = [escape(text) or "[dim](no text)[/dim]"]
+        if len(experts) > 1:
+            lines.append(f"[dim]{escape(', '.join(choices))}[/dim]")
+        lines += (f"[dim]{escape(note)}[/dim]" for note in row.get("notes", ()))
         probability = f"{row['probabilities'][emotion]:.2f}"
-        table.add_row(str(number), escape(text), escape(emotion), probability, *map(escape, votes))
-    table.caption = "of each expert its vote and the weight that the gate gives it"
+        table.add_row(str(number), escape(emotion), probability, "\n".join(lines))
+    if len(experts) > 1:
+        table.caption = "below each text: the choice of each expert, and its weight in the mixture"
     return table
 
 

@@ -51,6 +51,8 @@ WRONG_USES = {
     "train configs/fusion.py:x": "argument 'configs/fusion.py:x'; allowed: flags, --name=value",
     "train --config=configs/fusion.py:x": "--workdir is needed",
     "train --config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
+    "train --config=fusion.py:x --config.seed=1": "error: --config: No such file or directory: "
+    "'fusion.py'; needed: a Python file, its path from the current",
     "train --config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
     "train --config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
     "train --config=configs/fusion.py:x --config.data.batchsize=8": (
@@ -158,7 +160,7 @@ def test_a_platform_that_is_not_there_is_one_line():
 
 
 def test_a_package_that_is_missing_is_one_line(tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module named pen')")
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named pen')")
     done = subprocess.run(
         [sys.executable, "-m", "launch.evaluate", "--workdir=run", "--report"],
         cwd=REPOSITORY,

@@ -284,6 +284,16 @@ def test_processes_that_do_not_fit_each_other_are_told_so(processes, expected):
     assert meeting(*processes) == expected
 
 
+def test_who_is_missing_is_said_while_a_process_waits(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "_FIRST_MESSAGE", 0.2)
+    monkeypatch.setattr(cluster, "_NEXT_MESSAGE", 0.5)
+    meeting((0, 4), (2, 4))
+    lines = capsys.readouterr().err.splitlines()
+    waiting = [line for line in lines if line.startswith("waiting for process 1, 3 (")]
+    assert len(waiting) >= 2
+    assert any(line.startswith("waiting for process 0 at localhost:") for line in lines)
+
+
 def test_a_coordinator_that_is_not_there_is_named():
     assert meeting((1, 2))[0].startswith("process 0 does not answer")
 

@@ -12,8 +12,10 @@ from flax import nnx
 
 from configs import text_encoder
 from mister_jax import data, extract, parallel
+from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.encoders import hub
 from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
@@ -180,6 +182,47 @@ def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_w
     np.testing.assert_allclose(found, masked_mean(hidden, mask), atol=1e-5)
     trimmed, _ = extract.features_of(by_whisper, clips)
     assert np.abs(found - trimmed).max() > 1e-2
+
+
+def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_folder):
+    windows = extract.PretrainedSpeech(str(whisper_folder), windows=True)
+    assert windows.input.max_samples is None
+    window = windows.input.longest * UNIT
+    clip = np.tile(some_clips()[2], 40)[: 2 * window + 1000]
+    found, _ = extract.features_of(windows, [clip, clip[:5000]])
+    parts = np.array_split(clip, 3)  # Of equal length, so that none is a mere rest.
+    each, _ = extract.features_of(windows, parts)
+    weights = [len(part) for part in parts]
+    np.testing.assert_allclose(found[0], np.average(each, axis=0, weights=weights), atol=1e-5)
+    alone, _ = extract.features_of(windows, [clip[:5000]])
+    np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
+    again = extract.encoder_of(windows.identity())
+    np.testing.assert_allclose(extract.features_of(again, [clip])[0], found[:1], atol=1e-5)
+    with pytest.raises(InputError, match="windows; allowed for"):
+        extract.open_encoder("prosody", windows=True)
+
+
+def test_encoders_without_a_fixed_window_read_the_whole_clip(whisper_folder):
+    encoder = extract.ProsodyEncoder()
+    short = some_clips()[2]
+    clip = np.concatenate([np.tile(short, -(-31 * SAMPLE_RATE // len(short))), short[::-1]])
+    beginning = clip[: 30 * SAMPLE_RATE]
+    whole, cut = extract.features_of(encoder, [clip, beginning])[0]
+    assert np.abs(whole - cut).max() > 1e-3
+    limited = extract.ProsodyEncoder(max_seconds=30.0)
+    np.testing.assert_allclose(extract.features_of(limited, [clip])[0][0], cut, atol=1e-4)
+
+
+def test_clips_that_lose_their_end_are_counted(whisper_folder, tmp_path, caplog):
+    encode_wav(tmp_path / "long.wav", np.tile(some_clips()[2], 40)[: 4 * SAMPLE_RATE])
+    row = {"dialogue": 1, "utterance": 1, "order": 1, "audio": "long.wav", "label": "calm"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps(row | {"split": "train"}) + "\n")
+    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
+    encoder = extract.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS)
+    with caplog.at_level(logging.WARNING):
+        extract.extract(encoder, "manifest/m", "cut", tmp_path, quiet=True)
+    assert f"1 utterances are longer than {SECONDS:g} s, and the rest is not read" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["whisper", "prosody"])
@@ -443,7 +486,7 @@ def test_a_lack_of_memory_names_what_takes_less(
     assert "dtype" not in told  # which it does not have
     light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
     assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
-    monkeypatch.setattr(hub, "load_params", out_of_memory)
+    monkeypatch.setattr(hub, "load_backbone", out_of_memory)
     for folder, options in (
         (bert_folder, {"max_tokens": 12}),
         (whisper_folder, {"max_seconds": SECONDS}),

@@ -23,7 +23,7 @@ LAYERS = (
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
     ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics"),
-    ("errors", "parallel", "optim", "checkpoint", "writers", "figures"),
+    ("errors", "parallel", "optim", "checkpoint", "writers", "outputs", "figures"),
     ("nn",),
 )
 RANK = {part: rank for rank, parts in enumerate(reversed(LAYERS)) for part in parts}

@@ -1,5 +1,7 @@
 """From recordings and texts to emotions: a `System` and `python -m launch.predict`."""
 
+import csv
+import io
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import sys
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import mister_jax
 from configs import fusion
@@ -17,12 +20,15 @@ from mister_jax import data, extract
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, predicted_rows
+from mister_jax.predict import summarize_notes
 from mister_jax.steps import initial_state
 from mister_jax.tasks import FusionTask
 from mister_jax.train import describe
+from mister_jax.writers import prediction_table
 from tests.conftest import FILLERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -188,13 +194,16 @@ def test_what_is_missing_has_no_vote(system, dialogues, tmp_path, caplog):
     for row in rows:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert all((row["gate"][name] > 0) == (row["experts"][name] is not None) for name in both)
-    assert "nowhere.wav: no such file; its utterance is taken as one without speech" in caplog.text
+    assert "nowhere.wav: no such file; its utterance is predicted without speech" in caplog.text
+    notes = [[note.partition(":")[0] for note in row["notes"]] for row in rows]
+    assert notes == [[], [], [], ["unusable"], ["unusable"], ["silent"]]
+    assert summarize_notes(rows) == "2 unusable, 1 silent"
     assert "broken.wav" in caplog.text
 
 
 def test_one_utterance_and_none(system):
     (row,) = system.predict([{"text": "i am glad"}])
-    assert set(row) == {"predicted", "probabilities", "gate", "experts"}
+    assert set(row) == {"predicted", "probabilities", "gate", "experts", "notes"}
     assert row["experts"]["speech"] is None
     assert system.predict_dialogues([]) == []
 
@@ -204,13 +213,22 @@ def test_one_utterance_and_none(system):
     [
         ([], "dialogue 1: no utterances"),
         (["hello"], "dialogue 1, utterance 1: str; needed: a dict with audio or text"),
-        ([{"text": "a"}, {}], "dialogue 1, utterance 2: neither audio nor text"),
-        ([{"txt": "a"}], "unknown 'txt'; allowed: audio, audio_start, audio_end, text"),
-        ([{"text": 3}], "text int; allowed: str"),
-        ([{"audio": np.zeros((2, 5))}], r"audio float64 \[2, 5\]; allowed: a file, or samples"),
-        ([{"audio": np.zeros(5, np.int32)}], "audio int32"),
-        ([{"audio": np.full(5, np.nan)}], "audio is not finite"),
-        ([{"audio": np.zeros(5), "audio_end": 1}], "audio_start and audio_end are of a file"),
+        (
+            [{"text": "a"}, {}],
+            "utterance 2: audio: missing, and text too; needed: one of them",
+        ),
+        ([{"txt": "a"}], "'txt': unknown, close to 'text'; allowed: dialogue"),
+        ([{"text": 3}], "text: 3; allowed: text"),
+        ([{"text": "a\ud800"}], "allowed: text without null or broken characters"),
+        ([{"audio": "a.wav", "audio_start": "soon"}], "audio_start: 'soon'; allowed: a number"),
+        ([{"audio": "a.wav", "audio_start": 2, "audio_end": 1}], "audio_end: 1; allowed: more"),
+        ([{"audio": "a.wav", "audio_channel": "up"}], "audio_channel: 'up'; allowed: mix"),
+        ([{"audio": "a.wav"}] * 2, "2 utterances name the recording 'a.wav', so each needs start"),
+        ([{"audio": np.zeros((2, 5))}], r"audio: float64 \[2, 5\]; allowed: a file, or samples"),
+        ([{"audio": np.zeros(5, np.int32)}], "audio: int32"),
+        ([{"audio": np.full(5, np.nan)}], "audio: samples are not finite"),
+        ([{"audio": np.full(5, 3000.0)}], "float samples of up to 3000, as of integers; allowed"),
+        ([{"audio": np.zeros(5), "audio_end": 1}], "audio is an array; allowed with audio_start"),
     ],
 )
 def test_an_utterance_that_cannot_be_used_is_named(system, utterances, message):
@@ -280,10 +298,107 @@ def test_the_command_writes_what_the_system_gives(
     assert done.returncode == 0, done.stderr
     assert f"written to {output}: utterances 12, dialogues 5" in done.stdout
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["utterance"] for row in rows[:4]] == ["0/0", "0/1", "1/0", "2/0"]
+    assert [row["utterance"] for row in rows[:4]] == ["0", "1", "0", "0"]
+    assert rows[0]["audio"] == str(spoken.parent / "0_0.wav") and rows[0]["text"]
+    assert (rows[0]["start"], rows[0]["end"], rows[0]["notes"]) == (None, None, [])
     assert [row["label"] for row in rows[:2]] == ["calm", "angry"]
     expected = [row for found in system.predict_dialogues(dialogues) for row in found]
     assert_close(rows[3:], expected)
+
+
+def call(tmp_path, rows):
+    """Writes a manifest of one dialogue with further columns."""
+    path = tmp_path / "call.jsonl"
+    rows = [{"dialogue": "c", "utterance": n, **row} for n, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_utterances_of_one_recording_are_cut_channel_by_channel(system, tmp_path):
+    random = np.random.default_rng(1)
+    samples = (3000 * random.normal(size=(32_000, 2))).astype(np.int16)
+    encode_wav(tmp_path / "call.wav", samples)
+    times = ((0.0, 0.75, "left"), (0.5, 1.25, "right"), ("1.25", "2.0", 0))
+    utterances = [
+        {"audio": tmp_path / "call.wav", "start": start, "end": end, "audio_channel": channel}
+        for start, end, channel in times
+    ]
+    cuts = [samples[:12_000, 0], samples[8_000:20_000, 1], samples[20_000:, 0]]
+    expected = system.predict([{"audio": cut} for cut in cuts])
+    assert_close(system.predict(utterances), expected)
+
+
+def test_levels_are_scaled_and_noted(system):
+    samples = np.random.default_rng(0).normal(size=8000)
+    (row,) = system.predict([{"audio": samples}])
+    (note,) = row["notes"]
+    assert note.startswith("note: scaled by 0.2") and "over full scale" in note
+
+
+def test_speech_beyond_the_limit_is_noted(system, monkeypatch):
+    samples = (3000 * np.random.default_rng(0).normal(size=48_000)).astype(np.int16)
+    (row,) = system.predict([{"audio": samples}], max_seconds=2.0)
+    assert row["notes"] == ["capped: 3.0 s, of which 2 s are read"]
+    monkeypatch.setattr(system._encoders["speech"].input, "max_samples", 16_000)
+    (row,) = system.predict([{"audio": samples}])
+    assert row["notes"] == ["cut by the encoder: 3.0 s, of which it reads 1 s"]
+
+
+def predict(workdir, bert_folder, *flags):
+    return subprocess.run(
+        [
+            sys.executable, "-m", "launch.predict", f"--workdir={workdir}",
+            f"--text_encoder={bert_folder}", *flags,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_no_usable_recording_is_status_1_with_the_output_written(workdir, bert_folder, tmp_path):
+    rows = [{"start": n, "audio": f"{n}.wav", "duration": n, "speaker": "x"} for n in range(2)]
+    output = tmp_path / "out.csv"
+    done = predict(workdir, bert_folder, f"--manifest={call(tmp_path, rows)}", f"--output={output}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: none of 2 recordings could be used"
+    assert "recordings: 2, of these 2 unusable" in done.stdout
+    with output.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["utterance"], second["start"]) == ("0", "1.0")
+    assert (second["metadata.duration"], second["metadata.speaker"]) == ("1", "x")
+    assert second["predicted"] in ("angry", "calm")
+    assert float(second[f"probabilities.{second['predicted']}"]) >= 0.5
+    assert second["notes"].startswith("unusable: ") and "no such file" in second["notes"]
+
+
+def test_further_columns_do_not_change_predictions(workdir, system, tmp_path):
+    plain = {"order": 0, "text": "so mad"}
+    further = plain | {"speaker": "x", "duration": 3.5}
+    corpora = [reader.read(call(tmp_path, [row]), shares=(0, 0, 1)) for row in (plain, further)]
+    assert dict(next(corpora[1].utterances())[1].metadata) == {"speaker": "x", "duration": "3.5"}
+    rows = [
+        system.predict([{"text": turn.text}])
+        for corpus in corpora
+        for _, turn in corpus.utterances()
+    ]
+    direct = system.predict([{"text": "so mad", "speaker": "x", "duration": 3.5}])
+    assert rows[0] == rows[1] == direct
+
+
+def test_the_table_reads_well_at_80_columns(system):
+    texts = ["Why would you say such an unbelievably inconsiderate thing to your own brother?"] * 2
+    rows = system.predict([{"text": text} for text in texts])
+    console = Console(width=80, file=io.StringIO())
+    console.print(prediction_table(texts, rows))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    joined = " ".join(" ".join(line.split()) for line in lines)
+    assert "unbelievably inconsiderate thing" in joined.replace("  ", " ")
+    choice = rows[0]["experts"]["text"]
+    assert f"text {choice} {rows[0]['gate']['text']:.0%}" in joined
 
 
 def test_importing_the_library_does_not_import_what_predicts():

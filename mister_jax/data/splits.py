@@ -118,7 +118,7 @@ def _draw(units: Sequence[Sequence[str]], seed: int, shares: np.ndarray) -> dict
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
     lacking = shares / shares.sum() * sizes.sum()
     empty = shares > 0
-    splits = {}
+    splits: dict[str, str] = {}
     for place, index in enumerate(order):
         # The last units go to the splits that have none yet.
         candidates = empty if len(order) - place <= empty.sum() else shares > 0

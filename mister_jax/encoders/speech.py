@@ -250,6 +250,12 @@ def hears_whole(module: Any) -> bool:
     return isinstance(config, SalmonnConfig) or not getattr(config, "trim", True)
 
 
+def max_seconds(module: Any) -> float | None:
+    """Returns the seconds that an encoder with a fixed window reads, None for the others."""
+    max_samples = getattr(module.config, "max_samples", None)
+    return None if max_samples is None else max_samples / audio.SAMPLE_RATE
+
+
 def check_seconds(seconds: float, module: Any = None, *, name: str = "max_seconds") -> None:
     """Makes sure that clips may be cut at so many seconds.
 
@@ -262,8 +268,7 @@ def check_seconds(seconds: float, module: Any = None, *, name: str = "max_second
       InputError: not from `SHORTEST_SECONDS` to `LONGEST_SECONDS`, or more than the encoder has
         positions for.
     """
-    longest, why = LONGEST_SECONDS, ""
-    if module is not None and hasattr(module.config, "max_samples"):
-        longest, why = module.config.max_samples / audio.SAMPLE_RATE, ", as the encoder has"
+    window = None if module is None else max_seconds(module)
+    longest, why = (LONGEST_SECONDS, "") if window is None else (window, ", as the encoder has")
     if not SHORTEST_SECONDS <= seconds <= longest:  # of no number, neither is true
         raise InputError(f"{name}={seconds:g}; allowed: {SHORTEST_SECONDS:g} to {longest:g}{why}")

@@ -18,7 +18,6 @@ from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
 from mister_jax.extract.features import encode_items
-from mister_jax.writers import Reporter
 
 
 def extract(
@@ -71,12 +70,16 @@ def extract(
                 f"dataset {dataset}, split {split}: no utterance has {encoder.modality}"
             )
         parts = root / f"{prefix}{_digest(told, split, utterances)}"
-        with Reporter(
-            len(utterances.items), unit=f"utterances of {split}", quiet=quiet
-        ) as reporter:
-            found = encode_items(encoder, utterances.items, budget, reporter, parts)
-        features = dict(zip(utterances.utterance_ids.tolist(), found, strict=True))
-        splits[split] = _of_modality(source, split, encoder.modality, features, found.shape[1])
+        encoded = encode_items(
+            encoder,
+            utterances.items,
+            budget,
+            unit=f"utterances of {split}",
+            quiet=quiet,
+            parts=parts,
+        )
+        features = dict(zip(utterances.utterance_ids.tolist(), encoded, strict=True))
+        splits[split] = _of_modality(source, split, encoder.modality, features, encoded.shape[1])
     # The parts are there until every process has read them.
     multihost_utils.sync_global_devices("extracted")
     if jax.process_index() != 0:

@@ -195,7 +195,10 @@ class PretrainedSpeech(_Released):
 
     Args:
       name: a folder, or a name on the Hugging Face Hub.
-      max_seconds: of an utterance.
+      max_seconds: Seconds of an utterance that are read. By default all of it, or as much as an
+        encoder with a fixed window (Whisper, Qwen2-Audio, SALMONN) has positions for.
+      windows: Encode longer utterances in windows of equal length and average these, for encoders
+        with a fixed window.
       whisper: of SALMONN alone: see `SpeechFiles`, as are the following.
       beats: likewise.
       vicuna: likewise.
@@ -215,7 +218,8 @@ class PretrainedSpeech(_Released):
         self,
         name: str,
         *,
-        max_seconds: float = 30.0,
+        max_seconds: float | None = None,
+        windows: bool = False,
         whisper: str = "",
         beats: str = "",
         vicuna: str = "",
@@ -235,7 +239,11 @@ class PretrainedSpeech(_Released):
         changes = {**types, **trimming, **speech.learned_paths(described)}
         # Before its weights are read, which may take minutes.
         shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
-        speech.check_seconds(max_seconds, shapes)
+        longest = speech.max_seconds(shapes)
+        if windows and longest is None:
+            raise InputError(f"{name}: windows; allowed for encoders with a fixed window")
+        if max_seconds is not None:
+            speech.check_seconds(max_seconds, shapes)
         with _room_for(name, dtype):
             module: Any = speech.load(
                 files, described, mesh=spread.mesh, adapter=adapter or None, **changes
@@ -247,6 +255,8 @@ class PretrainedSpeech(_Released):
             return masked_mean(hidden.astype(jnp.float32), mask)
 
         options = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt, **types}
+        if windows:
+            options["windows"] = True
         if files.is_salmonn:
             parts = {"whisper": whisper, "beats": beats, "vicuna": vicuna}
             options |= {part: _place(place) for part, place in parts.items()}
@@ -256,7 +266,11 @@ class PretrainedSpeech(_Released):
             "options": options,
             "files": files.fingerprint(),
         }
-        source = SpeechInput(max_seconds, whole=speech.hears_whole(module))
+        source = SpeechInput(
+            max_seconds or longest or speech.LONGEST_SECONDS,
+            whole=speech.hears_whole(module),
+            split=windows,
+        )
         identity = _with_adapter(identity, adapter)
         super().__init__(source, identity, module, features, spread)
 
@@ -265,15 +279,16 @@ class ProsodyEncoder(_Encoder):
     """The named features of `encoders.prosody`, which needs no weights.
 
     Args:
-      max_seconds: of an utterance.
+      max_seconds: Seconds of an utterance that are read; all of it by default.
 
     Raises:
-      InputError: seconds that cannot be.
+      InputError: `max_seconds` is out of range.
     """
 
-    def __init__(self, *, max_seconds: float = 30.0):
-        speech.check_seconds(max_seconds)
-        self.input = SpeechInput(max_seconds)
+    def __init__(self, *, max_seconds: float | None = None):
+        if max_seconds is not None:
+            speech.check_seconds(max_seconds)
+        self.input = SpeechInput(max_seconds or speech.LONGEST_SECONDS)
         self.spread = JitSpread(data_mesh())
         self._identity = {
             "kind": "prosody",
@@ -330,6 +345,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "text": ("max_tokens", "adapter", "dtype"),
     "speech": (
         "max_seconds",
+        "windows",
         *_SALMONN,
         "trim",
         "prompt",
@@ -350,7 +366,7 @@ def open_encoder(name: str, **options: Any) -> Encoder:
     Raises:
       InputError: an encoder or adapter that cannot be loaded, or an option that it does not have.
     """
-    if "max_seconds" in options:
+    if options.get("max_seconds") is not None:
         speech.check_seconds(options["max_seconds"])
     kind = _kind(name, options)
     useless = [option for option in options if option not in _OPTIONS[kind]]

@@ -45,11 +45,9 @@ def features_of(
     if not present.any():
         raise InputError(f"{len(items)} utterances: none has {encoder.modality}; needed: one")
     budget = encoder.input.budget if budget is None else budget
-    with Reporter(int(present.sum()), unit="utterances", quiet=quiet) as reporter:
-        there = [item for item in items if len(item)]
-        found = encode_items(encoder, there, budget, reporter)
-    features = np.zeros((len(items), found.shape[1]), np.float32)
-    features[present] = found
+    encoded = encode_items(encoder, [item for item in items if len(item)], budget, quiet=quiet)
+    features = np.zeros((len(items), encoded.shape[1]), np.float32)
+    features[present] = encoded
     return features, present
 
 
@@ -57,21 +55,48 @@ def encode_items(
     encoder: Encoder,
     items: Sequence[np.ndarray],
     budget: int,
-    reporter: Reporter,
+    *,
+    unit: str = "utterances",
+    quiet: bool = False,
     parts: epath.Path | None = None,
 ) -> np.ndarray:
-    """Features [N, F] of items, none empty.
+    """Returns features [N, F] of items, none of them empty.
+
+    An item that is split into windows gets the mean of their features, weighted by their lengths.
 
     Args:
-      encoder: of the items.
-      items: N >= 1 of the encoder's input.
-      budget: units in a batch on each device, padding counted.
-      reporter: advances by utterances.
-      parts: a folder where features are kept as soon as they are made, and found again.
+      encoder: Encoder of the items.
+      items: N >= 1 items of the encoder's input.
+      budget: Units in a batch on each device, padding counted.
+      unit: What the progress bar counts.
+      quiet: Show no progress.
+      parts: A folder where features are kept as soon as they are computed, to resume from.
 
     Raises:
-      InputError: the folder cannot be written, or a batch does not fit into the devices' memory.
+      InputError: The folder cannot be written, or a batch does not fit into the devices' memory.
     """
+    split = [encoder.input.windows(item) for item in items]
+    windows = [window for windows in split for window in windows]
+    if len(windows) > len(items):
+        unit = f"windows of {unit}"
+    with Reporter(len(windows), unit=unit, quiet=quiet) as reporter:
+        features = _encode_windows(encoder, windows, budget, reporter, parts)
+    if len(windows) == len(items):
+        return features
+    starts = np.cumsum([0, *(len(windows) for windows in split)])[:-1]
+    weights = np.array([len(window) for window in windows], np.float32)
+    sums = np.add.reduceat(features * weights[:, None], starts)
+    return sums / np.add.reduceat(weights, starts)[:, None]
+
+
+def _encode_windows(
+    encoder: Encoder,
+    items: Sequence[np.ndarray],
+    budget: int,
+    reporter: Reporter,
+    parts: epath.Path | None,
+) -> np.ndarray:
+    """Returns features [N, F] of items that batches can hold; see `encode_items`."""
     # Long ones first: what does not fit into memory fails at once.
     order = np.argsort(-encoder.input.lengths(items), kind="stable")
     done: list[np.ndarray] = []

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax import data
-from mister_jax.data.clips import UNIT, beginning, load_clips, pad_clips, units
+from mister_jax.data.clips import UNIT, beginning, is_heard, load_clips, pad_clips, units
 from mister_jax.data.tokens import load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 
@@ -23,7 +23,10 @@ SECONDS_BUDGET = 120
 _TOKENS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 # On a CPU a program costs little to compile, and padding as much as tokens.
 _CPU_TOKENS = (*range(4, 25, 2), *_TOKENS[6:])
-_TENTHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300)
+_TENTHS = (
+    *(5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800),
+    *(1000, 1500, 2000, 3000, 4500, 6000, 9000, 12000, 18000, 24000, 36000),
+)
 
 
 class Input(Protocol):
@@ -40,13 +43,18 @@ class Input(Protocol):
     steps: tuple[int, ...]
     """Lengths that batches are padded to; the longest is one, too."""
     longest: int
-    """Length of the longest item."""
+    """Length of the longest item that a batch holds."""
+    max_samples: int | None
+    """Samples of a clip that are read; None for all of them, and for text."""
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         """The utterances of a split of a dataset of dialogues."""
 
     def items(self, utterances: Sequence[Any]) -> list[np.ndarray]:
         """Items of utterances in memory; an empty one where there is nothing to read."""
+
+    def windows(self, item: np.ndarray) -> list[np.ndarray]:
+        """Splits an item into parts that a batch can hold; their features are averaged."""
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         """[N] int, in steps."""
@@ -67,6 +75,7 @@ class TextInput:
     """
 
     modality, unit, scale = "text", "tokens", 1
+    max_samples: int | None = None
 
     def __init__(self, encode: Callable[..., list[np.ndarray]], max_tokens: int):
         self.encode = encode
@@ -87,6 +96,9 @@ class TextInput:
             items[row] = tokens
         return items
 
+    def windows(self, item: np.ndarray) -> list[np.ndarray]:
+        return [item]
+
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([len(tokens) for tokens in items], int)
 
@@ -99,28 +111,34 @@ class TextInput:
 
 
 class SpeechInput:
-    """Clips, cut at their end.
+    """Clips of speech.
 
     Args:
-      max_seconds: of a clip.
-      whole: each clip costs as much as the longest, so all are padded to it.
+      max_seconds: Seconds of a clip that a batch holds; longer clips lose their end.
+      whole: Each clip costs as much as the longest, so all are padded to it.
+      split: Split longer clips into windows of equal length instead.
     """
 
     modality, unit, budget, scale = "speech", "s of audio", SECONDS_BUDGET, 10
 
-    def __init__(self, max_seconds: float, *, whole: bool = False):
+    def __init__(self, max_seconds: float, *, whole: bool = False, split: bool = False):
         self._most = round(max_seconds * data.SAMPLE_RATE)
+        self.max_samples = None if split else self._most
         self.longest = -(-self._most // UNIT)
         self.steps: tuple[int, ...] = () if whole else _TENTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        return load_clips(dataset, split, data_dir, self._most)
+        return load_clips(dataset, split, data_dir, self.max_samples)
 
     def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
         for clip in utterances:
             if clip.ndim != 1 or clip.dtype != np.int16:
                 raise ValueError(f"a clip of {clip.shape} {clip.dtype}; needed: [s] int16")
-        return [beginning(clip, self._most) for clip in utterances]
+        return [beginning(clip, self.max_samples) for clip in utterances]
+
+    def windows(self, item: np.ndarray) -> list[np.ndarray]:
+        windows = np.array_split(item, max(1, -(-len(item) // self._most)))
+        return [window for window in windows if is_heard(window)] or windows
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         return units(np.array([len(clip) for clip in items], int), self._most)
