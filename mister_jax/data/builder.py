@@ -4,6 +4,7 @@
 adds `report.json`. `dialogues` reads the datasets again.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -42,6 +44,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 # A recording's length is far from the annotated one if it differs by more than both.
 _MISMATCH_SECONDS, _MISMATCH_SHARE = 1.0, 0.5
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 # Of 128 bits, which TFDS maps to its buckets.
 _KEYS = 2**128
@@ -442,7 +446,7 @@ def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
       longer than what is kept, could be decoded in part only, holds no sound, lasts much longer or
       shorter than `end` - `start`, or was changed (holes filled, scaled, a channel dropped), with
       file and seconds.
-    - `notes`: Notes of the reader.
+    - `notes`: Notes of the reader, and a line for each kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
     classes, repeated = corpus.class_counts(), corpus.texts_of_training()
@@ -472,7 +476,23 @@ def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
             "hours": sum(entry["kept_seconds"] for entry in present) / 3600,
             "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
         }
-    return {"splits": splits, **lists, "notes": list(corpus.notes)}
+    return {
+        "splits": splits,
+        **lists,
+        "notes": [*corpus.notes, *_counted_changes(lists["changed"])],
+    }
+
+
+def _counted_changes(changed: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each kind of change of recordings: how many, and the first as example."""
+    examples: dict[str, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for entry in changed:
+        for change in entry["changed"]:
+            kind = _NUMBER.sub("", change)
+            counts[kind] += 1
+            examples.setdefault(kind, f"{entry['utterance']}: {change}")
+    return [f"{count} recordings changed, as {examples[kind]}" for kind, count in counts.items()]
 
 
 def _read(path: epath.Path) -> Iterable[dict[str, Any]]:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load, write
+from mister_jax.data.audio import encode_wav
+from mister_jax.data.builder import KINDS
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.inspection import inspect
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
@@ -79,6 +81,42 @@ def test_a_report_lies_beside_the_data(manifest, tmp_path):
     split = report["splits"]["train"]
     assert split["without_speech"] == split["without_text"] == split["dialogues"]
     assert 0 < split["hours"] * 3600 < 2 * 0.25 * split["dialogues"]
+
+
+def test_a_report_lists_recordings_that_are_not_as_they_should_be(tmp_path):
+    tone = np.rint(8000 * np.sin(np.arange(32_000) / 4)).astype(np.int16)
+    sounds = {
+        "plain": tone,
+        "silent": np.zeros_like(tone),
+        "opposite": np.stack([tone, -tone], axis=1),
+        "longer": np.tile(tone, 2),
+    }
+    rows = []
+    for name, samples in sounds.items():
+        encode_wav(tmp_path / f"{name}.wav", samples)
+        row = {"dialogue": "d", "utterance": name, "order": len(rows), "audio": f"{name}.wav"}
+        times = {"start": 3 * len(rows), "end": 3 * len(rows) + 2}
+        rows.append(row | times | {"label": "joy", "mood": name})
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row | {"split": "train"}) + "\n" for row in rows))
+    decoding = Decoding(0, max_seconds=3)
+    report = prepare_corpus(Preparation("manifest", path, tmp_path / "data", decoding=decoding))
+    listed = {kind: [entry["utterance"] for entry in report[kind]] for kind in ("missing", *KINDS)}
+    assert listed == {
+        "missing": [],
+        "capped": ["d/longer"],
+        "damaged": [],
+        "silent": ["d/silent"],
+        "length_mismatch": ["d/longer"],
+        "changed": ["d/opposite"],
+    }
+    assert report["length_mismatch"][0]["annotated_seconds"] == 2
+    assert report["changed"][0]["changed"] == ["channels cancel out: only channel 0 is used"]
+    note = "1 recordings changed, as d/opposite: channels cancel out: only channel 0 is used"
+    assert report["notes"][-1] == note
+    (dialogue,) = DialogueDataset("manifest/m", tmp_path / "data").dialogues("train")
+    assert [turn.metadata for turn in dialogue.utterances] == [{"mood": name} for name in sounds]
+    np.testing.assert_array_equal(dialogue.utterances[2].audio, tone)
 
 
 def test_an_existing_dataset_is_replaced_only_on_demand(manifest, tmp_path):

@@ -115,6 +115,7 @@ def test_a_table_tells_what_was_written(successes, corpora):
     assert cells(told, "anger") == ["4", "0", "1"]
     assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in told
     assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in told
+    assert "recordings: 1 missing, 1 capped\n" in told
     assert told.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
 
 
