@@ -1,4 +1,4 @@
-"""Tensors of released BEATs checkpoints as parameters of a `Beats`."""
+"""Key table of released BEATs checkpoints, for `Beats`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
 from mister_jax.encoders.beats import BeatsConfig
 
-# The classifier, and copies of the first layer's table of relative positions.
+# The classifier, and copies of the first layer's relative position table.
 IGNORED = (
     r"(^|\.)predictor\.",
     r"(^|\.)encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
 )
 
-# Our layer's module -> the official one.
+# Module of a layer -> its official name.
 _LINEARS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -27,7 +27,7 @@ _NORMS = {"attention_norm": "self_attn_layer_norm", "out_norm": "final_layer_nor
 
 
 def key_table(config: BeatsConfig) -> KeyTable:
-    """Tensor names of a released checkpoint's `model`, for each parameter of a `Beats`."""
+    """Returns the tensor names of a released checkpoint's `model` for a `Beats`."""
     size = config.patch_size
 
     def flatten(weights: list[np.ndarray]) -> np.ndarray:  # E 1 P P -> P*P E
@@ -76,14 +76,14 @@ def key_table(config: BeatsConfig) -> KeyTable:
 
 
 def merge_weight_norm(parts: list[np.ndarray]) -> np.ndarray:
-    """Kernel [taps, in, out] of a gain [1, 1, taps] and a direction [out, in, taps]."""
+    """Returns the kernel [taps, in, out] of a gain [1, 1, taps] and direction [out, in, taps]."""
     gain, direction = (part.astype(np.float64) for part in parts)
     norm = np.sqrt((direction**2).sum((0, 1), keepdims=True))
     return (gain * direction / norm).transpose(2, 1, 0).astype(parts[1].dtype)
 
 
 def split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
-    """A gain and a direction that make the kernel: its norm at each tap, and itself."""
+    """Returns a gain and a direction for a kernel: its norm at each tap, and the kernel."""
     direction = kernel.transpose(2, 1, 0)
     gain = np.sqrt((direction.astype(np.float64) ** 2).sum((0, 1), keepdims=True))
     return [gain.astype(kernel.dtype), direction]

@@ -1,8 +1,8 @@
-"""Key tables: which tensors of a checkpoint make which parameter of a module, both ways.
+"""Key tables: the mapping between tensors of a checkpoint and parameters of a module.
 
-A table is plain data, written once an architecture. `load_params` reads a checkpoint by it, one
-tensor at a time and only the slices a device needs; `save_params` gives the tensors back. Files
-are not opened here.
+A table is plain data, one per architecture. `load_params` reads a checkpoint with it, one tensor at
+a time and only the slices that a device needs; `save_params` returns the tensors. No files are
+opened here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 class Tensor(Protocol):
-    """An array that may still be in a file: of shape and type, read by slicing."""
+    """Array with shape and type that may still be in a file and is read by slicing."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -47,17 +47,17 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors one parameter is made of.
+    """The tensors of one parameter.
 
     Attributes:
-      names: of the tensors; several with `stacked`, one a layer, or with `combine`.
-      axes: permutation of each tensor's axes on the way in, as of `np.transpose`: (1, 0) for the
-        weight of a PyTorch Linear, (2, 1, 0) for that of a Conv1d.
-      stacked: each layer's value is put on a new leading axis L; the names are those of the first
-        layer, then of the second, and so on.
-      combine: makes the value (of one layer) of its tensors, for what is no plain permutation:
-        fused projections, weight normalisation. It reads whole tensors.
-      split: the inverse of `combine`; without it the parameter cannot be saved.
+      names: Tensor names; several with `stacked`, one per layer, or with `combine`.
+      axes: Permutation of each tensor's axes when it is loaded, as for `np.transpose`: (1, 0) for
+        the weight of a PyTorch Linear, (2, 1, 0) for that of a Conv1d.
+      stacked: Whether the values of all layers are stacked along a new leading axis L; the names
+        are ordered by layer.
+      combine: Function from the tensors (of one layer) to the value, for anything but a plain
+        permutation: fused projections, weight normalization. It reads whole tensors.
+      split: Inverse of `combine`; without it the parameter cannot be saved.
     """
 
     names: tuple[str, ...]
@@ -74,12 +74,12 @@ class Source:
             )
 
 
-# "/"-joined path of a parameter in `nnx.state(module)` -> what it is made of.
+# "/"-joined path of a parameter in `nnx.state(module)` -> its tensors.
 KeyTable = Mapping[str, Source]
 
 
 def layer_names(pattern: str, num_layers: int) -> tuple[str, ...]:
-    """Names of all layers, of a pattern with `{}` for the layer's number."""
+    """Returns the names of all layers, from a pattern with `{}` for the layer's number."""
     return tuple(pattern.format(layer) for layer in range(num_layers))
 
 
@@ -127,7 +127,7 @@ def load_params(
     _check(params, named, checkpoint, ignore)
     placed = _shardings_of(shardings, params)
     for path, variable in params.items():
-        gc.collect(0)  # when JAX lets go of what devices have read
+        gc.collect(0)  # JAX then releases arrays that devices have read.
         kind = variable.dtype
         if dtype is not None and jnp.issubdtype(kind, jnp.floating):
             kind = dtype
@@ -144,19 +144,19 @@ def load_params(
 def save_params(
     module: nnx.Module, table: KeyTable, *, prefix: str = "", skip: Any = nnx.LoRAParam
 ) -> Mapping[str, Tensor]:
-    """The tensors of a module's parameters under the names of a checkpoint.
+    """Returns the tensors of a module's parameters under the names of a checkpoint.
 
     Args:
-      module: concrete.
-      table: for all parameters of the module that are not skipped.
-      prefix: put before all names.
-      skip: filter of variables that are left out.
+      module: Concrete module.
+      table: Key table of all parameters of the module that are not skipped.
+      prefix: Prefix of all names.
+      skip: Filter of variables that are left out.
 
     Returns:
-      Tensors by name, each brought to the host when it is sliced.
+      Tensors by name, each copied to the host when it is sliced.
 
     Raises:
-      ValueError: the table does not fit the module, or has a `combine` without `split`.
+      ValueError: The table does not fit the module, or has a `combine` without `split`.
     """
     tensors: dict[str, Tensor] = {}
     _, params = _parameters(module, table, skip)
@@ -175,7 +175,7 @@ def save_params(
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """A tensor of a parameter; on the host only while it is sliced."""
+    """Tensor of a parameter; on the host only while it is sliced."""
 
     give: Callable[[], np.ndarray]
     shape: tuple[int, ...]
@@ -186,7 +186,7 @@ class _Saved:
 
 
 def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
-    """One layer's value as the tensors it is made of."""
+    """Splits one layer's value into its tensors."""
     parts = source.split(value) if source.split else [value]
     if source.axes is not None:
         parts = [part.transpose(np.argsort(source.axes)) for part in parts]
@@ -194,7 +194,7 @@ def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
 
 
 def _part(source: Source, value: jax.Array, layer: int, part: int) -> np.ndarray:
-    """One tensor of a parameter."""
+    """Returns one tensor of a parameter."""
     if source.stacked:
         value = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
     if not value.is_fully_addressable:
@@ -207,14 +207,14 @@ def _given_shape(source: Source, shape: tuple[int, ...], part: int) -> tuple[int
 
 
 def _ones(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of any size that takes no memory, to learn from it what shapes come out."""
+    """Returns an array that takes no memory, to compute shapes with."""
     return np.broadcast_to(np.float32(1), shape)
 
 
 def _parameters(
     module: nnx.Module, table: KeyTable, skip: Any
 ) -> tuple[nnx.State, dict[str, nnx.Param]]:
-    """The parameters the table is for, as a state and by path."""
+    """Returns the parameters of the table, as a state and by path."""
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
     params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     without, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
@@ -231,7 +231,7 @@ def _prefixed(source: Source, prefix: str) -> Source:
 
 
 def _by_layer(source: Source, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The names of each layer's tensors; a source that is not stacked is one layer."""
+    """Returns the names of each layer's tensors; a source that is not stacked is one layer."""
     layers = shape[0] if source.stacked else 1
     size, rest = divmod(len(source.names), layers)
     if rest or not size or (size > 1 and not source.combine):
@@ -245,7 +245,7 @@ def _check(
     checkpoint: Mapping[str, Tensor],
     ignore: Sequence[str],
 ) -> None:
-    """Raises one InputError that says how much is missing, surplus or misshapen, and of what."""
+    """Raises InputError with the missing, surplus and misshapen tensors."""
     expected = {name for source in sources.values() for name in source.names}
     missing = [name for name in sorted(expected) if name not in checkpoint]
     surplus = [
@@ -272,7 +272,7 @@ def _check(
 def _misfits(
     source: Source, shape: tuple[int, ...], checkpoint: Mapping[str, Tensor]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The tensors, of those that are there, which do not give the shape; and what would."""
+    """Yields the tensors that exist but do not give the shape, and the shape they should have."""
     layers = _by_layer(source, shape)
     shape = shape[1:] if source.stacked else shape
     for names in layers:
@@ -280,7 +280,7 @@ def _misfits(
             continue
         try:
             given = _join(source, [_ones(checkpoint[name].shape) for name in names]).shape
-        except ValueError:  # of numpy, for axes or sizes that do not go together
+        except ValueError:  # NumPy raises it for incompatible axes or sizes.
             given = None
         if given != shape:
             if source.combine:
@@ -319,7 +319,7 @@ def _layers(numbers: Sequence[str]) -> str:
 
 
 def _join(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
-    """The value, of one layer, that its tensors make."""
+    """Returns the value of one layer from its tensors."""
     if source.axes is not None:
         tensors = [tensor.transpose(source.axes) for tensor in tensors]
     return source.combine(tensors) if source.combine else tensors[0]
@@ -328,7 +328,7 @@ def _join(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
 def _read(
     source: Source, checkpoint: Mapping[str, Tensor], names: tuple[str, ...], index: Index
 ) -> np.ndarray:
-    """A slice of the value, of one layer, that its tensors make."""
+    """Reads a slice of the value of one layer."""
     if source.combine:
         return _join(source, [checkpoint[name][...] for name in names])[index]
     if source.axes is None:
@@ -346,10 +346,10 @@ def _place(
     sharding: Sharding,
     memory: dict[Any, np.ndarray],
 ) -> jax.Array:
-    """The value, of one layer, on its devices, each of which gets its slice alone.
+    """Places the value of one layer on its devices, each of which receives only its slice.
 
-    The slices come to lie in `memory`, in place of those that are there, and devices may go on
-    reading them there.
+    The slices are written to `memory`, over those of the previous layer, and devices may continue
+    to read them from it.
     """
     filled = set()
 
@@ -390,7 +390,7 @@ def _all_finite(value: np.ndarray) -> bool:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address from which the CPU's devices take it without a copy."""
+    """Returns an empty array whose alignment lets CPU devices use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -404,7 +404,7 @@ def _place_stack(
     dtype: np.dtype,
     sharding: Sharding,
 ) -> jax.Array:
-    """A stacked value on its devices, filled there layer by layer."""
+    """Places a stacked value on its devices and fills it layer by layer."""
     if isinstance(sharding, NamedSharding):
         of_layer: Sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     else:
@@ -414,7 +414,7 @@ def _place_stack(
     for layer, names in enumerate(_by_layer(source, shape)):
         value = _place(source, checkpoint, names, shape[1:], dtype, of_layer, memory)
         stack = _put_layer(sharding)(stack, value, layer)
-        stack.block_until_ready()  # for the next layer takes the place of this one in memory
+        stack.block_until_ready()  # The next layer reuses this one's memory.
     return stack
 
 
@@ -427,7 +427,7 @@ def _put_layer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.
 
 
 def _shardings_of(shardings: Any, params: Mapping[str, nnx.Param]) -> dict[str, Sharding]:
-    """A sharding for every parameter."""
+    """Returns a sharding for every parameter."""
     if shardings is None:
         first = SingleDeviceSharding(jax.local_devices()[0])
         return {

@@ -1,7 +1,7 @@
-"""Released SALMONN checkpoints, and those of its four parts, as a `Salmonn`.
+"""Key table of SALMONN checkpoints, and loading of a `Salmonn` from its four checkpoints.
 
-SALMONN's own file holds what it learned: the Q-Former and the language model's LoRA. Whisper,
-BEATs and Vicuna come from the files they were released in.
+SALMONN's file holds the trained parameters: the Q-Former and the language model's LoRA. Whisper,
+BEATs and Vicuna come from their own releases.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from mister_jax.convert.key_table import KeyTable, Source, Tensor, layer_names, 
 from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.salmonn import QFormerConfig, Salmonn, SalmonnConfig
 
-# What SALMONN's file holds besides: state of its training, and tensors that are no parameters or
-# copies of one.
+# Further tensors of SALMONN's file: training state, buffers and copies of parameters.
 IGNORED = (
     r"^(optimizer|scaler|config)\.",
     r"\.position_ids$",
     r"\.rotary_emb\.inv_freq$",
     r"(^|\.)beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
 )
-# The names of SALMONN's and of BEATs' parameters in their files begin with this.
+# Prefix of the parameters in the files of SALMONN and BEATs.
 PREFIX = "model."
 
-# Our module in the Q-Former, or in a layer of it -> the official one.
+# Module of the Q-Former, or of one of its layers -> the official name.
 _NORMS = {
     "speech_norm": "ln_speech",
     "sound_norm": "ln_audio",
@@ -57,7 +56,7 @@ _LORA = {"query": "q_proj", "value": "v_proj"}
 
 
 def qformer_key_table(config: QFormerConfig) -> KeyTable:
-    """Tensor names of SALMONN's file for each parameter of a `WindowQFormer`."""
+    """Returns the tensor names of SALMONN's file for each parameter of a `WindowQFormer`."""
 
     def of_layers(name: str, axes: tuple[int, ...] | None = None) -> Source:
         pattern = f"speech_Qformer.bert.encoder.layer.{{}}.{name}"
@@ -85,7 +84,7 @@ def qformer_key_table(config: QFormerConfig) -> KeyTable:
 
 
 def key_table(config: SalmonnConfig) -> KeyTable:
-    """Tensor names of SALMONN's file for the `LEARNED` parameters of a `Salmonn`."""
+    """Returns the tensor names of SALMONN's file for the `LEARNED` parameters of a `Salmonn`."""
     table = {
         f"qformer/{path}": source for path, source in qformer_key_table(config.qformer).items()
     }
@@ -114,20 +113,20 @@ def load(
     """Fills a `Salmonn` from the checkpoints of its parts; see `load_params`.
 
     Args:
-      module: concrete, or abstract as from `nnx.eval_shape`, with LoRA on queries and values.
-      whisper: in transformers' form.
-      beats: as released, names beginning with "model.".
-      vicuna: in transformers' form.
-      salmonn: as released, names beginning with "model.".
-      shardings: one for all, or a tree of them for all of the module.
+      module: Concrete module, or an abstract one from `nnx.eval_shape`, with LoRA on queries and
+        values.
+      whisper: Whisper in transformers' format, with or without a head.
+      beats: BEATs as released, with the prefix "model.".
+      vicuna: Vicuna in transformers' format, with or without a head.
+      salmonn: SALMONN as released, with the prefix "model.".
+      shardings: One sharding for all parameters, or a tree of them for the module.
 
     Returns:
       The module.
 
     Raises:
-      InputError: missing, surplus or misshapen tensors of a checkpoint: one line with how many,
-        and the first.
-      ValueError: the module has LoRA elsewhere.
+      InputError: Tensors of a checkpoint are missing, surplus, misshapen or not finite.
+      ValueError: The module has LoRA on other layers.
     """
     config = module.config
 
@@ -173,5 +172,5 @@ def _within(part: str) -> Callable[[tuple[Any, ...], Any], bool]:
     return lambda path, _: path[0] == part
 
 
-# NNX filter of the parameters that are in SALMONN's own file, which `key_table` is for.
+# NNX filter of the parameters in SALMONN's file, which `key_table` describes.
 LEARNED = nnx.Any(_within("qformer"), nnx.LoRAParam)

@@ -154,10 +154,10 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
     unknown = [target for target, paths in chosen.items() if not paths]
     if unknown:
         names = sorted({path.rpartition("/")[2] for path in layers})
-        allowed = f"allowed are {names}" if names else f"{type(module).__name__} has none at all"
+        allowed = f"allowed are {names}" if names else f"{type(module).__name__} has none"
         raise ValueError(
-            f"LoRA targets {unknown}: no such layers of mister_jax.nn.lora.LoRALinear, the only "
-            f"kind that add_lora adapts; {allowed}"
+            f"LoRA targets {unknown}: no such layers; {allowed} of mister_jax.nn.lora.LoRALinear, "
+            "the only type that add_lora adapts"
         )
     for path in sorted(set().union(*chosen.values())):
         layer = layers[path]

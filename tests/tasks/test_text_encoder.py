@@ -330,7 +330,7 @@ def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
 
 
 def test_a_lack_of_memory_for_the_backbone_is_said(tuned, monkeypatch, out_of_memory):
-    monkeypatch.setattr(hub, "load_params", out_of_memory)
+    monkeypatch.setattr(hub, "load_backbone", out_of_memory)
     with pytest.raises(InputError, match=f"{tuned}: out of memory with the model's") as error:
         Predictor(tuned)
     assert "more of them" in str(error.value) and "\n" not in str(error.value)
