@@ -239,8 +239,16 @@ def prediction_rows(features: DialogueFeatures, predictions: Predictions) -> Ite
             "dialogue": str(features.dialogue_ids[dialogue]),
             "utterance": str(features.utterance_ids[index]),
             "label": names[label] if label >= 0 else None,
+            **_further(features, index),
             **row,
         }
+
+
+def _further(features: DialogueFeatures, index: int) -> dict[str, Any]:
+    """Returns the further columns of an utterance under "metadata", nothing if it has none."""
+    further = getattr(features, "utterance_metadata", None)  # Utterances of stage 1 have none.
+    metadata = {} if further is None else json.loads(further[index])
+    return {"metadata": metadata} if metadata else {}
 
 
 def predicted_rows(names: Sequence[str], predictions: Predictions) -> Iterator[dict]:

@@ -1,6 +1,7 @@
 """From recordings and texts to emotions: a `System` and `python -m launch.predict`."""
 
 import csv
+import dataclasses
 import io
 import json
 import logging
@@ -23,12 +24,12 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, predicted_rows
+from mister_jax.evaluate import Predictor, evaluate, predicted_rows
 from mister_jax.predict import summarize_notes
 from mister_jax.steps import initial_state
 from mister_jax.tasks import FusionTask
-from mister_jax.train import describe
-from mister_jax.writers import prediction_table
+from mister_jax.train import describe, read_config
+from mister_jax.writers import prediction_table, read_json
 from tests.conftest import FILLERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,6 +62,8 @@ def spoken(tmp_path_factory, bert_folder):
         for turn in range(length):
             row = {"dialogue": dialogue, "utterance": turn, "order": turn, "split": split}
             row["label"] = ("calm", "angry")[turn % 2]
+            if turn == 0:
+                row["room"] = f"r{dialogue}"
             if turn != 2:
                 row["audio"] = f"{dialogue}_{turn}.wav"
                 samples = 3000 * random.normal(size=3200 + 800 * turn)
@@ -386,6 +389,20 @@ def test_further_columns_do_not_change_predictions(workdir, system, tmp_path):
     ]
     direct = system.predict([{"text": "so mad", "speaker": "x", "duration": 3.5}])
     assert rows[0] == rows[1] == direct
+
+
+def test_further_columns_travel_to_scored_predictions_and_to_no_model(workdir, spoken, tmp_path):
+    features = data.load("both", "test", spoken)
+    assert json.loads(features.utterance_metadata[0]) == {"room": "r2"}
+    without = dataclasses.replace(features, utterance_metadata=None)
+    assert without.fingerprint() == features.fingerprint()
+    batches = FusionTask.restore(read_config(workdir), read_json(workdir / "model.json")).batched(
+        features, num_shards=1
+    )
+    assert not any("metadata" in name for name in next(batches.batches()))
+    evaluate(workdir, "test", output=tmp_path, quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row.get("metadata") for row in rows[:4]] == [{"room": "r2"}, None, None, {"room": "r3"}]
 
 
 def test_the_table_reads_well_at_80_columns(system):

@@ -76,6 +76,7 @@ class DialogueDataset:
             )
         self.class_names: tuple[str, ...] = tuple(fields["label"].names)
         self.scored = "score" in fields
+        self.has_metadata = "metadata" in fields
 
     @property
     def splits(self) -> dict[str, int]:

@@ -239,6 +239,11 @@ def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> Dialo
         label=gather("label").astype(np.int32),
         score=gather("score") if "score" in fields else None,
         metadata={**metadata, **of_split},
+        utterance_metadata=(
+            np.array([text.decode() for text in gather("metadata")])
+            if "metadata" in fields
+            else None
+        ),
     )
 
 
@@ -457,6 +462,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
             split.speech.dtype,
             split.text.dtype,
             split.score is not None,
+            split.utterance_metadata is not None,
         )
         for split in splits.values()
     }
@@ -465,7 +471,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     unknown = set(splits) - set(SPLITS)
     if unknown:
         raise ValueError(f"splits {sorted(unknown)}, allowed: {SPLITS}")
-    ((class_names, speech_dim, text_dim, speech_dtype, text_dtype, has_score),) = shared
+    ((class_names, speech_dim, text_dim, speech_dtype, text_dtype, has_score, has_more),) = shared
     # Stored as bytes: half the size for float16, and many times faster to write than float lists.
     utterance = {
         "utterance": tfds.features.Text(),
@@ -477,6 +483,8 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     }
     if has_score:
         utterance["score"] = np.float32
+    if has_more:
+        utterance["metadata"] = tfds.features.Text()
     return tfds.features.FeaturesDict(
         {"dialogue": tfds.features.Text(), "utterances": tfds.features.Sequence(utterance)}
     )
@@ -494,6 +502,8 @@ def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]
     }
     if features.score is not None:
         columns["score"] = features.score
+    if features.utterance_metadata is not None:
+        columns["metadata"] = features.utterance_metadata
     offsets = features.offsets
     for index, dialogue in enumerate(features.dialogue_ids):
         rows = slice(offsets[index], offsets[index + 1])

@@ -44,7 +44,9 @@ class DialogueFeatures:
         text_present: [N] bool.
         label: [N] int32, `UNLABELLED` or a class.
         score: [N] float32, or None for a dataset without scores. NaN marks an unscored utterance.
-        metadata: where the features come from; plain JSON values.
+        metadata: Where the features come from; plain JSON values.
+        utterance_metadata: JSON objects of further columns of a manifest [N] str, which travel to
+            predictions and which no model reads; None if there are none.
 
     Raises:
         ValueError: arrays do not fit each other.
@@ -63,6 +65,7 @@ class DialogueFeatures:
     label: np.ndarray
     score: np.ndarray | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    utterance_metadata: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.lengths.shape != (len(self.dialogue_ids),):
@@ -70,7 +73,14 @@ class DialogueFeatures:
                 f"lengths {self.lengths.shape} for {len(self.dialogue_ids)} dialogue_ids"
             )
         total = int(self.lengths.sum())
-        for field in ("utterance_ids", "speech_present", "text_present", "label", "score"):
+        for field in (
+            "utterance_ids",
+            "speech_present",
+            "text_present",
+            "label",
+            "score",
+            "utterance_metadata",
+        ):
             array = getattr(self, field)
             if array is not None and array.shape != (total,):
                 raise ValueError(f"{field} has shape {array.shape}, expected ({total},)")

@@ -112,9 +112,12 @@ def _of_modality(
     dialogues, turns = [], []
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
-        turns += [(turn.id, turn.label, turn.score) for turn in dialogue.utterances]
+        turns += [
+            (turn.id, turn.label, turn.score, json.dumps(dict(turn.metadata)))
+            for turn in dialogue.utterances
+        ]
     dialogue_ids, lengths = zip(*dialogues, strict=True)
-    utterance_ids, labels, scores = zip(*turns, strict=True)
+    utterance_ids, labels, scores, further = zip(*turns, strict=True)
     missing = np.zeros(width, np.float32)
     found = np.stack([features.get(utterance, missing) for utterance in utterance_ids])
     present = np.array([utterance in features for utterance in utterance_ids])
@@ -129,6 +132,7 @@ def _of_modality(
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if source.scored else None,
         metadata=source.known(split),
+        utterance_metadata=np.array(further) if source.has_metadata else None,
         **{modality: found, f"{modality}_present": present},
         **{other: np.zeros((len(turns), 1), np.float32)},
         **{f"{other}_present": np.zeros(len(turns), bool)},
