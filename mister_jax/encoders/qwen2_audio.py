@@ -1,6 +1,6 @@
-"""Qwen2-Audio: a Whisper-like tower heard by Qwen (arXiv 2407.10759).
+"""Qwen2-Audio: the Qwen language model with a Whisper-like audio tower (arXiv 2407.10759).
 
-From waveforms and prompts to the last hidden states of the language model; its head is not here.
+It maps waveforms and prompts to the last hidden states of the language model, without its head.
 Shape letters: B clips, S samples, P tokens of the prompt, A audio vectors of 40 ms, N = P - 1 + A,
 D width of the language model.
 """
@@ -23,7 +23,7 @@ from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear
 
-# What transformers takes for fields that a config.json leaves out.
+# Defaults of transformers for fields that a config.json leaves out.
 _AUDIO_DEFAULTS = {
     "model_type": "qwen2_audio_encoder",
     "num_mel_bins": 128,
@@ -39,12 +39,12 @@ _PLACEHOLDER = 151646  # <|AUDIO|>
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2AudioConfig:
-    """The parts of `Qwen2Audio`.
+    """Configs of the parts of `Qwen2Audio`.
 
     Attributes:
-      tower: encoder of audio, with `trim`; its positions say how long a clip may be.
-      decoder: the language model.
-      placeholder: the token that stands for the audio in a prompt.
+      tower: Config of the audio encoder, with `trim`; its positions limit the length of a clip.
+      decoder: Config of the language model.
+      placeholder: Token that stands for the audio in a prompt.
     """
 
     tower: WhisperConfig
@@ -64,13 +64,13 @@ class Qwen2AudioConfig:
         attention_implementation: Implementation | None = None,
         **changes: Any,
     ) -> Qwen2AudioConfig:
-        """Qwen2-Audio-7B, and -7B-Instruct (8.4 billion parameters).
+        """Returns the config of Qwen2-Audio-7B and -7B-Instruct (8.4 billion parameters).
 
         Args:
-          dtype: of all parts' computation.
-          param_dtype: of all parts' parameters, but for LoRA's.
-          attention_implementation: of all parts.
-          **changes: further fields of the language model's config, such as `lora` or `remat`.
+          dtype: Type of the computation.
+          param_dtype: Type of the parameters, except those of LoRA.
+          attention_implementation: Implementation of the attention.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
         """
         common: dict[str, Any] = {
             "dtype": dtype,
@@ -103,15 +103,15 @@ class Qwen2AudioConfig:
         """Reads a `config.json` of model type "qwen2_audio".
 
         Args:
-          config: the file's content. Absent fields have the values transformers gives them.
-          dtype: of all parts' computation.
-          param_dtype: of all parts' parameters, but for LoRA's.
-          attention_implementation: of all parts.
-          tower: further fields of the tower's config, such as `lora` or `mask_spectrogram`.
-          **changes: further fields of the language model's config, such as `lora` or `remat`.
+          config: Content of the file. Absent fields have the default values of transformers.
+          dtype: Type of the computation.
+          param_dtype: Type of the parameters, except those of LoRA.
+          attention_implementation: Implementation of the attention.
+          tower: Further fields of the tower's config, such as `lora` or `mask_spectrogram`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
 
         Raises:
-          InputError: a field with a value that this architecture does not have.
+          InputError: A field has a value that this architecture does not support.
         """
         if config.get("model_type") != "qwen2_audio":
             raise InputError(
@@ -144,17 +144,17 @@ class Qwen2AudioConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Of the language model."""
+        """Vocabulary size of the language model."""
         return self.decoder.vocab_size
 
     @property
     def width(self) -> int:
-        """D."""
+        """Hidden size D of the language model."""
         return self.decoder.width
 
     @property
     def max_samples(self) -> int:
-        """Samples that the tower has positions for; what a clip has behind them is cut."""
+        """Samples that the tower has positions for; longer clips are cut."""
         return self.tower.max_samples
 
 
@@ -168,7 +168,7 @@ def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> 
 class AudioTower(Whisper):
     """Whisper's encoder with pairs of positions averaged before the last LayerNorm.
 
-    A clip's padding is attended to by nothing, so no result depends on it.
+    Nothing attends to a clip's padding, so that no result depends on it.
     """
 
     def __call__(
@@ -182,15 +182,15 @@ class AudioTower(Whisper):
         """Encodes clips.
 
         Args:
-          waveform: mono at 16 kHz, full scale 1 [B, S]. What is behind a clip is not read; what a
-            clip has behind `max_positions` of 20 ms is cut.
-          lengths: samples of each clip [B] int.
-          deterministic: no dropout.
-          rngs: source of dropout keys.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; a clip is
+            cut after `max_positions` of 20 ms.
+          lengths: Samples of each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          Vectors of 40 ms [B, A, width], and how many are each clip's [B] int: those both of whose
-          positions are in the clip.
+          Vectors of 40 ms [B, A, width], and their number for each clip [B] int, which counts those
+          whose two positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         x, mask, _ = self._run(mel, mel_lengths, False, deterministic=deterministic, rngs=rngs)
@@ -200,11 +200,11 @@ class AudioTower(Whisper):
 
 
 class Qwen2Audio(nnx.Module):
-    """From waveforms and prompts to hidden states.
+    """Encoder of clips and prompts.
 
     Args:
-      config: of the parts.
-      rngs: for the initial parameters.
+      config: Configs of the parts.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs):
@@ -230,15 +230,16 @@ class Qwen2Audio(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> AudioPromptOutput:
-        """Reads clips, each with its prompt.
+        """Encodes clips, each with its prompt.
 
         Args:
-          waveform: [B, S] at 16 kHz, full scale 1, each clip at the start of its row.
-          lengths: samples of each clip [B] int.
-          prompt: tokens [B, P] int, one of each prompt the placeholder; see `prompt_tokens`.
-          prompt_mask: true at tokens [B, P] bool.
-          deterministic: no dropout.
-          rngs: source of dropout keys.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+            row.
+          lengths: Samples of each clip, [B] int.
+          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
+          prompt_mask: Mask of the tokens, [B, P] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         vectors, audio_lengths = self.tower(waveform, lengths, **options)
@@ -254,24 +255,24 @@ class Qwen2Audio(nnx.Module):
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:
-    """A prompt's tokens, one of them the placeholder for the audio.
+    """Tokenizes a prompt with one placeholder for the audio.
 
     Args:
-      tokenizer: Qwen2-Audio's, of transformers.
-      prompt: with `<|AUDIO|>` where the audio belongs, such as
+      tokenizer: Tokenizer of Qwen2-Audio from transformers.
+      prompt: Text with `<|AUDIO|>` in place of the audio, such as
         "<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:".
-      config: of the model.
+      config: Config of the model.
 
     Returns:
       P tokens.
 
     Raises:
-      InputError: not one placeholder, or a tokenizer that does not know it.
+      InputError: The prompt has not exactly one placeholder, or the tokenizer does not know it.
     """
     tokens = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    found = tokens.count(config.placeholder)
-    if found != 1:
+    count = tokens.count(config.placeholder)
+    if count != 1:
         raise InputError(
-            f"prompt {prompt!r}: {found} tokens {config.placeholder} (<|AUDIO|>); allowed is one"
+            f"prompt {prompt!r}: {count} tokens {config.placeholder} (<|AUDIO|>); allowed is one"
         )
     return tokens

@@ -1,9 +1,9 @@
-"""wav2vec 2.0, HuBERT and WavLM: a vector every 20 ms of a waveform.
+"""wav2vec 2.0, HuBERT and WavLM: encoders with a vector for every 20 ms of a waveform.
 
-One architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the waveform, a
-positional convolution, and a transformer, which in WavLM has gated relative positions. Heads for
-pre-training and recognition are not here, nor the masking of latents. Shape letters: B clips, S
-samples, N frames of 20 ms, C convolution channels, D width, K heads, W width of a head, L layers.
+They share one architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
+waveform, a positional convolution, and a transformer, which has gated relative positions in WavLM.
+Heads and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames of
+20 ms, C convolution channels, D width, K heads, W width of a head, L layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
 from mister_jax.nn.stack import Remat
 
-# Field of `WavLMConfig` -> its name in a config.json, and transformers' value where it is absent.
+# Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
 _HUGGINGFACE: dict[str, tuple[str, Any]] = {
     "width": ("hidden_size", 768),
     "num_layers": ("num_hidden_layers", 12),
@@ -61,7 +61,7 @@ _HUGGINGFACE_WAVLM: dict[str, tuple[str, Any]] = {
     "num_buckets": ("num_buckets", 320),
     "max_distance": ("max_bucket_distance", 800),
 }
-# What a config.json may say of the options that change the architecture.
+# Supported values of the options that change the architecture.
 _HUGGINGFACE_FIXED = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -75,40 +75,41 @@ _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 @dataclasses.dataclass(frozen=True)
 class WavLMConfig:
-    """Sizes and options of `WavLM`; the default ones are WavLM Base's.
+    """Sizes and options of `WavLM`; the defaults are those of WavLM Base.
 
     Attributes:
-      width: D.
-      num_layers: L.
-      num_heads: K; divides `width`.
-      hidden_width: of the feed-forward blocks.
-      convolution_widths: C of each convolution over the waveform.
-      convolution_kernels: of each, in steps of the one before it.
-      convolution_strides: likewise.
-      convolution_bias: the convolutions have a bias.
-      convolution_norm: "group" normalises each channel of the first convolution over time, "layer"
-        each step of each convolution over the channels.
-      projection_norm: a LayerNorm before the convolutions' output is projected to D.
-      position_kernel: taps of the positional convolution.
-      position_groups: groups of the positional convolution; divides `width`.
-      num_buckets: of relative positions, both directions together; 0 for a model without, that is
-        for all but WavLM.
-      max_distance: relative positions as far as this or farther share a bucket.
-      norm_first: the LayerNorms are before the blocks and at the end, as in the large models, not
-        behind each residual.
+      width: Hidden size D.
+      num_layers: Number of layers L.
+      num_heads: Number of heads K; divides `width`.
+      hidden_width: Hidden size of the feed-forward blocks.
+      convolution_widths: Channels C of each convolution over the waveform.
+      convolution_kernels: Kernel size of each convolution, in steps of the previous one.
+      convolution_strides: Stride of each convolution, in steps of the previous one.
+      convolution_bias: Whether the convolutions have a bias.
+      convolution_norm: Norm of the convolutions: "group" normalizes each channel of the first one
+        over time, "layer" each step of all of them over the channels.
+      projection_norm: Whether a LayerNorm precedes the projection of the convolutions to D.
+      position_kernel: Kernel size of the positional convolution.
+      position_groups: Groups of the positional convolution; divides `width`.
+      num_buckets: Buckets of relative positions, both directions together; 0 for models without
+        relative positions, which are all but WavLM.
+      max_distance: Distance from which on relative positions share a bucket.
+      norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
+        large models, instead of following each residual.
       normalise: Whether the waveform is normalized to zero mean and unit variance. The feature
         extractor of a model says what it was trained with (`do_normalize`).
-      layer_norm_epsilon: of the transformer's LayerNorms.
-      dropout: rate on the transformer's input and on each block's output.
-      attention_dropout: rate on the attention weights.
-      hidden_dropout: rate in the feed-forward blocks.
-      projection_dropout: rate on the projected output of the convolutions.
-      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
-        feed-forward block, "attention/out" and "layers/out"; None for none.
-      remat: see `mister_jax.nn.Stack`.
-      attention_implementation: of `jax.nn.dot_product_attention`.
-      dtype: of the computation; statistics of norms, softmaxes and gates are float32.
-      param_dtype: of the parameters.
+      layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
+      dropout: Dropout rate on the transformer's input and each block's output.
+      attention_dropout: Dropout rate on the attention weights.
+      hidden_dropout: Dropout rate in the feed-forward blocks.
+      projection_dropout: Dropout rate on the projected output of the convolutions.
+      lora: Low-rank paths, or None. Targets are "query", "key" and "value" of the attention,
+        "attention/out", "hidden" and "layers/out" of the feed-forward block, "/projection" of the
+        convolutions, and "gate/projection" of WavLM's relative positions.
+      remat: Rematerialization, see `mister_jax.nn.Stack`.
+      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
+      dtype: Type of the computation; statistics of norms, softmaxes and gates are float32.
+      param_dtype: Type of the parameters.
     """
 
     width: int = 768
@@ -167,42 +168,42 @@ class WavLMConfig:
 
     @classmethod
     def wav2vec2_base(cls, **changes: Any) -> WavLMConfig:
-        """wav2vec 2.0 Base (94 M parameters), with `changes`."""
+        """Returns the config of wav2vec 2.0 Base (94 M parameters), with `changes`."""
         return cls(**{"num_buckets": 0, "normalise": True, **changes})
 
     @classmethod
     def hubert_base(cls, **changes: Any) -> WavLMConfig:
-        """HuBERT Base (94 M parameters), with `changes`."""
+        """Returns the config of HuBERT Base (94 M parameters), with `changes`."""
         return cls(**{"num_buckets": 0, "normalise": True, **changes})
 
     @classmethod
     def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
-        """wav2vec 2.0 Large (316 M parameters), with `changes`.
+        """Returns the config of wav2vec 2.0 Large (316 M parameters), with `changes`.
 
-        Trained on LibriSpeech: its norms are the base models'. Those of Libri-Light and XLS-R are
-        as HuBERT Large.
+        This is the model of LibriSpeech, with the norms of the base models. The models of
+        Libri-Light and XLS-R have the norms of HuBERT Large.
         """
         return cls.wav2vec2_base(**{**_LARGE, **changes})
 
     @classmethod
     def hubert_large(cls, **changes: Any) -> WavLMConfig:
-        """HuBERT Large (315 M parameters), with `changes`."""
+        """Returns the config of HuBERT Large (315 M parameters), with `changes`."""
         norms = {"convolution_norm": "layer", "norm_first": True, "convolution_bias": True}
         return cls.hubert_base(**{**_LARGE, **norms, **changes})
 
     @classmethod
     def wavlm_base(cls, **changes: Any) -> WavLMConfig:
-        """WavLM Base (94 M parameters), with `changes`."""
+        """Returns the config of WavLM Base (94 M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def wavlm_base_plus(cls, **changes: Any) -> WavLMConfig:
-        """WavLM Base+, of the same sizes but more audio, with `changes`."""
+        """Returns the config of WavLM Base+ (Base trained on more audio), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def wavlm_large(cls, **changes: Any) -> WavLMConfig:
-        """WavLM Large (315 M parameters), with `changes`."""
+        """Returns the config of WavLM Large (315 M parameters), with `changes`."""
         norms = {"convolution_norm": "layer", "norm_first": True, "normalise": True}
         return cls(**{**_LARGE, **norms, **changes})
 
@@ -235,14 +236,14 @@ class WavLMConfig:
             raise InputError(f"config.json: {error}") from error
 
     def num_frames(self, num_samples: Any) -> Any:
-        """N of a clip of S samples, 0 if it is shorter than a frame; works on ints and arrays."""
+        """Returns the frames N of a clip of S samples, an int or an array; 0 below one frame."""
         for kernel, stride in zip(self.convolution_kernels, self.convolution_strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples * (num_samples > 0)
 
     @property
     def frame_size(self) -> int:
-        """Samples that one frame sees."""
+        """Receptive field of one frame in samples."""
         size = 1
         pairs = zip(self.convolution_kernels, self.convolution_strides, strict=True)
         for kernel, stride in reversed(list(pairs)):
@@ -255,12 +256,12 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 class MaskedChannelNorm(nnx.Module):
-    """Normalises each channel over the valid steps of its sequence: GroupNorm, a channel a group.
+    """GroupNorm with one channel per group, over the valid steps of each sequence.
 
     Args:
-      width: C.
-      dtype: of the output; the statistics are float32.
-      param_dtype: of the parameters.
+      width: Number of channels C.
+      dtype: Type of the output; the statistics are float32.
+      param_dtype: Type of the parameters.
     """
 
     def __init__(
@@ -271,7 +272,7 @@ class MaskedChannelNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, param_dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [B, N, C] anew, with mask [B, N] bool of the steps the statistics are over."""
+        """Normalizes x [B, N, C] with the statistics of the steps where mask [B, N] is true."""
         x, mask = x.astype(jnp.float32), mask[..., None]
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         centred = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
@@ -281,10 +282,11 @@ class MaskedChannelNorm(nnx.Module):
 
 
 class WaveformEncoder(nnx.Module):
-    """Convolutions over the waveform, each with a norm where the config says so, and GELU.
+    """Convolutions over the waveform, with the norms of the config and GELU.
 
     Args:
-      config: the model's.
+      config: Config of the model.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
@@ -317,7 +319,7 @@ class WaveformEncoder(nnx.Module):
         )
 
     def __call__(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
-        """waveform [B, S], zero behind `lengths` [B]; gives [B, N, C]."""
+        """Encodes waveform [B, S], zero from `lengths` [B] on; returns [B, N, C]."""
         x = waveform[..., None]
         for index, convolution in enumerate(self.convolutions):
             x = convolution(x)
@@ -331,10 +333,11 @@ class WaveformEncoder(nnx.Module):
 
 
 class GatedBias(nnx.Module):
-    """The part of the relative position bias each query and head lets through.
+    """Gate of each query and head for the relative position bias.
 
     Args:
-      config: the model's.
+      config: Config of the model.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
@@ -374,10 +377,11 @@ class GatedBias(nnx.Module):
 
 
 class TransformerLayer(nnx.Module):
-    """The parts of both kinds of layers.
+    """Modules that both types of layers share.
 
     Args:
-      config: the model's.
+      config: Config of the model.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
@@ -413,33 +417,33 @@ class TransformerLayer(nnx.Module):
 
 
 class NormLastLayer(TransformerLayer):
-    """A LayerNorm behind each residual, as in the base models."""
+    """Layer with a LayerNorm after each residual, as in the base models."""
 
     def __call__(
         self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
     ) -> jax.Array:
-        """x [B, N, D] anew, with key_mask [B, N] and position_bias [K, N, N] or None."""
+        """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = self.attention_norm(x + self.attend(x, key_mask, position_bias, **options))
         return self.hidden_norm(x + self.transform(x, **options))
 
 
 class NormFirstLayer(TransformerLayer):
-    """A LayerNorm before each block, as in the large models."""
+    """Layer with a LayerNorm before each block, as in the large models."""
 
     def __call__(
         self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
     ) -> jax.Array:
-        """x [B, N, D] anew, with key_mask [B, N] and position_bias [K, N, N] or None."""
+        """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = x + self.attend(self.attention_norm(x), key_mask, position_bias, **options)
         return x + self.transform(self.hidden_norm(x), **options)
 
 
 class WavLM(nnx.Module):
-    """The encoder.
+    """Encoder of wav2vec 2.0, HuBERT and WavLM.
 
     Args:
-      config: sizes and options.
-      rngs: for the initial parameters.
+      config: Sizes and options.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
@@ -489,18 +493,18 @@ class WavLM(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes clips.
 
-        A clip's result is the reference's for this clip alone. (In a batch, the reference lets
-        padding into the statistics of the group norm.)
+        The result of a clip equals that of the reference for this clip alone. (In a batch, the
+        reference includes padding in the statistics of the group norm.)
 
         Args:
-          waveform: mono at 16 kHz, full scale 1 [B, S]; what is behind a clip is not read.
-          lengths: samples of each clip [B] int.
-          deterministic: no dropout.
-          rngs: source of dropout keys.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
+          lengths: Samples of each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          hidden states [B, N, D], and true at the clip's frames [B, N] bool. N is
-          `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has none.
+          Hidden states [B, N, D], and a mask of the clip's frames [B, N] bool. N is
+          `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has no frame.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         x, mask, _ = self._run(waveform, lengths, False, **options)
@@ -514,10 +518,10 @@ class WavLM(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Like calling it, but for all layers; the large models' last LayerNorm is not applied.
+        """Encodes clips as `__call__`, without the last LayerNorm of the large models.
 
         Returns:
-          what the first layer read and what each layer gave [L + 1, B, N, D], and true at the
+          Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
           clip's frames [B, N] bool.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
@@ -526,7 +530,7 @@ class WavLM(nnx.Module):
         return layers, mask
 
     def relative_bias(self, num_frames: int) -> jax.Array | None:
-        """The bias before the gates [K, N, N] (query, key) float32, or None without buckets."""
+        """Returns the ungated bias, [K, N, N] (query, key) float32, or None without buckets."""
         if self.position_bias is None:
             return None
         config = self.config
@@ -534,7 +538,7 @@ class WavLM(nnx.Module):
         offsets = np.fft.ifftshift(np.arange(-num_frames, num_frames))
         buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
         table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # K 2N
-        # Rows of 2N - 1 out of a repeated row of 2N: each starts one offset earlier than the last.
+        # Rows of 2N - 1 from a repeated row of 2N: each starts one offset before the previous one.
         size = 2 * num_frames
         rows = jnp.tile(table, num_frames)[:, : num_frames * (size - 1)]
         return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]
