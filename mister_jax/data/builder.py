@@ -1,7 +1,7 @@
-"""Writes corpora as TFDS datasets of dialogues: sound at 16 kHz, text, labels, what is missing.
+"""Writes corpora as TFDS datasets of dialogues: sound at 16 kHz, text, labels, presence flags.
 
-`DialogueBuilder` is the TFDS builder that those of the corpora extend; `write_corpus` runs one and
-adds `report.json`. `dialogues` reads the datasets again.
+`DialogueBuilder` is the base class of the TFDS builders of the corpora. `write_corpus` runs one and
+adds `report.json`. `dialogues` reads the datasets.
 """
 
 import collections
@@ -40,7 +40,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "length_mismatch": ("seconds", "annotated_seconds"),
     "changed": ("seconds", "changed"),
 }
-"""Kinds of recordings that a report lists, and what it says of each."""
+"""Kinds of recordings that a report lists, and the facts that it gives of each."""
 
 # A recording's length is far from the annotated one if it differs by more than both.
 _MISMATCH_SECONDS, _MISMATCH_SHARE = 1.0, 0.5
@@ -53,12 +53,12 @@ _KEYS = 2**128
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How recordings are read.
+    """Options for reading recordings.
 
     Attributes:
-        num_workers: processes; 0 decodes in this one.
-        max_seconds: of an utterance that are kept.
-        beam: decode in the workers of an Apache Beam pipeline instead.
+        num_workers: Number of processes; 0 decodes in this one.
+        max_seconds: Seconds of an utterance that are kept at most.
+        beam: Decode in the workers of an Apache Beam pipeline instead.
 
     Raises:
         InputError: `max_seconds` is not a positive number.
@@ -76,7 +76,7 @@ class Decoding:
 class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS builder whose examples are dialogues.
 
-    Subclasses say how their corpus is read, and have an entry in `BUILDER_CONFIGS` for each way.
+    Subclasses read their corpus, and have an entry in `BUILDER_CONFIGS` for each variant of it.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -87,26 +87,26 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
     HOMEPAGE: ClassVar[str]
 
     corpus: Corpus | None = None
-    """What to write; read from the manual directory when None."""
+    """Corpus to write; it is read from the manual directory if None."""
 
     decoding = Decoding()
     on_utterance: Callable[[], None] | None = None
     """Called after each utterance that is decoded in this process."""
 
     notes_dir: epath.Path | None = None
-    """Where a file for each dialogue tells of its recordings; nowhere when None."""
+    """Folder for a file per dialogue with facts on its recordings; none are written if None."""
 
     def class_names(self) -> tuple[str, ...]:
-        """Emotions in the order of their labels."""
+        """Returns the emotions in the order of their labels."""
         raise NotImplementedError
 
     def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
-        """Reads the corpus as this builder's config says."""
+        """Reads the corpus according to the config of this builder."""
         raise NotImplementedError
 
     @property
     def scored(self) -> bool:
-        """Utterances have sentiment scores."""
+        """Whether utterances have sentiment scores."""
         return False
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -189,9 +189,9 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
 
 def spread_keys(count: int) -> list[int]:
-    """Keys of examples, ascending, that fill the buckets in which TFDS sorts them evenly.
+    """Returns ascending keys of examples that spread evenly over the buckets of TFDS.
 
-    Small keys would all go into the first bucket, which is then sorted in memory.
+    Small keys would all fall into the first bucket, which TFDS then sorts in memory.
     """
     return [index * (_KEYS // count) for index in range(count)]
 
@@ -210,33 +210,33 @@ def write_corpus(
     overwrite: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes a corpus as a dataset, whole or not at all.
+    """Writes a corpus as a dataset; the dataset appears whole or not at all.
 
-    A corpus whose recordings are there in part only is refused: if in a split, of the utterances
-    that name a recording, more than one in ten has none that can be used. Single clips are broken
-    in corpora as released (2 of MELD's 13,708) and are told in the report; more than that is a copy
-    that broke off, an archive that was not unpacked, or a wrong path. Files that are missing or
-    empty are found before any is decoded, broken ones when all are; then nothing is written.
+    A corpus is refused as incomplete if more than one in ten recordings of a split cannot be used.
+    Single clips are broken in corpora as released (2 of MELD's 13,708), and the report lists them.
+    More than that means an interrupted copy, an archive that was not unpacked, or a wrong path.
+    Missing and empty files are detected before decoding, broken ones after it. In both cases
+    nothing is written.
 
     Args:
-        builder_class: of the corpus.
-        corpus: what its reader gave.
-        name: of the dataset, `DATASET/CONFIG`.
-        data_dir: the directory that holds datasets; that of TFDS when None.
-        config: of the builder.
-        decoding: how recordings are read.
-        beam_options: of the pipeline, where `decoding.beam` is on.
-        source: where the corpus was read from, for the report.
-        partial: allow any number of recordings that cannot be used.
-        overwrite: replace a dataset of this name.
-        known: what else the report is to say.
+        builder_class: Builder of the corpus.
+        corpus: The corpus as its reader returned it.
+        name: Name of the dataset, `DATASET/CONFIG`.
+        data_dir: Directory that holds datasets; that of TFDS if None.
+        config: Config of the builder.
+        decoding: Options for reading recordings.
+        beam_options: Options of the pipeline if `decoding.beam` is on.
+        source: Path that the corpus was read from, for the report.
+        partial: Allow any number of recordings that cannot be used.
+        overwrite: Replace a dataset of this name.
+        known: Further entries of the report.
 
     Returns:
-        The report, which is in the dataset's directory as `report.json`, too; see `_report`.
+        The report, see `_report`. It is also written to the dataset's directory as `report.json`.
 
     Raises:
-        InputError: the dataset exists or cannot be written, the corpus is there in part only, or
-            Beam is not there or does not know an option.
+        InputError: The dataset exists or cannot be written, the corpus is incomplete, or Beam is
+            not installed or does not know an option.
     """
     decoding = decoding or Decoding()
     with quiet():
@@ -272,7 +272,7 @@ def write_corpus(
 
 
 def _beam_options(options: Mapping[str, Any]) -> Any:
-    """What Beam makes of its options; it would pass over those it does not know."""
+    """Returns Beam's options after checking them, since Beam ignores unknown ones."""
     try:
         import apache_beam  # noqa: F401
         from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -281,29 +281,29 @@ def _beam_options(options: Mapping[str, Any]) -> Any:
         raise InputError(
             f"--beam_options needs Apache Beam ({error}); pip install apache-beam"
         ) from error
-    made = PipelineOptions.from_dictionary(dict(options))
-    said = io.StringIO()
+    pipeline_options = PipelineOptions.from_dictionary(dict(options))
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            known = made.get_all_options()
+        with contextlib.redirect_stderr(messages):
+            allowed = pipeline_options.get_all_options()
     except SystemExit as error:  # argparse's
-        reason = " ".join(said.getvalue().rpartition("error:")[2].split())
+        reason = " ".join(messages.getvalue().rpartition("error:")[2].split())
         raise InputError(f"--beam_options: {reason}; see Apache Beam's options") from error
-    unknown = [name for name in options if name not in known]
+    unknown = [name for name in options if name not in allowed]
     if unknown:
         raise InputError(f"--beam_options: {unknown[0]}: unknown; see Apache Beam's options")
-    name = made.view_as(StandardOptions).runner
+    name = pipeline_options.view_as(StandardOptions).runner
     if name is not None:
         try:
             runner.create_runner(name)
         except (ImportError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"--beam_options: runner {name!r}: {reason}") from error
-    return made
+    return pipeline_options
 
 
 class _small_buffer:
-    """Lets TFDS sort on disk early, so that memory does not grow with the corpus."""
+    """Makes TFDS sort on disk early, so that memory does not grow with the corpus."""
 
     def __enter__(self) -> None:
         self._before = shuffle.MAX_MEM_BUFFER_SIZE
@@ -314,7 +314,7 @@ class _small_buffer:
 
 
 def _check_files(corpus: Corpus) -> None:
-    """Fails where too many recordings are missing or empty, before any is decoded."""
+    """Raises an error if too many recordings are missing or empty, before any is decoded."""
     usable: dict[str, bool] = {}
     for split, dialogues in corpus.splits.items():
         paths = [
@@ -324,7 +324,7 @@ def _check_files(corpus: Corpus) -> None:
             if utterance.recording is not None
         ]
         for path in dict.fromkeys(paths):
-            # A path that no file can have raises ValueError or OSError, as the decoder will tell.
+            # A path that no file can have raises ValueError or OSError; the decoder reports it.
             with contextlib.suppress(OSError, ValueError):
                 usable[path] = epath.Path(audio.existing_path(path)).stat().length > 0
         lost = [path for path in paths if not usable.get(path, False)]
@@ -336,7 +336,7 @@ def _check_files(corpus: Corpus) -> None:
 
 
 def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
-    """Fails where too many recordings could not be used."""
+    """Raises an error if too many recordings could not be used."""
     lost = {entry["utterance"]: entry for entry in report["missing"]}
     for split, dialogues in corpus.splits.items():
         named = [
@@ -345,11 +345,11 @@ def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
             for utterance in dialogue.utterances
             if utterance.recording is not None
         ]
-        found = [lost[utterance] for utterance in named if utterance in lost]
-        if _too_many(len(found), len(named)):
+        unusable = [lost[utterance] for utterance in named if utterance in lost]
+        if _too_many(len(unusable), len(named)):
             raise InputError(
-                f"{corpus.name}: {split}: {len(found)} of {len(named)} recordings cannot be used, "
-                f"as {found[0]['file']}: {found[0]['reason']}; --partial allows it"
+                f"{corpus.name}: {split}: {len(unusable)} of {len(named)} recordings cannot be "
+                f"used, as {unusable[0]['file']}: {unusable[0]['reason']}; --partial allows it"
             )
 
 
@@ -366,7 +366,7 @@ def _request(utterance: Utterance) -> audio.Request:
 def _decoded_example(
     max_seconds: float, write: Callable[..., Any], key: int, dialogue: Dialogue
 ) -> tuple[int, dict[str, Any]]:
-    """An example of a dialogue whose recordings are decoded here, one after the other."""
+    """Returns the example of a dialogue, whose recordings it decodes in this process."""
     requests = [_request(turn) for turn in dialogue.utterances if turn.recording is not None]
     clips = audio.decode_many(requests, num_workers=0, max_seconds=max_seconds)
     decoded = [None if turn.recording is None else next(clips) for turn in dialogue.utterances]

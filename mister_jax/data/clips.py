@@ -1,4 +1,4 @@
-"""Single utterances as recordings, and their batches: what speech encoders read."""
+"""Recordings of single utterances and their batches, the input of speech encoders."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,36 +13,35 @@ from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
 
 UNIT = SAMPLE_RATE // 10
-"""Samples by which batches grow: clips are padded to a multiple of it."""
+"""Granularity of batch lengths in samples: clips are padded to a multiple of it."""
 
 SHORTEST = SAMPLE_RATE // 40
-"""Samples of the shortest clip that is heard, 25 ms: every encoder makes a frame of as many."""
-
+"""Samples of the shortest clip that counts as sound, 25 ms: one frame of every encoder."""
 
 QUIETEST = 2**15 * 10 ** (-80 / 20)
-"""Root mean square of the quietest sound that is heard: 3.3 steps of int16, 80 dB below full scale.
+"""Root mean square of the quietest sound: 3.3 steps of int16, 80 dB below full scale.
 
-Above the dither of a silent recording and the rounding of its samples, which are of up to a step
-each (-90 dB); far below the softest speech (-60 dB).
+It is above the dither and rounding of a silent recording, up to one step each (-90 dB), and far
+below the softest speech (-60 dB).
 """
 
 
 def is_heard(clip: np.ndarray) -> bool:
-    """Whether there is sound in samples [s]: a stretch of `SHORTEST` that is loud enough.
+    """Returns whether samples [S] hold sound: a frame of `SHORTEST` that is loud enough.
 
-    A stretch, since the level of the whole falls with the silence around a sound. Its mean does not
-    count: a constant is not heard.
+    Frames are compared because silence around a sound lowers the level of the whole. The mean of a
+    frame is subtracted, so a constant is silent.
     """
     if len(clip) < SHORTEST:
         return False
     whole = len(clip) // SHORTEST * SHORTEST
     frames = [*clip[:whole].reshape(-1, SHORTEST), clip[-SHORTEST:]]
-    # A frame at a time: most clips are told by their first few.
+    # The first few frames decide for most clips.
     return any(frame.std(dtype=np.float32) >= QUIETEST for frame in frames)
 
 
 def beginning(clip: np.ndarray, most: int | None = None) -> np.ndarray:
-    """The first `most` samples of a clip [s], all by default; none where they are not heard."""
+    """Returns the first `most` samples of a clip [S], all by default; none if they are silent."""
     kept = clip[:most]
     return kept if is_heard(kept) else kept[:0]
 
@@ -50,18 +49,18 @@ def beginning(clip: np.ndarray, most: int | None = None) -> np.ndarray:
 def load_clips(
     name: str, split: str, data_dir: epath.PathLike | None, most: int | None = None
 ) -> Utterances:
-    """Reads the recordings of a split; those with nothing to hear, see `is_heard`, are left out.
+    """Reads the recordings of a split without the silent ones, see `is_heard`.
 
-    All of their sound is in memory: 115 MB an hour. How many were left out is logged.
+    All sound is held in memory, 115 MB an hour. The log says how many recordings were skipped.
 
     Args:
-        name: of a dataset of dialogues.
-        split: of it.
-        data_dir: the directory that holds datasets; that of TFDS when None.
-        most: samples that are kept of a clip, from its beginning; all by default.
+        name: Name of a dataset of dialogues.
+        split: Name of the split.
+        data_dir: Directory that holds datasets; that of TFDS if None.
+        most: Number of samples to keep from the beginning of a clip; all by default.
 
     Raises:
-        InputError: there is no such dataset or split.
+        InputError: The dataset or split does not exist.
     """
     silent = missing = cut = 0
 
@@ -75,13 +74,13 @@ def load_clips(
         cut += most is not None and len(turn.audio) > most
         return clip if len(clip) else None
 
-    found = load_utterances(name, split, data_dir, item)
+    utterances = load_utterances(name, split, data_dir, item)
     if silent or missing:
         logging.warning(
             "dataset %s, split %s: of %d utterances %d are silent and %d have no usable recording",
             name,
             split,
-            len(found.items) + silent + missing,
+            len(utterances.items) + silent + missing,
             silent,
             missing,
         )
@@ -93,16 +92,16 @@ def load_clips(
             cut,
             most / SAMPLE_RATE,
         )
-    return found
+    return utterances
 
 
 def units(sizes: np.ndarray, most: int) -> np.ndarray:
-    """[N] int: lengths in `UNIT`, rounded up, of clips of these samples [N] cut at `most`."""
+    """Returns lengths [N] int in `UNIT`, rounded up, of clips of `sizes` [N] cut at `most`."""
     return -(-np.minimum(sizes, most) // UNIT)
 
 
 def pad_clips(clips: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples [B, S] int16, zero in padding on the right, and lengths [B] int32."""
+    """Returns samples [B, S] int16, padded with zeros on the right, and lengths [B] int32."""
     waveform = np.zeros((len(clips), length), np.int16)
     for row, clip in enumerate(clips):
         waveform[row, : len(clip)] = clip[:length]
@@ -122,24 +121,24 @@ def clip_batches(
     """Makes the batches of one epoch.
 
     Args:
-        clips: the split.
-        plan: made from `units(clips.sizes, most)`.
-        most: samples that are kept of a clip: its beginning, or with `shuffle` a stretch whose
-            place is drawn anew in every epoch.
-        seed: of the shuffle and the stretches, with `epoch`.
-        epoch: counts from 0.
-        shuffle: for training; see `BatchPlan.epoch`.
-        **options: the others of `utterance_batches`.
+        clips: Clips of the split.
+        plan: Plan made from `units(clips.sizes, most)`.
+        most: Number of samples to keep of a clip: its beginning, or with `shuffle` a window at a
+            random position, drawn again in every epoch.
+        seed: Seed of the shuffle and of the windows, together with `epoch`.
+        epoch: Epoch, counted from 0.
+        shuffle: Shuffle for training; see `BatchPlan.epoch`.
+        **options: Further options of `utterance_batches`.
 
     Returns:
-        An iterator over dicts, of `utterance_batches` with
+        An iterator over the dicts of `utterance_batches` with
 
         - `waveform` [B, S] int16, zero in padding
         - `lengths` [B] int32
     """
     nothing = np.zeros(0, np.int16)
 
-    def stretch(row: int) -> np.ndarray:
+    def window(row: int) -> np.ndarray:
         if row < 0:
             return nothing
         clip = clips.items[row]
@@ -150,7 +149,7 @@ def clip_batches(
         return clip[start : start + most]
 
     def fields(rows: np.ndarray, length: int) -> Fields:
-        waveform, lengths = pad_clips([stretch(row) for row in rows], length * UNIT)
+        waveform, lengths = pad_clips([window(row) for row in rows], length * UNIT)
         return {"waveform": waveform, "lengths": lengths}
 
     return utterance_batches(

@@ -1,7 +1,7 @@
-"""A corpus before its recordings are read: which dialogues, utterances, labels and files there are.
+"""A corpus before its recordings are read: dialogues, utterances, labels and file names.
 
-Each corpus has a reader that makes a `Corpus` from what its authors released; `builder` writes a
-`Corpus` as a TFDS dataset. Nothing here needs TensorFlow, and no field tells who speaks.
+Each corpus has a reader that makes a `Corpus` from the files that its authors released. `builder`
+writes a `Corpus` as a TFDS dataset. Nothing here needs TensorFlow.
 """
 
 import collections
@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from mister_jax.data.audio import existing_path
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
@@ -58,7 +59,7 @@ class Utterance:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """Utterances in the order in which they were said."""
+    """Utterances in the order in which they were spoken."""
 
     id: str
     utterances: tuple[Utterance, ...]
@@ -66,18 +67,18 @@ class Dialogue:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What a reader found.
+    """The content of a corpus as its reader returns it.
 
     Attributes:
-        name: of the corpus.
-        class_names: emotions; the labels count into them.
-        splits: dialogues by split, in the order of `SPLITS`.
-        scored: utterances have a `score`.
-        notes: what a user should know of the reading, a line each.
+        name: Name of the corpus.
+        class_names: Emotions; labels are among them.
+        splits: Dialogues by split, in the order of `SPLITS`.
+        scored: Whether utterances have a `score`.
+        notes: Notes for the user on how the corpus was read, a line each.
 
     Raises:
-        InputError: an id is repeated, a dialogue is empty, a label is no class, or there is no
-            utterance at all.
+        InputError: An id is repeated, a dialogue is empty, a label is not a class, or the corpus
+            has no utterances.
     """
 
     name: str
@@ -109,26 +110,26 @@ class Corpus:
                 )
 
     def dialogues(self) -> Iterator[tuple[str, Dialogue]]:
-        """Splits and dialogues."""
+        """Yields each dialogue with its split."""
         for split, dialogues in self.splits.items():
             for dialogue in dialogues:
                 yield split, dialogue
 
     def utterances(self) -> Iterator[tuple[str, Utterance]]:
-        """Splits and utterances."""
+        """Yields each utterance with its split."""
         for split, dialogue in self.dialogues():
             for utterance in dialogue.utterances:
                 yield split, utterance
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Dialogues and utterances of each split."""
+        """Returns the numbers of dialogues and utterances of each split."""
         return {
             split: (len(dialogues), sum(len(dialogue.utterances) for dialogue in dialogues))
             for split, dialogues in self.splits.items()
         }
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Labelled utterances of each class, by split."""
+        """Returns the number of labeled utterances of each class, by split."""
         counts = {split: dict.fromkeys(self.class_names, 0) for split in self.splits}
         for split, utterance in self.utterances():
             if utterance.label is not None:
@@ -136,17 +137,19 @@ class Corpus:
         return counts
 
     def texts_of_training(self) -> dict[str, int]:
-        """Utterances of the other splits whose text occurs verbatim in training, too."""
-        known = {utterance.text for split, utterance in self.utterances() if split == "train"}
+        """Returns how many utterances of each other split have a text that occurs in training."""
+        training_texts = {
+            utterance.text for split, utterance in self.utterances() if split == "train"
+        }
         counts = {split: 0 for split in self.splits if split != "train"}
         for split, utterance in self.utterances():
-            if split != "train" and utterance.text and utterance.text in known:
+            if split != "train" and utterance.text and utterance.text in training_texts:
                 counts[split] += 1
         return counts
 
 
 def first_repeated(names: Iterator[str]) -> str | None:
-    """The first name that occurs twice, or None."""
+    """Returns the first name that occurs twice, or None."""
     seen = set()
     for name in names:
         if name in seen:
@@ -156,20 +159,20 @@ def first_repeated(names: Iterator[str]) -> str | None:
 
 
 Sizes = Mapping[str, tuple[int, int]]
-"""Dialogues and utterances of parts of a corpus."""
+"""Numbers of dialogues and utterances of parts of a corpus."""
 
 
 def check_sizes(corpus: Corpus, found: Sizes, released: Sizes, *, partial: bool) -> Corpus:
-    """Refuses a corpus that was read in part.
+    """Refuses a corpus that is incomplete.
 
     Args:
-        corpus: what was read.
-        found: its sizes.
-        released: the sizes of the released corpus.
-        partial: allow other sizes, and say so in the notes.
+        corpus: The corpus as read.
+        found: Sizes of its parts.
+        released: Sizes of the parts of the released corpus.
+        partial: Allow other sizes, and add a note.
 
     Raises:
-        InputError: sizes differ and `partial` is off.
+        InputError: Sizes differ and `partial` is off.
     """
     differences = [
         "{} {} dialogues, {} utterances in place of {}, {}".format(
@@ -187,12 +190,12 @@ def check_sizes(corpus: Corpus, found: Sizes, released: Sizes, *, partial: bool)
 
 
 def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path:
-    """The folder of a corpus.
+    """Returns the folder of a corpus.
 
     Raises:
-        InputError: there is none; `needed` says what it should hold.
+        InputError: The folder does not exist; `needed` says what it should hold.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(existing_path(pathlib.Path(path).expanduser()))
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; needed: {needed}")
     return path
@@ -216,10 +219,10 @@ def find(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """A file's text.
+    """Returns the text of a file.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: The file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -231,5 +234,5 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def count_names(names: Sequence[str]) -> str:
-    """`a 3, b 1`: for notes."""
+    """Returns names with their counts for a note, such as `a 3, b 1`."""
     return ", ".join(f"{name} {count}" for name, count in collections.Counter(names).items())

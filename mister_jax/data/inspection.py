@@ -1,4 +1,4 @@
-"""Looks into a dataset: what it holds, as a picture and as text."""
+"""Summaries of a dataset as numbers and text, from which a picture is drawn."""
 
 import dataclasses
 
@@ -14,15 +14,15 @@ from mister_jax.data.storage import stored
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A dataset seen from outside.
+    """Summary of a dataset.
 
     Attributes:
-        name: of the dataset.
-        directory: where it lies.
-        class_counts: split -> class name, or `unlabelled` -> utterances.
-        lengths: split -> [M] utterances of the dialogues.
-        seconds: split -> [N] of the recordings that are there; empty for features.
-        first: the first dialogue, a line for each utterance.
+        name: Name of the dataset.
+        directory: Directory of the dataset.
+        class_counts: Number of utterances by split and class name, or `unlabelled`.
+        lengths: Numbers of utterances of the dialogues, [M], by split.
+        seconds: Lengths of the recordings, [N], by split; empty for features.
+        first: First dialogue, a line for each utterance.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Inspection:
 
 
 def inspect(name: str, data_dir: epath.PathLike | None = None) -> Inspection:
-    """Reads all of a dataset of dialogues or of features.
+    """Reads a whole dataset of dialogues or features and returns its summary.
 
     Raises:
-        InputError: there is no such dataset.
+        InputError: The dataset does not exist.
     """
     builder = stored(name, data_dir)
     spec = dict(builder.info.features.items())

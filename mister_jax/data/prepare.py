@@ -1,4 +1,4 @@
-"""From a corpus on disk to a dataset of dialogues: the stage that `launch.prepare` runs."""
+"""Turns a corpus on disk into a dataset of dialogues, the stage that `launch.prepare` runs."""
 
 import dataclasses
 import json
@@ -21,32 +21,32 @@ from mister_jax.data.storage import dataset_directory, quiet, settle
 from mister_jax.errors import InputError
 
 RELEASED: Mapping[str, type[DialogueBuilder]] = {"iemocap": Iemocap, "meld": Meld, "mosi": Mosi}
-"""Corpora by name, each with the builder that reads it."""
+"""Builders of the released corpora by name."""
 
 CORPORA = (*RELEASED, "manifest", "synthetic")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What to prepare, and how.
+    """Corpus to prepare, and options.
 
     Attributes:
-        corpus: one of `CORPORA`.
-        source: the corpus's folder, or the manifest; for `synthetic` the folder to write the
-            recordings to. None: what MELD's config `text` downloads, and a folder beside the
-            dataset for `synthetic`.
-        data_dir: the directory that holds datasets; that of TFDS when None.
-        config: of the corpus; its first one when empty.
-        name: of a manifest's dataset, which is then `manifest/NAME`; the file's name when empty.
-        labels: A manifest's class names in their order; those in the file, sorted, when empty.
+        corpus: Name of the corpus, one of `CORPORA`.
+        source: Folder of the corpus, or the manifest; for `synthetic` the folder to write the
+            recordings to. If None, `meld/text` is downloaded, and `synthetic` writes beside the
+            dataset.
+        data_dir: Directory that holds datasets; that of TFDS if None.
+        config: Config of the corpus; its first one if empty.
+        name: Name of a manifest's dataset `manifest/NAME`; the name of the file if empty.
+        labels: Class names of a manifest in their order; those in the file, sorted, if empty.
         label_map: Names in a manifest to class names, see `manifest.reader.read`.
         group_by: Column of a manifest whose values random splits keep apart.
         seed: Seed of a manifest's random split, and of the synthetic corpus.
-        num_dialogues: of the synthetic corpus by split; its default when empty.
-        decoding: how recordings are read.
-        beam_options: of the Beam pipeline, where one decodes.
-        partial: allow a part of a corpus.
-        overwrite: replace a dataset of this name.
+        num_dialogues: Numbers of dialogues of the synthetic corpus by split; its default if empty.
+        decoding: Options for reading recordings.
+        beam_options: Options of the Beam pipeline.
+        partial: Allow an incomplete corpus.
+        overwrite: Replace a dataset of this name.
     """
 
     corpus: str
@@ -72,7 +72,7 @@ def prepare_corpus(preparation: Preparation) -> dict[str, Any]:
         The report that `builder.write_corpus` describes.
 
     Raises:
-        InputError: anything that cannot be used; nothing is left half-written.
+        InputError: The input cannot be used; nothing is left half-written.
     """
     if preparation.corpus not in CORPORA:
         raise InputError(f"corpus {preparation.corpus!r}; allowed: {', '.join(CORPORA)}")
@@ -93,13 +93,13 @@ def read_released(
     """Reads and checks a released corpus; decodes nothing.
 
     Args:
-        corpus: one of `RELEASED`.
-        source: its folder.
-        config: of the corpus; its first one when empty.
-        partial: allow a part of it.
+        corpus: Name of the corpus, one of `RELEASED`.
+        source: Folder of the corpus.
+        config: Config of the corpus; its first one if empty.
+        partial: Allow an incomplete corpus.
 
     Raises:
-        InputError: anything that cannot be used.
+        InputError: The corpus cannot be used.
     """
     if corpus not in RELEASED:
         raise InputError(f"corpus {corpus!r}; allowed: {', '.join(RELEASED)}")
@@ -112,7 +112,7 @@ def read_released(
 
 
 def _config_name(corpus: str, config: str) -> str:
-    names = [known.name for known in RELEASED[corpus].BUILDER_CONFIGS]
+    names = [variant.name for variant in RELEASED[corpus].BUILDER_CONFIGS]
     name = config or names[0]
     if name not in names:
         raise InputError(f"config {name!r} of {corpus}; allowed: {', '.join(names)}")
@@ -223,11 +223,11 @@ def _write(
 
 
 def _check_free(dataset: str, preparation: Preparation) -> None:
-    """Fails before the corpus is read, not after."""
+    """Raises an error before the corpus is read if its dataset exists."""
     settle(dataset, preparation.data_dir)
     directory = dataset_directory(dataset, preparation.data_dir)
     if directory.exists() and not preparation.overwrite:
-        # A released corpus has the name it has.
+        # The names of released corpora are fixed.
         other = "--data_dir" if preparation.corpus in RELEASED else "--name"
         raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another {other}")
 

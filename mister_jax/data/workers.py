@@ -24,11 +24,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 4
-"""Items a worker that are begun before the first of them is asked for."""
+"""Items per worker that are started before the first result is consumed."""
 
 
 class WorkerCrash(Exception):
-    """A worker ended before it answered; the message tells how."""
+    """A worker process ended before it returned a result; the message says how."""
 
 
 def ordered_map(
@@ -36,19 +36,19 @@ def ordered_map(
 ) -> Iterator[R | WorkerCrash]:
     """Applies a function to items in parallel processes.
 
-    At most `AHEAD * num_workers` items are taken from `items` before the result of the first of
-    them is, so memory does not grow with their number.
+    At most `AHEAD * num_workers` items are taken from `items` before the first result is consumed,
+    so memory does not grow with their number.
 
     Args:
-        function: can be imported by its name or is a `functools.partial` of such; its module has
-            to be found on `sys.path`. Not called in this process, unless `num_workers` is 0.
-        items: can be pickled, as can the results.
-        num_workers: at least 0; with 0 the function is called in this process.
+        function: A function that can be imported by name, or a `functools.partial` of one. Its
+            module must be on `sys.path`. It runs in this process only if `num_workers` is 0.
+        items: Items that can be pickled. The results must be picklable too.
+        num_workers: Number of processes; with 0 the function runs in this process.
 
     Yields:
-        The results, in the order of the items. For an item whose process died (killed, out of
-        memory, a fault in a C library), a `WorkerCrash` that is not raised; the other items are
-        not affected. An exception of the function is raised here.
+        The results in the order of the items. If the process of an item died (killed, out of
+        memory, a fault in a C library), its result is a `WorkerCrash`, which is not raised, and
+        the other items are not affected. An exception of the function is raised here.
 
     Raises:
         ValueError: `num_workers` is negative.
@@ -77,7 +77,7 @@ def _in_parallel(
         finally:
             idle.put(worker)
 
-    # A thread waits for each worker, so that workers go on while the caller is busy.
+    # A thread waits for each worker, so that workers keep running while the caller is busy.
     threads = concurrent.futures.ThreadPoolExecutor(num_workers, "ordered_map")
     pending: collections.deque[concurrent.futures.Future[R | WorkerCrash]] = collections.deque()
     try:
@@ -89,7 +89,7 @@ def _in_parallel(
             yield pending.popleft().result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        # Ends the calls of an iteration that was given up, too.
+        # If the caller stopped iterating, calls are still running.
         for worker in workers:
             worker.kill()
         threads.shutdown()
@@ -98,14 +98,14 @@ def _in_parallel(
 
 
 class _Worker:
-    """A process that applies a function; started by the first call, and again after a crash."""
+    """A process that applies a function. It starts at the first call, and again after a crash."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
         self._process: subprocess.Popen[Any] | None = None
 
     def __call__(self, item: Any) -> Any:
-        """Returns the function's value, or raises what it raised, or `WorkerCrash`."""
+        """Returns the value of the function, or raises its exception or `WorkerCrash`."""
         message = pickle.dumps(item)
         process = self._process or self._start()
         try:
@@ -127,18 +127,18 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        with contextlib.suppress(OSError):  # It died: the call finds out.
+        with contextlib.suppress(OSError):  # If the process died, the call reports it.
             _write(self._process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
         return self._process
 
     def kill(self) -> None:
-        """Ends the process; a call that waits for it in another thread raises `WorkerCrash`."""
+        """Kills the process. A call that waits for it in another thread raises `WorkerCrash`."""
         process = self._process
         if process is not None:
             process.kill()
 
     def close(self) -> None:
-        """Ends the process and lets go of it, when no call is under way."""
+        """Kills the process and closes its pipes. No call may be running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -154,11 +154,11 @@ def _write(stream: Any, message: bytes) -> None:
 
 
 def _serve() -> None:
-    """Answers the requests on standard input until it is closed."""
-    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    """Serves the requests on standard input until it is closed."""
+    # Ctrl-C reaches all processes of a terminal; the parent process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = sys.stdin.buffer
-    # What the function prints must not mix with the answers.
+    # Output that the function prints must not mix with the results.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
         sys.path[:] = pickle.load(requests)
@@ -178,7 +178,7 @@ def _serve() -> None:
 
 
 def _skip_init_files() -> None:
-    """Makes the packages above this file importable without what their `__init__.py` imports."""
+    """Makes the packages above this file importable without running their `__init__.py`."""
     folder = pathlib.Path(__file__).resolve().parent
     parent = types.ModuleType(folder.parent.name)
     package = types.ModuleType(f"{parent.__name__}.{folder.name}")

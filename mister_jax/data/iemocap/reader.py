@@ -53,10 +53,10 @@ COSMIC12 = frozenset(
         "Ses04F_script02_1",
     }
 )
-"""The validation dialogues of COSMIC (arXiv 2010.02795); their speakers are in training, too."""
+"""Validation dialogues of COSMIC (arXiv 2010.02795). Their speakers also occur in training."""
 
 RELEASED = (151, 10_039)
-"""Dialogues and annotated turns of all sessions."""
+"""Numbers of dialogues and annotated turns of all sessions."""
 
 LAYOUT = (
     "IEMOCAP_full_release, with Session1 to Session5, each with dialog/EmoEvaluation, "
@@ -74,17 +74,17 @@ def read(
     validation: str = "session1",
     partial: bool = False,
 ) -> Corpus:
-    """Reads the annotation and finds the recordings.
+    """Reads the annotation and locates the recordings.
 
     Args:
-        source: the folder that holds `Session1` to `Session5`.
+        source: Folder that holds `Session1` to `Session5`.
         classes: `six`, or `four` with excited as happy. Turns of other emotions are context.
-        validation: `session1`, with speakers of its own, or `cosmic12`, see `COSMIC12`. Session 5
-            is the test split.
-        partial: allow a corpus of other than the released size.
+        validation: `session1`, whose speakers are not in training, or `cosmic12`, see `COSMIC12`.
+            Session 5 is the test split.
+        partial: Allow a corpus of another size than the released one.
 
     Raises:
-        InputError: a file is missing or a line cannot be used.
+        InputError: A file is missing or a line cannot be used.
     """
     if classes not in CLASS_NAMES:
         raise InputError(f"classes {classes!r}; allowed: {', '.join(CLASS_NAMES)}")
@@ -103,7 +103,7 @@ def read(
                 notes.append(f"no folder {annotation.relative_to(root)}")
                 continue
             raise InputError(f"{annotation}: no such folder; needed: {LAYOUT}")
-        # macOS leaves files of the same names with `._` before them.
+        # macOS adds files of the same names with the prefix `._`.
         paths = sorted(path for path in annotation.glob("*.txt") if path.name[:2] != "._")
         for path in paths:
             dialogue = _read_dialogue(path, folder, classes, notes)
@@ -190,8 +190,8 @@ def _read_dialogue(
 
 
 def _is_turn(name: str) -> bool:
-    # The id is the dialogue's, then who speaks and a number: Ses03M_impro05a_F003. XX in the number
-    # is for what the actors did not say.
+    # An id is that of the dialogue, the speaker and a number, such as Ses03M_impro05a_F003. XX in
+    # the number marks sounds that the actors did not speak.
     return "XX" not in name.rpartition("_")[2]
 
 

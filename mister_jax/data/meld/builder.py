@@ -15,15 +15,15 @@ from mister_jax.data.meld import reader
 from mister_jax.data.storage import whole_directory
 from mister_jax.errors import InputError
 
-# Nobody published checksums of these files, and the branch may move. In their place stands that the
-# reader refuses other numbers of dialogues and utterances than the published ones.
+# There are no published checksums of these files, and the branch may move. Instead the reader
+# refuses other numbers of dialogues and utterances than the published ones.
 _URL = "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD"
 
 _PATIENCE = 10.0
-"""Seconds in which the server answers if there is a network."""
+"""Seconds to wait for an answer of the server."""
 
 _UNFINISHED = "*/*.tmp.*"
-"""What TFDS calls the folders of its downloads until they are done."""
+"""Pattern of the folders in which TFDS keeps unfinished downloads."""
 
 
 @dataclasses.dataclass
@@ -82,22 +82,22 @@ class Meld(DialogueBuilder):
 
 
 def download(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
-    """Fetches the CSV files, unless that was done before, into one folder and returns it.
+    """Downloads the CSV files into one folder, unless they are there already, and returns it.
 
     Raises:
-        InputError: they cannot be fetched or written.
+        InputError: The files cannot be downloaded or written.
     """
     names = reader.CSV_FILES.values()
     folder = epath.Path(dl_manager.download_dir)
-    fetched = folder / "meld_csv"
-    if fetched.exists():
-        return pathlib.Path(fetched)
+    csv_folder = folder / "meld_csv"
+    if csv_folder.exists():
+        return pathlib.Path(csv_folder)
     before = set(folder.glob(_UNFINISHED))
     try:
-        # TFDS tries again for minutes where there is no network.
+        # Without a network TFDS retries for minutes.
         _ask(f"{_URL}/{next(iter(names))}")
         paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
-    # requests, TFDS and TensorFlow raise errors of their own kinds.
+    # requests, TFDS and TensorFlow raise errors of different types.
     except Exception as error:
         for left in set(folder.glob(_UNFINISHED)) - before:
             left.rmtree()
@@ -106,15 +106,15 @@ def download(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
             f"MELD's CSV files cannot be downloaded ({reason}); --source=DIR reads "
             f"{', '.join(names)} from a folder"
         ) from error
-    with whole_directory(fetched, folder, overwrite=True) as place:
-        (place / fetched.name).mkdir()
+    with whole_directory(csv_folder, folder, overwrite=True) as place:
+        (place / csv_folder.name).mkdir()
         for name, path in paths.items():
-            path.copy(place / fetched.name / name)
-    return pathlib.Path(fetched)
+            path.copy(place / csv_folder.name / name)
+    return pathlib.Path(csv_folder)
 
 
 def _ask(url: str) -> None:
-    """Fails unless a server soon answers that it has this."""
+    """Raises an error unless the server confirms soon that a file exists."""
     answers: list[Exception | None] = []
 
     def wait() -> None:
@@ -125,7 +125,7 @@ def _ask(url: str) -> None:
         except Exception as error:
             answers.append(error)
 
-    # The time that it takes to look up a server's address cannot be limited but from outside.
+    # The time of a DNS lookup can only be limited from outside.
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     thread.join(_PATIENCE)

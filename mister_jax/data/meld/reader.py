@@ -20,7 +20,7 @@ from mister_jax.errors import InputError
 CLASS_NAMES = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
 
 RELEASED = {"train": (1038, 9989), "validation": (114, 1109), "test": (280, 2610)}
-"""Dialogues and utterances of each split."""
+"""Numbers of dialogues and utterances of each split."""
 
 CSV_FILES = {
     "train": "train_sent_emo.csv",
@@ -40,12 +40,12 @@ _CLIP = re.compile(r"(?:final_videos_test)?dia\d+_utt\d+\.mp4")
 
 
 def _windows_punctuation() -> dict[int, str]:
-    """U+0080 to U+009F, where old files keep bytes of cp1252, to what those bytes meant."""
+    """Returns the characters for which U+0080 to U+009F stand as bytes of cp1252."""
     table = {}
     for code in range(0x80, 0xA0):
         try:
             table[code] = bytes([code]).decode("cp1252")
-        except UnicodeDecodeError:  # five bytes mean nothing
+        except UnicodeDecodeError:  # Five bytes have no character.
             continue
     return table
 
@@ -60,17 +60,17 @@ def read(
     corrected_test_clips: bool = False,
     partial: bool = False,
 ) -> Corpus:
-    """Reads the annotation and finds the clips.
+    """Reads the annotation and locates the clips.
 
     Args:
-        source: folder that holds the CSV files and the folders of clips, at most one folder down.
-        clips: look for clips; without them all speech is missing.
-        corrected_test_clips: where a test clip has a corrected cut, `final_videos_testdia*`, take
-            that.
-        partial: allow a corpus of other than the released size.
+        source: Folder that holds the CSV files and the folders of clips, at most one level down.
+        clips: Use the clips; without them all speech is missing.
+        corrected_test_clips: Prefer the corrected cut of a test clip, `final_videos_testdia*`, if
+            it exists.
+        partial: Allow a corpus of another size than the released one.
 
     Raises:
-        InputError: a file is missing or a row cannot be used.
+        InputError: A file is missing or a row cannot be used.
     """
     root = existing_directory(source, needed=LAYOUT)
     splits, notes = {}, []
@@ -87,8 +87,8 @@ def read(
         dialogues, used = _read_split(path, split, folder, corrected_test_clips)
         splits[split] = dialogues
         if folder is not None:
-            there = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
-            left = sorted(clip for clip in there - used if not clip.startswith("final_"))
+            clip_names = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
+            left = sorted(clip for clip in clip_names - used if not clip.startswith("final_"))
             if left:
                 notes.append(f"{split}: {len(left)} clips without a row left out, as {left[0]}")
     corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
@@ -98,7 +98,7 @@ def read(
 def _read_split(
     path: pathlib.Path, split: str, folder: pathlib.Path | None, corrected: bool
 ) -> tuple[tuple[Dialogue, ...], set[str]]:
-    """The dialogues of a CSV file, and the names of the clips they use."""
+    """Returns the dialogues of a CSV file, and the names of the clips that they use."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     dialogues: dict[int, dict[int, Utterance]] = {}
     used = set()
@@ -138,7 +138,7 @@ def _read_split(
                 end=_seconds(row["EndTime"], f"{place}: EndTime"),
             )
     except csv.Error as error:
-        place = f"{path}: line {max(1, reader.line_num)}"  # 0 where the first never ends
+        place = f"{path}: line {max(1, reader.line_num)}"  # It is 0 if the first line never ends.
         raise InputError(f"{place}: not CSV ({error}); needed: fields in closed quotes") from error
     return tuple(
         Dialogue(

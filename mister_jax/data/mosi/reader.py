@@ -1,7 +1,7 @@
 """Reads CMU-MOSI as released: segment recordings, transcripts, and the SDK's opinion labels.
 
-A label is the paper's binary one, [-3, 0) against [0, 3]; the score is kept beside it, from which
-`metrics.binary_sentiment` tells the others.
+Labels are those of the paper, [-3, 0) against [0, 3]. The score is kept too; from it
+`metrics.binary_sentiment` computes the other binary labels.
 """
 
 import pathlib
@@ -61,14 +61,14 @@ _SEGMENT = re.compile(r"(\d+)_DELIM_(.*)")
 
 
 def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
-    """Reads labels and transcripts and finds the recordings.
+    """Reads labels and transcripts and locates the recordings.
 
     Args:
-        source: the folder that holds `Raw` and the labels.
-        partial: allow a corpus of other than the released size.
+        source: Folder that holds `Raw` and the labels.
+        partial: Allow a corpus of another size than the released one.
 
     Raises:
-        InputError: a file is missing or cannot be used.
+        InputError: A file is missing or cannot be used.
     """
     root = existing_directory(source, needed=LAYOUT)
     labels = find(root, [LABELS])
@@ -113,7 +113,7 @@ def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
 
 def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Scores [n] and intervals [n, 2] in seconds of each video's segments 1 to n."""
+    """Returns scores [n] and intervals [n, 2] in seconds of the segments 1 to n of each video."""
     import h5py
 
     opinions = {}
