@@ -471,3 +471,9 @@ def test_only_int16_is_written(tmp_path):
     for samples in (np.zeros(3), np.zeros((2, 2, 2), np.int16)):
         with pytest.raises(ValueError, match="allowed: int16"):
             audio.encode_wav(tmp_path / "a.wav", samples)
+
+
+def test_the_documentation_lists_the_formats():
+    page = (ROOT / "docs" / "inputs.md").read_text()
+    for name, (codec, rate, layout) in FORMATS.items():
+        assert f"| `{name}` | {codec} | {rate} | {layout} |\n" in page

@@ -4,6 +4,7 @@ import collections
 import csv
 import io
 import json
+import pathlib
 import re
 
 import pytest
@@ -483,3 +484,9 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     assert dialogue.utterances[0].metadata == {"mood": "calm", "speaker": "x"}
     assert dialogue.utterances[1].metadata == {}
     assert [entry["utterance"] for entry in report["missing"]] == ["1/3"]
+
+
+def test_the_documentation_lists_the_fields():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    for field in reader.FIELDS:
+        assert f"`{field}`" in page

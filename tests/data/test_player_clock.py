@@ -1,5 +1,6 @@
 """Cuts by time come from the player's clock: holes, sound that starts late, channels, one pass."""
 
+import pathlib
 import time
 
 import av
@@ -210,3 +211,9 @@ def test_many_cuts_cost_one_pass(tmp_path):
     clips = list(decode_many(requests, num_workers=0))
     assert time.process_time() - began < 4 * one_pass  # Each alone takes 22 of them.
     assert all(len(clip.samples) == RATE for clip in clips)
+
+
+def test_the_documentation_lists_the_containers():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    for container, codec in CODECS.items():
+        assert f"| {container} | {codec} |\n" in page

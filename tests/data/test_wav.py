@@ -1,5 +1,6 @@
 """WAV files of every header: samples are exact, and only those that break off are damaged."""
 
+import pathlib
 import struct
 
 import numpy as np
@@ -162,3 +163,9 @@ def test_channels_that_cancel_out_give_the_strongest_of_them():
 def test_floats_that_are_no_sound_are_an_error():
     with pytest.raises(AudioError, match=r"damaged: .* \(float samples of up to 1e\+30"):
         decode(float_file(1e30 * np.sign(tone()), channels=2))
+
+
+def test_the_documentation_lists_the_containers():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    for bits, container, extensible in CONTAINERS:
+        assert f"| {bits} | {container} | {'extensible' if extensible else 'plain'} |\n" in page
