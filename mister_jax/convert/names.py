@@ -143,21 +143,22 @@ def load_backbone(
     expected = [name for source in table.values() for name in source.names]
     parts = split_checkpoint(checkpoint, rules, expected)
     load_params(module, table, parts.backbone, prefix=parts.prefix, **options)
-    log_ignored(parts.head.path, tuple(parts.head), "of the head")
+    log_ignored(parts.head.path, tuple(parts.head), "the head")
     return parts.head
 
 
 @functools.cache  # A file that is read several times is reported once.
-def log_ignored(where: pathlib.Path, names: tuple[str, ...], reason: str) -> None:
+def log_ignored(where: pathlib.Path, names: tuple[str, ...], part: str) -> None:
     """Logs once that tensors are ignored.
 
     Args:
       where: File of the tensors.
       names: Tensor names; nothing is logged if there are none.
-      reason: Why they are ignored.
+      part: What the tensors belong to.
     """
     if names:
-        logging.info("%s: ignored %d tensors %s: %s", where, len(names), reason, summarize(names))
+        count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+        logging.info("%s: ignored %s (%s): %s", where, part, count, summarize(names))
 
 
 def _substitute(replacements: Mapping[str, str], name: str) -> str:

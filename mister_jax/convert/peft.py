@@ -139,8 +139,8 @@ def load_adapter(
     parts = _read_tensors(folder, table, names)
     sources = _lora_table(module, table, lambda name: parts.prefix + name)
     load_params(module, sources, parts.backbone, skip=_ONLY_LORA)
-    log_ignored(parts.head.path, tuple(parts.head), "of the head")
-    log_ignored(parts.unused.path, tuple(parts.unused), "of parts that the encoder does not have")
+    log_ignored(parts.head.path, tuple(parts.head), "the head")
+    log_ignored(parts.unused.path, tuple(parts.unused), "parts that the encoder does not have")
     return module
 
 

@@ -87,6 +87,6 @@ def test_a_head_is_reported_once(monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
     for _ in range(2):
-        log_ignored("a/model.safetensors", ("score.0.bias", "score.1.bias"), "of the head")
-    log_ignored("a/model.safetensors", (), "of the head")
-    assert lines == ["a/model.safetensors: ignored 2 tensors of the head: score.{0,1}.bias"]
+        log_ignored("a/model.safetensors", ("score.0.bias", "score.1.bias"), "the head")
+    log_ignored("a/model.safetensors", (), "the head")
+    assert lines == ["a/model.safetensors: ignored the head (2 tensors): score.{0,1}.bias"]
