@@ -56,24 +56,25 @@ _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 # output is that of an undisturbed run, and the resampler's filter is a few ms long.
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
-# Time stamps that differ by less from the count of samples are rounded or drift; the samples count.
+# Differences between time stamps and the number of samples up to this are rounding or drift, and
+# are ignored. Matroska rounds to 1 ms; packets of the common coders last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
-# A longer hole is no pause but a clock that was set, as where recordings were joined.
+# A longer hole is not a pause but a reset clock, as in joined recordings.
 _MAX_HOLE = 3600.0
-# A gap between two cuts of one recording over which a jump is cheaper than decoding.
+# Over a longer gap between two cuts of one recording, seeking is cheaper than decoding.
 _JUMP_SECONDS = 10.0
-# Seconds of sound that one call of a worker returns.
+# Seconds of sound that one call of a worker returns at most: 38 MB of int16.
 _GROUP_SECONDS = 1200.0
 
-# Full scale is 1. Lossy coders exceed it a little, which is clipped. Recordings in float may exceed
-# it by some 10 dB; samples beyond the second bound are not of full scale 1 at all.
+# Full scale is 1. Lossy coders overshoot it a little, which is clipped. Recordings in float may
+# exceed it by some 10 dB; samples above the second bound (+40 dB) have another full scale.
 _CLIPPED_PEAK, _MAX_PEAK = 10 ** (1 / 20), 100.0
 _FULL_SCALE = 2**15
 
 # A mix is canceled if its power is less than this share of the strongest channel's (-26 dB).
 _CANCELED_SHARE = 10 ** (-26 / 10)
-_POWER_BIN = 0.25  # Seconds over which the power of channels is summed,
-_POWER_STEP = 7  # and of how many samples one counts.
+_POWER_BIN = 0.25  # Seconds over which the power of channels is summed.
+_POWER_STEP = 7  # Every seventh sample counts.
 _MAX_POWERED = 2.0**31  # Larger floats count as that.
 _BLOCK_SECONDS = 0.25  # Decoded frames are worked on in blocks of that length.
 
@@ -133,7 +134,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What `decode_many` is to decode; the fields are the arguments of `decode`."""
+    """A recording or cut for `decode_many`; the fields are the arguments of `decode`."""
 
     source: Source
     start: float | None = None
@@ -156,7 +157,8 @@ def decode(
     the bass. Channels without one are averaged. The weights add up to 1, so a mix does not clip.
     Where channels cancel each other out, the strongest of them is used. Among several audio
     streams FFmpeg chooses. Frames that cannot be decoded become silence if time stamps show them,
-    else they are left out. Samples far beyond full scale are scaled down. `Clip.notes` says so.
+    else they are left out. A recording or cut with samples far beyond full scale is scaled down to
+    its peak. `Clip.notes` reports all of this.
 
     Args:
         source: Any container and codec that FFmpeg reads. A path is a local file, never an address.
@@ -450,7 +452,9 @@ class _Cut:
 
     def add(self, begin: int, chunk: np.ndarray) -> None:
         """Adds its part of a chunk [n] int16 or float32 that begins at an index."""
-        self._chunks.append(chunk[max(0, self.first - begin) : max(0, self._kept_stop - begin)])
+        part = chunk[max(0, self.first - begin) : max(0, self._kept_stop - begin)]
+        if len(part):  # Even an empty view would keep its chunk in memory.
+            self._chunks.append(part)
         self.position = begin + len(chunk)
 
     def finish(self, recording: "_Recording") -> None:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tracemalloc
 import wave
 
 import av
@@ -338,6 +339,18 @@ def test_a_cut_outside_the_recording_is_refused(files, start, end):
         with pytest.raises(AudioError) as caught:
             decode(files[name], start=start, end=end)
         assert caught.value.reason == Reason.RANGE
+
+
+@pytest.mark.parametrize("start", [None, 239])
+def test_what_is_not_kept_takes_no_memory(tmp_path, start):
+    path = wav(tmp_path / "a.wav", np.ones(240 * RATE, np.int16))
+    decode(path, end=1)  # What is loaded once does not count.
+    tracemalloc.start()
+    clip = decode(path, start=start, max_seconds=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert clip.capped == (start is None)
+    assert peak < 2e6 < path.stat().st_size
 
 
 @pytest.mark.parametrize("max_seconds", [0, -1, float("nan")])
