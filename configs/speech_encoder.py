@@ -100,7 +100,13 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
                 "speed": False,
                 "mask_spectrogram": False,
             },
-            "lora": {"rank": 16, "alpha": 8.0, "dropout": 0.05, "targets": ("query", "key")},
+            "lora": {
+                "rank": 16,
+                "alpha": 8.0,
+                "dropout": 0.05,
+                "use_rslora": False,
+                "targets": ("query", "key"),
+            },
         }
     )
     if encoder == "salmonn_7b":

@@ -67,7 +67,13 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
                 "param_dtype": "bfloat16" if large else "float32",
                 "remat": "full" if large else "none",
             },
-            "lora": {"rank": 8, "alpha": 32.0, "dropout": 0.1, "targets": ("query", "value")},
+            "lora": {
+                "rank": 8,
+                "alpha": 32.0,
+                "dropout": 0.1,
+                "use_rslora": False,
+                "targets": ("query", "value"),
+            },
         }
     )
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})

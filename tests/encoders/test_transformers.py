@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -458,3 +459,15 @@ def test_the_input_is_normalized_as_the_saved_processor_says(
     module = load(tmp_path, model_type)
     assert module.config.normalise is do_normalize
     assert_equal_hidden(module, model, torch_hidden(model, do_normalize))
+
+
+def test_the_documentation_lists_heads_adapters_and_front_ends():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
+    for model_type, classes in TASK_MODELS.items():
+        assert f"| `{model_type}` | {', '.join(f'`{name}`' for name in classes)} |\n" in page
+    for model_type, adapters in ADAPTERS.items():
+        for name, targets in adapters:
+            modules = ", ".join(f"`{target}`" for target in targets)
+            assert f"| `{model_type}` | `{name}` | {modules} |\n" in page
+    for model_type, norm, normalizes in FEATURE_EXTRACTORS:
+        assert f"| `{model_type}` | `{norm}` | {str(normalizes).lower()} |\n" in page
