@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from mister_jax.data import audio
+from mister_jax.data import audio, audio_reader
 from mister_jax.data.audio import AudioError, Clip, Reason, Request, decode, decode_many
 from mister_jax.data.workers import AHEAD
 from mister_jax.errors import InputError
@@ -153,7 +153,7 @@ def test_a_cut_is_that_part_of_the_whole(files, name, start, end):
 def test_a_cut_of_a_long_recording_jumps_to_it(tmp_path, monkeypatch):
     silence = np.zeros((400 * 8000, 2), np.int16)
     num_frames = 0
-    original = audio._Recording._timed_frames
+    original = audio_reader.AudioReader._timed_frames
 
     def counted(self, lead):
         nonlocal num_frames
@@ -161,7 +161,7 @@ def test_a_cut_of_a_long_recording_jumps_to_it(tmp_path, monkeypatch):
             num_frames += 1
             yield frame
 
-    monkeypatch.setattr(audio._Recording, "_timed_frames", counted)
+    monkeypatch.setattr(audio_reader.AudioReader, "_timed_frames", counted)
     unsigned = tmp_path / "unsigned.wav"
     with wave.open(str(unsigned), "wb") as file:  # Read by FFmpeg.
         file.setnchannels(2)

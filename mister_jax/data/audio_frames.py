@@ -1,0 +1,144 @@
+"""Decoded frames of audio: blocks, silence, resampling to one channel, and levels."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from etils import epy
+
+with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
+    import av
+
+SAMPLE_RATE = 16_000
+
+# Full scale is 1. Lossy coders overshoot it a little, which is clipped. Recordings in float may
+# exceed it by some 10 dB; samples above the second bound (+40 dB) have another full scale.
+_CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
+FULL_SCALE = 2**15
+
+BLOCK_SECONDS = 0.25  # Decoded frames are worked on in blocks of that length.
+
+
+def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
+    """Converts samples of full scale 1 to int16.
+
+    Up to 1 dB beyond full scale is clipped, as the overshoot of a lossy coder. Beyond that, all
+    samples are scaled so that the peak fits.
+
+    Args:
+        samples: Samples [N] of any float type.
+
+    Returns:
+        The samples, and a note that says by how much they were scaled, empty if they were not.
+
+    Raises:
+        ValueError: Samples are not finite, or so large that their full scale cannot be 1.
+    """
+    peak = float(np.abs(samples).max(initial=0.0))
+    if not math.isfinite(peak):
+        raise ValueError("samples are not finite; allowed: -1 to 1")
+    if peak > MAX_PEAK:
+        raise ValueError(
+            f"float samples of up to {peak:g}, as of integers; allowed: full scale 1 (divide int16 "
+            "values by 32768, or pass them as int16)"
+        )
+    scale, note = 1.0, ""
+    if peak > _CLIPPED_PEAK:
+        scale = 1 / peak
+        decibels = 20 * math.log10(peak)
+        note = f"scaled by {scale:.2f}: its peak is {decibels:.1f} dB over full scale"
+    scaled = np.rint(samples * (scale * FULL_SCALE))
+    return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16), note
+
+
+def resampled(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
+    """Yields samples [n] at `SAMPLE_RATE`, mono, of frames that may change their format.
+
+    They are int16, or float32 where they exceed full scale.
+    """
+    for (format_name, layout, _), alike in itertools.groupby(frames, _format):
+        is_float = format_name in ("flt", "fltp", "dbl", "dblp")
+        resampler = av.AudioResampler("flt" if is_float else "s16", "mono", SAMPLE_RATE)
+        gain = _mix_gain(layout) if is_float else 1.0
+        for frame in itertools.chain(alike, [None]):
+            for out in resampler.resample(frame):
+                if out is None:  # As for the flush of a resampler that has nothing to do.
+                    continue
+                samples = out.to_ndarray()[0]
+                yield _to_int16(samples * gain) if is_float else samples
+
+
+@functools.cache
+def _mix_gain(layout: str) -> np.float32:
+    """Returns what makes the weights of a mix in float add up to 1, as FFmpeg's do for integers."""
+    channels = av.AudioLayout(layout).nb_channels
+    ones = av.AudioFrame.from_ndarray(np.ones((1, channels), np.float32), "flt", layout)
+    ones.sample_rate = SAMPLE_RATE
+    resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+    (mixed,) = (out for out in resampler.resample(ones) if out is not None)
+    return np.float32(1 / max(1.0, float(mixed.to_ndarray()[0, 0])))
+
+
+def _to_int16(samples: np.ndarray) -> np.ndarray:
+    """Returns samples [n] float32 as int16 if they are within full scale, else as they are."""
+    return samples if np.abs(samples).max(initial=0.0) > 1 else float_to_int16(samples)[0]
+
+
+def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def merged(
+    frames: "Iterable[tuple[int, av.AudioFrame]]",
+) -> "Iterator[tuple[int, av.AudioFrame]]":
+    """Yields frames that follow each other as larger ones, which cost less to work on."""
+    for (_, layout, rate), alike in itertools.groupby(frames, lambda pair: _format(pair[1])):
+        start, size = 0, 0
+        blocks: list[np.ndarray] = []
+        for position, frame in alike:
+            if not blocks:
+                if frame.samples >= BLOCK_SECONDS * rate:
+                    yield position, frame
+                    continue
+                start = position
+            blocks.append(frame.to_ndarray())
+            size += frame.samples
+            if size >= BLOCK_SECONDS * rate:
+                yield start, make_frame(np.concatenate(blocks, axis=1), frame, layout)
+                blocks, size = [], 0
+        if blocks:
+            yield start, make_frame(np.concatenate(blocks, axis=1), frame, layout)
+
+
+def silent_frames(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]":
+    """Yields `count` samples of silence in the format of a frame, a second at a time."""
+    num_channels = len(like.layout.channels)
+    rows, width = (num_channels, 1) if like.format.is_planar else (1, num_channels)
+    dtype = like.to_ndarray().dtype
+    while count > 0:
+        size = min(count, like.sample_rate)
+        level = 128 if dtype == np.uint8 else 0
+        yield make_frame(np.full((rows, size * width), level, dtype), like, like.layout.name)
+        count -= size
+
+
+def without(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.AudioFrame]":
+    """Yields frames without their first `count` samples."""
+    for frame in frames:
+        if count < frame.samples:
+            yield _frame_from(frame, count) if count else frame
+        count = max(0, count - frame.samples)
+
+
+def _frame_from(frame: "av.AudioFrame", first: int) -> "av.AudioFrame":
+    width = 1 if frame.format.is_planar else len(frame.layout.channels)
+    samples = np.ascontiguousarray(frame.to_ndarray()[:, first * width :])
+    return make_frame(samples, frame, layout=frame.layout.name)
+
+
+def make_frame(samples: np.ndarray, like: "av.AudioFrame", layout: str) -> "av.AudioFrame":
+    frame = av.AudioFrame.from_ndarray(samples, format=like.format.name, layout=layout)
+    frame.sample_rate = like.sample_rate
+    return frame
