@@ -53,7 +53,7 @@ def _tell(
         reason = " ".join(str(error).split())
         print(
             f"error: {reason}; `source .venv/bin/activate` where launch/demo.sh has been, or "
-            "`pip install --editable .[demo]`",
+            "`pip install --editable .`",
             file=sys.stderr,
         )
     else:

@@ -4,7 +4,7 @@
 # demo that was stopped goes on where it was.
 folder="${1:-workdir/demo}"
 # shellcheck source=launch/install.sh
-source "$(dirname "${BASH_SOURCE[0]}")/install.sh" demo
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 data="$folder/data"
 
 made() { # dataset

