@@ -1,7 +1,6 @@
-"""Several seeds in one program: their states under one leading axis, their results side by side.
+"""Trains several seeds in one program: their states share one leading axis [S].
 
-The axis [S] holds the seeds in order. A training of one seed has no such axis: here alone is that
-told apart.
+A training of one seed has no such axis. Only this module handles the single-seed case.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ import numpy as np
 from mister_jax.writers import mean_and_deviation
 
 SCORES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-"""Of `metrics.scores`, those that are told of each seed."""
+"""The scores of `metrics.scores` that are reported for each seed."""
 
 
 def join(trees: Sequence[Any]) -> Any:
-    """One tree of S trees, on the host."""
+    """Stacks S trees into one, on the host."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def split(tree: Any, count: int) -> list[Any]:
-    """The tree of each of `count` seeds."""
+    """Splits a stacked tree into those of `count` seeds."""
     if count == 1:
         return [tree]
     leaves, form = jax.tree.flatten(tree)
@@ -35,18 +34,18 @@ def split(tree: Any, count: int) -> list[Any]:
 
 
 def joined_shapes(shapes: Any, count: int) -> Any:
-    """The shapes of `join` of `count` trees with these shapes."""
+    """Returns the shapes of `count` stacked trees with these shapes."""
     if count == 1:
         return shapes
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
 
 
 def over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """A step or a reader of one state, made one of the joined states of `count` seeds.
+    """Maps a step or an evaluation of one state over the stacked states of `count` seeds.
 
     Args:
-      function: of `(state, batch, axis_name)`, see `parallel`; the seeds share the batch.
-      count: S.
+      function: Function of `(state, batch, axis_name)`, see `parallel`; the seeds share the batch.
+      count: Number of seeds S.
     """
     if count == 1:
         return function
@@ -59,12 +58,12 @@ def over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 @jax.jit
 def select(chosen: jax.Array, new: Any, old: Any) -> Any:
-    """Of joined trees, what `new` has of the seeds that are chosen, and `old` of the others.
+    """Selects from stacked trees `new` for the chosen seeds and `old` for the others.
 
     Args:
-      chosen: [S] bool.
-      new: arrays [S, ...].
-      old: likewise.
+      chosen: Whether each seed is chosen [S] bool.
+      new: Tree of arrays [S, ...].
+      old: Tree of arrays [S, ...].
     """
 
     def one(ours, theirs):
@@ -77,8 +76,8 @@ def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Averages the predictions of S seeds.
 
     The probabilities of the mixture and of each expert, and the gate weights, are means over the
-    seeds, so that a mixture and its experts are compared under one rule. What is no number, such as
-    which expert is present, is the same for all seeds.
+    seeds, so that a mixture and its experts are compared under one rule. Other arrays, such as the
+    presence of experts, are the same for all seeds.
 
     Args:
       predictions: Predictions of a task, by seed.
@@ -93,14 +92,14 @@ def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The scores of S seeds side by side.
+    """Summarizes the scores of S seeds.
 
     Args:
-      seeds: S.
-      scores: of each seed, of `metrics.scores`.
+      seeds: The S seeds.
+      scores: `metrics.scores` of each seed.
 
     Returns:
-      "of_each" seed, their "mean" and "deviation" (of a sample, so 0 for one seed): `SCORES`.
+      `SCORES` under "of_each" by seed, and their "mean" and sample "deviation" (0 for one seed).
     """
     told = {name: mean_and_deviation(each[name] for each in scores) for name in SCORES}
     return {

@@ -1,7 +1,4 @@
-"""What a run shows and writes of itself: metrics, progress, tables, files that appear whole.
-
-And how such files are read again.
-"""
+"""Metrics, progress bars, tables, and atomic reading and writing of JSON files."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ from mister_jax.errors import InputError
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file atomically."""
     path = epath.Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
@@ -40,15 +37,15 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """`write_text` of a value as readable JSON."""
+    """Writes a value atomically as readable JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """What `write_json` has written: an object.
+    """Reads a JSON object.
 
     Raises:
-      InputError: the file is not there, or is not a JSON object, such as one that was cut short.
+      InputError: The file does not exist, or does not hold a JSON object.
     """
     path = epath.Path(path)
     try:
@@ -62,10 +59,10 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, one a line.
+    """Reads the objects of a JSON Lines file.
 
     Raises:
-      InputError: the file is not there, or a line is not a JSON object.
+      InputError: The file does not exist, or a line is not a JSON object.
     """
     path = epath.Path(path)
     try:
@@ -95,7 +92,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 class _BucketEvents:
-    """A file of TensorBoard events on a bucket, where files are written whole: at each flush."""
+    """A file of TensorBoard events on a bucket; each flush writes it whole."""
 
     def __init__(self, path: str):
         self._path = epath.Path(path)
@@ -112,13 +109,13 @@ class _BucketEvents:
 
 
 class _Bucket:
-    """How tensorboardX is to write to `gs://`; its own way needs one more package."""
+    """Lets tensorboardX write to `gs://` without a further package."""
 
     open = _BucketEvents
 
     @staticmethod
     def directory_check(path: str) -> None:
-        """A bucket has no directories that must be made."""
+        """Does nothing: a bucket has no directories."""
 
 
 def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
@@ -132,12 +129,12 @@ def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
 class MetricsWriter:
     """Appends scalars to `workdir/metrics.jsonl` and to TensorBoard files beside it.
 
-    Only the first process writes. A resumed run drops the lines after its checkpoint, which it is
-    about to write again.
+    Only the first process writes. A resumed run drops the lines after its checkpoint, which it
+    writes again.
 
     Args:
-      workdir: of the training.
-      step: from which the run goes on.
+      workdir: Work directory of the training.
+      step: Step of the checkpoint that the run resumes from.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
@@ -158,7 +155,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes what is not yet written."""
+        """Flushes and closes the files."""
         if self._board is not None:
             self._board.close()
 
@@ -170,7 +167,7 @@ class MetricsWriter:
 
 
 def _step(line: str) -> float:
-    """That of a line of `metrics.jsonl`; past all others' where the line cannot be read."""
+    """Returns the step of a line of `metrics.jsonl`, infinity if the line cannot be read."""
     try:
         return float(_object(line)["step"])
     except (KeyError, TypeError, ValueError):
@@ -178,13 +175,13 @@ def _step(line: str) -> float:
 
 
 class Reporter:
-    """Progress of a long piece of work: a bar on a terminal, a line now and then elsewhere.
+    """Shows progress: a bar on a terminal, lines elsewhere.
 
     Args:
-      total: units of work.
-      done: units that are done already.
-      unit: what they are called.
-      quiet: show nothing; processes but the first never do.
+      total: Number of units of work.
+      done: Number of units that are done already.
+      unit: Name of the units.
+      quiet: Show nothing. Only the first process shows anything.
     """
 
     def __init__(self, total: int, *, done: int = 0, unit: str = "steps", quiet: bool = False):
@@ -212,7 +209,7 @@ class Reporter:
         self._progress.stop()
 
     def advance(self, description: str | None = None, *, amount: int = 1) -> None:
-        """So many units more are done."""
+        """Reports further units as done."""
         self._progress.update(self._task, advance=amount, description=description)
 
     def line(self, text: str) -> None:
@@ -221,7 +218,7 @@ class Reporter:
 
 
 def parameter_table(params: Any) -> str:
-    """The parameters' paths, shapes, types and counts, one a line, and the total."""
+    """Returns the paths, shapes, types and counts of parameters, one per line, and the total."""
     rows = [("parameter", "shape", "dtype", "count")]
     total = 0
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -239,13 +236,14 @@ def parameter_table(params: Any) -> str:
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
-    """The per-class table of `metrics.scores`, with the overall scores below it.
+    """Returns the per-class table of `metrics.scores`, with the overall scores below it.
 
-    Of several seeds they are the ensemble's; each seed, their mean and deviation follow.
+    For several seeds these are the scores of the ensemble; each seed, their mean and deviation
+    follow.
 
     Args:
-      title: above the table.
-      scores: of `metrics.scores`.
+      title: Title of the table.
+      scores: Scores of `metrics.scores`.
     """
     if "seeds" in scores:
         title += f": {len(scores['seeds']['of_each'])} seeds together"
@@ -276,7 +274,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
 
 
 def study_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """The table of a missing-modality study, whose points `evaluate` describes."""
+    """Returns the table of a missing-modality study, whose points `evaluate` describes."""
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
@@ -319,13 +317,13 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of a sample; 0 for one value)."""
+    """Returns the mean and the sample standard deviation, 0 for one value."""
     array = np.asarray(list(values), float)
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
 
 
 def columns(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
-    """A table with a column for each key of `values`, and a row for each key of its values."""
+    """Returns a table with a column per key of `values`, and a row per key of its values."""
     table = Table("", *values, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -335,7 +333,7 @@ def columns(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
 
 
 def corpus_table(report: Mapping[str, Any]) -> Table:
-    """The table of what `launch.prepare` has written, from its report."""
+    """Returns the table of a report of `launch.prepare`."""
     cells = {}
     for split, values in report["splits"].items():
         least, mean, most = values["lengths"] or (0, 0, 0)

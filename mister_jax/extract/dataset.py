@@ -30,20 +30,19 @@ def extract(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Any:
-    """Writes the features of all splits of a dataset of dialogues.
+    """Writes the features of all splits of a dialogue dataset.
 
-    A run that was stopped goes on where it was, as long as encoder, dataset and budget are the
-    same.
+    An interrupted extraction resumes if encoder, dataset and budget are the same.
 
     Args:
-      encoder: of text or speech.
-      dataset: of dialogues.
-      output: name of the dataset of features; its other modality is missing, see `merge`.
-      data_dir: the directory that holds datasets.
-      budget: tokens or seconds of audio in a batch on each device, padding counted; the input's by
-        default.
-      overwrite: replace a dataset of this name.
-      quiet: show no progress.
+      encoder: Encoder of text or speech.
+      dataset: Name of the dialogue dataset.
+      output: Name of the feature dataset; its other modality is missing, see `merge`.
+      data_dir: Directory that holds datasets.
+      budget: Tokens or seconds of audio in a batch on each device, padding counted; the input's
+        default if None.
+      overwrite: Replace a dataset of this name.
+      quiet: Show no progress.
 
     Returns:
       The TFDS builder of the features; None for processes but the first.
@@ -92,7 +91,7 @@ def extract(
 
 
 def _digest(told: dict[str, Any], split: str, utterances: Utterances) -> str:
-    """Of all that a split's features depend on."""
+    """Returns a hash of everything that a split's features depend on."""
     digest = hashlib.sha256(json.dumps([told, split], sort_keys=True).encode())
     digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:
@@ -108,7 +107,7 @@ def _of_modality(
     features: dict[str, np.ndarray],
     width: int,
 ) -> data.DialogueFeatures:
-    """A split with these features by utterance, and nothing of the other modality."""
+    """Returns a split with these features by utterance, and without the other modality."""
     dialogues, turns = [], []
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
@@ -147,15 +146,15 @@ def merge(
     *,
     overwrite: bool = False,
 ) -> Any:
-    """Writes a dataset with the speech of one dataset of features and the text of another.
+    """Writes a dataset with the speech of one feature dataset and the text of another.
 
     Args:
-      speech: dataset whose speech is taken.
-      text: dataset whose text is taken, and the order of dialogues and utterances; both have the
+      speech: Dataset whose speech is taken.
+      text: Dataset whose text is taken, and the order of dialogues and utterances; both have the
         same utterances with the same labels.
-      output: name of the dataset.
-      data_dir: the directory that holds datasets.
-      overwrite: replace a dataset of this name.
+      output: Name of the merged dataset.
+      data_dir: Directory that holds datasets.
+      overwrite: Replace a dataset of this name.
 
     Returns:
       The TFDS builder of the merged dataset; None for processes but the first.

@@ -1,4 +1,4 @@
-"""Features of many utterances: sorted by length, in batches of a budget, kept as they are made."""
+"""Computes the features of many utterances: sorted by length, in batches of a budget, resumable."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than
 def features_of(
     encoder: Encoder, utterances: Sequence[Any], *, budget: int | None = None, quiet: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features of utterances in memory.
+    """Computes the features of utterances in memory.
 
     Args:
-      encoder: of them.
+      encoder: Encoder of the utterances.
       utterances: N texts, or clips [s] int16 of `SAMPLE_RATE`, of any length.
-      budget: tokens or seconds of audio in a batch on each device, padding counted; the input's by
-        default.
-      quiet: show no progress.
+      budget: Tokens or seconds of audio in a batch on each device, padding counted; the input's
+        default if None.
+      quiet: Show no progress.
 
     Returns:
       Features [N, F] float32, zero where nothing is present; and presence [N] bool. An empty text,
       and a clip that is silent or shorter than a frame, are not present.
 
     Raises:
-      InputError: no utterance is present, so F is not known; a batch that does not fit into the
+      InputError: No utterance is present, so F is unknown, or a batch does not fit into the
         devices' memory.
     """
     items = encoder.input.items(utterances)
@@ -130,7 +130,7 @@ def _encode_windows(
 def _encode_part(
     encoder: Encoder, items: Sequence[np.ndarray], budget: int, reporter: Reporter
 ) -> np.ndarray:
-    """Features [N, F] of items that are sorted by length, longest first."""
+    """Computes features [N, F] of items that are sorted by length, longest first."""
     source = encoder.input
     lengths = source.lengths(items)
     planned = list(
@@ -185,18 +185,18 @@ def _encode_part(
 def plan(
     lengths: np.ndarray, budget: int, *, steps: Sequence[int], longest: int, num_shards: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of items that are sorted, longest first.
+    """Plans batches of items that are sorted by length, longest first.
 
     Args:
-      lengths: [N] of each, descending.
-      budget: sum of lengths on each device, padding counted; a longer item goes alone.
-      steps: ascending lengths that items are padded to.
-      longest: no item is longer, and none is padded beyond it.
-      num_shards: parts a batch is cut into.
+      lengths: Length of each item [N], descending.
+      budget: Sum of lengths on each device, padding counted; a longer item goes alone.
+      steps: Lengths that items are padded to, ascending.
+      longest: Length of the longest item, beyond which none is padded.
+      num_shards: Number of parts a batch is cut into.
 
     Yields:
-      Rows [B], -1 for an empty one, and the padded length. All batches of one length have one B,
-      but for the last few items.
+      Rows [B], -1 for an empty row, and the padded length. All batches of one length have one B,
+      except for the last few items.
     """
     start = 0
     while start < len(lengths):

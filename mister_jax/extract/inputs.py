@@ -1,4 +1,4 @@
-"""What encoders of text and of speech read: how utterances become items, and items batches."""
+"""Inputs of text and speech encoders: turns utterances into items, and items into batches."""
 
 from __future__ import annotations
 
@@ -30,48 +30,48 @@ _TENTHS = (
 
 
 class Input(Protocol):
-    """How utterances of a modality are read. An item is an array, a batch is made of some."""
+    """Reads utterances of a modality. An item is an array; a batch holds several items."""
 
     modality: str
-    """The field of a dataset of features."""
+    """Field of a feature dataset, "speech" or "text"."""
     unit: str
-    """What budgets and speeds are counted in."""
+    """Unit of budgets and speeds."""
     budget: int
-    """Units in a batch on each device, padding counted, that are a good choice on most."""
+    """Default number of units in a batch on each device, padding counted."""
     scale: int
-    """Steps of length in a unit."""
+    """Length steps per unit."""
     steps: tuple[int, ...]
-    """Lengths that batches are padded to; the longest is one, too."""
+    """Lengths that batches are padded to, besides `longest`."""
     longest: int
     """Length of the longest item that a batch holds."""
     max_samples: int | None
     """Samples of a clip that are read; None for all of them, and for text."""
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        """The utterances of a split of a dataset of dialogues."""
+        """Loads the utterances of a split of a dialogue dataset."""
 
     def items(self, utterances: Sequence[Any]) -> list[np.ndarray]:
-        """Items of utterances in memory; an empty one where there is nothing to read."""
+        """Returns the items of utterances in memory; empty items where there is nothing to read."""
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
         """Splits an item into parts that a batch can hold; their features are averaged."""
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        """[N] int, in steps."""
+        """Returns the lengths of items [N] int, in steps."""
 
     def amount(self, items: Sequence[np.ndarray]) -> float:
-        """Units in items."""
+        """Returns the number of units in items."""
 
     def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """Items, some empty, padded to so many steps."""
+        """Returns items, which may be empty, padded to a length in steps."""
 
 
 class TextInput:
     """Texts as tokens.
 
     Args:
-      encode: from texts to token ids of each; `where` they are from is for its log.
-      max_tokens: of a text.
+      encode: Function that returns the token ids of each text; `where` names their source for logs.
+      max_tokens: Maximum number of tokens of a text.
     """
 
     modality, unit, scale = "text", "tokens", 1
