@@ -77,7 +77,7 @@ def terminated(workdir, data_dir, index):
     def change(step):
         if (index, step) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
+        time.sleep(1.0)
 
     each_step(change)
     return trained(workdir, data_dir)

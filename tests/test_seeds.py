@@ -131,7 +131,8 @@ def test_interrupted_while_the_best_is_saved_it_ends_with_the_same_bits(
 
 def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, monkeypatch):  # noqa: F811
     scores = [(0.3, 0.5), (0.4, 0.4), (0.2, 0.6), (0.3, 0.1), (0.9, 0.2), (0.9, 0.9)]
-    found = iter({"weighted_f1": np.array(pair)} for pair in scores)
+    predicted = {"predicted_classes": np.array([3, 3])}
+    found = iter({"weighted_f1": np.array(pair), **predicted} for pair in scores)
     monkeypatch.setattr("mister_jax.train._Loop._validation_scores", lambda *_: next(found))
     after, save = {}, Checkpoints.save
 

@@ -313,7 +313,8 @@ def test_early_stopping_waits_for_the_patience(data_dir, tmp_path, monkeypatch):
     config = tiny(data_dir, **{"train.epochs": 9, "train.patience": 2})
     scores = iter([0.3, 0.5, 0.4, 0.4, 0.9])
     monkeypatch.setattr(
-        "mister_jax.train._Loop._validation_scores", lambda *_: {"weighted_f1": next(scores)}
+        "mister_jax.train._Loop._validation_scores",
+        lambda *_: {"weighted_f1": next(scores), "predicted_classes": 3},
     )
     progress = train(config, tmp_path, quiet=True)
     assert (progress.epoch, progress.best_epochs) == (4, [2])
