@@ -131,6 +131,7 @@ def test_interrupted_while_the_best_is_saved_it_ends_with_the_same_bits(
 
 def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, monkeypatch):  # noqa: F811
     scores = [(0.3, 0.5), (0.4, 0.4), (0.2, 0.6), (0.3, 0.1), (0.9, 0.2), (0.9, 0.9)]
+    predicted_lists = {"predicted_classes": [3, 3]}
     predicted = {"predicted_classes": np.array([3, 3])}
     found = iter({"weighted_f1": np.array(pair), **predicted} for pair in scores)
     monkeypatch.setattr("mister_jax.train._Loop._validation_scores", lambda *_: next(found))
@@ -147,7 +148,7 @@ def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, m
     progress = train(side_by_side(data_dir, **changes), tmp_path, quiet=True)
     assert (progress.epoch, progress.best_epochs, progress.best_scores) == (5, [2, 3], [0.4, 0.6])
     predictor = Predictor(tmp_path)
-    assert predictor.progress == {"epoch": [2, 3], "weighted_f1": [0.4, 0.6]}
+    assert predictor.progress == {"epoch": [2, 3], "weighted_f1": [0.4, 0.6], **predicted_lists}
     for index, epoch in enumerate(progress.best_epochs):
         expected = jax.tree.leaves(seeds.split(after[epoch], 2)[index])
         for value, kept in zip(
