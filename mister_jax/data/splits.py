@@ -58,14 +58,17 @@ def random_splits(
                 f"far too good: add a column speaker, or splits of your own"
             )
     elif len(units) >= num_needed:
-        note += f", in {len(units)} parts that share no {name}"
+        note += f", in {len(units)} groups that share no {name}"
     else:
-        problem = f"{name} connects the dialogues into {len(units)} parts that share none"
+        problem = f"dialogues that share a {name} form {len(units)} groups"
         if explicit:
             raise InputError(
                 f"{source}: {problem}; needed for a random split: at least {num_needed}"
             )
-        note = f"WARNING: {note}, one by one: {problem}, so splits have values of {name} in common"
+        note = (
+            f"WARNING: {note}, one by one: {problem}, too few to keep apart, so the splits have "
+            f"values of {name} in common"
+        )
         units = [[dialogue] for dialogue in dialogues]
     return _draw(units, seed, np.asarray(shares, float)), note
 

@@ -200,7 +200,7 @@ def test_random_splits_keep_speakers_apart_and_are_repeatable(tmp_path):
     speakers = [{int(name) % 20 for name in split.utterance_ids} for split in splits.values()]
     assert [len(split.label) for split in splits.values()] == [160, 20, 20]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
-    assert "in 20 parts that share no speaker" in splits["train"].metadata["notes"][0]
+    assert "in 20 groups that share no speaker" in splits["train"].metadata["notes"][0]
     assert_same(read_npz(source)["test"], splits["test"])
     assert read_npz(source, seed=1)["test"].dialogue_ids != splits["test"].dialogue_ids
 
@@ -219,7 +219,7 @@ def test_splits_are_by_another_array_on_demand(tmp_path):
     assert sum(map(len, sessions)) == 5
     with pytest.raises(InputError, match="no array room"):
         read_npz(tmp_path / "features.npz", group_by="room")
-    with pytest.raises(InputError, match=r"dialogues into 2 parts .*; needed .*: at least 3"):
+    with pytest.raises(InputError, match=r"share a session form 2 groups; needed .*: at least 3"):
         read_npz(save(tmp_path, arrays | {"session": np.arange(200) % 2}), group_by="session")
 
 

@@ -98,7 +98,7 @@ def test_random_splits_keep_speakers_apart(tmp_path):
         for dialogues in corpus.splits.values()
     ]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
-    assert "in 20 parts that share no speaker" in corpus.notes[-1]
+    assert "in 20 groups that share no speaker" in corpus.notes[-1]
 
 
 def test_single_utterances_split_without_speakers_are_warned_of(tmp_path):
@@ -116,8 +116,8 @@ def test_speakers_that_connect_all_dialogues_are_split_by_dialogue_with_a_warnin
     corpus = reader.read(path)
     assert corpus.sizes() == {"train": (8, 16), "validation": (1, 2), "test": (1, 2)}
     (note,) = (note for note in corpus.notes if note.startswith("WARNING: "))
-    assert "connects the dialogues into 1 parts" in note
-    with pytest.raises(InputError, match="into 1 parts that share none; needed"):
+    assert "dialogues that share a speaker form 1 groups, too few" in note
+    with pytest.raises(InputError, match="that share a speaker form 1 groups; needed"):
         reader.read(path, group_by="speaker")
     with pytest.raises(InputError, match="line 1: room: missing, and dialogues are grouped by it"):
         reader.read(path, group_by="room")
@@ -220,7 +220,7 @@ def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
         (
             {"label": "nan"},
             "label",
-            "'nan' reads like a missing label (1 rows); allowed: --map_l",
+            "'nan' reads like a missing label (1 rows); fix: --map_l",
         ),
         ({"label": "Anger"}, "label", "'Anger' is 'anger' spelled differently"),
         ({"text": None}, "audio", "missing, and text too"),

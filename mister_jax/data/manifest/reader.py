@@ -237,8 +237,8 @@ def _check_labels(
             problem = suspicious[label][0]
             row.fail(
                 "label",
-                f"{label!r} {problem} ({counts[label]} rows); allowed: {flag}, or map it to itself "
-                "if it is a class",
+                f"{label!r} {problem} ({counts[label]} rows); fix: {flag}, or map it to itself if "
+                "it is a class",
             )
         if labels and label is not None and label not in labels:
             row.fail("label", f"{label!r}; allowed: {', '.join(labels)}")
