@@ -282,15 +282,12 @@ def test_an_encoder_the_model_does_not_use_is_not_loaded(spoken, bert_folder, tm
         mister_jax.load(run, speech_encoder=str(bert_folder))
 
 
-def test_the_command_writes_what_the_system_gives(
-    system, workdir, spoken, dialogues, bert_folder, tmp_path
-):
-    output = tmp_path / "out.jsonl"
-    done = subprocess.run(
+def predict(workdir, bert_folder, *flags):
+    """Runs the command on a work directory."""
+    return subprocess.run(
         [
             sys.executable, "-m", "launch.predict", f"--workdir={workdir}",
-            f"--manifest={spoken.parent / 'calls.jsonl'}", f"--output={output}",
-            f"--text_encoder={bert_folder}",
+            f"--text_encoder={bert_folder}", *flags,
         ],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
@@ -298,6 +295,14 @@ def test_the_command_writes_what_the_system_gives(
         text=True,
         check=False,
     )  # fmt: skip
+
+
+def test_the_command_writes_what_the_system_gives(
+    system, workdir, spoken, dialogues, bert_folder, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    manifest = spoken.parent / "calls.jsonl"
+    done = predict(workdir, bert_folder, f"--manifest={manifest}", f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert f"written to {output}: utterances 12, dialogues 5" in done.stdout
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -345,20 +350,6 @@ def test_speech_beyond_the_limit_is_noted(system, monkeypatch):
     monkeypatch.setattr(system._encoders["speech"].input, "max_samples", 16_000)
     (row,) = system.predict([{"audio": samples}])
     assert row["notes"] == ["cut by the encoder: 3.0 s, of which it reads 1 s"]
-
-
-def predict(workdir, bert_folder, *flags):
-    return subprocess.run(
-        [
-            sys.executable, "-m", "launch.predict", f"--workdir={workdir}",
-            f"--text_encoder={bert_folder}", *flags,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
 
 
 def test_no_usable_recording_is_status_1_with_the_output_written(workdir, bert_folder, tmp_path):
