@@ -248,7 +248,7 @@ def _by_part(places: Places) -> Mapping[str, str]:
 
 def _checked(dialogues: Sequence[Sequence[Utterance]]) -> list[_Turn]:
     """Checks the utterances of all dialogues."""
-    rows, dialogue_numbers, arrays = [], [], []
+    rows, arrays = [], []
     for number, dialogue in enumerate(dialogues, start=1):
         if not len(dialogue):
             raise InputError(f"dialogue {number}: no utterances; at least one is needed")
@@ -273,8 +273,7 @@ def _checked(dialogues: Sequence[Sequence[Utterance]]) -> list[_Turn]:
             row = Fields(where, fields)
             arrays.append(_samples(sound, row) if is_array else None)
             rows.append(row)
-            dialogue_numbers.append(str(number))
-    intervals = audio_intervals(rows, dialogue_numbers)
+    intervals = audio_intervals(rows)
     return [
         _turn(row, samples, interval)
         for row, samples, interval in zip(rows, arrays, intervals, strict=True)

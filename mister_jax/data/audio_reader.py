@@ -261,6 +261,7 @@ class AudioReader:
         for position, frame in merged(self._timed_frames(lead)):
             num_seconds = (position + frame.samples) / frame.sample_rate
             yield position, self._one_channel(frame, position / frame.sample_rate)
+        self._position = round(num_seconds * SAMPLE_RATE)
         # FFmpeg passes over damage in FLAC in silence, but the time stamps show it.
         if self._container is not None and self._container.format.name == "flac":
             missing = sum(end - begin for begin, end in self._holes) / SAMPLE_RATE
@@ -283,6 +284,7 @@ class AudioReader:
             origin = self._stream_start()
         position: int | None = None  # Where the next frame is expected.
         rate = 0
+        filled = 0.0  # Seconds of holes that were filled.
         for frame in self._decoded():
             if rate and frame.sample_rate != rate and position is not None:
                 position = round(position * frame.sample_rate / rate)
@@ -317,9 +319,17 @@ class AudioReader:
                 self._holes.add(
                     (_at_sample_rate(position, rate), _at_sample_rate(position + gap, rate))
                 )
+                filled += 0 if is_first else gap / rate
                 for silence in silent_frames(frame, gap):
                     yield position, silence
                     position += silence.samples
+            elif gap < -_TIME_TOLERANCE * rate and -gap <= filled * rate:
+                # Packets after a late one catch up. What comes too late to be played is left out.
+                filled -= min(-gap, frame.samples) / rate
+                for kept in without(-gap, iter([frame])):
+                    yield position, kept
+                    position += kept.samples
+                continue
             elif gap < -_TIME_TOLERANCE * rate:
                 origin = _shifted(origin, gap / rate)
             self._position = _at_sample_rate(position, rate)

@@ -66,8 +66,8 @@ def random_splits(
                 f"{source}: {problem}; needed for a random split: at least {num_needed}"
             )
         note = (
-            f"WARNING: {note}, one by one: {problem}, too few to keep apart, so the splits have "
-            f"values of {name} in common"
+            f"WARNING: {note}, one by one: {problem}, too few to keep apart, so the splits may "
+            f"have values of {name} in common"
         )
         units = [[dialogue] for dialogue in dialogues]
     return _draw(units, seed, np.asarray(shares, float)), note

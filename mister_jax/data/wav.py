@@ -77,9 +77,10 @@ class WavHeader:
     @property
     def missing_seconds(self) -> float:
         """Seconds of sound that are announced but not in the file."""
-        if self.data_size is None or self.byte_rate <= 0:
+        byte_rate = self.rate * self.block_align if self.codec == _PCM else self.byte_rate
+        if self.data_size is None or byte_rate <= 0:
             return 0.0
-        return max(0, self.data_start + self.data_size - self.file_size) / self.byte_rate
+        return max(0, self.data_start + self.data_size - self.file_size) / byte_rate
 
 
 def read_header(source: str | os.PathLike[str] | bytes) -> WavHeader | None:

@@ -137,6 +137,8 @@ class FusionTask:
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
         """The task of a work directory, from its config and its `description`."""
+        if "standardizers" not in description:
+            raise InputError("the work directory is from an older version; train it again")
         fields = ConfigDict(description["model"])
         model = from_config(MisterEConfig, fields, "the workdir's model")
         encoders = description.get("encoders", {})

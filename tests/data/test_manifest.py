@@ -161,7 +161,13 @@ def test_utterances_that_would_all_hear_the_whole_recording_are_refused(tmp_path
     rows = in_one_recording(end=None)
     with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
         reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
-    # Another channel, or another dialogue, is another sound.
+    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
+        spelled = [
+            row | {"dialogue": n, "audio": "./" * n + "call.wav"} for n, row in enumerate(rows)
+        ]
+        spelled[1]["dialogue"] = "another"
+        reader.read(write_jsonl(tmp_path / "m.jsonl", spelled))
+    # Another channel is another sound.
     for n, row in enumerate(rows):
         row["audio_channel"] = n
     corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))

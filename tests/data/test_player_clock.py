@@ -120,6 +120,26 @@ def test_sound_alone_begins_with_its_first_sample(tmp_path):
     assert hertz(whole.samples[RATE // 4 : RATE * 3 // 4]) == pytest.approx(500, abs=5)
 
 
+def test_late_packets_do_not_shift_what_follows(tmp_path):
+    path = tmp_path / "network.mka"
+    samples, last = staircase(8, RATE), -1
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        for start in range(0, len(samples), RATE // 50):
+            block = samples[None, start : start + RATE // 50]
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = RATE, start
+            for packet in stream.encode(frame):
+                # Once a second a packet is 80 ms late, and those after it catch up.
+                late = RATE * 8 // 100 if start % RATE == 0 and start else 0
+                last = max(last + 1, packet.pts + late)
+                packet.pts = packet.dts = last
+                container.mux(packet)
+    clip = decode(path)
+    assert clip.seconds == pytest.approx(8, abs=0.1)
+    assert hertz(clip.samples[int(7.25 * RATE) : int(7.75 * RATE)]) == pytest.approx(1700, abs=5)
+
+
 def test_a_clock_that_was_set_is_no_silence(tmp_path):
     path = tmp_path / "joined.mka"
     with av.open(str(path), "w") as container:

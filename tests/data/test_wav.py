@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from mister_jax.data.audio import SAMPLE_RATE, AudioError, decode
+from mister_jax.data.audio import SAMPLE_RATE, AudioError, Request, decode, decode_many
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 
@@ -120,6 +120,13 @@ def test_a_file_cut_in_half_is_damaged(name):
     clip = decode(CUT_SHORT[name])
     assert (clip.seconds, clip.damaged) == (1, True)
     assert not decode(CUT_SHORT[name], end=0.5).damaged
+
+
+def test_damage_is_where_the_file_breaks_off():
+    file = CUT_SHORT["plain"]
+    requests = [Request(file, 0, 0.5), Request(file, 0.75, 1.5), Request(file)]
+    clips = list(decode_many(requests, num_workers=0))
+    assert [clip.damaged for clip in clips] == [False, True, True]
 
 
 def float_file(samples: np.ndarray, channels: int = 1) -> bytes:

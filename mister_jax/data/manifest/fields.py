@@ -3,6 +3,8 @@
 import collections
 import difflib
 import math
+import os
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -140,7 +142,7 @@ class Fields:
         return start, end
 
 
-def audio_intervals(rows: Sequence[Fields], dialogues: Sequence[str]) -> list[Interval]:
+def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     """Returns the seconds of its recording that each utterance is cut from.
 
     These are `audio_start` and `audio_end`. An utterance without them that shares its recording
@@ -148,16 +150,17 @@ def audio_intervals(rows: Sequence[Fields], dialogues: Sequence[str]) -> list[In
 
     Args:
         rows: Fields of N utterances.
-        dialogues: Dialogue of each.
 
     Raises:
-        InputError: Utterances of one dialogue would hear the same sound.
+        InputError: Several utterances would hear the whole of one recording.
     """
     paths = [row.line("audio") for row in rows]
-    sounds = [
-        (dialogue, path, row.channel())
-        for dialogue, path, row in zip(dialogues, paths, rows, strict=True)
+    # The same file may be spelled differently.
+    paths = [
+        path if path is None else unicodedata.normalize("NFC", os.path.normpath(path))
+        for path in paths
     ]
+    sounds = [(path, row.channel()) for path, row in zip(paths, rows, strict=True)]
     num_rows, num_same_sound = collections.Counter(paths), collections.Counter(sounds)
     intervals = []
     for row, path, sound in zip(rows, paths, sounds, strict=True):

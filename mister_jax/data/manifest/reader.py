@@ -96,7 +96,7 @@ def read(
     rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
     if not rows:
         raise InputError(f"{path}: no rows; at least one utterance is needed")
-    intervals = audio_intervals(rows, [row.id("dialogue") for row in rows])
+    intervals = audio_intervals(rows)
     notes = _cut_notes(rows, intervals)
     label_map = dict(label_map or {})
     utterances = [
@@ -166,6 +166,7 @@ class _Row(Fields):
             interval: Seconds into the recording where the utterance begins and ends.
             label_map: Names in the file to class names.
         """
+        name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.line("audio")
         if text is None and audio is None:
             self.fail("audio", "missing, and text too; a row needs one of them")
@@ -175,7 +176,7 @@ class _Row(Fields):
         if audio is not None:
             recording = Recording(str(self.folder / audio), *interval, self.channel())
         return Utterance(
-            id=f"{self.id('dialogue')}/{self.id('utterance')}",
+            id=name,
             text=text or "",
             recording=recording,
             label=label if label is None else label_map.get(label, label) or None,
