@@ -50,7 +50,7 @@ def random_splits(
     units = _connected(list(dialogues), groups)
     note = f"dialogues split at random, seed {seed}"
     num_needed = sum(share > 0 for share in shares)
-    if not any(groups.values()):
+    if sum(bool(groups.get(dialogue)) for dialogue in dialogues) <= len(dialogues) / 2:
         if sum(count == 1 for count in dialogues.values()) > len(dialogues) / 2:
             note = (
                 f"WARNING: {note}; most dialogues hold one utterance and nothing says which of "

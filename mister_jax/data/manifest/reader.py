@@ -156,7 +156,7 @@ class _Row(Fields):
             if not isinstance(value, str):
                 metadata[name] = json.dumps(value)
             elif self.text(name) is not None:
-                metadata[name] = value
+                metadata[name] = value.strip()
         return metadata
 
     def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
