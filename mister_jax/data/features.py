@@ -70,7 +70,7 @@ def read_npz(
     Args:
         path: The npz file.
         group_by: Name of the array whose values random splits keep apart; by default `speaker` if
-            the file has it.
+            the file contains it.
         seed: Seed of the random split.
 
     Returns:

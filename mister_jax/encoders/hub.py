@@ -441,13 +441,13 @@ def _check_base_model(
 ) -> None:
     """Warns if an adapter was trained on a base model with another name than the encoder's.
 
-    Only the last part of the name is compared, with the end of any part of the encoder's path, so
-    that a copy or the Hub's cache of the same model is recognized.
+    Only the last part of the name is compared, with each part of the encoder's path, and with the
+    model's name in a folder of the Hub's cache, so that a copy of the same model is recognized.
     """
     base = read_base_model(adapter)
     name = _letters(pathlib.PurePath(base or "").name)
     places = (*directory.resolve().parts, *pathlib.PurePath(str(fields.get("_name_or_path"))).parts)
-    if name and not any(_letters(place).endswith(name) for place in places):
+    if name and name not in {_letters(place.rpartition("--")[2]) for place in places}:
         logging.warning(
             "%s: trained on %s; the encoder is %s. The result is wrong unless both are the same",
             adapter,

@@ -180,6 +180,7 @@ def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
         (None, "any", False),
         ("google-bert/bert-base", "bert-base-uncased", True),
         ("org/another", "bert-base-uncased", True),
+        ("FacebookAI/roberta-base", "xlm-roberta-base", True),
     ],
 )
 def test_an_adapter_of_another_base_is_warned_of(

@@ -73,7 +73,7 @@ def read(
             A name that is mapped to itself is not checked for looking like a mistake.
         check_labels: Refuse labels that look like mistakes. Off where labels are not trained on.
         group_by: Column whose values random splits keep apart, `speaker` or a further column.
-            By default `speaker` where the manifest has it.
+            By default `speaker` if the manifest has that column.
         seed: Seed of the random split.
         shares: Shares of the dialogues in the three splits.
 
