@@ -137,9 +137,10 @@ class FusionTask:
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
         """The task of a work directory, from its config and its `description`."""
+        fields = ConfigDict(description["model"])
+        class_names = tuple(description["class_names"])
         if "standardizers" not in description:
             raise InputError("the work directory is from an older version; train it again")
-        fields = ConfigDict(description["model"])
         model = from_config(MisterEConfig, fields, "the workdir's model")
         encoders = description.get("encoders", {})
         standardizers = {
@@ -150,7 +151,7 @@ class FusionTask:
         }
         return cls(
             config,
-            tuple(description["class_names"]),
+            class_names,
             model,
             encoders,
             standardizers,
