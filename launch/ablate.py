@@ -14,8 +14,8 @@ from rich.console import Console
 
 from configs.fusion import STUDY, VARIANTS
 from launch import TERMINATED, cluster, given_config, run
-from mister_jax.ablate import Variant, ablate
 from mister_jax.errors import InputError
+from mister_jax.evaluation.ablation import Variant, ablate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the study lives")

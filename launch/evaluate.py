@@ -11,9 +11,9 @@ from absl import flags
 from rich.console import Console
 
 from launch import cluster, run
+from mister_jax.console import score_table, study_table
 from mister_jax.errors import InputError
 from mister_jax.evaluate import AS_ZEROS, STUDY, evaluate, missing_modality_study
-from mister_jax.writers import score_table, study_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training")
 _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")

@@ -18,6 +18,7 @@ from absl import flags
 from rich.console import Console
 
 from launch import run
+from mister_jax.console import prediction_table
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
 from mister_jax.data.manifest import reader
 from mister_jax.data.manifest.fields import Fields
@@ -25,7 +26,6 @@ from mister_jax.errors import InputError
 from mister_jax.extract import ENCODER_PARTS
 from mister_jax.outputs import FORMATS, check_output, write_rows
 from mister_jax.predict import is_unusable, load, summarize_notes
-from mister_jax.writers import prediction_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training of MiSTER-E")
 _MANIFEST = flags.DEFINE_string("manifest", None, "a .jsonl or .csv file, see launch.prepare")

@@ -18,12 +18,14 @@ from absl import flags
 from rich.console import Console
 
 from launch import run
-from mister_jax import data, figures, writers
+from mister_jax import console as tables
+from mister_jax import data
 from mister_jax.data.builder import KINDS, Decoding
 from mister_jax.data.inspection import inspect
 from mister_jax.data.prepare import CORPORA, Preparation, prepare_corpus
 from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
 from mister_jax.errors import InputError
+from mister_jax.evaluation import figures
 
 FEATURES = ("features", "synthetic_features")
 
@@ -74,7 +76,7 @@ def main() -> None:
     if _CORPUS.value in FEATURES:
         return _prepare_features(_CORPUS.value, console)
     report = prepare_corpus(_preparation())
-    console.print(writers.corpus_table(report))
+    console.print(tables.corpus_table(report))
     kinds = ("missing", *KINDS)
     for kind in kinds:
         for entry in report[kind][:5]:
@@ -163,7 +165,7 @@ def _prepare_features(corpus: str, console: Console) -> None:
         raise InputError("--source is needed with --corpus=features: an npz file")
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
-    console.print(writers.columns(name, {split: it.summary() for split, it in splits.items()}))
+    console.print(tables.columns(name, {split: it.summary() for split, it in splits.items()}))
     _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
     console.print(f"written to {builder.data_dir}")
 

@@ -10,11 +10,11 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from launch import TERMINATED, cluster, given_config, run
+from mister_jax.console import score_table
 from mister_jax.errors import InputError
 from mister_jax.evaluate import evaluate
 from mister_jax.tasks import seeds
 from mister_jax.train import train
-from mister_jax.writers import score_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the training lives")

@@ -15,26 +15,22 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from mister_jax import figures, metrics, seeds
+from mister_jax import metrics, seeds
 from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.console import Reporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
+from mister_jax.evaluation import figures
+from mister_jax.evaluation.report import Experiment, utterance_texts, write_report
+from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.metrics import mean_and_deviation
 from mister_jax.models import EXPERTS
 from mister_jax.parallel import JitSpread, data_mesh, enough_memory, shardings
-from mister_jax.report import Experiment, utterance_texts, write_report
 from mister_jax.steps import split_model
 from mister_jax.tasks import seeds as seeds_of
 from mister_jax.tasks import task_class
 from mister_jax.train import read_config
-from mister_jax.writers import (
-    Reporter,
-    mean_and_deviation,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_text,
-)
 
 Predictions = dict[str, np.ndarray]
 

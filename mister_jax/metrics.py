@@ -6,7 +6,7 @@ Counts are made on the devices and add up over batches; scores are made of the c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -227,3 +227,9 @@ def interval(values: np.ndarray, level: float = 0.95) -> np.ndarray:
     """The ends [2, ...] of the percentile interval of draws [R, ...]; NaN draws do not count."""
     tail = (1 - level) / 2
     return np.nanquantile(values, [tail, 1 - tail], axis=0)
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Returns the mean and the sample standard deviation, 0 for one value."""
+    array = np.asarray(list(values), float)
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from mister_jax.errors import InputError
-from mister_jax.writers import write_text
+from mister_jax.io import write_text
 
 Row = Mapping[str, Any]
 

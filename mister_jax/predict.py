@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from mister_jax import extract
+from mister_jax.console import Reporter
 from mister_jax.data import UNLABELLED, DialogueFeatures, audio
 from mister_jax.data.clips import is_heard
 from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
@@ -25,7 +26,6 @@ from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictions, Predictor, predicted_rows
 from mister_jax.train import read_config
-from mister_jax.writers import Reporter
 
 # Experts that read each modality.
 _READERS = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mister_jax.writers import mean_and_deviation
+from mister_jax.metrics import mean_and_deviation
 
 SCORES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
 """The scores of `metrics.scores` that are reported for each seed."""

@@ -29,10 +29,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import mister_jax
-from mister_jax import figures, metrics, seeds
+from mister_jax import metrics, seeds
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
+from mister_jax.console import Reporter, parameter_table
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
+from mister_jax.evaluation import figures
+from mister_jax.io import read_json, write_json, write_text
+from mister_jax.metrics import mean_and_deviation
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
 from mister_jax.parallel import (
     ParallelConfig,
@@ -45,15 +49,7 @@ from mister_jax.parallel import (
 from mister_jax.steps import initial_state, train_step, validation_sums
 from mister_jax.tasks import Split, Task, from_config, task_class
 from mister_jax.tasks import seeds as seeds_of
-from mister_jax.writers import (
-    MetricsWriter,
-    Reporter,
-    mean_and_deviation,
-    parameter_table,
-    read_json,
-    write_json,
-    write_text,
-)
+from mister_jax.training.metric_writer import MetricsWriter
 
 # Parts of the config that a resumed run may change: they move no parameter.
 _FREE = ("data.data_dir", "train.log_every", "train.save_every", "parallel")

@@ -12,8 +12,8 @@ from mister_jax import data
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, drop, evaluate, missing_modality_study, scores
+from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
-from mister_jax.writers import read_json_lines
 from tests.test_train import data_dir, finished  # noqa: F401
 
 

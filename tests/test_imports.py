@@ -18,12 +18,12 @@ FILES = sorted(
 # A part may import those of its own row and of the rows below it.
 LAYERS = (
     ("launch", "configs"),
-    ("train", "ablate", "extract", "evaluate", "predict", "export", "benchmark", "report"),
+    ("train", "training", "evaluation", "extract", "evaluate", "predict", "export", "benchmark"),
     ("tasks",),
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
     ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics"),
-    ("errors", "parallel", "optim", "checkpoint", "writers", "outputs", "figures"),
+    ("errors", "parallel", "optim", "checkpoint", "io", "console", "outputs"),
     ("nn",),
 )
 RANK = {part: rank for rank, parts in enumerate(reversed(LAYERS)) for part in parts}

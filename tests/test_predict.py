@@ -19,17 +19,18 @@ import mister_jax
 from configs import fusion
 from mister_jax import data, extract
 from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.console import prediction_table
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 from mister_jax.evaluate import Predictor, evaluate, predicted_rows
+from mister_jax.io import read_json
 from mister_jax.predict import summarize_notes
 from mister_jax.steps import initial_state
 from mister_jax.tasks import FusionTask
 from mister_jax.train import describe, read_config
-from mister_jax.writers import prediction_table, read_json
 from tests.conftest import FILLERS
 
 ROOT = pathlib.Path(__file__).parents[1]

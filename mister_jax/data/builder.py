@@ -22,13 +22,14 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import shuffle
 
+from mister_jax.console import Reporter
 from mister_jax.data import audio
 from mister_jax.data.clips import is_heard
 from mister_jax.data.corpus import Corpus, Dialogue, Utterance
 from mister_jax.data.schema import UNLABELLED
 from mister_jax.data.storage import REPORT, VERSION, quiet, staged
 from mister_jax.errors import InputError
-from mister_jax.writers import Reporter, write_json
+from mister_jax.io import write_json
 
 # TFDS sorts the examples of a split in buckets on disk, but the first gigabyte in memory.
 _SORTED_IN_MEMORY = 64 * 2**20

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from mister_jax.console import Reporter
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
 from mister_jax.parallel import check_shared, enough_memory
-from mister_jax.writers import Reporter
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
 _WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than to compute that

@@ -17,12 +17,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mister_jax import figures, seeds
+from mister_jax import seeds
 from mister_jax.errors import InputError
 from mister_jax.evaluate import evaluate
+from mister_jax.evaluation import figures
+from mister_jax.io import read_json, write_json, write_text
 from mister_jax.tasks import seeds as seeds_of
 from mister_jax.train import check_workdir, train
-from mister_jax.writers import read_json, write_json, write_text
 
 SPLITS = ("validation", "test")
 CHOSEN_BY = "weighted_f1"

@@ -4,8 +4,8 @@
 `template.html`, `style.css` and `script.js`.
 """
 
-from mister_jax.report.page import Experiment, report_html, write_report
-from mister_jax.report.summary import Evaluated, Score, utterance_texts
+from mister_jax.evaluation.report.page import Experiment, report_html, write_report
+from mister_jax.evaluation.report.summary import Evaluated, Score, utterance_texts
 
 __all__ = [
     "Evaluated",

@@ -5,10 +5,10 @@ import io
 
 import pytest
 
-import mister_jax.ablate as ablate_module
+import mister_jax.evaluation.ablation as ablate_module
 from mister_jax import seeds
-from mister_jax.ablate import SPLITS, Variant, ablate, markdown, table_of_values
 from mister_jax.errors import InputError
+from mister_jax.evaluation.ablation import SPLITS, Variant, ablate, markdown, table_of_values
 from mister_jax.train import TrainProgress, train
 from tests.test_train import data_dir, tiny  # noqa: F401
 

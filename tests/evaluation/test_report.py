@@ -13,9 +13,15 @@ import pytest
 from mister_jax import data, metrics
 from mister_jax.data.utterances import Utterances
 from mister_jax.evaluate import scores
-from mister_jax.report import Evaluated, Experiment, report_html, utterance_texts, write_report
-from mister_jax.report.page import dialogue_data, embedded_json
-from mister_jax.report.summary import Bootstrap, calibration, gate_rows, systems
+from mister_jax.evaluation.report import (
+    Evaluated,
+    Experiment,
+    report_html,
+    utterance_texts,
+    write_report,
+)
+from mister_jax.evaluation.report.page import dialogue_data, embedded_json
+from mister_jax.evaluation.report.summary import Bootstrap, calibration, gate_rows, systems
 
 CLASSES = ("anger", "joy", "neutral")
 EXPERIMENT = Experiment(

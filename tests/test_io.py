@@ -6,9 +6,10 @@ import os
 import pytest
 from etils.epath import backend
 
-from mister_jax import figures
 from mister_jax.errors import InputError
-from mister_jax.writers import MetricsWriter, read_json, read_json_lines, write_json
+from mister_jax.evaluation import figures
+from mister_jax.io import read_json, read_json_lines, write_json
+from mister_jax.training.metric_writer import MetricsWriter
 
 
 class Bucket(backend._OsPathBackend):

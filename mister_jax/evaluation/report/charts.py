@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mister_jax.report.summary import Bin, Score
+from mister_jax.evaluation.report.summary import Bin, Score
 
 # Of the two curves: about as wide as a phone, so that their letters keep their size there.
 WIDTH, HEIGHT = 360, 300

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from mister_jax.writers import read_json_lines
+from mister_jax.io import read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

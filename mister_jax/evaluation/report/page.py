@@ -19,14 +19,14 @@ from etils import epath
 import mister_jax
 from mister_jax.checkpoint import BEST
 from mister_jax.errors import InputError
+from mister_jax.evaluation.report import charts, summary
+from mister_jax.evaluation.report.charts import element
+from mister_jax.evaluation.report.summary import DRAWS, Bootstrap, Evaluated, Score, System
+from mister_jax.io import read_json, write_text
 from mister_jax.metrics import OVERALL
-from mister_jax.report import charts, summary
-from mister_jax.report.charts import element
-from mister_jax.report.summary import DRAWS, Bootstrap, Evaluated, Score, System
 from mister_jax.train import read_config
-from mister_jax.writers import read_json, write_text
 
-_HERE = epath.resource_path("mister_jax") / "report"
+_HERE = epath.resource_path("mister_jax") / "evaluation" / "report"
 _TITLES = {
     "weighted_f1": "Weighted F1",
     "macro_f1": "Macro F1",

@@ -1,18 +1,13 @@
-"""Metrics, progress bars, tables, and atomic reading and writing of JSON files."""
+"""Console output: progress bars and tables."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import rich.box
-from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -24,154 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-
-from mister_jax.errors import InputError
-
-
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file atomically."""
-    path = epath.Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a value atomically as readable JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      InputError: The file does not exist, or does not hold a JSON object.
-    """
-    path = epath.Path(path)
-    try:
-        return _object(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such file; needed: what a command has written there"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); needed: a JSON object") from error
-
-
-def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON Lines file.
-
-    Raises:
-      InputError: The file does not exist, or a line is not a JSON object.
-    """
-    path = epath.Path(path)
-    try:
-        # Not splitlines: JSON text may hold the other line separators of Unicode.
-        lines = path.read_text().split("\n")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; needed: JSON Lines") from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); needed: JSON Lines") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(_object(line))
-            except ValueError as error:
-                raise InputError(
-                    f"{path}: line {number}: damaged ({error}); needed: a JSON object"
-                ) from error
-    return rows
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}")
-    return value
-
-
-class _BucketEvents:
-    """A file of TensorBoard events on a bucket; each flush writes it whole."""
-
-    def __init__(self, path: str):
-        self._path = epath.Path(path)
-        self._events = bytearray()
-
-    def write(self, events: bytes) -> None:
-        self._events += events
-
-    def flush(self) -> None:
-        self._path.write_bytes(bytes(self._events))
-
-    def close(self) -> None:
-        self.flush()
-
-
-class _Bucket:
-    """Lets tensorboardX write to `gs://` without a further package."""
-
-    open = _BucketEvents
-
-    @staticmethod
-    def directory_check(path: str) -> None:
-        """Does nothing: a bucket has no directories."""
-
-
-def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
-    # Imported here: tensorboardX imports PyTorch where it is installed, which takes seconds.
-    from tensorboardX import SummaryWriter, record_writer
-
-    record_writer.register_writer_factory("gs", _Bucket())
-    return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
-
-
-class MetricsWriter:
-    """Appends scalars to `workdir/metrics.jsonl` and to TensorBoard files beside it.
-
-    Only the first process writes. A resumed run drops the lines after its checkpoint, which it
-    writes again.
-
-    Args:
-      workdir: Work directory of the training.
-      step: Step of the checkpoint that the run resumes from.
-    """
-
-    def __init__(self, workdir: epath.PathLike, step: int):
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._board = None
-        if jax.process_index() == 0:
-            kept = [line for line in self._lines() if _step(line) <= step]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
-            self._board = _summary_writer(workdir, purge_step=step + 1)
-
-    def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step."""
-        if self._board is None:
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        if self._board is not None:
-            self._board.close()
-
-    def _lines(self) -> Iterable[str]:
-        if not self._path.exists():
-            return
-        # The last one may be cut short where a run was killed, within a character, too.
-        yield from self._path.read_bytes().decode(errors="replace").split("\n")
-
-
-def _step(line: str) -> float:
-    """Returns the step of a line of `metrics.jsonl`, infinity if the line cannot be read."""
-    try:
-        return float(_object(line)["step"])
-    except (KeyError, TypeError, ValueError):
-        return math.inf
 
 
 class Reporter:
@@ -314,12 +161,6 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     if len(experts) > 1:
         table.caption = "below each text: the choice of each expert, and its weight in the mixture"
     return table
-
-
-def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean and the sample standard deviation, 0 for one value."""
-    array = np.asarray(list(values), float)
-    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
 
 
 def columns(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:

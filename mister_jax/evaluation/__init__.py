@@ -1,0 +1,1 @@
+"""Evaluation: scores, missing-modality study, ablation, figures and the HTML report."""

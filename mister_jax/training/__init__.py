@@ -1,0 +1,1 @@
+"""Training: the loop, work directories, checkpoints and metrics."""
