@@ -39,15 +39,15 @@ from ml_collections import ConfigDict, config_dict
 from mister_jax.errors import InputError
 from mister_jax.models import MisterEConfig
 from mister_jax.optim import OptimizerConfig
-from mister_jax.tasks import to_config
+from mister_jax.tasks import config_from_dataclass
 
 _OF_THE_DATA = ("num_classes", "speech_dim", "text_dim")
 
 
 def _released(config: ConfigDict) -> None:
     """The recipe of the released code, at its sizes."""
-    config.model = to_config(MisterEConfig, without=_OF_THE_DATA)
-    config.optimizer = to_config(OptimizerConfig)
+    config.model = config_from_dataclass(MisterEConfig, without=_OF_THE_DATA)
+    config.optimizer = config_from_dataclass(OptimizerConfig)
     config.train.epochs = 100
     config.data.batch_size = 8
     config.data.standardize = "none"
@@ -128,7 +128,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "seed": config_dict.placeholder(int),
         }
     )
-    config.model = to_config(
+    config.model = config_from_dataclass(
         MisterEConfig,
         without=_OF_THE_DATA,
         context_width=128,
@@ -151,7 +151,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0},
         }
     )
-    config.optimizer = to_config(
+    config.optimizer = config_from_dataclass(
         OptimizerConfig,
         name="adamw",
         learning_rate=1e-3,

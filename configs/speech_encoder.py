@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig
-from mister_jax.tasks import to_config
+from mister_jax.tasks import config_from_dataclass
 
 DATASETS = {
     "meld": "meld/clips",
@@ -115,7 +115,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         config.encoder.lora.targets = ("query", "value")
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "mean", "dropout": 0.5})
     config.loss = ConfigDict({"gamma": 2.0})
-    config.optimizer = to_config(
+    config.optimizer = config_from_dataclass(
         OptimizerConfig,
         name="adamw",
         learning_rate=1e-5 if large else 3e-5,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig
-from mister_jax.tasks import to_config
+from mister_jax.tasks import config_from_dataclass
 
 DATASETS = {
     "meld": "meld/text",
@@ -78,7 +78,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
     )
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})
     config.loss = ConfigDict({"gamma": 2.0})
-    config.optimizer = to_config(
+    config.optimizer = config_from_dataclass(
         OptimizerConfig,
         name="adamw",
         learning_rate=1e-5 if large else 5e-5,

@@ -11,9 +11,9 @@ from absl import flags
 from rich.console import Console
 
 from launch import cluster, run
-from mister_jax.console import score_table, study_table
+from mister_jax.console import missing_modality_table, score_table
 from mister_jax.errors import InputError
-from mister_jax.evaluate import AS_ZEROS, STUDY, evaluate, missing_modality_study
+from mister_jax.evaluation.results import AS_ZEROS, STUDY, evaluate, missing_modality_study
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training")
 _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
@@ -61,7 +61,7 @@ def main() -> None:
             **options,
         )
         kind = " as zeros" if _DROP_AS_ZEROS.value else ""
-        console.print(study_table(f"{_SPLIT.value}: missing modalities{kind}", points))
+        console.print(missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points))
         name = AS_ZEROS if _DROP_AS_ZEROS.value else STUDY
         written += [f"{name}.json", f"{name}.png"]
     elif _DROP_AS_ZEROS.value:

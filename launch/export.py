@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launch import run
 from mister_jax.errors import InputError
-from mister_jax.export import export
+from mister_jax.inference.export import export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a fine-tuned encoder")
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write")

@@ -24,8 +24,8 @@ from mister_jax.data.manifest import reader
 from mister_jax.data.manifest.fields import Fields
 from mister_jax.errors import InputError
 from mister_jax.extract import ENCODER_PARTS
+from mister_jax.inference.recognizer import is_unusable, load, summarize_notes
 from mister_jax.outputs import FORMATS, check_output, write_rows
-from mister_jax.predict import is_unusable, load, summarize_notes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training of MiSTER-E")
 _MANIFEST = flags.DEFINE_string("manifest", None, "a .jsonl or .csv file, see launch.prepare")

@@ -165,7 +165,7 @@ def _prepare_features(corpus: str, console: Console) -> None:
         raise InputError("--source is needed with --corpus=features: an npz file")
     name = _NAME.value or corpus
     builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
-    console.print(tables.columns(name, {split: it.summary() for split, it in splits.items()}))
+    console.print(tables.comparison_table(name, {split: it.summary() for split, it in splits.items()}))
     _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
     console.print(f"written to {builder.data_dir}")
 
@@ -173,7 +173,7 @@ def _prepare_features(corpus: str, console: Console) -> None:
 def _inspect(console: Console) -> None:
     seen = inspect(_INSPECT.value or "", _DATA_DIR.value)
     picture = seen.directory / "inspection.png"
-    figures.dataset(seen.class_counts, seen.lengths, seen.seconds, picture)
+    figures.plot_dataset(seen.class_counts, seen.lengths, seen.seconds, picture)
     console.print(f"first dialogue of {seen.name}:")
     for line in seen.first:
         console.print(f"  {line}")

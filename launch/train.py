@@ -12,9 +12,9 @@ from rich.console import Console
 from launch import TERMINATED, cluster, given_config, run
 from mister_jax.console import score_table
 from mister_jax.errors import InputError
-from mister_jax.evaluate import evaluate
-from mister_jax.tasks import seeds
-from mister_jax.train import train
+from mister_jax.evaluation.results import evaluate
+from mister_jax.tasks import config_seeds
+from mister_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the training lives")
@@ -27,7 +27,7 @@ def main() -> int:
     progress = train(config, _WORKDIR.value)
     if not progress.finished:
         return TERMINATED
-    if len(seeds(config)) > 1:
+    if len(config_seeds(config)) > 1:
         found = evaluate(_WORKDIR.value, "validation", quiet=True)
         if jax.process_index() == 0:
             Console().print(score_table("validation", found))

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 
-class Reporter:
+class ProgressReporter:
     """Shows progress: a bar on a terminal, lines elsewhere.
 
     Args:
@@ -48,7 +48,7 @@ class Reporter:
         )
         self._task = self._progress.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> ProgressReporter:
         self._progress.start()
         return self
 
@@ -59,7 +59,7 @@ class Reporter:
         """Reports further units as done."""
         self._progress.update(self._task, advance=amount, description=description)
 
-    def line(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
 
@@ -120,7 +120,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     return table
 
 
-def study_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
+def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
     """Returns the table of a missing-modality study, whose points `evaluate` describes."""
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
@@ -163,7 +163,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     return table
 
 
-def columns(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
+def comparison_table(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
     """Returns a table with a column per key of `values`, and a row per key of its values."""
     table = Table("", *values, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
@@ -182,11 +182,11 @@ def corpus_table(report: Mapping[str, Any]) -> Table:
             "dialogues": f"{values['dialogues']}",
             "utterances": f"{values['utterances']}",
             **{f"  {name}": f"{count}" for name, count in values["classes"].items()},
-            "  unlabelled": f"{values['unlabelled']}",
+            "  unlabeled": f"{values['unlabeled']}",
             "hours of speech": f"{values['hours']:.2f}",
             "without speech": f"{values['without_speech']}",
             "without text": f"{values['without_text']}",
-            "with a text of training": f"{values['texts_of_training']}",
+            "with a text of training": f"{values['train_text_overlap']}",
             "length min / mean / max": f"{least} / {mean:.1f} / {most}",
         }
-    return columns(report["dataset"], cells)
+    return comparison_table(report["dataset"], cells)

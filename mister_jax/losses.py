@@ -320,8 +320,8 @@ def mister_e(
 
     Args:
       output: of `MisterE`.
-      labels: [B, T] int, -1 where unlabelled.
-      mask: true at utterances [B, T] bool. Unlabelled ones count in no part.
+      labels: [B, T] int, -1 where unlabeled.
+      mask: true at utterances [B, T] bool. Unlabeled ones count in no part.
       weights: of the parts.
       gamma: of the focal losses.
       temperature: of the contrastive loss.
@@ -334,16 +334,16 @@ def mister_e(
       "contrastive", "agreement", "gate" (those of experts in use); scalars, float32.
     """
     weights = LossWeights() if weights is None else weights
-    labelled = mask & (labels >= 0)
+    labeled = mask & (labels >= 0)
     parts = {
-        "mixture": focal(output.logits, labels, labelled, gamma=gamma, axis_name=axis_name),
+        "mixture": focal(output.logits, labels, labeled, gamma=gamma, axis_name=axis_name),
     }
     in_use = tuple(index for index, name in enumerate(EXPERTS) if name in experts)
     for index in in_use:
         parts[EXPERTS[index]] = focal(
             output.expert_logits[:, :, index],
             labels,
-            labelled & output.expert_present[..., index],
+            labeled & output.expert_present[..., index],
             gamma=gamma,
             axis_name=axis_name,
         )
@@ -351,14 +351,14 @@ def mister_e(
         parts["contrastive"] = supervised_contrastive(
             jnp.stack([output.speech_repr, output.text_repr]),
             jnp.stack([labels, labels]),
-            labelled & jnp.stack([output.speech_present, output.text_present]),
+            labeled & jnp.stack([output.speech_present, output.text_present]),
             temperature=temperature,
             axis_name=axis_name,
         )
     if len(in_use) > 1:
         parts["agreement"] = expert_agreement(
             output.expert_logits,
-            labelled,
+            labeled,
             output.expert_present,
             experts=in_use,
             axis_name=axis_name,
@@ -367,7 +367,7 @@ def mister_e(
             output.gate,
             output.expert_logits,
             labels,
-            labelled,
+            labeled,
             output.expert_present,
             sharpness=sharpness,
             axis_name=axis_name,

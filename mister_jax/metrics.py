@@ -23,7 +23,7 @@ def confusion_counts(
     """Counts of (label, predicted) pairs.
 
     Args:
-      labels: [...] int, -1 where unlabelled, which does not count.
+      labels: [...] int, -1 where unlabeled, which does not count.
       predicted: [...] int.
       mask: positions that count [...] bool.
       num_classes: C.

@@ -26,7 +26,8 @@ import jax
 import numpy as np
 import pytest
 
-from mister_jax import MisterEConfig, parallel
+from mister_jax import MisterEConfig
+from mister_jax.parallel import partitioning
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -53,14 +54,14 @@ def pytest_configure(config):
 
 # To compile for eight devices and to feed them takes twice as long as one, and most tests are not
 # about that.
-parallel.job_devices = lambda: jax.devices()[:1]
+partitioning.job_devices = lambda: jax.devices()[:1]
 
 
 def _spread_over_devices(request):
     """Work is spread over all eight devices in what is marked so, in all else over one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("devices"):
-            patch.setattr(parallel, "job_devices", jax.devices)
+            patch.setattr(partitioning, "job_devices", jax.devices)
         yield
 
 
@@ -131,7 +132,7 @@ def make_batch(tiny_config):
         speech_present = mask & (random.random(mask.shape) < 0.7)
         text_present = mask & ((random.random(mask.shape) < 0.7) | ~speech_present)
         label = random.integers(tiny_config.num_classes, size=mask.shape)
-        labelled = mask & (random.random(mask.shape) < 0.9)
+        labeled = mask & (random.random(mask.shape) < 0.9)
 
         def vectors(width):
             return random.normal(size=(*mask.shape, width)).astype(np.float32)
@@ -142,7 +143,7 @@ def make_batch(tiny_config):
             "mask": mask,
             "speech_present": speech_present,
             "text_present": text_present,
-            "label": np.where(labelled, label, -1).astype(np.int32),
+            "label": np.where(labeled, label, -1).astype(np.int32),
         }
 
     return make
@@ -367,10 +368,9 @@ def salmonn_options(tmp_path_factory, llama_folder):
     """Where the four checkpoints of a tiny SALMONN of 1 s are. Tests do not change them."""
     from flax import nnx
 
-    from mister_jax.convert import beats, salmonn
     from mister_jax.convert.key_table import save_params
     from mister_jax.convert.safetensors import save
-    from mister_jax.encoders import hub
+    from mister_jax.encoders import beats, hub, salmonn
     from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
     from mister_jax.nn.lora import LoRAConfig
 

@@ -12,9 +12,9 @@ from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEConfig
 from mister_jax.models.utterance import UtteranceConfig
 from mister_jax.optim import OptimizerConfig
-from mister_jax.parallel import ParallelConfig
-from mister_jax.tasks import FusionTask, from_config
-from mister_jax.train import TrainConfig
+from mister_jax.parallel.partitioning import ParallelConfig
+from mister_jax.tasks import FusionTask, dataclass_from_config
+from mister_jax.training.loop import TrainConfig
 
 FILES = sorted(
     path.stem
@@ -25,16 +25,16 @@ FILES = sorted(
 
 def check(config):
     sizes = {"num_classes": 3, "speech_dim": 6, "text_dim": 7}
-    model = from_config(MisterEConfig, config.model, "model", **sizes)
+    model = dataclass_from_config(MisterEConfig, config.model, "model", **sizes)
     FusionTask(config, ("a", "b", "c"), model)
     check_training(config)
     return model
 
 
 def check_training(config):
-    from_config(OptimizerConfig, config.optimizer, "optimizer")
-    from_config(ParallelConfig, config.parallel, "parallel")
-    from_config(TrainConfig, config.train, "train")
+    dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
+    dataclass_from_config(ParallelConfig, config.parallel, "parallel")
+    dataclass_from_config(TrainConfig, config.train, "train")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -44,7 +44,7 @@ def test_default_of_every_file_loads(name):
         check(config)
     else:  # What its task needs more, tests of the task try.
         check_training(config)
-        from_config(UtteranceConfig, config.head, "head", num_classes=3)
+        dataclass_from_config(UtteranceConfig, config.head, "head", num_classes=3)
 
 
 @pytest.mark.parametrize("variant", fusion.VARIANTS)
@@ -80,8 +80,8 @@ def test_without_context_an_expert_reads_each_utterance_by_itself():
 def test_paper_is_the_released_recipe():
     config = fusion.get_config("any,paper")
     sizes = {"num_classes": 6, "speech_dim": 2048, "text_dim": 2048}
-    assert from_config(MisterEConfig, config.model, "model", **sizes) == MisterEConfig.paper()
-    made = from_config(OptimizerConfig, config.optimizer, "optimizer")
+    assert dataclass_from_config(MisterEConfig, config.model, "model", **sizes) == MisterEConfig.paper()
+    made = dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
     assert made == OptimizerConfig()
 
 

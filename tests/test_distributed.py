@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from absl import flags
 
-import mister_jax.train as train_module
+import mister_jax.training.loop as train_module
 from launch import TERMINATED, cluster, run
 from mister_jax import data
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, evaluate
+from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.extract import PretrainedText, extract
-from mister_jax.train import train
+from mister_jax.training.loop import train
 from tests.test_train import records, tiny
 
 HEARTBEAT_TIMEOUT = 15

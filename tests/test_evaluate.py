@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from mister_jax import data
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, drop, evaluate, missing_modality_study, scores
+from mister_jax.evaluation.results import Predictor, drop, evaluate, missing_modality_study, scores
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
 from tests.test_train import data_dir, finished  # noqa: F401
@@ -64,7 +64,7 @@ def test_validation_score_is_that_of_the_training(finished, evaluated):  # noqa:
 @pytest.mark.devices
 def test_devices_do_not_change_predictions(finished, evaluated):  # noqa: F811
     predictor = Predictor(finished)
-    assert predictor.spread.num_shards == 8
+    assert predictor.partitioner.num_shards == 8
     found = predictor(predictor.task.features("test"), quiet=True)
     told = [row for row in rows(evaluated) if row["split"] == "test"]
     gate = [[row["gate"][name] for name in EXPERTS] for row in told]

@@ -14,11 +14,11 @@ from mister_jax import extract
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hub, speech
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor
-from mister_jax.export import export
+from mister_jax.evaluation.results import Predictor
+from mister_jax.inference.export import export
 from mister_jax.io import write_json
-from mister_jax.steps import split_model
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
+from mister_jax.training.steps import split_model
 
 IDS = np.array([[1, 5, 6, 7, 8], [1, 9, 4, 0, 0]])
 MASK = IDS > 0

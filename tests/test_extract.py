@@ -11,7 +11,7 @@ from absl import logging
 from flax import nnx
 
 from configs import text_encoder
-from mister_jax import data, extract, parallel
+from mister_jax import data, extract
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
@@ -21,12 +21,13 @@ from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.text import encode_texts
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor
+from mister_jax.evaluation.results import Predictor
 from mister_jax.extract import features as features_module
 from mister_jax.extract.features import plan
 from mister_jax.nn import masked_mean
-from mister_jax.parallel import Program
-from mister_jax.train import train
+from mister_jax.parallel import partitioning
+from mister_jax.parallel.partitioning import Program
+from mister_jax.training.loop import train
 from tests.tasks.test_speech_encoder import WAVLM
 
 SPEECH, TEXT = "manifest/heard", "manifest/spoken"
@@ -141,10 +142,10 @@ def test_features_depend_on_neither_batch_nor_padding(kind, request):
 @pytest.mark.parametrize("kind", ["whisper", "bert"])
 def test_devices_do_not_change_features(kind, request, monkeypatch):
     alone = request.getfixturevalue(f"by_{kind}")
-    monkeypatch.setattr(parallel, "job_devices", jax.devices)
+    monkeypatch.setattr(partitioning, "job_devices", jax.devices)
     folder = request.getfixturevalue(f"{kind}_folder")
     spread = type(alone)(str(folder), **alone.identity()["options"])
-    assert (alone.spread.num_shards, spread.spread.num_shards) == (1, 8)
+    assert (alone.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
     utterances = some_clips() if alone.modality == "speech" else some_texts()
     ours, theirs = (extract.features_of(encoder, utterances)[0] for encoder in (spread, alone))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -153,7 +154,7 @@ def test_devices_do_not_change_features(kind, request, monkeypatch):
 @pytest.mark.devices
 def test_devices_do_not_change_prosody(by_prosody):
     spread = extract.ProsodyEncoder(max_seconds=0.5)
-    assert (by_prosody.spread.num_shards, spread.spread.num_shards) == (1, 8)
+    assert (by_prosody.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
     ours, theirs = (
         extract.features_of(encoder, some_clips(), budget=4)[0] for encoder in (spread, by_prosody)
     )

@@ -9,7 +9,7 @@ from etils.epath import backend
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
 from mister_jax.io import read_json, read_json_lines, write_json
-from mister_jax.training.metric_writer import MetricsWriter
+from mister_jax.training.metric_writer import MetricWriter
 
 
 class Bucket(backend._OsPathBackend):
@@ -43,7 +43,7 @@ def test_metrics_events_and_pictures_go_to_a_bucket(bucket):
     workdir = "gs://bucket"
     scores = {"validation/weighted_f1": 0.5, "validation/macro_f1": 0.4, "validation/accuracy": 0.6}
     for start in (0, 1):  # the second run has lost step 2
-        writer = MetricsWriter(workdir, start)
+        writer = MetricWriter(workdir, start)
         for step in (start + 1, start + 2):
             writer(step, {"train/loss": 1 / step, **scores})
         writer.close()
@@ -63,7 +63,7 @@ def test_a_line_that_was_cut_short_goes_with_the_next_run(tmp_path):
     cut = '{"step": 2, "na\N{LATIN SMALL LETTER E WITH ACUTE}'.encode()[:-1]
     for end in (cut, b'{"step": 2, "loss": {}', b"{}", b"\x00\x00"):
         path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + end)
-        MetricsWriter(tmp_path, 3).close()
+        MetricWriter(tmp_path, 3).close()
         assert read_json_lines(path) == [{"step": 1, "loss": 0.5}]
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mister_jax import MisterE, MisterEOutput, losses
-from mister_jax.steps import mister_e_loss
+from mister_jax.training.steps import mister_e_loss
 
 CLASSES, WIDTH, EXPERTS = 4, 5, 3
 TINY = 1e-300
@@ -85,25 +85,25 @@ def batch():
         "expert_mask": random.random((8, 6, EXPERTS)) < 0.7,
         "label": label.astype(np.int32),
         "mask": mask,
-        "labelled": mask & (label >= 0),
+        "labeled": mask & (label >= 0),
     }
 
 
 def focal_of(batch, **options):
     return losses.focal(
-        batch["expert_logits"][:, :, 0], batch["label"], batch["labelled"], **options
+        batch["expert_logits"][:, :, 0], batch["label"], batch["labeled"], **options
     )
 
 
 def contrastive_of(batch, **options):
     return losses.supervised_contrastive(
-        batch["representations"], batch["label"], batch["labelled"], **options
+        batch["representations"], batch["label"], batch["labeled"], **options
     )
 
 
 def agreement_of(batch, **options):
     return losses.expert_agreement(
-        batch["expert_logits"], batch["labelled"], batch["expert_mask"], **options
+        batch["expert_logits"], batch["labeled"], batch["expert_mask"], **options
     )
 
 
@@ -112,7 +112,7 @@ def responsibility_of(batch, **options):
         batch["gate"],
         batch["expert_logits"],
         batch["label"],
-        batch["labelled"],
+        batch["labeled"],
         batch["expert_mask"],
         **options,
     )
@@ -140,7 +140,7 @@ def assert_finite(tree):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.0])
 def test_focal_equals_its_definition(batch, gamma):
     expected = numpy_focal(
-        batch["expert_logits"][:, :, 0], batch["label"], batch["labelled"], gamma
+        batch["expert_logits"][:, :, 0], batch["label"], batch["labeled"], gamma
     )
     assert float(focal_of(batch, gamma=gamma)) == pytest.approx(expected, rel=1e-5)
 
@@ -162,7 +162,7 @@ def test_focal_refuses_negative_gamma(batch):
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0, 10.0])
 def test_contrastive_equals_its_definition(batch, temperature):
     expected = numpy_supervised_contrastive(
-        batch["representations"], batch["label"], batch["labelled"], temperature
+        batch["representations"], batch["label"], batch["labeled"], temperature
     )
     ours = contrastive_of(batch, temperature=temperature)
     assert float(ours) == pytest.approx(expected, rel=2e-5)
@@ -198,7 +198,7 @@ def test_contrastive_does_not_hang_on_lengths(batch):
 @pytest.mark.parametrize("experts", [(0, 1, 2), (0, 2)])
 def test_agreement_equals_its_definition(batch, experts):
     expected = numpy_expert_agreement(
-        batch["expert_logits"], batch["labelled"], batch["expert_mask"], experts
+        batch["expert_logits"], batch["labeled"], batch["expert_mask"], experts
     )
     assert float(agreement_of(batch, experts=experts)) == pytest.approx(expected, rel=1e-5)
 
@@ -214,7 +214,7 @@ def test_experts_of_one_mind_agree(batch):
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 5.0])
 def test_responsibility_equals_its_definition(batch, sharpness):
-    names = ("gate", "expert_logits", "label", "labelled", "expert_mask")
+    names = ("gate", "expert_logits", "label", "labeled", "expert_mask")
     expected = numpy_gate_responsibility(*(batch[name] for name in names), sharpness)
     ours = responsibility_of(batch, sharpness=sharpness)
     assert float(ours) == pytest.approx(expected, rel=1e-5)
@@ -248,7 +248,7 @@ def test_responsibility_refuses_negative_sharpness(batch):
 @EACH_LOSS
 def test_values_outside_the_mask_reach_neither_loss_nor_gradient(batch, loss):
     value, gradients = value_and_gradients(loss, batch)
-    outside = ~batch["labelled"]
+    outside = ~batch["labeled"]
     for garbage in (np.nan, np.inf, 1e30):
         dirty = {name: batch[name].copy() for name in (*FLOATS, "label")}
         for name in FLOATS:
@@ -276,7 +276,7 @@ def test_zero_representations_and_equal_logits_have_finite_gradients(batch, loss
 
 @EACH_LOSS
 def test_a_batch_without_labels_or_utterances_has_no_loss(batch, loss):
-    nothing = batch | {"labelled": np.zeros_like(batch["mask"])}
+    nothing = batch | {"labeled": np.zeros_like(batch["mask"])}
     value, gradients = value_and_gradients(loss, nothing)
     assert value == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
@@ -293,7 +293,7 @@ def test_short_and_long_dialogues_have_finite_losses(loss, utterances):
         "representations": random.normal(size=(1, utterances, WIDTH)),
         "expert_mask": np.ones((1, utterances, EXPERTS), bool),
         "label": random.integers(CLASSES, size=mask.shape),
-        "labelled": mask,
+        "labeled": mask,
     }
     value, gradients = value_and_gradients(loss, dialogue)
     assert_finite((value, gradients))
@@ -449,7 +449,7 @@ def test_a_step_with_huge_bfloat16_logits_has_finite_gradients(extreme, tiny_con
     assert found[0][1]["mixture"] > 1000
 
 
-@pytest.mark.parametrize("field", ["label", "labelled"])
+@pytest.mark.parametrize("field", ["label", "labeled"])
 @pytest.mark.parametrize("loss", [focal_of, contrastive_of])
 def test_labels_and_masks_of_other_positions_are_refused(batch, loss, field):
     with pytest.raises(AssertionError, match="shape"):

@@ -13,20 +13,19 @@ from mister_jax.errors import InputError
 from mister_jax.losses import LossWeights
 from mister_jax.metrics import confusion_counts
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import (
-    JitSpread,
+from mister_jax.parallel.partitioning import (
+    JitPartitioner,
     ParallelConfig,
-    PmapSpread,
+    PmapPartitioner,
     data_mesh,
     shardings,
-    spread,
 )
-from mister_jax.steps import (
+from mister_jax.training.steps import (
     initial_state,
+    make_eval_step,
+    make_train_step,
     mister_e_loss,
     read_dialogues,
-    train_step,
-    validation_sums,
 )
 
 pytestmark = pytest.mark.devices
@@ -79,18 +78,18 @@ def transformation():
 
 def spreads(count):
     devices = jax.devices()[:count]
-    return {"jit": JitSpread(data_mesh(devices=devices)), "pmap": PmapSpread(devices)}
+    return {"jit": JitPartitioner(data_mesh(devices=devices)), "pmap": PmapPartitioner(devices)}
 
 
 def run(spread, task, transformation, batch, steps=2):
     """States and metrics after some steps, and the sums of a validation."""
     graph, state = initial_state(task, transformation, seed=0)
-    step = spread.program_of_step(train_step(task, graph, transformation))
+    step = spread.compile_step(make_train_step(task, graph, transformation))
     placed, batch = spread.put_state(state), spread.put_batch(batch)
     for _ in range(steps):
         placed, metrics = step(placed, batch)
-    sums = spread.program_of_reader(validation_sums(task, graph))(placed, batch)
-    return jax.device_get((spread.take_state(placed), metrics, sums))
+    sums = spread.compile_eval(make_eval_step(task, graph))(placed, batch)
+    return jax.device_get((spread.get_state(placed), metrics, sums))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def assert_same(found, expected):
 def test_later_steps_are_not_compiled_anew(task, transformation, batch, backend):
     spread = spreads(2)[backend]
     graph, state = initial_state(task, transformation, seed=0)
-    step = spread.program_of_step(train_step(task, graph, transformation))
+    step = spread.compile_step(make_train_step(task, graph, transformation))
     placed, batch = spread.put_state(state), spread.put_batch(batch)
     placed, _ = step(placed, batch)
     compiled = []
@@ -159,7 +158,7 @@ def test_rules_shard_parameters_and_their_moments(task, transformation):
 
 
 def test_sharded_parameters_train_as_replicated_ones(task, transformation, batch, alone):
-    spread = JitSpread(data_mesh(2), [(r"fusion/hidden/kernel$", (None, "model"))])
+    spread = JitPartitioner(data_mesh(2), [(r"fusion/hidden/kernel$", (None, "model"))])
     state, metrics, _ = run(spread, task, transformation, batch)
     np.testing.assert_allclose(metrics["loss"], alone[1]["loss"], rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(alone[0]), strict=True):
@@ -186,7 +185,7 @@ def test_devices_that_cannot_be_shared_out_are_refused():
 
 def test_a_copy_of_the_parameters_that_devices_cannot_hold_is_refused():
     with pytest.raises(InputError, match="model_parallelism=3; allowed are divisors of the 8"):
-        spread(ParallelConfig(model_parallelism=3))
+        make_partitioner(ParallelConfig(model_parallelism=3))
 
 
 @pytest.mark.parity

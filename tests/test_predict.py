@@ -25,12 +25,12 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, evaluate, predicted_rows
+from mister_jax.evaluation.results import Predictor, evaluate, predicted_rows
+from mister_jax.inference.recognizer import summarize_notes
 from mister_jax.io import read_json
-from mister_jax.predict import summarize_notes
-from mister_jax.steps import initial_state
 from mister_jax.tasks import FusionTask
-from mister_jax.train import describe, read_config
+from mister_jax.training.loop import describe, read_config
+from mister_jax.training.steps import initial_state
 from tests.conftest import FILLERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -412,7 +412,7 @@ def test_the_table_reads_well_at_80_columns(system):
 
 def test_importing_the_library_does_not_import_what_predicts():
     assert callable(mister_jax.load) and "load" in mister_jax.__all__
-    code = "import sys, mister_jax; print('mister_jax.predict' in sys.modules)"
+    code = "import sys, mister_jax; print('mister_jax.inference.recognizer' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n"
     with pytest.raises(AttributeError, match="no attribute 'laod'"):

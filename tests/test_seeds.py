@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from mister_jax import seeds
+from mister_jax import multi_seed
 from mister_jax.checkpoint import LATEST, Checkpoints
-from mister_jax.evaluate import Predictor, evaluate
+from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.optim import evaluated_params
-from mister_jax.parallel import PmapSpread
-from mister_jax.steps import initial_state, train_step
-from mister_jax.train import train
+from mister_jax.parallel.partitioning import PmapPartitioner
+from mister_jax.training.loop import train
+from mister_jax.training.steps import initial_state, make_train_step
 from tests.test_parallel import TinyTask
 from tests.test_train import (  # noqa: F401
     assert_same_bits,
@@ -89,18 +89,18 @@ def test_a_step_of_two_seeds_by_pmap_is_that_of_each(tiny_config, make_batch):
     # The expert whose loss looks across devices.
     model = dataclasses.replace(tiny_config, experts=("fusion",), fusion_dropout=0.2)
     task, transformation = TinyTask(model), optax.adam(1e-2)
-    spreading = PmapSpread()
+    partitioner = PmapPartitioner()
     made = [initial_state(task, transformation, seed) for seed in SEEDS]
     graph, states = made[0][0], [state for _, state in made]
-    step = train_step(task, graph, transformation)
-    batch = spreading.put_batch(make_batch([5, 1, 3, 0, 2, 5, 4, 1]))
+    step = make_train_step(task, graph, transformation)
+    batch = partitioner.put_batch(make_batch([5, 1, 3, 0, 2, 5, 4, 1]))
 
     def updated(state, count):
-        program = spreading.program_of_step(seeds.over_seeds(step, count))
-        following, found = program(spreading.put_state(state), batch)
-        return jax.device_get((spreading.take_state(following)["params"], found))
+        program = partitioner.compile_step(multi_seed.vmap_over_seeds(step, count))
+        following, found = program(partitioner.put_state(state), batch)
+        return jax.device_get((partitioner.get_state(following)["params"], found))
 
-    ours = seeds.split(updated(seeds.join(states), 2), 2)
+    ours = multi_seed.unstack_seeds(updated(multi_seed.stack_seeds(states), 2), 2)
     for own, state in zip(ours, states, strict=True):
         for value, theirs in zip(
             jax.tree.leaves(own), jax.tree.leaves(updated(state, 1)), strict=True
@@ -150,7 +150,7 @@ def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, m
     predictor = Predictor(tmp_path)
     assert predictor.progress == {"epoch": [2, 3], "weighted_f1": [0.4, 0.6], **predicted_lists}
     for index, epoch in enumerate(progress.best_epochs):
-        expected = jax.tree.leaves(seeds.split(after[epoch], 2)[index])
+        expected = jax.tree.leaves(multi_seed.unstack_seeds(after[epoch], 2)[index])
         for value, kept in zip(
             expected, jax.tree.leaves(predictor.params[index]["trained"]), strict=True
         ):
@@ -164,7 +164,7 @@ def test_an_ensemble_averages_the_mixture_and_its_experts_alike():
         np.array([[[0.3, 0.4, 0.3]]]),
         np.array([[[0.3, 0.4, 0.3]]]),
     ]
-    ensemble = seeds.ensemble(
+    ensemble = multi_seed.ensemble(
         [
             {
                 "probabilities": probabilities[:, 0],
@@ -188,6 +188,6 @@ def test_the_only_expert_of_several_seeds_scores_as_the_mixture(together, tmp_pa
 def test_of_one_seed_nothing_is_changed():
     tree = {"a": np.ones(3)}
     function = lambda state, batch, axis_name: state  # noqa: E731
-    assert seeds.join([tree]) is tree and seeds.split(tree, 1) == [tree]
-    assert seeds.over_seeds(function, 1) is function
-    assert seeds.ensemble([tree]) == tree
+    assert multi_seed.stack_seeds([tree]) is tree and multi_seed.unstack_seeds(tree, 1) == [tree]
+    assert multi_seed.vmap_over_seeds(function, 1) is function
+    assert multi_seed.ensemble([tree]) == tree

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 import pytest
 
-import mister_jax.train as train_module
+import mister_jax.training.loop as train_module
 from configs import fusion
 from mister_jax import data
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.errors import InputError
-from mister_jax.parallel import JitSpread, data_mesh
-from mister_jax.train import TrainingDiverged, train
+from mister_jax.parallel.partitioning import JitPartitioner, data_mesh
+from mister_jax.training.loop import TrainingDiverged, train
 
 
 @pytest.fixture(scope="session")
@@ -262,7 +262,7 @@ class Interrupted(Exception):
 def test_a_run_of_eight_devices_goes_on_with_one(data_dir, undisturbed, tmp_path, monkeypatch):
     def on_devices(number):
         mesh = data_mesh(devices=jax.devices()[:number])
-        monkeypatch.setattr(train_module, "spread", lambda *_: JitSpread(mesh))
+        monkeypatch.setattr(train_module, "spread", lambda *_: JitPartitioner(mesh))
 
     def save_and_fall(*arguments):
         save(*arguments)
@@ -399,7 +399,7 @@ def test_a_dataset_without_a_validation_to_judge_by_is_refused(
 def test_nothing_is_compiled_after_the_first_step(data_dir, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     # Traced once for each of two shapes; the later epochs, the validations and saves add nothing.
-    for name, shapes in (("train_step", 2), ("validation_sums", 2)):
+    for name, shapes in (("make_train_step", 2), ("make_eval_step", 2)):
         make = getattr(train_module, name)
 
         def counted(*arguments, make=make, shapes=shapes):
@@ -432,7 +432,7 @@ def test_a_truncated_checkpoint_is_named(data_dir, tmp_path, kind):
     (step,) = (tmp_path / "checkpoints" / kind).iterdir()
     for path in step.rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
-    from mister_jax.evaluate import Predictor
+    from mister_jax.evaluation.results import Predictor
 
     with pytest.raises(InputError, match=f"{kind}/{step.name}: the checkpoint is damaged") as error:
         if kind == LATEST:

@@ -28,8 +28,8 @@ from mister_jax.benchmark.libraries import Training
 from mister_jax.benchmark.report import Row
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, data_mesh, shardings
-from mister_jax.steps import initial_state, train_step
+from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, shardings
+from mister_jax.training.steps import initial_state, make_train_step
 
 Tell = Callable[[str], None]
 
@@ -65,12 +65,12 @@ def tpu_topologies(named: str) -> dict[str, list[jax.Device]]:
     return found
 
 
-def placed_state(spread: JitSpread, state: Any) -> Any:
+def placed_state(spread: JitPartitioner, state: Any) -> Any:
     """Shapes of a state, each with the sharding that `put_state` would give it."""
     return jax.tree.map(_placed, state, shardings(state, spread.mesh, spread.rules))
 
 
-def placed_batch(spread: JitSpread, batch: Any) -> Any:
+def placed_batch(spread: JitPartitioner, batch: Any) -> Any:
     """Shapes of a global batch, its rows spread over the devices."""
     return jax.tree.map(lambda value: _placed(value, spread.rows), batch)
 
@@ -225,7 +225,7 @@ def compile_for_tpus(
 
 
 def _compile_step(config: BenchmarkConfig, devices: Sequence[jax.Device]) -> Row:
-    spread = JitSpread(data_mesh(1, devices))
+    spread = JitPartitioner(data_mesh(1, devices))
     task = Training(config)
     transformation = optimizer(OptimizerConfig(), total_steps=1)
     graph, state = abstract_state(lambda: initial_state(task, transformation, seed=0))
@@ -235,7 +235,7 @@ def _compile_step(config: BenchmarkConfig, devices: Sequence[jax.Device]) -> Row
         for name, value in one.items()
     }
     return compile_ahead(
-        spread.program_of_step(train_step(task, graph, transformation)).function,
+        spread.compile_step(make_train_step(task, graph, transformation)).function,
         placed_state(spread, state),
         placed_batch(spread, batch),
         devices,

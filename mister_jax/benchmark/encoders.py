@@ -28,9 +28,9 @@ from mister_jax.benchmark.chips import CHIPS
 from mister_jax.benchmark.flops import program_flops
 from mister_jax.benchmark.measure import measure, repeated
 from mister_jax.benchmark.report import PREDICTED, Row
-from mister_jax.encoders.audio import SAMPLE_RATE
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
@@ -39,8 +39,15 @@ from mister_jax.models.utterance import UtteranceOutput
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, Reader, Step, data_mesh, enough_memory, shardings
-from mister_jax.steps import initial_state, train_step
+from mister_jax.parallel.partitioning import (
+    JitPartitioner,
+    Reader,
+    Step,
+    data_mesh,
+    explain_oom,
+    shardings,
+)
+from mister_jax.training.steps import initial_state, make_train_step
 
 Batch = dict[str, np.ndarray]
 
@@ -52,7 +59,7 @@ _TRANSFORMATION = optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), to
 
 
 class Tuning:
-    """LoRA fine-tuning of an encoder, as `steps.train_step` needs it. Subclasses know the model."""
+    """LoRA fine-tuning of an encoder, as `steps.make_train_step` needs it. Subclasses know the model."""
 
     rows: int
     """Of a batch on one device that uses it well."""
@@ -187,7 +194,7 @@ class Program(NamedTuple):
     model_flops: float
 
 
-def programs(encoder: str, length: int, spread: JitSpread, rows: int) -> dict[str, Program]:
+def programs(encoder: str, length: int, spread: JitPartitioner, rows: int) -> dict[str, Program]:
     """Both programs of an encoder by name, for batches of `rows`."""
     tuning = tuning_of(encoder, length, remat="full")
     graph, state = abstract_state(lambda: _initial(tuning))
@@ -195,8 +202,8 @@ def programs(encoder: str, length: int, spread: JitSpread, rows: int) -> dict[st
     read = {name: state[name] for name in ("params", "frozen")}
     step_flops, extract_flops = _model_flops(tuning_of(encoder, length, remat="none"))
     return {
-        TUNING_STEP: Program(spread.program_of_step(step).function, state, rows * step_flops),
-        EXTRACTION: Program(spread.program_of_reader(extract).function, read, rows * extract_flops),
+        TUNING_STEP: Program(spread.compile_step(step).function, state, rows * step_flops),
+        EXTRACTION: Program(spread.compile_eval(extract).function, read, rows * extract_flops),
     }
 
 
@@ -210,7 +217,7 @@ def _functions(tuning: Tuning, graph: Any) -> tuple[Step, Reader]:
         model = nnx.merge(graph, state["params"], state["frozen"])
         return tuning.read(model, batch).feature
 
-    return train_step(tuning, graph, _TRANSFORMATION), extract
+    return make_train_step(tuning, graph, _TRANSFORMATION), extract
 
 
 def _model_flops(tuning: Tuning) -> list[float]:
@@ -249,19 +256,19 @@ def tuning_of(encoder: str, length: int, **options: Any) -> Tuning:
     return ENCODERS[encoder](length, dtype="bfloat16", param_dtype="bfloat16", **options)
 
 
-def _spread(devices: Sequence[jax.Device], model_parallelism: int) -> JitSpread:
+def _spread(devices: Sequence[jax.Device], model_parallelism: int) -> JitPartitioner:
     if model_parallelism < 1 or len(devices) % model_parallelism:
         raise InputError(
             f"model_parallelism {model_parallelism}; allowed are divisors of the {len(devices)} "
             "devices"
         )
     if len(devices) == 1:
-        return JitSpread(data_mesh(1, devices))
+        return JitPartitioner(data_mesh(1, devices))
     # The rules stand where encoders are loaded, which needs the Hugging Face libraries; a machine
     # of one accelerator may lack them.
     from mister_jax.encoders.hub import RULES
 
-    return JitSpread(data_mesh(model_parallelism, devices), RULES)
+    return JitPartitioner(data_mesh(model_parallelism, devices), RULES)
 
 
 def _rows_of(tuning: Tuning, rows: int) -> int:
@@ -343,7 +350,7 @@ def run(encoder: str, *, length: int = 128, rows: int = 0, steps: int = 3) -> li
     spread = _spread(jax.devices(), 1)
     both = programs(encoder, length, spread, rows)
     placed = shardings(both[TUNING_STEP].state, spread.mesh, spread.rules)
-    with enough_memory(encoder, f"batches of {rows} rows", "a smaller --rows"):
+    with explain_oom(encoder, f"batches of {rows} rows", "a smaller --rows"):
         batch = spread.put_batch(tuning.batch(rows))
         # Made where it belongs: no one device need hold all of it.
         state = jax.jit(lambda: _initial(tuning)[1], out_shardings=placed)()

@@ -17,8 +17,8 @@ from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, PmapSpread, Spread, data_mesh
-from mister_jax.steps import initial_state, mister_e_loss, read_dialogues, train_step
+from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, PmapPartitioner, data_mesh
+from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss, read_dialogues
 
 
 class Training:
@@ -44,25 +44,25 @@ class Ours:
     name = "mister_jax"
 
     def __init__(self, config: BenchmarkConfig):
-        self.spread = _spread(config)
+        self.partitioner = _spread(config)
         task = Training(config)
         transformation = optimizer(OptimizerConfig(), total_steps=1)
         graph, state = initial_state(task, transformation, seed=0)
-        self._state = self.spread.put_state(state)
-        self._step = self.spread.program_of_step(train_step(task, graph, transformation))
+        self._state = self.partitioner.put_state(state)
+        self._step = self.partitioner.compile_step(make_train_step(task, graph, transformation))
 
         def read(state, batch, axis_name):
             output = read_dialogues(nnx.merge(graph, state["params"]), batch)
             return output.logits, output.gate
 
-        self._reader = self.spread.program_of_reader(read)
+        self._reader = self.partitioner.compile_eval(read)
 
     def train(self, batches: Sequence[Batch]) -> Run:
         """Takes a step on each batch; the batches come from the host."""
 
         def epoch() -> Any:
             metrics = None
-            for batch in prefetch_to_device(batches, self.spread.put_batch):
+            for batch in prefetch_to_device(batches, self.partitioner.put_batch):
                 self._state, metrics = self._step(self._state, batch)
             return metrics, self._state["step"]
 
@@ -70,7 +70,7 @@ class Ours:
 
     def train_on(self, batch: Batch) -> Run:
         """Takes a step on a batch that is on the devices."""
-        placed = self.spread.put_batch(batch)
+        placed = self.partitioner.put_batch(batch)
 
         def step() -> Any:
             self._state, metrics = self._step(self._state, placed)
@@ -80,7 +80,7 @@ class Ours:
 
     def infer_on(self, batch: Batch) -> Run:
         """Reads a batch that is on the devices."""
-        placed = self.spread.put_batch(batch)
+        placed = self.partitioner.put_batch(batch)
         return repeated(lambda: self._reader(self._state, placed))
 
     def memory(self) -> float | None:
@@ -175,9 +175,9 @@ class Torch:
         return self._torch.cuda.max_memory_allocated() / 2**20
 
 
-def _spread(config: BenchmarkConfig) -> Spread:
+def _spread(config: BenchmarkConfig) -> Partitioner:
     devices = devices_of(config)
-    return PmapSpread(devices) if config.backend == "pmap" else JitSpread(data_mesh(1, devices))
+    return PmapPartitioner(devices) if config.backend == "pmap" else JitPartitioner(data_mesh(1, devices))
 
 
 def sides_of(config: BenchmarkConfig, compare: bool) -> dict[str, Ours | Torch]:

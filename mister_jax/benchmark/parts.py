@@ -32,7 +32,7 @@ from mister_jax.models import EXPERTS, MisterE, MisterEOutput
 from mister_jax.models.mister_e import vote_together
 from mister_jax.nn import DialogueKeys, gru_scan, run_together
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.steps import initial_state
+from mister_jax.training.steps import initial_state
 
 Part = Callable[[Any, Any], Any]
 """A part of the model: from what it is differentiated by, and what not, to a tree of arrays."""

@@ -87,7 +87,7 @@ def split_checkpoint(
 
     Args:
       checkpoint: Checkpoint or adapter.
-      rules: Rules of the architecture.
+      rules: ShardingRules of the architecture.
       expected: Tensor names of the bare backbone.
       root: Prefix of all names, that of the backbone included, such as "base_model.model.".
     """
@@ -131,7 +131,7 @@ def load_backbone(
       module: Module, see `load_params`.
       table: Key table with the names of the bare backbone.
       checkpoint: Checkpoint of the bare backbone or of a task model.
-      rules: Rules of the architecture.
+      rules: ShardingRules of the architecture.
       **options: Further arguments of `load_params`.
 
     Returns:

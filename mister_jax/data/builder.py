@@ -22,11 +22,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import shuffle
 
-from mister_jax.console import Reporter
+from mister_jax.console import ProgressReporter
 from mister_jax.data import audio
 from mister_jax.data.clips import is_heard
 from mister_jax.data.corpus import Corpus, Dialogue, Utterance
-from mister_jax.data.schema import UNLABELLED
+from mister_jax.data.schema import UNLABELED
 from mister_jax.data.storage import REPORT, VERSION, quiet, staged
 from mister_jax.errors import InputError
 from mister_jax.io import write_json
@@ -119,7 +119,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
                 shape=(None,), dtype=np.int16, encoding="bytes", doc="16 kHz, mono; may be empty."
             ),
             "text": tfds.features.Text(doc="The transcript; may be empty."),
-            "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabelled."),
+            "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabeled."),
             "speech_present": tfds.features.Scalar(np.bool_),
             "text_present": tfds.features.Scalar(np.bool_),
             "metadata": tfds.features.Text(
@@ -209,7 +209,7 @@ def write_corpus(
     source: str = "",
     partial: bool = False,
     overwrite: bool = False,
-    known: Mapping[str, Any] | None = None,
+    reference_scores: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a corpus as a dataset; the dataset appears whole or not at all.
 
@@ -230,7 +230,7 @@ def write_corpus(
         source: Path that the corpus was read from, for the report.
         partial: Allow any number of recordings that cannot be used.
         overwrite: Replace a dataset of this name.
-        known: Further entries of the report.
+        reference_scores: Scores of known classifiers by split, for a synthetic corpus.
 
     Returns:
         The report, see `_report`. It is also written to the dataset's directory as `report.json`.
@@ -247,7 +247,7 @@ def write_corpus(
     total = sum(1 for _ in corpus.utterances())
     with (
         staged(name, data_dir, overwrite=overwrite) as (place, directory),
-        Reporter(total, unit="utterances", quiet=decoding.beam) as reporter,
+        ProgressReporter(total, unit="utterances", quiet=decoding.beam) as reporter,
         quiet(),
     ):
         builder = builder_class(config=config, data_dir=place)
@@ -267,7 +267,8 @@ def write_corpus(
         if not partial:
             _check_decoded(corpus, report)
         report = {"dataset": name, "directory": str(directory), "source": source, **report}
-        report |= known or {}
+        if reference_scores:
+            report["reference_scores"] = dict(reference_scores)
         write_json(epath.Path(builder.data_dir) / REPORT, report)
     return report
 
@@ -387,7 +388,7 @@ def _example(
     facts: list[dict[str, Any]] = []
     for utterance, clip in zip(dialogue.utterances, decoded, strict=True):
         samples = clip.samples if isinstance(clip, audio.Clip) else np.zeros(0, np.int16)
-        label = UNLABELLED if utterance.label is None else class_names.index(utterance.label)
+        label = UNLABELED if utterance.label is None else class_names.index(utterance.label)
         utterances.append(
             {
                 "utterance": utterance.id,
@@ -450,7 +451,7 @@ def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
     - `notes`: Notes of the reader, and a line for each kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
-    classes, repeated = corpus.class_counts(), corpus.texts_of_training()
+    classes, repeated = corpus.class_counts(), corpus.train_text_overlap()
     lists: dict[str, list[dict[str, Any]]] = {"missing": [], **{kind: [] for kind in KINDS}}
     splits = {}
     for split, dialogues in corpus.splits.items():
@@ -470,10 +471,10 @@ def _report(corpus: Corpus, notes: epath.Path) -> dict[str, Any]:
             "dialogues": len(dialogues),
             "utterances": len(utterances),
             "classes": classes[split],
-            "unlabelled": sum(utterance.label is None for utterance in utterances),
+            "unlabeled": sum(utterance.label is None for utterance in utterances),
             "without_speech": len(utterances) - len(present),
             "without_text": sum(not utterance.text for utterance in utterances),
-            "texts_of_training": repeated.get(split, 0),
+            "train_text_overlap": repeated.get(split, 0),
             "hours": sum(entry["kept_seconds"] for entry in present) / 3600,
             "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
         }

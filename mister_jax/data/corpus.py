@@ -136,7 +136,7 @@ class Corpus:
                 counts[split][utterance.label] += 1
         return counts
 
-    def texts_of_training(self) -> dict[str, int]:
+    def train_text_overlap(self) -> dict[str, int]:
         """Returns how many utterances of each other split have a text that occurs in training."""
         training_texts = {
             utterance.text for split, utterance in self.utterances() if split == "train"

@@ -24,7 +24,7 @@ class StoredUtterance:
         id: Id, unique in the dataset.
         audio: Samples, [S] int16, 16 kHz, mono; empty if speech is missing.
         text: Transcript; empty if it is missing.
-        label: Index of the class, or `UNLABELLED`.
+        label: Index of the class, or `UNLABELED`.
         score: Sentiment, NaN if there is none.
         start: Start in seconds from the beginning of the dialogue, NaN if unknown.
         end: End in seconds from the beginning of the dialogue, NaN if unknown.
@@ -84,7 +84,7 @@ class DialogueDataset:
         splits = self._builder.info.splits
         return {name: split.num_examples for name, split in splits.items() if split.num_examples}
 
-    def known(self, split: str) -> dict[str, Any]:
+    def split_metadata(self, split: str) -> dict[str, Any]:
         """Returns facts on a split from the report of `launch.prepare`.
 
         Returns:

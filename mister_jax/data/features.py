@@ -15,7 +15,7 @@ from etils import epath
 
 from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
 from mister_jax.data.lazy import tfds
-from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELLED, DialogueFeatures
+from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.splits import overlap_note, random_splits
 from mister_jax.data.storage import VERSION, quiet, staged, stored
 from mister_jax.errors import InputError
@@ -87,7 +87,7 @@ def read_npz(
     archive.check("position", np.isfinite(position), "not finite", position)
     label = archive.column("label", _INTEGER)
     allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
-    archive.check("label", (label >= UNLABELLED) & (label < len(class_names)), allowed, label)
+    archive.check("label", (label >= UNLABELED) & (label < len(class_names)), allowed, label)
     score = archive.column("score", _FLOAT) if "score" in archive.arrays else None
     if score is not None:
         score = score.astype(np.float32)

@@ -8,7 +8,7 @@ from etils import epath
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.features import load
-from mister_jax.data.schema import UNLABELLED
+from mister_jax.data.schema import UNLABELED
 from mister_jax.data.storage import stored
 
 
@@ -19,7 +19,7 @@ class Inspection:
     Attributes:
         name: Name of the dataset.
         directory: Directory of the dataset.
-        class_counts: Number of utterances by split and class name, or `unlabelled`.
+        class_counts: Number of utterances by split and class name, or `unlabeled`.
         lengths: Numbers of utterances of the dialogues, [M], by split.
         seconds: Lengths of the recordings, [N], by split; empty for features.
         first: First dialogue, a line for each utterance.
@@ -103,10 +103,10 @@ def _norm(vector: np.ndarray) -> str:
 
 
 def _name(label: int, class_names: tuple[str, ...]) -> str:
-    return "unlabelled" if label == UNLABELLED else class_names[label]
+    return "unlabeled" if label == UNLABELED else class_names[label]
 
 
 def _counts(labels: np.ndarray, class_names: tuple[str, ...]) -> dict[str, int]:
     counts = {name: int(np.sum(labels == index)) for index, name in enumerate(class_names)}
-    unlabelled = int(np.sum(labels == UNLABELLED))
-    return counts | ({"unlabelled": unlabelled} if unlabelled else {})
+    unlabeled = int(np.sum(labels == UNLABELED))
+    return counts | ({"unlabeled": unlabeled} if unlabeled else {})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mister_jax.data.lazy import tf
-from mister_jax.data.schema import UNLABELLED, DialogueFeatures
+from mister_jax.data.schema import UNLABELED, DialogueFeatures
 
 DEFAULT_NUM_BUCKETS = 7
 
@@ -222,7 +222,7 @@ def batches(
         - `mask` [B, T] bool, true for an utterance
         - `speech_present` [B, T] bool
         - `text_present` [B, T] bool
-        - `label` [B, T] int32, -1 where unlabelled
+        - `label` [B, T] int32, -1 where unlabeled
         - `row` [B] int32, the index of the dialogue in the split, -1 for an empty row
 
     Raises:
@@ -294,7 +294,7 @@ def padded_batch(
         "mask": mask,
         "speech_present": padded(features.speech_present, "speech_present"),
         "text_present": padded(features.text_present, "text_present"),
-        "label": padded(features.label, "label", UNLABELLED),
+        "label": padded(features.label, "label", UNLABELED),
         "row": rows,
     }
 

@@ -131,7 +131,9 @@ def _prepare_released(preparation: Preparation) -> dict[str, Any]:
 
 
 def _prepare_manifest(
-    preparation: Preparation, notes: Sequence[str] = (), **known: Any
+    preparation: Preparation,
+    notes: Sequence[str] = (),
+    reference_scores: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     assert preparation.source is not None
     path = pathlib.Path(preparation.source).expanduser()
@@ -161,7 +163,7 @@ def _prepare_manifest(
         group_by=preparation.group_by,
         seed=preparation.seed,
     )
-    return _write(Manifest, corpus, dataset, config, path, preparation, known)
+    return _write(Manifest, corpus, dataset, config, path, preparation, reference_scores)
 
 
 def _name_of(manifest: pathlib.Path) -> str:
@@ -205,7 +207,7 @@ def _write(
     config: Any,
     source: epath.PathLike,
     preparation: Preparation,
-    known: Mapping[str, Any] | None = None,
+    reference_scores: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     return write_corpus(
         builder_class,
@@ -218,7 +220,7 @@ def _write(
         source=str(source),
         partial=preparation.partial,
         overwrite=preparation.overwrite,
-        known=known,
+        reference_scores=reference_scores,
     )
 
 

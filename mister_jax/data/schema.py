@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 MODALITIES = ("speech", "text")
 
-UNLABELLED = -1
+UNLABELED = -1
 """The label of an utterance that is context only: no loss, no metric."""
 
 
@@ -42,7 +42,7 @@ class DialogueFeatures:
         text: [N, Dt] float16 or float32, as stored; zero where text is absent.
         speech_present: [N] bool.
         text_present: [N] bool.
-        label: [N] int32, `UNLABELLED` or a class.
+        label: [N] int32, `UNLABELED` or a class.
         score: [N] float32, or None for a dataset without scores. NaN marks an unscored utterance.
         metadata: Where the features come from; plain JSON values.
         utterance_metadata: JSON objects of further columns of a manifest [N] str, which travel to
@@ -104,8 +104,8 @@ class DialogueFeatures:
 
     @property
     def class_counts(self) -> np.ndarray:
-        """[C] int64, labelled utterances of each class."""
-        return np.bincount(self.label[self.label != UNLABELLED], minlength=len(self.class_names))
+        """[C] int64, labeled utterances of each class."""
+        return np.bincount(self.label[self.label != UNLABELED], minlength=len(self.class_names))
 
     def fingerprint(self) -> str:
         """Of all that a training reads: features of another encoder have another."""
@@ -131,7 +131,7 @@ class DialogueFeatures:
                 f"  {name}": f"{count}"
                 for name, count in zip(self.class_names, self.class_counts, strict=True)
             },
-            "  unlabelled": f"{np.sum(self.label == UNLABELLED)}",
+            "  unlabeled": f"{np.sum(self.label == UNLABELED)}",
             "without speech": f"{np.sum(~self.speech_present)}",
             "without text": f"{np.sum(~self.text_present)}",
             "length min / mean / max": f"{lengths.min()} / {lengths.mean():.1f} / {lengths.max()}",

@@ -12,7 +12,7 @@ from etils import epath
 
 from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
 from mister_jax.data.pipeline import BatchPlan
-from mister_jax.data.schema import UNLABELLED, fingerprint
+from mister_jax.data.schema import UNLABELED, fingerprint
 
 Fields = dict[str, np.ndarray]
 
@@ -29,7 +29,7 @@ class Utterances:
         utterance_ids: [N] str.
         items: N arrays, none empty: token ids [n] int32, or samples [s] int16, `SAMPLE_RATE` a
             second.
-        label: [N] int32, `UNLABELLED` or a class.
+        label: [N] int32, `UNLABELED` or a class.
         score: [N] float32, or None for a dataset without scores.
         metadata: of the split.
     """
@@ -76,9 +76,9 @@ class Utterances:
             self.class_names, self.dialogue_ids, self.utterance_ids, self.label, *self.items
         )
 
-    def labelled(self) -> "Utterances":
+    def labeled(self) -> "Utterances":
         """Those with a label."""
-        return self.take(np.flatnonzero(self.label != UNLABELLED))
+        return self.take(np.flatnonzero(self.label != UNLABELED))
 
 
 def load_utterances(
@@ -118,7 +118,7 @@ def load_utterances(
         items=items,
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if dataset.scored else None,
-        metadata=dataset.known(split),
+        metadata=dataset.split_metadata(split),
     )
 
 
@@ -150,21 +150,21 @@ def utterance_batches(
     Returns:
         An iterator over dicts with these fields and
 
-        - `label` [B] int32, -1 where unlabelled
-        - `weight` [B] float32: of a labelled row 1 over their number in the global batch, else 0
+        - `label` [B] int32, -1 where unlabeled
+        - `weight` [B] float32: of a labeled row 1 over their number in the global batch, else 0
         - `row` [B] int32, the index of the utterance, -1 for an empty row
     """
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
 
     def batch(all_rows: np.ndarray, length: int) -> Fields:
-        counted = (all_rows >= 0) & (utterances.label[all_rows] != UNLABELLED)
+        counted = (all_rows >= 0) & (utterances.label[all_rows] != UNLABELED)
         share = 1 / max(1, counted.sum())
         rows = np.split(all_rows, process_count)[process_index]
-        label = np.where(rows >= 0, utterances.label[rows], UNLABELLED).astype(np.int32)
+        label = np.where(rows >= 0, utterances.label[rows], UNLABELED).astype(np.int32)
         return {
             **fields(rows, length),
             "label": label,
-            "weight": np.where(label != UNLABELLED, share, 0).astype(np.float32),
+            "weight": np.where(label != UNLABELED, share, 0).astype(np.float32),
             "row": rows,
         }
 

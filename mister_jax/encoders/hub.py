@@ -26,17 +26,13 @@ from huggingface_hub import errors
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mister_jax import parallel
 from mister_jax.convert import bert as bert_tables
 from mister_jax.convert import decoder as decoder_tables
-from mister_jax.convert import qwen2_audio as qwen2_audio_tables
-from mister_jax.convert import wavlm as wavlm_tables
-from mister_jax.convert import whisper as whisper_tables
 from mister_jax.convert.key_table import KeyTable, save_params
 from mister_jax.convert.names import NameRules, load_backbone
 from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save
-from mister_jax.encoders import qwen2_audio
+from mister_jax.encoders import qwen2_audio, wavlm, whisper
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig
@@ -44,7 +40,8 @@ from mister_jax.encoders.wavlm import WavLM, WavLMConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, dequantize, merge_lora
-from mister_jax.parallel import DATA, MODEL, Rules
+from mister_jax.parallel import partitioning
+from mister_jax.parallel.partitioning import DATA, MODEL, ShardingRules
 
 CONFIG = "config.json"
 PROCESSOR_FILES = (
@@ -63,7 +60,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 # Kernels are sharded over "model" along their heads or hidden units, and over "data" along the
 # other axis: a device of the "data" axis holds only its shard until a layer runs.
-RULES: Rules = (
+RULES: ShardingRules = (
     (r"embedding/embedding$", (MODEL, DATA)),
     (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
     (r"layers/layers/(.*/)?(out|down)/kernel$", (None, MODEL, DATA)),
@@ -112,8 +109,8 @@ _DECODER = Architecture(
 _WAVLM = Architecture(
     WavLMConfig,
     WavLM,
-    wavlm_tables.key_table,
-    wavlm_tables.NAME_RULES,
+    wavlm.key_table,
+    wavlm.NAME_RULES,
     processor="AutoFeatureExtractor",
     modality="speech",
 )
@@ -127,19 +124,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "whisper": Architecture(
         WhisperConfig,
         Whisper,
-        whisper_tables.key_table,
-        whisper_tables.NAME_RULES,
+        whisper.key_table,
+        whisper.NAME_RULES,
         processor="AutoFeatureExtractor",
         modality="speech",
     ),
     "wav2vec2": _WAVLM,
     "hubert": _WAVLM,
-    "wavlm": dataclasses.replace(_WAVLM, names=wavlm_tables.WAVLM_NAME_RULES),
+    "wavlm": dataclasses.replace(_WAVLM, names=wavlm.WAVLM_NAME_RULES),
     "qwen2_audio": Architecture(
         Qwen2AudioConfig,
         Qwen2Audio,
-        qwen2_audio_tables.key_table,
-        qwen2_audio_tables.NAME_RULES,
+        qwen2_audio.key_table,
+        qwen2_audio.NAME_RULES,
         modality="speech",
         prompt="<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:",
         prompt_tokens=qwen2_audio.prompt_tokens,
@@ -152,7 +149,7 @@ def load(
     *,
     revision: str | None = None,
     mesh: Mesh | None = None,
-    rules: Rules = RULES,
+    rules: ShardingRules = RULES,
     dtype: str | None = None,
     param_dtype: str | None = None,
     lora: LoRAConfig | None = None,
@@ -386,7 +383,7 @@ def load_module(
     directory: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    rules: Rules = RULES,
+    rules: ShardingRules = RULES,
     adapter: str | os.PathLike[str] | None = None,
     seed: int = 0,
     **changes: Any,
@@ -418,7 +415,7 @@ def load_module(
         table,
         Checkpoint.open(directory),
         architecture.names,
-        shardings=None if mesh is None else parallel.shardings(shapes, mesh, rules),
+        shardings=None if mesh is None else partitioning.shardings(shapes, mesh, rules),
     )
     # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
     # module. The compiler drops the rest, so that no parameter is allocated twice.

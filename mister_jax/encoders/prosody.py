@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mister_jax.encoders import audio
+from mister_jax.encoders import frontends
 
 _CONTOUR = ("mean", "deviation", "p10", "p50", "p90", "range", "slope", "rise", "change")
 _SPREAD = ("mean", "deviation", "change")
@@ -65,10 +65,10 @@ FEATURE_NAMES: tuple[str, ...] = (
     "peak_rate",
 )
 
-_FRAME_RATE = audio.SAMPLE_RATE / audio.FRAME_STEP
+_FRAME_RATE = frontends.SAMPLE_RATE / frontends.FRAME_STEP
 _LOWEST_PITCH, _HIGHEST_PITCH = 55.0, 500.0
-_MIN_LAG = int(audio.SAMPLE_RATE / _HIGHEST_PITCH)
-_MAX_LAG = int(audio.SAMPLE_RATE / _LOWEST_PITCH)
+_MIN_LAG = int(frontends.SAMPLE_RATE / _HIGHEST_PITCH)
+_MAX_LAG = int(frontends.SAMPLE_RATE / _LOWEST_PITCH)
 _PITCH_FRAME = 800  # samples
 _NUM_LAGS = 300
 _DIP = 0.15  # the first lag whose difference dips below this is the period
@@ -95,10 +95,10 @@ def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Arr
     """
     lengths = jnp.minimum(lengths, waveform.shape[1])
     x, peak = _prepared(waveform, lengths)
-    num_frames = max(1, -(-x.shape[1] // audio.FRAME_STEP))
-    valid = audio.length_mask(audio.log_mel_lengths(lengths), num_frames)  # B F
+    num_frames = max(1, -(-x.shape[1] // frontends.FRAME_STEP))
+    valid = frontends.length_mask(frontends.log_mel_lengths(lengths), num_frames)  # B F
 
-    framed = _centred_frames(x, audio.FRAME_SIZE, num_frames)  # B F 400
+    framed = _centred_frames(x, frontends.FRAME_SIZE, num_frames)  # B F 400
     power = (framed**2).mean(-1)
     largest = jnp.where(valid, power, 0).max(1, keepdims=True)
     sounding = valid & (power > 10**-_SOUNDING * largest)
@@ -133,7 +133,7 @@ def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Arr
 def _prepared(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Clips without their mean, at least a sample long, largest value 1; what it was, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
-    mask = audio.length_mask(lengths, waveform.shape[1])
+    mask = frontends.length_mask(lengths, waveform.shape[1])
 
     def level(x: jax.Array) -> jax.Array:
         largest = jnp.abs(x).max(1, keepdims=True)
@@ -153,13 +153,13 @@ def _prepared(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.A
 
 def _centred_frames(x: jax.Array, size: int, count: int) -> jax.Array:
     """Frames [B, F, size] about every 160th sample from the first on, zeros beyond the ends."""
-    return audio.frames(jnp.pad(x, ((0, 0), (size // 2, 0))), size, audio.FRAME_STEP, count)
+    return frontends.frames(jnp.pad(x, ((0, 0), (size // 2, 0))), size, frontends.FRAME_STEP, count)
 
 
 def _low_pass(x: jax.Array) -> jax.Array:
     """x [B, S] below 1.5 kHz, where lags are long enough to compare sample by sample."""
     time = np.arange(-32, 33)
-    taps = np.sinc(time * 3000 / audio.SAMPLE_RATE) * np.hanning(67)[1:-1]
+    taps = np.sinc(time * 3000 / frontends.SAMPLE_RATE) * np.hanning(67)[1:-1]
     taps = (taps / taps.sum()).astype(np.float32)
     filtered = jax.lax.conv_general_dilated(
         x[:, None],
@@ -176,7 +176,7 @@ def _pitch(x: jax.Array, lengths: jax.Array, count: int) -> tuple[jax.Array, jax
 
     Also the normalised difference at the period [B, F]: 0 is periodic, 1 is noise or nothing.
     """
-    x = jnp.where(audio.length_mask(lengths, x.shape[1]), _low_pass(x), 0)
+    x = jnp.where(frontends.length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     framed = _centred_frames(x, _PITCH_FRAME, count)  # B F 800
     window = _PITCH_FRAME - _NUM_LAGS
     # The window at the largest lag ends with the frame, so nothing wraps around.
@@ -207,18 +207,18 @@ def _pitch(x: jax.Array, lengths: jax.Array, count: int) -> tuple[jax.Array, jax
     shift = 0.5 * (left - right) / jnp.where(curvature > 1e-9, curvature, 1)
     shift = jnp.where(curvature > 1e-9, jnp.clip(shift, -1, 1), 0)
     period = jnp.asarray(lag)[chosen[..., 0]] + shift
-    return jnp.log2(audio.SAMPLE_RATE / period / _LOWEST_PITCH), middle
+    return jnp.log2(frontends.SAMPLE_RATE / period / _LOWEST_PITCH), middle
 
 
 def _spectral(framed: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
     """Features of each frame's spectrum [B, F] by name, and roots of its parts of power."""
-    hann = np.hanning(audio.FRAME_SIZE + 1)[:-1].astype(np.float32)
+    hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(framed * hann)  # B F 201
     power = spectrum.real**2 + spectrum.imag**2
     # Far below any sounding frame, so it decides nothing but what an empty one gives.
     power = power + 1e-8
     parts = power / power.sum(-1, keepdims=True)
-    frequency = np.linspace(0, audio.SAMPLE_RATE / 2, power.shape[-1]).astype(np.float32)
+    frequency = np.linspace(0, frontends.SAMPLE_RATE / 2, power.shape[-1]).astype(np.float32)
 
     def octaves(hertz: jax.Array) -> jax.Array:
         return jnp.log2(jnp.maximum(hertz, 40) / 1000)
@@ -231,7 +231,7 @@ def _spectral(framed: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
 
     centroid = (parts * frequency).sum(-1)
     variance = (parts * (frequency - centroid[..., None]) ** 2).sum(-1)
-    filters = audio.slaney_filters(_NUM_MEL_BINS)
+    filters = frontends.slaney_filters(_NUM_MEL_BINS)
     mel = jnp.log10(jnp.matmul(power, filters, precision=jax.lax.Precision.HIGHEST))  # B F M
     centre = np.log2(frequency @ filters / filters.sum(0))
     centre = centre - centre.mean()
@@ -342,7 +342,7 @@ def _rhythm(
     lowest = window(jax.lax.min, jnp.inf, (_PEAK_SIDE, _PEAK_SIDE))
     peaks = sounding & (smooth >= highest) & (smooth - lowest > _PEAK_HEIGHT)
     return {
-        "duration": jnp.log10(jnp.maximum(lengths, 1) / audio.SAMPLE_RATE),
+        "duration": jnp.log10(jnp.maximum(lengths, 1) / frontends.SAMPLE_RATE),
         "sounding": sounding.sum(1) / count,
         "voiced": voiced.sum(1) / count,
         "voiced_rate": num_voiced / seconds,

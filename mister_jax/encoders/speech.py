@@ -15,14 +15,13 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from mister_jax import parallel
-from mister_jax.convert import salmonn as salmonn_checkpoints
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import audio, hub, salmonn
+from mister_jax.encoders import frontends, hub, salmonn
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
+from mister_jax.parallel import partitioning
 
 SALMONN = "salmonn"
 """The `model_type` of a description of SALMONN."""
@@ -171,8 +170,8 @@ def load(
     config = SalmonnConfig.from_parts(described, **changes)
     shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
     params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))
-    shardings = None if mesh is None else parallel.shardings(params, mesh, hub.RULES)
-    module = salmonn_checkpoints.load(
+    shardings = None if mesh is None else partitioning.shardings(params, mesh, hub.RULES)
+    module = salmonn.load(
         shapes,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),
         beats=Checkpoint.open(files.beats),
@@ -189,7 +188,7 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
     cfg = beats.metadata.get("cfg") or hub.read_config(beats.path.parent)
 
     def shape(name: str) -> tuple[int, ...]:
-        name = f"{salmonn_checkpoints.PREFIX}{name}"
+        name = f"{salmonn.PREFIX}{name}"
         if name not in learned:
             raise InputError(f"{files.name}: not a checkpoint of SALMONN: it has no tensor {name}")
         return tuple(learned[name].shape)
@@ -253,7 +252,7 @@ def hears_whole(module: Any) -> bool:
 def max_seconds(module: Any) -> float | None:
     """Returns the seconds that an encoder with a fixed window reads, None for the others."""
     max_samples = getattr(module.config, "max_samples", None)
-    return None if max_samples is None else max_samples / audio.SAMPLE_RATE
+    return None if max_samples is None else max_samples / frontends.SAMPLE_RATE
 
 
 def check_seconds(seconds: float, module: Any = None, *, name: str = "max_seconds") -> None:

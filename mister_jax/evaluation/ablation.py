@@ -17,13 +17,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mister_jax import seeds
+from mister_jax import multi_seed
 from mister_jax.errors import InputError
-from mister_jax.evaluate import evaluate
 from mister_jax.evaluation import figures
+from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json, write_text
-from mister_jax.tasks import seeds as seeds_of
-from mister_jax.train import check_workdir, train
+from mister_jax.tasks import config_seeds
+from mister_jax.training.loop import check_workdir, train
 
 SPLITS = ("validation", "test")
 CHOSEN_BY = "weighted_f1"
@@ -113,13 +113,13 @@ def _run(variant: Variant, folder: epath.Path, quiet: bool) -> dict[str, Any] | 
     """Trains a variant to its end and scores it; None if it was told to stop."""
     if not train(variant.config, folder, quiet=quiet).finished:
         return None
-    trained = seeds_of(variant.config)
+    trained = config_seeds(variant.config)
     row: dict[str, Any] = {"variant": variant.name, "change": variant.change}
     row["seeds"] = list(trained)
     for split in SPLITS:
         found = evaluate(folder, split, quiet=True)
-        told = found.get("seeds") or seeds.summary(trained, [found])
-        row[split] = {**told, "together": {name: found[name] for name in seeds.SCORES}}
+        told = found.get("seeds") or multi_seed.summarize_seeds(trained, [found])
+        row[split] = {**told, "together": {name: found[name] for name in multi_seed.SCORES}}
     if jax.process_index() == 0:
         write_json(folder / _RESULT, row)
     return row
@@ -143,7 +143,7 @@ def _write(rows: Sequence[Mapping[str, Any]], config: ConfigDict, workdir: epath
         }
         for split in SPLITS
     }
-    figures.bars(bars, "weighted F1", workdir / "ablation.png")
+    figures.plot_grouped_bars(bars, "weighted F1", workdir / "ablation.png")
 
 
 def _score(row: Mapping[str, Any], split: str) -> str:
@@ -183,7 +183,7 @@ def table_of_values(rows: Sequence[Mapping[str, Any]]) -> str:
       rows: of `ablate`.
     """
     kinds = ("mean", "deviation", "together")
-    columns = [(split, score, kind) for split in SPLITS for score in seeds.SCORES for kind in kinds]
+    columns = [(split, score, kind) for split in SPLITS for score in multi_seed.SCORES for kind in kinds]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "change", "seeds", *("_".join(column) for column in columns)])

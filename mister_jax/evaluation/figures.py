@@ -54,7 +54,7 @@ def curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
     _save(figure, path)
 
 
-def confusion(
+def plot_confusion(
     counts: Mapping[str, np.ndarray], class_names: Sequence[str], path: epath.PathLike
 ) -> None:
     """Draws confusion matrices side by side.
@@ -76,11 +76,11 @@ def confusion(
         ticks = range(len(class_names))
         axes.set_xticks(ticks, class_names, rotation=45, ha="right")
         axes.set_yticks(ticks, class_names)
-        axes.set(xlabel="predicted", ylabel="labelled", title=title)
+        axes.set(xlabel="predicted", ylabel="labeled", title=title)
     _save(figure, path)
 
 
-def missing_modality(
+def plot_missing_modality(
     points: Sequence[Mapping[str, Any]], complete: float, path: epath.PathLike
 ) -> None:
     """Draws weighted F1 over the share of utterances that lost a modality.
@@ -117,7 +117,7 @@ def missing_modality(
     _save(figure, path)
 
 
-def bars(
+def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
     """Draws numbers with their deviations as groups of bars.
@@ -142,7 +142,7 @@ def bars(
     _save(figure, path)
 
 
-def dataset(
+def plot_dataset(
     class_counts: Mapping[str, Mapping[str, int]],
     lengths: Mapping[str, np.ndarray],
     seconds: Mapping[str, np.ndarray],

@@ -130,7 +130,7 @@ def _of_modality(
         utterance_ids=np.array(utterance_ids),
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if source.scored else None,
-        metadata=source.known(split),
+        metadata=source.split_metadata(split),
         utterance_metadata=np.array(further) if source.has_metadata else None,
         **{modality: found, f"{modality}_present": present},
         **{other: np.zeros((len(turns), 1), np.float32)},

@@ -17,14 +17,14 @@ from etils import epath
 from flax import nnx
 
 from mister_jax.encoders import hub, speech
-from mister_jax.encoders.audio import SAMPLE_RATE
+from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.text import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor
+from mister_jax.evaluation.results import Predictor
 from mister_jax.extract.inputs import Input, SpeechInput, TextInput
 from mister_jax.nn import masked_mean
-from mister_jax.parallel import JitSpread, data_mesh, enough_memory
+from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, explain_oom
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
 
 Features = Callable[[Any, Any], jax.Array]
@@ -37,8 +37,8 @@ class Encoder(Protocol):
     """What extraction needs of an encoder."""
 
     input: Input
-    spread: JitSpread
-    memory_remedy: str
+    partitioner: JitPartitioner
+    oom_hint: str
     """What makes an extraction take less memory."""
 
     @property
@@ -60,8 +60,8 @@ class _Encoder:
     """What all kinds have."""
 
     input: Input
-    spread: JitSpread
-    memory_remedy = "a smaller --budget"
+    partitioner: JitPartitioner
+    oom_hint = "a smaller --budget"
     _identity: dict[str, Any]
 
     @property
@@ -85,7 +85,7 @@ class TunedEncoder(_Encoder):
     def __init__(self, workdir: epath.PathLike):
         self._predictor = Predictor(workdir)
         task = self._predictor.task
-        self.spread = self._predictor.spread
+        self.partitioner = self._predictor.partitioner
         self.input: Input
         if isinstance(task, TextEncoderTask):
             self.input = TextInput(task.encode, task.options.max_tokens)
@@ -123,20 +123,20 @@ class _Released(_Encoder):
         identity: dict[str, Any],
         module: nnx.Module,
         features: Callable[[Any, Any], jax.Array],
-        spread: JitSpread,
+        partitioner: JitPartitioner,
     ):
         self.input = source
-        self.spread = spread
+        self.partitioner = partitioner
         self._identity = identity
         if identity["options"]["dtype"] != "bfloat16":
-            self.memory_remedy += " or --dtype=bfloat16"
+            self.oom_hint += " or --dtype=bfloat16"
         graph, params = nnx.split(module)
         self._params = nnx.as_pure(params)
 
         def read(params, batch, _axis_name):
             return features(nnx.merge(graph, params), batch)
 
-        self._read = spread.program_of_reader(read)
+        self._read = partitioner.compile_eval(read)
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
         return self._read(self._params, batch)
@@ -165,12 +165,12 @@ class PretrainedText(_Released):
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
-        spread = JitSpread(data_mesh(), hub.RULES)
+        partitioner = JitPartitioner(data_mesh(), hub.RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
         hub.architecture_of(hub.read_config(folder), name, "text")
         with _room_for(name, dtype):
-            module, tokenizer = hub.load(folder, mesh=spread.mesh, adapter=adapter or None, **types)
+            module, tokenizer = hub.load(folder, mesh=partitioner.mesh, adapter=adapter or None, **types)
         check_max_tokens(module, max_tokens)
 
         def encode(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
@@ -187,7 +187,7 @@ class PretrainedText(_Released):
             "files": hub.fingerprint(folder),
         }
         identity = _with_adapter(identity, adapter)
-        super().__init__(TextInput(encode, max_tokens), identity, module, features, spread)
+        super().__init__(TextInput(encode, max_tokens), identity, module, features, partitioner)
 
 
 class PretrainedSpeech(_Released):
@@ -229,7 +229,7 @@ class PretrainedSpeech(_Released):
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
-        spread = JitSpread(data_mesh(), hub.RULES)
+        partitioner = JitPartitioner(data_mesh(), hub.RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         files = speech.SpeechFiles(name, whisper, beats, vicuna)
         described = speech.describe(files, prompt)
@@ -246,7 +246,7 @@ class PretrainedSpeech(_Released):
             speech.check_seconds(max_seconds, shapes)
         with _room_for(name, dtype):
             module: Any = speech.load(
-                files, described, mesh=spread.mesh, adapter=adapter or None, **changes
+                files, described, mesh=partitioner.mesh, adapter=adapter or None, **changes
             )
 
         def features(module: Any, batch: Any) -> jax.Array:
@@ -272,7 +272,7 @@ class PretrainedSpeech(_Released):
             split=windows,
         )
         identity = _with_adapter(identity, adapter)
-        super().__init__(source, identity, module, features, spread)
+        super().__init__(source, identity, module, features, partitioner)
 
 
 class ProsodyEncoder(_Encoder):
@@ -289,7 +289,7 @@ class ProsodyEncoder(_Encoder):
         if max_seconds is not None:
             speech.check_seconds(max_seconds)
         self.input = SpeechInput(max_seconds or speech.LONGEST_SECONDS)
-        self.spread = JitSpread(data_mesh())
+        self.partitioner = JitPartitioner(data_mesh())
         self._identity = {
             "kind": "prosody",
             "name": PROSODY,
@@ -297,7 +297,7 @@ class ProsodyEncoder(_Encoder):
             "features": list(FEATURE_NAMES),
         }
 
-        few = jax.default_backend() == "cpu" and self.spread.num_shards == 1
+        few = jax.default_backend() == "cpu" and self.partitioner.num_shards == 1
 
         def features(clips: tuple[jax.Array, jax.Array]) -> jax.Array:
             waveform, lengths = clips
@@ -315,7 +315,7 @@ class ProsodyEncoder(_Encoder):
             groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), clips)
             return jax.lax.map(features, groups).reshape(rows, -1)
 
-        self._read = self.spread.program_of_reader(read)
+        self._read = self.partitioner.compile_eval(read)
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
         return self._read({}, batch)
@@ -455,7 +455,7 @@ def _room_for(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
     remedy = "devices with more memory, or more of them"
     if dtype != "bfloat16":
         remedy = f"extraction with --dtype=bfloat16, or {remedy}"
-    return enough_memory(name, "the encoder's parameters", remedy)
+    return explain_oom(name, "the encoder's parameters", remedy)
 
 
 def _place(name: epath.PathLike) -> str:

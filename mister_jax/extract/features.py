@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from mister_jax.console import Reporter
+from mister_jax.console import ProgressReporter
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
-from mister_jax.parallel import check_shared, enough_memory
+from mister_jax.parallel.partitioning import assert_visible_to_all_processes, explain_oom
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
 _WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than to compute that
@@ -79,7 +79,7 @@ def encode_items(
     windows = [window for windows in split for window in windows]
     if len(windows) > len(items):
         unit = f"windows of {unit}"
-    with Reporter(len(windows), unit=unit, quiet=quiet) as reporter:
+    with ProgressReporter(len(windows), unit=unit, quiet=quiet) as reporter:
         features = _encode_windows(encoder, windows, budget, reporter, parts)
     if len(windows) == len(items):
         return features
@@ -93,7 +93,7 @@ def _encode_windows(
     encoder: Encoder,
     items: Sequence[np.ndarray],
     budget: int,
-    reporter: Reporter,
+    reporter: ProgressReporter,
     parts: epath.Path | None,
 ) -> np.ndarray:
     """Returns features [N, F] of items that batches can hold; see `encode_items`."""
@@ -106,7 +106,7 @@ def _encode_windows(
                 parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{parts.parent}: cannot be written ({error.strerror})") from error
-        check_shared(parts)
+        assert_visible_to_all_processes(parts)
     for number, start in enumerate(range(0, len(order), _PART)):
         rows = order[start : start + _PART]
         path = None if parts is None else parts / f"{number:05d}.npy"
@@ -128,7 +128,7 @@ def _encode_windows(
 
 
 def _encode_part(
-    encoder: Encoder, items: Sequence[np.ndarray], budget: int, reporter: Reporter
+    encoder: Encoder, items: Sequence[np.ndarray], budget: int, reporter: ProgressReporter
 ) -> np.ndarray:
     """Computes features [N, F] of items that are sorted by length, longest first."""
     source = encoder.input
@@ -139,7 +139,7 @@ def _encode_part(
             budget * source.scale,
             steps=source.steps,
             longest=source.longest,
-            num_shards=encoder.spread.num_shards,
+            num_shards=encoder.partitioner.num_shards,
         )
     )
     nothing = items[0][:0]
@@ -152,7 +152,7 @@ def _encode_part(
 
     features: np.ndarray | None = None
     began, read = time.perf_counter(), 0.0
-    placed = prefetch_to_device(batches(), encoder.spread.put_batch)
+    placed = prefetch_to_device(batches(), encoder.partitioner.put_batch)
     # A batch is computed while the one before it is fetched.
     pending: list[tuple[np.ndarray, jax.Array]] = []
 
@@ -171,7 +171,7 @@ def _encode_part(
     rows, length = planned[0]
     size = f"{len(rows)} x {length / source.scale:g} {source.unit}"
     work = f"batches of {size} on {jax.device_count()} devices"
-    with enough_memory("extraction", work, encoder.memory_remedy):
+    with explain_oom("extraction", work, encoder.oom_hint):
         for (rows, _), batch in zip(planned, placed, strict=True):
             pending.append((rows, encoder(batch)))
             if len(pending) == 2:

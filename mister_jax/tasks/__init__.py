@@ -9,7 +9,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
-from mister_jax.tasks.base import Batch, Split, Task, from_config, seeds, to_config
+from mister_jax.tasks.base import (
+    Batch,
+    Split,
+    Task,
+    config_from_dataclass,
+    config_seeds,
+    dataclass_from_config,
+)
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
@@ -22,10 +29,10 @@ __all__ = [
     "Split",
     "Task",
     "TextEncoderTask",
-    "from_config",
-    "seeds",
+    "config_from_dataclass",
+    "config_seeds",
+    "dataclass_from_config",
     "task_class",
-    "to_config",
 ]
 
 TASKS: dict[str, Any] = {

@@ -12,13 +12,15 @@ from flax import nnx
 from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
-from mister_jax.parallel import Rules, Spread
+from mister_jax.parallel.partitioning import Partitioner, ShardingRules
 
 Batch = Mapping[str, Any]
 Dataclass = TypeVar("Dataclass")
 
 
-def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: Any) -> Dataclass:
+def dataclass_from_config(
+    cls: type[Dataclass], config: ConfigDict, where: str, **given: Any
+) -> Dataclass:
     """A frozen dataclass from a part of the config.
 
     Args:
@@ -41,7 +43,9 @@ def from_config(cls: type[Dataclass], config: ConfigDict, where: str, **given: A
         raise InputError(f"{where}: {error}") from error
 
 
-def to_config(cls: type[Any], *, without: Sequence[str] = (), **changes: Any) -> ConfigDict:
+def config_from_dataclass(
+    cls: type[Any], *, without: Sequence[str] = (), **changes: Any
+) -> ConfigDict:
     """A part of the config with every field of a dataclass, so that a flag can set any.
 
     Args:
@@ -60,7 +64,7 @@ def to_config(cls: type[Any], *, without: Sequence[str] = (), **changes: Any) ->
     return config
 
 
-def seeds(config: ConfigDict) -> tuple[int, ...]:
+def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     """The seeds that one training trains side by side.
 
     `config.seed` and those that follow it, `config.num_seeds` of them. They differ in initial
@@ -108,7 +112,7 @@ class Task(Protocol):
     """A kind of training."""
 
     class_names: tuple[str, ...]
-    memory_remedy: str
+    oom_hint: str
     """What in the config makes a training take less memory."""
     notes: tuple[str, ...]
     """What the user should know of the choices made from the data, a line each."""
@@ -127,13 +131,13 @@ class Task(Protocol):
         """The `nnx` filter of the parameters that are trained; the others are never saved."""
 
     @property
-    def rules(self) -> Rules:
-        """How parameters are sharded over devices, see `parallel.shardings`."""
+    def rules(self) -> ShardingRules:
+        """How parameters are sharded over devices, see `parallel.partitioning.shardings`."""
 
     def init(self, key: jax.Array) -> nnx.Module:
         """The model with initial parameters; may be traced, reads no file."""
 
-    def load(self, key: jax.Array, spreading: Spread) -> nnx.Module:
+    def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
         """The model a training starts from, with weights of a checkpoint where it has any."""
 
     def loss(

@@ -34,8 +34,8 @@ from mister_jax.models.utterance import (
 )
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig, quantize
-from mister_jax.parallel import JitSpread, Rules, Spread
-from mister_jax.tasks.base import Batch, from_config
+from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, ShardingRules
+from mister_jax.tasks.base import Batch, dataclass_from_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,9 @@ class EncoderTask:
     """
 
     options_class: Any = EncoderOptions
-    rules: Rules = hub.RULES
+    rules: ShardingRules = hub.RULES
     notes = ()
-    memory_remedy = (
+    oom_hint = (
         "a smaller config.data.batch_size, a larger config.train.accumulation, "
         "config.encoder.options.remat=full, or its param_dtype=bfloat16 or quantize"
     )
@@ -129,13 +129,15 @@ class EncoderTask:
         self, config: ConfigDict, class_names: tuple[str, ...], described: Mapping[str, Any]
     ):
         self.class_names = class_names
-        self.options = from_config(
+        self.options = dataclass_from_config(
             self.options_class, config.encoder.options, "config.encoder.options"
         )
         self.lora = None
         if not self.options.full:
-            self.lora = from_config(LoRAConfig, config.encoder.lora, "config.encoder.lora")
-        self.head = from_config(
+            self.lora = dataclass_from_config(
+                LoRAConfig, config.encoder.lora, "config.encoder.lora"
+            )
+        self.head = dataclass_from_config(
             UtteranceConfig, config.head, "config.head", num_classes=len(class_names)
         )
         self._described = dict(described)
@@ -163,7 +165,9 @@ class EncoderTask:
     def from_data(cls, config: ConfigDict) -> Any:
         """The task for the dataset and the backbone that the config names."""
         dataset = DialogueDataset(config.data.name, config.data.data_dir or None)
-        options = from_config(cls.options_class, config.encoder.options, "config.encoder.options")
+        options = dataclass_from_config(
+            cls.options_class, config.encoder.options, "config.encoder.options"
+        )
         return cls(config, dataset.class_names, cls.described(options))
 
     @classmethod
@@ -257,12 +261,12 @@ class EncoderTask:
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> EncoderSplit:
         utterances = self._to_train_on(name) if shuffle else self.features(name)
-        labelled = utterances.labelled()
-        if not len(labelled.label):
+        labeled = utterances.labeled()
+        if not len(labeled.label):
             raise InputError(
-                f"dataset {labelled.name}, split {name}: no utterance with a label can be read"
+                f"dataset {labeled.name}, split {name}: no utterance with a label can be read"
             )
-        return self.batched(labelled, num_shards=num_shards, shuffle=shuffle)
+        return self.batched(labeled, num_shards=num_shards, shuffle=shuffle)
 
     def _with_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
         if self.options.quantize:
@@ -274,9 +278,9 @@ class EncoderTask:
         backbone_key, head_key = jax.random.split(key)
         return self._with_head(self._backbone(backbone_key), head_key)
 
-    def load(self, key: jax.Array, spreading: Spread) -> nnx.Module:
+    def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
         backbone_key, head_key = jax.random.split(key)
-        mesh = spreading.mesh if isinstance(spreading, JitSpread) else None
+        mesh = partitioner.mesh if isinstance(partitioner, JitPartitioner) else None
         backbone = self._loaded_backbone(mesh, int(jax.random.bits(backbone_key)))
         return self._with_head(backbone, head_key)
 
@@ -295,15 +299,15 @@ class EncoderTask:
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         logits, label = self.read(model, batch).logits, batch["label"]
-        labelled = label >= 0
+        labeled = label >= 0
         cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(labelled, label, 0)
+            logits, jnp.where(labeled, label, 0)
         )
         return {
             "confusion": metrics.confusion_counts(
-                label, logits.argmax(-1), labelled, len(self.class_names)
+                label, logits.argmax(-1), labeled, len(self.class_names)
             ),
-            "cross_entropy": jnp.where(labelled, cross_entropy, 0).sum(),
+            "cross_entropy": jnp.where(labeled, cross_entropy, 0).sum(),
         }
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -19,9 +19,9 @@ from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
-from mister_jax.parallel import Rules, Spread
-from mister_jax.steps import mister_e_loss, read_dialogues
-from mister_jax.tasks.base import Batch, from_config
+from mister_jax.parallel.partitioning import Partitioner, ShardingRules
+from mister_jax.tasks.base import Batch, dataclass_from_config
+from mister_jax.training.steps import mister_e_loss, read_dialogues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,9 @@ class FusionTask:
             raise InputError(
                 f"config.data.seed={data_seed}, config.seed={config.seed}; allowed: 0 or more"
             )
-        self._weights = from_config(losses.LossWeights, config.loss.weights, "config.loss.weights")
+        self._weights = dataclass_from_config(
+            losses.LossWeights, config.loss.weights, "config.loss.weights"
+        )
         self._gamma = config.loss.gamma
         self._temperature = config.loss.temperature
         self._sharpness = config.loss.get("sharpness", 1.0)
@@ -121,7 +123,7 @@ class FusionTask:
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """The task for the dataset that the config names; its training split gives the sizes."""
         train = load(config.data.name, "train", config.data.data_dir or None)
-        model = from_config(
+        model = dataclass_from_config(
             MisterEConfig,
             config.model,
             "config.model",
@@ -141,7 +143,7 @@ class FusionTask:
         class_names = tuple(description["class_names"])
         if "standardizers" not in description:
             raise InputError("the work directory is from an older version; train it again")
-        model = from_config(MisterEConfig, fields, "the workdir's model")
+        model = dataclass_from_config(MisterEConfig, fields, "the workdir's model")
         encoders = description.get("encoders", {})
         standardizers = {
             modality: Standardizer(
@@ -224,13 +226,13 @@ class FusionTask:
         return self.batched(features, num_shards=num_shards, shuffle=shuffle)
 
     trainable = nnx.Param
-    rules: Rules = ()
-    memory_remedy = "a smaller config.data.batch_size or config.num_seeds"
+    rules: ShardingRules = ()
+    oom_hint = "a smaller config.data.batch_size or config.num_seeds"
 
     def init(self, key: jax.Array) -> MisterE:
         return MisterE(self.model, rngs=nnx.Rngs(key))
 
-    def load(self, key: jax.Array, spreading: Spread) -> MisterE:
+    def load(self, key: jax.Array, partitioner: Partitioner) -> MisterE:
         return self.init(key)
 
     def loss(
@@ -258,15 +260,15 @@ class FusionTask:
 
     def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
         logits, label = self._read(model, batch).logits, batch["label"]
-        labelled = batch["mask"] & (label >= 0)
+        labeled = batch["mask"] & (label >= 0)
         cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(labelled, label, 0)
+            logits, jnp.where(labeled, label, 0)
         )
         return {
             "confusion": metrics.confusion_counts(
                 label, logits.argmax(-1), batch["mask"], len(self.class_names)
             ),
-            "cross_entropy": jnp.where(labelled, cross_entropy, 0).sum(),
+            "cross_entropy": jnp.where(labeled, cross_entropy, 0).sum(),
         }
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:

@@ -49,7 +49,7 @@ def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
     return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
 
 
-class MetricsWriter:
+class MetricWriter:
     """Appends scalars to `workdir/metrics.jsonl` and to TensorBoard files beside it.
 
     Only the first process writes. A resumed run drops the lines after its checkpoint, which it

@@ -11,7 +11,7 @@ from mister_jax.benchmark.aot import abstract_state
 from mister_jax.benchmark.dialogues import make_batch
 from mister_jax.benchmark.flops import program_flops, training_flops
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.steps import initial_state, mister_e_loss, train_step
+from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss
 
 
 def counted(function, *arguments):
@@ -42,7 +42,7 @@ def test_flops_of_mister_e_are_those_the_compiler_counts():
 
     transformation = optimizer(OptimizerConfig(), 1)
     graph, state = abstract_state(lambda: initial_state(Task(), transformation, 0))
-    step = train_step(Task(), graph, transformation)
+    step = make_train_step(Task(), graph, transformation)
     batch = make_batch(config, np.ones(64, int), 1)
     traced = jax.jit(step, static_argnums=2).trace(state, batch, None)
     parameters = sum(value.size for value in jax.tree.leaves(state["params"]))

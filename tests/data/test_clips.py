@@ -187,6 +187,6 @@ def test_an_epoch_goes_on_from_any_step_and_is_shared_by_processes(clips, plan):
 
 
 def test_the_unlabelled_can_be_left_out(clips):
-    labelled = clips.labelled()
-    assert list(labelled.utterance_ids) == list("abdefg")
-    assert len(labelled.items[2]) == 900
+    labeled = clips.labeled()
+    assert list(labeled.utterance_ids) == list("abdefg")
+    assert len(labeled.items[2]) == 900

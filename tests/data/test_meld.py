@@ -74,7 +74,7 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tm
     (mismatch,) = report["length_mismatch"]
     assert (mismatch["utterance"], mismatch["annotated_seconds"]) == ("test_dia38_utt4", 0.75)
     assert report["capped"][0]["seconds"] == pytest.approx(305, abs=0.1)
-    assert report["splits"]["test"]["texts_of_training"] == 1
+    assert report["splits"]["test"]["train_text_overlap"] == 1
     assert any("1 clips without a row" in note for note in report["notes"])
     long, corrected, short = [
         turn for dialogue in dataset.dialogues("test") for turn in dialogue.utterances
@@ -220,7 +220,7 @@ def test_all_of_meld_comes_out_in_its_published_numbers(tmp_path):
     write_meld_csv(tmp_path, rows)
     report = prepare(tmp_path, tmp_path / "data", "text")
     sizes = {
-        split: (values["dialogues"], values["utterances"], values["texts_of_training"])
+        split: (values["dialogues"], values["utterances"], values["train_text_overlap"])
         for split, values in report["splits"].items()
     }
     assert sizes == {

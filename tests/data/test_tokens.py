@@ -54,8 +54,8 @@ def test_a_split_is_read_in_its_order_without_what_has_no_text(spoken_dir):
 def test_utterances_without_a_label_are_left_out_of_training(spoken_dir):
     found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
     assert (found.label == -1).sum() == 2
-    assert len(found.labelled().items) == 6 * 4 - 4
-    assert (found.labelled().label >= 0).all()
+    assert len(found.labeled().items) == 6 * 4 - 4
+    assert (found.labeled().label >= 0).all()
 
 
 def test_what_is_not_there_is_named(spoken_dir):
@@ -94,9 +94,9 @@ def test_each_utterance_is_in_one_batch_of_an_epoch(tokens, plan):
 
 def test_weights_make_a_mean_over_what_has_a_label(tokens, plan):
     for batch in epoch(tokens, plan):
-        labelled = batch["label"] >= 0
-        assert (batch["weight"][~labelled] == 0).all()
-        np.testing.assert_allclose(batch["weight"][labelled], 1 / labelled.sum())
+        labeled = batch["label"] >= 0
+        assert (batch["weight"][~labeled] == 0).all()
+        np.testing.assert_allclose(batch["weight"][labeled], 1 / labeled.sum())
 
 
 def test_batches_are_a_function_of_seed_and_epoch(tokens, plan):

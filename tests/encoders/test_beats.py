@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert import beats as convert
 from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.encoders import audio, beats
+from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.beats import Beats, BeatsConfig
+from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.errors import InputError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "salmonn_beats.npz"
@@ -45,9 +45,9 @@ def model(cfg, weights):
     config = BeatsConfig.from_checkpoint(cfg)
     return load_params(
         nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0))),
-        convert.key_table(config),
+        beats.key_table(config),
         weights,
-        ignore=convert.IGNORED,
+        ignore=beats.IGNORED,
     )
 
 
@@ -83,7 +83,7 @@ def test_long_clip_equals_the_official_one(model, golden):
 
 
 def test_position_buckets_equal_the_official_ones(golden):
-    buckets = beats.position_buckets(golden["mid/rel_pos"], 320, 800)
+    buckets = position_buckets(golden["mid/rel_pos"], 320, 800)
     np.testing.assert_array_equal(buckets, golden["mid/rel_bucket"])
 
 
@@ -116,7 +116,7 @@ def test_padding_and_batch_mates_do_not_change_features(model, golden):
     batch = np.full((2, long.size), np.nan, np.float32)
     batch[0, : short.size] = short
     batch[1] = long
-    lengths = audio.kaldi_fbank_lengths(jnp.array([short.size, long.size]))
+    lengths = frontends.kaldi_fbank_lengths(jnp.array([short.size, long.size]))
     counts = np.asarray(model.config.num_tokens(lengths))
     together = beats.features(jnp.asarray(batch), model.config)
     mask = np.arange(counts.max()) < counts[:, None]
@@ -158,7 +158,7 @@ def test_half_precision_is_close(model, golden):
 
 
 def test_saved_weights_load_again(model, weights, golden):
-    table = convert.key_table(model.config)
+    table = beats.key_table(model.config)
     saved = {name: tensor[...] for name, tensor in save_params(model, table).items()}
     ignored = {name for name in weights if name not in saved}
     assert ignored == {
@@ -183,9 +183,9 @@ def test_tensors_that_do_not_fit_are_named(cfg, weights):
     with pytest.raises(InputError, match=r"missing: encoder\.pos_conv\.0\.weight_g.*surplus"):
         load_params(
             nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0))),
-            convert.key_table(config),
+            beats.key_table(config),
             tensors,
-            ignore=convert.IGNORED,
+            ignore=beats.IGNORED,
         )
 
 

@@ -23,7 +23,7 @@ from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
 from mister_jax.nn.lora import LoRAConfig, quantize
-from mister_jax.parallel import data_mesh, shardings
+from mister_jax.parallel.partitioning import data_mesh, shardings
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.devices

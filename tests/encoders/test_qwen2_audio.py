@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert import qwen2_audio as convert
 from mister_jax.convert.key_table import save_params
 from mister_jax.convert.names import load_backbone
+from mister_jax.encoders import qwen2_audio
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, prompt_tokens
 from mister_jax.encoders.whisper import WhisperConfig
 from mister_jax.errors import InputError
@@ -48,7 +48,7 @@ def config(hf_config):
 
 def load(config, weights):
     model = nnx.eval_shape(lambda: Qwen2Audio(config, rngs=nnx.Rngs(0)))
-    load_backbone(model, convert.key_table(config), weights, convert.NAME_RULES)
+    load_backbone(model, qwen2_audio.key_table(config), weights, qwen2_audio.NAME_RULES)
     return model
 
 
@@ -185,7 +185,7 @@ def test_lora_of_the_language_model_learns_and_the_tower_has_none(config, golden
 
 
 def test_saved_weights_are_those_loaded(model, config, golden):
-    saved = save_params(model, convert.key_table(config))
+    saved = save_params(model, qwen2_audio.key_table(config))
     assert set(golden["param"]) - set(saved) == {"language_model.lm_head.weight"}
     for name, tensor in saved.items():
         np.testing.assert_array_equal(tensor[...], golden["param"][name], err_msg=name)

@@ -11,10 +11,8 @@ import pytest
 from flax import nnx
 
 from mister_jax.convert import decoder as convert_decoder
-from mister_jax.convert import salmonn as convert
-from mister_jax.convert import whisper as convert_whisper
 from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.encoders import beats
+from mister_jax.encoders import beats, salmonn, whisper
 from mister_jax.encoders.beats import BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.salmonn import (
@@ -113,7 +111,7 @@ def checkpoints(config, golden, golden_beats):
     return {
         "whisper": saved(
             Whisper(config.whisper, rngs=nnx.Rngs(1)),
-            convert_whisper.key_table(config.whisper),
+            whisper.key_table(config.whisper),
             prefix="model.",
         ),
         "beats": {f"model.{name}": value for name, value in named(golden_beats, "param/").items()},
@@ -128,7 +126,7 @@ def abstract(config):
 
 @pytest.fixture(scope="module")
 def model(config, checkpoints):
-    return convert.load(abstract(config), **checkpoints)
+    return salmonn.load(abstract(config), **checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +270,7 @@ def test_tensors_that_do_not_fit_are_named(config, checkpoints):
     def load(part, **changes):
         tensors = {**checkpoints[part], **changes}
         tensors = {name: value for name, value in tensors.items() if value is not None}
-        convert.load(abstract(config), **{**checkpoints, part: tensors})
+        salmonn.load(abstract(config), **{**checkpoints, part: tensors})
 
     lora = f"model.{LLM}.layers.1.self_attn.v_proj.lora_B.default.weight"
     wrong = {lora: None, "model.ln_speech.bias": None, "model.surplus": np.zeros(1)}
@@ -290,7 +288,7 @@ def test_tensors_that_do_not_fit_are_named(config, checkpoints):
 
 def test_learned_parameters_are_saved_under_the_released_names(model, checkpoints):
     tensors = save_params(
-        model, convert.key_table(model.config), prefix=convert.PREFIX, skip=nnx.Not(convert.LEARNED)
+        model, salmonn.key_table(model.config), prefix=salmonn.PREFIX, skip=nnx.Not(salmonn.LEARNED)
     )
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor[...], checkpoints["salmonn"][name], err_msg=name)
@@ -305,7 +303,7 @@ def test_presets_have_the_released_sizes():
     ):
         config = preset(dtype="bfloat16", param_dtype="bfloat16")
         assert config.num_speech_tokens == 88 and config.decoder.num_layers == layers
-        state = nnx.state(abstract(config), convert.LEARNED)
+        state = nnx.state(abstract(config), salmonn.LEARNED)
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == learned
         for part in (config.whisper, config.beats, config.qformer, config.decoder):
             assert (part.dtype, part.param_dtype) == ("bfloat16", "bfloat16")

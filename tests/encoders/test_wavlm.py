@@ -12,8 +12,7 @@ from flax import nnx
 
 from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.convert.names import load_backbone
-from mister_jax.convert.wavlm import NAME_RULES, key_table
-from mister_jax.encoders.wavlm import WavLM, WavLMConfig
+from mister_jax.encoders.wavlm import NAME_RULES, WavLM, WavLMConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig

@@ -12,9 +12,8 @@ from flax import nnx
 
 from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.convert.names import load_backbone
-from mister_jax.convert.whisper import NAME_RULES, key_table
-from mister_jax.encoders import audio
-from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.encoders import frontends
+from mister_jax.encoders.whisper import NAME_RULES, Whisper, WhisperConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig
@@ -92,8 +91,8 @@ def test_clips_and_their_spectrograms_give_what_transformers_gives():
 
     @nnx.jit
     def both(whisper, waveform, lengths):
-        mel = audio.log_mel(waveform, lengths, window_frames=100)
-        return whisper(waveform, lengths), whisper.from_mel(mel, audio.log_mel_lengths(lengths))
+        mel = frontends.log_mel(waveform, lengths, window_frames=100)
+        return whisper(waveform, lengths), whisper.from_mel(mel, frontends.log_mel_lengths(lengths))
 
     expected = [states[-1] for states in group("whisper/hidden_states/").values()]
     for hidden, mask in both(make(trim=False), waveform, lengths):

@@ -6,10 +6,10 @@ import io
 import pytest
 
 import mister_jax.evaluation.ablation as ablate_module
-from mister_jax import seeds
+from mister_jax import multi_seed
 from mister_jax.errors import InputError
 from mister_jax.evaluation.ablation import SPLITS, Variant, ablate, markdown, table_of_values
-from mister_jax.train import TrainProgress, train
+from mister_jax.training.loop import TrainProgress, train
 from tests.test_train import data_dir, tiny  # noqa: F401
 
 NAMES = ("default", "text_only")
@@ -74,10 +74,10 @@ def rows():
     """Two variants of two seeds: the first is better on validation, the second on test."""
 
     def row(name, validation, test):
-        scores = {split: [dict.fromkeys(seeds.SCORES, value) for value in values]
+        scores = {split: [dict.fromkeys(multi_seed.SCORES, value) for value in values]
                   for split, values in zip(SPLITS, (validation, test), strict=True)}  # fmt: skip
         told = {
-            split: {**seeds.summary((0, 1), of_split), "together": of_split[0]}
+            split: {**multi_seed.summarize_seeds((0, 1), of_split), "together": of_split[0]}
             for split, of_split in scores.items()
         }
         return {"variant": name, "change": "none", "seeds": [0, 1], **told}

@@ -12,16 +12,16 @@ import pytest
 
 from mister_jax import data, metrics
 from mister_jax.data.utterances import Utterances
-from mister_jax.evaluate import scores
 from mister_jax.evaluation.report import (
-    Evaluated,
     Experiment,
+    SplitPredictions,
+    read_utterance_texts,
     report_html,
-    utterance_texts,
     write_report,
 )
 from mister_jax.evaluation.report.page import dialogue_data, embedded_json
 from mister_jax.evaluation.report.summary import Bootstrap, calibration, gate_rows, systems
+from mister_jax.evaluation.results import scores
 
 CLASSES = ("anger", "joy", "neutral")
 EXPERIMENT = Experiment(
@@ -32,12 +32,12 @@ EXPERIMENT = Experiment(
 NASTY = "</script><script>document.title = 'broken'</script><!--<script>& \u2028"
 
 
-def made_up(num_dialogues=8, seed=0, unlabelled=0.1, length=6):
+def made_up(num_dialogues=8, seed=0, unlabeled=0.1, length=6):
     """A split, and predictions that are right more often than not."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, length, num_dialogues)
     total = int(lengths.sum())
-    label = np.where(random.random(total) < unlabelled, -1, random.integers(3, size=total))
+    label = np.where(random.random(total) < unlabeled, -1, random.integers(3, size=total))
     speech_present = random.random(total) < 0.8
     features = data.DialogueFeatures(
         name="tiny",
@@ -67,7 +67,7 @@ def made_up(num_dialogues=8, seed=0, unlabelled=0.1, length=6):
 
 
 def page_of(features, predictions, **options):
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     return report_html(evaluated, scores(features, predictions), EXPERIMENT, **options)
 
 
@@ -143,7 +143,7 @@ def test_intervals_hold_the_score_shrink_with_data_and_repeat():
     widths = []
     for count in (10, 40, 160):
         features, predictions = made_up(count)
-        evaluated = Evaluated.of(features, predictions)
+        evaluated = SplitPredictions.from_features(features, predictions)
         first, again = (systems(evaluated, Bootstrap(evaluated), {})[0].scores for _ in range(2))
         assert first == again
         for score in first.values():
@@ -155,7 +155,7 @@ def test_intervals_hold_the_score_shrink_with_data_and_repeat():
 
 def test_dialogues_are_drawn_whole():
     """Twins of an utterance within its dialogue tell nothing new; more dialogues would."""
-    features, predictions = made_up(30, unlabelled=0)
+    features, predictions = made_up(30, unlabeled=0)
     rows = np.repeat(np.arange(len(features.label)), 4)
     twins = dataclasses.replace(
         features,
@@ -169,40 +169,40 @@ def test_dialogues_are_drawn_whole():
     taken = {name: values[rows] for name, values in predictions.items()}
     found = []
     for split, predicted in ((features, predictions), (twins, taken)):
-        evaluated = Evaluated.of(split, predicted)
+        evaluated = SplitPredictions.from_features(split, predicted)
         found.append(systems(evaluated, Bootstrap(evaluated), {})[0].scores)
     for one, four in zip(found[0].values(), found[1].values(), strict=True):
         assert (one.low, one.high) == pytest.approx((four.low, four.high))
 
 
 def test_one_dialogue_has_no_interval():
-    features, predictions = made_up(1, unlabelled=0)
+    features, predictions = made_up(1, unlabeled=0)
     text = page_of(features, predictions)
-    assert "There is one labelled dialogue" in text
+    assert "There is one labeled dialogue" in text
     assert 'class="interval"' not in text and "nan" not in Page(text).rows["systems"][1][1]
 
 
 def test_differences_are_on_the_utterances_that_an_expert_saw():
     features, predictions = made_up()
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     found = {system.name: system for system in systems(evaluated, Bootstrap(evaluated), {})}
-    seen = evaluated.labelled & features.speech_present
+    seen = evaluated.labeled & features.speech_present
     ours, theirs = (
         metrics.confusion_scores(
             np.bincount(evaluated.label[seen] * 3 + chosen[seen], minlength=9).reshape(3, 3)
         )["weighted_f1"]
         for chosen in (evaluated.votes[:, 0], evaluated.predicted)
     )
-    assert found["speech"].utterances == seen.sum() < evaluated.labelled.sum()
+    assert found["speech"].utterances == seen.sum() < evaluated.labeled.sum()
     assert found["speech"].difference.value == pytest.approx(ours - theirs)
 
 
 def test_calibration_of_the_report_has_intervals():
     features, predictions = made_up(20)
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     error, bins = calibration(evaluated, Bootstrap(evaluated))
     assert error == scores(features, predictions)["calibration_error"]
-    assert sum(part.count for part in bins) == evaluated.labelled.sum()
+    assert sum(part.count for part in bins) == evaluated.labeled.sum()
     for part in bins:
         assert part.low <= part.confidence <= part.high
         assert part.accuracy.low <= part.accuracy.value <= part.accuracy.high
@@ -210,9 +210,9 @@ def test_calibration_of_the_report_has_intervals():
 
 def test_mean_gate_is_split_by_class_and_by_outcome():
     features, predictions = made_up()
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     rows = gate_rows(evaluated)
-    assert sum(count for name, _, count, _ in rows if name) == evaluated.labelled.sum()
+    assert sum(count for name, _, count, _ in rows if name) == evaluated.labeled.sum()
     chosen = (evaluated.label == 1) & (evaluated.predicted == 1)
     (gate,) = (gate for name, outcome, _, gate in rows if (name, outcome) == ("joy", "right"))
     np.testing.assert_allclose(gate, predictions["gate"][chosen].mean(0))
@@ -255,7 +255,7 @@ def test_embedded_json_has_no_markup():
 
 def test_large_splits_stay_small():
     features, predictions = made_up(1300, length=20)
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     size = len(embedded_json(dialogue_data(evaluated, {})))
     assert len(features.label) > 12_000
     assert size < 60 * len(features.label)
@@ -286,8 +286,8 @@ def test_what_a_model_does_not_have_is_left_out(kind):
 
 
 def test_a_split_without_labels_still_shows_its_dialogues():
-    features, predictions = made_up(unlabelled=1.1)
-    page = Page(report_html(Evaluated.of(features, predictions), {}, EXPERIMENT))
+    features, predictions = made_up(unlabeled=1.1)
+    page = Page(report_html(SplitPredictions.from_features(features, predictions), {}, EXPERIMENT))
     assert "dialogues" in page.ids
     assert not {"scores", "confusion", "calibration", "gate"} & page.ids
 
@@ -302,7 +302,7 @@ def test_single_utterances_are_shown_in_their_dialogues():
         items=(np.zeros(1, np.int32),) * 4,
         label=np.array([0, 1, 2, -1], np.int32),
     )
-    evaluated = Evaluated.of(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})
+    evaluated = SplitPredictions.from_features(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})
     assert Bootstrap(evaluated).dialogues.tolist() == [0, 1]
     found = dialogue_data(evaluated, {})
     assert found["dialogues"] == ["b", "a"] and found["offsets"] == [0, 3, 4]
@@ -312,9 +312,9 @@ def test_single_utterances_are_shown_in_their_dialogues():
 
 def test_texts_of_a_dataset_that_is_not_there_are_left_out(tmp_path):
     features, _ = made_up()
-    assert utterance_texts(features, tmp_path) == {}
+    assert read_utterance_texts(features, tmp_path) == {}
     features.metadata["text"] = {"dataset": "elsewhere/text"}
-    assert utterance_texts(features, tmp_path) == {}
+    assert read_utterance_texts(features, tmp_path) == {}
 
 
 STUDY = {
@@ -349,7 +349,7 @@ def test_several_seeds_are_named():
     }
     config = {"seed": 3, "train": {"epochs": 9}}
     experiment = Experiment(name="run", config=config, epochs=(7, 9))
-    text = report_html(Evaluated.of(features, predictions), found, experiment)
+    text = report_html(SplitPredictions.from_features(features, predictions), found, experiment)
     assert "the mean of 2 seeds; one alone has weighted F1 0.600 ± 0.141" in text
     assert "seeds 3, 4" in text and "epochs 7, 9 of 9" in text
 
@@ -410,11 +410,11 @@ def dump(path, folder):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("kind", ["gate", "probabilities"])
 def test_a_browser_shows_the_dialogues(tmp_path, kind):
-    features, predictions = made_up(unlabelled=0, length=9)
+    features, predictions = made_up(unlabeled=0, length=9)
     features = dataclasses.replace(features, lengths=np.sort(features.lengths)[::-1])
     if kind != "gate":
         predictions = without_gate(kind, predictions)
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     text = page_of(features, predictions, texts={"u0": NASTY}, study=STUDY)
     # The page runs its own script only; the walk is let in.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)

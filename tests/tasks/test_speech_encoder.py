@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import mister_jax.train as train_module
+import mister_jax.training.loop as train_module
 from configs import speech_encoder
 from mister_jax import data, extract
 from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, evaluate
+from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.nn import DialogueKeys
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, data_mesh
-from mister_jax.steps import initial_state, split_model, train_step
+from mister_jax.parallel.partitioning import JitPartitioner, data_mesh
 from mister_jax.tasks import SpeechEncoderTask
-from mister_jax.train import train
+from mister_jax.training.loop import train
+from mister_jax.training.steps import initial_state, make_train_step, split_model
 from tests.tasks.test_text_encoder import assert_alike, two_steps
 from tests.test_train import assert_same_bits, latest, records
 
@@ -117,7 +117,7 @@ def test_crops_are_of_training_alone(task):
     validation = task.split("validation", num_shards=1, shuffle=False)
     assert max(length for _, length in training.shapes) * UNIT == 8000
     assert max(length for _, length in validation.shapes) * UNIT > 8000
-    clips = task.features("train").labelled().items
+    clips = task.features("train").labeled().items
     places = set()
     for epoch in range(4):
         for batch in training.batches(epoch):
@@ -177,7 +177,7 @@ def test_what_is_trained_is_chosen(whisper_folder, heard_dir, changes, kinds):
 
 
 def one_device():
-    return JitSpread(data_mesh(devices=jax.devices()[:1]))
+    return JitPartitioner(data_mesh(devices=jax.devices()[:1]))
 
 
 def gradient_of(task, batch):
@@ -216,7 +216,7 @@ def test_a_table_of_positions_does_not_decay(whisper_folder, heard_dir, batch, l
             make=lambda key, task=task: task.load(key, one_device()),
         )
         before = jax.device_get(state["params"])
-        program = spread.program_of_step(train_step(task, graph, transformation))
+        program = spread.compile_step(make_train_step(task, graph, transformation))
         after, _ = program(spread.put_state(state), spread.put_batch(batch))
         kept = [
             jax.tree_util.keystr(path)
@@ -287,7 +287,7 @@ def test_the_loss_is_divided_once(whisper_folder, heard_dir, task, batch):
             trainable=task.trainable,
             make=lambda key: task.load(key, spread),
         )
-        program = spread.program_of_step(train_step(task, graph, transformation, accumulation))
+        program = spread.compile_step(make_train_step(task, graph, transformation, accumulation))
         after, metrics = program(spread.put_state(state), spread.put_batch(batch))
         return jax.device_get((after["params"], metrics))
 
@@ -389,7 +389,7 @@ def test_devices_do_not_change_a_step_of_an_llm(llm, batch):
     alone = two_steps(one_device(), task, batch)
     for count, model_parallelism in ((2, 1), (2, 2), (8, 2)):  # FSDP, tensor parallel, both
         mesh = data_mesh(model_parallelism, jax.devices()[:count])
-        assert_alike(two_steps(JitSpread(mesh, task.rules), task, batch), alone)
+        assert_alike(two_steps(JitPartitioner(mesh, task.rules), task, batch), alone)
 
 
 def test_what_an_llm_hears_through_is_trained_where_asked(llm):

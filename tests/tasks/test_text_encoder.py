@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import mister_jax.train as train_module
+import mister_jax.training.loop as train_module
 from configs import text_encoder
 from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictor, evaluate, missing_modality_study
+from mister_jax.evaluation.results import Predictor, evaluate, missing_modality_study
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel import JitSpread, PmapSpread, Program, data_mesh
-from mister_jax.steps import initial_state, train_step
+from mister_jax.parallel.partitioning import JitPartitioner, PmapPartitioner, Program, data_mesh
 from mister_jax.tasks import TextEncoderTask
-from mister_jax.train import train
+from mister_jax.training.loop import train
+from mister_jax.training.steps import initial_state, make_train_step
 from tests.test_train import assert_same_bits, latest, records
 
 pytestmark = pytest.mark.devices
@@ -174,7 +174,7 @@ def two_steps(spread, task, batch, accumulation=1):
         make=lambda key: task.load(key, spread),
     )
     before = jax.device_get(state["frozen"])
-    step = spread.program_of_step(train_step(task, graph, transformation, accumulation))
+    step = spread.compile_step(make_train_step(task, graph, transformation, accumulation))
     placed, rows = spread.put_state(state), spread.put_batch(batch)
     if getattr(spread, "rules", ()):
         # Each device of the mesh holds a part of its own, and no more.
@@ -190,7 +190,7 @@ def two_steps(spread, task, batch, accumulation=1):
     with jax.default_matmul_precision("highest"):
         for _ in range(2):
             placed, metrics = step(placed, rows)
-    after = jax.device_get(spread.take_state(placed))
+    after = jax.device_get(spread.get_state(placed))
     jax.tree.map(np.testing.assert_array_equal, after["frozen"], before)
     return after["params"], jax.device_get(metrics)
 
@@ -205,7 +205,7 @@ def assert_alike(ours, theirs):
 
 @pytest.fixture(scope="module")
 def alone(task, batch):
-    return two_steps(JitSpread(data_mesh(devices=jax.devices()[:1])), task, batch)
+    return two_steps(JitPartitioner(data_mesh(devices=jax.devices()[:1])), task, batch)
 
 
 @pytest.mark.parametrize(
@@ -225,21 +225,21 @@ def test_devices_and_parts_do_not_change_a_step(
 ):
     devices = jax.devices()[:count]
     if kind == "pmap":
-        spread = PmapSpread(devices)
+        spread = PmapPartitioner(devices)
     else:
         rules = () if kind == "data" else task.rules
-        spread = JitSpread(data_mesh(model_parallelism, devices), rules)
+        spread = JitPartitioner(data_mesh(model_parallelism, devices), rules)
     assert_alike(two_steps(spread, task, batch, accumulation), alone)
 
 
 def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir, batch, alone):
     config = tiny(llama_folder, spoken_dir, **{"encoder.options.quantize": True})
     task = TextEncoderTask.from_data(config)
-    _, metrics = two_steps(JitSpread(data_mesh(2), task.rules), task, batch)
+    _, metrics = two_steps(JitPartitioner(data_mesh(2), task.rules), task, batch)
     assert metrics["loss"] == pytest.approx(alone[1]["loss"], rel=0.05)
     assert metrics["loss"] != alone[1]["loss"]
     made = nnx.eval_shape(lambda: task.init(jax.random.key(0)))
-    loaded = task.load(jax.random.key(0), JitSpread(data_mesh(), task.rules))
+    loaded = task.load(jax.random.key(0), JitPartitioner(data_mesh(), task.rules))
     assert nnx.graphdef(made) == nnx.graphdef(loaded)
     assert loaded.backbone.layers.layers.attention.query.kernel.dtype == np.int8
 

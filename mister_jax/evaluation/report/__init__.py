@@ -5,13 +5,13 @@
 """
 
 from mister_jax.evaluation.report.page import Experiment, report_html, write_report
-from mister_jax.evaluation.report.summary import Evaluated, Score, utterance_texts
+from mister_jax.evaluation.report.summary import Score, SplitPredictions, read_utterance_texts
 
 __all__ = [
-    "Evaluated",
     "Experiment",
     "Score",
+    "SplitPredictions",
+    "read_utterance_texts",
     "report_html",
-    "utterance_texts",
     "write_report",
 ]

@@ -227,7 +227,7 @@ def missing_modality_lines(
 
 
 def stacked_bar(names: Sequence[str], shares: np.ndarray) -> str:
-    """Shares that add to one, as a bar whose parts are labelled in percent."""
+    """Shares that add to one, as a bar whose parts are labeled in percent."""
     percent = [100 * float(share) for share in shares]
     said = ", ".join(f"{name} {value:.0f} %" for name, value in zip(names, percent, strict=True))
     parts = [

@@ -21,10 +21,10 @@ from mister_jax.checkpoint import BEST
 from mister_jax.errors import InputError
 from mister_jax.evaluation.report import charts, summary
 from mister_jax.evaluation.report.charts import element
-from mister_jax.evaluation.report.summary import DRAWS, Bootstrap, Evaluated, Score, System
+from mister_jax.evaluation.report.summary import DRAWS, Bootstrap, Score, SplitPredictions, System
 from mister_jax.io import read_json, write_text
 from mister_jax.metrics import OVERALL
-from mister_jax.train import read_config
+from mister_jax.training.loop import read_config
 
 _HERE = epath.resource_path("mister_jax") / "evaluation" / "report"
 _TITLES = {
@@ -58,7 +58,7 @@ class Experiment:
     date: str | None = None
 
     @classmethod
-    def of(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
+    def from_workdir(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
         """Of a work directory.
 
         Args:
@@ -118,13 +118,13 @@ def write_report(
       The path of the page.
     """
     path = epath.Path(output) / "report.html"
-    evaluated = Evaluated.of(features, predictions)
+    evaluated = SplitPredictions.from_features(features, predictions)
     write_text(path, report_html(evaluated, scores, experiment, texts, study))
     return path
 
 
 def report_html(
-    evaluated: Evaluated,
+    evaluated: SplitPredictions,
     scores: Mapping[str, Any],
     experiment: Experiment,
     texts: Mapping[str, str] | None = None,
@@ -140,7 +140,7 @@ def report_html(
       study: content of `missing_modality.json`; without it there is no curve.
     """
     sections: list[tuple[str, str, str]] = []  # id, title, content
-    if evaluated.labelled.any():
+    if evaluated.labeled.any():
         bootstrap = Bootstrap(evaluated)
         systems = summary.systems(evaluated, bootstrap, scores.get("reference_scores", {}))
         of_seeds = scores.get("seeds")
@@ -184,7 +184,7 @@ def embedded_json(value: Any) -> str:
     return text
 
 
-def dialogue_data(evaluated: Evaluated, texts: Mapping[str, str]) -> dict[str, Any]:
+def dialogue_data(evaluated: SplitPredictions, texts: Mapping[str, str]) -> dict[str, Any]:
     """What `script.js` shows: columns over utterances, shares in thousandths.
 
     Args:
@@ -278,12 +278,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _header(evaluated: Evaluated, experiment: Experiment) -> str:
+def _header(evaluated: SplitPredictions, experiment: Experiment) -> str:
     config = dict(_flat(experiment.config))
-    unlabelled = int(np.sum(~evaluated.labelled))
+    unlabeled = int(np.sum(~evaluated.labeled))
     utterances = f"{len(evaluated.label):,} utterances"
-    if unlabelled:
-        utterances += f", {unlabelled:,} of them unlabelled"
+    if unlabeled:
+        utterances += f", {unlabeled:,} of them unlabeled"
     epoch = "epoch" if len(experiment.epochs) == 1 else "epochs"
     epoch += f" {', '.join(map(str, experiment.epochs))}"
     if "train.epochs" in config:
@@ -346,7 +346,7 @@ def _named(system: System) -> str:
 
 
 def _scores(
-    evaluated: Evaluated,
+    evaluated: SplitPredictions,
     systems: Sequence[System],
     bootstrap: Bootstrap,
     of_seeds: Mapping[str, Any] | None,
@@ -392,12 +392,12 @@ def _scores(
     if bootstrap.draws:
         note = (
             f"Intervals hold 95 % of {DRAWS:,} bootstrap draws of the {len(bootstrap.dialogues):,} "
-            "labelled dialogues, not of single utterances, which are not independent. Differences "
+            "labeled dialogues, not of single utterances, which are not independent. Differences "
             "are from this model, on the same utterances and draws; one whose interval excludes 0 "
             "is hardly chance."
         )
     else:
-        note = "There is one labelled dialogue, so there are no intervals."
+        note = "There is one labeled dialogue, so there are no intervals."
     if of_seeds is not None:
         note += (
             f" This model is the mean of {len(of_seeds['of_each'])} seeds; one alone has weighted "
@@ -429,7 +429,7 @@ def _sentiment(readings: Mapping[str, Mapping[str, Any]]) -> str:
     return _table("Binary readings of the sentiment scores", head, rows)
 
 
-def _classes(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
+def _classes(evaluated: SplitPredictions, bootstrap: Bootstrap) -> str:
     rows = [
         (
             escape(name),
@@ -445,7 +445,7 @@ def _classes(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
     return _table("Scores of each class", head, rows, "classes")
 
 
-def _confusion(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
+def _confusion(evaluated: SplitPredictions, bootstrap: Bootstrap) -> str:
     counts, _ = bootstrap.confusion(evaluated.predicted)
     names = [escape(name) for name in evaluated.class_names]
     rows = []
@@ -468,7 +468,7 @@ def _confusion(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
     )
 
 
-def _calibration(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
+def _calibration(evaluated: SplitPredictions, bootstrap: Bootstrap) -> str:
     error, bins = summary.calibration(evaluated, bootstrap)
     rows = [
         (
@@ -499,7 +499,7 @@ def _calibration(evaluated: Evaluated, bootstrap: Bootstrap) -> str:
     )
 
 
-def _gate(evaluated: Evaluated) -> str:
+def _gate(evaluated: SplitPredictions) -> str:
     assert evaluated.gate is not None
     found = summary.gate_rows(evaluated)
     rows: list[tuple[str, ...]] = []
@@ -558,7 +558,7 @@ def _missing_modality(study: Mapping[str, Any]) -> str:
     )
 
 
-def _dialogues_lead(evaluated: Evaluated, texts: bool) -> str:
+def _dialogues_lead(evaluated: SplitPredictions, texts: bool) -> str:
     parts = ["Each utterance with its predicted and its true emotion"]
     if evaluated.gate is not None:
         parts.append("the weights of the experts and their votes")

@@ -70,7 +70,7 @@
       const right = vote >= 0 && vote === data.label[row];
       item.append(make("span", right ? "vote agrees" : "vote", vote < 0 ? "–" : data.classes[vote]));
       if (vote < 0) item.title = `${name}: no vote, the modality is missing`;
-      else item.title = `${name} votes ${data.classes[vote]}${right ? ", as labelled" : ""}`;
+      else item.title = `${name} votes ${data.classes[vote]}${right ? ", as labeled" : ""}`;
       votes.append(item);
     });
     box.append(votes);

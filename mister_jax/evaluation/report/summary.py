@@ -32,7 +32,7 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Evaluated:
+class SplitPredictions:
     """A split and what was predicted for it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Evaluated:
     gate: np.ndarray | None
 
     @classmethod
-    def of(cls, features: Any, predictions: Mapping[str, np.ndarray]) -> Evaluated:
+    def from_features(cls, features: Any, predictions: Mapping[str, np.ndarray]) -> SplitPredictions:
         """From a task's features and the arrays of `evaluate.Predictor`."""
         names = np.repeat(np.array(features.dialogue_ids, str), features.lengths)
         # Features of single utterances name a dialogue once for each of its utterances.
@@ -87,14 +87,14 @@ class Evaluated:
         )
 
     @property
-    def labelled(self) -> np.ndarray:
+    def labeled(self) -> np.ndarray:
         """[N] bool."""
         return self.label >= 0
 
     @property
     def wrong(self) -> np.ndarray:
-        """[N] bool, labelled and predicted otherwise."""
-        return self.labelled & (self.label != self.predicted)
+        """[N] bool, labeled and predicted otherwise."""
+        return self.labeled & (self.label != self.predicted)
 
 
 def _experts(
@@ -119,7 +119,7 @@ def _experts(
     return tuple(EXPERTS[index] for index in in_use), votes, gate if chosen else None
 
 
-def utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> dict[str, str]:
+def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> dict[str, str]:
     """What was said, by utterance id; empty where it is not known.
 
     Texts are read from the dataset of dialogues that the features say they were made from, or that
@@ -140,7 +140,7 @@ def utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> di
 
 
 class Bootstrap:
-    """Scores of a split and their intervals, from draws of its labelled dialogues.
+    """Scores of a split and their intervals, from draws of its labeled dialogues.
 
     All scores see the same draws, so differences of scores have intervals, too.
 
@@ -150,19 +150,19 @@ class Bootstrap:
       seed: of the draws.
     """
 
-    def __init__(self, evaluated: Evaluated, draws: int = DRAWS, seed: int = SEED):
+    def __init__(self, evaluated: SplitPredictions, draws: int = DRAWS, seed: int = SEED):
         self._evaluated = evaluated
-        counted = evaluated.dialogue[evaluated.labelled]
+        counted = evaluated.dialogue[evaluated.labeled]
         self.dialogues, self._group = np.unique(counted, return_inverse=True)
         # One dialogue drawn anew is itself: that has no interval.
         self.draws = draws if len(self.dialogues) > 1 else 0
         self._weights = metrics.bootstrap_weights(len(self.dialogues), self.draws, seed)
 
     def sums(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts [num_cells] of the cells [n] of labelled utterances, and their draws.
+        """Counts [num_cells] of the cells [n] of labeled utterances, and their draws.
 
         Args:
-          cells: of each labelled utterance, -1 for one that does not count.
+          cells: of each labeled utterance, -1 for one that does not count.
           num_cells: cells there are.
 
         Returns:
@@ -178,7 +178,7 @@ class Bootstrap:
         """Confusion [C, C] of predictions [N], -1 where there is none, and its draws [R, C, C]."""
         evaluated = self._evaluated
         classes = len(evaluated.class_names)
-        label, predicted = evaluated.label[evaluated.labelled], predicted[evaluated.labelled]
+        label, predicted = evaluated.label[evaluated.labeled], predicted[evaluated.labeled]
         cells = np.where(predicted >= 0, label * classes + predicted, -1)
         counts, draws = self.sums(cells, classes**2)
         return counts.reshape(classes, classes), draws.reshape(-1, classes, classes)
@@ -218,7 +218,7 @@ class System:
 
 
 def systems(
-    evaluated: Evaluated, bootstrap: Bootstrap, references: Mapping[str, Mapping[str, float]]
+    evaluated: SplitPredictions, bootstrap: Bootstrap, references: Mapping[str, Mapping[str, float]]
 ) -> list[System]:
     """The model, each expert alone, the majority class and the references.
 
@@ -227,7 +227,7 @@ def systems(
       bootstrap: of it.
       references: name to scores that are known from elsewhere.
     """
-    label = evaluated.label[evaluated.labelled]
+    label = evaluated.label[evaluated.labeled]
     most = np.bincount(label, minlength=len(evaluated.class_names)).argmax()
     predictions = {("model", "model"): evaluated.predicted}
     for index, name in enumerate(evaluated.experts):
@@ -235,7 +235,7 @@ def systems(
     predictions["majority", "majority"] = np.full(len(evaluated.label), most)
     found = []
     for (name, kind), predicted in predictions.items():
-        if not (predicted[evaluated.labelled] >= 0).any():
+        if not (predicted[evaluated.labeled] >= 0).any():
             continue
         own = bootstrap.scores(predicted)
         difference = None
@@ -251,7 +251,7 @@ def systems(
     return found
 
 
-def per_class(evaluated: Evaluated, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+def per_class(evaluated: SplitPredictions, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
     """For each class "precision", "recall", "f1" as `Score`, and "support"."""
     found = bootstrap.scores(evaluated.predicted)
     rows: dict[str, dict[str, Any]] = {}
@@ -275,11 +275,11 @@ class Bin:
     accuracy: Score
 
 
-def calibration(evaluated: Evaluated, bootstrap: Bootstrap) -> tuple[float, list[Bin]]:
+def calibration(evaluated: SplitPredictions, bootstrap: Bootstrap) -> tuple[float, list[Bin]]:
     """The expected calibration error, and the bins that hold any utterance."""
-    labelled = evaluated.labelled
-    confidence = evaluated.probabilities[labelled].max(-1)
-    correct = ~evaluated.wrong[labelled]
+    labeled = evaluated.labeled
+    confidence = evaluated.probabilities[labeled].max(-1)
+    correct = ~evaluated.wrong[labeled]
     found = metrics.calibration(confidence, correct)
     num_bins = len(found["count"])
     _, of_all = bootstrap.sums(found["bin"], num_bins)
@@ -299,14 +299,14 @@ def calibration(evaluated: Evaluated, bootstrap: Bootstrap) -> tuple[float, list
     ]
 
 
-def gate_rows(evaluated: Evaluated) -> list[tuple[str | None, str, int, np.ndarray]]:
-    """Mean gate of labelled utterances that were predicted rightly and wrongly.
+def gate_rows(evaluated: SplitPredictions) -> list[tuple[str | None, str, int, np.ndarray]]:
+    """Mean gate of labeled utterances that were predicted rightly and wrongly.
 
     Returns:
       (class or None for all, "right" or "wrong", utterances, gate [E]), where there are any.
     """
     assert evaluated.gate is not None
-    groups: dict[str | None, np.ndarray] = {None: evaluated.labelled}
+    groups: dict[str | None, np.ndarray] = {None: evaluated.labeled}
     for index, name in enumerate(evaluated.class_names):
         groups[name] = evaluated.label == index
     rows: list[tuple[str | None, str, int, np.ndarray]] = []

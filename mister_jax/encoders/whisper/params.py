@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
 from mister_jax.convert.names import NameRules
-from mister_jax.encoders.whisper import WhisperConfig
+from mister_jax.encoders.whisper.config import WhisperConfig
 
 NAME_RULES = NameRules(
     prefixes=("", "model."),

@@ -15,22 +15,21 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from mister_jax import metrics, seeds
+from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, Checkpoints
-from mister_jax.console import Reporter
+from mister_jax.console import ProgressReporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
-from mister_jax.evaluation.report import Experiment, utterance_texts, write_report
+from mister_jax.evaluation.report import Experiment, read_utterance_texts, write_report
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.models import EXPERTS
-from mister_jax.parallel import JitSpread, data_mesh, enough_memory, shardings
-from mister_jax.steps import split_model
-from mister_jax.tasks import seeds as seeds_of
-from mister_jax.tasks import task_class
-from mister_jax.train import read_config
+from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, explain_oom, shardings
+from mister_jax.tasks import config_seeds, task_class
+from mister_jax.training.loop import read_config
+from mister_jax.training.steps import split_model
 
 Predictions = dict[str, np.ndarray]
 
@@ -48,7 +47,7 @@ _REMEDY = "devices with more memory, or more of them"
 class Predictor:
     """The best parameters of a work directory, ready to predict on all devices.
 
-    Of several seeds it predicts what they say together, see `seeds.ensemble`.
+    Of several seeds it predicts what they say together, see `multi_seed.ensemble`.
 
     Args:
       workdir: of a training.
@@ -72,20 +71,20 @@ class Predictor:
             raise InputError(
                 f"{workdir / 'model.json'}: damaged ({error!r}); needed: that of a training"
             ) from error
-        self.seeds = seeds_of(config)
-        self.spread = JitSpread(data_mesh(), self.task.rules)
+        self.seeds = config_seeds(config)
+        self.partitioner = JitPartitioner(data_mesh(), self.task.rules)
         shapes = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
         self._graph, params, frozen = split_model(shapes, self.task.trainable)
-        params = seeds.joined_shapes(params, len(self.seeds))
+        params = multi_seed.stacked_shapes(params, len(self.seeds))
         like = jax.tree.map(
             lambda value, sharding: jax.ShapeDtypeStruct(
                 value.shape, value.dtype, sharding=sharding
             ),
             params,
-            shardings(params, self.spread.mesh, self.task.rules),
+            shardings(params, self.partitioner.mesh, self.task.rules),
         )
         memory = functools.partial(
-            enough_memory,
+            explain_oom,
             str(workdir),
             f"the model's parameters on {jax.device_count()} devices",
             _REMEDY,
@@ -99,16 +98,17 @@ class Predictor:
         params, self.progress = restored
         if jax.tree.leaves(frozen):  # They come from where the training had them from.
             with memory():
-                loaded = self.task.load(jax.random.key(config.seed), self.spread)
-                frozen = self.spread.put_state(split_model(loaded, self.task.trainable)[2])
+                loaded = self.task.load(jax.random.key(config.seed), self.partitioner)
+                frozen = self.partitioner.put_state(split_model(loaded, self.task.trainable)[2])
         self.params = [
-            {"trained": own, "frozen": frozen} for own in seeds.split(params, len(self.seeds))
+            {"trained": own, "frozen": frozen}
+            for own in multi_seed.unstack_seeds(params, len(self.seeds))
         ]
 
         def read(params, batch, _axis_name):
             return {**self.task.predict(self._merged(params), batch), "row": batch["row"]}
 
-        self._predict = self.spread.program_of_reader(read)
+        self._predict = self.partitioner.compile_eval(read)
 
     def _merged(self, params: Mapping[str, Any]) -> Any:
         return nnx.merge(self._graph, params["trained"], params["frozen"])
@@ -119,9 +119,9 @@ class Predictor:
 
     def run(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """What the task predicts for a placed batch, and its "row"."""
-        return seeds.ensemble(self.run_each(batch))
+        return multi_seed.ensemble(self.predict_batch_per_seed(batch))
 
-    def run_each(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
+    def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
         """`run` of each seed alone."""
         return [self._predict(own, batch) for own in self.params]
 
@@ -136,11 +136,13 @@ class Predictor:
           Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
           "expert_probabilities" [N, E, C], "expert_present" [N, E].
         """
-        return seeds.ensemble(self.of_each_seed(features, quiet=quiet))
+        return multi_seed.ensemble(self.predict_per_seed(features, quiet=quiet))
 
-    def of_each_seed(self, features: DialogueFeatures, *, quiet: bool = False) -> list[Predictions]:
+    def predict_per_seed(
+        self, features: DialogueFeatures, *, quiet: bool = False
+    ) -> list[Predictions]:
         """`__call__` of each seed alone."""
-        split = self.task.batched(features, num_shards=self.spread.num_shards)
+        split = self.task.batched(features, num_shards=self.partitioner.num_shards)
         return self._over(split.batches(), split.steps, features, quiet=quiet)
 
     def over(
@@ -152,7 +154,7 @@ class Predictor:
         quiet: bool = False,
     ) -> Predictions:
         """`__call__` over batches that are made already, `steps` of them."""
-        return seeds.ensemble(self._over(batches, steps, features, quiet=quiet))
+        return multi_seed.ensemble(self._over(batches, steps, features, quiet=quiet))
 
     def _over(
         self,
@@ -164,10 +166,12 @@ class Predictor:
     ) -> list[Predictions]:
         offsets = features.offsets
         found: list[Predictions] = [{} for _ in self.seeds]
-        memory = enough_memory("prediction", f"batches on {jax.device_count()} devices", _REMEDY)
-        with memory, Reporter(steps, unit="batches", quiet=quiet) as reporter:
-            for batch in prefetch_to_device(batches, self.spread.put_batch):
-                for own, outputs in zip(found, jax.device_get(self.run_each(batch)), strict=True):
+        memory = explain_oom("prediction", f"batches on {jax.device_count()} devices", _REMEDY)
+        with memory, ProgressReporter(steps, unit="batches", quiet=quiet) as reporter:
+            for batch in prefetch_to_device(batches, self.partitioner.put_batch):
+                for own, outputs in zip(
+                    found, jax.device_get(self.predict_batch_per_seed(batch)), strict=True
+                ):
                     rows = outputs.pop("row")  # of all processes
                     for name, values in outputs.items():
                         if name not in own:
@@ -189,33 +193,33 @@ def scores(features: DialogueFeatures, predictions: Predictions) -> dict[str, An
     "sentiment": the readings of the scores.
     """
     classes = len(features.class_names)
-    labelled = features.label >= 0
+    labeled = features.label >= 0
 
     def confusion(predicted: np.ndarray, counted: np.ndarray) -> np.ndarray:
         cells = features.label[counted] * classes + predicted[counted]
         return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
     predicted = predictions["probabilities"].argmax(-1)
-    counts = confusion(predicted, labelled)
+    counts = confusion(predicted, labeled)
     found = metrics.scores(counts, features.class_names)
     found["confusion"] = counts.tolist()
-    confidence = predictions["probabilities"][labelled].max(-1)
-    calibration = metrics.calibration(confidence, (predicted == features.label)[labelled])
+    confidence = predictions["probabilities"][labeled].max(-1)
+    calibration = metrics.calibration(confidence, (predicted == features.label)[labeled])
     found["calibration_error"] = calibration["error"]
     if "gate" in predictions:
         found["mean_gate"] = {}
         found["experts"] = {}
         for index, name in enumerate(EXPERTS):
-            present = labelled & predictions["expert_present"][:, index]
+            present = labeled & predictions["expert_present"][:, index]
             if present.any():
                 choices = predictions["expert_probabilities"][:, index].argmax(-1)
                 own = metrics.scores(confusion(choices, present), features.class_names)
                 found["experts"][name] = {key: own[key] for key in ("weighted_f1", "utterances")}
-                found["mean_gate"][name] = float(predictions["gate"][labelled, index].mean())
+                found["mean_gate"][name] = float(predictions["gate"][labeled, index].mean())
     positive = metrics.positive_class(features.class_names)
     if features.score is not None and positive is not None:
         found["sentiment"] = metrics.binary_sentiment(
-            np.where(labelled, features.score, np.nan), predicted == positive
+            np.where(labeled, features.score, np.nan), predicted == positive
         )
     if "reference_scores" in features.metadata:
         found["reference_scores"] = features.metadata["reference_scores"]
@@ -331,12 +335,12 @@ def evaluate(
             features.name,
             ", ".join(features.class_names),
         )
-    of_each = predictor.of_each_seed(features, quiet=quiet)
-    predictions = seeds.ensemble(of_each)
+    of_each = predictor.predict_per_seed(features, quiet=quiet)
+    predictions = multi_seed.ensemble(of_each)
     found = scores(features, predictions)
     if len(of_each) > 1:
         own = [scores(features, each) for each in of_each]
-        found["seeds"] = seeds.summary(predictor.seeds, own)
+        found["seeds"] = multi_seed.summarize_seeds(predictor.seeds, own)
     found |= {"dataset": features.name, "checkpoint": {"epoch": predictor.progress["epoch"]}}
     if report and study is None and _has_both(features):
         pairs = [(rate, 0.0) for rate in RATES] + [(0.0, rate) for rate in RATES]
@@ -347,7 +351,7 @@ def evaluate(
         write_json(output / "metrics.json", by_split)
         rows = itertools.chain(kept, prediction_rows(features, predictions))
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        figures.confusion(
+        figures.plot_confusion(
             {
                 f"{name}, weighted F1 {value['weighted_f1']:.3f}": np.array(value["confusion"])
                 for name, value in by_split.items()
@@ -358,8 +362,8 @@ def evaluate(
         if report:
             if study is not None:
                 _write_study(study, output)
-            experiment = Experiment.of(workdir, found["checkpoint"])
-            texts = utterance_texts(features, predictor.data_dir)
+            experiment = Experiment.from_workdir(workdir, found["checkpoint"])
+            texts = read_utterance_texts(features, predictor.data_dir)
             write_report(output, features, predictions, found, experiment, texts, study)
     return found
 
@@ -480,12 +484,12 @@ def _study(
     """
 
     def scored(seen: DialogueFeatures) -> list[float]:
-        of_each = predictor.of_each_seed(seen, quiet=True)
+        of_each = predictor.predict_per_seed(seen, quiet=True)
         return [scores(seen, each)["weighted_f1"] for each in of_each]
 
     complete = mean_and_deviation(scored(features))[0]
     points = []
-    with Reporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
+    with ProgressReporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
         for speech_rate, text_rate in pairs:
             values: list[float] = []
             for draw in range(draws):
@@ -514,7 +518,7 @@ def _studied(predictor: Predictor, features: Any) -> dict[str, Any]:
 
 def _write_study(study: Mapping[str, Any], output: epath.Path, name: str = STUDY) -> None:
     write_json(output / f"{name}.json", study)
-    figures.missing_modality(study["points"], study["complete"], output / f"{name}.png")
+    figures.plot_missing_modality(study["points"], study["complete"], output / f"{name}.png")
 
 
 def _read_study(output: epath.Path, of: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ State = Any
 Batch = dict[str, Any]
 Step = Callable[[State, Batch, str | None], tuple[State, Any]]
 Reader = Callable[[State, Batch, str | None], Any]
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+ShardingRules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Program:
         return self.finish(self.function(state, batch))
 
 
-class Spread(Protocol):
+class Partitioner(Protocol):
     """A way to run steps over devices."""
 
     @property
@@ -90,13 +90,13 @@ class Spread(Protocol):
     def put_batch(self, batch: Batch) -> Batch:
         """Places this process's rows of a global batch."""
 
-    def take_state(self, state: State) -> State:
+    def get_state(self, state: State) -> State:
         """The single copy of a placed state."""
 
-    def program_of_step(self, step: Step) -> Program:
+    def compile_step(self, step: Step) -> Program:
         """A step over the devices; the state that goes in is given up for what comes out."""
 
-    def program_of_reader(self, reader: Reader) -> Program:
+    def compile_eval(self, reader: Reader) -> Program:
         """A function that only reads the state; its results are sums over the batch."""
 
 
@@ -139,7 +139,7 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     """Shardings of a tree of arrays by the paths of its leaves.
 
     The first rule whose pattern is found in a leaf's path ("/".join of its keys) gives the
@@ -177,7 +177,7 @@ def _placed(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
-class JitSpread:
+class JitPartitioner:
     """Steps under `jit`: rows over the "data" axis, parameters by rules over "model".
 
     Args:
@@ -185,7 +185,7 @@ class JitSpread:
       rules: see `shardings`.
     """
 
-    def __init__(self, mesh: Mesh, rules: Rules = ()):
+    def __init__(self, mesh: Mesh, rules: ShardingRules = ()):
         self.mesh = mesh
         self.rules = rules
         self.replicated = NamedSharding(mesh, P())
@@ -204,7 +204,7 @@ class JitSpread:
             for name, value in batch.items()
         }
 
-    def take_state(self, state: State) -> State:
+    def get_state(self, state: State) -> State:
         return state
 
     def _layers_placed(self) -> contextlib.AbstractContextManager[None]:
@@ -224,7 +224,7 @@ class JitSpread:
 
         return layers_placed(parameters, rows)
 
-    def program_of_step(self, step: Step) -> Program:
+    def compile_step(self, step: Step) -> Program:
         # The shardings that come out must be those that went in, or the second step would be
         # compiled anew.
         def constrained(state: State, batch: Batch) -> tuple[State, Any]:
@@ -235,7 +235,7 @@ class JitSpread:
 
         return Program(jax.jit(constrained, donate_argnums=0))
 
-    def program_of_reader(self, reader: Reader) -> Program:
+    def compile_eval(self, reader: Reader) -> Program:
         def read(state: State, batch: Batch) -> Any:
             with self._layers_placed():
                 return reader(state, batch, None)
@@ -243,7 +243,7 @@ class JitSpread:
         return Program(jax.jit(read, out_shardings=self.replicated))
 
 
-class PmapSpread:
+class PmapPartitioner:
     """Steps under `pmap`: one copy of the state and some rows of the batch on each device.
 
     In a job of several processes it takes all their devices.
@@ -278,7 +278,7 @@ class PmapSpread:
 
         return {name: split(value) for name, value in batch.items()}
 
-    def take_state(self, state: State) -> State:
+    def get_state(self, state: State) -> State:
         single = self._first(state)
         if jax.process_count() == 1:
             return single
@@ -297,34 +297,34 @@ class PmapSpread:
         named = functools.partial(function, axis_name=DATA)
         return jax.pmap(named, axis_name=DATA, devices=devices, **options)
 
-    def program_of_step(self, step: Step) -> Program:
+    def compile_step(self, step: Step) -> Program:
         def finish(result: tuple[State, Any]) -> tuple[State, Any]:
             return result[0], self._first(result[1])
 
         return Program(self._pmap(step, donate_argnums=0), finish)
 
-    def program_of_reader(self, reader: Reader) -> Program:
+    def compile_eval(self, reader: Reader) -> Program:
         return Program(self._pmap(reader), self._first)
 
 
-def spread(config: ParallelConfig, rules: Rules = ()) -> Spread:
+def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Partitioner:
     """The way `config` asks for, over all devices of the job.
 
     Raises:
       InputError: a copy of the parameters would not lie within each process's devices.
     """
     if config.backend == "pmap":
-        return PmapSpread()
+        return PmapPartitioner()
     # Over several processes they would have to be given the same rows.
     if jax.local_device_count() % config.model_parallelism:
         raise InputError(
             f"config.parallel.model_parallelism={config.model_parallelism}; allowed are divisors "
             f"of the {jax.local_device_count()} devices of a process"
         )
-    return JitSpread(data_mesh(config.model_parallelism), rules)
+    return JitPartitioner(data_mesh(config.model_parallelism), rules)
 
 
-def check_shared(path: epath.PathLike) -> None:
+def assert_visible_to_all_processes(path: epath.PathLike) -> None:
     """Makes sure that what the first process has written is seen by all; each calls it.
 
     Args:
@@ -345,7 +345,7 @@ def check_shared(path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory(where: str, work: str, remedy: str) -> Iterator[None]:
+def explain_oom(where: str, work: str, remedy: str) -> Iterator[None]:
     """Makes an `InputError` of a lack of memory on the devices.
 
     Args:
@@ -362,11 +362,11 @@ def enough_memory(where: str, work: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{where}: out of memory with {work} ({reason}); try {remedy}") from error
 
 
-def first_row(batch_size: int, axis_name: str | None) -> jax.Array | int:
+def first_row_index(batch_size: int, axis_name: str | None) -> jax.Array | int:
     """Index in the global batch of the first of this device's `batch_size` rows."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
 
 
-def sum_over(tree: Any, axis_name: str | None) -> Any:
+def psum_if_mapped(tree: Any, axis_name: str | None) -> Any:
     """Sums every leaf over the axis, if there is one."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)

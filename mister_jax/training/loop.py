@@ -29,27 +29,25 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import mister_jax
-from mister_jax import metrics, seeds
+from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
-from mister_jax.console import Reporter, parameter_table
+from mister_jax.console import ProgressReporter, parameter_table
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
-from mister_jax.parallel import (
+from mister_jax.parallel.partitioning import (
     ParallelConfig,
+    Partitioner,
     Program,
-    Spread,
-    check_shared,
-    enough_memory,
-    spread,
+    assert_visible_to_all_processes,
+    explain_oom,
 )
-from mister_jax.steps import initial_state, train_step, validation_sums
-from mister_jax.tasks import Split, Task, from_config, task_class
-from mister_jax.tasks import seeds as seeds_of
-from mister_jax.training.metric_writer import MetricsWriter
+from mister_jax.tasks import Split, Task, config_seeds, dataclass_from_config, task_class
+from mister_jax.training.metric_writer import MetricWriter
+from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
 
 # Parts of the config that a resumed run may change: they move no parameter.
 _FREE = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
@@ -133,15 +131,15 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
       TrainingDiverged: the loss is not finite; the last good state is kept.
     """
     workdir = epath.Path(workdir)
-    options = from_config(TrainConfig, config.train, "config.train")
-    parallel = from_config(ParallelConfig, config.parallel, "config.parallel")
-    optimizer_config = from_config(OptimizerConfig, config.optimizer, "config.optimizer")
+    options = dataclass_from_config(TrainConfig, config.train, "config.train")
+    parallel = dataclass_from_config(ParallelConfig, config.parallel, "config.parallel")
+    optimizer_config = dataclass_from_config(OptimizerConfig, config.optimizer, "config.optimizer")
     check_workdir(config, workdir)
-    chosen = seeds_of(config)
+    chosen = config_seeds(config)
     task = task_class(config).from_data(config)
-    spreading = spread(parallel, task.rules)
-    training = task.split("train", num_shards=spreading.num_shards, shuffle=True)
-    validation = task.split("validation", num_shards=spreading.num_shards, shuffle=False)
+    partitioner = make_partitioner(parallel, task.rules)
+    training = task.split("train", num_shards=partitioner.num_shards, shuffle=True)
+    validation = task.split("validation", num_shards=partitioner.num_shards, shuffle=False)
     content = {
         "train": {"fingerprint": training.fingerprint(), "steps_per_epoch": training.steps},
         "validation": {"fingerprint": validation.fingerprint()},
@@ -150,28 +148,28 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     total_steps = options.epochs * training.steps
     transformation = optimizer(optimizer_config, total_steps)
     rows, length = max((*training.shapes, *validation.shapes), key=math.prod)
-    with enough_memory(
+    with explain_oom(
         str(workdir),
         f"batches of up to {rows} x {length} on {jax.device_count()} devices",
-        task.memory_remedy,
+        task.oom_hint,
     ):
-        graph, state = _initial_state(task, transformation, chosen, spreading)
+        graph, state = _initial_state(task, transformation, chosen, partitioner)
         if jax.process_index() == 0:
-            first = seeds.split(state["params"], len(chosen))[0]
+            first = multi_seed.unstack_seeds(state["params"], len(chosen))[0]
             describe(workdir, config, task, first, content)
-        check_shared(workdir / "config.json")
-        step = train_step(task, graph, transformation, options.accumulation)
-        judge = validation_sums(task, graph)
+        assert_visible_to_all_processes(workdir / "config.json")
+        step = make_train_step(task, graph, transformation, options.accumulation)
+        judge = make_eval_step(task, graph)
         loop = _Loop(
             workdir=workdir,
             options=options,
             seeds=chosen,
             task=task,
-            spreading=spreading,
+            partitioner=partitioner,
             training=training,
             validation=validation,
-            step=spreading.program_of_step(seeds.over_seeds(step, len(chosen))),
-            judge=spreading.program_of_reader(seeds.over_seeds(judge, len(chosen))),
+            step=partitioner.compile_step(multi_seed.vmap_over_seeds(step, len(chosen))),
+            judge=partitioner.compile_eval(multi_seed.vmap_over_seeds(judge, len(chosen))),
             rate=learning_rate(optimizer_config, total_steps),
         )
         with Checkpoints(workdir) as checkpoints, terminated() as stop:
@@ -179,18 +177,18 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
 
 
 def _initial_state(
-    task: Task, transformation: Any, chosen: Sequence[int], spreading: Spread
+    task: Task, transformation: Any, chosen: Sequence[int], partitioner: Partitioner
 ) -> tuple[Any, Any]:
     """The model's graph, and the joined states of the seeds."""
 
     def make(key: jax.Array) -> Any:
-        return task.load(key, spreading)
+        return task.load(key, partitioner)
 
     made = [
         initial_state(task, transformation, seed, trainable=task.trainable, make=make)
         for seed in chosen
     ]
-    return made[0][0], seeds.join([state for _, state in made])
+    return made[0][0], multi_seed.stack_seeds([state for _, state in made])
 
 
 @dataclasses.dataclass
@@ -201,7 +199,7 @@ class _Loop:
     options: TrainConfig
     seeds: tuple[int, ...]
     task: Task
-    spreading: Spread
+    partitioner: Partitioner
     training: Split
     validation: Split
     step: Program
@@ -214,24 +212,24 @@ class _Loop:
         self, state: Any, checkpoints: Checkpoints, stop: threading.Event, quiet: bool
     ) -> TrainProgress:
         options, steps = self.options, self.training.steps
-        state = self.spreading.put_state(state)
+        state = self.partitioner.put_state(state)
         progress = TrainProgress([-1.0] * len(self.seeds), [0] * len(self.seeds))
         restored = checkpoints.restore(LATEST, self._saved(state))
         if restored is not None:
-            state = {**state, **self.spreading.put_state(restored[0])}
+            state = {**state, **self.partitioner.put_state(restored[0])}
             progress = TrainProgress(**restored[1])
         done = self._done(state)
-        writer = MetricsWriter(self.workdir, done)
-        reporter = Reporter(options.epochs * steps, done=done, quiet=quiet)
+        writer = MetricWriter(self.workdir, done)
+        reporter = ProgressReporter(options.epochs * steps, done=done, quiet=quiet)
         try:
             with reporter:
                 if progress.finished:
-                    reporter.line(f"{self.workdir} is finished; nothing to do")
+                    reporter.print(f"{self.workdir} is finished; nothing to do")
                 elif restored is not None:
-                    reporter.line(f"resuming {self.workdir} at step {done}")
+                    reporter.print(f"resuming {self.workdir} at step {done}")
                 else:
                     for note in self.task.notes:
-                        reporter.line(note)
+                        reporter.print(note)
                 if not progress.finished:
                     self._compile(state, reporter)
                 while not progress.finished:
@@ -240,7 +238,7 @@ class _Loop:
                         state, progress, first, checkpoints, stop, writer, reporter
                     )
                     if stopped:
-                        reporter.line(
+                        reporter.print(
                             f"stopped by SIGTERM; the state of step {self._done(state)} is saved, "
                             "start again to go on"
                         )
@@ -252,28 +250,28 @@ class _Loop:
             figures.curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
 
-    def _compile(self, state: Any, reporter: Reporter) -> None:
+    def _compile(self, state: Any, reporter: ProgressReporter) -> None:
         """Compiles for every shape of batch before the first step, side by side."""
         work = []
         for program, split in ((self.step, self.training), (self.judge, self.validation)):
             shapes = {
                 tuple(value.shape for value in batch.values()): batch for batch in split.batches()
             }
-            work += [(program, self.spreading.put_batch(batch)) for batch in shapes.values()]
-        reporter.line(f"compiling {len(work)} programs")
+            work += [(program, self.partitioner.put_batch(batch)) for batch in shapes.values()]
+        reporter.print(f"compiling {len(work)} programs")
         started = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for job in [pool.submit(program.compile, state, batch) for program, batch in work]:
                 job.result()
-        reporter.line(f"compiled in {time.perf_counter() - started:.0f} s")
+        reporter.print(f"compiled in {time.perf_counter() - started:.0f} s")
 
     def _saved(self, state: Any) -> Any:
         """The single copy of what changes in a training."""
         changing = {name: value for name, value in state.items() if name != "frozen"}
-        return self.spreading.take_state(changing)
+        return self.partitioner.get_state(changing)
 
     def _done(self, state: Any) -> int:
-        return int(np.ravel(self.spreading.take_state(state["step"]))[0])
+        return int(np.ravel(self.partitioner.get_state(state["step"]))[0])
 
     def _save(
         self, state: Any, progress: TrainProgress, checkpoints: Checkpoints, done: int
@@ -287,15 +285,15 @@ class _Loop:
         first: int,
         checkpoints: Checkpoints,
         stop: threading.Event,
-        writer: MetricsWriter,
-        reporter: Reporter,
+        writer: MetricWriter,
+        reporter: ProgressReporter,
     ) -> tuple[Any, bool]:
         """Takes the epoch's steps from its `first` on; true beside the state if told to stop."""
         options, steps = self.options, self.training.steps
         done = progress.epoch * steps + first
         unread: list[Any] = []
         batches = self.training.batches(progress.epoch, first)
-        for batch in prefetch_to_device(batches, self.spreading.put_batch):
+        for batch in prefetch_to_device(batches, self.partitioner.put_batch):
             state, step_metrics = self.step(state, batch)
             unread.append(step_metrics)
             done += 1
@@ -319,7 +317,7 @@ class _Loop:
         best = reached if any(progress.best_epochs) else "no best yet"
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
-    def _record(self, unread: list[Any], done: int, writer: MetricsWriter) -> None:
+    def _record(self, unread: list[Any], done: int, writer: MetricWriter) -> None:
         """Reads the metrics of some steps, checks that they are finite, writes their means."""
         read = jax.device_get(unread)
         means = {name: np.mean([step[name] for step in read], axis=0) for name in read[0]}
@@ -337,7 +335,9 @@ class _Loop:
         """Named as they are written: the mean of the seeds; of several seeds each, too."""
         found = {f"{part}/{name}": float(np.mean(value)) for name, value in values.items()}
         if len(self.seeds) > 1:
-            for seed, own in zip(self.seeds, seeds.split(values, len(self.seeds)), strict=True):
+            for seed, own in zip(
+                self.seeds, multi_seed.unstack_seeds(values, len(self.seeds)), strict=True
+            ):
                 found |= {f"{part}/{name}/seed_{seed}": float(own[name]) for name in own}
         return found
 
@@ -346,8 +346,8 @@ class _Loop:
         state: Any,
         progress: TrainProgress,
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        reporter: Reporter,
+        writer: MetricWriter,
+        reporter: ProgressReporter,
     ) -> None:
         """Scores the validation split at the end of an epoch; keeps the best, saves the latest."""
         done = self._done(state)
@@ -366,14 +366,14 @@ class _Loop:
         if better.any():
             single = self._saved(state)
             params = evaluated_params(single["params"], single["opt_state"])
-            told = {"epoch": seeds.join([progress.epoch] * count), **found}
+            told = {"epoch": multi_seed.stack_seeds([progress.epoch] * count), **found}
             if not better.all():
                 before = checkpoints.restore(BEST, params)
                 if before is None:  # In the first epoch all are better.
                     raise InputError(
                         f"{self.workdir}: no best checkpoint; it was there and is needed to go on"
                     )
-                params = seeds.select(better, params, before[0])
+                params = multi_seed.select_seeds(better, params, before[0])
                 told = {name: np.where(better, told[name], before[1][name]) for name in told}
             told = {name: np.asarray(value).tolist() for name, value in told.items()}
             checkpoints.save(BEST, done, params, told)
@@ -381,13 +381,13 @@ class _Loop:
         progress.finished = last or not progress.waiting(options.patience).any()
         self._save(state, progress, checkpoints, done)
         if not reporter.console.is_terminal or progress.finished:
-            reporter.line(
+            reporter.print(
                 f"epoch {progress.epoch}/{options.epochs}: validation weighted F1 "
                 f"{_told(scores, 4)}, best {_told(progress.best_scores, 4)} "
                 f"(epoch {', '.join(map(str, progress.best_epochs))})"
             )
 
-    def _warn_of_one_class(self, predicted_classes: np.ndarray, reporter: Reporter) -> None:
+    def _warn_of_one_class(self, predicted_classes: np.ndarray, reporter: ProgressReporter) -> None:
         """Warns once if a seed has predicted one class for several epochs.
 
         Args:
@@ -397,7 +397,7 @@ class _Loop:
         self.one_class_epochs = np.where(predicted_classes == 1, self.one_class_epochs + 1, 0)
         stuck = np.flatnonzero(self.one_class_epochs == _ONE_CLASS_EPOCHS)
         if len(stuck) and len(self.task.class_names) > 1:
-            reporter.line(
+            reporter.print(
                 f"WARNING: seed {', '.join(str(self.seeds[index]) for index in stuck)} has "
                 f"predicted one class for all of validation in {_ONE_CLASS_EPOCHS} epochs; try "
                 "config.data.standardize=speech,text, or another config.optimizer.learning_rate"
@@ -406,17 +406,17 @@ class _Loop:
     def _validation_scores(self, state: Any) -> dict[str, Any]:
         """Scores of the validation split; of several seeds, arrays of them."""
         sums: Any = None
-        for batch in prefetch_to_device(self.validation.batches(), self.spreading.put_batch):
+        for batch in prefetch_to_device(self.validation.batches(), self.partitioner.put_batch):
             found = self.judge(state, batch)
             sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
         rows = []
-        for own in seeds.split(jax.device_get(sums), len(self.seeds)):
+        for own in multi_seed.unstack_seeds(jax.device_get(sums), len(self.seeds)):
             scores = metrics.scores(own["confusion"], self.task.class_names)
             mean_loss = float(own["cross_entropy"]) / scores["utterances"]
-            kept = {name: scores[name] for name in seeds.SCORES}
+            kept = {name: scores[name] for name in multi_seed.SCORES}
             num_predicted = int(np.count_nonzero(own["confusion"].sum(0)))
             rows.append({**kept, "cross_entropy": mean_loss, "predicted_classes": num_predicted})
-        return seeds.join(rows)
+        return multi_seed.stack_seeds(rows)
 
 
 def _told(values: Sequence[float] | np.ndarray, digits: int) -> str:

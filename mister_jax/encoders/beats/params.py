@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
-from mister_jax.encoders.beats import BeatsConfig
+from mister_jax.convert.weight_norm import merge_weight_norm, split_weight_norm
+from mister_jax.encoders.beats.config import BeatsConfig
 
 # The classifier, and copies of the first layer's relative position table.
 IGNORED = (
@@ -73,17 +74,3 @@ def key_table(config: BeatsConfig) -> KeyTable:
         table[f"layers/layers/{ours}/scale"] = Source(of_layers(f"{theirs}.weight"), stacked=True)
         table[f"layers/layers/{ours}/bias"] = Source(of_layers(f"{theirs}.bias"), stacked=True)
     return table
-
-
-def merge_weight_norm(parts: list[np.ndarray]) -> np.ndarray:
-    """Returns the kernel [taps, in, out] of a gain [1, 1, taps] and direction [out, in, taps]."""
-    gain, direction = (part.astype(np.float64) for part in parts)
-    norm = np.sqrt((direction**2).sum((0, 1), keepdims=True))
-    return (gain * direction / norm).transpose(2, 1, 0).astype(parts[1].dtype)
-
-
-def split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
-    """Returns a gain and a direction for a kernel: its norm at each tap, and the kernel."""
-    direction = kernel.transpose(2, 1, 0)
-    gain = np.sqrt((direction.astype(np.float64) ** 2).sum((0, 1), keepdims=True))
-    return [gain.astype(kernel.dtype), direction]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from mister_jax.convert import decoder, whisper
+from mister_jax.convert import decoder
 from mister_jax.convert.key_table import KeyTable, Source
 from mister_jax.convert.names import NameRules
-from mister_jax.encoders.qwen2_audio import Qwen2AudioConfig
+from mister_jax.encoders import whisper
+from mister_jax.encoders.qwen2_audio.config import Qwen2AudioConfig
 
 NAME_RULES = NameRules(
     prefixes=("", "model."),

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import transformers
 
-from mister_jax.encoders import audio
+from mister_jax.encoders import frontends
 from tests.conftest import GOLDEN
 
-SECOND = audio.SAMPLE_RATE
+SECOND = frontends.SAMPLE_RATE
 
 
 def clip(length, seed=0):
@@ -46,7 +46,7 @@ def test_log_mel_equals_transformers(num_mel_bins):
     clips = [clip(length) for length in (SECOND, 7001, 1, SECOND - 50, 2 * SECOND)]
     clips.append(np.zeros(4000, np.float32))
     waveform, lengths = padded(clips, 2 * SECOND)
-    ours = audio.log_mel(waveform, lengths, num_mel_bins=num_mel_bins, window_frames=100)
+    ours = frontends.log_mel(waveform, lengths, num_mel_bins=num_mel_bins, window_frames=100)
     expected = whisper_features(clips, num_mel_bins, seconds=1)
     assert ours.shape == expected.shape == (6, 100, num_mel_bins)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -54,29 +54,29 @@ def test_log_mel_equals_transformers(num_mel_bins):
 
 def test_log_mel_of_thirty_seconds_equals_transformers():
     clips = [clip(20_000)]
-    ours = audio.log_mel(*padded(clips, 20_000))
+    ours = frontends.log_mel(*padded(clips, 20_000))
     np.testing.assert_allclose(ours, whisper_features(clips, 80, seconds=30), atol=1e-4)
 
 
 def test_mel_filters_equal_transformers():
     for num_mel_bins in (80, 128):
         extractor = transformers.WhisperFeatureExtractor(num_mel_bins)
-        ours = audio.slaney_filters(num_mel_bins)
+        ours = frontends.slaney_filters(num_mel_bins)
         np.testing.assert_allclose(ours, extractor.mel_filters, atol=1e-8)
 
 
 @pytest.mark.parametrize("num_frames", [44, 46, 99])
 def test_the_first_frames_of_log_mel_do_not_need_the_rest(num_frames):
     waveform, lengths = padded([clip(6600), clip(10)], 6600)
-    whole = audio.log_mel(waveform, lengths, window_frames=100)
-    part = audio.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
+    whole = frontends.log_mel(waveform, lengths, window_frames=100)
+    part = frontends.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
     np.testing.assert_allclose(part, whole[:, :num_frames], atol=1e-6)
 
 
 def test_frames_behind_a_clip_hold_silence():
     waveform, lengths = padded([clip(1600), ODD["empty"]], 3200)
-    mel = audio.log_mel(waveform, lengths, window_frames=100)
-    np.testing.assert_array_equal(audio.log_mel_lengths(lengths), [10, 0])
+    mel = frontends.log_mel(waveform, lengths, window_frames=100)
+    np.testing.assert_array_equal(frontends.log_mel_lengths(lengths), [10, 0])
     np.testing.assert_allclose(mel[0, 12:], mel[0].min(), atol=1e-6)
     np.testing.assert_allclose(mel[1], -1.5)
 
@@ -85,9 +85,9 @@ def test_frames_behind_a_clip_hold_silence():
 def test_odd_clips_give_finite_values(kind, samples):
     waveform, lengths = padded([samples], max(len(samples), 1))
     for values in (
-        audio.log_mel(waveform, lengths, window_frames=100),
-        audio.normalise(waveform, lengths),
-        audio.kaldi_fbank(jnp.nan_to_num(waveform)),
+        frontends.log_mel(waveform, lengths, window_frames=100),
+        frontends.normalise(waveform, lengths),
+        frontends.kaldi_fbank(jnp.nan_to_num(waveform)),
     ):
         assert np.isfinite(values).all()
 
@@ -96,8 +96,8 @@ def test_fbank_equals_kaldi():
     with np.load(GOLDEN / "salmonn_beats.npz") as golden:
         waveform, expected = golden["in/wav"][:1], golden["mid/fbank"][:1]
         filters = golden["mid/mel_banks"]
-    np.testing.assert_allclose(audio.kaldi_filters(128)[:-1].T, filters, atol=5e-5)
-    ours = audio.kaldi_fbank(waveform * 2.0**15)
+    np.testing.assert_allclose(frontends.kaldi_filters(128)[:-1].T, filters, atol=5e-5)
+    ours = frontends.kaldi_fbank(waveform * 2.0**15)
     assert ours.shape == expected.shape
     # As BEATs normalises it.
     np.testing.assert_allclose((ours - 15.41663) / (2 * 6.55582), expected, atol=3e-4)
@@ -106,23 +106,23 @@ def test_fbank_equals_kaldi():
 def test_frames_of_fbank_see_their_own_samples_alone():
     samples = clip(3000)
     waveform, lengths = padded([samples], 5000)
-    count = int(audio.kaldi_fbank_lengths(lengths)[0])
+    count = int(frontends.kaldi_fbank_lengths(lengths)[0])
     assert count == (3000 - 400) // 160 + 1
-    whole = audio.kaldi_fbank(waveform)
-    np.testing.assert_allclose(whole[:, :count], audio.kaldi_fbank(samples[None]), atol=1e-5)
+    whole = frontends.kaldi_fbank(waveform)
+    np.testing.assert_allclose(whole[:, :count], frontends.kaldi_fbank(samples[None]), atol=1e-5)
     assert not np.isfinite(whole[:, count]).all()
 
 
 def test_fbank_has_a_frame_even_if_no_clip_has():
     lengths = jnp.array([0, 1, 399, 400, 559, 560])
-    np.testing.assert_array_equal(audio.kaldi_fbank_lengths(lengths), [0, 0, 0, 1, 1, 2])
-    assert audio.kaldi_fbank(np.zeros((1, 5), np.float32)).shape == (1, 1, 128)
+    np.testing.assert_array_equal(frontends.kaldi_fbank_lengths(lengths), [0, 0, 0, 1, 1, 2])
+    assert frontends.kaldi_fbank(np.zeros((1, 5), np.float32)).shape == (1, 1, 128)
 
 
 def test_normalised_clips_have_zero_mean_and_unit_variance():
     clips = [clip(5000), 0.001 * clip(700), ODD["one sample"], ODD["silence"], ODD["empty"]]
     waveform, lengths = padded(clips, 5000)
-    normal = np.asarray(audio.normalise(waveform, lengths))
+    normal = np.asarray(frontends.normalise(waveform, lengths))
     for row, samples in zip(normal[:3], clips, strict=False):
         expected = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
         np.testing.assert_allclose(row[: len(samples)], expected, atol=1e-4)
@@ -130,7 +130,7 @@ def test_normalised_clips_have_zero_mean_and_unit_variance():
     np.testing.assert_array_equal(normal[3:], 0)
 
 
-@pytest.mark.parametrize("front_end", [audio.log_mel, audio.normalise])
+@pytest.mark.parametrize("front_end", [frontends.log_mel, frontends.normalise])
 def test_a_clip_gives_the_same_alone_and_in_any_batch(front_end):
     samples = clip(2777)
     alone = front_end(*padded([samples], 2777))[0]
@@ -143,7 +143,7 @@ def test_a_clip_gives_the_same_alone_and_in_any_batch(front_end):
 @pytest.mark.parametrize(("size", "step"), [(400, 160), (320, 160), (7, 3), (2, 5)])
 def test_frames_are_slices(size, step):
     samples = np.arange(1000.0)
-    framed = audio.frames(samples[None], size, step, 9)
+    framed = frontends.frames(samples[None], size, step, 9)
     assert framed.shape == (1, 9, size)
     long = np.pad(samples, (0, 2000))
     for index in range(9):

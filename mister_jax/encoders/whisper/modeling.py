@@ -7,8 +7,6 @@ to like speech. Shape letters: B clips, S samples, F frames of 10 ms, M Mel bins
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,159 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mister_jax.encoders import audio, augment
+from mister_jax.encoders import augment, frontends
 from mister_jax.encoders.attention import SelfAttention
 from mister_jax.encoders.fields import (
-    check_fixed,
-    check_positive,
-    check_rates,
     layer_norm,
-    read,
     types_of,
 )
-from mister_jax.errors import InputError
+from mister_jax.encoders.whisper.config import SAMPLES_PER_POSITION, WhisperConfig
 from mister_jax.nn import Stack
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import Dropout, KeySource
-from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
-from mister_jax.nn.stack import Remat
-
-_SAMPLES_A_POSITION = 2 * audio.FRAME_STEP
-
-# Field of `WhisperConfig` -> its name in a config.json, and transformers' value where it is absent.
-_HUGGINGFACE: dict[str, tuple[str, Any]] = {
-    "num_mel_bins": ("num_mel_bins", 80),
-    "width": ("d_model", 384),
-    "num_layers": ("encoder_layers", 4),
-    "num_heads": ("encoder_attention_heads", 6),
-    "hidden_width": ("encoder_ffn_dim", 1536),
-    "max_positions": ("max_source_positions", 1500),
-    "dropout": ("dropout", 0.0),
-    "attention_dropout": ("attention_dropout", 0.0),
-    "hidden_dropout": ("activation_dropout", 0.0),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class WhisperConfig:
-    """Sizes and options of `Whisper`; the default sizes are large-v3's.
-
-    Attributes:
-      num_mel_bins: M.
-      width: D; even.
-      num_layers: L.
-      num_heads: K; divides `width`.
-      hidden_width: of the feed-forward blocks.
-      max_positions: N of the padded clip, 1500 for 30 s.
-      trim: encode no more of the batch's padding than its longest row has, and attend to each
-        clip alone; else pad to `max_positions` and attend to all of it, as the reference does.
-        Trimming takes time and memory in proportion to the audio, and is another function: the
-        convolutions' output is the reference's, but the silence behind the clip is not attended
-        to. How far the outputs move depends on the weights and on the clip: by 0.3 to 0.6 of
-        their deviation for a tiny model with random weights and clips of a fifth to a half of
-        the window. Train and extract with the same choice.
-      dropout: rate on the positions' sum and on each block's output.
-      attention_dropout: rate on the attention weights.
-      hidden_dropout: rate in the feed-forward blocks.
-      mask_spectrogram: hide stretches of time and of bins in training, see
-        `augment.mask_spectrogram`.
-      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
-        feed-forward block, "attention/out" and "layers/out"; None for none.
-      remat: see `mister_jax.nn.Stack`.
-      attention_implementation: of `jax.nn.dot_product_attention`.
-      dtype: of the computation; spectrograms and softmaxes are float32.
-      param_dtype: of the parameters.
-    """
-
-    num_mel_bins: int = 128
-    width: int = 1280
-    num_layers: int = 32
-    num_heads: int = 20
-    hidden_width: int = 5120
-    max_positions: int = 1500
-    trim: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    mask_spectrogram: bool = False
-    lora: LoRAConfig | None = None
-    remat: Remat = "none"
-    attention_implementation: Implementation | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    def __post_init__(self):
-        sizes = "num_mel_bins width num_layers num_heads hidden_width max_positions"
-        check_positive(self, sizes.split())
-        check_rates(self, ("dropout", "attention_dropout", "hidden_dropout"))
-        if self.width % self.num_heads or self.width % 2:
-            raise ValueError(
-                f"WhisperConfig.width={self.width}: must be even and a multiple of "
-                f"num_heads={self.num_heads}"
-            )
-
-    @property
-    def max_samples(self) -> int:
-        """Samples that there are positions for; what a clip has behind them is cut."""
-        return self.max_positions * _SAMPLES_A_POSITION
-
-    @classmethod
-    def tiny(cls, **changes: Any) -> WhisperConfig:
-        """Whisper tiny (8 M parameters), with `changes`."""
-        return cls._sized(384, 4, 6, **changes)
-
-    @classmethod
-    def base(cls, **changes: Any) -> WhisperConfig:
-        """Whisper base (21 M parameters), with `changes`."""
-        return cls._sized(512, 6, 8, **changes)
-
-    @classmethod
-    def small(cls, **changes: Any) -> WhisperConfig:
-        """Whisper small (88 M parameters), with `changes`."""
-        return cls._sized(768, 12, 12, **changes)
-
-    @classmethod
-    def medium(cls, **changes: Any) -> WhisperConfig:
-        """Whisper medium (307 M parameters), with `changes`."""
-        return cls._sized(1024, 24, 16, **changes)
-
-    @classmethod
-    def large_v2(cls, **changes: Any) -> WhisperConfig:
-        """Whisper large-v2 (637 M parameters), with `changes`."""
-        return cls._sized(1280, 32, 20, **changes)
-
-    @classmethod
-    def large_v3(cls, **changes: Any) -> WhisperConfig:
-        """Whisper large-v3 (637 M parameters), with `changes`."""
-        return cls(**changes)
-
-    @classmethod
-    def _sized(cls, width: int, num_layers: int, num_heads: int, **changes: Any) -> WhisperConfig:
-        sizes = {
-            "num_mel_bins": 80,
-            "width": width,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "hidden_width": 4 * width,
-        }
-        return cls(**{**sizes, **changes})
-
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
-        """Reads the encoder's part of a `config.json` of model type "whisper", with `changes`.
-
-        Absent fields have the values transformers gives them.
-
-        Raises:
-          InputError: a field with a value that this architecture does not have.
-        """
-        check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
-        try:
-            return cls(**{**read(config, _HUGGINGFACE), **changes})
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"config.json: {error}") from error
+from mister_jax.nn.lora import LoRALinear, add_lora
 
 
 def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -280,21 +135,21 @@ class Whisper(nnx.Module):
         """N of a batch of S samples."""
         if not self.config.trim:
             return self.config.max_positions
-        needed = max(1, -(-num_samples // _SAMPLES_A_POSITION))
+        needed = max(1, -(-num_samples // SAMPLES_PER_POSITION))
         return min(needed, self.config.max_positions)
 
     def mel(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What `from_mel` reads of clips: spectrograms [B, F, M] and their lengths [B]."""
         # The convolutions of a clip's last position see two frames behind it.
         num_frames = 2 * self.num_positions(waveform.shape[1]) + 2
-        mel = audio.log_mel(
+        mel = frontends.log_mel(
             waveform,
             lengths,
             num_mel_bins=self.config.num_mel_bins,
             num_frames=num_frames,
             window_frames=2 * self.config.max_positions,
         )
-        return mel, audio.log_mel_lengths(lengths)
+        return mel, frontends.log_mel_lengths(lengths)
 
     def from_mel(
         self,
@@ -307,8 +162,8 @@ class Whisper(nnx.Module):
         """Encodes spectrograms.
 
         Args:
-          mel: of `audio.log_mel` [B, F, M], F even and at most twice `max_positions`. It is read
-            behind the clip, too, where silence must be.
+          mel: of `frontends.log_mel` [B, F, M], F even and at most twice `max_positions`. It is
+            read behind the clip, too, where silence must be.
           lengths: frames of each clip [B] int.
           deterministic: no dropout.
           rngs: source of dropout keys.
@@ -354,7 +209,7 @@ class Whisper(nnx.Module):
             raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or DialogueKeys) in training")
         key = rngs.dropout()
         keys = key if key.shape else jax.random.split(key, len(mel))
-        mask = audio.length_mask(lengths, mel.shape[1])
+        mask = frontends.length_mask(lengths, mel.shape[1])
         return augment.mask_spectrogram(mel, mask, keys)
 
     def _run(
@@ -373,7 +228,7 @@ class Whisper(nnx.Module):
         # is of the checkpoint.
         positions = jax.lax.stop_gradient(self.positions[:num_positions]).astype(x.dtype)
         x = self.dropout(x + positions, **options)
-        mask = audio.length_mask(-(-lengths // 2), num_positions)
+        mask = frontends.length_mask(-(-lengths // 2), num_positions)
         key_mask = mask if self.config.trim else jnp.ones_like(mask)
         last, layers = self.layers(x, key_mask, collect=collect, **options)
         return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

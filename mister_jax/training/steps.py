@@ -18,7 +18,7 @@ from mister_jax import losses
 from mister_jax.models import MisterE, MisterEOutput
 from mister_jax.nn import DialogueKeys
 from mister_jax.optim import evaluated_params
-from mister_jax.parallel import Reader, Step, first_row, sum_over
+from mister_jax.parallel.partitioning import Reader, Step, first_row_index, psum_if_mapped
 
 Batch = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ class Trainable(Protocol):
         """This device's share of the loss of a batch, and the shares of its parts."""
 
 
-class Judgeable(Protocol):
+class SupportsEval(Protocol):
     """What a validation needs of a task."""
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -84,7 +84,7 @@ def initial_state(
     return graph, state
 
 
-def train_step(
+def make_train_step(
     task: Trainable, graph: Any, transformation: optax.GradientTransformation, accumulation: int = 1
 ) -> Step:
     """One update as a pure function of `(state, batch, axis_name)`.
@@ -125,7 +125,7 @@ def train_step(
             )
             zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
             found = jax.lax.scan(add, zeros, parts)[0]
-        ((total, parts), gradient) = sum_over(found, axis_name)
+        ((total, parts), gradient) = psum_if_mapped(found, axis_name)
         updates, opt_state = transformation.update(gradient, state["opt_state"], state["params"])
         following = {
             **state,
@@ -138,13 +138,13 @@ def train_step(
     return step
 
 
-def validation_sums(task: Judgeable, graph: Any) -> Reader:
+def make_eval_step(task: SupportsEval, graph: Any) -> Reader:
     """The task's sums over a batch, of the parameters that are to be judged."""
 
     def read(state, batch, axis_name):
         params = evaluated_params(state["params"], state["opt_state"])
         model = nnx.merge(graph, params, state["frozen"])
-        return sum_over(task.evaluate(model, batch), axis_name)
+        return psum_if_mapped(task.evaluate(model, batch), axis_name)
 
     return read
 
@@ -188,7 +188,7 @@ def mister_e_loss(
       This device's share of the total, and of each part unweighted.
     """
     rows = batch["mask"].shape[0]
-    keys = DialogueKeys.of_batch(key, rows, first_row(rows, axis_name))
+    keys = DialogueKeys.of_batch(key, rows, first_row_index(rows, axis_name))
     output = read_dialogues(model, batch, deterministic=False, rngs=keys)
     return losses.mister_e(
         output,

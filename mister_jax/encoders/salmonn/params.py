@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mister_jax.convert import beats as beats_table
 from mister_jax.convert import decoder as decoder_table
-from mister_jax.convert import whisper as whisper_table
 from mister_jax.convert.key_table import KeyTable, Source, Tensor, layer_names, load_params
 from mister_jax.convert.names import load_backbone
-from mister_jax.encoders.salmonn import QFormerConfig, Salmonn, SalmonnConfig
+from mister_jax.encoders import beats as beats_table
+from mister_jax.encoders import whisper as whisper_table
+from mister_jax.encoders.salmonn.config import QFormerConfig, SalmonnConfig
+from mister_jax.encoders.salmonn.modeling import Salmonn
 
 # Further tensors of SALMONN's file: training state, buffers and copies of parameters.
 IGNORED = (

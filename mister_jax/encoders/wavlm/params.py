@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from mister_jax.convert.beats import merge_weight_norm, split_weight_norm
 from mister_jax.convert.key_table import KeyTable, Source, layer_names
 from mister_jax.convert.names import NameRules
-from mister_jax.encoders.wavlm import WavLMConfig
+from mister_jax.convert.weight_norm import merge_weight_norm, split_weight_norm
+from mister_jax.encoders.wavlm.config import WavLMConfig
 
 NAME_RULES = NameRules(
     prefixes=("", "wav2vec2.", "hubert.", "wavlm."),

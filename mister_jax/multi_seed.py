@@ -18,14 +18,14 @@ SCORES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
 """The scores of `metrics.scores` that are reported for each seed."""
 
 
-def join(trees: Sequence[Any]) -> Any:
+def stack_seeds(trees: Sequence[Any]) -> Any:
     """Stacks S trees into one, on the host."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def split(tree: Any, count: int) -> list[Any]:
+def unstack_seeds(tree: Any, count: int) -> list[Any]:
     """Splits a stacked tree into those of `count` seeds."""
     if count == 1:
         return [tree]
@@ -33,14 +33,14 @@ def split(tree: Any, count: int) -> list[Any]:
     return [jax.tree.unflatten(form, [leaf[index] for leaf in leaves]) for index in range(count)]
 
 
-def joined_shapes(shapes: Any, count: int) -> Any:
+def stacked_shapes(shapes: Any, count: int) -> Any:
     """Returns the shapes of `count` stacked trees with these shapes."""
     if count == 1:
         return shapes
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
 
 
-def over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+def vmap_over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     """Maps a step or an evaluation of one state over the stacked states of `count` seeds.
 
     Args:
@@ -57,7 +57,7 @@ def over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 
 @jax.jit
-def select(chosen: jax.Array, new: Any, old: Any) -> Any:
+def select_seeds(chosen: jax.Array, new: Any, old: Any) -> Any:
     """Selects from stacked trees `new` for the chosen seeds and `old` for the others.
 
     Args:
@@ -91,7 +91,7 @@ def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summary(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarizes the scores of S seeds.
 
     Args:

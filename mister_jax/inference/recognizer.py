@@ -17,15 +17,15 @@ from absl import logging
 from etils import epath
 
 from mister_jax import extract
-from mister_jax.console import Reporter
-from mister_jax.data import UNLABELLED, DialogueFeatures, audio
+from mister_jax.console import ProgressReporter
+from mister_jax.data import UNLABELED, DialogueFeatures, audio
 from mister_jax.data.clips import is_heard
 from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.evaluate import Predictions, Predictor, predicted_rows
-from mister_jax.train import read_config
+from mister_jax.evaluation.results import Predictions, Predictor, predicted_rows
+from mister_jax.training.loop import read_config
 
 # Experts that read each modality.
 _READERS = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
@@ -91,7 +91,7 @@ class System:
             if modality in task.encoders and set(readers) & set(task.model.experts):
                 identity = extract.moved(task.encoders[modality], places[modality])
                 encoder = extract.encoder_of(identity)
-                encoder.memory_remedy = "shorter utterances, or devices with more memory"
+                encoder.oom_hint = "shorter utterances, or devices with more memory"
                 self._encoders[modality] = encoder
             elif places[modality]:
                 raise InputError(
@@ -166,7 +166,7 @@ class System:
             text=text,
             speech_present=speech_present,
             text_present=text_present,
-            label=np.full(count, UNLABELLED, np.int32),
+            label=np.full(count, UNLABELED, np.int32),
         )
         predicted = predicted_rows(self.class_names, self._predictions(features, quiet))
         rows = ({**row, "notes": notes_of} for row, notes_of in zip(predicted, notes, strict=True))
@@ -208,7 +208,7 @@ class System:
 
     def _predictions(self, features: DialogueFeatures, quiet: bool) -> Predictions:
         # Not the task's batches: these need TensorFlow, which takes longer to start than the rest.
-        planned = list(_plan(features.lengths, self._predictor.spread.num_shards))
+        planned = list(_plan(features.lengths, self._predictor.partitioner.num_shards))
         offsets = features.offsets
         batches = (padded_batch(features, offsets, rows, length) for rows, length in planned)
         return self._predictor.over(batches, len(planned), features, quiet=quiet)
@@ -325,7 +325,9 @@ def _clips(
     decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
     clips, notes = [], []
     failures: list[audio.AudioError] = []
-    with Reporter(len(requests), unit="recordings", quiet=quiet or not requests) as reporter:
+    with ProgressReporter(
+        len(requests), unit="recordings", quiet=quiet or not requests
+    ) as reporter:
         for turn in turns:
             samples, notes_of = np.zeros(0, np.int16), list(turn.notes)
             if isinstance(turn.sound, np.ndarray):
