@@ -1,6 +1,6 @@
 """Layers for anyone's JAX code: masked, batch-invariant, and free of the rest of the project."""
 
-from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention
+from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention, dot_product_attention
 from mister_jax.nn.convolution import ParallelConvolution
 from mister_jax.nn.crf import ConditionalRandomField
 from mister_jax.nn.dropout import DialogueKeys, Dropout
@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedParam",
     "Stack",
     "add_lora",
+    "dot_product_attention",
     "gru_scan",
     "masked_mean",
     "merge_lora",

@@ -13,8 +13,61 @@ from mister_jax.nn.dropout import Dropout, KeySource
 
 Implementation = Literal["xla", "cudnn"]
 
-_LONGEST = 4096
-"""Positions up to which the weights that a key drops do not depend on the padding."""
+_MAX_LENGTH = 4096
+"""Dialogue length up to which attention dropout does not depend on the padding."""
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    dropout: Dropout | None = None,
+    max_length: int = 0,
+    implementation: Implementation | None = None,
+    deterministic: bool = True,
+    rngs: KeySource | None = None,
+) -> jax.Array:
+    """Computes softmax(query key^T / sqrt(head_dim) + bias) value, with dropout on the weights.
+
+    Without dropout this is `jax.nn.dot_product_attention`, which has fused implementations but no
+    dropout. With dropout the weights are computed here, with the softmax in float32.
+
+    Args:
+      query: Queries, [B, T, K, head_dim].
+      key: Keys, [B, S, K, head_dim].
+      value: Values, [B, S, K, head_dim].
+      mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
+        a query without any key is finite but has no meaning.
+      bias: Summand of the scores, broadcastable to [B, K, T, S]; none by default.
+      dropout: Dropout of the attention weights; none by default.
+      max_length: Length up to which T and S may be padded without changing which weights are
+        dropped, given one dropout key per example. By default, the padding has an effect.
+      implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
+      deterministic: Whether dropout is off.
+      rngs: Source of dropout keys.
+
+    Returns:
+      Weighted means of the values, [B, T, K, head_dim].
+    """
+    if deterministic or dropout is None or dropout.rate == 0.0:
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, mask, implementation=implementation
+        )
+    scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
+    scores = scores / jnp.sqrt(query.shape[-1]) + (0 if bias is None else bias)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)  # B K T S
+    lengths = (max(max_length, length) for length in weights.shape[2:])
+    weights = dropout(
+        weights,
+        deterministic=deterministic,
+        rngs=rngs,
+        padded_shape=(*weights.shape[:2], *lengths),
+    )
+    return jnp.einsum("bkts,bskd->btkd", weights.astype(value.dtype), value)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -91,20 +144,17 @@ class MultiHeadAttention(nnx.Module):
         q = heads(self.query(query))  # B T K W
         k, v = jnp.split(self.key_value(key), 2, axis=-1)
         k, v = heads(k), heads(v + self.value_bias.astype(v.dtype))  # B S K W
-        mask = key_mask[:, None, None, :]  # B 1 1 S
-        if deterministic or self.dropout.rate == 0.0:
-            mixed = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, implementation=self.implementation
-            )
-        else:
-            scores = jnp.einsum("btkw,bskw->bkts", q, k, preferred_element_type=jnp.float32)
-            scores = jnp.where(mask, scores / jnp.sqrt(q.shape[-1]), jnp.finfo(jnp.float32).min)
-            weights = jax.nn.softmax(scores, axis=-1)  # B K T S
-            # The same weights are dropped whatever the padding.
-            longest = (max(_LONGEST, length) for length in weights.shape[2:])
-            within = (*weights.shape[:2], *longest)
-            weights = self.dropout(weights, deterministic=deterministic, rngs=rngs, within=within)
-            mixed = jnp.einsum("bkts,bskw->btkw", weights.astype(v.dtype), v)
+        mixed = dot_product_attention(
+            q,
+            k,
+            v,
+            mask=key_mask[:, None, None, :],
+            dropout=self.dropout,
+            max_length=_MAX_LENGTH,
+            implementation=self.implementation,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
         mixed = jnp.where(key_mask.any(-1)[:, None, None, None], mixed, 0)
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 

@@ -62,13 +62,13 @@ class Dropout(nnx.Module):
         *,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        within: tuple[int, ...] | None = None,
+        padded_shape: tuple[int, ...] | None = None,
     ) -> jax.Array:
         """Drops units of x [B, ...].
 
         Args:
-          within: see `random_bits`, for an array with several axes that are padded; of use with one
-            key a dialogue.
+          padded_shape: Shape to which the caller may pad x, needed if more axes than the first
+            after the keys' are padded; see `random_bits`. Not used with a single key.
 
         Raises:
           ValueError: `deterministic` is off, the rate is not 0, and there is no `rngs`.
@@ -78,14 +78,14 @@ class Dropout(nnx.Module):
         if rngs is None:
             raise ValueError("dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
         key = rngs.dropout()
-        dropped = random_bits(key, x.shape, within if key.ndim else None) < jnp.uint32(
+        dropped = random_bits(key, x.shape, padded_shape if key.ndim else None) < jnp.uint32(
             self.rate * 2**32
         )
         return jnp.where(dropped, 0, x / (1 - self.rate))
 
 
 def random_bits(
-    key: jax.Array, shape: tuple[int, ...], within: tuple[int, ...] | None = None
+    key: jax.Array, shape: tuple[int, ...], padded_shape: tuple[int, ...] | None = None
 ) -> jax.Array:
     """Random bits by a hash, each of a place and a key, for masks and nothing that asks for more.
 
@@ -96,13 +96,13 @@ def random_bits(
     Args:
       key: typed keys of the array's first axes; [] for one key of it all.
       shape: of the array; of each key less than 2**32 places, beyond which they repeat.
-      within: shape of a larger array, of which this one has the corner's bits; none if None.
+      padded_shape: shape of a larger array, of which this one has the corner's bits; none if None.
 
     Returns:
       uint32 of the shape.
     """
     words = jax.random.key_data(key)
-    strides = [math.prod((within or shape)[axis + 1 :]) for axis in range(len(shape))]
+    strides = [math.prod((padded_shape or shape)[axis + 1 :]) for axis in range(len(shape))]
     mixed = jnp.zeros(shape, jnp.uint32)
     for axis in range(key.ndim, len(shape)):
         step = strides[axis] * _ODD % 2**32

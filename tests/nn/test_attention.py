@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.nn import CoAttentionLayer, MultiHeadAttention
+from mister_jax.nn import (
+    CoAttentionLayer,
+    DialogueKeys,
+    Dropout,
+    MultiHeadAttention,
+    dot_product_attention,
+)
 
 KEY_MASK = np.arange(6) < np.array([[6], [2], [0]])  # the last has no key
 HEADS = 3
@@ -64,6 +70,66 @@ def co_attention():
 
 def streams():
     return np.random.default_rng(0).normal(size=(2, 3, 5, 6)).astype(np.float32)
+
+
+def projections(seed=0, time=4, source=6):
+    """Query, key, value and bias of 3 dialogues with 2 heads of 5 units."""
+    random = np.random.default_rng(seed)
+    shapes = (3, time, 2, 5), (3, source, 2, 5), (3, source, 2, 5), (1, 2, time, source)
+    return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def attend(parts, mask=KEY_MASK[:, None, None], dropout=None, **options):
+    query, key, value, bias = parts
+    return dot_product_attention(
+        query, key, value, mask=mask, bias=bias, dropout=dropout, **options
+    )
+
+
+def keys_of_dialogues():
+    return {"deterministic": False, "rngs": DialogueKeys.of_batch(jax.random.key(0), 3)}
+
+
+def test_dot_product_attention_equals_its_formula_with_and_without_dropout():
+    query, key, value, bias = parts = projections()
+    scores = np.einsum("btkd,bskd->bkts", query, key) / np.sqrt(5) + np.asarray(bias)
+    scores = np.where(KEY_MASK[:, None, None], scores, -np.inf)[:2]  # the third has no key
+    weights = np.exp(scores)
+    expected = np.einsum("bkts,bskd->btkd", weights / weights.sum(-1, keepdims=True), value[:2])
+    for dropout in (None, Dropout(0.0), Dropout(1e-12)):
+        result = attend(parts, dropout=dropout, **keys_of_dialogues())
+        np.testing.assert_allclose(result[:2], expected, atol=1e-5)
+        assert np.isfinite(result).all()
+
+
+def test_dot_product_attention_accepts_a_mask_per_query():
+    causal = np.tril(np.ones((6, 6), bool))[None, None]
+    parts = projections(time=6)
+    full = attend(parts, causal)
+    shorter = [parts[0][:, :2], parts[1][:, :2], parts[2][:, :2], parts[3][..., :2, :2]]
+    np.testing.assert_allclose(full[:, :2], attend(shorter, causal[..., :2, :2]), atol=1e-6)
+
+
+def test_dot_product_attention_drops_weights_in_training_only():
+    parts = projections()
+    np.testing.assert_array_equal(attend(parts, dropout=Dropout(0.5)), attend(parts))
+    dropped = attend(parts, dropout=Dropout(0.5), **keys_of_dialogues())
+    assert not np.allclose(dropped[0], attend(parts)[0])
+
+
+def test_padding_up_to_max_length_does_not_change_the_dropped_weights():
+    options = {"dropout": Dropout(0.5), "max_length": 32}
+    parts = projections()
+    expected = attend(parts, **options, **keys_of_dialogues())
+    query, key, value, bias = parts
+    query, (key, value) = (
+        jnp.pad(query, ((0, 0), (0, 3), (0, 0), (0, 0))),
+        (jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0))) for x in (key, value)),
+    )
+    padded = [query, key, value, jnp.pad(bias, ((0, 0), (0, 0), (0, 3), (0, 9)))]
+    mask = np.pad(KEY_MASK, ((0, 0), (0, 9)))[:, None, None]
+    result = attend(padded, mask, **options, **keys_of_dialogues())
+    np.testing.assert_allclose(result[:2, :4], expected[:2], atol=1e-6)
 
 
 def test_equals_attention_head_by_head():
