@@ -1,0 +1,156 @@
+"""Config of X."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mister_jax.encoders import frontends
+from mister_jax.encoders.fields import (
+    check_fixed,
+    check_positive,
+    check_rates,
+    read,
+)
+from mister_jax.errors import InputError
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.stack import Remat
+
+SAMPLES_PER_POSITION = 2 * frontends.FRAME_STEP
+
+# Field of `WhisperConfig` -> its name in a config.json, and transformers' value where it is absent.
+_HUGGINGFACE: dict[str, tuple[str, Any]] = {
+    "num_mel_bins": ("num_mel_bins", 80),
+    "width": ("d_model", 384),
+    "num_layers": ("encoder_layers", 4),
+    "num_heads": ("encoder_attention_heads", 6),
+    "hidden_width": ("encoder_ffn_dim", 1536),
+    "max_positions": ("max_source_positions", 1500),
+    "dropout": ("dropout", 0.0),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "hidden_dropout": ("activation_dropout", 0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WhisperConfig:
+    """Sizes and options of `Whisper`; the default sizes are large-v3's.
+
+    Attributes:
+      num_mel_bins: M.
+      width: D; even.
+      num_layers: L.
+      num_heads: K; divides `width`.
+      hidden_width: of the feed-forward blocks.
+      max_positions: N of the padded clip, 1500 for 30 s.
+      trim: encode no more of the batch's padding than its longest row has, and attend to each
+        clip alone; else pad to `max_positions` and attend to all of it, as the reference does.
+        Trimming takes time and memory in proportion to the audio, and is another function: the
+        convolutions' output is the reference's, but the silence behind the clip is not attended
+        to. How far the outputs move depends on the weights and on the clip: by 0.3 to 0.6 of
+        their deviation for a tiny model with random weights and clips of a fifth to a half of
+        the window. Train and extract with the same choice.
+      dropout: rate on the positions' sum and on each block's output.
+      attention_dropout: rate on the attention weights.
+      hidden_dropout: rate in the feed-forward blocks.
+      mask_spectrogram: hide stretches of time and of bins in training, see
+        `augment.mask_spectrogram`.
+      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
+        feed-forward block, "attention/out" and "layers/out"; None for none.
+      remat: see `mister_jax.nn.Stack`.
+      attention_implementation: of `jax.nn.dot_product_attention`.
+      dtype: of the computation; spectrograms and softmaxes are float32.
+      param_dtype: of the parameters.
+    """
+
+    num_mel_bins: int = 128
+    width: int = 1280
+    num_layers: int = 32
+    num_heads: int = 20
+    hidden_width: int = 5120
+    max_positions: int = 1500
+    trim: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    mask_spectrogram: bool = False
+    lora: LoRAConfig | None = None
+    remat: Remat = "none"
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        sizes = "num_mel_bins width num_layers num_heads hidden_width max_positions"
+        check_positive(self, sizes.split())
+        check_rates(self, ("dropout", "attention_dropout", "hidden_dropout"))
+        if self.width % self.num_heads or self.width % 2:
+            raise ValueError(
+                f"WhisperConfig.width={self.width}: must be even and a multiple of "
+                f"num_heads={self.num_heads}"
+            )
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that there are positions for; what a clip has behind them is cut."""
+        return self.max_positions * SAMPLES_PER_POSITION
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> WhisperConfig:
+        """Whisper tiny (8 M parameters), with `changes`."""
+        return cls._sized(384, 4, 6, **changes)
+
+    @classmethod
+    def base(cls, **changes: Any) -> WhisperConfig:
+        """Whisper base (21 M parameters), with `changes`."""
+        return cls._sized(512, 6, 8, **changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> WhisperConfig:
+        """Whisper small (88 M parameters), with `changes`."""
+        return cls._sized(768, 12, 12, **changes)
+
+    @classmethod
+    def medium(cls, **changes: Any) -> WhisperConfig:
+        """Whisper medium (307 M parameters), with `changes`."""
+        return cls._sized(1024, 24, 16, **changes)
+
+    @classmethod
+    def large_v2(cls, **changes: Any) -> WhisperConfig:
+        """Whisper large-v2 (637 M parameters), with `changes`."""
+        return cls._sized(1280, 32, 20, **changes)
+
+    @classmethod
+    def large_v3(cls, **changes: Any) -> WhisperConfig:
+        """Whisper large-v3 (637 M parameters), with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def _sized(cls, width: int, num_layers: int, num_heads: int, **changes: Any) -> WhisperConfig:
+        sizes = {
+            "num_mel_bins": 80,
+            "width": width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "hidden_width": 4 * width,
+        }
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
+        """Reads the encoder's part of a `config.json` of model type "whisper", with `changes`.
+
+        Absent fields have the values transformers gives them.
+
+        Raises:
+          InputError: a field with a value that this architecture does not have.
+        """
+        check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
+        try:
+            return cls(**{**read(config, _HUGGINGFACE), **changes})
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"config.json: {error}") from error
