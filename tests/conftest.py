@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from mister_jax import MisterEConfig
-from mister_jax.parallel import partitioning
+from mister_jax.parallel import sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -54,14 +54,14 @@ def pytest_configure(config):
 
 # To compile for eight devices and to feed them takes twice as long as one, and most tests are not
 # about that.
-partitioning.job_devices = lambda: jax.devices()[:1]
+sharding.job_devices = lambda: jax.devices()[:1]
 
 
 def _spread_over_devices(request):
     """Work is spread over all eight devices in what is marked so, in all else over one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("devices"):
-            patch.setattr(partitioning, "job_devices", jax.devices)
+            patch.setattr(sharding, "job_devices", jax.devices)
         yield
 
 

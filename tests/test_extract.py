@@ -25,8 +25,8 @@ from mister_jax.evaluation.results import Predictor
 from mister_jax.extract import features as features_module
 from mister_jax.extract.features import plan
 from mister_jax.nn import masked_mean
-from mister_jax.parallel import partitioning
-from mister_jax.parallel.partitioning import Program
+from mister_jax.parallel import sharding
+from mister_jax.parallel.partitioning import CompiledStep
 from mister_jax.training.loop import train
 from tests.tasks.test_speech_encoder import WAVLM
 
@@ -142,7 +142,7 @@ def test_features_depend_on_neither_batch_nor_padding(kind, request):
 @pytest.mark.parametrize("kind", ["whisper", "bert"])
 def test_devices_do_not_change_features(kind, request, monkeypatch):
     alone = request.getfixturevalue(f"by_{kind}")
-    monkeypatch.setattr(partitioning, "job_devices", jax.devices)
+    monkeypatch.setattr(sharding, "job_devices", jax.devices)
     folder = request.getfixturevalue(f"{kind}_folder")
     spread = type(alone)(str(folder), **alone.identity()["options"])
     assert (alone.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
@@ -477,7 +477,7 @@ def test_a_lack_of_memory_names_what_takes_less(
         assert all(part in message for part in ("allocating 7 bytes", *parts))
         return message
 
-    monkeypatch.setattr(Program, "__call__", out_of_memory)
+    monkeypatch.setattr(CompiledStep, "__call__", out_of_memory)
     monkeypatch.setattr(by_prosody, "_read", out_of_memory)
     told = refused(
         lambda: extract.features_of(by_bert, some_texts(), budget=16),

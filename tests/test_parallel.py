@@ -17,9 +17,9 @@ from mister_jax.parallel.partitioning import (
     JitPartitioner,
     ParallelConfig,
     PmapPartitioner,
-    data_mesh,
-    shardings,
+    make_partitioner,
 )
+from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.training.steps import (
     initial_state,
     make_eval_step,

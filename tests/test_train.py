@@ -23,7 +23,8 @@ from configs import fusion
 from mister_jax import data
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.errors import InputError
-from mister_jax.parallel.partitioning import JitPartitioner, data_mesh
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh
 from mister_jax.training.loop import TrainingDiverged, train
 
 

@@ -28,7 +28,8 @@ from mister_jax.benchmark.libraries import Training
 from mister_jax.benchmark.report import Row
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, shardings
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.training.steps import initial_state, make_train_step
 
 Tell = Callable[[str], None]

@@ -39,14 +39,9 @@ from mister_jax.models.utterance import UtteranceOutput
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel.partitioning import (
-    JitPartitioner,
-    Reader,
-    Step,
-    data_mesh,
-    explain_oom,
-    shardings,
-)
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.partitioning import EvalFn, JitPartitioner, Step
+from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.training.steps import initial_state, make_train_step
 
 Batch = dict[str, np.ndarray]
@@ -180,7 +175,7 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
 """From the tokens of a text, which speech has no use for, and options to the encoder's tuning."""
 
 
-class Program(NamedTuple):
+class CompiledStep(NamedTuple):
     """One of the two programs.
 
     Attributes:
@@ -194,7 +189,7 @@ class Program(NamedTuple):
     model_flops: float
 
 
-def programs(encoder: str, length: int, spread: JitPartitioner, rows: int) -> dict[str, Program]:
+def programs(encoder: str, length: int, spread: JitPartitioner, rows: int) -> dict[str, CompiledStep]:
     """Both programs of an encoder by name, for batches of `rows`."""
     tuning = tuning_of(encoder, length, remat="full")
     graph, state = abstract_state(lambda: _initial(tuning))
@@ -202,8 +197,8 @@ def programs(encoder: str, length: int, spread: JitPartitioner, rows: int) -> di
     read = {name: state[name] for name in ("params", "frozen")}
     step_flops, extract_flops = _model_flops(tuning_of(encoder, length, remat="none"))
     return {
-        TUNING_STEP: Program(spread.compile_step(step).function, state, rows * step_flops),
-        EXTRACTION: Program(spread.compile_eval(extract).function, read, rows * extract_flops),
+        TUNING_STEP: CompiledStep(spread.compile_step(step).function, state, rows * step_flops),
+        EXTRACTION: CompiledStep(spread.compile_eval(extract).function, read, rows * extract_flops),
     }
 
 
@@ -212,7 +207,7 @@ def _initial(tuning: Tuning) -> tuple[Any, Any]:
     return initial_state(tuning, _TRANSFORMATION, seed=0, trainable=trained)
 
 
-def _functions(tuning: Tuning, graph: Any) -> tuple[Step, Reader]:
+def _functions(tuning: Tuning, graph: Any) -> tuple[Step, EvalFn]:
     def extract(state: Any, batch: Any, axis_name: str | None) -> jax.Array:
         model = nnx.merge(graph, state["params"], state["frozen"])
         return tuning.read(model, batch).feature
@@ -266,9 +261,9 @@ def _spread(devices: Sequence[jax.Device], model_parallelism: int) -> JitPartiti
         return JitPartitioner(data_mesh(1, devices))
     # The rules stand where encoders are loaded, which needs the Hugging Face libraries; a machine
     # of one accelerator may lack them.
-    from mister_jax.encoders.hub import RULES
+    from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
-    return JitPartitioner(data_mesh(model_parallelism, devices), RULES)
+    return JitPartitioner(data_mesh(model_parallelism, devices), ENCODER_SHARDING_RULES)
 
 
 def _rows_of(tuning: Tuning, rows: int) -> int:
@@ -371,7 +366,7 @@ def run(encoder: str, *, length: int = 128, rows: int = 0, steps: int = 3) -> li
 
 
 def _timed(
-    what: str, call: Callable[[], Any], program: Program, encoder: str, rows: int, steps: int
+    what: str, call: Callable[[], Any], program: CompiledStep, encoder: str, rows: int, steps: int
 ) -> Row:
     timing = measure({what: repeated(call)}, steps)[what]
     device, devices = jax.devices()[0], jax.device_count()

@@ -17,7 +17,8 @@ from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, PmapPartitioner, data_mesh
+from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, PmapPartitioner
+from mister_jax.parallel.sharding import data_mesh
 from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss, read_dialogues
 
 

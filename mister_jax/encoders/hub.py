@@ -40,8 +40,8 @@ from mister_jax.encoders.wavlm import WavLM, WavLMConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, dequantize, merge_lora
-from mister_jax.parallel import partitioning
-from mister_jax.parallel.partitioning import DATA, MODEL, ShardingRules
+from mister_jax.parallel import sharding
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
 
 CONFIG = "config.json"
 PROCESSOR_FILES = (
@@ -58,13 +58,6 @@ _FILES = (CONFIG, "model*.safetensors", "model.safetensors.index.json", *PROCESS
 _DTYPES = ("float32", "bfloat16", "float16")
 # Files that can hold a vocabulary. Without any, transformers creates an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
-# Kernels are sharded over "model" along their heads or hidden units, and over "data" along the
-# other axis: a device of the "data" axis holds only its shard until a layer runs.
-RULES: ShardingRules = (
-    (r"embedding/embedding$", (MODEL, DATA)),
-    (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
-    (r"layers/layers/(.*/)?(out|down)/kernel$", (None, MODEL, DATA)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +142,7 @@ def load(
     *,
     revision: str | None = None,
     mesh: Mesh | None = None,
-    rules: ShardingRules = RULES,
+    rules: ShardingRules = ENCODER_SHARDING_RULES,
     dtype: str | None = None,
     param_dtype: str | None = None,
     lora: LoRAConfig | None = None,
@@ -383,7 +376,7 @@ def load_module(
     directory: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    rules: ShardingRules = RULES,
+    rules: ShardingRules = ENCODER_SHARDING_RULES,
     adapter: str | os.PathLike[str] | None = None,
     seed: int = 0,
     **changes: Any,
@@ -415,7 +408,7 @@ def load_module(
         table,
         Checkpoint.open(directory),
         architecture.names,
-        shardings=None if mesh is None else partitioning.shardings(shapes, mesh, rules),
+        shardings=None if mesh is None else sharding.shardings(shapes, mesh, rules),
     )
     # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
     # module. The compiler drops the rest, so that no parameter is allocated twice.

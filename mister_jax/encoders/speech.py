@@ -21,7 +21,8 @@ from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.parallel import partitioning
+from mister_jax.parallel import sharding
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
 SALMONN = "salmonn"
 """The `model_type` of a description of SALMONN."""
@@ -170,7 +171,7 @@ def load(
     config = SalmonnConfig.from_parts(described, **changes)
     shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
     params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))
-    shardings = None if mesh is None else partitioning.shardings(params, mesh, hub.RULES)
+    shardings = None if mesh is None else sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
     module = salmonn.load(
         shapes,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),

@@ -26,7 +26,9 @@ from mister_jax.evaluation.report import Experiment, read_utterance_texts, write
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.models import EXPERTS
-from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, explain_oom, shardings
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.tasks import config_seeds, task_class
 from mister_jax.training.loop import read_config
 from mister_jax.training.steps import split_model

@@ -24,7 +24,9 @@ from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor
 from mister_jax.extract.inputs import Input, SpeechInput, TextInput
 from mister_jax.nn import masked_mean
-from mister_jax.parallel.partitioning import JitPartitioner, data_mesh, explain_oom
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
 
 Features = Callable[[Any, Any], jax.Array]
@@ -165,7 +167,7 @@ class PretrainedText(_Released):
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
-        partitioner = JitPartitioner(data_mesh(), hub.RULES)
+        partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
         hub.architecture_of(hub.read_config(folder), name, "text")
@@ -229,7 +231,7 @@ class PretrainedSpeech(_Released):
         dtype: str = "float32",
         param_dtype: str = "float32",
     ):
-        partitioner = JitPartitioner(data_mesh(), hub.RULES)
+        partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         files = speech.SpeechFiles(name, whisper, beats, vicuna)
         described = speech.describe(files, prompt)

@@ -14,7 +14,8 @@ from mister_jax.console import ProgressReporter
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
-from mister_jax.parallel.partitioning import assert_visible_to_all_processes, explain_oom
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.multihost import assert_visible_to_all_processes
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
 _WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than to compute that

@@ -12,7 +12,8 @@ from flax import nnx
 from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
-from mister_jax.parallel.partitioning import Partitioner, ShardingRules
+from mister_jax.parallel.partitioning import Partitioner
+from mister_jax.parallel.sharding import ShardingRules
 
 Batch = Mapping[str, Any]
 Dataclass = TypeVar("Dataclass")

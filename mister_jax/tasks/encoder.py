@@ -34,7 +34,8 @@ from mister_jax.models.utterance import (
 )
 from mister_jax.nn import DialogueKeys
 from mister_jax.nn.lora import LoRAConfig, quantize
-from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, ShardingRules
+from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
 from mister_jax.tasks.base import Batch, dataclass_from_config
 
 
@@ -118,7 +119,7 @@ class EncoderTask:
     """
 
     options_class: Any = EncoderOptions
-    rules: ShardingRules = hub.RULES
+    rules: ShardingRules = ENCODER_SHARDING_RULES
     notes = ()
     oom_hint = (
         "a smaller config.data.batch_size, a larger config.train.accumulation, "

@@ -19,7 +19,8 @@ from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
-from mister_jax.parallel.partitioning import Partitioner, ShardingRules
+from mister_jax.parallel.partitioning import Partitioner
+from mister_jax.parallel.sharding import ShardingRules
 from mister_jax.tasks.base import Batch, dataclass_from_config
 from mister_jax.training.steps import mister_e_loss, read_dialogues
 

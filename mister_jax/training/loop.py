@@ -38,12 +38,13 @@ from mister_jax.evaluation import figures
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.multihost import assert_visible_to_all_processes
 from mister_jax.parallel.partitioning import (
+    CompiledStep,
     ParallelConfig,
     Partitioner,
-    Program,
-    assert_visible_to_all_processes,
-    explain_oom,
+    make_partitioner,
 )
 from mister_jax.tasks import Split, Task, config_seeds, dataclass_from_config, task_class
 from mister_jax.training.metric_writer import MetricWriter
@@ -202,8 +203,8 @@ class _Loop:
     partitioner: Partitioner
     training: Split
     validation: Split
-    step: Program
-    judge: Program
+    step: CompiledStep
+    judge: CompiledStep
     rate: optax.Schedule
     one_class_epochs: Any = 0
     """Epochs in a row in which each seed has predicted one class [S]."""

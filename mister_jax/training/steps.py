@@ -18,7 +18,7 @@ from mister_jax import losses
 from mister_jax.models import MisterE, MisterEOutput
 from mister_jax.nn import DialogueKeys
 from mister_jax.optim import evaluated_params
-from mister_jax.parallel.partitioning import Reader, Step, first_row_index, psum_if_mapped
+from mister_jax.parallel.partitioning import EvalFn, Step, first_row_index, psum_if_mapped
 
 Batch = Mapping[str, Any]
 
@@ -138,7 +138,7 @@ def make_train_step(
     return step
 
 
-def make_eval_step(task: SupportsEval, graph: Any) -> Reader:
+def make_eval_step(task: SupportsEval, graph: Any) -> EvalFn:
     """The task's sums over a batch, of the parameters that are to be judged."""
 
     def read(state, batch, axis_name):

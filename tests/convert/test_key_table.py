@@ -15,7 +15,7 @@ from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.errors import InputError
 from mister_jax.nn import Stack
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
-from mister_jax.parallel.partitioning import data_mesh, shardings
+from mister_jax.parallel.sharding import data_mesh, shardings
 
 pytestmark = pytest.mark.devices
 

@@ -18,7 +18,7 @@ from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.decoder import Decoder, DecoderConfig, RopeScaling, rope_frequencies
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, quantize
-from mister_jax.parallel.partitioning import data_mesh, shardings
+from mister_jax.parallel.sharding import data_mesh, shardings
 from tests.conftest import GOLDEN
 
 NAMES = ("llama3", "llama2", "qwen2")

@@ -23,7 +23,7 @@ from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
 from mister_jax.nn.lora import LoRAConfig, quantize
-from mister_jax.parallel.partitioning import data_mesh, shardings
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh, shardings
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.devices
@@ -315,7 +315,7 @@ def test_a_mesh_shards_the_kernels_and_changes_no_output(copy):
 def test_the_rules_cut_large_models_to_their_share(config):
     kind = Decoder if isinstance(config, DecoderConfig) else Bert
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))))
-    placed = shardings(shapes, data_mesh(2), hub.RULES)
+    placed = shardings(shapes, data_mesh(2), ENCODER_SHARDING_RULES)
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     parts = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), shapes, placed)
     assert sum(jax.tree.leaves(parts)) < 1.2 * total / 8

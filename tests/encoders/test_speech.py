@@ -14,7 +14,7 @@ from mister_jax.encoders import hub, speech
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.parallel.partitioning import data_mesh
+from mister_jax.parallel.sharding import data_mesh
 
 LENGTHS = np.array([9000, 12_800, 400])
 LORA = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))

@@ -20,7 +20,8 @@ from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.nn import DialogueKeys
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel.partitioning import JitPartitioner, data_mesh
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import SpeechEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step, split_model

@@ -18,7 +18,8 @@ from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate, missing_modality_study
 from mister_jax.optim import OptimizerConfig, optimizer
-from mister_jax.parallel.partitioning import JitPartitioner, PmapPartitioner, Program, data_mesh
+from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner, PmapPartitioner
+from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import TextEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
@@ -340,8 +341,8 @@ def test_a_lack_of_memory_for_the_backbone_is_said(tuned, monkeypatch, out_of_me
 def test_a_lack_of_memory_names_the_batch_and_the_remedies(
     llama_folder, spoken_dir, tmp_path, monkeypatch, out_of_memory, place
 ):
-    monkeypatch.setattr(Program, "compile", lambda *_: None)
-    monkeypatch.setattr(Program, place, out_of_memory)
+    monkeypatch.setattr(CompiledStep, "compile", lambda *_: None)
+    monkeypatch.setattr(CompiledStep, place, out_of_memory)
     with pytest.raises(
         InputError, match="out of memory with batches of up to 16 x 7 on 8"
     ) as error:

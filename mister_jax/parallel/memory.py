@@ -1,0 +1,28 @@
+"""Clear errors when the devices run out of memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from mister_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def explain_oom(where: str, work: str, hint: str) -> Iterator[None]:
+    """Turns XLA's out-of-memory error into an `InputError`.
+
+    Args:
+      where: Start of the message, such as the work directory.
+      work: What was running.
+      hint: What needs less memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{where}: out of memory with {work} ({reason}); try {hint}") from error

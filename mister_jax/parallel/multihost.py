@@ -1,0 +1,42 @@
+"""Agreement between the processes of a job."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mister_jax.errors import InputError
+
+
+def assert_visible_to_all_processes(path: epath.PathLike) -> None:
+    """Checks that all processes see a file the first process has written; each must call this.
+
+    Args:
+      path: File written by the first process.
+
+    Raises:
+      InputError: Some process does not see the file. All processes raise it.
+    """
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(str(path))
+    visible = multihost_utils.process_allgather(np.array(epath.Path(path).exists()))
+    if not visible.all():
+        raise InputError(
+            f"{path}: not visible to process {int(visible.argmin())} of {len(visible)}; use a "
+            "location that all processes share, such as gs://BUCKET/FOLDER or a network folder"
+        )
+
+
+def should_stop(stop_event: threading.Event, step: int) -> bool:
+    """Returns whether the training stops after this step, the same answer in all processes.
+
+    A SIGTERM to one of several processes stops all of them after the same step.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        stop_event.set()
+    return stop_event.is_set()

@@ -1,0 +1,100 @@
+"""The device mesh and the rules that shard parameters over it.
+
+The mesh has two axes. Rows of a batch are split over "data"; a copy of the parameters is split over
+"model" and, for the large encoders, over "data" as well (fully sharded data parallelism).
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA, MODEL = "data", "model"
+
+ShardingRules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+ENCODER_SHARDING_RULES: ShardingRules = (
+    (r"embedding/embedding$", (MODEL, DATA)),
+    (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
+    (r"layers/layers/(.*/)?(out|down)/kernel$", (None, MODEL, DATA)),
+)
+"""Rules for the transformer encoders, whose layers are stacked on a leading axis.
+
+Kernels that widen are split by column and kernels that narrow by row, so a layer needs one
+all-reduce over "model" per block.
+"""
+
+
+def job_devices() -> list[jax.Device]:
+    """Returns the devices of all processes, the default for a mesh."""
+    return jax.devices()
+
+
+def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Creates the ("data", "model") mesh.
+
+    The devices of a process are adjacent, so process p of P holds the p-th of P equal parts of a
+    batch. A copy of the parameters stays within a process if `model_parallelism` divides the number
+    of devices per process; otherwise it spans several.
+
+    Args:
+      model_parallelism: Size of the "model" axis.
+      devices: Devices of the mesh; all devices of the job by default.
+
+    Raises:
+      ValueError: `model_parallelism` does not divide the number of devices.
+    """
+    devices = job_devices() if devices is None else devices
+    if len(devices) % model_parallelism:
+        raise ValueError(
+            f"model_parallelism={model_parallelism} does not divide {len(devices)} devices"
+        )
+    process = operator.attrgetter("process_index")
+    blocks = [list(block) for _, block in itertools.groupby(sorted(devices, key=process), process)]
+    if any(len(block) % model_parallelism for block in blocks):
+        blocks = [list(devices)]
+
+    def arrange(block: list[jax.Device]) -> np.ndarray:
+        # JAX orders the devices of a process by their interconnect.
+        shape = (len(block) // model_parallelism, model_parallelism)
+        axis_types = (AxisType.Auto,) * 2
+        return jax.make_mesh(shape, (DATA, MODEL), axis_types=axis_types, devices=block).devices
+
+    grid = np.concatenate([arrange(block) for block in blocks])
+    return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
+    """Returns the sharding of each leaf of a tree of arrays, by its path.
+
+    The first rule whose pattern matches a leaf's path ("/".join of its keys) gives the leaf's
+    partition. Leaves without a rule and scalars are replicated. A dimension whose size is not
+    divisible by its mesh axis, such as an odd vocabulary, is replicated too. The paths of an
+    optimizer's moments end like those of their parameters, so the same rules apply to both.
+
+    Args:
+      tree: Arrays or their shapes.
+      mesh: Mesh to shard over.
+      rules: Pairs of a regular expression and the mesh axis of each dimension.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, axes in rules:
+            if leaf.ndim and re.search(pattern, name):
+                divisible_axes = (
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(axes, leaf.shape, strict=False)
+                )
+                return NamedSharding(mesh, P(*divisible_axes))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
