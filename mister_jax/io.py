@@ -1,18 +1,22 @@
-"""Atomic writing and reading of text and JSON files, on disks and buckets."""
+"""Atomic reading and writing of text, JSON and PNG files, on disks and buckets."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from mister_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file atomically."""
+    """Writes a text file atomically."""
     path = epath.Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
@@ -20,22 +24,30 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a value atomically as readable JSON."""
+    """Writes a value atomically as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_png(path: epath.PathLike, figure: Figure) -> None:
+    """Writes a Matplotlib figure as a PNG file."""
+    # Matplotlib cannot write to a bucket, so the image goes through memory.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    epath.Path(path).write_bytes(buffer.getvalue())
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      InputError: The file does not exist, or does not hold a JSON object.
+      InputError: The file does not exist or does not contain a JSON object.
     """
     path = epath.Path(path)
     try:
-        return _object(path.read_text())
+        return _parse_object(path.read_text())
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: no such file; needed: what a command has written there"
+            f"{path}: no such file; needed: a file that a mister_jax command has written"
         ) from error
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); needed: a JSON object") from error
@@ -45,11 +57,11 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """Reads the objects of a JSON Lines file.
 
     Raises:
-      InputError: The file does not exist, or a line is not a JSON object.
+      InputError: The file does not exist or a line is not a JSON object.
     """
     path = epath.Path(path)
     try:
-        # Not splitlines: JSON text may hold the other line separators of Unicode.
+        # `splitlines` would also split at Unicode line separators, which JSON strings may contain.
         lines = path.read_text().split("\n")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; needed: JSON Lines") from error
@@ -59,7 +71,7 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows.append(_object(line))
+                rows.append(_parse_object(line))
             except ValueError as error:
                 raise InputError(
                     f"{path}: line {number}: damaged ({error}); needed: a JSON object"
@@ -67,8 +79,8 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}")
+        raise ValueError(f"it contains a {type(value).__name__}")
     return value

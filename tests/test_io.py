@@ -7,8 +7,8 @@ import pytest
 from etils.epath import backend
 
 from mister_jax.errors import InputError
-from mister_jax.evaluation import figures
 from mister_jax.io import read_json, read_json_lines, write_json
+from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 
 
@@ -51,7 +51,7 @@ def test_metrics_events_and_pictures_go_to_a_bucket(bucket):
     assert [line["step"] for line in lines] == [1, 2, 3]
     events = list(bucket.glob("events.out.tfevents*"))
     assert events and all(b"train/loss" in path.read_bytes() for path in events)
-    figures.curves(f"{workdir}/metrics.jsonl", f"{workdir}/curves.png")
+    plot_training_curves(f"{workdir}/metrics.jsonl", f"{workdir}/curves.png")
     assert (bucket / "curves.png").read_bytes().startswith(b"\x89PNG")
     write_json(f"{workdir}/metrics.json", {"test": scores})
     assert json.loads((bucket / "metrics.json").read_text()) == {"test": scores}

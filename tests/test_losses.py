@@ -388,7 +388,7 @@ def test_the_total_weighs_its_parts_as_released(training):
     assert all(part > 0 for part in parts.values())
 
 
-def test_unlabelled_utterances_count_in_no_part(training):
+def test_unlabeled_utterances_count_in_no_part(training):
     params, batch, loss, _ = training
     _, parts = jax.jit(loss)(params, batch | {"label": np.full_like(batch["label"], -1)})
     assert not any(parts.values())

@@ -183,7 +183,9 @@ def table_of_values(rows: Sequence[Mapping[str, Any]]) -> str:
       rows: of `ablate`.
     """
     kinds = ("mean", "deviation", "together")
-    columns = [(split, score, kind) for split in SPLITS for score in multi_seed.SCORES for kind in kinds]
+    columns = [
+        (split, score, kind) for split in SPLITS for score in multi_seed.SCORES for kind in kinds
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "change", "seeds", *("_".join(column) for column in columns)])

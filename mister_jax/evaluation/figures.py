@@ -1,71 +1,30 @@
-"""Pictures: training curves, confusion matrices, scores under missing modalities."""
+"""Figures as PNG files: confusion matrices, missing modalities, ablations and datasets."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mister_jax.io import read_json_lines
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def _new_figure(size: tuple[float, float]) -> Figure:
-    # Imported here: predictions need no pictures, and Matplotlib takes a second to import.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def _save(figure: Figure, path: epath.PathLike) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    epath.Path(path).write_bytes(buffer.getvalue())
-
-
-def curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
-    """Draws the loss and the validation scores of a training over its steps.
-
-    Args:
-      metrics: the training's `metrics.jsonl`.
-      path: of the PNG.
-    """
-    rows = read_json_lines(metrics)
-    figure = _new_figure((10, 4))
-    left, right = figure.subplots(1, 2)
-    lines = (
-        (left, "train/loss", "loss"),
-        (right, "validation/weighted_f1", "weighted F1"),
-        (right, "validation/macro_f1", "macro F1"),
-        (right, "validation/accuracy", "accuracy"),
-    )
-    for axes, name, label in lines:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=label)
-    for axes, title in ((left, "training loss"), (right, "validation")):
-        axes.set(xlabel="step", title=title)
-        axes.grid(alpha=0.3)
-    right.legend()
-    _save(figure, path)
+from mister_jax.io import write_png
 
 
 def plot_confusion(
     counts: Mapping[str, np.ndarray], class_names: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Draws confusion matrices side by side.
+    """Plots confusion matrices side by side.
 
     Args:
-      counts: title of each matrix to its [C, C] counts, labels down, predictions across.
-      class_names: C names.
-      path: of the PNG.
+      counts: Confusion counts [C, C] by title, with labels as rows and predictions as columns.
+      class_names: Names of the C classes.
+      path: Path of the PNG file to write.
     """
+    from matplotlib.figure import Figure
+
     size = 2.5 + 0.55 * len(class_names)
-    figure = _new_figure((size * len(counts), size))
+    figure = Figure(figsize=(size * len(counts), size), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, (title, matrix) in zip(panels, counts.items(), strict=True):
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -76,70 +35,72 @@ def plot_confusion(
         ticks = range(len(class_names))
         axes.set_xticks(ticks, class_names, rotation=45, ha="right")
         axes.set_yticks(ticks, class_names)
-        axes.set(xlabel="predicted", ylabel="labeled", title=title)
-    _save(figure, path)
+        axes.set(xlabel="predicted", ylabel="label", title=title)
+    write_png(path, figure)
 
 
 def plot_missing_modality(
     points: Sequence[Mapping[str, Any]], complete: float, path: epath.PathLike
 ) -> None:
-    """Draws weighted F1 over the share of utterances that lost a modality.
+    """Plots the weighted F1 over the share of utterances that lost a modality.
 
     Args:
-      points: each with "drop_speech", "drop_text", "weighted_f1" and "deviation".
-      complete: weighted F1 with nothing dropped.
-      path: of the PNG.
+      points: Points of a missing-modality study, each with "drop_speech", "drop_text",
+        "weighted_f1" and "deviation".
+      complete: Weighted F1 without dropping anything.
+      path: Path of the PNG file to write.
     """
-    figure = _new_figure((6, 4))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     kinds = {
         "speech dropped": lambda point: point["drop_speech"] > 0 == point["drop_text"],
         "text dropped": lambda point: point["drop_text"] > 0 == point["drop_speech"],
         "both dropped": lambda point: point["drop_speech"] > 0 and point["drop_text"] > 0,
     }
-    for label, belongs in kinds.items():
-        chosen = [point for point in points if belongs(point)]
-        share = [max(point["drop_speech"], point["drop_text"]) for point in chosen]
-        order = np.argsort(share)
-        if len(order):
-            axes.errorbar(
-                np.array(share)[order],
-                np.array([point["weighted_f1"] for point in chosen])[order],
-                np.array([point["deviation"] for point in chosen])[order],
-                marker="o",
-                capsize=3,
-                label=label,
-            )
+    columns = ("weighted_f1", "deviation")
+    for label, is_kind in kinds.items():
+        line = sorted(
+            (max(point["drop_speech"], point["drop_text"]), *map(point.get, columns))
+            for point in points
+            if is_kind(point)
+        )
+        if line:
+            shares, scores, deviations = zip(*line, strict=True)
+            axes.errorbar(shares, scores, deviations, marker="o", capsize=3, label=label)
     axes.axhline(complete, color="gray", linestyle="--", label="nothing dropped")
     axes.set(xlabel="share of utterances", ylabel="weighted F1", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
-    """Draws numbers with their deviations as groups of bars.
+    """Plots scores with error bars as groups of bars.
 
     Args:
-      values: name of a bar's colour -> name of its group -> mean and deviation.
-      label: what the numbers are.
-      path: of the PNG.
+      values: (mean, standard deviation) by series and group; each series has its own color.
+      label: Label of the y axis.
+      path: Path of the PNG file to write.
     """
+    from matplotlib.figure import Figure
+
     groups = list(next(iter(values.values())))
-    places, width = np.arange(len(groups)), 0.8 / len(values)
-    figure = _new_figure((2 + 1.1 * len(groups), 4.5))
+    centers, width = np.arange(len(groups)), 0.8 / len(values)
+    figure = Figure(figsize=(2 + 1.1 * len(groups), 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, (name, of_group) in enumerate(values.items()):
-        means, deviations = zip(*(of_group[group] for group in groups), strict=True)
-        x = places + (index - (len(values) - 1) / 2) * width
-        axes.bar(x, means, width, yerr=deviations, capsize=3, label=name)
-    axes.set_xticks(places, groups, rotation=30, ha="right")
+    for index, (series, value_by_group) in enumerate(values.items()):
+        means, deviations = zip(*(value_by_group[group] for group in groups), strict=True)
+        x = centers + (index - (len(values) - 1) / 2) * width
+        axes.bar(x, means, width, yerr=deviations, capsize=3, label=series)
+    axes.set_xticks(centers, groups, rotation=30, ha="right")
     axes.set(ylabel=label, ylim=(0, 1))
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def plot_dataset(
@@ -148,17 +109,19 @@ def plot_dataset(
     seconds: Mapping[str, np.ndarray],
     path: epath.PathLike,
 ) -> None:
-    """Draws what a dataset holds: classes, lengths of dialogues, durations of recordings.
+    """Plots the classes, dialogue lengths and recording durations of a dataset.
 
     Args:
-      class_counts: split -> class -> utterances.
-      lengths: split -> utterances of its dialogues.
-      seconds: split -> durations; no panel where there are none.
-      path: of the PNG.
+      class_counts: Number of utterances by split and class.
+      lengths: Dialogue lengths in utterances, by split.
+      seconds: Recording durations in seconds, by split; the panel is left out if all are empty.
+      path: Path of the PNG file to write.
     """
-    with_sound = any(len(values) for values in seconds.values())
-    columns = 3 if with_sound else 2
-    figure = _new_figure((5 * columns, 4))
+    from matplotlib.figure import Figure
+
+    has_recordings = any(len(durations) for durations in seconds.values())
+    columns = 3 if has_recordings else 2
+    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
     panels = figure.subplots(1, columns)
     names = list(dict.fromkeys(name for counts in class_counts.values() for name in counts))
     width = 0.8 / len(class_counts)
@@ -169,14 +132,13 @@ def plot_dataset(
     panels[0].set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=45, ha="right")
     panels[0].set(ylabel="share of utterances", title="classes")
     panels[0].legend()
-    measures = [(lengths, "utterances", "length of dialogues")]
-    if with_sound:
-        measures.append((seconds, "seconds", "duration of recordings"))
-    for axes, (values, unit, title) in zip(panels[1:], measures, strict=True):
-        every = np.concatenate(list(values.values()))
-        bins = np.linspace(0, every.max(), 30)
-        for split, numbers in values.items():
-            if len(numbers):
-                axes.hist(numbers, bins, density=True, histtype="step", label=split)
+    histograms = [(lengths, "utterances", "dialogue length")]
+    if has_recordings:
+        histograms.append((seconds, "seconds", "recording duration"))
+    for axes, (values_by_split, unit, title) in zip(panels[1:], histograms, strict=True):
+        bins = np.linspace(0, np.concatenate(list(values_by_split.values())).max(), 30)
+        for split, values in values_by_split.items():
+            if len(values):
+                axes.hist(values, bins, density=True, histtype="step", label=split)
         axes.set(xlabel=unit, ylabel="density", title=title)
-    _save(figure, path)
+    write_png(path, figure)

@@ -34,7 +34,6 @@ from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.console import ProgressReporter, parameter_table
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
-from mister_jax.evaluation import figures
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
@@ -47,6 +46,7 @@ from mister_jax.parallel.partitioning import (
     make_partitioner,
 )
 from mister_jax.tasks import Split, Task, config_seeds, dataclass_from_config, task_class
+from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
 
@@ -248,7 +248,7 @@ class _Loop:
         finally:
             writer.close()
         if progress.finished and jax.process_index() == 0:
-            figures.curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
+            plot_training_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
 
     def _compile(self, state: Any, reporter: ProgressReporter) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,8 +15,67 @@ from etils import epath
 from mister_jax.io import write_text
 
 
+class MetricWriter:
+    """Appends scalars to `workdir/metrics.jsonl` and to a TensorBoard event file next to it.
+
+    Only process 0 writes. A resumed run repeats the steps after its checkpoint, so lines of those
+    steps are removed from `metrics.jsonl`, and TensorBoard is told to hide them.
+
+    Args:
+      workdir: Work directory of the training run.
+      step: Step of the checkpoint that the run resumes from, 0 for a new run.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int):
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._tensorboard = None
+        if jax.process_index() == 0:
+            lines = [line for line in self._read_lines() if _step_of_line(line) <= step]
+            write_text(self._path, "".join(f"{line}\n" for line in lines))
+            self._tensorboard = _summary_writer(workdir, purge_step=step + 1)
+
+    def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of one step."""
+        if self._tensorboard is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _read_lines(self) -> Iterable[str]:
+        if not self._path.exists():
+            return []
+        # A killed run may have cut the last line short, even inside a UTF-8 character.
+        return self._path.read_bytes().decode(errors="replace").split("\n")
+
+
+def _step_of_line(line: str) -> float:
+    """Returns the step of a line of `metrics.jsonl`, or infinity if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError):
+        return math.inf
+
+
+def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
+    # tensorboardX imports PyTorch if it is installed, which takes seconds.
+    from tensorboardX import SummaryWriter, record_writer
+
+    # tensorboardX itself needs google-cloud-storage for gs://. epath, which writes all other files
+    # of the run, does not.
+    bucket = SimpleNamespace(open=_BucketEvents, directory_check=lambda path: None)
+    record_writer.register_writer_factory("gs", bucket)
+    return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
+
+
 class _BucketEvents:
-    """A file of TensorBoard events on a bucket; each flush writes it whole."""
+    """An event file on a bucket, which cannot append: each flush uploads the whole file."""
 
     def __init__(self, path: str):
         self._path = epath.Path(path)
@@ -27,71 +87,4 @@ class _BucketEvents:
     def flush(self) -> None:
         self._path.write_bytes(bytes(self._events))
 
-    def close(self) -> None:
-        self.flush()
-
-
-class _Bucket:
-    """Lets tensorboardX write to `gs://` without a further package."""
-
-    open = _BucketEvents
-
-    @staticmethod
-    def directory_check(path: str) -> None:
-        """Does nothing: a bucket has no directories."""
-
-
-def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
-    # Imported here: tensorboardX imports PyTorch where it is installed, which takes seconds.
-    from tensorboardX import SummaryWriter, record_writer
-
-    record_writer.register_writer_factory("gs", _Bucket())
-    return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
-
-
-class MetricWriter:
-    """Appends scalars to `workdir/metrics.jsonl` and to TensorBoard files beside it.
-
-    Only the first process writes. A resumed run drops the lines after its checkpoint, which it
-    writes again.
-
-    Args:
-      workdir: Work directory of the training.
-      step: Step of the checkpoint that the run resumes from.
-    """
-
-    def __init__(self, workdir: epath.PathLike, step: int):
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._board = None
-        if jax.process_index() == 0:
-            kept = [line for line in self._lines() if _step(line) <= step]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
-            self._board = _summary_writer(workdir, purge_step=step + 1)
-
-    def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step."""
-        if self._board is None:
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        if self._board is not None:
-            self._board.close()
-
-    def _lines(self) -> Iterable[str]:
-        if not self._path.exists():
-            return
-        # The last one may be cut short where a run was killed, within a character, too.
-        yield from self._path.read_bytes().decode(errors="replace").split("\n")
-
-
-def _step(line: str) -> float:
-    """Returns the step of a line of `metrics.jsonl`, infinity if the line cannot be read."""
-    try:
-        return float(json.loads(line)["step"])
-    except (KeyError, TypeError, ValueError):
-        return math.inf
+    close = flush

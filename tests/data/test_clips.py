@@ -161,7 +161,7 @@ def test_training_reads_another_stretch_in_every_epoch_and_short_clips_whole(cli
     assert any(one != other for one, other in starts)
 
 
-def test_weights_of_a_batch_add_up_to_one_and_the_unlabelled_weigh_nothing(clips, plan):
+def test_weights_of_a_batch_add_up_to_one_and_the_unlabeled_weigh_nothing(clips, plan):
     batches = epoch(clips, plan)
     shapes = {(len(batch["row"]), batch["waveform"].shape[1] // UNIT) for batch in batches}
     assert shapes == set(plan.shapes)
@@ -186,7 +186,7 @@ def test_an_epoch_goes_on_from_any_step_and_is_shared_by_processes(clips, plan):
                 np.testing.assert_array_equal(later[index - 1][name], value)
 
 
-def test_the_unlabelled_can_be_left_out(clips):
+def test_the_unlabeled_can_be_left_out(clips):
     labeled = clips.labeled()
     assert list(labeled.utterance_ids) == list("abdefg")
     assert len(labeled.items[2]) == 900

@@ -79,7 +79,7 @@ def test_the_validation_dialogues_of_cosmic_are_the_other_choice(iemocap_tree, t
     assert dialogues_of(dataset, "test") == TEST
 
 
-def test_four_classes_merge_excited_and_leave_frustrated_unlabelled(iemocap_tree, tmp_path):
+def test_four_classes_merge_excited_and_leave_frustrated_unlabeled(iemocap_tree, tmp_path):
     prepare(iemocap_tree, tmp_path, "four_session1")
     dataset = DialogueDataset("iemocap/four_session1", tmp_path)
     assert dataset.class_names == ("happy", "sad", "neutral", "angry")

@@ -64,7 +64,9 @@ class SplitPredictions:
     gate: np.ndarray | None
 
     @classmethod
-    def from_features(cls, features: Any, predictions: Mapping[str, np.ndarray]) -> SplitPredictions:
+    def from_features(
+        cls, features: Any, predictions: Mapping[str, np.ndarray]
+    ) -> SplitPredictions:
         """From a task's features and the arrays of `evaluate.Predictor`."""
         names = np.repeat(np.array(features.dialogue_ids, str), features.lengths)
         # Features of single utterances name a dialogue once for each of its utterances.

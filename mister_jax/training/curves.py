@@ -1,0 +1,35 @@
+"""Plots the training loss and the validation scores of a run."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from mister_jax.io import read_json_lines, write_png
+
+
+def plot_training_curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
+    """Plots the training loss and the validation scores over the steps of a run.
+
+    Args:
+      metrics: Path of the run's `metrics.jsonl`.
+      path: Path of the PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_json_lines(metrics)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, score_axes = figure.subplots(1, 2)
+    lines = (
+        (loss_axes, "train/loss", "loss"),
+        (score_axes, "validation/weighted_f1", "weighted F1"),
+        (score_axes, "validation/macro_f1", "macro F1"),
+        (score_axes, "validation/accuracy", "accuracy"),
+    )
+    for axes, name, label in lines:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=label)
+    for axes, title in ((loss_axes, "training loss"), (score_axes, "validation")):
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    score_axes.legend()
+    write_png(path, figure)
