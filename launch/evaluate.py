@@ -68,8 +68,7 @@ def main() -> None:
         raise InputError("--drop_as_zeros goes with --drop_speech or --drop_text")
     if _REPORT.value or not dropping:
         found = evaluate(_WORKDIR.value, _SPLIT.value, report=_REPORT.value, **options)
-        together = f", {len(found['seeds']['of_each'])} seeds together" if "seeds" in found else ""
-        console.print(score_table(_SPLIT.value + together, found))
+        console.print(score_table(_SPLIT.value, found))
         written += ["metrics.json", "predictions.jsonl", "confusion.png"]
         written += ["report.html"] if _REPORT.value else []
     place = _OUTPUT.value or _WORKDIR.value

@@ -20,19 +20,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mister_jax.metrics import SCORE_NAMES
+
 
 class ProgressReporter:
-    """Shows progress: a bar on a terminal, lines elsewhere.
+    """Shows a progress bar on a terminal; elsewhere only the printed lines appear.
 
     Args:
       total: Number of units of work.
-      done: Number of units that are done already.
-      unit: Name of the units.
-      quiet: Show nothing. Only the first process shows anything.
+      completed: Number of units that were completed before, such as by an interrupted run.
+      unit: Name of the units, in the plural.
+      quiet: Whether to show nothing. Processes other than process 0 never show anything.
     """
 
-    def __init__(self, total: int, *, done: int = 0, unit: str = "steps", quiet: bool = False):
-        # The stream of now: libraries that are kept quiet may not take it away.
+    def __init__(self, total: int, *, completed: int = 0, unit: str = "steps", quiet: bool = False):
+        # Bind the current stdout: code that silences libraries replaces `sys.stdout` meanwhile.
         self.console = Console(
             file=sys.stdout, quiet=quiet or jax.process_index() != 0, highlight=False
         )
@@ -46,7 +48,7 @@ class ProgressReporter:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total, completed=done)
+        self._task = self._progress.add_task("", total=total, completed=completed)
 
     def __enter__(self) -> ProgressReporter:
         self._progress.start()
@@ -56,7 +58,7 @@ class ProgressReporter:
         self._progress.stop()
 
     def advance(self, description: str | None = None, *, amount: int = 1) -> None:
-        """Reports further units as done."""
+        """Marks `amount` more units as completed and updates the text before the bar."""
         self._progress.update(self._task, advance=amount, description=description)
 
     def print(self, text: str) -> None:
@@ -65,7 +67,7 @@ class ProgressReporter:
 
 
 def parameter_table(params: Any) -> str:
-    """Returns the paths, shapes, types and counts of parameters, one per line, and the total."""
+    """Returns a text table with the path, shape, dtype and size of each parameter, and a total."""
     rows = [("parameter", "shape", "dtype", "count")]
     total = 0
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -83,17 +85,18 @@ def parameter_table(params: Any) -> str:
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
-    """Returns the per-class table of `metrics.scores`, with the overall scores below it.
+    """Returns the table of per-class and overall scores of one split.
 
-    For several seeds these are the scores of the ensemble; each seed, their mean and deviation
-    follow.
+    For several seeds these are the scores of the ensemble, followed by the weighted F1 of each seed
+    and their mean and standard deviation.
 
     Args:
-      title: Title of the table.
-      scores: Scores of `metrics.scores`.
+      title: Title of the table; the number of seeds is appended for an ensemble.
+      scores: Scores as returned by `evaluate`.
     """
-    if "seeds" in scores:
-        title += f": {len(scores['seeds']['of_each'])} seeds together"
+    seeds = scores.get("seeds")
+    if seeds:
+        title += f" ({len(seeds['of_each'])}-seed ensemble)"
     table = Table("class", "precision", "recall", "F1", "support", title=title, box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -101,27 +104,32 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         cells = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
         table.add_row(name, *cells, str(row["support"]))
     table.add_section()
-    for key in ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy"):
+    for key in SCORE_NAMES:
         table.add_row(key.replace("_", " "), "", "", f"{scores[key]:.3f}", "")
-    compared = {"experts": "{} expert alone", "reference_scores": "{} (reference)"}
-    others = {"majority class": scores["majority"]}
-    for group, title_of in compared.items():
-        others |= {title_of.format(name): row for name, row in scores.get(group, {}).items()}
+    baselines = {"majority class": scores["majority"]}
+    baselines |= {f"{name} expert alone": row for name, row in scores.get("experts", {}).items()}
+    baselines |= {
+        f"{name} (reference)": row for name, row in scores.get("reference_scores", {}).items()
+    }
     table.add_section()
-    for name, row in others.items():
+    for name, row in baselines.items():
         table.add_row(f"weighted f1: {name}", "", "", f"{row['weighted_f1']:.3f}", "")
-    if "seeds" in scores:
-        found = scores["seeds"]
+    if seeds:
         table.add_section()
-        for seed, row in found["of_each"].items():
+        for seed, row in seeds["of_each"].items():
             table.add_row(f"weighted f1: seed {seed}", "", "", f"{row['weighted_f1']:.3f}", "")
-        told = f"{found['mean']['weighted_f1']:.3f} +- {found['deviation']['weighted_f1']:.3f}"
-        table.add_row("weighted f1: mean of the seeds", "", "", told, "")
+        mean, deviation = seeds["mean"]["weighted_f1"], seeds["deviation"]["weighted_f1"]
+        table.add_row("weighted f1: mean of the seeds", "", "", f"{mean:.3f} +- {deviation:.3f}")
     return table
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """Returns the table of a missing-modality study, whose points `evaluate` describes."""
+    """Returns the table of a missing-modality study.
+
+    Args:
+      title: Title of the table.
+      points: Points as returned by `missing_modality_study`.
+    """
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
@@ -130,14 +138,14 @@ def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) ->
 
 
 def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of a dialogue: texts, and what is predicted for each of them.
+    """Returns the table of one dialogue: the predicted emotion and the text of each utterance.
 
-    The choices and weights of the experts are below the text, so that all of it reads well on a
-    terminal of 80 columns.
+    The predictions and gate weights of the experts are printed below the text, so that the table
+    fits a terminal of 80 columns.
 
     Args:
-      texts: Texts of the utterances.
-      rows: Rows of `evaluate.predicted_rows`.
+      texts: Texts of the utterances, empty for an utterance without text.
+      rows: Prediction rows of the utterances, as returned by `EmotionRecognizer.predict`.
     """
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
     table = Table("", "emotion", "", "utterance", box=rich.box.SIMPLE)
@@ -146,39 +154,44 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     table.columns[0].justify = table.columns[2].justify = "right"
     table.columns[3].max_width = 80
     for number, (text, row) in enumerate(zip(texts, rows, strict=True), start=1):
-        choices = (
-            f"{name} {row['experts'][name]} {row['gate'][name]:.0%}"
-            for name in experts
-            if row["experts"][name]
-        )
-        emotion = row["predicted"]
         lines = [escape(text) or "[dim](no text)[/dim]"]
         if len(experts) > 1:
-            lines.append(f"[dim]{escape(', '.join(choices))}[/dim]")
+            votes = ", ".join(
+                f"{name} {row['experts'][name]} {row['gate'][name]:.0%}"
+                for name in experts
+                if row["experts"][name]
+            )
+            lines.append(f"[dim]{escape(votes)}[/dim]")
         lines += (f"[dim]{escape(note)}[/dim]" for note in row.get("notes", ()))
+        emotion = row["predicted"]
         probability = f"{row['probabilities'][emotion]:.2f}"
         table.add_row(str(number), escape(emotion), probability, "\n".join(lines))
     if len(experts) > 1:
-        table.caption = "below each text: the choice of each expert, and its weight in the mixture"
+        table.caption = "below each text: the prediction and the gate weight of each expert"
     return table
 
 
-def comparison_table(title: str, values: Mapping[str, Mapping[str, str]]) -> Table:
-    """Returns a table with a column per key of `values`, and a row per key of its values."""
-    table = Table("", *values, title=escape(title), box=rich.box.SIMPLE)
+def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
+    """Returns a table that compares columns with the same rows, such as the splits of a dataset.
+
+    Args:
+      title: Title of the table.
+      columns: Cells by column name and row name.
+    """
+    table = Table("", *columns, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name in next(iter(values.values())):
-        table.add_row(escape(name), *(escape(cells[name]) for cells in values.values()))
+    for name in next(iter(columns.values())):
+        table.add_row(escape(name), *(escape(cells[name]) for cells in columns.values()))
     return table
 
 
 def corpus_table(report: Mapping[str, Any]) -> Table:
-    """Returns the table of a report of `launch.prepare`."""
-    cells = {}
+    """Returns the table of the report that `prepare_corpus` returns, one column per split."""
+    columns = {}
     for split, values in report["splits"].items():
-        least, mean, most = values["lengths"] or (0, 0, 0)
-        cells[split] = {
+        shortest, mean, longest = values["lengths"] or (0, 0, 0)
+        columns[split] = {
             "dialogues": f"{values['dialogues']}",
             "utterances": f"{values['utterances']}",
             **{f"  {name}": f"{count}" for name, count in values["classes"].items()},
@@ -186,7 +199,7 @@ def corpus_table(report: Mapping[str, Any]) -> Table:
             "hours of speech": f"{values['hours']:.2f}",
             "without speech": f"{values['without_speech']}",
             "without text": f"{values['without_text']}",
-            "with a text of training": f"{values['train_text_overlap']}",
-            "length min / mean / max": f"{least} / {mean:.1f} / {most}",
+            "text also in train": f"{values['train_text_overlap']}",
+            "length min / mean / max": f"{shortest} / {mean:.1f} / {longest}",
         }
-    return comparison_table(report["dataset"], cells)
+    return comparison_table(report["dataset"], columns)
