@@ -36,7 +36,7 @@ from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
-from mister_jax.optim import OptimizerConfig, evaluated_params, learning_rate, optimizer
+from mister_jax.optim import OptimizerConfig, params_for_evaluation, learning_rate, make_optimizer
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes
 from mister_jax.parallel.partitioning import (
@@ -147,7 +147,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
     }
     check_data(content, config.data.name, workdir)
     total_steps = options.epochs * training.steps
-    transformation = optimizer(optimizer_config, total_steps)
+    transformation = make_optimizer(optimizer_config, total_steps)
     rows, length = max((*training.shapes, *validation.shapes), key=math.prod)
     with explain_oom(
         str(workdir),
@@ -221,7 +221,7 @@ class _Loop:
             progress = TrainProgress(**restored[1])
         done = self._done(state)
         writer = MetricWriter(self.workdir, done)
-        reporter = ProgressReporter(options.epochs * steps, done=done, quiet=quiet)
+        reporter = ProgressReporter(options.epochs * steps, completed=done, quiet=quiet)
         try:
             with reporter:
                 if progress.finished:
@@ -366,7 +366,7 @@ class _Loop:
         progress.best_epochs = np.where(better, progress.epoch, progress.best_epochs).tolist()
         if better.any():
             single = self._saved(state)
-            params = evaluated_params(single["params"], single["opt_state"])
+            params = params_for_evaluation(single["params"], single["opt_state"])
             told = {"epoch": multi_seed.stack_seeds([progress.epoch] * count), **found}
             if not better.all():
                 before = checkpoints.restore(BEST, params)
@@ -414,7 +414,7 @@ class _Loop:
         for own in multi_seed.unstack_seeds(jax.device_get(sums), len(self.seeds)):
             scores = metrics.scores(own["confusion"], self.task.class_names)
             mean_loss = float(own["cross_entropy"]) / scores["utterances"]
-            kept = {name: scores[name] for name in multi_seed.SCORES}
+            kept = {name: scores[name] for name in metrics.SCORE_NAMES}
             num_predicted = int(np.count_nonzero(own["confusion"].sum(0)))
             rows.append({**kept, "cross_entropy": mean_loss, "predicted_classes": num_predicted})
         return multi_seed.stack_seeds(rows)
