@@ -43,13 +43,13 @@ def get_config() -> ConfigDict:
     config.data.num_buckets = 3
     config.model.update(
         {
-            "context_width": 64,
-            "fusion_width": 64,
+            "context_dim": 64,
+            "fusion_dim": 64,
             # Emotions last, and only both modalities tell them: both, with what came before.
             "fusion_layers": 0,
             "fusion_gru_layers": 1,
             "crf": True,
-            "gate_width": 32,
+            "gate_dim": 32,
             "gate_temperature": 0.5,
             # What text or speech has to say is seen in its context, less so in its vote.
             "gate_reads_contexts": True,

@@ -64,10 +64,12 @@ def focal(
       ValueError: negative gamma.
       AssertionError: logits, labels and mask are not of the same positions.
     """
-    return _divide(focal_of_each(logits, labels, mask, gamma=gamma).sum(), mask.sum(), axis_name)
+    return _divide(
+        focal_per_position(logits, labels, mask, gamma=gamma).sum(), mask.sum(), axis_name
+    )
 
 
-def focal_of_each(
+def focal_per_position(
     logits: jax.Array, labels: jax.Array, mask: jax.Array, *, gamma: float = 3.0
 ) -> jax.Array:
     """The focal loss of each position [...] float32, zero where the mask is false; see `focal`."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OVERALL = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
+SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
 """The scores of a whole split."""
 
 
@@ -104,9 +104,9 @@ def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     constant[:, found["support"].argmax()] = found["support"]
     baseline = confusion_scores(constant)
     return {
-        **{name: float(found[name]) for name in OVERALL},
+        **{name: float(found[name]) for name in SCORE_NAMES},
         "utterances": int(found["utterances"]),
-        "majority": {name: float(baseline[name]) for name in OVERALL},
+        "majority": {name: float(baseline[name]) for name in SCORE_NAMES},
         "per_class": per_class,
     }
 

@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mister_jax.metrics import mean_and_deviation
-
-SCORES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-"""The scores of `metrics.scores` that are reported for each seed."""
+from mister_jax.metrics import SCORE_NAMES, mean_and_deviation
 
 
 def stack_seeds(trees: Sequence[Any]) -> Any:
@@ -99,12 +96,12 @@ def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -
       scores: `metrics.scores` of each seed.
 
     Returns:
-      `SCORES` under "of_each" by seed, and their "mean" and sample "deviation" (0 for one seed).
+      `SCORE_NAMES` under "of_each" by seed, and their "mean" and sample "deviation" (0 for one seed).
     """
-    told = {name: mean_and_deviation(each[name] for each in scores) for name in SCORES}
+    told = {name: mean_and_deviation(each[name] for each in scores) for name in SCORE_NAMES}
     return {
         "of_each": {
-            str(seed): {name: each[name] for name in SCORES}
+            str(seed): {name: each[name] for name in SCORE_NAMES}
             for seed, each in zip(seeds, scores, strict=True)
         },
         "mean": {name: mean for name, (mean, _) in told.items()},

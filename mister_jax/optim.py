@@ -92,7 +92,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def evaluated_params(params: Any, opt_state: Any) -> Any:
+def params_for_evaluation(params: Any, opt_state: Any) -> Any:
     """The parameters to validate and predict with: their average if one is kept."""
     average = optax.tree.get(opt_state, "average", None)
     return params if average is None else average
@@ -111,7 +111,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """The whole chain: clip, Adam or AdamW with its schedule, average.
 
     Args:

@@ -107,14 +107,14 @@ def tiny_config():
         num_classes=4,
         speech_dim=6,
         text_dim=5,
-        context_width=8,
+        context_dim=8,
         kernel_sizes=(1, 3),
         gru_layers=1,
-        fusion_width=8,
+        fusion_dim=8,
         fusion_layers=1,
-        attention_width=6,
+        attention_dim=6,
         attention_heads=3,
-        gate_width=5,
+        gate_dim=5,
     )
 
 
@@ -204,8 +204,8 @@ def bert_folder(tmp_path_factory, word_tokenizer):
     tokenizer = word_tokenizer(bert=True)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        width=16,
-        hidden_width=24,
+        hidden_size=16,
+        mlp_dim=24,
         num_layers=2,
         num_heads=4,
         num_positions=20,
@@ -404,7 +404,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
             "max_distance": 16,
         },
         "vicuna": hub.read_config(llama_folder),
-        "qformer": {"width": 64, "num_layers": 1, "num_heads": 1, "hidden_width": 16},
+        "qformer": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "mlp_dim": 16},
     }
     lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
     config = SalmonnConfig.from_parts(described, lora=lora)

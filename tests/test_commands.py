@@ -25,7 +25,7 @@ def run(name, *flags):
 
 
 def test_from_features_to_scores(tmp_path):
-    small = ("--config.model.context_width=8", "--config.model.fusion_width=8")
+    small = ("--config.model.context_dim=8", "--config.model.fusion_dim=8")
     where = f"--config.data.data_dir={tmp_path}"
     prepared = run(
         "prepare", "--corpus=synthetic_features", f"--data_dir={tmp_path}",

@@ -57,7 +57,7 @@ def test_every_variant_loads_and_changes_something(variant):
 def test_variants_combine():
     config = fusion.get_config("any,paper,no_contrastive,majority")
     model = check(config)
-    assert model.context_width == 1024 and model.mixture == "majority"
+    assert model.context_dim == 1024 and model.mixture == "majority"
     assert config.loss.weights.contrastive == 0 and config.optimizer.learning_rate == 1e-5
 
 
@@ -80,7 +80,10 @@ def test_without_context_an_expert_reads_each_utterance_by_itself():
 def test_paper_is_the_released_recipe():
     config = fusion.get_config("any,paper")
     sizes = {"num_classes": 6, "speech_dim": 2048, "text_dim": 2048}
-    assert dataclass_from_config(MisterEConfig, config.model, "model", **sizes) == MisterEConfig.paper()
+    assert (
+        dataclass_from_config(MisterEConfig, config.model, "model", **sizes)
+        == MisterEConfig.paper()
+    )
     made = dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
     assert made == OptimizerConfig()
 

@@ -117,7 +117,7 @@ for module in pkgutil.walk_packages(mister_jax.__path__, "mister_jax."):
             raise
 
 config = mister_jax.MisterEConfig.small(
-    speech_dim=4, text_dim=3, context_width=4, fusion_width=4, attention_width=3, fusion_layers=1
+    speech_dim=4, text_dim=3, context_dim=4, fusion_dim=4, attention_dim=3, fusion_layers=1
 )
 graphdef, shapes = nnx.split(nnx.eval_shape(lambda: mister_jax.MisterE(config, rngs=nnx.Rngs(0))))
 params = jax.tree.map(lambda shape: jnp.full(shape.shape, 0.1), shapes)

@@ -17,7 +17,7 @@ GRADIENTS = {"kernel": jnp.full((2, 3), 30.0), "bias": jnp.zeros(3)}
 
 def updates_of(config, gradients, params, steps=1):
     """Parameters and state after some steps with the same gradients."""
-    transformation = optim.optimizer(config, total_steps=10)
+    transformation = optim.make_optimizer(config, total_steps=10)
 
     @jax.jit
     def step(params, state):
@@ -74,11 +74,13 @@ def test_the_average_forgets_early_parameters_sooner():
     params, state = updates_of(config, GRADIENTS, PARAMS)
     # Decays are 1/10, 2/11, then 0.2 for good, as (1 + 2) / (10 + 2) is more.
     expected = 0.1 * PARAMS["kernel"] + 0.9 * params["kernel"]
-    np.testing.assert_allclose(optim.evaluated_params(params, state)["kernel"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        optim.params_for_evaluation(params, state)["kernel"], expected, rtol=1e-6
+    )
     for steps, decay in ((2, 2 / 11), (3, 0.2), (4, 0.2)):
         params, state = updates_of(config, GRADIENTS, PARAMS, steps)
         expected = decay * expected + (1 - decay) * params["kernel"]
-        average = optim.evaluated_params(params, state)["kernel"]
+        average = optim.params_for_evaluation(params, state)["kernel"]
         np.testing.assert_allclose(average, expected, rtol=1e-6)
 
 
@@ -90,11 +92,11 @@ def test_the_average_does_not_change_the_training():
 
 def test_parameters_are_evaluated_as_they_are_without_an_average():
     params, state = updates_of(OptimizerConfig(), GRADIENTS, PARAMS)
-    assert optim.evaluated_params(params, state) is params
+    assert optim.params_for_evaluation(params, state) is params
 
 
 def test_parameters_and_their_average_can_be_donated_together():
-    transformation = optim.optimizer(OptimizerConfig(average_decay=0.9), 10)
+    transformation = optim.make_optimizer(OptimizerConfig(average_decay=0.9), 10)
     params = jax.tree.map(jnp.copy, PARAMS)
 
     def step(params, state):
@@ -102,7 +104,7 @@ def test_parameters_and_their_average_can_be_donated_together():
         return optax.apply_updates(params, updates), state
 
     params, state = jax.jit(step, donate_argnums=(0, 1))(params, transformation.init(params))
-    assert np.isfinite(optim.evaluated_params(params, state)["kernel"]).all()
+    assert np.isfinite(optim.params_for_evaluation(params, state)["kernel"]).all()
 
 
 def test_averages_need_the_parameters():

@@ -12,7 +12,7 @@ from mister_jax import MisterE, MisterEConfig
 from mister_jax.errors import InputError
 from mister_jax.losses import LossWeights
 from mister_jax.metrics import confusion_counts
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import (
     JitPartitioner,
     ParallelConfig,
@@ -73,7 +73,7 @@ def batch(make_batch):
 @pytest.fixture(scope="module")
 def transformation():
     config = OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.1, average_decay=0.9)
-    return optimizer(config, 10)
+    return make_optimizer(config, 10)
 
 
 def spreads(count):

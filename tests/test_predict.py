@@ -40,9 +40,7 @@ def untrained(workdir, data_dir, dataset):
     """A workdir as a training leaves it, whose best parameters are the initial ones."""
     config = fusion.get_config(dataset)
     config.data.data_dir = str(data_dir)
-    config.model.update(
-        {"context_width": 8, "fusion_width": 8, "fusion_layers": 1, "attention_width": 6}
-    )
+    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
     task = FusionTask.from_data(config)
     state = initial_state(task, optax.sgd(0.1), seed=3)[1]
     describe(workdir, config, task, state["params"], {})

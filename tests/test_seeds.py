@@ -11,7 +11,7 @@ import pytest
 from mister_jax import multi_seed
 from mister_jax.checkpoint import LATEST, Checkpoints
 from mister_jax.evaluation.results import Predictor, evaluate
-from mister_jax.optim import evaluated_params
+from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import PmapPartitioner
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
@@ -139,7 +139,7 @@ def test_each_seed_keeps_its_own_best_and_its_own_patience(data_dir, tmp_path, m
 
     def watched(self, kind, step, state, progress):
         if kind == LATEST:
-            params = evaluated_params(state["params"], state["opt_state"])
+            params = params_for_evaluation(state["params"], state["opt_state"])
             after[progress["epoch"]] = jax.device_get(params)
         save(self, kind, step, state, progress)
 

@@ -34,14 +34,14 @@ def model(reference, golden):
         num_classes=official["num_classes"],
         speech_dim=official["feature_dim"],
         text_dim=official["feature_dim"],
-        context_width=2 * official["gru_hidden"],
+        context_dim=2 * official["gru_hidden"],
         kernel_sizes=tuple(official["kernel_sizes"]),
         gru_layers=official["gru_layers"],
-        fusion_width=official["fusion_dim"],
+        fusion_dim=official["fusion_dim"],
         fusion_layers=official["fusion_layers"],
-        attention_width=official["attention_dim"],
+        attention_dim=official["attention_dim"],
         attention_heads=official["attention_heads"],
-        gate_width=official["gate_hidden"],
+        gate_dim=official["gate_hidden"],
     )
     return reference.from_official(golden["param"], config).eval()
 

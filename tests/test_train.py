@@ -49,9 +49,7 @@ def tiny(data_dir, argument="tiny", **changes):
     config.data.num_buckets = 1
     config.data.batch_size = 4
     config.model.kernel_sizes = (1, 3)
-    config.model.update(
-        {"context_width": 8, "fusion_width": 8, "fusion_layers": 1, "attention_width": 6}
-    )
+    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
     config.train.update({"epochs": 2, "log_every": 1})
     config.update_from_flattened_dict(changes)
     return config
@@ -357,7 +355,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
         ({"optimizer.learning_rate": -1.0}, "learning_rate"),
         ({"parallel.backend": "threads"}, "'threads': allowed are 'jit', 'pmap'"),
         ({"loss.gamma": -1.0}, "gamma -1.0"),
-        ({"model.attention_width": 7}, "attention"),
+        ({"model.attention_dim": 7}, "attention"),
         ({"model.input_dropout": 1.5}, "rate"),
         ({"num_seeds": 0}, "num_seeds=0; allowed: 1 or more"),
         (
@@ -414,9 +412,7 @@ def test_nothing_is_compiled_after_the_first_step(data_dir, tmp_path, monkeypatc
 def test_unknown_fields_are_named_with_the_allowed(data_dir, tmp_path):
     config = tiny(data_dir)
     config.model.widht = 3
-    with pytest.raises(
-        InputError, match=r"config.model: unknown widht; allowed are .*fusion_width"
-    ):
+    with pytest.raises(InputError, match=r"config.model: unknown widht; allowed are .*fusion_dim"):
         train(config, tmp_path / "run", quiet=True)
 
 

@@ -27,7 +27,7 @@ from mister_jax.benchmark.hlo import execution
 from mister_jax.benchmark.libraries import Training
 from mister_jax.benchmark.report import Row
 from mister_jax.errors import InputError
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.training.steps import initial_state, make_train_step
@@ -228,7 +228,7 @@ def compile_for_tpus(
 def _compile_step(config: BenchmarkConfig, devices: Sequence[jax.Device]) -> Row:
     spread = JitPartitioner(data_mesh(1, devices))
     task = Training(config)
-    transformation = optimizer(OptimizerConfig(), total_steps=1)
+    transformation = make_optimizer(OptimizerConfig(), total_steps=1)
     graph, state = abstract_state(lambda: initial_state(task, transformation, seed=0))
     one = make_batch(config.model, np.array([config.length]), config.length)
     batch = {

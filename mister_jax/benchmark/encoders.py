@@ -36,9 +36,9 @@ from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
 from mister_jax.models import SpeechUtterance, TextUtterance, UtteranceConfig, UtteranceHead
 from mister_jax.models.utterance import UtteranceOutput
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import EvalFn, JitPartitioner, Step
 from mister_jax.parallel.sharding import data_mesh, shardings
@@ -50,7 +50,7 @@ TUNING_STEP = "LoRA fine-tuning step"
 EXTRACTION = "extraction"
 
 _CLASSES = 7
-_TRANSFORMATION = optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), total_steps=1)
+_TRANSFORMATION = make_optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), total_steps=1)
 
 
 class Tuning:
@@ -75,9 +75,9 @@ class Tuning:
         self, model: Any, batch: Any, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The focal loss of a batch, as in `tasks.encoder`."""
-        keys = DialogueKeys(jax.vmap(jax.random.fold_in, (None, 0))(key, batch["row"]))
+        keys = PerExampleRngs(jax.vmap(jax.random.fold_in, (None, 0))(key, batch["row"]))
         logits = self.read(model, batch, deterministic=False, rngs=keys).logits
-        each = losses.focal_of_each(logits, batch["label"], batch["weight"] > 0, gamma=2.0)
+        each = losses.focal_per_position(logits, batch["label"], batch["weight"] > 0, gamma=2.0)
         total = (each * batch["weight"]).sum()
         return total, {"focal": total}
 
@@ -106,7 +106,7 @@ class TextTuning(Tuning):
 
     def init(self, key: jax.Array) -> TextUtterance:
         rngs = nnx.Rngs(key)
-        head = UtteranceHead(self.config.width, UtteranceConfig(_CLASSES), rngs=rngs)
+        head = UtteranceHead(self.config.hidden_size, UtteranceConfig(_CLASSES), rngs=rngs)
         return TextUtterance(Decoder(self.config, rngs=rngs), head)
 
     def read(self, model: TextUtterance, batch: Any, **options: Any) -> UtteranceOutput:
@@ -138,7 +138,7 @@ class SpeechTuning(Tuning):
         prompt = (self.config.placeholder, *range(15))
         backbone = PromptedSpeech(self.model(self.config, rngs=rngs), prompt)
         head = UtteranceConfig(_CLASSES, pooling="mean")
-        return SpeechUtterance(backbone, UtteranceHead(self.config.width, head, rngs=rngs))
+        return SpeechUtterance(backbone, UtteranceHead(self.config.hidden_size, head, rngs=rngs))
 
     def read(self, model: SpeechUtterance, batch: Any, **options: Any) -> UtteranceOutput:
         waveform = batch["waveform"].astype(jnp.float32) / 2**15
@@ -189,7 +189,9 @@ class CompiledStep(NamedTuple):
     model_flops: float
 
 
-def programs(encoder: str, length: int, spread: JitPartitioner, rows: int) -> dict[str, CompiledStep]:
+def programs(
+    encoder: str, length: int, spread: JitPartitioner, rows: int
+) -> dict[str, CompiledStep]:
     """Both programs of an encoder by name, for batches of `rows`."""
     tuning = tuning_of(encoder, length, remat="full")
     graph, state = abstract_state(lambda: _initial(tuning))

@@ -40,7 +40,7 @@ def model_flops(config: MisterEConfig, dialogues: int, length: int) -> dict[str,
       length: T.
     """
     positions = dialogues * length
-    width, fusion, attention = config.context_width, config.fusion_width, config.attention_width
+    width, fusion, attention = config.context_dim, config.fusion_dim, config.attention_dim
     features = config.speech_dim + config.text_dim
     experts, classes = len(EXPERTS), config.num_classes
 
@@ -68,8 +68,8 @@ def model_flops(config: MisterEConfig, dialogues: int, length: int) -> dict[str,
         ),
         GATE_AND_LOSSES: flops(
             0,
-            linear(experts * classes + 2 * width * config.gate_reads_contexts, config.gate_width)
-            + linear(config.gate_width, experts)
+            linear(experts * classes + 2 * width * config.gate_reads_contexts, config.gate_dim)
+            + linear(config.gate_dim, experts)
             + linear(experts, classes)
             + 2.0 * (2 * positions) ** 2 * fusion,
         ),

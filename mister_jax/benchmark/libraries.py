@@ -16,7 +16,7 @@ from mister_jax.benchmark.measure import Run, repeated
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss, read_dialogues
@@ -47,7 +47,7 @@ class Ours:
     def __init__(self, config: BenchmarkConfig):
         self.partitioner = _spread(config)
         task = Training(config)
-        transformation = optimizer(OptimizerConfig(), total_steps=1)
+        transformation = make_optimizer(OptimizerConfig(), total_steps=1)
         graph, state = initial_state(task, transformation, seed=0)
         self._state = self.partitioner.put_state(state)
         self._step = self.partitioner.compile_step(make_train_step(task, graph, transformation))
@@ -178,7 +178,11 @@ class Torch:
 
 def _spread(config: BenchmarkConfig) -> Partitioner:
     devices = devices_of(config)
-    return PmapPartitioner(devices) if config.backend == "pmap" else JitPartitioner(data_mesh(1, devices))
+    return (
+        PmapPartitioner(devices)
+        if config.backend == "pmap"
+        else JitPartitioner(data_mesh(1, devices))
+    )
 
 
 def sides_of(config: BenchmarkConfig, compare: bool) -> dict[str, Ours | Torch]:

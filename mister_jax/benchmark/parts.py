@@ -29,9 +29,9 @@ from mister_jax.benchmark.measure import Run, measure, repeated
 from mister_jax.benchmark.report import Row
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEOutput
-from mister_jax.models.mister_e import vote_together
-from mister_jax.nn import DialogueKeys, gru_scan, run_together
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.models.mister_e import apply_context_experts
+from mister_jax.nn import PerExampleRngs, gru_scan, run_grus
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.training.steps import initial_state
 
 Part = Callable[[Any, Any], Any]
@@ -65,7 +65,7 @@ def _model_parts(config: BenchmarkConfig) -> dict[str, tuple[Part, Any, Any]]:
     heads, head_params = split(list(contexts))
     cross_modal, cross_modal_params = split(model.fusion)
     gate, gate_params = split(model.gate)
-    width, fusion = model_config.context_width, model_config.fusion_width
+    width, fusion = model_config.context_dim, model_config.fusion_dim
 
     def convolve(params, inputs):
         layers = nnx.merge(convolutions, params)
@@ -73,13 +73,13 @@ def _model_parts(config: BenchmarkConfig) -> dict[str, tuple[Part, Any, Any]]:
 
     def recur(differentiated, _):
         params, inputs = differentiated
-        return run_together(nnx.merge(grus, params), inputs, mask)
+        return run_grus(nnx.merge(grus, params), inputs, mask)
 
     def head(params, inputs):
-        return vote_together(tuple(nnx.merge(heads, params)), inputs, mask)
+        return apply_context_experts(tuple(nnx.merge(heads, params)), inputs, mask)
 
     def fuse(params, inputs):
-        keys = DialogueKeys.of_batch(key, shape[0])
+        keys = PerExampleRngs.from_batch_key(key, shape[0])
         expert = nnx.merge(cross_modal, params)
         return expert(*inputs, mask, mask, deterministic=False, rngs=keys)
 
@@ -119,7 +119,7 @@ def _model_parts(config: BenchmarkConfig) -> dict[str, tuple[Part, Any, Any]]:
 
 def _one_scan(config: BenchmarkConfig) -> tuple[Part, Any, Any]:
     """What is recurrent in one GRU layer of both experts."""
-    groups, width = 4, config.model.context_width // 2
+    groups, width = 4, config.model.context_dim // 2
     steps = (config.length, groups, config.batch_size)
     key = jax.random.key(0)
     differentiated = (
@@ -136,7 +136,7 @@ def _one_scan(config: BenchmarkConfig) -> tuple[Part, Any, Any]:
 
 
 def _optimiser_run(config: BenchmarkConfig) -> Run:
-    transformation = optimizer(OptimizerConfig(), total_steps=1)
+    transformation = make_optimizer(OptimizerConfig(), total_steps=1)
     _, state = initial_state(Training(config), transformation, seed=0)
     gradient = jax.tree.map(lambda value: jnp.full_like(value, 1e-3), state["params"])
 

@@ -27,10 +27,10 @@ _PROJECTIONS = {
     "attention/key": "attention.self.key",
     "attention/value": "attention.self.value",
     "attention/out": "attention.output.dense",
-    "hidden": "intermediate.dense",
-    "out": "output.dense",
+    "mlp_in": "intermediate.dense",
+    "mlp_out": "output.dense",
 }
-_NORMS = {"attention_norm": "attention.output.LayerNorm", "out_norm": "output.LayerNorm"}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
 
 
 def key_table(config: BertConfig) -> KeyTable:

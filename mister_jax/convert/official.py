@@ -71,13 +71,13 @@ def load_head(
             num_classes=weights["audio_self.fc.weight"].shape[0],
             speech_dim=weights["audio_self.fc_1.weight"].shape[-1],
             text_dim=weights["text_self.fc_1.weight"].shape[-1],
-            context_width=weights["audio_self.fc_1.weight"].shape[0],
+            context_dim=weights["audio_self.fc_1.weight"].shape[0],
             kernel_sizes=tuple(weights[f"audio_self.{name}.weight"].shape[-1] for name in kernels),
             gru_layers=gru_layers,
-            fusion_width=weights["fusion.fc_aud.weight"].shape[0],
+            fusion_dim=weights["fusion.fc_aud.weight"].shape[0],
             fusion_layers=fusion_layers,
-            attention_width=weights["fusion.units.0.fc_audq.weight"].shape[0],
-            gate_width=weights["gate.0.weight"].shape[0],
+            attention_dim=weights["fusion.units.0.fc_audq.weight"].shape[0],
+            gate_dim=weights["gate.0.weight"].shape[0],
             attention_heads=attention_heads,
             **changes,
         )
@@ -149,7 +149,7 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
         shapes[f"{name}.weight"] = (out_features, in_features)
         shapes[f"{name}.bias"] = (out_features,)
 
-    classes, context, width = config.num_classes, config.context_width, config.fusion_width
+    classes, context, width = config.num_classes, config.context_dim, config.fusion_dim
     for expert, features in (("audio_self", config.speech_dim), ("text_self", config.text_dim)):
         linear(f"{expert}.fc_1", context, features)
         linear(f"{expert}.fc", classes, context)
@@ -171,7 +171,7 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
     for unit in range(config.fusion_layers):
         for *projections, attention, out, norm in _BLOCKS.values():
             prefix = f"fusion.units.{unit}"
-            inner = config.attention_width
+            inner = config.attention_dim
             for projection in projections:
                 linear(f"{prefix}.fc_{projection}", inner, width)
             shapes[f"{prefix}.multihead_attn_{attention}.in_proj_weight"] = (3 * inner, inner)
@@ -183,8 +183,8 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
     shapes["fusion.bn.weight"] = shapes["fusion.bn.bias"] = (2 * width,)
     linear("fusion.fc", width, 2 * width)
     linear("fusion.fc_2", classes, width)
-    linear("gate.0", config.gate_width, 3 * classes)
-    linear("gate.2", 3, config.gate_width)
+    linear("gate.0", config.gate_dim, 3 * classes)
+    linear("gate.2", 3, config.gate_dim)
     return shapes
 
 

@@ -50,7 +50,7 @@ class TorchOutput:
 class _ContextExpert(nn.Module):
     def __init__(self, features: int, config: MisterEConfig):
         super().__init__()
-        width = config.context_width
+        width = config.context_dim
         self.convolutions = []
         for size in config.kernel_sizes:
             name = "conv" if size == 1 else f"conv{size}"
@@ -73,7 +73,7 @@ class _ContextExpert(nn.Module):
 class _CoAttentionUnit(nn.Module):
     def __init__(self, config: MisterEConfig):
         super().__init__()
-        width, inner = config.fusion_width, config.attention_width
+        width, inner = config.fusion_dim, config.attention_dim
         for *projections, attention, out, norm in (*_CROSS_BLOCKS.values(), *_SELF_BLOCKS.values()):
             for projection in projections:
                 self.add_module(f"fc_{projection}", nn.Linear(width, inner))
@@ -116,7 +116,7 @@ class _CoAttentionUnit(nn.Module):
 class _CrossModalExpert(nn.Module):
     def __init__(self, config: MisterEConfig):
         super().__init__()
-        width = config.fusion_width
+        width = config.fusion_dim
         self.fc_aud = nn.Linear(config.speech_dim, width)
         self.fc_text = nn.Linear(config.text_dim, width)
         self.units = nn.ModuleList(_CoAttentionUnit(config) for _ in range(config.fusion_layers))
@@ -153,9 +153,9 @@ class TorchMisterE(nn.Module):
         self.text_self = _ContextExpert(config.text_dim, config)
         self.fusion = _CrossModalExpert(config)
         self.gate = nn.Sequential(
-            nn.Linear(3 * config.num_classes, config.gate_width),
+            nn.Linear(3 * config.num_classes, config.gate_dim),
             nn.ReLU(),
-            nn.Linear(config.gate_width, 3),
+            nn.Linear(config.gate_dim, 3),
         )
 
     def forward(self, speech: torch.Tensor, text: torch.Tensor) -> TorchOutput:

@@ -26,11 +26,11 @@ from mister_jax.encoders.fields import (
     unsupported,
 )
 from mister_jax.errors import InputError
-from mister_jax.nn import Dropout, Stack
+from mister_jax.nn import Dropout, ScannedLayers
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
-from mister_jax.nn.stack import Remat
+from mister_jax.nn.scanned_layers import Remat
 
 # What transformers takes where a config.json lacks a field, by model type. Sizes have no default.
 _ROBERTA_DEFAULTS = {"pad_token_id": 1, "type_vocab_size": 2}
@@ -49,8 +49,8 @@ _HUGGINGFACE_FIXED = {
 # Field of `BertConfig` -> its name in a config.json.
 _SIZES = {
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "hidden_width": "intermediate_size",
+    "hidden_size": "hidden_size",
+    "mlp_dim": "intermediate_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_positions": "max_position_embeddings",
@@ -69,10 +69,10 @@ class BertConfig:
 
     Attributes:
       vocab_size: rows of the token embedding.
-      width: D.
-      hidden_width: of the feed-forward blocks.
+      hidden_size: D.
+      mlp_dim: of the feed-forward blocks.
       num_layers: L.
-      num_heads: K; divides `width`.
+      num_heads: K; divides `hidden_size`.
       num_positions: rows of the position embedding.
       num_token_types: rows of the token type embedding.
       position_offset: row of the first token's position. RoBERTa's is the padding token's id plus
@@ -82,15 +82,15 @@ class BertConfig:
       attention_dropout: rate on the attention weights.
       lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
         feed-forward block, "out" of both and "attention/out"; None for none.
-      remat: see `mister_jax.nn.Stack`.
+      remat: see `mister_jax.nn.ScannedLayers`.
       attention_implementation: of `jax.nn.dot_product_attention`, used where dropout is off.
       dtype: of the computation; softmaxes and the norms' statistics are float32.
       param_dtype: of the parameters; those of the low-rank paths are float32.
     """
 
     vocab_size: int = 30522
-    width: int = 768
-    hidden_width: int = 3072
+    hidden_size: int = 768
+    mlp_dim: int = 3072
     num_layers: int = 12
     num_heads: int = 12
     num_positions: int = 512
@@ -107,9 +107,10 @@ class BertConfig:
 
     def __post_init__(self):
         check_positive(self, _SIZES)
-        if self.width % self.num_heads:
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"BertConfig.width={self.width}: must be a multiple of num_heads={self.num_heads}"
+                f"BertConfig.hidden_size={self.hidden_size}: must be a multiple of "
+                f"num_heads={self.num_heads}"
             )
         if not 0 <= self.position_offset < self.num_positions:
             raise ValueError(
@@ -126,7 +127,7 @@ class BertConfig:
     @classmethod
     def bert_large(cls, **changes: Any) -> BertConfig:
         """BERT-large, uncased (335 M parameters), with `changes`."""
-        sizes = {"width": 1024, "hidden_width": 4096, "num_layers": 24, "num_heads": 16}
+        sizes = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16}
         return cls(**{**sizes, **changes})
 
     @classmethod
@@ -144,13 +145,13 @@ class BertConfig:
     @classmethod
     def roberta_large(cls, **changes: Any) -> BertConfig:
         """RoBERTa-large (355 M parameters), with `changes`."""
-        sizes = {"width": 1024, "hidden_width": 4096, "num_layers": 24, "num_heads": 16}
+        sizes = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16}
         return cls.roberta_base(**{**sizes, **changes})
 
     @classmethod
     def minilm_l6(cls, **changes: Any) -> BertConfig:
         """MiniLM-L6-H384, uncased (23 M parameters), with `changes`."""
-        sizes = {"width": 384, "hidden_width": 1536, "num_layers": 6}
+        sizes = {"hidden_size": 384, "mlp_dim": 1536, "num_layers": 6}
         return cls(**{**sizes, **changes})
 
     @classmethod
@@ -201,7 +202,7 @@ class BertConfig:
 
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return layer_norm(config.width, config.layer_norm_epsilon, config, rngs)
+    return layer_norm(config.hidden_size, config.layer_norm_epsilon, config, rngs)
 
 
 class BertLayer(nnx.Module):
@@ -214,16 +215,16 @@ class BertLayer(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         options = types_of(config) | {"rngs": rngs}
         self.attention = SelfAttention(
-            config.width,
+            config.hidden_size,
             config.num_heads,
             dropout=config.attention_dropout,
             implementation=config.attention_implementation,
             **options,
         )
         self.attention_norm = _norm(config, rngs)
-        self.hidden = LoRALinear(config.width, config.hidden_width, **options)
-        self.out = LoRALinear(config.hidden_width, config.width, **options)
-        self.out_norm = _norm(config, rngs)
+        self.mlp_in = LoRALinear(config.hidden_size, config.mlp_dim, **options)
+        self.mlp_out = LoRALinear(config.mlp_dim, config.hidden_size, **options)
+        self.mlp_norm = _norm(config, rngs)
         self.dropout = Dropout(config.dropout)
 
     def __call__(
@@ -238,8 +239,8 @@ class BertLayer(nnx.Module):
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(x, mask, **options)
         x = self.attention_norm(x + self.dropout(attended, **options))
-        hidden = jax.nn.gelu(self.hidden(x, **options), approximate=False)  # B N hidden
-        return self.out_norm(x + self.dropout(self.out(hidden, **options), **options))
+        hidden = jax.nn.gelu(self.mlp_in(x, **options), approximate=False)  # B N hidden
+        return self.mlp_norm(x + self.dropout(self.mlp_out(hidden, **options), **options))
 
 
 class Bert(nnx.Module):
@@ -256,12 +257,12 @@ class Bert(nnx.Module):
         # that are read of it.
         param_dtype = jnp.dtype(config.param_dtype)
         options: dict[str, Any] = {"dtype": param_dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.token_embedding = nnx.Embed(config.vocab_size, config.width, **options)
-        self.position_embedding = nnx.Embed(config.num_positions, config.width, **options)
-        self.token_type_embedding = nnx.Embed(config.num_token_types, config.width, **options)
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **options)
+        self.position_embedding = nnx.Embed(config.num_positions, config.hidden_size, **options)
+        self.token_type_embedding = nnx.Embed(config.num_token_types, config.hidden_size, **options)
         self.embedding_norm = _norm(config, rngs)
         self.dropout = Dropout(config.dropout)
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda rngs: BertLayer(config, rngs=rngs),
             config.num_layers,
             remat=config.remat,
@@ -286,7 +287,7 @@ class Bert(nnx.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        collect: Literal[False] = False,
+        output_hidden_states: Literal[False] = False,
     ) -> jax.Array: ...
 
     @overload
@@ -301,7 +302,7 @@ class Bert(nnx.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        collect: Literal[True],
+        output_hidden_states: Literal[True],
     ) -> tuple[jax.Array, jax.Array]: ...
 
     def __call__(
@@ -315,7 +316,7 @@ class Bert(nnx.Module):
         segment_ids=None,
         deterministic=True,
         rngs=None,
-        collect=False,
+        output_hidden_states=False,
     ):
         """Reads a batch of sequences.
 
@@ -335,10 +336,10 @@ class Bert(nnx.Module):
             the next [B, N] int.
           deterministic: no dropout.
           rngs: source of dropout keys in training.
-          collect: give all hidden states, too.
+          output_hidden_states: give all hidden states, too.
 
         Returns:
-          The last layer's hidden states [B, N, D]. If `collect`, also all hidden states
+          The last layer's hidden states [B, N, D]. If `output_hidden_states`, also all hidden states
           [L + 1, B, N, D]: the normed embeddings and what each layer gave.
 
         Raises:
@@ -376,5 +377,5 @@ class Bert(nnx.Module):
         x = x + rows(self.position_embedding, positions + config.position_offset)
         x = self.dropout(self.embedding_norm(x), **options)
 
-        last, given = self.layers(x, together, collect=collect, **options)
-        return (last, jnp.concatenate([x[None], given])) if collect else last
+        last, given = self.layers(x, together, output_hidden_states=output_hidden_states, **options)
+        return (last, jnp.concatenate([x[None], given])) if output_hidden_states else last

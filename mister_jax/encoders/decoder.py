@@ -24,7 +24,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
-from mister_jax.nn.stack import Remat, Stack
+from mister_jax.nn.scanned_layers import Remat, ScannedLayers
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -101,12 +101,12 @@ class DecoderConfig:
 
     Attributes:
       vocab_size: rows of the embedding.
-      width: D.
-      mlp_width: hidden units of the SwiGLU.
+      hidden_size: D.
+      mlp_dim: hidden units of the SwiGLU.
       num_layers: L.
       num_heads: K, of the queries.
       num_key_value_heads: G; divides K, and each serves K / G query heads.
-      head_width: W, even.
+      head_dim: W, even.
       query_key_value_bias: Qwen2's bias on these three projections.
       rope_theta: base of the rotations' wavelengths.
       rope_scaling: Llama 3.1's, or None.
@@ -121,12 +121,12 @@ class DecoderConfig:
     """
 
     vocab_size: int
-    width: int
-    mlp_width: int
+    hidden_size: int
+    mlp_dim: int
     num_layers: int
     num_heads: int
     num_key_value_heads: int
-    head_width: int
+    head_dim: int
     query_key_value_bias: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -138,15 +138,15 @@ class DecoderConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = "vocab_size width mlp_width num_layers num_heads num_key_value_heads head_width"
+        sizes = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
         check_positive(self, sizes.split())
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"DecoderConfig.num_heads={self.num_heads}: must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_width % 2:
-            raise ValueError(f"DecoderConfig.head_width={self.head_width}: must be even")
+        if self.head_dim % 2:
+            raise ValueError(f"DecoderConfig.head_dim={self.head_dim}: must be even")
         for name in ("rope_theta", "norm_epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"DecoderConfig.{name}={getattr(self, name)}: must be positive")
@@ -156,12 +156,12 @@ class DecoderConfig:
         """Llama 3.1 8B (arXiv 2407.21783), with `changes`."""
         sizes: dict[str, Any] = {
             "vocab_size": 128256,
-            "width": 4096,
-            "mlp_width": 14336,
+            "hidden_size": 4096,
+            "mlp_dim": 14336,
             "num_layers": 32,
             "num_heads": 32,
             "num_key_value_heads": 8,
-            "head_width": 128,
+            "head_dim": 128,
             "rope_theta": 500000.0,
             "rope_scaling": RopeScaling(factor=8.0),
         }
@@ -171,10 +171,10 @@ class DecoderConfig:
     def llama_3_2_1b(cls, **changes: Any) -> DecoderConfig:
         """Llama 3.2 1B, with `changes`."""
         sizes: dict[str, Any] = {
-            "width": 2048,
-            "mlp_width": 8192,
+            "hidden_size": 2048,
+            "mlp_dim": 8192,
             "num_layers": 16,
-            "head_width": 64,
+            "head_dim": 64,
             "rope_scaling": RopeScaling(factor=32.0),
         }
         return cls.llama_3_1_8b(**{**sizes, **changes})
@@ -184,12 +184,12 @@ class DecoderConfig:
         """Qwen2.5 7B (arXiv 2412.15115), with `changes`."""
         sizes: dict[str, Any] = {
             "vocab_size": 152064,
-            "width": 3584,
-            "mlp_width": 18944,
+            "hidden_size": 3584,
+            "mlp_dim": 18944,
             "num_layers": 28,
             "num_heads": 28,
             "num_key_value_heads": 4,
-            "head_width": 128,
+            "head_dim": 128,
             "query_key_value_bias": True,
             "rope_theta": 1000000.0,
             "norm_epsilon": 1e-6,
@@ -201,12 +201,12 @@ class DecoderConfig:
         """Qwen2.5 0.5B (arXiv 2412.15115), with `changes`."""
         sizes: dict[str, Any] = {
             "vocab_size": 151936,
-            "width": 896,
-            "mlp_width": 4864,
+            "hidden_size": 896,
+            "mlp_dim": 4864,
             "num_layers": 24,
             "num_heads": 14,
             "num_key_value_heads": 2,
-            "head_width": 64,
+            "head_dim": 64,
         }
         return cls.qwen2_5_7b(**{**sizes, **changes})
 
@@ -215,12 +215,12 @@ class DecoderConfig:
         """Vicuna 7B v1.5, which is Llama 2 7B in size (arXiv 2307.09288), with `changes`."""
         sizes: dict[str, Any] = {
             "vocab_size": 32000,
-            "width": 4096,
-            "mlp_width": 11008,
+            "hidden_size": 4096,
+            "mlp_dim": 11008,
             "num_layers": 32,
             "num_heads": 32,
             "num_key_value_heads": 32,
-            "head_width": 128,
+            "head_dim": 128,
         }
         return cls(**{**sizes, **changes})
 
@@ -241,25 +241,25 @@ class DecoderConfig:
             if value is not None and value != allowed:
                 raise unsupported(name, value, allowed)
         given = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
-        width = _number(given, "hidden_size", int)
+        hidden_size = _number(given, "hidden_size", int)
         num_heads = _number(given, "num_attention_heads", int)
         num_layers = _number(given, "num_hidden_layers", int)
         _check_window(given)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = num_heads
         if given.get("head_dim") is None:
-            if width % num_heads:
+            if hidden_size % num_heads:
                 allowed = f"a multiple of num_attention_heads={num_heads}, or head_dim be given"
-                raise unsupported("hidden_size", width, allowed)
-            given["head_dim"] = width // num_heads
+                raise unsupported("hidden_size", hidden_size, allowed)
+            given["head_dim"] = hidden_size // num_heads
         fields = {
             "vocab_size": _number(given, "vocab_size", int),
-            "width": width,
-            "mlp_width": _number(given, "intermediate_size", int),
+            "hidden_size": hidden_size,
+            "mlp_dim": _number(given, "intermediate_size", int),
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_key_value_heads": _number(given, "num_key_value_heads", int),
-            "head_width": _number(given, "head_dim", int),
+            "head_dim": _number(given, "head_dim", int),
             "query_key_value_bias": model_type == "qwen2",
             "norm_epsilon": _number(given, "rms_norm_eps", float),
         }
@@ -321,9 +321,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Radians a position by which each pair of a head's units turns [W / 2] float32."""
-    frequencies = theta ** -(np.arange(0, width, 2) / width)
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if scaling is not None:
         # Turns in the original context: few for a slow rotation.
         turns = scaling.original_positions * frequencies / (2 * np.pi)
@@ -352,13 +352,13 @@ class GroupedQueryAttention(nnx.Module):
         self.num_heads = config.num_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.implementation = config.attention_implementation
-        queries = config.num_heads * config.head_width
-        keys = config.num_key_value_heads * config.head_width
+        queries = config.num_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
         options = types_of(config) | {"use_bias": config.query_key_value_bias, "rngs": rngs}
-        self.query = LoRALinear(config.width, queries, **options)
-        self.key = LoRALinear(config.width, keys, **options)
-        self.value = LoRALinear(config.width, keys, **options)
-        self.out = LoRALinear(queries, config.width, **options | {"use_bias": False})
+        self.query = LoRALinear(config.hidden_size, queries, **options)
+        self.key = LoRALinear(config.hidden_size, keys, **options)
+        self.value = LoRALinear(config.hidden_size, keys, **options)
+        self.out = LoRALinear(queries, config.hidden_size, **options | {"use_bias": False})
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, rotation: Rotation, **options: Any
@@ -391,9 +391,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = types_of(config) | {"use_bias": False, "rngs": rngs}
-        self.gate = LoRALinear(config.width, config.mlp_width, **options)
-        self.up = LoRALinear(config.width, config.mlp_width, **options)
-        self.down = LoRALinear(config.mlp_width, config.width, **options)
+        self.gate = LoRALinear(config.hidden_size, config.mlp_dim, **options)
+        self.up = LoRALinear(config.hidden_size, config.mlp_dim, **options)
+        self.down = LoRALinear(config.mlp_dim, config.hidden_size, **options)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """[B, N, D] to [B, N, D]."""
@@ -410,9 +410,9 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = types_of(config) | {"epsilon": config.norm_epsilon, "rngs": rngs}
-        self.attention_norm = nnx.RMSNorm(config.width, **options)
+        self.attention_norm = nnx.RMSNorm(config.hidden_size, **options)
         self.attention = GroupedQueryAttention(config, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, **options)
+        self.mlp_norm = nnx.RMSNorm(config.hidden_size, **options)
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(
@@ -444,16 +444,20 @@ class Decoder(nnx.Module):
         # In the parameters' own dtype: a cast of the whole table would cost more than all rows
         # that are read of it.
         self.embedding = nnx.Embed(
-            config.vocab_size, config.width, dtype=param_dtype, param_dtype=param_dtype, rngs=rngs
+            config.vocab_size,
+            config.hidden_size,
+            dtype=param_dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda rngs: DecoderLayer(config, rngs=rngs),
             config.num_layers,
             remat=config.remat,
             rngs=rngs,
         )
         self.norm = nnx.RMSNorm(
-            config.width, epsilon=config.norm_epsilon, rngs=rngs, **types_of(config)
+            config.hidden_size, epsilon=config.norm_epsilon, rngs=rngs, **types_of(config)
         )
         if config.lora is not None:
             add_lora(self, config.lora, rngs=rngs)
@@ -473,7 +477,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        collect: Literal[False] = False,
+        output_hidden_states: Literal[False] = False,
     ) -> jax.Array: ...
 
     @overload
@@ -487,7 +491,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        collect: Literal[True],
+        output_hidden_states: Literal[True],
     ) -> tuple[jax.Array, jax.Array]: ...
 
     def __call__(
@@ -500,7 +504,7 @@ class Decoder(nnx.Module):
         segment_ids=None,
         deterministic=True,
         rngs=None,
-        collect=False,
+        output_hidden_states=False,
     ):
         """Reads a batch of sequences.
 
@@ -519,10 +523,10 @@ class Decoder(nnx.Module):
             the next [B, N] int.
           deterministic: no dropout.
           rngs: source of dropout keys in training.
-          collect: give all hidden states, too.
+          output_hidden_states: give all hidden states, too.
 
         Returns:
-          The last layer's hidden states after the final norm [B, N, D]. If `collect`, also all
+          The last layer's hidden states after the final norm [B, N, D]. If `output_hidden_states`, also all
           hidden states [L + 1, B, N, D]: the embeddings and what each layer gave, of which the
           last is normed, as in transformers.
 
@@ -539,7 +543,7 @@ class Decoder(nnx.Module):
         found, together = token_layout(mask, segment_ids)  # B N, B 1 N N
         positions = found if positions is None else positions
         frequencies = rope_frequencies(
-            self.config.head_width, self.config.rope_theta, self.config.rope_scaling
+            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
         angles = positions[..., None, None] * frequencies  # B N 1 W/2
 
@@ -549,9 +553,9 @@ class Decoder(nnx.Module):
             (jnp.cos(angles), jnp.sin(angles)),
             deterministic=deterministic,
             rngs=rngs,
-            collect=collect,
+            output_hidden_states=output_hidden_states,
         )
         last = self.norm(last)
-        if not collect:
+        if not output_hidden_states:
             return last
         return last, jnp.concatenate([x[None], given[:-1], last[None]])

@@ -41,7 +41,7 @@ _SALMONN_PROMPT = "Describe the emotion of the speaker."
 _QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
 _LORA = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 _LORA_ALPHA = 32.0  # of all released SALMONN; no tensor tells it
-_HEAD_WIDTH = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
+_HEAD_DIM = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
             raise InputError(f"{files.name}: not a checkpoint of SALMONN: it has no tensor {name}")
         return tuple(learned[name].shape)
 
-    _, num_queries, width = shape("speech_query_tokens")
+    _, num_queries, hidden_size = shape("speech_query_tokens")
     layers = {match[1] for name in learned if (match := re.search(_QFORMER_LAYER, name))}
     hidden = shape("speech_Qformer.bert.encoder.layer.0.intermediate_query.dense.weight")
     return {
@@ -204,10 +204,10 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
         "vicuna": hub.read_config(hub.fetch(files.vicuna)),
         LORA_RANK: shape(_LORA)[0],
         "qformer": {
-            "width": width,
+            "hidden_size": hidden_size,
             "num_layers": len(layers),
-            "num_heads": max(1, width // _HEAD_WIDTH),
-            "hidden_width": hidden[0],
+            "num_heads": max(1, hidden_size // _HEAD_DIM),
+            "mlp_dim": hidden[0],
             "num_queries": num_queries,
         },
     }

@@ -22,6 +22,7 @@ from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json, write_text
+from mister_jax.metrics import SCORE_NAMES
 from mister_jax.tasks import config_seeds
 from mister_jax.training.loop import check_workdir, train
 
@@ -119,7 +120,7 @@ def _run(variant: Variant, folder: epath.Path, quiet: bool) -> dict[str, Any] | 
     for split in SPLITS:
         found = evaluate(folder, split, quiet=True)
         told = found.get("seeds") or multi_seed.summarize_seeds(trained, [found])
-        row[split] = {**told, "together": {name: found[name] for name in multi_seed.SCORES}}
+        row[split] = {**told, "together": {name: found[name] for name in SCORE_NAMES}}
     if jax.process_index() == 0:
         write_json(folder / _RESULT, row)
     return row
@@ -183,9 +184,7 @@ def table_of_values(rows: Sequence[Mapping[str, Any]]) -> str:
       rows: of `ablate`.
     """
     kinds = ("mean", "deviation", "together")
-    columns = [
-        (split, score, kind) for split in SPLITS for score in multi_seed.SCORES for kind in kinds
-    ]
+    columns = [(split, score, kind) for split in SPLITS for score in SCORE_NAMES for kind in kinds]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "change", "seeds", *("_".join(column) for column in columns)])

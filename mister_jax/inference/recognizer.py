@@ -84,7 +84,7 @@ class System:
         self._predictor = Predictor(workdir)
         task = self._predictor.task
         self.class_names: tuple[str, ...] = task.class_names
-        self._widths = {"speech": task.model.speech_dim, "text": task.model.text_dim}
+        self._dims = {"speech": task.model.speech_dim, "text": task.model.text_dim}
         places = {"speech": _by_part(speech_encoder), "text": _by_part(text_encoder)}
         self._encoders: dict[str, Any] = {}
         for modality, readers in _READERS.items():
@@ -184,7 +184,7 @@ class System:
         self, modality: str, items: Sequence[Any], quiet: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns features [N, F] of texts or clips, and which of them are present [N]."""
-        nothing = np.zeros((len(items), self._widths[modality]), np.float32)
+        nothing = np.zeros((len(items), self._dims[modality]), np.float32)
         absent = np.zeros(len(items), bool)
         if modality not in self._encoders:
             if modality == "text" and any(map(len, items)):
@@ -199,10 +199,10 @@ class System:
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.amount(read))))
         budget = min(encoder.input.budget, needed)
         features, present = extract.features_of(encoder, items, budget=budget, quiet=quiet)
-        if features.shape[1] != self._widths[modality]:
+        if features.shape[1] != self._dims[modality]:
             raise InputError(
                 f"{modality} encoder: features of width {features.shape[1]}; the model takes "
-                f"{self._widths[modality]}"
+                f"{self._dims[modality]}"
             )
         return features, present
 

@@ -19,10 +19,10 @@ from mister_jax.nn import (
     GRU,
     CoAttentionLayer,
     ConditionalRandomField,
-    DialogueKeys,
     Dropout,
     ParallelConvolution,
-    run_together,
+    PerExampleRngs,
+    run_grus,
 )
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
@@ -39,16 +39,16 @@ class MisterEConfig:
       num_classes: C.
       speech_dim: D of the speech vectors.
       text_dim: D of the text vectors.
-      context_width: H, width of the context networks; half of it is one direction of their GRU.
+      context_dim: H, width of the context networks; half of it is one direction of their GRU.
       kernel_sizes: of the parallel convolutions, odd; none of them leaves the convolutions out.
       gru_layers: bidirectional layers; 0 leaves the GRU out.
-      fusion_width: F, of the cross-modal expert's streams.
+      fusion_dim: F, of the cross-modal expert's streams.
       fusion_layers: co-attention layers.
       fusion_gru_layers: bidirectional layers of a GRU over the two streams joined, so that the
         cross-modal expert, too, knows the order of the utterances; not in the released model.
-      attention_width: of all heads together.
+      attention_dim: of all heads together.
       attention_heads: heads of each attention.
-      gate_width: hidden units of the gate.
+      gate_dim: hidden units of the gate.
       gate_temperature: the gate's logits are divided by it.
       gate_reads_contexts: the gate reads the contexts of the speech and the text expert beside the
         votes, and so can tell an expert that knows something from one that is sure of itself; not
@@ -75,15 +75,15 @@ class MisterEConfig:
     num_classes: int = 6
     speech_dim: int = 2048
     text_dim: int = 2048
-    context_width: int = 1024
+    context_dim: int = 1024
     kernel_sizes: tuple[int, ...] = (1, 3, 5)
     gru_layers: int = 3
-    fusion_width: int = 1024
+    fusion_dim: int = 1024
     fusion_layers: int = 4
     fusion_gru_layers: int = 0
-    attention_width: int = 120
+    attention_dim: int = 120
     attention_heads: int = 3
-    gate_width: int = 10
+    gate_dim: int = 10
     gate_temperature: float = 2.0
     gate_reads_contexts: bool = False
     input_dropout: float = 0.0
@@ -102,8 +102,8 @@ class MisterEConfig:
 
     def __post_init__(self):
         at_least_one = (
-            "num_classes speech_dim text_dim context_width fusion_width attention_width "
-            "attention_heads gate_width"
+            "num_classes speech_dim text_dim context_dim fusion_dim attention_dim "
+            "attention_heads gate_dim"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -113,20 +113,19 @@ class MisterEConfig:
                 raise ValueError(
                     f"MisterEConfig.{name}={getattr(self, name)}: must not be negative"
                 )
-        if self.context_width % 2:
-            raise ValueError(f"MisterEConfig.context_width={self.context_width}: must be even")
-        if self.fusion_gru_layers and self.fusion_width % 2:
+        if self.context_dim % 2:
+            raise ValueError(f"MisterEConfig.context_dim={self.context_dim}: must be even")
+        if self.fusion_gru_layers and self.fusion_dim % 2:
             raise ValueError(
-                f"MisterEConfig.fusion_width={self.fusion_width}: must be even with "
-                "fusion_gru_layers"
+                f"MisterEConfig.fusion_dim={self.fusion_dim}: must be even with fusion_gru_layers"
             )
         if self.gate_temperature <= 0:
             raise ValueError(
                 f"MisterEConfig.gate_temperature={self.gate_temperature}: must be positive"
             )
-        if self.attention_width % self.attention_heads:
+        if self.attention_dim % self.attention_heads:
             raise ValueError(
-                f"MisterEConfig.attention_width={self.attention_width}: must be a multiple of "
+                f"MisterEConfig.attention_dim={self.attention_dim}: must be a multiple of "
                 f"attention_heads={self.attention_heads}"
             )
         for name in ("input", "context", "attention", "fusion", "classifier", "modality"):
@@ -151,11 +150,11 @@ class MisterEConfig:
     def small(cls, **changes) -> MisterEConfig:
         """Sizes for a few hundred dialogues or a quick test, with `changes`."""
         sizes = {
-            "context_width": 128,
+            "context_dim": 128,
             "gru_layers": 1,
-            "fusion_width": 128,
+            "fusion_dim": 128,
             "fusion_layers": 2,
-            "attention_width": 96,
+            "attention_dim": 96,
         }
         return cls(**{**sizes, **changes})
 
@@ -208,7 +207,7 @@ class ContextExpert(nnx.Module):
     """
 
     def __init__(self, features: int, config: MisterEConfig, *, rngs: nnx.Rngs):
-        width = config.context_width
+        width = config.context_dim
         options = _types(config) | {"rngs": rngs}
         self.dropout = Dropout(config.context_dropout)
         self.convolution = nnx.data(
@@ -247,11 +246,13 @@ class ContextExpert(nnx.Module):
         Returns:
           logits [B, T, C] float32, and the context [B, T, H] they were read from.
         """
-        (output,) = vote_together((self,), (x,), mask, deterministic=deterministic, rngs=rngs)
+        (output,) = apply_context_experts(
+            (self,), (x,), mask, deterministic=deterministic, rngs=rngs
+        )
         return output
 
 
-def vote_together(
+def apply_context_experts(
     experts: tuple[ContextExpert, ...],
     inputs: tuple[jax.Array, ...],
     mask: jax.Array,
@@ -269,7 +270,7 @@ def vote_together(
     outputs = []
     grus = [expert.gru for expert in experts if expert.gru is not None]
     if grus:
-        hidden = run_together(grus, hidden, mask, **options)
+        hidden = run_grus(grus, hidden, mask, **options)
     for expert, x, recurrent in zip(experts, inputs, hidden, strict=True):
         context = expert.skip(x)  # B T H
         if expert.gru is not None or expert.convolution is not None:
@@ -287,14 +288,14 @@ class CrossModalExpert(nnx.Module):
     """
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
-        width = config.fusion_width
+        width = config.fusion_dim
         options = _types(config) | {"rngs": rngs}
         self.speech_in = nnx.Linear(config.speech_dim, width, **options)
         self.text_in = nnx.Linear(config.text_dim, width, **options)
         self.layers = nnx.List(
             CoAttentionLayer(
                 width,
-                attention_width=config.attention_width,
+                attention_dim=config.attention_dim,
                 num_heads=config.attention_heads,
                 attention_dropout=config.attention_dropout,
                 dropout=config.fusion_dropout,
@@ -381,9 +382,9 @@ class Gate(nnx.Module):
         self.reads_contexts = config.gate_reads_contexts
         features = experts * config.num_classes
         if self.reads_contexts:
-            features += config.context_width * len({"speech", "text"}.intersection(config.experts))
-        self.hidden = nnx.Linear(features, config.gate_width, **options)
-        self.out = nnx.Linear(config.gate_width, experts, **options)
+            features += config.context_dim * len({"speech", "text"}.intersection(config.experts))
+        self.hidden = nnx.Linear(features, config.gate_dim, **options)
+        self.out = nnx.Linear(config.gate_dim, experts, **options)
 
     def __call__(
         self,
@@ -470,7 +471,7 @@ class MisterE(nnx.Module):
           speech_present: utterances that have speech [B, T] bool; all by default.
           text_present: utterances that have text [B, T] bool; all by default.
           deterministic: no dropout.
-          rngs: source of dropout keys in training: an `nnx.Rngs`, a `DialogueKeys`, or one key a
+          rngs: source of dropout keys in training: an `nnx.Rngs`, a `PerExampleRngs`, or one key a
             dialogue [B].
 
         Returns:
@@ -481,7 +482,7 @@ class MisterE(nnx.Module):
         """
         self._check(speech, text, mask, speech_present, text_present)
         if isinstance(rngs, jax.Array):
-            rngs = DialogueKeys(rngs)
+            rngs = PerExampleRngs(rngs)
         mask = mask.astype(bool)
         speech_present = mask if speech_present is None else mask & speech_present
         text_present = mask if text_present is None else mask & text_present
@@ -504,7 +505,7 @@ class MisterE(nnx.Module):
             for name, network, x in (("speech", self.speech, speech), ("text", self.text, text))
             if network is not None
         ]
-        votes = vote_together(
+        votes = apply_context_experts(
             tuple(network for _, network, _ in in_use),
             tuple(x for _, _, x in in_use),
             mask,
@@ -597,7 +598,7 @@ def drop_modalities(
       The two presence flags anew.
     """
     if rngs is None:
-        raise ValueError("modality dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
+        raise ValueError("modality dropout needs rngs (an nnx.Rngs or PerExampleRngs) in training")
     present = jnp.stack([speech_present, text_present], axis=-1)  # B T 2
     key = rngs.dropout()
     if key.shape:

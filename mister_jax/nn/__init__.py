@@ -3,7 +3,7 @@
 from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention, dot_product_attention
 from mister_jax.nn.convolution import ParallelConvolution
 from mister_jax.nn.crf import ConditionalRandomField
-from mister_jax.nn.dropout import DialogueKeys, Dropout
+from mister_jax.nn.dropout import Dropout, PerExampleRngs
 from mister_jax.nn.lora import (
     LoRAConfig,
     LoRALinear,
@@ -13,27 +13,27 @@ from mister_jax.nn.lora import (
     quantize,
 )
 from mister_jax.nn.pooling import AttentiveStatisticsPooling, masked_mean
-from mister_jax.nn.recurrent import GRU, gru_scan, run_together
-from mister_jax.nn.stack import Stack
+from mister_jax.nn.recurrent import GRU, gru_scan, run_grus
+from mister_jax.nn.scanned_layers import ScannedLayers
 
 __all__ = [
     "GRU",
     "AttentiveStatisticsPooling",
     "CoAttentionLayer",
     "ConditionalRandomField",
-    "DialogueKeys",
+    "PerExampleRngs",
     "Dropout",
     "LoRAConfig",
     "LoRALinear",
     "MultiHeadAttention",
     "ParallelConvolution",
     "QuantizedParam",
-    "Stack",
+    "ScannedLayers",
     "add_lora",
     "dot_product_attention",
     "gru_scan",
     "masked_mean",
     "merge_lora",
     "quantize",
-    "run_together",
+    "run_grus",
 ]

@@ -164,7 +164,7 @@ class AttentionBlock(nnx.Module):
 
     Args:
       width: F, of the streams.
-      attention_width: of all heads together.
+      attention_dim: of all heads together.
       num_heads: K.
       attention_dropout: rate on the attention weights.
       dropout: rate on the block's output before the residual.
@@ -175,7 +175,7 @@ class AttentionBlock(nnx.Module):
         self,
         width: int,
         *,
-        attention_width: int,
+        attention_dim: int,
         num_heads: int,
         attention_dropout: float,
         dropout: float,
@@ -189,7 +189,7 @@ class AttentionBlock(nnx.Module):
             width,
             width,
             width,
-            width=attention_width,
+            width=attention_dim,
             num_heads=num_heads,
             dropout=attention_dropout,
             implementation=implementation,
@@ -224,7 +224,7 @@ class CoAttentionLayer(nnx.Module):
 
     Args:
       width: F, of both streams.
-      attention_width: of all heads together.
+      attention_dim: of all heads together.
       num_heads: K.
       attention_dropout: rate on the attention weights.
       dropout: rate on each block's output before the residual.
@@ -235,7 +235,7 @@ class CoAttentionLayer(nnx.Module):
         self,
         width: int,
         *,
-        attention_width: int,
+        attention_dim: int,
         num_heads: int,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -248,7 +248,7 @@ class CoAttentionLayer(nnx.Module):
         def block() -> AttentionBlock:
             return AttentionBlock(
                 width,
-                attention_width=attention_width,
+                attention_dim=attention_dim,
                 num_heads=num_heads,
                 attention_dropout=attention_dropout,
                 dropout=dropout,

@@ -19,13 +19,13 @@ from flax import nnx
 
 
 class KeySource(Protocol):
-    """What layers draw dropout keys from: an `nnx.Rngs` or a `DialogueKeys`."""
+    """What layers draw dropout keys from: an `nnx.Rngs` or a `PerExampleRngs`."""
 
     def dropout(self) -> jax.Array:
         """A fresh key: of shape [] for the whole batch, or [B], one a dialogue."""
 
 
-class DialogueKeys:
+class PerExampleRngs:
     """A stream of dropout keys with one key a dialogue.
 
     Args:
@@ -37,7 +37,7 @@ class DialogueKeys:
         self._drawn = 0
 
     @classmethod
-    def of_batch(cls, key: jax.Array, size: int, offset: jax.Array | int = 0) -> DialogueKeys:
+    def of_batch(cls, key: jax.Array, size: int, offset: jax.Array | int = 0) -> PerExampleRngs:
         """Keys for dialogues `offset ... offset + size - 1` of a batch whose key is `key` []."""
         return cls(jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size)))
 
@@ -76,7 +76,7 @@ class Dropout(nnx.Module):
         if deterministic or self.rate == 0.0:
             return x
         if rngs is None:
-            raise ValueError("dropout needs rngs (an nnx.Rngs or DialogueKeys) in training")
+            raise ValueError("dropout needs rngs (an nnx.Rngs or PerExampleRngs) in training")
         key = rngs.dropout()
         dropped = random_bits(key, x.shape, padded_shape if key.ndim else None) < jnp.uint32(
             self.rate * 2**32

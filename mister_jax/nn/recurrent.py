@@ -2,7 +2,7 @@
 
 The input projection of all steps is one matrix product before the scan, and the gradient of the
 recurrent kernel one matrix product after it. Both directions, and GRUs of one shape over several
-inputs (`run_together`), advance in one scan.
+inputs (`run_grus`), advance in one scan.
 
 Gates follow PyTorch (order r, z, n; the reset gate is applied after the recurrent product;
 arXiv 1406.1078 with the variant of cuDNN), and both biases are kept, so its weights import as they
@@ -240,11 +240,11 @@ class GRU(nnx.Module):
         Returns:
           Outputs of the last layer [B, T, P * H], zero where the mask is false.
         """
-        (outputs,) = run_together((self,), (x,), mask, deterministic=deterministic, rngs=rngs)
+        (outputs,) = run_grus((self,), (x,), mask, deterministic=deterministic, rngs=rngs)
         return outputs
 
 
-def run_together(
+def run_grus(
     grus: Sequence[GRU],
     inputs: Sequence[jax.Array],
     mask: jax.Array,
@@ -271,7 +271,7 @@ def run_together(
     shapes = {tuple(layer.recurrent_kernel.shape for layer in gru.layers) for gru in grus}
     if len(shapes) != 1 or len(grus) != len(inputs):
         raise ValueError(
-            f"run_together needs one input a GRU and GRUs of one depth and width: "
+            f"run_grus needs one input a GRU and GRUs of one depth and width: "
             f"{len(grus)} GRUs, {len(inputs)} inputs, recurrent kernels {sorted(shapes)}"
         )
     directions = grus[0].layers[0].recurrent_kernel.shape[0]

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.errors import InputError
-from mister_jax.nn.stack import layers_placed
+from mister_jax.nn.scanned_layers import layer_sharding_constraints
 from mister_jax.parallel.sharding import DATA, MODEL, ShardingRules, data_mesh, shardings
 
 State = Any
@@ -144,7 +144,7 @@ class JitPartitioner:
         def constrain_rows(x: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(x, self.rows)
 
-        return layers_placed(constrain_params, constrain_rows)
+        return layer_sharding_constraints(constrain_params, constrain_rows)
 
     def compile_step(self, step: Step) -> CompiledStep:
         """Returns the step under `jit`."""

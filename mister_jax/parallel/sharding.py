@@ -23,8 +23,8 @@ ShardingRules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 ENCODER_SHARDING_RULES: ShardingRules = (
     (r"embedding/embedding$", (MODEL, DATA)),
-    (r"layers/layers/(.*/)?(query|key|value|hidden|gate|up)/kernel$", (None, DATA, MODEL)),
-    (r"layers/layers/(.*/)?(out|down)/kernel$", (None, MODEL, DATA)),
+    (r"layers/layers/(.*/)?(query|key|value|mlp_in|gate|up)/kernel$", (None, DATA, MODEL)),
+    (r"layers/layers/(.*/)?(out|mlp_out|down)/kernel$", (None, MODEL, DATA)),
 )
 """Rules for the transformer encoders, whose layers are stacked on a leading axis.
 

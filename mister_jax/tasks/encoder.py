@@ -32,7 +32,7 @@ from mister_jax.models.utterance import (
     UtteranceOutput,
     check_dtypes,
 )
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
@@ -49,7 +49,7 @@ class EncoderOptions:
       quantize: keep the frozen kernels as int8.
       dtype: of the computation.
       param_dtype: of the backbone's own parameters.
-      remat: see `nn.Stack`.
+      remat: see `nn.ScannedLayers`.
     """
 
     name: str
@@ -272,7 +272,7 @@ class EncoderTask:
     def _with_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
         if self.options.quantize:
             quantize(backbone)
-        head = UtteranceHead(backbone.config.width, self.head, rngs=nnx.Rngs(key))
+        head = UtteranceHead(backbone.config.hidden_size, self.head, rngs=nnx.Rngs(key))
         return self.model(backbone, head)
 
     def init(self, key: jax.Array) -> nnx.Module:
@@ -292,9 +292,11 @@ class EncoderTask:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["row"])
         draws = jax.vmap(jax.random.fold_in, (0, None))
         batch = self.augmented(batch, draws(keys, 1))
-        dropout = DialogueKeys(draws(keys, 0))
+        dropout = PerExampleRngs(draws(keys, 0))
         logits = self.read(model, batch, deterministic=False, rngs=dropout).logits
-        each = losses.focal_of_each(logits, batch["label"], batch["weight"] > 0, gamma=self._gamma)
+        each = losses.focal_per_position(
+            logits, batch["label"], batch["weight"] > 0, gamma=self._gamma
+        )
         total = (each * batch["weight"]).sum()
         return total, {"focal": total}
 

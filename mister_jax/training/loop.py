@@ -36,7 +36,7 @@ from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
-from mister_jax.optim import OptimizerConfig, params_for_evaluation, learning_rate, make_optimizer
+from mister_jax.optim import OptimizerConfig, learning_rate, make_optimizer, params_for_evaluation
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes
 from mister_jax.parallel.partitioning import (

@@ -16,8 +16,8 @@ from flax import nnx
 
 from mister_jax import losses
 from mister_jax.models import MisterE, MisterEOutput
-from mister_jax.nn import DialogueKeys
-from mister_jax.optim import evaluated_params
+from mister_jax.nn import PerExampleRngs
+from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import EvalFn, Step, first_row_index, psum_if_mapped
 
 Batch = Mapping[str, Any]
@@ -142,7 +142,7 @@ def make_eval_step(task: SupportsEval, graph: Any) -> EvalFn:
     """The task's sums over a batch, of the parameters that are to be judged."""
 
     def read(state, batch, axis_name):
-        params = evaluated_params(state["params"], state["opt_state"])
+        params = params_for_evaluation(state["params"], state["opt_state"])
         model = nnx.merge(graph, params, state["frozen"])
         return psum_if_mapped(task.evaluate(model, batch), axis_name)
 
@@ -188,7 +188,7 @@ def mister_e_loss(
       This device's share of the total, and of each part unweighted.
     """
     rows = batch["mask"].shape[0]
-    keys = DialogueKeys.of_batch(key, rows, first_row_index(rows, axis_name))
+    keys = PerExampleRngs.from_batch_key(key, rows, first_row_index(rows, axis_name))
     output = read_dialogues(model, batch, deterministic=False, rngs=keys)
     return losses.mister_e(
         output,

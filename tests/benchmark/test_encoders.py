@@ -21,12 +21,12 @@ LAYERS, WIDTH, MLP = 2, 16, 48
 def tiny_text(length, **options):
     config = DecoderConfig(
         vocab_size=32,
-        width=WIDTH,
-        mlp_width=MLP,
+        hidden_size=WIDTH,
+        mlp_dim=MLP,
         num_layers=LAYERS,
         num_heads=4,
         num_key_value_heads=2,
-        head_width=4,
+        head_dim=4,
         lora=LoRAConfig(rank=2, alpha=4),
         **options,
     )
@@ -45,7 +45,9 @@ def test_flops_are_two_a_parameter_and_token_forward_and_four_in_tuning(encoder)
     config = encoders.tuning_of(encoder, length).config
     shapes = jax.eval_shape(lambda: encoders._initial(encoders.tuning_of(encoder, length)))
     kernels = sum(value.size for value in jax.tree.leaves(shapes[1]["frozen"]))
-    kernels -= config.vocab_size * config.width  # a row of the embedding is read, not multiplied
+    kernels -= (
+        config.vocab_size * config.hidden_size
+    )  # a row of the embedding is read, not multiplied
     assert extract == pytest.approx(2 * kernels * length, rel=0.02)
     assert step == pytest.approx(2 * extract, rel=0.02)
 

@@ -10,7 +10,7 @@ from mister_jax import MisterE, MisterEConfig
 from mister_jax.benchmark.aot import abstract_state
 from mister_jax.benchmark.dialogues import make_batch
 from mister_jax.benchmark.flops import program_flops, training_flops
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss
 
 
@@ -24,14 +24,14 @@ def test_flops_of_mister_e_are_those_the_compiler_counts():
     config = MisterEConfig(
         speech_dim=128,
         text_dim=96,
-        context_width=128,
+        context_dim=128,
         gru_layers=2,
-        fusion_width=128,
+        fusion_dim=128,
         fusion_layers=2,
         fusion_gru_layers=2,
-        gate_width=128,
+        gate_dim=128,
         gate_reads_contexts=True,
-        attention_width=96,
+        attention_dim=96,
         attention_dropout=0.0,
         fusion_dropout=0.0,
     )
@@ -40,7 +40,7 @@ def test_flops_of_mister_e_are_those_the_compiler_counts():
         init = staticmethod(lambda key: MisterE(config, rngs=nnx.Rngs(key)))
         loss = staticmethod(mister_e_loss)
 
-    transformation = optimizer(OptimizerConfig(), 1)
+    transformation = make_optimizer(OptimizerConfig(), 1)
     graph, state = abstract_state(lambda: initial_state(Task(), transformation, 0))
     step = make_train_step(Task(), graph, transformation)
     batch = make_batch(config, np.ones(64, int), 1)

@@ -25,8 +25,8 @@ for name in ("tensorflow", "tensorflow_datasets", "ml_collections", "matplotlib"
 import functools, runpy
 from mister_jax import MisterEConfig, benchmark
 benchmark.PRESETS["tiny"] = functools.partial(
-    MisterEConfig, context_width=4, gru_layers=1, fusion_width=4, fusion_layers=1,
-    attention_width=3,
+    MisterEConfig, context_dim=4, gru_layers=1, fusion_dim=4, fusion_layers=1,
+    attention_dim=3,
 )
 sys.argv = ["benchmark", *sys.argv[1:]]
 runpy.run_module("launch.benchmark", run_name="__main__")

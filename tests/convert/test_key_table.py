@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mister_jax.convert.key_table import Source, layer_names, load_params, save_params
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.errors import InputError
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
 from mister_jax.parallel.sharding import data_mesh, shardings
 
@@ -34,7 +34,7 @@ TABLE = {
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.layers = Stack(lambda rngs: LoRALinear(8, 16, rngs=rngs), LAYERS, rngs=rngs)
+        self.layers = ScannedLayers(lambda rngs: LoRALinear(8, 16, rngs=rngs), LAYERS, rngs=rngs)
         self.head = nnx.Linear(16, 24, rngs=rngs)
 
 

@@ -289,8 +289,8 @@ def test_all_weights_with_a_wrong_number_of_axes_are_named(golden):
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("audio_self.fc_1.weight", (15, 20), "context_width=15: must be even"),
-        ("gate.0.weight", (0, 18), "gate_width=0: must be at least 1"),
+        ("audio_self.fc_1.weight", (15, 20), "context_dim=15: must be even"),
+        ("gate.0.weight", (0, 18), "gate_dim=0: must be at least 1"),
     ],
 )
 def test_sizes_no_model_can_have_are_refused(golden, name, shape, reason):

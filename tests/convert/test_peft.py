@@ -359,7 +359,7 @@ BERT_LAYERS = {
     ("attention", "query"): "attention.self.query",
     ("attention", "value"): "attention.self.value",
     ("attention", "out"): "attention.output.dense",
-    ("hidden",): "intermediate.dense",
+    ("mlp_in",): "intermediate.dense",
 }
 
 

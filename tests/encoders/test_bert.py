@@ -13,7 +13,7 @@ from mister_jax.convert.bert import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.errors import InputError
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, add_lora
 from tests.conftest import GOLDEN
 
@@ -46,7 +46,7 @@ def make(name, **changes):
     return load_params(bert, key_table(config), group(name, "param/"), ignore=NAME_RULES.unused)
 
 
-@nnx.jit(static_argnames=("collect", "deterministic"))
+@nnx.jit(static_argnames=("output_hidden_states", "deterministic"))
 def run(bert, ids=None, mask=None, **options):
     return bert(ids, mask, **options)
 
@@ -55,7 +55,7 @@ def run(bert, ids=None, mask=None, **options):
 def train(bert, key):
     """The golden batch of BERT with dropout."""
     ids, mask, _ = inputs("bert")
-    keys = DialogueKeys.of_batch(key, len(ids))
+    keys = PerExampleRngs.from_batch_key(key, len(ids))
     return bert(ids, mask, deterministic=False, rngs=keys)
 
 
@@ -72,7 +72,7 @@ def inputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_equals_transformers(name):
     ids, mask, types = inputs(name)
-    last, states = run(make(name), ids, mask, token_type_ids=types, collect=True)
+    last, states = run(make(name), ids, mask, token_type_ids=types, output_hidden_states=True)
     expected = golden(name)["out/hidden_states"]
     assert states.shape == expected.shape
     for ours, theirs in zip(states, expected, strict=True):
@@ -84,7 +84,7 @@ def test_every_layer_equals_transformers(name):
 def test_half_precision_is_near(name):
     ids, mask, types = inputs(name)
     bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
-    _, states = run(bert, ids, mask, token_type_ids=types, collect=True)
+    _, states = run(bert, ids, mask, token_type_ids=types, output_hidden_states=True)
     assert states.dtype == jnp.bfloat16
     expected = golden(name)["out/hidden_states"]
     for ours, exact in zip(np.asarray(states, np.float32), expected, strict=True):
@@ -179,7 +179,7 @@ def test_parameters_go_back_to_the_names_they_came_from():
 
 def test_lora_starts_without_effect_and_learns():
     ids, mask, _ = inputs("bert")
-    lora = LoRAConfig(rank=2, alpha=4, targets=("query", "hidden", "attention/out"))
+    lora = LoRAConfig(rank=2, alpha=4, targets=("query", "mlp_in", "attention/out"))
     bert = add_lora(make.__wrapped__("bert"), lora, rngs=nnx.Rngs(0))
     graph, trained, frozen = nnx.split(bert, nnx.LoRAParam, ...)
 
@@ -226,7 +226,7 @@ def test_a_config_goes_to_huggingface_and_back():
         ("position_embedding_type", "relative_key", "allowed is 'absolute'"),
         ("is_decoder", True, "is_decoder=True: allowed is False"),
         ("hidden_size", None, "hidden_size=None: allowed is an integer"),
-        ("hidden_size", 15, "width=15: must be a multiple of num_heads=4"),
+        ("hidden_size", 15, "hidden_size=15: must be a multiple of num_heads=4"),
         ("layer_norm_eps", "small", "layer_norm_eps='small': allowed is a number"),
         ("hidden_dropout_prob", 1.5, "dropout=1.5: allowed are 0 <= rate < 1"),
     ],
@@ -280,7 +280,7 @@ def test_half_precision_equals_that_of_transformers(name):
     theirs = make_bert.hidden_states(model, batch)
     bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
     ids, mask, types = inputs(name)
-    _, states = run(bert, ids, mask, token_type_ids=types, collect=True)
+    _, states = run(bert, ids, mask, token_type_ids=types, output_hidden_states=True)
     ours = np.asarray(states, np.float32)[:, mask]
     for layer, exact in enumerate(golden(name)["out/hidden_states"][:, mask]):
         # A layer's scale is the root mean square of its hidden states at tokens.

@@ -57,9 +57,9 @@ def make(name="llama3", **changes):
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
-@nnx.jit(static_argnames="collect")
-def run(decoder, ids=None, mask=None, collect=False, **options):
-    return decoder(ids, mask, collect=collect, **options)
+@nnx.jit(static_argnames="output_hidden_states")
+def run(decoder, ids=None, mask=None, output_hidden_states=False, **options):
+    return decoder(ids, mask, output_hidden_states=output_hidden_states, **options)
 
 
 def flat(module, kind):
@@ -71,7 +71,7 @@ def flat(module, kind):
 def test_equals_the_golden_hidden_states(name):
     inputs = group(name, "in/")
     mask = inputs["attention_mask"]
-    last, given = run(make(name), inputs["input_ids"], mask, collect=True)
+    last, given = run(make(name), inputs["input_ids"], mask, output_hidden_states=True)
     expected = golden(name)["out/hidden_states"]
     assert given.shape == expected.shape
     for ours, theirs in zip(given, expected, strict=True):
@@ -120,7 +120,7 @@ def test_what_padding_holds_is_not_read(garbage):
 
 def test_a_row_of_padding_is_finite():
     mask = MASK & [[True], [False], [True]]
-    last, given = run(make(), IDS, mask, collect=True)
+    last, given = run(make(), IDS, mask, output_hidden_states=True)
     assert jnp.isfinite(last).all() and jnp.isfinite(given).all()
     np.testing.assert_allclose(last[2], run(make(), IDS, MASK)[2], atol=1e-5)
 
@@ -351,7 +351,7 @@ def test_a_window_that_no_layer_uses_is_allowed():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("width", 0), ("num_key_value_heads", 3), ("head_width", 5), ("rope_theta", 0.0)],
+    [("hidden_size", 0), ("num_key_value_heads", 3), ("head_dim", 5), ("rope_theta", 0.0)],
 )
 def test_bad_sizes_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
@@ -410,7 +410,7 @@ def test_equals_transformers(name, tied):
     inputs = make_decoder.batch()
     mask = inputs["attention_mask"]
     expected = make_decoder.hidden_states(model, inputs)
-    _, given = run(load_from(model), inputs["input_ids"], mask, collect=True)
+    _, given = run(load_from(model), inputs["input_ids"], mask, output_hidden_states=True)
     for ours, theirs in zip(given, expected, strict=True):
         np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4)
 
@@ -425,7 +425,7 @@ def test_equals_transformers_in_bfloat16(name):
     mask = inputs["attention_mask"]
     expected = make_decoder.hidden_states(model, inputs)
     decoder = load_from(model, dtype="bfloat16", param_dtype="bfloat16")
-    _, given = run(decoder, inputs["input_ids"], mask, collect=True)
+    _, given = run(decoder, inputs["input_ids"], mask, output_hidden_states=True)
     for ours, theirs in zip(np.asarray(given, np.float32), expected, strict=True):
         # A layer's scale is the root mean square of its hidden states at tokens.
         error = np.linalg.norm(ours[mask] - theirs[mask])
@@ -440,6 +440,6 @@ def test_rotations_equal_those_of_transformers():
     config = LlamaConfig(**LLAMA_3_1)
     expected, scale = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     ours = DecoderConfig.llama_3_1_8b()
-    given = rope_frequencies(ours.head_width, ours.rope_theta, ours.rope_scaling)
+    given = rope_frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)
     np.testing.assert_allclose(given, expected.numpy(), rtol=1e-6)
     assert scale == 1

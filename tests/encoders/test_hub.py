@@ -153,7 +153,7 @@ def test_kernels_of_int8_are_saved_as_the_values_that_int8_left(folder, tmp_path
     second.set_value(jax.random.normal(jax.random.key(0), second.shape))
     expected = run(module)
     hub.save_pretrained(module, hub.read_config(folder), tmp_path)
-    assert module.layers.layers.hidden.kernel.dtype == np.int8
+    assert module.layers.layers.mlp_in.kernel.dtype == np.int8
     np.testing.assert_allclose(run(hub.load_module(tmp_path)), expected, atol=1e-5)
 
 
@@ -501,7 +501,7 @@ def test_a_config_of_ours_is_one_of_transformers(tmp_path):
     import transformers
 
     config = BertConfig.roberta_base(
-        vocab_size=24, width=16, hidden_width=20, num_layers=1, num_heads=4, num_positions=12
+        vocab_size=24, hidden_size=16, mlp_dim=20, num_layers=1, num_heads=4, num_positions=12
     )
     module = Bert(config, rngs=nnx.Rngs(0))
     hub.save_pretrained(module, config.to_huggingface(), tmp_path)

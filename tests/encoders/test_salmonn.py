@@ -55,10 +55,10 @@ def golden_beats():
 def qformer_config(golden):
     sizes = json.loads(str(golden["config"]))
     return QFormerConfig(
-        width=sizes["hidden_size"],
+        hidden_size=sizes["hidden_size"],
         num_layers=sizes["num_hidden_layers"],
         num_heads=sizes["num_attention_heads"],
-        hidden_width=sizes["intermediate_size"],
+        mlp_dim=sizes["intermediate_size"],
     )
 
 
@@ -72,12 +72,12 @@ def config(qformer_config, golden_beats):
         qformer=qformer_config,
         decoder=DecoderConfig(
             vocab_size=10,
-            width=40,
-            mlp_width=16,
+            hidden_size=40,
+            mlp_dim=16,
             num_layers=2,
             num_heads=4,
             num_key_value_heads=4,
-            head_width=10,
+            head_dim=10,
             lora=lora,
         ),
     )
@@ -314,8 +314,8 @@ def test_bad_options_are_named(config):
         dataclasses.replace(config, whisper=WhisperConfig.tiny(trim=True))
     with pytest.raises(ValueError, match="min_samples=32001: must not be above 32000"):
         dataclasses.replace(config, min_samples=32001)
-    with pytest.raises(ValueError, match="width=10: must be a multiple of num_heads=4"):
-        QFormerConfig(width=10, num_heads=4)
+    with pytest.raises(ValueError, match="hidden_size=10: must be a multiple of num_heads=4"):
+        QFormerConfig(hidden_size=10, num_heads=4)
 
 
 def test_prompt_is_put_in_the_template_around_the_speech(config):

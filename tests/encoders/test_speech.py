@@ -82,7 +82,7 @@ def test_what_is_described_is_what_is_loaded(files):
     made = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
     loaded = speech.load(files, described, mesh=data_mesh(2), **changes)
     assert nnx.graphdef(made) == nnx.graphdef(loaded)
-    assert speech.is_llm(described) and made.config.width == 16
+    assert speech.is_llm(described) and made.config.hidden_size == 16
     assert speech.hears_whole(made) == files.is_salmonn
     longest = made.config.max_samples / 16_000
     speech.check_seconds(longest, made)

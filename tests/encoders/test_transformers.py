@@ -90,7 +90,7 @@ ADAPTERS = {
 WRITTEN_ADAPTERS = {
     **dict.fromkeys(ADAPTERS, ((),)),
     # peft applies no others.
-    "wavlm": (("hidden", "layers/out", "projection"),),
+    "wavlm": (("mlp_in", "mlp_out", "projection"),),
     "qwen2_audio": ((), ("decoder/layers/layers/attention/query",), ("/projection",)),
 }
 # Model type and norm of the convolutions, with whatever the feature extractor says.

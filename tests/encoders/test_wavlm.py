@@ -14,7 +14,7 @@ from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.convert.names import load_backbone
 from mister_jax.encoders.wavlm import NAME_RULES, WavLM, WavLMConfig, key_table
 from mister_jax.errors import InputError
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
 from tests.conftest import GOLDEN
 
@@ -145,13 +145,13 @@ def test_padding_changes_no_gradient():
 
 
 def test_dropout_is_the_clips_own():
-    encoder = make("wavlm", dropout=0.3, hidden_dropout=0.3, projection_dropout=0.3)
+    encoder = make("wavlm", dropout=0.3, activation_dropout=0.3, projection_dropout=0.3)
     waveform, lengths = padded(clips(), 1000)
     keys = jax.random.split(jax.random.key(0), len(lengths))
 
     @nnx.jit
     def train(encoder, waveform, lengths, keys):
-        return encoder(waveform, lengths, deterministic=False, rngs=DialogueKeys(keys))
+        return encoder(waveform, lengths, deterministic=False, rngs=PerExampleRngs(keys))
 
     hidden, mask = train(encoder, waveform, lengths, keys)
     turned, _ = train(encoder, waveform[::-1], lengths[::-1], keys[::-1])
@@ -212,7 +212,7 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"conv_stride": [5, 2]}, "must be as many of each"),
         ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),
         ({"feat_extract_norm": "batch"}, "allowed are 'group' and 'layer'"),
-        ({"num_attention_heads": 3}, "num_heads=3: must divide width=8"),
+        ({"num_attention_heads": 3}, "num_heads=3: must divide hidden_size=8"),
         ({"num_conv_pos_embedding_groups": 0}, "position_groups=0: must be at least 1"),
         ({"hidden_dropout": 2.0}, "WavLMConfig.dropout=2.0: allowed are 0 <= rate < 1"),
         ({"feat_proj_dropout": -0.1}, "projection_dropout=-0.1: allowed are 0 <= rate < 1"),
@@ -226,7 +226,7 @@ def test_bad_configs_are_named(change, reason):
 
 def test_absent_fields_have_the_values_of_transformers():
     base = WavLMConfig.from_huggingface({"model_type": "wavlm"}, projection_dropout=0.1)
-    assert base == WavLMConfig.wavlm_base(hidden_dropout=0.1)
+    assert base == WavLMConfig.wavlm_base(activation_dropout=0.1)
     assert not WavLMConfig.from_huggingface({"model_type": "hubert"}).num_buckets
 
 
@@ -294,7 +294,7 @@ def test_relative_positions_of_a_minute_equal_those_of_transformers():
     with torch.no_grad():
         expected = theirs.compute_bias(3000, 3000).numpy()
     config = WavLMConfig.wavlm_base(
-        width=4, num_layers=1, num_heads=2, position_groups=1, convolution_widths=(4,) * 7
+        hidden_size=4, num_layers=1, num_heads=2, position_groups=1, conv_dims=(4,) * 7
     )
     ours = WavLM(config, rngs=nnx.Rngs(0))
     ours.position_bias.embedding.set_value(jnp.asarray(theirs.rel_attn_embed.weight.detach()))

@@ -15,7 +15,7 @@ from mister_jax.convert.names import load_backbone
 from mister_jax.encoders import frontends
 from mister_jax.encoders.whisper import NAME_RULES, Whisper, WhisperConfig, key_table
 from mister_jax.errors import InputError
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
 from tests.conftest import GOLDEN
 
@@ -178,13 +178,13 @@ def test_padding_changes_no_gradient_and_positions_are_not_learned():
 
 
 def test_dropout_is_the_clips_own():
-    whisper = make(dropout=0.3, attention_dropout=0.3, hidden_dropout=0.3)
+    whisper = make(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3)
     waveform, lengths = padded(clips(), 5000)
     keys = jax.random.split(jax.random.key(0), 2)
 
     @nnx.jit
     def train(whisper, waveform, lengths, keys):
-        return whisper(waveform, lengths, deterministic=False, rngs=DialogueKeys(keys))
+        return whisper(waveform, lengths, deterministic=False, rngs=PerExampleRngs(keys))
 
     hidden, mask = train(whisper, waveform, lengths, keys)
     turned, _ = train(whisper, waveform[::-1], lengths[::-1], keys[::-1])
@@ -194,12 +194,12 @@ def test_dropout_is_the_clips_own():
 
 
 def test_lora_is_added_where_the_config_says():
-    lora = LoRAConfig(2, 4.0, targets=("query", "layers/out"))
+    lora = LoRAConfig(2, 4.0, targets=("query", "mlp_out"))
     config = dataclasses.replace(make().config, lora=lora)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
     found = dict(nnx.to_flat_state(nnx.state(whisper, nnx.LoRAParam)))
-    assert {path[-2] for path in found} == {"query", "out"} and len(found) == 4
-    assert found["layers", "layers", "out", "lora_a"].shape == (2, 12, 2)
+    assert {path[-2] for path in found} == {"query", "mlp_out"} and len(found) == 4
+    assert found["layers", "layers", "mlp_out", "lora_a"].shape == (2, 12, 2)
 
 
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
@@ -223,9 +223,9 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"model_type": "bert"}, "model_type='bert': allowed is 'whisper'"),
         ({"activation_function": "relu"}, "activation_function='relu': allowed is 'gelu'"),
         ({"d_model": "8"}, "d_model='8': allowed is an integer"),
-        ({"d_model": 9}, "width=9: must be even and a multiple of num_heads=2"),
+        ({"d_model": 9}, "hidden_size=9: must be even and a multiple of num_heads=2"),
         ({"dropout": 1.5}, "WhisperConfig.dropout=1.5: allowed are 0 <= rate < 1"),
-        ({"activation_dropout": float("nan")}, "hidden_dropout=nan: allowed are 0 <= rate < 1"),
+        ({"activation_dropout": float("nan")}, "activation_dropout=nan: allowed are 0 <= rate < 1"),
         ({"encoder_layers": 0}, "num_layers=0: must be at least 1"),
     ],
 )

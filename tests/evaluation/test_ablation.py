@@ -9,6 +9,7 @@ import mister_jax.evaluation.ablation as ablate_module
 from mister_jax import multi_seed
 from mister_jax.errors import InputError
 from mister_jax.evaluation.ablation import SPLITS, Variant, ablate, markdown, table_of_values
+from mister_jax.metrics import SCORE_NAMES
 from mister_jax.training.loop import TrainProgress, train
 from tests.test_train import data_dir, tiny  # noqa: F401
 
@@ -74,7 +75,7 @@ def rows():
     """Two variants of two seeds: the first is better on validation, the second on test."""
 
     def row(name, validation, test):
-        scores = {split: [dict.fromkeys(multi_seed.SCORES, value) for value in values]
+        scores = {split: [dict.fromkeys(SCORE_NAMES, value) for value in values]
                   for split, values in zip(SPLITS, (validation, test), strict=True)}  # fmt: skip
         told = {
             split: {**multi_seed.summarize_seeds((0, 1), of_split), "together": of_split[0]}

@@ -13,7 +13,7 @@ from flax import nnx
 from mister_jax import MisterE, MisterEConfig, losses
 from mister_jax.models import EXPERTS, Gate
 from mister_jax.models.mister_e import MIXTURES, drop_modalities
-from mister_jax.nn import DialogueKeys
+from mister_jax.nn import PerExampleRngs
 
 LENGTH = 5
 GARBAGE = (np.nan, np.inf, 1e30)
@@ -277,7 +277,7 @@ def test_a_gate_that_reads_contexts_tells_apart_equal_votes(tiny_config):
     }
     votes = jnp.zeros((1, 2, 3, tiny_config.num_classes))
     present = jnp.array([[[True, True, True], [True, False, True]]])
-    shape = (1, 2, tiny_config.context_width)
+    shape = (1, 2, tiny_config.context_dim)
     speech, *texts = jax.random.normal(jax.random.key(0), (3, *shape))
     weights = {
         reads: [gate(votes, present, speech, text) for text in texts]
@@ -306,7 +306,7 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, ma
 def test_modality_dropout_takes_each_modality_by_itself_at_its_rate():
     random = np.random.default_rng(0)
     speech, text = jnp.asarray(random.random((2, 40, 200)) < 0.8)
-    for rngs in (DialogueKeys.of_batch(jax.random.key(0), 40), nnx.Rngs(dropout=0)):
+    for rngs in (PerExampleRngs.from_batch_key(jax.random.key(0), 40), nnx.Rngs(dropout=0)):
         kept_speech, kept_text = drop_modalities(speech, text, 0.3, rngs)
         for kept, had in ((kept_speech, speech), (kept_text, text)):
             assert not (kept & ~had).any()
@@ -350,14 +350,14 @@ def test_released_sizes_have_the_released_parameters():
     assert count == 88_730_609
     # The released code projects twice in a row, on the way in (q, k, v) and on the way out.
     config = model.config
-    attentions, width = 4 * config.fusion_layers, config.attention_width
+    attentions, width = 4 * config.fusion_layers, config.attention_dim
     added = 4 * width * (width + 1) + width  # and a bias of the keys, which has no effect
     assert count + attentions * added == 89_661_809
 
 
 def test_small_takes_changes():
-    config = MisterEConfig.small(context_width=64, num_classes=7)
-    assert (config.context_width, config.num_classes, config.gru_layers) == (64, 7, 1)
+    config = MisterEConfig.small(context_dim=64, num_classes=7)
+    assert (config.context_dim, config.num_classes, config.gru_layers) == (64, 7, 1)
 
 
 @pytest.mark.parametrize(
@@ -366,11 +366,11 @@ def test_small_takes_changes():
         ("num_classes", 0),
         ("speech_dim", 0),
         ("text_dim", -1),
-        ("context_width", 7),
-        ("fusion_width", 0),
-        ("attention_width", 0),
+        ("context_dim", 7),
+        ("fusion_dim", 0),
+        ("attention_dim", 0),
         ("attention_heads", 0),
-        ("gate_width", 0),
+        ("gate_dim", 0),
         ("gru_layers", -1),
         ("fusion_layers", -1),
         ("fusion_gru_layers", -1),
@@ -388,8 +388,8 @@ def test_values_that_make_no_model_are_refused_by_name(field, value):
 
 
 def test_a_gru_over_an_odd_fusion_width_is_refused():
-    with pytest.raises(ValueError, match=r"MisterEConfig\.fusion_width=7: must be even"):
-        MisterEConfig(fusion_width=7, fusion_gru_layers=1)
+    with pytest.raises(ValueError, match=r"MisterEConfig\.fusion_dim=7: must be even"):
+        MisterEConfig(fusion_dim=7, fusion_gru_layers=1)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from flax import nnx
 
 from mister_jax.nn import (
     CoAttentionLayer,
-    DialogueKeys,
     Dropout,
     MultiHeadAttention,
+    PerExampleRngs,
     dot_product_attention,
 )
 
@@ -65,7 +65,7 @@ def outputs_and_gradients(module, query, key):
 
 
 def co_attention():
-    return CoAttentionLayer(6, attention_width=6, num_heads=HEADS, rngs=nnx.Rngs(0))
+    return CoAttentionLayer(6, attention_dim=6, num_heads=HEADS, rngs=nnx.Rngs(0))
 
 
 def streams():
@@ -87,7 +87,7 @@ def attend(parts, mask=KEY_MASK[:, None, None], dropout=None, **options):
 
 
 def keys_of_dialogues():
-    return {"deterministic": False, "rngs": DialogueKeys.of_batch(jax.random.key(0), 3)}
+    return {"deterministic": False, "rngs": PerExampleRngs.from_batch_key(jax.random.key(0), 3)}
 
 
 def test_dot_product_attention_equals_its_formula_with_and_without_dropout():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.nn import DialogueKeys, Dropout
+from mister_jax.nn import Dropout, PerExampleRngs
 from mister_jax.nn.dropout import random_bits
 
 KEY = jax.random.key(0)
@@ -17,7 +17,7 @@ def drop(x, rngs, rate=0.25):
     return Dropout(rate)(x, deterministic=False, rngs=rngs)
 
 
-@pytest.mark.parametrize("rngs", [DialogueKeys.of_batch(KEY, 6), nnx.Rngs(dropout=0)])
+@pytest.mark.parametrize("rngs", [PerExampleRngs.from_batch_key(KEY, 6), nnx.Rngs(dropout=0)])
 def test_units_are_dropped_at_the_rate_and_the_mean_is_kept(rngs):
     dropped = np.asarray(drop(ONES, rngs))
     assert set(np.unique(dropped).round(6)) == {0, np.float32(4 / 3).round(6)}
@@ -26,19 +26,21 @@ def test_units_are_dropped_at_the_rate_and_the_mean_is_kept(rngs):
 
 
 def test_a_dialogue_drops_the_same_units_in_any_batch():
-    full = drop(ONES, DialogueKeys.of_batch(KEY, 6))
-    np.testing.assert_array_equal(drop(ONES[:2], DialogueKeys.of_batch(KEY, 2)), full[:2])
-    np.testing.assert_array_equal(drop(ONES[:3], DialogueKeys.of_batch(KEY, 3, 3)), full[3:])
-    own = DialogueKeys(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
+    full = drop(ONES, PerExampleRngs.from_batch_key(KEY, 6))
+    np.testing.assert_array_equal(drop(ONES[:2], PerExampleRngs.from_batch_key(KEY, 2)), full[:2])
+    np.testing.assert_array_equal(
+        drop(ONES[:3], PerExampleRngs.from_batch_key(KEY, 3, 3)), full[3:]
+    )
+    own = PerExampleRngs(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
     np.testing.assert_array_equal(drop(ONES[:1], own), full[4:5])
 
 
 def test_dialogues_drop_different_units():
-    dropped = np.asarray(drop(ONES, DialogueKeys.of_batch(KEY, 6)))
+    dropped = np.asarray(drop(ONES, PerExampleRngs.from_batch_key(KEY, 6)))
     assert len(np.unique(dropped, axis=0)) == 6
 
 
-@pytest.mark.parametrize("rngs", [DialogueKeys.of_batch(KEY, 6), nnx.Rngs(dropout=0)])
+@pytest.mark.parametrize("rngs", [PerExampleRngs.from_batch_key(KEY, 6), nnx.Rngs(dropout=0)])
 def test_each_draw_drops_different_units(rngs):
     assert (drop(ONES, rngs) != drop(ONES, rngs)).any()
 
@@ -46,9 +48,9 @@ def test_each_draw_drops_different_units(rngs):
 def test_keys_work_under_jit():
     @jax.jit
     def run(key, offset):
-        return drop(ONES[:2], DialogueKeys.of_batch(key, 2, offset))
+        return drop(ONES[:2], PerExampleRngs.from_batch_key(key, 2, offset))
 
-    expected = drop(ONES, DialogueKeys.of_batch(KEY, 6))[4:]
+    expected = drop(ONES, PerExampleRngs.from_batch_key(KEY, 6))[4:]
     np.testing.assert_array_equal(run(KEY, 4), expected)
 
 
@@ -97,5 +99,5 @@ def test_one_key_of_a_whole_batch_tells_its_rows_apart():
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
 def test_the_rate_is_kept_closely(rate):
     ones = jnp.ones((4, 500, 500))
-    dropped = np.asarray(drop(ones, DialogueKeys.of_batch(KEY, 4), rate) == 0)
+    dropped = np.asarray(drop(ones, PerExampleRngs.from_batch_key(KEY, 4), rate) == 0)
     assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)

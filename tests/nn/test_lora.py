@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.lora import (
     LoRAConfig,
     LoRALinear,
@@ -48,7 +48,7 @@ class Model(nnx.Module):
     """Layers by themselves and in a stack."""
 
     def __init__(self, rngs):
-        self.stack = Stack(Layer, 3, rngs=rngs)
+        self.stack = ScannedLayers(Layer, 3, rngs=rngs)
         self.last = Block(rngs)
 
     def __call__(self, x, **options):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.nn import GRU, DialogueKeys, gru_scan, run_together
+from mister_jax.nn import GRU, PerExampleRngs, gru_scan, run_grus
 
 LENGTHS = (7, 3, 5)
 MASK = np.arange(7) < np.array(LENGTHS)[:, None]
@@ -153,7 +153,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_grus_run_together_as_they_do_apart():
     speech, text = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(5, 4, 2, rngs=nnx.Rngs(1))
-    together = nnx.jit(run_together)((speech, text), (inputs(3), inputs(5)), MASK)
+    together = nnx.jit(run_grus)((speech, text), (inputs(3), inputs(5)), MASK)
     np.testing.assert_allclose(together[0], run(speech, inputs(3)), atol=1e-6)
     np.testing.assert_allclose(together[1], run(text, inputs(5)), atol=1e-6)
 
@@ -161,15 +161,15 @@ def test_grus_run_together_as_they_do_apart():
 def test_grus_of_different_shape_cannot_run_together():
     grus = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(3, 4, 1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="one depth and width"):
-        run_together(grus, (inputs(3), inputs(3)), MASK)
+        run_grus(grus, (inputs(3), inputs(3)), MASK)
     with pytest.raises(ValueError, match="2 GRUs, 1 inputs"):
-        run_together(grus[:1] * 2, (inputs(3),), MASK)
+        run_grus(grus[:1] * 2, (inputs(3),), MASK)
 
 
 def test_dropout_acts_between_layers_only():
     @nnx.jit
     def train(gru, x):
-        keys = DialogueKeys.of_batch(jax.random.key(0), len(LENGTHS))
+        keys = PerExampleRngs.from_batch_key(jax.random.key(0), len(LENGTHS))
         return gru(x, MASK, deterministic=False, rngs=keys)
 
     for layers, changes in ((1, False), (2, True)):

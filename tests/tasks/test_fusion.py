@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     config = fusion.get_config("crooked")
     config.data.data_dir = str(folder)
     config.data.num_buckets = 1
-    config.model.update(context_width=8, fusion_width=8, fusion_layers=0, attention_width=6)
+    config.model.update(context_dim=8, fusion_dim=8, fusion_layers=0, attention_dim=6)
     return config
 
 

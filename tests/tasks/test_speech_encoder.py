@@ -18,8 +18,8 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate
-from mister_jax.nn import DialogueKeys
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.nn import PerExampleRngs
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import SpeechEncoderTask
@@ -205,7 +205,7 @@ def test_a_table_of_positions_does_not_decay(whisper_folder, heard_dir, batch, l
         llm(tower="full"),
     ]
     for task in tasks:
-        transformation = optimizer(
+        transformation = make_optimizer(
             OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.5), 10
         )
         spread = one_device()
@@ -265,7 +265,7 @@ def test_augmentation_of_an_utterance_depends_on_neither_batch_nor_padding(
     def logits(model, batch):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), batch["row"])
         given = task.augmented(batch, keys)
-        options = {"deterministic": False, "rngs": DialogueKeys(keys)}
+        options = {"deterministic": False, "rngs": PerExampleRngs(keys)}
         return task.read(model, given, **options).logits
 
     row = int(np.argmin(batch["lengths"]))
@@ -279,7 +279,7 @@ def test_the_loss_is_divided_once(whisper_folder, heard_dir, task, batch):
     """Cut into parts, a batch gives the same step as whole."""
 
     def step(accumulation):
-        transformation = optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+        transformation = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
         spread = one_device()
         graph, state = initial_state(
             task,

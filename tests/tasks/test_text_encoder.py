@@ -17,7 +17,7 @@ from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate, missing_modality_study
-from mister_jax.optim import OptimizerConfig, optimizer
+from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import TextEncoderTask
@@ -105,7 +105,7 @@ def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tm
     )
     assert changed["token_embedding"]["embedding"]
     assert changed["layers"]["layers"]["attention"]["query"]["kernel"]
-    assert changed["layers"]["layers"]["out_norm"]["scale"]
+    assert changed["layers"]["layers"]["mlp_norm"]["scale"]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_utterances_without_a_label_or_text_are_left_out(task):
 
 def two_steps(spread, task, batch, accumulation=1):
     """The trained arrays and the metrics after two steps."""
-    transformation = optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+    transformation = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
     graph, state = initial_state(
         task,
         transformation,

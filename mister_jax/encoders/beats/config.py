@@ -8,7 +8,7 @@ from typing import Any
 
 from mister_jax.encoders.fields import check_positive
 from mister_jax.errors import InputError
-from mister_jax.nn.stack import Remat
+from mister_jax.nn.scanned_layers import Remat
 
 # What a checkpoint's `cfg` may say of the options that change the architecture.
 _SUPPORTED = {
@@ -21,11 +21,11 @@ _SUPPORTED = {
 }
 # Field of `BeatsConfig` -> its name in a checkpoint's `cfg`.
 _FIELDS = {
-    "width": "encoder_embed_dim",
+    "hidden_size": "encoder_embed_dim",
     "num_layers": "encoder_layers",
     "num_heads": "encoder_attention_heads",
-    "hidden_width": "encoder_ffn_embed_dim",
-    "patch_width": "embed_dim",
+    "mlp_dim": "encoder_ffn_embed_dim",
+    "patch_dim": "embed_dim",
     "patch_size": "input_patch_size",
     "position_kernel": "conv_pos",
     "position_groups": "conv_pos_groups",
@@ -39,30 +39,30 @@ class BeatsConfig:
     """Sizes of `Beats`; the defaults are those of all released BEATs.
 
     Attributes:
-      width: D.
+      hidden_size: D.
       num_layers: L.
-      num_heads: K; divides `width`.
-      hidden_width: of the feed-forward blocks.
+      num_heads: K; divides `hidden_size`.
+      mlp_dim: of the feed-forward blocks.
       num_mel_bins: of the filter bank.
       patch_size: frames and Mel bins of a patch.
-      patch_width: of a patch's embedding before it is projected to D.
+      patch_dim: of a patch's embedding before it is projected to D.
       position_kernel: taps of the positional convolution.
       position_groups: groups of the positional convolution.
       num_buckets: of relative positions, both directions together.
       max_distance: positions as far as this or farther share a bucket.
       layer_norm_epsilon: of every LayerNorm.
-      remat: see `mister_jax.nn.Stack`.
+      remat: see `mister_jax.nn.ScannedLayers`.
       dtype: of the computation; attention scores and gates are float32.
       param_dtype: of the parameters.
     """
 
-    width: int = 768
+    hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
-    hidden_width: int = 3072
+    mlp_dim: int = 3072
     num_mel_bins: int = 128
     patch_size: int = 16
-    patch_width: int = 512
+    patch_dim: int = 512
     position_kernel: int = 128
     position_groups: int = 16
     num_buckets: int = 320
@@ -75,8 +75,8 @@ class BeatsConfig:
     def __post_init__(self):
         check_positive(self, _FIELDS)
         for name, divisor in (
-            ("width", "num_heads"),
-            ("width", "position_groups"),
+            ("hidden_size", "num_heads"),
+            ("hidden_size", "position_groups"),
             ("num_mel_bins", "patch_size"),
         ):
             if getattr(self, name) % getattr(self, divisor):

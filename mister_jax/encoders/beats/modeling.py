@@ -16,7 +16,7 @@ from mister_jax.encoders import frontends
 from mister_jax.encoders.beats.config import BeatsConfig
 from mister_jax.encoders.fields import types_of
 from mister_jax.encoders.relative_position import position_buckets
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
 
 # Over the filter banks of AudioSet; the models were trained on (x - mean) / (2 deviation).
@@ -71,14 +71,14 @@ class GatedAttention(nnx.Module):
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
-        width, heads = config.width, config.num_heads
+        hidden_size, heads = config.hidden_size, config.num_heads
         options = types_of(config) | {"rngs": rngs}
         self.num_heads = heads
-        self.query = nnx.Linear(width, width, **options)
-        self.key = nnx.Linear(width, width, **options)
-        self.value = nnx.Linear(width, width, **options)
-        self.out = nnx.Linear(width, width, **options)
-        self.gate = nnx.Linear(width // heads, 8, **options)
+        self.query = nnx.Linear(hidden_size, hidden_size, **options)
+        self.key = nnx.Linear(hidden_size, hidden_size, **options)
+        self.value = nnx.Linear(hidden_size, hidden_size, **options)
+        self.out = nnx.Linear(hidden_size, hidden_size, **options)
+        self.gate = nnx.Linear(hidden_size // heads, 8, **options)
         self.gate_scale = nnx.Param(jnp.ones(heads, options["param_dtype"]))
 
     def __call__(self, x: jax.Array, mask: jax.Array, position_bias: jax.Array) -> jax.Array:
@@ -112,10 +112,10 @@ class BeatsLayer(nnx.Module):
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.residual_scale = (2 * config.num_layers) ** 0.25  # arXiv 2203.00555
         self.attention = GatedAttention(config, rngs=rngs)
-        self.attention_norm = nnx.LayerNorm(config.width, **norm)
-        self.hidden = nnx.Linear(config.width, config.hidden_width, **options)
-        self.out = nnx.Linear(config.hidden_width, config.width, **options)
-        self.out_norm = nnx.LayerNorm(config.width, **norm)
+        self.attention_norm = nnx.LayerNorm(config.hidden_size, **norm)
+        self.mlp_in = nnx.Linear(config.hidden_size, config.mlp_dim, **options)
+        self.mlp_out = nnx.Linear(config.mlp_dim, config.hidden_size, **options)
+        self.mlp_norm = nnx.LayerNorm(config.hidden_size, **norm)
 
     def __call__(
         self,
@@ -129,8 +129,8 @@ class BeatsLayer(nnx.Module):
         """x [B, N, D] anew; there is no dropout."""
         attended = self.attention(x, mask, position_bias)
         x = self.attention_norm(self.residual_scale * x + attended)
-        transformed = self.out(jax.nn.gelu(self.hidden(x), approximate=False))
-        return self.out_norm(self.residual_scale * x + transformed)
+        transformed = self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False))
+        return self.mlp_norm(self.residual_scale * x + transformed)
 
 
 class Beats(nnx.Module):
@@ -146,21 +146,21 @@ class Beats(nnx.Module):
         options = types_of(config) | {"rngs": rngs}
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.patch_embedding = nnx.Linear(
-            config.patch_size**2, config.patch_width, use_bias=False, **options
+            config.patch_size**2, config.patch_dim, use_bias=False, **options
         )
-        self.patch_norm = nnx.LayerNorm(config.patch_width, **norm)
-        self.projection = nnx.Linear(config.patch_width, config.width, **options)
+        self.patch_norm = nnx.LayerNorm(config.patch_dim, **norm)
+        self.projection = nnx.Linear(config.patch_dim, config.hidden_size, **options)
         self.position_convolution = nnx.Conv(
-            config.width,
-            config.width,
+            config.hidden_size,
+            config.hidden_size,
             (config.position_kernel,),
             padding=[(config.position_kernel // 2, (config.position_kernel - 1) // 2)],
             feature_group_count=config.position_groups,
             **options,
         )
-        self.norm = nnx.LayerNorm(config.width, **norm)
+        self.norm = nnx.LayerNorm(config.hidden_size, **norm)
         self.position_bias = nnx.Embed(config.num_buckets, config.num_heads, **options)
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda rngs: BeatsLayer(config, rngs=rngs),
             config.num_layers,
             remat=config.remat,

@@ -21,10 +21,10 @@ _LINEARS = {
     "attention/value": "self_attn.v_proj",
     "attention/out": "self_attn.out_proj",
     "attention/gate": "self_attn.grep_linear",
-    "hidden": "fc1",
-    "out": "fc2",
+    "mlp_in": "fc1",
+    "mlp_out": "fc2",
 }
-_NORMS = {"attention_norm": "self_attn_layer_norm", "out_norm": "final_layer_norm"}
+_NORMS = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"}
 
 
 def key_table(config: BeatsConfig) -> KeyTable:

@@ -67,12 +67,12 @@ class Qwen2AudioConfig:
         }
         sizes: dict[str, Any] = {
             "vocab_size": 156032,
-            "width": 4096,
-            "mlp_width": 11008,
+            "hidden_size": 4096,
+            "mlp_dim": 11008,
             "num_layers": 32,
             "num_heads": 32,
             "num_key_value_heads": 32,
-            "head_width": 128,
+            "head_dim": 128,
             "query_key_value_bias": True,
         }
         return cls(WhisperConfig.large_v3(**common), DecoderConfig(**sizes | common | changes))
@@ -136,9 +136,9 @@ class Qwen2AudioConfig:
         return self.decoder.vocab_size
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """Hidden size D of the language model."""
-        return self.decoder.width
+        return self.decoder.hidden_size
 
     @property
     def max_samples(self) -> int:

@@ -46,13 +46,13 @@ class AudioTower(Whisper):
           rngs: Source of dropout keys.
 
         Returns:
-          Vectors of 40 ms [B, A, width], and their number for each clip [B] int, which counts those
+          Vectors of 40 ms [B, A, hidden_size], and their number for each clip [B] int, which counts those
           whose two positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         x, mask, _ = self._run(mel, mel_lengths, False, deterministic=deterministic, rngs=rngs)
-        batch, num_positions, width = x.shape
-        pairs = x[:, : num_positions // 2 * 2].reshape(batch, -1, 2, width)
+        batch, num_positions, hidden_size = x.shape
+        pairs = x[:, : num_positions // 2 * 2].reshape(batch, -1, 2, hidden_size)
         return self.norm(pairs.mean(2)), mask.sum(1) // 2
 
 
@@ -68,8 +68,8 @@ class Qwen2Audio(nnx.Module):
         self.config = config
         self.tower = AudioTower(config.tower, rngs=rngs)
         self.projection = LoRALinear(
-            config.tower.width,
-            config.decoder.width,
+            config.tower.hidden_size,
+            config.decoder.hidden_size,
             quantizable=False,
             dtype=jnp.dtype(config.decoder.dtype),
             param_dtype=jnp.dtype(config.decoder.param_dtype),

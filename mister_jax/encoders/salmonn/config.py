@@ -20,10 +20,10 @@ class QFormerConfig:
     """Sizes of `WindowQFormer`; the defaults are SALMONN's.
 
     Attributes:
-      width: of the queries.
+      hidden_size: of the queries.
       num_layers: L.
-      num_heads: divides `width`.
-      hidden_width: of the feed-forward blocks.
+      num_heads: divides `hidden_size`.
+      mlp_dim: of the feed-forward blocks.
       num_queries: Q, of each window.
       window: frames of a window.
       stride: frames from a window's start to the next one's.
@@ -33,10 +33,10 @@ class QFormerConfig:
       param_dtype: of the parameters.
     """
 
-    width: int = 768
+    hidden_size: int = 768
     num_layers: int = 2
     num_heads: int = 12
-    hidden_width: int = 3072
+    mlp_dim: int = 3072
     num_queries: int = 1
     window: int = 17
     stride: int = 17
@@ -46,9 +46,9 @@ class QFormerConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.width % self.num_heads:
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"QFormerConfig.width={self.width}: must be a multiple of "
+                f"QFormerConfig.hidden_size={self.hidden_size}: must be a multiple of "
                 f"num_heads={self.num_heads}"
             )
 
@@ -117,8 +117,8 @@ class SalmonnConfig:
     def salmonn_13b(cls, **changes: Any) -> SalmonnConfig:
         """SALMONN-13B: as `salmonn_7b`, but with Vicuna 13B v1.1."""
         sizes: dict[str, Any] = {
-            "width": 5120,
-            "mlp_width": 13824,
+            "hidden_size": 5120,
+            "mlp_dim": 13824,
             "num_layers": 40,
             "num_heads": 40,
             "num_key_value_heads": 40,
@@ -167,9 +167,9 @@ class SalmonnConfig:
         return self.whisper.max_samples
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """D."""
-        return self.decoder.width
+        return self.decoder.hidden_size
 
     @property
     def num_speech_tokens(self) -> int:

@@ -24,7 +24,7 @@ from mister_jax.encoders.fields import types_of
 from mister_jax.encoders.salmonn.config import QFormerConfig, SalmonnConfig
 from mister_jax.encoders.whisper import Whisper
 from mister_jax.errors import InputError
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
 
 
@@ -32,22 +32,22 @@ class PostNormAttention(nnx.Module):
     """Attention to all keys, residual, LayerNorm.
 
     Args:
-      key_width: of keys' and values' input.
+      key_dim: of keys' and values' input.
       config: the Q-Former's.
     """
 
-    def __init__(self, key_width: int, config: QFormerConfig, *, rngs: nnx.Rngs):
-        width = config.width
+    def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
+        hidden_size = config.hidden_size
         options = types_of(config) | {"rngs": rngs}
         self.num_heads = config.num_heads
-        self.query = nnx.Linear(width, width, **options)
-        self.key = nnx.Linear(key_width, width, **options)
-        self.value = nnx.Linear(key_width, width, **options)
-        self.out = nnx.Linear(width, width, **options)
-        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_epsilon, **options)
+        self.query = nnx.Linear(hidden_size, hidden_size, **options)
+        self.key = nnx.Linear(key_dim, hidden_size, **options)
+        self.value = nnx.Linear(key_dim, hidden_size, **options)
+        self.out = nnx.Linear(hidden_size, hidden_size, **options)
+        self.norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
     def __call__(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """x [B, Q, width] attends to keys [B, T, key_width]; gives x anew."""
+        """x [B, Q, hidden_size] attends to keys [B, T, key_dim]; gives x anew."""
 
         def heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*projected.shape[:2], self.num_heads, -1)
@@ -62,18 +62,18 @@ class QFormerLayer(nnx.Module):
     """Self-attention of the queries, attention to a window, a feed-forward block.
 
     Args:
-      frame_width: of the window's frames.
+      frame_dim: of the window's frames.
       config: the Q-Former's.
     """
 
-    def __init__(self, frame_width: int, config: QFormerConfig, *, rngs: nnx.Rngs):
-        width = config.width
+    def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
+        hidden_size = config.hidden_size
         options = types_of(config) | {"rngs": rngs}
-        self.attention = PostNormAttention(width, config, rngs=rngs)
-        self.cross_attention = PostNormAttention(frame_width, config, rngs=rngs)
-        self.hidden = nnx.Linear(width, config.hidden_width, **options)
-        self.out = nnx.Linear(config.hidden_width, width, **options)
-        self.out_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_epsilon, **options)
+        self.attention = PostNormAttention(hidden_size, config, rngs=rngs)
+        self.cross_attention = PostNormAttention(frame_dim, config, rngs=rngs)
+        self.mlp_in = nnx.Linear(hidden_size, config.mlp_dim, **options)
+        self.mlp_out = nnx.Linear(config.mlp_dim, hidden_size, **options)
+        self.mlp_norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
     def __call__(
         self,
@@ -83,27 +83,27 @@ class QFormerLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Queries x [B W, Q, width] of windows [B W, window, frame_width] anew; no dropout."""
+        """Queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim] anew; no dropout."""
         x = self.cross_attention(self.attention(x, x), frames)
-        return self.out_norm(x + self.out(jax.nn.gelu(self.hidden(x), approximate=False)))
+        return self.mlp_norm(x + self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False)))
 
 
 class WindowQFormer(nnx.Module):
     """Asks each window of both encoders' frames the same queries.
 
     Args:
-      speech_width: of Whisper's frames.
-      sound_width: of BEATs' tokens.
-      out_width: D.
+      speech_dim: of Whisper's frames.
+      sound_dim: of BEATs' tokens.
+      out_dim: D.
       config: sizes.
       rngs: for the initial parameters.
     """
 
     def __init__(
         self,
-        speech_width: int,
-        sound_width: int,
-        out_width: int,
+        speech_dim: int,
+        sound_dim: int,
+        out_dim: int,
         config: QFormerConfig,
         *,
         rngs: nnx.Rngs,
@@ -111,17 +111,19 @@ class WindowQFormer(nnx.Module):
         self.config = config
         options = types_of(config) | {"rngs": rngs}
         input_norm = {"epsilon": config.input_norm_epsilon, **options}
-        self.speech_norm = nnx.LayerNorm(speech_width, **input_norm)
-        self.sound_norm = nnx.LayerNorm(sound_width, **input_norm)
-        queries = 0.02 * jax.random.normal(rngs.params(), (config.num_queries, config.width))
+        self.speech_norm = nnx.LayerNorm(speech_dim, **input_norm)
+        self.sound_norm = nnx.LayerNorm(sound_dim, **input_norm)
+        queries = 0.02 * jax.random.normal(rngs.params(), (config.num_queries, config.hidden_size))
         self.queries = nnx.Param(queries.astype(options["param_dtype"]))
-        self.query_norm = nnx.LayerNorm(config.width, epsilon=config.layer_norm_epsilon, **options)
-        self.layers = Stack(
-            lambda rngs: QFormerLayer(speech_width + sound_width, config, rngs=rngs),
+        self.query_norm = nnx.LayerNorm(
+            config.hidden_size, epsilon=config.layer_norm_epsilon, **options
+        )
+        self.layers = ScannedLayers(
+            lambda rngs: QFormerLayer(speech_dim + sound_dim, config, rngs=rngs),
             config.num_layers,
             rngs=rngs,
         )
-        self.projection = nnx.Linear(config.width, out_width, **options)
+        self.projection = nnx.Linear(config.hidden_size, out_dim, **options)
 
     def __call__(self, speech: jax.Array, sound: jax.Array, sound_mask: jax.Array) -> jax.Array:
         """Makes speech tokens.
@@ -129,8 +131,8 @@ class WindowQFormer(nnx.Module):
         The shorter of the two inputs is followed by zeros, which are attended to.
 
         Args:
-          speech: Whisper's frames [B, T, speech_width].
-          sound: BEATs' tokens, taken one a frame [B, T', sound_width].
+          speech: Whisper's frames [B, T, speech_dim].
+          sound: BEATs' tokens, taken one a frame [B, T', sound_dim].
           sound_mask: true at tokens of the clip [B, T'] bool; the others are zeros, too.
 
         Returns:
@@ -150,7 +152,7 @@ class WindowQFormer(nnx.Module):
         windows = frames[:, starts[:, None] + np.arange(config.window)]  # B W window C
         windows = windows.reshape(-1, *windows.shape[2:])
         queries = self.query_norm(self.queries[...])
-        queries = jnp.broadcast_to(queries, (windows.shape[0], *queries.shape))  # B*W Q width
+        queries = jnp.broadcast_to(queries, (windows.shape[0], *queries.shape))  # B*W Q hidden_size
         answers, _ = self.layers(queries, windows)
         tokens = self.projection(answers)  # B*W Q D
         return tokens.reshape(frames.shape[0], -1, tokens.shape[-1])
@@ -169,9 +171,9 @@ class Salmonn(nnx.Module):
         self.whisper = Whisper(config.whisper, rngs=rngs)
         self.beats = Beats(config.beats, rngs=rngs)
         self.qformer = WindowQFormer(
-            config.whisper.width,
-            config.beats.width,
-            config.decoder.width,
+            config.whisper.hidden_size,
+            config.beats.hidden_size,
+            config.decoder.hidden_size,
             config.qformer,
             rngs=rngs,
         )
@@ -219,7 +221,7 @@ class Salmonn(nnx.Module):
         waveform = jnp.pad(waveform, ((0, 0), (0, missing)))
         lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
 
-        speech, _ = self.whisper(waveform, lengths, **options)  # B T width
+        speech, _ = self.whisper(waveform, lengths, **options)  # B T hidden_size
         fbank = beats.features(waveform, config.beats)
         # A clip's own tokens, in whatever batch: those of a batch of one in the official code.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))

@@ -39,7 +39,7 @@ _NORMS = {
 _LAYER_NORMS = {
     "attention/norm": "attention.output.LayerNorm",
     "cross_attention/norm": "crossattention.output.LayerNorm",
-    "out_norm": "output_query.LayerNorm",
+    "mlp_norm": "output_query.LayerNorm",
 }
 _LAYER_LINEARS = {
     "attention/query": "attention.self.query",
@@ -50,8 +50,8 @@ _LAYER_LINEARS = {
     "cross_attention/key": "crossattention.self.key",
     "cross_attention/value": "crossattention.self.value",
     "cross_attention/out": "crossattention.output.dense",
-    "hidden": "intermediate_query.dense",
-    "out": "output_query.dense",
+    "mlp_in": "intermediate_query.dense",
+    "mlp_out": "output_query.dense",
 }
 _LORA = {"query": "q_proj", "value": "v_proj"}
 

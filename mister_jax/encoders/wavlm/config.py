@@ -15,19 +15,19 @@ from mister_jax.encoders.fields import (
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.nn.stack import Remat
+from mister_jax.nn.scanned_layers import Remat
 
 # Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
 _HUGGINGFACE: dict[str, tuple[str, Any]] = {
-    "width": ("hidden_size", 768),
+    "hidden_size": ("hidden_size", 768),
     "num_layers": ("num_hidden_layers", 12),
     "num_heads": ("num_attention_heads", 12),
-    "hidden_width": ("intermediate_size", 3072),
-    "convolution_widths": ("conv_dim", (512,) * 7),
-    "convolution_kernels": ("conv_kernel", (10, 3, 3, 3, 3, 2, 2)),
-    "convolution_strides": ("conv_stride", (5, 2, 2, 2, 2, 2, 2)),
-    "convolution_bias": ("conv_bias", False),
-    "convolution_norm": ("feat_extract_norm", "group"),
+    "mlp_dim": ("intermediate_size", 3072),
+    "conv_dims": ("conv_dim", (512,) * 7),
+    "conv_kernels": ("conv_kernel", (10, 3, 3, 3, 3, 2, 2)),
+    "conv_strides": ("conv_stride", (5, 2, 2, 2, 2, 2, 2)),
+    "conv_bias": ("conv_bias", False),
+    "conv_norm": ("feat_extract_norm", "group"),
     "projection_norm": ("feat_proj_layer_norm", True),
     "position_kernel": ("num_conv_pos_embeddings", 128),
     "position_groups": ("num_conv_pos_embedding_groups", 16),
@@ -35,7 +35,7 @@ _HUGGINGFACE: dict[str, tuple[str, Any]] = {
     "layer_norm_epsilon": ("layer_norm_eps", 1e-5),
     "dropout": ("hidden_dropout", 0.1),
     "attention_dropout": ("attention_dropout", 0.1),
-    "hidden_dropout": ("activation_dropout", 0.1),
+    "activation_dropout": ("activation_dropout", 0.1),
     "projection_dropout": ("feat_proj_dropout", 0.0),
 }
 _HUGGINGFACE_WAVLM: dict[str, tuple[str, Any]] = {
@@ -50,7 +50,7 @@ _HUGGINGFACE_FIXED = {
     "add_adapter": False,
     "adapter_attn_dim": None,
 }
-_LARGE: dict[str, Any] = {"width": 1024, "num_layers": 24, "num_heads": 16, "hidden_width": 4096}
+_LARGE: dict[str, Any] = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096}
 _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
@@ -59,19 +59,19 @@ class WavLMConfig:
     """Sizes and options of `WavLM`; the defaults are those of WavLM Base.
 
     Attributes:
-      width: Hidden size D.
+      hidden_size: Hidden size D.
       num_layers: Number of layers L.
-      num_heads: Number of heads K; divides `width`.
-      hidden_width: Hidden size of the feed-forward blocks.
-      convolution_widths: Channels C of each convolution over the waveform.
-      convolution_kernels: Kernel size of each convolution, in steps of the previous one.
-      convolution_strides: Stride of each convolution, in steps of the previous one.
-      convolution_bias: Whether the convolutions have a bias.
-      convolution_norm: Norm of the convolutions: "group" normalizes each channel of the first one
+      num_heads: Number of heads K; divides `hidden_size`.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      conv_dims: Channels C of each convolution over the waveform.
+      conv_kernels: Kernel size of each convolution, in steps of the previous one.
+      conv_strides: Stride of each convolution, in steps of the previous one.
+      conv_bias: Whether the convolutions have a bias.
+      conv_norm: Norm of the convolutions: "group" normalizes each channel of the first one
         over time, "layer" each step of all of them over the channels.
       projection_norm: Whether a LayerNorm precedes the projection of the convolutions to D.
       position_kernel: Kernel size of the positional convolution.
-      position_groups: Groups of the positional convolution; divides `width`.
+      position_groups: Groups of the positional convolution; divides `hidden_size`.
       num_buckets: Buckets of relative positions, both directions together; 0 for models without
         relative positions, which are all but WavLM.
       max_distance: Distance from which on relative positions share a bucket.
@@ -82,26 +82,26 @@ class WavLMConfig:
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       attention_dropout: Dropout rate on the attention weights.
-      hidden_dropout: Dropout rate in the feed-forward blocks.
+      activation_dropout: Dropout rate in the feed-forward blocks.
       projection_dropout: Dropout rate on the projected output of the convolutions.
       lora: Low-rank paths, or None. Targets are "query", "key" and "value" of the attention,
         "attention/out", "hidden" and "layers/out" of the feed-forward block, "/projection" of the
         convolutions, and "gate/projection" of WavLM's relative positions.
-      remat: Rematerialization, see `mister_jax.nn.Stack`.
+      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
       dtype: Type of the computation; statistics of norms, softmaxes and gates are float32.
       param_dtype: Type of the parameters.
     """
 
-    width: int = 768
+    hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
-    hidden_width: int = 3072
-    convolution_widths: tuple[int, ...] = (512,) * 7
-    convolution_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    convolution_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    convolution_bias: bool = False
-    convolution_norm: Literal["group", "layer"] = "group"
+    mlp_dim: int = 3072
+    conv_dims: tuple[int, ...] = (512,) * 7
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    conv_norm: Literal["group", "layer"] = "group"
     projection_norm: bool = True
     position_kernel: int = 128
     position_groups: int = 16
@@ -112,7 +112,7 @@ class WavLMConfig:
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
     projection_dropout: float = 0.1
     lora: LoRAConfig | None = None
     remat: Remat = "none"
@@ -121,25 +121,25 @@ class WavLMConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = "width num_layers num_heads hidden_width position_kernel position_groups"
+        sizes = "hidden_size num_layers num_heads mlp_dim position_kernel position_groups"
         check_positive(self, sizes.split())
-        rates = "dropout attention_dropout hidden_dropout projection_dropout"
+        rates = "dropout attention_dropout activation_dropout projection_dropout"
         check_rates(self, rates.split())
         for name in ("num_heads", "position_groups"):
-            if self.width % getattr(self, name):
+            if self.hidden_size % getattr(self, name):
                 raise ValueError(
-                    f"WavLMConfig.{name}={getattr(self, name)}: must divide width={self.width}"
+                    f"WavLMConfig.{name}={getattr(self, name)}: must divide "
+                    f"hidden_size={self.hidden_size}"
                 )
-        parts = (self.convolution_widths, self.convolution_kernels, self.convolution_strides)
+        parts = (self.conv_dims, self.conv_kernels, self.conv_strides)
         if len(set(map(len, parts))) > 1 or not all(min(part, default=0) > 0 for part in parts):
             raise ValueError(
-                f"WavLMConfig.convolution_widths, kernels and strides {parts}: must be as many of "
+                f"WavLMConfig.conv_dims, kernels and strides {parts}: must be as many of "
                 "each, at least one, and positive"
             )
-        if self.convolution_norm not in ("group", "layer"):
+        if self.conv_norm not in ("group", "layer"):
             raise ValueError(
-                f"WavLMConfig.convolution_norm={self.convolution_norm!r}: allowed are 'group' and "
-                "'layer'"
+                f"WavLMConfig.conv_norm={self.conv_norm!r}: allowed are 'group' and 'layer'"
             )
         if self.num_buckets < 0 or self.num_buckets % 4 or self.max_distance < self.num_buckets:
             raise ValueError(
@@ -169,7 +169,7 @@ class WavLMConfig:
     @classmethod
     def hubert_large(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of HuBERT Large (315 M parameters), with `changes`."""
-        norms = {"convolution_norm": "layer", "norm_first": True, "convolution_bias": True}
+        norms = {"conv_norm": "layer", "norm_first": True, "conv_bias": True}
         return cls.hubert_base(**{**_LARGE, **norms, **changes})
 
     @classmethod
@@ -185,7 +185,7 @@ class WavLMConfig:
     @classmethod
     def wavlm_large(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of WavLM Large (315 M parameters), with `changes`."""
-        norms = {"convolution_norm": "layer", "norm_first": True, "normalise": True}
+        norms = {"conv_norm": "layer", "norm_first": True, "normalise": True}
         return cls(**{**_LARGE, **norms, **changes})
 
     @classmethod
@@ -209,7 +209,7 @@ class WavLMConfig:
         fields = read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
-        published = not is_wavlm or fields["convolution_norm"] == "layer"
+        published = not is_wavlm or fields["conv_norm"] == "layer"
         fields |= read(config, {"normalise": ("do_normalize", published)})
         try:
             return cls(**{**fields, **changes})
@@ -218,7 +218,7 @@ class WavLMConfig:
 
     def num_frames(self, num_samples: Any) -> Any:
         """Returns the frames N of a clip of S samples, an int or an array; 0 below one frame."""
-        for kernel, stride in zip(self.convolution_kernels, self.convolution_strides, strict=True):
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples * (num_samples > 0)
 
@@ -226,7 +226,7 @@ class WavLMConfig:
     def frame_size(self) -> int:
         """Receptive field of one frame in samples."""
         size = 1
-        pairs = zip(self.convolution_kernels, self.convolution_strides, strict=True)
+        pairs = zip(self.conv_kernels, self.conv_strides, strict=True)
         for kernel, stride in reversed(list(pairs)):
             size = (size - 1) * stride + kernel
         return size

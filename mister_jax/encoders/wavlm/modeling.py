@@ -24,7 +24,7 @@ from mister_jax.encoders.fields import (
 )
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.encoders.wavlm.config import WavLMConfig
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 
@@ -38,17 +38,21 @@ class MaskedChannelNorm(nnx.Module):
     """GroupNorm with one channel per group, over the valid steps of each sequence.
 
     Args:
-      width: Number of channels C.
+      hidden_size: Number of channels C.
       dtype: Type of the output; the statistics are float32.
       param_dtype: Type of the parameters.
     """
 
     def __init__(
-        self, width: int, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+        self,
+        hidden_size: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.dtype = dtype
-        self.scale = nnx.Param(jnp.ones(width, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        self.scale = nnx.Param(jnp.ones(hidden_size, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(hidden_size, param_dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Normalizes x [B, N, C] with the statistics of the steps where mask [B, N] is true."""
@@ -70,9 +74,9 @@ class WaveformEncoder(nnx.Module):
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = types_of(config)
-        widths = config.convolution_widths
-        self.strides = config.convolution_strides
-        self.kernel_sizes = config.convolution_kernels
+        widths = config.conv_dims
+        self.strides = config.conv_strides
+        self.kernel_sizes = config.conv_kernels
         self.convolutions = nnx.List(
             nnx.Conv(
                 wide_in,
@@ -80,7 +84,7 @@ class WaveformEncoder(nnx.Module):
                 (kernel,),
                 strides=stride,
                 padding="VALID",
-                use_bias=config.convolution_bias,
+                use_bias=config.conv_bias,
                 **options,
                 rngs=rngs,
             )
@@ -89,12 +93,12 @@ class WaveformEncoder(nnx.Module):
             )
         )
         self.channel_norm = nnx.data(
-            MaskedChannelNorm(widths[0], **options) if config.convolution_norm == "group" else None
+            MaskedChannelNorm(widths[0], **options) if config.conv_norm == "group" else None
         )
         self.norms = nnx.List(
-            layer_norm(width, 1e-5, config, rngs)
-            for width in widths
-            if config.convolution_norm == "layer"
+            layer_norm(hidden_size, 1e-5, config, rngs)
+            for hidden_size in widths
+            if config.conv_norm == "layer"
         )
 
     def __call__(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -123,7 +127,7 @@ class GatedBias(nnx.Module):
         options = types_of(config)
         self.num_heads = config.num_heads
         self.projection = LoRALinear(
-            config.width // config.num_heads, 8, quantizable=False, **options, rngs=rngs
+            config.hidden_size // config.num_heads, 8, quantizable=False, **options, rngs=rngs
         )
         self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
 
@@ -164,21 +168,21 @@ class TransformerLayer(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
         self.gate = nnx.data(GatedBias(config, rngs=rngs) if config.num_buckets else None)
         self.attention = SelfAttention(
-            width,
+            hidden_size,
             config.num_heads,
             dropout=config.attention_dropout,
             implementation=config.attention_implementation,
             **options,
         )
-        self.attention_norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
-        self.hidden = LoRALinear(width, config.hidden_width, **options)
-        self.out = LoRALinear(config.hidden_width, width, **options)
-        self.hidden_norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
+        self.attention_norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
+        self.mlp_in = LoRALinear(hidden_size, config.mlp_dim, **options)
+        self.mlp_out = LoRALinear(config.mlp_dim, hidden_size, **options)
+        self.mlp_norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
-        self.hidden_dropout = Dropout(config.hidden_dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
 
     def attend(
         self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
@@ -191,8 +195,8 @@ class TransformerLayer(nnx.Module):
 
     def transform(self, x: jax.Array, **options: Any) -> jax.Array:
         """Returns the feed-forward block's residual for x [B, N, D]."""
-        hidden = self.hidden_dropout(_gelu(self.hidden(x, **options)), **options)
-        return self.dropout(self.out(hidden, **options), **options)
+        hidden = self.activation_dropout(_gelu(self.mlp_in(x, **options)), **options)
+        return self.dropout(self.mlp_out(hidden, **options), **options)
 
 
 class NormLastLayer(TransformerLayer):
@@ -203,7 +207,7 @@ class NormLastLayer(TransformerLayer):
     ) -> jax.Array:
         """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = self.attention_norm(x + self.attend(x, key_mask, position_bias, **options))
-        return self.hidden_norm(x + self.transform(x, **options))
+        return self.mlp_norm(x + self.transform(x, **options))
 
 
 class NormFirstLayer(TransformerLayer):
@@ -214,7 +218,7 @@ class NormFirstLayer(TransformerLayer):
     ) -> jax.Array:
         """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = x + self.attend(self.attention_norm(x), key_mask, position_bias, **options)
-        return x + self.transform(self.hidden_norm(x), **options)
+        return x + self.transform(self.mlp_norm(x), **options)
 
 
 class WavLM(nnx.Module):
@@ -226,7 +230,11 @@ class WavLM(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        channels, width, taps = config.convolution_widths[-1], config.width, config.position_kernel
+        channels, hidden_size, taps = (
+            config.conv_dims[-1],
+            config.hidden_size,
+            config.position_kernel,
+        )
         options = types_of(config) | {"rngs": rngs}
         self.config = config
         self.waveform_encoder = WaveformEncoder(config, rngs=rngs)
@@ -235,11 +243,11 @@ class WavLM(nnx.Module):
             if config.projection_norm
             else None
         )
-        self.projection = LoRALinear(channels, width, quantizable=False, **options)
+        self.projection = LoRALinear(channels, hidden_size, quantizable=False, **options)
         self.projection_dropout = Dropout(config.projection_dropout)
         self.position_convolution = nnx.Conv(
-            width,
-            width,
+            hidden_size,
+            hidden_size,
             (taps,),
             padding=[(taps // 2, (taps - 1) // 2)],
             feature_group_count=config.position_groups,
@@ -250,10 +258,10 @@ class WavLM(nnx.Module):
             if config.num_buckets
             else None
         )
-        self.norm = layer_norm(width, config.layer_norm_epsilon, config, rngs)
+        self.norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
         layer = NormFirstLayer if config.norm_first else NormLastLayer
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda rngs: layer(config, rngs=rngs),
             config.num_layers,
             remat=config.remat,
@@ -323,7 +331,7 @@ class WavLM(nnx.Module):
         return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]
 
     def _run(
-        self, waveform: jax.Array, lengths: jax.Array, collect: bool, **options: Any
+        self, waveform: jax.Array, lengths: jax.Array, output_hidden_states: bool, **options: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         config = self.config
         short = max(0, config.frame_size - waveform.shape[1])
@@ -342,5 +350,7 @@ class WavLM(nnx.Module):
         x = x + _gelu(self.position_convolution(x))
         x = self.dropout(x if config.norm_first else self.norm(x), **options)
         bias = self.relative_bias(x.shape[1])
-        last, layers = self.layers(x, mask, bias, collect=collect, **options)
+        last, layers = self.layers(
+            x, mask, bias, output_hidden_states=output_hidden_states, **options
+        )
         return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

@@ -37,10 +37,10 @@ _LINEARS = {
     "attention/key": "attention.k_proj",
     "attention/value": "attention.v_proj",
     "attention/out": "attention.out_proj",
-    "hidden": "feed_forward.intermediate_dense",
-    "out": "feed_forward.output_dense",
+    "mlp_in": "feed_forward.intermediate_dense",
+    "mlp_out": "feed_forward.output_dense",
 }
-_NORMS = {"attention_norm": "layer_norm", "hidden_norm": "final_layer_norm"}
+_NORMS = {"attention_norm": "layer_norm", "mlp_norm": "final_layer_norm"}
 
 
 def key_table(config: WavLMConfig) -> KeyTable:
@@ -67,12 +67,12 @@ def key_table(config: WavLMConfig) -> KeyTable:
     if config.projection_norm:
         table["projection_norm/scale"] = Source(("feature_projection.layer_norm.weight",))
         table["projection_norm/bias"] = Source(("feature_projection.layer_norm.bias",))
-    for index in range(len(config.convolution_widths)):
+    for index in range(len(config.conv_dims)):
         ours, theirs = "waveform_encoder", f"feature_extractor.conv_layers.{index}"
         table[f"{ours}/convolutions/{index}/kernel"] = Source((f"{theirs}.conv.weight",), (2, 1, 0))
-        if config.convolution_bias:
+        if config.conv_bias:
             table[f"{ours}/convolutions/{index}/bias"] = Source((f"{theirs}.conv.bias",))
-        if config.convolution_norm == "layer":
+        if config.conv_norm == "layer":
             table[f"{ours}/norms/{index}/scale"] = Source((f"{theirs}.layer_norm.weight",))
             table[f"{ours}/norms/{index}/bias"] = Source((f"{theirs}.layer_norm.bias",))
         elif index == 0:

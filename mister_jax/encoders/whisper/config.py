@@ -16,21 +16,21 @@ from mister_jax.encoders.fields import (
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.nn.stack import Remat
+from mister_jax.nn.scanned_layers import Remat
 
 SAMPLES_PER_POSITION = 2 * frontends.FRAME_STEP
 
 # Field of `WhisperConfig` -> its name in a config.json, and transformers' value where it is absent.
 _HUGGINGFACE: dict[str, tuple[str, Any]] = {
     "num_mel_bins": ("num_mel_bins", 80),
-    "width": ("d_model", 384),
+    "hidden_size": ("d_model", 384),
     "num_layers": ("encoder_layers", 4),
     "num_heads": ("encoder_attention_heads", 6),
-    "hidden_width": ("encoder_ffn_dim", 1536),
+    "mlp_dim": ("encoder_ffn_dim", 1536),
     "max_positions": ("max_source_positions", 1500),
     "dropout": ("dropout", 0.0),
     "attention_dropout": ("attention_dropout", 0.0),
-    "hidden_dropout": ("activation_dropout", 0.0),
+    "activation_dropout": ("activation_dropout", 0.0),
 }
 
 
@@ -40,10 +40,10 @@ class WhisperConfig:
 
     Attributes:
       num_mel_bins: M.
-      width: D; even.
+      hidden_size: D; even.
       num_layers: L.
-      num_heads: K; divides `width`.
-      hidden_width: of the feed-forward blocks.
+      num_heads: K; divides `hidden_size`.
+      mlp_dim: of the feed-forward blocks.
       max_positions: N of the padded clip, 1500 for 30 s.
       trim: encode no more of the batch's padding than its longest row has, and attend to each
         clip alone; else pad to `max_positions` and attend to all of it, as the reference does.
@@ -54,27 +54,27 @@ class WhisperConfig:
         the window. Train and extract with the same choice.
       dropout: rate on the positions' sum and on each block's output.
       attention_dropout: rate on the attention weights.
-      hidden_dropout: rate in the feed-forward blocks.
+      activation_dropout: rate in the feed-forward blocks.
       mask_spectrogram: hide stretches of time and of bins in training, see
         `augment.mask_spectrogram`.
       lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
         feed-forward block, "attention/out" and "layers/out"; None for none.
-      remat: see `mister_jax.nn.Stack`.
+      remat: see `mister_jax.nn.ScannedLayers`.
       attention_implementation: of `jax.nn.dot_product_attention`.
       dtype: of the computation; spectrograms and softmaxes are float32.
       param_dtype: of the parameters.
     """
 
     num_mel_bins: int = 128
-    width: int = 1280
+    hidden_size: int = 1280
     num_layers: int = 32
     num_heads: int = 20
-    hidden_width: int = 5120
+    mlp_dim: int = 5120
     max_positions: int = 1500
     trim: bool = True
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
     mask_spectrogram: bool = False
     lora: LoRAConfig | None = None
     remat: Remat = "none"
@@ -83,12 +83,12 @@ class WhisperConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = "num_mel_bins width num_layers num_heads hidden_width max_positions"
+        sizes = "num_mel_bins hidden_size num_layers num_heads mlp_dim max_positions"
         check_positive(self, sizes.split())
-        check_rates(self, ("dropout", "attention_dropout", "hidden_dropout"))
-        if self.width % self.num_heads or self.width % 2:
+        check_rates(self, ("dropout", "attention_dropout", "activation_dropout"))
+        if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
-                f"WhisperConfig.width={self.width}: must be even and a multiple of "
+                f"WhisperConfig.hidden_size={self.hidden_size}: must be even and a multiple of "
                 f"num_heads={self.num_heads}"
             )
 
@@ -128,13 +128,15 @@ class WhisperConfig:
         return cls(**changes)
 
     @classmethod
-    def _sized(cls, width: int, num_layers: int, num_heads: int, **changes: Any) -> WhisperConfig:
+    def _sized(
+        cls, hidden_size: int, num_layers: int, num_heads: int, **changes: Any
+    ) -> WhisperConfig:
         sizes = {
             "num_mel_bins": 80,
-            "width": width,
+            "hidden_size": hidden_size,
             "num_layers": num_layers,
             "num_heads": num_heads,
-            "hidden_width": 4 * width,
+            "mlp_dim": 4 * hidden_size,
         }
         return cls(**{**sizes, **changes})
 

@@ -21,18 +21,18 @@ from mister_jax.encoders.fields import (
     types_of,
 )
 from mister_jax.encoders.whisper.config import SAMPLES_PER_POSITION, WhisperConfig
-from mister_jax.nn import Stack
+from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 
 
 def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return layer_norm(config.width, 1e-5, config, rngs)
+    return layer_norm(config.hidden_size, 1e-5, config, rngs)
 
 
-def _sinusoids(num_positions: int, width: int) -> np.ndarray:
+def _sinusoids(num_positions: int, hidden_size: int) -> np.ndarray:
     """Sines, then cosines, of wave lengths from 2 pi to 10,000 times that, [N, D] float32."""
-    rates = np.exp(-np.log(10_000) * np.arange(width // 2) / max(1, width // 2 - 1))
+    rates = np.exp(-np.log(10_000) * np.arange(hidden_size // 2) / max(1, hidden_size // 2 - 1))
     angles = np.arange(num_positions)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
@@ -45,21 +45,21 @@ class WhisperLayer(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
         self.attention_norm = _norm(config, rngs)
         self.attention = SelfAttention(
-            width,
+            hidden_size,
             config.num_heads,
             key_bias=False,
             dropout=config.attention_dropout,
             implementation=config.attention_implementation,
             **options,
         )
-        self.hidden_norm = _norm(config, rngs)
-        self.hidden = LoRALinear(width, config.hidden_width, **options)
-        self.out = LoRALinear(config.hidden_width, width, **options)
+        self.mlp_norm = _norm(config, rngs)
+        self.mlp_in = LoRALinear(hidden_size, config.mlp_dim, **options)
+        self.mlp_out = LoRALinear(config.mlp_dim, hidden_size, **options)
         self.dropout = Dropout(config.dropout)
-        self.hidden_dropout = Dropout(config.hidden_dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
 
     def __call__(
         self,
@@ -73,9 +73,9 @@ class WhisperLayer(nnx.Module):
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(self.attention_norm(x), key_mask[:, None, None], **options)
         x = x + self.dropout(attended, **options)
-        hidden = jax.nn.gelu(self.hidden(self.hidden_norm(x), **options), approximate=False)
-        hidden = self.hidden_dropout(hidden, **options)
-        return x + self.dropout(self.out(hidden, **options), **options)
+        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x), **options), approximate=False)
+        hidden = self.activation_dropout(hidden, **options)
+        return x + self.dropout(self.mlp_out(hidden, **options), **options)
 
 
 class Whisper(nnx.Module):
@@ -87,15 +87,17 @@ class Whisper(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
         self.config = config
-        self.convolution = nnx.Conv(config.num_mel_bins, width, (3,), padding=1, **options)
-        self.strided_convolution = nnx.Conv(width, width, (3,), strides=2, padding=1, **options)
+        self.convolution = nnx.Conv(config.num_mel_bins, hidden_size, (3,), padding=1, **options)
+        self.strided_convolution = nnx.Conv(
+            hidden_size, hidden_size, (3,), strides=2, padding=1, **options
+        )
         self.positions = nnx.Param(
-            jnp.asarray(_sinusoids(config.max_positions, width), options["param_dtype"])
+            jnp.asarray(_sinusoids(config.max_positions, hidden_size), options["param_dtype"])
         )
         self.dropout = Dropout(config.dropout)
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda rngs: WhisperLayer(config, rngs=rngs),
             config.num_layers,
             remat=config.remat,
@@ -206,14 +208,14 @@ class Whisper(nnx.Module):
         if deterministic or not self.config.mask_spectrogram:
             return mel
         if rngs is None:
-            raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or DialogueKeys) in training")
+            raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or PerExampleRngs) in training")
         key = rngs.dropout()
         keys = key if key.shape else jax.random.split(key, len(mel))
         mask = frontends.length_mask(lengths, mel.shape[1])
         return augment.mask_spectrogram(mel, mask, keys)
 
     def _run(
-        self, mel: jax.Array, lengths: jax.Array, collect: bool, **options: Any
+        self, mel: jax.Array, lengths: jax.Array, output_hidden_states: bool, **options: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         num_positions = mel.shape[1] // 2
         mel = self._masked(mel, lengths, **options)
@@ -230,5 +232,7 @@ class Whisper(nnx.Module):
         x = self.dropout(x + positions, **options)
         mask = frontends.length_mask(-(-lengths // 2), num_positions)
         key_mask = mask if self.config.trim else jnp.ones_like(mask)
-        last, layers = self.layers(x, key_mask, collect=collect, **options)
+        last, layers = self.layers(
+            x, key_mask, output_hidden_states=output_hidden_states, **options
+        )
         return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

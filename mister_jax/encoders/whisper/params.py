@@ -20,10 +20,10 @@ _LINEARS = {
     "attention/key": "self_attn.k_proj",
     "attention/value": "self_attn.v_proj",
     "attention/out": "self_attn.out_proj",
-    "hidden": "fc1",
-    "out": "fc2",
+    "mlp_in": "fc1",
+    "mlp_out": "fc2",
 }
-_NORMS = {"attention_norm": "self_attn_layer_norm", "hidden_norm": "final_layer_norm"}
+_NORMS = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"}
 _CONVOLUTIONS = {"convolution": "conv1", "strided_convolution": "conv2"}
 
 

@@ -23,7 +23,7 @@ from mister_jax.evaluation.report import charts, summary
 from mister_jax.evaluation.report.charts import element
 from mister_jax.evaluation.report.summary import DRAWS, Bootstrap, Score, SplitPredictions, System
 from mister_jax.io import read_json, write_text
-from mister_jax.metrics import OVERALL
+from mister_jax.metrics import SCORE_NAMES
 from mister_jax.training.loop import read_config
 
 _HERE = epath.resource_path("mister_jax") / "evaluation" / "report"
@@ -376,7 +376,7 @@ def _scores(
                 _named(system),
                 _score(own),
                 drawn,
-                *(_score(system.scores.get(key)) for key in OVERALL[1:]),
+                *(_score(system.scores.get(key)) for key in SCORE_NAMES[1:]),
                 _score(system.difference, signed=True),
                 f"{system.utterances:,}" if system.utterances is not None else _score(None),
             )
@@ -385,7 +385,7 @@ def _scores(
         "predicted by",
         "weighted F1",
         "from 0 to 1",
-        *(_TITLES[key].lower().replace("f1", "F1") for key in OVERALL[1:]),
+        *(_TITLES[key].lower().replace("f1", "F1") for key in SCORE_NAMES[1:]),
         "difference in weighted F1",
         "utterances",
     )

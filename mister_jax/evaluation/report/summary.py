@@ -207,7 +207,7 @@ class System:
     Attributes:
       name: "model", an expert, "majority", or the name of a reference.
       kind: "model", "expert", "majority" or "reference".
-      scores: of `metrics.OVERALL`, those that are known.
+      scores: of `metrics.SCORE_NAMES`, those that are known.
       utterances: that it was scored on; None where unknown.
       difference: its weighted F1 less that of the model, on the same utterances.
     """
@@ -245,10 +245,10 @@ def systems(
             same = bootstrap.scores(np.where(predicted >= 0, evaluated.predicted, MISSING))
             (ours, our_draws), (theirs, their_draws) = own["weighted_f1"], same["weighted_f1"]
             difference = with_interval(ours - theirs, our_draws - their_draws)
-        scores = {key: with_interval(*own[key]) for key in metrics.OVERALL}
+        scores = {key: with_interval(*own[key]) for key in metrics.SCORE_NAMES}
         found.append(System(name, kind, scores, int(own["utterances"][0]), difference))
     for name, values in references.items():
-        known = {key: Score(values[key]) for key in metrics.OVERALL if key in values}
+        known = {key: Score(values[key]) for key in metrics.SCORE_NAMES if key in values}
         found.append(System(name, "reference", known))
     return found
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mister_jax.nn.dropout import DialogueKeys, KeySource
+from mister_jax.nn.dropout import KeySource, PerExampleRngs
 
 Remat = Literal["none", "full", "dots"]
 
@@ -27,8 +27,8 @@ _PLACEMENT: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = conte
 
 
 @contextlib.contextmanager
-def layers_placed(parameters: Constraint, rows: Constraint) -> Iterator[None]:
-    """While a program is traced, where the layers of a `Stack` compute.
+def layer_sharding_constraints(parameters: Constraint, rows: Constraint) -> Iterator[None]:
+    """While a program is traced, where the layers of a `ScannedLayers` compute.
 
     Where kernels are sharded over the devices that share out the rows, too, the compiler would
     otherwise rather move all activations, or add up products with parts of a kernel, than put a
@@ -45,7 +45,7 @@ def layers_placed(parameters: Constraint, rows: Constraint) -> Iterator[None]:
         _PLACEMENT.reset(token)
 
 
-class Stack(nnx.Module):
+class ScannedLayers(nnx.Module):
     """`num_layers` layers, each reading what the one before it gave.
 
     Every parameter of `layers` has a leading axis L. The layers differ in parameters alone.
@@ -85,7 +85,7 @@ class Stack(nnx.Module):
         *inputs: Any,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        collect: bool = False,
+        output_hidden_states: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Runs all layers.
 
@@ -94,10 +94,10 @@ class Stack(nnx.Module):
           *inputs: what every layer is given besides.
           deterministic: no dropout.
           rngs: source of dropout keys; each layer gets its own.
-          collect: give what each layer gave, too.
+          output_hidden_states: give what each layer gave, too.
 
         Returns:
-          What the last layer gave, and if `collect` that of all layers [L, ...], else None.
+          What the last layer gave, and if `output_hidden_states` that of all layers [L, ...], else None.
         """
         graph, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
@@ -109,7 +109,7 @@ class Stack(nnx.Module):
             layer = nnx.merge(graph, place_params(layer_params))
             options = {"deterministic": deterministic, "rngs": _of_layer(key, index)}
             x = place_rows(layer(place_rows(x), *inputs, **options))
-            return x, x if collect else None
+            return x, x if output_hidden_states else None
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=_POLICIES[self.remat], prevent_cse=False)
@@ -120,5 +120,5 @@ def _of_layer(key: jax.Array | None, index: jax.Array) -> KeySource | None:
     if key is None:
         return None
     if key.shape:
-        return DialogueKeys(jax.vmap(jax.random.fold_in, (0, None))(key, index))
+        return PerExampleRngs(jax.vmap(jax.random.fold_in, (0, None))(key, index))
     return nnx.Rngs(dropout=jax.random.fold_in(key, index))

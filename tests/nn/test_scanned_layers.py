@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.nn.dropout import DialogueKeys, Dropout
-from mister_jax.nn.stack import Stack
+from mister_jax.nn.dropout import Dropout, PerExampleRngs
+from mister_jax.nn.scanned_layers import ScannedLayers
 
 
 class Layer(nnx.Module):
@@ -21,7 +21,7 @@ class Layer(nnx.Module):
 
 
 def make(remat="none"):
-    return Stack(Layer, 3, remat=remat, rngs=nnx.Rngs(0))
+    return ScannedLayers(Layer, 3, remat=remat, rngs=nnx.Rngs(0))
 
 
 def in_a_loop(stack, x, shift):
@@ -38,7 +38,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)
 
 def test_runs_layers_in_order():
     stack = make()
-    last, given = stack(X, 0.1, collect=True)
+    last, given = stack(X, 0.1, output_hidden_states=True)
     expected, all_expected = in_a_loop(stack, X, 0.1)
     np.testing.assert_allclose(last, expected, atol=1e-6)
     np.testing.assert_allclose(given, all_expected, atol=1e-6)
@@ -55,9 +55,13 @@ def test_layers_start_with_different_parameters():
 def test_each_layer_drops_units_of_its_own(keys):
     stack = make()
     source = (
-        nnx.Rngs(dropout=0) if keys == "one" else DialogueKeys(jax.random.split(jax.random.key(0)))
+        nnx.Rngs(dropout=0)
+        if keys == "one"
+        else PerExampleRngs(jax.random.split(jax.random.key(0)))
     )
-    _, given = stack(jnp.ones_like(X), 1.0, deterministic=False, rngs=source, collect=True)
+    _, given = stack(
+        jnp.ones_like(X), 1.0, deterministic=False, rngs=source, output_hidden_states=True
+    )
     dropped = np.asarray(given == 0)
     assert dropped.any() and not dropped.all()
     assert (dropped[0] != dropped[1]).any() and (dropped[:, 0] != dropped[:, 1]).any()
@@ -79,6 +83,6 @@ def test_remat_changes_no_gradient(remat):
 
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="0 layers"):
-        Stack(Layer, 0, rngs=nnx.Rngs(0))
+        ScannedLayers(Layer, 0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="allowed: none, full, dots"):
-        Stack(Layer, 2, remat="half", rngs=nnx.Rngs(0))
+        ScannedLayers(Layer, 2, remat="half", rngs=nnx.Rngs(0))
