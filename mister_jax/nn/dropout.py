@@ -1,11 +1,11 @@
-"""Dropout whose mask for a dialogue depends on that dialogue's key alone.
+"""Dropout with one key per example, so that a mask depends on neither batch nor device count.
 
-With one key for a whole batch, the mask of a dialogue changes with its place in the batch and with
-the number of devices. With one key a dialogue, one device and eight devices drop the same units.
+With a single key for the batch, the mask of an example would depend on its position in the batch.
 
-Keys are JAX's own. Which units a key drops is told by a hash of the unit's place and the key, not
-by twenty rounds of Threefry: a mask does not need a cipher, and the programs of a training are
-compiled in two thirds of the time.
+The keys are ordinary JAX keys, but the mask bits come from a cheap hash of (position, key) instead
+of Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not
+need: the bits only have to look independent. The hash makes compilation of a training step a third
+faster.
 """
 
 from __future__ import annotations
@@ -19,37 +19,52 @@ from flax import nnx
 
 
 class KeySource(Protocol):
-    """What layers draw dropout keys from: an `nnx.Rngs` or a `PerExampleRngs`."""
+    """Source of dropout keys: an `nnx.Rngs` or a `PerExampleRngs`."""
 
     def dropout(self) -> jax.Array:
-        """A fresh key: of shape [] for the whole batch, or [B], one a dialogue."""
+        """Returns a new typed key: [] for the whole batch, or [B] with one per example."""
 
 
 class PerExampleRngs:
-    """A stream of dropout keys with one key a dialogue.
+    """Stream of dropout keys with one key per example of the batch.
 
     Args:
-      keys: typed keys [B] (`jax.random.key`), one a dialogue of the batch.
+      keys: Typed keys (`jax.random.key`), [B].
     """
 
     def __init__(self, keys: jax.Array):
         self._keys = keys
-        self._drawn = 0
+        self._num_draws = 0
 
     @classmethod
-    def of_batch(cls, key: jax.Array, size: int, offset: jax.Array | int = 0) -> PerExampleRngs:
-        """Keys for dialogues `offset ... offset + size - 1` of a batch whose key is `key` []."""
-        return cls(jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size)))
+    def from_batch_key(
+        cls, key: jax.Array, batch_size: int, offset: jax.Array | int = 0
+    ) -> PerExampleRngs:
+        """Derives the keys of the examples from one key.
+
+        Args:
+          key: Typed key of the global batch, [].
+          batch_size: Number of examples on this device, B.
+          offset: Position of the first of them in the global batch.
+        """
+        return cls(jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(batch_size)))
 
     def dropout(self) -> jax.Array:
-        """The next keys [B]; each call gives different ones."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._drawn)
-        self._drawn += 1
+        """Returns the next keys, [B]; each call returns different ones."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._num_draws)
+        self._num_draws += 1
         return keys
 
 
 class Dropout(nnx.Module):
-    """Zeroes units with probability `rate` and scales the others by 1 / (1 - rate)."""
+    """Sets units to zero with probability `rate` and scales the others by 1 / (1 - rate).
+
+    Args:
+      rate: Dropout rate, 0 <= rate < 1.
+
+    Raises:
+      ValueError: The rate is out of range.
+    """
 
     def __init__(self, rate: float):
         if not 0.0 <= rate < 1.0:
@@ -64,60 +79,65 @@ class Dropout(nnx.Module):
         rngs: KeySource | None = None,
         padded_shape: tuple[int, ...] | None = None,
     ) -> jax.Array:
-        """Drops units of x [B, ...].
+        """Applies dropout.
 
         Args:
-          padded_shape: Shape to which the caller may pad x, needed if more axes than the first
-            after the keys' are padded; see `random_bits`. Not used with a single key.
+          x: Input, [B, ...].
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys; required if dropout is on.
+          padded_shape: Largest shape that x may be padded to; see `random_bits`. It is needed only
+            if x is padded along several axes, and has an effect only with per-example keys.
+
+        Returns:
+          Result in the shape and dtype of x.
 
         Raises:
-          ValueError: `deterministic` is off, the rate is not 0, and there is no `rngs`.
+          ValueError: Dropout is on and `rngs` is missing.
         """
         if deterministic or self.rate == 0.0:
             return x
         if rngs is None:
             raise ValueError("dropout needs rngs (an nnx.Rngs or PerExampleRngs) in training")
         key = rngs.dropout()
-        dropped = random_bits(key, x.shape, padded_shape if key.ndim else None) < jnp.uint32(
-            self.rate * 2**32
-        )
-        return jnp.where(dropped, 0, x / (1 - self.rate))
+        bits = random_bits(key, x.shape, padded_shape if key.ndim else None)
+        return jnp.where(bits < jnp.uint32(self.rate * 2**32), 0, x / (1 - self.rate))
 
 
 def random_bits(
     key: jax.Array, shape: tuple[int, ...], padded_shape: tuple[int, ...] | None = None
 ) -> jax.Array:
-    """Random bits by a hash, each of a place and a key, for masks and nothing that asks for more.
+    """Hashes every position of an array with its key; good enough for masks, not for sampling.
 
-    Places count along the axes that are not the key's, the last one fastest, so a sequence [T, F]
-    that is padded has the same bits in front. A round of MurmurHash3's finaliser, which changes
-    half of its output's bits with any bit of its input, follows each half of the key.
+    The position is the row-major index within the axes that the key does not cover, so a sequence
+    [T, F] has the same bits when its time axis is padded. If further axes may be padded, the index
+    is taken in `padded_shape`. Each word of the key is mixed in by one round of the MurmurHash3
+    finalizer, in which every input bit flips half of the output bits on average.
 
     Args:
-      key: typed keys of the array's first axes; [] for one key of it all.
-      shape: of the array; of each key less than 2**32 places, beyond which they repeat.
-      padded_shape: shape of a larger array, of which this one has the corner's bits; none if None.
+      key: Typed keys of the leading axes, or one key [] for the whole array.
+      shape: Shape of the array; bits repeat after 2**32 positions of one key.
+      padded_shape: Shape of a larger array whose leading corner is this one; `shape` by default.
 
     Returns:
-      uint32 of the shape.
+      Random bits, uint32 of `shape`.
     """
-    words = jax.random.key_data(key)
+    key_words = jax.random.key_data(key)
     strides = [math.prod((padded_shape or shape)[axis + 1 :]) for axis in range(len(shape))]
-    mixed = jnp.zeros(shape, jnp.uint32)
+    bits = jnp.zeros(shape, jnp.uint32)
     for axis in range(key.ndim, len(shape)):
-        step = strides[axis] * _ODD % 2**32
-        mixed += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
-    for word in range(words.shape[-1]):
-        own = words[..., word].reshape(key.shape + (1,) * (len(shape) - key.ndim))
-        mixed = _finalised(mixed ^ own)
-    return mixed
+        step = strides[axis] * _MULTIPLIER % 2**32
+        bits += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
+    for word in range(key_words.shape[-1]):
+        key_word = key_words[..., word].reshape(key.shape + (1,) * (len(shape) - key.ndim))
+        bits = _murmur3_finalizer(bits ^ key_word)
+    return bits
 
 
-_ODD = 0x9E3779B1  # Neighbours, that differ in the last bits alone, are taken apart first.
+# Spreads neighboring positions, which differ only in their last bits, over all 32 bits.
+_MULTIPLIER = 0x9E3779B1
 
 
-def _finalised(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finaliser of 32 bits."""
+def _murmur3_finalizer(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
