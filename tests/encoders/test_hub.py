@@ -297,7 +297,7 @@ def test_a_mesh_shards_the_kernels_and_changes_no_output(copy):
     mesh = data_mesh(2)
     module, _ = hub.load(copy, mesh=mesh, lora=LORA)
     query = module.layers.layers.attention.query
-    kernel, out = query.kernel[...], module.layers.layers.out.kernel[...]
+    kernel, out = query.kernel[...], module.layers.layers.mlp_out.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 8)}
     assert out.sharding.spec == P(None, "model", "data")
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8

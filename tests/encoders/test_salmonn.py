@@ -100,7 +100,7 @@ def checkpoints(config, golden, golden_beats):
         "beats.encoder.layers.1.self_attn.relative_attention_bias.weight": normal(320, 4),
         f"{LLM}.layers.0.self_attn.rotary_emb.inv_freq": normal(5),
     }
-    rank, width = config.decoder.lora.rank, config.decoder.width
+    rank, width = config.decoder.lora.rank, config.decoder.hidden_size
     for layer in range(config.decoder.num_layers):
         for name in ("q_proj", "v_proj"):
             start = f"{LLM}.layers.{layer}.self_attn.{name}"
