@@ -413,7 +413,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
     prefix = salmonn.PREFIX
     save(root / "beats", save_params(module.beats, beats.key_table(config.beats), prefix=prefix))
     (root / "beats" / "config.json").write_text(json.dumps(described["beats"]))
-    table, kept = salmonn.key_table(config), nnx.Not(salmonn.LEARNED)
+    table, kept = salmonn.key_table(config), nnx.Not(salmonn.TRAINED_PARAMS)
     save(root / "own", save_params(module, table, prefix=prefix, skip=kept))
     places = {name: str(root / name) for name in ("whisper", "beats")}
     return {"name": str(root / "own"), **places, "vicuna": str(llama_folder)}

@@ -176,8 +176,8 @@ def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
 def test_dropping_to_zeros_tells_the_model_nothing(data_dir):  # noqa: F811
     features = data.load("tiny", "train", data_dir)
     standardizer = Standardizer.fit(features.speech[features.speech_present])
-    blanks = {"speech": standardizer.mean, "text": 0.0}
-    dropped = drop(features, 0.5, 0.3, seed=0, blanks=blanks)
+    zero_fill_values = {"speech": standardizer.mean, "text": 0.0}
+    dropped = drop(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
     flagged = drop(features, 0.5, 0.3, seed=0)
     for modality in ("speech", "text"):
         present = getattr(features, f"{modality}_present")

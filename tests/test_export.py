@@ -55,7 +55,7 @@ def sound(folder, workdir, encoder, **options):
     config.encoder.options.update({"dtype": "float32", "param_dtype": "float32", "remat": "none"})
     config.encoder.options.update(options)
     config.head.feature_dim = 4
-    described = speech.describe(speech.SpeechFiles(str(folder)))
+    described = speech.read_backbone_config(speech.SpeechFiles(str(folder)))
     return tuned(workdir, SpeechEncoderTask, config, described)
 
 
@@ -143,7 +143,7 @@ def loaded(folder, kind, **options):
     if kind in ("bert", "llama", "int8"):
         return hub.load(folder, **options)[0]
     files = speech.SpeechFiles(str(folder))
-    return speech.load(files, speech.describe(files), **options)
+    return speech.load_speech_encoder(files, speech.read_backbone_config(files), **options)
 
 
 @pytest.mark.parametrize("kind", ["int8", "qwen"])

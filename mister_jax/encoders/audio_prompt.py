@@ -111,13 +111,13 @@ class PromptedSpeech(nnx.Module):
     Args:
       model: called with clips, lengths, prompts and their mask, gives an `AudioPromptOutput`.
       prompt: its tokens, one of them the placeholder.
-      whole: all positions count as the clip's, those of the prompt too; else those of its audio.
+      pool_over_prompt: all positions count as the clip's, those of the prompt too; else those of its audio.
     """
 
-    def __init__(self, model: Any, prompt: Sequence[int], *, whole: bool = False):
+    def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
         self.model = model
         self.prompt = tuple(prompt)
-        self.whole = whole
+        self.pool_over_prompt = pool_over_prompt
 
     @property
     def config(self) -> Any:
@@ -130,4 +130,4 @@ class PromptedSpeech(nnx.Module):
         """Hidden states [B, N, D], and true at those to be read [B, N] bool, of [B, S] and [B]."""
         prompt = jnp.broadcast_to(jnp.array(self.prompt), (len(waveform), len(self.prompt)))
         output = self.model(waveform, lengths, prompt, jnp.ones(prompt.shape, bool), **options)
-        return output.hidden, output.mask if self.whole else output.audio_mask
+        return output.hidden, output.mask if self.pool_over_prompt else output.audio_mask

@@ -48,7 +48,7 @@ def frames(waveform: jax.Array, size: int, step: int, count: int) -> jax.Array:
 
 
 @jax.jit
-def normalise(waveform: jax.Array, lengths: jax.Array) -> jax.Array:
+def normalize(waveform: jax.Array, lengths: jax.Array) -> jax.Array:
     """Zero mean and unit variance over each clip's samples, as wav2vec 2.0 reads it.
 
     Args:

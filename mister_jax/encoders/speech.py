@@ -82,7 +82,7 @@ class SpeechFiles:
         return hub.fingerprint(hub.fetch(self.name))
 
 
-def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
+def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
     """What a speech encoder is: JSON values, from which `make` makes it without its files.
 
     Args:
@@ -93,7 +93,7 @@ def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
       InputError: files that cannot be read, an encoder of text, or a prompt it has no use for.
     """
     if files.is_salmonn:
-        described = _describe_salmonn(files)
+        described = _read_salmonn_config(files)
         config = SalmonnConfig.from_parts(described)
         tokenizer = hub.load_processor(hub.fetch(files.vicuna), config.decoder)
         asked = prompt or _SALMONN_PROMPT
@@ -113,19 +113,19 @@ def describe(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
 
 
 def is_llm(described: Mapping[str, Any]) -> bool:
-    """A language model is part of what `describe` described."""
+    """A language model is part of what `read_backbone_config` described."""
     return PROMPT_TOKENS in described
 
 
-def make(
-    described: Mapping[str, Any], *, rngs: nnx.Rngs, whole: bool = False, **changes: Any
+def make_speech_encoder(
+    described: Mapping[str, Any], *, rngs: nnx.Rngs, pool_over_prompt: bool = False, **changes: Any
 ) -> nnx.Module:
     """A speech encoder with random parameters; may be traced, reads no file.
 
     Args:
-      described: of `describe`.
+      described: of `read_backbone_config`.
       rngs: for the parameters.
-      whole: see `PromptedSpeech`; of an LLM alone.
+      pool_over_prompt: see `PromptedSpeech`; of an LLM alone.
       **changes: further fields of the architecture's config.
 
     Returns:
@@ -135,16 +135,16 @@ def make(
         module: nnx.Module = Salmonn(SalmonnConfig.from_parts(described, **changes), rngs=rngs)
     else:
         module = hub.make(described, rngs=rngs, **changes)
-    return _prompted(module, described, whole)
+    return _prompted(module, described, pool_over_prompt)
 
 
-def load(
+def load_speech_encoder(
     files: SpeechFiles,
     described: Mapping[str, Any],
     *,
     mesh: Mesh | None = None,
     seed: int = 0,
-    whole: bool = False,
+    pool_over_prompt: bool = False,
     adapter: str | None = None,
     **changes: Any,
 ) -> nnx.Module:
@@ -152,10 +152,10 @@ def load(
 
     Args:
       files: where they are.
-      described: of `describe`.
+      described: of `read_backbone_config`.
       mesh: to place the parameters on; by default the first device.
       seed: of low-rank paths that no checkpoint holds.
-      whole: see `make`.
+      pool_over_prompt: see `make`.
       adapter: see `hub.load`; of all but SALMONN.
       **changes: see `make`.
 
@@ -165,14 +165,14 @@ def load(
     if not files.is_salmonn:
         folder = hub.fetch(files.name)
         module = hub.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
-        return _prompted(module, described, whole)
+        return _prompted(module, described, pool_over_prompt)
     if adapter:
         raise InputError(f"{adapter}: an adapter, and SALMONN comes with its own; leave it out")
     config = SalmonnConfig.from_parts(described, **changes)
     shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
     params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))
     shardings = None if mesh is None else sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
-    module = salmonn.load(
+    module = salmonn.load_salmonn(
         shapes,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),
         beats=Checkpoint.open(files.beats),
@@ -180,10 +180,10 @@ def load(
         salmonn=Checkpoint.open(files.name),
         shardings=shardings,
     )
-    return _prompted(module, described, whole)
+    return _prompted(module, described, pool_over_prompt)
 
 
-def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
+def _read_salmonn_config(files: SpeechFiles) -> dict[str, Any]:
     """What `SalmonnConfig.from_parts` reads."""
     beats, learned = Checkpoint.open(files.beats), Checkpoint.open(files.name)
     cfg = beats.metadata.get("cfg") or hub.read_config(beats.path.parent)
@@ -213,18 +213,20 @@ def _describe_salmonn(files: SpeechFiles) -> dict[str, Any]:
     }
 
 
-def _prompted(module: nnx.Module, described: Mapping[str, Any], whole: bool) -> nnx.Module:
+def _prompted(
+    module: nnx.Module, described: Mapping[str, Any], pool_over_prompt: bool
+) -> nnx.Module:
     if not is_llm(described):
         return module
-    return PromptedSpeech(module, described[PROMPT_TOKENS], whole=whole)
+    return PromptedSpeech(module, described[PROMPT_TOKENS], pool_over_prompt=pool_over_prompt)
 
 
-def trimming(described: Mapping[str, Any], trim: bool) -> dict[str, bool]:
+def trim_kwargs(described: Mapping[str, Any], trim: bool) -> dict[str, bool]:
     """`changes` for `make` and `load` that decide on `WhisperConfig.trim`; of others, none."""
     return {"trim": trim} if described["model_type"] == "whisper" else {}
 
 
-def learned_paths(described: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+def trainable_paths(described: Mapping[str, Any]) -> dict[str, LoRAConfig]:
     """`changes` for `make` and `load` that give SALMONN the low-rank paths of its checkpoint.
 
     Of other encoders, none.
@@ -244,7 +246,7 @@ def check_spectrogram(described: Mapping[str, Any]) -> None:
         )
 
 
-def hears_whole(module: Any) -> bool:
+def has_fixed_input_length(module: Any) -> bool:
     """A clip costs an encoder as much as the longest it has positions for."""
     config = module.config
     return isinstance(config, SalmonnConfig) or not getattr(config, "trim", True)

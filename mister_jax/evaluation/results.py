@@ -386,7 +386,7 @@ def drop(
     drop_text: float,
     seed: int,
     *,
-    blanks: Mapping[str, np.ndarray | float] | None = None,
+    zero_fill_values: Mapping[str, np.ndarray | float] | None = None,
 ) -> DialogueFeatures:
     """Features whose utterances have lost each modality independently, flagged as missing.
 
@@ -395,18 +395,18 @@ def drop(
       drop_speech: probability that an utterance loses its speech.
       drop_text: likewise its text.
       seed: of the draw.
-      blanks: of "speech" and "text" the vector [D] (or number) that stands for a lost one, which
+      zero_fill_values: of "speech" and "text" the vector [D] (or number) that stands for a lost one, which
         is then not flagged; without them it is.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
     changes = {}
     for modality, row, rate in zip(MODALITIES, draw, (drop_speech, drop_text), strict=True):
-        if blanks is None:
+        if zero_fill_values is None:
             name, kept = f"{modality}_present", getattr(features, f"{modality}_present")
             changes[name] = kept & (row >= rate)
         else:
             vectors = getattr(features, modality)
-            blanked = np.where((row < rate)[:, None], blanks[modality], vectors)
+            blanked = np.where((row < rate)[:, None], zero_fill_values[modality], vectors)
             changes[modality] = blanked.astype(vectors.dtype)
     return dataclasses.replace(features, **changes)
 
@@ -462,8 +462,8 @@ def missing_modality_study(
     if not isinstance(features, DialogueFeatures):
         raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
     pairs = list(zip(*paired, strict=True))
-    blanks = predictor.task.blanks() if as_zeros else None
-    study = _study(predictor, features, pairs, draws, blanks, quiet=quiet)
+    zero_fill_values = predictor.task.zero_fill_values() if as_zeros else None
+    study = _study(predictor, features, pairs, draws, zero_fill_values, quiet=quiet)
     if jax.process_index() == 0:
         output = epath.Path(workdir if output is None else output)
         output.mkdir(parents=True, exist_ok=True)
@@ -476,7 +476,7 @@ def _study(
     features: DialogueFeatures,
     pairs: Sequence[tuple[float, float]],
     draws: int,
-    blanks: Mapping[str, np.ndarray | float] | None = None,
+    zero_fill_values: Mapping[str, np.ndarray | float] | None = None,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -495,7 +495,7 @@ def _study(
         for speech_rate, text_rate in pairs:
             values: list[float] = []
             for draw in range(draws):
-                values += scored(drop(features, speech_rate, text_rate, draw, blanks=blanks))
+                values += scored(drop(features, speech_rate, text_rate, draw, zero_fill_values=zero_fill_values))
                 reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
             mean, deviation = mean_and_deviation(values)
             points.append(

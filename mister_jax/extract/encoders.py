@@ -92,7 +92,7 @@ class TunedEncoder(_Encoder):
         if isinstance(task, TextEncoderTask):
             self.input = TextInput(task.encode, task.options.max_tokens)
         elif isinstance(task, SpeechEncoderTask):
-            self.input = SpeechInput(task.options.max_seconds, whole=task.whole)
+            self.input = SpeechInput(task.options.max_seconds, pads_to_max=task.pads_to_max)
         else:
             raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
         config = epath.Path(workdir) / "config.json"
@@ -172,7 +172,9 @@ class PretrainedText(_Released):
         folder = hub.fetch(name)
         hub.architecture_of(hub.read_config(folder), name, "text")
         with _room_for(name, dtype):
-            module, tokenizer = hub.load(folder, mesh=partitioner.mesh, adapter=adapter or None, **types)
+            module, tokenizer = hub.load(
+                folder, mesh=partitioner.mesh, adapter=adapter or None, **types
+            )
         check_max_tokens(module, max_tokens)
 
         def encode(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
@@ -234,20 +236,22 @@ class PretrainedSpeech(_Released):
         partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         files = speech.SpeechFiles(name, whisper, beats, vicuna)
-        described = speech.describe(files, prompt)
-        trimming = speech.trimming(described, trim)
-        if not trim and not trimming:
+        described = speech.read_backbone_config(files, prompt)
+        trim_kwargs = speech.trim_kwargs(described, trim)
+        if not trim and not trim_kwargs:
             raise InputError(f"{name}: trim=False; allowed: True, it is not Whisper")
-        changes = {**types, **trimming, **speech.learned_paths(described)}
+        changes = {**types, **trim_kwargs, **speech.trainable_paths(described)}
         # Before its weights are read, which may take minutes.
-        shapes = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
+        shapes = nnx.eval_shape(
+            lambda: speech.make_speech_encoder(described, rngs=nnx.Rngs(0), **changes)
+        )
         longest = speech.max_seconds(shapes)
         if windows and longest is None:
             raise InputError(f"{name}: windows; allowed for encoders with a fixed window")
         if max_seconds is not None:
             speech.check_seconds(max_seconds, shapes)
         with _room_for(name, dtype):
-            module: Any = speech.load(
+            module: Any = speech.load_speech_encoder(
                 files, described, mesh=partitioner.mesh, adapter=adapter or None, **changes
             )
 
@@ -270,7 +274,7 @@ class PretrainedSpeech(_Released):
         }
         source = SpeechInput(
             max_seconds or longest or speech.LONGEST_SECONDS,
-            whole=speech.hears_whole(module),
+            pads_to_max=speech.has_fixed_input_length(module),
             split=windows,
         )
         identity = _with_adapter(identity, adapter)

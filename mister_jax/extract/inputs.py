@@ -115,17 +115,17 @@ class SpeechInput:
 
     Args:
       max_seconds: Seconds of a clip that a batch holds; longer clips lose their end.
-      whole: Each clip costs as much as the longest, so all are padded to it.
+      pads_to_max: Each clip costs as much as the longest, so all are padded to it.
       split: Split longer clips into windows of equal length instead.
     """
 
     modality, unit, budget, scale = "speech", "s of audio", SECONDS_BUDGET, 10
 
-    def __init__(self, max_seconds: float, *, whole: bool = False, split: bool = False):
+    def __init__(self, max_seconds: float, *, pads_to_max: bool = False, split: bool = False):
         self._most = round(max_seconds * data.SAMPLE_RATE)
         self.max_samples = None if split else self._most
         self.longest = -(-self._most // UNIT)
-        self.steps: tuple[int, ...] = () if whole else _TENTHS
+        self.steps: tuple[int, ...] = () if pads_to_max else _TENTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         return load_clips(dataset, split, data_dir, self.max_samples)

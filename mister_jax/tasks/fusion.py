@@ -213,7 +213,7 @@ class FusionTask:
         )
         return FeatureSplit(features, plan, self._data_seed, shuffle)
 
-    def blanks(self) -> dict[str, np.ndarray | float]:
+    def zero_fill_values(self) -> dict[str, np.ndarray | float]:
         """The features, by modality, of which the model reads zeros: [D], or 0 for all."""
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0

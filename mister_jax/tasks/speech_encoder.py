@@ -93,15 +93,15 @@ class SpeechEncoderTask(EncoderTask):
 
     @classmethod
     def described(cls, options: SpeechEncoderOptions) -> dict[str, Any]:
-        return speech.describe(options.files, options.prompt)
+        return speech.read_backbone_config(options.files, options.prompt)
 
     def fingerprint(self) -> str:
         return self.options.files.fingerprint()
 
     @property
-    def whole(self) -> bool:
+    def pads_to_max(self) -> bool:
         """A clip costs the backbone as much as the longest it has positions for."""
-        return speech.hears_whole(self._shapes)
+        return speech.has_fixed_input_length(self._shapes)
 
     def _check_backbone(self, backbone: Any) -> None:
         self.options.check_seconds(backbone)
@@ -119,7 +119,7 @@ class SpeechEncoderTask(EncoderTask):
 
     def _changes(self) -> dict[str, Any]:
         options, described = self.options, self._described
-        changes = super()._changes() | speech.trimming(described, options.trim)
+        changes = super()._changes() | speech.trim_kwargs(described, options.trim)
         through_lora = options.tower == "lora" and not options.full
         tower: dict[str, Any] = {"lora": self.lora if through_lora else None}
         if options.mask_spectrogram:
@@ -130,16 +130,18 @@ class SpeechEncoderTask(EncoderTask):
         return changes | tower
 
     def _backbone(self, key: jax.Array) -> nnx.Module:
-        rngs, whole = nnx.Rngs(key), self.options.pool_prompt
-        return speech.make(self._described, rngs=rngs, whole=whole, **self._changes())
+        rngs, pool_over_prompt = nnx.Rngs(key), self.options.pool_prompt
+        return speech.make_speech_encoder(
+            self._described, rngs=rngs, pool_over_prompt=pool_over_prompt, **self._changes()
+        )
 
     def _loaded_backbone(self, mesh: Mesh | None, seed: int) -> Any:
-        return speech.load(
+        return speech.load_speech_encoder(
             self.options.files,
             self._described,
             mesh=mesh,
             seed=seed,
-            whole=self.options.pool_prompt,
+            pool_over_prompt=self.options.pool_prompt,
             **self._changes(),
         )
 

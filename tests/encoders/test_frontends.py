@@ -86,7 +86,7 @@ def test_odd_clips_give_finite_values(kind, samples):
     waveform, lengths = padded([samples], max(len(samples), 1))
     for values in (
         frontends.log_mel(waveform, lengths, window_frames=100),
-        frontends.normalise(waveform, lengths),
+        frontends.normalize(waveform, lengths),
         frontends.kaldi_fbank(jnp.nan_to_num(waveform)),
     ):
         assert np.isfinite(values).all()
@@ -122,7 +122,7 @@ def test_fbank_has_a_frame_even_if_no_clip_has():
 def test_normalised_clips_have_zero_mean_and_unit_variance():
     clips = [clip(5000), 0.001 * clip(700), ODD["one sample"], ODD["silence"], ODD["empty"]]
     waveform, lengths = padded(clips, 5000)
-    normal = np.asarray(frontends.normalise(waveform, lengths))
+    normal = np.asarray(frontends.normalize(waveform, lengths))
     for row, samples in zip(normal[:3], clips, strict=False):
         expected = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
         np.testing.assert_allclose(row[: len(samples)], expected, atol=1e-4)
@@ -130,7 +130,7 @@ def test_normalised_clips_have_zero_mean_and_unit_variance():
     np.testing.assert_array_equal(normal[3:], 0)
 
 
-@pytest.mark.parametrize("front_end", [frontends.log_mel, frontends.normalise])
+@pytest.mark.parametrize("front_end", [frontends.log_mel, frontends.normalize])
 def test_a_clip_gives_the_same_alone_and_in_any_batch(front_end):
     samples = clip(2777)
     alone = front_end(*padded([samples], 2777))[0]

@@ -126,7 +126,7 @@ def abstract(config):
 
 @pytest.fixture(scope="module")
 def model(config, checkpoints):
-    return salmonn.load(abstract(config), **checkpoints)
+    return salmonn.load_salmonn(abstract(config), **checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_tensors_that_do_not_fit_are_named(config, checkpoints):
     def load(part, **changes):
         tensors = {**checkpoints[part], **changes}
         tensors = {name: value for name, value in tensors.items() if value is not None}
-        salmonn.load(abstract(config), **{**checkpoints, part: tensors})
+        salmonn.load_salmonn(abstract(config), **{**checkpoints, part: tensors})
 
     lora = f"model.{LLM}.layers.1.self_attn.v_proj.lora_B.default.weight"
     wrong = {lora: None, "model.ln_speech.bias": None, "model.surplus": np.zeros(1)}
@@ -288,7 +288,10 @@ def test_tensors_that_do_not_fit_are_named(config, checkpoints):
 
 def test_learned_parameters_are_saved_under_the_released_names(model, checkpoints):
     tensors = save_params(
-        model, salmonn.key_table(model.config), prefix=salmonn.PREFIX, skip=nnx.Not(salmonn.LEARNED)
+        model,
+        salmonn.key_table(model.config),
+        prefix=salmonn.PREFIX,
+        skip=nnx.Not(salmonn.TRAINED_PARAMS),
     )
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor[...], checkpoints["salmonn"][name], err_msg=name)
@@ -303,7 +306,7 @@ def test_presets_have_the_released_sizes():
     ):
         config = preset(dtype="bfloat16", param_dtype="bfloat16")
         assert config.num_speech_tokens == 88 and config.decoder.num_layers == layers
-        state = nnx.state(abstract(config), salmonn.LEARNED)
+        state = nnx.state(abstract(config), salmonn.TRAINED_PARAMS)
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == learned
         for part in (config.whisper, config.beats, config.qformer, config.decoder):
             assert (part.dtype, part.param_dtype) == ("bfloat16", "bfloat16")

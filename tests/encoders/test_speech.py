@@ -38,14 +38,14 @@ def run(module, *inputs):
 
 
 def test_an_llm_hears_every_clip_in_its_prompt(files, waveform):
-    described = json.loads(json.dumps(speech.describe(files)))
-    module = speech.load(files, described, lora=LORA)
+    described = json.loads(json.dumps(speech.read_backbone_config(files)))
+    module = speech.load_speech_encoder(files, described, lora=LORA)
     hidden, mask = run(module, waveform, LENGTHS)
     prompt = np.tile(described["prompt_tokens"], (3, 1))
     expected = run(module.model, waveform, LENGTHS, prompt, np.ones(prompt.shape, bool))
     np.testing.assert_array_equal(mask, expected.audio_mask)
     np.testing.assert_allclose(hidden[mask], expected.hidden[mask], atol=1e-5)
-    whole = speech.load(files, described, whole=True, lora=LORA)
+    whole = speech.load_speech_encoder(files, described, pool_over_prompt=True, lora=LORA)
     _, all_of_it = run(whole, waveform, LENGTHS)
     np.testing.assert_array_equal(all_of_it.sum(1), mask.sum(1) + prompt.shape[1] - 1)
     assert mask.any(1).all()
@@ -54,19 +54,19 @@ def test_an_llm_hears_every_clip_in_its_prompt(files, waveform):
 
 
 def test_another_question_gives_other_hidden_states(files, waveform):
-    usual = speech.describe(files)
+    usual = speech.read_backbone_config(files)
     placeholder = "" if files.is_salmonn else "<|AUDIO|>"
-    other = speech.describe(files, f"{placeholder}are you happy")
+    other = speech.read_backbone_config(files, f"{placeholder}are you happy")
     assert usual["prompt_tokens"] != other["prompt_tokens"]
     if files.is_salmonn:
         return
     with pytest.raises(InputError, match=r"0 tokens .* allowed is one"):
-        speech.describe(files, "are you happy")
+        speech.read_backbone_config(files, "are you happy")
 
 
 def test_padding_and_batch_mates_do_not_change_features(files, waveform):
-    described = speech.describe(files)
-    module = speech.load(files, described, lora=LORA)
+    described = speech.read_backbone_config(files)
+    module = speech.load_speech_encoder(files, described, lora=LORA)
     together = masked_mean(*run(module, waveform, LENGTHS))
     assert np.isfinite(together).all()
     wider = np.pad(waveform[:1], ((0, 0), (0, 1600)), constant_values=np.nan)
@@ -77,13 +77,15 @@ def test_padding_and_batch_mates_do_not_change_features(files, waveform):
 @pytest.mark.devices
 def test_what_is_described_is_what_is_loaded(files):
     """Of the same structure, so that a checkpoint of a training fits; and spread over devices."""
-    described = json.loads(json.dumps(speech.describe(files)))
+    described = json.loads(json.dumps(speech.read_backbone_config(files)))
     changes = {"lora": LORA, "tower": {"mask_spectrogram": True}}
-    made = nnx.eval_shape(lambda: speech.make(described, rngs=nnx.Rngs(0), **changes))
-    loaded = speech.load(files, described, mesh=data_mesh(2), **changes)
+    made = nnx.eval_shape(
+        lambda: speech.make_speech_encoder(described, rngs=nnx.Rngs(0), **changes)
+    )
+    loaded = speech.load_speech_encoder(files, described, mesh=data_mesh(2), **changes)
     assert nnx.graphdef(made) == nnx.graphdef(loaded)
     assert speech.is_llm(described) and made.config.hidden_size == 16
-    assert speech.hears_whole(made) == files.is_salmonn
+    assert speech.has_fixed_input_length(made) == files.is_salmonn
     longest = made.config.max_samples / 16_000
     speech.check_seconds(longest, made)
     with pytest.raises(InputError, match=f"allowed: 0.1 to {longest:g}, as the encoder has"):
@@ -98,7 +100,7 @@ def test_seconds_that_cannot_be_are_refused(seconds):
 
 def test_released_low_rank_paths_of_salmonn_are_loaded(salmonn_options):
     files = speech.SpeechFiles(**salmonn_options)
-    module = speech.load(files, speech.describe(files), lora=LORA)
+    module = speech.load_speech_encoder(files, speech.read_backbone_config(files), lora=LORA)
     own = Checkpoint.open(salmonn_options["name"])
     name = (
         "model.llama_model.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
@@ -124,8 +126,11 @@ def test_salmonn_is_read_from_files_of_pytorch(salmonn_options, tmp_path):
     own = write(tmp_path / "own.pth", salmonn_options["name"], epoch=3)
     released = speech.SpeechFiles(**salmonn_options | {"name": own, "beats": beats})
     files = speech.SpeechFiles(**salmonn_options)
-    assert speech.describe(released) == speech.describe(files)
-    modules = [speech.load(some, speech.describe(some), lora=LORA) for some in (released, files)]
+    assert speech.read_backbone_config(released) == speech.read_backbone_config(files)
+    modules = [
+        speech.load_speech_encoder(some, speech.read_backbone_config(some), lora=LORA)
+        for some in (released, files)
+    ]
     for one, other in zip(*(jax.tree.leaves(nnx.state(module)) for module in modules), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -134,7 +139,7 @@ def test_files_of_salmonn_that_cannot_be_used_are_said(salmonn_options, whisper_
     def refused(message, **changes):
         with pytest.raises(InputError, match=message) as error:
             files = speech.SpeechFiles(**salmonn_options | changes)
-            speech.load(files, speech.describe(files), lora=LORA)
+            speech.load_speech_encoder(files, speech.read_backbone_config(files), lora=LORA)
         assert "\n" not in str(error.value)
 
     refused("gone: no such file or folder", name=str(tmp_path / "gone"))
@@ -166,12 +171,12 @@ def other(tmp_path):
 
 def test_whisper_may_hear_whole_windows(whisper_folder, waveform):
     files = speech.SpeechFiles(str(whisper_folder))
-    described = speech.describe(files)
+    described = speech.read_backbone_config(files)
     assert not speech.is_llm(described)
     for trim in (True, False):
-        changes = speech.trimming(described, trim)
-        module = speech.load(files, described, **changes)
-        assert speech.hears_whole(module) != trim
+        changes = speech.trim_kwargs(described, trim)
+        module = speech.load_speech_encoder(files, described, **changes)
+        assert speech.has_fixed_input_length(module) != trim
         hidden, _ = run(module, waveform[:1, :9000], LENGTHS[:1])
         assert hidden.shape[1] == (29 if trim else 40)
     assert hub.fingerprint(whisper_folder) == files.fingerprint()

@@ -457,7 +457,7 @@ def test_the_input_is_normalized_as_the_saved_processor_says(
     processor.save_pretrained(tmp_path)
     assert not (tmp_path / "preprocessor_config.json").exists()
     module = load(tmp_path, model_type)
-    assert module.config.normalise is do_normalize
+    assert module.config.normalize is do_normalize
     assert_equal_hidden(module, model, torch_hidden(model, do_normalize))
 
 

@@ -281,7 +281,7 @@ def test_equals_transformers_with_other_weights_and_clips(name):
     samples = reference.clips((2000, 30, 1234, 555), seed=1)
     layers, mask = run_layers(ours, *padded(samples, 2000))
     for index, clip in enumerate(samples):
-        expected = reference.hidden_states(theirs, clip, config.normalise)
+        expected = reference.hidden_states(theirs, clip, config.normalize)
         np.testing.assert_allclose(layers[:, index][:, mask[index]], expected, atol=1e-4)
 
 

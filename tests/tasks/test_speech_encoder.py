@@ -415,4 +415,4 @@ def test_what_an_llm_hears_through_is_trained_where_asked(llm):
 def test_an_llm_pools_over_audio_or_all_positions(llm):
     for pool_prompt in (False, True):
         task = llm(pool_prompt=pool_prompt)
-        assert nnx.eval_shape(lambda task=task: make(task)).backbone.whole == pool_prompt
+        assert nnx.eval_shape(lambda task=task: make(task)).backbone.pool_over_prompt == pool_prompt

@@ -136,7 +136,7 @@ class SalmonnConfig:
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
-        """Reads what is known of the four checkpoints, see `speech.describe`.
+        """Reads what is known of the four checkpoints, see `speech.read_backbone_config`.
 
         Args:
           described: content of "whisper"'s and "vicuna"'s config.json, the "cfg" of "beats" and the

@@ -85,7 +85,7 @@ def qformer_key_table(config: QFormerConfig) -> KeyTable:
 
 
 def key_table(config: SalmonnConfig) -> KeyTable:
-    """Returns the tensor names of SALMONN's file for the `LEARNED` parameters of a `Salmonn`."""
+    """Returns the tensor names of SALMONN's file for the `TRAINED_PARAMS` parameters of a `Salmonn`."""
     table = {
         f"qformer/{path}": source for path, source in qformer_key_table(config.qformer).items()
     }
@@ -102,7 +102,7 @@ def key_table(config: SalmonnConfig) -> KeyTable:
     return table
 
 
-def load(
+def load_salmonn(
     module: Salmonn,
     *,
     whisper: Mapping[str, Tensor],
@@ -131,7 +131,9 @@ def load(
     """
     config = module.config
 
-    def fill(part: str, table: KeyTable, load: Callable[..., Any], *options: Any, **more: Any):
+    def fill(
+        part: str, table: KeyTable, load_salmonn: Callable[..., Any], *options: Any, **more: Any
+    ):
         part_table = {f"{part}/{path}": source for path, source in table.items()}
         skip = nnx.Any(nnx.Not(_within(part)), nnx.LoRAParam)
         load(module, part_table, *options, shardings=shardings, skip=skip, **more)
@@ -165,7 +167,7 @@ def load(
         prefix=PREFIX,
         ignore=IGNORED,
         shardings=shardings,
-        skip=nnx.Not(LEARNED),
+        skip=nnx.Not(TRAINED_PARAMS),
     )
 
 
@@ -174,4 +176,4 @@ def _within(part: str) -> Callable[[tuple[Any, ...], Any], bool]:
 
 
 # NNX filter of the parameters in SALMONN's file, which `key_table` describes.
-LEARNED = nnx.Any(_within("qformer"), nnx.LoRAParam)
+TRAINED_PARAMS = nnx.Any(_within("qformer"), nnx.LoRAParam)

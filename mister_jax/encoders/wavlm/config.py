@@ -77,7 +77,7 @@ class WavLMConfig:
       max_distance: Distance from which on relative positions share a bucket.
       norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
         large models, instead of following each residual.
-      normalise: Whether the waveform is normalized to zero mean and unit variance. The feature
+      normalize: Whether the waveform is normalized to zero mean and unit variance. The feature
         extractor of a model says what it was trained with (`do_normalize`).
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
@@ -108,7 +108,7 @@ class WavLMConfig:
     num_buckets: int = 320
     max_distance: int = 800
     norm_first: bool = False
-    normalise: bool = False
+    normalize: bool = False
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -150,12 +150,12 @@ class WavLMConfig:
     @classmethod
     def wav2vec2_base(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of wav2vec 2.0 Base (94 M parameters), with `changes`."""
-        return cls(**{"num_buckets": 0, "normalise": True, **changes})
+        return cls(**{"num_buckets": 0, "normalize": True, **changes})
 
     @classmethod
     def hubert_base(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of HuBERT Base (94 M parameters), with `changes`."""
-        return cls(**{"num_buckets": 0, "normalise": True, **changes})
+        return cls(**{"num_buckets": 0, "normalize": True, **changes})
 
     @classmethod
     def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
@@ -185,7 +185,7 @@ class WavLMConfig:
     @classmethod
     def wavlm_large(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of WavLM Large (315 M parameters), with `changes`."""
-        norms = {"conv_norm": "layer", "norm_first": True, "normalise": True}
+        norms = {"conv_norm": "layer", "norm_first": True, "normalize": True}
         return cls(**{**_LARGE, **norms, **changes})
 
     @classmethod
@@ -210,7 +210,7 @@ class WavLMConfig:
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["conv_norm"] == "layer"
-        fields |= read(config, {"normalise": ("do_normalize", published)})
+        fields |= read(config, {"normalize": ("do_normalize", published)})
         try:
             return cls(**{**fields, **changes})
         except ValueError as error:

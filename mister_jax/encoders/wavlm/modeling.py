@@ -337,8 +337,8 @@ class WavLM(nnx.Module):
         short = max(0, config.frame_size - waveform.shape[1])
         lengths = jnp.minimum(lengths, waveform.shape[1])
         waveform = jnp.pad(waveform, ((0, 0), (0, short)))
-        if config.normalise:
-            waveform = frontends.normalise(waveform, lengths)
+        if config.normalize:
+            waveform = frontends.normalize(waveform, lengths)
         else:
             waveform = jnp.where(frontends.length_mask(lengths, waveform.shape[1]), waveform, 0)
         x = self.waveform_encoder(waveform, lengths)  # B N C
