@@ -1,9 +1,9 @@
-"""The error for what a user gave and the library cannot use."""
+"""Error for invalid user input."""
 
 
 class InputError(ValueError):
-    """A file, a value or a name from the user cannot be used.
+    """Raised if a file, value or name given by the user cannot be used.
 
-    The message is one line and says what is wrong, where, and what is allowed. The scripts in
-    `launch/` print it without a traceback.
+    The message is one line that says what is wrong, where, and what is allowed. The command line
+    prints it without a traceback.
     """

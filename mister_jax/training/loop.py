@@ -36,7 +36,7 @@ from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import mean_and_deviation
-from mister_jax.optim import OptimizerConfig, learning_rate, make_optimizer, params_for_evaluation
+from mister_jax.optim import OptimizerConfig, make_optimizer, params_for_evaluation
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes
 from mister_jax.parallel.partitioning import (
@@ -171,7 +171,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, quiet: bool = False) -
             validation=validation,
             step=partitioner.compile_step(multi_seed.vmap_over_seeds(step, len(chosen))),
             judge=partitioner.compile_eval(multi_seed.vmap_over_seeds(judge, len(chosen))),
-            rate=learning_rate(optimizer_config, total_steps),
+            rate=optimizer_config.make_schedule(total_steps),
         )
         with Checkpoints(workdir) as checkpoints, terminated() as stop:
             return loop.run(state, checkpoints, stop, quiet)

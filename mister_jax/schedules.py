@@ -1,0 +1,31 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import optax
+
+ScheduleName = Literal["constant", "cosine"]
+
+
+def learning_rate_schedule(
+    peak: float, total_steps: int, *, name: ScheduleName = "constant", warmup_fraction: float = 0.0
+) -> optax.Schedule:
+    """Returns a schedule that warms up linearly from zero and then stays constant or decays.
+
+    Args:
+      peak: Learning rate after the warmup.
+      total_steps: Number of training steps, including the warmup.
+      name: Shape after the warmup: "constant", or "cosine", which reaches zero at `total_steps`.
+      warmup_fraction: Share of the steps used for the warmup, 0 <= fraction < 1.
+    """
+    warmup_steps = round(warmup_fraction * total_steps)
+    if name == "cosine":
+        schedule = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
+    else:
+        schedule = optax.constant_schedule(peak)
+    if not warmup_steps:
+        return schedule
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, schedule], [warmup_steps])
