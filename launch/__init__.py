@@ -4,29 +4,13 @@ import contextlib
 import logging
 import os
 import pathlib
-import platform
 import sys
 import traceback
 import types
 from collections.abc import Callable
 from typing import Any
 
-# A step on CPU takes and frees gigabytes. By default glibc hands each piece back to the system,
-# and the kernel clears it page by page when it is taken again. Kept, in huge pages, a training
-# step of the released model takes 1.72 s in place of 2.03 s (2 cores, 8 dialogues of 64).
-# glibc reads this only when a process starts.
-_GLIBC_TUNABLES = ":".join(
-    (
-        "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_threshold=34359738368",
-        "glibc.malloc.trim_threshold=68719476736",
-        "glibc.malloc.arena_max=1",
-    )
-)
 _is_command = sys.argv[0] == "-m"  # so it reads while `python -m launch.NAME` looks for NAME
-if _is_command and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = _GLIBC_TUNABLES
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_programs() -> None:

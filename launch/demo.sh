@@ -5,6 +5,7 @@
 folder="${1:-workdir/demo}"
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
+source launch/malloc.sh
 data="$folder/data"
 
 made() { # dataset

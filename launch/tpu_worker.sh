@@ -33,6 +33,7 @@ case "$task" in
     # The command gets SIGTERM, too, and ends when it has saved; its status is waited for.
     trap : TERM
     PYTHON=.venv/bin/python source launch/install.sh tpu
+    source launch/malloc.sh
     status=0
     "$@" || status=$?
     echo "$status" >.run/status

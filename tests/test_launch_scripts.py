@@ -155,7 +155,8 @@ def tree(tmp_path):
     launch = tmp_path / "mister_jax" / "launch"
     launch.mkdir(parents=True)
     shutil.copy(LAUNCH / "tpu_worker.sh", launch)
-    (launch / "install.sh").write_text("")
+    for sourced in ("install.sh", "malloc.sh"):
+        (launch / sourced).write_text("")
     return launch.parent
 
 
@@ -190,7 +191,8 @@ def test_a_worker_lets_a_command_save_before_it_stops(tree):
 )
 def test_slurm_queues_again_what_may_still_succeed(fake, tmp_path, status, restarts, requeued):
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "install.sh").write_text("")
+    for sourced in ("install.sh", "malloc.sh"):
+        (tmp_path / "launch" / sourced).write_text("")
     folder = fake(("srun", "scontrol"), of_srun=[str(status)])
     done, calls = run(
         LAUNCH / "slurm.sbatch",
