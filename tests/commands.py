@@ -14,7 +14,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 _START_ALL = """
 import importlib, json, os, sys, tempfile
 import launch, matplotlib.pyplot, tensorflow
-import mister_jax.benchmark, mister_jax.data.prepare, mister_jax.inference.recognizer
+import benchmarks, mister_jax.data.prepare, mister_jax.inference.recognizer
 
 for name, *flags in json.load(sys.stdin):
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:

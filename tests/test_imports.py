@@ -11,14 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
     path
-    for folder in ("mister_jax", "configs", "launch")
+    for folder in ("mister_jax", "configs", "launch", "benchmarks")
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
 # A part may import those of its own row and of the rows below it.
 LAYERS = (
     ("launch", "configs"),
-    ("train", "training", "evaluation", "extract", "evaluate", "predict", "export", "benchmark"),
+    ("benchmarks",),
+    ("train", "training", "evaluation", "extract", "evaluate", "predict", "export"),
     ("tasks",),
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
@@ -57,7 +58,7 @@ def part_of(module):
     package, *rest = module.split(".")
     if package == "mister_jax" and rest:
         return rest[0]
-    return package if package in ("mister_jax", "configs", "launch") else None
+    return package if package in ("mister_jax", "configs", "launch", "benchmarks") else None
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mister_jax.benchmark.hlo import execution
+from benchmarks.hlo import execution
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true

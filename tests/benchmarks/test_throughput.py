@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mister_jax.benchmark import throughput
+from benchmarks import throughput
 from mister_jax.errors import InputError
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.aot import abstract_state
+from benchmarks.dialogues import make_batch
+from benchmarks.flops import program_flops, training_flops
 from mister_jax import MisterE, MisterEConfig
-from mister_jax.benchmark.aot import abstract_state
-from mister_jax.benchmark.dialogues import make_batch
-from mister_jax.benchmark.flops import program_flops, training_flops
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss
 

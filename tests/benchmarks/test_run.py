@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from mister_jax.benchmark import BenchmarkConfig, benchmark
-from mister_jax.benchmark.flops import model_flops
+from benchmarks import BenchmarkConfig, benchmark
+from benchmarks.flops import model_flops
 from mister_jax.errors import InputError
-from tests.benchmark.conftest import TINY
+from tests.benchmarks.conftest import TINY
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,8 +23,9 @@ for name in ("tensorflow", "tensorflow_datasets", "ml_collections", "matplotlib"
              "tensorboardX", "safetensors", "transformers", "huggingface_hub"):
     sys.modules[name] = None
 import functools, runpy
-from mister_jax import MisterEConfig, benchmark
-benchmark.PRESETS["tiny"] = functools.partial(
+import benchmarks
+from mister_jax import MisterEConfig
+benchmarks.PRESETS["tiny"] = functools.partial(
     MisterEConfig, context_dim=4, gru_layers=1, fusion_dim=4, fusion_layers=1,
     attention_dim=3,
 )

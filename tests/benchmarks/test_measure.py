@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mister_jax.benchmark.dialogues import iemocap_like_lengths, released_epoch
-from mister_jax.benchmark.measure import measure
+from benchmarks.dialogues import iemocap_like_lengths, released_epoch
+from benchmarks.measure import measure
 
 
 def test_candidates_are_timed_in_turns():

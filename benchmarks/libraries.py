@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mister_jax.benchmark.config import BenchmarkConfig, devices_of
-from mister_jax.benchmark.dialogues import Batch
-from mister_jax.benchmark.measure import Run, repeated
+from benchmarks.config import BenchmarkConfig, devices_of
+from benchmarks.dialogues import Batch
+from benchmarks.measure import Run, repeated
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE

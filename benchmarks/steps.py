@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mister_jax.benchmark.config import BenchmarkConfig, check_divisible
-from mister_jax.benchmark.dialogues import make_batch, released_epoch
-from mister_jax.benchmark.flops import forward_flops, training_flops
-from mister_jax.benchmark.libraries import Ours, Torch, sides_of
-from mister_jax.benchmark.measure import Timing, measure
-from mister_jax.benchmark.report import Row
+from benchmarks.config import BenchmarkConfig, check_divisible
+from benchmarks.dialogues import make_batch, released_epoch
+from benchmarks.flops import forward_flops, training_flops
+from benchmarks.libraries import Ours, Torch, sides_of
+from benchmarks.measure import Timing, measure
+from benchmarks.report import Row
 from mister_jax.data.pipeline import BatchPlan
 
 

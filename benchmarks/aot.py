@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from mister_jax.benchmark.chips import CHIPS, Chip
-from mister_jax.benchmark.config import BenchmarkConfig, check_divisible
-from mister_jax.benchmark.dialogues import make_batch
-from mister_jax.benchmark.flops import program_flops, training_flops
-from mister_jax.benchmark.hlo import execution
-from mister_jax.benchmark.libraries import Training
-from mister_jax.benchmark.report import Row
+from benchmarks.chips import CHIPS, Chip
+from benchmarks.config import BenchmarkConfig, check_divisible
+from benchmarks.dialogues import make_batch
+from benchmarks.flops import program_flops, training_flops
+from benchmarks.hlo import execution
+from benchmarks.libraries import Training
+from benchmarks.report import Row
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner

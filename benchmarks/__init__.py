@@ -5,9 +5,9 @@ Everything is made up on the spot, so it runs where there is no dataset; but for
 `launch/benchmark.py` is its command line.
 """
 
-from mister_jax.benchmark.config import PRESETS, BenchmarkConfig
-from mister_jax.benchmark.dialogues import LENGTHS
-from mister_jax.benchmark.report import Report
-from mister_jax.benchmark.run import benchmark
+from benchmarks.config import PRESETS, BenchmarkConfig
+from benchmarks.dialogues import LENGTHS
+from benchmarks.report import Report
+from benchmarks.run import benchmark
 
 __all__ = ["LENGTHS", "PRESETS", "BenchmarkConfig", "Report", "benchmark"]

@@ -4,11 +4,11 @@ import importlib.util
 
 import pytest
 
-from mister_jax import benchmark
-from mister_jax.benchmark import BenchmarkConfig, aot
-from mister_jax.benchmark.chips import CHIPS
+import benchmarks
+from benchmarks import BenchmarkConfig, aot
+from benchmarks.chips import CHIPS
 from mister_jax.errors import InputError
-from tests.benchmark.conftest import TINY
+from tests.benchmarks.conftest import TINY
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiles for TPUs by libtpu"
@@ -42,7 +42,7 @@ def test_a_step_is_predicted_at_every_topology_with_equal_work_a_chip():
 def test_what_does_not_fit_makes_the_report_fail(monkeypatch):
     kind = "TPU v5 lite"
     monkeypatch.setitem(CHIPS, kind, CHIPS[kind]._replace(memory=1000))
-    report = benchmark.benchmark(BenchmarkConfig(**TINY), topologies="v5e:2x2")
+    report = benchmarks.benchmark(BenchmarkConfig(**TINY), topologies="v5e:2x2")
     assert not report.fits
     (title,) = report.sections
     assert "predicted" in title

@@ -6,8 +6,8 @@ import re
 import jax
 import pytest
 
-from mister_jax.benchmark import encoders
-from mister_jax.benchmark.aot import placed_batch, placed_state
+from benchmarks import encoders
+from benchmarks.aot import placed_batch, placed_state
 from mister_jax.encoders.decoder import DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig

@@ -15,7 +15,7 @@ import time
 import wave
 from collections.abc import Callable
 
-from mister_jax.benchmark.report import Row
+from benchmarks.report import Row
 from mister_jax.data.recordings import MAX_LENGTH, MIN_LENGTH, write_recordings
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError

@@ -6,13 +6,13 @@ import dataclasses
 
 import jax
 
-from mister_jax.benchmark.aot import Tell, compile_for_tpus
-from mister_jax.benchmark.config import BenchmarkConfig, devices_of
-from mister_jax.benchmark.dialogues import LENGTHS
-from mister_jax.benchmark.measure import matmul_peak
-from mister_jax.benchmark.parts import part_rows
-from mister_jax.benchmark.report import PREDICTED, Report, Row, report_of
-from mister_jax.benchmark.steps import epoch_rows, step_rows
+from benchmarks.aot import Tell, compile_for_tpus
+from benchmarks.config import BenchmarkConfig, devices_of
+from benchmarks.dialogues import LENGTHS
+from benchmarks.measure import matmul_peak
+from benchmarks.parts import part_rows
+from benchmarks.report import PREDICTED, Report, Row, report_of
+from benchmarks.steps import epoch_rows, step_rows
 from mister_jax.errors import InputError
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mister_jax import benchmark
+import benchmarks
 
 TINY = {"preset": "tiny", "speech_dim": 6, "text_dim": 5, "batch_size": 4, "length": 3, "steps": 2}
 
@@ -20,7 +20,7 @@ def tiny_preset(monkeypatch, tiny_config):
             tiny_config, attention_dropout=0.0, fusion_dropout=0.0, **changes
         )
 
-    monkeypatch.setitem(benchmark.PRESETS, "tiny", tiny)
-    monkeypatch.setitem(benchmark.LENGTHS, "few", lambda: np.array([1, 3, 1, 3, 1]))
-    monkeypatch.setattr("mister_jax.benchmark.measure.SHORTEST_RUN", 0.0)
-    monkeypatch.setattr("mister_jax.benchmark.run.matmul_peak", lambda config: 1e9)
+    monkeypatch.setitem(benchmarks.PRESETS, "tiny", tiny)
+    monkeypatch.setitem(benchmarks.LENGTHS, "few", lambda: np.array([1, 3, 1, 3, 1]))
+    monkeypatch.setattr("benchmarks.measure.SHORTEST_RUN", 0.0)
+    monkeypatch.setattr("benchmarks.run.matmul_peak", lambda config: 1e9)

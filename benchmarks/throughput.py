@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import Run, Timing, measure
+from benchmarks.report import Row
 from mister_jax import extract
-from mister_jax.benchmark.measure import Run, Timing, measure
-from mister_jax.benchmark.report import Row
 from mister_jax.data import SAMPLE_RATE
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError

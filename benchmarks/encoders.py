@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mister_jax import losses
-from mister_jax.benchmark.aot import (
+from benchmarks.aot import (
     Tell,
     abstract_state,
     add_efficiency,
@@ -24,10 +23,11 @@ from mister_jax.benchmark.aot import (
     placed_state,
     tpu_topologies,
 )
-from mister_jax.benchmark.chips import CHIPS
-from mister_jax.benchmark.flops import program_flops
-from mister_jax.benchmark.measure import measure, repeated
-from mister_jax.benchmark.report import PREDICTED, Row
+from benchmarks.chips import CHIPS
+from benchmarks.flops import program_flops
+from benchmarks.measure import measure, repeated
+from benchmarks.report import PREDICTED, Row
+from mister_jax import losses
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.frontends import SAMPLE_RATE
@@ -54,7 +54,7 @@ _TRANSFORMATION = make_optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6
 
 
 class Tuning:
-    """LoRA fine-tuning of an encoder, as `steps.make_train_step` needs it. Subclasses know the model."""
+    """LoRA fine-tuning of an encoder, as `steps.make_train_step` needs it."""
 
     rows: int
     """Of a batch on one device that uses it well."""

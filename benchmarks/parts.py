@@ -12,10 +12,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mister_jax import losses
-from mister_jax.benchmark.config import BenchmarkConfig
-from mister_jax.benchmark.dialogues import make_batch
-from mister_jax.benchmark.flops import (
+from benchmarks.config import BenchmarkConfig
+from benchmarks.dialogues import make_batch
+from benchmarks.flops import (
     CONTEXT_HEADS,
     CONVOLUTIONS,
     CROSS_MODAL,
@@ -24,9 +23,10 @@ from mister_jax.benchmark.flops import (
     RECURRENCE,
     model_flops,
 )
-from mister_jax.benchmark.libraries import Ours, Training
-from mister_jax.benchmark.measure import Run, measure, repeated
-from mister_jax.benchmark.report import Row
+from benchmarks.libraries import Ours, Training
+from benchmarks.measure import Run, measure, repeated
+from benchmarks.report import Row
+from mister_jax import losses
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEOutput
 from mister_jax.models.mister_e import apply_context_experts

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mister_jax.benchmark.config import BenchmarkConfig
+from benchmarks.config import BenchmarkConfig
 
 SHORTEST_RUN = 0.05  # seconds
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mister_jax.benchmark import preparation
-from mister_jax.benchmark.preparation import preparation_rows
+from benchmarks import preparation
+from benchmarks.preparation import preparation_rows
 from mister_jax.data import recordings
 from mister_jax.errors import InputError
 
