@@ -15,7 +15,7 @@ from rich.console import Console
 from configs.fusion import STUDY, VARIANTS
 from launch import TERMINATED, cluster, given_config, run
 from mister_jax.errors import InputError
-from mister_jax.evaluation.ablation import Variant, ablate
+from mister_jax.evaluation.ablation import Variant, run_ablation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the study lives")
@@ -36,7 +36,7 @@ def main() -> int:
     if config.task != "fusion":
         raise InputError(f"config.task={config.task!r}; allowed is 'fusion'")
     variants = [_variant(config, name) for name in STUDY]
-    if ablate(variants, _WORKDIR.value, chosen=_VARIANTS.value) is None:
+    if run_ablation(variants, _WORKDIR.value, names=_VARIANTS.value) is None:
         return TERMINATED
     if jax.process_index() == 0:
         folder = epath.Path(_WORKDIR.value)

@@ -205,30 +205,6 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
     }
 
 
-def bootstrap_weights(groups: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each group is drawn when as many groups as there are are drawn with replacement.
-
-    Utterances of a dialogue are not independent, so intervals are made by drawing dialogues:
-    `weights @ counts` sums the counts of the drawn ones.
-
-    Args:
-      groups: M dialogues, at least 1.
-      draws: R.
-      seed: of the draws.
-
-    Returns:
-      [R, M] float64; each row sums to M.
-    """
-    chances = np.full(groups, 1 / groups)
-    return np.random.default_rng(seed).multinomial(groups, chances, size=draws).astype(float)
-
-
-def interval(values: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """The ends [2, ...] of the percentile interval of draws [R, ...]; NaN draws do not count."""
-    tail = (1 - level) / 2
-    return np.nanquantile(values, [tail, 1 - tail], axis=0)
-
-
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
     """Returns the mean and the sample standard deviation, 0 for one value."""
     array = np.asarray(list(values), float)

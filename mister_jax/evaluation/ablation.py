@@ -1,7 +1,7 @@
-"""The ablation study: variants of one training, each with its seeds, side by side in a table.
+"""The ablation study: trains variants of one config and compares their scores in a table.
 
-Each variant is a work directory of its own below the study's. Epochs are chosen on validation, and
-so is the variant that the table calls the best; the test split is told, and chooses nothing.
+Each variant trains in its own work directory inside the study's. The best epoch of each seed and
+the best variant are selected on validation. Test scores are reported, but select nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import multi_seed
 from mister_jax.errors import InputError
-from mister_jax.evaluation import figures
+from mister_jax.evaluation.figures import plot_grouped_bars
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import SCORE_NAMES
@@ -27,19 +27,18 @@ from mister_jax.tasks import config_seeds
 from mister_jax.training.loop import check_workdir, train
 
 SPLITS = ("validation", "test")
-CHOSEN_BY = "weighted_f1"
-
-_RESULT = "ablation.json"  # in a variant's folder: it is done
+_SELECTION_SCORE = "weighted_f1"
+_ROW_FILE = "ablation.json"  # exists in the work directory of each completed variant
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of the study.
+    """One variant of the study, a row of its table.
 
     Attributes:
-      name: of its folder, too.
-      change: what is other than in the first variant, in words.
-      config: of its training.
+      name: Name of the variant and of its work directory.
+      change: Short description of the difference from the first variant.
+      config: Training config.
     """
 
     name: str
@@ -47,144 +46,155 @@ class Variant:
     config: ConfigDict
 
 
-def ablate(
+def run_ablation(
     variants: Sequence[Variant],
     workdir: epath.PathLike,
     *,
-    chosen: Sequence[str] = (),
+    names: Sequence[str] = (),
     quiet: bool = False,
 ) -> list[dict[str, Any]] | None:
     """Trains and scores variants, and writes `ablation.md`, `ablation.csv` and `ablation.png`.
 
-    A variant that is done is not run again, one that was begun goes on. The table has all that are
-    done, also in earlier calls.
+    Completed variants are not run again, and interrupted ones resume. The table lists all completed
+    variants, including those of earlier calls.
 
     Args:
-      variants: of the study, in the order of the table.
-      workdir: of the study, made if it is not there.
-      chosen: names of those to run now; all by default.
-      quiet: show no progress.
+      variants: Variants of the study, in the order of the table.
+      workdir: Work directory of the study, created if it does not exist.
+      names: Names of the variants to run; all if empty.
+      quiet: Whether to show no progress.
 
     Returns:
-      The rows of the table: "variant", "change", "seeds", and for each of `SPLITS` the "mean" and
-      "deviation" over the seeds and the scores of the seeds "together". None after SIGTERM.
+      The rows of the table, or None if SIGTERM interrupted the study. A row has "variant",
+      "change", "seeds", and for each of `SPLITS` the "mean" and "deviation" of the scores over the
+      seeds, and the scores of their "ensemble".
 
     Raises:
-      InputError: an unknown name, a config that cannot be used, or a folder of another study.
+      InputError: A name is unknown, a config is invalid, or the directory belongs to a study with
+        another config.
     """
     workdir = epath.Path(workdir)
-    names = [variant.name for variant in variants]
-    unknown = [name for name in chosen if name not in names]
+    allowed = [variant.name for variant in variants]
+    unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise InputError(f"variants: unknown {', '.join(unknown)}; allowed are {', '.join(names)}")
+        raise InputError(f"variants: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     for variant in variants:
         check_workdir(variant.config, workdir / variant.name)
-    todo = [
+    pending = [
         variant
         for variant in variants
-        if (not chosen or variant.name in chosen) and not _done(workdir / variant.name)
+        if (not names or variant.name in names)
+        and not (workdir / variant.name / _ROW_FILE).exists()
     ]
     started = time.perf_counter()
-    for place, variant in enumerate(todo):
-        left = ""
-        if place:
-            minutes = (time.perf_counter() - started) / place * (len(todo) - place) / 60
-            left = f", about {minutes:.0f} min left"
-        _say(f"variant {place + 1} of {len(todo)}, {variant.name}: {variant.change}{left}", quiet)
-        row = _run(variant, workdir / variant.name, quiet)
+    for index, variant in enumerate(pending):
+        remaining = ""
+        if index:
+            minutes = (time.perf_counter() - started) / index * (len(pending) - index) / 60
+            remaining = f", about {minutes:.0f} min left"
+        title = f"variant {index + 1} of {len(pending)}, {variant.name}: {variant.change}"
+        _print(title + remaining, quiet)
+        row = _run_variant(variant, workdir / variant.name, quiet)
         if row is None:
             return None
-        _say(f"{variant.name}: " + ", ".join(f"{s} {_score(row, s)}" for s in SPLITS), quiet)
-        _write(_rows(variants, workdir), variants[0].config, workdir)
-    rows = _rows(variants, workdir)
-    _write(rows, variants[0].config, workdir)
+        scores = ", ".join(f"{split} {_mean_and_deviation(row, split)}" for split in SPLITS)
+        _print(f"{variant.name}: {scores}", quiet)
+        _write_table(_read_rows(variants, workdir), variants[0].config.data.name, workdir)
+    rows = _read_rows(variants, workdir)
+    _write_table(rows, variants[0].config.data.name, workdir)
     return rows
 
 
-def _say(line: str, quiet: bool) -> None:
+def _print(line: str, quiet: bool) -> None:
     if not quiet and jax.process_index() == 0:
         print(line, flush=True)
 
 
-def _done(folder: epath.Path) -> bool:
-    return (folder / _RESULT).exists()
-
-
-def _run(variant: Variant, folder: epath.Path, quiet: bool) -> dict[str, Any] | None:
-    """Trains a variant to its end and scores it; None if it was told to stop."""
-    if not train(variant.config, folder, quiet=quiet).finished:
+def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str, Any] | None:
+    """Trains a variant and scores it; returns None if SIGTERM interrupted the training."""
+    if not train(variant.config, workdir, quiet=quiet).finished:
         return None
-    trained = config_seeds(variant.config)
-    row: dict[str, Any] = {"variant": variant.name, "change": variant.change}
-    row["seeds"] = list(trained)
+    seeds = config_seeds(variant.config)
+    row: dict[str, Any] = {
+        "variant": variant.name,
+        "change": variant.change,
+        "seeds": list(seeds),
+    }
     for split in SPLITS:
-        found = evaluate(folder, split, quiet=True)
-        told = found.get("seeds") or multi_seed.summarize_seeds(trained, [found])
-        row[split] = {**told, "together": {name: found[name] for name in SCORE_NAMES}}
+        scores = evaluate(workdir, split, quiet=True)
+        summary = scores.get("seeds") or multi_seed.summarize_seeds(seeds, [scores])
+        row[split] = {**summary, "ensemble": {name: scores[name] for name in SCORE_NAMES}}
     if jax.process_index() == 0:
-        write_json(folder / _RESULT, row)
+        write_json(workdir / _ROW_FILE, row)
     return row
 
 
-def _rows(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
-    """Of the variants that are done."""
-    paths = [workdir / variant.name / _RESULT for variant in variants]
+def _read_rows(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
+    """Returns the rows of the completed variants."""
+    paths = [workdir / variant.name / _ROW_FILE for variant in variants]
     return [read_json(path) for path in paths if path.exists()]
 
 
-def _write(rows: Sequence[Mapping[str, Any]], config: ConfigDict, workdir: epath.Path) -> None:
+def _write_table(rows: Sequence[Mapping[str, Any]], dataset: str, workdir: epath.Path) -> None:
     if not rows or jax.process_index() != 0:
         return
-    write_text(workdir / "ablation.md", markdown(rows, config.data.name))
-    write_text(workdir / "ablation.csv", table_of_values(rows))
+    write_text(workdir / "ablation.md", ablation_markdown(rows, dataset))
+    write_text(workdir / "ablation.csv", ablation_csv(rows))
     bars = {
         split: {
-            row["variant"]: (row[split]["mean"][CHOSEN_BY], row[split]["deviation"][CHOSEN_BY])
+            row["variant"]: (
+                row[split]["mean"][_SELECTION_SCORE],
+                row[split]["deviation"][_SELECTION_SCORE],
+            )
             for row in rows
         }
         for split in SPLITS
     }
-    figures.plot_grouped_bars(bars, "weighted F1", workdir / "ablation.png")
+    plot_grouped_bars(bars, "weighted F1", workdir / "ablation.png")
 
 
-def _score(row: Mapping[str, Any], split: str) -> str:
-    mean, deviation = row[split]["mean"][CHOSEN_BY], row[split]["deviation"][CHOSEN_BY]
+def _mean_and_deviation(row: Mapping[str, Any], split: str) -> str:
+    mean, deviation = (row[split][key][_SELECTION_SCORE] for key in ("mean", "deviation"))
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
-    """The table for readers: weighted F1, the best on validation in bold.
+def ablation_markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
+    """Returns the weighted F1 of each variant as Markdown, the best on validation in bold.
 
     Args:
-      rows: of `ablate`.
-      dataset: its name.
+      rows: Rows as returned by `run_ablation`.
+      dataset: Name of the dataset.
     """
-    told = ", ".join(map(str, rows[0]["seeds"]))
-    best = max(rows, key=lambda row: row["validation"]["mean"][CHOSEN_BY])["variant"]
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    best = max(rows, key=lambda row: row["validation"]["mean"][_SELECTION_SCORE])["variant"]
     lines = [
-        f"Weighted F1 on {dataset}, mean ± standard deviation of the seeds {told}; the epoch of "
-        "each seed is its best on validation, and bold is the variant that is best there. "
-        "Together: the mean of the seeds' probabilities decides.",
+        f"Weighted F1 on {dataset}: mean ± standard deviation over the seeds {seeds}. Each seed is "
+        "scored at its best epoch on validation, and the best variant on validation is bold. The "
+        "ensemble averages the probabilities of the seeds.",
         "",
-        "| variant | change | validation | test | test, seeds together |",
+        "| variant | change | validation | test | test, ensemble |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         name = f"**{row['variant']}**" if row["variant"] == best else row["variant"]
-        together = f"{row['test']['together'][CHOSEN_BY]:.3f}"
-        cells = (name, row["change"], *(_score(row, split) for split in SPLITS), together)
-        lines.append(f"| {' | '.join(cells)} |")
+        ensemble = f"{row['test']['ensemble'][_SELECTION_SCORE]:.3f}"
+        scores = (_mean_and_deviation(row, split) for split in SPLITS)
+        lines.append(f"| {' | '.join((name, row['change'], *scores, ensemble))} |")
     return "\n".join(lines) + "\n"
 
 
-def table_of_values(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for programs, as CSV: every score of both splits.
+def ablation_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns every score of both splits as CSV, one variant per row.
 
     Args:
-      rows: of `ablate`.
+      rows: Rows as returned by `run_ablation`.
     """
-    kinds = ("mean", "deviation", "together")
-    columns = [(split, score, kind) for split in SPLITS for score in SCORE_NAMES for kind in kinds]
+    columns = [
+        (split, score, kind)
+        for split in SPLITS
+        for score in SCORE_NAMES
+        for kind in ("mean", "deviation", "ensemble")
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "change", "seeds", *("_".join(column) for column in columns)])

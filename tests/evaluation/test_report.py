@@ -1,4 +1,4 @@
-"""The report of an evaluation: its numbers, what it leaves out, and that a browser can work it."""
+"""Tests the HTML report: its numbers, its optional sections, and its script in a browser."""
 
 import dataclasses
 import html.parser
@@ -12,16 +12,17 @@ import pytest
 
 from mister_jax import data, metrics
 from mister_jax.data.utterances import Utterances
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
 from mister_jax.evaluation.report import (
     Experiment,
-    SplitPredictions,
     read_utterance_texts,
     report_html,
     write_report,
 )
-from mister_jax.evaluation.report.page import dialogue_data, embedded_json
-from mister_jax.evaluation.report.summary import Bootstrap, calibration, gate_rows, systems
+from mister_jax.evaluation.report.dialogue_view import dialogue_data, embedded_json
+from mister_jax.evaluation.report.statistics import calibration, mean_gates, score_models
 from mister_jax.evaluation.results import scores
+from mister_jax.evaluation.split_predictions import SplitPredictions
 
 CLASSES = ("anger", "joy", "neutral")
 EXPERIMENT = Experiment(
@@ -29,11 +30,11 @@ EXPERIMENT = Experiment(
     config={"task": "fusion", "data": {"name": "tiny", "data_dir": "/x"}},
     epochs=(3,),
 )
-NASTY = "</script><script>document.title = 'broken'</script><!--<script>& \u2028"
+SCRIPT_INJECTION = "</script><script>document.title = 'broken'</script><!--<script>& \u2028"
 
 
-def made_up(num_dialogues=8, seed=0, unlabeled=0.1, length=6):
-    """A split, and predictions that are right more often than not."""
+def make_split(num_dialogues=8, seed=0, unlabeled=0.1, length=6):
+    """Returns a random split and predictions that are mostly correct."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, length, num_dialogues)
     total = int(lengths.sum())
@@ -66,18 +67,18 @@ def made_up(num_dialogues=8, seed=0, unlabeled=0.1, length=6):
     return features, predictions
 
 
-def page_of(features, predictions, **options):
-    evaluated = SplitPredictions.from_features(features, predictions)
-    return report_html(evaluated, scores(features, predictions), EXPERIMENT, **options)
+def render(features, predictions, **options):
+    split = SplitPredictions.from_features(features, predictions)
+    return report_html(split, scores(features, predictions), EXPERIMENT, **options)
 
 
 class Page(html.parser.HTMLParser):
-    """Ids, links to elsewhere, and the rows of tables of a page."""
+    """Collects the ids, addresses, scripts and table rows of a page."""
 
     def __init__(self, text):
         super().__init__()
         self.ids, self.addresses, self.rows, self.scripts = set(), [], {}, 0
-        self._table, self._row, self._cell = None, None, None
+        self._table, self._in_cell = None, False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -93,58 +94,61 @@ class Page(html.parser.HTMLParser):
             self._table.append([])
         elif tag in ("td", "th"):
             self._table[-1].append("")
-            self._cell = True
+            self._in_cell = True
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self._cell = False
+            self._in_cell = False
 
     def handle_data(self, text):
-        if self._cell:
+        if self._in_cell:
             self._table[-1][-1] += f"{text} "
 
 
-def embedded(text):
-    found = re.findall(r'<script type="application/json" id="report-data">(.*?)</script>', text)
-    assert len(found) == 1
-    return json.loads(found[0])
+def embedded_data(text):
+    (content,) = re.findall(
+        r'<script type="application/json" id="report-data">(.*?)</script>', text
+    )
+    return json.loads(content)
 
 
-def test_scores_in_the_page_are_those_of_the_metrics():
-    features, predictions = made_up()
+def test_page_shows_the_scores_of_metrics():
+    features, predictions = make_split()
     expected = scores(features, predictions)
-    rows = {row[0].strip(): row[1:] for row in Page(page_of(features, predictions)).rows["systems"]}
+    rows = {row[0].strip(): row[1:] for row in Page(render(features, predictions)).rows["models"]}
     assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
     assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
     assert rows["bayes (reference)"][0].startswith("0.900")
-    for name, own in expected["experts"].items():
-        assert rows[f"{name} alone"][0].startswith(f"{own['weighted_f1']:.3f}")
-        assert rows[f"{name} alone"][-1].strip() == str(own["utterances"])
+    for name, expert in expected["experts"].items():
+        assert rows[f"{name} alone"][0].startswith(f"{expert['weighted_f1']:.3f}")
+        assert rows[f"{name} alone"][-1].strip() == str(expert["utterances"])
 
 
-def test_classes_confusion_and_calibration_are_those_of_the_metrics():
-    features, predictions = made_up()
+def test_page_shows_class_scores_confusion_and_calibration_of_metrics():
+    features, predictions = make_split()
     expected = scores(features, predictions)
-    text = page_of(features, predictions)
+    text = render(features, predictions)
     tables = Page(text).rows
     for row, name, counts in zip(
         tables["classes"][1:], CLASSES, expected["confusion"], strict=True
     ):
-        own = expected["per_class"][name]
-        assert row[:2] == [f"{name} ", f"{own['support']} "]
+        class_scores = expected["per_class"][name]
+        assert row[:2] == [f"{name} ", f"{class_scores['support']} "]
         for cell, key in zip(row[2:5], ("precision", "recall", "f1"), strict=True):
-            assert cell.startswith(f"{own[key]:.3f}")
+            assert cell.startswith(f"{class_scores[key]:.3f}")
         (cells,) = (line for line in tables["confusion"][1:] if line[0].strip() == name)
         assert [int(cell.split()[0]) for cell in cells[1:-1]] == counts
     assert f"<strong>{expected['calibration_error']:.3f}</strong>" in text
 
 
-def test_intervals_hold_the_score_shrink_with_data_and_repeat():
+def test_intervals_contain_the_score_shrink_with_data_and_are_deterministic():
     widths = []
     for count in (10, 40, 160):
-        features, predictions = made_up(count)
-        evaluated = SplitPredictions.from_features(features, predictions)
-        first, again = (systems(evaluated, Bootstrap(evaluated), {})[0].scores for _ in range(2))
+        features, predictions = make_split(count)
+        split = SplitPredictions.from_features(features, predictions)
+        first, again = (
+            score_models(split, DialogueBootstrap(split), {})[0].scores for _ in range(2)
+        )
         assert first == again
         for score in first.values():
             assert score.low <= score.value <= score.high
@@ -153,11 +157,10 @@ def test_intervals_hold_the_score_shrink_with_data_and_repeat():
     assert widths[0] > 2 * widths[-1] > 0
 
 
-def test_dialogues_are_drawn_whole():
-    """Twins of an utterance within its dialogue tell nothing new; more dialogues would."""
-    features, predictions = made_up(30, unlabeled=0)
+def test_duplicated_utterances_do_not_narrow_the_intervals():
+    features, predictions = make_split(30, unlabeled=0)
     rows = np.repeat(np.arange(len(features.label)), 4)
-    twins = dataclasses.replace(
+    duplicated = dataclasses.replace(
         features,
         lengths=features.lengths * 4,
         utterance_ids=np.array([f"t{index}" for index in range(len(rows))]),
@@ -166,60 +169,65 @@ def test_dialogues_are_drawn_whole():
             for field in ("speech", "text", "speech_present", "text_present", "label")
         },
     )
-    taken = {name: values[rows] for name, values in predictions.items()}
-    found = []
-    for split, predicted in ((features, predictions), (twins, taken)):
-        evaluated = SplitPredictions.from_features(split, predicted)
-        found.append(systems(evaluated, Bootstrap(evaluated), {})[0].scores)
-    for one, four in zip(found[0].values(), found[1].values(), strict=True):
-        assert (one.low, one.high) == pytest.approx((four.low, four.high))
+    duplicated_predictions = {name: values[rows] for name, values in predictions.items()}
+    intervals = []
+    for one_features, one_predictions in (
+        (features, predictions),
+        (duplicated, duplicated_predictions),
+    ):
+        split = SplitPredictions.from_features(one_features, one_predictions)
+        estimates = score_models(split, DialogueBootstrap(split), {})[0].scores.values()
+        intervals.append([end for estimate in estimates for end in (estimate.low, estimate.high)])
+    assert intervals[0] == pytest.approx(intervals[1])
 
 
-def test_one_dialogue_has_no_interval():
-    features, predictions = made_up(1, unlabeled=0)
-    text = page_of(features, predictions)
-    assert "There is one labeled dialogue" in text
-    assert 'class="interval"' not in text and "nan" not in Page(text).rows["systems"][1][1]
+def test_a_single_dialogue_has_no_interval():
+    features, predictions = make_split(1, unlabeled=0)
+    text = render(features, predictions)
+    assert "There is only one labeled dialogue" in text
+    assert 'class="interval"' not in text and "nan" not in Page(text).rows["models"][1][1]
 
 
-def test_differences_are_on_the_utterances_that_an_expert_saw():
-    features, predictions = made_up()
-    evaluated = SplitPredictions.from_features(features, predictions)
-    found = {system.name: system for system in systems(evaluated, Bootstrap(evaluated), {})}
-    seen = evaluated.labeled & features.speech_present
-    ours, theirs = (
+def test_an_expert_is_compared_on_the_utterances_that_have_its_modality():
+    features, predictions = make_split()
+    split = SplitPredictions.from_features(features, predictions)
+    models = {model.name: model for model in score_models(split, DialogueBootstrap(split), {})}
+    has_speech = split.labeled & features.speech_present
+    expert_f1, model_f1 = (
         metrics.confusion_scores(
-            np.bincount(evaluated.label[seen] * 3 + chosen[seen], minlength=9).reshape(3, 3)
+            np.bincount(split.label[has_speech] * 3 + predicted[has_speech], minlength=9).reshape(
+                3, 3
+            )
         )["weighted_f1"]
-        for chosen in (evaluated.votes[:, 0], evaluated.predicted)
+        for predicted in (split.votes[:, 0], split.predicted)
     )
-    assert found["speech"].utterances == seen.sum() < evaluated.labeled.sum()
-    assert found["speech"].difference.value == pytest.approx(ours - theirs)
+    assert models["speech"].utterances == has_speech.sum() < split.labeled.sum()
+    assert models["speech"].difference.value == pytest.approx(expert_f1 - model_f1)
 
 
-def test_calibration_of_the_report_has_intervals():
-    features, predictions = made_up(20)
-    evaluated = SplitPredictions.from_features(features, predictions)
-    error, bins = calibration(evaluated, Bootstrap(evaluated))
+def test_calibration_bins_have_intervals():
+    features, predictions = make_split(20)
+    split = SplitPredictions.from_features(features, predictions)
+    error, bins = calibration(split, DialogueBootstrap(split))
     assert error == scores(features, predictions)["calibration_error"]
-    assert sum(part.count for part in bins) == evaluated.labeled.sum()
+    assert sum(part.count for part in bins) == split.labeled.sum()
     for part in bins:
         assert part.low <= part.confidence <= part.high
         assert part.accuracy.low <= part.accuracy.value <= part.accuracy.high
 
 
-def test_mean_gate_is_split_by_class_and_by_outcome():
-    features, predictions = made_up()
-    evaluated = SplitPredictions.from_features(features, predictions)
-    rows = gate_rows(evaluated)
-    assert sum(count for name, _, count, _ in rows if name) == evaluated.labeled.sum()
-    chosen = (evaluated.label == 1) & (evaluated.predicted == 1)
-    (gate,) = (gate for name, outcome, _, gate in rows if (name, outcome) == ("joy", "right"))
+def test_mean_gate_is_grouped_by_class_and_outcome():
+    features, predictions = make_split()
+    split = SplitPredictions.from_features(features, predictions)
+    rows = mean_gates(split)
+    assert sum(count for name, _, count, _ in rows if name) == split.labeled.sum()
+    chosen = (split.label == 1) & (split.predicted == 1)
+    (gate,) = (gate for name, outcome, _, gate in rows if (name, outcome) == ("joy", "correct"))
     np.testing.assert_allclose(gate, predictions["gate"][chosen].mean(0))
 
 
-def test_page_needs_nothing_from_elsewhere():
-    text = page_of(*made_up())
+def test_page_is_self_contained():
+    text = render(*make_split())
     page = Page(text)
     assert page.addresses and all(address.startswith("#") for address in page.addresses)
     assert {address[1:] for address in page.addresses} <= page.ids
@@ -231,37 +239,37 @@ def test_page_needs_nothing_from_elsewhere():
     assert page.scripts == 2
 
 
-def test_texts_and_ids_cannot_break_out():
-    features, predictions = made_up()
+def test_texts_and_names_are_escaped():
+    features, predictions = make_split()
     features = dataclasses.replace(
         features,
         class_names=("anger", "joy", "<b>&"),
-        dialogue_ids=(NASTY, *features.dialogue_ids[1:]),
+        dialogue_ids=(SCRIPT_INJECTION, *features.dialogue_ids[1:]),
     )
-    text = page_of(features, predictions, texts={"u0": NASTY})
+    text = render(features, predictions, texts={"u0": SCRIPT_INJECTION})
     page = Page(text)
     assert page.scripts == 2
-    found = embedded(text)
-    assert found["texts"][0] == found["dialogues"][0] == NASTY
+    page_data = embedded_data(text)
+    assert page_data["texts"][0] == page_data["dialogues"][0] == SCRIPT_INJECTION
     assert "&lt;b&gt;&amp;" in text and "<b>" not in text
     assert "run &lt;1&gt;" in text and "/x" not in text
 
 
 def test_embedded_json_has_no_markup():
-    text = embedded_json({NASTY: NASTY})
+    text = embedded_json({SCRIPT_INJECTION: SCRIPT_INJECTION})
     assert not set("<>&\u2028\u2029") & set(text)
-    assert json.loads(text) == {NASTY: NASTY}
+    assert json.loads(text) == {SCRIPT_INJECTION: SCRIPT_INJECTION}
 
 
-def test_large_splits_stay_small():
-    features, predictions = made_up(1300, length=20)
-    evaluated = SplitPredictions.from_features(features, predictions)
-    size = len(embedded_json(dialogue_data(evaluated, {})))
+def test_data_of_a_large_split_stays_small():
+    features, predictions = make_split(1300, length=20)
+    split = SplitPredictions.from_features(features, predictions)
+    size = len(embedded_json(dialogue_data(split, {})))
     assert len(features.label) > 12_000
     assert size < 60 * len(features.label)
 
 
-def without_gate(kind, predictions):
+def remove_gate(kind, predictions):
     present = predictions["expert_present"]
     if kind == "mean":
         return {**predictions, "gate": present / present.sum(-1, keepdims=True)}
@@ -272,27 +280,27 @@ def without_gate(kind, predictions):
 
 
 @pytest.mark.parametrize("kind", ["mean", "one expert", "probabilities"])
-def test_what_a_model_does_not_have_is_left_out(kind):
-    features, predictions = made_up()
-    text = page_of(features, without_gate(kind, predictions))
+def test_sections_without_data_are_left_out(kind):
+    features, predictions = make_split()
+    text = render(features, remove_gate(kind, predictions))
     page = Page(text)
     votes = kind == "mean"
     assert "gate" not in page.ids and "gates" not in page.rows
     assert ("alone" in text.partition("<section")[2].partition("<noscript>")[0]) == votes
-    found = embedded(text)
-    assert found["gate"] is None
-    assert found["experts"] == (["speech", "text", "fusion"] if votes else [])
+    page_data = embedded_data(text)
+    assert page_data["gate"] is None
+    assert page_data["experts"] == (["speech", "text", "fusion"] if votes else [])
     assert {"scores", "classes", "confusion", "calibration", "dialogues"} <= page.ids
 
 
 def test_a_split_without_labels_still_shows_its_dialogues():
-    features, predictions = made_up(unlabeled=1.1)
+    features, predictions = make_split(unlabeled=1.1)
     page = Page(report_html(SplitPredictions.from_features(features, predictions), {}, EXPERIMENT))
     assert "dialogues" in page.ids
     assert not {"scores", "confusion", "calibration", "gate"} & page.ids
 
 
-def test_single_utterances_are_shown_in_their_dialogues():
+def test_single_utterances_are_grouped_by_dialogue():
     tokens = Utterances(
         name="tiny",
         split="test",
@@ -302,16 +310,16 @@ def test_single_utterances_are_shown_in_their_dialogues():
         items=(np.zeros(1, np.int32),) * 4,
         label=np.array([0, 1, 2, -1], np.int32),
     )
-    evaluated = SplitPredictions.from_features(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})
-    assert Bootstrap(evaluated).dialogues.tolist() == [0, 1]
-    found = dialogue_data(evaluated, {})
-    assert found["dialogues"] == ["b", "a"] and found["offsets"] == [0, 3, 4]
-    assert found["utterances"] == ["b0", "b1", "b2", "a0"]
-    assert found["predicted"] == [0, 1, 2, 1]
+    split = SplitPredictions.from_features(tokens, {"probabilities": np.eye(3)[[0, 1, 1, 2]]})
+    assert DialogueBootstrap(split).dialogues.tolist() == [0, 1]
+    page_data = dialogue_data(split, {})
+    assert page_data["dialogues"] == ["b", "a"] and page_data["offsets"] == [0, 3, 4]
+    assert page_data["utterances"] == ["b0", "b1", "b2", "a0"]
+    assert page_data["predicted"] == [0, 1, 2, 1]
 
 
-def test_texts_of_a_dataset_that_is_not_there_are_left_out(tmp_path):
-    features, _ = made_up()
+def test_texts_of_an_unavailable_dataset_are_left_out(tmp_path):
+    features, _ = make_split()
     assert read_utterance_texts(features, tmp_path) == {}
     features.metadata["text"] = {"dataset": "elsewhere/text"}
     assert read_utterance_texts(features, tmp_path) == {}
@@ -328,29 +336,31 @@ STUDY = {
 }
 
 
-def test_missing_modality_curve_is_there_when_it_was_measured(tmp_path):
-    features, predictions = made_up()
-    found = scores(features, predictions)
-    path = write_report(tmp_path, features, predictions, found, EXPERIMENT)
+def test_missing_modality_section_requires_a_study(tmp_path):
+    features, predictions = make_split()
+    split_scores = scores(features, predictions)
+    path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT)
     assert "missing" not in Page(path.read_text()).ids
-    path = write_report(tmp_path, features, predictions, found, EXPERIMENT, study=STUDY)
+    path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT, study=STUDY)
     page = Page(path.read_text())
     assert path.name == "report.html" and "missing" in page.ids
     assert "0.450 ± 0.000" in path.read_text()
 
 
-def test_several_seeds_are_named():
-    features, predictions = made_up()
-    found = scores(features, predictions)
-    found["seeds"] = {
+def test_ensemble_of_seeds_is_described():
+    features, predictions = make_split()
+    split_scores = scores(features, predictions)
+    split_scores["seeds"] = {
         "of_each": {"3": {"weighted_f1": 0.5}, "4": {"weighted_f1": 0.7}},
         "mean": {"weighted_f1": 0.6},
         "deviation": {"weighted_f1": 0.1414},
     }
     config = {"seed": 3, "train": {"epochs": 9}}
     experiment = Experiment(name="run", config=config, epochs=(7, 9))
-    text = report_html(SplitPredictions.from_features(features, predictions), found, experiment)
-    assert "the mean of 2 seeds; one alone has weighted F1 0.600 ± 0.141" in text
+    text = report_html(
+        SplitPredictions.from_features(features, predictions), split_scores, experiment
+    )
+    assert "an ensemble of 2 seeds. A single seed reaches weighted F1 0.600 ± 0.141" in text
     assert "seeds 3, 4" in text and "epochs 7, 9 of 9" in text
 
 
@@ -366,7 +376,7 @@ const press = (key, target) => target.dispatchEvent(
 const note = (what) => out.seen.push(
   [what, find("choice").selectedIndex, turns().length, find("position").textContent]);
 note("start");
-out.text = document.querySelector("#turns .said").textContent;
+out.text = document.querySelector("#turns .transcript").textContent;
 out.title = document.title;
 find("next").click(); note("next");
 find("previous").click(); note("previous");
@@ -409,14 +419,14 @@ def dump(path, folder):
 @pytest.mark.parity
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("kind", ["gate", "probabilities"])
-def test_a_browser_shows_the_dialogues(tmp_path, kind):
-    features, predictions = made_up(unlabeled=0, length=9)
+def test_browser_shows_the_dialogues(tmp_path, kind):
+    features, predictions = make_split(unlabeled=0, length=9)
     features = dataclasses.replace(features, lengths=np.sort(features.lengths)[::-1])
     if kind != "gate":
-        predictions = without_gate(kind, predictions)
-    evaluated = SplitPredictions.from_features(features, predictions)
-    text = page_of(features, predictions, texts={"u0": NASTY}, study=STUDY)
-    # The page runs its own script only; the walk is let in.
+        predictions = remove_gate(kind, predictions)
+    split = SplitPredictions.from_features(features, predictions)
+    text = render(features, predictions, texts={"u0": SCRIPT_INJECTION}, study=STUDY)
+    # The policy of the page allows its own script only, so allow the test script, too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)
@@ -426,28 +436,28 @@ def test_a_browser_shows_the_dialogues(tmp_path, kind):
     dom = dump(path, tmp_path / "profile")
     result = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
     assert result, dom[-2000:]
-    found = json.loads(html.unescape(result[1]))
-    assert found["errors"] == []
-    assert found["text"] == NASTY and found["title"] != "broken"
-    lengths, wrong = features.lengths, np.bincount(evaluated.dialogue[evaluated.wrong], minlength=8)
+    outcome = json.loads(html.unescape(result[1]))
+    assert outcome["errors"] == []
+    assert outcome["text"] == SCRIPT_INJECTION and outcome["title"] != "broken"
+    lengths, wrong = features.lengths, np.bincount(split.dialogue_index[split.wrong], minlength=8)
     expected = [
         ("start", 0), ("next", 1), ("previous", 0), ("before the first", 0), ("arrow", 1),
         ("arrow in the list", 2), ("choice", 0),
     ]  # fmt: skip
-    for (what, index), seen in zip(expected, found["seen"], strict=False):
+    for (what, index), seen in zip(expected, outcome["seen"], strict=False):
         said = f"{wrong[index]} wrong" if wrong[index] else "none wrong"
         assert seen[:3] == [what, index, lengths[index]]
         assert seen[3].startswith(f"Dialogue {index + 1} of 8") and seen[3].endswith(said)
-    assert found["options"] == (wrong > 0).sum()
-    assert found["down"] == 1 and found["focus"] == 0
-    assert (found["probabilities"], found["quiet"]) == ("visible", "hidden")
-    assert not found["wide"]
+    assert outcome["options"] == (wrong > 0).sum()
+    assert outcome["down"] == 1 and outcome["focus"] == 0
+    assert (outcome["probabilities"], outcome["quiet"]) == ("visible", "hidden")
+    assert not outcome["wide"]
 
 
 @pytest.mark.parity
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-def test_a_browser_runs_the_script_of_the_page_and_no_other(tmp_path):
-    text = page_of(*made_up())
+def test_browser_blocks_injected_scripts(tmp_path):
+    text = render(*make_split())
     foreign = "<script>document.title = 'foreign'</script></body>"
     path = tmp_path / "report.html"
     path.write_text(text.replace("</body>", foreign))

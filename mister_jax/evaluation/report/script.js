@@ -1,21 +1,21 @@
 "use strict";
-// The dialogue view. One dialogue is in the page at a time; texts are only ever set as text.
+// The dialogue view shows one dialogue at a time. Data enters the page only as text, never as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const find = (id) => document.getElementById(id);
   const [choice, turns, position, onlyErrors] =
     ["choice", "turns", "position", "only-errors"].map(find);
   const numClasses = data.classes.length;
-  const wrong = (row) => data.label[row] >= 0 && data.label[row] !== data.predicted[row];
+  const isWrong = (row) => data.label[row] >= 0 && data.label[row] !== data.predicted[row];
 
-  // id, first row, row after the last, errors
+  // Rows start to end - 1 are the utterances of a dialogue; errors counts its wrong predictions.
   const dialogues = data.dialogues.map((id, index) => {
     const [start, end] = [data.offsets[index], data.offsets[index + 1]];
     let errors = 0;
-    for (let row = start; row < end; row++) errors += wrong(row);
+    for (let row = start; row < end; row++) errors += isWrong(row);
     return { id, start, end, errors };
   });
-  let shown = dialogues; // those that the filter lets through
+  let shown = dialogues; // dialogues that pass the filter
   let current = 0; // index into `shown`
 
   function make(name, className, text, attributes = {}) {
@@ -25,7 +25,7 @@
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
     return node;
   }
-  const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+  const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
   function verdict(row) {
     const [label, predicted] = [data.label[row], data.predicted[row]];
@@ -35,7 +35,7 @@
     } else if (label === predicted) {
       box.append(make("span", "sign", "✓ ", { "aria-hidden": "true" }));
       box.append(make("strong", "", data.classes[label]));
-      box.append(make("span", "aside", "right"));
+      box.append(make("span", "aside", "correct"));
     } else {
       box.append(make("span", "sign", "✗ ", { "aria-hidden": "true" }));
       box.append(make("strong", "", data.classes[predicted]));
@@ -48,10 +48,10 @@
     const box = make("div", "experts");
     if (data.gate) {
       const weights = data.gate.map((column) => column[row]);
-      const said = data.experts.map((name, e) => `${name} ${Math.round(weights[e] / 10)} %`);
+      const labels = data.experts.map((name, e) => `${name} ${Math.round(weights[e] / 10)}%`);
       const bar = make("div", "stack", undefined, {
         role: "img",
-        "aria-label": `gate: ${said.join(", ")}`,
+        "aria-label": `gate: ${labels.join(", ")}`,
       });
       weights.forEach((weight, e) => {
         const text = weight >= 120 ? String(Math.round(weight / 10)) : "";
@@ -67,10 +67,10 @@
       const item = make("li", name);
       item.append(make("span", "swatch", "", { "aria-hidden": "true" }));
       item.append(make("span", "hidden", `${name}: `));
-      const right = vote >= 0 && vote === data.label[row];
-      item.append(make("span", right ? "vote agrees" : "vote", vote < 0 ? "–" : data.classes[vote]));
-      if (vote < 0) item.title = `${name}: no vote, the modality is missing`;
-      else item.title = `${name} votes ${data.classes[vote]}${right ? ", as labeled" : ""}`;
+      const correct = vote >= 0 && vote === data.label[row];
+      item.append(make("span", correct ? "vote correct" : "vote", vote < 0 ? "–" : data.classes[vote]));
+      if (vote < 0) item.title = `${name}: no vote because its modality is missing`;
+      else item.title = `${name} votes ${data.classes[vote]}${correct ? ", which is correct" : ""}`;
       votes.append(item);
     });
     box.append(votes);
@@ -82,17 +82,17 @@
     const table = make("table");
     table.append(make("caption", "", "probabilities"));
     const order = data.classes.map((_, c) => c);
-    const of = (c) => data.probabilities[row * numClasses + c];
-    order.sort((a, b) => of(b) - of(a));
+    const probability = (c) => data.probabilities[row * numClasses + c];
+    order.sort((a, b) => probability(b) - probability(a));
     for (const c of order) {
       const line = make("tr");
       const name = make("th", "", data.classes[c], { scope: "row" });
       if (c === data.label[row]) name.append(make("span", "aside", " true"));
       const bar = make("td", "bar");
       const fill = make("span");
-      fill.style.width = `${of(c) / 10}%`;
+      fill.style.width = `${probability(c) / 10}%`;
       bar.append(fill);
-      line.append(name, bar, make("td", "number", (of(c) / 1000).toFixed(3)));
+      line.append(name, bar, make("td", "number", (probability(c) / 1000).toFixed(3)));
       table.append(line);
     }
     box.append(table);
@@ -100,13 +100,13 @@
   }
 
   function turn(row, number) {
-    const item = make("li", wrong(row) ? "turn wrong" : "turn", undefined, {
+    const item = make("li", isWrong(row) ? "turn wrong" : "turn", undefined, {
       tabindex: number === 1 ? "0" : "-1",
       "aria-describedby": `probabilities-${number}`,
     });
     const words = make("div", "words");
     const text = data.texts ? data.texts[row] : null;
-    if (text) words.append(make("p", "said", text));
+    if (text) words.append(make("p", "transcript", text));
     words.append(make("p", text ? "id" : "id alone", data.utterances[row]));
     item.append(make("span", "number", String(number), { "aria-hidden": "true" }));
     item.append(words, verdict(row));
@@ -124,7 +124,7 @@
     }
     turns.classList.remove("quiet");
     choice.selectedIndex = current;
-    const count = counted(dialogue.end - dialogue.start, "utterance");
+    const count = plural(dialogue.end - dialogue.start, "utterance");
     position.textContent =
       `Dialogue ${current + 1} of ${shown.length}: ${count}, ${dialogue.errors || "none"} wrong`;
     find("previous").setAttribute("aria-disabled", current === 0);
@@ -133,21 +133,21 @@
 
   function go(index) {
     show(index);
-    // A page that is a file may not be allowed to change its address.
+    // Browsers may forbid a local file to change its address.
     try {
       history.replaceState(null, "", `#dialogue=${encodeURIComponent(shown[current].id)}`);
-    } catch { /* the address stays */ }
+    } catch { /* keep the address */ }
   }
 
-  function filter(wanted) {
+  function applyFilter(wanted) {
     shown = onlyErrors.checked ? dialogues.filter((dialogue) => dialogue.errors) : dialogues;
     const options = document.createDocumentFragment();
     for (const { id, start, end, errors } of shown) {
       const suffix = errors ? `, ${errors} wrong` : "";
-      options.append(make("option", "", `${id} – ${counted(end - start, "utterance")}${suffix}`));
+      options.append(make("option", "", `${id} – ${plural(end - start, "utterance")}${suffix}`));
     }
     choice.replaceChildren(options);
-    // The dialogue that was shown, or the next one that the filter lets through.
+    // Stay at the current dialogue, or go to the next one that passes the filter.
     const next = shown.findIndex(({ start }) => start >= wanted.start);
     show(next < 0 ? shown.length - 1 : next);
   }
@@ -168,7 +168,7 @@
   find("previous").addEventListener("click", () => step(-1));
   find("next").addEventListener("click", () => step(1));
   choice.addEventListener("change", () => go(choice.selectedIndex));
-  onlyErrors.addEventListener("change", () => filter(shown[current]));
+  onlyErrors.addEventListener("change", () => applyFilter(shown[current]));
   for (const event of ["pointerover", "focusin"]) {
     turns.addEventListener(event, () => turns.classList.remove("quiet"));
   }
@@ -194,7 +194,7 @@
   find("only-errors-label").textContent = `only the ${anyErrors} with errors`;
   document.querySelector(".controls").hidden = false;
   find("keys").hidden = false;
-  const asked = new URLSearchParams(location.hash.slice(1)).get("dialogue");
-  filter(dialogues.find(({ id }) => id === asked) ?? dialogues[0]);
-  if (asked !== null) find("dialogues").scrollIntoView({ behavior: "instant" });
+  const requested = new URLSearchParams(location.hash.slice(1)).get("dialogue");
+  applyFilter(dialogues.find(({ id }) => id === requested) ?? dialogues[0]);
+  if (requested !== null) find("dialogues").scrollIntoView({ behavior: "instant" });
 })();

@@ -1,0 +1,128 @@
+"""95% confidence intervals of scores, from a bootstrap over dialogues.
+
+The utterances of a dialogue are not independent, so whole dialogues are resampled: each of R
+resamples draws M dialogues, with replacement, from the M labeled dialogues of a split. The interval
+of a score reaches from the 2.5% to the 97.5% quantile of its resampled values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from mister_jax import metrics
+from mister_jax.evaluation.split_predictions import SplitPredictions
+
+NUM_RESAMPLES = 1000
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A score with its confidence interval.
+
+    Attributes:
+      value: Value on the whole split.
+      low: Lower end of the interval, None if there is no interval.
+      high: Upper end of the interval, None if there is no interval.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def from_resamples(cls, value: Any, resampled: np.ndarray) -> Estimate:
+        """Returns the estimate with the percentile interval of the resampled values.
+
+        Args:
+          value: Value on the whole split.
+          resampled: Values of the resamples, [R], where NaN counts as undefined. There is no
+            interval if all of them are undefined or R is 0.
+        """
+        if not np.isfinite(resampled).any():
+            return cls(float(value))
+        tail = (1 - LEVEL) / 2
+        low, high = np.nanquantile(resampled, [tail, 1 - tail])
+        return cls(float(value), float(low), float(high))
+
+
+class DialogueBootstrap:
+    """Computes scores of one split on the whole split and on each resample.
+
+    All scores share the same resamples, so their differences have intervals, too.
+
+    Args:
+      predictions: Predictions of a split with at least one label.
+      num_resamples: Number of resamples R.
+      seed: Random seed of the resamples.
+
+    Attributes:
+      dialogues: Indices of the M dialogues with at least one label, [M] int.
+      num_resamples: Number of resamples R, 0 for a single dialogue: all its resamples are equal.
+    """
+
+    def __init__(
+        self, predictions: SplitPredictions, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    ):
+        self._predictions = predictions
+        self.dialogues, self._dialogue = np.unique(
+            predictions.dialogue_index[predictions.labeled], return_inverse=True
+        )
+        num_dialogues = len(self.dialogues)
+        self.num_resamples = num_resamples if num_dialogues > 1 else 0
+        draws = np.random.default_rng(seed).multinomial(
+            num_dialogues, np.full(num_dialogues, 1 / num_dialogues), size=self.num_resamples
+        )
+        # How often each resample contains each dialogue, [R, M]; float, so that BLAS multiplies it.
+        self._weights = draws.astype(float)
+
+    def count(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts the labeled utterances of each cell, such as a bin or a confusion matrix entry.
+
+        Args:
+          cells: Cell of each labeled utterance, [n] int, -1 for utterances to leave out.
+          num_cells: Number of cells.
+
+        Returns:
+          Counts on the whole split, [num_cells], and on the resamples, [R, num_cells].
+        """
+        counted = cells >= 0
+        flat = self._dialogue[counted] * num_cells + cells[counted]
+        shape = (len(self.dialogues), num_cells)
+        counts = np.bincount(flat, minlength=math.prod(shape)).reshape(shape)
+        return counts.sum(0), self._weights @ counts
+
+    def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Counts the confusion matrix of a classifier.
+
+        Args:
+          predicted: Predicted classes, [N] int, -1 for utterances to leave out.
+
+        Returns:
+          Confusion counts on the whole split, [C, C], and on the resamples, [R, C, C].
+        """
+        labeled = self._predictions.labeled
+        num_classes = len(self._predictions.class_names)
+        label, predicted = self._predictions.label[labeled], predicted[labeled]
+        cells = np.where(predicted >= 0, label * num_classes + predicted, -1)
+        counts, resampled = self.count(cells, num_classes**2)
+        shape = (num_classes, num_classes)
+        return counts.reshape(shape), resampled.reshape(-1, *shape)
+
+    def scores(self, predicted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Computes `metrics.confusion_scores` of a classifier.
+
+        Args:
+          predicted: Predicted classes, [N] int, -1 for utterances to leave out.
+
+        Returns:
+          By name, the score on the whole split, [...], and on the resamples, [R, ...].
+        """
+        counts, resampled_counts = self.confusion(predicted)
+        scores = metrics.confusion_scores(counts)
+        resampled = metrics.confusion_scores(resampled_counts)
+        return {name: (scores[name], resampled[name]) for name in scores}

@@ -1,0 +1,331 @@
+"""Renders the header and each section of a report as HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
+from mister_jax.evaluation.report import charts, statistics
+from mister_jax.evaluation.report.elements import (
+    details,
+    element,
+    estimate_cell,
+    expert_legend,
+    legend,
+    swatch,
+    table,
+)
+from mister_jax.evaluation.report.experiment import Experiment
+from mister_jax.evaluation.report.statistics import ScoredModel
+from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.metrics import SCORE_NAMES
+
+_SCORE_TITLES = {
+    "weighted_f1": "Weighted F1",
+    "macro_f1": "Macro F1",
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+}
+_MAX_WIDE_CLASSES = 10  # Confusion matrices with more classes get narrow columns.
+# Local paths are private and say nothing about the experiment.
+_HIDDEN_FIELDS = ("data.data_dir",)
+
+
+def render_header(predictions: SplitPredictions, experiment: Experiment) -> str:
+    """Renders the dataset, the split, facts about the training run, and its config."""
+    config = dict(_flatten(experiment.config))
+    facts = "".join(
+        element("dt", escape(name)) + element("dd", escape(value))
+        for name, value in _facts(predictions, experiment, config).items()
+        if value
+    )
+    rows = [
+        (escape(name), escape(json.dumps(value, ensure_ascii=False)))
+        for name, value in config.items()
+        if name not in _HIDDEN_FIELDS
+    ]
+    task = str(config.get("task", "")).replace("_", " ")
+    kicker = f"Evaluation report · {task}" if task else "Evaluation report"
+    title = f"{escape(predictions.dataset)} <span>{escape(predictions.split)}</span>"
+    return "\n".join(
+        (
+            element("p", escape(kicker), class_="kicker"),
+            element("h1", title),
+            element("p", escape(experiment.name), class_="experiment"),
+            element("dl", facts, class_="facts"),
+            details("Full config", table("Config", ("field", "value"), rows, "config")),
+        )
+    )
+
+
+def _facts(
+    predictions: SplitPredictions, experiment: Experiment, config: Mapping[str, Any]
+) -> dict[str, str]:
+    unlabeled = int((~predictions.labeled).sum())
+    split = (
+        f"{predictions.split}: {len(predictions.dialogue_ids):,} dialogues, "
+        f"{len(predictions.label):,} utterances"
+        + (f" ({unlabeled:,} unlabeled)" if unlabeled else "")
+        + f", {len(predictions.class_names)} classes"
+    )
+    epochs = experiment.epochs
+    checkpoint = f"{'epoch' if len(epochs) == 1 else 'epochs'} {', '.join(map(str, epochs))}"
+    if "train.epochs" in config:
+        checkpoint += f" of {config['train.epochs']}, the best on validation"
+    if experiment.date:
+        checkpoint += f"; saved {experiment.date}"
+    training = []
+    if "optimizer.name" in config:
+        training.append(str(config["optimizer.name"]))
+    if "optimizer.learning_rate" in config:
+        training.append(f"learning rate {config['optimizer.learning_rate']:g}")
+    if "data.batch_size" in config:
+        training.append(f"batch size {config['data.batch_size']}")
+    if "seed" in config:
+        seeds = ", ".join(str(config["seed"] + index) for index in range(len(epochs)))
+        training.append(f"{'seed' if len(epochs) == 1 else 'seeds'} {seeds}")
+    software = (
+        f"{name} {experiment.versions[name]}"
+        for name in ("mister_jax", "jax", "flax", "device")
+        if name in experiment.versions
+    )
+    return {
+        "Split": split,
+        "Trained on": str(config.get("data.name", "")),
+        "Training": ", ".join(training),
+        "Checkpoint": checkpoint,
+        "Software": ", ".join(software),
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def render_scores(
+    predictions: SplitPredictions,
+    models: Sequence[ScoredModel],
+    bootstrap: DialogueBootstrap,
+    seeds: Mapping[str, Any] | None,
+) -> str:
+    """Renders the scores of the model, compared with its experts, the majority and references.
+
+    Args:
+      predictions: Predictions of the split.
+      models: Scored models, the evaluated one first.
+      bootstrap: Bootstrap that made the intervals.
+      seeds: The "seeds" of `evaluate`'s result, None for a single seed.
+    """
+    figures = []
+    for key, score in models[0].scores.items():
+        number = element("strong", f"{score.value:.3f}")
+        if score.low is not None:
+            number += element("span", f"{score.low:.3f}&ndash;{score.high:.3f}")
+        figures.append(element("div", element("dt", _SCORE_TITLES[key]) + element("dd", number)))
+    head = (
+        "predicted by",
+        "weighted F1",
+        "from 0 to 1",
+        *(_SCORE_TITLES[key].lower().replace("f1", "F1") for key in SCORE_NAMES[1:]),
+        "difference in weighted F1",
+        "utterances",
+    )
+    rows = [_score_row(model, models[0].scores["weighted_f1"].value) for model in models]
+    notes = [_interval_note(bootstrap)]
+    if seeds is not None:
+        mean, deviation = seeds["mean"]["weighted_f1"], seeds["deviation"]["weighted_f1"]
+        notes.append(
+            f"This model is an ensemble of {len(seeds['of_each'])} seeds. A single seed reaches "
+            f"weighted F1 {mean:.3f} ± {deviation:.3f} (mean and standard deviation)."
+        )
+    if predictions.experts:
+        notes.append("Experts are scored only on utterances that have their modality.")
+    return "\n".join(
+        (
+            element("dl", "".join(figures), class_="figures"),
+            table("Scores of the model and of its baselines", head, rows, "models"),
+            element("p", " ".join(notes), class_="note"),
+        )
+    )
+
+
+def _score_row(model: ScoredModel, mark: float) -> tuple[str, ...]:
+    if model.kind == "expert":
+        name = f"{swatch(model.name)}{escape(model.name)} alone"
+    elif model.kind == "reference":
+        name = f"{escape(model.name.replace('_', ' '))} (reference)"
+    else:
+        name = {"model": "this model", "majority": "majority class"}[model.kind]
+    weighted_f1 = model.scores.get("weighted_f1")
+    color = model.name if model.kind == "expert" else model.kind
+    return (
+        name,
+        estimate_cell(weighted_f1),
+        "" if weighted_f1 is None else charts.whisker(weighted_f1, color, mark),
+        *(estimate_cell(model.scores.get(key)) for key in SCORE_NAMES[1:]),
+        estimate_cell(model.difference, signed=True),
+        estimate_cell(None) if model.utterances is None else f"{model.utterances:,}",
+    )
+
+
+def _interval_note(bootstrap: DialogueBootstrap) -> str:
+    if not bootstrap.num_resamples:
+        return "There is only one labeled dialogue, so there are no intervals."
+    return (
+        f"Intervals are 95% bootstrap intervals from {bootstrap.num_resamples:,} resamples of the "
+        f"{len(bootstrap.dialogues):,} labeled dialogues. Whole dialogues are resampled, because "
+        "the utterances of a dialogue are not independent. Differences are relative to this "
+        "model, on the same utterances and resamples; an interval that excludes 0 indicates a "
+        "difference that is unlikely to be due to chance."
+    )
+
+
+def render_sentiment(conventions: Mapping[str, Mapping[str, Any]]) -> str:
+    """Renders the scores of `metrics.binary_sentiment`, one row per convention."""
+    rows = [
+        (
+            escape(name.replace("_", " ")),
+            f"{scores['weighted_f1']:.3f}",
+            f"{scores['accuracy']:.3f}",
+            f"{scores['utterances']:,}",
+        )
+        for name, scores in conventions.items()
+    ]
+    head = ("convention", "weighted F1", "accuracy", "utterances")
+    return table("Binary sentiment under each convention", head, rows)
+
+
+def render_classes(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
+    """Renders precision, recall and F1 of each class."""
+    rows = [
+        (
+            escape(name),
+            f"{scores['support']:,}",
+            estimate_cell(scores["precision"]),
+            estimate_cell(scores["recall"]),
+            estimate_cell(scores["f1"]),
+            charts.whisker(scores["f1"], "model"),
+        )
+        for name, scores in statistics.class_scores(predictions, bootstrap).items()
+    ]
+    head = ("emotion", "support", "precision", "recall", "F1", "from 0 to 1")
+    return table("Scores of each class", head, rows, "classes")
+
+
+def render_confusion(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
+    """Renders the confusion matrix with the share of each row."""
+    counts, _ = bootstrap.confusion(predictions.predicted)
+    names = [escape(name) for name in predictions.class_names]
+    rows = []
+    for index, name in enumerate(names):
+        support = int(counts[index].sum())
+        cells = []
+        for column, count in enumerate(counts[index].tolist()):
+            share = 100 * count / max(support, 1)
+            percent = element("span", f"{share:.0f}%" if count else "", class_="share")
+            class_ = "cell diagonal" if column == index else "cell"
+            cells.append(
+                element("div", f"{count}{percent}", class_=class_, style=f"--share:{share:.1f}%")
+            )
+        rows.append((name, *cells, f"{support:,}"))
+    lead = "Counts, with the share of their row below. Framed cells are correct predictions."
+    class_ = "confusion" if len(names) <= _MAX_WIDE_CLASSES else "confusion narrow"
+    return element("p", lead, class_="note") + table(
+        "Confusion matrix: true emotions as rows, predicted emotions as columns",
+        ("true ↓ predicted →", *names, "support"),
+        rows,
+        class_,
+    )
+
+
+def render_gate(predictions: SplitPredictions) -> str:
+    """Renders the mean gate weights by emotion, for correct and for wrong predictions."""
+    rows = []
+    previous = None
+    for emotion, outcome, count, weights in statistics.mean_gates(predictions):
+        title = "all emotions" if emotion is None else emotion
+        # The second row of an emotion shows its title to screen readers only.
+        class_ = "hidden" if title == previous else "first"
+        bar = charts.stacked_bar(predictions.experts, weights)
+        rows.append((element("span", escape(title), class_=class_), outcome, f"{count:,}", bar))
+        previous = title
+    lead = (
+        "Mean gate weight of each expert in percent, over the utterances of each emotion that the "
+        "model predicted correctly or wrongly."
+    )
+    head = ("true emotion", "predicted", "utterances", "mean gate")
+    return (
+        element("p", lead)
+        + expert_legend(predictions.experts)
+        + table("Mean gate weights", head, rows, "gates")
+    )
+
+
+def render_calibration(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
+    """Renders the expected calibration error and the calibration curve."""
+    error, bins = statistics.calibration(predictions, bootstrap)
+    rows = [
+        (
+            f"{part.low:.1f}&ndash;{part.high:.1f}",
+            f"{part.count:,}",
+            f"{part.confidence:.3f}",
+            estimate_cell(part.accuracy),
+        )
+        for part in bins
+    ]
+    confidence = sum(part.confidence * part.count for part in bins)
+    accuracy = sum(part.accuracy.value * part.count for part in bins)
+    gap = (confidence - accuracy) / sum(part.count for part in bins)
+    side = "above" if gap > 0 else "below"
+    lead = (
+        f"Expected calibration error {element('strong', f'{error:.3f}')}, over ten bins of equal "
+        "width of the predicted emotion's probability. The mean confidence is "
+        f"{abs(gap):.3f} {side} the accuracy. The dashed line is perfect calibration; the bars "
+        "show the number of utterances in each bin."
+    )
+    head = ("confidence", "utterances", "mean confidence", "accuracy")
+    return "".join(
+        (
+            element("p", lead),
+            element("figure", charts.calibration_curve(bins)),
+            details("Bins as a table", table("Calibration", head, rows)),
+        )
+    )
+
+
+def render_missing_modality(study: Mapping[str, Any]) -> str:
+    """Renders the missing-modality study.
+
+    Args:
+      study: Content of `missing_modality.json`.
+    """
+    rows = [
+        (
+            f"{point['drop_speech']:g}",
+            f"{point['drop_text']:g}",
+            f"{point['weighted_f1']:.3f} ± {point['deviation']:.3f}",
+        )
+        for point in study["points"]
+    ]
+    lead = (
+        "Weighted F1 when random utterances lose a modality: mean and standard deviation of "
+        f"several draws. The dashed line is the score with nothing dropped, "
+        f"{study['complete']:.3f}."
+    )
+    head = ("share without speech", "share without text", "weighted F1")
+    names = charts.missing_modality_lines(study)
+    return "".join(
+        (
+            element("p", lead),
+            legend((name, f"{name} dropped") for name in names),
+            element("figure", charts.missing_modality_curve(study)),
+            details("Points as a table", table("Missing modalities", head, rows)),
+        )
+    )

@@ -1,0 +1,168 @@
+"""The numbers of a report: scores with intervals, calibration, and mean gate weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mister_jax import metrics
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
+from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredModel:
+    """A way of predicting, with its scores.
+
+    Attributes:
+      name: "model", the name of an expert, "majority", or the name of a reference.
+      kind: "model", "expert", "majority" or "reference".
+      scores: The scores of `metrics.SCORE_NAMES` that are available, by name.
+      utterances: Number of scored utterances, None if unknown.
+      difference: Weighted F1 minus that of the evaluated model on the same utterances, None for
+        that model itself and for references.
+    """
+
+    name: str
+    kind: str
+    scores: Mapping[str, Estimate]
+    utterances: int | None = None
+    difference: Estimate | None = None
+
+
+def score_models(
+    predictions: SplitPredictions,
+    bootstrap: DialogueBootstrap,
+    reference_scores: Mapping[str, Mapping[str, float]],
+) -> list[ScoredModel]:
+    """Scores the model, each expert alone and the majority class, and appends the references.
+
+    Args:
+      predictions: Predictions of a split with at least one label.
+      bootstrap: Bootstrap of these predictions.
+      reference_scores: Scores of other classifiers, by classifier and score name.
+
+    Returns:
+      The scored models; the evaluated model comes first.
+    """
+    label = predictions.label[predictions.labeled]
+    majority = np.bincount(label, minlength=len(predictions.class_names)).argmax()
+    predicted_by = {("model", "model"): predictions.predicted}
+    for index, name in enumerate(predictions.experts):
+        predicted_by[name, "expert"] = predictions.votes[:, index]
+    predicted_by["majority", "majority"] = np.full(len(predictions.label), majority)
+    models = []
+    for (name, kind), predicted in predicted_by.items():
+        if not (predicted[predictions.labeled] >= 0).any():
+            continue
+        scores = bootstrap.scores(predicted)
+        difference = None
+        if kind != "model":
+            # Compare on the utterances that the expert votes on.
+            same = np.where(predicted >= 0, predictions.predicted, NO_VOTE)
+            value, resampled = scores["weighted_f1"]
+            model_value, model_resampled = bootstrap.scores(same)["weighted_f1"]
+            difference = Estimate.from_resamples(value - model_value, resampled - model_resampled)
+        estimates = {key: Estimate.from_resamples(*scores[key]) for key in metrics.SCORE_NAMES}
+        utterances = int(scores["utterances"][0])
+        models.append(ScoredModel(name, kind, estimates, utterances, difference))
+    for name, values in reference_scores.items():
+        estimates = {key: Estimate(values[key]) for key in metrics.SCORE_NAMES if key in values}
+        models.append(ScoredModel(name, "reference", estimates))
+    return models
+
+
+def class_scores(
+    predictions: SplitPredictions, bootstrap: DialogueBootstrap
+) -> dict[str, dict[str, Any]]:
+    """Returns "precision", "recall" and "f1" as `Estimate`, and "support", of each class."""
+    scores = bootstrap.scores(predictions.predicted)
+    rows: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(predictions.class_names):
+        rows[name] = {
+            key: Estimate.from_resamples(scores[key][0][index], scores[key][1][:, index])
+            for key in ("precision", "recall", "f1")
+        }
+        rows[name]["support"] = int(scores["support"][0][index])
+    return rows
+
+
+class CalibrationBin(NamedTuple):
+    """The utterances of one bin of confidence.
+
+    Attributes:
+      low: Lower end of the bin.
+      high: Upper end of the bin.
+      count: Number of utterances.
+      confidence: Mean probability of the predicted class.
+      accuracy: Share of correct predictions.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: Estimate
+
+
+def calibration(
+    predictions: SplitPredictions, bootstrap: DialogueBootstrap
+) -> tuple[float, list[CalibrationBin]]:
+    """Returns the expected calibration error and the bins that are not empty."""
+    labeled = predictions.labeled
+    confidence = predictions.probabilities[labeled].max(-1)
+    correct = ~predictions.wrong[labeled]
+    curve = metrics.calibration(confidence, correct)
+    num_bins = len(curve["count"])
+    _, resampled_counts = bootstrap.count(curve["bin"], num_bins)
+    _, resampled_correct = bootstrap.count(np.where(correct, curve["bin"], -1), num_bins)
+    with np.errstate(invalid="ignore"):  # A bin may be empty in a resample.
+        resampled = resampled_correct / resampled_counts
+    return curve["error"], [
+        CalibrationBin(
+            index / num_bins,
+            (index + 1) / num_bins,
+            int(count),
+            float(curve["confidence"][index]),
+            Estimate.from_resamples(curve["accuracy"][index], resampled[:, index]),
+        )
+        for index, count in enumerate(curve["count"])
+        if count
+    ]
+
+
+class MeanGate(NamedTuple):
+    """Mean gate weights of the utterances of one emotion with correct, or with wrong, predictions.
+
+    Attributes:
+      emotion: True emotion, None for all emotions.
+      outcome: "correct" or "wrong".
+      count: Number of utterances.
+      weights: Mean gate weights, [E].
+    """
+
+    emotion: str | None
+    outcome: str
+    count: int
+    weights: np.ndarray
+
+
+def mean_gates(predictions: SplitPredictions) -> list[MeanGate]:
+    """Returns the mean gate weights by emotion and outcome, without empty groups."""
+    assert predictions.gate is not None
+    groups: dict[str | None, np.ndarray] = {None: predictions.labeled}
+    for index, name in enumerate(predictions.class_names):
+        groups[name] = predictions.label == index
+    rows = []
+    for emotion, members in groups.items():
+        for outcome, selected in (
+            ("correct", members & ~predictions.wrong),
+            ("wrong", members & predictions.wrong),
+        ):
+            if selected.any():
+                weights = predictions.gate[selected].mean(0)
+                rows.append(MeanGate(emotion, outcome, int(selected.sum()), weights))
+    return rows
