@@ -1,14 +1,13 @@
-"""Speech encoders by one call: from where their files are to clips in, hidden states out.
+"""One interface to all speech encoders: waveforms in, hidden states out.
 
-A folder as the Hugging Face libraries write it holds an encoder whole. SALMONN comes in four
-checkpoints, its own and those of Whisper, BEATs and Vicuna. An LLM that hears hears every clip in
-the same prompt.
+Most encoders are one folder in the layout of the Hugging Face libraries. SALMONN is four
+checkpoints: its own and those of Whisper, BEATs and Vicuna. Speech LLMs use one fixed prompt for
+all clips.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import frontends, hub, salmonn
+from mister_jax.encoders import (
+    frontends,
+    hf_config,
+    hub,
+    pretrained,
+    registry,
+    salmonn,
+    tokenization,
+)
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
@@ -25,35 +32,27 @@ from mister_jax.parallel import sharding
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
 SALMONN = "salmonn"
-"""The `model_type` of a description of SALMONN."""
-
+"""The `model_type` in the backbone config of SALMONN."""
 PROMPT_TOKENS = "prompt_tokens"
-"""What a description holds besides, of an LLM."""
-
+"""Field of a speech LLM's backbone config with the tokens of its prompt."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
-"""Of an utterance; what encoders without a longest of their own take."""
-
-LORA_RANK = "lora_rank"
-"""What it holds besides, of SALMONN."""
+"""Limits of an utterance's length for encoders without a limit of their own."""
 
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
-_QFORMER_LAYER = r"speech_Qformer\.bert\.encoder\.layer\.(\d+)\."
-_LORA = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-_LORA_ALPHA = 32.0  # of all released SALMONN; no tensor tells it
-_HEAD_DIM = 64  # of BERT, of which the Q-Former has the layers; no tensor tells it
+_SALMONN_LORA_ALPHA = 32.0  # All released checkpoints use it. No tensor holds it.
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechFiles:
-    """Where the files of a speech encoder are.
+    """Locations of a speech encoder's files.
 
     Attributes:
-      name: a folder, or a name on the Hugging Face Hub; of SALMONN the checkpoint of what it has
-        learned, see `Checkpoint.open`.
-      whisper: of SALMONN alone, as are the following: Whisper, a folder or a name as above.
-      beats: checkpoint of BEATs, a file as released or a folder; there its `cfg` is in config.json.
-      vicuna: Vicuna with its tokenizer, a folder or a name as above.
+      name: Folder, or name on the Hugging Face Hub; for SALMONN its own checkpoint, a path that
+        `Checkpoint.open` accepts.
+      whisper: Whisper, a folder or name; only for SALMONN, like the following.
+      beats: Checkpoint of BEATs, a file as released, or a folder whose config.json holds its `cfg`.
+      vicuna: Vicuna with its tokenizer, a folder or name.
     """
 
     name: str
@@ -62,20 +61,20 @@ class SpeechFiles:
     vicuna: str = ""
 
     def __post_init__(self):
-        given = [bool(part) for part in (self.whisper, self.beats, self.vicuna)]
-        if any(given) and not all(given):
+        parts = [bool(part) for part in (self.whisper, self.beats, self.vicuna)]
+        if any(parts) and not all(parts):
             raise InputError(
                 f"whisper {self.whisper!r}, beats {self.beats!r}, vicuna {self.vicuna!r}; allowed: "
-                "all of them (SALMONN), or none"
+                "all three (SALMONN), or none"
             )
 
     @property
     def is_salmonn(self) -> bool:
-        """The encoder comes in four checkpoints."""
+        """Whether the encoder is SALMONN."""
         return bool(self.vicuna)
 
     def fingerprint(self) -> str:
-        """See `hub.fingerprint`."""
+        """Returns a hash that changes when a file is modified or replaced."""
         if self.is_salmonn:
             folders = hub.fetch(self.whisper), hub.fetch(self.vicuna)
             return hub.fingerprint(self.name, self.beats, *folders)
@@ -83,64 +82,86 @@ class SpeechFiles:
 
 
 def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
-    """What a speech encoder is: JSON values, from which `make` makes it without its files.
+    """Reads the config of a speech encoder, from which it can be created without its files.
 
     Args:
-      files: where they are.
-      prompt: of an LLM: what it is asked about every clip; its usual question if empty.
+      files: Locations of the files.
+      prompt: Prompt of a speech LLM; by default its usual question.
+
+    Returns:
+      JSON values: the content of config.json, or for SALMONN the configs of its parts; for a speech
+      LLM also the tokens of the prompt.
 
     Raises:
-      InputError: files that cannot be read, an encoder of text, or a prompt it has no use for.
+      InputError: A file cannot be read, the encoder is a text encoder, or a prompt is given to an
+        encoder that has none.
     """
     if files.is_salmonn:
-        described = _read_salmonn_config(files)
-        config = SalmonnConfig.from_parts(described)
-        tokenizer = hub.load_processor(hub.fetch(files.vicuna), config.decoder)
-        asked = prompt or _SALMONN_PROMPT
-        return described | {PROMPT_TOKENS: salmonn.prompt_tokens(tokenizer, asked, config)}
+        backbone_config = _read_salmonn_config(files)
+        config = SalmonnConfig.from_parts(backbone_config)
+        tokenizer = tokenization.load_processor(hub.fetch(files.vicuna), config.decoder)
+        tokens = salmonn.prompt_tokens(tokenizer, prompt or _SALMONN_PROMPT, config)
+        return backbone_config | {PROMPT_TOKENS: tokens}
     folder = hub.fetch(files.name)
-    described = hub.read_config(folder)
-    architecture = hub.architecture_of(described, files.name, "speech")
+    backbone_config = hf_config.read_config(folder)
+    architecture = registry.find_architecture(backbone_config, files.name, "speech")
     if architecture.prompt_tokens is None:
         if prompt:
             raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
-        return described
-    config = architecture.config.from_huggingface(described)
-    tokenizer = hub.load_processor(folder, config)
+        return backbone_config
+    config = architecture.config.from_huggingface(backbone_config)
+    tokenizer = tokenization.load_processor(folder, config)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = architecture.prompt_tokens(tokenizer, prompt or architecture.prompt, config)
-    return described | {PROMPT_TOKENS: tokens}
+    return backbone_config | {PROMPT_TOKENS: tokens}
 
 
-def is_llm(described: Mapping[str, Any]) -> bool:
-    """A language model is part of what `read_backbone_config` described."""
-    return PROMPT_TOKENS in described
+def _read_salmonn_config(files: SpeechFiles) -> dict[str, Any]:
+    """Reads the configs of SALMONN's parts, for `SalmonnConfig.from_parts`."""
+    beats = Checkpoint.open(files.beats)
+    return {
+        "model_type": SALMONN,
+        "whisper": hf_config.read_config(hub.fetch(files.whisper)),
+        "beats": dict(beats.metadata.get("cfg") or hf_config.read_config(beats.path.parent)),
+        "vicuna": hf_config.read_config(hub.fetch(files.vicuna)),
+        **salmonn.read_sizes(Checkpoint.open(files.name)),
+    }
+
+
+def is_llm(backbone_config: Mapping[str, Any]) -> bool:
+    """Returns whether an encoder contains a language model."""
+    return PROMPT_TOKENS in backbone_config
 
 
 def make_speech_encoder(
-    described: Mapping[str, Any], *, rngs: nnx.Rngs, pool_over_prompt: bool = False, **changes: Any
+    backbone_config: Mapping[str, Any],
+    *,
+    rngs: nnx.Rngs,
+    pool_over_prompt: bool = False,
+    **changes: Any,
 ) -> nnx.Module:
-    """A speech encoder with random parameters; may be traced, reads no file.
+    """Creates a speech encoder with random parameters, without reading files; can be traced.
 
     Args:
-      described: of `read_backbone_config`.
-      rngs: for the parameters.
-      pool_over_prompt: see `PromptedSpeech`; of an LLM alone.
-      **changes: further fields of the architecture's config.
+      backbone_config: Config from `read_backbone_config`.
+      rngs: Source of the parameters.
+      pool_over_prompt: Whether the mask of a speech LLM includes its prompt.
+      **changes: Further fields of the architecture's config.
 
     Returns:
-      Called with clips [B, S] and lengths [B], it gives hidden states and which of them to read.
+      Module from waveforms [B, S] and lengths [B] to hidden states [B, N, D] and their mask [B, N].
     """
-    if described.get("model_type") == SALMONN:
-        module: nnx.Module = Salmonn(SalmonnConfig.from_parts(described, **changes), rngs=rngs)
+    if backbone_config.get("model_type") == SALMONN:
+        config = SalmonnConfig.from_parts(backbone_config, **changes)
+        module: nnx.Module = Salmonn(config, rngs=rngs)
     else:
-        module = hub.make(described, rngs=rngs, **changes)
-    return _prompted(module, described, pool_over_prompt)
+        module = pretrained.create_module(backbone_config, rngs=rngs, **changes)
+    return _with_prompt(module, backbone_config, pool_over_prompt)
 
 
 def load_speech_encoder(
     files: SpeechFiles,
-    described: Mapping[str, Any],
+    backbone_config: Mapping[str, Any],
     *,
     mesh: Mesh | None = None,
     seed: int = 0,
@@ -148,129 +169,101 @@ def load_speech_encoder(
     adapter: str | None = None,
     **changes: Any,
 ) -> nnx.Module:
-    """The speech encoder that `make` makes, with its weights.
+    """Loads the speech encoder that `make_speech_encoder` creates, with its weights.
 
     Args:
-      files: where they are.
-      described: of `read_backbone_config`.
-      mesh: to place the parameters on; by default the first device.
-      seed: of low-rank paths that no checkpoint holds.
-      pool_over_prompt: see `make`.
-      adapter: see `hub.load`; of all but SALMONN.
-      **changes: see `make`.
+      files: Locations of the files.
+      backbone_config: Config from `read_backbone_config`.
+      mesh: Mesh to place the parameters on; by default the first device.
+      seed: Seed of low-rank paths that no checkpoint holds.
+      pool_over_prompt: Whether the mask of a speech LLM includes its prompt.
+      adapter: Folder of a `peft` adapter; not for SALMONN.
+      **changes: Further fields of the architecture's config.
 
     Raises:
-      InputError: weights or an adapter that do not belong to it.
+      InputError: Weights or an adapter do not fit the encoder.
     """
     if not files.is_salmonn:
         folder = hub.fetch(files.name)
-        module = hub.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
-        return _prompted(module, described, pool_over_prompt)
+        module = pretrained.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
+        return _with_prompt(module, backbone_config, pool_over_prompt)
     if adapter:
-        raise InputError(f"{adapter}: an adapter, and SALMONN comes with its own; leave it out")
-    config = SalmonnConfig.from_parts(described, **changes)
-    shapes = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(nnx.state(shapes, nnx.Param))
-    shardings = None if mesh is None else sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
-    module = salmonn.load_salmonn(
-        shapes,
+        raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which has its own")
+    config = SalmonnConfig.from_parts(backbone_config, **changes)
+    module = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
+    shardings = None
+    if mesh is not None:
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        shardings = sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
+    salmonn.load_salmonn(
+        module,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),
         beats=Checkpoint.open(files.beats),
         vicuna=Checkpoint.open(hub.fetch(files.vicuna)),
         salmonn=Checkpoint.open(files.name),
         shardings=shardings,
     )
-    return _prompted(module, described, pool_over_prompt)
+    return _with_prompt(module, backbone_config, pool_over_prompt)
 
 
-def _read_salmonn_config(files: SpeechFiles) -> dict[str, Any]:
-    """What `SalmonnConfig.from_parts` reads."""
-    beats, learned = Checkpoint.open(files.beats), Checkpoint.open(files.name)
-    cfg = beats.metadata.get("cfg") or hub.read_config(beats.path.parent)
-
-    def shape(name: str) -> tuple[int, ...]:
-        name = f"{salmonn.PREFIX}{name}"
-        if name not in learned:
-            raise InputError(f"{files.name}: not a checkpoint of SALMONN: it has no tensor {name}")
-        return tuple(learned[name].shape)
-
-    _, num_queries, hidden_size = shape("speech_query_tokens")
-    layers = {match[1] for name in learned if (match := re.search(_QFORMER_LAYER, name))}
-    hidden = shape("speech_Qformer.bert.encoder.layer.0.intermediate_query.dense.weight")
-    return {
-        "model_type": SALMONN,
-        "whisper": hub.read_config(hub.fetch(files.whisper)),
-        "beats": dict(cfg),
-        "vicuna": hub.read_config(hub.fetch(files.vicuna)),
-        LORA_RANK: shape(_LORA)[0],
-        "qformer": {
-            "hidden_size": hidden_size,
-            "num_layers": len(layers),
-            "num_heads": max(1, hidden_size // _HEAD_DIM),
-            "mlp_dim": hidden[0],
-            "num_queries": num_queries,
-        },
-    }
-
-
-def _prompted(
-    module: nnx.Module, described: Mapping[str, Any], pool_over_prompt: bool
+def _with_prompt(
+    module: nnx.Module, backbone_config: Mapping[str, Any], pool_over_prompt: bool
 ) -> nnx.Module:
-    if not is_llm(described):
+    """Returns a speech LLM with its fixed prompt, and any other module unchanged."""
+    if not is_llm(backbone_config):
         return module
-    return PromptedSpeech(module, described[PROMPT_TOKENS], pool_over_prompt=pool_over_prompt)
+    return PromptedSpeech(module, backbone_config[PROMPT_TOKENS], pool_over_prompt=pool_over_prompt)
 
 
-def trim_kwargs(described: Mapping[str, Any], trim: bool) -> dict[str, bool]:
-    """`changes` for `make` and `load` that decide on `WhisperConfig.trim`; of others, none."""
-    return {"trim": trim} if described["model_type"] == "whisper" else {}
+def trim_kwargs(backbone_config: Mapping[str, Any], trim: bool) -> dict[str, bool]:
+    """Returns the config change that sets `WhisperConfig.trim`, empty for other encoders."""
+    return {"trim": trim} if backbone_config["model_type"] == "whisper" else {}
 
 
-def trainable_paths(described: Mapping[str, Any]) -> dict[str, LoRAConfig]:
-    """`changes` for `make` and `load` that give SALMONN the low-rank paths of its checkpoint.
-
-    Of other encoders, none.
-    """
-    if described["model_type"] != SALMONN:
+def trainable_paths(backbone_config: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+    """Returns the config change that adds SALMONN's trained LoRA, empty for other encoders."""
+    if backbone_config["model_type"] != SALMONN:
         return {}
-    rank = described[LORA_RANK]
-    return {"lora": LoRAConfig(rank=rank, alpha=_LORA_ALPHA, targets=("query", "value"))}
+    rank = backbone_config["lora_rank"]
+    return {"lora": LoRAConfig(rank=rank, alpha=_SALMONN_LORA_ALPHA, targets=("query", "value"))}
 
 
-def check_spectrogram(described: Mapping[str, Any]) -> None:
-    """Raises ValueError if an encoder reads the waveform itself, without Whisper's front end."""
-    if described["model_type"] not in _WITH_SPECTROGRAM:
+def check_spectrogram(backbone_config: Mapping[str, Any]) -> None:
+    """Raises ValueError if an encoder reads the waveform instead of a log-mel spectrogram."""
+    if backbone_config["model_type"] not in _WITH_SPECTROGRAM:
         raise ValueError(
-            f"mask_spectrogram, and model_type {described['model_type']!r} has no spectrogram; "
-            f"allowed with {', '.join(_WITH_SPECTROGRAM)}"
+            f"mask_spectrogram: model_type {backbone_config['model_type']!r} has no spectrogram; "
+            f"allowed: {', '.join(_WITH_SPECTROGRAM)}"
         )
 
 
 def has_fixed_input_length(module: Any) -> bool:
-    """A clip costs an encoder as much as the longest it has positions for."""
+    """Returns whether an encoder pads every clip to its maximum length."""
     config = module.config
     return isinstance(config, SalmonnConfig) or not getattr(config, "trim", True)
 
 
 def max_seconds(module: Any) -> float | None:
-    """Returns the seconds that an encoder with a fixed window reads, None for the others."""
+    """Returns the seconds of audio that an encoder has positions for, None without a limit."""
     max_samples = getattr(module.config, "max_samples", None)
     return None if max_samples is None else max_samples / frontends.SAMPLE_RATE
 
 
 def check_seconds(seconds: float, module: Any = None, *, name: str = "max_seconds") -> None:
-    """Makes sure that clips may be cut at so many seconds.
+    """Checks the length to which clips are cut.
 
     Args:
-      seconds: of a clip.
-      module: the encoder that is to read it, if it is known; may hold shapes in place of arrays.
-      name: of the option, for the error.
+      seconds: Length of a clip in seconds.
+      module: Encoder of the clips, if known; may hold shapes in place of arrays.
+      name: Name of the option, for the error.
 
     Raises:
-      InputError: not from `SHORTEST_SECONDS` to `LONGEST_SECONDS`, or more than the encoder has
-        positions for.
+      InputError: The length is not between `SHORTEST_SECONDS` and `LONGEST_SECONDS`, or exceeds the
+        encoder's positions.
     """
-    window = None if module is None else max_seconds(module)
-    longest, why = (LONGEST_SECONDS, "") if window is None else (window, ", as the encoder has")
-    if not SHORTEST_SECONDS <= seconds <= longest:  # of no number, neither is true
-        raise InputError(f"{name}={seconds:g}; allowed: {SHORTEST_SECONDS:g} to {longest:g}{why}")
+    limit = None if module is None else max_seconds(module)
+    longest, reason = (LONGEST_SECONDS, "") if limit is None else (limit, ", the encoder's limit")
+    if not SHORTEST_SECONDS <= seconds <= longest:  # Also refuses NaN.
+        raise InputError(
+            f"{name}={seconds:g}; allowed: {SHORTEST_SECONDS:g} to {longest:g}{reason}"
+        )

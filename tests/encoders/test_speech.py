@@ -88,7 +88,7 @@ def test_what_is_described_is_what_is_loaded(files):
     assert speech.has_fixed_input_length(made) == files.is_salmonn
     longest = made.config.max_samples / 16_000
     speech.check_seconds(longest, made)
-    with pytest.raises(InputError, match=f"allowed: 0.1 to {longest:g}, as the encoder has"):
+    with pytest.raises(InputError, match=f"allowed: 0.1 to {longest:g}, the encoder's limit"):
         speech.check_seconds(longest + 0.1, made)
 
 
@@ -143,12 +143,12 @@ def test_files_of_salmonn_that_cannot_be_used_are_said(salmonn_options, whisper_
         assert "\n" not in str(error.value)
 
     refused("gone: no such file or folder", name=str(tmp_path / "gone"))
-    refused("not a checkpoint of SALMONN: it has no tensor", name=salmonn_options["beats"])
+    refused("not a checkpoint of SALMONN: no tensor", name=salmonn_options["beats"])
     copy = shutil.copytree(salmonn_options["beats"], tmp_path / "beats")
     (copy / "config.json").unlink()
     refused("config.json: cannot be read", beats=str(copy))
     refused("missing: .*encoder", vicuna=salmonn_options["vicuna"], whisper=str(other(tmp_path)))
-    with pytest.raises(ValueError, match=r"allowed: all of them \(SALMONN\), or none"):
+    with pytest.raises(ValueError, match=r"allowed: all three \(SALMONN\), or none"):
         speech.SpeechFiles("own", whisper="whisper")
 
 

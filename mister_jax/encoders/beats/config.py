@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mister_jax.encoders.fields import check_positive
+from mister_jax.encoders.hf_config import check_positive
 from mister_jax.errors import InputError
 from mister_jax.nn.scanned_layers import Remat
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mister_jax.encoders import frontends
 from mister_jax.encoders.beats.config import BeatsConfig
-from mister_jax.encoders.fields import types_of
+from mister_jax.encoders.layers import dtypes
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
@@ -72,7 +72,7 @@ class GatedAttention(nnx.Module):
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         hidden_size, heads = config.hidden_size, config.num_heads
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         self.num_heads = heads
         self.query = nnx.Linear(hidden_size, hidden_size, **options)
         self.key = nnx.Linear(hidden_size, hidden_size, **options)
@@ -108,7 +108,7 @@ class BeatsLayer(nnx.Module):
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.residual_scale = (2 * config.num_layers) ** 0.25  # arXiv 2203.00555
         self.attention = GatedAttention(config, rngs=rngs)
@@ -143,7 +143,7 @@ class Beats(nnx.Module):
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         self.config = config
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         norm = {"epsilon": config.layer_norm_epsilon, **options}
         self.patch_embedding = nnx.Linear(
             config.patch_size**2, config.patch_dim, use_bias=False, **options

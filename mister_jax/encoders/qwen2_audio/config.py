@@ -103,18 +103,18 @@ class Qwen2AudioConfig:
         """
         if config.get("model_type") != "qwen2_audio":
             raise InputError(
-                f"config.json: model_type={config.get('model_type')!r}: allowed is 'qwen2_audio'"
+                f"config.json: model_type={config.get('model_type')!r}; allowed: 'qwen2_audio'"
             )
         audio = _part(config, "audio_config", _AUDIO_DEFAULTS)
         if audio["model_type"] != _AUDIO_DEFAULTS["model_type"]:
             raise InputError(
-                f"config.json: audio_config.model_type={audio['model_type']!r}: allowed is "
+                f"config.json: audio_config.model_type={audio['model_type']!r}; allowed: "
                 f"{_AUDIO_DEFAULTS['model_type']!r}"
             )
         placeholder = config.get("audio_token_index", _PLACEHOLDER)
         if isinstance(placeholder, bool) or not isinstance(placeholder, int):
             raise InputError(
-                f"config.json: audio_token_index={placeholder!r}: allowed is an integer"
+                f"config.json: audio_token_index={placeholder!r}; allowed: an integer"
             )
         text = _part(config, "text_config", _TEXT_DEFAULTS)
         common: dict[str, Any] = {
@@ -149,5 +149,5 @@ class Qwen2AudioConfig:
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     part = config.get(name) or {}
     if not isinstance(part, Mapping):
-        raise InputError(f"config.json: {name}={part!r}: allowed are fields and their values")
+        raise InputError(f"config.json: {name}={part!r}; allowed: fields and their values")
     return {**defaults, **part}

@@ -20,12 +20,13 @@ from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
 from mister_jax.encoders.beats import Beats
 from mister_jax.encoders.decoder import Decoder
-from mister_jax.encoders.fields import types_of
+from mister_jax.encoders.layers import dtypes
 from mister_jax.encoders.salmonn.config import QFormerConfig, SalmonnConfig
 from mister_jax.encoders.whisper import Whisper
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.masking import length_mask
 
 
 class PostNormAttention(nnx.Module):
@@ -38,7 +39,7 @@ class PostNormAttention(nnx.Module):
 
     def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         self.num_heads = config.num_heads
         self.query = nnx.Linear(hidden_size, hidden_size, **options)
         self.key = nnx.Linear(key_dim, hidden_size, **options)
@@ -68,7 +69,7 @@ class QFormerLayer(nnx.Module):
 
     def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         self.attention = PostNormAttention(hidden_size, config, rngs=rngs)
         self.cross_attention = PostNormAttention(frame_dim, config, rngs=rngs)
         self.mlp_in = nnx.Linear(hidden_size, config.mlp_dim, **options)
@@ -109,7 +110,7 @@ class WindowQFormer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         input_norm = {"epsilon": config.input_norm_epsilon, **options}
         self.speech_norm = nnx.LayerNorm(speech_dim, **input_norm)
         self.sound_norm = nnx.LayerNorm(sound_dim, **input_norm)
@@ -215,7 +216,7 @@ class Salmonn(nnx.Module):
         """What the language model hears of clips: [B, A, D] of [B, S] and [B]."""
         config = self.config
         # Short clips count as longer ones that end in silence.
-        heard = frontends.length_mask(lengths, waveform.shape[1])
+        heard = length_mask(lengths, waveform.shape[1])
         waveform = jnp.where(heard, waveform, 0)[:, : config.max_samples]
         missing = max(0, config.min_samples - waveform.shape[1])
         waveform = jnp.pad(waveform, ((0, 0), (0, missing)))
@@ -225,7 +226,7 @@ class Salmonn(nnx.Module):
         fbank = beats.features(waveform, config.beats)
         # A clip's own tokens, in whatever batch: those of a batch of one in the official code.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
-        token_mask = frontends.length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
+        token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
         return self.qformer(speech, self.beats(fbank, token_mask), token_mask)
 
 

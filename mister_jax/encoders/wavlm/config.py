@@ -6,12 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mister_jax.encoders.fields import (
-    check_fixed,
-    check_positive,
-    check_rates,
-    read,
-)
+from mister_jax.encoders.hf_config import check_fixed, check_positive, check_rates, read_fields
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
@@ -139,7 +134,7 @@ class WavLMConfig:
             )
         if self.conv_norm not in ("group", "layer"):
             raise ValueError(
-                f"WavLMConfig.conv_norm={self.conv_norm!r}: allowed are 'group' and 'layer'"
+                f"WavLMConfig.conv_norm={self.conv_norm!r}; allowed: 'group' and 'layer'"
             )
         if self.num_buckets < 0 or self.num_buckets % 4 or self.max_distance < self.num_buckets:
             raise ValueError(
@@ -193,7 +188,7 @@ class WavLMConfig:
         """Reads a `config.json` of model type "wav2vec2", "hubert" or "wavlm", with `changes`.
 
         Absent fields have the default values of transformers. Whether the waveform is normalized
-        is stored with the feature extractor; `hub.read_config` adds its `do_normalize`. Without
+        is stored with the feature extractor; `read_config` adds its `do_normalize`. Without
         it, the value is that of the published models.
 
         Raises:
@@ -202,15 +197,15 @@ class WavLMConfig:
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
             raise InputError(
-                f"config.json: model_type={model_type!r}: allowed are {', '.join(_MODEL_TYPES)}"
+                f"config.json: model_type={model_type!r}; allowed: {', '.join(_MODEL_TYPES)}"
             )
         check_fixed(config, _HUGGINGFACE_FIXED)
         is_wavlm = model_type == "wavlm"
-        fields = read(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
+        fields = read_fields(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["conv_norm"] == "layer"
-        fields |= read(config, {"normalize": ("do_normalize", published)})
+        fields |= read_fields(config, {"normalize": ("do_normalize", published)})
         try:
             return cls(**{**fields, **changes})
         except ValueError as error:

@@ -17,16 +17,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mister_jax.encoders import frontends
-from mister_jax.encoders.attention import SelfAttention
-from mister_jax.encoders.fields import (
-    layer_norm,
-    types_of,
-)
+from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.encoders.wavlm.config import WavLMConfig
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
+from mister_jax.nn.masking import length_mask
 
 
 # Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
@@ -73,7 +70,7 @@ class WaveformEncoder(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        options = types_of(config)
+        options = dtypes(config)
         widths = config.conv_dims
         self.strides = config.conv_strides
         self.kernel_sizes = config.conv_kernels
@@ -108,7 +105,7 @@ class WaveformEncoder(nnx.Module):
             x = convolution(x)
             lengths = (lengths - self.kernel_sizes[index]) // self.strides[index] + 1
             if index == 0 and self.channel_norm is not None:
-                x = self.channel_norm(x, frontends.length_mask(lengths, x.shape[1]))
+                x = self.channel_norm(x, length_mask(lengths, x.shape[1]))
             if self.norms:
                 x = self.norms[index](x)
             x = _gelu(x)
@@ -124,7 +121,7 @@ class GatedBias(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        options = types_of(config)
+        options = dtypes(config)
         self.num_heads = config.num_heads
         self.projection = LoRALinear(
             config.hidden_size // config.num_heads, 8, quantizable=False, **options, rngs=rngs
@@ -168,7 +165,7 @@ class TransformerLayer(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
         self.gate = nnx.data(GatedBias(config, rngs=rngs) if config.num_buckets else None)
         self.attention = SelfAttention(
             hidden_size,
@@ -235,7 +232,7 @@ class WavLM(nnx.Module):
             config.hidden_size,
             config.position_kernel,
         )
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         self.config = config
         self.waveform_encoder = WaveformEncoder(config, rngs=rngs)
         self.projection_norm = nnx.data(
@@ -340,9 +337,9 @@ class WavLM(nnx.Module):
         if config.normalize:
             waveform = frontends.normalize(waveform, lengths)
         else:
-            waveform = jnp.where(frontends.length_mask(lengths, waveform.shape[1]), waveform, 0)
+            waveform = jnp.where(length_mask(lengths, waveform.shape[1]), waveform, 0)
         x = self.waveform_encoder(waveform, lengths)  # B N C
-        mask = frontends.length_mask(config.num_frames(lengths), x.shape[1])
+        mask = length_mask(config.num_frames(lengths), x.shape[1])
         if self.projection_norm is not None:
             x = self.projection_norm(x)
         x = self.projection_dropout(self.projection(x, **options), **options)

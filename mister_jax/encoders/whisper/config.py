@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mister_jax.encoders import frontends
-from mister_jax.encoders.fields import (
-    check_fixed,
-    check_positive,
-    check_rates,
-    read,
-)
+from mister_jax.encoders.hf_config import check_fixed, check_positive, check_rates, read_fields
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
@@ -151,7 +146,7 @@ class WhisperConfig:
         """
         check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
         try:
-            return cls(**{**read(config, _HUGGINGFACE), **changes})
+            return cls(**{**read_fields(config, _HUGGINGFACE), **changes})
         except InputError:
             raise
         except ValueError as error:

@@ -15,15 +15,12 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders import augment, frontends
-from mister_jax.encoders.attention import SelfAttention
-from mister_jax.encoders.fields import (
-    layer_norm,
-    types_of,
-)
+from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
 from mister_jax.encoders.whisper.config import SAMPLES_PER_POSITION, WhisperConfig
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
+from mister_jax.nn.masking import length_mask
 
 
 def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -45,7 +42,7 @@ class WhisperLayer(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
         self.attention_norm = _norm(config, rngs)
         self.attention = SelfAttention(
             hidden_size,
@@ -87,7 +84,7 @@ class Whisper(nnx.Module):
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        hidden_size, options = config.hidden_size, types_of(config) | {"rngs": rngs}
+        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
         self.config = config
         self.convolution = nnx.Conv(config.num_mel_bins, hidden_size, (3,), padding=1, **options)
         self.strided_convolution = nnx.Conv(
@@ -211,7 +208,7 @@ class Whisper(nnx.Module):
             raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or PerExampleRngs) in training")
         key = rngs.dropout()
         keys = key if key.shape else jax.random.split(key, len(mel))
-        mask = frontends.length_mask(lengths, mel.shape[1])
+        mask = length_mask(lengths, mel.shape[1])
         return augment.mask_spectrogram(mel, mask, keys)
 
     def _run(
@@ -230,7 +227,7 @@ class Whisper(nnx.Module):
         # is of the checkpoint.
         positions = jax.lax.stop_gradient(self.positions[:num_positions]).astype(x.dtype)
         x = self.dropout(x + positions, **options)
-        mask = frontends.length_mask(-(-lengths // 2), num_positions)
+        mask = length_mask(-(-lengths // 2), num_positions)
         key_mask = mask if self.config.trim else jnp.ones_like(mask)
         last, layers = self.layers(
             x, key_mask, output_hidden_states=output_hidden_states, **options
