@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mister_jax.encoders.frontends import length_mask
+from mister_jax.nn.masking import length_mask
 
 
 def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:

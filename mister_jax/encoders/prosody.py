@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mister_jax.encoders import frontends
+from mister_jax.nn.masking import length_mask
 
 _CONTOUR = ("mean", "deviation", "p10", "p50", "p90", "range", "slope", "rise", "change")
 _SPREAD = ("mean", "deviation", "change")
@@ -96,7 +97,7 @@ def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Arr
     lengths = jnp.minimum(lengths, waveform.shape[1])
     x, peak = _prepared(waveform, lengths)
     num_frames = max(1, -(-x.shape[1] // frontends.FRAME_STEP))
-    valid = frontends.length_mask(frontends.log_mel_lengths(lengths), num_frames)  # B F
+    valid = length_mask(frontends.log_mel_lengths(lengths), num_frames)  # B F
 
     framed = _centred_frames(x, frontends.FRAME_SIZE, num_frames)  # B F 400
     power = (framed**2).mean(-1)
@@ -133,7 +134,7 @@ def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Arr
 def _prepared(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Clips without their mean, at least a sample long, largest value 1; what it was, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
-    mask = frontends.length_mask(lengths, waveform.shape[1])
+    mask = length_mask(lengths, waveform.shape[1])
 
     def level(x: jax.Array) -> jax.Array:
         largest = jnp.abs(x).max(1, keepdims=True)
@@ -176,7 +177,7 @@ def _pitch(x: jax.Array, lengths: jax.Array, count: int) -> tuple[jax.Array, jax
 
     Also the normalised difference at the period [B, F]: 0 is periodic, 1 is noise or nothing.
     """
-    x = jnp.where(frontends.length_mask(lengths, x.shape[1]), _low_pass(x), 0)
+    x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     framed = _centred_frames(x, _PITCH_FRAME, count)  # B F 800
     window = _PITCH_FRAME - _NUM_LAGS
     # The window at the largest lag ends with the frame, so nothing wraps around.

@@ -1,4 +1,7 @@
-"""Layers for anyone's JAX code: masked, batch-invariant, and free of the rest of the project."""
+"""Reusable JAX layers: masked, independent of batch composition, and of the rest of the package.
+
+Sizes are named `*_dim`. `LoRALinear` replaces `nnx.Linear` and has its argument names instead.
+"""
 
 from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention, dot_product_attention
 from mister_jax.nn.convolution import ParallelConvolution
@@ -12,6 +15,7 @@ from mister_jax.nn.lora import (
     merge_lora,
     quantize,
 )
+from mister_jax.nn.masking import length_mask, positions_and_segment_mask
 from mister_jax.nn.pooling import AttentiveStatisticsPooling, masked_mean
 from mister_jax.nn.recurrent import GRU, gru_scan, run_grus
 from mister_jax.nn.scanned_layers import ScannedLayers
@@ -21,19 +25,21 @@ __all__ = [
     "AttentiveStatisticsPooling",
     "CoAttentionLayer",
     "ConditionalRandomField",
-    "PerExampleRngs",
     "Dropout",
     "LoRAConfig",
     "LoRALinear",
     "MultiHeadAttention",
     "ParallelConvolution",
+    "PerExampleRngs",
     "QuantizedParam",
     "ScannedLayers",
     "add_lora",
     "dot_product_attention",
     "gru_scan",
+    "length_mask",
     "masked_mean",
     "merge_lora",
+    "positions_and_segment_mask",
     "quantize",
     "run_grus",
 ]

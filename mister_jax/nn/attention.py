@@ -1,4 +1,4 @@
-"""Masked multi-head attention, and the layer in which two streams attend to each other."""
+"""Masked multi-head attention and co-attention between two streams."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def dot_product_attention(
     bias: jax.Array | None = None,
     dropout: Dropout | None = None,
     max_length: int = 0,
+    is_causal: bool = False,
     implementation: Implementation | None = None,
     deterministic: bool = True,
     rngs: KeySource | None = None,
@@ -45,6 +46,7 @@ def dot_product_attention(
       dropout: Dropout of the attention weights; none by default.
       max_length: Length up to which T and S may be padded without changing which weights are
         dropped, given one dropout key per example. By default, the padding has an effect.
+      is_causal: Whether a query may only attend to keys at its position or before.
       implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
       deterministic: Whether dropout is off.
       rngs: Source of dropout keys.
@@ -54,8 +56,10 @@ def dot_product_attention(
     """
     if deterministic or dropout is None or dropout.rate == 0.0:
         return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, implementation=implementation
+            query, key, value, bias, mask, is_causal=is_causal, implementation=implementation
         )
+    if is_causal:
+        mask = mask & jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
     scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
     scores = scores / jnp.sqrt(query.shape[-1]) + (0 if bias is None else bias)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -71,30 +75,31 @@ def dot_product_attention(
 
 
 class MultiHeadAttention(nnx.Module):
-    """Scaled dot-product attention in several heads (arXiv 1706.03762).
+    """Multi-head scaled dot-product attention (arXiv 1706.03762).
 
     Args:
-      query_features: width of the queries' input.
-      key_features: width of the keys' and values' input.
-      out_features: width of the output.
-      width: of all heads together.
-      num_heads: K; divides `width`.
-      dropout: rate on the attention weights.
-      implementation: of `jax.nn.dot_product_attention`, used where dropout is off.
-      dtype: of the computation; the softmax is float32.
-      param_dtype: of the parameters.
+      query_dim: Size of the queries' input.
+      key_dim: Size of the input of the keys and values.
+      out_dim: Size of the output.
+      attention_dim: Size of all heads together.
+      num_heads: Number of heads K; must divide `attention_dim`.
+      dropout: Dropout rate of the attention weights.
+      implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
+      dtype: Type of the computation; the softmax is float32.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
 
     Raises:
-      ValueError: `num_heads` does not divide `width`.
+      ValueError: `num_heads` does not divide `attention_dim`.
     """
 
     def __init__(
         self,
-        query_features: int,
-        key_features: int,
-        out_features: int,
+        query_dim: int,
+        key_dim: int,
+        out_dim: int,
         *,
-        width: int,
+        attention_dim: int,
         num_heads: int,
         dropout: float = 0.0,
         implementation: Implementation | None = None,
@@ -102,18 +107,20 @@ class MultiHeadAttention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if width % num_heads:
-            raise ValueError(f"attention width {width} is not a multiple of {num_heads} heads")
+        if attention_dim % num_heads:
+            raise ValueError(
+                f"attention_dim={attention_dim}: must be a multiple of num_heads={num_heads}"
+            )
         self.num_heads = num_heads
         self.implementation = implementation
         self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = nnx.Linear(query_features, width, **options)
-        # Keys have no bias: it would add the same to all scores of a query, which the softmax
-        # takes out again, and its gradient would be rounding noise.
-        self.key_value = nnx.Linear(key_features, 2 * width, use_bias=False, **options)
-        self.value_bias = nnx.Param(jnp.zeros(width, param_dtype))
-        self.out = nnx.Linear(width, out_features, **options)
+        self.query = nnx.Linear(query_dim, attention_dim, **options)
+        # No key bias: it would add the same value to all scores of a query, which the softmax
+        # cancels, and its gradient would be rounding noise.
+        self.key_value = nnx.Linear(key_dim, 2 * attention_dim, use_bias=False, **options)
+        self.value_bias = nnx.Param(jnp.zeros(attention_dim, param_dtype))
+        self.out = nnx.Linear(attention_dim, out_dim, **options)
 
     def __call__(
         self,
@@ -124,30 +131,30 @@ class MultiHeadAttention(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Attends.
+        """Attends from the queries to the keys.
 
         Args:
-          query: [B, T, query_features].
-          key: [B, S, key_features], keys and values.
-          key_mask: true where a key may be attended to, [B, S] bool. A query with no key at all
-            attends to nothing: its attention is zero, whatever the padding.
+          query: Input of the queries, [B, T, query_dim].
+          key: Input of the keys and values, [B, S, key_dim].
+          key_mask: Keys that may be attended to, [B, S] bool. If an example has none, the attended
+            value is zero, whatever the padding.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          [B, T, out_features].
+          Output, [B, T, out_dim].
         """
 
-        def heads(x: jax.Array) -> jax.Array:
+        def split_heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-        # A weight of zero does not undo a value that is not finite.
+        # A zero weight does not remove NaN or infinity from a masked value.
         key = jnp.where(key_mask[..., None], key, 0)
-        q = heads(self.query(query))  # B T K W
         k, v = jnp.split(self.key_value(key), 2, axis=-1)
-        k, v = heads(k), heads(v + self.value_bias.astype(v.dtype))  # B S K W
-        mixed = dot_product_attention(
-            q,
-            k,
-            v,
+        attended = dot_product_attention(
+            split_heads(self.query(query)),  # B T K head_dim
+            split_heads(k),  # B S K head_dim
+            split_heads(v + self.value_bias.astype(v.dtype)),
             mask=key_mask[:, None, None, :],
             dropout=self.dropout,
             max_length=_MAX_LENGTH,
@@ -155,25 +162,29 @@ class MultiHeadAttention(nnx.Module):
             deterministic=deterministic,
             rngs=rngs,
         )
-        mixed = jnp.where(key_mask.any(-1)[:, None, None, None], mixed, 0)
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+        attended = jnp.where(key_mask.any(-1)[:, None, None, None], attended, 0)
+        return self.out(attended.reshape(*attended.shape[:2], -1))
 
 
 class AttentionBlock(nnx.Module):
-    """Attention, dropout, residual, LayerNorm: the unit both halves of a co-attention layer share.
+    """Attention, dropout, residual connection and LayerNorm.
 
     Args:
-      width: F, of the streams.
-      attention_dim: of all heads together.
-      num_heads: K.
-      attention_dropout: rate on the attention weights.
-      dropout: rate on the block's output before the residual.
-      epsilon: of the LayerNorm.
+      dim: Size F of the streams.
+      attention_dim: Size of all heads together.
+      num_heads: Number of heads.
+      attention_dropout: Dropout rate of the attention weights.
+      dropout: Dropout rate of the attention's output.
+      epsilon: Epsilon of the LayerNorm.
+      implementation: Implementation of `jax.nn.dot_product_attention`.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         *,
         attention_dim: int,
         num_heads: int,
@@ -186,10 +197,10 @@ class AttentionBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.attention = MultiHeadAttention(
-            width,
-            width,
-            width,
-            width=attention_dim,
+            dim,
+            dim,
+            dim,
+            attention_dim=attention_dim,
             num_heads=num_heads,
             dropout=attention_dropout,
             implementation=implementation,
@@ -199,7 +210,7 @@ class AttentionBlock(nnx.Module):
         )
         self.dropout = Dropout(dropout)
         self.norm = nnx.LayerNorm(
-            width, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            dim, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 
     def __call__(
@@ -211,29 +222,33 @@ class AttentionBlock(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """x [B, T, F] attends to key [B, S, F] where key_mask [B, S]; gives [B, T, F]."""
+        """Attends from x [B, T, F] to key [B, S, F] where key_mask [B, S]; returns [B, T, F]."""
         attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
         return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
 
 
 class CoAttentionLayer(nnx.Module):
-    """Two streams attend to each other in parallel, then each to itself.
+    """Two streams attend to each other in parallel, then each attends to itself.
 
-    No feed-forward block and no positions (MiSTER-E, arXiv 2602.23300, cross-modal expert; after
-    arXiv 1908.02265).
+    The layer has no feed-forward block and no position embedding (cross-modal expert of MiSTER-E,
+    arXiv 2602.23300, after arXiv 1908.02265).
 
     Args:
-      width: F, of both streams.
-      attention_dim: of all heads together.
-      num_heads: K.
-      attention_dropout: rate on the attention weights.
-      dropout: rate on each block's output before the residual.
-      epsilon: of the LayerNorms.
+      dim: Size F of both streams.
+      attention_dim: Size of all heads together.
+      num_heads: Number of heads.
+      attention_dropout: Dropout rate of the attention weights.
+      dropout: Dropout rate of each attention's output.
+      epsilon: Epsilon of the LayerNorms.
+      implementation: Implementation of `jax.nn.dot_product_attention`.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         *,
         attention_dim: int,
         num_heads: int,
@@ -247,7 +262,7 @@ class CoAttentionLayer(nnx.Module):
     ):
         def block() -> AttentionBlock:
             return AttentionBlock(
-                width,
+                dim,
                 attention_dim=attention_dim,
                 num_heads=num_heads,
                 attention_dropout=attention_dropout,
@@ -272,7 +287,19 @@ class CoAttentionLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Both streams [B, T, F] with masks [B, T] of what may be attended to; gives both anew."""
+        """Updates both streams.
+
+        Args:
+          first: First stream, [B, T, F].
+          second: Second stream, [B, S, F].
+          first_mask: Positions of the first stream that may be attended to, [B, T] bool.
+          second_mask: Positions of the second stream that may be attended to, [B, S] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+
+        Returns:
+          The new streams, [B, T, F] and [B, S, F].
+        """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         crossed_first = self.first_to_second(first, second, second_mask, **options)
         crossed_second = self.second_to_first(second, first, first_mask, **options)

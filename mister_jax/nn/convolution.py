@@ -11,27 +11,32 @@ from jax.typing import DTypeLike
 
 
 class ParallelConvolution(nnx.Module):
-    """One-dimensional convolutions of several widths side by side, ReLU each, summed.
+    """Sums 1D convolutions of several kernel sizes, each followed by a ReLU.
 
-    The taps of a kernel are column blocks of one matrix product over the unpadded input; the
-    blocks are then shifted in time and added. That is as many multiplications as a convolution,
-    at the speed of a large matrix product on every backend.
+    Each kernel is one matrix product over the input, with a block of columns per tap; the blocks
+    are then shifted in time and added. This takes as many multiplications as a convolution, and
+    large matrix products are fast on every backend.
+
+    Attributes:
+      kernels: One kernel per size, [in_dim, size, out_dim].
+      biases: One bias per size, [out_dim].
 
     Args:
-      in_features: I, width of the input.
-      out_features: O, width of the output.
-      kernel_sizes: odd numbers of steps; a kernel of k sees (k - 1) / 2 steps to either side.
-      dtype: of the computation.
-      param_dtype: of the parameters; `kernels` are [I, size, O], `biases` [O].
+      in_dim: Size of the input I.
+      out_dim: Size of the output O.
+      kernel_sizes: Odd numbers of taps; a kernel of size k covers (k - 1) / 2 steps on each side.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
 
     Raises:
-      ValueError: no kernel, or an even or non-positive size.
+      ValueError: There is no kernel size, or one is even or below 1.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_dim: int,
+        out_dim: int,
         kernel_sizes: Sequence[int] = (1, 3, 5),
         *,
         dtype: DTypeLike = jnp.float32,
@@ -41,24 +46,22 @@ class ParallelConvolution(nnx.Module):
         if not kernel_sizes or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
             raise ValueError(f"kernel_sizes={tuple(kernel_sizes)}: allowed are odd sizes >= 1")
         self.dtype = dtype
-        initial = nnx.initializers.lecun_normal(in_axis=(0, 1))
+        initializer = nnx.initializers.lecun_normal(in_axis=(0, 1))
         self.kernels = nnx.List(
-            nnx.Param(initial(rngs.params(), (in_features, size, out_features), param_dtype))
+            nnx.Param(initializer(rngs.params(), (in_dim, size, out_dim), param_dtype))
             for size in kernel_sizes
         )
-        self.biases = nnx.List(
-            nnx.Param(jnp.zeros(out_features, param_dtype)) for _ in kernel_sizes
-        )
+        self.biases = nnx.List(nnx.Param(jnp.zeros(out_dim, param_dtype)) for _ in kernel_sizes)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Convolves.
+        """Applies the convolutions.
 
         Args:
-          x: [B, T, I].
-          mask: true at valid steps, [B, T] bool; other steps count as zeros.
+          x: Input, [B, T, I].
+          mask: Valid steps, [B, T] bool; all others count as zeros.
 
         Returns:
-          [B, T, O]; what stands where the mask is false has no meaning.
+          Sum of the convolutions, [B, T, O]; meaningless where the mask is False.
         """
         x = jnp.where(mask[..., None], x, 0).astype(self.dtype)
         branches = zip(self.kernels, self.biases, strict=True)

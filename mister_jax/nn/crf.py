@@ -1,4 +1,4 @@
-"""A conditional random field over a dialogue: emotions last, and change in their own ways."""
+"""Linear-chain conditional random field, which learns how emotions persist and change."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from jax.typing import DTypeLike
 
 
 class ConditionalRandomField(nnx.Module):
-    """Marginals of a linear-chain conditional random field, by the forward-backward algorithm.
+    """Computes marginals of a linear-chain CRF with the forward-backward algorithm.
 
-    The score of a course of emotions y is the sum over utterances of logits[t, y_t] and of
-    log A[y_t-1, y_t], where A is a learned transition matrix, whose rows sum to 1. It begins with
-    even rows, and then the marginals are the softmax of the logits.
+    The score of a label sequence y is the sum over utterances t of logits[t, y_t] and
+    log A[y_{t-1}, y_t], where the rows of the learned transition matrix A sum to 1. Initially all
+    transitions are equally likely, and the marginals are the softmax of the logits.
 
-    Both directions are scans over products of matrices, so they take log T steps.
+    Both directions are associative scans over matrix products, which take log T steps.
 
     Args:
-      num_classes: C.
-      param_dtype: of the parameters; the computation is float32.
+      num_classes: Number of classes C.
+      param_dtype: Type of the parameters; the computation is float32.
     """
 
     def __init__(self, num_classes: int, *, param_dtype: DTypeLike = jnp.float32):
         self.transition = nnx.Param(jnp.zeros((num_classes, num_classes), param_dtype))
 
     def __call__(self, logits: jax.Array, mask: jax.Array) -> jax.Array:
-        """Log-probabilities of each utterance's emotion, given the logits of the whole dialogue.
+        """Computes the log-probability of each utterance's class given the whole dialogue.
 
         Args:
-          logits: [B, T, C].
-          mask: utterances that tell something [B, T] bool. One between others that tells nothing
-            still takes its step.
+          logits: Class logits, [B, T, C].
+          mask: Utterances whose logits are used, [B, T] bool. An utterance without logits between
+            two others still counts as a transition step.
 
         Returns:
-          [B, T, C] float32, finite where the logits are.
+          Log-probabilities, [B, T, C] float32; finite if the logits are.
         """
         unary = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)  # B T C
         transition = jax.nn.log_softmax(self.transition[...].astype(jnp.float32))  # C C
-        # Into t from t - 1. The first comes from anywhere alike.
+        # Element t is the step from t - 1 to t. The first utterance has no predecessor.
         steps = transition + unary[:, :, None, :]  # B T C C
         first = jnp.broadcast_to(unary[:, :1, None, :], steps[:, :1].shape)
-        into = jnp.concatenate([first, steps[:, 1:]], axis=1)
-        forward = jax.lax.associative_scan(_product, into, axis=1)[:, :, 0]  # B T C
-        # Backward: the product of all steps behind t, summed over where it ends.
-        behind = jax.lax.associative_scan(
-            lambda later, earlier: _product(earlier, later), steps[:, 1:], axis=1, reverse=True
+        forward_steps = jnp.concatenate([first, steps[:, 1:]], axis=1)
+        forward = jax.lax.associative_scan(_log_matmul, forward_steps, axis=1)[:, :, 0]  # B T C
+        # Product of all steps after t, summed over the class of the last utterance.
+        suffix = jax.lax.associative_scan(
+            lambda later, earlier: _log_matmul(earlier, later), steps[:, 1:], axis=1, reverse=True
         )
-        backward = jnp.pad(jax.nn.logsumexp(behind, axis=-1), ((0, 0), (0, 1), (0, 0)))
+        backward = jnp.pad(jax.nn.logsumexp(suffix, axis=-1), ((0, 0), (0, 1), (0, 0)))
         return jax.nn.log_softmax(forward + backward)
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product of matrices of logarithms [..., C, C]."""
+def _log_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies matrices [..., C, C] given as logarithms."""
     return jax.nn.logsumexp(a[..., :, :, None] + b[..., None, :, :], axis=-2)

@@ -1,4 +1,4 @@
-"""Pooling of a sequence into one vector, over its valid positions only."""
+"""Pooling of a sequence into one vector, over valid positions only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.typing import DTypeLike
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over valid positions, in float32.
+    """Computes the mean over valid positions, in float32.
 
     Args:
-      x: [B, N, D].
-      mask: true at valid positions, [B, N] bool.
+      x: Sequences, [B, N, D].
+      mask: Valid positions, [B, N] bool.
 
     Returns:
-      [B, D] in the dtype of x; zeros for a sequence with no valid position.
+      Means in the dtype of x, [B, D]; zeros for a sequence without valid positions.
     """
     total = jnp.where(mask[..., None], x, 0).astype(jnp.float32).sum(1)
     return (total / jnp.maximum(mask.sum(1), 1)[:, None]).astype(x.dtype)
@@ -27,40 +27,40 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 class AttentiveStatisticsPooling(nnx.Module):
     """Attention-weighted mean and standard deviation (arXiv 1803.10963).
 
-    h = tanh(W x), weight = softmax over valid positions of v . h, mean = sum w x,
-    std = sqrt(max(sum w x^2 - mean^2, 1e-5)).
+    The weights are the softmax over valid positions of v . tanh(W x + b).
 
     Args:
-      features: D, width of the input.
-      attention_features: width of h; D by default.
-      dtype: of the projections; the statistics are float32.
-      param_dtype: of the parameters.
+      in_dim: Size of the input D.
+      attention_dim: Size of the hidden layer; D by default.
+      dtype: Type of the projections; the statistics are float32.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(
         self,
-        features: int,
-        attention_features: int | None = None,
+        in_dim: int,
+        attention_dim: int | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        hidden = features if attention_features is None else attention_features
+        attention_dim = in_dim if attention_dim is None else attention_dim
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.hidden = nnx.Linear(features, hidden, **options)
-        self.score = nnx.Linear(hidden, 1, use_bias=False, **options)
+        self.hidden = nnx.Linear(in_dim, attention_dim, **options)
+        self.score = nnx.Linear(attention_dim, 1, use_bias=False, **options)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Pools.
+        """Pools sequences.
 
         Args:
-          x: [B, N, D].
-          mask: true at valid positions, [B, N] bool.
+          x: Sequences, [B, N, D].
+          mask: Valid positions, [B, N] bool.
 
         Returns:
-          [mean ; std] [B, 2 D] in the dtype of x; of a sequence with no valid position, the mean
-          is zero and the deviation its floor.
+          Mean and standard deviation, concatenated, in the dtype of x, [B, 2 D]. The standard
+          deviation is at least sqrt(1e-5). A sequence without valid positions has mean 0.
         """
         x = jnp.where(mask[..., None], x, 0)
         scores = self.score(jnp.tanh(self.hidden(x)))[..., 0].astype(jnp.float32)  # B N
@@ -68,7 +68,7 @@ class AttentiveStatisticsPooling(nnx.Module):
         weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)[..., None]  # B N 1
         values = x.astype(jnp.float32)
         mean = (weights * values).sum(1)
-        # About the mean, not E[x^2] - mean^2: the same in exact arithmetic, without cancellation.
+        # E[(x - mean)^2] instead of E[x^2] - mean^2, which would lose precision by cancellation.
         variance = (weights * (values - mean[:, None]) ** 2).sum(1)
         pooled = jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, 1e-5))], axis=-1)
         return pooled.astype(x.dtype)

@@ -1,12 +1,15 @@
-"""A masked, bidirectional, multi-layer GRU that does in its scan only what is recurrent.
+"""Masked, bidirectional, multi-layer GRU whose scan contains only the recurrence.
 
-The input projection of all steps is one matrix product before the scan, and the gradient of the
-recurrent kernel one matrix product after it. Both directions, and GRUs of one shape over several
-inputs (`run_grus`), advance in one scan.
+The input projections of all steps are one matrix product before the scan, and the gradient of the
+recurrent kernel is one matrix product after it. Both directions, and several GRUs of one shape
+(`run_grus`), share one scan.
 
-Gates follow PyTorch (order r, z, n; the reset gate is applied after the recurrent product;
-arXiv 1406.1078 with the variant of cuDNN), and both biases are kept, so its weights import as they
-are.
+Gates follow PyTorch and cuDNN: their order is r, z, n, the reset gate acts on the result of the
+recurrent product (a variant of arXiv 1406.1078), and there are two biases. PyTorch weights can
+therefore be imported unchanged.
+
+Shape letters: B dialogues, T utterances, I input size, H hidden size, P directions, G recurrences
+in one scan.
 """
 
 from __future__ import annotations
@@ -22,60 +25,61 @@ from jax.typing import DTypeLike
 from mister_jax.nn.dropout import Dropout, KeySource
 
 
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Product over the last axis within each group, in float32: [G, B, I] x [G, I, O]."""
-    return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
+def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array) -> jax.Array:
+    """Runs G independent GRU recurrences in one scan.
+
+    Args:
+      gates: Input projections with their biases, gate order r, z, n, [T, G, B, 3H].
+      mask: Valid steps, [T, G, B] bool; elsewhere the state stays unchanged.
+      kernel: Recurrent kernels, [G, H, 3H].
+      bias_n: Recurrent biases of gate n, [G, H].
+
+    Returns:
+      States after each step, [T, G, B, H] float32.
+    """
+    gates, kernel, bias_n = _match_varying_axes(gates, kernel, bias_n)
+    return _gru_scan(gates, mask, kernel, bias_n)
 
 
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays as they are, for `shard_map` all varying over the axes that any of them does.
+def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
+    """Makes all arrays vary over the same `shard_map` axes without changing their values.
 
-    So their gradients may be taken together, of those that are the same on all devices, too.
+    The custom gradient needs this: it returns the gradients of all arrays together, including those
+    of parameters that are the same on all devices.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))
     return [array + zero.astype(array.dtype) for array in arrays]
 
 
+def _grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiplies [G, B, I] by [G, I, O] within each group, in float32."""
+    return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
+
+
 def _scan(
     gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The states of all steps [T, G, B, H], and what the gradient needs of each step."""
-    width = gates.shape[-1] // 3
+    """Returns the states of all steps, [T, G, B, H], and the residuals of the gradient."""
+    hidden_dim = gates.shape[-1] // 3
 
     def step(state, inputs):
         gate, valid = inputs
-        recurrent = _product(state.astype(kernel.dtype), kernel)  # G B 3H
+        recurrent = _grouped_matmul(state.astype(kernel.dtype), kernel)  # G B 3H
         reset, update = jnp.split(
-            jax.nn.sigmoid(gate[..., : 2 * width] + recurrent[..., : 2 * width]), 2, axis=-1
+            jax.nn.sigmoid(gate[..., : 2 * hidden_dim] + recurrent[..., : 2 * hidden_dim]),
+            2,
+            axis=-1,
         )
-        recurrent_n = recurrent[..., 2 * width :] + bias_n[:, None]
-        new = jnp.tanh(gate[..., 2 * width :] + reset * recurrent_n)
-        following = jnp.where(valid, new + update * (state - new), state)  # G B H
-        return following, (following, state, reset, update, new, recurrent_n)
+        recurrent_n = recurrent[..., 2 * hidden_dim :] + bias_n[:, None]
+        new = jnp.tanh(gate[..., 2 * hidden_dim :] + reset * recurrent_n)
+        next_state = jnp.where(valid, new + update * (state - new), state)  # G B H
+        return next_state, (next_state, state, reset, update, new, recurrent_n)
 
     gates = gates.astype(jnp.float32)
-    start = jnp.zeros_like(gates[0, ..., :width])
-    _, (states, *saved) = jax.lax.scan(step, start, (gates, mask[..., None]))
-    return states, tuple(saved)
-
-
-def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array) -> jax.Array:
-    """The recurrent part of a GRU, for G independent recurrences at once.
-
-    Where the mask is false the state is carried on unchanged.
-
-    Args:
-      gates: input projections with their biases, gate order r, z, n [T, G, B, 3H].
-      mask: true where there is a step to take, [T, G, B] bool.
-      kernel: recurrent kernels [G, H, 3H].
-      bias_n: recurrent bias of the third gate [G, H].
-
-    Returns:
-      States after each step [T, G, B, H], float32.
-    """
-    gates, kernel, bias_n = _varying_alike(gates, kernel, bias_n)
-    return _gru_scan(gates, mask, kernel, bias_n)
+    initial_state = jnp.zeros_like(gates[0, ..., :hidden_dim])
+    _, (states, *residuals) = jax.lax.scan(step, initial_state, (gates, mask[..., None]))
+    return states, tuple(residuals)
 
 
 @jax.custom_vjp
@@ -84,44 +88,45 @@ def _gru_scan(gates, mask, kernel, bias_n):
 
 
 def _gru_scan_forward(gates, mask, kernel, bias_n):
-    states, saved = _scan(gates, mask, kernel, bias_n)
-    return states, (saved, mask, kernel, bias_n, jnp.zeros((), gates.dtype))
+    states, residuals = _scan(gates, mask, kernel, bias_n)
+    return states, (residuals, mask, kernel, bias_n, jnp.zeros((), gates.dtype))
 
 
-def _gru_scan_backward(residuals, d_states):
-    saved, mask, kernel, bias_n, gates_like = residuals
+def _gru_scan_backward(saved, d_states):
+    residuals, mask, kernel, bias_n, gates_like = saved
     transposed = kernel.swapaxes(1, 2)  # G 3H H
 
     def step(d_carry, inputs):
         d_state, valid, (state, reset, update, new, recurrent_n) = inputs
         d_state = d_state + d_carry
-        d_following = jnp.where(valid, d_state, 0)
-        d_n = d_following * (1 - update) * (1 - new * new)
-        d_z = d_following * (state - new) * update * (1 - update)
+        d_next = jnp.where(valid, d_state, 0)
+        d_n = d_next * (1 - update) * (1 - new * new)
+        d_z = d_next * (state - new) * update * (1 - update)
         d_r = d_n * recurrent_n * reset * (1 - reset)
         d_recurrent = jnp.concatenate([d_r, d_z, d_n * reset], axis=-1)  # G B 3H
-        d_previous = _product(d_recurrent.astype(kernel.dtype), transposed)
-        d_previous = d_previous + jnp.where(valid, d_following * update, d_state)
+        d_previous = _grouped_matmul(d_recurrent.astype(kernel.dtype), transposed)
+        d_previous = d_previous + jnp.where(valid, d_next * update, d_state)
         return d_previous, (d_recurrent, d_n)
 
-    steps = (d_states, mask[..., None], saved)
-    _, (d_recurrent, d_n) = jax.lax.scan(step, jnp.zeros_like(saved[0][0]), steps, reverse=True)
-    width = d_n.shape[-1]
-    d_gates = jnp.concatenate([d_recurrent[..., : 2 * width], d_n], axis=-1)
-    # One product over all steps: accumulating this inside the scan would read and write the whole
-    # kernel at each step.
+    inputs = (d_states, mask[..., None], residuals)
+    no_gradient = jnp.zeros_like(residuals[0][0])
+    _, (d_recurrent, d_n) = jax.lax.scan(step, no_gradient, inputs, reverse=True)
+    hidden_dim = d_n.shape[-1]
+    d_gates = jnp.concatenate([d_recurrent[..., : 2 * hidden_dim], d_n], axis=-1)
+    # One product over all steps: accumulated inside the scan, the whole kernel gradient would be
+    # read and written at each step.
     d_kernel = jnp.einsum(
         "tgbi,tgbo->gio",
-        saved[0].astype(kernel.dtype),
+        residuals[0].astype(kernel.dtype),
         d_recurrent.astype(kernel.dtype),
         preferred_element_type=jnp.float32,
     )
-    d_bias = d_recurrent[..., 2 * width :].sum((0, 2))
+    d_bias_n = d_recurrent[..., 2 * hidden_dim :].sum((0, 2))
     return (
         d_gates.astype(gates_like.dtype),
         None,
         d_kernel.astype(kernel.dtype),
-        d_bias.astype(bias_n.dtype),
+        d_bias_n.astype(bias_n.dtype),
     )
 
 
@@ -129,41 +134,51 @@ _gru_scan.defvjp(_gru_scan_forward, _gru_scan_backward)
 
 
 class GRULayer(nnx.Module):
-    """The parameters of one layer: kernels and biases for each direction, gate order r, z, n.
+    """Parameters of one GRU layer, with gate order r, z, n and the forward direction first.
 
-    `input_kernel` [I, P, 3H], `recurrent_kernel` [P, H, 3H], `input_bias` and `recurrent_bias`
-    [P, 3H], where P counts the directions (forward first) and I is the input's width.
+    Attributes:
+      input_kernel: Input kernel, [I, P, 3H].
+      recurrent_kernel: Recurrent kernel, [P, H, 3H].
+      input_bias: Bias of the input projection, [P, 3H].
+      recurrent_bias: Bias of the recurrent product, [P, 3H].
+
+    Args:
+      in_dim: Size of the input I.
+      hidden_dim: Size of the state of one direction H.
+      directions: Number of directions P.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(
         self,
-        in_features: int,
-        width: int,
+        in_dim: int,
+        hidden_dim: int,
         directions: int,
         *,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        bound = 1 / math.sqrt(width)
+        bound = 1 / math.sqrt(hidden_dim)
 
         def uniform(*shape: int) -> nnx.Param:
             value = jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
             return nnx.Param(value)
 
-        self.input_kernel = uniform(in_features, directions, 3 * width)
-        self.recurrent_kernel = uniform(directions, width, 3 * width)
-        self.input_bias = uniform(directions, 3 * width)
-        self.recurrent_bias = uniform(directions, 3 * width)
+        self.input_kernel = uniform(in_dim, directions, 3 * hidden_dim)
+        self.recurrent_kernel = uniform(directions, hidden_dim, 3 * hidden_dim)
+        self.input_bias = uniform(directions, 3 * hidden_dim)
+        self.recurrent_bias = uniform(directions, 3 * hidden_dim)
 
     def project(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Input projections of all steps with every bias that can be added to them.
+        """Projects the inputs of all steps and adds every bias outside the reset gate.
 
         Args:
-          x: [B, T, I].
-          dtype: in which the product is computed.
+          x: Input, [B, T, I].
+          dtype: Type of the matrix product.
 
         Returns:
-          [T, P, B, 3H], float32.
+          Input projections, [T, P, B, 3H] float32.
         """
         gates = jnp.einsum(
             "bti,ipo->btpo",
@@ -171,31 +186,35 @@ class GRULayer(nnx.Module):
             self.input_kernel[...].astype(dtype),
             preferred_element_type=jnp.float32,
         )
-        width = self.recurrent_kernel.shape[1]
-        bias = self.input_bias[...].at[:, : 2 * width].add(self.recurrent_bias[:, : 2 * width])
+        split = 2 * self.recurrent_kernel.shape[1]
+        bias = self.input_bias[...].at[:, :split].add(self.recurrent_bias[:, :split])
         return (gates + bias).transpose(1, 2, 0, 3)
 
 
 class GRU(nnx.Module):
     """Multi-layer GRU over padded sequences.
 
-    A sequence's outputs do not depend on its padding: the state does not move where the mask is
-    false, so the backward direction begins at the last valid step.
+    The outputs of a sequence do not depend on its padding: the state stays unchanged where the mask
+    is False, so the backward direction starts at the last valid step.
 
     Args:
-      in_features: I, width of the input.
-      width: H, width of the state of one direction.
-      num_layers: layers; each further one reads the outputs of the one before.
-      bidirectional: run both directions and concatenate them [forward ; backward].
-      dropout: rate on the inputs of all layers but the first.
-      dtype: of the matrix products; the state and the gates are float32.
-      param_dtype: of the parameters.
+      in_dim: Size of the input I.
+      hidden_dim: Size of the state of one direction H.
+      num_layers: Number of layers.
+      bidirectional: Whether to run both directions and concatenate them, forward first.
+      dropout: Dropout rate on the inputs of all layers but the first.
+      dtype: Type of the matrix products; the state and the gates are float32.
+      param_dtype: Type of the parameters.
+      rngs: Source of the initial parameters.
+
+    Raises:
+      ValueError: A size is below 1.
     """
 
     def __init__(
         self,
-        in_features: int,
-        width: int,
+        in_dim: int,
+        hidden_dim: int,
         num_layers: int = 1,
         *,
         bidirectional: bool = True,
@@ -204,9 +223,9 @@ class GRU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if min(in_features, width, num_layers) < 1:
+        if min(in_dim, hidden_dim, num_layers) < 1:
             raise ValueError(
-                f"GRU(in_features={in_features}, width={width}, num_layers={num_layers}): "
+                f"GRU(in_dim={in_dim}, hidden_dim={hidden_dim}, num_layers={num_layers}): "
                 "each must be at least 1"
             )
         directions = 2 if bidirectional else 1
@@ -214,8 +233,8 @@ class GRU(nnx.Module):
         self.dropout = Dropout(dropout)
         self.layers = nnx.List(
             GRULayer(
-                in_features if layer == 0 else directions * width,
-                width,
+                in_dim if layer == 0 else directions * hidden_dim,
+                hidden_dim,
                 directions,
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -234,11 +253,13 @@ class GRU(nnx.Module):
         """Runs the layers.
 
         Args:
-          x: [B, T, I].
-          mask: true at valid steps, [B, T] bool.
+          x: Input, [B, T, I].
+          mask: Valid steps, [B, T] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          Outputs of the last layer [B, T, P * H], zero where the mask is false.
+          Outputs of the last layer, [B, T, P * H]; zero where the mask is False.
         """
         (outputs,) = run_grus((self,), (x,), mask, deterministic=deterministic, rngs=rngs)
         return outputs
@@ -252,40 +273,42 @@ def run_grus(
     deterministic: bool = True,
     rngs: KeySource | None = None,
 ) -> list[jax.Array]:
-    """Runs several GRUs, each on its own input, with one scan for each layer.
+    """Runs several GRUs, each on its own input, with one scan per layer.
 
-    A step of one small recurrence leaves an accelerator idle; steps of all of them side by side
+    A step of one small recurrence leaves an accelerator mostly idle. The steps of all GRUs together
     are one batched matrix product.
 
     Args:
-      grus: with the same number of layers, directions and width; input widths may differ.
-      inputs: one [B, T, I] for each GRU.
-      mask: true at valid steps, [B, T] bool, shared by all.
+      grus: GRUs with the same number of layers, directions and hidden size.
+      inputs: One input per GRU, [B, T, I]; the input sizes may differ.
+      mask: Valid steps of all inputs, [B, T] bool.
+      deterministic: Whether dropout is off.
+      rngs: Source of dropout keys.
 
     Returns:
-      For each GRU its outputs [B, T, P * H], zero where the mask is false.
+      Outputs of each GRU, [B, T, P * H]; zero where the mask is False.
 
     Raises:
-      ValueError: the GRUs differ in more than the width of their inputs.
+      ValueError: The GRUs differ in more than their input size, or an input is missing.
     """
     shapes = {tuple(layer.recurrent_kernel.shape for layer in gru.layers) for gru in grus}
     if len(shapes) != 1 or len(grus) != len(inputs):
         raise ValueError(
-            f"run_grus needs one input a GRU and GRUs of one depth and width: "
-            f"{len(grus)} GRUs, {len(inputs)} inputs, recurrent kernels {sorted(shapes)}"
+            "run_grus needs one input per GRU and GRUs of the same depth and hidden size, got "
+            f"{len(grus)} GRUs, {len(inputs)} inputs and recurrent kernels {sorted(shapes)}"
         )
-    directions = grus[0].layers[0].recurrent_kernel.shape[0]
+    directions, hidden_dim, _ = grus[0].layers[0].recurrent_kernel.shape
     dtype = grus[0].dtype
     batch, time = mask.shape
-    # The backward direction is a forward scan over the flipped sequence.
-    steps = mask.T[:, None]  # T 1 B
-    steps = jnp.concatenate([steps, steps[::-1]][:directions], axis=1)  # T P B
-    steps = jnp.tile(steps, (1, len(grus), 1))  # T G B, with G = len(grus) * P
+    # The backward direction is a forward scan over the reversed sequence.
+    step_mask = mask.T[:, None]  # T 1 B
+    step_mask = jnp.concatenate([step_mask, step_mask[::-1]][:directions], axis=1)  # T P B
+    step_mask = jnp.tile(step_mask, (1, len(grus), 1))  # T G B, with G = len(grus) * P
 
-    def flip_backward(x: jax.Array) -> jax.Array:  # T P B ...
+    def reverse_backward(x: jax.Array) -> jax.Array:  # T P B ...
         return jnp.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
 
-    # Not only for the states: 0 times what is not finite would be NaN in the kernels' gradients.
+    # The scan ignores padding, but NaN in it would reach the gradients of the input kernels.
     outputs = [jnp.where(mask[..., None], x, 0) for x in inputs]
     for depth in range(len(grus[0].layers)):
         layers = [gru.layers[depth] for gru in grus]
@@ -294,21 +317,23 @@ def run_grus(
                 gru.dropout(x, deterministic=deterministic, rngs=rngs)
                 for gru, x in zip(grus, outputs, strict=True)
             ]
-        projected = [
-            flip_backward(layer.project(x, dtype)) for layer, x in zip(layers, outputs, strict=True)
+        gates = [
+            reverse_backward(layer.project(x, dtype))
+            for layer, x in zip(layers, outputs, strict=True)
         ]
         kernels = [layer.recurrent_kernel[...] for layer in layers]
-        width = kernels[0].shape[1]
-        biases = [layer.recurrent_bias[:, 2 * width :] for layer in layers]
+        biases_n = [layer.recurrent_bias[:, 2 * hidden_dim :] for layer in layers]
         states = gru_scan(
-            jnp.concatenate(projected, axis=1),
-            steps,
+            jnp.concatenate(gates, axis=1),
+            step_mask,
             jnp.concatenate(kernels).astype(dtype),
-            jnp.concatenate(biases),
+            jnp.concatenate(biases_n),
         )  # T G B H
-        states = jnp.where(steps[..., None], states, 0).astype(dtype)
+        states = jnp.where(step_mask[..., None], states, 0).astype(dtype)
         outputs = [
-            flip_backward(part).transpose(2, 0, 1, 3).reshape(batch, time, directions * width)
+            reverse_backward(part)
+            .transpose(2, 0, 1, 3)
+            .reshape(batch, time, directions * hidden_dim)
             for part in jnp.split(states, len(grus), axis=1)
         ]  # B T P*H
     return outputs

@@ -1,4 +1,4 @@
-"""Layers of one kind in a row, compiled once: their parameters are stacked and a scan runs them."""
+"""Identical layers run by a scan over stacked parameters, so that XLA compiles one layer."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ from mister_jax.nn.dropout import KeySource, PerExampleRngs
 
 Remat = Literal["none", "full", "dots"]
 
-_POLICIES: dict[str, Any] = {
+_REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 Constraint = Callable[[Any], Any]
-_PLACEMENT: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = contextvars.ContextVar(
-    "placement", default=None
+_CONSTRAINTS: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = contextvars.ContextVar(
+    "layer_sharding_constraints", default=None
 )
 
 
 @contextlib.contextmanager
-def layer_sharding_constraints(parameters: Constraint, rows: Constraint) -> Iterator[None]:
-    """While a program is traced, where the layers of a `ScannedLayers` compute.
+def layer_sharding_constraints(parameters: Constraint, activations: Constraint) -> Iterator[None]:
+    """Applies sharding constraints inside the `ScannedLayers` that are traced in this context.
 
-    Where kernels are sharded over the devices that share out the rows, too, the compiler would
-    otherwise rather move all activations, or add up products with parts of a kernel, than put a
-    layer's kernels together.
+    If kernels are sharded over the devices that also share the batch, XLA would otherwise move all
+    activations, or add up partial products, instead of gathering the kernels of one layer.
 
     Args:
-      parameters: gives a tree of the parameters of one layer a sharding, before it runs.
-      rows: gives one to what goes from layer to layer.
+      parameters: Function that constrains the parameter tree of one layer before it runs.
+      activations: Function that constrains the input and output of each layer.
     """
-    token = _PLACEMENT.set((parameters, rows))
+    token = _CONSTRAINTS.set((parameters, activations))
     try:
         yield
     finally:
-        _PLACEMENT.reset(token)
+        _CONSTRAINTS.reset(token)
 
 
 class ScannedLayers(nnx.Module):
-    """`num_layers` layers, each reading what the one before it gave.
+    """Sequence of `num_layers` layers that differ only in their parameters.
 
-    Every parameter of `layers` has a leading axis L. The layers differ in parameters alone.
+    Attributes:
+      layers: One layer whose parameters are stacked along a leading axis L.
 
     Args:
-      make: makes one layer, a module called as `layer(x, *inputs, deterministic=..., rngs=...)`
-        that gives an array like x.
-      num_layers: L, at least 1.
-      remat: what the backward pass computes anew: "none" of it, "full" for all, "dots" for all but
-        matrix products with parameters.
-      rngs: for the initial parameters.
+      make_layer: Function that creates one layer from its `rngs`. The layer is called as
+        `layer(x, *inputs, deterministic=..., rngs=...)` and returns an array like x.
+      num_layers: Number of layers L, at least 1.
+      remat: Activations that the backward pass recomputes: "none", "full" for all, "dots" for all
+        but the results of matrix products with parameters.
+      rngs: Source of the initial parameters.
 
     Raises:
-      ValueError: no layers, or an unknown `remat`.
+      ValueError: `num_layers` is below 1, or `remat` is unknown.
     """
 
     def __init__(
         self,
-        make: Callable[[nnx.Rngs], nnx.Module],
+        make_layer: Callable[[nnx.Rngs], nnx.Module],
         num_layers: int,
         *,
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ):
         if num_layers < 1:
-            raise ValueError(f"{num_layers} layers; at least 1 is needed")
+            raise ValueError(f"num_layers={num_layers}: must be at least 1")
         if remat not in get_args(Remat):
-            raise ValueError(f"remat {remat!r}; allowed: {', '.join(get_args(Remat))}")
+            raise ValueError(f"remat={remat!r}: allowed are {', '.join(get_args(Remat))}")
         self.num_layers = num_layers
         self.remat = remat
         keys = jax.random.split(rngs.params(), num_layers)
-        self.layers = nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+        self.layers = nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys)
 
     def __call__(
         self,
@@ -90,33 +90,35 @@ class ScannedLayers(nnx.Module):
         """Runs all layers.
 
         Args:
-          x: what the first layer reads.
-          *inputs: what every layer is given besides.
-          deterministic: no dropout.
-          rngs: source of dropout keys; each layer gets its own.
-          output_hidden_states: give what each layer gave, too.
+          x: Input of the first layer.
+          *inputs: Further inputs that every layer receives.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys; each layer gets a different key.
+          output_hidden_states: Whether to return the outputs of all layers.
 
         Returns:
-          What the last layer gave, and if `output_hidden_states` that of all layers [L, ...], else None.
+          Output of the last layer, and the outputs of all layers [L, ...] if
+          `output_hidden_states`, else None.
         """
         graph, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
-        place_params, place_rows = _PLACEMENT.get() or (lambda x: x, lambda x: x)
+        constrain_params, constrain_activations = _CONSTRAINTS.get() or (lambda x: x, lambda x: x)
         key = None if deterministic or rngs is None else rngs.dropout()
 
-        def run(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array | None]:
+        def run_layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array | None]:
             layer_params, index = scanned
-            layer = nnx.merge(graph, place_params(layer_params))
-            options = {"deterministic": deterministic, "rngs": _of_layer(key, index)}
-            x = place_rows(layer(place_rows(x), *inputs, **options))
+            layer = nnx.merge(graph, constrain_params(layer_params))
+            options = {"deterministic": deterministic, "rngs": _layer_rngs(key, index)}
+            x = constrain_activations(layer(constrain_activations(x), *inputs, **options))
             return x, x if output_hidden_states else None
 
         if self.remat != "none":
-            run = jax.checkpoint(run, policy=_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x, (params, jnp.arange(self.num_layers)))
+            policy = _REMAT_POLICIES[self.remat]
+            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+        return jax.lax.scan(run_layer, x, (params, jnp.arange(self.num_layers)))
 
 
-def _of_layer(key: jax.Array | None, index: jax.Array) -> KeySource | None:
+def _layer_rngs(key: jax.Array | None, index: jax.Array) -> KeySource | None:
     if key is None:
         return None
     if key.shape:

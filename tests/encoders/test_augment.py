@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mister_jax.encoders import augment
-from mister_jax.encoders.frontends import length_mask
+from mister_jax.nn.masking import length_mask
 
 LENGTHS = np.array([4000, 1500, 0])
 KEYS = jax.random.split(jax.random.key(0), 3)

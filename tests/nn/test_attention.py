@@ -14,20 +14,20 @@ from mister_jax.nn import (
     dot_product_attention,
 )
 
-KEY_MASK = np.arange(6) < np.array([[6], [2], [0]])  # the last has no key
-HEADS = 3
+KEY_MASK = np.arange(6) < np.array([[6], [2], [0]])  # the third dialogue has no key
+NUM_HEADS = 3
 
 
 def attention(dropout=0.0):
     module = MultiHeadAttention(
-        5, 4, 7, width=6, num_heads=HEADS, dropout=dropout, rngs=nnx.Rngs(0)
+        5, 4, 7, attention_dim=6, num_heads=NUM_HEADS, dropout=dropout, rngs=nnx.Rngs(0)
     )
     for index, bias in enumerate((module.query.bias, module.value_bias, module.out.bias)):
         bias.set_value(jax.random.normal(jax.random.key(index), bias.shape))
     return module
 
 
-def query_and_key(seed=0):
+def query_and_key_inputs(seed=0):
     random = np.random.default_rng(seed)
     return (
         random.normal(size=(3, 4, 5)).astype(np.float32),
@@ -41,13 +41,13 @@ def keys_and_values(module, key):
 
 
 def numpy_attention(module, query, key, key_mask):
-    """One dialogue, head by head, over its valid keys alone."""
+    """Attends head by head over the valid keys of one dialogue."""
     key = key[key_mask]
     q = np.asarray(module.query(query))
     k, v = keys_and_values(module, key)
     heads = []
     for q_head, k_head, v_head in zip(
-        *(np.split(part, HEADS, axis=-1) for part in (q, k, v)), strict=True
+        *(np.split(part, NUM_HEADS, axis=-1) for part in (q, k, v)), strict=True
     ):
         weights = np.exp(q_head @ k_head.T / np.sqrt(q_head.shape[-1]))
         heads.append(weights / weights.sum(-1, keepdims=True) @ v_head)
@@ -65,7 +65,7 @@ def outputs_and_gradients(module, query, key):
 
 
 def co_attention():
-    return CoAttentionLayer(6, attention_dim=6, num_heads=HEADS, rngs=nnx.Rngs(0))
+    return CoAttentionLayer(6, attention_dim=6, num_heads=NUM_HEADS, rngs=nnx.Rngs(0))
 
 
 def streams():
@@ -73,7 +73,7 @@ def streams():
 
 
 def projections(seed=0, time=4, source=6):
-    """Query, key, value and bias of 3 dialogues with 2 heads of 5 units."""
+    """Returns query, key, value and bias of 3 dialogues, 2 heads and head_dim 5."""
     random = np.random.default_rng(seed)
     shapes = (3, time, 2, 5), (3, source, 2, 5), (3, source, 2, 5), (1, 2, time, source)
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
@@ -86,7 +86,7 @@ def attend(parts, mask=KEY_MASK[:, None, None], dropout=None, **options):
     )
 
 
-def keys_of_dialogues():
+def training_options():
     return {"deterministic": False, "rngs": PerExampleRngs.from_batch_key(jax.random.key(0), 3)}
 
 
@@ -97,7 +97,7 @@ def test_dot_product_attention_equals_its_formula_with_and_without_dropout():
     weights = np.exp(scores)
     expected = np.einsum("bkts,bskd->btkd", weights / weights.sum(-1, keepdims=True), value[:2])
     for dropout in (None, Dropout(0.0), Dropout(1e-12)):
-        result = attend(parts, dropout=dropout, **keys_of_dialogues())
+        result = attend(parts, dropout=dropout, **training_options())
         np.testing.assert_allclose(result[:2], expected, atol=1e-5)
         assert np.isfinite(result).all()
 
@@ -113,35 +113,35 @@ def test_dot_product_attention_accepts_a_mask_per_query():
 def test_dot_product_attention_drops_weights_in_training_only():
     parts = projections()
     np.testing.assert_array_equal(attend(parts, dropout=Dropout(0.5)), attend(parts))
-    dropped = attend(parts, dropout=Dropout(0.5), **keys_of_dialogues())
+    dropped = attend(parts, dropout=Dropout(0.5), **training_options())
     assert not np.allclose(dropped[0], attend(parts)[0])
 
 
 def test_padding_up_to_max_length_does_not_change_the_dropped_weights():
     options = {"dropout": Dropout(0.5), "max_length": 32}
     parts = projections()
-    expected = attend(parts, **options, **keys_of_dialogues())
+    expected = attend(parts, **options, **training_options())
     query, key, value, bias = parts
-    query, (key, value) = (
+    padded = [
         jnp.pad(query, ((0, 0), (0, 3), (0, 0), (0, 0))),
-        (jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0))) for x in (key, value)),
-    )
-    padded = [query, key, value, jnp.pad(bias, ((0, 0), (0, 0), (0, 3), (0, 9)))]
+        *(jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0))) for x in (key, value)),
+        jnp.pad(bias, ((0, 0), (0, 0), (0, 3), (0, 9))),
+    ]
     mask = np.pad(KEY_MASK, ((0, 0), (0, 9)))[:, None, None]
-    result = attend(padded, mask, **options, **keys_of_dialogues())
+    result = attend(padded, mask, **options, **training_options())
     np.testing.assert_allclose(result[:2, :4], expected[:2], atol=1e-6)
 
 
-def test_equals_attention_head_by_head():
-    module, (query, key) = attention(), query_and_key()
+def test_attention_equals_attention_head_by_head():
+    module, (query, key) = attention(), query_and_key_inputs()
     outputs = module(query, key, KEY_MASK)
     for row in (0, 1):
         expected = numpy_attention(module, query[row], key[row], KEY_MASK[row])
         np.testing.assert_allclose(outputs[row], expected, atol=1e-5)
 
 
-def test_training_path_equals_the_other_as_dropout_goes_to_zero():
-    query, key = query_and_key()
+def test_outputs_with_a_tiny_dropout_rate_equal_those_without_dropout():
+    query, key = query_and_key_inputs()
     expected = attention()(query, key, KEY_MASK)
     trained = attention(dropout=1e-12)(
         query, key, KEY_MASK, deterministic=False, rngs=nnx.Rngs(dropout=0)
@@ -149,8 +149,8 @@ def test_training_path_equals_the_other_as_dropout_goes_to_zero():
     np.testing.assert_allclose(trained, expected, atol=1e-6)
 
 
-def test_dropout_changes_the_weights_in_training_only():
-    query, key = query_and_key()
+def test_attention_weights_are_dropped_in_training_only():
+    query, key = query_and_key_inputs()
     module = attention(dropout=0.5)
     expected = attention()(query, key, KEY_MASK)
     np.testing.assert_array_equal(module(query, key, KEY_MASK), expected)
@@ -159,8 +159,8 @@ def test_dropout_changes_the_weights_in_training_only():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-12])
-def test_a_query_without_keys_attends_to_nothing(dropout):
-    module, (query, key) = attention(dropout), query_and_key()
+def test_without_keys_the_attended_value_is_zero(dropout):
+    module, (query, key) = attention(dropout), query_and_key_inputs()
     for time in (1, 6):
         outputs = module(
             query,
@@ -176,31 +176,31 @@ def test_a_query_without_keys_attends_to_nothing(dropout):
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 def test_masked_keys_change_neither_outputs_nor_gradients(garbage):
-    query, key = query_and_key()
+    query, key = query_and_key_inputs()
     clean = outputs_and_gradients(attention(), query, np.where(KEY_MASK[..., None], key, 0))
     dirty = outputs_and_gradients(attention(), query, np.where(KEY_MASK[..., None], key, garbage))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dirty, clean)
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="7 is not a multiple of 3 heads"):
-        MultiHeadAttention(5, 4, 7, width=7, num_heads=3, rngs=nnx.Rngs(0))
+def test_attention_dim_must_be_a_multiple_of_num_heads():
+    with pytest.raises(ValueError, match="attention_dim=7: must be a multiple of num_heads=3"):
+        MultiHeadAttention(5, 4, 7, attention_dim=7, num_heads=3, rngs=nnx.Rngs(0))
 
 
-def test_both_streams_cross_from_the_same_inputs():
+def test_co_attention_is_symmetric_in_its_streams():
     layer, (first, second) = co_attention(), streams()
     mask = np.ones(first.shape[:2], bool)
-    ours = layer(first, second, mask, mask)
+    outputs = layer(first, second, mask, mask)
 
     swapped = co_attention()
     swapped.first_to_second, swapped.second_to_first = layer.second_to_first, layer.first_to_second
     swapped.first_self, swapped.second_self = layer.second_self, layer.first_self
-    theirs = swapped(second, first, mask, mask)
-    np.testing.assert_allclose(ours[0], theirs[1], atol=1e-6)
-    np.testing.assert_allclose(ours[1], theirs[0], atol=1e-6)
+    swapped_outputs = swapped(second, first, mask, mask)
+    np.testing.assert_allclose(outputs[0], swapped_outputs[1], atol=1e-6)
+    np.testing.assert_allclose(outputs[1], swapped_outputs[0], atol=1e-6)
 
 
-def test_co_attention_does_not_see_padding():
+def test_padding_does_not_change_co_attention():
     layer, (first, second) = co_attention(), streams()
     first_mask = np.arange(5) < np.array([[5], [3], [0]])
     second_mask = np.arange(5) < np.array([[2], [5], [4]])
@@ -208,25 +208,25 @@ def test_co_attention_does_not_see_padding():
     padding = ((0, 0), (0, 15), (0, 0))
     padded = [np.pad(stream, padding, constant_values=1e30) for stream in (first, second)]
     masks = [np.pad(mask, padding[:2]) for mask in (first_mask, second_mask)]
-    for ours, want in zip(layer(*padded, *masks), expected, strict=True):
-        np.testing.assert_allclose(ours[:, :5], want, atol=1e-5)
+    for outputs, expected_outputs in zip(layer(*padded, *masks), expected, strict=True):
+        np.testing.assert_allclose(outputs[:, :5], expected_outputs, atol=1e-5)
 
 
 @pytest.mark.parity
-def test_equals_pytorch():
+def test_attention_equals_pytorch():
     import torch
 
-    module, (query, key) = attention(), query_and_key()
-    theirs = torch.nn.MultiheadAttention(6, HEADS, batch_first=True)
-    theirs.in_proj_weight.data = torch.eye(6).repeat(3, 1)
-    theirs.in_proj_bias.data.zero_()
-    theirs.out_proj.weight.data = torch.eye(6)
-    theirs.out_proj.bias.data.zero_()
+    module, (query, key) = attention(), query_and_key_inputs()
+    reference = torch.nn.MultiheadAttention(6, NUM_HEADS, batch_first=True)
+    reference.in_proj_weight.data = torch.eye(6).repeat(3, 1)
+    reference.in_proj_bias.data.zero_()
+    reference.out_proj.weight.data = torch.eye(6)
+    reference.out_proj.bias.data.zero_()
     key, value = keys_and_values(module, key)
     projected = [torch.tensor(part) for part in (np.asarray(module.query(query)), key, value)]
-    mixed, _ = theirs(*projected, key_padding_mask=torch.tensor(~KEY_MASK))
-    outputs = module(*query_and_key(), KEY_MASK)
-    for row in (0, 1):  # PyTorch gives NaN where there is no key
+    mixed, _ = reference(*projected, key_padding_mask=torch.tensor(~KEY_MASK))
+    outputs = module(*query_and_key_inputs(), KEY_MASK)
+    for row in (0, 1):  # PyTorch returns NaN for the row without keys
         np.testing.assert_allclose(
             outputs[row], module.out(jnp.asarray(mixed[row].detach().numpy())), atol=1e-5
         )

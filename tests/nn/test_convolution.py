@@ -1,4 +1,4 @@
-"""Parallel convolutions against the convolutions of JAX and PyTorch."""
+"""Parallel convolutions, compared with the convolutions of JAX and PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def convolution_and_input(kernel_sizes=SIZES):
     return convolution, random.normal(size=(*MASK.shape, 3)).astype(np.float32)
 
 
-def test_equals_a_convolution_of_each_size():
+def test_output_is_the_sum_of_one_convolution_per_size():
     convolution, x = convolution_and_input()
 
     def branch(kernel, bias):
@@ -38,7 +38,7 @@ def test_equals_a_convolution_of_each_size():
     np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)
 
 
-def test_padding_does_not_reach_valid_steps():
+def test_padding_does_not_change_valid_steps():
     convolution, x = convolution_and_input()
     longer = np.full((3, 28, 3), np.nan, np.float32)
     longer[:, :7] = np.where(MASK[..., None], x, np.inf)
@@ -46,7 +46,7 @@ def test_padding_does_not_reach_valid_steps():
     np.testing.assert_allclose(outputs[MASK], convolution(x, MASK)[MASK], atol=1e-6)
 
 
-def test_a_dialogue_shorter_than_the_kernel_is_convolved():
+def test_a_dialogue_may_be_shorter_than_the_kernel():
     convolution, x = convolution_and_input((5,))
     outputs = convolution(x[:, :1], MASK[:, :1])
     kernel, bias = convolution.kernels[0][...], convolution.biases[0][...]
@@ -54,7 +54,7 @@ def test_a_dialogue_shorter_than_the_kernel_is_convolved():
 
 
 @pytest.mark.parametrize("kernel_sizes", [(), (2,), (1, 0), (-1,)])
-def test_sizes_that_cannot_be_centred_are_refused(kernel_sizes):
+def test_even_and_non_positive_kernel_sizes_raise(kernel_sizes):
     with pytest.raises(ValueError, match="odd sizes"):
         ParallelConvolution(3, 4, kernel_sizes, rngs=nnx.Rngs(0))
 
@@ -66,9 +66,9 @@ def test_equals_pytorch():
     convolution, x = convolution_and_input()
     expected = 0
     for size, kernel, bias in zip(SIZES, convolution.kernels, convolution.biases, strict=True):
-        theirs = torch.nn.Conv1d(3, 4, size, padding="same")
-        theirs.weight.data = torch.tensor(np.asarray(kernel[...]).transpose(2, 0, 1))
-        theirs.bias.data = torch.tensor(np.asarray(bias[...]))
+        reference = torch.nn.Conv1d(3, 4, size, padding="same")
+        reference.weight.data = torch.tensor(np.asarray(kernel[...]).transpose(2, 0, 1))
+        reference.bias.data = torch.tensor(np.asarray(bias[...]))
         masked = torch.tensor(np.where(MASK[..., None], x, 0)).transpose(1, 2)
-        expected = expected + torch.relu(theirs(masked)).transpose(1, 2).detach().numpy()
+        expected = expected + torch.relu(reference(masked)).transpose(1, 2).detach().numpy()
     np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Dropout and its keys."""
+"""Dropout and its per-example keys."""
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +18,34 @@ def drop(x, rngs, rate=0.25):
 
 
 @pytest.mark.parametrize("rngs", [PerExampleRngs.from_batch_key(KEY, 6), nnx.Rngs(dropout=0)])
-def test_units_are_dropped_at_the_rate_and_the_mean_is_kept(rngs):
+def test_units_are_dropped_at_the_rate_and_the_mean_stays(rngs):
     dropped = np.asarray(drop(ONES, rngs))
     assert set(np.unique(dropped).round(6)) == {0, np.float32(4 / 3).round(6)}
     assert abs((dropped == 0).mean() - 0.25) < 0.03
     assert abs(dropped.mean() - 1) < 0.04
 
 
-def test_a_dialogue_drops_the_same_units_in_any_batch():
+def test_an_example_drops_the_same_units_in_any_batch():
     full = drop(ONES, PerExampleRngs.from_batch_key(KEY, 6))
     np.testing.assert_array_equal(drop(ONES[:2], PerExampleRngs.from_batch_key(KEY, 2)), full[:2])
     np.testing.assert_array_equal(
         drop(ONES[:3], PerExampleRngs.from_batch_key(KEY, 3, 3)), full[3:]
     )
-    own = PerExampleRngs(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
-    np.testing.assert_array_equal(drop(ONES[:1], own), full[4:5])
+    single = PerExampleRngs(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
+    np.testing.assert_array_equal(drop(ONES[:1], single), full[4:5])
 
 
-def test_dialogues_drop_different_units():
+def test_examples_drop_different_units():
     dropped = np.asarray(drop(ONES, PerExampleRngs.from_batch_key(KEY, 6)))
     assert len(np.unique(dropped, axis=0)) == 6
 
 
 @pytest.mark.parametrize("rngs", [PerExampleRngs.from_batch_key(KEY, 6), nnx.Rngs(dropout=0)])
-def test_each_draw_drops_different_units(rngs):
+def test_each_call_drops_different_units(rngs):
     assert (drop(ONES, rngs) != drop(ONES, rngs)).any()
 
 
-def test_keys_work_under_jit():
+def test_per_example_keys_work_under_jit():
     @jax.jit
     def run(key, offset):
         return drop(ONES[:2], PerExampleRngs.from_batch_key(key, 2, offset))
@@ -55,49 +55,49 @@ def test_keys_work_under_jit():
 
 
 @pytest.mark.parametrize(("rate", "deterministic"), [(0.0, False), (0.5, True)])
-def test_nothing_is_dropped_without_a_rate_or_out_of_training(rate, deterministic):
+def test_nothing_is_dropped_at_rate_zero_or_in_inference(rate, deterministic):
     assert Dropout(rate)(ONES, deterministic=deterministic) is ONES
 
 
-def test_training_without_keys_is_refused():
+def test_training_without_rngs_raises():
     with pytest.raises(ValueError, match="needs rngs"):
         drop(ONES, None)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_rates_out_of_range_are_refused(rate):
+def test_rates_out_of_range_raise(rate):
     with pytest.raises(ValueError, match="0 <= rate < 1"):
         Dropout(rate)
 
 
-def test_bits_are_even_and_tell_nothing_of_their_neighbours():
+def test_bits_are_balanced_and_uncorrelated_with_their_neighbors():
     keys = jax.random.split(KEY, 64)
     bits = np.asarray(random_bits(keys, (64, 64, 32)))
-    ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # of 32 each
+    ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # 32 bits each
     deviation = 0.5 / np.sqrt(bits.size)
     assert abs(ones.mean((0, 1, 2)) - 0.5).max() < 5 * deviation
     signs = 2.0 * ones - 1
     for axis in range(4):
         for distance in (1, 2, 5):
-            beside = np.roll(signs, distance, axis)
-            assert abs((signs * beside).mean((0, 1, 2))).max() < 10 * deviation, (axis, distance)
-    # All of one key's are different, as those of a hash that loses nothing are.
+            neighbors = np.roll(signs, distance, axis)
+            assert abs((signs * neighbors).mean((0, 1, 2))).max() < 10 * deviation, (axis, distance)
+    # The hash is a bijection of the position, so the bits of one key are all different.
     assert len(np.unique(bits[0])) == bits[0].size
 
 
-def test_bits_of_a_sequence_do_not_depend_on_its_padding():
+def test_padding_does_not_change_the_bits_of_a_sequence():
     keys = jax.random.split(KEY, 2)
     np.testing.assert_array_equal(random_bits(keys, (2, 9, 4))[:, :5], random_bits(keys, (2, 5, 4)))
 
 
-def test_one_key_of_a_whole_batch_tells_its_rows_apart():
+def test_a_single_key_gives_different_bits_to_each_row():
     bits = random_bits(KEY, (3, 5, 4))
     assert len(np.unique(bits)) == bits.size
     np.testing.assert_array_equal(bits.reshape(-1), random_bits(KEY, (60,)))
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
-def test_the_rate_is_kept_closely(rate):
+def test_the_dropped_fraction_is_close_to_the_rate(rate):
     ones = jnp.ones((4, 500, 500))
     dropped = np.asarray(drop(ones, PerExampleRngs.from_batch_key(KEY, 4), rate) == 0)
     assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)

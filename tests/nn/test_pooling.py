@@ -28,12 +28,12 @@ def test_mean_is_over_valid_positions():
     assert not means[3].any()
 
 
-def test_mean_of_bfloat16_is_taken_in_float32():
+def test_mean_of_bfloat16_is_computed_in_float32():
     x = jnp.ones((1, 4096, 1), jnp.bfloat16)
     assert masked_mean(x, jnp.ones((1, 4096), bool)) == 1
 
 
-def test_statistics_equal_their_formula():
+def test_attentive_statistics_equal_their_formula():
     module, x = pooling(), sequences()
     pooled = module(x, MASK)
     kernel, bias, score = (
@@ -50,7 +50,7 @@ def test_statistics_equal_their_formula():
         np.testing.assert_allclose(pooled[row], expected, atol=1e-5)
 
 
-def test_deviation_has_a_floor():
+def test_deviation_has_a_lower_bound():
     pooled = pooling()(sequences(), MASK)
     np.testing.assert_allclose(pooled[2:, 3:], FLOOR, rtol=1e-6)
     np.testing.assert_array_equal(pooled[3, :3], 0)
@@ -66,7 +66,7 @@ def test_deviation_of_large_values_does_not_cancel():
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("pool", [masked_mean, pooling()], ids=["mean", "attentive"])
-def test_padding_changes_neither_pooled_values_nor_gradients(pool, garbage):
+def test_padding_does_not_change_pooled_values_or_gradients(pool, garbage):
     x = np.where(MASK[..., None], sequences(), 0)
     dirty = np.full((4, 24, 3), garbage, np.float32)
     dirty[:, :6] = np.where(MASK[..., None], x, garbage)

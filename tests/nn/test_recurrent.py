@@ -1,4 +1,4 @@
-"""The GRU: its scan, its gradient, its masks."""
+"""The GRU: scan, gradient and masks."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ LENGTHS = (7, 3, 5)
 MASK = np.arange(7) < np.array(LENGTHS)[:, None]
 
 
-def inputs(features, seed=0):
-    return np.random.default_rng(seed).normal(size=(*MASK.shape, features)).astype(np.float32)
+def inputs(in_dim, seed=0):
+    return np.random.default_rng(seed).normal(size=(*MASK.shape, in_dim)).astype(np.float32)
 
 
-def scan_arguments(groups=2, width=4, seed=0):
+def scan_arguments(groups=2, hidden_dim=4, seed=0):
     random = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -25,18 +25,18 @@ def scan_arguments(groups=2, width=4, seed=0):
     steps, batch = MASK.shape[::-1]
     mask = np.broadcast_to(MASK.T[:, None], (steps, groups, batch))
     return (
-        normal(steps, groups, batch, 3 * width),
+        normal(steps, groups, batch, 3 * hidden_dim),
         jnp.asarray(mask),
-        normal(groups, width, 3 * width),
-        normal(groups, width),
+        normal(groups, hidden_dim, 3 * hidden_dim),
+        normal(groups, hidden_dim),
     )
 
 
 def plain_scan(gates, mask, kernel, bias_n):
-    """`gru_scan` as the equations have it, left to JAX to differentiate."""
+    """Computes `gru_scan` directly from the equations; JAX differentiates it."""
 
-    def step(state, now):
-        gate, valid = now
+    def step(state, inputs):
+        gate, valid = inputs
         gate_r, gate_z, gate_n = jnp.split(gate, 3, axis=-1)
         from_r, from_z, from_n = jnp.split(jnp.einsum("gbi,gio->gbo", state, kernel), 3, axis=-1)
         reset, update = jax.nn.sigmoid(gate_r + from_r), jax.nn.sigmoid(gate_z + from_z)
@@ -49,17 +49,17 @@ def plain_scan(gates, mask, kernel, bias_n):
 
 
 def numpy_gru(gru, x, length):
-    """Outputs of one unpadded dialogue, step by step in float64."""
+    """Computes the outputs of one unpadded dialogue step by step in float64."""
     x = x[:length].astype(np.float64)
     for layer in gru.layers:
         names = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
         from_input, from_state, input_bias, state_bias = (
             np.asarray(getattr(layer, name)[...], np.float64) for name in names
         )
-        directions, width = from_state.shape[:2]
-        outputs = np.zeros((directions, length, width))
+        directions, hidden_dim = from_state.shape[:2]
+        outputs = np.zeros((directions, length, hidden_dim))
         for direction in range(directions):
-            state = np.zeros(width)
+            state = np.zeros(hidden_dim)
             for t in reversed(range(length)) if direction else range(length):
                 i = np.split(x[t] @ from_input[:, direction] + input_bias[direction], 3)
                 s = np.split(state @ from_state[direction] + state_bias[direction], 3)
@@ -72,7 +72,7 @@ def numpy_gru(gru, x, length):
 
 @jax.jit
 def value_and_gradients(gru, x):
-    """Outputs of a GRU, and gradients of a weighted sum of the valid ones for (parameters, x)."""
+    """Returns the outputs of a GRU and the gradients of their weighted sum by (params, x)."""
     graphdef, params = gru
 
     def total(params, x):
@@ -92,12 +92,12 @@ def run(gru, x):
     return gru(x, MASK)
 
 
-def test_scan_equals_the_equations():
+def test_gru_scan_equals_the_equations():
     arguments = scan_arguments()
     np.testing.assert_allclose(gru_scan(*arguments), plain_scan(*arguments), atol=1e-6)
 
 
-def test_gradient_of_the_scan_equals_that_of_the_equations():
+def test_gradient_of_gru_scan_equals_automatic_differentiation():
     gates, mask, kernel, bias_n = scan_arguments()
 
     def gradient(scan):
@@ -107,11 +107,11 @@ def test_gradient_of_the_scan_equals_that_of_the_equations():
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(gates, kernel, bias_n)
 
-    for ours, expected in zip(gradient(gru_scan), gradient(plain_scan), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    for value, expected in zip(gradient(gru_scan), gradient(plain_scan), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
-def test_scan_can_be_vmapped_and_differentiated_under_vmap():
+def test_gru_scan_and_its_gradient_work_under_vmap():
     first, second = scan_arguments(seed=1), scan_arguments(seed=2)
     stacked = [jnp.stack(pair) for pair in zip(first, second, strict=True)]
 
@@ -119,9 +119,9 @@ def test_scan_can_be_vmapped_and_differentiated_under_vmap():
         return jax.grad(lambda k: (gru_scan(gates, mask, k, bias_n) ** 2).sum())(kernel)
 
     for function in (gru_scan, gradient):
-        together = jax.jit(jax.vmap(function))(*stacked)
+        results = jax.jit(jax.vmap(function))(*stacked)
         for index, arguments in enumerate((first, second)):
-            np.testing.assert_allclose(together[index], function(*arguments), atol=1e-5)
+            np.testing.assert_allclose(results[index], function(*arguments), atol=1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -136,12 +136,12 @@ def test_layers_and_directions_equal_a_step_by_step_gru(bidirectional):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_padding_changes_neither_outputs_nor_gradients(garbage):
+def test_padding_does_not_change_outputs_or_gradients(garbage):
     gru = GRU(3, 4, 2, rngs=nnx.Rngs(0))
     clean = np.where(MASK[..., None], inputs(3), 0)
     dirty = np.where(MASK[..., None], clean, garbage)
     results = (value_and_gradients(nnx.split(gru), x) for x in (dirty, clean))
-    jax.tree.map(lambda ours, want: np.testing.assert_allclose(ours, want, atol=1e-6), *results)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
 
 
 def test_bfloat16_is_close_to_float32():
@@ -151,22 +151,22 @@ def test_bfloat16_is_close_to_float32():
     np.testing.assert_allclose(outputs.astype(jnp.float32), run(full, inputs(3)), atol=0.03)
 
 
-def test_grus_run_together_as_they_do_apart():
+def test_run_grus_equals_each_gru_alone():
     speech, text = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(5, 4, 2, rngs=nnx.Rngs(1))
-    together = nnx.jit(run_grus)((speech, text), (inputs(3), inputs(5)), MASK)
-    np.testing.assert_allclose(together[0], run(speech, inputs(3)), atol=1e-6)
-    np.testing.assert_allclose(together[1], run(text, inputs(5)), atol=1e-6)
+    outputs = nnx.jit(run_grus)((speech, text), (inputs(3), inputs(5)), MASK)
+    np.testing.assert_allclose(outputs[0], run(speech, inputs(3)), atol=1e-6)
+    np.testing.assert_allclose(outputs[1], run(text, inputs(5)), atol=1e-6)
 
 
-def test_grus_of_different_shape_cannot_run_together():
+def test_run_grus_refuses_grus_of_different_shapes():
     grus = GRU(3, 4, 2, rngs=nnx.Rngs(0)), GRU(3, 4, 1, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="one depth and width"):
+    with pytest.raises(ValueError, match="same depth and hidden size"):
         run_grus(grus, (inputs(3), inputs(3)), MASK)
     with pytest.raises(ValueError, match="2 GRUs, 1 inputs"):
         run_grus(grus[:1] * 2, (inputs(3),), MASK)
 
 
-def test_dropout_acts_between_layers_only():
+def test_dropout_is_applied_between_layers_only():
     @nnx.jit
     def train(gru, x):
         keys = PerExampleRngs.from_batch_key(jax.random.key(0), len(LENGTHS))
@@ -179,7 +179,7 @@ def test_dropout_acts_between_layers_only():
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 1), (3, 0, 1), (3, 4, 0)])
-def test_sizes_below_one_are_refused(sizes):
+def test_sizes_below_one_raise(sizes):
     with pytest.raises(ValueError, match="at least 1"):
         GRU(*sizes, rngs=nnx.Rngs(0))
 
@@ -188,14 +188,14 @@ def test_sizes_below_one_are_refused(sizes):
 def test_three_layers_equal_pytorch_on_packed_sequences():
     import torch
 
-    layers, features, width = 3, 6, 4
+    num_layers, in_dim, hidden_dim = 3, 6, 4
     torch.manual_seed(0)
-    theirs = torch.nn.GRU(features, width, layers, bidirectional=True, batch_first=True)
-    gru = GRU(features, width, layers, rngs=nnx.Rngs(0))
+    reference = torch.nn.GRU(in_dim, hidden_dim, num_layers, bidirectional=True, batch_first=True)
+    gru = GRU(in_dim, hidden_dim, num_layers, rngs=nnx.Rngs(0))
 
     def both_directions(kind, layer, read=torch.Tensor.detach):
         names = (f"{kind}_l{layer}{end}" for end in ("", "_reverse"))
-        return np.stack([read(getattr(theirs, name)).numpy() for name in names])
+        return np.stack([read(getattr(reference, name)).numpy() for name in names])
 
     def in_our_layout(layer, read=torch.Tensor.detach):
         return {
@@ -209,17 +209,17 @@ def test_three_layers_equal_pytorch_on_packed_sequences():
         for name, value in in_our_layout(index).items():
             getattr(layer, name).set_value(jnp.asarray(value))
 
-    x = torch.tensor(inputs(features), requires_grad=True)
+    x = torch.tensor(inputs(in_dim), requires_grad=True)
     packed = torch.nn.utils.rnn.pack_padded_sequence(
         x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False
     )
-    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
-    (expected * torch.tensor(weights((MASK.shape[1], 2 * width)))).sum().backward()
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(reference(packed)[0], batch_first=True)
+    (expected * torch.tensor(weights((MASK.shape[1], 2 * hidden_dim)))).sum().backward()
 
-    outputs, (gradients, x_gradient) = value_and_gradients(nnx.split(gru), inputs(features))
+    outputs, (gradients, x_gradient) = value_and_gradients(nnx.split(gru), inputs(in_dim))
     np.testing.assert_allclose(outputs, expected.detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(x_gradient, x.grad.numpy(), atol=1e-4)
-    for index in range(layers):
+    for index in range(num_layers):
         for name, value in in_our_layout(index, lambda parameter: parameter.grad).items():
-            ours = gradients["layers"][index][name][...]
-            np.testing.assert_allclose(ours, value, atol=1e-4, err_msg=f"layer {index} {name}")
+            gradient = gradients["layers"][index][name][...]
+            np.testing.assert_allclose(gradient, value, atol=1e-4, err_msg=f"layer {index} {name}")

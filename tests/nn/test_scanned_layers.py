@@ -1,4 +1,4 @@
-"""The stack of layers against the same layers in a loop."""
+"""Scanned layers, compared with the same layers in a loop."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.nn.dropout import Dropout, PerExampleRngs
-from mister_jax.nn.scanned_layers import ScannedLayers
+from mister_jax.nn import Dropout, PerExampleRngs, ScannedLayers
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)
 
 
 class Layer(nnx.Module):
@@ -20,57 +21,52 @@ class Layer(nnx.Module):
         return self.dropout(x, deterministic=deterministic, rngs=rngs)
 
 
-def make(remat="none"):
+def make_layers(remat="none"):
     return ScannedLayers(Layer, 3, remat=remat, rngs=nnx.Rngs(0))
 
 
-def in_a_loop(stack, x, shift):
-    graph, params = nnx.split(stack.layers)
-    given = []
-    for index in range(stack.num_layers):
+def run_in_a_loop(layers, x, shift):
+    graph, params = nnx.split(layers.layers)
+    hidden_states = []
+    for index in range(layers.num_layers):
         x = nnx.merge(graph, jax.tree.map(lambda value, i=index: value[i], params))(x, shift)
-        given.append(x)
-    return x, jnp.stack(given)
+        hidden_states.append(x)
+    return x, jnp.stack(hidden_states)
 
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)
-
-
-def test_runs_layers_in_order():
-    stack = make()
-    last, given = stack(X, 0.1, output_hidden_states=True)
-    expected, all_expected = in_a_loop(stack, X, 0.1)
+def test_layers_run_in_order():
+    layers = make_layers()
+    last, hidden_states = layers(X, 0.1, output_hidden_states=True)
+    expected, expected_states = run_in_a_loop(layers, X, 0.1)
     np.testing.assert_allclose(last, expected, atol=1e-6)
-    np.testing.assert_allclose(given, all_expected, atol=1e-6)
-    assert stack(X, 0.1)[1] is None
+    np.testing.assert_allclose(hidden_states, expected_states, atol=1e-6)
+    assert layers(X, 0.1)[1] is None
 
 
-def test_layers_start_with_different_parameters():
-    kernel = make().layers.linear.kernel[...]
+def test_layers_have_different_initial_parameters():
+    kernel = make_layers().layers.linear.kernel[...]
     assert kernel.shape == (3, 5, 5)
     assert not np.allclose(kernel[0], kernel[1])
 
 
-@pytest.mark.parametrize("keys", ["one", "dialogues"])
-def test_each_layer_drops_units_of_its_own(keys):
-    stack = make()
-    source = (
-        nnx.Rngs(dropout=0)
-        if keys == "one"
-        else PerExampleRngs(jax.random.split(jax.random.key(0)))
+@pytest.mark.parametrize(
+    "rngs",
+    [nnx.Rngs(dropout=0), PerExampleRngs(jax.random.split(jax.random.key(0)))],
+    ids=["one_key", "key_per_example"],
+)
+def test_layers_drop_different_units(rngs):
+    _, hidden_states = make_layers()(
+        jnp.ones_like(X), 1.0, deterministic=False, rngs=rngs, output_hidden_states=True
     )
-    _, given = stack(
-        jnp.ones_like(X), 1.0, deterministic=False, rngs=source, output_hidden_states=True
-    )
-    dropped = np.asarray(given == 0)
+    dropped = np.asarray(hidden_states == 0)
     assert dropped.any() and not dropped.all()
     assert (dropped[0] != dropped[1]).any() and (dropped[:, 0] != dropped[:, 1]).any()
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_does_not_change_gradients(remat):
     def gradient(remat):
-        graph, params = nnx.split(make(remat))
+        graph, params = nnx.split(make_layers(remat))
 
         def loss(params):
             return jnp.sum(nnx.merge(graph, params)(X, 0.1)[0] ** 2)
@@ -81,8 +77,8 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="0 layers"):
+def test_invalid_options_raise():
+    with pytest.raises(ValueError, match="num_layers=0"):
         ScannedLayers(Layer, 0, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="allowed: none, full, dots"):
+    with pytest.raises(ValueError, match="allowed are none, full, dots"):
         ScannedLayers(Layer, 2, remat="half", rngs=nnx.Rngs(0))

@@ -1,0 +1,37 @@
+"""Padding masks, and positions of tokens in padded or packed rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def length_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """Returns a mask [B, size] bool that is True at the first `lengths` [B] positions of a row."""
+    return jnp.arange(size) < lengths[:, None]
+
+
+def positions_and_segment_mask(
+    mask: jax.Array, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the position of each token in its sequence and a mask for attention within sequences.
+
+    Args:
+      mask: Valid tokens, [B, N] bool; rows may be padded on either side.
+      segment_ids: Number of the sequence that each token belongs to, [B, N] int, for rows that pack
+        several sequences one after another. By default, a row is one sequence.
+
+    Returns:
+      Number of valid tokens before each token in its sequence, [B, N] int, meaningless in padding;
+      and whether query and key belong to the same sequence, [B, 1, N, N] bool. Padding counts as
+      one more sequence, so that every query has a key.
+    """
+    if segment_ids is None:
+        segment_ids = jnp.zeros(mask.shape, int)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)  # B N
+    tokens_before = jnp.cumsum(mask, axis=1) - mask
+    tokens_before_start = jax.lax.cummax(jnp.where(starts, tokens_before, 0), axis=1)
+    sequence = jnp.where(mask, jnp.cumsum(starts, axis=1), 0)
+    same_sequence = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return tokens_before - tokens_before_start, same_sequence
