@@ -19,7 +19,7 @@ from benchmarks.measure import Run, Timing, measure
 from benchmarks.report import Row
 from mister_jax import extract
 from mister_jax.data import SAMPLE_RATE
-from mister_jax.encoders import hub
+from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.errors import InputError
 
 # Words of MELD's 13,708 utterances: quantiles of their number.
@@ -160,7 +160,7 @@ def _torch_of(name: str, dtype: str, encoder: extract.Encoder) -> _Torch:
     folder = hub.fetch(name)
     if encoder.modality == "text":
         return _TorchText(folder, dtype, encoder.input.longest)
-    kind = hub.read_config(folder)["model_type"]
+    kind = hf_config.read_config(folder)["model_type"]
     if kind != "whisper":
         raise InputError(f"{name}: model_type {kind!r}; compared with PyTorch are text and whisper")
     return _TorchWhisper(folder, dtype)
@@ -193,7 +193,7 @@ def throughput_rows(
     Raises:
       InputError: an encoder that cannot be loaded, or PyTorch is missing.
     """
-    options = {"max_tokens": max_tokens} if hub.modality_of(name) == "text" else {}
+    options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
     encoder = extract.open_encoder(name, dtype=dtype, **options)
     modality = encoder.modality
     utterances: Sequence[Any] = texts

@@ -197,7 +197,7 @@ def bert_folder(tmp_path_factory, word_tokenizer):
     """A tiny BERT with random weights and its tokenizer. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import hub
+    from mister_jax.encoders import pretrained
     from mister_jax.encoders.bert import Bert, BertConfig
 
     folder = tmp_path_factory.mktemp("tiny_bert")
@@ -210,7 +210,9 @@ def bert_folder(tmp_path_factory, word_tokenizer):
         num_heads=4,
         num_positions=20,
     )
-    hub.save_pretrained(Bert(config, rngs=nnx.Rngs(0)), config.to_huggingface(), folder, tokenizer)
+    pretrained.save_pretrained(
+        Bert(config, rngs=nnx.Rngs(0)), config.to_huggingface(), folder, tokenizer
+    )
     return folder
 
 
@@ -219,7 +221,7 @@ def llama_folder(tmp_path_factory, word_tokenizer):
     """A tiny Llama with random weights and its tokenizer. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import hub
+    from mister_jax.encoders import pretrained
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = word_tokenizer(bert=False)
@@ -233,7 +235,9 @@ def llama_folder(tmp_path_factory, word_tokenizer):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder, tokenizer)
+    pretrained.save_pretrained(
+        pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
+    )
     return folder
 
 
@@ -308,7 +312,7 @@ def whisper_folder(tmp_path_factory):
     """A tiny Whisper of 0.8 s with random weights. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import hub
+    from mister_jax.encoders import pretrained
 
     folder = tmp_path_factory.mktemp("tiny_whisper")
     config = {
@@ -323,7 +327,7 @@ def whisper_folder(tmp_path_factory):
         "decoder_layers": 1,
         "decoder_attention_heads": 2,
     }
-    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder)
+    pretrained.save_pretrained(pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder)
     return folder
 
 
@@ -332,7 +336,7 @@ def qwen_folder(tmp_path_factory, word_tokenizer):
     """A tiny Qwen2-Audio of 0.8 s with random weights. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import hub
+    from mister_jax.encoders import pretrained
 
     folder = tmp_path_factory.mktemp("tiny_qwen")
     tokenizer = word_tokenizer(bert=False)
@@ -359,7 +363,9 @@ def qwen_folder(tmp_path_factory, word_tokenizer):
             "num_key_value_heads": 2,
         },
     }
-    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder, tokenizer)
+    pretrained.save_pretrained(
+        pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
+    )
     return folder
 
 
@@ -370,7 +376,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
 
     from mister_jax.convert.key_table import save_params
     from mister_jax.convert.safetensors import save
-    from mister_jax.encoders import beats, hub, salmonn
+    from mister_jax.encoders import beats, hf_config, pretrained, salmonn
     from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
     from mister_jax.nn.lora import LoRAConfig
 
@@ -403,13 +409,13 @@ def salmonn_options(tmp_path_factory, llama_folder):
             "num_buckets": 8,
             "max_distance": 16,
         },
-        "vicuna": hub.read_config(llama_folder),
+        "vicuna": hf_config.read_config(llama_folder),
         "qformer": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "mlp_dim": 16},
     }
     lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
     config = SalmonnConfig.from_parts(described, lora=lora)
     module = Salmonn(config, rngs=nnx.Rngs(0))
-    hub.save_pretrained(module.whisper, described["whisper"], root / "whisper")
+    pretrained.save_pretrained(module.whisper, described["whisper"], root / "whisper")
     prefix = salmonn.PREFIX
     save(root / "beats", save_params(module.beats, beats.key_table(config.beats), prefix=prefix))
     (root / "beats" / "config.json").write_text(json.dumps(described["beats"]))

@@ -12,7 +12,7 @@ from flax import nnx
 from configs import speech_encoder, text_encoder
 from mister_jax import extract
 from mister_jax.checkpoint import BEST, Checkpoints
-from mister_jax.encoders import hub, speech
+from mister_jax.encoders import hf_config, pretrained, speech
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor
 from mister_jax.inference.export import export
@@ -46,7 +46,7 @@ def text(folder, workdir, encoder, **options):
     config.encoder.options.update({"name": str(folder), "max_tokens": 12, "remat": "none"})
     config.encoder.options.update({"dtype": "float32", "param_dtype": "float32", **options})
     config.head.feature_dim = 4
-    return tuned(workdir, TextEncoderTask, config, hub.read_config(folder))
+    return tuned(workdir, TextEncoderTask, config, hf_config.read_config(folder))
 
 
 def sound(folder, workdir, encoder, **options):
@@ -75,7 +75,7 @@ def wavlm_folder(tmp_path_factory):
         "num_conv_pos_embeddings": 4,
         "num_conv_pos_embedding_groups": 2,
     }
-    hub.save_pretrained(hub.make(config, rngs=nnx.Rngs(0)), config, folder)
+    pretrained.save_pretrained(pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder)
     return folder
 
 
@@ -141,7 +141,7 @@ def hidden(module, kind):
 def loaded(folder, kind, **options):
     """What our own reader makes of a folder."""
     if kind in ("bert", "llama", "int8"):
-        return hub.load(folder, **options)[0]
+        return pretrained.load_pretrained(folder, **options)[0]
     files = speech.SpeechFiles(str(folder))
     return speech.load_speech_encoder(files, speech.read_backbone_config(files), **options)
 

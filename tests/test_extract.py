@@ -16,10 +16,10 @@ from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
-from mister_jax.encoders import hub
+from mister_jax.encoders import pretrained
 from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
-from mister_jax.encoders.text import encode_texts
+from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor
 from mister_jax.extract import features as features_module
@@ -57,7 +57,7 @@ def by_llama(llama_folder):
 @pytest.fixture(scope="module")
 def by_wavlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_wavlm")
-    hub.save_pretrained(hub.make(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
+    pretrained.save_pretrained(pretrained.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
     return extract.open_encoder(str(folder), max_seconds=SECONDS)
 
 
@@ -117,7 +117,7 @@ def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
     assert found.text_present.sum() == 6 * 4 - 2 and not found.speech_present.any()
     assert found.text.shape == (24, 16) and found.speech.shape == (24, 1)
     assert found.metadata["text"]["kind"] == "text" and "speech" not in found.metadata
-    module, tokenizer = hub.load(bert_folder)
+    module, tokenizer = pretrained.load_pretrained(bert_folder)
     dataset = DialogueDataset(TEXT, spoken_dir)
     turn = next(dataset.dialogues("test")).utterances[0]
     (ids,) = encode_texts(tokenizer, [turn.text], 12)
@@ -164,7 +164,7 @@ def test_devices_do_not_change_prosody(by_prosody):
 def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder):
     clips = some_clips()
     found, _ = extract.features_of(by_whisper, clips)
-    module = hub.load_module(whisper_folder)
+    module = pretrained.load_module(whisper_folder)
     for row in (1, 2):
         waveform = clips[row][None].astype(np.float32) / 2**15
         hidden, mask = module(waveform, np.array([len(clips[row])]))
@@ -177,7 +177,7 @@ def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_w
     assert whole.input.steps == () and by_whisper.input.steps
     clips = some_clips()[:4]
     found, _ = extract.features_of(whole, clips)
-    module = hub.load_module(whisper_folder, trim=False)
+    module = pretrained.load_module(whisper_folder, trim=False)
     waveform, mask = pad_clips(clips, 12_800)
     hidden, mask = module(waveform.astype(np.float32) / 2**15, mask)
     np.testing.assert_allclose(found, masked_mean(hidden, mask), atol=1e-5)
@@ -258,7 +258,7 @@ def test_what_is_cut_is_told_of_the_split(bert_folder, spoken_dir, monkeypatch):
     monkeypatch.setattr(logging, "warning", lambda line, *values: told.append(line % values))
     extract.PretrainedText(str(bert_folder), max_tokens=4).input.load(TEXT, "test", spoken_dir)
     assert told[0].startswith(f"dataset {TEXT}, split test: ")
-    assert told[0].endswith("22 texts cut at 4 tokens")
+    assert told[0].endswith("22 texts truncated to 4 tokens")
 
 
 def test_texts_of_nothing_are_absent(by_bert):
@@ -460,7 +460,7 @@ def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tm
             extract.PretrainedSpeech(str(whisper_folder), max_seconds=seconds)
     with pytest.raises(InputError, match=r"prompt 'well'; allowed: none"):
         extract.open_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
-    with pytest.raises(InputError, match="encodes text; needed: speech"):
+    with pytest.raises(InputError, match="encodes text; allowed for speech: "):
         extract.PretrainedSpeech(str(bert_folder))
     with pytest.raises(InputError, match=r"config\.json"):
         extract.TunedEncoder(tmp_path)
@@ -487,7 +487,7 @@ def test_a_lack_of_memory_names_what_takes_less(
     assert "dtype" not in told  # which it does not have
     light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
     assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
-    monkeypatch.setattr(hub, "load_backbone", out_of_memory)
+    monkeypatch.setattr(pretrained, "load_backbone", out_of_memory)
     for folder, options in (
         (bert_folder, {"max_tokens": 12}),
         (whisper_folder, {"max_seconds": SECONDS}),

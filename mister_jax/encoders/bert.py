@@ -1,45 +1,46 @@
-"""BERT and RoBERTa: a bidirectional transformer over text, normed after each block.
+"""BERT and RoBERTa: bidirectional transformers over text with a LayerNorm after each block.
 
-arXiv 1810.04805 and 1907.11692; MiniLM (arXiv 2002.10957) and XLM-RoBERTa are the same at other
-sizes. It gives a hidden state a token; the pooler and the language-model heads of the checkpoints
-are not here. Shape letters: B sequences, N tokens, D width, K heads, W width of a head, L layers.
+arXiv 1810.04805 and 1907.11692; MiniLM (arXiv 2002.10957) and XLM-RoBERTa have the same
+architecture. The output is one hidden state per token; poolers and language-model heads are not
+implemented. Shape letters: B sequences, N tokens, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mister_jax.encoders.attention import SelfAttention, token_layout
-from mister_jax.encoders.fields import (
+from mister_jax.convert.key_table import KeyTable
+from mister_jax.convert.names import NameRules
+from mister_jax.convert.pytorch_layers import linear, norm, parameter
+from mister_jax.encoders.hf_config import (
     check_fixed,
     check_positive,
     check_rates,
-    layer_norm,
-    read,
-    types_of,
+    read_fields,
     unsupported,
 )
+from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
 from mister_jax.errors import InputError
 from mister_jax.nn import Dropout, ScannedLayers
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.masking import positions_and_segment_mask
 from mister_jax.nn.scanned_layers import Remat
 
-# What transformers takes where a config.json lacks a field, by model type. Sizes have no default.
-_ROBERTA_DEFAULTS = {"pad_token_id": 1, "type_vocab_size": 2}
+# Defaults of transformers for absent fields of a config.json. Other sizes are required.
 _HUGGINGFACE_DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": {"pad_token_id": 0, "type_vocab_size": 2},
-    "roberta": _ROBERTA_DEFAULTS,
-    "xlm-roberta": _ROBERTA_DEFAULTS,
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 2},
+    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 2},
 }
-# Options that change the architecture, and the one value of each that is supported.
+# Supported values of the options that change the architecture.
 _HUGGINGFACE_FIXED = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -61,6 +62,7 @@ _RATES: dict[str, tuple[str, Any]] = {
     "dropout": ("hidden_dropout_prob", 0.1),
     "attention_dropout": ("attention_probs_dropout_prob", 0.1),
 }
+_LARGE = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +70,25 @@ class BertConfig:
     """Sizes and options of `Bert`; the defaults are those of BERT-base, uncased.
 
     Attributes:
-      vocab_size: rows of the token embedding.
-      hidden_size: D.
-      mlp_dim: of the feed-forward blocks.
-      num_layers: L.
-      num_heads: K; divides `hidden_size`.
-      num_positions: rows of the position embedding.
-      num_token_types: rows of the token type embedding.
-      position_offset: row of the first token's position. RoBERTa's is the padding token's id plus
-        1, so its tables have rows that no token uses.
-      layer_norm_epsilon: of every LayerNorm.
-      dropout: rate on the embeddings and on each block's output before the residual.
-      attention_dropout: rate on the attention weights.
-      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
-        feed-forward block, "out" of both and "attention/out"; None for none.
-      remat: see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: of `jax.nn.dot_product_attention`, used where dropout is off.
-      dtype: of the computation; softmaxes and the norms' statistics are float32.
-      param_dtype: of the parameters; those of the low-rank paths are float32.
+      vocab_size: Number of rows of the token embedding.
+      hidden_size: Hidden size D.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      num_layers: Number of layers L.
+      num_heads: Number of heads K; divides `hidden_size`.
+      num_positions: Number of rows of the position embedding.
+      num_token_types: Number of rows of the token type embedding.
+      position_offset: Row of the position embedding for the first token. In RoBERTa it is the id of
+        the padding token plus 1, so the first rows are unused.
+      layer_norm_epsilon: Epsilon of the LayerNorms.
+      dropout: Dropout rate on the embeddings and each block's output.
+      attention_dropout: Dropout rate on the attention weights.
+      lora: Low-rank paths, or None. Targets are "query", "key" and "value" of the attention,
+        "attention/out", and "mlp_in" and "mlp_out" of the feed-forward block.
+      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
+      attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
+        dropout.
+      dtype: Type of the computation; softmaxes and statistics of norms are float32.
+      param_dtype: Type of the parameters; low-rank paths are float32.
     """
 
     vocab_size: int = 30522
@@ -107,32 +110,31 @@ class BertConfig:
 
     def __post_init__(self):
         check_positive(self, _SIZES)
+        check_rates(self, ("dropout", "attention_dropout"))
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"BertConfig.hidden_size={self.hidden_size}: must be a multiple of "
+                f"BertConfig.hidden_size={self.hidden_size}; allowed: a multiple of "
                 f"num_heads={self.num_heads}"
             )
         if not 0 <= self.position_offset < self.num_positions:
             raise ValueError(
-                f"BertConfig.position_offset={self.position_offset}: allowed are 0 to "
+                f"BertConfig.position_offset={self.position_offset}; allowed: 0 to "
                 f"num_positions - 1, {self.num_positions - 1}"
             )
-        check_rates(self, ("dropout", "attention_dropout"))
 
     @classmethod
     def bert_base(cls, **changes: Any) -> BertConfig:
-        """BERT-base, uncased (110 M parameters), with `changes`."""
+        """Returns the config of BERT-base, uncased (110 M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def bert_large(cls, **changes: Any) -> BertConfig:
-        """BERT-large, uncased (335 M parameters), with `changes`."""
-        sizes = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16}
-        return cls(**{**sizes, **changes})
+        """Returns the config of BERT-large, uncased (335 M parameters), with `changes`."""
+        return cls(**{**_LARGE, **changes})
 
     @classmethod
     def roberta_base(cls, **changes: Any) -> BertConfig:
-        """RoBERTa-base (125 M parameters), with `changes`."""
+        """Returns the config of RoBERTa-base (125 M parameters), with `changes`."""
         fields = {
             "vocab_size": 50265,
             "num_positions": 514,
@@ -144,76 +146,70 @@ class BertConfig:
 
     @classmethod
     def roberta_large(cls, **changes: Any) -> BertConfig:
-        """RoBERTa-large (355 M parameters), with `changes`."""
-        sizes = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16}
-        return cls.roberta_base(**{**sizes, **changes})
+        """Returns the config of RoBERTa-large (355 M parameters), with `changes`."""
+        return cls.roberta_base(**{**_LARGE, **changes})
 
     @classmethod
     def minilm_l6(cls, **changes: Any) -> BertConfig:
-        """MiniLM-L6-H384, uncased (23 M parameters), with `changes`."""
+        """Returns the config of MiniLM-L6-H384, uncased (23 M parameters), with `changes`."""
         sizes = {"hidden_size": 384, "mlp_dim": 1536, "num_layers": 6}
         return cls(**{**sizes, **changes})
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
-        """Reads a `config.json` of model type "bert", "roberta" or "xlm-roberta".
+        """Reads a config.json of model type "bert", "roberta" or "xlm-roberta".
 
         Args:
-          config: its content.
-          **changes: further fields.
+          config: Content of the file.
+          **changes: Further fields.
 
         Raises:
-          InputError: a field is missing, or has a value that this architecture does not have.
+          InputError: A field is missing, or has a value that this architecture does not support.
         """
         model_type = config.get("model_type")
         if model_type not in _HUGGINGFACE_DEFAULTS:
             raise unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
         check_fixed(config, _HUGGINGFACE_FIXED)
-        given = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
-        fields = read(given, {field: (name, int) for field, name in _SIZES.items()} | _RATES)
+        config = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
+        fields = read_fields(config, {field: (name, int) for field, name in _SIZES.items()})
+        fields |= read_fields(config, _RATES)
         if model_type != "bert":
-            padding = read(given, {"token": ("pad_token_id", int)})
+            padding = read_fields(config, {"token": ("pad_token_id", int)})
             fields["position_offset"] = padding["token"] + 1
         try:
             return cls(**{**fields, **changes})
         except ValueError as error:
-            raise InputError(f"config.json: no model has its sizes: {error}") from error
+            raise InputError(f"config.json: {error}") from error
 
     def to_huggingface(self) -> dict[str, Any]:
-        """A `config.json` of which `from_huggingface` and transformers make the same model."""
-        names = _SIZES | {field: name for field, (name, _) in _RATES.items()}
-        kind = {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0}
+        """Returns the config.json of this model, for `from_huggingface` and transformers."""
+        config = {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0}
         if self.position_offset:
-            kind = {
+            config = {
                 "model_type": "roberta",
                 "architectures": ["RobertaModel"],
                 "pad_token_id": self.position_offset - 1,
             }
-        return {
-            **kind,
-            **_HUGGINGFACE_FIXED,
-            **{name: getattr(self, field) for field, name in names.items()},
-        }
+        names = _SIZES | {field: name for field, (name, _) in _RATES.items()}
+        fields = {name: getattr(self, field) for field, name in names.items()}
+        return {**config, **_HUGGINGFACE_FIXED, **fields}
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Maximum number of tokens in a sequence."""
         return self.num_positions - self.position_offset
 
 
-def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return layer_norm(config.hidden_size, config.layer_norm_epsilon, config, rngs)
-
-
 class BertLayer(nnx.Module):
-    """Attention and a feed-forward block, each added to its input and normed.
+    """Self-attention and feed-forward block, each with a residual and a LayerNorm after it.
 
     Args:
-      config: the model's.
+      config: Config of the model.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        options = types_of(config) | {"rngs": rngs}
+        options = dtypes(config) | {"rngs": rngs}
         self.attention = SelfAttention(
             config.hidden_size,
             config.num_heads,
@@ -221,10 +217,12 @@ class BertLayer(nnx.Module):
             implementation=config.attention_implementation,
             **options,
         )
-        self.attention_norm = _norm(config, rngs)
+        self.attention_norm = layer_norm(
+            config.hidden_size, config.layer_norm_epsilon, config, rngs
+        )
         self.mlp_in = LoRALinear(config.hidden_size, config.mlp_dim, **options)
         self.mlp_out = LoRALinear(config.mlp_dim, config.hidden_size, **options)
-        self.mlp_norm = _norm(config, rngs)
+        self.mlp_norm = layer_norm(config.hidden_size, config.layer_norm_epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
 
     def __call__(
@@ -235,32 +233,34 @@ class BertLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """x [B, N, D], mask [B, 1, N, N] bool; gives [B, N, D]."""
+        """Transforms x [B, N, D], with mask [B, 1, N, N] (query, key) bool."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(x, mask, **options)
         x = self.attention_norm(x + self.dropout(attended, **options))
-        hidden = jax.nn.gelu(self.mlp_in(x, **options), approximate=False)  # B N hidden
+        hidden = jax.nn.gelu(self.mlp_in(x, **options), approximate=False)  # [B, N, mlp_dim]
         return self.mlp_norm(x + self.dropout(self.mlp_out(hidden, **options), **options))
 
 
 class Bert(nnx.Module):
-    """The encoder, from tokens to hidden states.
+    """Encoder from tokens to hidden states.
 
     Args:
-      config: sizes and options.
-      rngs: for the initial parameters.
+      config: Sizes and options.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # In the parameters' own dtype: a cast of the whole table would cost more than all rows
-        # that are read of it.
+        # The embeddings compute in their parameters' type: casting a whole table would cost more
+        # than casting the rows that are looked up.
         param_dtype = jnp.dtype(config.param_dtype)
         options: dict[str, Any] = {"dtype": param_dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **options)
         self.position_embedding = nnx.Embed(config.num_positions, config.hidden_size, **options)
         self.token_type_embedding = nnx.Embed(config.num_token_types, config.hidden_size, **options)
-        self.embedding_norm = _norm(config, rngs)
+        self.embedding_norm = layer_norm(
+            config.hidden_size, config.layer_norm_epsilon, config, rngs
+        )
         self.dropout = Dropout(config.dropout)
         self.layers = ScannedLayers(
             lambda rngs: BertLayer(config, rngs=rngs),
@@ -272,10 +272,9 @@ class Bert(nnx.Module):
             add_lora(self, config.lora, rngs=rngs)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """Embeddings [B, N, D] of tokens [B, N] int alone, for `embeddings` of a call."""
+        """Returns the token embeddings [B, N, D] of tokens [B, N] int."""
         return self.token_embedding(input_ids)
 
-    @overload
     def __call__(
         self,
         input_ids: jax.Array | None = None,
@@ -287,95 +286,114 @@ class Bert(nnx.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-        output_hidden_states: Literal[False] = False,
-    ) -> jax.Array: ...
+        output_hidden_states: bool = False,
+    ) -> Any:
+        """Encodes a batch of sequences.
 
-    @overload
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        *,
-        token_type_ids: jax.Array | None = None,
-        embeddings: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-        output_hidden_states: Literal[True],
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-    def __call__(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        *,
-        token_type_ids=None,
-        embeddings=None,
-        positions=None,
-        segment_ids=None,
-        deterministic=True,
-        rngs=None,
-        output_hidden_states=False,
-    ):
-        """Reads a batch of sequences.
-
-        A token sees all of its own sequence, or segment. Values in padding are finite and have no
-        meaning, and nothing depends on what the padding holds.
+        A token attends to all tokens of its sequence, or segment. Outputs in padding are finite but
+        have no meaning, and no output depends on the content of the padding.
 
         Args:
-          input_ids: tokens [B, N] int.
-          attention_mask: true at tokens, false in padding on either side [B, N] bool; all true by
-            default.
-          token_type_ids: [B, N] int; all 0 by default.
-          embeddings: of the tokens [B, N, D] in place of `input_ids`.
-          positions: [B, N] int, from 0, before the config's offset. By default the number of
-            tokens before in the sequence, or segment: padding is not counted, so a sequence has
-            the same positions whether it is padded left or right.
-          segment_ids: for several sequences packed in a row, a number that changes from each to
-            the next [B, N] int.
-          deterministic: no dropout.
-          rngs: source of dropout keys in training.
-          output_hidden_states: give all hidden states, too.
+          input_ids: Tokens, [B, N] int.
+          attention_mask: Whether a position holds a token, [B, N] bool; padding may be on either
+            side. All true by default.
+          token_type_ids: Token types, [B, N] int; 0 by default.
+          embeddings: Token embeddings [B, N, D], instead of `input_ids`.
+          positions: Positions counted from 0, without the config's offset, [B, N] int. By default
+            the number of tokens before in the sequence, or segment, so that padding on either side
+            gives the same positions.
+          segment_ids: Number that changes from each sequence of a row to the next, [B, N] int, for
+            several sequences packed in a row.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+          output_hidden_states: Whether to return all hidden states too.
 
         Returns:
-          The last layer's hidden states [B, N, D]. If `output_hidden_states`, also all hidden states
-          [L + 1, B, N, D]: the normed embeddings and what each layer gave.
+          Hidden states of the last layer, [B, N, D]. With `output_hidden_states` also all hidden
+          states, [L + 1, B, N, D]: the normalized embeddings and the output of each layer.
 
         Raises:
-          ValueError: neither or both of `input_ids` and `embeddings`, or a sequence longer than
-            there are positions for. Where `positions` or `segment_ids` are traced, that is not
-            known, and what such a sequence gives is not finite.
+          ValueError: Neither or both of `input_ids` and `embeddings` are given, or a sequence is
+            too long. If `positions` or `segment_ids` are traced, the outputs of a sequence that is
+            too long are not finite instead.
         """
         if (input_ids is None) == (embeddings is None):
-            raise ValueError("BERT reads input_ids or embeddings, one of them")
+            raise ValueError("Bert: pass either input_ids or embeddings")
         config = self.config
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        shape = (embeddings if input_ids is None else input_ids).shape[:2]
-        if shape[1] > config.max_length and positions is None and segment_ids is None:
-            raise ValueError(f"rows of {shape[1]} tokens; allowed are at most {config.max_length}")
+        inputs = embeddings if input_ids is None else input_ids
+        assert inputs is not None
+        shape = inputs.shape[:2]
         mask = jnp.ones(shape, bool) if attention_mask is None else attention_mask
-        mask = jnp.asarray(mask).astype(bool)  # B N
-        found, together = token_layout(mask, segment_ids)  # B N, B 1 N N
-        positions = found if positions is None else positions
-        if shape[1] > config.max_length and not isinstance(positions, jax.core.Tracer):
-            last = int(jnp.where(mask, positions, 0).max())
-            if last >= config.max_length:
-                raise ValueError(
-                    f"a token at position {last}; allowed are those below {config.max_length}"
-                )
+        mask = jnp.asarray(mask).astype(bool)  # [B, N]
+        default_positions, same_sequence = positions_and_segment_mask(mask, segment_ids)
+        if shape[1] > config.max_length:
+            if positions is None and segment_ids is None:
+                raise ValueError(f"{shape[1]} tokens; allowed: at most {config.max_length}")
+            _check_positions(default_positions if positions is None else positions, mask, config)
+        positions = default_positions if positions is None else positions
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, int)
         if embeddings is None:
             embeddings = self.embed(jnp.where(mask, input_ids, 0))
 
-        def rows(table: nnx.Embed, index: jax.Array) -> jax.Array:
+        def look_up(table: nnx.Embed, index: jax.Array) -> jax.Array:
             return table(jnp.where(mask, index, 0)).astype(config.dtype)
 
-        x = jnp.where(mask[..., None], embeddings, 0).astype(config.dtype)  # B N D
-        x = x + rows(self.token_type_embedding, token_type_ids)
-        x = x + rows(self.position_embedding, positions + config.position_offset)
+        x = jnp.where(mask[..., None], embeddings, 0).astype(config.dtype)  # [B, N, D]
+        x = x + look_up(self.token_type_embedding, token_type_ids)
+        x = x + look_up(self.position_embedding, positions + config.position_offset)
         x = self.dropout(self.embedding_norm(x), **options)
+        last, outputs = self.layers(
+            x, same_sequence, output_hidden_states=output_hidden_states, **options
+        )
+        return (last, jnp.concatenate([x[None], outputs])) if output_hidden_states else last
 
-        last, given = self.layers(x, together, output_hidden_states=output_hidden_states, **options)
-        return (last, jnp.concatenate([x[None], given])) if output_hidden_states else last
+
+def _check_positions(positions: jax.Array, mask: jax.Array, config: BertConfig) -> None:
+    """Raises ValueError if a token's position has no row in the embedding, unless traced."""
+    if isinstance(positions, jax.core.Tracer):
+        return
+    last = int(jnp.where(mask, positions, 0).max())
+    if last >= config.max_length:
+        raise ValueError(f"a token at position {last}; allowed: below {config.max_length}")
+
+
+NAME_RULES = NameRules(
+    prefixes=("", "bert.", "roberta."),
+    # Checkpoints converted from TensorFlow, such as BERT-base, have the names on the left.
+    renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+    # Old versions of transformers saved the indices.
+    unused=(r"^pooler\.", r"^embeddings\.(position_ids|token_type_ids)$"),
+    heads=(r"^(cls|lm_head|classifier|qa_outputs)\.",),
+)
+"""Variants of the tensor names in checkpoints."""
+
+# Module -> its name in a checkpoint.
+_EMBEDDINGS = {
+    "token_embedding": "word_embeddings",
+    "position_embedding": "position_embeddings",
+    "token_type_embedding": "token_type_embeddings",
+}
+# Module of a layer -> its name in a checkpoint.
+_PROJECTIONS = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "mlp_in": "intermediate.dense",
+    "mlp_out": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+
+
+def key_table(config: BertConfig) -> KeyTable:
+    """Returns the tensor names of the bare model for each parameter of a `Bert`."""
+    table = norm("embedding_norm", "embeddings.LayerNorm")
+    for module, name in _EMBEDDINGS.items():
+        table[f"{module}/embedding"] = parameter(f"embeddings.{name}.weight")
+    for module, name in _PROJECTIONS.items():
+        table |= linear(f"layers/layers/{module}", f"encoder.layer.{{}}.{name}", config.num_layers)
+    for module, name in _NORMS.items():
+        table |= norm(f"layers/layers/{module}", f"encoder.layer.{{}}.{name}", config.num_layers)
+    return table

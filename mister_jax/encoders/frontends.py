@@ -14,17 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mister_jax.nn.masking import length_mask
+
 SAMPLE_RATE = 16_000
 FRAME_STEP = 160  # samples, 10 ms
 FRAME_SIZE = 400  # samples, 25 ms
 
 _FBANK_FFT = 512
 _PRE_EMPHASIS = 0.97
-
-
-def length_mask(lengths: jax.Array, size: int) -> jax.Array:
-    """True at the first `lengths` [B] of `size` positions, [B, size] bool."""
-    return jnp.arange(size) < lengths[:, None]
 
 
 def frames(waveform: jax.Array, size: int, step: int, count: int) -> jax.Array:

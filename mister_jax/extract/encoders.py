@@ -16,10 +16,10 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from mister_jax.encoders import hub, speech
+from mister_jax.encoders import hf_config, hub, pretrained, registry, speech
 from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
-from mister_jax.encoders.text import check_max_tokens, encode_texts
+from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor
 from mister_jax.extract.inputs import Input, SpeechInput, TextInput
@@ -170,9 +170,9 @@ class PretrainedText(_Released):
         partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
-        hub.architecture_of(hub.read_config(folder), name, "text")
+        registry.find_architecture(hf_config.read_config(folder), name, "text")
         with _room_for(name, dtype):
-            module, tokenizer = hub.load(
+            module, tokenizer = pretrained.load_pretrained(
                 folder, mesh=partitioner.mesh, adapter=adapter or None, **types
             )
         check_max_tokens(module, max_tokens)
@@ -391,7 +391,7 @@ def _kind(name: str, options: Mapping[str, Any]) -> str:
         return PROSODY
     if any(options.get(part) for part in _SALMONN):
         return "speech"  # SALMONN, whose own checkpoint has no config.json
-    return hub.modality_of(name)
+    return registry.find_modality(name)
 
 
 def encoder_of(identity: Mapping[str, Any]) -> Encoder:

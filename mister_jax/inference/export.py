@@ -10,7 +10,7 @@ from etils import epath
 
 from mister_jax.convert import peft
 from mister_jax.data.storage import whole_directory
-from mister_jax.encoders import hub
+from mister_jax.encoders import hf_config, hub, pretrained, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor
@@ -71,13 +71,13 @@ def export(
 def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
-    is_model = (target / hub.CONFIG).exists() and any(target.glob("model*.safetensors"))
+    is_model = (target / hf_config.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
     if not is_model and not (target / peft.CONFIG).exists():
         raise InputError(f"{target}: holds no model; allowed with --overwrite: one that does")
 
 
 def _write_model(folder: pathlib.Path, task: Any, encoder: Any) -> None:
-    hub.save_pretrained(encoder, hub.read_config(task.folder), folder)
+    pretrained.save_pretrained(encoder, hf_config.read_config(task.folder), folder)
     for pattern in hub.PROCESSOR_FILES:
         for file in task.folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -91,7 +91,9 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
             f"{name}: trained by more or less than low-rank paths, and an adapter holds only "
             "these; allowed: without --adapter"
         )
-    architecture = hub.architecture_of(hub.read_config(task.folder), task.folder / hub.CONFIG)
+    architecture = registry.find_architecture(
+        hf_config.read_config(task.folder), task.folder / hf_config.CONFIG_FILE
+    )
     base = str(task.folder.resolve()) if pathlib.Path(name).is_dir() else name
     peft.save_adapter(
         encoder,

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mister_jax.convert import bert, decoder
 from mister_jax.convert.names import NameRules, log_ignored, split_checkpoint
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import qwen2_audio, wavlm, whisper
+from mister_jax.encoders import bert, decoder, qwen2_audio, wavlm, whisper
 
 RULES = NameRules(
     prefixes=("", "body."),

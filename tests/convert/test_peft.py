@@ -11,8 +11,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mister_jax.convert import bert as bert_tables
-from mister_jax.convert.decoder import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params
 from mister_jax.convert.peft import (
     load_adapter,
@@ -20,8 +18,9 @@ from mister_jax.convert.peft import (
     read_lora_config,
     save_adapter,
 )
+from mister_jax.encoders import bert as bert_tables
 from mister_jax.encoders.bert import Bert, BertConfig
-from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.decoder import NAME_RULES, Decoder, DecoderConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
 from tests.conftest import GOLDEN
@@ -344,7 +343,7 @@ def test_equals_peft_both_ways(name, tmp_path):
     assert_equal_to_peft(decoder, inputs, last, gradients)
 
     # Back again, for a model with a head.
-    save_adapter(decoder, tmp_path / "ours", key_table(config))
+    save_adapter(decoder, tmp_path / "ours", key_table(config, "model."))
     causal_lm = make_decoder.huggingface_model(name, causal_lm=True)
     causal_lm.model.load_state_dict(base.state_dict())
     loaded = peft.PeftModel.from_pretrained(causal_lm, tmp_path / "ours")

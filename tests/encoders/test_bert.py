@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.bert import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.encoders.bert import Bert, BertConfig
+from mister_jax.encoders.bert import NAME_RULES, Bert, BertConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, add_lora
@@ -221,14 +220,14 @@ def test_a_config_goes_to_huggingface_and_back():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "gpt2", r"model_type='gpt2': allowed is \['bert', 'roberta'"),
-        ("hidden_act", "relu", "hidden_act='relu': allowed is 'gelu'"),
-        ("position_embedding_type", "relative_key", "allowed is 'absolute'"),
-        ("is_decoder", True, "is_decoder=True: allowed is False"),
-        ("hidden_size", None, "hidden_size=None: allowed is an integer"),
-        ("hidden_size", 15, "hidden_size=15: must be a multiple of num_heads=4"),
-        ("layer_norm_eps", "small", "layer_norm_eps='small': allowed is a number"),
-        ("hidden_dropout_prob", 1.5, "dropout=1.5: allowed are 0 <= rate < 1"),
+        ("model_type", "gpt2", r"model_type='gpt2'; allowed: \['bert', 'roberta'"),
+        ("hidden_act", "relu", "hidden_act='relu'; allowed: 'gelu'"),
+        ("position_embedding_type", "relative_key", "allowed: 'absolute'"),
+        ("is_decoder", True, "is_decoder=True; allowed: False"),
+        ("hidden_size", None, "hidden_size=None; allowed: an integer"),
+        ("hidden_size", 15, "hidden_size=15; allowed: a multiple of num_heads=4"),
+        ("layer_norm_eps", "small", "layer_norm_eps='small'; allowed: a number"),
+        ("hidden_dropout_prob", 1.5, "dropout=1.5; allowed: 0 <= rate < 1"),
     ],
 )
 def test_what_a_config_may_not_say_is_named(field, value, message):
@@ -239,19 +238,19 @@ def test_what_a_config_may_not_say_is_named(field, value, message):
 
 def test_misuse_is_named():
     ids = np.zeros((1, 10), int)
-    with pytest.raises(ValueError, match="rows of 10 tokens; allowed are at most 9"):
+    with pytest.raises(ValueError, match="10 tokens; allowed: at most 9"):
         make("bert")(ids)
-    with pytest.raises(ValueError, match="a token at position 9; allowed are those below 9"):
+    with pytest.raises(ValueError, match="a token at position 9; allowed: below 9"):
         make("bert")(ids, segment_ids=np.zeros((1, 10), int))
-    with pytest.raises(ValueError, match="a token at position 12; allowed are those below 9"):
+    with pytest.raises(ValueError, match="a token at position 12; allowed: below 9"):
         make("bert")(ids, positions=np.arange(3, 13)[None])
     two_sequences = np.arange(10)[None] // 5
     assert np.isfinite(make("bert")(ids, segment_ids=two_sequences)).all()
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="pass either input_ids or embeddings"):
         make("bert")()
-    with pytest.raises(ValueError, match="num_layers=0: must be at least 1"):
+    with pytest.raises(ValueError, match="num_layers=0; allowed: at least 1"):
         BertConfig(num_layers=0)
-    with pytest.raises(ValueError, match="position_offset=512: allowed are 0 to num_positions"):
+    with pytest.raises(ValueError, match="position_offset=512; allowed: 0 to num_positions"):
         BertConfig(position_offset=512)
 
 

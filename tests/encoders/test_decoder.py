@@ -12,10 +12,16 @@ import optax
 import pytest
 from flax import nnx
 
-from mister_jax.convert.decoder import NAME_RULES, key_table
 from mister_jax.convert.key_table import load_params
 from mister_jax.convert.names import load_backbone
-from mister_jax.encoders.decoder import Decoder, DecoderConfig, RopeScaling, rope_frequencies
+from mister_jax.encoders.decoder import (
+    NAME_RULES,
+    Decoder,
+    DecoderConfig,
+    RopeScaling,
+    key_table,
+    rope_frequencies,
+)
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, quantize
 from mister_jax.parallel.sharding import data_mesh, shardings
@@ -170,7 +176,7 @@ def test_positions_count_tokens_before_unless_given():
 def test_reads_ids_or_embeddings():
     decoder = make()
     for given in ({}, {"input_ids": IDS, "embeddings": decoder.embed(IDS)}):
-        with pytest.raises(ValueError, match="one of them"):
+        with pytest.raises(ValueError, match="pass either input_ids or embeddings"):
             decoder(**given)
 
 
@@ -333,7 +339,7 @@ def test_absent_fields_have_the_values_of_transformers(field):
         ("hidden_size", {"hidden_size": "large"}),
         ("hidden_size", {"hidden_size": 3583}),
         ("hidden_size", {"hidden_size": float("inf")}),
-        ("num_hidden_layers", {"num_hidden_layers": 0}),
+        ("num_layers", {"num_hidden_layers": 0}),
         ("num_attention_heads", {"num_attention_heads": 1.5}),
         ("num_heads", {"num_attention_heads": 28, "num_key_value_heads": 5}),
     ],

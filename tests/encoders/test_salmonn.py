@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert import decoder as convert_decoder
 from mister_jax.convert.key_table import load_params, save_params
 from mister_jax.encoders import beats, salmonn, whisper
+from mister_jax.encoders import decoder as convert_decoder
 from mister_jax.encoders.beats import BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.salmonn import (
@@ -115,7 +115,7 @@ def checkpoints(config, golden, golden_beats):
             prefix="model.",
         ),
         "beats": {f"model.{name}": value for name, value in named(golden_beats, "param/").items()},
-        "vicuna": saved(Decoder(plain, rngs=nnx.Rngs(2)), convert_decoder.key_table(plain)),
+        "vicuna": saved(Decoder(plain, rngs=nnx.Rngs(2)), convert_decoder.key_table(plain, "model.")),
         "salmonn": {f"model.{name}": value for name, value in salmonn.items()} | optimizer,
     }
 
@@ -241,7 +241,7 @@ def test_released_lora_is_added_to_queries_and_values(model, config, checkpoints
     plain = dataclasses.replace(config.decoder, lora=None)
     merged = load_params(
         nnx.eval_shape(lambda: Decoder(plain, rngs=nnx.Rngs(0))),
-        convert_decoder.key_table(plain),
+        convert_decoder.key_table(plain, "model."),
         weights,
     )
     tokens = np.arange(10)[None]

@@ -7,7 +7,7 @@ import pytest
 from absl import logging
 
 from mister_jax.encoders.bert import BertConfig
-from mister_jax.encoders.text import check_max_tokens, encode_texts
+from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 
 
@@ -45,8 +45,8 @@ def test_a_long_text_loses_its_end_and_that_is_counted(tokenizer, logged):
     assert cut.tolist() == whole.tolist() == [first, *words, last]
     encode_texts(tokenizer, ["i am so very glad"], 4, where="dataset x, split test")
     assert logged == [
-        "1 of 2 texts cut at 4 tokens",
-        "dataset x, split test: 1 of 1 texts cut at 4 tokens",
+        "1 of 2 texts truncated to 4 tokens",
+        "dataset x, split test: 1 of 1 texts truncated to 4 tokens",
     ]
 
 
@@ -74,12 +74,12 @@ def test_a_text_without_tokens_is_refused():
         def __call__(self, texts, **options):
             return {"input_ids": [] if isinstance(texts, str) else [[] for _ in texts]}
 
-    with pytest.raises(InputError, match="text '!': the tokenizer makes no tokens of it"):
+    with pytest.raises(InputError, match="text '!': the tokenizer returns no tokens"):
         encode_texts(Mute(), ["!"], 8)
 
 
 def test_there_must_be_room_for_text(tokenizer):
-    with pytest.raises(InputError, match="max_tokens=2; allowed: 3 or more"):
+    with pytest.raises(InputError, match="max_tokens=2; allowed: at least 3"):
         encode_texts(tokenizer, ["i"], 2)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from mister_jax.convert.names import split_checkpoint
 from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import hub
+from mister_jax.encoders import pretrained, registry
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, linear_layers
 
@@ -293,11 +293,11 @@ def assert_equal_hidden(module, model, expected=None):
 def load(folder, model_type, **options):
     if model_type == "whisper":
         options["trim"] = False
-    return hub.load_module(folder, **options)
+    return pretrained.load_module(folder, **options)
 
 
 def expected_names(module, model_type):
-    table = hub.ARCHITECTURES[model_type].key_table(module.config)
+    table = registry.ARCHITECTURES[model_type].key_table(module.config)
     return [name for source in table.values() for name in source.names]
 
 
@@ -329,7 +329,7 @@ def test_the_backbone_of_a_task_model_is_loaded_and_the_head_told_apart(
     module = load(tmp_path / "task", model_type)
     assert_equal_hidden(module, model)
     checkpoint = Checkpoint.open(tmp_path / "task")
-    rules = hub.ARCHITECTURES[model_type].names
+    rules = registry.ARCHITECTURES[model_type].names
     parts = split_checkpoint(checkpoint, rules, expected_names(module, model_type))
     body = model.base_model if class_name != "WhisperForAudioClassification" else model.encoder
     body.save_pretrained(tmp_path / "body")
@@ -419,7 +419,7 @@ def test_peft_applies_the_adapters_we_write(model_type, targets, tmp_path):
         if layer.lora is not None:
             noise = jax.random.normal(jax.random.key(number), layer.lora_b.shape)
             layer.lora_b.set_value(0.3 * noise)
-    architecture = hub.ARCHITECTURES[model_type]
+    architecture = registry.ARCHITECTURES[model_type]
     table = architecture.key_table(module.config)
     save_adapter(module, tmp_path / "adapter", table, architecture.names)
     bare = transformers.AutoModel.from_pretrained(tmp_path / "base", attn_implementation="eager")
@@ -433,7 +433,7 @@ def test_peft_applies_the_adapters_we_write(model_type, targets, tmp_path):
 def test_adapters_that_peft_would_ignore_are_not_written(target, tmp_path):
     torch_model("wavlm", "WavLMModel").save_pretrained(tmp_path / "base")
     module = load(tmp_path / "base", "wavlm", lora=LoRAConfig(2, 3, targets=(target,)))
-    architecture = hub.ARCHITECTURES["wavlm"]
+    architecture = registry.ARCHITECTURES["wavlm"]
     table = architecture.key_table(module.config)
     with pytest.raises(InputError, match=r"peft would ignore .*allowed: the merged model"):
         save_adapter(module, tmp_path / "adapter", table, architecture.names)

@@ -220,12 +220,12 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "bert"}, "model_type='bert': allowed is 'whisper'"),
-        ({"activation_function": "relu"}, "activation_function='relu': allowed is 'gelu'"),
-        ({"d_model": "8"}, "d_model='8': allowed is an integer"),
+        ({"model_type": "bert"}, "model_type='bert'; allowed: 'whisper'"),
+        ({"activation_function": "relu"}, "activation_function='relu'; allowed: 'gelu'"),
+        ({"d_model": "8"}, "d_model='8'; allowed: an integer"),
         ({"d_model": 9}, "hidden_size=9: must be even and a multiple of num_heads=2"),
-        ({"dropout": 1.5}, "WhisperConfig.dropout=1.5: allowed are 0 <= rate < 1"),
-        ({"activation_dropout": float("nan")}, "activation_dropout=nan: allowed are 0 <= rate < 1"),
+        ({"dropout": 1.5}, "WhisperConfig.dropout=1.5; allowed: 0 <= rate < 1"),
+        ({"activation_dropout": float("nan")}, "activation_dropout=nan; allowed: 0 <= rate < 1"),
         ({"encoder_layers": 0}, "num_layers=0: must be at least 1"),
     ],
 )

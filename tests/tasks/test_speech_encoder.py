@@ -15,7 +15,7 @@ from configs import speech_encoder
 from mister_jax import data, extract
 from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.encoders import hub
+from mister_jax.encoders import pretrained
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.nn import PerExampleRngs
@@ -325,7 +325,7 @@ def test_a_config_that_cannot_be_used_says_so(
 
 
 def test_a_text_encoder_is_refused(bert_folder, heard_dir):
-    with pytest.raises(InputError, match="'bert' encodes text; needed: speech, as of whis"):
+    with pytest.raises(InputError, match="'bert' encodes text; allowed for speech: whis"):
         SpeechEncoderTask.from_data(tiny(bert_folder, heard_dir))
 
 
@@ -346,7 +346,7 @@ WAVLM = {
 
 
 def test_encoders_of_the_waveform_are_tuned_too(heard_dir, batch, tmp_path):
-    hub.save_pretrained(hub.make(WAVLM, rngs=nnx.Rngs(0)), WAVLM, tmp_path)
+    pretrained.save_pretrained(pretrained.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, tmp_path)
     changes = {"encoder.options.full": False}
     task = SpeechEncoderTask.from_data(tiny(tmp_path, heard_dir, **changes))
     gradient = gradient_of(task, batch)["backbone"]

@@ -14,7 +14,7 @@ import mister_jax.training.loop as train_module
 from configs import text_encoder
 from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
-from mister_jax.encoders import hub
+from mister_jax.encoders import pretrained
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import Predictor, evaluate, missing_modality_study
 from mister_jax.optim import OptimizerConfig, make_optimizer
@@ -99,7 +99,7 @@ def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tm
     predictor = Predictor(tmp_path)
     assert not jax.tree.leaves(predictor.params[0]["frozen"])
     ours = predictor.params[0]["trained"]["backbone"]
-    theirs = nnx.as_pure(nnx.state(hub.load_module(bert_folder), nnx.Param))
+    theirs = nnx.as_pure(nnx.state(pretrained.load_module(bert_folder), nnx.Param))
     changed = jax.tree.map(
         lambda one, other: (np.asarray(one) != np.asarray(other)).any(), ours, theirs
     )
@@ -248,7 +248,7 @@ def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder.options.max_tokens": 2}, "max_tokens=2; allowed: 3 or more"),
+        ({"encoder.options.max_tokens": 2}, "max_tokens=2; allowed: at least 3"),
         ({"encoder.options.max_tokens": 21}, "max_tokens=21; allowed: at most 20"),
         ({"encoder.options.name": ""}, "an empty name; allowed: a folder"),
         ({"encoder.options.dtype": "int8"}, "dtype='int8': allowed are float32, bfloat16"),
@@ -316,7 +316,7 @@ def test_a_backbone_that_cannot_be_used_is_named(
 
 
 def test_a_speech_encoder_is_refused(whisper_folder, spoken_dir, tmp_path):
-    message = f"{whisper_folder}: model_type 'whisper' encodes speech; needed: text, as of bert, ro"
+    message = f"{whisper_folder}: model_type 'whisper' encodes speech; allowed for text: bert, ro"
     with pytest.raises(InputError, match=message):
         train(tiny(whisper_folder, spoken_dir, "minilm_l6"), tmp_path / "run", quiet=True)
     with pytest.raises(InputError, match=message):
@@ -331,7 +331,7 @@ def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
 
 
 def test_a_lack_of_memory_for_the_backbone_is_said(tuned, monkeypatch, out_of_memory):
-    monkeypatch.setattr(hub, "load_backbone", out_of_memory)
+    monkeypatch.setattr(pretrained, "load_backbone", out_of_memory)
     with pytest.raises(InputError, match=f"{tuned}: out of memory with the model's") as error:
         Predictor(tuned)
     assert "more of them" in str(error.value) and "\n" not in str(error.value)

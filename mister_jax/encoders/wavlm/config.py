@@ -1,4 +1,4 @@
-"""Config of X."""
+"""Sizes and options of wav2vec 2.0, HuBERT and WavLM, and how they are read from a config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mister_jax.nn.lora import LoRAConfig
 from mister_jax.nn.scanned_layers import Remat
 
 # Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
-_HUGGINGFACE: dict[str, tuple[str, Any]] = {
+_FIELDS: dict[str, tuple[str, Any]] = {
     "hidden_size": ("hidden_size", 768),
     "num_layers": ("num_hidden_layers", 12),
     "num_heads": ("num_attention_heads", 12),
@@ -33,12 +33,12 @@ _HUGGINGFACE: dict[str, tuple[str, Any]] = {
     "activation_dropout": ("activation_dropout", 0.1),
     "projection_dropout": ("feat_proj_dropout", 0.0),
 }
-_HUGGINGFACE_WAVLM: dict[str, tuple[str, Any]] = {
+_WAVLM_FIELDS: dict[str, tuple[str, Any]] = {
     "num_buckets": ("num_buckets", 320),
     "max_distance": ("max_bucket_distance", 800),
 }
 # Supported values of the options that change the architecture.
-_HUGGINGFACE_FIXED = {
+_FIXED_FIELDS = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
     "conv_pos_batch_norm": False,
@@ -72,16 +72,16 @@ class WavLMConfig:
       max_distance: Distance from which on relative positions share a bucket.
       norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
         large models, instead of following each residual.
-      normalize: Whether the waveform is normalized to zero mean and unit variance. The feature
-        extractor of a model says what it was trained with (`do_normalize`).
+      normalize: Whether the waveform is normalized to zero mean and unit variance. Must be as in
+        training, which a model's feature extractor records (`do_normalize`).
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       attention_dropout: Dropout rate on the attention weights.
       activation_dropout: Dropout rate in the feed-forward blocks.
       projection_dropout: Dropout rate on the projected output of the convolutions.
-      lora: Low-rank paths, or None. Targets are "query", "key" and "value" of the attention,
-        "attention/out", "hidden" and "layers/out" of the feed-forward block, "/projection" of the
-        convolutions, and "gate/projection" of WavLM's relative positions.
+      lora: Low-rank paths, or None. Targets are "query", "key", "value" and "out" of the attention,
+        "mlp_in" and "mlp_out" of the feed-forward blocks, "/projection" of the convolutions, and
+        "gate/projection" of WavLM's relative positions.
       remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
       dtype: Type of the computation; statistics of norms, softmaxes and gates are float32.
@@ -123,14 +123,16 @@ class WavLMConfig:
         for name in ("num_heads", "position_groups"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
-                    f"WavLMConfig.{name}={getattr(self, name)}: must divide "
+                    f"WavLMConfig.{name}={getattr(self, name)}; allowed: divisors of "
                     f"hidden_size={self.hidden_size}"
                 )
-        parts = (self.conv_dims, self.conv_kernels, self.conv_strides)
-        if len(set(map(len, parts))) > 1 or not all(min(part, default=0) > 0 for part in parts):
+        convolutions = (self.conv_dims, self.conv_kernels, self.conv_strides)
+        equally_many = len(set(map(len, convolutions))) == 1
+        if not equally_many or not all(min(sizes, default=0) > 0 for sizes in convolutions):
             raise ValueError(
-                f"WavLMConfig.conv_dims, kernels and strides {parts}: must be as many of "
-                "each, at least one, and positive"
+                f"WavLMConfig.conv_dims={self.conv_dims}, conv_kernels={self.conv_kernels}, "
+                f"conv_strides={self.conv_strides}; allowed: equally many positive sizes, at least "
+                "one"
             )
         if self.conv_norm not in ("group", "layer"):
             raise ValueError(
@@ -138,8 +140,8 @@ class WavLMConfig:
             )
         if self.num_buckets < 0 or self.num_buckets % 4 or self.max_distance < self.num_buckets:
             raise ValueError(
-                f"WavLMConfig.num_buckets={self.num_buckets}: must be a multiple of 4 and not "
-                f"above max_distance={self.max_distance}"
+                f"WavLMConfig.num_buckets={self.num_buckets}; allowed: multiples of 4 up to "
+                f"max_distance={self.max_distance}"
             )
 
     @classmethod
@@ -199,9 +201,9 @@ class WavLMConfig:
             raise InputError(
                 f"config.json: model_type={model_type!r}; allowed: {', '.join(_MODEL_TYPES)}"
             )
-        check_fixed(config, _HUGGINGFACE_FIXED)
+        check_fixed(config, _FIXED_FIELDS)
         is_wavlm = model_type == "wavlm"
-        fields = read_fields(config, _HUGGINGFACE | (_HUGGINGFACE_WAVLM if is_wavlm else {}))
+        fields = read_fields(config, _FIELDS | (_WAVLM_FIELDS if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["conv_norm"] == "layer"
@@ -212,7 +214,7 @@ class WavLMConfig:
             raise InputError(f"config.json: {error}") from error
 
     def num_frames(self, num_samples: Any) -> Any:
-        """Returns the frames N of a clip of S samples, an int or an array; 0 below one frame."""
+        """Returns the number of frames N of a clip of S samples, for an int or an array."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples * (num_samples > 0)

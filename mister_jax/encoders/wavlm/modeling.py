@@ -1,9 +1,9 @@
-"""wav2vec 2.0, HuBERT and WavLM: encoders with a vector for every 20 ms of a waveform.
+"""wav2vec 2.0, HuBERT and WavLM: speech encoders with one vector per 20 ms of audio.
 
 They share one architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
-waveform, a positional convolution, and a transformer, which has gated relative positions in WavLM.
-Heads and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames of
-20 ms, C convolution channels, D width, K heads, W width of a head, L layers.
+waveform, a positional convolution and a transformer, in WavLM with gated relative positions. Heads
+and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames of
+20 ms, C convolution channels, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import length_mask
 
 
-# Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
@@ -35,34 +34,34 @@ class MaskedChannelNorm(nnx.Module):
     """GroupNorm with one channel per group, over the valid steps of each sequence.
 
     Args:
-      hidden_size: Number of channels C.
+      num_channels: Number of channels C.
       dtype: Type of the output; the statistics are float32.
       param_dtype: Type of the parameters.
     """
 
     def __init__(
         self,
-        hidden_size: int,
+        num_channels: int,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
     ):
         self.dtype = dtype
-        self.scale = nnx.Param(jnp.ones(hidden_size, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(hidden_size, param_dtype))
+        self.scale = nnx.Param(jnp.ones(num_channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(num_channels, param_dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Normalizes x [B, N, C] with the statistics of the steps where mask [B, N] is true."""
         x, mask = x.astype(jnp.float32), mask[..., None]
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
-        centred = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
-        variance = jnp.where(mask, centred**2, 0).sum(1, keepdims=True) / count  # B 1 C
-        normed = centred * jax.lax.rsqrt(variance + 1e-5)
-        return (normed * self.scale[...] + self.bias[...]).astype(self.dtype)
+        centered = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
+        variance = jnp.where(mask, centered**2, 0).sum(1, keepdims=True) / count  # [B, 1, C]
+        normalized = centered * jax.lax.rsqrt(variance + 1e-5)
+        return (normalized * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
 class WaveformEncoder(nnx.Module):
-    """Convolutions over the waveform, with the norms of the config and GELU.
+    """Convolutions over the waveform, each followed by GELU, with the norms of the config.
 
     Args:
       config: Config of the model.
@@ -71,31 +70,29 @@ class WaveformEncoder(nnx.Module):
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = dtypes(config)
-        widths = config.conv_dims
+        dims = config.conv_dims
         self.strides = config.conv_strides
         self.kernel_sizes = config.conv_kernels
         self.convolutions = nnx.List(
             nnx.Conv(
-                wide_in,
-                wide_out,
-                (kernel,),
+                in_dim,
+                out_dim,
+                (kernel_size,),
                 strides=stride,
                 padding="VALID",
                 use_bias=config.conv_bias,
                 **options,
                 rngs=rngs,
             )
-            for wide_in, wide_out, kernel, stride in zip(
-                (1, *widths[:-1]), widths, self.kernel_sizes, self.strides, strict=True
+            for in_dim, out_dim, kernel_size, stride in zip(
+                (1, *dims[:-1]), dims, self.kernel_sizes, self.strides, strict=True
             )
         )
         self.channel_norm = nnx.data(
-            MaskedChannelNorm(widths[0], **options) if config.conv_norm == "group" else None
+            MaskedChannelNorm(dims[0], **options) if config.conv_norm == "group" else None
         )
         self.norms = nnx.List(
-            layer_norm(hidden_size, 1e-5, config, rngs)
-            for hidden_size in widths
-            if config.conv_norm == "layer"
+            layer_norm(dim, 1e-5, config, rngs) for dim in dims if config.conv_norm == "layer"
         )
 
     def __call__(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -113,7 +110,7 @@ class WaveformEncoder(nnx.Module):
 
 
 class GatedBias(nnx.Module):
-    """Gate of each query and head for the relative position bias.
+    """Relative position bias with one gate per query and head (arXiv 2110.13900).
 
     Args:
       config: Config of the model.
@@ -147,12 +144,12 @@ class GatedBias(nnx.Module):
         Returns:
           Gated bias, [B, K, N, N] float32.
         """
-        heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # B N K W
-        gates = self.projection(heads, deterministic=deterministic, rngs=rngs)  # B N K 8
+        heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, head_dim]
+        gates = self.projection(heads, deterministic=deterministic, rngs=rngs)  # [B, N, K, 8]
         gates = gates.astype(jnp.float32)
-        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # B N K 2
+        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # [B, N, K, 2]
         update, reset = gates[..., 0], gates[..., 1]
-        gate = update * (reset * self.scale[...].astype(jnp.float32) - 1) + 2  # B N K
+        gate = update * (reset * self.scale[...].astype(jnp.float32) - 1) + 2  # [B, N, K]
         return jnp.moveaxis(gate, 1, 2)[..., None] * position_bias
 
 
@@ -190,13 +187,13 @@ class TransformerLayer(nnx.Module):
             bias = self.gate(x, position_bias, **options)
         return self.dropout(self.attention(x, key_mask[:, None, None], bias, **options), **options)
 
-    def transform(self, x: jax.Array, **options: Any) -> jax.Array:
+    def feed_forward(self, x: jax.Array, **options: Any) -> jax.Array:
         """Returns the feed-forward block's residual for x [B, N, D]."""
         hidden = self.activation_dropout(_gelu(self.mlp_in(x, **options)), **options)
         return self.dropout(self.mlp_out(hidden, **options), **options)
 
 
-class NormLastLayer(TransformerLayer):
+class PostNormLayer(TransformerLayer):
     """Layer with a LayerNorm after each residual, as in the base models."""
 
     def __call__(
@@ -204,10 +201,10 @@ class NormLastLayer(TransformerLayer):
     ) -> jax.Array:
         """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = self.attention_norm(x + self.attend(x, key_mask, position_bias, **options))
-        return self.mlp_norm(x + self.transform(x, **options))
+        return self.mlp_norm(x + self.feed_forward(x, **options))
 
 
-class NormFirstLayer(TransformerLayer):
+class PreNormLayer(TransformerLayer):
     """Layer with a LayerNorm before each block, as in the large models."""
 
     def __call__(
@@ -215,7 +212,7 @@ class NormFirstLayer(TransformerLayer):
     ) -> jax.Array:
         """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
         x = x + self.attend(self.attention_norm(x), key_mask, position_bias, **options)
-        return x + self.transform(self.mlp_norm(x), **options)
+        return x + self.feed_forward(self.mlp_norm(x), **options)
 
 
 class WavLM(nnx.Module):
@@ -227,26 +224,24 @@ class WavLM(nnx.Module):
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        channels, hidden_size, taps = (
-            config.conv_dims[-1],
-            config.hidden_size,
-            config.position_kernel,
-        )
-        options = dtypes(config) | {"rngs": rngs}
+        hidden_size, kernel_size = config.hidden_size, config.position_kernel
+        epsilon, options = config.layer_norm_epsilon, dtypes(config) | {"rngs": rngs}
         self.config = config
         self.waveform_encoder = WaveformEncoder(config, rngs=rngs)
         self.projection_norm = nnx.data(
-            layer_norm(channels, config.layer_norm_epsilon, config, rngs)
+            layer_norm(config.conv_dims[-1], epsilon, config, rngs)
             if config.projection_norm
             else None
         )
-        self.projection = LoRALinear(channels, hidden_size, quantizable=False, **options)
+        self.projection = LoRALinear(
+            config.conv_dims[-1], hidden_size, quantizable=False, **options
+        )
         self.projection_dropout = Dropout(config.projection_dropout)
         self.position_convolution = nnx.Conv(
             hidden_size,
             hidden_size,
-            (taps,),
-            padding=[(taps // 2, (taps - 1) // 2)],
+            (kernel_size,),
+            padding=[(kernel_size // 2, (kernel_size - 1) // 2)],
             feature_group_count=config.position_groups,
             **options,
         )
@@ -255,9 +250,9 @@ class WavLM(nnx.Module):
             if config.num_buckets
             else None
         )
-        self.norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
+        self.norm = layer_norm(hidden_size, epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
-        layer = NormFirstLayer if config.norm_first else NormLastLayer
+        layer = PreNormLayer if config.norm_first else PostNormLayer
         self.layers = ScannedLayers(
             lambda rngs: layer(config, rngs=rngs),
             config.num_layers,
@@ -277,7 +272,7 @@ class WavLM(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes clips.
 
-        The result of a clip equals that of the reference for this clip alone. (In a batch, the
+        The result for a clip equals that of the reference for this clip alone. (In a batch, the
         reference includes padding in the statistics of the group norm.)
 
         Args:
@@ -291,7 +286,7 @@ class WavLM(nnx.Module):
           `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has no frame.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        x, mask, _ = self._run(waveform, lengths, False, **options)
+        x, mask, _ = self._encode(waveform, lengths, **options)
         return (self.norm(x) if self.config.norm_first else x), mask
 
     def layer_outputs(
@@ -309,7 +304,7 @@ class WavLM(nnx.Module):
           clip's frames [B, N] bool.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        _, mask, layers = self._run(waveform, lengths, True, **options)
+        _, mask, layers = self._encode(waveform, lengths, output_hidden_states=True, **options)
         assert layers is not None
         return layers, mask
 
@@ -321,33 +316,42 @@ class WavLM(nnx.Module):
         # Offsets key - query in the order 0 ... N - 1, -N ... -1.
         offsets = np.fft.ifftshift(np.arange(-num_frames, num_frames))
         buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
-        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # K 2N
+        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # [K, 2N]
         # Rows of 2N - 1 from a repeated row of 2N: each starts one offset before the previous one.
         size = 2 * num_frames
         rows = jnp.tile(table, num_frames)[:, : num_frames * (size - 1)]
         return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]
 
-    def _run(
-        self, waveform: jax.Array, lengths: jax.Array, output_hidden_states: bool, **options: Any
+    def _encode(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        output_hidden_states: bool = False,
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns the last layer's output, the mask, and if requested all layers' outputs."""
         config = self.config
-        short = max(0, config.frame_size - waveform.shape[1])
         lengths = jnp.minimum(lengths, waveform.shape[1])
-        waveform = jnp.pad(waveform, ((0, 0), (0, short)))
+        padding = max(0, config.frame_size - waveform.shape[1])
+        waveform = jnp.pad(waveform, ((0, 0), (0, padding)))
         if config.normalize:
             waveform = frontends.normalize(waveform, lengths)
         else:
             waveform = jnp.where(length_mask(lengths, waveform.shape[1]), waveform, 0)
-        x = self.waveform_encoder(waveform, lengths)  # B N C
+        x = self.waveform_encoder(waveform, lengths)  # [B, N, C]
         mask = length_mask(config.num_frames(lengths), x.shape[1])
         if self.projection_norm is not None:
             x = self.projection_norm(x)
         x = self.projection_dropout(self.projection(x, **options), **options)
-        x = jnp.where(mask[..., None], x, 0)  # B N D
+        x = jnp.where(mask[..., None], x, 0)  # [B, N, D]
         x = x + _gelu(self.position_convolution(x))
         x = self.dropout(x if config.norm_first else self.norm(x), **options)
-        bias = self.relative_bias(x.shape[1])
         last, layers = self.layers(
-            x, mask, bias, output_hidden_states=output_hidden_states, **options
+            x,
+            mask,
+            self.relative_bias(x.shape[1]),
+            output_hidden_states=output_hidden_states,
+            **options,
         )
         return last, mask, None if layers is None else jnp.concatenate([x[None], layers])

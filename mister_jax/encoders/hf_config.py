@@ -1,0 +1,143 @@
+"""Reads the config.json of Hugging Face models.
+
+`read_config` reads the file. The encoders' configs pick their fields with `read_fields` and check
+the others with `check_fixed`. Unsupported values raise a one-line error with the field, its value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mister_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a list of integers",
+}
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a folder's config.json.
+
+    wav2vec 2.0, HuBERT and WavLM store in a file of the feature extractor whether their input is
+    normalized. Its `do_normalize` is added to the config.
+
+    Args:
+      folder: Folder of a model.
+
+    Raises:
+      InputError: A file is missing or damaged.
+    """
+    folder = pathlib.Path(folder)
+    config = _read_json(folder / CONFIG_FILE)
+    if config.get("model_type") in ("wav2vec2", "hubert", "wavlm"):
+        extractor = _read_feature_extractor(folder)
+        if extractor is not None:
+            config["do_normalize"] = extractor.get("do_normalize", True)
+    return config
+
+
+def _read_feature_extractor(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the fields of a folder's feature extractor, or None if it has none.
+
+    transformers 5 writes them to processor_config.json, older versions to
+    preprocessor_config.json. The precedence is that of transformers.
+    """
+    path = folder / "processor_config.json"
+    fields = _read_json(path) if path.exists() else {}
+    nested = fields.get("feature_extractor", fields.get("audio_processor"))
+    if nested is None:
+        path = folder / "preprocessor_config.json"
+        return _read_json(path) if path.exists() else None
+    if not isinstance(nested, dict):
+        raise InputError(f"{path}: feature_extractor={nested!r}; allowed: a JSON object")
+    return nested
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged (invalid JSON: {error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged (not a JSON object)")
+    return value
+
+
+def unsupported(name: str, value: Any, allowed: Any) -> InputError:
+    """Returns the error for an unsupported field of a config.json."""
+    return InputError(f"{CONFIG_FILE}: {name}={value!r}; allowed: {allowed}")
+
+
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Checks fields that have only one supported value.
+
+    Args:
+      config: Content of the config.json; absent fields and null have the supported value.
+      fixed: Supported value by field.
+
+    Raises:
+      InputError: A field has another value.
+    """
+    for name, allowed in fixed.items():
+        value = config.get(name)
+        if value is not None and value != allowed:
+            raise unsupported(name, value, repr(allowed))
+
+
+def read_fields(
+    config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], *, prefix: str = ""
+) -> dict[str, Any]:
+    """Reads the fields of an encoder's config.
+
+    Args:
+      config: Content of the config.json.
+      table: Name in the file and default of each field; a type in place of the default makes the
+        field required.
+
+    Returns:
+      Values by field, each of its default's type; lists become tuples.
+
+    Raises:
+      InputError: A value is missing or has another type.
+    """
+    values = {}
+    for field, (name, default) in table.items():
+        required = isinstance(default, type)
+        kind: Any = default if required else type(default)
+        value = config.get(name, None if required else default)
+        value = tuple(value) if isinstance(value, list) else value
+        items = value if isinstance(value, tuple) else ()
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise unsupported(f"{prefix}{name}", value, _TYPE_NAMES[kind])
+        if any(type(item) is not int for item in items):
+            raise unsupported(f"{prefix}{name}", value, _TYPE_NAMES[kind])
+        values[field] = float(value) if kind is float else value
+    return values
+
+
+def check_positive(config: Any, names: Iterable[str]) -> None:
+    """Raises ValueError if one of a config's fields is below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{type(config).__name__}.{name}={value}; allowed: at least 1")
+
+
+def check_rates(config: Any, names: Iterable[str]) -> None:
+    """Raises ValueError if one of a config's fields is not a valid dropout rate."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{type(config).__name__}.{name}={value}; allowed: 0 <= rate < 1")

@@ -1,0 +1,139 @@
+"""Loads tokenizers, checks that they belong to their models, and encodes texts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import transformers
+from absl import logging
+
+from mister_jax.encoders.hf_config import CONFIG_FILE, read_config
+from mister_jax.encoders.registry import find_architecture
+from mister_jax.errors import InputError
+
+# Files that can hold a vocabulary. Without any, transformers creates an empty tokenizer.
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model")
+
+
+def load_processor(
+    folder: str | os.PathLike[str],
+    module_config: Any,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+) -> Any:
+    """Loads the tokenizer of a folder, or for speech its feature extractor.
+
+    Args:
+      folder: Folder of the model.
+      module_config: Config of the module that reads the tokens.
+      hf_config: Content of the folder's config.json; read from the folder by default.
+
+    Raises:
+      InputError: Files are missing, or contradict the module's vocabulary or config.json.
+    """
+    folder = pathlib.Path(folder)
+    hf_config = read_config(folder) if hf_config is None else hf_config
+    architecture = find_architecture(hf_config, folder / CONFIG_FILE)
+    processor_class = getattr(transformers, architecture.processor)
+    try:
+        processor = processor_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # Each tokenizer and file format raises its own types.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: no readable tokenizer or processor ({reason})") from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_vocab"):
+        return processor
+    if not any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
+        raise InputError(f"{folder}: no tokenizer; allowed: {', '.join(_VOCABULARY_FILES)}")
+    max_id = max(tokenizer.get_vocab().values(), default=-1)
+    vocab_size = getattr(module_config, "vocab_size", None)
+    problem = _special_token_mismatch(tokenizer, {**hf_config, **hf_config.get("text_config", {})})
+    if vocab_size is not None and max_id >= vocab_size:
+        problem = f"token ids go up to {max_id}; allowed: below {vocab_size}"
+    elif not problem and architecture.needs_cls_token and tokenizer.cls_token_id is None:
+        problem = "it has no token at the start of a text (cls_token), which BERT models need"
+    if problem:
+        raise InputError(f"{folder}: the tokenizer does not belong to the model: {problem}")
+    return processor
+
+
+def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
+    """Describes how special tokens differ between a tokenizer and a config.json, "" if they agree.
+
+    A smaller vocabulary is allowed, since many models have spare rows. A different special token of
+    the same tokenizer is allowed too: chat models end a text and an answer with different tokens,
+    and the config of multilingual MiniLM has the padding token of BERT.
+    """
+    vocabulary = set(tokenizer.get_vocab().values())
+    added = tokenizer.added_tokens_decoder.items()
+    special_ids = {*tokenizer.all_special_ids, *(id for id, token in added if token.special)}
+    for name in ("bos", "eos", "cls", "sep", "pad"):
+        value = config.get(f"{name}_token_id")
+        ids = value if isinstance(value, list) else [value]
+        config_ids = {id for id in ids if type(id) is int and id >= 0}
+        token_id = getattr(tokenizer, f"{name}_token_id", None)
+        if not config_ids or config_ids & (vocabulary if token_id is None else special_ids):
+            continue
+        if token_id is not None:
+            return f"its {name} token is {token_id}; {CONFIG_FILE} has {name}_token_id={value}"
+        if name != "pad":  # A padding token may have been added to the model alone.
+            return f"it has {len(vocabulary)} tokens; {CONFIG_FILE} has {name}_token_id={value}"
+    return ""
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str = ""
+) -> list[np.ndarray]:
+    """Encodes texts as token ids.
+
+    The tokenizer adds the special tokens of its model. If it adds none at the end, as with most
+    decoders, its end-of-text token is appended, because only the last token attends to all others.
+
+    Args:
+      tokenizer: Tokenizer of transformers.
+      texts: Texts, none empty.
+      max_tokens: Maximum number of tokens; longer texts are truncated, which is logged.
+      where: Origin of the texts, for the log.
+
+    Returns:
+      Token ids of each text, [n] int32 with 1 <= n <= `max_tokens`.
+
+    Raises:
+      InputError: `max_tokens` leaves no room for text, or a text has no tokens.
+    """
+    if max_tokens < 3:
+        raise InputError(
+            f"max_tokens={max_tokens}; allowed: at least 3, two of which may be special tokens"
+        )
+    if not texts:
+        return []
+    special_tokens = tokenizer("")["input_ids"]
+    end = []
+    if tokenizer.sep_token_id is None and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id] if special_tokens[-1:] != [tokenizer.eos_token_id] else []
+    limit = max_tokens - len(end)
+    encoded = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    num_truncated = sum(len(ids) > limit for ids in encoded)
+    if num_truncated:
+        prefix = f"{where}: " if where else ""
+        logging.warning(
+            "%s%d of %d texts truncated to %d tokens", prefix, num_truncated, len(texts), max_tokens
+        )
+        encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids and not end:
+            raise InputError(f"text {text!r}: the tokenizer returns no tokens")
+    return [np.array([*ids, *end], np.int32) for ids in encoded]
+
+
+def check_max_tokens(encoder: Any, max_tokens: int) -> None:
+    """Raises InputError if an encoder has fewer positions than `max_tokens`."""
+    max_length = getattr(encoder.config, "max_length", None)
+    if max_length is not None and max_tokens > max_length:
+        raise InputError(
+            f"max_tokens={max_tokens}; allowed: at most {max_length}, the encoder's positions"
+        )
