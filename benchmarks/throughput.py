@@ -194,7 +194,7 @@ def throughput_rows(
       InputError: an encoder that cannot be loaded, or PyTorch is missing.
     """
     options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
-    encoder = extract.open_encoder(name, dtype=dtype, **options)
+    encoder = extract.load_encoder(name, dtype=dtype, **options)
     modality = encoder.modality
     utterances: Sequence[Any] = texts
     if modality == "speech":
@@ -206,7 +206,7 @@ def throughput_rows(
     if compare:
         torch = _torch_of(name, dtype, encoder)
         if isinstance(torch, _TorchWhisper):
-            ours["mister_jax, padded to 30 s"] = extract.open_encoder(name, trim=False, dtype=dtype)
+            ours["mister_jax, padded to 30 s"] = extract.load_encoder(name, trim=False, dtype=dtype)
     read: dict[str, tuple[Sequence[Any], Run]] = {
         label: (utterances, _ours(one, utterances)) for label, one in ours.items()
     }

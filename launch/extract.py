@@ -15,8 +15,9 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from launch import cluster, run
+from launch import run
 from mister_jax import extract
+from mister_jax.cli.cluster import distributed
 from mister_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a fine-tuned encoder")
@@ -119,7 +120,7 @@ def main() -> None:
 def _encoder() -> extract.Encoder:
     if _WORKDIR.value:
         return extract.TunedEncoder(_WORKDIR.value)
-    return extract.open_encoder(_ENCODER.value or "", **_given(_OF_ENCODER))
+    return extract.load_encoder(_ENCODER.value or "", **_given(_OF_ENCODER))
 
 
 def _given(some: Sequence[flags.FlagHolder[Any]]) -> dict[str, Any]:
@@ -128,4 +129,4 @@ def _given(some: Sequence[flags.FlagHolder[Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(cluster.member(main))
+    run(distributed(main))

@@ -41,34 +41,34 @@ def by_prosody():
 
 @pytest.fixture(scope="module")
 def by_whisper(whisper_folder):
-    return extract.open_encoder(str(whisper_folder), max_seconds=SECONDS)
+    return extract.load_encoder(str(whisper_folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_bert(bert_folder):
-    return extract.open_encoder(str(bert_folder), max_tokens=12)
+    return extract.load_encoder(str(bert_folder), max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def by_llama(llama_folder):
-    return extract.open_encoder(str(llama_folder), max_tokens=12)
+    return extract.load_encoder(str(llama_folder), max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def by_wavlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_wavlm")
     pretrained.save_pretrained(pretrained.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
-    return extract.open_encoder(str(folder), max_seconds=SECONDS)
+    return extract.load_encoder(str(folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_qwen(qwen_folder):
-    return extract.open_encoder(str(qwen_folder), max_seconds=SECONDS)
+    return extract.load_encoder(str(qwen_folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_salmonn(salmonn_options):
-    return extract.open_encoder(**salmonn_options, max_seconds=SECONDS)
+    return extract.load_encoder(**salmonn_options, max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +197,10 @@ def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_fo
     np.testing.assert_allclose(found[0], np.average(each, axis=0, weights=weights), atol=1e-5)
     alone, _ = extract.features_of(windows, [clip[:5000]])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
-    again = extract.encoder_of(windows.identity())
+    again = extract.encoder_from_metadata(windows.identity())
     np.testing.assert_allclose(extract.features_of(again, [clip])[0], found[:1], atol=1e-5)
     with pytest.raises(InputError, match="windows; allowed for"):
-        extract.open_encoder("prosody", windows=True)
+        extract.load_encoder("prosody", windows=True)
 
 
 def test_encoders_without_a_fixed_window_read_the_whole_clip(whisper_folder):
@@ -278,7 +278,7 @@ def test_nothing_to_read_at_all_is_said(by_bert, by_prosody):
 def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_bert):
     for encoder in (by_whisper, by_prosody, by_bert):
         told = json.loads(json.dumps({"dataset": "any", "budget": 1, **encoder.identity()}))
-        again = extract.encoder_of(told)
+        again = extract.encoder_from_metadata(told)
         assert type(again) is type(encoder) and again.modality == encoder.modality
         utterances = some_texts()[:2] if encoder is by_bert else some_clips()[:2]
         found, expected = (extract.features_of(one, utterances)[0] for one in (again, encoder))
@@ -287,11 +287,11 @@ def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_be
 
 def test_an_identity_that_leads_nowhere_is_refused(by_whisper, by_prosody, tmp_path):
     with pytest.raises(InputError, match="kind None, whose encoder is not known"):
-        extract.encoder_of({"sha256": "features from elsewhere"})
+        extract.encoder_from_metadata({"sha256": "features from elsewhere"})
     with pytest.raises(InputError, match=r"not the encoder .* any more \(features changed"):
-        extract.encoder_of(by_prosody.identity() | {"features": ["others"]})
+        extract.encoder_from_metadata(by_prosody.identity() | {"features": ["others"]})
     with pytest.raises(InputError, match="no such folder"):
-        extract.encoder_of(by_whisper.identity() | {"name": str(tmp_path / "gone")})
+        extract.encoder_from_metadata(by_whisper.identity() | {"name": str(tmp_path / "gone")})
 
 
 def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_path):
@@ -309,13 +309,13 @@ def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_
     np.testing.assert_allclose(found.text[found.text_present], expected, atol=1e-5)
     told = found.metadata["text"]
     assert told["kind"] == "tuned" and told["best"]["epoch"] == 1
-    again = extract.encoder_of(told)
+    again = extract.encoder_from_metadata(told)
     features, _ = extract.features_of(again, some_texts()[:2])
     np.testing.assert_allclose(
         features, extract.features_of(encoder, some_texts()[:2])[0], atol=1e-6
     )
     with pytest.raises(InputError, match=r"not the encoder .* any more \(best changed\)"):
-        extract.encoder_of(told | {"best": {"epoch": 2}})
+        extract.encoder_from_metadata(told | {"best": {"epoch": 2}})
 
 
 class Counting:
@@ -452,14 +452,14 @@ def silent(heard_dir, tmp_path_factory):
 
 def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tmp_path):
     with pytest.raises(InputError, match=r"max_seconds=1; allowed: 0\.1 to 0\.8, as"):
-        extract.open_encoder(str(whisper_folder), max_seconds=1.0)
+        extract.load_encoder(str(whisper_folder), max_seconds=1.0)
     for seconds in (0.01, float("nan"), float("inf")):
         with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to 3600"):
-            extract.open_encoder("prosody", max_seconds=seconds)
+            extract.load_encoder("prosody", max_seconds=seconds)
         with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to"):
             extract.PretrainedSpeech(str(whisper_folder), max_seconds=seconds)
     with pytest.raises(InputError, match=r"prompt 'well'; allowed: none"):
-        extract.open_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
+        extract.load_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
     with pytest.raises(InputError, match="encodes text; allowed for speech: "):
         extract.PretrainedSpeech(str(bert_folder))
     with pytest.raises(InputError, match=r"config\.json"):
@@ -493,7 +493,7 @@ def test_a_lack_of_memory_names_what_takes_less(
         (whisper_folder, {"max_seconds": SECONDS}),
     ):
         refused(
-            lambda folder=folder, options=options: extract.open_encoder(str(folder), **options),
+            lambda folder=folder, options=options: extract.load_encoder(str(folder), **options),
             f"{folder}: ", "the encoder's parameters", "--dtype=bfloat16",
         )  # fmt: skip
 
@@ -501,7 +501,7 @@ def test_a_lack_of_memory_names_what_takes_less(
 def test_options_that_an_encoder_does_not_have_are_refused(whisper_folder, bert_folder):
     def refused(message, name, **options):
         with pytest.raises(InputError, match=message) as error:
-            extract.open_encoder(str(name), **options)
+            extract.load_encoder(str(name), **options)
         assert "\n" not in str(error.value)
 
     message = r"max_seconds, trim; allowed for an encoder of this kind \(text\): max_tokens, "
@@ -513,7 +513,7 @@ def test_options_that_an_encoder_does_not_have_are_refused(whisper_folder, bert_
 
 def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypatch):
     options = {name: value for name, value in salmonn_options.items() if name != "name"}
-    encoder = extract.open_encoder(salmonn_options["name"], max_seconds=1.0, **options)
+    encoder = extract.load_encoder(salmonn_options["name"], max_seconds=1.0, **options)
     found, present = extract.features_of(encoder, some_clips()[:3])
     assert present.all() and np.isfinite(found).all()
     monkeypatch.chdir(tmp_path)
@@ -523,7 +523,9 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
         place.symlink_to(salmonn_options["name" if part == "encoder" else part])
     gone = json.loads(json.dumps(encoder.identity()).replace(salmonn_options["name"], "/gone"))
     gone["options"].update(dict.fromkeys(options, "/gone"))
-    again = extract.encoder_of(extract.moved(gone, {p: str(place) for p, place in places.items()}))
+    again = extract.encoder_from_metadata(
+        extract.with_new_paths(gone, {p: str(place) for p, place in places.items()})
+    )
     np.testing.assert_allclose(extract.features_of(again, some_clips()[:3])[0], found, atol=1e-5)
     files = speech_encoders.SpeechFiles(**salmonn_options)
     described = speech_encoders.read_backbone_config(files)
@@ -534,7 +536,7 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
     expected = masked_mean(*module(waveform.astype(np.float32) / 2**15, lengths))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     with pytest.raises(InputError, match="trim=False; allowed: True, it is not Whisper"):
-        extract.open_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)
+        extract.load_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)
 
 
 def test_batches_of_a_plan_hold_all_rows_within_the_budget():

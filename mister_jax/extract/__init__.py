@@ -12,9 +12,9 @@ from mister_jax.extract.encoders import (
     PretrainedText,
     ProsodyEncoder,
     TunedEncoder,
-    encoder_of,
-    moved,
-    open_encoder,
+    encoder_from_metadata,
+    load_encoder,
+    with_new_paths,
 )
 from mister_jax.extract.features import features_of
 
@@ -25,10 +25,10 @@ __all__ = [
     "PretrainedText",
     "ProsodyEncoder",
     "TunedEncoder",
-    "encoder_of",
+    "encoder_from_metadata",
     "extract",
     "features_of",
+    "load_encoder",
     "merge",
-    "moved",
-    "open_encoder",
+    "with_new_paths",
 ]

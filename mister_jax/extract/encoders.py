@@ -48,7 +48,7 @@ class Encoder(Protocol):
         """Of what it encodes: "speech" or "text"."""
 
     def identity(self) -> dict[str, Any]:
-        """What the features depend on, plain JSON values; `encoder_of` finds the encoder by it.
+        """What the features depend on, as JSON values; see `encoder_from_metadata`.
 
         `kind`, `name` and `options` say how it is made, the rest what it was made of. Any change
         starts an extraction anew.
@@ -345,7 +345,7 @@ _SALMONN = ("whisper", "beats", "vicuna")
 ENCODER_PARTS = (*_SALMONN, "adapter")
 """Options that are places of further files."""
 
-# `kind` -> what `open_encoder` may be told of it; the encoder's class says what it means.
+# `kind` -> what `load_encoder` may be told of it; the encoder's class says what it means.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     PROSODY: ("max_seconds",),
     "text": ("max_tokens", "adapter", "dtype"),
@@ -361,7 +361,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def open_encoder(name: str, **options: Any) -> Encoder:
+def load_encoder(name: str, **options: Any) -> Encoder:
     """An encoder that was not tuned: "prosody", or one of a folder or the Hugging Face Hub.
 
     Args:
@@ -394,7 +394,7 @@ def _kind(name: str, options: Mapping[str, Any]) -> str:
     return registry.find_modality(name)
 
 
-def encoder_of(identity: Mapping[str, Any]) -> Encoder:
+def encoder_from_metadata(identity: Mapping[str, Any]) -> Encoder:
     """The encoder that made a dataset's features, by the dataset's metadata of its modality.
 
     Args:
@@ -423,7 +423,7 @@ def encoder_of(identity: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
-def moved(identity: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+def with_new_paths(identity: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
     """What identifies an encoder whose files are at other places now.
 
     Args:

@@ -64,7 +64,7 @@ class System:
       workdir: Work directory of a training on features that `launch.extract` has made.
       speech_encoder: New place of the speech encoder, if it has moved: a work directory, a folder,
         or a name on the Hugging Face Hub. For an encoder with further files, a dict of those that
-        have moved: see `extract.moved`.
+        have moved: see `extract.with_new_paths`.
       text_encoder: New place of the text encoder.
 
     Raises:
@@ -89,8 +89,8 @@ class System:
         self._encoders: dict[str, Any] = {}
         for modality, readers in _READERS.items():
             if modality in task.encoders and set(readers) & set(task.model.experts):
-                identity = extract.moved(task.encoders[modality], places[modality])
-                encoder = extract.encoder_of(identity)
+                identity = extract.with_new_paths(task.encoders[modality], places[modality])
+                encoder = extract.encoder_from_metadata(identity)
                 encoder.oom_hint = "shorter utterances, or devices with more memory"
                 self._encoders[modality] = encoder
             elif places[modality]:

@@ -24,7 +24,7 @@ def prepared(tmp_path_factory, iemocap_tree, meld_tree, write_wav):
 @pytest.fixture(scope="module")
 def encoders(bert_folder):
     prosody = extract.ProsodyEncoder(max_seconds=0.5)
-    return {"speech": prosody, "text": extract.open_encoder(str(bert_folder), max_tokens=12)}
+    return {"speech": prosody, "text": extract.load_encoder(str(bert_folder), max_tokens=12)}
 
 
 @pytest.mark.parametrize("dataset", ["iemocap/six_session1", "meld/clips", "mosi/binary"])

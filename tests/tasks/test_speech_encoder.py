@@ -97,7 +97,7 @@ def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
     )
     expected = predictor(clips, quiet=True)["feature"]
     np.testing.assert_allclose(features.speech[features.speech_present], expected, atol=1e-5)
-    again = extract.encoder_of(json.loads(json.dumps(features.metadata["speech"])))
+    again = extract.encoder_from_metadata(json.loads(json.dumps(features.metadata["speech"])))
     some, _ = extract.features_of(again, clips.items[:3])
     np.testing.assert_allclose(some, expected[:3], atol=1e-5)
 
