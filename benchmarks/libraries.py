@@ -19,7 +19,8 @@ from mister_jax.models import MisterE
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh
-from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss, read_dialogues
+from mister_jax.tasks.fusion import apply_to_batch, mister_e_loss
+from mister_jax.training.steps import initial_state, make_train_step
 
 
 class Training:
@@ -53,7 +54,7 @@ class Ours:
         self._step = self.partitioner.compile_step(make_train_step(task, graph, transformation))
 
         def read(state, batch, axis_name):
-            output = read_dialogues(nnx.merge(graph, state["params"]), batch)
+            output = apply_to_batch(nnx.merge(graph, state["params"]), batch)
             return output.logits, output.gate
 
         self._reader = self.partitioner.compile_eval(read)

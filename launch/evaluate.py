@@ -10,10 +10,16 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from launch import cluster, run
+from launch import run
+from mister_jax.cli.cluster import distributed
 from mister_jax.console import missing_modality_table, score_table
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import AS_ZEROS, STUDY, evaluate, missing_modality_study
+from mister_jax.evaluation.missing_modality import (
+    MISSING_MODALITY,
+    MISSING_MODALITY_AS_ZEROS,
+    missing_modality_study,
+)
+from mister_jax.evaluation.results import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training")
 _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
@@ -62,7 +68,7 @@ def main() -> None:
         )
         kind = " as zeros" if _DROP_AS_ZEROS.value else ""
         console.print(missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points))
-        name = AS_ZEROS if _DROP_AS_ZEROS.value else STUDY
+        name = MISSING_MODALITY_AS_ZEROS if _DROP_AS_ZEROS.value else MISSING_MODALITY
         written += [f"{name}.json", f"{name}.png"]
     elif _DROP_AS_ZEROS.value:
         raise InputError("--drop_as_zeros goes with --drop_speech or --drop_text")
@@ -76,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(cluster.member(main))
+    run(distributed(main))

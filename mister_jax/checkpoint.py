@@ -1,7 +1,6 @@
-"""What a work directory keeps of a training: the latest state, and the best parameters.
+"""Checkpoints of a training: the latest state and the best parameters, written with Orbax.
 
-The one user of Orbax. A checkpoint appears whole or not at all, so a run may be killed at any
-moment.
+A checkpoint is written atomically, so a run may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,24 +23,32 @@ _STATE, _PROGRESS = "state", "progress"
 
 
 class Checkpoints:
-    """The checkpoints under `workdir/checkpoints`, of which each kind keeps its newest.
+    """The checkpoints in `workdir/checkpoints`, the newest of each kind.
 
-    Use it as a context: leaving it waits for what is still being written.
+    Use it as a context manager: on exit it waits for checkpoints that are still being written.
 
     Args:
-      workdir: of the training.
-      read_only: nothing will be saved. A training must say False: it then removes what a killed one
-        left half-written, which beside a running one is what that is writing.
+      workdir: Work directory of the training.
+      read_only: Whether only to read. A reader must not remove the unfinished checkpoint of a
+        killed run, because another process may be writing it.
+      on_save: Called with the kind and the step after a checkpoint has been started.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
-        logging.getLogger("absl").addFilter(_is_worth_telling)
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        read_only: bool = False,
+        on_save: Callable[[str, int], None] | None = None,
+    ):
+        logging.getLogger("absl").addFilter(_is_relevant)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
         self._options = (
             ocp.CheckpointManagerOptions(read_only=True)
             if read_only
             else ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         )
+        self._on_save = on_save or (lambda kind, step: None)
         self._managers: dict[str, ocp.CheckpointManager] = {}
 
     def __enter__(self) -> Checkpoints:
@@ -52,41 +59,41 @@ class Checkpoints:
             manager.close()
 
     def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Begins to save; the arrays may be donated at once afterwards.
+        """Starts writing a checkpoint. The arrays may be donated as soon as this returns.
 
-        A step that is there already is left alone: a resumed run repeats the steps after its
-        checkpoint bit for bit, so it would write the same again.
+        An existing checkpoint of the same step is kept: a resumed run repeats the steps after its
+        checkpoint bit for bit and would write the same values.
 
         Args:
           kind: `LATEST` or `BEST`.
-          step: of the training.
-          state: arrays.
-          progress: what else belongs to the step, plain JSON values.
+          step: Number of completed training steps.
+          state: Tree of arrays.
+          progress: JSON values saved with the state.
         """
         manager = self._manager(kind)
-        if step in manager.all_steps():
-            return
-        # A latest state that is whole may count on the best one it tells of.
-        for other in self._managers.values():
-            other.wait_until_finished()
-        items = {
-            _STATE: ocp.args.StandardSave(state),
-            _PROGRESS: ocp.args.JsonSave(progress),
-        }
-        manager.save(step, args=ocp.args.Composite(**items))
+        if step not in manager.all_steps():
+            # A complete latest state must imply a complete best checkpoint before it.
+            for other in self._managers.values():
+                other.wait_until_finished()
+            items = {
+                _STATE: ocp.args.StandardSave(state),
+                _PROGRESS: ocp.args.JsonSave(progress),
+            }
+            manager.save(step, args=ocp.args.Composite(**items))
+        self._on_save(kind, step)
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """Reads the newest checkpoint of a kind.
 
         Args:
           kind: `LATEST` or `BEST`.
-          like: arrays or shapes, with the shardings to restore to.
+          like: Arrays or shapes with the shardings to restore to.
 
         Returns:
           The state and its progress, or None if there is no checkpoint.
 
         Raises:
-          InputError: there is one, but it cannot be read, or holds other arrays.
+          InputError: The checkpoint is damaged or holds other arrays.
         """
         if not (self._directory / kind).exists():
             return None
@@ -96,13 +103,13 @@ class Checkpoints:
         if step is None:
             return None
         items = {
-            _STATE: ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+            _STATE: ocp.args.StandardRestore(jax.tree.map(_abstract_array, like)),
             _PROGRESS: ocp.args.JsonRestore(),
         }
-        with _quiet_failure():
+        with _silence_unfinished_reads():
             try:
                 restored = manager.restore(step, args=ocp.args.Composite(**items))
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+            except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
                     f"{self._directory / kind / str(step)}: the checkpoint is damaged or of "
@@ -118,17 +125,17 @@ class Checkpoints:
         return self._managers[kind]
 
 
-def _is_worth_telling(record: logging.LogRecord) -> bool:
-    """Not what Orbax announces of every save, at warning level; nor that its notes are damaged.
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Filters Orbax's warnings, which it logs for every save and for damaged metadata.
 
-    It goes on without them, and where it cannot, the error says so.
+    Orbax continues without the metadata; if it cannot, its exception says so.
     """
     if "orbax" not in record.pathname:
         return True
     return record.levelno >= logging.ERROR and "Failed to json parse" not in str(record.msg)
 
 
-def _abstract(value: Any) -> jax.ShapeDtypeStruct:
+def _abstract_array(value: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(value, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -136,27 +143,28 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
 
 
 @contextlib.contextmanager
-def _quiet_failure() -> Iterator[None]:
-    """Keeps quiet the reads that a failed restore leaves behind.
+def _silence_unfinished_reads() -> Iterator[None]:
+    """Silences the messages of the concurrent reads that a failed restore leaves behind.
 
-    They end after their event loop has closed, some long after the failure, and others never begin;
-    each would print something about that around the one line that says what is wrong.
+    Orbax does not cancel them. They fail long after the restore, when their event loop is closed,
+    and asyncio prints several lines about each after the one-line error. Python has no other hook
+    for them, so on failure the hook stays.
     """
-    left_behind = ("Event loop is closed", "was never awaited")
-    logger = logging.getLogger("asyncio")
-    previous, level = sys.unraisablehook, logger.level
+    asyncio_messages = ("Event loop is closed", "was never awaited")
+    asyncio_logger = logging.getLogger("asyncio")
+    previous_hook, previous_level = sys.unraisablehook, asyncio_logger.level
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not str(unraisable.exc_value).endswith(left_behind):
-            previous(unraisable)
+        if not str(unraisable.exc_value).endswith(asyncio_messages):
+            previous_hook(unraisable)
 
-    ignoring = warnings.catch_warnings()
-    ignoring.__enter__()
+    ignored_warnings = warnings.catch_warnings()
+    ignored_warnings.__enter__()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = hook
-    logger.setLevel(logging.CRITICAL)
+    asyncio_logger.setLevel(logging.CRITICAL)
     yield
-    # Not after a failure: what was left behind still has to end.
-    ignoring.__exit__(None, None, None)
-    sys.unraisablehook = previous
-    logger.setLevel(level)
+    # Reached only on success.
+    ignored_warnings.__exit__(None, None, None)
+    sys.unraisablehook = previous_hook
+    asyncio_logger.setLevel(previous_level)

@@ -11,7 +11,9 @@ from sklearn.metrics import f1_score
 from mister_jax import data
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor, drop, evaluate, missing_modality_study, scores
+from mister_jax.evaluation.missing_modality import drop_modalities, missing_modality_study
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.predictor import Predictor
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
 from tests.test_train import data_dir, finished  # noqa: F401
@@ -166,7 +168,7 @@ def test_a_report_has_a_study_of_its_checkpoint(finished, tmp_path):  # noqa: F8
 
 def test_dropping_flags_the_chosen_share(data_dir):  # noqa: F811
     features = data.load("tiny", "train", data_dir)
-    dropped = drop(features, 0.5, 0.0, seed=0)
+    dropped = drop_modalities(features, 0.5, 0.0, seed=0)
     assert (dropped.text_present == features.text_present).all()
     assert not (dropped.speech_present & ~features.speech_present).any()
     share = 1 - dropped.speech_present.sum() / features.speech_present.sum()
@@ -177,8 +179,8 @@ def test_dropping_to_zeros_tells_the_model_nothing(data_dir):  # noqa: F811
     features = data.load("tiny", "train", data_dir)
     standardizer = Standardizer.fit(features.speech[features.speech_present])
     zero_fill_values = {"speech": standardizer.mean, "text": 0.0}
-    dropped = drop(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
-    flagged = drop(features, 0.5, 0.3, seed=0)
+    dropped = drop_modalities(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
+    flagged = drop_modalities(features, 0.5, 0.3, seed=0)
     for modality in ("speech", "text"):
         present = getattr(features, f"{modality}_present")
         assert (getattr(dropped, f"{modality}_present") == present).all()
@@ -212,7 +214,7 @@ def test_a_study_with_zeros_stands_beside_the_other(finished, data_dir, tmp_path
     nothing = dataclasses.replace(
         features, speech=np.zeros_like(features.speech), text=np.zeros_like(features.text)
     )
-    expected = scores(nothing, Predictor(finished)(nothing, quiet=True))
+    expected = score_predictions(nothing, Predictor(finished)(nothing, quiet=True))
     assert zeros["weighted_f1"] == pytest.approx(expected["weighted_f1"])
 
 
@@ -265,7 +267,7 @@ def test_scores_of_sentiment_go_by_the_names_of_the_classes(data_dir, class_name
         "expert_probabilities": np.stack([np.eye(2)[label]] * 3, axis=1),
         "expert_present": np.ones((count, 3), bool),
     }
-    found = scores(two, predictions)
+    found = score_predictions(two, predictions)
     if class_names == ("calm", "angry"):
         assert "sentiment" not in found
     else:

@@ -14,11 +14,11 @@ from mister_jax import extract
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hf_config, pretrained, speech
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor
 from mister_jax.inference.export import export
+from mister_jax.inference.predictor import Predictor
 from mister_jax.io import write_json
+from mister_jax.nn.state import split_params
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
-from mister_jax.training.steps import split_model
 
 IDS = np.array([[1, 5, 6, 7, 8], [1, 9, 4, 0, 0]])
 MASK = IDS > 0
@@ -31,7 +31,7 @@ def tuned(workdir, kind, config, described):
     workdir.mkdir()
     task = kind(config, ("calm", "angry"), described)
     shapes = nnx.eval_shape(lambda: task.init(jax.random.key(0)))
-    _, params, _ = split_model(shapes, task.trainable)
+    _, params, _ = split_params(shapes, task.trainable)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(leaf.dtype), params)
     write_json(workdir / "model.json", task.description())

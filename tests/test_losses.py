@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mister_jax import MisterE, MisterEOutput, losses
-from mister_jax.training.steps import mister_e_loss
+from mister_jax.tasks.fusion import mister_e_loss
 
 CLASSES, WIDTH, EXPERTS = 4, 5, 3
 TINY = 1e-300

@@ -20,13 +20,8 @@ from mister_jax.parallel.partitioning import (
     make_partitioner,
 )
 from mister_jax.parallel.sharding import data_mesh, shardings
-from mister_jax.training.steps import (
-    initial_state,
-    make_eval_step,
-    make_train_step,
-    mister_e_loss,
-    read_dialogues,
-)
+from mister_jax.tasks.fusion import apply_to_batch, mister_e_loss
+from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
 
 pytestmark = pytest.mark.devices
 
@@ -45,7 +40,7 @@ class TinyTask:
         return mister_e_loss(model, batch, key, axis_name, weights=self.weights)
 
     def evaluate(self, model, batch):
-        chosen = read_dialogues(model, batch).logits.argmax(-1)
+        chosen = apply_to_batch(model, batch).logits.argmax(-1)
         classes = self.config.num_classes
         return {"confusion": confusion_counts(batch["label"], chosen, batch["mask"], classes)}
 

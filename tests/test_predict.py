@@ -25,12 +25,13 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor, evaluate, predicted_rows
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.predictor import Predictor, prediction_rows
 from mister_jax.inference.recognizer import summarize_notes
 from mister_jax.io import read_json
 from mister_jax.tasks import FusionTask
-from mister_jax.training.loop import describe, read_config
 from mister_jax.training.steps import initial_state
+from mister_jax.workdir import read_config, write_description
 from tests.conftest import FILLERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def untrained(workdir, data_dir, dataset):
     config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
     task = FusionTask.from_data(config)
     state = initial_state(task, optax.sgd(0.1), seed=3)[1]
-    describe(workdir, config, task, state["params"], {})
+    write_description(workdir, config, task, state["params"], {})
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(BEST, 1, state["params"], {"epoch": 1, "weighted_f1": 0.5})
     return workdir
@@ -139,7 +140,7 @@ def assert_close(found, expected, *, tolerance=1e-5):
 
 def test_raw_dialogues_give_what_their_extracted_features_give(system, workdir, spoken, dialogues):
     predictor = Predictor(workdir)
-    expected = predicted_rows(system.class_names, predictor(data.load("both", "test", spoken)))
+    expected = prediction_rows(system.class_names, predictor(data.load("both", "test", spoken)))
     found = system.predict_dialogues(dialogues)
     assert [len(rows) for rows in found] == [len(turns) for turns in dialogues]
     assert_close([row for rows in found for row in rows], list(expected))

@@ -10,7 +10,8 @@ import pytest
 
 from mister_jax import multi_seed
 from mister_jax.checkpoint import LATEST, Checkpoints
-from mister_jax.evaluation.results import Predictor, evaluate
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.predictor import Predictor
 from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import PmapPartitioner
 from mister_jax.training.loop import train

@@ -24,7 +24,8 @@ from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.tasks import config_seeds
-from mister_jax.training.loop import check_workdir, train
+from mister_jax.training.loop import train
+from mister_jax.workdir import check_config
 
 SPLITS = ("validation", "test")
 _SELECTION_SCORE = "weighted_f1"
@@ -79,7 +80,7 @@ def run_ablation(
     if unknown:
         raise InputError(f"variants: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     for variant in variants:
-        check_workdir(variant.config, workdir / variant.name)
+        check_config(variant.config, workdir / variant.name)
     pending = [
         variant
         for variant in variants

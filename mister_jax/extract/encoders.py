@@ -21,8 +21,8 @@ from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor
 from mister_jax.extract.inputs import Input, SpeechInput, TextInput
+from mister_jax.inference.predictor import Predictor
 from mister_jax.nn import masked_mean
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
@@ -106,7 +106,7 @@ class TunedEncoder(_Encoder):
         }
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
-        return self._predictor.run(batch)["feature"][:, 0]
+        return self._predictor.predict_batch(batch)["feature"][:, 0]
 
 
 class _Released(_Encoder):

@@ -1,0 +1,1 @@
+"""Inference: predictions from a trained work directory, without any training code."""

@@ -13,9 +13,9 @@ from mister_jax.data.storage import whole_directory
 from mister_jax.encoders import hf_config, hub, pretrained, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor
+from mister_jax.inference.predictor import Predictor
 from mister_jax.nn.lora import linear_layers
-from mister_jax.training.loop import read_config
+from mister_jax.workdir import read_config
 
 
 def export(

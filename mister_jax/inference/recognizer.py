@@ -24,8 +24,8 @@ from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, che
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictions, Predictor, predicted_rows
-from mister_jax.training.loop import read_config
+from mister_jax.inference.predictor import Predictions, Predictor, prediction_rows
+from mister_jax.workdir import read_config
 
 # Experts that read each modality.
 _READERS = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
@@ -134,7 +134,7 @@ class System:
           quiet: Show no progress.
 
         Returns:
-          For each utterance what `evaluate.predicted_rows` describes, and "notes": what happened
+          For each utterance what `evaluate.prediction_rows` describes, and "notes": what happened
           to its recording, a list of texts that begin with a kind, such as "capped: ...".
 
         Raises:
@@ -168,7 +168,7 @@ class System:
             text_present=text_present,
             label=np.full(count, UNLABELED, np.int32),
         )
-        predicted = predicted_rows(self.class_names, self._predictions(features, quiet))
+        predicted = prediction_rows(self.class_names, self._predictions(features, quiet))
         rows = ({**row, "notes": notes_of} for row, notes_of in zip(predicted, notes, strict=True))
         return [[next(rows) for _ in dialogue] for dialogue in dialogues]
 
@@ -211,7 +211,7 @@ class System:
         planned = list(_plan(features.lengths, self._predictor.partitioner.num_shards))
         offsets = features.offsets
         batches = (padded_batch(features, offsets, rows, length) for rows, length in planned)
-        return self._predictor.over(batches, len(planned), features, quiet=quiet)
+        return self._predictor.predict_batches(batches, len(planned), features, quiet=quiet)
 
 
 def load(

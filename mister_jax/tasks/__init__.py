@@ -1,22 +1,12 @@
-"""What is trained: how a config becomes a model, batches, a loss and predictions.
-
-A task is the one place that knows both the config (`ml_collections`) and the model. The training
-loop knows neither: it works on a task.
-"""
+"""Tasks: what is trained, and how a config becomes a model, batches, a loss and predictions."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
-from mister_jax.tasks.base import (
-    Batch,
-    Split,
-    Task,
-    config_from_dataclass,
-    config_seeds,
-    dataclass_from_config,
-)
+from mister_jax.tasks.base import Batch, Split, Task
+from mister_jax.tasks.config import config_from_dataclass, config_seeds, dataclass_from_config
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.tasks.text_encoder import TextEncoderTask
@@ -43,10 +33,10 @@ TASKS: dict[str, Any] = {
 
 
 def task_class(config: ConfigDict) -> Any:
-    """The class of the config's task.
+    """Returns the class of the config's task.
 
     Raises:
-      InputError: an unknown name.
+      InputError: The name of the task is unknown.
     """
     if config.task not in TASKS:
         raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")

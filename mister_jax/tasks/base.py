@@ -1,153 +1,162 @@
-"""What every task has: how a config becomes dataclasses, and what the training loop asks for."""
+"""The interface of a task, and the batched splits that the training loop reads."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
-from ml_collections import ConfigDict, config_dict
 
-from mister_jax.errors import InputError
+from mister_jax import metrics
+from mister_jax.data.pipeline import BatchPlan
 from mister_jax.parallel.partitioning import Partitioner
 from mister_jax.parallel.sharding import ShardingRules
 
 Batch = Mapping[str, Any]
-Dataclass = TypeVar("Dataclass")
 
 
-def dataclass_from_config(
-    cls: type[Dataclass], config: ConfigDict, where: str, **given: Any
-) -> Dataclass:
-    """A frozen dataclass from a part of the config.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a dataset in batches that are a function of (seed, epoch, step, process).
 
-    Args:
-      cls: a dataclass.
-      config: its fields, some or all.
-      where: name of the part, for errors.
-      **given: fields that do not come from the config.
-
-    Raises:
-      InputError: an unknown field, or a value the dataclass does not allow.
+    Attributes:
+      data: Dialogue features or utterances of the split, with a `fingerprint` method.
+      plan: Plan of the batches.
+      make_batches: Returns the batches of an epoch from `start_step` on, called with the keywords
+        `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and `process_count`.
+      seed: Seed of the shuffle.
+      shuffle: Whether each epoch has another order.
     """
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
-    allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(given))  # type: ignore[arg-type]
-    unknown = sorted(set(fields) - set(allowed))
-    if unknown:
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-    try:
-        return cls(**fields, **given)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
 
-
-def config_from_dataclass(
-    cls: type[Any], *, without: Sequence[str] = (), **changes: Any
-) -> ConfigDict:
-    """A part of the config with every field of a dataclass, so that a flag can set any.
-
-    Args:
-      cls: a dataclass.
-      without: fields that do not come from the config.
-      **changes: values other than the defaults.
-    """
-    config = ConfigDict()
-    for field in dataclasses.fields(cls):
-        if field.name in without:
-            continue
-        value = changes.pop(field.name, field.default)
-        config[field.name] = config_dict.placeholder(str) if value is None else value
-    if changes:
-        raise TypeError(f"{cls.__name__} has no {', '.join(changes)}")
-    return config
-
-
-def config_seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds that one training trains side by side.
-
-    `config.seed` and those that follow it, `config.num_seeds` of them. They differ in initial
-    parameters and dropout, and share the order of batches, which `config.data.seed` decides; where
-    that is None it is `config.seed`. So a training of one of the seeds alone, with the same
-    `config.data.seed`, gives the same parameters.
-
-    Raises:
-      InputError: less than one, or several of a task that trains one at a time.
-    """
-    count = config.get("num_seeds", 1)
-    if count < 1:
-        raise InputError(f"config.num_seeds={count}; allowed: 1 or more")
-    if count > 1 and config.task != "fusion":
-        raise InputError(
-            f"config.num_seeds={count}; allowed for the task {config.task} is 1: train an encoder "
-            "once for each seed, each in a workdir of its own"
-        )
-    return tuple(range(config.seed, config.seed + count))
-
-
-class Split(Protocol):
-    """One split of a dataset, in batches that are a function of (seed, epoch, step, process)."""
+    data: Any
+    plan: BatchPlan
+    make_batches: Callable[..., Iterator[dict[str, np.ndarray]]]
+    seed: int
+    shuffle: bool
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
+        return self.plan.steps_per_epoch
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The distinct rows and padded lengths of its global batches."""
-
-    @property
-    def padding_share(self) -> float:
-        """Share of positions that hold no utterance."""
+        """Distinct (rows, padded length) of the global batches."""
+        return self.plan.shapes
 
     def fingerprint(self) -> str:
-        """Of what is in it: that of a dataset with other content is another."""
+        """Returns a hash of the content of the split."""
+        return self.data.fingerprint()
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of each batch of an epoch, from `start_step` on."""
+        """Returns this process's rows of each batch of an epoch, from `start_step` on."""
+        return self._batches(epoch, start_step, self.shuffle)
+
+    def example_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields one batch of each shape, for compilation."""
+        first_step: dict[tuple[int, int], int] = {}
+        for step, (rows, length) in enumerate(self.plan.epoch(0, 0, shuffle=False)):
+            first_step.setdefault((len(rows), length), step)
+        for step in first_step.values():
+            yield next(self._batches(0, step, shuffle=False))
+
+    def _batches(
+        self, epoch: int, start_step: int, shuffle: bool
+    ) -> Iterator[dict[str, np.ndarray]]:
+        return self.make_batches(
+            seed=self.seed,
+            epoch=epoch,
+            start_step=start_step,
+            shuffle=shuffle,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
 
 class Task(Protocol):
-    """A kind of training."""
+    """A kind of training: it connects the config, the data and a model.
+
+    Attributes:
+      class_names: Names of the C classes.
+      notes: Lines for the user about choices that were made from the data.
+      oom_hint: Config fields that reduce the memory a training needs.
+    """
 
     class_names: tuple[str, ...]
-    oom_hint: str
-    """What in the config makes a training take less memory."""
     notes: tuple[str, ...]
-    """What the user should know of the choices made from the data, a line each."""
+    oom_hint: str
 
     def description(self) -> dict[str, Any]:
-        """What `restore` needs beside the config, plain JSON values."""
+        """Returns the JSON values that `restore` needs in addition to the config."""
+
+    def features(self, split: str, name: str | None = None) -> Any:
+        """Loads a split of the config's dataset, or of the dataset `name`.
+
+        Raises:
+          InputError: The dataset does not exist, or does not match the model.
+        """
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
-        """A split of the dataset, in batches whose rows are a multiple of `num_shards`.
+        """Loads the labeled items of a split, in batches for training or validation.
 
-        With `shuffle`, for training, what shares a batch does not hang on `num_shards`.
+        Args:
+          name: "train" or "validation".
+          num_shards: Number that divides the rows of every batch.
+          shuffle: Whether to shuffle. The items that share a shuffled batch do not depend on
+            `num_shards`.
         """
 
     @property
     def trainable(self) -> Any:
-        """The `nnx` filter of the parameters that are trained; the others are never saved."""
+        """NNX filter of the trained parameters; checkpoints hold no others."""
 
     @property
-    def rules(self) -> ShardingRules:
-        """How parameters are sharded over devices, see `parallel.partitioning.shardings`."""
+    def sharding_rules(self) -> ShardingRules:
+        """Sharding rules of the parameters, see `sharding.shardings`."""
 
     def init(self, key: jax.Array) -> nnx.Module:
-        """The model with initial parameters; may be traced, reads no file."""
+        """Returns the model with initial parameters. It reads no file and may be traced."""
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
-        """The model a training starts from, with weights of a checkpoint where it has any."""
+        """Returns the model that a training starts from, with pretrained weights if it has any."""
 
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """This device's share of the loss of a batch, and the shares of its parts."""
+        """Returns this device's share of the batch's loss, and of each part of the loss."""
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """This device's share of sums over a batch: "confusion" [C, C], "cross_entropy" []."""
+    def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Returns this device's share of sums over a batch, see `classification_sums`."""
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """What is predicted for each utterance of a batch."""
+        """Returns the predictions for each utterance of a batch."""
+
+
+def classification_sums(
+    logits: jax.Array, label: jax.Array, mask: jax.Array, num_classes: int
+) -> dict[str, jax.Array]:
+    """Sums what the validation scores are computed from.
+
+    Args:
+      logits: Class logits, [..., C].
+      label: Class of each utterance, negative where unlabeled, [...] int.
+      mask: Valid utterances, [...] bool.
+      num_classes: Number of classes C.
+
+    Returns:
+      "confusion", counts [C, C] with labels as rows, and "cross_entropy", the sum over labeled
+      utterances.
+    """
+    labeled = mask & (label >= 0)
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(labeled, label, 0)
+    )
+    return {
+        "confusion": metrics.confusion_counts(label, logits.argmax(-1), mask, num_classes),
+        "cross_entropy": jnp.where(labeled, cross_entropy, 0).sum(),
+    }

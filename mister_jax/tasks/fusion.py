@@ -3,78 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mister_jax import losses, metrics
+from mister_jax import losses
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
+from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
-from mister_jax.parallel.partitioning import Partitioner
+from mister_jax.nn import PerExampleRngs
+from mister_jax.parallel.partitioning import Partitioner, first_row_index
 from mister_jax.parallel.sharding import ShardingRules
-from mister_jax.tasks.base import Batch, dataclass_from_config
-from mister_jax.training.steps import mister_e_loss, read_dialogues
+from mister_jax.tasks.base import Batch, Split, classification_sums
+from mister_jax.tasks.config import dataclass_from_config
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureSplit:
-    """`Split` of a dataset of dialogue features."""
+class LossConfig:
+    """Hyperparameters of MiSTER-E's loss, see `losses.mister_e`.
 
-    features: DialogueFeatures
-    plan: BatchPlan
-    seed: int
-    shuffle: bool
+    Attributes:
+      gamma: Focusing parameter of the focal loss, 0 or more.
+      temperature: Temperature of the contrastive loss, positive.
+      sharpness: Sharpness of the gate loss, 0 or more.
+      weights: Weights of the parts of the loss.
+    """
 
-    @property
-    def steps(self) -> int:
-        return self.plan.steps_per_epoch
+    gamma: float = 3.0
+    temperature: float = 1.0
+    sharpness: float = 1.0
+    weights: losses.LossWeights = losses.LossWeights()
 
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        return self.plan.shapes
+    def __post_init__(self):
+        if self.gamma < 0 or self.temperature <= 0 or self.sharpness < 0:
+            raise ValueError(
+                f"gamma {self.gamma}, temperature {self.temperature}, sharpness "
+                f"{self.sharpness}; allowed are gamma and sharpness of 0 or more and a positive "
+                "temperature"
+            )
 
-    @property
-    def padding_share(self) -> float:
-        return self.plan.padding_share
 
-    def fingerprint(self) -> str:
-        return self.features.fingerprint()
+@dataclasses.dataclass(frozen=True)
+class FeatureSplit(Split):
+    """A split of a dataset of dialogue features."""
 
-    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        return batches(
-            self.features,
-            self.plan,
-            seed=self.seed,
-            epoch=epoch,
-            start_step=start_step,
-            shuffle=self.shuffle,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def example_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields one empty batch of each shape, without starting the tf.data pipeline."""
+        for num_rows, length in self.plan.shapes:
+            rows = np.full(num_rows // jax.process_count(), -1, np.int32)
+            yield padded_batch(self.data, self.data.offsets, rows, length)
 
 
 class FusionTask:
-    """MiSTER-E on dialogues of speech and text vectors.
+    """Trains MiSTER-E on dialogues of speech and text vectors.
 
     Args:
       config: Config of the experiment.
       class_names: Names of the C classes.
       model: Sizes of the model.
-      encoders: What identifies the encoder that made the features, by modality, where it is known;
-        see `extract.encoder_of`.
-      standardizers: Standardizers by modality, of those that are standardized before the model
-        reads them.
-      notes: What the user should know of the choices made from the data, a line each.
+      encoders: Metadata of the encoder of each modality, if known; see
+        `extraction.encoder_from_metadata`.
+      standardizers: Standardizer of each modality that is standardized before the model.
+      notes: Lines for the user about choices that were made from the data.
+      train_features: Training split, if it is loaded already.
     """
+
+    trainable = nnx.Param
+    sharding_rules: ShardingRules = ()
+    oom_hint = "a smaller config.data.batch_size or config.num_seeds"
 
     def __init__(
         self,
@@ -84,12 +88,14 @@ class FusionTask:
         encoders: Mapping[str, Any] | None = None,
         standardizers: Mapping[str, Standardizer] | None = None,
         notes: Sequence[str] = (),
+        train_features: DialogueFeatures | None = None,
     ):
         self.class_names = class_names
         self.model = model
         self.encoders = dict(encoders or {})
         self.standardizers = dict(standardizers or {})
         self.notes = tuple(notes)
+        self._train_features = train_features
         self._data = config.data
         data_seed = config.data.get("seed")
         self._data_seed = config.seed if data_seed is None else data_seed
@@ -97,18 +103,11 @@ class FusionTask:
             raise InputError(
                 f"config.data.seed={data_seed}, config.seed={config.seed}; allowed: 0 or more"
             )
-        self._weights = dataclass_from_config(
-            losses.LossWeights, config.loss.weights, "config.loss.weights"
+        loss = config.loss.copy_and_resolve_references()
+        weights = dataclass_from_config(
+            losses.LossWeights, loss.pop("weights"), "config.loss.weights"
         )
-        self._gamma = config.loss.gamma
-        self._temperature = config.loss.temperature
-        self._sharpness = config.loss.get("sharpness", 1.0)
-        if self._gamma < 0 or self._temperature <= 0 or self._sharpness < 0:
-            raise InputError(
-                f"config.loss: gamma {self._gamma}, temperature {self._temperature}, sharpness "
-                f"{self._sharpness}; allowed are gamma and sharpness of 0 or more and a positive "
-                "temperature"
-            )
+        self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
         if min(self._data.batch_size, self._data.num_buckets) < 1:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
@@ -116,13 +115,13 @@ class FusionTask:
             )
         if config.train.get("accumulation", 1) != 1:
             raise InputError(
-                f"config.train.accumulation={config.train.accumulation}; allowed is 1: the "
-                "contrastive loss is of a whole batch"
+                f"config.train.accumulation={config.train.accumulation}; allowed is 1, because the "
+                "contrastive loss compares all rows of a batch"
             )
 
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
-        """The task for the dataset that the config names; its training split gives the sizes."""
+        """Creates the task for the config's dataset, whose training split gives the sizes."""
         train = load(config.data.name, "train", config.data.data_dir or None)
         model = dataclass_from_config(
             MisterEConfig,
@@ -132,20 +131,18 @@ class FusionTask:
             speech_dim=train.speech_dim,
             text_dim=train.text_dim,
         )
-        told = train.metadata
-        encoders: dict[str, Any] = {name: told[name] for name in ("speech", "text") if name in told}
+        encoders: dict[str, Any] = {
+            name: train.metadata[name] for name in ("speech", "text") if name in train.metadata
+        }
         standardizers, notes = choose_standardizers(train, config.data.get("standardize", AUTO))
-        return cls(config, train.class_names, model, encoders, standardizers, notes)
+        return cls(config, train.class_names, model, encoders, standardizers, notes, train)
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
-        """The task of a work directory, from its config and its `description`."""
-        fields = ConfigDict(description["model"])
-        class_names = tuple(description["class_names"])
-        if "standardizers" not in description:
-            raise InputError("the work directory is from an older version; train it again")
-        model = dataclass_from_config(MisterEConfig, fields, "the workdir's model")
-        encoders = description.get("encoders", {})
+        """Restores the task of a work directory from its config and model description."""
+        model = dataclass_from_config(
+            MisterEConfig, ConfigDict(description["model"]), "the workdir's model"
+        )
         standardizers = {
             modality: Standardizer(
                 *(np.array(values[name], np.float32) for name in ("mean", "deviation"))
@@ -154,55 +151,55 @@ class FusionTask:
         }
         return cls(
             config,
-            class_names,
+            tuple(description["class_names"]),
             model,
-            encoders,
+            description["encoders"],
             standardizers,
-            description.get("notes", ()),
+            description["notes"],
         )
 
     def description(self) -> dict[str, Any]:
+        """Returns the JSON values that `restore` needs in addition to the config."""
         return {
             "class_names": list(self.class_names),
             "model": dataclasses.asdict(self.model),
             "encoders": self.encoders,
             "standardizers": {
-                modality: {"mean": fitted.mean.tolist(), "deviation": fitted.deviation.tolist()}
-                for modality, fitted in self.standardizers.items()
+                modality: {
+                    "mean": standardizer.mean.tolist(),
+                    "deviation": standardizer.deviation.tolist(),
+                }
+                for modality, standardizer in self.standardizers.items()
             },
             "notes": list(self.notes),
         }
 
     def features(self, split: str, name: str | None = None) -> DialogueFeatures:
-        """A split of the config's dataset, or of another with the same classes and widths.
+        """Loads a split of the config's dataset, or of another with the same classes and widths.
 
         Raises:
-          InputError: there is none, or it does not fit the model.
+          InputError: The dataset does not exist, or does not match the model.
         """
         name = self._data.name if name is None else name
-        features = load(name, split, self._data.data_dir or None)
-        found = {
-            "classes": features.class_names,
-            "speech width": features.speech_dim,
-            "text width": features.text_dim,
-        }
-        expected = {
-            "classes": self.class_names,
-            "speech width": self.model.speech_dim,
-            "text width": self.model.text_dim,
-        }
-        for what, value in found.items():
-            if value != expected[what]:
+        if (name, split) == (self._data.name, "train") and self._train_features is not None:
+            features = self._train_features
+        else:
+            features = load(name, split, self._data.data_dir or None)
+        for what, value, expected in (
+            ("classes", features.class_names, self.class_names),
+            ("speech width", features.speech_dim, self.model.speech_dim),
+            ("text width", features.text_dim, self.model.text_dim),
+        ):
+            if value != expected:
                 raise InputError(
-                    f"dataset {name}, split {split}: {what} {value}; the model takes "
-                    f"{expected[what]}"
+                    f"dataset {name}, split {split}: {what} {value}; the model takes {expected}"
                 )
         return features
 
     def batched(
         self, features: DialogueFeatures, *, num_shards: int, shuffle: bool = False
     ) -> FeatureSplit:
-        """Features in batches whose rows are a multiple of `num_shards`."""
+        """Plans batches of features whose numbers of rows are multiples of `num_shards`."""
         plan = BatchPlan(
             features.lengths,
             self._data.batch_size,
@@ -211,72 +208,102 @@ class FusionTask:
             # A training must take the same steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
         )
-        return FeatureSplit(features, plan, self._data_seed, shuffle)
-
-    def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """The features, by modality, of which the model reads zeros: [D], or 0 for all."""
-        return {
-            name: self.standardizers[name].mean if name in self.standardizers else 0.0
-            for name in MODALITIES
-        }
+        make_batches = functools.partial(batches, features, plan)
+        return FeatureSplit(features, plan, make_batches, self._data_seed, shuffle)
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
+        """Loads a split in batches, see `Task.split`."""
         features = self.features(name)
         if not (features.label >= 0).any():
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
         return self.batched(features, num_shards=num_shards, shuffle=shuffle)
 
-    trainable = nnx.Param
-    rules: ShardingRules = ()
-    oom_hint = "a smaller config.data.batch_size or config.num_seeds"
+    def zero_fill_values(self) -> dict[str, np.ndarray | float]:
+        """Returns by modality the feature vector [D] that the model reads as zeros, or 0."""
+        return {
+            name: self.standardizers[name].mean if name in self.standardizers else 0.0
+            for name in MODALITIES
+        }
 
     def init(self, key: jax.Array) -> MisterE:
+        """Returns the model with initial parameters."""
         return MisterE(self.model, rngs=nnx.Rngs(key))
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> MisterE:
+        """Returns the model with initial parameters; MiSTER-E has no pretrained weights."""
         return self.init(key)
 
     def loss(
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return mister_e_loss(
-            model,
-            self._standardized(batch),
-            key,
-            axis_name,
-            weights=self._weights,
-            gamma=self._gamma,
-            temperature=self._temperature,
-            sharpness=self._sharpness,
-        )
+        """Returns this device's share of the loss with dropout, and of each unweighted part."""
+        return mister_e_loss(model, self._standardize(batch), key, axis_name, self._loss)
 
-    def _standardized(self, batch: Batch) -> Batch:
-        return {
-            **batch,
-            **{name: fitted(batch[name]) for name, fitted in self.standardizers.items()},
-        }
-
-    def _read(self, model: MisterE, batch: Batch) -> MisterEOutput:
-        return read_dialogues(model, self._standardized(batch))
-
-    def evaluate(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        logits, label = self._read(model, batch).logits, batch["label"]
-        labeled = batch["mask"] & (label >= 0)
-        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(labeled, label, 0)
-        )
-        return {
-            "confusion": metrics.confusion_counts(
-                label, logits.argmax(-1), batch["mask"], len(self.class_names)
-            ),
-            "cross_entropy": jnp.where(labeled, cross_entropy, 0).sum(),
-        }
+    def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the confusion counts and the sum of the cross-entropy over a batch."""
+        logits = apply_to_batch(model, self._standardize(batch)).logits
+        return classification_sums(logits, batch["label"], batch["mask"], len(self.class_names))
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        output = self._read(model, batch)
+        """Returns the probabilities of the mixture and the experts, and the gate weights."""
+        output = apply_to_batch(model, self._standardize(batch))
         return {
-            "probabilities": jax.nn.softmax(output.logits),  # B T C
-            "gate": output.gate,  # B T E
-            "expert_probabilities": jax.nn.softmax(output.expert_logits),  # B T E C
-            "expert_present": output.expert_present,  # B T E
+            "probabilities": jax.nn.softmax(output.logits),  # [B, T, C]
+            "gate": output.gate,  # [B, T, E]
+            "expert_probabilities": jax.nn.softmax(output.expert_logits),  # [B, T, E, C]
+            "expert_present": output.expert_present,  # [B, T, E]
         }
+
+    def _standardize(self, batch: Batch) -> Batch:
+        standardized = {
+            name: standardizer(batch[name]) for name, standardizer in self.standardizers.items()
+        }
+        return {**batch, **standardized}
+
+
+def apply_to_batch(model: MisterE, batch: Batch, **options: Any) -> MisterEOutput:
+    """Runs the model on a batch of `data.batches`; `options` are further arguments of the model."""
+    return model(
+        batch["speech"],
+        batch["text"],
+        batch["mask"],
+        speech_present=batch["speech_present"],
+        text_present=batch["text_present"],
+        **options,
+    )
+
+
+def mister_e_loss(
+    model: MisterE,
+    batch: Batch,
+    key: jax.Array,
+    axis_name: str | None = None,
+    config: LossConfig | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes MiSTER-E's training loss of a batch, with dropout.
+
+    Args:
+      model: Model to train.
+      batch: Batch of `data.batches`; under a mapped axis, this device's rows.
+      key: Dropout key of the global batch, the same on all devices.
+      axis_name: Name of the mapped axis, see `losses`.
+      config: Hyperparameters of the loss.
+
+    Returns:
+      This device's share of the total, and of each unweighted part.
+    """
+    config = config or LossConfig()
+    num_rows = batch["mask"].shape[0]
+    rngs = PerExampleRngs.from_batch_key(key, num_rows, first_row_index(num_rows, axis_name))
+    output = apply_to_batch(model, batch, deterministic=False, rngs=rngs)
+    return losses.mister_e(
+        output,
+        batch["label"],
+        batch["mask"],
+        config.weights,
+        gamma=config.gamma,
+        temperature=config.temperature,
+        sharpness=config.sharpness,
+        experts=model.config.experts,
+        axis_name=axis_name,
+    )

@@ -1,4 +1,4 @@
-"""A speech encoder, fine-tuned on single utterances: stage 1 of MiSTER-E for speech."""
+"""Fine-tuning of a speech encoder on single utterances: stage 1 of MiSTER-E for speech."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mister_jax.data.clips import clip_batches, load_clips, units
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import augment, speech
 from mister_jax.models.utterance import SpeechUtterance, UtteranceHead, UtteranceOutput
-from mister_jax.tasks.base import Batch
-from mister_jax.tasks.encoder import EncoderOptions, EncoderSplit, EncoderTask
+from mister_jax.tasks.base import Batch, Split
+from mister_jax.tasks.encoder import EncoderOptions, EncoderTask
 
 TOWERS = ("frozen", "lora", "full")
 
@@ -26,24 +26,24 @@ TOWERS = ("frozen", "lora", "full")
 class SpeechEncoderOptions(EncoderOptions):
     """Options of a speech encoder.
 
-    An LLM that hears is trained by its low-rank paths, unless all is; `tower` is about what it
-    hears through. An encoder that is no LLM is a tower as a whole.
+    A speech LLM is a language model with an audio tower. The language model is trained with LoRA
+    unless `full` is set, and `tower` decides about the audio tower. Any other encoder is a tower.
 
     Attributes:
-      whisper: see `SpeechFiles`; for SALMONN, as are the following.
-      beats: likewise.
-      vicuna: likewise.
-      prompt: of an LLM: what it is asked about every clip; its usual question if empty.
-      pool_prompt: of an LLM: pool over the prompt's positions, too, not the audio's alone.
-      tower: "frozen", "lora" (low-rank paths) or "full", unless the option `full` trains all.
-      trim: of Whisper: see `WhisperConfig`.
-      max_seconds: of an utterance, that are read in validation, test and extraction.
-      crop_seconds: that are read in training, at a place drawn anew in every epoch.
-      gain: draw the loudness anew in training.
-      noise: add noise in training.
-      speed: draw the speed anew in training.
-      mask_spectrogram: hide stretches of time and of bins in training; of encoders with
-        Whisper's front end.
+      whisper: Whisper of SALMONN, see `SpeechFiles`.
+      beats: BEATs of SALMONN.
+      vicuna: Vicuna of SALMONN.
+      prompt: Prompt of a speech LLM; empty for its default prompt.
+      pool_prompt: Whether a speech LLM also pools over the positions of the prompt.
+      tower: "frozen", "lora" or "full": how the tower is trained unless `full` trains everything.
+      trim: Whether Whisper encodes only the length of the clip, see `WhisperConfig`.
+      max_seconds: Seconds read of an utterance in validation, test and extraction.
+      crop_seconds: Seconds read of an utterance in training, at a random position in each epoch.
+      gain: Whether to augment with random loudness.
+      noise: Whether to augment with noise.
+      speed: Whether to augment with random speed.
+      mask_spectrogram: Whether to mask time steps and bins of the spectrogram in training; only
+        for encoders with Whisper's front end.
     """
 
     whisper: str = ""
@@ -66,128 +66,138 @@ class SpeechEncoderOptions(EncoderOptions):
         if self.tower not in TOWERS:
             raise ValueError(f"tower {self.tower!r}; allowed: {', '.join(TOWERS)}")
         if self.tower == "full" and self.quantize:
-            raise ValueError("quantize keeps kernels as they are, tower=full trains them")
-        # Its low-rank paths are part of what it has learned, and Whisper's are not in its files.
+            raise ValueError("tower=full trains the kernels and quantize freezes them; choose one")
+        # SALMONN's LoRA is part of its checkpoint, and its Whisper is in a separate file.
         if self.files.is_salmonn and (self.full or self.tower == "lora"):
             raise ValueError("full and tower=lora are not for SALMONN; allowed: tower=frozen, full")
 
     def check_seconds(self, backbone: Any = None) -> None:
-        """Raises InputError if clips of so many seconds cannot be read, see `speech`."""
+        """Raises InputError if the backbone cannot read clips of this length."""
         for name in ("max_seconds", "crop_seconds"):
             speech.check_seconds(getattr(self, name), backbone, name=name)
 
     @property
     def files(self) -> speech.SpeechFiles:
-        """Where the backbone's are."""
+        """Locations of the backbone's files."""
         return speech.SpeechFiles(self.name, self.whisper, self.beats, self.vicuna)
 
 
-def _samples(seconds: float) -> int:
-    return round(seconds * data.SAMPLE_RATE)
-
-
 class SpeechEncoderTask(EncoderTask):
-    """A speech backbone with a head, on utterances with sound and a label."""
+    """Trains a speech backbone with a head on utterances with speech and a label."""
 
     options_class = SpeechEncoderOptions
 
     @classmethod
-    def described(cls, options: SpeechEncoderOptions) -> dict[str, Any]:
+    def read_backbone_config(cls, options: SpeechEncoderOptions) -> dict[str, Any]:
+        """Reads the backbone's configs, see `speech.read_backbone_config`."""
         return speech.read_backbone_config(options.files, options.prompt)
 
     def fingerprint(self) -> str:
+        """Returns a hash of the backbone's files."""
         return self.options.files.fingerprint()
 
     @property
     def pads_to_max(self) -> bool:
-        """A clip costs the backbone as much as the longest it has positions for."""
-        return speech.has_fixed_input_length(self._shapes)
+        """Whether the backbone pads every clip to the longest it has positions for."""
+        return speech.has_fixed_input_length(self._abstract_backbone)
 
     def _check_backbone(self, backbone: Any) -> None:
         self.options.check_seconds(backbone)
 
     @property
     def trainable(self) -> Any:
+        """NNX filter of the trained parameters, as the options say."""
         options = self.options
         if options.full:
             return nnx.Param
         trained: list[Any] = [nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head"))]
         if options.tower == "full":
-            # What is not of a language model.
+            # The parameters outside the language model.
             trained.append(nnx.All(nnx.Param, nnx.Not(nnx.PathContains("decoder"))))
         return nnx.Any(*trained)
 
-    def _changes(self) -> dict[str, Any]:
-        options, described = self.options, self._described
-        changes = super()._changes() | speech.trim_kwargs(described, options.trim)
-        through_lora = options.tower == "lora" and not options.full
-        tower: dict[str, Any] = {"lora": self.lora if through_lora else None}
+    def _config_changes(self) -> dict[str, Any]:
+        options, backbone_config = self.options, self._backbone_config
+        changes = super()._config_changes() | speech.trim_kwargs(backbone_config, options.trim)
+        has_tower_lora = options.tower == "lora" and not options.full
+        tower: dict[str, Any] = {"lora": self.lora if has_tower_lora else None}
         if options.mask_spectrogram:
-            speech.check_spectrogram(described)
+            speech.check_spectrogram(backbone_config)
             tower["mask_spectrogram"] = True
-        if speech.is_llm(described):
+        if speech.is_llm(backbone_config):
             return {**changes, "tower": {**tower, "remat": options.remat}}
         return changes | tower
 
-    def _backbone(self, key: jax.Array) -> nnx.Module:
-        rngs, pool_over_prompt = nnx.Rngs(key), self.options.pool_prompt
+    def _make_backbone(self, key: jax.Array) -> nnx.Module:
         return speech.make_speech_encoder(
-            self._described, rngs=rngs, pool_over_prompt=pool_over_prompt, **self._changes()
+            self._backbone_config,
+            rngs=nnx.Rngs(key),
+            pool_over_prompt=self.options.pool_prompt,
+            **self._config_changes(),
         )
 
-    def _loaded_backbone(self, mesh: Mesh | None, seed: int) -> Any:
+    def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
         return speech.load_speech_encoder(
             self.options.files,
-            self._described,
+            self._backbone_config,
             mesh=mesh,
             seed=seed,
             pool_over_prompt=self.options.pool_prompt,
-            **self._changes(),
+            **self._config_changes(),
         )
 
-    def model(self, backbone: Any, head: UtteranceHead) -> SpeechUtterance:
+    def make_model(self, backbone: Any, head: UtteranceHead) -> SpeechUtterance:
+        """Returns the model of a backbone and its head."""
         return SpeechUtterance(backbone, head)
 
-    def read(self, model: SpeechUtterance, batch: Batch, **options: Any) -> UtteranceOutput:
+    def apply(self, model: SpeechUtterance, batch: Batch, **options: Any) -> UtteranceOutput:
+        """Runs the model on a batch of `clip_batches`."""
         waveform = batch["waveform"].astype(jnp.float32) / 2**15
         return model(waveform, batch["lengths"], **options)
 
-    def augmented(self, batch: Batch, keys: jax.Array) -> Batch:
+    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+        """Returns the batch with random speed, noise and gain, as the options say."""
         options = self.options
         waveform = batch["waveform"].astype(jnp.float32) / 2**15
         lengths = batch["lengths"]
-        draws = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)  # 3 B
+        step_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)  # [3, B]
         if options.speed:
-            waveform, lengths = augment.change_speed(waveform, lengths, draws[0])
+            waveform, lengths = augment.change_speed(waveform, lengths, step_keys[0])
         if options.noise:
-            waveform = augment.add_noise(waveform, lengths, draws[1])
+            waveform = augment.add_noise(waveform, lengths, step_keys[1])
         if options.gain:
-            waveform = augment.random_gain(waveform, draws[2])
+            waveform = augment.random_gain(waveform, step_keys[2])
         return {**batch, "waveform": waveform * 2**15, "lengths": lengths}
 
     def features(self, split: str, name: str | None = None) -> Utterances:
-        """The utterances of a split of the config's dataset, or of another, cut at `max_seconds`.
+        """Loads the audible utterances of a split, truncated at `max_seconds`.
 
-        Those in which something is heard.
+        Args:
+          split: Split to load.
+          name: Name of a dataset; by default the config's.
 
         Raises:
-          InputError: there is none, or its classes are others.
+          InputError: The dataset does not exist, or its classes differ from the model's.
         """
         name = self._data.name if name is None else name
-        return self._clips(name, split, _samples(self.options.max_seconds))
+        return self._load_clips(name, split, _num_samples(self.options.max_seconds))
 
-    def _to_train_on(self, split: str) -> Utterances:
-        # Whole, since crops may be from anywhere.
-        return self._clips(self._data.name, split, None)
+    def _train_utterances(self, split: str) -> Utterances:
+        # Untruncated, because training crops at random positions.
+        return self._load_clips(self._data.name, split, None)
 
-    def _clips(self, name: str, split: str, most: int | None) -> Utterances:
-        return self._checked(load_clips(name, split, self._data.data_dir or None, most))
+    def _load_clips(self, name: str, split: str, max_samples: int | None) -> Utterances:
+        clips = load_clips(name, split, self._data.data_dir or None, max_samples)
+        return self._check_classes(clips)
 
-    def batched(
-        self, utterances: Utterances, *, num_shards: int, shuffle: bool = False
-    ) -> EncoderSplit:
+    def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
+        """Plans batches of utterances whose numbers of rows are multiples of `num_shards`."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
-        most = _samples(seconds)
-        plan = self._plan(units(utterances.sizes, most), num_shards, shuffle=shuffle)
-        make = functools.partial(clip_batches, utterances, plan, most=most)
-        return EncoderSplit(utterances, plan, make, self._seed, shuffle)
+        max_samples = _num_samples(seconds)
+        plan = self._plan(units(utterances.sizes, max_samples), num_shards, shuffle=shuffle)
+        make_batches = functools.partial(clip_batches, utterances, plan, most=max_samples)
+        return Split(utterances, plan, make_batches, self._seed, shuffle)
+
+
+def _num_samples(seconds: float) -> int:
+    return round(seconds * data.SAMPLE_RATE)

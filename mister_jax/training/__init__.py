@@ -1,1 +1,1 @@
-"""Training: the loop, work directories, checkpoints and metrics."""
+"""Training: the loop, its steps, metric files and curves."""

@@ -11,7 +11,8 @@ from benchmarks.dialogues import make_batch
 from benchmarks.flops import program_flops, training_flops
 from mister_jax import MisterE, MisterEConfig
 from mister_jax.optim import OptimizerConfig, make_optimizer
-from mister_jax.training.steps import initial_state, make_train_step, mister_e_loss
+from mister_jax.tasks.fusion import mister_e_loss
+from mister_jax.training.steps import initial_state, make_train_step
 
 
 def counted(function, *arguments):

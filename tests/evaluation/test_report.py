@@ -21,7 +21,7 @@ from mister_jax.evaluation.report import (
 )
 from mister_jax.evaluation.report.dialogue_view import dialogue_data, embedded_json
 from mister_jax.evaluation.report.statistics import calibration, mean_gates, score_models
-from mister_jax.evaluation.results import scores
+from mister_jax.evaluation.scores import score_predictions
 from mister_jax.evaluation.split_predictions import SplitPredictions
 
 CLASSES = ("anger", "joy", "neutral")
@@ -69,7 +69,7 @@ def make_split(num_dialogues=8, seed=0, unlabeled=0.1, length=6):
 
 def render(features, predictions, **options):
     split = SplitPredictions.from_features(features, predictions)
-    return report_html(split, scores(features, predictions), EXPERIMENT, **options)
+    return report_html(split, score_predictions(features, predictions), EXPERIMENT, **options)
 
 
 class Page(html.parser.HTMLParser):
@@ -114,7 +114,7 @@ def embedded_data(text):
 
 def test_page_shows_the_scores_of_metrics():
     features, predictions = make_split()
-    expected = scores(features, predictions)
+    expected = score_predictions(features, predictions)
     rows = {row[0].strip(): row[1:] for row in Page(render(features, predictions)).rows["models"]}
     assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
     assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
@@ -126,7 +126,7 @@ def test_page_shows_the_scores_of_metrics():
 
 def test_page_shows_class_scores_confusion_and_calibration_of_metrics():
     features, predictions = make_split()
-    expected = scores(features, predictions)
+    expected = score_predictions(features, predictions)
     text = render(features, predictions)
     tables = Page(text).rows
     for row, name, counts in zip(
@@ -209,8 +209,8 @@ def test_calibration_bins_have_intervals():
     features, predictions = make_split(20)
     split = SplitPredictions.from_features(features, predictions)
     error, bins = calibration(split, DialogueBootstrap(split))
-    assert error == scores(features, predictions)["calibration_error"]
-    assert sum(part.count for part in bins) == split.labeled.sum()
+    assert error == score_predictions(features, predictions)["calibration_error"]
+    assert sum(part.utterances for part in bins) == split.labeled.sum()
     for part in bins:
         assert part.low <= part.confidence <= part.high
         assert part.accuracy.low <= part.accuracy.value <= part.accuracy.high
@@ -325,7 +325,7 @@ def test_texts_of_an_unavailable_dataset_are_left_out(tmp_path):
     assert read_utterance_texts(features, tmp_path) == {}
 
 
-STUDY = {
+MISSING_MODALITY = {
     "split": "test",
     "complete": 0.6,
     "points": [
@@ -338,10 +338,10 @@ STUDY = {
 
 def test_missing_modality_section_requires_a_study(tmp_path):
     features, predictions = make_split()
-    split_scores = scores(features, predictions)
+    split_scores = score_predictions(features, predictions)
     path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT)
     assert "missing" not in Page(path.read_text()).ids
-    path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT, study=STUDY)
+    path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT, study=MISSING_MODALITY)
     page = Page(path.read_text())
     assert path.name == "report.html" and "missing" in page.ids
     assert "0.450 ± 0.000" in path.read_text()
@@ -349,7 +349,7 @@ def test_missing_modality_section_requires_a_study(tmp_path):
 
 def test_ensemble_of_seeds_is_described():
     features, predictions = make_split()
-    split_scores = scores(features, predictions)
+    split_scores = score_predictions(features, predictions)
     split_scores["seeds"] = {
         "of_each": {"3": {"weighted_f1": 0.5}, "4": {"weighted_f1": 0.7}},
         "mean": {"weighted_f1": 0.6},
@@ -425,7 +425,7 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
     if kind != "gate":
         predictions = remove_gate(kind, predictions)
     split = SplitPredictions.from_features(features, predictions)
-    text = render(features, predictions, texts={"u0": SCRIPT_INJECTION}, study=STUDY)
+    text = render(features, predictions, texts={"u0": SCRIPT_INJECTION}, study=MISSING_MODALITY)
     # The policy of the page allows its own script only, so allow the test script, too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"

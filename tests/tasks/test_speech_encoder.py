@@ -17,14 +17,16 @@ from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import pretrained
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor, evaluate
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.predictor import Predictor
 from mister_jax.nn import PerExampleRngs
+from mister_jax.nn.state import split_params
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import SpeechEncoderTask
 from mister_jax.training.loop import train
-from mister_jax.training.steps import initial_state, make_train_step, split_model
+from mister_jax.training.steps import initial_state, make_train_step
 from tests.tasks.test_text_encoder import assert_alike, two_steps
 from tests.test_train import assert_same_bits, latest, records
 
@@ -166,7 +168,7 @@ def test_what_is_trained_is_chosen(whisper_folder, heard_dir, changes, kinds):
     changes = {f"encoder.options.{name}": value for name, value in changes.items()}
     task = SpeechEncoderTask.from_data(tiny(whisper_folder, heard_dir, **changes))
     shapes = nnx.eval_shape(lambda: make(task))
-    _, params, frozen = split_model(shapes, task.trainable)
+    _, params, frozen = split_params(shapes, task.trainable)
 
     def kind(path):
         name = jax.tree_util.keystr(path)
@@ -184,7 +186,7 @@ def one_device():
 def gradient_of(task, batch):
     """Of the loss of a batch in training."""
     loaded = task.load(jax.random.key(0), one_device())
-    graph, params, frozen = split_model(loaded, task.trainable)
+    graph, params, frozen = split_params(loaded, task.trainable)
 
     @jax.jit
     def gradient(params, frozen, batch):
@@ -390,14 +392,14 @@ def test_devices_do_not_change_a_step_of_an_llm(llm, batch):
     alone = two_steps(one_device(), task, batch)
     for count, model_parallelism in ((2, 1), (2, 2), (8, 2)):  # FSDP, tensor parallel, both
         mesh = data_mesh(model_parallelism, jax.devices()[:count])
-        assert_alike(two_steps(JitPartitioner(mesh, task.rules), task, batch), alone)
+        assert_alike(two_steps(JitPartitioner(mesh, task.sharding_rules), task, batch), alone)
 
 
 def test_what_an_llm_hears_through_is_trained_where_asked(llm):
     def trained(**changes):
         task = llm(**changes)
         shapes = nnx.eval_shape(lambda: make(task))
-        _, params, _ = split_model(shapes, task.trainable)
+        _, params, _ = split_params(shapes, task.trainable)
         names = map(jax.tree_util.keystr, dict(jax.tree_util.tree_leaves_with_path(params)))
         return {name for name in names if "['head']" not in name and "decoder" not in name}
 

@@ -16,7 +16,9 @@ from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import pretrained
 from mister_jax.errors import InputError
-from mister_jax.evaluation.results import Predictor, evaluate, missing_modality_study
+from mister_jax.evaluation.missing_modality import missing_modality_study
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.predictor import Predictor
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh
@@ -228,7 +230,7 @@ def test_devices_and_parts_do_not_change_a_step(
     if kind == "pmap":
         spread = PmapPartitioner(devices)
     else:
-        rules = () if kind == "data" else task.rules
+        rules = () if kind == "data" else task.sharding_rules
         spread = JitPartitioner(data_mesh(model_parallelism, devices), rules)
     assert_alike(two_steps(spread, task, batch, accumulation), alone)
 
@@ -236,11 +238,11 @@ def test_devices_and_parts_do_not_change_a_step(
 def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir, batch, alone):
     config = tiny(llama_folder, spoken_dir, **{"encoder.options.quantize": True})
     task = TextEncoderTask.from_data(config)
-    _, metrics = two_steps(JitPartitioner(data_mesh(2), task.rules), task, batch)
+    _, metrics = two_steps(JitPartitioner(data_mesh(2), task.sharding_rules), task, batch)
     assert metrics["loss"] == pytest.approx(alone[1]["loss"], rel=0.05)
     assert metrics["loss"] != alone[1]["loss"]
     made = nnx.eval_shape(lambda: task.init(jax.random.key(0)))
-    loaded = task.load(jax.random.key(0), JitPartitioner(data_mesh(), task.rules))
+    loaded = task.load(jax.random.key(0), JitPartitioner(data_mesh(), task.sharding_rules))
     assert nnx.graphdef(made) == nnx.graphdef(loaded)
     assert loaded.backbone.layers.layers.attention.query.kernel.dtype == np.int8
 

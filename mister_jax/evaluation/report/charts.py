@@ -69,14 +69,14 @@ def calibration_curve(bins: Sequence[CalibrationBin]) -> str:
     """Draws accuracy over confidence, the diagonal, and the size of each bin."""
     axes = _Axes(0, 1)
     parts = axes.frame("confidence", "accuracy")
-    largest = max(part.count for part in bins)
+    largest = max(part.utterances for part in bins)
     for part in bins:
-        height = part.count / largest * 44
+        height = part.utterances / largest * 44
         left, right = axes.x(part.low) + 1, axes.x(part.high) - 1
         parts.append(
             element(
                 "rect",
-                element("title", f"{part.count} utterances"),
+                element("title", f"{part.utterances} utterances"),
                 class_="amount",
                 x=left,
                 y=_BOTTOM - height,
@@ -92,7 +92,7 @@ def calibration_curve(bins: Sequence[CalibrationBin]) -> str:
     parts.append(axes.polyline((part.confidence, part.accuracy.value) for part in bins))
     for part in bins:
         label = (
-            f"{part.count} utterances, confidence {part.confidence:.2f}, "
+            f"{part.utterances} utterances, confidence {part.confidence:.2f}, "
             f"accuracy {part.accuracy.value:.2f}"
         )
         parts.append(axes.dot(part.confidence, part.accuracy.value, label))

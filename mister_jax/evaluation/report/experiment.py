@@ -14,7 +14,7 @@ from etils import epath
 from mister_jax.checkpoint import BEST
 from mister_jax.errors import InputError
 from mister_jax.io import read_json
-from mister_jax.training.loop import read_config
+from mister_jax.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)

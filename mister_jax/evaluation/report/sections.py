@@ -274,15 +274,15 @@ def render_calibration(predictions: SplitPredictions, bootstrap: DialogueBootstr
     rows = [
         (
             f"{part.low:.1f}&ndash;{part.high:.1f}",
-            f"{part.count:,}",
+            f"{part.utterances:,}",
             f"{part.confidence:.3f}",
             estimate_cell(part.accuracy),
         )
         for part in bins
     ]
-    confidence = sum(part.confidence * part.count for part in bins)
-    accuracy = sum(part.accuracy.value * part.count for part in bins)
-    gap = (confidence - accuracy) / sum(part.count for part in bins)
+    confidence = sum(part.confidence * part.utterances for part in bins)
+    accuracy = sum(part.accuracy.value * part.utterances for part in bins)
+    gap = (confidence - accuracy) / sum(part.utterances for part in bins)
     side = "above" if gap > 0 else "below"
     lead = (
         f"Expected calibration error {element('strong', f'{error:.3f}')}, over ten bins of equal "

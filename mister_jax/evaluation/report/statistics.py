@@ -96,14 +96,14 @@ class CalibrationBin(NamedTuple):
     Attributes:
       low: Lower end of the bin.
       high: Upper end of the bin.
-      count: Number of utterances.
+      utterances: Number of utterances.
       confidence: Mean probability of the predicted class.
       accuracy: Share of correct predictions.
     """
 
     low: float
     high: float
-    count: int
+    utterances: int
     confidence: float
     accuracy: Estimate
 
@@ -140,13 +140,13 @@ class MeanGate(NamedTuple):
     Attributes:
       emotion: True emotion, None for all emotions.
       outcome: "correct" or "wrong".
-      count: Number of utterances.
+      utterances: Number of utterances.
       weights: Mean gate weights, [E].
     """
 
     emotion: str | None
     outcome: str
-    count: int
+    utterances: int
     weights: np.ndarray
 
 

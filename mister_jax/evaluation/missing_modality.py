@@ -1,0 +1,212 @@
+"""The missing-modality study: scores when utterances lose their speech or their text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mister_jax.console import ProgressReporter
+from mister_jax.data import DialogueFeatures
+from mister_jax.data.schema import MODALITIES
+from mister_jax.errors import InputError
+from mister_jax.evaluation import figures
+from mister_jax.evaluation.scores import score_predictions
+from mister_jax.inference.predictor import Predictor
+from mister_jax.io import read_json, write_json
+from mister_jax.metrics import mean_and_deviation
+
+MISSING_MODALITY = "missing_modality"
+MISSING_MODALITY_AS_ZEROS = "missing_modality_as_zeros"
+"""Names of a study's files, without their endings."""
+
+_REPORT_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_REPORT_DRAWS = 3
+
+
+def drop_modalities(
+    features: DialogueFeatures,
+    drop_speech: float,
+    drop_text: float,
+    seed: int,
+    *,
+    zero_fill_values: Mapping[str, np.ndarray | float] | None = None,
+) -> DialogueFeatures:
+    """Drops the speech and the text of random utterances independently.
+
+    Args:
+      features: Features of a split.
+      drop_speech: Probability that an utterance loses its speech.
+      drop_text: Probability that an utterance loses its text.
+      seed: Seed of the draw.
+      zero_fill_values: By modality, the vector [D] or number that replaces a dropped one. By default
+        a dropped modality is flagged as missing; with replacements it is not.
+    """
+    draw = np.random.default_rng(seed).random((2, len(features.label)))
+    changes = {}
+    for modality, row, rate in zip(MODALITIES, draw, (drop_speech, drop_text), strict=True):
+        if zero_fill_values is None:
+            name = f"{modality}_present"
+            changes[name] = getattr(features, name) & (row >= rate)
+        else:
+            vectors = getattr(features, modality)
+            filled = np.where((row < rate)[:, None], zero_fill_values[modality], vectors)
+            changes[modality] = filled.astype(vectors.dtype)
+    return dataclasses.replace(features, **changes)
+
+
+def missing_modality_study(
+    workdir: epath.PathLike,
+    split: str,
+    *,
+    drop_speech: Sequence[float] = (0.0,),
+    drop_text: Sequence[float] = (0.0,),
+    as_zeros: bool = False,
+    draws: int = 5,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    output: epath.PathLike | None = None,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Scores a split with modalities missing at given rates.
+
+    The rates of the two modalities are paired; a single rate is paired with all rates of the other.
+    Writes `missing_modality.json` and `.png`, or `missing_modality_as_zeros` with `as_zeros`.
+
+    Args:
+      workdir: Work directory of a training.
+      split: Split of the dataset.
+      drop_speech: Probabilities that an utterance loses its speech.
+      drop_text: Probabilities that an utterance loses its text.
+      as_zeros: Whether the model reads zeros for what is dropped without a flag, as in the paper's
+        study. By default a dropped modality is flagged as missing.
+      draws: Number of random draws for each pair of rates.
+      dataset: Another dataset than the training's.
+      data_dir: Directory of the dataset.
+      output: Folder of the files; the work directory by default.
+      quiet: Whether to show no progress.
+
+    Returns:
+      For each pair of rates "drop_speech", "drop_text", "weighted_f1" (mean of the draws) and
+      "deviation".
+
+    Raises:
+      InputError: A rate is outside [0, 1], or the lists cannot be paired.
+    """
+    pairs = _pair_rates(drop_speech, drop_text)
+    predictor = Predictor(workdir, data_dir)
+    features = predictor.task.features(split, dataset)
+    if not isinstance(features, DialogueFeatures):
+        raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
+    zero_fill_values = predictor.task.zero_fill_values() if as_zeros else None
+    study = _run_study(predictor, features, pairs, draws, zero_fill_values, quiet=quiet)
+    if jax.process_index() == 0:
+        output = epath.Path(workdir if output is None else output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_study(study, output, MISSING_MODALITY_AS_ZEROS if as_zeros else MISSING_MODALITY)
+    return study["points"]
+
+
+def study_for_report(
+    predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
+) -> dict[str, Any] | None:
+    """Returns the study of a report: the one in `output` if it is of these predictions, or a new one.
+
+    Args:
+      predictor: Predictor of the evaluated work directory.
+      features: Features of the evaluated split.
+      output: Folder of the report.
+      quiet: Whether to show no progress.
+
+    Returns:
+      The study, or None if the split does not have both modalities.
+    """
+    path = output / f"{MISSING_MODALITY}.json"
+    study = read_json(path) if path.exists() else {}
+    identity = _study_identity(predictor, features)
+    if all(study.get(name) == value for name, value in identity.items()):
+        return study
+    has_both = (
+        isinstance(features, DialogueFeatures)
+        and features.speech_present.any()
+        and features.text_present.any()
+    )
+    if not has_both:
+        return None
+    pairs = [(rate, 0.0) for rate in _REPORT_RATES] + [(0.0, rate) for rate in _REPORT_RATES]
+    return _run_study(predictor, features, pairs, _REPORT_DRAWS, quiet=quiet)
+
+
+def write_study(study: Mapping[str, Any], output: epath.Path, name: str = MISSING_MODALITY) -> None:
+    """Writes a study as JSON and as a figure."""
+    write_json(output / f"{name}.json", study)
+    figures.plot_missing_modality(study["points"], study["complete"], output / f"{name}.png")
+
+
+def _pair_rates(
+    drop_speech: Sequence[float], drop_text: Sequence[float]
+) -> list[tuple[float, float]]:
+    count = max(len(drop_speech), len(drop_text))
+    columns = []
+    for name, rates in (("drop_speech", drop_speech), ("drop_text", drop_text)):
+        if len(rates) not in (1, count):
+            raise InputError(f"{name} has {len(rates)} rates; allowed are 1 or {count}")
+        if any(not 0 <= rate <= 1 for rate in rates):
+            raise InputError(f"{name}={list(rates)}; allowed are 0 <= rate <= 1")
+        columns.append(list(rates) * (count if len(rates) == 1 else 1))
+    return list(zip(*columns, strict=True))
+
+
+def _run_study(
+    predictor: Predictor,
+    features: DialogueFeatures,
+    pairs: Sequence[tuple[float, float]],
+    draws: int,
+    zero_fill_values: Mapping[str, np.ndarray | float] | None = None,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Returns the content of `missing_modality.json` for pairs of rates of speech and text.
+
+    Each seed is scored alone; means and deviations are over draws and seeds.
+    """
+
+    def weighted_f1_per_seed(seen: DialogueFeatures) -> list[float]:
+        per_seed = predictor.predict_per_seed(seen, quiet=True)
+        return [score_predictions(seen, predictions)["weighted_f1"] for predictions in per_seed]
+
+    complete = mean_and_deviation(weighted_f1_per_seed(features))[0]
+    points = []
+    with ProgressReporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
+        for speech_rate, text_rate in pairs:
+            values: list[float] = []
+            for draw in range(draws):
+                values += weighted_f1_per_seed(
+                    drop_modalities(
+                        features, speech_rate, text_rate, draw, zero_fill_values=zero_fill_values
+                    )
+                )
+                reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
+            mean, deviation = mean_and_deviation(values)
+            points.append(
+                {
+                    "drop_speech": speech_rate,
+                    "drop_text": text_rate,
+                    "weighted_f1": mean,
+                    "deviation": deviation,
+                }
+            )
+    return {**_study_identity(predictor, features), "complete": complete, "points": points}
+
+
+def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
+    """Returns what identifies the predictions a study is about."""
+    return {
+        "dataset": features.name,
+        "split": features.split,
+        "checkpoint": predictor.progress,
+    }

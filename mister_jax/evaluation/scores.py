@@ -1,0 +1,59 @@
+"""Scores of predictions against labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mister_jax import metrics
+from mister_jax.data import DialogueFeatures
+from mister_jax.inference.predictor import Predictions
+from mister_jax.models import EXPERTS
+
+
+def score_predictions(features: DialogueFeatures, predictions: Predictions) -> dict[str, Any]:
+    """Computes the scores of predictions, and those of each expert.
+
+    Args:
+      features: Features with labels.
+      predictions: Arrays of a `Predictor`.
+
+    Returns:
+      `metrics.scores` with "confusion", "calibration_error", and for MiSTER-E "mean_gate" and
+      "experts". "sentiment" is added if the utterances have scores and the classes are negative and
+      positive (see `metrics.positive_class`).
+    """
+    num_classes = len(features.class_names)
+    labeled = features.label >= 0
+
+    def confusion(choices: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        cells = features.label[counted] * num_classes + choices[counted]
+        return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+    predicted = predictions["probabilities"].argmax(-1)
+    counts = confusion(predicted, labeled)
+    scores = metrics.scores(counts, features.class_names)
+    scores["confusion"] = counts.tolist()
+    confidence = predictions["probabilities"][labeled].max(-1)
+    calibration = metrics.calibration(confidence, (predicted == features.label)[labeled])
+    scores["calibration_error"] = calibration["error"]
+    if "gate" in predictions:
+        scores["mean_gate"], scores["experts"] = {}, {}
+        for index, name in enumerate(EXPERTS):
+            present = labeled & predictions["expert_present"][:, index]
+            if present.any():
+                choices = predictions["expert_probabilities"][:, index].argmax(-1)
+                expert_scores = metrics.scores(confusion(choices, present), features.class_names)
+                scores["experts"][name] = {
+                    key: expert_scores[key] for key in ("weighted_f1", "utterances")
+                }
+                scores["mean_gate"][name] = float(predictions["gate"][labeled, index].mean())
+    positive_class = metrics.positive_class(features.class_names)
+    if features.score is not None and positive_class is not None:
+        scores["sentiment"] = metrics.binary_sentiment(
+            np.where(labeled, features.score, np.nan), predicted == positive_class
+        )
+    if "reference_scores" in features.metadata:
+        scores["reference_scores"] = features.metadata["reference_scores"]
+    return scores

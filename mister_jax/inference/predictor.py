@@ -1,0 +1,205 @@
+"""Loads the best parameters of a work directory and predicts features in batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mister_jax import multi_seed
+from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.console import ProgressReporter
+from mister_jax.data import DialogueFeatures, prefetch_to_device
+from mister_jax.errors import InputError
+from mister_jax.models import EXPERTS
+from mister_jax.nn.state import split_params
+from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh, shardings
+from mister_jax.tasks import config_seeds, task_class
+from mister_jax.workdir import read_config, read_model_description
+
+Predictions = dict[str, np.ndarray]
+
+_OOM_HINT = "devices with more memory, or more of them"
+
+
+class Predictor:
+    """The model of a work directory with its best parameters, on all devices.
+
+    With several seeds, predictions are those of their ensemble, see `multi_seed.ensemble`.
+
+    Args:
+      workdir: Work directory of a training.
+      data_dir: Directory of the datasets; by default that of the training.
+
+    Raises:
+      InputError: The directory is not a work directory or has no best checkpoint, or the parameters
+        do not fit in the devices' memory.
+    """
+
+    def __init__(self, workdir: epath.PathLike, data_dir: str | None = None):
+        workdir = epath.Path(workdir)
+        config = read_config(workdir)
+        if data_dir:
+            config.data.data_dir = data_dir
+        self.data_dir: str | None = config.data.data_dir or None
+        description = read_model_description(workdir)
+        try:
+            self.task = task_class(config).restore(config, description)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{workdir / 'model.json'}: damaged ({error!r}); needed: that of a training"
+            ) from error
+        self.seeds = config_seeds(config)
+        self.partitioner = JitPartitioner(data_mesh(), self.task.sharding_rules)
+        self._params, self.progress = self._load_params(workdir, config.seed)
+
+        def predict(params, batch, _axis_name):
+            return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
+
+        self._predict = self.partitioner.compile_eval(predict)
+
+    def _load_params(self, workdir: epath.Path, seed: int) -> tuple[list[Any], dict[str, Any]]:
+        """Returns the parameters of each seed, and the progress saved with them."""
+        abstract_model = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
+        self._graph, params, frozen = split_params(abstract_model, self.task.trainable)
+        params = multi_seed.stacked_shapes(params, len(self.seeds))
+        like = jax.tree.map(
+            lambda value, sharding: jax.ShapeDtypeStruct(
+                value.shape, value.dtype, sharding=sharding
+            ),
+            params,
+            shardings(params, self.partitioner.mesh, self.task.sharding_rules),
+        )
+        work = f"the model's parameters on {jax.device_count()} devices"
+        explain = functools.partial(explain_oom, str(workdir), work, _OOM_HINT)
+        with Checkpoints(workdir, read_only=True) as checkpoints, explain():
+            restored = checkpoints.restore(BEST, like)
+        if restored is None:
+            raise InputError(
+                f"{workdir}: no best checkpoint yet; train until the end of the first epoch"
+            )
+        params, progress = restored
+        if jax.tree.leaves(frozen):  # Checkpoints hold no frozen parameters.
+            with explain():
+                model = self.task.load(jax.random.key(seed), self.partitioner)
+                frozen = self.partitioner.put_state(split_params(model, self.task.trainable)[2])
+        per_seed = multi_seed.unstack_seeds(params, len(self.seeds))
+        return [{"trained": trained, "frozen": frozen} for trained in per_seed], progress
+
+    def _merge(self, params: Mapping[str, Any]) -> Any:
+        return nnx.merge(self._graph, params["trained"], params["frozen"])
+
+    def models(self) -> list[Any]:
+        """Returns the model of each seed with its best parameters."""
+        return [self._merge(params) for params in self._params]
+
+    def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Returns the task's predictions for a placed batch, and its "row"."""
+        return multi_seed.ensemble(self.predict_batch_per_seed(batch))
+
+    def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
+        """Returns `predict_batch` of each seed."""
+        return [self._predict(params, batch) for params in self._params]
+
+    def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
+        """Predicts every utterance of a split.
+
+        Args:
+          features: N utterances.
+          quiet: Whether to show no progress.
+
+        Returns:
+          Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
+          "expert_probabilities" [N, E, C], "expert_present" [N, E].
+        """
+        return multi_seed.ensemble(self.predict_per_seed(features, quiet=quiet))
+
+    def predict_per_seed(
+        self, features: DialogueFeatures, *, quiet: bool = False
+    ) -> list[Predictions]:
+        """Returns the predictions of each seed for every utterance of a split."""
+        split = self.task.batched(features, num_shards=self.partitioner.num_shards)
+        return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
+
+    def predict_batches(
+        self,
+        batches: Iterable[dict[str, np.ndarray]],
+        num_batches: int,
+        features: DialogueFeatures,
+        *,
+        quiet: bool = False,
+    ) -> Predictions:
+        """Predicts every utterance of a split from batches that the caller has prepared."""
+        per_seed = self._predict_batches(batches, num_batches, features, quiet=quiet)
+        return multi_seed.ensemble(per_seed)
+
+    def _predict_batches(
+        self,
+        batches: Iterable[dict[str, np.ndarray]],
+        num_batches: int,
+        features: DialogueFeatures,
+        *,
+        quiet: bool,
+    ) -> list[Predictions]:
+        predictions: list[Predictions] = [{} for _ in self.seeds]
+        explain = explain_oom("prediction", f"batches on {jax.device_count()} devices", _OOM_HINT)
+        with explain, ProgressReporter(num_batches, unit="batches", quiet=quiet) as reporter:
+            for batch in prefetch_to_device(batches, self.partitioner.put_batch):
+                outputs_per_seed = jax.device_get(self.predict_batch_per_seed(batch))
+                for seed_predictions, outputs in zip(predictions, outputs_per_seed, strict=True):
+                    _scatter(outputs, features, seed_predictions)
+                reporter.advance("predicting")
+        return predictions
+
+
+def _scatter(
+    outputs: dict[str, np.ndarray], features: DialogueFeatures, predictions: Predictions
+) -> None:
+    """Copies the outputs of a batch [B, T, ...] to their utterances [N, ...]."""
+    rows = outputs.pop("row")  # Rows of all processes.
+    for name, values in outputs.items():
+        if name not in predictions:
+            shape = (len(features.label), *values.shape[2:])
+            predictions[name] = np.zeros(shape, values.dtype)
+        for row, value in zip(rows, values, strict=True):
+            if row >= 0:
+                start, length = features.offsets[row], features.lengths[row]
+                predictions[name][start : start + length] = value[:length]
+
+
+def prediction_rows(class_names: Sequence[str], predictions: Predictions) -> Iterator[dict]:
+    """Yields the prediction of each utterance as JSON values.
+
+    Args:
+      class_names: Names of the classes.
+      predictions: Arrays of a `Predictor`.
+
+    Yields:
+      "predicted", and "probabilities" by class. For MiSTER-E also "gate" by expert, and "experts":
+      the prediction of each expert, None if the utterance lacks the expert's modality.
+    """
+    for index, probabilities in enumerate(predictions["probabilities"]):
+        row: dict[str, Any] = {
+            "predicted": class_names[probabilities.argmax()],
+            "probabilities": _round(class_names, probabilities),
+        }
+        if "gate" in predictions:
+            present = predictions["expert_present"][index]
+            choices = predictions["expert_probabilities"][index].argmax(-1)
+            row["gate"] = _round(EXPERTS, predictions["gate"][index])
+            row["experts"] = {
+                name: class_names[choice] if is_present else None
+                for name, choice, is_present in zip(EXPERTS, choices, present, strict=True)
+            }
+        yield row
+
+
+def _round(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}

@@ -1,0 +1,81 @@
+"""From `ml_collections` configs to frozen dataclasses and back; no other layer uses `ConfigDict`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict, config_dict
+
+from mister_jax.errors import InputError
+
+Dataclass = TypeVar("Dataclass")
+
+
+def dataclass_from_config(
+    cls: type[Dataclass], config: ConfigDict, where: str, **other_fields: Any
+) -> Dataclass:
+    """Creates a dataclass from a section of the config.
+
+    Args:
+      cls: Dataclass.
+      config: Section with some or all fields of the dataclass.
+      where: Name of the section, for errors.
+      **other_fields: Fields that do not come from the config.
+
+    Raises:
+      InputError: The section has an unknown field or a value that the dataclass rejects.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+    allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(other_fields))  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    try:
+        return cls(**fields, **other_fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def config_from_dataclass(
+    cls: type[Any], *, without: Sequence[str] = (), **changes: Any
+) -> ConfigDict:
+    """Creates a section of the config with every field of a dataclass, so that flags can set them.
+
+    Args:
+      cls: Dataclass.
+      without: Fields to leave out.
+      **changes: Values that replace the defaults.
+    """
+    config = ConfigDict()
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        value = changes.pop(field.name, field.default)
+        config[field.name] = config_dict.placeholder(str) if value is None else value
+    if changes:
+        raise TypeError(f"{cls.__name__} has no {', '.join(changes)}")
+    return config
+
+
+def config_seeds(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the seeds that one training trains in one program.
+
+    They are `config.num_seeds` consecutive seeds from `config.seed`. The seeds differ in initial
+    parameters and dropout and share the order of batches, which `config.data.seed` determines (by
+    default `config.seed`). Training one of them alone with the same `config.data.seed` gives the
+    same parameters.
+
+    Raises:
+      InputError: The number of seeds is less than 1, or more than 1 for a task that trains one.
+    """
+    count = config.get("num_seeds", 1)
+    if count < 1:
+        raise InputError(f"config.num_seeds={count}; allowed: 1 or more")
+    if count > 1 and config.task != "fusion":
+        raise InputError(
+            f"config.num_seeds={count}; allowed for the task {config.task} is 1: train an encoder "
+            "once for each seed, each in a workdir of its own"
+        )
+    return tuple(range(config.seed, config.seed + count))

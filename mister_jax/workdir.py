@@ -1,0 +1,160 @@
+"""The work directory of a training: its config, model description, data fingerprint and versions.
+
+A work directory belongs to one experiment. A run that resumes in it must have the same config and
+the same data. Everything here is written by the training and read by the later stages.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+import mister_jax
+from mister_jax.console import parameter_table
+from mister_jax.errors import InputError
+from mister_jax.io import read_json, write_json, write_text
+
+FORMAT = 2
+"""Version of the work directory's format; a change of config or parameter names increments it."""
+
+_CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
+# Fields that a resumed run may change, because they do not affect the parameters.
+_MUTABLE_ON_RESUME = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+
+
+def config_path(workdir: epath.PathLike) -> epath.Path:
+    """Returns the path of the config, the last file written when a work directory is created."""
+    return epath.Path(workdir) / _CONFIG
+
+
+def write_description(
+    workdir: epath.PathLike,
+    config: ConfigDict,
+    model: Mapping[str, Any],
+    params: Any,
+    data: Mapping[str, Any],
+) -> None:
+    """Writes the config, model description, parameter table, data fingerprint and versions.
+
+    Args:
+      workdir: Work directory; created if missing.
+      config: Config of the experiment.
+      model: `description()` of the task.
+      params: Parameters of one seed.
+      data: Fingerprint of each split, and the training split's "steps_per_epoch".
+    """
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    versions = {
+        "mister_jax": mister_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+    }
+    write_json(workdir / _VERSIONS, versions)
+    write_text(workdir / "parameters.txt", parameter_table(params))
+    write_json(workdir / _MODEL, {"format": FORMAT, **model})
+    write_json(workdir / _DATA, data)
+    # Last, so that a work directory with a config is complete.
+    write_json(config_path(workdir), _to_json(config))
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """Reads the config of a work directory.
+
+    Raises:
+      InputError: The work directory has no config or a damaged one.
+    """
+    path = config_path(workdir)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; the workdir must be one that training has made")
+    try:
+        return ConfigDict(read_json(path))
+    except InputError:
+        raise
+    except ValueError as error:  # Such as a dot in a field's name.
+        raise InputError(f"{path}: not a readable config ({error})") from error
+
+
+def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
+    """Reads the model description of a work directory.
+
+    Raises:
+      InputError: The description is missing or damaged, or its format is older than `FORMAT`.
+    """
+    description = read_json(epath.Path(workdir) / _MODEL)
+    if description.get("format") != FORMAT:
+        raise InputError(
+            f"{workdir}: written by another version of mister_jax; train it again, or use the "
+            f"version in its {_VERSIONS}"
+        )
+    return description
+
+
+def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Raises InputError if the work directory belongs to another experiment or an older version."""
+    if not config_path(workdir).exists():
+        return
+    read_model_description(workdir)
+    changes = _list_changes(_to_json(read_config(workdir)), _to_json(config))
+    if changes:
+        raise InputError(
+            f"{workdir}: made with another config ({changes}); use its config, or another workdir"
+        )
+
+
+def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:
+    """Checks that the data are those the work directory was made with.
+
+    Args:
+      data: Fingerprints of the splits, as given to `write_description`.
+      dataset: Name of the dataset, for the error.
+      workdir: Work directory of the training.
+
+    Raises:
+      InputError: The data have changed.
+    """
+    path = epath.Path(workdir) / _DATA
+    if not config_path(workdir).exists() or not path.exists():
+        return
+    changes = _list_changes(read_json(path), data)
+    if changes:
+        raise InputError(
+            f"{workdir}: made with other data than dataset {dataset} has now ({changes}); use the "
+            "data it was made with, or another workdir"
+        )
+
+
+def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Lists the values that differ, except those a resumed run may change."""
+    old, new = _flatten(old), _flatten(new)
+    return ", ".join(
+        f"{name} {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(_MUTABLE_ON_RESUME)
+    )
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of nested mappings under dotted names."""
+    pairs = jax.tree_util.tree_flatten_with_path(
+        values, is_leaf=lambda value: not isinstance(value, dict)
+    )[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in pairs}
+
+
+def _to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as it reads back from JSON, with lists for tuples."""
+    values: dict[str, Any] = json.loads(config.to_json_best_effort())
+    return values
