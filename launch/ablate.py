@@ -13,7 +13,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from configs.fusion import STUDY, VARIANTS
-from launch import TERMINATED, cluster, given_config, run
+from launch import TERMINATED, given_config, run
+from mister_jax.cli.cluster import distributed
 from mister_jax.errors import InputError
 from mister_jax.evaluation.ablation import Variant, run_ablation
 
@@ -47,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(cluster.member(main, saves_on_sigterm=True))
+    run(distributed(main, saves_on_sigterm=True))

@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from launch import TERMINATED, cluster, given_config, run
+from launch import TERMINATED, given_config, run
+from mister_jax.cli.cluster import distributed
 from mister_jax.console import score_table
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
@@ -35,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(cluster.member(main, saves_on_sigterm=True))
+    run(distributed(main, saves_on_sigterm=True))
