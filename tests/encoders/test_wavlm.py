@@ -202,21 +202,21 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "whisper"}, "allowed are wav2vec2, hubert, wavlm"),
+        ({"model_type": "whisper"}, "allowed: wav2vec2, hubert, wavlm"),
         ({"hidden_act": "relu"}, "hidden_act='relu'; allowed: 'gelu'"),
         ({"add_adapter": True}, "add_adapter=True; allowed: False"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True; allowed: False"),
         ({"hidden_size": "8"}, "hidden_size='8'"),
         ({"do_normalize": "false"}, "do_normalize='false'; allowed: true or false"),
         ({"do_stable_layer_norm": 1}, "do_stable_layer_norm=1"),
-        ({"conv_stride": [5, 2]}, "must be as many of each"),
+        ({"conv_stride": [5, 2]}, "allowed: equally many positive sizes"),
         ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),
-        ({"feat_extract_norm": "batch"}, "allowed are 'group' and 'layer'"),
-        ({"num_attention_heads": 3}, "num_heads=3: must divide hidden_size=8"),
-        ({"num_conv_pos_embedding_groups": 0}, "position_groups=0: must be at least 1"),
+        ({"feat_extract_norm": "batch"}, "allowed: 'group' and 'layer'"),
+        ({"num_attention_heads": 3}, "num_heads=3; allowed: divisors of hidden_size=8"),
+        ({"num_conv_pos_embedding_groups": 0}, "position_groups=0; allowed: at least 1"),
         ({"hidden_dropout": 2.0}, "WavLMConfig.dropout=2.0; allowed: 0 <= rate < 1"),
         ({"feat_proj_dropout": -0.1}, "projection_dropout=-0.1; allowed: 0 <= rate < 1"),
-        ({"num_buckets": 18}, "num_buckets=18: must be a multiple of 4"),
+        ({"num_buckets": 18}, "num_buckets=18; allowed: multiples of 4"),
     ],
 )
 def test_bad_configs_are_named(change, reason):
