@@ -23,8 +23,8 @@ LAYERS = (
     ("tasks",),
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
-    ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics"),
-    ("errors", "parallel", "optim", "checkpoint", "io", "console", "outputs"),
+    ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics", "console"),
+    ("errors", "parallel", "optim", "checkpoint", "io", "outputs"),
     ("nn",),
 )
 RANK = {part: rank for rank, parts in enumerate(reversed(LAYERS)) for part in parts}
