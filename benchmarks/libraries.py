@@ -111,13 +111,13 @@ class Torch:
             )
         import torch
 
-        from mister_jax.convert import torch_reference
+        from tests.reference import torch_mister_e
 
-        self._torch, self._reference = torch, torch_reference
+        self._torch, self._reference = torch, torch_mister_e
         torch.backends.cuda.matmul.allow_tf32 = config.precision == "default"
         torch.backends.cudnn.allow_tf32 = config.precision == "default"
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = torch_reference.TorchMisterE(config.model).to(self._device)
+        self._model = torch_mister_e.TorchMisterE(config.model).to(self._device)
         self._optimizer = torch.optim.Adam(
             self._model.parameters(), lr=OptimizerConfig().learning_rate
         )

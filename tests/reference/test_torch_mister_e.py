@@ -1,4 +1,4 @@
-"""Our PyTorch statement of stage 2 gives the official model's numbers, and so do ours in JAX."""
+"""The PyTorch reference of stage 2 against the outputs and gradients of the official code."""
 
 import json
 
@@ -22,9 +22,9 @@ PARTS = {
 @pytest.fixture(scope="module")
 def reference():
     pytest.importorskip("torch")
-    from mister_jax.convert import torch_reference
+    from tests.reference import torch_mister_e
 
-    return torch_reference
+    return torch_mister_e
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def model(reference, golden):
 @pytest.mark.parametrize(
     "group, rows, length", [("out", slice(None), 11), ("short", slice(1, 2), 7)]
 )
-def test_outputs_and_losses_are_the_official_ones(reference, model, golden, group, rows, length):
+def test_outputs_and_losses_equal_the_official_code(reference, model, golden, group, rows, length):
     import torch
 
     speech, text, label = (
@@ -58,7 +58,7 @@ def test_outputs_and_losses_are_the_official_ones(reference, model, golden, grou
     with torch.no_grad():
         output = model(speech, text)
         total, parts = reference.loss(output, label.long())
-    found = {
+    outputs = {
         "mixture_logits": output.logits,
         "speech_logits": output.expert_logits[:, :, 0],
         "text_logits": output.expert_logits[:, :, 1],
@@ -69,15 +69,17 @@ def test_outputs_and_losses_are_the_official_ones(reference, model, golden, grou
         "fusion_speech_repr": output.speech_repr,
         "fusion_text_repr": output.text_repr,
     }
-    for name, value in found.items():
+    for name, value in outputs.items():
         np.testing.assert_allclose(value, golden[group][name], rtol=1e-5, atol=1e-5, err_msg=name)
     expected = golden["loss" if group == "out" else "short_loss"]
-    for ours, theirs in PARTS.items():
-        np.testing.assert_allclose(parts[ours], expected[theirs], rtol=1e-5, err_msg=theirs)
+    for part, official_name in PARTS.items():
+        np.testing.assert_allclose(
+            parts[part], expected[official_name], rtol=1e-5, err_msg=official_name
+        )
     np.testing.assert_allclose(total, expected["total"], rtol=1e-5)
 
 
-def test_gradients_are_the_official_ones(reference, model, golden):
+def test_gradients_equal_the_official_code(reference, model, golden):
     import torch
 
     speech, text, label = (
@@ -86,7 +88,7 @@ def test_gradients_are_the_official_ones(reference, model, golden):
     model.zero_grad()
     total, _ = reference.loss(model(speech, text), label.long())
     total.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert golden["grad"].keys() <= found.keys()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert golden["grad"].keys() <= gradients.keys()
     for name, expected in golden["grad"].items():
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(gradients[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
