@@ -24,8 +24,12 @@ from mister_jax.data.manifest import reader
 from mister_jax.data.manifest.fields import Fields
 from mister_jax.errors import InputError
 from mister_jax.extract import ENCODER_PARTS
+from mister_jax.inference.prediction_files import (
+    FORMATS,
+    check_predictions_path,
+    write_predictions,
+)
 from mister_jax.inference.recognizer import is_unusable, load, summarize_notes
-from mister_jax.outputs import FORMATS, check_output, write_rows
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "of a training of MiSTER-E")
 _MANIFEST = flags.DEFINE_string("manifest", None, "a .jsonl or .csv file, see launch.prepare")
@@ -56,7 +60,7 @@ def main() -> int:
     turns = [turn for _, turn in corpus.utterances()]
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
     if _OUTPUT.value:
-        check_output(_OUTPUT.value)
+        check_predictions_path(_OUTPUT.value)
     elif len(dialogues) > 1:
         raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
     system = load(
@@ -81,7 +85,7 @@ def main() -> int:
     for note in corpus.notes:
         console.print(f"note: {note}")
     if _OUTPUT.value:
-        write_rows(_OUTPUT.value, _rows(corpus, predicted))
+        write_predictions(_OUTPUT.value, _rows(corpus, predicted))
         console.print(
             f"written to {_OUTPUT.value}: utterances {len(turns)}, dialogues {len(dialogues)}"
         )

@@ -1,4 +1,4 @@
-"""Files of predictions, written in the format that the file's ending names."""
+"""Writes predictions to JSON Lines or CSV files."""
 
 from __future__ import annotations
 
@@ -16,43 +16,44 @@ from mister_jax.io import write_text
 Row = Mapping[str, Any]
 
 
-def write_rows(path: epath.PathLike, rows: Sequence[Row]) -> None:
-    """Writes one row per utterance; the file appears whole or not at all.
+def write_predictions(path: epath.PathLike, rows: Sequence[Row]) -> None:
+    """Writes one row per utterance, atomically, in the format of the path's extension.
 
     Args:
-      path: A file whose ending is one of `FORMATS`. In a CSV file nested values have columns of
-        their own, such as `probabilities.anger`, and lists are joined by semicolons.
-      rows: JSON values by name.
+      path: Path whose extension is one of `FORMATS`. In a CSV file, nested values have their own
+        columns, such as `probabilities.anger`, and lists are joined by semicolons.
+      rows: JSON objects.
 
     Raises:
-      InputError: See `check_output`.
+      InputError: See `check_predictions_path`.
     """
-    check_output(path)
+    check_predictions_path(path)
     write_text(path, FORMATS[epath.Path(path).suffix](rows))
 
 
-def check_output(path: epath.PathLike) -> None:
+def check_predictions_path(path: epath.PathLike) -> None:
     """Checks that predictions can be written to a path.
 
     Raises:
-      InputError: The ending is not one of `FORMATS`, or the path is no file in a folder that
-        exists.
+      InputError: The extension is not one of `FORMATS`, the path is a folder, or its parent folder
+        does not exist.
     """
     path = epath.Path(path)
     if path.suffix not in FORMATS:
         raise InputError(
-            f"{path}: {path.suffix or 'no ending'}; allowed for an output: {', '.join(FORMATS)}"
+            f"{path}: output with extension {path.suffix or '(none)'}; allowed: "
+            f"{', '.join(FORMATS)}"
         )
     absolute = path.absolute()
     if absolute.is_dir() or not absolute.parent.is_dir():
-        raise InputError(f"{path}; needed: a file, in a folder that exists")
+        raise InputError(f"{path}; needed: a file in an existing folder")
 
 
-def _jsonl(rows: Sequence[Row]) -> str:
+def _to_json_lines(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _to_csv(rows: Sequence[Row]) -> str:
     flat_rows = [_flatten(row) for row in rows]
     columns = dict.fromkeys(column for row in flat_rows for column in row)
     file = io.StringIO(newline="")
@@ -63,7 +64,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _flatten(row: Row, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings under dotted names."""
+    """Returns the values of nested mappings under dotted names, and lists as strings."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -73,5 +74,5 @@ def _flatten(row: Row, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _jsonl, ".csv": _csv}
-"""Writers by the ending of a file."""
+FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}
+"""Formatter of each file extension."""
