@@ -89,7 +89,7 @@ WRONG_USES = {
     ),
     "predict --workdir=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
     "predict --workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
-    "predict --workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": "needed: a file, in a folder",
+    "predict --workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": "needed: a file in an existing folder",
     "extract --workdir=DIR": "--output is needed: a name for the dataset of features",
     "extract --workdir=DIR --output=x --dataset=d --max_seconds=1 --trim=false --prompt=hello": (
         "--max_seconds, --trim, --prompt: with --encoder alone; a tuned one is used as it was"
