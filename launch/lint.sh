@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format and types, in one command. With --fix, mends what can be mended by itself.
+# Checks lint, format, types and shell scripts. With --fix, fixes what ruff can fix first.
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" test
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs the checks and tests. With --parity then also those that need PyTorch
-# (comparison) and libtpu (compiling for TPUs). Further arguments go to pytest.
+# Installs the project into .venv and runs lint and tests. With --parity, also runs the tests that
+# compare with PyTorch or compile for TPUs. Passes all other arguments to pytest.
 extras="test"
 arguments=()
 for argument in "$@"; do

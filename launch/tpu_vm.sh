@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Runs a command on every worker of a Cloud TPU slice until it is done, through preemptions.
+# Runs a command on all workers of a Cloud TPU slice until it finishes, across preemptions.
 #
 #   launch/tpu_vm.sh --name=NAME --zone=ZONE --accelerator=TYPE --runtime=VERSION [OPTION...] -- COMMAND...
 #   launch/tpu_vm.sh --name=NAME --zone=ZONE --delete
 #
-# for example (versions of the runtime: cloud.google.com/tpu/docs/runtimes)
+# For example (for runtime versions see cloud.google.com/tpu/docs/runtimes):
 #
 #   launch/tpu_vm.sh --name=mister --zone=us-west4-a --accelerator=v5litepod-16 \
 #     --runtime=v2-alpha-tpuv5-lite --spot -- \
 #     python -m launch.train --distributed --config=configs/fusion.py:meld_features \
 #     --config.data.data_dir=gs://BUCKET/data --workdir=gs://BUCKET/run
 #
-# It creates a queued resource, or takes the one of this name; waits for it; copies the tree to
-# every worker, installs it there, starts the command on all, and shows what worker 0 prints. When
-# the slice is taken away it is deleted, created and the same command started again, which resumes
-# from its workdir. The command runs on if this script is stopped: started again, the script shows
-# where it is. Data and workdir are to lie on gs://.
+# The script creates a queued resource, or reuses the one with this name, and waits until it is
+# active. It copies the repository to all workers, installs it, starts the command on each worker
+# and prints the output of worker 0. If the slice is preempted, the script creates it again and
+# restarts the command, which resumes from its workdir. Keep data and workdir on gs://.
 #
-# The command's status 2 (input that cannot be used) ends this script; other failures start the
-# command again, at most --max_restarts times. Needs gcloud, logged in, and git.
+# If you stop this script, the command keeps running. Start the script again to see its output.
+#
+# The script exits if the command exits with status 2 (invalid input). After any other failure it
+# restarts the command, at most --max_restarts times. Requires git, and gcloud with an account.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -39,14 +40,14 @@ usage() {
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
   echo "
 Options:
-  --project=ID           gcloud's own by default
-  --spot                 a slice that may be taken away at any time
-  --create_flag=FLAG     for gcloud compute tpus queued-resources create; may be repeated
-  --python=$python          for the workers
-  --max_restarts=$max_restarts      of a command that failed, or of a request that did
-  --poll=$poll              seconds between two looks at the state
-  --delete               the slice; after the command has ended, if one is given
-  --dry-run              print each command, run none"
+  --project=ID           Google Cloud project (default: the project configured in gcloud)
+  --spot                 request a spot slice, which can be preempted at any time
+  --create_flag=FLAG     flag for gcloud compute tpus queued-resources create; repeatable
+  --python=$python          Python version to install on the workers
+  --max_restarts=$max_restarts      maximum restarts after a failed command or request
+  --poll=$poll              seconds between two checks of the state
+  --delete               delete the slice, after the command if there is one
+  --dry-run              print every command without running it"
 }
 
 while (($#)); do
@@ -65,15 +66,15 @@ while (($#)); do
     --dry-run) dry_run=true ;;
     --help) usage && exit ;;
     --) shift && break ;;
-    *) fail "$1: unknown; see --help" ;;
+    *) fail "unknown option $1; see --help" ;;
   esac
   shift
 done
-[ -n "$name" ] && [ -n "$zone" ] || fail "--name and --zone are needed; see --help"
+[ -n "$name" ] && [ -n "$zone" ] || fail "--name and --zone are required; see --help"
 if (($#)); then
-  [ -n "$accelerator" ] && [ -n "$runtime" ] || fail "--accelerator and --runtime are needed"
+  [ -n "$accelerator" ] && [ -n "$runtime" ] || fail "--accelerator and --runtime are required"
 elif ! "$delete"; then
-  fail "no command; it comes after --, see --help"
+  fail "no command; pass it after --, see --help"
 fi
 
 place=(--zone="$zone")
@@ -82,9 +83,9 @@ place=(--zone="$zone")
 archive="${TMPDIR:-/tmp}/mister_jax.$$.tar.gz"
 trap 'rm -f "$archive"' EXIT
 
-exec 3>&1 # where --dry-run prints, also from within $(...)
+exec 3>&1 # --dry-run prints here, also from within $(...).
 
-# Runs a command, or prints it.
+# Runs a command, or prints it with --dry-run.
 run() {
   if "$dry_run"; then
     printf '%q ' "$@" >&3
@@ -94,11 +95,11 @@ run() {
   fi
 }
 
-tell() {
+log() {
   echo "$(date +%T) $1" >&2
 }
 
-# With --dry-run all goes well, and these say how far it has come.
+# What state() and status() print with --dry-run, where every command succeeds.
 dry_state=""
 dry_status=""
 
@@ -119,7 +120,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
-# Runs a command of tpu_worker.sh on the workers $1 (a number or "all").
+# Runs a task of tpu_worker.sh on worker $1, a number or "all".
 on_workers() {
   local workers="$1" command
   shift
@@ -128,7 +129,7 @@ on_workers() {
     --command="$command"
 }
 
-# What worker 0 says of the command: its exit status, "running", or nothing if it has none.
+# Prints the exit status of the command on worker 0, "running", or nothing without a command.
 status() {
   on_workers 0 status 2>/dev/null | tail -n 1
   if "$dry_run"; then echo "$dry_status"; fi
@@ -137,21 +138,21 @@ status() {
 restarts=0
 count_restart() {
   ((++restarts <= max_restarts)) || return 1
-  tell "$1; restart $restarts of $max_restarts"
+  log "$1; restart $restarts of $max_restarts"
 }
 
 wait_until_active() {
-  local found last=""
+  local current previous=""
   while true; do
-    found="$(state)" || fail "$name: gcloud cannot tell its state"
-    [ "$found" = "$last" ] || tell "$name: ${found:-not there}"
-    last="$found"
-    case "$found" in
+    current="$(state)" || fail "$name: gcloud cannot read the state of the queued resource"
+    [ "$current" = "$previous" ] || log "$name: ${current:-does not exist}"
+    previous="$current"
+    case "$current" in
       ACTIVE) return ;;
-      "") create || fail "$name: gcloud cannot create it" ;;
-      SUSPENDED) delete || fail "$name: gcloud cannot delete it" ;; # preempted
+      "") create || fail "$name: gcloud cannot create the queued resource" ;;
+      SUSPENDED) delete || fail "$name: gcloud cannot delete the queued resource" ;; # preempted
       FAILED)
-        delete || fail "$name: gcloud cannot delete it"
+        delete || fail "$name: gcloud cannot delete the queued resource"
         count_restart "$name: the request failed" || fail "$name: the request failed"
         ;;
       *) run sleep "$poll" ;;
@@ -160,7 +161,7 @@ wait_until_active() {
 }
 
 install() {
-  # The files as they are, but for those that git ignores and those that were removed.
+  # The working tree without ignored and deleted files.
   run bash -c 'git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null |
     tar -czf "$0" -T -' "$archive" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name":mister_jax.tar.gz "${place[@]}" --quiet \
@@ -170,38 +171,38 @@ install() {
     on_workers all install "$python"
 }
 
-# Until the command is done; its exit status.
+# Runs the command until it finishes; returns its exit status.
 supervise() {
-  local found
+  local result
   while true; do
     wait_until_active
     if [ "$(status)" != running ]; then
-      tell "installing and starting on all workers"
+      log "installing and starting the command on all workers"
       if ! { install && on_workers all stop && on_workers all start "$@"; }; then
-        tell "a worker cannot be reached"
+        log "a worker cannot be reached"
         run sleep "$poll"
         continue
       fi
     fi
     on_workers 0 follow || true
     dry_status=0
-    found="$(status)"
-    case "$found" in
-      0 | 2) return "$found" ;;
-      "" | running) # The connection broke, or the slice is gone.
-        tell "no word from worker 0"
+    result="$(status)"
+    case "$result" in
+      0 | 2) return "$result" ;;
+      "" | running) # The connection broke, or the slice was preempted.
+        log "lost the connection to worker 0"
         run sleep "$poll"
         ;;
-      143) tell "stopped by SIGTERM" ;;
-      *) count_restart "the command ended with status $found" || return "$found" ;;
+      143) log "the command was stopped by SIGTERM" ;;
+      *) count_restart "the command exited with status $result" || return "$result" ;;
     esac
   done
 }
 
-ended=0
+exit_status=0
 if (($#)); then
-  supervise "$@" || ended=$?
-  tell "ended with status $ended"
+  supervise "$@" || exit_status=$?
+  log "the command finished with status $exit_status"
 fi
 if "$delete"; then delete; fi
-exit "$ended"
+exit "$exit_status"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh does on a worker: keeps one command running there, apart from any connection.
+# Runs one command in the background of a TPU worker. tpu_vm.sh calls it over SSH; the command
+# keeps running when the connection closes.
 #
-#   tpu_worker.sh install PYTHON_VERSION   into .venv
-#   tpu_worker.sh start COMMAND...
-#   tpu_worker.sh status                   its exit status, or "running"; nothing if there is none
-#   tpu_worker.sh follow                   shows what it prints until it has ended
-#   tpu_worker.sh stop                     SIGTERM, a minute later SIGKILL
+#   tpu_worker.sh install PYTHON_VERSION   installs the project into .venv
+#   tpu_worker.sh start COMMAND...         starts the command
+#   tpu_worker.sh status                   prints its exit status, "running", or nothing without one
+#   tpu_worker.sh follow                   prints its output until it ends
+#   tpu_worker.sh stop                     sends SIGTERM, and SIGKILL a minute later
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p .run
@@ -19,7 +20,7 @@ task="${1:-}"
 shift || true
 case "$task" in
   install)
-    # The images of TPU VMs have an older Python than this project needs.
+    # The Python of TPU VM images is too old for this project.
     python3 -m pip install --quiet --user uv
     python3 -m uv python install --quiet "$1"
     PYTHON="$(python3 -m uv python find "$1")" bash -c "source launch/install.sh tpu"
@@ -30,7 +31,8 @@ case "$task" in
     echo "$!" >.run/process
     ;;
   run)
-    # The command gets SIGTERM, too, and ends when it has saved; its status is waited for.
+    # `stop` signals the whole process group. The command saves and exits; this shell outlives
+    # SIGTERM to record the exit status.
     trap : TERM
     PYTHON=.venv/bin/python source launch/install.sh tpu
     source launch/malloc.sh
@@ -42,7 +44,7 @@ case "$task" in
     if running; then
       echo running
     elif [ -n "$process" ]; then
-      cat .run/status 2>/dev/null || echo 137 # killed before it could say
+      cat .run/status 2>/dev/null || echo 137 # SIGKILL left no status
     fi
     ;;
   follow)
@@ -59,7 +61,7 @@ case "$task" in
     fi
     ;;
   *)
-    echo "error: $task: unknown" >&2
+    echo "error: unknown task '$task'; allowed: install, start, status, follow, stop" >&2
     exit 2
     ;;
 esac

@@ -1,4 +1,4 @@
-"""The scripts for clusters, with `gcloud`, `srun` and `scontrol` played by a file of commands."""
+"""Cluster scripts, with a fake `gcloud`, `srun` and `scontrol` that answer from files."""
 
 import os
 import pathlib
@@ -13,8 +13,8 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
-# Notes its arguments, then says the next line of the file that belongs to the question.
-FAKE = r"""#!/usr/bin/env bash
+# Logs its arguments, then prints the next line of the file of answers to this kind of call.
+FAKE_COMMAND = r"""#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$FAKE/calls"
 case "$*" in
   *queued-resources\ list*) answers=states ;;
@@ -30,14 +30,17 @@ sed -i 1d "$FAKE/$answers"
 
 
 @pytest.fixture
-def fake(tmp_path):
-    """Puts commands on the path, with what they are to answer; "-" is an empty line."""
+def fake_commands(tmp_path):
+    """Returns a function that writes fake commands and their answers to a folder.
+
+    An answer "-" stands for an empty line.
+    """
     folder = tmp_path / "fake"
     folder.mkdir()
 
     def make(commands=("gcloud",), **answers):
         for name in commands:
-            (folder / name).write_text(FAKE)
+            (folder / name).write_text(FAKE_COMMAND)
             (folder / name).chmod(0o755)
         for name, lines in answers.items():
             (folder / name).write_text("".join(f"{line}\n" for line in lines))
@@ -46,30 +49,31 @@ def fake(tmp_path):
     return make
 
 
-def run(script, *arguments, fake, **environment):
-    path = f"{fake}:{os.environ['PATH']}"
-    done = subprocess.run(
+def run(script, *arguments, folder, **environment):
+    """Runs a script with the fake commands in a folder; returns its result and their calls."""
+    path = f"{folder}:{os.environ['PATH']}"
+    result = subprocess.run(
         ["bash", str(script), *arguments],
-        env={**os.environ, "PATH": path, "FAKE": str(fake), **environment},
+        env={**os.environ, "PATH": path, "FAKE": str(folder), **environment},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    calls = fake / "calls"
-    return done, calls.read_text().splitlines() if calls.exists() else []
+    calls = folder / "calls"
+    return result, calls.read_text().splitlines() if calls.exists() else []
 
 
 SLICE = ("--name=mister", "--zone=us-west4-a")
-MADE = (*SLICE, "--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite", "--poll=0")
+CREATE = (*SLICE, "--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite", "--poll=0")
 COMMAND = ("python", "-m", "launch.train", "--workdir=gs://my bucket/run")
 
 
-def tpu_vm(fake, *options):
-    return run(LAUNCH / "tpu_vm.sh", *MADE, *options, "--", *COMMAND, fake=fake)
+def run_tpu_vm(folder, *options):
+    return run(LAUNCH / "tpu_vm.sh", *CREATE, *options, "--", *COMMAND, folder=folder)
 
 
-def kinds(calls):
-    """What each call of gcloud does, in one word; the looks left out."""
+def actions(calls):
+    """Returns one word for each call of gcloud that changes something."""
     words = {
         "queued-resources create": "create",
         "queued-resources delete": "delete",
@@ -78,38 +82,40 @@ def kinds(calls):
         "tpu_worker.sh start": "start",
         "tpu_worker.sh follow": "follow",
     }
-    found = (next((word for text, word in words.items() if text in call), "") for call in calls)
-    return [word for word in found if word]
+    return [word for call in calls for text, word in words.items() if text in call]
 
 
-def test_a_dry_run_prints_every_command_and_runs_none(fake):
-    done, calls = tpu_vm(fake(), "--dry-run", "--spot", "--project=mine", "--delete")
-    assert done.returncode == 0, done.stderr
+def test_dry_run_prints_every_command_and_runs_none(fake_commands):
+    result, calls = run_tpu_vm(fake_commands(), "--dry-run", "--spot", "--project=mine", "--delete")
+    assert result.returncode == 0, result.stderr
     assert not calls
-    printed = [shlex.split(line) for line in done.stdout.splitlines()]
-    kept = ["create", "copy", "install", "start", "follow", "delete"]
-    assert kinds([" ".join(words) for words in printed]) == kept
+    printed = [shlex.split(line) for line in result.stdout.splitlines()]
+    expected = ["create", "copy", "install", "start", "follow", "delete"]
+    assert actions([" ".join(words) for words in printed]) == expected
     create = next(words for words in printed if "create" in words)
     assert {"--spot", "--project=mine", "--accelerator-type=v5litepod-16"} <= set(create)
     start = next(words[-1] for words in printed if "tpu_worker.sh start" in words[-1])
-    assert shlex.split(start)[-len(COMMAND) :] == list(COMMAND)  # what the worker's shell reads
+    assert shlex.split(start)[-len(COMMAND) :] == list(COMMAND)  # as the worker's shell parses it
 
 
-def test_a_slice_that_is_taken_away_is_made_anew_and_the_command_resumes(fake):
-    folder = fake(states=["-", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "-", "ACTIVE"])
-    (folder / "statuses").write_text("-\n-\n-\n0\n")  # none, no word, none on the new one, done
-    done, calls = tpu_vm(folder)
-    assert done.returncode == 0, done.stderr
+def test_preempted_slice_is_created_again_and_the_command_restarts(fake_commands):
+    folder = fake_commands(
+        states=["-", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "-", "ACTIVE"],
+        # No command yet, connection lost, no command on the new slice, finished.
+        statuses=["-", "-", "-", "0"],
+    )
+    result, calls = run_tpu_vm(folder)
+    assert result.returncode == 0, result.stderr
     once = ["copy", "install", "start", "follow"]
-    assert kinds(calls) == ["create", *once, "delete", "create", *once]
+    assert actions(calls) == ["create", *once, "delete", "create", *once]
     starts = [call for call in calls if "tpu_worker.sh start" in call]
     assert starts[0] == starts[1] and "gs://my\\ bucket/run" in starts[0]
 
 
-def test_a_command_that_runs_already_is_shown_and_not_started(fake):
-    done, calls = tpu_vm(fake(states=["ACTIVE"], statuses=["running", "0"]))
-    assert done.returncode == 0, done.stderr
-    assert kinds(calls) == ["follow"]
+def test_running_command_is_followed_and_not_restarted(fake_commands):
+    result, calls = run_tpu_vm(fake_commands(states=["ACTIVE"], statuses=["running", "0"]))
+    assert result.returncode == 0, result.stderr
+    assert actions(calls) == ["follow"]
 
 
 @pytest.mark.parametrize(
@@ -121,37 +127,39 @@ def test_a_command_that_runs_already_is_shown_and_not_started(fake):
         (["-", "143", "143", "143", "143", "143", "143", "0"], 4, 0),
     ],
 )
-def test_failures_are_tried_again_but_not_for_ever(fake, statuses, starts, status):
-    folder = fake(states=["ACTIVE"] * 9, statuses=statuses)
-    done, calls = tpu_vm(folder, "--max_restarts=2")
-    assert done.returncode == status, done.stderr
-    assert kinds(calls).count("start") == starts
+def test_failed_command_restarts_at_most_max_restarts_times(
+    fake_commands, statuses, starts, status
+):
+    folder = fake_commands(states=["ACTIVE"] * 9, statuses=statuses)
+    result, calls = run_tpu_vm(folder, "--max_restarts=2")
+    assert result.returncode == status, result.stderr
+    assert actions(calls).count("start") == starts
 
 
-def test_deleting_needs_no_command(fake):
-    done, calls = run(LAUNCH / "tpu_vm.sh", *SLICE, "--delete", fake=fake())
-    assert done.returncode == 0, done.stderr
-    assert kinds(calls) == ["delete"] and "--force" in calls[0]
+def test_delete_needs_no_command(fake_commands):
+    result, calls = run(LAUNCH / "tpu_vm.sh", *SLICE, "--delete", folder=fake_commands())
+    assert result.returncode == 0, result.stderr
+    assert actions(calls) == ["delete"] and "--force" in calls[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--name=mister",), "--name and --zone are needed"),
+        (("--name=mister",), "--name and --zone are required"),
         (SLICE, "no command"),
-        ((*SLICE, "--", "python"), "--accelerator and --runtime are needed"),
-        ((*SLICE, "--sopt", "--", "python"), "--sopt: unknown"),
+        ((*SLICE, "--", "python"), "--accelerator and --runtime are required"),
+        ((*SLICE, "--sopt", "--", "python"), "unknown option --sopt"),
     ],
 )
-def test_a_wrong_call_ends_with_one_line(fake, arguments, message):
-    done, calls = run(LAUNCH / "tpu_vm.sh", *arguments, fake=fake())
-    assert (done.returncode, calls) == (2, [])
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_invalid_arguments_exit_with_a_one_line_error(fake_commands, arguments, message):
+    result, calls = run(LAUNCH / "tpu_vm.sh", *arguments, folder=fake_commands())
+    assert (result.returncode, calls) == (2, [])
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.fixture
-def tree(tmp_path):
-    """The repository as on a worker that is installed."""
+def worker_repository(tmp_path):
+    """The repository on a worker, installed."""
     launch = tmp_path / "mister_jax" / "launch"
     launch.mkdir(parents=True)
     shutil.copy(LAUNCH / "tpu_worker.sh", launch)
@@ -160,44 +168,44 @@ def tree(tmp_path):
     return launch.parent
 
 
-def worker(tree, *arguments):
-    command = ["bash", str(tree / "launch" / "tpu_worker.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_on_worker(repository, *arguments):
+    command = ["bash", str(repository / "launch" / "tpu_worker.sh"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_a_worker_keeps_a_command_and_its_status(tree):
-    assert worker(tree, "status") == ""
-    worker(tree, "start", "bash", "-c", "echo 'one two'; exit 3")
-    assert worker(tree, "follow") == "one two\n"
-    assert worker(tree, "status") == "3\n"
+def test_worker_keeps_the_output_and_status_of_a_command(worker_repository):
+    assert run_on_worker(worker_repository, "status") == ""
+    run_on_worker(worker_repository, "start", "bash", "-c", "echo 'one two'; exit 3")
+    assert run_on_worker(worker_repository, "follow") == "one two\n"
+    assert run_on_worker(worker_repository, "status") == "3\n"
 
 
-def test_a_worker_lets_a_command_save_before_it_stops(tree):
+def test_stop_lets_a_command_save(worker_repository):
     saves = "trap 'echo saved; exit 143' TERM; echo ready; while true; do sleep 0.1; done"
-    worker(tree, "start", "bash", "-c", saves)
-    while "ready" not in (tree / ".run" / "log").read_text():
+    run_on_worker(worker_repository, "start", "bash", "-c", saves)
+    while "ready" not in (worker_repository / ".run" / "log").read_text():
         time.sleep(0.05)
-    assert worker(tree, "status") == "running\n"
-    worker(tree, "stop")
-    assert worker(tree, "status") == "143\n"
-    assert worker(tree, "follow").endswith("saved\n")
+    assert run_on_worker(worker_repository, "status") == "running\n"
+    run_on_worker(worker_repository, "stop")
+    assert run_on_worker(worker_repository, "status") == "143\n"
+    assert run_on_worker(worker_repository, "follow").endswith("saved\n")
 
 
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
     [(0, 0, False), (2, 0, False), (143, 9, True), (134, 0, True), (134, 5, False)],
 )
-def test_slurm_queues_again_what_may_still_succeed(fake, tmp_path, status, restarts, requeued):
+def test_slurm_requeues_what_may_still_succeed(fake_commands, tmp_path, status, restarts, requeued):
     (tmp_path / "launch").mkdir()
     for sourced in ("install.sh", "malloc.sh"):
         (tmp_path / "launch" / sourced).write_text("")
-    folder = fake(("srun", "scontrol"), of_srun=[str(status)])
-    done, calls = run(
+    folder = fake_commands(("srun", "scontrol"), of_srun=[str(status)])
+    result, calls = run(
         LAUNCH / "slurm.sbatch",
         *COMMAND,
-        fake=folder,
+        folder=folder,
         SLURM_SUBMIT_DIR=str(tmp_path),
         SLURM_NTASKS_PER_NODE="8",
         SLURM_GPUS_ON_NODE="8",
@@ -206,20 +214,22 @@ def test_slurm_queues_again_what_may_still_succeed(fake, tmp_path, status, resta
     )
     assert calls[0].endswith(" ".join(COMMAND))
     assert calls[1:] == (["scontrol requeue 77"] if requeued else [])
-    assert done.returncode == (0 if requeued else status)
+    assert result.returncode == (0 if requeued else status)
 
 
 @pytest.mark.parametrize(
-    ("command", "gpus", "message"), [((), "8", "no command"), (COMMAND, "4", "8 tasks and 4 GPUs")]
+    ("command", "gpus", "message"),
+    [((), "8", "no command"), (COMMAND, "4", "8 tasks and 4 GPUs per node")],
 )
-def test_slurm_refuses_a_job_that_cannot_work(fake, command, gpus, message):
-    given = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": gpus}
-    done, calls = run(LAUNCH / "slurm.sbatch", *command, fake=fake(("srun",)), **given)
-    assert (done.returncode, calls) == (2, [])
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_slurm_refuses_a_job_that_cannot_work(fake_commands, command, gpus, message):
+    slurm = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": gpus}
+    folder = fake_commands(("srun",))
+    result, calls = run(LAUNCH / "slurm.sbatch", *command, folder=folder, **slurm)
+    assert (result.returncode, calls) == (2, [])
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_the_jobset_puts_the_command_on_every_host():
+def test_gke_jobset_runs_the_command_on_every_host():
     values = {
         "NAME": "mister", "IMAGE": "image", "COMMAND": "python -m launch.train\n  --distributed",
         "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
@@ -238,7 +248,7 @@ def test_the_jobset_puts_the_command_on_every_host():
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
-    assert pod["restartPolicy"] == "Never"  # as a failure policy of pods asks
+    assert pod["restartPolicy"] == "Never"  # A pod failure policy requires it.
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
