@@ -1,4 +1,4 @@
-"""wav2vec 2.0, HuBERT and WavLM against transformers', each clip as if it were alone."""
+"""wav2vec 2.0, HuBERT and WavLM compared with transformers, one clip at a time."""
 
 import dataclasses
 import functools
@@ -38,13 +38,13 @@ def huggingface_config(name):
 
 
 def renamed(tensors):
-    """The tensors under the names of old files, which are those of the key table."""
+    """Returns the tensors under the names of older files, which the key table uses."""
     return {NAME_RULES.canonical(name): value for name, value in tensors.items()}
 
 
 @functools.cache
 def make(name, **changes):
-    """A golden encoder. Tests do not change it."""
+    """Returns an encoder with the golden weights. Tests do not change it."""
     config = WavLMConfig.from_huggingface(huggingface_config(name), **changes)
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
     tensors = renamed(group(f"{name}/param/"))
@@ -52,7 +52,7 @@ def make(name, **changes):
 
 
 def padded(clips, num_samples):
-    """Clips one below the other with NaN behind them, and their lengths."""
+    """Returns a batch of clips padded with NaN, and their lengths."""
     waveform = np.full((len(clips), num_samples), np.nan, np.float32)
     for row, samples in zip(waveform, clips, strict=True):
         row[: len(samples)] = samples
@@ -81,7 +81,7 @@ def run_layers(encoder, waveform, lengths):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_layer_of_a_padded_batch_equals_transformers_on_each_clip(name):
+def test_every_layer_of_a_padded_batch_equals_transformers(name):
     layers, mask = run_layers(make(name), *padded(clips(), 1000))
     for index, expected in enumerate(group(f"{name}/hidden_states/").values()):
         count = int(mask[index].sum())
@@ -90,45 +90,45 @@ def test_every_layer_of_a_padded_batch_equals_transformers_on_each_clip(name):
 
 
 @pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
-def test_a_clip_gives_the_same_alone_and_in_any_batch(name):
+def test_batch_and_padding_do_not_change_a_clip(name):
     samples = noise(477)
-    alone, mask = run(make(name), *padded([samples], 477))
+    single, mask = run(make(name), *padded([samples], 477))
     assert mask.all()
-    others = [noise(1300, seed=1), samples, noise(0)]
-    together, mask = run(make(name), *padded(others, 1310))
-    count = alone.shape[1]
+    batch = [noise(1300, seed=1), samples, noise(0)]
+    batched, mask = run(make(name), *padded(batch, 1310))
+    count = single.shape[1]
     assert int(mask[1].sum()) == count
-    np.testing.assert_allclose(together[1, :count], alone[0], atol=1e-5)
+    np.testing.assert_allclose(batched[1, :count], single[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
-def test_odd_clips_give_finite_values(name):
-    odd = [noise(0), noise(1), noise(29), np.zeros(300), np.clip(99 * noise(300), -1, 1)]
-    hidden, mask = run(make(name), *padded(odd, 300))
+def test_degenerate_clips_have_finite_outputs(name):
+    clips = [noise(0), noise(1), noise(29), np.zeros(300), np.clip(99 * noise(300), -1, 1)]
+    hidden, mask = run(make(name), *padded(clips, 300))
     assert np.isfinite(hidden).all()
     np.testing.assert_array_equal(mask.sum(1), [0, 0, 0, 14, 14])
     hidden, mask = run(make(name), np.zeros((1, 0), np.float32), np.array([0]))
     assert hidden.shape == (1, 1, 8) and np.isfinite(hidden).all() and not mask.any()
 
 
-def test_frames_are_counted_as_the_convolutions_do():
+def test_num_frames_equals_the_output_length_of_the_convolutions():
     config = WavLMConfig.wavlm_base()
     assert config.frame_size == 400
     lengths = np.array([0, 1, 399, 400, 719, 720, 16_000, 160_000])
     np.testing.assert_array_equal(config.num_frames(lengths), [0, 0, 0, 1, 1, 2, 49, 499])
 
 
-def test_relative_positions_are_looked_up_by_key_less_query():
+def test_position_bias_depends_on_key_minus_query():
     encoder = make("wavlm")
     table = np.asarray(encoder.position_bias.embedding[...])  # buckets K
     bias = encoder.relative_bias(60)
-    # 16 buckets: 4 exact ones each way, then logarithmic to 40.
+    # 16 buckets: 4 exact ones in each direction, then logarithmic ones up to 40.
     for query, key, bucket in [(7, 7, 0), (7, 6, 1), (7, 4, 3), (6, 9, 11), (0, 4, 12), (59, 0, 7)]:
         np.testing.assert_array_equal(bias[:, query, key], table[bucket])
     assert make("hubert").relative_bias(60) is None
 
 
-def test_padding_changes_no_gradient():
+def test_padding_does_not_change_gradients():
     @nnx.jit
     def gradient(encoder, waveform, lengths):
         def loss(encoder):
@@ -144,7 +144,7 @@ def test_padding_changes_no_gradient():
     assert np.abs(dirty["waveform_encoder"]["convolutions"][0]["kernel"][...]).max() > 0
 
 
-def test_dropout_is_the_clips_own():
+def test_dropout_of_a_clip_does_not_depend_on_the_batch():
     encoder = make("wavlm", dropout=0.3, activation_dropout=0.3, projection_dropout=0.3)
     waveform, lengths = padded(clips(), 1000)
     keys = jax.random.split(jax.random.key(0), len(lengths))
@@ -154,13 +154,13 @@ def test_dropout_is_the_clips_own():
         return encoder(waveform, lengths, deterministic=False, rngs=PerExampleRngs(keys))
 
     hidden, mask = train(encoder, waveform, lengths, keys)
-    turned, _ = train(encoder, waveform[::-1], lengths[::-1], keys[::-1])
-    np.testing.assert_allclose(turned[::-1][mask], hidden[mask], atol=1e-5)
-    again, _ = train(encoder, waveform, lengths, keys[::-1])
-    assert not np.allclose(again[mask], hidden[mask], atol=1e-3)
+    reversed_hidden, _ = train(encoder, waveform[::-1], lengths[::-1], keys[::-1])
+    np.testing.assert_allclose(reversed_hidden[::-1][mask], hidden[mask], atol=1e-5)
+    other_keys, _ = train(encoder, waveform, lengths, keys[::-1])
+    assert not np.allclose(other_keys[mask], hidden[mask], atol=1e-3)
 
 
-def test_half_precision_is_near():
+def test_bfloat16_is_close_to_float32():
     waveform, lengths = padded(clips(), 1000)
     expected, mask = run(make("wavlm"), waveform, lengths)
     half, _ = run(make("wavlm", dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
@@ -169,33 +169,33 @@ def test_half_precision_is_near():
     assert error.mean() < 0.1
 
 
-def test_lora_is_added_where_the_config_says():
+def test_lora_is_added_to_the_configured_layers():
     lora = LoRAConfig(2, 4.0, targets=("value", "attention/out"))
     config = dataclasses.replace(make("wavlm").config, lora=lora)
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
-    found = dict(nnx.to_flat_state(nnx.state(encoder, nnx.LoRAParam)))
-    assert {path[-2] for path in found} == {"value", "out"} and len(found) == 4
-    assert found["layers", "layers", "attention", "value", "lora_a"].shape == (2, 8, 2)
+    lora_params = dict(nnx.to_flat_state(nnx.state(encoder, nnx.LoRAParam)))
+    assert {path[-2] for path in lora_params} == {"value", "out"} and len(lora_params) == 4
+    assert lora_params["layers", "layers", "attention", "value", "lora_a"].shape == (2, 8, 2)
 
 
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
-def test_checkpoints_with_and_without_a_head_are_read(prefix):
+def test_checkpoints_load_with_and_without_a_head(prefix):
     config = make("wavlm").config
     tensors = renamed(group("wavlm/param/"))
-    given = {f"{prefix}{name}": value for name, value in tensors.items()}
+    checkpoint = {f"{prefix}{name}": value for name, value in tensors.items()}
     more = (f"{prefix}masked_spec_embed", "lm_head.weight", "quantizer.codevectors")
-    given |= {name: np.zeros(8, np.float32) for name in more}
+    checkpoint |= {name: np.zeros(8, np.float32) for name in more}
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
-    head = load_backbone(encoder, key_table(config), given, NAME_RULES)
+    head = load_backbone(encoder, key_table(config), checkpoint, NAME_RULES)
     assert set(head) == {"lm_head.weight", "quantizer.codevectors"}
     saved = save_params(encoder, key_table(config))
     assert set(saved) == set(tensors) - {"masked_spec_embed"}
     for name, value in saved.items():
-        if not name.endswith("weight_v"):  # Many directions give one weight.
+        if not name.endswith("weight_v"):  # Several directions give the same weight.
             np.testing.assert_allclose(value[...], tensors[name], atol=1e-6)
-    again = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
-    load_params(again, key_table(config), saved)
-    kernel = again.position_convolution.kernel[...]
+    reloaded = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
+    load_params(reloaded, key_table(config), saved)
+    kernel = reloaded.position_convolution.kernel[...]
     np.testing.assert_allclose(kernel, encoder.position_convolution.kernel[...], atol=1e-6)
 
 
@@ -219,12 +219,12 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"num_buckets": 18}, "num_buckets=18; allowed: multiples of 4"),
     ],
 )
-def test_bad_configs_are_named(change, reason):
+def test_unsupported_configs_raise_an_error_that_names_the_field(change, reason):
     with pytest.raises(InputError, match=reason):
         WavLMConfig.from_huggingface(huggingface_config("wavlm") | change)
 
 
-def test_absent_fields_have_the_values_of_transformers():
+def test_absent_fields_have_the_defaults_of_transformers():
     base = WavLMConfig.from_huggingface({"model_type": "wavlm"}, projection_dropout=0.1)
     assert base == WavLMConfig.wavlm_base(activation_dropout=0.1)
     assert not WavLMConfig.from_huggingface({"model_type": "hubert"}).num_buckets
@@ -252,7 +252,7 @@ def test_presets_have_the_published_sizes(preset, millions):
     assert WavLMConfig.wavlm_base_plus() == WavLMConfig.wavlm_base()
 
 
-def test_large_models_differ_in_their_norms():
+def test_large_presets_equal_the_configs_of_transformers():
     sizes = {
         "hidden_size": 1024,
         "num_hidden_layers": 24,
@@ -273,36 +273,38 @@ def test_large_models_differ_in_their_norms():
 def test_equals_transformers_with_other_weights_and_clips(name):
     from tests.golden import make_speech_encoders as reference
 
-    theirs = reference.huggingface_model("wavlm", name, seed=1)
-    config = WavLMConfig.from_huggingface(theirs.config.to_dict())
-    ours = WavLM(config, rngs=nnx.Rngs(0))
-    tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    load_params(ours, key_table(config), renamed(tensors), ignore=NAME_RULES.unused)
+    reference_model = reference.huggingface_model("wavlm", name, seed=1)
+    config = WavLMConfig.from_huggingface(reference_model.config.to_dict())
+    model = WavLM(config, rngs=nnx.Rngs(0))
+    tensors = {key: value.numpy() for key, value in reference_model.state_dict().items()}
+    load_params(model, key_table(config), renamed(tensors), ignore=NAME_RULES.unused)
     samples = reference.clips((2000, 30, 1234, 555), seed=1)
-    layers, mask = run_layers(ours, *padded(samples, 2000))
+    layers, mask = run_layers(model, *padded(samples, 2000))
     for index, clip in enumerate(samples):
-        expected = reference.hidden_states(theirs, clip, config.normalize)
+        expected = reference.hidden_states(reference_model, clip, config.normalize)
         np.testing.assert_allclose(layers[:, index][:, mask[index]], expected, atol=1e-4)
 
 
 @pytest.mark.parity
-def test_relative_positions_of_a_minute_equal_those_of_transformers():
+def test_position_bias_of_a_minute_equals_transformers():
     import torch
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-    theirs = WavLMAttention(4, 2)
+    reference_model = WavLMAttention(4, 2)
     with torch.no_grad():
-        expected = theirs.compute_bias(3000, 3000).numpy()
+        expected = reference_model.compute_bias(3000, 3000).numpy()
     config = WavLMConfig.wavlm_base(
         hidden_size=4, num_layers=1, num_heads=2, position_groups=1, conv_dims=(4,) * 7
     )
-    ours = WavLM(config, rngs=nnx.Rngs(0))
-    ours.position_bias.embedding.set_value(jnp.asarray(theirs.rel_attn_embed.weight.detach()))
-    np.testing.assert_array_equal(ours.relative_bias(3000), expected)
+    model = WavLM(config, rngs=nnx.Rngs(0))
+    model.position_bias.embedding.set_value(
+        jnp.asarray(reference_model.rel_attn_embed.weight.detach())
+    )
+    np.testing.assert_array_equal(model.relative_bias(3000), expected)
 
 
 @pytest.mark.parity
-def test_transformers_reads_what_is_saved(tmp_path):
+def test_transformers_loads_saved_weights(tmp_path):
     import safetensors.numpy
     from transformers import WavLMModel
 
@@ -313,7 +315,7 @@ def test_transformers_reads_what_is_saved(tmp_path):
     arrays = {name: np.ascontiguousarray(value[...]) for name, value in saved.items()}
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config("wavlm")))
-    theirs = WavLMModel.from_pretrained(tmp_path).eval()
+    reference_model = WavLMModel.from_pretrained(tmp_path).eval()
     hidden, _ = run(encoder, *padded(clips()[:1], 900))
-    expected = reference.hidden_states(theirs, clips()[0].astype(np.float32))[-1]
+    expected = reference.hidden_states(reference_model, clips()[0].astype(np.float32))[-1]
     np.testing.assert_allclose(hidden[0], expected, atol=1e-4)

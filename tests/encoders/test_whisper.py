@@ -1,4 +1,4 @@
-"""Whisper's encoder against transformers', trimmed and not."""
+"""Whisper's encoder compared with transformers, with and without trimming."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def huggingface_config(name):
 
 @functools.cache
 def make(name="whisper", **changes):
-    """A golden encoder. Tests do not change it."""
+    """Returns an encoder with the golden weights. Tests do not change it."""
     config = WhisperConfig.from_huggingface(huggingface_config(name), **changes)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
     return load_params(
@@ -50,7 +50,7 @@ def make(name="whisper", **changes):
 
 
 def padded(clips, num_samples):
-    """Clips one below the other with NaN behind them, and their lengths."""
+    """Returns a batch of clips padded with NaN, and their lengths."""
     waveform = np.full((len(clips), num_samples), np.nan, np.float32)
     for row, samples in zip(waveform, clips, strict=True):
         row[: len(samples)] = samples[:num_samples]
@@ -86,7 +86,7 @@ def test_every_layer_equals_transformers(name):
     np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
 
 
-def test_clips_and_their_spectrograms_give_what_transformers_gives():
+def test_waveforms_and_spectrograms_equal_transformers():
     waveform, lengths = padded(clips(), WINDOW)
 
     @nnx.jit
@@ -100,41 +100,41 @@ def test_clips_and_their_spectrograms_give_what_transformers_gives():
         np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
 
 
-def test_spectrograms_of_other_lengths_are_refused():
+def test_odd_or_too_long_spectrograms_raise_an_error():
     for num_frames in (99, 102):
         with pytest.raises(ValueError, match="an even number up to 100"):
             make().from_mel(np.zeros((1, num_frames, 80), np.float32), np.array([1]))
 
 
-def test_trimming_changes_what_is_attended_to_and_nothing_else():
+def test_trimming_changes_only_the_attention():
     waveform, lengths = padded(clips(), 5000)
-    whole, mask = run_layers(make(trim=False), waveform, lengths)
+    untrimmed, mask = run_layers(make(trim=False), waveform, lengths)
     trimmed, trimmed_mask = run_layers(make(), waveform, lengths)
-    assert trimmed.shape[2] == 16 and whole.shape[2] == 50
+    assert trimmed.shape[2] == 16 and untrimmed.shape[2] == 50
     np.testing.assert_array_equal(trimmed_mask, mask[:, :16])
-    np.testing.assert_allclose(trimmed[0], whole[0, :, :16], atol=1e-5)
-    assert not np.allclose(trimmed[1], whole[1, :, :16], atol=1e-2)
+    np.testing.assert_allclose(trimmed[0], untrimmed[0, :, :16], atol=1e-5)
+    assert not np.allclose(trimmed[1], untrimmed[1, :, :16], atol=1e-2)
 
 
-def test_a_clip_without_padding_gives_the_same_trimmed():
+def test_trimming_does_not_change_a_clip_without_padding():
     waveform, lengths = padded([noise(WINDOW)], WINDOW)
     trimmed, _ = run(make(), waveform, lengths)
     np.testing.assert_allclose(trimmed, run(make(trim=False), waveform, lengths)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("trim", "length"), [(True, 5000), (True, 1), (False, WINDOW - 100)])
-def test_a_clip_gives_the_same_alone_and_in_any_batch(trim, length):
+def test_batch_and_padding_do_not_change_a_clip(trim, length):
     samples = noise(length)
-    alone, mask = run(make(trim=trim), *padded([samples], length))
+    single, mask = run(make(trim=trim), *padded([samples], length))
     count = int(mask.sum())
     assert count == -(-length // 320)
-    others = [noise(17_000, seed=1), samples, noise(0)]
-    together, mask = run(make(trim=trim), *padded(others, 17_000))
+    batch = [noise(17_000, seed=1), samples, noise(0)]
+    batched, mask = run(make(trim=trim), *padded(batch, 17_000))
     assert int(mask[1].sum()) == count
-    np.testing.assert_allclose(together[1, :count], alone[0, :count], atol=1e-5)
+    np.testing.assert_allclose(batched[1, :count], single[0, :count], atol=1e-5)
 
 
-def test_what_is_behind_the_window_is_cut():
+def test_clips_are_truncated_to_the_window():
     samples = noise(WINDOW + 3000)
     short, _ = run(make(), *padded([samples[:WINDOW]], WINDOW))
     long, mask = run(make(), *padded([samples], WINDOW + 3000))
@@ -142,16 +142,16 @@ def test_what_is_behind_the_window_is_cut():
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
-def test_odd_clips_give_finite_values():
-    odd = [noise(0), noise(1), np.zeros(3000), np.clip(99 * noise(3000), -1, 1)]
-    hidden, mask = run(make(), *padded(odd, 3000))
+def test_degenerate_clips_have_finite_outputs():
+    clips = [noise(0), noise(1), np.zeros(3000), np.clip(99 * noise(3000), -1, 1)]
+    hidden, mask = run(make(), *padded(clips, 3000))
     assert np.isfinite(hidden).all()
     np.testing.assert_array_equal(mask.sum(1), [0, 1, 10, 10])
     hidden, mask = run(make(), np.zeros((2, 0), np.float32), np.array([0, 0]))
     assert np.isfinite(hidden).all() and not mask.any()
 
 
-def test_half_precision_is_near():
+def test_bfloat16_is_close_to_float32():
     waveform, lengths = padded(clips(), 5000)
     expected, mask = run(make(), waveform, lengths)
     half, _ = run(make(dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
@@ -160,7 +160,7 @@ def test_half_precision_is_near():
     assert error.mean() < 0.05
 
 
-def test_padding_changes_no_gradient_and_positions_are_not_learned():
+def test_padding_does_not_change_gradients_and_positions_are_frozen():
     @nnx.jit
     def gradient(whisper, waveform, lengths):
         def loss(whisper):
@@ -177,7 +177,7 @@ def test_padding_changes_no_gradient_and_positions_are_not_learned():
     assert np.abs(dirty["convolution"]["kernel"][...]).max() > 0
 
 
-def test_dropout_is_the_clips_own():
+def test_dropout_of_a_clip_does_not_depend_on_the_batch():
     whisper = make(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3)
     waveform, lengths = padded(clips(), 5000)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -187,23 +187,23 @@ def test_dropout_is_the_clips_own():
         return whisper(waveform, lengths, deterministic=False, rngs=PerExampleRngs(keys))
 
     hidden, mask = train(whisper, waveform, lengths, keys)
-    turned, _ = train(whisper, waveform[::-1], lengths[::-1], keys[::-1])
-    np.testing.assert_allclose(turned[::-1][mask], hidden[mask], atol=1e-5)
-    again, _ = train(whisper, waveform, lengths, keys[::-1])
-    assert not np.allclose(again[mask], hidden[mask], atol=1e-3)
+    reversed_hidden, _ = train(whisper, waveform[::-1], lengths[::-1], keys[::-1])
+    np.testing.assert_allclose(reversed_hidden[::-1][mask], hidden[mask], atol=1e-5)
+    other_keys, _ = train(whisper, waveform, lengths, keys[::-1])
+    assert not np.allclose(other_keys[mask], hidden[mask], atol=1e-3)
 
 
-def test_lora_is_added_where_the_config_says():
+def test_lora_is_added_to_the_configured_layers():
     lora = LoRAConfig(2, 4.0, targets=("query", "mlp_out"))
     config = dataclasses.replace(make().config, lora=lora)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
-    found = dict(nnx.to_flat_state(nnx.state(whisper, nnx.LoRAParam)))
-    assert {path[-2] for path in found} == {"query", "mlp_out"} and len(found) == 4
-    assert found["layers", "layers", "mlp_out", "lora_a"].shape == (2, 12, 2)
+    lora_params = dict(nnx.to_flat_state(nnx.state(whisper, nnx.LoRAParam)))
+    assert {path[-2] for path in lora_params} == {"query", "mlp_out"} and len(lora_params) == 4
+    assert lora_params["layers", "layers", "mlp_out", "lora_a"].shape == (2, 12, 2)
 
 
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
-def test_checkpoints_with_and_without_a_head_are_read(prefix):
+def test_checkpoints_load_with_and_without_a_head(prefix):
     config = make().config
     tensors = {f"{prefix}{name}": value for name, value in group("whisper/param/").items()}
     more = (f"{prefix}decoder.embed_tokens.weight", "proj_out.weight")
@@ -223,13 +223,13 @@ def test_checkpoints_with_and_without_a_head_are_read(prefix):
         ({"model_type": "bert"}, "model_type='bert'; allowed: 'whisper'"),
         ({"activation_function": "relu"}, "activation_function='relu'; allowed: 'gelu'"),
         ({"d_model": "8"}, "d_model='8'; allowed: an integer"),
-        ({"d_model": 9}, "hidden_size=9: must be even and a multiple of num_heads=2"),
+        ({"d_model": 9}, "hidden_size=9; allowed: even multiples of num_heads=2"),
         ({"dropout": 1.5}, "WhisperConfig.dropout=1.5; allowed: 0 <= rate < 1"),
         ({"activation_dropout": float("nan")}, "activation_dropout=nan; allowed: 0 <= rate < 1"),
-        ({"encoder_layers": 0}, "num_layers=0: must be at least 1"),
+        ({"encoder_layers": 0}, "num_layers=0; allowed: at least 1"),
     ],
 )
-def test_bad_configs_are_named(change, reason):
+def test_unsupported_configs_raise_an_error_that_names_the_field(change, reason):
     with pytest.raises(InputError, match=reason):
         WhisperConfig.from_huggingface(huggingface_config("whisper") | change)
 
@@ -249,7 +249,7 @@ def test_presets_have_the_published_sizes(preset, millions):
     assert config.num_mel_bins == 80
 
 
-def test_large_v3_differs_in_its_mel_bins():
+def test_large_v3_differs_from_large_v2_only_in_its_mel_bins():
     assert WhisperConfig.large_v3(num_mel_bins=80) == WhisperConfig.large_v2()
     assert WhisperConfig.large_v3().num_mel_bins == 128
 
@@ -259,13 +259,13 @@ def test_large_v3_differs_in_its_mel_bins():
 def test_equals_transformers_with_other_weights_and_clips(name):
     from tests.golden import make_speech_encoders as reference
 
-    theirs = reference.huggingface_model("whisper", name, seed=1)
-    config = WhisperConfig.from_huggingface(theirs.config.to_dict(), trim=False)
-    ours = Whisper(config, rngs=nnx.Rngs(0))
-    tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    load_params(ours, key_table(config), tensors, ignore=NAME_RULES.unused)
+    reference_model = reference.huggingface_model("whisper", name, seed=1)
+    config = WhisperConfig.from_huggingface(reference_model.config.to_dict(), trim=False)
+    model = Whisper(config, rngs=nnx.Rngs(0))
+    tensors = {key: value.numpy() for key, value in reference_model.state_dict().items()}
+    load_params(model, key_table(config), tensors, ignore=NAME_RULES.unused)
     samples = reference.clips((16_000, 15_900, 1, 20_000, 7777), seed=1)
-    layers, _ = run_layers(ours, *padded(samples, 20_000))
+    layers, _ = run_layers(model, *padded(samples, 20_000))
     for index, clip in enumerate(samples):
-        expected = reference.hidden_states(theirs, clip)
+        expected = reference.hidden_states(reference_model, clip)
         np.testing.assert_allclose(layers[:, index], expected, atol=1e-4)

@@ -50,7 +50,7 @@ class AudioTower(Whisper):
           whose two positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
-        x, mask, _ = self._run(mel, mel_lengths, False, deterministic=deterministic, rngs=rngs)
+        x, mask, _ = self._encode(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
         batch, num_positions, hidden_size = x.shape
         pairs = x[:, : num_positions // 2 * 2].reshape(batch, -1, 2, hidden_size)
         return self.norm(pairs.mean(2)), mask.sum(1) // 2

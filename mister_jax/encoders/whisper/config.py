@@ -1,4 +1,4 @@
-"""Config of X."""
+"""Sizes and options of Whisper's encoder, and how they are read from a config.json."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mister_jax.nn.scanned_layers import Remat
 
 SAMPLES_PER_POSITION = 2 * frontends.FRAME_STEP
 
-# Field of `WhisperConfig` -> its name in a config.json, and transformers' value where it is absent.
-_HUGGINGFACE: dict[str, tuple[str, Any]] = {
+# Field of `WhisperConfig` -> its name in a config.json and the default of transformers.
+_FIELDS: dict[str, tuple[str, Any]] = {
     "num_mel_bins": ("num_mel_bins", 80),
     "hidden_size": ("d_model", 384),
     "num_layers": ("encoder_layers", 4),
@@ -31,33 +31,34 @@ _HUGGINGFACE: dict[str, tuple[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig:
-    """Sizes and options of `Whisper`; the default sizes are large-v3's.
+    """Sizes and options of `Whisper`; the default sizes are those of large-v3.
 
     Attributes:
-      num_mel_bins: M.
-      hidden_size: D; even.
-      num_layers: L.
-      num_heads: K; divides `hidden_size`.
-      mlp_dim: of the feed-forward blocks.
-      max_positions: N of the padded clip, 1500 for 30 s.
-      trim: encode no more of the batch's padding than its longest row has, and attend to each
-        clip alone; else pad to `max_positions` and attend to all of it, as the reference does.
-        Trimming takes time and memory in proportion to the audio, and is another function: the
-        convolutions' output is the reference's, but the silence behind the clip is not attended
-        to. How far the outputs move depends on the weights and on the clip: by 0.3 to 0.6 of
-        their deviation for a tiny model with random weights and clips of a fifth to a half of
-        the window. Train and extract with the same choice.
-      dropout: rate on the positions' sum and on each block's output.
-      attention_dropout: rate on the attention weights.
-      activation_dropout: rate in the feed-forward blocks.
-      mask_spectrogram: hide stretches of time and of bins in training, see
+      num_mel_bins: Number of mel bins M.
+      hidden_size: Hidden size D, even.
+      num_layers: Number of layers L.
+      num_heads: Number of heads K; divides `hidden_size`.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      max_positions: Positions N of the padded clip, 1500 for 30 s.
+      trim: Whether to encode no more padding than the longest row of the batch has, and to attend
+        to each clip alone. Otherwise clips are padded to `max_positions`, and attention includes
+        the padding, as in the reference. Trimming takes time and memory in proportion to the audio,
+        but changes the function: the output of the convolutions is that of the reference, but
+        there is no attention to the silence after the clip. How far the outputs move depends on
+        the weights and the clip: by 0.3 to 0.6 of their standard deviation for a tiny model with
+        random weights and clips of a fifth to a half of the window. Train and extract with the
+        same choice.
+      dropout: Dropout rate on the transformer's input and each block's output.
+      attention_dropout: Dropout rate on the attention weights.
+      activation_dropout: Dropout rate in the feed-forward blocks.
+      mask_spectrogram: Whether to mask stretches of time and of mel bins in training, see
         `augment.mask_spectrogram`.
-      lora: low-rank paths, targets among "query", "key", "value" of the attention, "hidden" of the
-        feed-forward block, "attention/out" and "layers/out"; None for none.
-      remat: see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: of `jax.nn.dot_product_attention`.
-      dtype: of the computation; spectrograms and softmaxes are float32.
-      param_dtype: of the parameters.
+      lora: Low-rank paths, or None. Targets are "query", "key", "value" and "out" of the attention,
+        and "mlp_in" and "mlp_out" of the feed-forward blocks.
+      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
+      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
+      dtype: Type of the computation; spectrograms and softmaxes are float32.
+      param_dtype: Type of the parameters.
     """
 
     num_mel_bins: int = 128
@@ -83,47 +84,47 @@ class WhisperConfig:
         check_rates(self, ("dropout", "attention_dropout", "activation_dropout"))
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
-                f"WhisperConfig.hidden_size={self.hidden_size}: must be even and a multiple of "
+                f"WhisperConfig.hidden_size={self.hidden_size}; allowed: even multiples of "
                 f"num_heads={self.num_heads}"
             )
 
     @property
     def max_samples(self) -> int:
-        """Samples that there are positions for; what a clip has behind them is cut."""
+        """Maximum samples of a clip; longer clips are truncated."""
         return self.max_positions * SAMPLES_PER_POSITION
 
     @classmethod
     def tiny(cls, **changes: Any) -> WhisperConfig:
-        """Whisper tiny (8 M parameters), with `changes`."""
-        return cls._sized(384, 4, 6, **changes)
+        """Returns the config of Whisper tiny (8 M parameters), with `changes`."""
+        return cls._with_sizes(384, 4, 6, **changes)
 
     @classmethod
     def base(cls, **changes: Any) -> WhisperConfig:
-        """Whisper base (21 M parameters), with `changes`."""
-        return cls._sized(512, 6, 8, **changes)
+        """Returns the config of Whisper base (21 M parameters), with `changes`."""
+        return cls._with_sizes(512, 6, 8, **changes)
 
     @classmethod
     def small(cls, **changes: Any) -> WhisperConfig:
-        """Whisper small (88 M parameters), with `changes`."""
-        return cls._sized(768, 12, 12, **changes)
+        """Returns the config of Whisper small (88 M parameters), with `changes`."""
+        return cls._with_sizes(768, 12, 12, **changes)
 
     @classmethod
     def medium(cls, **changes: Any) -> WhisperConfig:
-        """Whisper medium (307 M parameters), with `changes`."""
-        return cls._sized(1024, 24, 16, **changes)
+        """Returns the config of Whisper medium (307 M parameters), with `changes`."""
+        return cls._with_sizes(1024, 24, 16, **changes)
 
     @classmethod
     def large_v2(cls, **changes: Any) -> WhisperConfig:
-        """Whisper large-v2 (637 M parameters), with `changes`."""
-        return cls._sized(1280, 32, 20, **changes)
+        """Returns the config of Whisper large-v2 (637 M parameters), with `changes`."""
+        return cls._with_sizes(1280, 32, 20, **changes)
 
     @classmethod
     def large_v3(cls, **changes: Any) -> WhisperConfig:
-        """Whisper large-v3 (637 M parameters), with `changes`."""
+        """Returns the config of Whisper large-v3 (637 M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
-    def _sized(
+    def _with_sizes(
         cls, hidden_size: int, num_layers: int, num_heads: int, **changes: Any
     ) -> WhisperConfig:
         sizes = {
@@ -139,15 +140,14 @@ class WhisperConfig:
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
         """Reads the encoder's part of a `config.json` of model type "whisper", with `changes`.
 
-        Absent fields have the values transformers gives them.
+        Absent fields have the default values of transformers.
 
         Raises:
-          InputError: a field with a value that this architecture does not have.
+          InputError: A field has a value that this architecture does not support.
         """
         check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
+        fields = read_fields(config, _FIELDS)
         try:
-            return cls(**{**read_fields(config, _HUGGINGFACE), **changes})
-        except InputError:
-            raise
+            return cls(**{**fields, **changes})
         except ValueError as error:
             raise InputError(f"config.json: {error}") from error

@@ -1,8 +1,8 @@
-"""Whisper's encoder (arXiv 2212.04356): a vector every 20 ms of a clip of up to 30 s.
+"""Whisper's encoder (arXiv 2212.04356), with one vector per 20 ms of a clip of up to 30 s.
 
-The decoder is not here. Whisper was trained on clips padded to 30 s with silence, which it attends
-to like speech. Shape letters: B clips, S samples, F frames of 10 ms, M Mel bins, N positions of
-20 ms, D width, K heads, L layers.
+The decoder is not implemented. Whisper was trained on clips padded to 30 s with silence, and
+attends to the silence like to speech. Shape letters: B clips, S samples, F frames of 10 ms,
+M mel bins, N positions of 20 ms, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _sinusoids(num_positions: int, hidden_size: int) -> np.ndarray:
-    """Sines, then cosines, of wave lengths from 2 pi to 10,000 times that, [N, D] float32."""
+    """Returns sines and cosines with wavelengths from 2 pi to 20,000 pi, [N, D] float32."""
     rates = np.exp(-np.log(10_000) * np.arange(hidden_size // 2) / max(1, hidden_size // 2 - 1))
     angles = np.arange(num_positions)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 class WhisperLayer(nnx.Module):
-    """Self-attention and a feed-forward block, each on a normed input and added to it.
+    """Self-attention and a feed-forward block, each with a LayerNorm before it and a residual.
 
     Args:
-      config: the model's.
+      config: Config of the model.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
@@ -66,7 +67,7 @@ class WhisperLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """x [B, N, D] anew, attending where key_mask [B, N]."""
+        """Transforms x [B, N, D] with attention to the positions where key_mask [B, N] is true."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(self.attention_norm(x), key_mask[:, None, None], **options)
         x = x + self.dropout(attended, **options)
@@ -76,11 +77,11 @@ class WhisperLayer(nnx.Module):
 
 
 class Whisper(nnx.Module):
-    """The encoder.
+    """Whisper's encoder.
 
     Args:
-      config: sizes and options.
-      rngs: for the initial parameters.
+      config: Sizes and options.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
@@ -115,15 +116,15 @@ class Whisper(nnx.Module):
         """Encodes clips.
 
         Args:
-          waveform: mono at 16 kHz, full scale 1 [B, S]. What is behind a clip is not read; what a
-            clip has behind `max_positions` of 20 ms is cut.
-          lengths: samples of each clip [B] int.
-          deterministic: no dropout.
-          rngs: source of dropout keys.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
+            clips are truncated to `max_positions` of 20 ms.
+          lengths: Samples of each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          hidden states [B, N, D], and true at the clip's positions [B, N] bool. N is
-          `max_positions`, or with `trim` what S samples need, if less.
+          Hidden states [B, N, D], and a mask of the clip's positions [B, N] bool. N is
+          `max_positions`, or with `trim` the number of positions of S samples, if that is less.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         hidden, mask = self.from_mel(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
@@ -131,15 +132,15 @@ class Whisper(nnx.Module):
         return hidden[:, :num_positions], mask[:, :num_positions]
 
     def num_positions(self, num_samples: int) -> int:
-        """N of a batch of S samples."""
+        """Returns the number of positions N of a batch of S samples."""
         if not self.config.trim:
             return self.config.max_positions
-        needed = max(1, -(-num_samples // SAMPLES_PER_POSITION))
-        return min(needed, self.config.max_positions)
+        num_positions = max(1, -(-num_samples // SAMPLES_PER_POSITION))
+        return min(num_positions, self.config.max_positions)
 
     def mel(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What `from_mel` reads of clips: spectrograms [B, F, M] and their lengths [B]."""
-        # The convolutions of a clip's last position see two frames behind it.
+        """Computes the input of `from_mel`: spectrograms [B, F, M] and their lengths [B]."""
+        # The receptive field of a clip's last position includes two frames after the clip.
         num_frames = 2 * self.num_positions(waveform.shape[1]) + 2
         mel = frontends.log_mel(
             waveform,
@@ -161,16 +162,16 @@ class Whisper(nnx.Module):
         """Encodes spectrograms.
 
         Args:
-          mel: of `frontends.log_mel` [B, F, M], F even and at most twice `max_positions`. It is
-            read behind the clip, too, where silence must be.
-          lengths: frames of each clip [B] int.
-          deterministic: no dropout.
-          rngs: source of dropout keys.
+          mel: Spectrograms from `frontends.log_mel`, [B, F, M], with F even and at most twice
+            `max_positions`. Padding is read, so it must be silence.
+          lengths: Frames of each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
 
         Returns:
-          hidden states [B, F / 2, D], and true at the clip's positions [B, F / 2] bool.
+          Hidden states [B, F / 2, D], and a mask of the clip's positions [B, F / 2] bool.
         """
-        x, mask, _ = self._run(mel, lengths, False, deterministic=deterministic, rngs=rngs)
+        x, mask, _ = self._encode(mel, lengths, deterministic=deterministic, rngs=rngs)
         return self.norm(x), mask
 
     def layer_outputs(
@@ -181,19 +182,20 @@ class Whisper(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Like calling it, but for all layers, and the final LayerNorm is not applied.
+        """Encodes clips as `__call__`, without the last LayerNorm.
 
         Returns:
-          what the first layer read and what each layer gave [L + 1, B, N, D], and true at the
+          Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
           clip's positions [B, N] bool.
         """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         mel, mel_lengths = self.mel(waveform, lengths)
-        _, mask, layers = self._run(mel, mel_lengths, True, deterministic=deterministic, rngs=rngs)
+        _, mask, layers = self._encode(mel, mel_lengths, output_hidden_states=True, **options)
         assert layers is not None
         num_positions = self.num_positions(waveform.shape[1])
         return layers[:, :, :num_positions], mask[:, :num_positions]
 
-    def _masked(
+    def _augment(
         self,
         mel: jax.Array,
         lengths: jax.Array,
@@ -201,33 +203,37 @@ class Whisper(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Spectrograms as training sees them."""
+        """Masks parts of the spectrograms in training, if the config says so."""
         if deterministic or not self.config.mask_spectrogram:
             return mel
         if rngs is None:
-            raise ValueError("mask_spectrogram needs rngs (nnx.Rngs or PerExampleRngs) in training")
+            raise ValueError(
+                "mask_spectrogram needs rngs (an nnx.Rngs or PerExampleRngs) in training"
+            )
         key = rngs.dropout()
         keys = key if key.shape else jax.random.split(key, len(mel))
-        mask = length_mask(lengths, mel.shape[1])
-        return augment.mask_spectrogram(mel, mask, keys)
+        return augment.mask_spectrogram(mel, length_mask(lengths, mel.shape[1]), keys)
 
-    def _run(
-        self, mel: jax.Array, lengths: jax.Array, output_hidden_states: bool, **options: Any
+    def _encode(
+        self,
+        mel: jax.Array,
+        lengths: jax.Array,
+        *,
+        output_hidden_states: bool = False,
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        num_positions = mel.shape[1] // 2
-        mel = self._masked(mel, lengths, **options)
-        if mel.shape[1] % 2 or num_positions > self.config.max_positions:
-            raise ValueError(
-                f"{mel.shape[1]} frames; allowed is an even number up to "
-                f"{2 * self.config.max_positions}"
-            )
+        """Returns the last layer's output, the mask, and if requested all layers' outputs."""
+        num_frames, max_frames = mel.shape[1], 2 * self.config.max_positions
+        if num_frames % 2 or num_frames > max_frames:
+            raise ValueError(f"{num_frames} frames; allowed: an even number up to {max_frames}")
+        mel = self._augment(mel, lengths, **options)
         x = jax.nn.gelu(self.convolution(mel), approximate=False)
-        x = jax.nn.gelu(self.strided_convolution(x), approximate=False)  # B N D
-        # The table is not learned, and `optim` does not let it decay. A parameter nevertheless: it
-        # is of the checkpoint.
-        positions = jax.lax.stop_gradient(self.positions[:num_positions]).astype(x.dtype)
+        x = jax.nn.gelu(self.strided_convolution(x), approximate=False)  # [B, N, D]
+        # The positions are a parameter because checkpoints contain them, but they are not trained;
+        # `optim` excludes them from weight decay.
+        positions = jax.lax.stop_gradient(self.positions[: x.shape[1]]).astype(x.dtype)
         x = self.dropout(x + positions, **options)
-        mask = length_mask(-(-lengths // 2), num_positions)
+        mask = length_mask(-(-lengths // 2), x.shape[1])
         key_mask = mask if self.config.trim else jnp.ones_like(mask)
         last, layers = self.layers(
             x, key_mask, output_hidden_states=output_hidden_states, **options
