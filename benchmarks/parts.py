@@ -29,7 +29,7 @@ from benchmarks.report import Row
 from mister_jax import losses
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEOutput
-from mister_jax.models.mister_e import apply_context_experts
+from mister_jax.models import apply_context_experts
 from mister_jax.nn import PerExampleRngs, gru_scan, run_grus
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.training.steps import initial_state

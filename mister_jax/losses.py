@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mister_jax.models.mister_e import EXPERTS, MisterEOutput
+from mister_jax.models import EXPERTS, MisterEOutput
 
 
 def _global_sum(x: jax.Array, axis_name: str | None) -> jax.Array:

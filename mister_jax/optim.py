@@ -10,6 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mister_jax.config_checks import (
+    check_at_least,
+    check_choice,
+    check_rates,
+    invalid_field,
+)
 from mister_jax.schedules import ScheduleName, learning_rate_schedule
 
 # Parameters without weight decay. Whisper's position table is a constant: it has no gradient, so
@@ -47,20 +53,12 @@ class OptimizerConfig:
     average_decay: float = 0.0
 
     def __post_init__(self):
-        schedules = get_args(ScheduleName)
-        checks = {
-            "name": (self.name in ("adam", "adamw"), "'adam' or 'adamw'"),
-            "learning_rate": (self.learning_rate > 0, "a positive number"),
-            "schedule": (self.schedule in schedules, " or ".join(map(repr, schedules))),
-            "warmup_fraction": (0 <= self.warmup_fraction < 1, "0 <= fraction < 1"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "clip_norm": (self.clip_norm >= 0, "0 or more"),
-            "average_decay": (0 <= self.average_decay < 1, "0 <= decay < 1"),
-        }
-        for field, (valid, allowed) in checks.items():
-            if not valid:
-                value = getattr(self, field)
-                raise ValueError(f"OptimizerConfig.{field}={value!r}: allowed is {allowed}")
+        check_choice(self, "name", ("adam", "adamw"))
+        check_choice(self, "schedule", get_args(ScheduleName))
+        check_at_least(self, 0, "weight_decay", "clip_norm")
+        check_rates(self, "warmup_fraction", "average_decay")
+        if not self.learning_rate > 0:  # also refuses NaN
+            raise invalid_field(self, "learning_rate", "positive numbers")
         if self.weight_decay and self.name == "adam":
             raise ValueError("OptimizerConfig.weight_decay needs name='adamw'")
 

@@ -127,7 +127,7 @@ def test_average_needs_the_parameters():
     ],
 )
 def test_invalid_values_raise_an_error_that_names_the_field(field, value):
-    with pytest.raises(ValueError, match=rf"OptimizerConfig\.{field}=.*allowed is"):
+    with pytest.raises(ValueError, match=rf"OptimizerConfig\.{field}=.*; allowed: "):
         OptimizerConfig(**{field: value})
 
 

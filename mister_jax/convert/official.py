@@ -275,11 +275,11 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
             )
             norm(block.norm, f"{prefix}.layer_norm_{norm_name}")
     norm(fusion.norm, "fusion.bn")
-    linear(fusion.hidden, "fusion.fc")
+    linear(fusion.projection, "fusion.fc")
     linear(fusion.classifier, "fusion.fc_2")
     assert model.gate is not None  # of a config with the mixture "gate"
-    linear(model.gate.hidden, "gate.0")
-    linear(model.gate.out, "gate.2")
+    linear(model.gate.mlp_in, "gate.0")
+    linear(model.gate.mlp_out, "gate.2")
     return model
 
 

@@ -1,14 +1,9 @@
-"""The models that are trained."""
+"""MiSTER-E over dialogues, and the utterance models that produce its input vectors."""
 
-from mister_jax.models.mister_e import (
-    EXPERTS,
-    ContextExpert,
-    CrossModalExpert,
-    Gate,
-    MisterE,
-    MisterEConfig,
-    MisterEOutput,
-)
+from mister_jax.models.config import EXPERTS, MisterEConfig
+from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_context_experts
+from mister_jax.models.gate import Gate
+from mister_jax.models.mister_e import MisterE, MisterEOutput
 from mister_jax.models.utterance import (
     SpeechUtterance,
     TextUtterance,
@@ -30,4 +25,5 @@ __all__ = [
     "UtteranceConfig",
     "UtteranceHead",
     "UtteranceOutput",
+    "apply_context_experts",
 ]

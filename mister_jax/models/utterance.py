@@ -1,6 +1,6 @@
-"""An utterance encoder: a backbone's hidden states, pooled into one vector, classified.
+"""Utterance models: the hidden states of a backbone, pooled into one vector and classified.
 
-Stage 1 of MiSTER-E (arXiv 2602.23300). The vector that stage 2 reads is `feature`.
+This is stage 1 of MiSTER-E (arXiv 2602.23300). Stage 2 reads the vector `UtteranceOutput.feature`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mister_jax.config_checks import check_at_least, check_choice, check_dtypes, check_rates
 from mister_jax.nn import AttentiveStatisticsPooling, Dropout, masked_mean
 from mister_jax.nn.dropout import KeySource
 
 Pooling = Literal["statistics", "mean", "last"]
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class UtteranceConfig:
-    """What stands on the backbone; the defaults are the released text encoder's.
+    """Options of the head on a backbone; the defaults are those of the released text encoder.
 
     Attributes:
-      num_classes: C.
-      feature_dim: F, width of the feature.
-      pooling: "statistics" (attentive mean and deviation, see `nn.AttentiveStatisticsPooling`),
-        "mean", or "last", the last valid token.
-      dropout: rate before the classifier.
-      dtype: of the computation, "float32" or "bfloat16".
-      param_dtype: of the parameters, likewise.
+      num_classes: Number of classes C.
+      feature_dim: Size F of the feature.
+      pooling: "statistics" (see `nn.AttentiveStatisticsPooling`), "mean", or "last" for the last
+        valid token.
+      dropout: Dropout rate before the classifier.
+      dtype: Type of the computation, "float32" or "bfloat16".
+      param_dtype: Type of the parameters, "float32" or "bfloat16".
     """
 
     num_classes: int
@@ -41,37 +41,18 @@ class UtteranceConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        if min(self.num_classes, self.feature_dim) < 1:
-            raise ValueError(
-                f"UtteranceConfig: num_classes {self.num_classes}, feature_dim {self.feature_dim}; "
-                "both must be at least 1"
-            )
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(
-                f"UtteranceConfig.pooling={self.pooling!r}: allowed are "
-                f"{', '.join(get_args(Pooling))}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"UtteranceConfig.dropout={self.dropout}: allowed are 0 <= rate < 1")
+        check_at_least(self, 1, "num_classes", "feature_dim")
+        check_choice(self, "pooling", get_args(Pooling))
+        check_rates(self, "dropout")
         check_dtypes(self)
 
 
-def check_dtypes(config: Any) -> None:
-    """Raises ValueError if the `dtype` or the `param_dtype` of a config is none of `DTYPES`."""
-    for field in ("dtype", "param_dtype"):
-        value = getattr(config, field)
-        if value not in DTYPES:
-            raise ValueError(
-                f"{type(config).__name__}.{field}={value!r}: allowed are {', '.join(DTYPES)}"
-            )
-
-
 class UtteranceOutput(NamedTuple):
-    """What an utterance encoder gives.
+    """Output of an utterance model.
 
     Attributes:
-      logits: [B, C] float32.
-      feature: [B, F] float32, the first Linear's output, before its ReLU.
+      logits: Class logits, [B, C] float32.
+      feature: Feature, [B, F] float32; the first Linear's output before its ReLU.
     """
 
     logits: jax.Array
@@ -82,11 +63,12 @@ class UtteranceHead(nnx.Module):
     """LayerNorm, pooling over valid tokens, Linear (the feature), ReLU, dropout, classifier.
 
     Args:
-      width: D, of the hidden states.
-      config: of the head.
+      hidden_dim: Size D of the backbone's hidden states.
+      config: Options of the head.
+      rngs: Source of the initial parameters.
     """
 
-    def __init__(self, width: int, config: UtteranceConfig, *, rngs: nnx.Rngs):
+    def __init__(self, hidden_dim: int, config: UtteranceConfig, *, rngs: nnx.Rngs):
         options: dict[str, Any] = {
             "dtype": jnp.dtype(config.dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
@@ -94,12 +76,13 @@ class UtteranceHead(nnx.Module):
         }
         self.config = config
         # A few dimensions of an LLM are far larger than the rest; the fast variance would cancel.
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **options)
+        self.norm = nnx.LayerNorm(hidden_dim, epsilon=1e-5, use_fast_variance=False, **options)
         statistics = config.pooling == "statistics"
         self.pooling = nnx.data(
-            AttentiveStatisticsPooling(width, **options) if statistics else None
+            AttentiveStatisticsPooling(hidden_dim, **options) if statistics else None
         )
-        self.feature = nnx.Linear(2 * width if statistics else width, config.feature_dim, **options)
+        pooled_dim = 2 * hidden_dim if statistics else hidden_dim
+        self.feature = nnx.Linear(pooled_dim, config.feature_dim, **options)
         self.dropout = Dropout(config.dropout)
         self.classifier = nnx.Linear(config.feature_dim, config.num_classes, **options)
 
@@ -111,8 +94,15 @@ class UtteranceHead(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> UtteranceOutput:
-        """Reads hidden states [B, N, D] where `mask` [B, N] is true; a row may have none."""
-        # A padded position may hold anything, and a norm would spread what is not finite.
+        """Classifies utterances from the hidden states of a backbone.
+
+        Args:
+          hidden: Hidden states, [B, N, D].
+          mask: Valid hidden states, [B, N] bool; a row may have none.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+        """
+        # The norm would turn NaN or infinity in the padding into NaN gradients.
         hidden = self.norm(jnp.where(mask[..., None], hidden, 0))  # B N D
         if self.pooling is not None:
             pooled = self.pooling(hidden, mask)  # B 2D
@@ -128,11 +118,12 @@ class UtteranceHead(nnx.Module):
 
 
 class TextUtterance(nnx.Module):
-    """A text backbone and its head.
+    """Text backbone with an utterance head.
 
     Args:
-      backbone: called as `backbone(input_ids, attention_mask)`, gives hidden states [B, N, D].
-      head: of width D.
+      backbone: Module called as `backbone(input_ids, attention_mask)` that returns hidden states
+        [B, N, D].
+      head: Head for hidden states of size D.
     """
 
     def __init__(self, backbone: nnx.Module, head: UtteranceHead):
@@ -147,19 +138,26 @@ class TextUtterance(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> UtteranceOutput:
-        """Reads token ids [B, N] where `mask` [B, N] bool is true."""
+        """Classifies token sequences.
+
+        Args:
+          input_ids: Token IDs, [B, N] int.
+          mask: Valid tokens, [B, N] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+        """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden = self.backbone(input_ids, mask, **options)
         return self.head(hidden, mask, **options)
 
 
 class SpeechUtterance(nnx.Module):
-    """A speech backbone and its head.
+    """Speech backbone with an utterance head.
 
     Args:
-      backbone: called as `backbone(waveform, lengths)`, gives hidden states [B, N, D] and which of
-        them are valid [B, N] bool.
-      head: of width D.
+      backbone: Module called as `backbone(waveform, lengths)` that returns hidden states
+        [B, N, D] and a mask of the valid ones, [B, N] bool.
+      head: Head for hidden states of size D.
     """
 
     def __init__(self, backbone: nnx.Module, head: UtteranceHead):
@@ -174,7 +172,14 @@ class SpeechUtterance(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> UtteranceOutput:
-        """Reads clips [B, S] at 16 kHz, full scale 1, of `lengths` [B] samples."""
+        """Classifies clips.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S].
+          lengths: Number of samples of each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+        """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         hidden, mask = self.backbone(waveform, lengths, **options)
         return self.head(hidden, mask, **options)

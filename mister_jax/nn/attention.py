@@ -109,7 +109,7 @@ class MultiHeadAttention(nnx.Module):
     ):
         if attention_dim % num_heads:
             raise ValueError(
-                f"attention_dim={attention_dim}: must be a multiple of num_heads={num_heads}"
+                f"attention_dim={attention_dim}; allowed: a multiple of num_heads={num_heads}"
             )
         self.num_heads = num_heads
         self.implementation = implementation

@@ -44,7 +44,7 @@ class ParallelConvolution(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if not kernel_sizes or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
-            raise ValueError(f"kernel_sizes={tuple(kernel_sizes)}: allowed are odd sizes >= 1")
+            raise ValueError(f"kernel_sizes={tuple(kernel_sizes)}; allowed: odd sizes >= 1")
         self.dtype = dtype
         initializer = nnx.initializers.lecun_normal(in_axis=(0, 1))
         self.kernels = nnx.List(

@@ -68,7 +68,7 @@ class Dropout(nnx.Module):
 
     def __init__(self, rate: float):
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"dropout rate {rate}: allowed are 0 <= rate < 1")
+            raise ValueError(f"dropout rate {rate}; allowed: 0 <= rate < 1")
         self.rate = rate
 
     def __call__(

@@ -71,9 +71,9 @@ class ScannedLayers(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers}: must be at least 1")
+            raise ValueError(f"num_layers={num_layers}; allowed: at least 1")
         if remat not in get_args(Remat):
-            raise ValueError(f"remat={remat!r}: allowed are {', '.join(get_args(Remat))}")
+            raise ValueError(f"remat={remat!r}; allowed: {', '.join(get_args(Remat))}")
         self.num_layers = num_layers
         self.remat = remat
         keys = jax.random.split(rngs.params(), num_layers)

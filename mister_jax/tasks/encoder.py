@@ -19,17 +19,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mister_jax import losses
+from mister_jax.config_checks import check_dtypes
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.utterances import Utterances
-from mister_jax.encoders import hub, pretrained
+from mister_jax.encoders import hub, registry
 from mister_jax.errors import InputError
-from mister_jax.models.utterance import (
-    UtteranceConfig,
-    UtteranceHead,
-    UtteranceOutput,
-    check_dtypes,
-)
+from mister_jax.models.utterance import UtteranceConfig, UtteranceHead, UtteranceOutput
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
@@ -200,13 +196,13 @@ class EncoderTask:
         }
 
     def _make_backbone(self, key: jax.Array) -> nnx.Module:
-        return pretrained.create_module(
+        return registry.create_module(
             self._backbone_config, rngs=nnx.Rngs(key), **self._config_changes()
         )
 
     def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
         """Loads the backbone with its weights; `seed` initializes what no checkpoint holds."""
-        return pretrained.load_module(self.folder, mesh=mesh, seed=seed, **self._config_changes())
+        return registry.load_module(self.folder, mesh=mesh, seed=seed, **self._config_changes())
 
     def _plan(self, lengths: np.ndarray, num_shards: int, *, shuffle: bool) -> BatchPlan:
         return BatchPlan(

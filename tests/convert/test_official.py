@@ -161,10 +161,10 @@ def official_gradients(gradients, weights):
     linear("fusion.fc_aud_self", fusion.speech_skip)
     linear("fusion.fc_text_self", fusion.text_skip)
     norm("fusion.bn", fusion.norm)
-    linear("fusion.fc", fusion.hidden)
+    linear("fusion.fc", fusion.projection)
     linear("fusion.fc_2", fusion.classifier)
-    linear("gate.0", gradients.gate.hidden)
-    linear("gate.2", gradients.gate.out)
+    linear("gate.0", gradients.gate.mlp_in)
+    linear("gate.2", gradients.gate.mlp_out)
     return found
 
 
@@ -289,8 +289,8 @@ def test_all_weights_with_a_wrong_number_of_axes_are_named(golden):
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("audio_self.fc_1.weight", (15, 20), "context_dim=15: must be even"),
-        ("gate.0.weight", (0, 18), "gate_dim=0: must be at least 1"),
+        ("audio_self.fc_1.weight", (15, 20), "context_dim=15; allowed: even"),
+        ("gate.0.weight", (0, 18), "gate_dim=0; allowed: at least 1"),
     ],
 )
 def test_sizes_no_model_can_have_are_refused(golden, name, shape, reason):
@@ -300,7 +300,7 @@ def test_sizes_no_model_can_have_are_refused(golden, name, shape, reason):
 
 def test_even_kernels_are_refused(golden):
     wide = {f"{name}.conv3.weight": np.zeros((16, 20, 4)) for name in ("audio_self", "text_self")}
-    assert "kernel_sizes=(1, 4, 5): allowed are odd" in refusal(golden["param"] | wide)
+    assert "kernel_sizes=(1, 4, 5); allowed: odd" in refusal(golden["param"] | wide)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(golden):

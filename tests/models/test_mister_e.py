@@ -1,8 +1,9 @@
-"""MiSTER-E: what a dialogue's predictions depend on, and what they do not."""
+"""MiSTER-E: masks, missing modalities, mixtures, dropout and configs."""
 
 import dataclasses
 import itertools
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,19 @@ from flax import nnx
 
 from mister_jax import MisterE, MisterEConfig, losses
 from mister_jax.models import EXPERTS, Gate
-from mister_jax.models.mister_e import MIXTURES, drop_modalities
+from mister_jax.models.config import Mixture
+from mister_jax.models.mister_e import drop_modalities
 from mister_jax.nn import PerExampleRngs
 
 LENGTH = 5
+MIXTURES = get_args(Mixture)
 GARBAGE = (np.nan, np.inf, 1e30)
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(EXPERTS, size)]
-# No layer but the Linears: quick to compile, for what does not hang on the other layers.
+# Linear layers only, which compile fast, for tests in which the other layers do not matter.
 SHALLOW = {"gru_layers": 0, "kernel_sizes": (), "fusion_layers": 0}
-FIELDS = [field.name for field in dataclasses.fields(MisterEConfig)]
+DROPOUT_RATES = [
+    field.name for field in dataclasses.fields(MisterEConfig) if field.name.endswith("_dropout")
+]
 VARIANTS = [
     {},
     {"experts": ("speech",)},
@@ -39,11 +44,11 @@ VARIANTS = [
 ]
 
 
-def name_of(variant):
+def variant_id(variant):
     return ",".join(f"{name}={value}" for name, value in variant.items()) or "all"
 
 
-def model_of(config, **changes):
+def make_model(config, **changes):
     return MisterE(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0))
 
 
@@ -57,7 +62,7 @@ def forward(model, batch):
     )
 
 
-# Apart from each other, so that models which differ in their layers alone share the losses.
+# Compiled separately, so that models that differ only in their layers share the losses.
 compiled_forward = nnx.jit(forward)
 compiled_losses = jax.jit(losses.mister_e, static_argnames="experts")
 
@@ -82,88 +87,88 @@ def train(model, batch, keys):
 
 
 def with_garbage(batch, garbage):
-    """The batch with anything where there is no speech or no text."""
-    changed = {
+    """Fills the vectors of missing speech and text with garbage."""
+    filled = {
         name: np.where(batch[f"{name}_present"][..., None], batch[name], np.float32(garbage))
         for name in ("speech", "text")
     }
-    return batch | changed
+    return batch | filled
 
 
 def assert_finite(tree):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-def among_others(dialogue, make_batch):
-    """The dialogue [1, T] as the middle row of a batch [3, 4 T]; the batch with this row alone."""
-    crowd = make_batch((4 * LENGTH, LENGTH, 3), seed=9)
+def put_into_batch(dialogue, make_batch):
+    """Puts a dialogue [1, T] into row 1 of a batch [3, 4 T], and of one with empty other rows."""
+    full = make_batch((4 * LENGTH, LENGTH, 3), seed=9)
     for name, values in dialogue.items():
-        crowd[name][1] = 0
-        crowd[name][1, :LENGTH] = values[0]
-    alone = {name: values.copy() for name, values in crowd.items()}
+        full[name][1] = 0
+        full[name][1, :LENGTH] = values[0]
+    otherwise_empty = {name: values.copy() for name, values in full.items()}
     for name in ("mask", "speech_present", "text_present"):
-        alone[name][[0, 2]] = False
-    return crowd, alone
+        otherwise_empty[name][[0, 2]] = False
+    return full, otherwise_empty
 
 
 def dialogues(make_batch):
-    """One whose utterances have both, either or neither of speech and text; one without speech."""
+    """Makes a dialogue with every combination of speech and text, and one without speech."""
     dialogue = make_batch((LENGTH,), seed=1)
-    every_case = {
+    all_combinations = {
         "speech_present": np.array([[True, False, True, True, False]]),
         "text_present": np.array([[True, True, False, True, False]]),
     }
     no_speech = {"speech_present": np.zeros((1, LENGTH), bool), "text_present": dialogue["mask"]}
-    return dialogue | every_case, dialogue | no_speech
+    return dialogue | all_combinations, dialogue | no_speech
 
 
-def assert_close(ours, expected):
-    def check(value, wanted):
-        np.testing.assert_allclose(value, wanted, atol=1e-5, rtol=1e-5)
+def assert_close(tree, expected):
+    def check(value, expected_value):
+        np.testing.assert_allclose(value, expected_value, atol=1e-5, rtol=1e-5)
 
-    jax.tree.map(check, ours, expected)
+    jax.tree.map(check, tree, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-def test_neither_padding_nor_other_dialogues_change_predictions_or_losses(
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_padding_and_other_dialogues_do_not_change_predictions_or_losses(
     tiny_config, make_batch, variant
 ):
-    model = model_of(tiny_config, **variant)
+    model = make_model(tiny_config, **variant)
     for dialogue in dialogues(make_batch):
         output, parts = output_and_losses(model, dialogue)
         assert_finite((output, parts))
         for garbage in GARBAGE:
-            crowd, alone = (
-                with_garbage(batch, garbage) for batch in among_others(dialogue, make_batch)
+            full, otherwise_empty = (
+                with_garbage(batch, garbage) for batch in put_into_batch(dialogue, make_batch)
             )
-            in_crowd, _ = output_and_losses(model, crowd)
-            assert_close(jax.tree.map(lambda leaf: leaf[1:2, :LENGTH], in_crowd), output)
-            assert_close(output_and_losses(model, alone)[1], parts)
+            full_output, _ = output_and_losses(model, full)
+            assert_close(jax.tree.map(lambda leaf: leaf[1:2, :LENGTH], full_output), output)
+            assert_close(output_and_losses(model, otherwise_empty)[1], parts)
 
 
 def test_padding_does_not_change_gradients(tiny_config, make_batch):
-    model = model_of(tiny_config)
+    model = make_model(tiny_config)
     for dialogue in dialogues(make_batch):
         expected = loss_and_gradients(model, dialogue)
         assert_finite(expected)
-        _, alone = among_others(dialogue, make_batch)
+        _, otherwise_empty = put_into_batch(dialogue, make_batch)
         for garbage in GARBAGE:
-            assert_close(loss_and_gradients(model, with_garbage(alone, garbage)), expected)
+            assert_close(
+                loss_and_gradients(model, with_garbage(otherwise_empty, garbage)), expected
+            )
 
 
 def test_vectors_of_a_missing_modality_are_not_read(tiny_config, make_batch):
-    model = model_of(tiny_config)
+    model = make_model(tiny_config)
     for dialogue in dialogues(make_batch):
         expected = loss_and_gradients(model, dialogue)
         assert_close(loss_and_gradients(model, with_garbage(dialogue, np.nan)), expected)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_an_absent_expert_has_no_weight_and_all_weights_sum_to_one(
-    tiny_config, make_batch, mixture
-):
+def test_missing_experts_have_no_weight_and_weights_sum_to_one(tiny_config, make_batch, mixture):
     dialogue, _ = dialogues(make_batch)
-    model = model_of(tiny_config, mixture=mixture, **SHALLOW)
+    model = make_model(tiny_config, mixture=mixture, **SHALLOW)
     output, _ = output_and_losses(model, dialogue)
     np.testing.assert_allclose(output.gate.sum(-1), 1, atol=1e-6)
     both, text_alone, speech_alone, _, neither = np.asarray(output.gate[0])
@@ -179,12 +184,12 @@ def test_an_utterance_with_neither_modality_has_finite_predictions(tiny_config, 
     dialogue, _ = dialogues(make_batch)
     nothing = dict.fromkeys(("speech_present", "text_present"), np.zeros((1, LENGTH), bool))
     batch = with_garbage(dialogue | nothing, np.nan)
-    model = model_of(tiny_config)
+    model = make_model(tiny_config)
     assert_finite((output_and_losses(model, batch), loss_and_gradients(model, batch)))
 
 
-def test_experts_out_of_use_have_no_weight_and_no_parameters(tiny_config, make_batch):
-    model = model_of(tiny_config, experts=("text", "fusion"))
+def test_disabled_experts_have_no_weight_and_no_parameters(tiny_config, make_batch):
+    model = make_model(tiny_config, experts=("text", "fusion"))
     assert model.speech is None
     output, (_, parts) = output_and_losses(model, dialogues(make_batch)[0])
     assert not output.gate[..., 0].any()
@@ -194,29 +199,31 @@ def test_experts_out_of_use_have_no_weight_and_no_parameters(tiny_config, make_b
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_the_cross_modal_expert_knows_the_order_by_its_gru_alone(tiny_config, make_batch, layers):
-    model = model_of(tiny_config, experts=("fusion",), fusion_gru_layers=layers)
+def test_cross_modal_expert_depends_on_utterance_order_only_with_a_gru(
+    tiny_config, make_batch, layers
+):
+    model = make_model(tiny_config, experts=("fusion",), fusion_gru_layers=layers)
     batch = make_batch((LENGTH,))
     backwards = {name: values[:, ::-1] for name, values in batch.items()}
-    logits, turned = (compiled_forward(model, each).logits for each in (batch, backwards))
-    assert np.allclose(turned[:, ::-1], logits, atol=1e-5) == (layers == 0)
+    logits, reversed_logits = (compiled_forward(model, x).logits for x in (batch, backwards))
+    assert np.allclose(reversed_logits[:, ::-1], logits, atol=1e-5) == (layers == 0)
 
 
-def test_the_crf_reads_the_mixture_and_leaves_the_votes(tiny_config, make_batch):
-    plain, model = (model_of(tiny_config, crf=crf, **SHALLOW) for crf in (False, True))
+def test_crf_changes_the_mixture_but_not_the_expert_logits(tiny_config, make_batch):
+    plain, model = (make_model(tiny_config, crf=crf, **SHALLOW) for crf in (False, True))
     batch, _ = dialogues(make_batch)
     expected, _ = output_and_losses(plain, batch)
-    even, _ = output_and_losses(model, batch)
+    initial, _ = output_and_losses(model, batch)
     mask = batch["mask"]
     np.testing.assert_allclose(
-        jax.nn.softmax(even.logits)[mask], jax.nn.softmax(expected.logits)[mask], atol=1e-6
+        jax.nn.softmax(initial.logits)[mask], jax.nn.softmax(expected.logits)[mask], atol=1e-6
     )
-    # Emotions that never change: one for all utterances of a dialogue.
+    # With an identity transition, all utterances of a dialogue have the same emotion.
     model.crf.transition[...] = 1e4 * jnp.eye(tiny_config.num_classes)
-    lasting, _ = output_and_losses(model, batch)
-    np.testing.assert_array_equal(lasting.expert_logits, expected.expert_logits)
+    constant, _ = output_and_losses(model, batch)
+    np.testing.assert_array_equal(constant.expert_logits, expected.expert_logits)
     for logits, summed, valid in zip(
-        lasting.logits,
+        constant.logits,
         jnp.where(mask[..., None], expected.logits, 0).sum(1),
         mask,
         strict=True,
@@ -224,8 +231,8 @@ def test_the_crf_reads_the_mixture_and_leaves_the_votes(tiny_config, make_batch)
         assert (logits[valid].argmax(-1) == summed.argmax()).all()
 
 
-def test_mean_mixture_weighs_present_experts_evenly(tiny_config, make_batch):
-    model = model_of(tiny_config, mixture="mean", **SHALLOW)
+def test_mean_mixture_weights_present_experts_equally(tiny_config, make_batch):
+    model = make_model(tiny_config, mixture="mean", **SHALLOW)
     output, _ = output_and_losses(model, dialogues(make_batch)[0])
     logits = np.asarray(output.expert_logits[0])
     for step, experts in enumerate(([0, 1, 2], [1, 2], [0, 2])):
@@ -241,13 +248,13 @@ def test_mean_mixture_weighs_present_experts_evenly(tiny_config, make_batch):
         ((0, 1, 1), 0, 1),
         ((3, 3, 3), 0, 3),
         ((0, 1, 2), 1, 2),  # no speech at this step
-        ((0, 1, 1), 2, 1),  # no text
+        ((0, 1, 1), 2, 1),  # no text at this step
     ],
 )
 def test_majority_counts_votes_and_the_fusion_expert_decides_ties(
     tiny_config, make_batch, votes, step, winner
 ):
-    model = model_of(tiny_config, mixture="majority", **SHALLOW)
+    model = make_model(tiny_config, mixture="majority", **SHALLOW)
     for expert, vote in zip((model.speech, model.text, model.fusion), votes, strict=True):
         classifier = expert.classifier
         classifier.kernel.set_value(jnp.zeros_like(classifier.kernel[...]))
@@ -256,7 +263,7 @@ def test_majority_counts_votes_and_the_fusion_expert_decides_ties(
     assert int(output.logits[0, step].argmax()) == winner
 
 
-def test_a_higher_temperature_evens_the_gate(tiny_config):
+def test_higher_temperature_makes_gate_weights_more_even(tiny_config):
     logits = jax.random.normal(jax.random.key(0), (1, 4, 3, tiny_config.num_classes))
     present = jnp.array([[[True, True, True]] * 3 + [[True, False, True]]])
     cold, hot = (
@@ -270,31 +277,33 @@ def test_a_higher_temperature_evens_the_gate(tiny_config):
     assert jnp.abs(cold - even).max() > 0.1
 
 
-def test_a_gate_that_reads_contexts_tells_apart_equal_votes(tiny_config):
+def test_gate_that_reads_contexts_distinguishes_equal_logits(tiny_config):
     gates = {
-        reads: Gate(dataclasses.replace(tiny_config, gate_reads_contexts=reads), rngs=nnx.Rngs(0))
-        for reads in (False, True)
+        reads_contexts: Gate(
+            dataclasses.replace(tiny_config, gate_reads_contexts=reads_contexts), rngs=nnx.Rngs(0)
+        )
+        for reads_contexts in (False, True)
     }
-    votes = jnp.zeros((1, 2, 3, tiny_config.num_classes))
+    logits = jnp.zeros((1, 2, 3, tiny_config.num_classes))
     present = jnp.array([[[True, True, True], [True, False, True]]])
     shape = (1, 2, tiny_config.context_dim)
     speech, *texts = jax.random.normal(jax.random.key(0), (3, *shape))
     weights = {
-        reads: [gate(votes, present, speech, text) for text in texts]
-        for reads, gate in gates.items()
+        reads_contexts: [gate(logits, present, speech, text) for text in texts]
+        for reads_contexts, gate in gates.items()
     }
     np.testing.assert_array_equal(*weights[False])
-    one, other = weights[True]
-    assert jnp.abs(one - other)[0, 0].max() > 0.01
-    np.testing.assert_array_equal(one[0, 1], other[0, 1])  # whose text is missing
+    first, second = weights[True]
+    assert jnp.abs(first - second)[0, 0].max() > 0.01
+    np.testing.assert_array_equal(first[0, 1], second[0, 1])  # its text is missing
     with pytest.raises(ValueError, match="needs both contexts"):
-        gates[True](votes, present, speech)
+        gates[True](logits, present, speech)
 
 
 def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, make_batch):
     dialogue, _ = dialogues(make_batch)
     half, full = (
-        output_and_losses(model_of(tiny_config, dtype=dtype), dialogue)[0]
+        output_and_losses(make_model(tiny_config, dtype=dtype), dialogue)[0]
         for dtype in ("bfloat16", "float32")
     )
     assert half.text_repr.dtype == jnp.bfloat16
@@ -303,20 +312,20 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, ma
         np.testing.assert_allclose(getattr(half, name), getattr(full, name), atol=0.1)
 
 
-def test_modality_dropout_takes_each_modality_by_itself_at_its_rate():
+def test_modality_dropout_hides_each_modality_independently_at_its_rate():
     random = np.random.default_rng(0)
     speech, text = jnp.asarray(random.random((2, 40, 200)) < 0.8)
     for rngs in (PerExampleRngs.from_batch_key(jax.random.key(0), 40), nnx.Rngs(dropout=0)):
         kept_speech, kept_text = drop_modalities(speech, text, 0.3, rngs)
-        for kept, had in ((kept_speech, speech), (kept_text, text)):
-            assert not (kept & ~had).any()
-            assert abs((had & ~kept).sum() / had.sum() - 0.3) < 0.03
+        for kept, present in ((kept_speech, speech), (kept_text, text)):
+            assert not (kept & ~present).any()
+            assert abs((present & ~kept).sum() / present.sum() - 0.3) < 0.03
         both = speech & text
         assert abs((both & ~kept_speech & ~kept_text).sum() / both.sum() - 0.09) < 0.02
 
 
-def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
-    model = model_of(tiny_config, modality_dropout=0.9, **SHALLOW)
+def test_modality_dropout_is_applied_in_training_only(tiny_config, make_batch):
+    model = make_model(tiny_config, modality_dropout=0.9, **SHALLOW)
     batch = make_batch((30,))
     output = train(model, batch, jax.random.split(jax.random.key(0), 1))
     assert not output.speech_present.all()
@@ -327,9 +336,9 @@ def test_modality_dropout_acts_in_training_only(tiny_config, make_batch):
         model(*arguments, deterministic=False)
 
 
-def test_dropout_of_a_dialogue_depends_neither_on_its_place_nor_on_padding(tiny_config, make_batch):
-    rates = dict.fromkeys((name for name in FIELDS if name.endswith("_dropout")), 0.3)
-    model = model_of(tiny_config, **rates, kernel_sizes=(1,), gru_layers=2)
+def test_position_in_batch_and_padding_do_not_change_dropout(tiny_config, make_batch):
+    rates = dict.fromkeys(DROPOUT_RATES, 0.3)
+    model = make_model(tiny_config, **rates, kernel_sizes=(1,), gru_layers=2)
     batch, keys = make_batch((5, 5, 5)), jax.random.split(jax.random.key(0), 3)
     output = train(model, batch, keys)
     order = np.array([2, 0, 1])
@@ -344,18 +353,19 @@ def test_dropout_of_a_dialogue_depends_neither_on_its_place_nor_on_padding(tiny_
     assert_close(jax.tree.map(lambda leaf: leaf[:, :5], padded), output)
 
 
-def test_released_sizes_have_the_released_parameters():
+def test_default_config_has_the_released_number_of_parameters():
     model = nnx.eval_shape(lambda: MisterE(MisterEConfig.paper(), rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert count == 88_730_609
-    # The released code projects twice in a row, on the way in (q, k, v) and on the way out.
+    # The released code has two consecutive projections each for query, key, value and output, and
+    # a key bias, which has no effect.
     config = model.config
-    attentions, width = 4 * config.fusion_layers, config.attention_dim
-    added = 4 * width * (width + 1) + width  # and a bias of the keys, which has no effect
-    assert count + attentions * added == 89_661_809
+    num_attentions, attention_dim = 4 * config.fusion_layers, config.attention_dim
+    additional = 4 * attention_dim * (attention_dim + 1) + attention_dim
+    assert count + num_attentions * additional == 89_661_809
 
 
-def test_small_takes_changes():
+def test_small_config_accepts_changes():
     config = MisterEConfig.small(context_dim=64, num_classes=7)
     assert (config.context_dim, config.num_classes, config.gru_layers) == (64, 7, 1)
 
@@ -382,13 +392,13 @@ def test_small_takes_changes():
         ("experts", ("video",)),
     ],
 )
-def test_values_that_make_no_model_are_refused_by_name(field, value):
+def test_invalid_values_raise_an_error_that_names_the_field(field, value):
     with pytest.raises(ValueError, match=rf"MisterEConfig\.{field}="):
         MisterEConfig(**{field: value})
 
 
-def test_a_gru_over_an_odd_fusion_width_is_refused():
-    with pytest.raises(ValueError, match=r"MisterEConfig\.fusion_dim=7: must be even"):
+def test_fusion_gru_needs_an_even_fusion_dim():
+    with pytest.raises(ValueError, match=r"MisterEConfig\.fusion_dim=7; allowed: even"):
         MisterEConfig(fusion_dim=7, fusion_gru_layers=1)
 
 
@@ -403,18 +413,18 @@ def test_a_gru_over_an_odd_fusion_width_is_refused():
         ("text_present", (3,)),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused_by_name(tiny_config, make_batch, name, shape):
+def test_wrong_shapes_raise_an_error_that_names_the_array(tiny_config, make_batch, name, shape):
     batch = make_batch((3, 2)) | {name: np.zeros(shape, np.float32)}
     with pytest.raises(ValueError, match=f"^{name} has shape {re.escape(str(shape))}"):
-        forward(model_of(tiny_config), batch)
+        forward(make_model(tiny_config), batch)
 
 
-def test_linen_users_can_use_the_model(tiny_config, make_batch):
+def test_model_works_in_flax_linen(tiny_config, make_batch):
     batch = make_batch((LENGTH,))
     arguments = (batch["speech"], batch["text"], batch["mask"])
     config = dataclasses.replace(tiny_config, **SHALLOW)
     linen = nnx.bridge.ToLinen(MisterE, args=(config,))
     variables = linen.init(jax.random.key(0), *arguments)
-    model = model_of(config)
+    model = make_model(config)
     nnx.update(model, nnx.State(variables["params"]))
     assert_close(linen.apply(variables, *arguments), model(*arguments))

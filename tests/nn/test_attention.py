@@ -183,7 +183,7 @@ def test_masked_keys_change_neither_outputs_nor_gradients(garbage):
 
 
 def test_attention_dim_must_be_a_multiple_of_num_heads():
-    with pytest.raises(ValueError, match="attention_dim=7: must be a multiple of num_heads=3"):
+    with pytest.raises(ValueError, match="attention_dim=7; allowed: a multiple of num_heads=3"):
         MultiHeadAttention(5, 4, 7, attention_dim=7, num_heads=3, rngs=nnx.Rngs(0))
 
 

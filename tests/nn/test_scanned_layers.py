@@ -80,5 +80,5 @@ def test_remat_does_not_change_gradients(remat):
 def test_invalid_options_raise():
     with pytest.raises(ValueError, match="num_layers=0"):
         ScannedLayers(Layer, 0, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="allowed are none, full, dots"):
+    with pytest.raises(ValueError, match="allowed: none, full, dots"):
         ScannedLayers(Layer, 2, remat="half", rngs=nnx.Rngs(0))

@@ -1,0 +1,130 @@
+"""Config of MiSTER-E."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from mister_jax.config_checks import (
+    check_at_least,
+    check_choice,
+    check_multiple,
+    check_rates,
+    invalid_field,
+)
+from mister_jax.nn.attention import Implementation
+
+EXPERTS = ("speech", "text", "fusion")
+Mixture = Literal["gate", "mean", "majority"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MisterEConfig:
+    """Sizes and options of `MisterE`; the defaults are those of the released model.
+
+    Attributes:
+      num_classes: Number of classes C.
+      speech_dim: Size D of the speech vectors.
+      text_dim: Size D of the text vectors.
+      context_dim: Size H of the context networks; each direction of their GRU has half of it.
+      kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
+      gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
+      fusion_dim: Size F of the cross-modal expert's streams.
+      fusion_layers: Number of co-attention layers.
+      fusion_gru_layers: Number of bidirectional GRU layers over both streams, which make the
+        cross-modal expert aware of the order of utterances; 0 in the released model.
+      attention_dim: Size of all attention heads together.
+      attention_heads: Number of heads of each attention.
+      gate_dim: Size of the gate's hidden layer.
+      gate_temperature: Temperature of the gate's softmax.
+      gate_reads_contexts: Whether the gate reads the contexts of the speech and text expert besides
+        the experts' logits, and so more than the experts' own confidence; False in the released
+        model.
+      input_dropout: Dropout rate of the input vectors.
+      context_dropout: Dropout rate before each GRU layer and before the context classifiers.
+      attention_dropout: Dropout rate of the attention weights.
+      fusion_dropout: Dropout rate of each attention's output.
+      classifier_dropout: Dropout rate before the cross-modal expert's classifier.
+      modality_dropout: Probability of hiding the speech of an utterance in training, and,
+        independently, of hiding its text. An utterance without both is predicted from its context.
+      experts: Enabled experts, a subset of ("speech", "text", "fusion").
+      mixture: Combination of the experts' logits: weighted by the gate ("gate"), their mean
+        ("mean"), or majority voting in which the fusion expert decides ties ("majority").
+      crf: Whether a linear-chain conditional random field reads the mixture's logits and learns how
+        emotions persist and change; False in the released model.
+      layer_norm_epsilon: Epsilon of all LayerNorms.
+      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
+      dtype: Type of the computation; recurrent states, softmaxes, output logits and output
+        probabilities are always float32.
+      param_dtype: Type of the parameters.
+    """
+
+    num_classes: int = 6
+    speech_dim: int = 2048
+    text_dim: int = 2048
+    context_dim: int = 1024
+    kernel_sizes: tuple[int, ...] = (1, 3, 5)
+    gru_layers: int = 3
+    fusion_dim: int = 1024
+    fusion_layers: int = 4
+    fusion_gru_layers: int = 0
+    attention_dim: int = 120
+    attention_heads: int = 3
+    gate_dim: int = 10
+    gate_temperature: float = 2.0
+    gate_reads_contexts: bool = False
+    input_dropout: float = 0.0
+    context_dropout: float = 0.0
+    attention_dropout: float = 0.1
+    fusion_dropout: float = 0.5
+    classifier_dropout: float = 0.0
+    modality_dropout: float = 0.0
+    experts: tuple[str, ...] = EXPERTS
+    mixture: Mixture = "gate"
+    crf: bool = False
+    layer_norm_epsilon: float = 1e-6
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        fields = [field.name for field in dataclasses.fields(self)]
+        check_at_least(self, 1, "num_classes", "attention_heads")
+        check_at_least(self, 1, *(name for name in fields if name.endswith("_dim")))
+        check_at_least(self, 0, *(name for name in fields if name.endswith("_layers")))
+        check_rates(self, *(name for name in fields if name.endswith("_dropout")))
+        check_multiple(self, "attention_dim", "attention_heads")
+        if self.context_dim % 2:
+            raise invalid_field(self, "context_dim", "even numbers")
+        if self.fusion_gru_layers and self.fusion_dim % 2:
+            raise invalid_field(self, "fusion_dim", "even numbers with fusion_gru_layers")
+        if not self.gate_temperature > 0:  # also refuses NaN
+            raise invalid_field(self, "gate_temperature", "positive numbers")
+        check_choice(self, "mixture", get_args(Mixture))
+        enabled = set(self.experts)
+        if not enabled or enabled - set(EXPERTS) or len(enabled) != len(self.experts):
+            raise invalid_field(self, "experts", f"one or more of {EXPERTS}, each once")
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """Types of a layer, as the arguments `dtype` and `param_dtype`."""
+        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+
+    @classmethod
+    def paper(cls, **changes) -> MisterEConfig:
+        """Returns the config of the released model (90 M parameters) with `changes`."""
+        return cls(**changes)
+
+    @classmethod
+    def small(cls, **changes) -> MisterEConfig:
+        """Returns a config for a few hundred dialogues or quick tests, with `changes`."""
+        sizes = {
+            "context_dim": 128,
+            "gru_layers": 1,
+            "fusion_dim": 128,
+            "fusion_layers": 2,
+            "attention_dim": 96,
+        }
+        return cls(**{**sizes, **changes})

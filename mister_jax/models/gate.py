@@ -1,0 +1,70 @@
+"""Gate of MiSTER-E, which weights the experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mister_jax.models.config import EXPERTS, MisterEConfig
+
+
+class Gate(nnx.Module):
+    """Computes the experts' weights from their logits with a small MLP, in float32.
+
+    The weights are softmax(mlp_out(relu(mlp_in(x))) / temperature) over the present experts, where
+    x holds the logits of all experts and, with `gate_reads_contexts`, the contexts of the speech
+    and text expert. Gradients flow through x into the experts.
+
+    Args:
+      config: Config of the model.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
+        num_experts = len(EXPERTS)
+        options: dict[str, Any] = config.types | {"dtype": jnp.float32, "rngs": rngs}
+        self.temperature = config.gate_temperature
+        self.reads_contexts = config.gate_reads_contexts
+        in_dim = num_experts * config.num_classes
+        if self.reads_contexts:
+            in_dim += config.context_dim * len({"speech", "text"}.intersection(config.experts))
+        self.mlp_in = nnx.Linear(in_dim, config.gate_dim, **options)
+        self.mlp_out = nnx.Linear(config.gate_dim, num_experts, **options)
+
+    def __call__(
+        self,
+        expert_logits: jax.Array,
+        present: jax.Array,
+        speech_context: jax.Array | None = None,
+        text_context: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes the gate weights.
+
+        Args:
+          expert_logits: Logits of all experts, [B, T, E, C].
+          present: Experts that may have weight, [B, T, E] bool.
+          speech_context: Context of the speech expert, [B, T, H], or [B, T, 0] if it is disabled;
+            required with `gate_reads_contexts`, else unused.
+          text_context: Context of the text expert, with the same rules.
+
+        Returns:
+          Weights, [B, T, E]; their sum is 1, and they are zero where `present` is False.
+
+        Raises:
+          ValueError: A required context is missing.
+        """
+        logits = jnp.where(present[..., None], expert_logits, 0)
+        inputs = [logits.reshape(*logits.shape[:2], -1)]  # B T E*C
+        if self.reads_contexts:
+            if speech_context is None or text_context is None:
+                raise ValueError("a gate with gate_reads_contexts needs both contexts")
+            inputs += [
+                jnp.where(present[..., :1], speech_context, 0),  # B T H
+                jnp.where(present[..., 1:2], text_context, 0),  # B T H
+            ]
+        hidden = jax.nn.relu(self.mlp_in(jnp.concatenate(inputs, axis=-1)))
+        scores = self.mlp_out(hidden) / self.temperature  # B T E
+        return jax.nn.softmax(jnp.where(present, scores, jnp.finfo(scores.dtype).min), axis=-1)
