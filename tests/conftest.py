@@ -197,7 +197,7 @@ def bert_folder(tmp_path_factory, word_tokenizer):
     """A tiny BERT with random weights and its tokenizer. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import pretrained
+    from mister_jax.encoders import registry
     from mister_jax.encoders.bert import Bert, BertConfig
 
     folder = tmp_path_factory.mktemp("tiny_bert")
@@ -210,7 +210,7 @@ def bert_folder(tmp_path_factory, word_tokenizer):
         num_heads=4,
         num_positions=20,
     )
-    pretrained.save_pretrained(
+    registry.save_pretrained(
         Bert(config, rngs=nnx.Rngs(0)), config.to_huggingface(), folder, tokenizer
     )
     return folder
@@ -221,7 +221,7 @@ def llama_folder(tmp_path_factory, word_tokenizer):
     """A tiny Llama with random weights and its tokenizer. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import pretrained
+    from mister_jax.encoders import registry
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = word_tokenizer(bert=False)
@@ -235,8 +235,8 @@ def llama_folder(tmp_path_factory, word_tokenizer):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    pretrained.save_pretrained(
-        pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
+    registry.save_pretrained(
+        registry.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
     )
     return folder
 
@@ -312,7 +312,7 @@ def whisper_folder(tmp_path_factory):
     """A tiny Whisper of 0.8 s with random weights. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import pretrained
+    from mister_jax.encoders import registry
 
     folder = tmp_path_factory.mktemp("tiny_whisper")
     config = {
@@ -327,7 +327,7 @@ def whisper_folder(tmp_path_factory):
         "decoder_layers": 1,
         "decoder_attention_heads": 2,
     }
-    pretrained.save_pretrained(pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder)
+    registry.save_pretrained(registry.create_module(config, rngs=nnx.Rngs(0)), config, folder)
     return folder
 
 
@@ -336,7 +336,7 @@ def qwen_folder(tmp_path_factory, word_tokenizer):
     """A tiny Qwen2-Audio of 0.8 s with random weights. Tests do not change it."""
     from flax import nnx
 
-    from mister_jax.encoders import pretrained
+    from mister_jax.encoders import registry
 
     folder = tmp_path_factory.mktemp("tiny_qwen")
     tokenizer = word_tokenizer(bert=False)
@@ -363,8 +363,8 @@ def qwen_folder(tmp_path_factory, word_tokenizer):
             "num_key_value_heads": 2,
         },
     }
-    pretrained.save_pretrained(
-        pretrained.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
+    registry.save_pretrained(
+        registry.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
     )
     return folder
 
@@ -376,7 +376,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
 
     from mister_jax.convert.key_table import save_params
     from mister_jax.convert.safetensors import save
-    from mister_jax.encoders import beats, hf_config, pretrained, salmonn
+    from mister_jax.encoders import beats, hf_config, registry, salmonn
     from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
     from mister_jax.nn.lora import LoRAConfig
 
@@ -415,7 +415,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
     lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
     config = SalmonnConfig.from_parts(described, lora=lora)
     module = Salmonn(config, rngs=nnx.Rngs(0))
-    pretrained.save_pretrained(module.whisper, described["whisper"], root / "whisper")
+    registry.save_pretrained(module.whisper, described["whisper"], root / "whisper")
     prefix = salmonn.PREFIX
     save(root / "beats", save_params(module.beats, beats.key_table(config.beats), prefix=prefix))
     (root / "beats" / "config.json").write_text(json.dumps(described["beats"]))

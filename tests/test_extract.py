@@ -16,7 +16,7 @@ from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
-from mister_jax.encoders import pretrained
+from mister_jax.encoders import registry
 from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import encode_texts
@@ -57,7 +57,7 @@ def by_llama(llama_folder):
 @pytest.fixture(scope="module")
 def by_wavlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_wavlm")
-    pretrained.save_pretrained(pretrained.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
+    registry.save_pretrained(registry.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
     return extract.load_encoder(str(folder), max_seconds=SECONDS)
 
 
@@ -117,7 +117,7 @@ def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
     assert found.text_present.sum() == 6 * 4 - 2 and not found.speech_present.any()
     assert found.text.shape == (24, 16) and found.speech.shape == (24, 1)
     assert found.metadata["text"]["kind"] == "text" and "speech" not in found.metadata
-    module, tokenizer = pretrained.load_pretrained(bert_folder)
+    module, tokenizer = registry.load_pretrained(bert_folder)
     dataset = DialogueDataset(TEXT, spoken_dir)
     turn = next(dataset.dialogues("test")).utterances[0]
     (ids,) = encode_texts(tokenizer, [turn.text], 12)
@@ -164,7 +164,7 @@ def test_devices_do_not_change_prosody(by_prosody):
 def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder):
     clips = some_clips()
     found, _ = extract.features_of(by_whisper, clips)
-    module = pretrained.load_module(whisper_folder)
+    module = registry.load_module(whisper_folder)
     for row in (1, 2):
         waveform = clips[row][None].astype(np.float32) / 2**15
         hidden, mask = module(waveform, np.array([len(clips[row])]))
@@ -177,7 +177,7 @@ def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_w
     assert whole.input.steps == () and by_whisper.input.steps
     clips = some_clips()[:4]
     found, _ = extract.features_of(whole, clips)
-    module = pretrained.load_module(whisper_folder, trim=False)
+    module = registry.load_module(whisper_folder, trim=False)
     waveform, mask = pad_clips(clips, 12_800)
     hidden, mask = module(waveform.astype(np.float32) / 2**15, mask)
     np.testing.assert_allclose(found, masked_mean(hidden, mask), atol=1e-5)
@@ -487,7 +487,7 @@ def test_a_lack_of_memory_names_what_takes_less(
     assert "dtype" not in told  # which it does not have
     light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
     assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
-    monkeypatch.setattr(pretrained, "load_backbone", out_of_memory)
+    monkeypatch.setattr(registry, "load_backbone", out_of_memory)
     for folder, options in (
         (bert_folder, {"max_tokens": 12}),
         (whisper_folder, {"max_seconds": SECONDS}),

@@ -321,7 +321,7 @@ class Bert(nnx.Module):
             raise ValueError("Bert: pass either input_ids or embeddings")
         config = self.config
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        inputs = embeddings if input_ids is None else input_ids
+        inputs = input_ids if embeddings is None else embeddings
         assert inputs is not None
         shape = inputs.shape[:2]
         mask = jnp.ones(shape, bool) if attention_mask is None else attention_mask
@@ -335,7 +335,7 @@ class Bert(nnx.Module):
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, int)
         if embeddings is None:
-            embeddings = self.embed(jnp.where(mask, input_ids, 0))
+            embeddings = self.embed(jnp.where(mask, inputs, 0))
 
         def look_up(table: nnx.Embed, index: jax.Array) -> jax.Array:
             return table(jnp.where(mask, index, 0)).astype(config.dtype)
@@ -347,7 +347,7 @@ class Bert(nnx.Module):
         last, outputs = self.layers(
             x, same_sequence, output_hidden_states=output_hidden_states, **options
         )
-        return (last, jnp.concatenate([x[None], outputs])) if output_hidden_states else last
+        return last if outputs is None else (last, jnp.concatenate([x[None], outputs]))
 
 
 def _check_positions(positions: jax.Array, mask: jax.Array, config: BertConfig) -> None:

@@ -105,6 +105,7 @@ def read_fields(
       config: Content of the config.json.
       table: Name in the file and default of each field; a type in place of the default makes the
         field required.
+      prefix: Prefix of the names in errors, for fields of a nested object.
 
     Returns:
       Values by field, each of its default's type; lists become tuples.
@@ -116,7 +117,7 @@ def read_fields(
     for field, (name, default) in table.items():
         required = isinstance(default, type)
         kind: Any = default if required else type(default)
-        value = config.get(name, None if required else default)
+        value: Any = config.get(name, None if required else default)
         value = tuple(value) if isinstance(value, list) else value
         items = value if isinstance(value, tuple) else ()
         if type(value) is not kind and not (kind is float and type(value) is int):

@@ -15,15 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import (
-    frontends,
-    hf_config,
-    hub,
-    pretrained,
-    registry,
-    salmonn,
-    tokenization,
-)
+from mister_jax.encoders import frontends, hf_config, hub, registry, salmonn
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
@@ -99,7 +91,7 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
     if files.is_salmonn:
         backbone_config = _read_salmonn_config(files)
         config = SalmonnConfig.from_parts(backbone_config)
-        tokenizer = tokenization.load_processor(hub.fetch(files.vicuna), config.decoder)
+        tokenizer = registry.load_processor(hub.fetch(files.vicuna), config.decoder)
         tokens = salmonn.prompt_tokens(tokenizer, prompt or _SALMONN_PROMPT, config)
         return backbone_config | {PROMPT_TOKENS: tokens}
     folder = hub.fetch(files.name)
@@ -110,7 +102,7 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
             raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
         return backbone_config
     config = architecture.config.from_huggingface(backbone_config)
-    tokenizer = tokenization.load_processor(folder, config)
+    tokenizer = registry.load_processor(folder, config)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = architecture.prompt_tokens(tokenizer, prompt or architecture.prompt, config)
     return backbone_config | {PROMPT_TOKENS: tokens}
@@ -155,7 +147,7 @@ def make_speech_encoder(
         config = SalmonnConfig.from_parts(backbone_config, **changes)
         module: nnx.Module = Salmonn(config, rngs=rngs)
     else:
-        module = pretrained.create_module(backbone_config, rngs=rngs, **changes)
+        module = registry.create_module(backbone_config, rngs=rngs, **changes)
     return _with_prompt(module, backbone_config, pool_over_prompt)
 
 
@@ -185,7 +177,7 @@ def load_speech_encoder(
     """
     if not files.is_salmonn:
         folder = hub.fetch(files.name)
-        module = pretrained.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
+        module = registry.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
         return _with_prompt(module, backbone_config, pool_over_prompt)
     if adapter:
         raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which has its own")

@@ -1,64 +1,51 @@
-"""Loads tokenizers, checks that they belong to their models, and encodes texts."""
+"""Checks that tokenizers belong to their models, and encodes texts."""
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import transformers
 from absl import logging
 
-from mister_jax.encoders.hf_config import CONFIG_FILE, read_config
-from mister_jax.encoders.registry import find_architecture
+from mister_jax.encoders.hf_config import CONFIG_FILE
 from mister_jax.errors import InputError
 
 # Files that can hold a vocabulary. Without any, transformers creates an empty tokenizer.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model")
 
 
-def load_processor(
-    folder: str | os.PathLike[str],
-    module_config: Any,
+def check_tokenizer(
+    tokenizer: Any,
+    folder: pathlib.Path,
+    hf_config: Mapping[str, Any],
     *,
-    hf_config: Mapping[str, Any] | None = None,
-) -> Any:
-    """Loads the tokenizer of a folder, or for speech its feature extractor.
+    vocab_size: int | None = None,
+    needs_cls_token: bool = False,
+) -> None:
+    """Checks that a tokenizer belongs to the model in its folder.
 
     Args:
-      folder: Folder of the model.
-      module_config: Config of the module that reads the tokens.
-      hf_config: Content of the folder's config.json; read from the folder by default.
+      tokenizer: Tokenizer of transformers.
+      folder: Folder that it was loaded from.
+      hf_config: Content of the folder's config.json.
+      vocab_size: Number of rows of the model's embedding; None to skip this check.
+      needs_cls_token: Whether the model needs a token at the start of a text.
 
     Raises:
-      InputError: Files are missing, or contradict the module's vocabulary or config.json.
+      InputError: The folder has no vocabulary, or the tokenizer contradicts the model.
     """
-    folder = pathlib.Path(folder)
-    hf_config = read_config(folder) if hf_config is None else hf_config
-    architecture = find_architecture(hf_config, folder / CONFIG_FILE)
-    processor_class = getattr(transformers, architecture.processor)
-    try:
-        processor = processor_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # Each tokenizer and file format raises its own types.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: no readable tokenizer or processor ({reason})") from error
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if not hasattr(tokenizer, "get_vocab"):
-        return processor
     if not any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer; allowed: {', '.join(_VOCABULARY_FILES)}")
     max_id = max(tokenizer.get_vocab().values(), default=-1)
-    vocab_size = getattr(module_config, "vocab_size", None)
     problem = _special_token_mismatch(tokenizer, {**hf_config, **hf_config.get("text_config", {})})
     if vocab_size is not None and max_id >= vocab_size:
         problem = f"token ids go up to {max_id}; allowed: below {vocab_size}"
-    elif not problem and architecture.needs_cls_token and tokenizer.cls_token_id is None:
+    elif not problem and needs_cls_token and tokenizer.cls_token_id is None:
         problem = "it has no token at the start of a text (cls_token), which BERT models need"
     if problem:
         raise InputError(f"{folder}: the tokenizer does not belong to the model: {problem}")
-    return processor
 
 
 def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:

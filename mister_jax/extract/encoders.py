@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from mister_jax.encoders import hf_config, hub, pretrained, registry, speech
+from mister_jax.encoders import hf_config, hub, registry, speech
 from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
@@ -172,7 +172,7 @@ class PretrainedText(_Released):
         folder = hub.fetch(name)
         registry.find_architecture(hf_config.read_config(folder), name, "text")
         with _room_for(name, dtype):
-            module, tokenizer = pretrained.load_pretrained(
+            module, tokenizer = registry.load_pretrained(
                 folder, mesh=partitioner.mesh, adapter=adapter or None, **types
             )
         check_max_tokens(module, max_tokens)

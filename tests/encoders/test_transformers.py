@@ -17,7 +17,7 @@ from flax import nnx
 from mister_jax.convert.names import split_checkpoint
 from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint
-from mister_jax.encoders import pretrained, registry
+from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, linear_layers
 
@@ -293,7 +293,7 @@ def assert_equal_hidden(module, model, expected=None):
 def load(folder, model_type, **options):
     if model_type == "whisper":
         options["trim"] = False
-    return pretrained.load_module(folder, **options)
+    return registry.load_module(folder, **options)
 
 
 def expected_names(module, model_type):

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from mister_jax.losses import LossWeights
 from mister_jax.models import MisterEConfig
@@ -70,7 +70,9 @@ class _ContextExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         channels = x.transpose(1, 2)  # [B, D, T]
-        branches = [F.relu(self.get_submodule(name)(channels)) for name in self.convolutions]
+        branches = [
+            functional.relu(self.get_submodule(name)(channels)) for name in self.convolutions
+        ]
         recurrent, _ = self.rnn_1(functools.reduce(torch.add, branches).transpose(1, 2))
         context = recurrent + self.fc_1(x)  # [B, T, H]
         return self.fc(context), context
@@ -146,7 +148,7 @@ class _CrossModalExpert(nn.Module):
         speech_repr = streams["speech"] + self.fc_aud_self(speech)
         text_repr = streams["text"] + self.fc_text_self(text)
         joint = self.bn(torch.cat([text_repr, speech_repr], dim=-1))  # [B, T, 2 F]
-        return self.fc_2(F.relu(self.fc(joint))), speech_repr, text_repr
+        return self.fc_2(functional.relu(self.fc(joint))), speech_repr, text_repr
 
 
 class TorchMisterE(nn.Module):
@@ -198,13 +200,13 @@ def from_official(weights: Mapping[str, Any], config: MisterEConfig) -> TorchMis
 
 
 def _focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return ((1 - torch.exp(-losses)) ** gamma * losses).mean()
 
 
 def _contrastive(output: TorchOutput, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     views = torch.cat([output.speech_repr.flatten(0, 1), output.text_repr.flatten(0, 1)])
-    views = F.normalize(views, dim=-1)  # [2 N, F]
+    views = functional.normalize(views, dim=-1)  # [2 N, F]
     classes = labels.flatten().repeat(2)
     diagonal = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     similarity = views @ views.T / temperature  # [2 N, 2 N]

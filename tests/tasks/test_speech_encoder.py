@@ -15,7 +15,7 @@ from configs import speech_encoder
 from mister_jax import data, extract
 from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.encoders import pretrained
+from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.inference.predictor import Predictor
@@ -27,8 +27,8 @@ from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import SpeechEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
+from tests.helpers.training import assert_same_bits, read_latest_checkpoint, read_metric_records
 from tests.tasks.test_text_encoder import assert_alike, two_steps
-from tests.test_train import assert_same_bits, latest, records
 
 
 def tiny(folder, data_dir, **changes):
@@ -58,7 +58,7 @@ def augmenting(folder, data_dir):
 
 
 def scores(workdir):
-    found = (row.get("validation/weighted_f1") for row in records(workdir))
+    found = (row.get("validation/weighted_f1") for row in read_metric_records(workdir))
     return [score for score in found if score is not None]
 
 
@@ -81,7 +81,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
     assert not train(config, tmp_path, quiet=True).finished
     monkeypatch.undo()
     assert train(config, tmp_path, quiet=True).finished
-    assert_same_bits(latest(tmp_path), latest(tuned))
+    assert_same_bits(read_latest_checkpoint(tmp_path), read_latest_checkpoint(tuned))
 
 
 def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
@@ -348,7 +348,7 @@ WAVLM = {
 
 
 def test_encoders_of_the_waveform_are_tuned_too(heard_dir, batch, tmp_path):
-    pretrained.save_pretrained(pretrained.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, tmp_path)
+    registry.save_pretrained(registry.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, tmp_path)
     changes = {"encoder.options.full": False}
     task = SpeechEncoderTask.from_data(tiny(tmp_path, heard_dir, **changes))
     gradient = gradient_of(task, batch)["backbone"]

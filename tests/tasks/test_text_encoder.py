@@ -14,7 +14,7 @@ import mister_jax.training.loop as train_module
 from configs import text_encoder
 from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
-from mister_jax.encoders import pretrained
+from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.missing_modality import missing_modality_study
 from mister_jax.evaluation.results import evaluate
@@ -25,7 +25,7 @@ from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks import TextEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
-from tests.test_train import assert_same_bits, latest, records
+from tests.helpers.training import assert_same_bits, read_latest_checkpoint, read_metric_records
 
 pytestmark = pytest.mark.devices
 
@@ -54,7 +54,7 @@ def tuned(llama_folder, spoken_dir, tmp_path_factory):
 
 
 def scores(workdir):
-    found = (row.get("validation/weighted_f1") for row in records(workdir))
+    found = (row.get("validation/weighted_f1") for row in read_metric_records(workdir))
     return [score for score in found if score is not None]
 
 
@@ -64,7 +64,7 @@ def test_low_rank_paths_and_head_learn(tuned):
 
 
 def test_a_checkpoint_holds_what_was_trained_alone(tuned):
-    arrays, _ = latest(tuned)
+    arrays, _ = read_latest_checkpoint(tuned)
     trained = {name for name in arrays if name.startswith("['params']")}
     assert any("lora_a" in name for name in trained)
     assert all("lora_" in name or "['head']" in name for name in trained)
@@ -89,7 +89,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
     assert not progress.finished and progress.epoch == 0  # in the middle of the first epoch
     monkeypatch.undo()
     assert train(config, tmp_path, quiet=True).finished
-    assert_same_bits(latest(tmp_path), latest(tuned))
+    assert_same_bits(read_latest_checkpoint(tmp_path), read_latest_checkpoint(tuned))
     assert scores(tmp_path) == scores(tuned)
 
 
@@ -101,7 +101,7 @@ def test_a_backbone_trained_whole_learns_and_changes(bert_folder, spoken_dir, tm
     predictor = Predictor(tmp_path)
     assert not jax.tree.leaves(predictor.params[0]["frozen"])
     ours = predictor.params[0]["trained"]["backbone"]
-    theirs = nnx.as_pure(nnx.state(pretrained.load_module(bert_folder), nnx.Param))
+    theirs = nnx.as_pure(nnx.state(registry.load_module(bert_folder), nnx.Param))
     changed = jax.tree.map(
         lambda one, other: (np.asarray(one) != np.asarray(other)).any(), ours, theirs
     )
@@ -253,7 +253,7 @@ def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir,
         ({"encoder.options.max_tokens": 2}, "max_tokens=2; allowed: at least 3"),
         ({"encoder.options.max_tokens": 21}, "max_tokens=21; allowed: at most 20"),
         ({"encoder.options.name": ""}, "an empty name; allowed: a folder"),
-        ({"encoder.options.dtype": "int8"}, "dtype='int8': allowed are float32, bfloat16"),
+        ({"encoder.options.dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
         ({"encoder.options.remat": "some"}, "remat 'some'; allowed: none, full, dots"),
         ({"encoder.options.quantize": True}, "one of the two"),
         ({"encoder.options.full": False, "encoder.lora.rank": 0}, "rank=0"),
@@ -261,7 +261,7 @@ def test_a_base_of_int8_trains_much_like_one_of_floats(llama_folder, spoken_dir,
             {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},
             r"LoRA targets \['wise'\]: no such layers; allowed are .*'query'",
         ),
-        ({"head.pooling": "max"}, "'max': allowed are statistics, mean, last"),
+        ({"head.pooling": "max"}, "'max'; allowed: statistics, mean, last"),
         ({"loss.gamma": -1.0}, "gamma=-1.0"),
         ({"data.batch_size": 0}, "batch_size 0"),
         ({"train.accumulation": 0}, "accumulation"),
@@ -333,7 +333,7 @@ def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
 
 
 def test_a_lack_of_memory_for_the_backbone_is_said(tuned, monkeypatch, out_of_memory):
-    monkeypatch.setattr(pretrained, "load_backbone", out_of_memory)
+    monkeypatch.setattr(registry, "load_backbone", out_of_memory)
     with pytest.raises(InputError, match=f"{tuned}: out of memory with the model's") as error:
         Predictor(tuned)
     assert "more of them" in str(error.value) and "\n" not in str(error.value)

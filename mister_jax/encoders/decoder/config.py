@@ -187,7 +187,7 @@ class DecoderConfig:
 
     @classmethod
     def vicuna_7b(cls, **changes: Any) -> DecoderConfig:
-        """Returns the config of Llama 2 7B and Vicuna 7B v1.5 (arXiv 2307.09288), with `changes`."""
+        """Returns the config of Llama 2 7B and Vicuna 7B (arXiv 2307.09288), with `changes`."""
         sizes: dict[str, Any] = {
             "vocab_size": 32000,
             "hidden_size": 4096,

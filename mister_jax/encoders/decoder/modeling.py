@@ -219,7 +219,8 @@ class Decoder(nnx.Module):
         """
         if (input_ids is None) == (embeddings is None):
             raise ValueError("Decoder: pass either input_ids or embeddings")
-        x = self.embed(input_ids) if embeddings is None else embeddings
+        x = embeddings if input_ids is None else self.embed(input_ids)
+        assert x is not None
         mask = jnp.ones(x.shape[:2], bool) if attention_mask is None else attention_mask
         mask = jnp.asarray(mask).astype(bool)
         x = jnp.where(mask[..., None], x, 0).astype(self.config.dtype)  # [B, N, D]
@@ -238,6 +239,6 @@ class Decoder(nnx.Module):
             output_hidden_states=output_hidden_states,
         )
         last = self.norm(last)
-        if not output_hidden_states:
+        if outputs is None:
             return last
         return last, jnp.concatenate([x[None], outputs[:-1], last[None]])
