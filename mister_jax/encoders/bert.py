@@ -15,16 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable
 from mister_jax.convert.names import NameRules
 from mister_jax.convert.pytorch_layers import linear, norm, parameter
-from mister_jax.encoders.hf_config import (
-    check_fixed,
-    check_positive,
-    check_rates,
-    read_fields,
-    unsupported,
-)
+from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
 from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
 from mister_jax.errors import InputError
 from mister_jax.nn import Dropout, ScannedLayers
@@ -109,18 +104,12 @@ class BertConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        check_positive(self, _SIZES)
-        check_rates(self, ("dropout", "attention_dropout"))
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"BertConfig.hidden_size={self.hidden_size}; allowed: a multiple of "
-                f"num_heads={self.num_heads}"
-            )
+        check_at_least(self, 1, *_SIZES)
+        check_rates(self, "dropout", "attention_dropout")
+        check_multiple(self, "hidden_size", "num_heads")
         if not 0 <= self.position_offset < self.num_positions:
-            raise ValueError(
-                f"BertConfig.position_offset={self.position_offset}; allowed: 0 to "
-                f"num_positions - 1, {self.num_positions - 1}"
-            )
+            allowed = f"0 to num_positions - 1, {self.num_positions - 1}"
+            raise invalid_field(self, "position_offset", allowed)
 
     @classmethod
     def bert_base(cls, **changes: Any) -> BertConfig:

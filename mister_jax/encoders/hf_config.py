@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mister_jax.errors import InputError
@@ -126,19 +126,3 @@ def read_fields(
             raise unsupported(f"{prefix}{name}", value, _TYPE_NAMES[kind])
         values[field] = float(value) if kind is float else value
     return values
-
-
-def check_positive(config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError if one of a config's fields is below 1."""
-    for name in names:
-        value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{type(config).__name__}.{name}={value}; allowed: at least 1")
-
-
-def check_rates(config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError if one of a config's fields is not a valid dropout rate."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ValueError(f"{type(config).__name__}.{name}={value}; allowed: 0 <= rate < 1")

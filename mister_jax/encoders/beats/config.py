@@ -1,4 +1,4 @@
-"""Config of X."""
+"""Sizes of BEATs, and how they are read from a released checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mister_jax.encoders.hf_config import check_positive
+from mister_jax.config_checks import check_at_least
 from mister_jax.errors import InputError
 from mister_jax.nn.scanned_layers import Remat
 
-# What a checkpoint's `cfg` may say of the options that change the architecture.
-_SUPPORTED = {
+# Supported values of the options in a checkpoint's `cfg` that change the architecture.
+_FIXED_FIELDS = {
     "layer_norm_first": False,
     "conv_bias": False,
     "relative_position_embedding": True,
@@ -39,21 +39,21 @@ class BeatsConfig:
     """Sizes of `Beats`; the defaults are those of all released BEATs.
 
     Attributes:
-      hidden_size: D.
-      num_layers: L.
-      num_heads: K; divides `hidden_size`.
-      mlp_dim: of the feed-forward blocks.
-      num_mel_bins: of the filter bank.
-      patch_size: frames and Mel bins of a patch.
-      patch_dim: of a patch's embedding before it is projected to D.
-      position_kernel: taps of the positional convolution.
-      position_groups: groups of the positional convolution.
-      num_buckets: of relative positions, both directions together.
-      max_distance: positions as far as this or farther share a bucket.
-      layer_norm_epsilon: of every LayerNorm.
-      remat: see `mister_jax.nn.ScannedLayers`.
-      dtype: of the computation; attention scores and gates are float32.
-      param_dtype: of the parameters.
+      hidden_size: Hidden size D.
+      num_layers: Number of layers L.
+      num_heads: Number of heads K; divides `hidden_size`.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      num_mel_bins: Number of mel bins of the filter bank; a multiple of `patch_size`.
+      patch_size: Frames and mel bins of a patch.
+      patch_dim: Size of a patch's embedding before it is projected to D.
+      position_kernel: Kernel size of the positional convolution.
+      position_groups: Groups of the positional convolution; divides `hidden_size`.
+      num_buckets: Buckets of relative positions, both directions together.
+      max_distance: Distance from which on relative positions share a bucket.
+      layer_norm_epsilon: Epsilon of all LayerNorms.
+      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
+      dtype: Type of the computation; attention scores and gates are float32.
+      param_dtype: Type of the parameters.
     """
 
     hidden_size: int = 768
@@ -73,7 +73,7 @@ class BeatsConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        check_positive(self, _FIELDS)
+        check_at_least(self, 1, *_FIELDS)
         for name, divisor in (
             ("hidden_size", "num_heads"),
             ("hidden_size", "position_groups"),
@@ -81,38 +81,38 @@ class BeatsConfig:
         ):
             if getattr(self, name) % getattr(self, divisor):
                 raise ValueError(
-                    f"BeatsConfig.{name}={getattr(self, name)}: must be a multiple of "
+                    f"BeatsConfig.{name}={getattr(self, name)}; allowed: multiples of "
                     f"{divisor}={getattr(self, divisor)}"
                 )
 
     @classmethod
     def iter3_plus(cls, **changes: Any) -> BeatsConfig:
-        """BEATs iter3+ (90 M parameters), with `changes`."""
+        """Returns the config of BEATs iter3+ (90 M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def from_checkpoint(cls, cfg: Mapping[str, Any], **changes: Any) -> BeatsConfig:
         """Reads the `cfg` of a released checkpoint.
 
-        Its rates of dropout and layer drop are not read: the model is used frozen.
+        Its rates of dropout and layer drop are not read, since the model is used frozen.
 
         Args:
-          cfg: the mapping.
-          **changes: further fields.
+          cfg: Content of the checkpoint's `cfg`.
+          **changes: Further fields of the config.
 
         Raises:
-          InputError: a field is missing, or has a value no released model has.
+          InputError: A field is missing, or has a value that no released model has.
         """
-        missing = sorted({*_SUPPORTED, *_FIELDS.values()} - set(cfg))
+        missing = sorted({*_FIXED_FIELDS, *_FIELDS.values()} - set(cfg))
         if missing:
-            raise InputError(f"BEATs cfg: no {', '.join(missing)}; all are needed")
-        for name, allowed in _SUPPORTED.items():
+            raise InputError(f"BEATs cfg: missing fields {', '.join(missing)}")
+        for name, allowed in _FIXED_FIELDS.items():
             if cfg[name] != allowed:
-                raise InputError(f"BEATs cfg: {name} {cfg[name]!r}; allowed: {allowed!r}")
+                raise InputError(f"BEATs cfg: {name}={cfg[name]!r}; allowed: {allowed!r}")
         sizes = {field: cfg[name] for field, name in _FIELDS.items()}
         for field, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"BEATs cfg: {_FIELDS[field]} {value!r}; allowed: an integer")
+            if type(value) is not int:
+                raise InputError(f"BEATs cfg: {_FIELDS[field]}={value!r}; allowed: an integer")
         try:
             return cls(**{**sizes, **changes})
         except ValueError as error:
@@ -120,9 +120,9 @@ class BeatsConfig:
 
     @property
     def patches_per_step(self) -> int:
-        """Patches that share their frames."""
+        """Number of patches that cover the same frames."""
         return self.num_mel_bins // self.patch_size
 
     def num_tokens(self, num_frames: Any) -> Any:
-        """N of a clip of F frames; works on ints and on arrays."""
+        """Returns the number of tokens N of a clip of F frames, for an int or an array."""
         return num_frames // self.patch_size * self.patches_per_step

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mister_jax.encoders.hf_config import check_fixed, check_positive, read_fields, unsupported
+from mister_jax.config_checks import check_at_least, check_multiple, invalid_field
+from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
@@ -59,14 +60,10 @@ class RopeScaling:
     original_positions: int = 8192
 
     def __post_init__(self):
-        check_positive(self, ("original_positions",))
-        if not 1 <= self.factor < math.inf:
-            raise ValueError(f"RopeScaling.factor={self.factor}; allowed: at least 1")
+        check_at_least(self, 1, "factor", "original_positions")
         if not 0 < self.low_frequency_factor < self.high_frequency_factor < math.inf:
-            raise ValueError(
-                f"RopeScaling.low_frequency_factor={self.low_frequency_factor}; allowed: positive "
-                f"and below high_frequency_factor={self.high_frequency_factor}"
-            )
+            allowed = f"positive and below high_frequency_factor={self.high_frequency_factor}"
+            raise invalid_field(self, "low_frequency_factor", allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +110,13 @@ class DecoderConfig:
 
     def __post_init__(self):
         sizes = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
-        check_positive(self, sizes.split())
-        if self.num_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"DecoderConfig.num_heads={self.num_heads}; allowed: a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
+        check_at_least(self, 1, *sizes.split())
+        check_multiple(self, "num_heads", "num_key_value_heads")
         if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig.head_dim={self.head_dim}; allowed: even sizes")
+            raise invalid_field(self, "head_dim", "even sizes")
         for name in ("rope_theta", "norm_epsilon"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"DecoderConfig.{name}={value}; allowed: positive numbers")
+            if not 0 < getattr(self, name) < math.inf:
+                raise invalid_field(self, name, "positive numbers")
 
     @classmethod
     def llama_3_1_8b(cls, **changes: Any) -> DecoderConfig:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mister_jax.encoders.hf_config import check_fixed, check_positive, check_rates, read_fields
+from mister_jax.config_checks import check_at_least, check_rates
+from mister_jax.encoders.hf_config import check_fixed, read_fields
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
@@ -117,9 +118,9 @@ class WavLMConfig:
 
     def __post_init__(self):
         sizes = "hidden_size num_layers num_heads mlp_dim position_kernel position_groups"
-        check_positive(self, sizes.split())
+        check_at_least(self, 1, *sizes.split())
         rates = "dropout attention_dropout activation_dropout projection_dropout"
-        check_rates(self, rates.split())
+        check_rates(self, *rates.split())
         for name in ("num_heads", "position_groups"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(

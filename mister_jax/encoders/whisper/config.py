@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mister_jax.config_checks import check_at_least, check_rates
 from mister_jax.encoders import frontends
-from mister_jax.encoders.hf_config import check_fixed, check_positive, check_rates, read_fields
+from mister_jax.encoders.hf_config import check_fixed, read_fields
 from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 from mister_jax.nn.lora import LoRAConfig
@@ -80,8 +81,8 @@ class WhisperConfig:
 
     def __post_init__(self):
         sizes = "num_mel_bins hidden_size num_layers num_heads mlp_dim max_positions"
-        check_positive(self, sizes.split())
-        check_rates(self, ("dropout", "attention_dropout", "activation_dropout"))
+        check_at_least(self, 1, *sizes.split())
+        check_rates(self, "dropout", "attention_dropout", "activation_dropout")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
                 f"WhisperConfig.hidden_size={self.hidden_size}; allowed: even multiples of "
