@@ -1,7 +1,6 @@
-"""BEATs against what the official model gave (golden/salmonn_beats.npz), and its padding."""
+"""BEATs compared with the official model (golden/salmonn_beats.npz)."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +13,25 @@ from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.errors import InputError
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "salmonn_beats.npz"
+from tests.conftest import GOLDEN
 
 
 @pytest.fixture(scope="module")
 def golden():
-    """Arrays of the golden file by name."""
-    with np.load(GOLDEN) as file:
+    """Returns the arrays of the golden file by name."""
+    with np.load(GOLDEN / "salmonn_beats.npz") as file:
         return dict(file)
 
 
 @pytest.fixture(scope="module")
 def cfg(golden):
-    """The checkpoint's own description."""
+    """Returns the `cfg` of the checkpoint."""
     return json.loads(str(golden["config"]))
 
 
 @pytest.fixture(scope="module")
 def weights(golden):
-    """The checkpoint's tensors."""
+    """Returns the tensors of the checkpoint."""
     start = "param/"
     return {
         name.removeprefix(start): value for name, value in golden.items() if name.startswith(start)
@@ -60,75 +58,75 @@ def all_tokens(fbank, config):
     return np.ones((fbank.shape[0], config.num_tokens(fbank.shape[1])), bool)
 
 
-def test_filter_bank_equals_the_official_one(model, golden):
-    fbank = beats.features(jnp.asarray(golden["in/wav"]), model.config)
+def test_filter_bank_equals_the_official_code(model, golden):
+    fbank = beats.compute_fbank(jnp.asarray(golden["in/wav"]), model.config)
     np.testing.assert_allclose(fbank, golden["mid/fbank"], atol=3e-4)
 
 
-def test_features_equal_the_official_ones(model, golden):
+def test_hidden_states_equal_the_official_model(model, golden):
     outputs = encode(model, golden["mid/fbank"], ~golden["out/padding_mask"])
     np.testing.assert_allclose(outputs, golden["out/features"], atol=5e-5)
 
 
-def test_features_equal_the_official_ones_from_the_waveform(model, golden):
-    fbank = beats.features(jnp.asarray(golden["in/wav"]), model.config)
+def test_hidden_states_of_waveforms_equal_the_official_model(model, golden):
+    fbank = beats.compute_fbank(jnp.asarray(golden["in/wav"]), model.config)
     outputs = encode(model, fbank, ~golden["out/padding_mask"])
     np.testing.assert_allclose(outputs, golden["out/features"], atol=1e-4)
 
 
-def test_long_clip_equals_the_official_one(model, golden):
+def test_hidden_states_of_a_long_clip_equal_the_official_model(model, golden):
     fbank = golden["long/mid/fbank"]
     outputs = encode(model, fbank, all_tokens(fbank, model.config))
     np.testing.assert_allclose(outputs, golden["long/out/features"], atol=5e-5)
 
 
-def test_position_buckets_equal_the_official_ones(golden):
+def test_position_buckets_equal_the_official_code(golden):
     buckets = position_buckets(golden["mid/rel_pos"], 320, 800)
     np.testing.assert_array_equal(buckets, golden["mid/rel_bucket"])
 
 
 @pytest.mark.parametrize("case", ["mid", "long/mid"])
-def test_position_bias_equals_the_official_one(model, golden, case):
+def test_position_bias_equals_the_official_model(model, golden, case):
     expected = golden[f"{case}/rel_pos_bias"]
     np.testing.assert_array_equal(model.relative_bias(expected.shape[-1]), expected)
 
 
-def test_mask_of_a_batch_equals_the_official_one(model, golden):
+def test_batch_token_mask_equals_the_official_code(model, golden):
     mask = beats.batch_token_mask(
         jnp.asarray(~golden["in/padding_mask"]), golden["mid/fbank"].shape[1], model.config
     )
     np.testing.assert_array_equal(mask, ~golden["out/padding_mask"])
 
 
-def test_edge_of_a_batch_mask_drifts_as_in_the_official_code(model, golden):
+def test_batch_token_mask_drifts_as_in_the_official_code(model, golden):
     columns = str(golden["maskcases/columns"]).split(",")
     for row in golden["maskcases/table"]:
         case = dict(zip(columns, row.tolist(), strict=True))
         valid = np.arange(case["n_samples"]) < case["n_valid_samples"]
-        # In NumPy, since each case has other shapes to compile for.
+        # Without jit, because every case has different shapes.
         mask = np.asarray(beats.batch_token_mask(valid[None], case["n_frames"], model.config))
         expected = np.arange(case["n_tokens"]) < case["n_valid_tokens"]
         np.testing.assert_array_equal(mask[0], expected, err_msg=str(case))
 
 
-def test_padding_and_batch_mates_do_not_change_features(model, golden):
+def test_batch_and_padding_do_not_change_a_clip(model, golden):
     short, long = golden["in/wav"][0], golden["long/in/wav"][0]
     batch = np.full((2, long.size), np.nan, np.float32)
     batch[0, : short.size] = short
     batch[1] = long
     lengths = frontends.kaldi_fbank_lengths(jnp.array([short.size, long.size]))
     counts = np.asarray(model.config.num_tokens(lengths))
-    together = beats.features(jnp.asarray(batch), model.config)
+    batched_fbank = beats.compute_fbank(jnp.asarray(batch), model.config)
     mask = np.arange(counts.max()) < counts[:, None]
-    outputs = encode(model, together, mask)
+    outputs = encode(model, batched_fbank, mask)
     assert jnp.isfinite(outputs).all()
     for wave, output, count in zip((short, long), outputs, counts, strict=True):
-        fbank = beats.features(jnp.asarray(wave[None]), model.config)
-        alone = encode(model, fbank, all_tokens(fbank, model.config))
-        np.testing.assert_allclose(output[:count], alone[0], atol=1e-5)
+        fbank = beats.compute_fbank(jnp.asarray(wave[None]), model.config)
+        single = encode(model, fbank, all_tokens(fbank, model.config))
+        np.testing.assert_allclose(output[:count], single[0], atol=1e-5)
 
 
-def test_gradients_do_not_see_padding(model, golden):
+def test_padding_does_not_change_gradients(model, golden):
     fbank, mask = golden["mid/fbank"], ~golden["out/padding_mask"]
     frames = np.repeat(mask.reshape(2, 6, 8), 16, axis=1).repeat(16, axis=2)
     dirty = fbank.copy()
@@ -147,17 +145,17 @@ def test_gradients_do_not_see_padding(model, golden):
     )
 
 
-def test_half_precision_is_close(model, golden):
+def test_bfloat16_is_close_to_float32(model, golden):
     config = BeatsConfig(**{**vars(model.config), "dtype": "bfloat16"})
-    half = nnx.merge(
+    half_model = nnx.merge(
         nnx.graphdef(nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0)))), nnx.state(model)
     )
-    outputs = encode(half, golden["mid/fbank"], ~golden["out/padding_mask"])
+    outputs = encode(half_model, golden["mid/fbank"], ~golden["out/padding_mask"])
     assert outputs.dtype == jnp.bfloat16
     np.testing.assert_allclose(outputs.astype(jnp.float32), golden["out/features"], atol=0.2)
 
 
-def test_saved_weights_load_again(model, weights, golden):
+def test_saved_weights_can_be_loaded(model, weights, golden):
     table = beats.key_table(model.config)
     saved = {name: tensor[...] for name, tensor in save_params(model, table).items()}
     ignored = {name for name in weights if name not in saved}
@@ -166,17 +164,17 @@ def test_saved_weights_load_again(model, weights, golden):
         "predictor.bias",
         "encoder.layers.1.self_attn.relative_attention_bias.weight",
     }
-    direction = "encoder.pos_conv.0.weight_v"  # saved with its own norm for gain
+    direction = "encoder.pos_conv.0.weight_v"  # Several directions give the same kernel.
     for name in set(saved) - {direction}:
         np.testing.assert_allclose(saved[name], weights[name], atol=1e-6, err_msg=name)
-    again = nnx.eval_shape(lambda: Beats(model.config, rngs=nnx.Rngs(0)))
-    load_params(again, table, saved)
+    reloaded = nnx.eval_shape(lambda: Beats(model.config, rngs=nnx.Rngs(0)))
+    load_params(reloaded, table, saved)
     expected = encode(model, golden["mid/fbank"], ~golden["out/padding_mask"])
-    outputs = encode(again, golden["mid/fbank"], ~golden["out/padding_mask"])
+    outputs = encode(reloaded, golden["mid/fbank"], ~golden["out/padding_mask"])
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_tensors_that_do_not_fit_are_named(cfg, weights):
+def test_missing_and_surplus_tensors_raise_an_error_that_names_them(cfg, weights):
     config = BeatsConfig.from_checkpoint(cfg)
     tensors = dict(weights, surplus=np.zeros(2, np.float32))
     del tensors["encoder.pos_conv.0.weight_g"]
@@ -189,7 +187,7 @@ def test_tensors_that_do_not_fit_are_named(cfg, weights):
         )
 
 
-def test_config_reads_a_released_cfg(cfg):
+def test_released_cfg_gives_the_preset(cfg):
     sizes = {
         "encoder_layers": 12,
         "encoder_embed_dim": 768,
@@ -201,25 +199,25 @@ def test_config_reads_a_released_cfg(cfg):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"deep_norm": False}, "deep_norm False; allowed: True"),
-        ({"encoder_attention_heads": 5}, "multiple of num_heads=5"),
-        ({"conv_pos": 0}, "position_kernel=0: must be at least 1"),
-        ({"num_buckets": "320"}, "num_buckets '320'; allowed: an integer"),
+        ({"deep_norm": False}, "deep_norm=False; allowed: True"),
+        ({"encoder_attention_heads": 5}, "multiples of num_heads=5"),
+        ({"conv_pos": 0}, "position_kernel=0; allowed: at least 1"),
+        ({"num_buckets": "320"}, "num_buckets='320'; allowed: an integer"),
     ],
 )
-def test_bad_options_are_named(cfg, change, told):
-    with pytest.raises(InputError, match=told):
+def test_unsupported_options_raise_an_error_that_names_them(cfg, change, message):
+    with pytest.raises(InputError, match=message):
         BeatsConfig.from_checkpoint(cfg | change)
 
 
-def test_missing_options_are_named(cfg):
+def test_missing_options_raise_an_error_that_names_them(cfg):
     names = {"conv_pos", "num_buckets"}
-    with pytest.raises(InputError, match="no conv_pos, num_buckets; all are needed"):
+    with pytest.raises(InputError, match="missing fields conv_pos, num_buckets"):
         BeatsConfig.from_checkpoint({name: cfg[name] for name in set(cfg) - names})
 
 
-def test_a_mask_of_another_length_is_an_error(model, golden):
-    with pytest.raises(ValueError, match=r"108 frames need \(2, 48\)"):
+def test_mask_of_another_length_raises_an_error(model, golden):
+    with pytest.raises(ValueError, match=r"allowed: \(2, 48\) for 108 frames"):
         model(golden["mid/fbank"], np.ones((2, 47), bool))

@@ -164,7 +164,7 @@ def test_speech_tokens_equal_the_official_ones(qformer, golden, case):
 def test_speech_tokens_equal_the_official_ones_from_the_waveform(
     model, qformer, golden, golden_beats
 ):
-    fbank = beats.features(jnp.asarray(golden_beats["in/wav"]), model.config.beats)
+    fbank = beats.compute_fbank(jnp.asarray(golden_beats["in/wav"]), model.config.beats)
     sound = run(model.beats, fbank, ~golden_beats["out/padding_mask"])
     tokens = run(qformer, golden["in/speech_embeds"], sound, np.ones(sound.shape[:2], bool))
     np.testing.assert_allclose(tokens, golden["out/speech_tokens"], atol=1e-4)
@@ -195,7 +195,7 @@ def test_several_queries_and_overlapping_windows(qformer_config):
 def run_in_a_row(model, clip, before, after):
     """Hidden states of one clip that is neither too long nor too short."""
     speech, _ = model.whisper(clip, jnp.array([clip.shape[1]]))
-    fbank = beats.features(clip, model.config.beats)
+    fbank = beats.compute_fbank(clip, model.config.beats)
     every = jnp.ones((1, model.config.beats.num_tokens(fbank.shape[1])), bool)
     heard = model.qformer(speech, model.beats(fbank, every), every)
     sequence = [model.decoder.embed(before), heard, model.decoder.embed(after)]

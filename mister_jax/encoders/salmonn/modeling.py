@@ -223,7 +223,7 @@ class Salmonn(nnx.Module):
         lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
 
         speech, _ = self.whisper(waveform, lengths, **options)  # B T hidden_size
-        fbank = beats.features(waveform, config.beats)
+        fbank = beats.compute_fbank(waveform, config.beats)
         # A clip's own tokens, in whatever batch: those of a batch of one in the official code.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
         token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
