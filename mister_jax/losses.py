@@ -1,9 +1,13 @@
-"""Losses of MiSTER-E: pure functions from arrays to a scalar, masked and in float32.
+"""Losses of MiSTER-E: pure, masked functions from arrays to a float32 scalar.
 
-Each is divided by a count of valid things over the *global* batch. Under a mapped axis (`pmap`,
-`shard_map`) give its `axis_name`: counts are summed over it, the contrastive set is gathered over
-it, and each device returns its share, so that the shares **sum** to the loss of the whole batch and
-the gradients of the shares sum to its gradient. Without an axis the share is the whole.
+Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
+`shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
+gathers its candidates over it. Each device returns its share of the loss; the **sum** of the shares
+is the loss of the global batch, and the sum of their gradients is its gradient. Without an axis,
+the share is the whole loss.
+
+`mister_e` is the training objective: it combines the other losses for one model output. The fusion
+task runs the model with dropout and calls it.
 """
 
 from __future__ import annotations
@@ -22,18 +26,16 @@ import optax
 from mister_jax.models import EXPERTS, MisterEOutput
 
 
-def _global_sum(x: jax.Array, axis_name: str | None) -> jax.Array:
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
-def _divide(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Array:
-    """total / global count, and zero where nothing was counted."""
-    count = _global_sum(count.astype(jnp.float32), axis_name)
+def _divide_by_global_count(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns total / global count, or zero if the count is zero."""
+    count = count.astype(jnp.float32)
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
     return total / jnp.maximum(count, 1.0)
 
 
 def _check_positions(values: jax.Array, labels: jax.Array, mask: jax.Array) -> None:
-    """Values [..., D] belong to labels and mask [...]; broadcast, they would give a wrong loss."""
+    """Checks that values [..., D], labels [...] and mask [...] do not broadcast silently."""
     chex.assert_equal_shape([labels, mask])
     chex.assert_equal_shape_prefix([values, mask], mask.ndim)
 
@@ -46,45 +48,43 @@ def focal(
     gamma: float = 3.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Focal loss: mean over valid positions of (1 - p)^gamma times the cross-entropy.
+    """Computes the focal loss, the mean of (1 - p)^gamma * -log(p) over valid positions.
 
     p is the probability of the label (arXiv 1708.02002, for a softmax).
 
     Args:
-      logits: [..., C].
-      labels: class of each position [...] int; read only where the mask is true.
-      mask: positions that count [...] bool.
-      gamma: not negative; 0 gives the cross-entropy.
-      axis_name: see the module.
+      logits: Class logits, [..., C].
+      labels: Class of each position, [...] int; read only where the mask is True.
+      mask: Positions that count, [...] bool.
+      gamma: Focusing parameter, 0 or more; 0 gives the cross-entropy.
+      axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      A scalar, float32; zero where no position counts.
+      Loss, [] float32; zero if no position counts.
 
     Raises:
-      ValueError: negative gamma.
-      AssertionError: logits, labels and mask are not of the same positions.
+      ValueError: `gamma` is negative.
+      AssertionError: The shapes of logits, labels and mask do not match.
     """
-    return _divide(
-        focal_per_position(logits, labels, mask, gamma=gamma).sum(), mask.sum(), axis_name
-    )
+    losses = focal_per_position(logits, labels, mask, gamma=gamma)
+    return _divide_by_global_count(losses.sum(), mask.sum(), axis_name)
 
 
 def focal_per_position(
     logits: jax.Array, labels: jax.Array, mask: jax.Array, *, gamma: float = 3.0
 ) -> jax.Array:
-    """The focal loss of each position [...] float32, zero where the mask is false; see `focal`."""
+    """Returns the focal loss of each position, [...] float32, zero outside the mask."""
     if gamma < 0:
-        raise ValueError(f"focal gamma {gamma}: must not be negative")
+        raise ValueError(f"focal gamma {gamma}; allowed: 0 or more")
     _check_positions(logits, labels, mask)
-    # Masked logits are taken out before anything is computed of them: a NaN there would reach the
-    # gradient even through a loss that is multiplied by zero.
+    # Masked here and not only in the loss: NaN times a zero gradient would be NaN.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(mask, labels, 0)
     )
     if gamma:
-        # 1 - p = -expm1(-loss), without cancellation. The floor keeps the power's gradient finite
-        # for gamma < 1.
+        # 1 - p = -expm1(-loss), without cancellation. The lower bound keeps the gradient of the
+        # power finite for gamma < 1.
         losses *= jnp.maximum(-jnp.expm1(-losses), 1e-12) ** gamma
     return jnp.where(mask, losses, 0)
 
@@ -97,51 +97,51 @@ def supervised_contrastive(
     temperature: float = 1.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Supervised contrastive loss over all valid representations of the batch (arXiv 2004.11362).
+    """Computes the supervised contrastive loss over the global batch (arXiv 2004.11362).
 
-    An anchor's positives are all others of its label; the denominator runs over all others; mean
-    over the anchors that have a positive.
+    The positives of an anchor are all other representations with its label; the denominator has all
+    other representations. The loss is the mean over anchors with at least one positive.
 
     Args:
-      representations: [..., F]; normalised here to length 1.
-      labels: [...] int; read only where the mask is true.
-      mask: representations that count [...] bool.
-      temperature: the cosines are divided by it.
-      axis_name: see the module.
+      representations: Representations, [..., F]; normalized to length 1 here.
+      labels: Labels, [...] int; read only where the mask is True.
+      mask: Representations that count, [...] bool.
+      temperature: Divisor of the cosine similarities, positive.
+      axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      A scalar, float32; zero where no anchor has a positive.
+      Loss, [] float32; zero if no anchor has a positive.
 
     Raises:
-      AssertionError: representations, labels and mask are not of the same positions.
+      AssertionError: The shapes of representations, labels and mask do not match.
     """
     _check_positions(representations, labels, mask)
     x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0)
-    square = (x * x).sum(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.maximum(square, 1e-12) * temperature)  # ... F
-    total, count = _over_anchors(axis_name, x, labels, mask)
-    return _divide(total, count, axis_name)
+    squared_norm = (x * x).sum(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-12) * temperature)  # ... F
+    total, count = _sum_over_anchors(axis_name, x, labels, mask)
+    return _divide_by_global_count(total, count, axis_name)
 
 
 class _Pairs(NamedTuple):
-    """Anchors [...] beside all representations [M] of the global batch.
+    """Pairs of this device's anchors [...] and all M representations of the global batch.
 
-    The anchors keep their axes: flattened, a sharded batch axis would be lost on the compiler, and
-    each device would compute the similarities of all anchors.
+    The anchors keep their axes. Flattening them would drop the batch sharding, and each device
+    would compute the similarities of all anchors.
     """
 
-    others: jax.Array  # M F
+    all_x: jax.Array  # M F
     gather: Callable[[jax.Array], jax.Array]  # ... -> M
     similarity: jax.Array  # ... M
-    candidates: jax.Array  # ... M
-    positives: jax.Array  # ... M
+    is_candidate: jax.Array  # ... M
+    is_positive: jax.Array  # ... M
 
 
 def _pairs(axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array) -> _Pairs:
-    """Of representations [..., F] whose products are the similarities."""
-    first: jax.Array | int = 0
+    """Returns the pairs of representations [..., F] whose dot products are the similarities."""
+    offset: jax.Array | int = 0
     if axis_name is not None:
-        first = jax.lax.axis_index(axis_name) * mask.size
+        offset = jax.lax.axis_index(axis_name) * mask.size
 
     def gather(values: jax.Array) -> jax.Array:
         values = values.reshape(-1, *values.shape[mask.ndim :])
@@ -149,54 +149,54 @@ def _pairs(axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Arr
             return values
         return jax.lax.all_gather(values, axis_name, tiled=True)
 
-    others = gather(x)
-    place = first + jnp.arange(mask.size).reshape(mask.shape)
-    itself = place[..., None] == jnp.arange(len(others))
-    candidates = gather(mask) & ~itself & mask[..., None]
-    positives = candidates & (labels[..., None] == gather(labels))
-    return _Pairs(others, gather, x @ others.T, candidates, positives)
+    all_x = gather(x)
+    index = offset + jnp.arange(mask.size).reshape(mask.shape)
+    is_self = index[..., None] == jnp.arange(len(all_x))
+    is_candidate = gather(mask) & ~is_self & mask[..., None]
+    is_positive = is_candidate & (labels[..., None] == gather(labels))
+    return _Pairs(all_x, gather, x @ all_x.T, is_candidate, is_positive)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_anchors(axis_name, x, labels, mask):
-    """Sum of the contrastive losses of this device's anchors, and their number."""
-    return _over_anchors_forward(axis_name, x, labels, mask)[0]
+def _sum_over_anchors(axis_name, x, labels, mask):
+    """Returns the summed contrastive loss of this device's anchors, and their number."""
+    return _sum_over_anchors_forward(axis_name, x, labels, mask)[0]
 
 
-def _over_anchors_forward(axis_name, x, labels, mask):
+def _sum_over_anchors_forward(axis_name, x, labels, mask):
     pairs = _pairs(axis_name, x, labels, mask)
-    among = jnp.where(pairs.candidates, pairs.similarity, -jnp.inf)
-    largest = jnp.where(pairs.candidates.any(-1), among.max(-1), 0)
-    scaled = jnp.exp(among - largest[..., None]).sum(-1)
-    log_sum = jnp.log(jnp.where(scaled > 0, scaled, 1.0)) + largest  # ...
-    count = pairs.positives.sum(-1)
-    mean_positive = jnp.where(pairs.positives, pairs.similarity, 0).sum(-1) / jnp.maximum(count, 1)
-    total = jnp.where(count > 0, log_sum - mean_positive, 0).sum()
+    similarity = jnp.where(pairs.is_candidate, pairs.similarity, -jnp.inf)
+    maximum = jnp.where(pairs.is_candidate.any(-1), similarity.max(-1), 0)
+    scaled_sum = jnp.exp(similarity - maximum[..., None]).sum(-1)
+    log_sum = jnp.log(jnp.where(scaled_sum > 0, scaled_sum, 1.0)) + maximum  # ...
+    count = pairs.is_positive.sum(-1)
+    positive_sum = jnp.where(pairs.is_positive, pairs.similarity, 0).sum(-1)
+    total = jnp.where(count > 0, log_sum - positive_sum / jnp.maximum(count, 1), 0).sum()
     return (total, (count > 0).sum()), (x, labels, mask, log_sum, count)
 
 
-def _over_anchors_backward(axis_name, kept, cotangents):
-    """A representation is an anchor, and others' candidate; each device works out both for its own.
+def _sum_over_anchors_backward(axis_name, residuals, cotangents):
+    """Computes the gradient of this device's representations without a sum over devices.
 
-    By transposition the second part would come from all devices, as a sum over what is [N, M]. But
-    the similarities are symmetric, so with every anchor's log sum and count at hand it can be had
-    at home.
+    A representation contributes as an anchor and as a candidate of other anchors. Automatic
+    differentiation would compute the second part on the other anchors' devices and sum an [M, F]
+    gradient over all devices. Because similarities are symmetric, it can be computed locally from
+    the log-sum and the number of positives of every anchor.
     """
-    x, labels, mask, log_sum, count = kept
+    x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)
 
-    def pull(log_sum: jax.Array, count: jax.Array) -> jax.Array:
-        softmax = jnp.exp(jnp.where(pairs.candidates, pairs.similarity - log_sum, -jnp.inf))
-        pulled = softmax - jnp.where(pairs.positives, 1 / jnp.maximum(count, 1), 0)
-        return jnp.where(count > 0, pulled, 0)
+    def d_similarity(log_sum: jax.Array, count: jax.Array) -> jax.Array:
+        softmax = jnp.exp(jnp.where(pairs.is_candidate, pairs.similarity - log_sum, -jnp.inf))
+        gradient = softmax - jnp.where(pairs.is_positive, 1 / jnp.maximum(count, 1), 0)
+        return jnp.where(count > 0, gradient, 0)
 
-    pulled = pull(log_sum[..., None], count[..., None])
-    pulled += pull(pairs.gather(log_sum), pairs.gather(count))
-    gradient = pulled @ pairs.others * cotangents[0]
-    return gradient, None, None
+    gradient = d_similarity(log_sum[..., None], count[..., None])  # as an anchor
+    gradient += d_similarity(pairs.gather(log_sum), pairs.gather(count))  # as a candidate
+    return gradient @ pairs.all_x * cotangents[0], None, None
 
 
-_over_anchors.defvjp(_over_anchors_forward, _over_anchors_backward)
+_sum_over_anchors.defvjp(_sum_over_anchors_forward, _sum_over_anchors_backward)
 
 
 def expert_agreement(
@@ -207,20 +207,21 @@ def expert_agreement(
     experts: tuple[int, ...] | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Symmetric KL between the experts: KL(p||q) + KL(q||p), mean over pairs of experts.
+    """Computes the symmetric KL divergence KL(p||q) + KL(q||p) between the experts.
 
-    Summed over a dialogue's utterances, mean over the dialogues with an utterance that counts, as
-    in the released MiSTER-E.
+    As in the released MiSTER-E, it is averaged over pairs of experts, summed over the utterances of
+    a dialogue, and averaged over the dialogues with an utterance that counts.
 
     Args:
-      expert_logits: [B, T, E, C].
-      mask: utterances that count [B, T] bool.
-      expert_mask: experts present [B, T, E] bool; a pair counts where both are. All by default.
-      experts: indices of the experts in use; all by default.
-      axis_name: see the module.
+      expert_logits: Logits of the experts, [B, T, E, C].
+      mask: Utterances that count, [B, T] bool.
+      expert_mask: Present experts, [B, T, E] bool; a pair counts where both are present. All
+        experts by default.
+      experts: Indices of the enabled experts; all by default.
+      axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      A scalar, float32; zero with fewer than two experts.
+      Loss, [] float32; zero with fewer than two experts.
     """
     experts = tuple(range(expert_logits.shape[2])) if experts is None else experts
     pairs = list(itertools.combinations(experts, 2))
@@ -231,11 +232,11 @@ def expert_agreement(
     p = jnp.exp(log_p)
     total = jnp.zeros((), jnp.float32)
     for a, b in pairs:
-        # KL(a||b) + KL(b||a) in one sum.
+        # KL(a||b) + KL(b||a) as one sum.
         divergence = ((p[:, :, a] - p[:, :, b]) * (log_p[:, :, a] - log_p[:, :, b])).sum(-1)  # B T
-        both = mask if expert_mask is None else mask & expert_mask[..., a] & expert_mask[..., b]
-        total += jnp.where(both, divergence, 0).sum()
-    return _divide(total / len(pairs), mask.any(1).sum(), axis_name)
+        counted = mask if expert_mask is None else mask & expert_mask[..., a] & expert_mask[..., b]
+        total += jnp.where(counted, divergence, 0).sum()
+    return _divide_by_global_count(total / len(pairs), mask.any(1).sum(), axis_name)
 
 
 def gate_responsibility(
@@ -248,49 +249,63 @@ def gate_responsibility(
     sharpness: float = 1.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Cross-entropy of the gate against the experts' responsibilities, mean over valid positions.
+    """Computes the cross-entropy of the gate weights with the experts' responsibilities as targets.
 
-    An expert is responsible for a label in proportion to the probability it gave it, to the power
-    of `sharpness`; to the power of 1 that is the E step of a mixture of experts (Jordan and Jacobs,
-    1994), and the higher, the more the best expert has it alone. It teaches the gate only: to it
-    the experts' votes are given. Where the weights are not learned ("mean", "majority") it is a
-    mere number.
+    The responsibility of an expert is proportional to the probability it assigns to the label,
+    raised to the power of `sharpness`. With sharpness 1 this is the E step of a mixture of experts
+    (Jordan and Jacobs, 1994); higher values favor the best expert.
+
+    The targets are constants: the loss has no gradient with respect to `expert_logits`. It has a
+    gradient with respect to `gate`. In `MisterE`, the gate reads the experts' logits (and, with
+    `gate_reads_contexts`, their contexts) without `stop_gradient`, so this loss also trains the
+    experts, through the gate's input. With the mixtures "mean" and "majority", the weights are
+    constants and the loss trains nothing.
 
     Args:
-      gate: weights of the experts [..., E], sum 1; zero for those that are missing.
-      expert_logits: [..., E, C].
-      labels: class of each position [...] int; read only where the mask is true.
-      mask: positions that count [...] bool.
-      expert_mask: experts present [..., E] bool; all by default.
-      sharpness: not negative.
-      axis_name: see the module.
+      gate: Weights of the experts, [..., E]; their sum is 1, and they are zero for missing experts.
+      expert_logits: Logits of the experts, [..., E, C].
+      labels: Class of each position, [...] int; read only where the mask is True.
+      mask: Positions that count, [...] bool.
+      expert_mask: Present experts, [..., E] bool; all by default.
+      sharpness: Exponent of the probabilities, 0 or more.
+      axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      A scalar, float32; zero where no position counts.
+      Mean over the positions that count, [] float32; zero if there are none.
 
     Raises:
-      ValueError: negative sharpness.
-      AssertionError: gate, logits, labels and mask are not of the same positions.
+      ValueError: `sharpness` is negative.
+      AssertionError: The shapes of gate, logits, labels and mask do not match.
     """
     if sharpness < 0:
-        raise ValueError(f"gate sharpness {sharpness}: must not be negative")
+        raise ValueError(f"gate sharpness {sharpness}; allowed: 0 or more")
     _check_positions(gate, labels, mask)
     chex.assert_equal_shape_prefix([expert_logits, gate], gate.ndim)
     present = jnp.broadcast_to(mask[..., None], gate.shape)
     present = present if expert_mask is None else present & expert_mask  # ... E
-    votes = jnp.where(present[..., None], expert_logits.astype(jnp.float32), 0)
-    label = jnp.broadcast_to(jnp.where(mask, labels, 0)[..., None], gate.shape)
-    log_p = -optax.losses.softmax_cross_entropy_with_integer_labels(votes, label)  # ... E
-    responsibility = jax.nn.softmax(sharpness * log_p, where=present)
+    expert_logits = jnp.where(present[..., None], expert_logits.astype(jnp.float32), 0)
+    expert_labels = jnp.broadcast_to(jnp.where(mask, labels, 0)[..., None], gate.shape)
+    log_p = -optax.losses.softmax_cross_entropy_with_integer_labels(expert_logits, expert_labels)
+    responsibility = jax.nn.softmax(sharpness * log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
-    # The floor is far below what a gate is taught to give, and keeps the logarithm finite.
+    # The lower bound keeps the logarithm finite and is far below the weights that a gate learns.
     log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
-    return _divide(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
+    return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of `mister_e`; the defaults are the released ones."""
+    """Weights of the parts of `mister_e`; the defaults are those of the released code.
+
+    Attributes:
+      mixture: Weight of the focal loss of the mixture.
+      speech: Weight of the focal loss of the speech expert.
+      text: Weight of the focal loss of the text expert.
+      fusion: Weight of the focal loss of the fusion expert.
+      contrastive: Weight of `supervised_contrastive`.
+      agreement: Weight of `expert_agreement`.
+      gate: Weight of `gate_responsibility`.
+    """
 
     mixture: float = 1.0
     speech: float = 1.0
@@ -313,35 +328,35 @@ def mister_e(
     experts: tuple[str, ...] = EXPERTS,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of MiSTER-E (arXiv 2602.23300; weights of the released code).
+    """Computes the training loss of MiSTER-E (arXiv 2602.23300).
 
-    Focal losses of the mixture and of each expert, the contrastive loss between the fusion
-    representations of speech and text, the agreement of the experts, and the responsibility of the
-    gate (of weight 0 as released). An expert is held to account for the utterances it could vote
-    on.
+    It is the weighted sum of the focal losses of the mixture and of each expert, the contrastive
+    loss between the fusion expert's representations of speech and text, the agreement of the
+    experts, and the gate loss, whose weight is 0 in the released code. An expert's focal loss
+    covers the utterances for which the expert is present.
 
     Args:
-      output: of `MisterE`.
-      labels: [B, T] int, -1 where unlabeled.
-      mask: true at utterances [B, T] bool. Unlabeled ones count in no part.
-      weights: of the parts.
-      gamma: of the focal losses.
-      temperature: of the contrastive loss.
-      sharpness: of the experts' responsibilities that the gate is taught.
-      experts: in use; the other experts' parts are left out.
-      axis_name: see the module.
+      output: Output of `MisterE`.
+      labels: Class of each utterance, [B, T] int, -1 if unlabeled.
+      mask: Valid utterances, [B, T] bool. Unlabeled utterances count in no part.
+      weights: Weights of the parts; those of the released code by default.
+      gamma: Focusing parameter of the focal losses.
+      temperature: Temperature of the contrastive loss.
+      sharpness: Sharpness of the gate loss.
+      experts: Enabled experts, a subset of ("speech", "text", "fusion").
+      axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      The weighted total, and each part unweighted: "mixture", "speech", "text", "fusion",
-      "contrastive", "agreement", "gate" (those of experts in use); scalars, float32.
+      Weighted total, and the unweighted parts that apply to the enabled experts: "mixture",
+      "speech", "text", "fusion", "contrastive", "agreement", "gate"; all are [] float32.
     """
     weights = LossWeights() if weights is None else weights
     labeled = mask & (labels >= 0)
     parts = {
         "mixture": focal(output.logits, labels, labeled, gamma=gamma, axis_name=axis_name),
     }
-    in_use = tuple(index for index, name in enumerate(EXPERTS) if name in experts)
-    for index in in_use:
+    expert_indices = tuple(index for index, name in enumerate(EXPERTS) if name in experts)
+    for index in expert_indices:
         parts[EXPERTS[index]] = focal(
             output.expert_logits[:, :, index],
             labels,
@@ -357,12 +372,12 @@ def mister_e(
             temperature=temperature,
             axis_name=axis_name,
         )
-    if len(in_use) > 1:
+    if len(expert_indices) > 1:
         parts["agreement"] = expert_agreement(
             output.expert_logits,
             labeled,
             output.expert_present,
-            experts=in_use,
+            experts=expert_indices,
             axis_name=axis_name,
         )
         parts["gate"] = gate_responsibility(

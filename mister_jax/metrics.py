@@ -1,6 +1,6 @@
-"""Scores of emotion recognition, from confusion counts.
+"""Scores of emotion recognition, computed from confusion counts.
 
-Counts are made on the devices and add up over batches; scores are made of the counts on the host.
+Devices count confusions, which add up over batches; the host computes scores from the counts.
 """
 
 from __future__ import annotations
@@ -14,22 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 
 SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-"""The scores of a whole split."""
+"""Scores of a whole split."""
+
+SENTIMENT_CONVENTIONS = (
+    "negative_nonnegative",
+    "negative_positive_without_zero",
+    "nonpositive_positive",
+)
+_SENTIMENT_CLASSES = (
+    {"negative", "positive"},
+    {"negative", "nonnegative"},
+    {"nonpositive", "positive"},
+)
 
 
 def confusion_counts(
     labels: jax.Array, predicted: jax.Array, mask: jax.Array, num_classes: int
 ) -> jax.Array:
-    """Counts of (label, predicted) pairs.
+    """Counts pairs of label and predicted class.
 
     Args:
-      labels: [...] int, -1 where unlabeled, which does not count.
-      predicted: [...] int.
-      mask: positions that count [...] bool.
-      num_classes: C.
+      labels: Labels, [...] int; -1 if unlabeled, which is not counted.
+      predicted: Predicted classes, [...] int.
+      mask: Positions to count, [...] bool.
+      num_classes: Number of classes C.
 
     Returns:
-      [C, C] int32, labels down, predictions across.
+      Counts, [C, C] int32, with labels as rows and predictions as columns.
     """
     counted = mask & (labels >= 0)
     cells = jnp.where(counted, labels * num_classes + predicted, num_classes**2)
@@ -38,20 +49,20 @@ def confusion_counts(
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """0 where the denominator is 0."""
+    """Divides; the result is 0 where the denominator is 0."""
     zeros = np.zeros(np.broadcast_shapes(numerator.shape, denominator.shape))
     return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
 def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of one or many confusion matrices.
+    """Computes the scores of one or many confusion matrices.
 
     Args:
-      confusion: [..., C, C] counts, labels down, predictions across.
+      confusion: Counts, [..., C, C], with labels as rows and predictions as columns.
 
     Returns:
-      "weighted_f1", "macro_f1", "accuracy", "balanced_accuracy", "utterances" [...], and
-      "precision", "recall", "f1", "support" [..., C]. A score without a basis is 0.
+      The `SCORE_NAMES` and "utterances", [...], and "precision", "recall", "f1" and "support",
+      [..., C]. An undefined score is 0.
     """
     confusion = np.asarray(confusion)
     correct = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
@@ -59,12 +70,12 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     total = support.sum(-1)
     recall = _ratio(correct, support)
     f1 = _ratio(2 * correct, support + predicted)
-    # As scikit-learn has it: macro F1 over classes that occur or were predicted, balanced accuracy
-    # over classes that occur. The others' terms are 0.
-    seen, occurs = support + predicted > 0, support > 0
+    # As in scikit-learn, macro F1 averages over classes that occur or are predicted, and balanced
+    # accuracy over classes that occur. The terms of all other classes are 0.
+    occurs_or_predicted, occurs = support + predicted > 0, support > 0
     return {
         "weighted_f1": _ratio((f1 * support).sum(-1), total),
-        "macro_f1": _ratio(f1.sum(-1), seen.sum(-1)),
+        "macro_f1": _ratio(f1.sum(-1), occurs_or_predicted.sum(-1)),
         "accuracy": _ratio(correct.sum(-1), total),
         "balanced_accuracy": _ratio(recall.sum(-1), occurs.sum(-1)),
         "utterances": total,
@@ -75,68 +86,59 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Every score of a confusion matrix.
+def classification_scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Computes all scores of a confusion matrix, as JSON values.
 
     Args:
-      confusion: [C, C] counts, labels down, predictions across.
-      class_names: C names.
+      confusion: Counts, [C, C], with labels as rows and predictions as columns.
+      class_names: Names of the C classes.
 
     Returns:
-      "weighted_f1", "macro_f1", "accuracy", "balanced_accuracy", "utterances", "per_class" (name to
-      precision, recall, f1 and support) and "majority" (the same four scores of always predicting
-      the most frequent label). A score without a basis is 0.
+      The `SCORE_NAMES`, "utterances", "per_class" (for each name its "precision", "recall", "f1"
+      and "support") and "majority" (the `SCORE_NAMES` of always predicting the most frequent
+      label). An undefined score is 0.
+
+    Raises:
+      ValueError: The number of class names does not match the matrix.
     """
     confusion = np.asarray(confusion)
     if confusion.shape != (len(class_names),) * 2:
-        raise ValueError(f"confusion {confusion.shape} for {len(class_names)} class names")
-    found = confusion_scores(confusion)
+        raise ValueError(
+            f"confusion has shape {confusion.shape} for {len(class_names)} class names"
+        )
+    scores = confusion_scores(confusion)
     per_class = {
         name: {
-            "precision": float(found["precision"][index]),
-            "recall": float(found["recall"][index]),
-            "f1": float(found["f1"][index]),
-            "support": int(found["support"][index]),
+            "precision": float(scores["precision"][index]),
+            "recall": float(scores["recall"][index]),
+            "f1": float(scores["f1"][index]),
+            "support": int(scores["support"][index]),
         }
         for index, name in enumerate(class_names)
     }
-    constant = np.zeros_like(confusion)
-    constant[:, found["support"].argmax()] = found["support"]
-    baseline = confusion_scores(constant)
+    majority = np.zeros_like(confusion)
+    majority[:, scores["support"].argmax()] = scores["support"]
+    majority_scores = confusion_scores(majority)
     return {
-        **{name: float(found[name]) for name in SCORE_NAMES},
-        "utterances": int(found["utterances"]),
-        "majority": {name: float(baseline[name]) for name in SCORE_NAMES},
+        **{name: float(scores[name]) for name in SCORE_NAMES},
+        "utterances": int(scores["utterances"]),
+        "majority": {name: float(majority_scores[name]) for name in SCORE_NAMES},
         "per_class": per_class,
     }
 
 
-SENTIMENT_CONVENTIONS = (
-    "negative_nonnegative",
-    "negative_positive_without_zero",
-    "nonpositive_positive",
-)
-
-
-_SENTIMENTS = (
-    {"negative", "positive"},
-    {"negative", "nonnegative"},
-    {"nonpositive", "positive"},
-)
-
-
 def positive_class(class_names: Sequence[str]) -> int | None:
-    """Which of two classes of sentiment is the positive one.
+    """Returns the index of the positive one of two sentiment classes.
 
     Args:
-      class_names: of a dataset, such as "negative" and "Non-negative", in any order.
+      class_names: Class names of a dataset in any order, such as "negative" and "Non-negative".
+        Upper case, hyphens, underscores and spaces are ignored.
 
     Returns:
-      The index of "positive" or "nonnegative" beside "negative" or "nonpositive"; None for classes
-      with other names. Upper case, hyphens, underscores and spaces do not count.
+      Index of "positive" or "nonnegative"; None if the classes are not binary sentiment.
     """
     names = [re.sub(r"[-_ ]", "", name.lower()) for name in class_names]
-    if len(names) != 2 or set(names) not in _SENTIMENTS:
+    if len(names) != 2 or set(names) not in _SENTIMENT_CLASSES:
         return None
     return next(
         index for index, name in enumerate(names) if name not in ("negative", "nonpositive")
@@ -144,51 +146,53 @@ def positive_class(class_names: Sequence[str]) -> int | None:
 
 
 def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The three binary readings of CMU-MOSI's scores, by name.
+    """Computes scores by the three conventions for binary labels from CMU-MOSI's sentiment scores.
 
-    "negative_nonnegative": score < 0 against score >= 0; "negative_positive_without_zero": the same
-    with scores of zero left out; "nonpositive_positive": score <= 0 against score > 0.
+    The conventions are "negative_nonnegative" (score < 0 or >= 0), "negative_positive_without_zero"
+    (score < 0 or > 0, zero left out) and "nonpositive_positive" (score <= 0 or > 0).
 
     Args:
-      score: annotated scores [N], in [-3, 3]; NaN is left out.
-      positive: utterances predicted as positive [N] bool.
+      score: Annotated sentiment, [N], -3 to 3; utterances with NaN are left out.
+      positive: Utterances predicted as positive, [N] bool.
 
     Returns:
       For each of `SENTIMENT_CONVENTIONS` its "weighted_f1", "accuracy" and "utterances".
     """
     score, positive = np.asarray(score, float), np.asarray(positive, bool)
-    scored = ~np.isnan(score)
-    readings = {
-        "negative_nonnegative": (score >= 0, scored),
-        "negative_positive_without_zero": (score > 0, scored & (score != 0)),
-        "nonpositive_positive": (score > 0, scored),
+    annotated = ~np.isnan(score)
+    label_and_mask = {
+        "negative_nonnegative": (score >= 0, annotated),
+        "negative_positive_without_zero": (score > 0, annotated & (score != 0)),
+        "nonpositive_positive": (score > 0, annotated),
     }
     result = {}
     for name in SENTIMENT_CONVENTIONS:
-        label, counted = readings[name]
-        cells = 2 * label[counted].astype(int) + positive[counted]
-        found = confusion_scores(np.bincount(cells, minlength=4).reshape(2, 2))
+        label, mask = label_and_mask[name]
+        cells = 2 * label[mask].astype(int) + positive[mask]
+        scores = confusion_scores(np.bincount(cells, minlength=4).reshape(2, 2))
         result[name] = {
-            "weighted_f1": float(found["weighted_f1"]),
-            "accuracy": float(found["accuracy"]),
-            "utterances": int(found["utterances"]),
+            "weighted_f1": float(scores["weighted_f1"]),
+            "accuracy": float(scores["accuracy"]),
+            "utterances": int(scores["utterances"]),
         }
     return result
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
-    """How far probabilities are from shares: bins of equal width, and their expected error.
+    """Computes the calibration curve and the expected calibration error.
 
-    The expected calibration error of arXiv 1706.04599, equation 3: the mean over utterances of
-    |accuracy - mean confidence| of their bins.
+    The error is the mean over utterances of |accuracy - mean confidence| of their bins (arXiv
+    1706.04599, equation 3).
 
     Args:
-      confidence: probability of the predicted class [N], in [0, 1].
-      correct: whether it was the label [N] bool.
-      num_bins: of equal width, between 0 and 1; each holds its upper end, the first also 0.
+      confidence: Probability of the predicted class, [N], 0 to 1.
+      correct: Whether the prediction is correct, [N] bool.
+      num_bins: Number of bins of equal size between 0 and 1. A bin includes its upper end; the
+        first also includes 0.
 
     Returns:
-      "error", and "bin" [N] int, "count", "confidence", "accuracy" [num_bins]; 0 without a basis.
+      "error"; "bin" of each utterance, [N] int; "count", "confidence" and "accuracy" of each bin,
+      [num_bins], 0 for an empty bin.
     """
     confidence = np.asarray(confidence, float)
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
@@ -206,6 +210,6 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean and the sample standard deviation, 0 for one value."""
+    """Returns the mean and the sample standard deviation, 0 for a single value."""
     array = np.asarray(list(values), float)
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0

@@ -1,4 +1,4 @@
-"""The losses against loops in float64, at extremes, and across devices."""
+"""Losses, compared with loops in float64, at extreme values and across devices."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mister_jax import MisterE, MisterEOutput, losses
 from mister_jax.tasks.fusion import mister_e_loss
 
-CLASSES, WIDTH, EXPERTS = 4, 5, 3
+NUM_CLASSES, FUSION_DIM, NUM_EXPERTS = 4, 5, 3
 TINY = 1e-300
 
 
@@ -72,42 +72,43 @@ def numpy_gate_responsibility(gate, expert_logits, labels, mask, expert_mask, sh
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight dialogues of unequal length; one empty, one without labels, some experts absent."""
+    """Eight dialogues of different lengths: one empty, one without labels, some experts missing."""
     random = np.random.default_rng(0)
     mask = np.arange(6) < np.array([6, 1, 0, 4, 2, 5, 3, 3])[:, None]
-    label = np.where(random.random(mask.shape) < 0.9, random.integers(CLASSES, size=(8, 6)), -1)
+    label = np.where(random.random(mask.shape) < 0.9, random.integers(NUM_CLASSES, size=(8, 6)), -1)
     label[7] = -1
-    gate = random.random((8, 6, EXPERTS)).astype(np.float32) + 0.1
+    gate = random.random((8, 6, NUM_EXPERTS)).astype(np.float32) + 0.1
     return {
         "gate": gate / gate.sum(-1, keepdims=True),
-        "expert_logits": random.normal(size=(8, 6, EXPERTS, CLASSES)).astype(np.float32) * 2,
-        "representations": random.normal(size=(8, 6, WIDTH)).astype(np.float32),
-        "expert_mask": random.random((8, 6, EXPERTS)) < 0.7,
+        "expert_logits": random.normal(size=(8, 6, NUM_EXPERTS, NUM_CLASSES)).astype(np.float32)
+        * 2,
+        "representations": random.normal(size=(8, 6, FUSION_DIM)).astype(np.float32),
+        "expert_mask": random.random((8, 6, NUM_EXPERTS)) < 0.7,
         "label": label.astype(np.int32),
         "mask": mask,
         "labeled": mask & (label >= 0),
     }
 
 
-def focal_of(batch, **options):
+def focal_loss(batch, **options):
     return losses.focal(
         batch["expert_logits"][:, :, 0], batch["label"], batch["labeled"], **options
     )
 
 
-def contrastive_of(batch, **options):
+def contrastive_loss(batch, **options):
     return losses.supervised_contrastive(
         batch["representations"], batch["label"], batch["labeled"], **options
     )
 
 
-def agreement_of(batch, **options):
+def agreement_loss(batch, **options):
     return losses.expert_agreement(
         batch["expert_logits"], batch["labeled"], batch["expert_mask"], **options
     )
 
 
-def responsibility_of(batch, **options):
+def gate_loss(batch, **options):
     return losses.gate_responsibility(
         batch["gate"],
         batch["expert_logits"],
@@ -118,8 +119,8 @@ def responsibility_of(batch, **options):
     )
 
 
-EACH_LOSS = pytest.mark.parametrize(
-    "loss", [focal_of, contrastive_of, agreement_of, responsibility_of]
+ALL_LOSSES = pytest.mark.parametrize(
+    "loss", [focal_loss, contrastive_loss, agreement_loss, gate_loss]
 )
 FLOATS = ("gate", "expert_logits", "representations")
 
@@ -139,24 +140,22 @@ def assert_finite(tree):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.0])
 def test_focal_equals_its_definition(batch, gamma):
-    expected = numpy_focal(
-        batch["expert_logits"][:, :, 0], batch["label"], batch["labeled"], gamma
-    )
-    assert float(focal_of(batch, gamma=gamma)) == pytest.approx(expected, rel=1e-5)
+    expected = numpy_focal(batch["expert_logits"][:, :, 0], batch["label"], batch["labeled"], gamma)
+    assert float(focal_loss(batch, gamma=gamma)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_focal_without_focus_is_the_cross_entropy(batch):
+def test_focal_with_gamma_zero_is_the_cross_entropy(batch):
     logits, labels = batch["expert_logits"][:, :, 0], batch["label"]
     labels = np.maximum(labels, 0)
     everywhere = np.ones_like(batch["mask"])
     expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    ours = losses.focal(logits, labels, everywhere, gamma=0.0)
-    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    value = losses.focal(logits, labels, everywhere, gamma=0.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
-def test_focal_refuses_negative_gamma(batch):
+def test_negative_focal_gamma_raises(batch):
     with pytest.raises(ValueError, match=r"gamma -1\.0"):
-        focal_of(batch, gamma=-1.0)
+        focal_loss(batch, gamma=-1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0, 10.0])
@@ -164,35 +163,35 @@ def test_contrastive_equals_its_definition(batch, temperature):
     expected = numpy_supervised_contrastive(
         batch["representations"], batch["label"], batch["labeled"], temperature
     )
-    ours = contrastive_of(batch, temperature=temperature)
-    assert float(ours) == pytest.approx(expected, rel=2e-5)
+    value = contrastive_loss(batch, temperature=temperature)
+    assert float(value) == pytest.approx(expected, rel=2e-5)
 
 
-def test_contrastive_leaves_out_anchors_without_positives():
-    representations = jnp.eye(3, WIDTH)
+def test_contrastive_ignores_anchors_without_positives():
+    representations = jnp.eye(3, FUSION_DIM)
     label, everywhere = jnp.array([0, 0, 1]), jnp.ones(3, bool)
-    # All cosines are 0: each of two anchors has log(2) over its two others.
-    ours, _ = contrastive_gradient(representations, label, everywhere)
-    np.testing.assert_allclose(ours, np.log(2), rtol=1e-6)
-    none, gradient = contrastive_gradient(representations, jnp.arange(3), everywhere)
-    assert none == 0
+    # All cosines are 0, so the two anchors with a positive have log(2), for two candidates each.
+    value, _ = contrastive_gradient(representations, label, everywhere)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    no_positives, gradient = contrastive_gradient(representations, jnp.arange(3), everywhere)
+    assert no_positives == 0
     assert not gradient.any()
 
 
-def test_contrastive_of_opposites_is_exact_at_low_temperature():
+def test_contrastive_of_opposite_vectors_is_exact_at_low_temperature():
     opposites, label = jnp.array([[1.0, 0.0], [-1.0, 0.0]]), jnp.zeros(2, int)
     for temperature in (1.0, 0.01, 0.001):
-        # The only other is the positive.
-        ours, gradient = contrastive_gradient(
+        # The only candidate is the positive.
+        value, gradient = contrastive_gradient(
             opposites, label, jnp.ones(2, bool), temperature=temperature
         )
-        np.testing.assert_allclose(ours, 0, atol=1e-6)
+        np.testing.assert_allclose(value, 0, atol=1e-6)
         assert_finite(gradient)
 
 
-def test_contrastive_does_not_hang_on_lengths(batch):
+def test_contrastive_does_not_depend_on_vector_lengths(batch):
     scaled = batch | {"representations": batch["representations"] * 1000}
-    np.testing.assert_allclose(contrastive_of(scaled), contrastive_of(batch), rtol=1e-5)
+    np.testing.assert_allclose(contrastive_loss(scaled), contrastive_loss(batch), rtol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [(0, 1, 2), (0, 2)])
@@ -200,28 +199,28 @@ def test_agreement_equals_its_definition(batch, experts):
     expected = numpy_expert_agreement(
         batch["expert_logits"], batch["labeled"], batch["expert_mask"], experts
     )
-    assert float(agreement_of(batch, experts=experts)) == pytest.approx(expected, rel=1e-5)
+    assert float(agreement_loss(batch, experts=experts)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_agreement_needs_two_experts(batch):
-    assert agreement_of(batch, experts=(1,)) == 0
+def test_agreement_of_one_expert_is_zero(batch):
+    assert agreement_loss(batch, experts=(1,)) == 0
 
 
-def test_experts_of_one_mind_agree(batch):
-    same = np.repeat(batch["expert_logits"][:, :, :1], EXPERTS, axis=2)
-    np.testing.assert_allclose(agreement_of(batch | {"expert_logits": same}), 0, atol=1e-7)
+def test_agreement_of_equal_experts_is_zero(batch):
+    same = np.repeat(batch["expert_logits"][:, :, :1], NUM_EXPERTS, axis=2)
+    np.testing.assert_allclose(agreement_loss(batch | {"expert_logits": same}), 0, atol=1e-7)
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 5.0])
-def test_responsibility_equals_its_definition(batch, sharpness):
+def test_gate_loss_equals_its_definition(batch, sharpness):
     names = ("gate", "expert_logits", "label", "labeled", "expert_mask")
     expected = numpy_gate_responsibility(*(batch[name] for name in names), sharpness)
-    ours = responsibility_of(batch, sharpness=sharpness)
-    assert float(ours) == pytest.approx(expected, rel=1e-5)
+    value = gate_loss(batch, sharpness=sharpness)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
-def test_responsibility_teaches_the_gate_alone_and_the_responsible_expert():
-    # The first expert gives the label 0.9, the second 0.1; the third is missing.
+def test_gate_loss_has_gradients_toward_the_responsible_expert_and_none_for_the_logits():
+    # The first expert assigns 0.9 to the label, the second 0.1; the third is missing.
     logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9], [1.0, 1e-6]]))
     present = jnp.array([True, True, False])
 
@@ -232,21 +231,21 @@ def test_responsibility_teaches_the_gate_alone_and_the_responsible_expert():
         )
 
     for sharpness, odds in ((0.0, 1.0), (1.0, 9.0), (2.0, 81.0)):
-        responsible = jnp.array([jnp.log(odds), 0.0, 0.0])
-        gradients = jax.grad(loss, argnums=(0, 1))(responsible, logits, sharpness)
+        optimal_scores = jnp.array([jnp.log(odds), 0.0, 0.0])
+        gradients = jax.grad(loss, argnums=(0, 1))(optimal_scores, logits, sharpness)
         for gradient in gradients:
             np.testing.assert_allclose(gradient, 0, atol=1e-6)
-    undecided = jax.grad(loss)(jnp.zeros(3), logits, 1.0)
-    np.testing.assert_allclose(undecided, [-0.4, 0.4, 0], atol=1e-6)
+    gradient = jax.grad(loss)(jnp.zeros(3), logits, 1.0)
+    np.testing.assert_allclose(gradient, [-0.4, 0.4, 0], atol=1e-6)
 
 
-def test_responsibility_refuses_negative_sharpness(batch):
+def test_negative_gate_sharpness_raises(batch):
     with pytest.raises(ValueError, match=r"sharpness -1\.0"):
-        responsibility_of(batch, sharpness=-1.0)
+        gate_loss(batch, sharpness=-1.0)
 
 
-@EACH_LOSS
-def test_values_outside_the_mask_reach_neither_loss_nor_gradient(batch, loss):
+@ALL_LOSSES
+def test_values_outside_the_mask_do_not_change_loss_or_gradient(batch, loss):
     value, gradients = value_and_gradients(loss, batch)
     outside = ~batch["labeled"]
     for garbage in (np.nan, np.inf, 1e30):
@@ -260,7 +259,7 @@ def test_values_outside_the_mask_reach_neither_loss_nor_gradient(batch, loss):
             np.testing.assert_allclose(dirty_gradients[name], gradients[name], atol=1e-6)
 
 
-@EACH_LOSS
+@ALL_LOSSES
 def test_huge_bfloat16_values_have_finite_losses_and_gradients(batch, loss):
     huge = {name: jnp.asarray(np.sign(batch[name]) * 1e4, jnp.bfloat16) for name in FLOATS}
     value, gradients = value_and_gradients(loss, batch | huge)
@@ -268,40 +267,40 @@ def test_huge_bfloat16_values_have_finite_losses_and_gradients(batch, loss):
     assert_finite((value, gradients))
 
 
-@EACH_LOSS
+@ALL_LOSSES
 def test_zero_representations_and_equal_logits_have_finite_gradients(batch, loss):
     flat = {name: np.zeros_like(batch[name]) for name in FLOATS}
     assert_finite(value_and_gradients(loss, batch | flat))
 
 
-@EACH_LOSS
-def test_a_batch_without_labels_or_utterances_has_no_loss(batch, loss):
-    nothing = batch | {"labeled": np.zeros_like(batch["mask"])}
-    value, gradients = value_and_gradients(loss, nothing)
+@ALL_LOSSES
+def test_loss_of_a_batch_without_labels_is_zero(batch, loss):
+    unlabeled = batch | {"labeled": np.zeros_like(batch["mask"])}
+    value, gradients = value_and_gradients(loss, unlabeled)
     assert value == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-@EACH_LOSS
+@ALL_LOSSES
 @pytest.mark.parametrize("utterances", [1, 500])
 def test_short_and_long_dialogues_have_finite_losses(loss, utterances):
     random = np.random.default_rng(0)
     mask = np.ones((1, utterances), bool)
     dialogue = {
-        "gate": np.full((1, utterances, EXPERTS), 1 / EXPERTS),
-        "expert_logits": random.normal(size=(1, utterances, EXPERTS, CLASSES)),
-        "representations": random.normal(size=(1, utterances, WIDTH)),
-        "expert_mask": np.ones((1, utterances, EXPERTS), bool),
-        "label": random.integers(CLASSES, size=mask.shape),
+        "gate": np.full((1, utterances, NUM_EXPERTS), 1 / NUM_EXPERTS),
+        "expert_logits": random.normal(size=(1, utterances, NUM_EXPERTS, NUM_CLASSES)),
+        "representations": random.normal(size=(1, utterances, FUSION_DIM)),
+        "expert_mask": np.ones((1, utterances, NUM_EXPERTS), bool),
+        "label": random.integers(NUM_CLASSES, size=mask.shape),
         "labeled": mask,
     }
     value, gradients = value_and_gradients(loss, dialogue)
     assert_finite((value, gradients))
-    assert (value == 0) == (utterances == 1 and loss is contrastive_of)
+    assert (value == 0) == (utterances == 1 and loss is contrastive_loss)
 
 
-@EACH_LOSS
-def test_shares_of_eight_devices_sum_to_the_loss_and_its_gradient(batch, loss):
+@ALL_LOSSES
+def test_shares_of_eight_devices_sum_to_the_global_loss_and_gradient(batch, loss):
     expected, expected_gradients = value_and_gradients(loss, batch)
     devices = jax.tree.map(lambda leaf: leaf[:, None], batch)  # one dialogue each
 
@@ -319,7 +318,7 @@ def test_shares_of_eight_devices_sum_to_the_loss_and_its_gradient(batch, loss):
 
 @pytest.fixture(scope="module")
 def training(tiny_config, make_batch):
-    """Parameters, a batch of eight dialogues, the loss of both, and its value and gradients."""
+    """Returns parameters, eight dialogues, the loss function, and its value and gradients."""
     config = dataclasses.replace(tiny_config, kernel_sizes=(), fusion_layers=0)
     graphdef, params = nnx.split(MisterE(config, rngs=nnx.Rngs(0)))
     batch = make_batch((5, 1, 4, 2, 5, 3, 1, 2))
@@ -346,13 +345,12 @@ def assert_summed_shares_equal(summed, expected):
     np.testing.assert_allclose(total, expected_total, rtol=1e-6)
     for name, value in expected_parts.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-6, err_msg=name)
-    for ours, theirs in zip(
-        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, expected_gradients
+    )
 
 
-def test_training_under_pmap_equals_training_on_one_device(training):
+def test_gradients_under_pmap_equal_those_on_one_device(training):
     params, batch, loss, expected = training
 
     def step(params, batch):
@@ -364,23 +362,24 @@ def test_training_under_pmap_equals_training_on_one_device(training):
     assert_summed_shares_equal(jax.tree.map(lambda leaf: leaf[0], summed), expected)
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_training_under_shard_map_equals_training_on_one_device(training, copied):
+@pytest.mark.parametrize("varying", [True, False])
+def test_gradients_under_shard_map_equal_those_on_one_device(training, varying):
     params, batch, loss, expected = training
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(params, batch):
-        if copied:  # Each device's own, so that its gradient is that of its share.
+        if varying:  # One copy per device, whose gradient is that of the device's share.
             params = jax.lax.pcast(params, "data", to="varying")
         value, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, "data")
-        # JAX sums the gradients of what all devices share.
-        return jax.lax.psum(value, "data"), jax.lax.psum(gradients, "data") if copied else gradients
+        if varying:  # JAX sums only the gradients of parameters that the devices share.
+            gradients = jax.lax.psum(gradients, "data")
+        return jax.lax.psum(value, "data"), gradients
 
     step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     assert_summed_shares_equal(jax.jit(step)(params, batch), expected)
 
 
-def test_the_total_weighs_its_parts_as_released(training):
+def test_total_has_the_released_weights(training):
     *_, ((total, parts), _) = training
     expected = parts["mixture"] + parts["speech"] + parts["text"] + parts["fusion"]
     expected += 2 * parts["contrastive"] + 0.1 * parts["agreement"]
@@ -388,7 +387,15 @@ def test_the_total_weighs_its_parts_as_released(training):
     assert all(part > 0 for part in parts.values())
 
 
-def test_unlabeled_utterances_count_in_no_part(training):
+def test_gate_loss_trains_the_gate_and_through_its_input_the_experts(training):
+    params, batch, loss, _ = training
+    gradients = jax.jit(jax.grad(lambda params: loss(params, batch)[1]["gate"]))(params)
+    for module in ("gate", "speech", "text", "fusion"):
+        leaves = jax.tree.leaves(gradients[module])
+        assert any(jnp.abs(leaf).max() > 1e-5 for leaf in leaves), module
+
+
+def test_unlabeled_utterances_count_in_no_part_of_the_loss(training):
     params, batch, loss, _ = training
     _, parts = jax.jit(loss)(params, batch | {"label": np.full_like(batch["label"], -1)})
     assert not any(parts.values())
@@ -396,26 +403,24 @@ def test_unlabeled_utterances_count_in_no_part(training):
 
 @pytest.fixture(scope="module")
 def extreme(make_batch):
-    """Dialogues of 500 utterances, of one, and of four without a label."""
+    """Dialogues of 500 utterances, of one utterance, and of four unlabeled utterances."""
     batch = make_batch((500, 1, 4))
     batch["label"][2] = -1
     return batch
 
 
-def test_huge_bfloat16_outputs_of_all_kinds_of_dialogues_have_finite_gradients(
-    extreme, tiny_config
-):
+def test_huge_bfloat16_outputs_have_finite_gradients(extreme, tiny_config):
     random = np.random.default_rng(0)
     positions, classes = extreme["mask"].shape, tiny_config.num_classes
 
     def huge(*shape):
         return jnp.asarray(random.choice([-1e4, 1e4], (*positions, *shape)), jnp.bfloat16)
 
-    floats = {"logits": huge(classes), "expert_logits": huge(EXPERTS, classes)}
-    floats |= {"speech_repr": huge(WIDTH), "text_repr": huge(WIDTH)}
+    floats = {"logits": huge(classes), "expert_logits": huge(NUM_EXPERTS, classes)}
+    floats |= {"speech_repr": huge(FUSION_DIM), "text_repr": huge(FUSION_DIM)}
     present = np.stack([extreme["speech_present"], extreme["text_present"]], axis=-1)
-    known = {
-        "gate": np.full((*positions, EXPERTS), 1 / EXPERTS),
+    other_outputs = {
+        "gate": np.full((*positions, NUM_EXPERTS), 1 / NUM_EXPERTS),
         "expert_present": np.concatenate([present, extreme["mask"][..., None]], axis=-1),
         "speech_context": None,
         "text_context": None,
@@ -424,15 +429,15 @@ def test_huge_bfloat16_outputs_of_all_kinds_of_dialogues_have_finite_gradients(
     }
 
     def loss(floats):
-        output = MisterEOutput(**floats, **known)
+        output = MisterEOutput(**floats, **other_outputs)
         return losses.mister_e(output, extreme["label"], extreme["mask"])
 
-    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
-    chex.assert_tree_all_finite(found)
-    assert all(part > 0 for part in found[0][1].values())
+    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+    chex.assert_tree_all_finite((total, parts, gradients))
+    assert all(part > 0 for part in parts.values())
 
 
-def test_a_step_with_huge_bfloat16_logits_has_finite_gradients(extreme, tiny_config):
+def test_training_step_with_huge_bfloat16_logits_has_finite_gradients(extreme, tiny_config):
     config = dataclasses.replace(tiny_config, dtype="bfloat16", input_dropout=0.2)
     graph, params = nnx.split(MisterE(config, rngs=nnx.Rngs(0)))
 
@@ -444,13 +449,13 @@ def test_a_step_with_huge_bfloat16_logits_has_finite_gradients(extreme, tiny_con
     def loss(params):
         return mister_e_loss(nnx.merge(graph, params), extreme, jax.random.key(0))
 
-    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    chex.assert_tree_all_finite(found)
-    assert found[0][1]["mixture"] > 1000
+    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    chex.assert_tree_all_finite((total, parts, gradients))
+    assert parts["mixture"] > 1000
 
 
 @pytest.mark.parametrize("field", ["label", "labeled"])
-@pytest.mark.parametrize("loss", [focal_of, contrastive_of])
-def test_labels_and_masks_of_other_positions_are_refused(batch, loss, field):
+@pytest.mark.parametrize("loss", [focal_loss, contrastive_loss])
+def test_labels_and_masks_of_a_different_shape_raise(batch, loss, field):
     with pytest.raises(AssertionError, match="shape"):
         loss(batch | {field: batch[field][:, :1]})

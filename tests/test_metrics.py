@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, and the readings of sentiment worked by hand."""
+"""Scores, compared with scikit-learn and with values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def confusion_of(labels, predicted):
 @given(utterances)
 def test_scores_equal_scikit_learn(pairs):
     labels, predicted = np.array(pairs).T
-    scores = metrics.scores(confusion_of(labels, predicted), CLASSES)
+    scores = metrics.classification_scores(confusion_of(labels, predicted), CLASSES)
     f1 = {
         average: sklearn.metrics.f1_score(labels, predicted, average=average, zero_division=0)
         for average in ("weighted", "macro")
@@ -33,7 +33,7 @@ def test_scores_equal_scikit_learn(pairs):
     assert scores["weighted_f1"] == pytest.approx(f1["weighted"])
     assert scores["macro_f1"] == pytest.approx(f1["macro"])
     assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
-    # Not `balanced_accuracy_score`, which warns of predicted classes that do not occur.
+    # Not `balanced_accuracy_score`, which warns about predicted classes that do not occur.
     recall = sklearn.metrics.recall_score(
         labels, predicted, labels=np.unique(labels), average="macro"
     )
@@ -43,41 +43,41 @@ def test_scores_equal_scikit_learn(pairs):
 
 @settings(max_examples=60, deadline=None)
 @given(utterances)
-def test_scores_of_each_class_equal_scikit_learn(pairs):
+def test_per_class_scores_equal_scikit_learn(pairs):
     labels, predicted = np.array(pairs).T
-    per_class = metrics.scores(confusion_of(labels, predicted), CLASSES)["per_class"]
+    per_class = metrics.classification_scores(confusion_of(labels, predicted), CLASSES)["per_class"]
     expected = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(NUM_CLASSES), zero_division=0
     )
     assert tuple(per_class) == CLASSES
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        ours = [per_class[class_name][name] for class_name in CLASSES]
-        np.testing.assert_allclose(ours, values, err_msg=name)
+        actual = [per_class[class_name][name] for class_name in CLASSES]
+        np.testing.assert_allclose(actual, values, err_msg=name)
 
 
 @settings(max_examples=20, deadline=None)
 @given(utterances)
-def test_the_majority_baseline_predicts_the_most_frequent_label(pairs):
+def test_majority_baseline_predicts_the_most_frequent_label(pairs):
     labels, predicted = np.array(pairs).T
     constant = np.full_like(labels, np.bincount(labels).argmax())
-    found = metrics.scores(confusion_of(labels, predicted), CLASSES)["majority"]
-    expected = metrics.scores(confusion_of(labels, constant), CLASSES)
-    assert found == {name: expected[name] for name in found}
+    scores = metrics.classification_scores(confusion_of(labels, predicted), CLASSES)
+    expected = metrics.classification_scores(confusion_of(labels, constant), CLASSES)
+    assert scores["majority"] == {name: expected[name] for name in metrics.SCORE_NAMES}
 
 
-def test_scores_of_nothing_are_zero():
-    scores = metrics.scores(np.zeros((NUM_CLASSES, NUM_CLASSES), int), CLASSES)
+def test_scores_without_utterances_are_zero():
+    scores = metrics.classification_scores(np.zeros((NUM_CLASSES, NUM_CLASSES), int), CLASSES)
     assert scores["weighted_f1"] == scores["macro_f1"] == scores["accuracy"] == 0
     assert scores["balanced_accuracy"] == scores["utterances"] == 0
     assert scores["majority"]["weighted_f1"] == 0
 
 
-def test_class_names_must_fit_the_confusion():
+def test_wrong_number_of_class_names_raises():
     with pytest.raises(ValueError, match="4 class names"):
-        metrics.scores(np.zeros((3, 3)), CLASSES)
+        metrics.classification_scores(np.zeros((3, 3)), CLASSES)
 
 
-def test_counts_are_of_labelled_utterances_inside_the_mask():
+def test_only_labeled_utterances_inside_the_mask_are_counted():
     random = np.random.default_rng(0)
     labels, predicted = random.integers(-1, NUM_CLASSES, (5, 9)), random.integers(0, 4, (5, 9))
     mask = random.random((5, 9)) < 0.6
@@ -99,33 +99,33 @@ def test_counts_of_batches_add_up():
     )
 
 
-def test_nothing_counts_outside_the_mask():
+def test_nothing_is_counted_outside_the_mask():
     counts = metrics.confusion_counts(
         jnp.zeros((2, 3), int), jnp.zeros((2, 3), int), jnp.zeros((2, 3), bool), NUM_CLASSES
     )
     assert not counts.any()
 
 
-def test_sentiment_is_read_by_three_conventions():
+def test_binary_sentiment_follows_three_conventions():
     score = np.array([-2.0, -0.5, 0.0, 0.0, 1.0, 3.0, np.nan])
     positive = np.array([False, True, True, False, True, False, True])
-    found = metrics.binary_sentiment(score, positive)
-    assert tuple(found) == metrics.SENTIMENT_CONVENTIONS
+    scores = metrics.binary_sentiment(score, positive)
+    assert tuple(scores) == metrics.SENTIMENT_CONVENTIONS
 
-    # Labels - - + + + +: right are the 1st, 3rd, 5th. F1 of - is 2/(2+3), of + 4/(4+3).
-    nonnegative = found["negative_nonnegative"]
+    # Labels - - + + + +: the 1st, 3rd and 5th are correct. F1 of - is 2/(2+3), of + 4/(4+3).
+    nonnegative = scores["negative_nonnegative"]
     assert nonnegative["accuracy"] == pytest.approx(3 / 6)
     assert nonnegative["weighted_f1"] == pytest.approx((2 * 2 / 5 + 4 * 4 / 7) / 6)
     assert nonnegative["utterances"] == 6
 
-    # Labels - - + +, predictions - + + -: each class is right once, wrong once.
-    without_zero = found["negative_positive_without_zero"]
+    # Labels - - + +, predictions - + + -: each class has one correct and one wrong utterance.
+    without_zero = scores["negative_positive_without_zero"]
     assert without_zero["accuracy"] == pytest.approx(2 / 4)
     assert without_zero["weighted_f1"] == pytest.approx(1 / 2)
     assert without_zero["utterances"] == 4
 
     # Labels - - - - + +, predictions - + + - + -. F1 of - is 4/(4+3), of + 2/(2+3).
-    positive_only = found["nonpositive_positive"]
+    positive_only = scores["nonpositive_positive"]
     assert positive_only["accuracy"] == pytest.approx(3 / 6)
     assert positive_only["weighted_f1"] == pytest.approx((4 * 4 / 7 + 2 * 2 / 5) / 6)
     assert positive_only["utterances"] == 6
@@ -135,16 +135,16 @@ def test_sentiment_is_read_by_three_conventions():
 @given(st.lists(st.tuples(st.floats(-3, 3), st.booleans()), min_size=1))
 def test_sentiment_scores_equal_scikit_learn(pairs):
     score, positive = (np.array(column) for column in zip(*pairs, strict=True))
-    found = metrics.binary_sentiment(score, positive)["nonpositive_positive"]
+    scores = metrics.binary_sentiment(score, positive)["nonpositive_positive"]
     expected = sklearn.metrics.f1_score(score > 0, positive, average="weighted", zero_division=0)
-    assert found["weighted_f1"] == pytest.approx(expected)
+    assert scores["weighted_f1"] == pytest.approx(expected)
 
 
-def test_calibration_bins_by_hand():
+def test_calibration_bins_and_error_equal_values_computed_by_hand():
     confidence = np.array([0.55, 0.6, 0.95, 1.0])
-    found = metrics.calibration(confidence, np.array([True, False, True, True]))
-    assert found["count"].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
-    assert found["error"] == pytest.approx((2 * abs(0.5 - 0.575) + 2 * abs(1 - 0.975)) / 4)
+    calibration = metrics.calibration(confidence, np.array([True, False, True, True]))
+    assert calibration["count"].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert calibration["error"] == pytest.approx((2 * abs(0.5 - 0.575) + 2 * abs(1 - 0.975)) / 4)
     assert metrics.calibration(np.zeros(0), np.zeros(0, bool))["error"] == 0
 
 
@@ -161,5 +161,5 @@ def test_calibration_bins_by_hand():
         (("nonnegative", "nonpositive"), None),
     ],
 )
-def test_the_positive_class_is_told_by_its_name(class_names, expected):
+def test_positive_class_is_recognized_by_its_name(class_names, expected):
     assert metrics.positive_class(class_names) == expected

@@ -20,9 +20,9 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       predictions: Arrays of a `Predictor`.
 
     Returns:
-      `metrics.scores` with "confusion", "calibration_error", and for MiSTER-E "mean_gate" and
-      "experts". "sentiment" is added if the utterances have scores and the classes are negative and
-      positive (see `metrics.positive_class`).
+      `metrics.classification_scores` with "confusion", "calibration_error", and for MiSTER-E
+      "mean_gate" and "experts". "sentiment" is added if the utterances have scores and the classes
+      are negative and positive (see `metrics.positive_class`).
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
@@ -33,7 +33,7 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
 
     predicted = predictions["probabilities"].argmax(-1)
     counts = confusion(predicted, labeled)
-    scores = metrics.scores(counts, features.class_names)
+    scores = metrics.classification_scores(counts, features.class_names)
     scores["confusion"] = counts.tolist()
     confidence = predictions["probabilities"][labeled].max(-1)
     calibration = metrics.calibration(confidence, (predicted == features.label)[labeled])
@@ -44,7 +44,9 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
             present = labeled & predictions["expert_present"][:, index]
             if present.any():
                 choices = predictions["expert_probabilities"][:, index].argmax(-1)
-                expert_scores = metrics.scores(confusion(choices, present), features.class_names)
+                expert_scores = metrics.classification_scores(
+                    confusion(choices, present), features.class_names
+                )
                 scores["experts"][name] = {
                     key: expert_scores[key] for key in ("weighted_f1", "utterances")
                 }

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
 from mister_jax import workdir as workdirs
-from mister_jax.checkpoint import BEST, LATEST, Checkpoints
+from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
 from mister_jax.console import ProgressReporter
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
@@ -135,7 +135,7 @@ def train(
     *,
     quiet: bool = False,
     on_step: Callable[[int], None] | None = None,
-    on_save: Callable[[str, int], None] | None = None,
+    on_save: OnSave | None = None,
 ) -> TrainProgress:
     """Trains what the config describes, from the start or from the latest checkpoint.
 
@@ -144,8 +144,8 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to show no progress.
       on_step: Called with the number of completed steps after each step.
-      on_save: Called with the kind of checkpoint, `LATEST` or `BEST`, and its step after the
-        checkpoint has been started (it is written in the background).
+      on_save: Called with the kind (`LATEST` or `BEST`), step, state and progress of a checkpoint
+        after writing it has been started in the background.
 
     Returns:
       Progress at the end; `finished` is false after SIGTERM.
@@ -447,7 +447,7 @@ class _TrainingLoop:
         scores_per_seed = []
         for seed_sums in multi_seed.unstack_seeds(jax.device_get(sums), len(self.seeds)):
             confusion = seed_sums["confusion"]
-            scores = metrics.scores(confusion, self.task.class_names)
+            scores = metrics.classification_scores(confusion, self.task.class_names)
             scores_per_seed.append(
                 {
                     **{name: scores[name] for name in metrics.SCORE_NAMES},
