@@ -374,7 +374,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
     """Where the four checkpoints of a tiny SALMONN of 1 s are. Tests do not change them."""
     from flax import nnx
 
-    from mister_jax.convert.key_table import save_params
+    from mister_jax.convert.params import save_params
     from mister_jax.convert.safetensors import save
     from mister_jax.encoders import beats, hf_config, registry, salmonn
     from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig

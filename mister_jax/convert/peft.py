@@ -17,8 +17,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save as to_bytes
 
-from mister_jax.convert.key_table import KeyTable, Source, load_params, save_params, summarize
-from mister_jax.convert.names import NameRules, SplitCheckpoint, log_ignored, split_checkpoint
+from mister_jax.convert.key_table import (
+    KeyTable,
+    NameRules,
+    Source,
+    SplitCheckpoint,
+    split_checkpoint,
+)
+from mister_jax.convert.params import load_params, log_ignored, save_params, summarize
 from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, linear_layers

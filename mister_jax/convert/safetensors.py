@@ -14,12 +14,11 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from mister_jax.convert.key_table import Tensor
 from mister_jax.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,6 +46,18 @@ _READABLE = (
     "a folder with model.safetensors or model.safetensors.index.json, a .safetensors file, or "
     f"with PyTorch installed a file ending in {', '.join(TORCH_SUFFIXES)}"
 )
+
+
+class Tensor(Protocol):
+    """Array with shape and type that may still be in a file and is read by slicing."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

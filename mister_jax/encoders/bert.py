@@ -16,9 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
-from mister_jax.convert.key_table import KeyTable
-from mister_jax.convert.names import NameRules
-from mister_jax.convert.pytorch_layers import linear, norm, parameter
+from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
 from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
 from mister_jax.errors import InputError

@@ -21,8 +21,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mister_jax.convert.key_table import KeyTable, save_params
-from mister_jax.convert.names import NameRules, load_backbone
+from mister_jax.convert.key_table import KeyTable, NameRules
+from mister_jax.convert.params import load_backbone, save_params
 from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import bert, decoder, qwen2_audio, wavlm, whisper

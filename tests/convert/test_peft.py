@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mister_jax.convert.key_table import load_params
+from mister_jax.convert.params import load_params
 from mister_jax.convert.peft import (
     load_adapter,
     read_base_model,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.params import load_params, save_params
 from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.relative_position import position_buckets

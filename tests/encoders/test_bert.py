@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.params import load_params, save_params
 from mister_jax.encoders.bert import NAME_RULES, Bert, BertConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs

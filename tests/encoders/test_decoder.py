@@ -12,8 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import load_params
-from mister_jax.convert.names import load_backbone
+from mister_jax.convert.params import load_backbone, load_params
 from mister_jax.encoders.decoder import (
     NAME_RULES,
     Decoder,

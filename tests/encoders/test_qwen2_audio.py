@@ -1,8 +1,7 @@
-"""Qwen2-Audio against transformers (golden/qwen2_audio.npz), and its padding."""
+"""Qwen2-Audio compared with transformers (golden/qwen2_audio.npz)."""
 
 import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import save_params
-from mister_jax.convert.names import load_backbone
+from mister_jax.convert.params import load_backbone, save_params
 from mister_jax.encoders import qwen2_audio
 from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, prompt_tokens
 from mister_jax.encoders.whisper import WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+from tests.conftest import GOLDEN
 
 
 def read(arrays):
-    """{group: {name: array}} of {"group/name": array}."""
+    """Nests arrays named "group/name" by group."""
     groups = {}
     for path, value in arrays.items():
         group, _, name = path.partition("/")
@@ -59,13 +56,13 @@ def model(config, golden):
 
 @pytest.fixture(scope="module")
 def batch(golden):
-    """Waveforms, lengths, prompts and their mask."""
-    given = golden["in"]
+    """Returns waveforms, lengths, prompts and their mask."""
+    inputs = golden["in"]
     return (
-        given["waveform"].astype(np.float32) / 2**7,
-        given["lengths"],
-        given["prompt"],
-        given["prompt_mask"],
+        inputs["waveform"].astype(np.float32) / 2**7,
+        inputs["lengths"],
+        inputs["prompt"],
+        inputs["prompt_mask"],
     )
 
 
@@ -80,61 +77,61 @@ def output(model, batch):
 
 
 def valid(output, row):
-    return np.asarray(output.hidden[row][output.mask[row]])
+    return np.asarray(output.hidden_states[row][output.mask[row]])
 
 
 def check(output, expected):
-    """The masks, and the hidden states inside them, are those of transformers."""
+    """Checks that the masks and the hidden states within them equal transformers."""
     width = expected["mask"].shape[1]
     np.testing.assert_array_equal(output.mask[:, :width], expected["mask"])
     np.testing.assert_array_equal(output.audio_mask[:, :width], expected["audio_mask"])
     assert not output.mask[:, width:].any()
     inside = expected["mask"]
     np.testing.assert_allclose(
-        output.hidden[:, :width][inside], expected["hidden"][inside], atol=1e-4
+        output.hidden_states[:, :width][inside], expected["hidden"][inside], atol=1e-4
     )
 
 
-def test_equals_transformers_from_waveform_and_prompt(output, golden):
+def test_hidden_states_equal_transformers(output, golden):
     check(output, golden["out"])
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_golden_file_is_what_transformers_gives(golden):
+def test_golden_file_equals_the_installed_transformers(golden):
     spec = importlib.util.spec_from_file_location("make", GOLDEN / "make_qwen2_audio.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     fresh = read(make.make())
     config = Qwen2AudioConfig.from_huggingface(json.loads(str(fresh["config"][""])))
-    given = fresh["in"]
+    inputs = fresh["in"]
     output = run(
         load(config, fresh["param"]),
-        given["waveform"].astype(np.float32) / 2**7,
-        given["lengths"],
-        given["prompt"],
-        given["prompt_mask"],
+        inputs["waveform"].astype(np.float32) / 2**7,
+        inputs["lengths"],
+        inputs["prompt"],
+        inputs["prompt_mask"],
     )
     check(jax.tree.map(np.asarray, output), fresh["out"])
     np.testing.assert_allclose(fresh["out"]["hidden"], golden["out"]["hidden"], atol=1e-5)
 
 
-def test_padding_and_batch_mates_do_not_change_hidden_states(model, batch, output):
+def test_batch_and_padding_do_not_change_hidden_states(model, batch, output):
     waveform, lengths, prompt, prompt_mask = batch
     row, samples, tokens = 1, lengths[1], prompt_mask[1].sum()
     assert samples < waveform.shape[1] and tokens < prompt.shape[1]
-    alone = run(
+    single = run(
         model,
         waveform[row : row + 1, :samples],
         lengths[row : row + 1],
         prompt[row : row + 1, :tokens],
         prompt_mask[row : row + 1, :tokens],
     )
-    assert alone.mask.sum() == output.mask[row].sum()
-    np.testing.assert_allclose(valid(alone, 0), valid(output, row), atol=1e-5)
+    assert single.mask.sum() == output.mask[row].sum()
+    np.testing.assert_allclose(valid(single, 0), valid(output, row), atol=1e-5)
 
 
-def test_content_of_padding_is_not_read(model, batch, output, config):
+def test_content_of_padding_does_not_change_hidden_states(model, batch, output, config):
     waveform, lengths, prompt, prompt_mask = batch
     silent = np.arange(waveform.shape[1]) >= lengths[:, None]
     dirty = run(
@@ -150,20 +147,20 @@ def test_content_of_padding_is_not_read(model, batch, output, config):
         np.testing.assert_allclose(valid(dirty, row), valid(output, row), atol=1e-6)
 
 
-def test_prompt_may_be_padded_on_the_left(model, batch, output):
+def test_left_padded_prompts_give_the_same_hidden_states(model, batch, output):
     waveform, lengths, prompt, prompt_mask = batch
-    turned = [
+    left_padded = [
         np.stack([np.roll(row, -count) for row, count in zip(rows, counts, strict=True)])
         for counts in [prompt_mask.sum(1)]
         for rows in (prompt, prompt_mask)
     ]
-    moved = run(model, waveform, lengths, *turned)
-    np.testing.assert_array_equal(moved.mask, output.mask)
+    shifted_output = run(model, waveform, lengths, *left_padded)
+    np.testing.assert_array_equal(shifted_output.mask, output.mask)
     for row in range(len(lengths)):
-        np.testing.assert_allclose(valid(moved, row), valid(output, row), atol=1e-5)
+        np.testing.assert_allclose(valid(shifted_output, row), valid(output, row), atol=1e-5)
 
 
-def test_lora_of_the_language_model_learns_and_the_tower_has_none(config, golden, batch):
+def test_lora_of_the_language_model_gets_gradients_and_the_tower_has_no_lora(config, golden, batch):
     model = load(config, golden["param"])
     lora = LoRAConfig(rank=2, alpha=4, targets=("query", "key"))
     add_lora(model.decoder, lora, rngs=nnx.Rngs(0))
@@ -172,33 +169,33 @@ def test_lora_of_the_language_model_learns_and_the_tower_has_none(config, golden
 
     @nnx.jit
     def gradient(model):
-        graph, learned, rest = nnx.split(model, nnx.LoRAParam, ...)
+        graph, lora_params, rest = nnx.split(model, nnx.LoRAParam, ...)
 
-        def loss(learned):
-            output = nnx.merge(graph, learned, rest)(*batch)
-            return jnp.sum(jnp.where(output.mask[..., None], output.hidden, 0) ** 2)
+        def loss(lora_params):
+            output = nnx.merge(graph, lora_params, rest)(*batch)
+            return jnp.sum(jnp.where(output.mask[..., None], output.hidden_states, 0) ** 2)
 
-        return jax.grad(loss)(learned)
+        return jax.grad(loss)(lora_params)
 
     second = gradient(model)["decoder"]["layers"]["layers"]["attention"]["query"]["lora_b"]
     assert jnp.isfinite(second[...]).all() and (second[...] != 0).any(axis=(1, 2)).all()
 
 
-def test_saved_weights_are_those_loaded(model, config, golden):
+def test_saved_weights_equal_the_loaded_weights(model, config, golden):
     saved = save_params(model, qwen2_audio.key_table(config))
     assert set(golden["param"]) - set(saved) == {"language_model.lm_head.weight"}
     for name, tensor in saved.items():
         np.testing.assert_array_equal(tensor[...], golden["param"][name], err_msg=name)
 
 
-def test_tensors_that_do_not_fit_are_named(config, golden):
+def test_missing_and_surplus_tensors_raise_an_error_that_names_them(config, golden):
     weights = dict(golden["param"], surplus=np.zeros(2, np.float32))
     del weights["multi_modal_projector.linear.bias"]
     with pytest.raises(InputError, match=r"missing: multi_modal_projector\.linear\.bias.*surplus"):
         load(config, weights)
 
 
-def test_released_config_is_the_preset():
+def test_released_config_equals_the_preset():
     released = {
         "model_type": "qwen2_audio",
         "audio_token_index": 151646,
@@ -212,14 +209,14 @@ def test_released_config_is_the_preset():
         },
     }
     assert Qwen2AudioConfig.from_huggingface(released) == Qwen2AudioConfig.qwen2_audio_7b()
-    half = Qwen2AudioConfig.qwen2_audio_7b(dtype="bfloat16", param_dtype="bfloat16")
-    shapes = nnx.state(nnx.eval_shape(lambda: Qwen2Audio(half, rngs=nnx.Rngs(0))))
+    bfloat16_config = Qwen2AudioConfig.qwen2_audio_7b(dtype="bfloat16", param_dtype="bfloat16")
+    shapes = nnx.state(nnx.eval_shape(lambda: Qwen2Audio(bfloat16_config, rngs=nnx.Rngs(0))))
     sizes = [leaf.size for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.bfloat16]
-    # 8,397,094,912 of the checkpoint, less those of the language model's head.
+    # The checkpoint has 8,397,094,912 parameters, including the language-model head.
     assert sum(sizes) == 8_397_094_912 - 156032 * 4096
 
 
-def test_changes_reach_the_parts(hf_config):
+def test_changes_apply_to_the_parts(hf_config):
     lora = LoRAConfig(rank=2, alpha=4)
     config = Qwen2AudioConfig.from_huggingface(hf_config, dtype="bfloat16", lora=lora)
     assert (config.tower.dtype, config.decoder.dtype) == ("bfloat16", "bfloat16")
@@ -228,7 +225,7 @@ def test_changes_reach_the_parts(hf_config):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "qwen2"}, "model_type='qwen2'; allowed: 'qwen2_audio'"),
         ({"audio_config": {"model_type": "hubert"}}, "audio_config.model_type='hubert'"),
@@ -237,17 +234,17 @@ def test_changes_reach_the_parts(hf_config):
         ({"text_config": 3}, "text_config=3"),
     ],
 )
-def test_bad_options_are_named(hf_config, change, told):
-    with pytest.raises(InputError, match=told):
+def test_unsupported_options_raise_an_error_that_names_them(hf_config, change, message):
+    with pytest.raises(InputError, match=message):
         Qwen2AudioConfig.from_huggingface(hf_config | change)
 
 
-def test_tower_attends_to_the_clip_alone(config):
-    with pytest.raises(ValueError, match="trim=False: must be True"):
+def test_tower_without_trim_raises_an_error(config):
+    with pytest.raises(ValueError, match="trim=False; allowed: True"):
         Qwen2AudioConfig(WhisperConfig.tiny(trim=False), config.decoder)
 
 
-def test_a_prompt_has_one_placeholder(config):
+def test_prompt_with_several_placeholders_raises_an_error(config):
     def tokenizer(text, add_special_tokens):
         assert not add_special_tokens
         return {"input_ids": [config.placeholder if word == "A" else 1 for word in text.split()]}

@@ -1,8 +1,7 @@
-"""SALMONN: its Q-Former against the official one (golden/salmonn_qformer.npz), and the whole."""
+"""SALMONN: its Q-Former compared with the official code (golden/salmonn_qformer.npz), and the model."""
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import load_params, save_params
+from mister_jax.convert.params import load_params, save_params
 from mister_jax.encoders import beats, salmonn, whisper
 from mister_jax.encoders import decoder as convert_decoder
 from mister_jax.encoders.beats import BeatsConfig
@@ -25,10 +24,10 @@ from mister_jax.encoders.salmonn import (
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
+from tests.conftest import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LLM = "llama_model.base_model.model.model"
-LENGTHS = np.array([40000, 9000, 21000])  # 2.5 s, too long; too short; odd
+LENGTHS = np.array([40000, 9000, 21000])  # longer than the window, shorter than the minimum, odd
 PROMPT = np.array([[1, 5, 6, -1, 7, 8], [1, -1, 9, 0, 0, 0], [1, 2, 3, 4, -1, 0]])
 PROMPT_MASK = np.arange(6) < np.array([[6], [3], [5]])
 
@@ -64,7 +63,7 @@ def qformer_config(golden):
 
 @pytest.fixture(scope="module")
 def config(qformer_config, golden_beats):
-    """Golden sizes where there are golden weights, and a Whisper of two seconds."""
+    """Returns a config with the sizes of the golden weights and a Whisper of two seconds."""
     lora = LoRAConfig(rank=2, alpha=8, targets=("query", "value"))
     return SalmonnConfig(
         whisper=WhisperConfig(8, 24, 1, 2, 16, max_positions=100, trim=False),
@@ -89,7 +88,7 @@ def saved(module, table, prefix=""):
 
 @pytest.fixture(scope="module")
 def checkpoints(config, golden, golden_beats):
-    """The four released files, of golden and random weights."""
+    """Returns the tensors of the four files, with golden and random weights."""
     random = np.random.default_rng(0)
 
     def normal(*shape):
@@ -115,7 +114,9 @@ def checkpoints(config, golden, golden_beats):
             prefix="model.",
         ),
         "beats": {f"model.{name}": value for name, value in named(golden_beats, "param/").items()},
-        "vicuna": saved(Decoder(plain, rngs=nnx.Rngs(2)), convert_decoder.key_table(plain, "model.")),
+        "vicuna": saved(
+            Decoder(plain, rngs=nnx.Rngs(2)), convert_decoder.key_table(plain, "model.")
+        ),
         "salmonn": {f"model.{name}": value for name, value in salmonn.items()} | optimizer,
     }
 
@@ -151,26 +152,24 @@ def output(model, waveform):
 
 
 def valid(output, row):
-    return np.asarray(output.hidden[row][output.mask[row]])
+    return np.asarray(output.hidden_states[row][output.mask[row]])
 
 
 @pytest.mark.parametrize("case", ["", "b/", "full/"])
-def test_speech_tokens_equal_the_official_ones(qformer, golden, case):
+def test_speech_tokens_equal_the_official_model(qformer, golden, case):
     speech, sound = golden[f"{case}in/speech_embeds"], golden[f"{case}in/audio_embeds"]
     tokens = run(qformer, speech, sound, np.ones(sound.shape[:2], bool))
     np.testing.assert_allclose(tokens, golden[f"{case}out/speech_tokens"], atol=3e-5)
 
 
-def test_speech_tokens_equal_the_official_ones_from_the_waveform(
-    model, qformer, golden, golden_beats
-):
+def test_speech_tokens_of_waveforms_equal_the_official_model(model, qformer, golden, golden_beats):
     fbank = beats.compute_fbank(jnp.asarray(golden_beats["in/wav"]), model.config.beats)
     sound = run(model.beats, fbank, ~golden_beats["out/padding_mask"])
     tokens = run(qformer, golden["in/speech_embeds"], sound, np.ones(sound.shape[:2], bool))
     np.testing.assert_allclose(tokens, golden["out/speech_tokens"], atol=1e-4)
 
 
-def test_masked_sound_is_as_if_it_were_not_there(qformer, golden):
+def test_masked_sound_does_not_change_the_tokens(qformer, golden):
     speech, sound = golden["in/speech_embeds"], golden["in/audio_embeds"].copy()
     expected = run(qformer, speech, sound[:, :30], np.ones((2, 30), bool))
     sound[:, 30:] = 1e30
@@ -178,7 +177,7 @@ def test_masked_sound_is_as_if_it_were_not_there(qformer, golden):
     np.testing.assert_allclose(tokens, expected, atol=1e-6)
 
 
-def test_several_queries_and_overlapping_windows(qformer_config):
+def test_overlapping_windows_with_several_queries_are_shift_invariant(qformer_config):
     config = dataclasses.replace(qformer_config, num_queries=3, window=4, stride=2)
     module = WindowQFormer(5, 6, 7, config, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
@@ -186,49 +185,51 @@ def test_several_queries_and_overlapping_windows(qformer_config):
     mask = np.ones((2, 11), bool)
     tokens = run(module, speech, sound, mask)
     assert tokens.shape == (2, config.num_tokens(11), 7) == (2, 12, 7)
-    # What one window gives, the one before it gives a stride later.
-    later = run(module, np.roll(speech, -2, 1), np.roll(sound, -2, 1), mask)
-    np.testing.assert_allclose(later[:, :9], tokens[:, 3:], atol=1e-5)
+    # Shifting the input by one stride shifts the windows by one.
+    shifted = run(module, np.roll(speech, -2, 1), np.roll(sound, -2, 1), mask)
+    np.testing.assert_allclose(shifted[:, :9], tokens[:, 3:], atol=1e-5)
 
 
 @nnx.jit
-def run_in_a_row(model, clip, before, after):
-    """Hidden states of one clip that is neither too long nor too short."""
+def run_parts(model, clip, before, after):
+    """Returns the hidden states of one clip that needs neither padding nor truncation."""
     speech, _ = model.whisper(clip, jnp.array([clip.shape[1]]))
     fbank = beats.compute_fbank(clip, model.config.beats)
-    every = jnp.ones((1, model.config.beats.num_tokens(fbank.shape[1])), bool)
-    heard = model.qformer(speech, model.beats(fbank, every), every)
-    sequence = [model.decoder.embed(before), heard, model.decoder.embed(after)]
+    token_mask = jnp.ones((1, model.config.beats.num_tokens(fbank.shape[1])), bool)
+    speech_tokens = model.qformer(speech, model.beats(fbank, token_mask), token_mask)
+    sequence = [model.decoder.embed(before), speech_tokens, model.decoder.embed(after)]
     return model.decoder(embeddings=jnp.concatenate(sequence, axis=1))
 
 
-@pytest.mark.parametrize(("row", "heard"), [(0, 32000), (1, 16000)])
-def test_whole_is_its_parts_in_a_row(model, config, waveform, output, row, heard):
+@pytest.mark.parametrize(("row", "num_samples"), [(0, 32000), (1, 16000)])
+def test_hidden_states_equal_the_parts_run_in_sequence(
+    model, config, waveform, output, row, num_samples
+):
     prompt = PROMPT[row][PROMPT_MASK[row]]
     place = prompt.tolist().index(config.placeholder)
     before, after = prompt[None, :place], prompt[None, place + 1 :]
-    expected = run_in_a_row(model, waveform[row : row + 1, :heard], before, after)[0]
+    expected = run_parts(model, waveform[row : row + 1, :num_samples], before, after)[0]
     np.testing.assert_allclose(valid(output, row), expected, atol=2e-5)
     assert config.num_speech_tokens == 5
     np.testing.assert_array_equal(np.flatnonzero(output.audio_mask[row]), place + np.arange(5))
     assert output.mask[row, : len(expected)].all()
 
 
-def test_padding_and_batch_mates_do_not_change_hidden_states(model, waveform, output):
+def test_batch_and_padding_do_not_change_hidden_states(model, waveform, output):
     padded = np.pad(waveform, ((0, 0), (0, 3000)))
     padded[np.arange(padded.shape[1]) >= LENGTHS[:, None]] = np.nan
     prompt = np.pad(np.where(PROMPT_MASK, PROMPT, -1), ((0, 0), (0, 2)), constant_values=-1)
     mask = np.pad(PROMPT_MASK, ((0, 0), (0, 2)))
     dirty = run(model, padded[1:], LENGTHS[1:], prompt[1:], mask[1:])
-    assert dirty.hidden.shape[1] == output.hidden.shape[1] + 2
+    assert dirty.hidden_states.shape[1] == output.hidden_states.shape[1] + 2
     for row in (1, 2):
         np.testing.assert_allclose(valid(dirty, row - 1), valid(output, row), atol=1e-5)
-    short = waveform[1:2, : LENGTHS[1]]  # below the least length
-    alone = run(model, short, LENGTHS[1:2], PROMPT[1:2], PROMPT_MASK[1:2])
-    np.testing.assert_allclose(valid(alone, 0), valid(output, 1), atol=1e-5)
+    short = waveform[1:2, : LENGTHS[1]]  # shorter than the minimum
+    single = run(model, short, LENGTHS[1:2], PROMPT[1:2], PROMPT_MASK[1:2])
+    np.testing.assert_allclose(valid(single, 0), valid(output, 1), atol=1e-5)
 
 
-def test_released_lora_is_added_to_queries_and_values(model, config, checkpoints):
+def test_released_lora_equals_lora_merged_into_queries_and_values(model, config, checkpoints):
     weights = dict(checkpoints["vicuna"])
     for layer in range(2):
         for name in ("q_proj", "v_proj"):
@@ -248,25 +249,28 @@ def test_released_lora_is_added_to_queries_and_values(model, config, checkpoints
     np.testing.assert_allclose(run(model.decoder, tokens), run(merged, tokens), atol=1e-4)
 
 
-def test_gradients_reach_lora_and_do_not_see_padding(model, waveform):
-    silent = np.arange(waveform.shape[1]) >= LENGTHS[:, None]
+def test_lora_gets_gradients_that_do_not_depend_on_padding(model, waveform):
+    is_padding = np.arange(waveform.shape[1]) >= LENGTHS[:, None]
 
     @nnx.jit
     def gradient(model, waveform):
-        graph, learned, rest = nnx.split(model, nnx.LoRAParam, ...)
+        graph, lora_params, rest = nnx.split(model, nnx.LoRAParam, ...)
 
-        def loss(learned):
-            output = nnx.merge(graph, learned, rest)(waveform, LENGTHS, PROMPT, PROMPT_MASK)
-            return jnp.sum(jnp.where(output.mask[..., None], output.hidden, 0) ** 2)
+        def loss(lora_params):
+            output = nnx.merge(graph, lora_params, rest)(waveform, LENGTHS, PROMPT, PROMPT_MASK)
+            return jnp.sum(jnp.where(output.mask[..., None], output.hidden_states, 0) ** 2)
 
-        return jax.grad(loss)(learned)
+        return jax.grad(loss)(lora_params)
 
-    clean, dirty = gradient(model, waveform), gradient(model, np.where(silent, np.nan, waveform))
+    clean, dirty = (
+        gradient(model, waveform),
+        gradient(model, np.where(is_padding, np.nan, waveform)),
+    )
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(clean))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), dirty, clean)
 
 
-def test_tensors_that_do_not_fit_are_named(config, checkpoints):
+def test_unfit_tensors_raise_an_error_that_names_them(config, checkpoints):
     def load(part, **changes):
         tensors = {**checkpoints[part], **changes}
         tensors = {name: value for name, value in tensors.items() if value is not None}
@@ -286,7 +290,7 @@ def test_tensors_that_do_not_fit_are_named(config, checkpoints):
         load("vicuna", **{"model.norm.weight": np.zeros(41)})
 
 
-def test_learned_parameters_are_saved_under_the_released_names(model, checkpoints):
+def test_trained_parameters_are_saved_under_the_released_names(model, checkpoints):
     tensors = save_params(
         model,
         salmonn.key_table(model.config),
@@ -300,28 +304,28 @@ def test_learned_parameters_are_saved_under_the_released_names(model, checkpoint
 
 
 def test_presets_have_the_released_sizes():
-    for preset, learned, layers in (
+    for preset, num_trained, num_layers in (
         (SalmonnConfig.salmonn_7b, 30_186_240, 32),
         (SalmonnConfig.salmonn_13b, 33_332_992, 40),
     ):
         config = preset(dtype="bfloat16", param_dtype="bfloat16")
-        assert config.num_speech_tokens == 88 and config.decoder.num_layers == layers
+        assert config.num_speech_tokens == 88 and config.decoder.num_layers == num_layers
         state = nnx.state(abstract(config), salmonn.TRAINED_PARAMS)
-        assert sum(leaf.size for leaf in jax.tree.leaves(state)) == learned
+        assert sum(leaf.size for leaf in jax.tree.leaves(state)) == num_trained
         for part in (config.whisper, config.beats, config.qformer, config.decoder):
             assert (part.dtype, part.param_dtype) == ("bfloat16", "bfloat16")
 
 
-def test_bad_options_are_named(config):
-    with pytest.raises(ValueError, match=r"whisper\.trim=True: must be False"):
+def test_unsupported_options_raise_an_error_that_names_them(config):
+    with pytest.raises(ValueError, match=r"whisper\.trim=True; allowed: False"):
         dataclasses.replace(config, whisper=WhisperConfig.tiny(trim=True))
-    with pytest.raises(ValueError, match="min_samples=32001: must not be above 32000"):
+    with pytest.raises(ValueError, match="min_samples=32001; allowed: at most 32000"):
         dataclasses.replace(config, min_samples=32001)
-    with pytest.raises(ValueError, match="hidden_size=10: must be a multiple of num_heads=4"):
+    with pytest.raises(ValueError, match="hidden_size=10; allowed: multiples of num_heads=4"):
         QFormerConfig(hidden_size=10, num_heads=4)
 
 
-def test_prompt_is_put_in_the_template_around_the_speech(config):
+def test_prompt_is_inserted_into_the_template(config):
     class Tokenizer:
         bos_token_id = 1
 
@@ -335,5 +339,5 @@ def test_prompt_is_put_in_the_template_around_the_speech(config):
     assert "".join(map(chr, tokens[:place])) == "USER: <Speech>"
     assert "".join(map(chr, tokens[place + 1 :])) == "</Speech> Who speaks?\nASSISTANT:"
     Tokenizer.bos_token_id = None
-    with pytest.raises(InputError, match="a tokenizer without bos_token; needed: Vicuna's"):
+    with pytest.raises(InputError, match="tokenizer without bos_token; allowed: Vicuna's"):
         prompt_tokens(Tokenizer(), "Who speaks?", config)

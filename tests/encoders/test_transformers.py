@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.names import split_checkpoint
+from mister_jax.convert.key_table import split_checkpoint
 from mister_jax.convert.peft import save_adapter
 from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.encoders import registry
@@ -278,7 +278,7 @@ def our_hidden(module, model_type, pad=0):
     lengths = np.array([LENGTH])
     if model_type == "qwen2_audio":
         output = run(module, CLIP, lengths, PROMPT, np.ones(PROMPT.shape, bool))
-        return np.asarray(output.hidden)[np.asarray(output.mask)]
+        return np.asarray(output.hidden_states)[np.asarray(output.mask)]
     hidden, mask = run(module, CLIP, lengths)
     return np.asarray(hidden)[np.asarray(mask)]
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.key_table import load_params, save_params
-from mister_jax.convert.names import load_backbone
+from mister_jax.convert.params import load_backbone, load_params, save_params
 from mister_jax.encoders.wavlm import NAME_RULES, WavLM, WavLMConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs

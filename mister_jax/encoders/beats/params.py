@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mister_jax.convert.key_table import KeyTable, Source, layer_names
-from mister_jax.convert.pytorch_layers import linear, norm, parameter, weight_norm_conv
+from mister_jax.convert.key_table import (
+    KeyTable,
+    Source,
+    layer_names,
+    linear,
+    norm,
+    parameter,
+    weight_norm_conv,
+)
 from mister_jax.encoders.beats.config import BeatsConfig
 
 IGNORED = (

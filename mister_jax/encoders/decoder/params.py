@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mister_jax.convert.key_table import KeyTable
-from mister_jax.convert.names import NameRules
-from mister_jax.convert.pytorch_layers import linear, norm, parameter
+from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders.decoder.config import DecoderConfig
 
 NAME_RULES = NameRules(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mister_jax.convert.key_table import KeyTable
-from mister_jax.convert.names import NameRules
-from mister_jax.convert.pytorch_layers import linear
+from mister_jax.convert.key_table import KeyTable, NameRules, linear
 from mister_jax.encoders import decoder, whisper
 from mister_jax.encoders.qwen2_audio.config import Qwen2AudioConfig
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mister_jax.convert.key_table import KeyTable, Source, Tensor, layer_names, load_params
-from mister_jax.convert.names import load_backbone
-from mister_jax.convert.pytorch_layers import linear, norm
-from mister_jax.convert.safetensors import Checkpoint
+from mister_jax.convert.key_table import KeyTable, Source, layer_names, linear, norm
+from mister_jax.convert.params import load_backbone, load_params
+from mister_jax.convert.safetensors import Checkpoint, Tensor
 from mister_jax.encoders import beats as beats_encoder
 from mister_jax.encoders import decoder
 from mister_jax.encoders import whisper as whisper_encoder

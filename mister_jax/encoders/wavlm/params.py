@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from mister_jax.convert.key_table import KeyTable, Source, layer_names
-from mister_jax.convert.names import NameRules
-from mister_jax.convert.pytorch_layers import conv, linear, norm, parameter, weight_norm_conv
+from mister_jax.convert.key_table import (
+    KeyTable,
+    NameRules,
+    Source,
+    conv,
+    layer_names,
+    linear,
+    norm,
+    parameter,
+    weight_norm_conv,
+)
 from mister_jax.encoders.wavlm.config import WavLMConfig
 
 NAME_RULES = NameRules(

@@ -1,0 +1,440 @@
+"""Loads the parameters of a module from a checkpoint and saves them, as a key table says.
+
+Loading reads one tensor at a time and only the slices that a device needs. No files are opened
+here: a checkpoint is a mapping from names to tensors that may still be in a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from mister_jax.convert.key_table import KeyTable, NameRules, Source, split_checkpoint
+from mister_jax.convert.safetensors import Checkpoint, Tensor
+from mister_jax.errors import InputError
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
+Index = tuple[slice, ...]
+_MAX_NAMES = 3  # Number of tensors, or layers, that a message lists.
+_ALIGNMENT = 64  # bytes
+_CHUNK_SIZE = 1 << 16  # values
+
+
+def load_params(
+    module: AnyModule,
+    table: KeyTable,
+    checkpoint: Mapping[str, Tensor],
+    *,
+    ignore: Sequence[str] = (),
+    prefix: str = "",
+    shardings: Any = None,
+    dtype: DTypeLike | None = None,
+    skip: Any = nnx.LoRAParam,
+) -> AnyModule:
+    """Fills the parameters of a module from a checkpoint.
+
+    Tensors are read, cast and placed one after another (stacked parameters layer by layer), and
+    only the slices that devices of this process need. Beyond the placed values, host memory stays
+    below twice the size of the largest tensor, in the file or as a layer of it is placed; results
+    of `combine` come on top. A checkpoint whose tensors do not fit changes nothing. Values that are
+    not finite are detected as they are read, when earlier parameters are already filled.
+
+    Args:
+      module: Concrete module, or an abstract one from `nnx.eval_shape`, which allocates nothing.
+      table: Key table of all parameters of the module that are not skipped.
+      checkpoint: `Checkpoint`, or plain mapping of names to arrays.
+      ignore: Regular expressions of tensors that may be surplus.
+      prefix: Prefix of all the table's names in the checkpoint, such as "model.".
+      shardings: One `jax.sharding.Sharding` for all parameters, or a tree of them like the pure
+        dictionary of the parameters, as from `parallel.sharding.shardings`. By default, a concrete
+        parameter keeps its sharding, and others are placed on the first device.
+      dtype: Type of the floating-point parameters; by default that of the module.
+      skip: Filter of variables that have no source and keep their values.
+
+    Returns:
+      The module.
+
+    Raises:
+      InputError: Tensors are missing, surplus, misshapen or not finite; one line with the count
+        and the first names.
+      ValueError: The table does not fit the module.
+    """
+    state, params = _match_params(module, table, skip)
+    sources = {path: _with_prefix(table[path], prefix) for path in params}
+    _check_tensors(params, sources, checkpoint, ignore)
+    sharding_by_path = _expand_shardings(shardings, params)
+    for path, variable in params.items():
+        gc.collect(0)  # Lets JAX release arrays that devices have read.
+        param_dtype = variable.dtype
+        if dtype is not None and jnp.issubdtype(param_dtype, jnp.floating):
+            param_dtype = dtype
+        source = sources[path]
+        target = variable.shape, np.dtype(param_dtype), sharding_by_path[path]
+        if source.stacked:
+            value = _place_stack(source, checkpoint, *target)
+        else:
+            value = _place(source, checkpoint, source.names, *target, buffers={})
+        variable.set_value(value)
+    nnx.update(module, state)
+    return module
+
+
+def load_backbone(
+    module: nnx.Module,
+    table: KeyTable,
+    checkpoint: Mapping[str, Tensor],
+    rules: NameRules,
+    **options: Any,
+) -> Checkpoint:
+    """Fills a module from the backbone of a checkpoint and logs the head that it ignores.
+
+    Args:
+      module: Module, see `load_params`.
+      table: Key table with the names of the bare backbone.
+      checkpoint: Checkpoint of the bare backbone or of a task model.
+      rules: Name rules of the architecture.
+      **options: Further arguments of `load_params`.
+
+    Returns:
+      The tensors of the head, still in their file.
+
+    Raises:
+      InputError: Tensors of the backbone are missing, surplus, misshapen or not finite.
+    """
+    expected = [name for source in table.values() for name in source.names]
+    parts = split_checkpoint(checkpoint, rules, expected)
+    load_params(module, table, parts.backbone, prefix=parts.prefix, **options)
+    log_ignored(parts.head.path, tuple(parts.head), "the head")
+    return parts.head
+
+
+@functools.cache  # A file that is read several times is reported once.
+def log_ignored(path: pathlib.Path, names: tuple[str, ...], part: str) -> None:
+    """Logs once that tensors are ignored.
+
+    Args:
+      path: File of the tensors.
+      names: Tensor names; nothing is logged if there are none.
+      part: Part of the model that the tensors belong to.
+    """
+    if names:
+        count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+        logging.info("%s: ignored %s (%s): %s", path, part, count, summarize(names))
+
+
+def save_params(
+    module: nnx.Module, table: KeyTable, *, prefix: str = "", skip: Any = nnx.LoRAParam
+) -> Mapping[str, Tensor]:
+    """Returns the tensors of a module's parameters under the names of a checkpoint.
+
+    Args:
+      module: Concrete module.
+      table: Key table of all parameters of the module that are not skipped.
+      prefix: Prefix of all names.
+      skip: Filter of variables that are left out.
+
+    Returns:
+      Tensors by name, each copied to the host when it is sliced.
+
+    Raises:
+      ValueError: The table does not fit the module, or has a `combine` without `split`.
+    """
+    tensors: dict[str, Tensor] = {}
+    _, params = _match_params(module, table, skip)
+    for path, variable in params.items():
+        source = _with_prefix(table[path], prefix)
+        value = variable.get_value()
+        if source.combine and not source.split:
+            raise ValueError(f"{path} is combined from {source.names} and cannot be split again")
+        layer_shape = value.shape[1:] if source.stacked else value.shape
+        for layer, names in enumerate(_names_by_layer(source, value.shape)):
+            for part, name in enumerate(names):
+                read = functools.partial(_read_saved, source, value, layer, part)
+                shape = _split(source, _placeholder(layer_shape))[part].shape
+                tensors[name] = _SavedTensor(read, shape, value.dtype)
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedTensor:
+    """Tensor of a parameter; on the host only while it is sliced."""
+
+    read: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read()[index]
+
+
+def _read_saved(source: Source, value: jax.Array, layer: int, part: int) -> np.ndarray:
+    """Copies one tensor of a parameter to the host."""
+    if source.stacked:
+        value = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    if not value.is_fully_addressable:
+        return _split(source, multihost_utils.process_allgather(value, tiled=True))[part]
+    return _split(source, np.asarray(value))[part]
+
+
+def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
+    """Splits the value of one layer into its tensors."""
+    parts = source.split(value) if source.split else [value]
+    if source.axes is not None:
+        parts = [part.transpose(np.argsort(source.axes)) for part in parts]
+    return parts
+
+
+def _combine(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
+    """Returns the value of one layer from its tensors."""
+    if source.axes is not None:
+        tensors = [tensor.transpose(source.axes) for tensor in tensors]
+    return source.combine(tensors) if source.combine else tensors[0]
+
+
+def _placeholder(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array that takes no memory, to compute shapes with."""
+    return np.broadcast_to(np.float32(1), shape)
+
+
+def _match_params(
+    module: nnx.Module, table: KeyTable, skip: Any
+) -> tuple[nnx.State, dict[str, nnx.Param]]:
+    """Returns the parameters of the table, as a state and by path."""
+    state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
+    params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+    unmapped, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
+    if unmapped or unknown:
+        raise ValueError(
+            f"key table: parameters without a source {unmapped}, sources without a parameter "
+            f"{unknown}"
+        )
+    return state, params
+
+
+def _with_prefix(source: Source, prefix: str) -> Source:
+    return dataclasses.replace(source, names=tuple(prefix + name for name in source.names))
+
+
+def _names_by_layer(source: Source, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """Returns the names of each layer's tensors; a source that is not stacked is one layer."""
+    num_layers = shape[0] if source.stacked else 1
+    size, remainder = divmod(len(source.names), num_layers)
+    if remainder or not size or (size > 1 and not source.combine):
+        raise ValueError(f"{len(source.names)} names {source.names} for {num_layers} layers")
+    return [source.names[size * layer : size * (layer + 1)] for layer in range(num_layers)]
+
+
+def _check_tensors(
+    params: Mapping[str, nnx.Param],
+    sources: Mapping[str, Source],
+    checkpoint: Mapping[str, Tensor],
+    ignore: Sequence[str],
+) -> None:
+    """Raises InputError with the missing, surplus and misshapen tensors."""
+    expected = {name for source in sources.values() for name in source.names}
+    missing = [name for name in sorted(expected) if name not in checkpoint]
+    surplus = [
+        name
+        for name in sorted(set(checkpoint) - expected)
+        if not any(re.search(pattern, name) for pattern in ignore)
+    ]
+    misshapen = [
+        f"{'+'.join(names)} {'+'.join(_format_shape(checkpoint[name].shape) for name in names)}"
+        f" instead of {expected_shape}"
+        for path, source in sources.items()
+        for names, expected_shape in _misshapen(source, params[path].shape, checkpoint)
+    ]
+    problems = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
+    parts = [
+        f"{len(names)} {kind}: {summarize(names)}" for kind, names in problems.items() if names
+    ]
+    if parts:
+        where = getattr(checkpoint, "path", "weights")
+        num_matching = len(expected) - len(missing)
+        is_other_architecture = num_matching < min(len(missing), len(surplus))
+        reason = (
+            "weights of another architecture" if is_other_architecture else "tensors do not fit"
+        )
+        raise InputError(f"{where}: {reason}: {'; '.join(parts)}")
+
+
+def _misshapen(
+    source: Source, shape: tuple[int, ...], checkpoint: Mapping[str, Tensor]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields existing tensors that do not give the shape, and the shape that they should have."""
+    names_by_layer = _names_by_layer(source, shape)
+    shape = shape[1:] if source.stacked else shape
+    for names in names_by_layer:
+        if any(name not in checkpoint for name in names):
+            continue
+        tensors = [_placeholder(checkpoint[name].shape) for name in names]
+        try:
+            tensor_shape = _combine(source, tensors).shape
+        except ValueError:  # NumPy raises it for incompatible axes or sizes.
+            tensor_shape = None
+        if tensor_shape == shape:
+            continue
+        if source.combine:
+            yield names, f"shapes that combine to {_format_shape(shape)}"
+        else:
+            axes = range(len(shape)) if source.axes is None else np.argsort(source.axes)
+            yield names, _format_shape(tuple(shape[axis] for axis in axes))
+
+
+def _format_shape(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def summarize(names: Iterable[str]) -> str:
+    """Returns the first few names; names that differ only in their layer number count as one."""
+    layers_by_name: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        start, layer, end = match.groups() if match else (name, "", "")
+        layers_by_name.setdefault((start, end), []).append(layer)
+    folded = [
+        f"{start}{layers[0] if len(layers) == 1 else '{' + _format_layers(layers) + '}'}{end}"
+        for (start, end), layers in layers_by_name.items()
+    ]
+    return ", ".join([*folded[:_MAX_NAMES], *(["..."] if len(folded) > _MAX_NAMES else [])])
+
+
+def _format_layers(layers: Sequence[str]) -> str:
+    if len(layers) > _MAX_NAMES:
+        layers = [*layers[: _MAX_NAMES - 1], "...", layers[-1]]
+    return ",".join(layers)
+
+
+def _read(
+    source: Source, checkpoint: Mapping[str, Tensor], names: tuple[str, ...], index: Index
+) -> np.ndarray:
+    """Reads a slice of the value of one layer."""
+    if source.combine:
+        return _combine(source, [checkpoint[name][...] for name in names])[index]
+    if source.axes is None:
+        return checkpoint[names[0]][index]
+    tensor_index = tuple(index[axis] for axis in np.argsort(source.axes))
+    return checkpoint[names[0]][tensor_index].transpose(source.axes)
+
+
+def _place(
+    source: Source,
+    checkpoint: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+    buffers: dict[Any, np.ndarray],
+) -> jax.Array:
+    """Places the value of one layer on its devices, each of which receives only its slice.
+
+    Slices are written to `buffers`, over those of the previous layer, and devices may continue to
+    read them from there.
+    """
+    filled = set()
+
+    def read_slice(index: Any) -> np.ndarray:
+        # Devices with the same slice share one read.
+        bounds = tuple((part.start, part.stop) for part in index)
+        if bounds not in filled:
+            value = _read(source, checkpoint, names, index)
+            if bounds not in buffers:
+                buffers[bounds] = _empty_aligned(value.shape, dtype)
+            # The only copy, which transposes and casts out of the mapped file.
+            with np.errstate(over="ignore"):  # Overflow is reported below.
+                np.copyto(buffers[bounds], value, casting="unsafe")
+            if not _all_finite(buffers[bounds]):
+                raise InputError(
+                    f"{getattr(checkpoint, 'path', 'weights')}: tensor {'+'.join(names)} has NaN "
+                    f"or infinite values as {dtype}; allowed: finite weights"
+                )
+            filled.add(bounds)
+        return buffers[bounds]
+
+    # Waiting keeps the host from reading ahead of the copies to the devices.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read_slice))
+
+
+def _all_finite(value: np.ndarray) -> bool:
+    """Returns whether all values are finite; works in chunks that stay in the CPU's cache."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return True
+    # Only NaN and infinity have an exponent whose bits are all ones.
+    bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
+    exponent = np.asarray(np.inf, value.dtype).view(bits.dtype)
+    return all(
+        (bits[start : start + _CHUNK_SIZE] & exponent).max() < exponent
+        for start in range(0, bits.size, _CHUNK_SIZE)
+    )
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialized array whose alignment lets CPU devices use it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _place_stack(
+    source: Source,
+    checkpoint: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+) -> jax.Array:
+    """Places a stacked value on its devices and fills it layer by layer."""
+    layer_sharding = sharding
+    if isinstance(sharding, NamedSharding):
+        layer_sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+    buffers: dict[Any, np.ndarray] = {}
+    for layer, names in enumerate(_names_by_layer(source, shape)):
+        value = _place(source, checkpoint, names, shape[1:], dtype, layer_sharding, buffers)
+        stack = _compile_set_layer(sharding)(stack, value, layer)
+        stack.block_until_ready()  # The next layer reuses the buffers.
+    return stack
+
+
+@functools.lru_cache
+def _compile_set_layer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    def set_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=sharding)
+
+
+def _expand_shardings(shardings: Any, params: Mapping[str, nnx.Param]) -> dict[str, Sharding]:
+    """Returns the sharding of every parameter."""
+    if shardings is None:
+        first_device = SingleDeviceSharding(jax.local_devices()[0])
+        return {
+            path: getattr(variable.get_value(), "sharding", None) or first_device
+            for path, variable in params.items()
+        }
+    if isinstance(shardings, Sharding):
+        return dict.fromkeys(params, shardings)
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    by_path = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves
+    }
+    missing = sorted(set(params) - set(by_path))
+    if missing:
+        raise ValueError(f"no sharding for the parameters {missing}")
+    return {path: by_path[path] for path in params}
