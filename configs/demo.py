@@ -32,9 +32,8 @@ contexts and a gate loss of sharpness 5 it has 0.857 and 0.209 (without contexts
 and 0.195), and without the CRF all is worth 3 points less (0.853 to 0.823).
 """
 
+from mister_jax.configs import fusion
 from ml_collections import ConfigDict
-
-from configs import fusion
 
 
 def get_config() -> ConfigDict:

@@ -94,7 +94,7 @@ VARIANTS = {
     "no_context": _no_context,
 }
 
-STUDY = {
+ABLATIONS = {
     "default": "the config as given",
     "speech_only": "the speech expert alone",
     "text_only": "the text expert alone",

@@ -1,7 +1,6 @@
-"""Measures speed and memory on generated data: `python -m launch.benchmark --help`."""
+"""Measures speed and memory, the same as `mister-jax benchmark`."""
 
-from benchmarks.cli import main
-from launch import run
+from mister_jax.cli.main import main
 
 if __name__ == "__main__":
-    run(main)
+    main("benchmark")

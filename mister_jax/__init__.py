@@ -1,17 +1,28 @@
 """MiSTER-E in JAX: emotion recognition in conversations from speech and text."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
+if TYPE_CHECKING:
+    from mister_jax.inference.recognizer import EmotionRecognizer, load
+    from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["MisterE", "MisterEConfig", "MisterEOutput", "__version__", "load"]
+__all__ = ["EmotionRecognizer", "MisterE", "MisterEConfig", "MisterEOutput", "__version__", "load"]
+
+# Imported on first use: the model needs only JAX and Flax, and the recognizer also needs the
+# libraries that read files.
+_MODULES = {
+    "EmotionRecognizer": "mister_jax.inference.recognizer",
+    "MisterE": "mister_jax.models",
+    "MisterEConfig": "mister_jax.models",
+    "MisterEOutput": "mister_jax.models",
+    "load": "mister_jax.inference.recognizer",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Whoever wants the model alone does not wait for all that reads and writes files.
-    if name == "load":
-        return importlib.import_module("mister_jax.inference.recognizer").load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -21,6 +21,8 @@ from mister_jax.errors import InputError
 LATEST, BEST = "latest", "best"
 _STATE, _PROGRESS = "state", "progress"
 
+OnSave = Callable[[str, int, Any, dict[str, Any]], None]
+
 
 class Checkpoints:
     """The checkpoints in `workdir/checkpoints`, the newest of each kind.
@@ -31,7 +33,7 @@ class Checkpoints:
       workdir: Work directory of the training.
       read_only: Whether only to read. A reader must not remove the unfinished checkpoint of a
         killed run, because another process may be writing it.
-      on_save: Called with the kind and the step after a checkpoint has been started.
+      on_save: Called with the arguments of `save` after a checkpoint has been started.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Checkpoints:
         workdir: epath.PathLike,
         *,
         read_only: bool = False,
-        on_save: Callable[[str, int], None] | None = None,
+        on_save: OnSave | None = None,
     ):
         logging.getLogger("absl").addFilter(_is_relevant)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
@@ -48,7 +50,7 @@ class Checkpoints:
             if read_only
             else ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         )
-        self._on_save = on_save or (lambda kind, step: None)
+        self._on_save = on_save or (lambda kind, step, state, progress: None)
         self._managers: dict[str, ocp.CheckpointManager] = {}
 
     def __enter__(self) -> Checkpoints:
@@ -80,7 +82,7 @@ class Checkpoints:
                 _PROGRESS: ocp.args.JsonSave(progress),
             }
             manager.save(step, args=ocp.args.Composite(**items))
-        self._on_save(kind, step)
+        self._on_save(kind, step, state, progress)
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """Reads the newest checkpoint of a kind.

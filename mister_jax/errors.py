@@ -1,4 +1,13 @@
-"""Error for invalid user input."""
+"""Errors about user input and missing extras."""
+
+import importlib.util
+
+EXTRAS = {
+    "encoders": ("etils", "huggingface_hub", "safetensors", "transformers"),
+    "predict": ("av", "ml_collections", "orbax.checkpoint", "rich", "transformers"),
+    "train": ("h5py", "matplotlib", "tensorboardX", "tensorflow", "tensorflow_datasets", "av"),
+}
+"""Extras of the distribution, and packages that show whether an extra is installed."""
 
 
 class InputError(ValueError):
@@ -7,3 +16,32 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, and what is allowed. The command line
     prints it without a traceback.
     """
+
+
+class MissingExtraError(ImportError):
+    """Raised if a feature needs packages of an extra that is not installed."""
+
+
+def require_extra(extra: str, feature: str) -> None:
+    """Checks that an extra is installed, without importing its packages.
+
+    Args:
+      extra: One of `EXTRAS`.
+      feature: What needs the extra, for the error.
+
+    Raises:
+      MissingExtraError: A package of the extra is missing. The message is one line.
+    """
+    missing = [package for package in EXTRAS[extra] if not _is_installed(package)]
+    if missing:
+        raise MissingExtraError(
+            f'{feature} needs {", ".join(missing)}; install it with pip install '
+            f'"mister_jax[{extra}]"'
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # The parent of a dotted name is missing.
+        return False

@@ -13,8 +13,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # ends without taking them down, which takes longer than most commands.
 _START_ALL = """
 import importlib, json, os, sys, tempfile
-import launch, matplotlib.pyplot, tensorflow
-import benchmarks, mister_jax.data.prepare, mister_jax.inference.recognizer
+import matplotlib.pyplot, tensorflow
+import benchmarks, mister_jax.cli.app, mister_jax.data.prepare, mister_jax.inference.recognizer
 
 for name, *flags in json.load(sys.stdin):
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
@@ -22,9 +22,9 @@ for name, *flags in json.load(sys.stdin):
         if child == 0:
             os.dup2(told.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            sys.argv = [f"launch/{name}.py", *flags]
+            sys.argv = [f"mister-jax {name}", *flags]
             try:
-                launch.run(importlib.import_module(f"launch.{name}").main)
+                mister_jax.cli.app.run(importlib.import_module(f"mister_jax.cli.{name}"))
             except SystemExit as end:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(end.code)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from mister_jax.configs import text_encoder
 
-from configs import text_encoder
 from mister_jax import data
 from tests.commands import REPOSITORY, run_all
 from tests.test_predict import untrained

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 from flax import nnx
+from mister_jax.configs import fusion
 
-from configs import fusion
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEConfig
 from mister_jax.models.utterance import UtteranceConfig
@@ -62,8 +62,8 @@ def test_variants_combine():
 
 
 def test_the_study_names_what_there_is():
-    assert set(fusion.STUDY) <= {"default", *fusion.VARIANTS}
-    assert {"default", "no_context", *(f"{name}_only" for name in EXPERTS)} <= set(fusion.STUDY)
+    assert set(fusion.ABLATIONS) <= {"default", *fusion.VARIANTS}
+    assert {"default", "no_context", *(f"{name}_only" for name in EXPERTS)} <= set(fusion.ABLATIONS)
 
 
 def test_without_context_an_expert_reads_each_utterance_by_itself():

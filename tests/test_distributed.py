@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 
 import mister_jax.training.loop as train_module
-from launch import TERMINATED, run
 from mister_jax import data
 from mister_jax.cli import cluster
+from mister_jax.cli.app import STOPPED_BY_SIGTERM
 from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.extract import PretrainedText, extract
 from mister_jax.training.loop import train
 from tests.helpers.ports import free_port
-from tests.test_train import records, tiny
+from tests.helpers.training import (
+    make_tiny_config,
+    read_metric_records,
+)
 
 HEARTBEAT_TIMEOUT = 15
 """Seconds; shorter than the default, since the test waits that long."""
@@ -40,7 +43,7 @@ def data_dir(tmp_path_factory):
 
 
 def config(data_dir):
-    return tiny(data_dir, "tiny,text_only", **{"train.epochs": 4, "data.batch_size": 8})
+    return make_tiny_config(data_dir, "tiny,text_only", **{"train.epochs": 4, "data.batch_size": 8})
 
 
 def after_each_step(callback):
@@ -55,7 +58,7 @@ def after_each_step(callback):
 
 
 def train_to_status(workdir, data_dir):
-    return 0 if train(config(data_dir), workdir).finished else TERMINATED
+    return 0 if train(config(data_dir), workdir).finished else STOPPED_BY_SIGTERM
 
 
 def train_and_kill(workdir, data_dir, process_id):
@@ -154,12 +157,12 @@ def test_killed_and_terminated_job_resumes_to_the_numbers_of_one_process(
     workdir = tmp_path / "run"
     statuses, logs, seconds = run_job(train_and_kill, workdir, data_dir)
     assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] not in (0, TERMINATED) and seconds < 4 * HEARTBEAT_TIMEOUT
+    assert statuses[0] not in (0, STOPPED_BY_SIGTERM) and seconds < 4 * HEARTBEAT_TIMEOUT
     # Either JAX ends process 0, or its own collective operation fails first.
     assert "another task died" in logs[0] or "error: process 0 of 2 failed" in logs[0]
 
     statuses, logs, _ = run_job(train_and_terminate, workdir, data_dir)
-    assert statuses == [TERMINATED, TERMINATED], logs
+    assert statuses == [STOPPED_BY_SIGTERM, STOPPED_BY_SIGTERM], logs
     assert "stopped by SIGTERM" in logs[0] and "stopped" not in logs[1]
     (step,) = (workdir / "checkpoints" / "latest").iterdir()
     assert int(step.name) % 3, "in the middle of an epoch"
@@ -171,7 +174,7 @@ def test_killed_and_terminated_job_resumes_to_the_numbers_of_one_process(
     actual, expected = Predictor(workdir).params, Predictor(single_process_run).params
     for actual_param, param in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(actual_param, param, atol=1e-5)
-    actual, expected = records(workdir), records(single_process_run)
+    actual, expected = read_metric_records(workdir), read_metric_records(single_process_run)
     assert [row["step"] for row in actual] == [row["step"] for row in expected]
     for actual_row, row in zip(actual, expected, strict=True):
         assert actual_row == pytest.approx(row, rel=1e-4)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from absl import logging
 from flax import nnx
+from mister_jax.configs import text_encoder
 
-from configs import text_encoder
 from mister_jax import data, extract
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips

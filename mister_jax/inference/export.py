@@ -18,7 +18,7 @@ from mister_jax.nn.lora import linear_layers
 from mister_jax.workdir import read_config
 
 
-def export(
+def export_encoder(
     workdir: epath.PathLike,
     output: epath.PathLike,
     *,

@@ -58,7 +58,7 @@ class Predictor:
             ) from error
         self.seeds = config_seeds(config)
         self.partitioner = JitPartitioner(data_mesh(), self.task.sharding_rules)
-        self._params, self.progress = self._load_params(workdir, config.seed)
+        self.params, self.progress = self._load_params(workdir, config.seed)
 
         def predict(params, batch, _axis_name):
             return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
@@ -98,7 +98,7 @@ class Predictor:
 
     def models(self) -> list[Any]:
         """Returns the model of each seed with its best parameters."""
-        return [self._merge(params) for params in self._params]
+        return [self._merge(params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Returns the task's predictions for a placed batch, and its "row"."""
@@ -106,7 +106,7 @@ class Predictor:
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
         """Returns `predict_batch` of each seed."""
-        return [self._predict(params, batch) for params in self._params]
+        return [self._predict(params, batch) for params in self.params]
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance of a split.

@@ -103,10 +103,10 @@ class FusionTask:
             raise InputError(
                 f"config.data.seed={data_seed}, config.seed={config.seed}; allowed: 0 or more"
             )
-        loss = config.loss.copy_and_resolve_references()
         weights = dataclass_from_config(
-            losses.LossWeights, loss.pop("weights"), "config.loss.weights"
+            losses.LossWeights, config.loss.weights, "config.loss.weights"
         )
+        loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
         if min(self._data.batch_size, self._data.num_buckets) < 1:
             raise InputError(

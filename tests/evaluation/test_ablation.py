@@ -17,18 +17,22 @@ from mister_jax.evaluation.ablation import (
 )
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.training.loop import TrainProgress, train
-from tests.test_train import data_dir, tiny  # noqa: F401
+from tests.helpers.training import (
+    make_tiny_config,
+)
 
 NAMES = ("default", "text_only")
 
 
 @pytest.fixture(scope="module")
-def variants(data_dir):  # noqa: F811
+def variants(tiny_data_dir):
     """Returns two variants that train quickly."""
 
     def variant(name, only):
         changes = {"train.epochs": 1, "model.experts": (only,)}
-        return Variant(name, f"{only} alone", tiny(data_dir, f"tiny,{only}_only", **changes))
+        return Variant(
+            name, f"{only} alone", make_tiny_config(tiny_data_dir, f"tiny,{only}_only", **changes)
+        )
 
     return [variant(name, only) for name, only in zip(NAMES, ("speech", "text"), strict=True)]
 

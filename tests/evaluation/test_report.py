@@ -341,7 +341,9 @@ def test_missing_modality_section_requires_a_study(tmp_path):
     split_scores = score_predictions(features, predictions)
     path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT)
     assert "missing" not in Page(path.read_text()).ids
-    path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT, study=MISSING_MODALITY)
+    path = write_report(
+        tmp_path, features, predictions, split_scores, EXPERIMENT, study=MISSING_MODALITY
+    )
     page = Page(path.read_text())
     assert path.name == "report.html" and "missing" in page.ids
     assert "0.450 ± 0.000" in path.read_text()

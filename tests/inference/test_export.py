@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from mister_jax.configs import speech_encoder, text_encoder
 
-from configs import speech_encoder, text_encoder
 from mister_jax import extract
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hf_config, registry, speech

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from mister_jax.configs import speech_encoder
 
 import mister_jax.training.loop as train_module
-from configs import speech_encoder
 from mister_jax import data, extract
 from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset

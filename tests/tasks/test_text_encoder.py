@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from mister_jax.configs import text_encoder
 
 import mister_jax.training.loop as train_module
-from configs import text_encoder
 from mister_jax import extract
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import registry

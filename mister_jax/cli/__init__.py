@@ -1,0 +1,1 @@
+"""The `mister-jax` command, with one subcommand per file."""

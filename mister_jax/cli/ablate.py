@@ -1,0 +1,52 @@
+"""Compares variants of MiSTER-E: each expert alone, and without parts of the loss, gate or context.
+
+mister-jax ablate --config=fusion:mosi_features --config.num_seeds=5 --workdir=DIR
+mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_kl
+
+Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run it again to resume.
+"""
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mister_jax.cli import cluster
+from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
+from mister_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "config of the experiment", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the study; created if missing")
+_VARIANTS = flags.DEFINE_list("variants", [], "variants of configs/fusion.py; all by default")
+
+
+def _ablate() -> int:
+    config = required_config(_CONFIG)
+    workdir = required_workdir(_WORKDIR, "a directory, made if it is not there")
+    if config.task != "fusion":
+        raise InputError(f"config.task={config.task!r}; allowed is 'fusion'")
+    import jax
+    from etils import epath
+    from rich.console import Console
+
+    from mister_jax.configs.fusion import ABLATIONS, VARIANTS
+    from mister_jax.evaluation.ablation import Variant, run_ablation
+
+    def make_variant(name: str) -> Variant:
+        changed = ConfigDict(config.to_dict())
+        if name in VARIANTS:
+            VARIANTS[name](changed)
+        return Variant(name, ABLATIONS[name], changed)
+
+    variants = [make_variant(name) for name in ABLATIONS]
+    if run_ablation(variants, workdir, chosen=_VARIANTS.value) is None:
+        return STOPPED_BY_SIGTERM
+    if jax.process_index() == 0:
+        folder = epath.Path(workdir)
+        console = Console(highlight=False)
+        console.out((folder / "ablation.md").read_text())
+        console.out(f"written to {folder}: ablation.md, ablation.csv, ablation.png")
+    return 0
+
+
+main = cluster.distributed(_ablate, saves_on_sigterm=True)

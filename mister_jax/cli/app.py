@@ -1,0 +1,229 @@
+"""Parses the flags of a subcommand, runs it, and turns user errors into one line on stderr."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from absl import app, flags
+
+from mister_jax.errors import InputError, MissingExtraError
+
+STOPPED_BY_SIGTERM = 128 + 15
+"""Exit status after SIGTERM, by the convention of shells: the work is not finished."""
+_STOPPED_BY_CTRL_C = 128 + 2
+
+
+def run(module: ModuleType) -> None:
+    """Parses the command line and runs a subcommand's `main`.
+
+    The result of `main`, if any, is the exit status. Wrong flags, an `InputError`, an unwritable
+    place and a missing JAX platform exit with one line on stderr and status 2, Ctrl-C with status
+    130. Other exceptions are bugs and keep their traceback.
+
+    Args:
+      module: Module of the subcommand, with its flags and `main`.
+    """
+    if _asks_for_help(sys.argv[1:]):
+        print(_help(module))
+        sys.exit(0)
+    app.run(lambda arguments: _run_main(module.main, arguments), flags_parser=_parse_flags)
+
+
+def required_config(flag: flags.FlagHolder) -> Any:
+    """Returns the `ConfigDict` of a `--config` flag.
+
+    Raises:
+      InputError: The flag is not set, or its file does not exist.
+    """
+    if not flag.value:
+        raise InputError(
+            f"--{flag.name} is needed: a packaged config, such as fusion:mosi_features, or the "
+            "path of a Python file"
+        )
+    try:
+        flag.value.to_dict()
+    except OSError as error:  # Raised by ml_collections for a missing file.
+        raise InputError(_missing_config(flag.name, str(error))) from error
+    return flag.value
+
+
+def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
+    """Returns the value of a `--workdir` flag.
+
+    Raises:
+      InputError: The flag is not set; the message ends with `meaning`.
+    """
+    if not flag.value:
+        raise InputError(f"--{flag.name} is needed: {meaning}")
+    return flag.value
+
+
+def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
+    # JAX logs every kind of device that is missing, at INFO level.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    try:
+        if len(arguments) > 1:
+            raise InputError(f"argument {arguments[1]!r}; allowed: flags, --name=value")
+        return main() or 0
+    except (InputError, MissingExtraError) as error:
+        message = str(error)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        message = f"{error.filename}: {error.strerror}; needed: a place that can be written"
+    except (AssertionError, RuntimeError) as error:
+        # Only errors from where JAX starts the platforms of JAX_PLATFORMS.
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            raise
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "none is there"
+        message = f"no devices of JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return _STOPPED_BY_CTRL_C
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return any(
+        argument.lstrip("-").partition("=")[0] in ("h", "help", "helpshort", "helpfull")
+        for argument in arguments
+        if argument.startswith("-")
+    )
+
+
+def _help(module: ModuleType) -> str:
+    """Returns the docstring of a subcommand and its flags, then those of a multi-process job."""
+    names = [module.__name__]
+    for declaring in (module, *vars(module).values()):
+        is_shared = isinstance(declaring, ModuleType) and declaring.__name__ not in names
+        if is_shared and flags.FLAGS.get_key_flags_for_module(declaring.__name__):
+            names.append(declaring.__name__)
+    sections = [flags.FLAGS.module_help(name) for name in names]
+    return "\n\n".join([(module.__doc__ or "").strip(), *(text.strip("\n") for text in sections)])
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        arguments = _resolve_packaged_configs(arguments)
+        # config_flags looks for overrides such as --config.seed=1 in sys.argv.
+        sys.argv = arguments
+        return flags.FLAGS(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (flags.Error, AttributeError, ValueError, TypeError, KeyError, OSError) as error:
+        print(f"error: {_describe_flag_error(error, arguments)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
+    """Replaces the name of a packaged config, as in --config=fusion:mosi_features, by its path.
+
+    Raises:
+      InputError: There is no packaged config of this name.
+    """
+    resolved: list[str] = []
+    for argument in arguments:
+        follows_flag = bool(resolved) and resolved[-1] in ("--config", "-config")
+        match = re.fullmatch(
+            r"(--?config=)?(\w+)(:.*)?" if follows_flag else r"(--?config=)(\w+)(:.*)?", argument
+        )
+        # Only an existing --config flag takes packaged configs: predict's is another.
+        if match and "config" in flags.FLAGS and _is_config_file_flag():
+            prefix, name, rest = (group or "" for group in match.groups())
+            argument = f"{prefix}{_packaged_config_path(name)}{rest}"
+        resolved.append(argument)
+    return resolved
+
+
+def _is_config_file_flag() -> bool:
+    return type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
+
+
+def _packaged_config_path(name: str) -> pathlib.Path:
+    spec = importlib.util.find_spec("mister_jax.configs")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    paths = {
+        path.stem: path
+        for folder in folders
+        for path in sorted(pathlib.Path(folder).glob("*.py"))
+        if path.stem != "__init__"
+    }
+    if name not in paths:
+        raise InputError(
+            f"--config={name}: no packaged config of this name; allowed: {', '.join(paths)}, or "
+            "the path of a Python file"
+        )
+    return paths[name]
+
+
+def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
+    """Describes in one line why flags could not be parsed.
+
+    Errors in a config file arrive wrapped in others, with their traceback in the message. The error
+    that was raised first says what is wrong.
+    """
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    root_cause = chain[-1]
+    if not isinstance(root_cause, InputError):
+        # A wrong name in a config is wrapped too, and loses its line break.
+        root_cause = next((link for link in chain[::-1] if "Did you mean" in str(link)), error)
+    reason = root_cause.args[0] if isinstance(root_cause, KeyError) else root_cause
+    message = " ".join(str(reason).partition("Traceback")[0].split()) or type(root_cause).__name__
+    if "failure to load" in message and "[Errno" in message:
+        # An override of a config whose file is missing.
+        names = (argument.partition("=")[0] for argument in arguments if argument.startswith("-"))
+        flag = next(name.lstrip("-").partition(".")[0] for name in names if "." in name)
+        return _missing_config(flag, message)
+    override = _find_override(message, arguments)
+    if override and isinstance(chain[-1], KeyError) and "Did you mean" not in message:
+        message = f"no such field{_allowed_fields(override, arguments)}"
+    return f"{override}: {message}" if override else message
+
+
+def _missing_config(flag: str, message: str) -> str:
+    """Returns the error for a config file that cannot be opened, from ml_collections' message."""
+    reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
+    return f"--{flag}: {reason}; needed: a Python file, its path from the current folder"
+
+
+def _find_override(message: str, arguments: list[str]) -> str:
+    """Returns the argument, such as --config.model.widht, that sets an unknown field.
+
+    Args:
+      message: Message of ml_collections: 'widht' Did you mean "width" instead of "widht"?
+      arguments: Command-line arguments.
+    """
+    field = message.partition(" Did you mean")[0].strip("'\"")
+    names = [argument.partition("=")[0] for argument in arguments]
+    return next((name for name in names if "." in name and field in name.split(".")), "")
+
+
+def _allowed_fields(override: str, arguments: list[str]) -> str:
+    """Lists the fields of the config section in which an override sets an unknown one."""
+    from ml_collections import ConfigDict, config_flags
+
+    flag, *path = override.lstrip("-").split(".")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(flag, flag_values=values)
+    original_argv = sys.argv
+    sys.argv = ["", *(arg for arg in arguments if arg.lstrip("-").startswith(f"{flag}="))]
+    try:
+        values(sys.argv)
+    finally:
+        sys.argv = original_argv
+    section = values[flag].value
+    for name in path[:-1]:
+        section = section and section.get(name)
+    return f"; allowed: {', '.join(section)}" if isinstance(section, ConfigDict) else ""

@@ -1,0 +1,97 @@
+"""Scores a trained work directory on a split.
+
+mister-jax evaluate --workdir=DIR --split=test
+mister-jax evaluate --workdir=DIR --split=test --report
+mister-jax evaluate --workdir=DIR --split=test --drop_speech=0.1,0.3,0.5
+"""
+
+from typing import Any
+
+from absl import flags
+
+from mister_jax.cli import cluster
+from mister_jax.cli.app import required_workdir
+from mister_jax.errors import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a training")
+_SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
+_DATASET = flags.DEFINE_string("dataset", None, "another dataset than the training's")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the dataset; as in the training")
+_OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
+_REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, figures, dialogues")
+_DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
+_DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
+_DROP_AS_ZEROS = flags.DEFINE_bool(
+    "drop_as_zeros", False, "replace dropped features by zeros without a flag, as in the paper"
+)
+_DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bound=1)
+
+
+def _evaluate() -> None:
+    workdir = required_workdir(_WORKDIR, "a directory that training has made")
+    has_rates = bool(_DROP_SPEECH.value or _DROP_TEXT.value)
+    if _DROP_AS_ZEROS.value and not has_rates:
+        raise InputError("--drop_as_zeros goes with --drop_speech or --drop_text")
+    files = []
+    if has_rates:
+        files += _run_missing_modality_study(workdir)
+    if _REPORT.value or not has_rates:
+        files += _score_split(workdir)
+    from rich.console import Console
+
+    output = _OUTPUT.value or workdir
+    Console().out(f"written to {output}: {', '.join(files)}", highlight=False)
+
+
+def _dataset_options() -> dict[str, Any]:
+    return {"dataset": _DATASET.value, "data_dir": _DATA_DIR.value, "output": _OUTPUT.value}
+
+
+def _run_missing_modality_study(workdir: str) -> list[str]:
+    """Runs the study, prints its table and returns the names of its files."""
+    drop_speech, drop_text = _read_rates(_DROP_SPEECH), _read_rates(_DROP_TEXT)
+    from rich.console import Console
+
+    from mister_jax.console import missing_modality_table
+    from mister_jax.evaluation.missing_modality import (
+        MISSING_MODALITY,
+        MISSING_MODALITY_AS_ZEROS,
+        missing_modality_study,
+    )
+
+    points = missing_modality_study(
+        workdir,
+        _SPLIT.value,
+        drop_speech=drop_speech,
+        drop_text=drop_text,
+        as_zeros=_DROP_AS_ZEROS.value,
+        draws=_DRAWS.value,
+        **_dataset_options(),
+    )
+    kind = " as zeros" if _DROP_AS_ZEROS.value else ""
+    Console().print(missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points))
+    name = MISSING_MODALITY_AS_ZEROS if _DROP_AS_ZEROS.value else MISSING_MODALITY
+    return [f"{name}.json", f"{name}.png"]
+
+
+def _score_split(workdir: str) -> list[str]:
+    """Scores the split, prints its table and returns the names of the files."""
+    from rich.console import Console
+
+    from mister_jax.console import score_table
+    from mister_jax.evaluation.results import evaluate
+
+    scores = evaluate(workdir, _SPLIT.value, report=_REPORT.value, **_dataset_options())
+    Console().print(score_table(_SPLIT.value, scores))
+    files = ["metrics.json", "predictions.jsonl", "confusion.png"]
+    return [*files, "report.html"] if _REPORT.value else files
+
+
+def _read_rates(flag: flags.FlagHolder) -> list[float]:
+    try:
+        return [float(rate) for rate in flag.value] or [0.0]
+    except ValueError as error:
+        raise InputError(f"--{flag.name}={','.join(flag.value)}; allowed are numbers") from error
+
+
+main = cluster.distributed(_evaluate)

@@ -1,0 +1,115 @@
+r"""Extracts features of a dataset with an encoder, as a dataset that MiSTER-E trains on.
+
+mister-jax extract --workdir=DIR --dataset=meld/text --output=meld_tuned
+mister-jax extract --encoder=NAME_OR_FOLDER --dataset=meld/text --output=meld_frozen
+mister-jax extract --encoder=NAME_OR_FOLDER --adapter=FOLDER --dataset=meld/text --output=x
+mister-jax extract --encoder=salmonn_7b_v0.pth --whisper=openai/whisper-large-v2 \
+    --beats=FILE --vicuna=FOLDER --dtype=bfloat16 --dataset=meld/clips --output=meld_salmonn
+mister-jax extract --encoder=prosody --dataset=meld/clips --output=meld_prosody
+mister-jax extract --speech=meld_prosody --text=meld_tuned --output=meld_both
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mister_jax.cli import cluster
+from mister_jax.errors import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a fine-tuned encoder")
+_ENCODER = flags.DEFINE_string(
+    "encoder", None, "pretrained encoder: a folder, a name on the Hugging Face Hub, or prosody"
+)
+_DATASET = flags.DEFINE_string("dataset", None, "dataset of dialogues")
+_SPEECH = flags.DEFINE_string("speech", None, "dataset of features to take the speech from")
+_TEXT = flags.DEFINE_string("text", None, "dataset of features to take the text from")
+_OUTPUT = flags.DEFINE_string("output", None, "name of the dataset of features")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
+_BUDGET = flags.DEFINE_integer(
+    "budget", None, "tokens, or seconds of audio, in a batch on each device", lower_bound=1
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
+_ENCODER_OPTIONS = (
+    flags.DEFINE_integer(
+        "max_tokens", 128, "maximum tokens per utterance of a text --encoder", lower_bound=3
+    ),
+    flags.DEFINE_float(
+        "max_seconds",
+        None,
+        "seconds of an utterance that a speech --encoder reads; by default all of it, or the fixed "
+        "window of Whisper, Qwen2-Audio and SALMONN",
+    ),
+    flags.DEFINE_bool(
+        "windows", False, "encode speech beyond a fixed window in several windows and average them"
+    ),
+    flags.DEFINE_string("whisper", "", "SALMONN's Whisper: a folder or a name on the Hub"),
+    flags.DEFINE_string("beats", "", "SALMONN's BEATs: a file"),
+    flags.DEFINE_string("vicuna", "", "SALMONN's Vicuna: a folder or a name on the Hub"),
+    flags.DEFINE_bool(
+        "trim", True, "encode only the length of each clip with Whisper, not always 30 s"
+    ),
+    flags.DEFINE_string("prompt", "", "prompt of a speech LLM"),
+    flags.DEFINE_string("adapter", None, "folder of a peft adapter for the --encoder"),
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "dtype of the --encoder's computation"
+    ),
+)
+_DATASET_OPTIONS = (_DATASET, _BUDGET)
+
+
+def _extract() -> None:
+    source = _check_flags()
+    from rich.console import Console
+
+    from mister_jax import extract
+
+    target = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
+    output = _OUTPUT.value or ""
+    if source == "speech":
+        builder = extract.merge(_SPEECH.value or "", _TEXT.value or "", output, **target)
+    else:
+        if source == "workdir":
+            encoder: extract.Encoder = extract.TunedEncoder(_WORKDIR.value or "")
+        else:
+            encoder = extract.load_encoder(_ENCODER.value or "", **_set_flags(_ENCODER_OPTIONS))
+        builder = extract.extract(
+            encoder, _DATASET.value or "", output, budget=_BUDGET.value, **target
+        )
+    if builder is not None:
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console.print(f"written to {builder.data_dir}")
+
+
+def _check_flags() -> str:
+    """Returns the flag that names the source of the features, after checking all flags.
+
+    Raises:
+      InputError: Flags are missing or contradict each other.
+    """
+    sources = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
+    chosen = [name for name, value in sources.items() if value]
+    if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):
+        raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
+    if not _OUTPUT.value:
+        raise InputError("--output is needed: a name for the dataset of features")
+    (source,) = chosen
+    if source != "encoder" and (options := _set_flags(_ENCODER_OPTIONS)):
+        raise InputError(
+            f"--{', --'.join(options)}: with --encoder alone; a tuned one is used as it was trained"
+        )
+    if source == "speech" and (options := _set_flags(_DATASET_OPTIONS)):
+        raise InputError(
+            f"--{', --'.join(options)}: not with --speech and --text, which name the datasets"
+        )
+    if source != "speech" and not _DATASET.value:
+        raise InputError("--dataset is needed: a dataset of dialogues, see mister-jax prepare")
+    return source
+
+
+def _set_flags(holders: Sequence[flags.FlagHolder[Any]]) -> dict[str, Any]:
+    """Returns the values of the flags that are set on the command line."""
+    return {holder.name: holder.value for holder in holders if holder.present}
+
+
+main = cluster.distributed(_extract)

@@ -1,0 +1,90 @@
+"""Entry point of `mister-jax` and of the scripts in `launch/`.
+
+It imports only what the chosen subcommand needs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pathlib
+import sys
+
+import mister_jax
+from mister_jax.errors import MissingExtraError, require_extra
+
+# Subcommand -> the extra it needs, and what it does.
+SUBCOMMANDS = {
+    "prepare": ("train", "Prepare a dataset from a corpus, a manifest or feature files."),
+    "extract": ("train", "Extract features of a dataset with an encoder."),
+    "train": ("train", "Train MiSTER-E or an encoder as a config describes."),
+    "evaluate": ("train", "Score a trained work directory on a split and write a report."),
+    "ablate": ("train", "Compare variants of MiSTER-E."),
+    "predict": ("predict", "Predict the emotions of recordings and texts."),
+    "export": ("predict", "Export a fine-tuned encoder for transformers or peft."),
+    "benchmark": ("train", "Measure speed and memory (from a checkout)."),
+}
+
+
+def main(subcommand: str | None = None) -> None:
+    """Runs a subcommand and exits with its status.
+
+    Args:
+      subcommand: Name of the subcommand; by default the first command-line argument.
+    """
+    arguments = sys.argv[1:]
+    if subcommand is None:
+        subcommand, arguments = _read_subcommand(arguments)
+    _use_compilation_cache()
+    extra, _ = SUBCOMMANDS[subcommand]
+    try:
+        require_extra(extra, f"mister-jax {subcommand}")
+        module = importlib.import_module(f"mister_jax.cli.{subcommand}")
+        from mister_jax.cli import app
+    except MissingExtraError as error:
+        _fail(str(error))
+    sys.argv = [f"mister-jax {subcommand}", *arguments]
+    app.run(module)
+
+
+def _read_subcommand(arguments: list[str]) -> tuple[str, list[str]]:
+    if not arguments or arguments[0] in ("-h", "-help", "--help", "help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"mister_jax {mister_jax.__version__}")
+        sys.exit(0)
+    if arguments[0] not in SUBCOMMANDS:
+        _fail(f"unknown subcommand {arguments[0]!r}; allowed: {', '.join(SUBCOMMANDS)}")
+    return arguments[0], arguments[1:]
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {summary}" for name, (_, summary) in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "Emotion recognition in conversations with MiSTER-E in JAX.",
+            "",
+            "usage: mister-jax SUBCOMMAND --FLAG=VALUE ...",
+            "",
+            "subcommands:",
+            *lines,
+            "",
+            "`mister-jax SUBCOMMAND --help` describes the flags of a subcommand.",
+        ]
+    )
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _use_compilation_cache() -> None:
+    """Caches all compiled programs on disk, if the home directory is writable."""
+    with contextlib.suppress(OSError, RuntimeError):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        (cache / "mister_jax").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mister_jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,0 +1,214 @@
+"""Prepares a dataset from a corpus, a manifest or feature files, and shows what a dataset holds.
+
+mister-jax prepare --corpus=meld --source=MELD.Raw --data_dir=DIR [--config=text]
+mister-jax prepare --corpus=iemocap --source=IEMOCAP_full_release --config=six_session1
+mister-jax prepare --corpus=mosi --source=CMU-MOSI
+mister-jax prepare --corpus=manifest --source=my.jsonl --name=my_calls --labels=calm,angry
+mister-jax prepare --corpus=synthetic                # synthetic recordings and transcripts
+mister-jax prepare --corpus=features --source=features.npz --name=my_features
+mister-jax prepare --corpus=synthetic_features
+mister-jax prepare --inspect=meld/text               # a figure, and the first dialogue
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from mister_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mister_jax.data.prepare import Preparation
+
+_DECODING_FLAGS = ("num_workers", "max_seconds", "beam_options", "partial", "overwrite", "data_dir")
+_RELEASED_FLAGS = ("source", "config", *_DECODING_FLAGS)
+CORPUS_FLAGS = {
+    "iemocap": _RELEASED_FLAGS,
+    "meld": _RELEASED_FLAGS,
+    "mosi": _RELEASED_FLAGS,
+    "manifest": ("source", "name", "labels", "map_labels", "group_by", "seed", *_DECODING_FLAGS),
+    "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
+    "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
+    "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
+}
+"""Flags that each corpus uses; any other flag is an error."""
+
+_CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join(CORPUS_FLAGS)}")
+_SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, or npz of features")
+_CONFIG = flags.DEFINE_string(
+    "config", "", "config of iemocap, meld or mosi; by default its first one"
+)
+_NAME = flags.DEFINE_string("name", "", "name of the dataset of a manifest or of features")
+_LABELS = flags.DEFINE_list("labels", [], "class names of a manifest, in their order")
+_MAP_LABELS = flags.DEFINE_list(
+    "map_labels", [], "OLD=NEW,... class names of a manifest; OLD= makes its rows unlabeled"
+)
+_GROUP_BY = flags.DEFINE_string(
+    "group_by", "", "column whose values random splits keep apart; speaker by default"
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
+_PARTIAL = flags.DEFINE_bool("partial", False, "allow an incomplete corpus")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "seed of synthetic corpora and random splits", lower_bound=0
+)
+_NUM_DIALOGUES = flags.DEFINE_list(
+    "num_dialogues", [], "size of a synthetic corpus: train,validation,test"
+)
+_WORKERS = flags.DEFINE_integer("num_workers", 2, "processes that decode recordings", lower_bound=0)
+_SECONDS = flags.DEFINE_float("max_seconds", 60, "seconds of an utterance to keep", lower_bound=0.1)
+_BEAM_OPTIONS = flags.DEFINE_string(
+    "beam_options", None, "JSON object of Apache Beam options; decodes with Beam"
+)
+_INSPECT = flags.DEFINE_string("inspect", None, "show the contents of the dataset of this name")
+
+# Number of recordings of each kind that are printed.
+_MAX_PRINTED = 5
+
+
+def main() -> None:
+    """Runs `mister-jax prepare`."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if _INSPECT.value is not None:
+        _check_flags(f"--inspect={_INSPECT.value}", ("inspect", "data_dir"))
+        return _inspect(_INSPECT.value, console)
+    corpus = _CORPUS.value or ""
+    if corpus not in CORPUS_FLAGS:
+        raise InputError(f"--corpus={corpus}; allowed: {', '.join(CORPUS_FLAGS)}")
+    _check_flags(f"--corpus={corpus}", ("corpus", *CORPUS_FLAGS[corpus]))
+    if corpus in ("features", "synthetic_features"):
+        return _prepare_features(corpus, console)
+    return _prepare_recordings(corpus, console)
+
+
+def _prepare_recordings(corpus: str, console: Console) -> None:
+    preparation = _preparation(corpus)
+    from mister_jax.console import corpus_table
+    from mister_jax.data.builder import KINDS
+    from mister_jax.data.prepare import prepare_corpus
+
+    report = prepare_corpus(preparation)
+    console.print(corpus_table(report))
+    kinds = ("missing", *KINDS)
+    for kind in kinds:
+        for entry in report[kind][:_MAX_PRINTED]:
+            console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")
+        if len(report[kind]) > _MAX_PRINTED:
+            console.print(f"{kind}: {len(report[kind])} in all, see report.json")
+    _print_notes(report["notes"], console)
+    counts = ", ".join(f"{len(report[kind])} {kind}" for kind in kinds if report[kind])
+    console.print(f"recordings: {counts or 'all usable, none changed'}")
+    console.print(f"written to {report['directory']}")
+
+
+def _prepare_features(corpus: str, console: Console) -> None:
+    num_dialogues = _num_dialogues()
+    from mister_jax import data
+    from mister_jax.console import comparison_table
+    from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
+
+    if corpus == "synthetic_features":
+        splits = data.generate(_SEED.value, num_dialogues or DEFAULT_NUM_DIALOGUES)
+    elif _SOURCE.value:
+        splits = data.read_npz(_SOURCE.value, group_by=_GROUP_BY.value, seed=_SEED.value)
+    else:
+        raise InputError("--source is needed with --corpus=features: an npz file")
+    name = _NAME.value or corpus
+    builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
+    summaries = {split: features.summary() for split, features in splits.items()}
+    console.print(comparison_table(name, summaries))
+    _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
+    console.print(f"written to {builder.data_dir}")
+
+
+def _inspect(name: str, console: Console) -> None:
+    from mister_jax.data.inspection import inspect
+    from mister_jax.evaluation.figures import plot_dataset
+
+    inspection = inspect(name, _DATA_DIR.value)
+    figure = inspection.directory / "inspection.png"
+    plot_dataset(inspection.class_counts, inspection.lengths, inspection.seconds, figure)
+    console.print(f"first dialogue of {inspection.name}:")
+    for line in inspection.first:
+        console.print(f"  {line}")
+    console.print(f"picture: {figure}")
+
+
+def _detail(entry: Mapping[str, Any]) -> str:
+    """Returns what the report says about a recording, in one line."""
+    if "reason" in entry:
+        return str(entry["reason"])
+    detail = f"{entry['seconds']:.1f} s"
+    if "annotated_seconds" in entry:
+        detail += f", annotated {entry['annotated_seconds']:.1f} s"
+    return ", ".join([detail, *entry.get("changed", ())])
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(note if note.startswith("WARNING") else f"note: {note}")
+
+
+def _check_flags(use: str, allowed: Sequence[str]) -> None:
+    """Raises InputError if a flag is set that has no effect in this use."""
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        if flag.present and flag.name not in allowed:
+            names = ", ".join(f"--{name}" for name in allowed)
+            raise InputError(f"--{flag.name} does not go with {use}; allowed: {names}")
+
+
+def _preparation(corpus: str) -> Preparation:
+    from mister_jax.data.builder import Decoding
+    from mister_jax.data.prepare import Preparation
+
+    return Preparation(
+        corpus=corpus,
+        source=_SOURCE.value,
+        data_dir=_DATA_DIR.value,
+        config=_CONFIG.value,
+        name=_NAME.value,
+        labels=tuple(_LABELS.value),
+        label_map=_label_map(),
+        group_by=_GROUP_BY.value,
+        seed=_SEED.value,
+        num_dialogues=_num_dialogues(),
+        decoding=Decoding(_WORKERS.value, _SECONDS.value, _BEAM_OPTIONS.value is not None),
+        beam_options=_beam_options(_BEAM_OPTIONS.value or "{}"),
+        partial=_PARTIAL.value,
+        overwrite=_OVERWRITE.value,
+    )
+
+
+def _num_dialogues() -> dict[str, int]:
+    """Returns the number of dialogues by split, empty if the flag is not set."""
+    counts = _NUM_DIALOGUES.value
+    if len(counts) not in (0, 3) or not all(map(str.isdecimal, counts)):
+        raise InputError(f"--num_dialogues={','.join(counts)}; allowed: three numbers")
+    from mister_jax.data import SPLITS
+
+    return {split: int(count) for split, count in zip(SPLITS, counts, strict=False)}
+
+
+def _label_map() -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in _MAP_LABELS.value]
+    for old, equals, _ in pairs:
+        if not old or not equals:
+            raise InputError(f"--map_labels={','.join(_MAP_LABELS.value)}; allowed: OLD=NEW,...")
+    return {old.strip(): new.strip() for old, _, new in pairs}
+
+
+def _beam_options(text: str) -> dict[str, object]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f'--beam_options={text}; allowed: an object, as {{"runner": "direct"}}')
+    return options

@@ -1,0 +1,49 @@
+"""Trains MiSTER-E or an encoder as a config describes; run it again to resume.
+
+mister-jax train --config=fusion:mosi_features --workdir=DIR
+mister-jax train --config=fusion:mosi_features --workdir=DIR --config.num_seeds=5
+mister-jax train --config=my_config.py --workdir=DIR
+
+--config is a packaged config (demo, fusion, speech_encoder, text_encoder) or the path of a Python
+file, with its argument after a colon. --config.FIELD=VALUE changes a field.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from mister_jax.cli import cluster
+from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "config of the experiment", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if missing")
+
+
+def _train() -> int:
+    config = required_config(_CONFIG)
+    workdir = required_workdir(_WORKDIR, "a directory, made if it is not there")
+    from mister_jax.tasks import config_seeds
+    from mister_jax.training.loop import train
+
+    progress = train(config, workdir)
+    if not progress.finished:
+        return STOPPED_BY_SIGTERM
+    if len(config_seeds(config)) > 1:
+        _print_validation_scores(workdir)
+    return 0
+
+
+def _print_validation_scores(workdir: str) -> None:
+    import jax
+    from rich.console import Console
+
+    from mister_jax.console import score_table
+    from mister_jax.evaluation.results import evaluate
+
+    scores = evaluate(workdir, "validation", quiet=True)
+    if jax.process_index() == 0:
+        Console().print(score_table("validation", scores))
+
+
+main = cluster.distributed(_train, saves_on_sigterm=True)
