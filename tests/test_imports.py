@@ -24,7 +24,7 @@ LAYERS = (
     ("steps", "seeds"),
     # "mister_jax" is its __init__.py, which gathers names.
     ("mister_jax", "models", "encoders", "convert", "data", "losses", "metrics", "console"),
-    ("errors", "parallel", "optim", "checkpoint", "io"),
+    ("errors", "config_checks", "schedules", "parallel", "optim", "checkpoint", "io"),
     ("nn",),
 )
 RANK = {part: rank for rank, parts in enumerate(reversed(LAYERS)) for part in parts}

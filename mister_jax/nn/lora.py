@@ -1,7 +1,7 @@
-"""Linear layer with a bfloat16 or int8 kernel that is frozen while a low-rank path is trained.
+"""LoRA (arXiv 2106.09685): low-rank adapters of linear layers with float or int8 kernels.
 
-LoRA (arXiv 2106.09685) adds x a b to the output of a frozen kernel. Only the low-rank matrices are
-of type `nnx.LoRAParam`, which is the filter for them; `nnx.Not(nnx.LoRAParam)` selects the base.
+A low-rank path adds scale * x lora_a lora_b to the output of a frozen kernel. The filter
+`nnx.LoRAParam` selects the low-rank matrices, `nnx.Not(nnx.LoRAParam)` the frozen base.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class LoRAConfig:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"LoRAConfig.rank={self.rank}: must be at least 1")
+            raise ValueError(f"LoRAConfig.rank={self.rank}; allowed: at least 1")
         if self.alpha <= 0:
-            raise ValueError(f"LoRAConfig.alpha={self.alpha}: must be positive")
+            raise ValueError(f"LoRAConfig.alpha={self.alpha}; allowed: positive numbers")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRAConfig.dropout={self.dropout}: allowed are 0 <= rate < 1")
+            raise ValueError(f"LoRAConfig.dropout={self.dropout}; allowed: 0 <= rate < 1")
         if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"LoRAConfig.targets={self.targets!r}: must be a tuple of names")
+            raise ValueError(f"LoRAConfig.targets={self.targets!r}; allowed: a tuple of names")
 
     @property
     def scale(self) -> float:
@@ -150,8 +150,10 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
       ValueError: A target names no `LoRALinear` layer.
     """
     layers = dict(linear_layers(module))
-    chosen = {target: [path for path in layers if _ends(path, target)] for target in config.targets}
-    unknown = [target for target, paths in chosen.items() if not paths]
+    matches = {
+        target: [path for path in layers if _matches(path, target)] for target in config.targets
+    }
+    unknown = [target for target, paths in matches.items() if not paths]
     if unknown:
         names = sorted({path.rpartition("/")[2] for path in layers})
         allowed = f"allowed are {names}" if names else f"{type(module).__name__} has none"
@@ -159,16 +161,16 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
             f"LoRA targets {unknown}: no such layers; {allowed} of mister_jax.nn.lora.LoRALinear, "
             "the only type that add_lora adapts"
         )
-    for path in sorted(set().union(*chosen.values())):
+    for path in sorted(set().union(*matches.values())):
         layer = layers[path]
         *stacked, in_features, out_features = layer.kernel.shape
         bound = in_features**-0.5
-        first = jax.random.uniform(
+        lora_a = jax.random.uniform(
             rngs.params(), (*stacked, in_features, config.rank), minval=-bound, maxval=bound
         )
         layer.lora = config
         layer.lora_dropout = Dropout(config.dropout)
-        layer.lora_a = nnx.LoRAParam(first)
+        layer.lora_a = nnx.LoRAParam(lora_a)
         layer.lora_b = nnx.LoRAParam(jnp.zeros((*stacked, config.rank, out_features)))
     return module
 
@@ -204,10 +206,10 @@ def merge_lora(module: AnyModule) -> AnyModule:
 def quantize(module: AnyModule) -> AnyModule:
     """Quantizes the kernels of `LoRALinear` layers to int8, symmetric, with one scale per output.
 
-    A weight changes by at most 1 / 254 of the largest in its column. Low-rank paths are kept.
+    A weight changes by at most 1 / 254 of the largest in its column. Low-rank paths do not change.
 
     Args:
-      module: Module whose layers are `quantizable` or not; changed in place.
+      module: Module to change in place; layers that are not `quantizable` stay as they are.
 
     Returns:
       The module.
@@ -243,21 +245,22 @@ def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield "/".join(map(str, path)), layer
 
 
-def _ends(path: str, target: str) -> bool:
+def _matches(path: str, target: str) -> bool:
+    """Returns whether the path ends with the target's names, or equals a target with a slash."""
     return path == target[1:] if target.startswith("/") else f"/{path}".endswith(f"/{target}")
 
 
 @jax.jit
-def _merged(kernel: jax.Array, kernel_scale: Any, first: Any, second: Any, scale: float):
+def _merged(kernel: jax.Array, kernel_scale: Any, lora_a: Any, lora_b: Any, scale: float):
     base = kernel if kernel_scale is None else _dequantized(kernel, kernel_scale)
-    return base.astype(jnp.float32) + scale * jnp.matmul(first, second, precision="highest")
+    return base.astype(jnp.float32) + scale * jnp.matmul(lora_a, lora_b, precision="highest")
 
 
 @jax.jit
 def _quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     kernel = kernel.astype(jnp.float32)
-    largest = jnp.abs(kernel).max(-2)  # ... out
-    scale = jnp.where(largest == 0, 1.0, largest / _INT8_MAX)
+    maximum = jnp.abs(kernel).max(-2)  # ... out
+    scale = jnp.where(maximum == 0, 1.0, maximum / _INT8_MAX)
     return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
 
 

@@ -1,4 +1,4 @@
-"""The linear layer with a low-rank path, a bfloat16 or an int8 kernel."""
+"""LoRA layers with float32, bfloat16 and int8 kernels."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Layers by themselves and in a stack."""
+    """Layers inside and outside of `ScannedLayers`."""
 
     def __init__(self, rngs):
         self.stack = ScannedLayers(Layer, 3, rngs=rngs)
@@ -66,7 +66,7 @@ def parts():
 
 
 def untrained(dtype=jnp.float32):
-    """The model with a fresh low-rank path, and its base in `dtype`."""
+    """Returns the model with initial low-rank paths, and its base in `dtype`."""
 
     def copy(path, leaf):
         return leaf.astype(jnp.float32 if "lora" in str(path) else dtype)
@@ -75,13 +75,13 @@ def untrained(dtype=jnp.float32):
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(copy, state))
 
 
-def make(dtype=jnp.float32):
-    """The model as training would leave it."""
-    return randomise(untrained(dtype))
+def trained(dtype=jnp.float32):
+    """Returns the model with random low-rank paths, as after training."""
+    return randomize(untrained(dtype))
 
 
-def randomise(model):
-    """Gives the low-rank paths values as training would."""
+def randomize(model):
+    """Sets the low-rank paths to random values, as after training."""
     leaves, structure = jax.tree.flatten(nnx.state(model, nnx.LoRAParam))
     random = np.random.default_rng(2)
     values = [random.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves]
@@ -97,13 +97,13 @@ def run(model, x):
 X = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
 
 
-def flat(model, kind):
+def flat_values(model, kind):
     state = nnx.to_flat_state(nnx.state(model, kind))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in state}
 
 
-def single(lora=None, **options):
-    """A layer by itself, as `first` of a module."""
+def single_layer(lora=None, **options):
+    """Returns a single layer, the attribute `first` of a module."""
     module = nnx.Module()
     module.first = LoRALinear(5, 7, rngs=nnx.Rngs(0), **options)
     if lora is not None:
@@ -111,17 +111,17 @@ def single(lora=None, **options):
     return module.first
 
 
-def test_adds_the_scaled_low_rank_product():
-    base = single()(X)
-    layer = single(LoRAConfig(rank=3, alpha=12, targets=("first",)))
+def test_output_adds_the_scaled_low_rank_product():
+    base = single_layer()(X)
+    layer = single_layer(LoRAConfig(rank=3, alpha=12, targets=("first",)))
     np.testing.assert_array_equal(layer(X), base)  # the second matrix starts at zero
     layer.lora_b.set_value(jax.random.normal(jax.random.key(0), (3, 7)))
     expected = base + 4 * X @ layer.lora_a[...] @ layer.lora_b[...]
     np.testing.assert_allclose(layer(X), expected, atol=1e-5)
 
 
-def test_named_layers_alone_have_a_path_one_for_each_of_a_stack():
-    lora = flat(make(), nnx.LoRAParam)
+def test_only_target_layers_get_a_path_and_scanned_layers_one_each():
+    lora = flat_values(trained(), nnx.LoRAParam)
     assert {path: value.shape for path, value in lora.items()} == {
         "last/first/lora_a": (5, 2),
         "last/first/lora_b": (2, 7),
@@ -132,7 +132,7 @@ def test_named_layers_alone_have_a_path_one_for_each_of_a_stack():
     }
 
 
-def test_starts_uniform_within_the_root_of_the_width():
+def test_lora_a_is_uniform_and_lora_b_is_zero_initially():
     model = nnx.Module()
     model.first = LoRALinear(100, 3, rngs=nnx.Rngs(0))
     add_lora(model, LoRAConfig(rank=50, alpha=1, targets=("first",)), rngs=nnx.Rngs(1))
@@ -143,69 +143,69 @@ def test_starts_uniform_within_the_root_of_the_width():
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_merged_equals_unmerged(int8):
-    model = make()
+def test_merging_does_not_change_outputs(int8):
+    model = trained()
     if int8:
         quantize(model)
     expected = run(model, X)
     assert merge_lora(model) is model
     np.testing.assert_allclose(run(model, X), expected, atol=1e-5)
-    assert not flat(model, nnx.LoRAParam)
-    # Layers that had no path are as they were.
-    left = {"last/second", "stack/layers/second"} if int8 else set()
-    assert {path.rpartition("/")[0] for path in flat(model, QuantizedParam)} == left
+    assert not flat_values(model, nnx.LoRAParam)
+    # Layers without a path are still quantized.
+    quantized = {"last/second", "stack/layers/second"} if int8 else set()
+    assert {path.rpartition("/")[0] for path in flat_values(model, QuantizedParam)} == quantized
 
 
-def test_int8_turned_back_gives_the_same():
-    model = quantize(make())
+def test_dequantizing_does_not_change_outputs():
+    model = quantize(trained())
     expected = run(model, X)
     assert dequantize(model) is model
     np.testing.assert_allclose(run(model, X), expected, atol=1e-5)
-    assert not flat(model, QuantizedParam)
-    assert flat(model, nnx.LoRAParam)
-    half = dequantize(quantize(single(param_dtype=jnp.bfloat16)))
+    assert not flat_values(model, QuantizedParam)
+    assert flat_values(model, nnx.LoRAParam)
+    half = dequantize(quantize(single_layer(param_dtype=jnp.bfloat16)))
     assert half.kernel.dtype == jnp.bfloat16
 
 
 def test_merging_keeps_the_base_dtype():
-    layer = single(LoRAConfig(rank=3, alpha=12, targets=("first",)), param_dtype=jnp.bfloat16)
+    layer = single_layer(LoRAConfig(rank=3, alpha=12, targets=("first",)), param_dtype=jnp.bfloat16)
     assert merge_lora(layer).kernel.dtype == jnp.bfloat16
 
 
-def test_int8_is_close_to_float():
-    model = make()
-    expected, floats = run(model, X), flat(model, nnx.Param)
+def test_int8_weights_and_outputs_are_close_to_float():
+    model = trained()
+    expected, floats = run(model, X), flat_values(model, nnx.Param)
     quantize(model)
-    int8 = flat(model, QuantizedParam)
+    int8 = flat_values(model, QuantizedParam)
     for path, kernel in floats.items():
         if path.endswith("kernel"):
             assert int8[path].dtype == np.int8
-            held = int8[path] * int8[f"{path}_scale"][..., None, :]
+            dequantized = int8[path] * int8[f"{path}_scale"][..., None, :]
             bound = np.abs(kernel).max(-2, keepdims=True) / 254
-            assert (np.abs(held - kernel) <= bound * 1.001).all()
+            assert (np.abs(dequantized - kernel) <= bound * 1.001).all()
     np.testing.assert_allclose(run(model, X), expected, atol=0.05)
     assert not np.array_equal(run(model, X), expected)
 
 
-def test_int8_holds_a_column_of_zeros():
+def test_int8_represents_a_column_of_zeros():
     layer = LoRALinear(5, 7, rngs=nnx.Rngs(0))
     layer.kernel.set_value(layer.kernel[...].at[:, 3].set(0))
     np.testing.assert_array_equal(quantize(layer)(X)[..., 3], 0)
 
 
 def test_quantizing_twice_changes_nothing():
-    model = quantize(make())
-    expected = flat(model, QuantizedParam)
+    model = quantize(trained())
+    expected = flat_values(model, QuantizedParam)
     quantize(model)
-    jax.tree.map(np.testing.assert_array_equal, flat(model, QuantizedParam), expected)
+    jax.tree.map(np.testing.assert_array_equal, flat_values(model, QuantizedParam), expected)
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
-def test_training_the_paths_leaves_the_base_bit_identical(base):
-    model = make(jnp.bfloat16 if base == "bfloat16" else jnp.float32)
+def test_training_the_paths_does_not_change_the_base(base):
+    model = trained(jnp.bfloat16 if base == "bfloat16" else jnp.float32)
     if base == "int8":
         quantize(model)
-    frozen, lora = flat(model, nnx.Not(nnx.LoRAParam)), flat(model, nnx.LoRAParam)
+    frozen, lora = flat_values(model, nnx.Not(nnx.LoRAParam)), flat_values(model, nnx.LoRAParam)
     optimizer = nnx.Optimizer(model, optax.adamw(0.1), wrt=nnx.LoRAParam)
 
     @nnx.jit
@@ -220,57 +220,57 @@ def test_training_the_paths_leaves_the_base_bit_identical(base):
 
     losses = [step(model, optimizer) for _ in range(3)]
     assert losses[2] < losses[0]
-    jax.tree.map(np.testing.assert_array_equal, flat(model, nnx.Not(nnx.LoRAParam)), frozen)
-    for path, value in flat(model, nnx.LoRAParam).items():
+    jax.tree.map(np.testing.assert_array_equal, flat_values(model, nnx.Not(nnx.LoRAParam)), frozen)
+    for path, value in flat_values(model, nnx.LoRAParam).items():
         assert value.dtype == np.float32
         assert not np.array_equal(value, lora[path])
 
 
-def test_an_int8_kernel_is_no_parameter_to_take_gradients_of():
-    gradients = nnx.grad(lambda layer: (layer(X) ** 2).sum())(quantize(single()))
+def test_int8_kernels_have_no_gradient():
+    gradients = nnx.grad(lambda layer: (layer(X) ** 2).sum())(quantize(single_layer()))
     assert [path for path, _ in nnx.to_flat_state(gradients)] == [("bias",)]
 
 
-def test_computes_in_dtype():
+def test_outputs_have_the_compute_dtype():
     lora = LoRAConfig(rank=3, alpha=12, targets=("first",))
-    expected = randomise(single(lora))(X)
-    layer = randomise(single(lora, dtype=jnp.bfloat16))
-    for made in (layer, quantize(layer)):
-        given = made(X)
-        assert given.dtype == jnp.bfloat16
-        np.testing.assert_allclose(given.astype(np.float32), expected, atol=0.05)
+    expected = randomize(single_layer(lora))(X)
+    layer = randomize(single_layer(lora, dtype=jnp.bfloat16))
+    for module in (layer, quantize(layer)):
+        output = module(X)
+        assert output.dtype == jnp.bfloat16
+        np.testing.assert_allclose(output.astype(np.float32), expected, atol=0.05)
 
 
-def test_dropout_is_on_the_low_rank_path_in_training_only():
+def test_dropout_is_applied_to_the_low_rank_path_in_training_only():
     lora = LoRAConfig(rank=2, alpha=6, dropout=0.5, targets=CONFIG.targets)
-    model, expected = randomise(add_lora(make(), lora, rngs=nnx.Rngs(1))), run(make(), X)
+    model, expected = randomize(add_lora(trained(), lora, rngs=nnx.Rngs(1))), run(trained(), X)
     np.testing.assert_allclose(run(model, X), expected, atol=1e-6)
     dropped = model(X, deterministic=False, rngs=nnx.Rngs(dropout=0))
     assert not np.allclose(dropped, expected, atol=0.01)
     with pytest.raises(ValueError, match="needs rngs"):
         model(X, deterministic=False)
-    fresh = add_lora(untrained(), lora, rngs=nnx.Rngs(1))
-    dropped = fresh(X, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    initial = add_lora(untrained(), lora, rngs=nnx.Rngs(1))
+    dropped = initial(X, deterministic=False, rngs=nnx.Rngs(dropout=0))
     np.testing.assert_allclose(dropped, run(untrained(), X), atol=1e-6)
 
 
-def test_abstract_modules_are_given_paths_and_int8_kernels():
+def test_add_lora_and_quantize_work_on_abstract_modules():
     shapes = nnx.eval_shape(lambda: quantize(build()))
     kernel = shapes.stack.layers.block.first.kernel
     assert (kernel.shape, kernel.dtype) == ((3, 5, 7), jnp.int8)
     add_lora(shapes, CONFIG, rngs=nnx.Rngs(1))
-    expected = flat(untrained(), nnx.LoRAParam)
-    jax.tree.map(np.testing.assert_array_equal, flat(shapes, nnx.LoRAParam), expected)
+    expected = flat_values(untrained(), nnx.LoRAParam)
+    jax.tree.map(np.testing.assert_array_equal, flat_values(shapes, nnx.LoRAParam), expected)
 
 
-def test_unknown_targets_are_named():
+def test_unknown_targets_raise_an_error_that_names_them():
     with pytest.raises(
         ValueError, match=r"targets \['third', 'econd'\].*allowed are \['first', 'second'\]"
     ):
-        add_lora(make(), LoRAConfig(2, 1, targets=("first", "third", "econd")), rngs=nnx.Rngs(0))
+        add_lora(trained(), LoRAConfig(2, 1, targets=("first", "third", "econd")), rngs=nnx.Rngs(0))
 
 
-def test_a_module_without_adaptable_layers_is_told_which_kind_is_needed():
+def test_error_names_the_layer_type_if_a_module_has_no_adaptable_layers():
     class Plain(nnx.Module):
         def __init__(self):
             self.first = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -280,23 +280,23 @@ def test_a_module_without_adaptable_layers_is_told_which_kind_is_needed():
         add_lora(Plain(), LoRAConfig(2, 1, targets=("first",)), rngs=nnx.Rngs(0))
 
 
-def test_a_leading_slash_marks_a_whole_path():
-    model = add_lora(make(), LoRAConfig(2, 1, targets=("/last/first",)), rngs=nnx.Rngs(1))
+def test_a_leading_slash_marks_a_full_path():
+    model = add_lora(trained(), LoRAConfig(2, 1, targets=("/last/first",)), rngs=nnx.Rngs(1))
     assert model.last.first.lora.targets == ("/last/first",)
     with pytest.raises(ValueError, match=r"targets \['/first'\]"):
-        add_lora(make(), LoRAConfig(2, 1, targets=("/first",)), rngs=nnx.Rngs(1))
+        add_lora(trained(), LoRAConfig(2, 1, targets=("/first",)), rngs=nnx.Rngs(1))
 
 
 def test_rslora_divides_by_the_root_of_the_rank():
     plain = LoRAConfig(rank=4, alpha=6, targets=("first",))
     rslora = dataclasses.replace(plain, use_rslora=True)
     assert (plain.scale, rslora.scale) == (1.5, 3.0)
-    base, expected = single()(X), randomise(single(plain))(X)
-    given = randomise(single(rslora))(X)
-    np.testing.assert_allclose(given - base, 2 * (expected - base), atol=1e-5)
+    base, expected = single_layer()(X), randomize(single_layer(plain))(X)
+    output = randomize(single_layer(rslora))(X)
+    np.testing.assert_allclose(output - base, 2 * (expected - base), atol=1e-5)
 
 
-def test_layers_may_be_kept_from_quantization():
+def test_layers_can_opt_out_of_quantization():
     layer = quantize(LoRALinear(2, 2, quantizable=False, rngs=nnx.Rngs(0)))
     assert layer.kernel_scale is None and layer.kernel.dtype == jnp.float32
 
@@ -305,7 +305,7 @@ def test_layers_may_be_kept_from_quantization():
     "changes",
     [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": ()}, {"targets": "query"}],
 )
-def test_bad_configs_are_named(changes):
+def test_invalid_configs_raise_an_error_that_names_the_field(changes):
     (field,) = changes
     with pytest.raises(ValueError, match=f"LoRAConfig.{field}="):
         LoRAConfig(**{"rank": 2, "alpha": 4, **changes})
