@@ -39,7 +39,7 @@ def _ablate() -> int:
         return Variant(name, ABLATIONS[name], changed)
 
     variants = [make_variant(name) for name in ABLATIONS]
-    if run_ablation(variants, workdir, chosen=_VARIANTS.value) is None:
+    if run_ablation(variants, workdir, names=_VARIANTS.value) is None:
         return STOPPED_BY_SIGTERM
     if jax.process_index() == 0:
         folder = epath.Path(workdir)

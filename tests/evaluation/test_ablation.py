@@ -17,9 +17,7 @@ from mister_jax.evaluation.ablation import (
 )
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.training.loop import TrainProgress, train
-from tests.helpers.training import (
-    make_tiny_config,
-)
+from tests.helpers.training import make_tiny_config
 
 NAMES = ("default", "text_only")
 

@@ -325,7 +325,7 @@ def test_texts_of_an_unavailable_dataset_are_left_out(tmp_path):
     assert read_utterance_texts(features, tmp_path) == {}
 
 
-MISSING_MODALITY = {
+MISSING_MODALITY_STUDY = {
     "split": "test",
     "complete": 0.6,
     "points": [
@@ -342,7 +342,7 @@ def test_missing_modality_section_requires_a_study(tmp_path):
     path = write_report(tmp_path, features, predictions, split_scores, EXPERIMENT)
     assert "missing" not in Page(path.read_text()).ids
     path = write_report(
-        tmp_path, features, predictions, split_scores, EXPERIMENT, study=MISSING_MODALITY
+        tmp_path, features, predictions, split_scores, EXPERIMENT, study=MISSING_MODALITY_STUDY
     )
     page = Page(path.read_text())
     assert path.name == "report.html" and "missing" in page.ids
@@ -427,7 +427,9 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
     if kind != "gate":
         predictions = remove_gate(kind, predictions)
     split = SplitPredictions.from_features(features, predictions)
-    text = render(features, predictions, texts={"u0": SCRIPT_INJECTION}, study=MISSING_MODALITY)
+    text = render(
+        features, predictions, texts={"u0": SCRIPT_INJECTION}, study=MISSING_MODALITY_STUDY
+    )
     # The policy of the page allows its own script only, so allow the test script, too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
