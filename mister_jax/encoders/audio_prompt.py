@@ -1,7 +1,7 @@
-"""Audio among the tokens of a prompt: what the encoders that read speech with an LLM share.
+"""Audio inside the prompt of a language model, for SALMONN and Qwen2-Audio.
 
-A prompt holds a placeholder token where the audio belongs; here the clip's vectors take its
-place. Shape letters: B clips, P tokens of the prompt, A audio vectors, N = P - 1 + A, D width.
+A prompt holds a placeholder token, which is replaced with the vectors of the clip. Shape letters:
+B clips, P tokens of the prompt, A audio vectors, N = P - 1 + A, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mister_jax.encoders.decoder import Decoder
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AudioPromptOutput:
-    """What a speech LLM gives; hidden states outside `mask` have no meaning.
+    """Output of a speech LLM.
 
     Attributes:
-      hidden: of the last layer [B, N, D].
-      mask: true at the prompt's and the audio's positions, which come first [B, N] bool.
-      audio_mask: true at the audio's positions [B, N] bool.
+      hidden_states: Hidden states of the last layer, [B, N, D], meaningless outside `mask`.
+      mask: Positions of the prompt and the audio, [B, N] bool; padding follows them.
+      audio_mask: Positions of the audio, [B, N] bool.
     """
 
-    hidden: jax.Array
+    hidden_states: jax.Array
     mask: jax.Array
     audio_mask: jax.Array
 
@@ -40,38 +40,33 @@ def splice_audio(
     audio: jax.Array,
     audio_lengths: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Puts each clip's vectors in its prompt, in place of the placeholder.
-
-    Padding, on whichever side it was, ends on the right.
+    """Replaces the placeholder of each prompt with the vectors of its clip.
 
     Args:
-      prompt: embedded tokens [B, P, D].
-      prompt_mask: true at tokens [B, P] bool.
-      is_placeholder: true at the one token the audio replaces [B, P] bool; a prompt without one
-        gets no audio.
-      audio: vectors [B, A, D], at least one.
-      audio_lengths: how many of them, from the first, are the clip's [B] int.
+      prompt: Embedded tokens, [B, P, D], padded on either side.
+      prompt_mask: Valid tokens, [B, P] bool.
+      is_placeholder: Position of the placeholder, at most one per prompt, [B, P] bool. A prompt
+        without a placeholder gets no audio.
+      audio: Audio vectors, [B, A, D] with A > 0.
+      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
 
     Returns:
-      The sequence [B, N, D], zero in padding; its mask [B, N] bool; and which of it is audio
-      [B, N] bool.
+      Sequence [B, N, D], padded with zeros on the right; its mask [B, N] bool; and the mask of its
+      audio [B, N] bool.
     """
     num_tokens = prompt.shape[1]
-    widths = jnp.where(is_placeholder, audio_lengths[:, None], 1) * prompt_mask  # B P
-    ends = jnp.cumsum(widths, axis=1)
+    sizes = jnp.where(is_placeholder, audio_lengths[:, None], 1) * prompt_mask  # [B, P]
+    ends = jnp.cumsum(sizes, axis=1)
     position = jnp.arange(num_tokens - 1 + audio.shape[1])
-    # A place belongs to the first token that ends behind it.
-    token = jax.vmap(lambda end: jnp.searchsorted(end, position, side="right"))(ends)  # B N
+    # A position belongs to the first token that ends after it.
+    token = jax.vmap(lambda end: jnp.searchsorted(end, position, side="right"))(ends)  # [B, N]
     mask = token < num_tokens
     token = jnp.where(mask, token, 0)
-
-    def of_token(values: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, token, axis=1)
-
-    audio_mask = mask & of_token(is_placeholder)
-    index = jnp.where(audio_mask, num_tokens + position - of_token(ends - widths), token)
-    parts = jnp.concatenate([prompt, audio.astype(prompt.dtype)], axis=1)  # B P+A D
-    sequence = jnp.take_along_axis(parts, index[..., None], axis=1)
+    audio_mask = mask & jnp.take_along_axis(is_placeholder, token, axis=1)
+    start = jnp.take_along_axis(ends - sizes, token, axis=1)
+    index = jnp.where(audio_mask, num_tokens + position - start, token)
+    vectors = jnp.concatenate([prompt, audio.astype(prompt.dtype)], axis=1)  # [B, P + A, D]
+    sequence = jnp.take_along_axis(vectors, index[..., None], axis=1)
     return jnp.where(mask[..., None], sequence, 0), mask, audio_mask
 
 
@@ -84,34 +79,33 @@ def decode_prompt(
     audio_lengths: jax.Array,
     **options: Any,
 ) -> AudioPromptOutput:
-    """Reads prompts with each clip's vectors in place of the placeholder.
+    """Runs a language model on prompts with audio.
 
     Args:
-      decoder: the language model.
-      prompt: tokens [B, P] int, one of each prompt the placeholder, which need not be a token of
-        the language model.
-      prompt_mask: true at tokens [B, P] bool.
-      placeholder: stands for the audio.
-      audio: vectors [B, A, D].
-      audio_lengths: how many of them, from the first, are the clip's [B] int.
-      **options: of the language model's call.
+      decoder: Language model.
+      prompt: Tokens with one placeholder per prompt, [B, P] int.
+      prompt_mask: Valid tokens, [B, P] bool.
+      placeholder: Token that stands for the audio; need not be in the vocabulary.
+      audio: Audio vectors, [B, A, D].
+      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
+      **options: Further arguments of the language model's call.
     """
     is_placeholder = prompt == placeholder
     embedded = decoder.embed(jnp.where(prompt_mask & ~is_placeholder, prompt, 0))
     sequence, mask, audio_mask = splice_audio(
         embedded, prompt_mask, is_placeholder, audio, audio_lengths
     )
-    hidden = decoder(embeddings=sequence, attention_mask=mask, **options)
-    return AudioPromptOutput(hidden, mask, audio_mask)
+    hidden_states = decoder(embeddings=sequence, attention_mask=mask, **options)
+    return AudioPromptOutput(hidden_states, mask, audio_mask)
 
 
 class PromptedSpeech(nnx.Module):
-    """A speech LLM that is asked the same of every clip, called as other speech encoders are.
+    """Speech LLM with one fixed prompt, called like the other speech encoders.
 
     Args:
-      model: called with clips, lengths, prompts and their mask, gives an `AudioPromptOutput`.
-      prompt: its tokens, one of them the placeholder.
-      pool_over_prompt: all positions count as the clip's, those of the prompt too; else those of its audio.
+      model: Module that maps waveforms, lengths, prompts and their mask to an `AudioPromptOutput`.
+      prompt: Tokens of the prompt with one placeholder.
+      pool_over_prompt: Whether the returned mask covers all positions instead of the audio alone.
     """
 
     def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
@@ -121,13 +115,22 @@ class PromptedSpeech(nnx.Module):
 
     @property
     def config(self) -> Any:
-        """The model's."""
+        """Config of the model."""
         return self.model.config
 
     def __call__(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [B, N, D], and true at those to be read [B, N] bool, of [B, S] and [B]."""
+        """Encodes clips.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S].
+          lengths: Samples of each clip, [B] int.
+          **options: Further arguments of the model's call.
+
+        Returns:
+          Hidden states [B, N, D], and the mask of the positions to pool [B, N] bool.
+        """
         prompt = jnp.broadcast_to(jnp.array(self.prompt), (len(waveform), len(self.prompt)))
         output = self.model(waveform, lengths, prompt, jnp.ones(prompt.shape, bool), **options)
-        return output.hidden, output.mask if self.pool_over_prompt else output.audio_mask
+        return output.hidden_states, output.mask if self.pool_over_prompt else output.audio_mask

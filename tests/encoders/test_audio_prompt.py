@@ -1,4 +1,4 @@
-"""Audio spliced into prompts, against lists joined in Python."""
+"""Audio spliced into prompts, compared with lists joined in Python."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +7,12 @@ import pytest
 from mister_jax.encoders.audio_prompt import splice_audio
 
 PLACEHOLDER = -1
-AUDIO = 100 + np.arange(15).reshape(3, 5)  # clips of 4, 1 and 5 vectors, of width 1
+AUDIO = 100 + np.arange(15).reshape(3, 5)  # three clips of vectors of size 1
 AUDIO_LENGTHS = np.array([4, 1, 5])
 
 
 def splice(prompt, mask):
-    """Sequences as numbers, their mask, and which are audio."""
+    """Returns the sequences as numbers, their mask and the mask of the audio."""
     sequence, *masks = splice_audio(
         jnp.asarray(prompt, jnp.float32)[..., None],
         jnp.asarray(mask),
@@ -31,7 +31,7 @@ def joined(prompt, mask, audio):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_audio_takes_the_place_of_the_placeholder(side):
+def test_audio_replaces_the_placeholder(side):
     prompt = np.array([[7, -1, 8, 9, 0, 0], [-1, 5, 0, 0, 0, 0], [1, 2, 3, 4, 6, -1]])
     mask = np.arange(6) < np.array([[4], [2], [6]])
     if side == "left":
@@ -48,7 +48,7 @@ def test_audio_takes_the_place_of_the_placeholder(side):
         np.testing.assert_array_equal(is_audio[row], np.isin(sequence[row], audio))
 
 
-def test_padding_is_never_read():
+def test_padding_is_not_read():
     prompt = np.array([[7, -1, -1], [-1, 0, 0], [0, 0, 0]])  # a placeholder in the padding
     mask = np.array([[True, True, False], [True, False, False], [False] * 3])
     sequence, valid, is_audio = splice(np.where(mask, prompt, PLACEHOLDER), mask)

@@ -1,4 +1,4 @@
-"""SALMONN: its Q-Former compared with the official code (golden/salmonn_qformer.npz), and the model."""
+"""SALMONN: parity of its Q-Former (golden/salmonn_qformer.npz), loading, masks and gradients."""
 
 import dataclasses
 import json

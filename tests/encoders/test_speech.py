@@ -1,4 +1,4 @@
-"""Speech encoders from their files, LLMs in their prompts, and what cannot be opened."""
+"""Speech encoders loaded from files, speech LLMs with fixed prompts, and errors of loading."""
 
 import json
 import pathlib
@@ -37,80 +37,80 @@ def run(module, *inputs):
     return module(*inputs)
 
 
-def test_an_llm_hears_every_clip_in_its_prompt(files, waveform):
-    described = json.loads(json.dumps(speech.read_backbone_config(files)))
-    module = speech.load_speech_encoder(files, described, lora=LORA)
+def test_speech_llm_encodes_every_clip_with_its_prompt(files, waveform):
+    backbone_config = json.loads(json.dumps(speech.read_backbone_config(files)))
+    module = speech.load_speech_encoder(files, backbone_config, lora=LORA)
     hidden, mask = run(module, waveform, LENGTHS)
-    prompt = np.tile(described["prompt_tokens"], (3, 1))
+    prompt = np.tile(backbone_config["prompt_tokens"], (3, 1))
     expected = run(module.model, waveform, LENGTHS, prompt, np.ones(prompt.shape, bool))
     np.testing.assert_array_equal(mask, expected.audio_mask)
-    np.testing.assert_allclose(hidden[mask], expected.hidden[mask], atol=1e-5)
-    whole = speech.load_speech_encoder(files, described, pool_over_prompt=True, lora=LORA)
-    _, all_of_it = run(whole, waveform, LENGTHS)
-    np.testing.assert_array_equal(all_of_it.sum(1), mask.sum(1) + prompt.shape[1] - 1)
+    np.testing.assert_allclose(hidden[mask], expected.hidden_states[mask], atol=1e-5)
+    pooled = speech.load_speech_encoder(files, backbone_config, pool_over_prompt=True, lora=LORA)
+    _, full_mask = run(pooled, waveform, LENGTHS)
+    np.testing.assert_array_equal(full_mask.sum(1), mask.sum(1) + prompt.shape[1] - 1)
     assert mask.any(1).all()
-    if not files.is_salmonn:  # 40 ms a vector; of SALMONN all clips have as many
+    if not files.is_salmonn:  # One vector per 40 ms; SALMONN's clips all have the same number.
         np.testing.assert_array_equal(mask.sum(1), [14, 20, 1])
 
 
-def test_another_question_gives_other_hidden_states(files, waveform):
-    usual = speech.read_backbone_config(files)
+def test_prompt_changes_the_prompt_tokens(files, waveform):
+    default_config = speech.read_backbone_config(files)
     placeholder = "" if files.is_salmonn else "<|AUDIO|>"
-    other = speech.read_backbone_config(files, f"{placeholder}are you happy")
-    assert usual["prompt_tokens"] != other["prompt_tokens"]
+    other_config = speech.read_backbone_config(files, f"{placeholder}are you happy")
+    assert default_config["prompt_tokens"] != other_config["prompt_tokens"]
     if files.is_salmonn:
         return
-    with pytest.raises(InputError, match=r"0 tokens .* allowed is one"):
+    with pytest.raises(InputError, match=r"0 tokens .* allowed: one"):
         speech.read_backbone_config(files, "are you happy")
 
 
-def test_padding_and_batch_mates_do_not_change_features(files, waveform):
-    described = speech.read_backbone_config(files)
-    module = speech.load_speech_encoder(files, described, lora=LORA)
-    together = masked_mean(*run(module, waveform, LENGTHS))
-    assert np.isfinite(together).all()
+def test_batch_and_padding_do_not_change_features(files, waveform):
+    backbone_config = speech.read_backbone_config(files)
+    module = speech.load_speech_encoder(files, backbone_config, lora=LORA)
+    batched = masked_mean(*run(module, waveform, LENGTHS))
+    assert np.isfinite(batched).all()
     wider = np.pad(waveform[:1], ((0, 0), (0, 1600)), constant_values=np.nan)
-    alone = masked_mean(*run(module, wider, LENGTHS[:1]))
-    np.testing.assert_allclose(alone[0], together[0], atol=1e-5)
+    single = masked_mean(*run(module, wider, LENGTHS[:1]))
+    np.testing.assert_allclose(single[0], batched[0], atol=1e-5)
 
 
 @pytest.mark.devices
-def test_what_is_described_is_what_is_loaded(files):
-    """Of the same structure, so that a checkpoint of a training fits; and spread over devices."""
-    described = json.loads(json.dumps(speech.read_backbone_config(files)))
+def test_created_and_loaded_encoders_have_the_same_structure(files):
+    """The structures must be equal, so that a training checkpoint fits; on two devices."""
+    backbone_config = json.loads(json.dumps(speech.read_backbone_config(files)))
     changes = {"lora": LORA, "tower": {"mask_spectrogram": True}}
-    made = nnx.eval_shape(
-        lambda: speech.make_speech_encoder(described, rngs=nnx.Rngs(0), **changes)
+    created = nnx.eval_shape(
+        lambda: speech.make_speech_encoder(backbone_config, rngs=nnx.Rngs(0), **changes)
     )
-    loaded = speech.load_speech_encoder(files, described, mesh=data_mesh(2), **changes)
-    assert nnx.graphdef(made) == nnx.graphdef(loaded)
-    assert speech.is_llm(described) and made.config.hidden_size == 16
-    assert speech.has_fixed_input_length(made) == files.is_salmonn
-    longest = made.config.max_samples / 16_000
-    speech.check_seconds(longest, made)
+    loaded = speech.load_speech_encoder(files, backbone_config, mesh=data_mesh(2), **changes)
+    assert nnx.graphdef(created) == nnx.graphdef(loaded)
+    assert speech.is_llm(backbone_config) and created.config.hidden_size == 16
+    assert speech.has_fixed_input_length(created) == files.is_salmonn
+    longest = created.config.max_samples / 16_000
+    speech.check_seconds(longest, created)
     with pytest.raises(InputError, match=f"allowed: 0.1 to {longest:g}, the encoder's limit"):
-        speech.check_seconds(longest + 0.1, made)
+        speech.check_seconds(longest + 0.1, created)
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.05, -1.0, 1e308])
-def test_seconds_that_cannot_be_are_refused(seconds):
+def test_invalid_seconds_raise_an_error(seconds):
     with pytest.raises(InputError, match=f"{seconds:g}; allowed: 0.1 to 3600$".replace("+", ".")):
         speech.check_seconds(seconds)
 
 
-def test_released_low_rank_paths_of_salmonn_are_loaded(salmonn_options):
+def test_released_lora_of_salmonn_is_loaded(salmonn_options):
     files = speech.SpeechFiles(**salmonn_options)
     module = speech.load_speech_encoder(files, speech.read_backbone_config(files), lora=LORA)
-    own = Checkpoint.open(salmonn_options["name"])
+    checkpoint = Checkpoint.open(salmonn_options["name"])
     name = (
         "model.llama_model.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     )
     first = module.model.decoder.layers.layers.attention.query.lora_a[...]
-    np.testing.assert_array_equal(first[1], own[name][...].T)
+    np.testing.assert_array_equal(first[1], checkpoint[name][...].T)
 
 
 @pytest.mark.parity
-def test_salmonn_is_read_from_files_of_pytorch(salmonn_options, tmp_path):
+def test_salmonn_loads_from_pytorch_files(salmonn_options, tmp_path):
     import torch
 
     def write(path, folder, **others):
@@ -123,37 +123,43 @@ def test_salmonn_is_read_from_files_of_pytorch(salmonn_options, tmp_path):
 
     cfg = json.loads((pathlib.Path(salmonn_options["beats"]) / "config.json").read_text())
     beats = write(tmp_path / "beats.pt", salmonn_options["beats"], cfg=cfg)
-    own = write(tmp_path / "own.pth", salmonn_options["name"], epoch=3)
-    released = speech.SpeechFiles(**salmonn_options | {"name": own, "beats": beats})
+    salmonn_path = write(tmp_path / "salmonn.pth", salmonn_options["name"], epoch=3)
+    released = speech.SpeechFiles(**salmonn_options | {"name": salmonn_path, "beats": beats})
     files = speech.SpeechFiles(**salmonn_options)
     assert speech.read_backbone_config(released) == speech.read_backbone_config(files)
     modules = [
-        speech.load_speech_encoder(some, speech.read_backbone_config(some), lora=LORA)
-        for some in (released, files)
+        speech.load_speech_encoder(paths, speech.read_backbone_config(paths), lora=LORA)
+        for paths in (released, files)
     ]
     for one, other in zip(*(jax.tree.leaves(nnx.state(module)) for module in modules), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_files_of_salmonn_that_cannot_be_used_are_said(salmonn_options, whisper_folder, tmp_path):
-    def refused(message, **changes):
+def test_unusable_files_of_salmonn_raise_a_one_line_error(
+    salmonn_options, whisper_folder, tmp_path
+):
+    def check_error(message, **changes):
         with pytest.raises(InputError, match=message) as error:
             files = speech.SpeechFiles(**salmonn_options | changes)
             speech.load_speech_encoder(files, speech.read_backbone_config(files), lora=LORA)
         assert "\n" not in str(error.value)
 
-    refused("gone: no such file or folder", name=str(tmp_path / "gone"))
-    refused("not a checkpoint of SALMONN: no tensor", name=salmonn_options["beats"])
+    check_error("gone: no such file or folder", name=str(tmp_path / "gone"))
+    check_error("not a checkpoint of SALMONN: no tensor", name=salmonn_options["beats"])
     copy = shutil.copytree(salmonn_options["beats"], tmp_path / "beats")
     (copy / "config.json").unlink()
-    refused("config.json: cannot be read", beats=str(copy))
-    refused("missing: .*encoder", vicuna=salmonn_options["vicuna"], whisper=str(other(tmp_path)))
+    check_error("config.json: cannot be read", beats=str(copy))
+    check_error(
+        "missing: .*encoder",
+        vicuna=salmonn_options["vicuna"],
+        whisper=str(write_other_whisper(tmp_path)),
+    )
     with pytest.raises(ValueError, match=r"allowed: all three \(SALMONN\), or none"):
         speech.SpeechFiles("own", whisper="whisper")
 
 
-def other(tmp_path):
-    """A folder of Whisper with another's weights."""
+def write_other_whisper(tmp_path):
+    """Writes a folder whose config and weights do not match."""
     folder = tmp_path / "other"
     config = {
         "model_type": "whisper",
@@ -169,13 +175,13 @@ def other(tmp_path):
     return folder
 
 
-def test_whisper_may_hear_whole_windows(whisper_folder, waveform):
+def test_whisper_without_trim_has_a_fixed_input_length(whisper_folder, waveform):
     files = speech.SpeechFiles(str(whisper_folder))
-    described = speech.read_backbone_config(files)
-    assert not speech.is_llm(described)
+    backbone_config = speech.read_backbone_config(files)
+    assert not speech.is_llm(backbone_config)
     for trim in (True, False):
-        changes = speech.trim_kwargs(described, trim)
-        module = speech.load_speech_encoder(files, described, **changes)
+        changes = speech.trim_kwargs(backbone_config, trim)
+        module = speech.load_speech_encoder(files, backbone_config, **changes)
         assert speech.has_fixed_input_length(module) != trim
         hidden, _ = run(module, waveform[:1, :9000], LENGTHS[:1])
         assert hidden.shape[1] == (29 if trim else 40)

@@ -1,4 +1,4 @@
-"""Config of X."""
+"""Configs of the parts of Qwen2-Audio, and how they are read from a config.json."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mister_jax.encoders.decoder import DecoderConfig
+from mister_jax.encoders.hf_config import read_fields, unsupported
 from mister_jax.encoders.whisper import WhisperConfig
-from mister_jax.errors import InputError
 from mister_jax.nn.attention import Implementation
 
-# Defaults of transformers for fields that a config.json leaves out.
+# Defaults of transformers for absent fields of a config.json.
 _AUDIO_DEFAULTS = {
     "model_type": "qwen2_audio_encoder",
     "num_mel_bins": 128,
@@ -41,7 +41,7 @@ class Qwen2AudioConfig:
 
     def __post_init__(self):
         if not self.tower.trim:
-            raise ValueError("Qwen2AudioConfig.tower.trim=False: must be True")
+            raise ValueError("Qwen2AudioConfig.tower.trim=False; allowed: True")
 
     @classmethod
     def qwen2_audio_7b(
@@ -102,32 +102,22 @@ class Qwen2AudioConfig:
           InputError: A field has a value that this architecture does not support.
         """
         if config.get("model_type") != "qwen2_audio":
-            raise InputError(
-                f"config.json: model_type={config.get('model_type')!r}; allowed: 'qwen2_audio'"
-            )
+            raise unsupported("model_type", config.get("model_type"), "'qwen2_audio'")
         audio = _part(config, "audio_config", _AUDIO_DEFAULTS)
         if audio["model_type"] != _AUDIO_DEFAULTS["model_type"]:
-            raise InputError(
-                f"config.json: audio_config.model_type={audio['model_type']!r}; allowed: "
-                f"{_AUDIO_DEFAULTS['model_type']!r}"
-            )
-        placeholder = config.get("audio_token_index", _PLACEHOLDER)
-        if isinstance(placeholder, bool) or not isinstance(placeholder, int):
-            raise InputError(
-                f"config.json: audio_token_index={placeholder!r}; allowed: an integer"
-            )
+            allowed = repr(_AUDIO_DEFAULTS["model_type"])
+            raise unsupported("audio_config.model_type", audio["model_type"], allowed)
         text = _part(config, "text_config", _TEXT_DEFAULTS)
         common: dict[str, Any] = {
             "dtype": dtype,
             "param_dtype": param_dtype,
             "attention_implementation": attention_implementation,
         }
+        tower_changes = common | dict(tower or {})
         return cls(
-            WhisperConfig.from_huggingface(
-                {**audio, "model_type": "whisper"}, **common | dict(tower or {})
-            ),
+            WhisperConfig.from_huggingface({**audio, "model_type": "whisper"}, **tower_changes),
             DecoderConfig.from_huggingface(text, **common | changes),
-            placeholder,
+            **read_fields(config, {"placeholder": ("audio_token_index", _PLACEHOLDER)}),
         )
 
     @property
@@ -142,12 +132,13 @@ class Qwen2AudioConfig:
 
     @property
     def max_samples(self) -> int:
-        """Samples that the tower has positions for; longer clips are cut."""
+        """Maximum samples of a clip; longer clips are truncated."""
         return self.tower.max_samples
 
 
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of one part of a config.json, with defaults for the absent ones."""
     part = config.get(name) or {}
     if not isinstance(part, Mapping):
-        raise InputError(f"config.json: {name}={part!r}; allowed: fields and their values")
+        raise unsupported(name, part, "a JSON object")
     return {**defaults, **part}

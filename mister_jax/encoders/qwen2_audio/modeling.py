@@ -2,7 +2,7 @@
 
 It maps waveforms and prompts to the last hidden states of the language model, without its head.
 Shape letters: B clips, S samples, P tokens of the prompt, A audio vectors of 40 ms, N = P - 1 + A,
-D width of the language model.
+D hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mister_jax.nn.lora import LoRALinear
 class AudioTower(Whisper):
     """Whisper's encoder with pairs of positions averaged before the last LayerNorm.
 
-    Nothing attends to a clip's padding, so that no result depends on it.
+    Attention excludes the padding, so that padding does not change the result.
     """
 
     def __call__(
@@ -39,25 +39,25 @@ class AudioTower(Whisper):
         """Encodes clips.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; a clip is
-            cut after `max_positions` of 20 ms.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
+            clips are truncated to `max_positions` of 20 ms.
           lengths: Samples of each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 
         Returns:
-          Vectors of 40 ms [B, A, hidden_size], and their number for each clip [B] int, which counts those
-          whose two positions are in the clip.
+          Vectors of 40 ms [B, A, hidden_size of the tower], and the number of valid vectors of
+          each clip [B] int. A vector is valid if both of its positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         x, mask, _ = self._encode(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
-        batch, num_positions, hidden_size = x.shape
-        pairs = x[:, : num_positions // 2 * 2].reshape(batch, -1, 2, hidden_size)
+        batch_size, num_positions, hidden_size = x.shape
+        pairs = x[:, : num_positions // 2 * 2].reshape(batch_size, -1, 2, hidden_size)
         return self.norm(pairs.mean(2)), mask.sum(1) // 2
 
 
 class Qwen2Audio(nnx.Module):
-    """Encoder of clips and prompts.
+    """Qwen2-Audio without the language-model head.
 
     Args:
       config: Configs of the parts.
@@ -94,7 +94,7 @@ class Qwen2Audio(nnx.Module):
             row.
           lengths: Samples of each clip, [B] int.
           prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
-          prompt_mask: Mask of the tokens, [B, P] bool.
+          prompt_mask: Valid tokens, [B, P] bool.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
         """
@@ -105,7 +105,7 @@ class Qwen2Audio(nnx.Module):
             prompt,
             prompt_mask,
             self.config.placeholder,
-            self.projection(vectors, **options),  # B A D
+            self.projection(vectors, **options),  # [B, A, D]
             audio_lengths,
             **options,
         )
@@ -121,15 +121,15 @@ def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list
       config: Config of the model.
 
     Returns:
-      P tokens.
+      Tokens of the prompt, of length P.
 
     Raises:
-      InputError: The prompt has not exactly one placeholder, or the tokenizer does not know it.
+      InputError: The prompt does not have exactly one placeholder.
     """
     tokens = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     count = tokens.count(config.placeholder)
     if count != 1:
         raise InputError(
-            f"prompt {prompt!r}: {count} tokens {config.placeholder} (<|AUDIO|>); allowed is one"
+            f"prompt {prompt!r}: {count} tokens {config.placeholder} (<|AUDIO|>); allowed: one"
         )
     return tokens

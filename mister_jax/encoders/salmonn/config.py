@@ -1,4 +1,4 @@
-"""Config of X."""
+"""Configs of the parts of SALMONN."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class QFormerConfig:
     """Sizes of `WindowQFormer`; the defaults are SALMONN's.
 
     Attributes:
-      hidden_size: of the queries.
-      num_layers: L.
-      num_heads: divides `hidden_size`.
-      mlp_dim: of the feed-forward blocks.
-      num_queries: Q, of each window.
-      window: frames of a window.
-      stride: frames from a window's start to the next one's.
-      layer_norm_epsilon: of the layers.
-      input_norm_epsilon: of the LayerNorms of what comes in.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      hidden_size: Size of the queries.
+      num_layers: Number of layers.
+      num_heads: Number of attention heads; divides `hidden_size`.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      num_queries: Number of queries Q per window.
+      window: Frames of a window.
+      stride: Frames from the start of one window to the start of the next.
+      layer_norm_epsilon: Epsilon of the layers' LayerNorms.
+      input_norm_epsilon: Epsilon of the LayerNorms of the inputs.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
     """
 
     hidden_size: int = 768
@@ -48,26 +48,27 @@ class QFormerConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"QFormerConfig.hidden_size={self.hidden_size}: must be a multiple of "
+                f"QFormerConfig.hidden_size={self.hidden_size}; allowed: multiples of "
                 f"num_heads={self.num_heads}"
             )
 
     def num_tokens(self, num_frames: int) -> int:
-        """A of T frames; those behind the last whole window are not heard."""
+        """Returns the number of tokens A of T frames; an incomplete last window has none."""
         return self.num_queries * max(0, (num_frames - self.window) // self.stride + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SalmonnConfig:
-    """The parts of `Salmonn`.
+    """Configs of the parts of `Salmonn`.
 
     Attributes:
-      whisper: encoder of speech, without `trim`; its positions say how long a clip may be.
-      beats: encoder of other sound.
-      qformer: between both and the language model.
-      decoder: the language model, with LoRA.
-      min_samples: a shorter clip is followed by silence to this length.
-      placeholder: stands for the speech in a prompt, and is no token of the language model.
+      whisper: Config of the speech encoder, without `trim`; its positions limit the length of a
+        clip.
+      beats: Config of the encoder of other sounds.
+      qformer: Config of the Q-Former between the encoders and the language model.
+      decoder: Config of the language model, with LoRA.
+      min_samples: Length to which shorter clips are padded with silence.
+      placeholder: Token that stands for the speech in a prompt; not in the vocabulary.
     """
 
     whisper: WhisperConfig
@@ -79,11 +80,11 @@ class SalmonnConfig:
 
     def __post_init__(self):
         if self.whisper.trim:
-            raise ValueError("SalmonnConfig.whisper.trim=True: must be False")
+            raise ValueError("SalmonnConfig.whisper.trim=True; allowed: False")
         if self.min_samples > self.max_samples:
             raise ValueError(
-                f"SalmonnConfig.min_samples={self.min_samples}: must not be above "
-                f"{self.max_samples}, which Whisper has positions for"
+                f"SalmonnConfig.min_samples={self.min_samples}; allowed: at most "
+                f"{self.max_samples}, Whisper's limit"
             )
 
     @classmethod
@@ -95,13 +96,14 @@ class SalmonnConfig:
         attention_implementation: Implementation | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
-        """SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
+        """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
 
         Args:
-          dtype: of all parts' computation.
-          param_dtype: of all parts' parameters, but for LoRA's.
-          attention_implementation: of Whisper and the language model.
-          **changes: further fields of the language model's config, such as `remat`.
+          dtype: Type of the computation in all parts.
+          param_dtype: Type of the parameters of all parts, except those of LoRA.
+          attention_implementation: Implementation of the attention in Whisper and the language
+            model.
+          **changes: Further fields of the language model's config, such as `remat`.
         """
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         common = types | {"attention_implementation": attention_implementation}
@@ -115,7 +117,7 @@ class SalmonnConfig:
 
     @classmethod
     def salmonn_13b(cls, **changes: Any) -> SalmonnConfig:
-        """SALMONN-13B: as `salmonn_7b`, but with Vicuna 13B v1.1."""
+        """Returns the config of SALMONN-13B: that of `salmonn_7b` with Vicuna 13B v1.1."""
         sizes: dict[str, Any] = {
             "hidden_size": 5120,
             "mlp_dim": 13824,
@@ -129,49 +131,49 @@ class SalmonnConfig:
     @classmethod
     def from_parts(
         cls,
-        described: Mapping[str, Any],
+        backbone_config: Mapping[str, Any],
         *,
         dtype: str = "float32",
         param_dtype: str = "float32",
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
-        """Reads what is known of the four checkpoints, see `speech.read_backbone_config`.
+        """Reads the configs of the four checkpoints, as `speech.read_backbone_config` returns them.
 
         Args:
-          described: content of "whisper"'s and "vicuna"'s config.json, the "cfg" of "beats" and the
-            "qformer"'s sizes.
-          dtype: of all parts' computation.
-          param_dtype: of all parts' parameters, but for LoRA's.
-          tower: further fields of Whisper's config, such as `mask_spectrogram`.
-          **changes: further fields of the language model's config, such as `lora` or `remat`.
+          backbone_config: Content of the config.json under "whisper" and "vicuna", the `cfg` of
+            the checkpoint under "beats", and fields of the `QFormerConfig` under "qformer".
+          dtype: Type of the computation in all parts.
+          param_dtype: Type of the parameters of all parts, except those of LoRA.
+          tower: Further fields of Whisper's config, such as `mask_spectrogram`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
 
         Raises:
-          InputError: a field with a value that the architectures do not have.
+          InputError: A field has a value that the architectures do not support.
         """
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         whisper = dict(tower or {}) | types | {"trim": False}
         try:
             return cls(
-                WhisperConfig.from_huggingface(described["whisper"], **whisper),
-                BeatsConfig.from_checkpoint(described["beats"], **types),
-                QFormerConfig(**described["qformer"], **types),
-                DecoderConfig.from_huggingface(described["vicuna"], **types | changes),
+                WhisperConfig.from_huggingface(backbone_config["whisper"], **whisper),
+                BeatsConfig.from_checkpoint(backbone_config["beats"], **types),
+                QFormerConfig(**backbone_config["qformer"], **types),
+                DecoderConfig.from_huggingface(backbone_config["vicuna"], **types | changes),
             )
         except ValueError as error:
             raise InputError(f"SALMONN: {error}") from error
 
     @property
     def max_samples(self) -> int:
-        """Samples that Whisper has positions for; what a clip has behind them is cut."""
+        """Maximum samples of a clip; longer clips are truncated."""
         return self.whisper.max_samples
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Hidden size D of the language model."""
         return self.decoder.hidden_size
 
     @property
     def num_speech_tokens(self) -> int:
-        """A, the same for every clip."""
+        """Number of speech tokens A, the same for every clip."""
         return self.qformer.num_tokens(self.whisper.max_positions)

@@ -1,10 +1,10 @@
-"""SALMONN: Whisper and BEATs heard through a window-level Q-Former by Vicuna (arXiv 2310.13289).
+"""SALMONN: Whisper and BEATs, connected to Vicuna by a window-level Q-Former (arXiv 2310.13289).
 
-From waveforms and prompts to the last hidden states of the language model; its head is not here.
-Clips last from 1 s to 30 s: shorter ones are followed by silence, longer ones cut. Whisper hears
-30 s whatever the clip's length, so every clip gives as many tokens, 88. Shape letters: B clips, S
-samples, T frames of Whisper (20 ms), P tokens of the prompt, W windows, Q queries of a window, A
-speech tokens, N = P - 1 + A, D width of the language model.
+It maps waveforms and prompts to the last hidden states of the language model, without its head.
+Clips last from 1 s to 30 s: shorter ones are padded with silence, longer ones are truncated.
+Whisper always encodes 30 s, so that every clip gives 88 tokens. Shape letters: B clips, S samples,
+T frames of Whisper (20 ms), P tokens of the prompt, W windows, Q queries of a window, A speech
+tokens, N = P - 1 + A, D hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from mister_jax.nn.masking import length_mask
 
 
 class PostNormAttention(nnx.Module):
-    """Attention to all keys, residual, LayerNorm.
+    """Attention to all keys, followed by a residual and a LayerNorm.
 
     Args:
-      key_dim: of keys' and values' input.
-      config: the Q-Former's.
+      key_dim: Size of the input of keys and values.
+      config: Config of the Q-Former.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
@@ -48,23 +49,24 @@ class PostNormAttention(nnx.Module):
         self.norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
     def __call__(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """x [B, Q, hidden_size] attends to keys [B, T, key_dim]; gives x anew."""
+        """Transforms queries x [B, Q, hidden_size] by attention to keys [B, T, key_dim]."""
 
-        def heads(projected: jax.Array) -> jax.Array:
+        def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*projected.shape[:2], self.num_heads, -1)
 
-        mixed = jax.nn.dot_product_attention(
-            heads(self.query(x)), heads(self.key(keys)), heads(self.value(keys))
+        attended = jax.nn.dot_product_attention(
+            split_heads(self.query(x)), split_heads(self.key(keys)), split_heads(self.value(keys))
         )
-        return self.norm(x + self.out(mixed.reshape(x.shape)))
+        return self.norm(x + self.out(attended.reshape(x.shape)))
 
 
 class QFormerLayer(nnx.Module):
-    """Self-attention of the queries, attention to a window, a feed-forward block.
+    """Self-attention of the queries, cross-attention to a window, and a feed-forward block.
 
     Args:
-      frame_dim: of the window's frames.
-      config: the Q-Former's.
+      frame_dim: Size of the window's frames.
+      config: Config of the Q-Former.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
@@ -84,20 +86,23 @@ class QFormerLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim] anew; no dropout."""
+        """Transforms queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim].
+
+        There is no dropout.
+        """
         x = self.cross_attention(self.attention(x, x), frames)
         return self.mlp_norm(x + self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False)))
 
 
 class WindowQFormer(nnx.Module):
-    """Asks each window of both encoders' frames the same queries.
+    """Q-Former that applies the same queries to each window of both encoders' frames.
 
     Args:
-      speech_dim: of Whisper's frames.
-      sound_dim: of BEATs' tokens.
-      out_dim: D.
-      config: sizes.
-      rngs: for the initial parameters.
+      speech_dim: Size of Whisper's frames.
+      sound_dim: Size of BEATs' tokens.
+      out_dim: Size D of the speech tokens.
+      config: Sizes of the Q-Former.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(
@@ -127,17 +132,17 @@ class WindowQFormer(nnx.Module):
         self.projection = nnx.Linear(config.hidden_size, out_dim, **options)
 
     def __call__(self, speech: jax.Array, sound: jax.Array, sound_mask: jax.Array) -> jax.Array:
-        """Makes speech tokens.
+        """Computes the speech tokens of clips.
 
-        The shorter of the two inputs is followed by zeros, which are attended to.
+        The shorter of the two inputs is padded with zeros, which are attended to.
 
         Args:
-          speech: Whisper's frames [B, T, speech_dim].
-          sound: BEATs' tokens, taken one a frame [B, T', sound_dim].
-          sound_mask: true at tokens of the clip [B, T'] bool; the others are zeros, too.
+          speech: Whisper's frames, [B, T, speech_dim].
+          sound: BEATs' tokens, [B, T', sound_dim]; token n is combined with frame n.
+          sound_mask: Valid tokens, [B, T'] bool; the others become zeros.
 
         Returns:
-          [B, A, D].
+          Speech tokens, [B, A, D].
         """
         config = self.config
         sound = jnp.where(sound_mask[..., None], self.sound_norm(sound), 0)
@@ -148,23 +153,23 @@ class WindowQFormer(nnx.Module):
                 for part in (self.speech_norm(speech), sound)
             ],
             axis=-1,
-        )  # B T speech+sound
+        )  # [B, T, speech_dim + sound_dim]
         starts = config.stride * np.arange(config.num_tokens(length) // config.num_queries)
-        windows = frames[:, starts[:, None] + np.arange(config.window)]  # B W window C
-        windows = windows.reshape(-1, *windows.shape[2:])
+        windows = frames[:, starts[:, None] + np.arange(config.window)]
+        windows = windows.reshape(-1, *windows.shape[2:])  # [B W, window, speech_dim + sound_dim]
         queries = self.query_norm(self.queries[...])
-        queries = jnp.broadcast_to(queries, (windows.shape[0], *queries.shape))  # B*W Q hidden_size
-        answers, _ = self.layers(queries, windows)
-        tokens = self.projection(answers)  # B*W Q D
+        queries = jnp.broadcast_to(queries, (windows.shape[0], *queries.shape))
+        hidden, _ = self.layers(queries, windows)  # [B W, Q, hidden_size]
+        tokens = self.projection(hidden)  # [B W, Q, D]
         return tokens.reshape(frames.shape[0], -1, tokens.shape[-1])
 
 
 class Salmonn(nnx.Module):
-    """From waveforms and prompts to hidden states.
+    """SALMONN without the language-model head.
 
     Args:
-      config: of the parts.
-      rngs: for the initial parameters.
+      config: Configs of the parts.
+      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: SalmonnConfig, *, rngs: nnx.Rngs):
@@ -190,18 +195,19 @@ class Salmonn(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> AudioPromptOutput:
-        """Reads clips, each with its prompt.
+        """Encodes clips, each with its prompt.
 
         Args:
-          waveform: [B, S] at 16 kHz, full scale 1, each clip at the start of its row.
-          lengths: samples of each clip [B] int.
-          prompt: tokens [B, P] int, one of each prompt the placeholder; see `prompt_tokens`.
-          prompt_mask: true at tokens [B, P] bool.
-          deterministic: no dropout; BEATs and the Q-Former have none.
-          rngs: source of dropout keys.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+            row.
+          lengths: Samples of each clip, [B] int.
+          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
+          prompt_mask: Valid tokens, [B, P] bool.
+          deterministic: Whether dropout is off; BEATs and the Q-Former have none.
+          rngs: Source of dropout keys.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        speech = self.speech_tokens(waveform, lengths, **options)  # B A D
+        speech = self.speech_tokens(waveform, lengths, **options)  # [B, A, D]
         return decode_prompt(
             self.decoder,
             prompt,
@@ -213,44 +219,47 @@ class Salmonn(nnx.Module):
         )
 
     def speech_tokens(self, waveform: jax.Array, lengths: jax.Array, **options: Any) -> jax.Array:
-        """What the language model hears of clips: [B, A, D] of [B, S] and [B]."""
+        """Computes the language model's input [B, A, D] for clips [B, S] of `lengths` [B]."""
         config = self.config
-        # Short clips count as longer ones that end in silence.
-        heard = length_mask(lengths, waveform.shape[1])
-        waveform = jnp.where(heard, waveform, 0)[:, : config.max_samples]
-        missing = max(0, config.min_samples - waveform.shape[1])
-        waveform = jnp.pad(waveform, ((0, 0), (0, missing)))
+        valid = length_mask(lengths, waveform.shape[1])
+        waveform = jnp.where(valid, waveform, 0)[:, : config.max_samples]
+        padding = max(0, config.min_samples - waveform.shape[1])
+        waveform = jnp.pad(waveform, ((0, 0), (0, padding)))
+        # The silence after a short clip counts as part of the clip.
         lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
 
-        speech, _ = self.whisper(waveform, lengths, **options)  # B T hidden_size
+        speech, _ = self.whisper(waveform, lengths, **options)  # [B, T, hidden_size of Whisper]
         fbank = beats.compute_fbank(waveform, config.beats)
-        # A clip's own tokens, in whatever batch: those of a batch of one in the official code.
+        # The mask of a clip does not depend on its batch. It equals that of the official code for a
+        # batch of one clip.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
         token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
         return self.qformer(speech, self.beats(fbank, token_mask), token_mask)
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[int]:
-    """A prompt in SALMONN's template, with the placeholder where the speech belongs.
+    """Tokenizes a prompt in SALMONN's template, with a placeholder for the speech.
 
-    What stands before the speech and after it are tokenised apart, as in training.
+    The texts before and after the speech are tokenized separately, as in training.
 
     Args:
-      tokenizer: Vicuna's, of transformers.
-      prompt: what is asked about the speech, such as "Describe the emotion of the speaker."
-      config: of the model.
+      tokenizer: Vicuna's tokenizer from transformers.
+      prompt: Instruction about the speech, such as "Describe the emotion of the speaker."
+      config: Config of the model.
 
     Returns:
-      P tokens.
+      Tokens of the prompt, of length P.
 
     Raises:
-      InputError: a tokenizer that does not know how a text begins.
+      InputError: The tokenizer has no token for the start of a text.
     """
     if tokenizer.bos_token_id is None:
-        raise InputError("SALMONN: a tokenizer without bos_token; needed: Vicuna's, which has <s>")
+        raise InputError(
+            "SALMONN: tokenizer without bos_token; allowed: Vicuna's tokenizer, which has <s>"
+        )
 
-    def tokens(text: str) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    before, after = tokens("USER: <Speech>"), tokens(f"</Speech> {prompt}\nASSISTANT:")
+    before, after = tokenize("USER: <Speech>"), tokenize(f"</Speech> {prompt}\nASSISTANT:")
     return [tokenizer.bos_token_id, *before, config.placeholder, *after]
