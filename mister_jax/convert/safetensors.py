@@ -1,7 +1,7 @@
-"""Checkpoint files: safetensors, single or sharded, read slice by slice and written, without torch.
+"""Reads and writes checkpoints in the safetensors format, slice by slice and without PyTorch.
 
 The layout is that of the Hugging Face libraries: `model.safetensors`, or shards with
-`model.safetensors.index.json`. PyTorch's own files are read too, where PyTorch is installed.
+`model.safetensors.index.json`. PyTorch files are read too, if PyTorch is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from mister_jax.errors import InputError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 _DTYPES: dict[str, np.dtype] = {
@@ -40,11 +40,11 @@ _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LENGTH_BYTES = 8  # the file starts with the header's length, little-endian
-_LARGEST_HEADER = 100_000_000
-_READABLE = (
+_LENGTH_BYTES = 8  # A file starts with the length of the header, little-endian.
+_MAX_HEADER_BYTES = 100_000_000
+_ALLOWED = (
     "a folder with model.safetensors or model.safetensors.index.json, a .safetensors file, or "
-    f"with PyTorch installed a file ending in {', '.join(TORCH_SUFFIXES)}"
+    f"with PyTorch installed a file with suffix {', '.join(TORCH_SUFFIXES)}"
 )
 
 
@@ -62,9 +62,15 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a safetensors file; slicing it gives a view that reads that slice alone.
+    """Tensor in a safetensors file; slicing it returns a view that reads only this slice.
 
-    A view maps the file and so holds a file descriptor; who keeps values must copy them.
+    A view maps the file and so holds a file descriptor; copy values that are kept.
+
+    Attributes:
+      file: Path of the file.
+      shape: Shape of the tensor.
+      dtype: Type of the tensor.
+      offset: Position of the data in the file, in bytes.
     """
 
     file: pathlib.Path
@@ -76,7 +82,7 @@ class FileTensor:
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)[index]
         try:
-            # Mapped for each reading: a checkpoint has thousands of tensors.
+            # Mapped at each read, because a checkpoint has thousands of tensors.
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.file}: cannot be read ({error})") from error
@@ -84,12 +90,12 @@ class FileTensor:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, each read when it is sliced.
+    """Tensors of a checkpoint by name, each read when it is sliced.
 
     Args:
-      path: of the file or folder, for messages.
-      tensors: by name.
-      metadata: what else is in the file; of a PyTorch file, all that is no tensor.
+      path: File or folder, for error messages.
+      tensors: Tensors by name.
+      metadata: Further content of the file; of a PyTorch file, everything but tensors.
     """
 
     def __init__(
@@ -104,28 +110,28 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Reads the names, shapes and types in a checkpoint.
+        """Reads the names, shapes and types of a checkpoint.
 
         Args:
-          path: a folder as the Hugging Face libraries write it, a `.safetensors` file, an index
-            (`.safetensors.index.json`), or a PyTorch file where PyTorch is installed, whose nested
-            mappings give dotted names: {"model": {"weight": ...}} has "model.weight".
+          path: Folder in the layout of the Hugging Face libraries, `.safetensors` file, index
+            (`.safetensors.index.json`), or PyTorch file. Nested mappings of a PyTorch file give
+            dotted names: {"model": {"weight": ...}} has "model.weight".
 
         Raises:
-          InputError: there is no such file, or it is damaged, cut short or of an unknown kind.
+          InputError: The file does not exist, is damaged or truncated, or has an unknown format.
         """
         path = pathlib.Path(path)
         if path.is_dir():
-            return cls.open(_file_in(path))
+            return cls.open(_find_file(path))
         if not path.is_file():
-            raise InputError(f"{path}: no such file or folder; allowed is {_READABLE}")
+            raise InputError(f"{path}: no such file or folder; allowed: {_ALLOWED}")
         if path.name.endswith(".index.json"):
             return cls(path, _read_index(path))
         if path.suffix == ".safetensors":
             return cls(path, *_read_header(path))
         if path.suffix in TORCH_SUFFIXES:
             return cls(path, *_read_torch(path))
-        raise InputError(f"{path}: unknown kind of file; allowed is {_READABLE}")
+        raise InputError(f"{path}: unknown file type; allowed: {_ALLOWED}")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -143,18 +149,17 @@ def save(
     *,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Writes tensors as the Hugging Face libraries do, one tensor in memory at a time.
+    """Writes tensors in the layout of the Hugging Face libraries, one tensor in memory at a time.
 
-    Each file appears whole or not at all, the index last; weights of an earlier save are removed.
+    Each file is written atomically, the index last. Weights of an earlier save are removed.
 
     Args:
-      directory: made where it is missing.
-      tensors: arrays, a `Checkpoint`, or what `save_params` gives.
-      max_shard_size: in bytes; a single file is written where all tensors fit in one, and a tensor
-        that is larger has a shard of its own.
+      directory: Folder to write; created if it is missing.
+      tensors: Arrays, a `Checkpoint`, or the result of `save_params`.
+      max_shard_size: Maximum size of a file in bytes. Larger tensors get their own shard.
 
     Raises:
-      InputError: a type of number that the format lacks, or a file that cannot be written.
+      InputError: The format does not support a dtype, or a file cannot be written.
     """
     directory = pathlib.Path(directory)
     for name, tensor in tensors.items():
@@ -164,7 +169,7 @@ def save(
                 f"{', '.join(map(str, _NAMES))}"
             )
     shards = _shards(tensors, max_shard_size)
-    files = [SINGLE]
+    files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [
             f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -172,79 +177,88 @@ def save(
         ]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as unfinished:
+        with contextlib.ExitStack() as cleanup:
             for file, shard in zip(files, shards, strict=True):
                 partial = directory / f".{file}.partial"
-                unfinished.callback(partial.unlink, missing_ok=True)
+                cleanup.callback(partial.unlink, missing_ok=True)
                 _write(partial, shard)
             for file in files:
                 (directory / f".{file}.partial").replace(directory / file)
         if len(shards) > 1:
-            places = {
+            file_by_name = {
                 name: file for file, shard in zip(files, shards, strict=True) for name in shard
             }
-            _write_index(directory, places, sum(map(_size, tensors.values())))
-        _remove_others(directory, {*files, *([INDEX] if len(shards) > 1 else [])})
+            _write_index(directory, file_by_name, sum(map(_num_bytes, tensors.values())))
+        _remove_old_weights(directory, {*files, *([INDEX_FILE] if len(shards) > 1 else [])})
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error})") from error
 
 
-def _file_in(directory: pathlib.Path) -> pathlib.Path:
-    for name in (SINGLE, INDEX):
+def _find_file(directory: pathlib.Path) -> pathlib.Path:
+    for name in (SINGLE_FILE, INDEX_FILE):
         if (directory / name).is_file():
             return directory / name
     torch_files = sorted(file.name for file in directory.iterdir() if file.suffix in TORCH_SUFFIXES)
     if torch_files:
         raise InputError(
-            f"{directory}: weights are in PyTorch's format only ({', '.join(torch_files)}); where "
-            "PyTorch is installed, convert them to safetensors with "
+            f"{directory}: has weights in the format of PyTorch only ({', '.join(torch_files)}); "
+            "where PyTorch is installed, convert them to safetensors with "
             f"transformers.AutoModel.from_pretrained({str(directory)!r})"
             f".save_pretrained({str(directory)!r})"
         )
-    raise InputError(f"{directory}: no weights; allowed is {_READABLE}")
+    raise InputError(f"{directory}: no weights; allowed: {_ALLOWED}")
 
 
-def _read_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json_object(data: bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+      data: JSON text.
+      where: File or part of a file that holds it, for errors.
+
+    Raises:
+      InputError: The text is not a JSON object.
+    """
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise InputError(f"{where} is damaged (no JSON: {error})") from error
+        raise InputError(f"{where}: damaged (invalid JSON: {error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{where} is damaged (JSON, but not of names and values)")
+        raise InputError(f"{where}: damaged (not a JSON object)")
     return value
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of one safetensors file."""
+    """Returns the tensors and metadata of one safetensors file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             start = _LENGTH_BYTES + length
-            if size < _LENGTH_BYTES or length > _LARGEST_HEADER:
+            if size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES:
                 raise InputError(f"{path}: not a safetensors file, or its header is damaged")
             if size < start:
                 raise InputError(
-                    f"{path}: cut short, its header alone is {start} bytes and it has {size}"
+                    f"{path}: truncated, the header alone has {start} bytes and the file {size}"
                 )
-            header = _read_json(file.read(length), f"{path}: the header")
+            header = parse_json_object(file.read(length), f"{path}: header")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     metadata = header.pop("__metadata__", {})
     tensors: dict[str, Tensor] = {}
     end = 0
     for name, entry in header.items():
-        tensor, tensor_end = _tensor(path, name, entry, start)
+        tensor, tensor_end = _read_entry(path, name, entry, start)
         tensors[name] = tensor
         end = max(end, tensor_end)
     if size != start + end:
-        what = "cut short" if size < start + end else "damaged"
-        raise InputError(f"{path}: {what}, it should have {start + end} bytes and has {size}")
+        problem = "truncated" if size < start + end else "damaged"
+        raise InputError(f"{path}: {problem}, it must have {start + end} bytes and has {size}")
     return tensors, metadata
 
 
-def _tensor(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[FileTensor, int]:
-    """One tensor of a header, and where its data end."""
+def _read_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[FileTensor, int]:
+    """Returns one tensor of a header, and the end of its data."""
     damaged = InputError(f"{path}: the header is damaged at tensor {name}: {entry}")
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -264,16 +278,18 @@ def _tensor(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[File
 
 
 def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of all shards an index names."""
+    """Returns the tensors of all shards in an index."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    places = _read_json(text, f"{path}: the index").get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    weight_map = parse_json_object(text, path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         raise InputError(f"{path}: the index is damaged (no weight_map of tensors to files)")
-    files = sorted(set(places.values()))
-    # An index names files beside it, and must not lead anywhere else.
+    files = sorted(set(weight_map.values()))
+    # All shards must be in the folder of the index.
     missing = [
         file
         for file in files
@@ -282,14 +298,14 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(files)} shards missing: {missing}")
     shards = {file: _read_header(path.with_name(file))[0] for file in files}
-    absent = sorted(f"{name} ({file})" for name, file in places.items() if name not in shards[file])
+    absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in shards[file]]
     if absent:
-        raise InputError(f"{path}: tensors missing from their shards: {', '.join(absent)}")
-    return {name: shards[file][name] for name, file in places.items()}
+        raise InputError(f"{path}: tensors missing from their shards: {', '.join(sorted(absent))}")
+    return {name: shards[file][name] for name, file in weight_map.items()}
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a PyTorch file under dotted names, and what else is in it."""
+    """Returns the tensors of a PyTorch file under dotted names, and its further content."""
     try:
         import torch
     except ImportError as error:
@@ -298,34 +314,34 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "convert the file to .safetensors"
         ) from error
     try:
-        # Only the newer of PyTorch's two formats, a zip archive, can be mapped.
+        # Only the newer of the two formats of PyTorch, a zip archive, can be mapped.
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file ({reason})") from error
     if not isinstance(content, Mapping):
-        raise InputError(f"{path}: not a state_dict; allowed is a mapping of names to tensors")
+        raise InputError(f"{path}: not a state_dict; allowed: a mapping of names to tensors")
     tensors: dict[str, Tensor] = {}
 
-    def sort_out(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Puts tensors into `tensors` and gives back the rest."""
-        rest: dict[str, Any] = {}
+    def collect_tensors(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Adds the tensors of a mapping to `tensors` and returns its further content."""
+        metadata: dict[str, Any] = {}
         for name, value in mapping.items():
             if torch.is_tensor(value):
-                tensors[f"{prefix}{name}"] = _numpy(value)
+                tensors[f"{prefix}{name}"] = _to_numpy(value)
             elif isinstance(value, Mapping):
-                rest[name] = sort_out(value, f"{prefix}{name}.")
+                metadata[name] = collect_tensors(value, f"{prefix}{name}.")
             else:
-                rest[name] = value
-        return rest
+                metadata[name] = value
+        return metadata
 
-    metadata = sort_out(content, "")
+    metadata = collect_tensors(content, "")
     return tensors, metadata
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    """A PyTorch tensor as an array that shares its memory, which may be a mapped file."""
+def _to_numpy(tensor: Any) -> np.ndarray:
+    """Returns an array that shares the memory of a PyTorch tensor, which may be a mapped file."""
     tensor = tensor.detach()
     if str(tensor.dtype) == "torch.bfloat16":
         import torch
@@ -334,31 +350,31 @@ def _numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _size(tensor: Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
-    """The tensors in order, cut where a shard would grow too large."""
+    """Divides the tensors, in their order, into shards."""
     shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+    shard_bytes = 0
     for name, tensor in tensors.items():
-        if shards[-1] and filled + _size(tensor) > max_shard_size:
+        if shards[-1] and shard_bytes + _num_bytes(tensor) > max_shard_size:
             shards.append({})
-            filled = 0
+            shard_bytes = 0
         shards[-1][name] = tensor
-        filled += _size(tensor)
+        shard_bytes += _num_bytes(tensor)
     return shards
 
 
 def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # The widest types first, as the format's own library does, so that all data are aligned.
+    # Larger types come first, as in the safetensors library, so that all data are aligned.
     order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
     for name in order:
         tensor, begin = tensors[name], end
-        end += _size(tensor)
+        end += _num_bytes(tensor)
         header[name] = {
             "dtype": _NAMES[np.dtype(tensor.dtype)],
             "shape": list(tensor.shape),
@@ -376,16 +392,16 @@ def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_index(directory: pathlib.Path, places: Mapping[str, str], size: int) -> None:
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
-    partial = directory / f".{INDEX}.partial"
+def _write_index(directory: pathlib.Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
+    text = json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2)
+    partial = directory / f".{INDEX_FILE}.partial"
     partial.write_text(f"{text}\n")
-    partial.replace(directory / INDEX)
+    partial.replace(directory / INDEX_FILE)
 
 
-def _remove_others(directory: pathlib.Path, files: set[str]) -> None:
-    """Removes weights of an earlier save, which a reader might take for the new ones."""
-    for pattern in (SINGLE, INDEX, "model-*-of-*.safetensors"):
+def _remove_old_weights(directory: pathlib.Path, files: set[str]) -> None:
+    """Removes weights of an earlier save, which readers might load instead of the new ones."""
+    for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
         for path in directory.glob(pattern):
             if path.name not in files:
                 path.unlink()

@@ -7,12 +7,12 @@ and what is allowed.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mister_jax.convert.safetensors import parse_json_object
 from mister_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
@@ -65,14 +65,10 @@ def _read_feature_extractor(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged (invalid JSON: {error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged (not a JSON object)")
-    return value
+    return parse_json_object(data, path)
 
 
 def unsupported(name: str, value: Any, allowed: Any) -> InputError:

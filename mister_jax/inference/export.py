@@ -72,7 +72,7 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
     is_model = (target / hf_config.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
-    if not is_model and not (target / peft.CONFIG).exists():
+    if not is_model and not (target / peft.CONFIG_FILE).exists():
         raise InputError(f"{target}: holds no model; allowed with --overwrite: one that does")
 
 

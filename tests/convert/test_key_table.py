@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint or an adapter belong to the backbone."""
+"""Name rules: which tensors of a checkpoint or an adapter belong to the backbone."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ RULES = NameRules(
 
 
 def split(names, rules=RULES, expected=("norm.weight", "out.weight"), root=""):
-    """Prefix and names of the parts of a checkpoint with such tensors."""
+    """Returns the prefix and the names of the parts of a checkpoint with these tensors."""
     checkpoint = Checkpoint("model.safetensors", {name: np.zeros(2) for name in names})
     parts = split_checkpoint(checkpoint, rules, expected, root=root)
     return parts.prefix, sorted(parts.backbone), sorted(parts.unused), sorted(parts.head)
 
 
-def test_the_parts_of_a_bare_model_are_told_by_their_names():
+def test_a_bare_model_is_split_by_names():
     names = ["norm.gamma", "out.weight", "pooler.bias", "classifier.bias", "other.bias"]
     assert split(names) == (
         "",
@@ -34,7 +34,7 @@ def test_the_parts_of_a_bare_model_are_told_by_their_names():
     )
 
 
-def test_all_beside_a_prefixed_backbone_is_its_head():
+def test_tensors_without_the_backbone_prefix_are_the_head():
     names = ["body.norm.gamma", "body.out.weight", "body.pooler.bias", "body.other", "any.bias"]
     assert split(names) == (
         "body.",
@@ -44,12 +44,12 @@ def test_all_beside_a_prefixed_backbone_is_its_head():
     )
 
 
-def test_nothing_is_a_head_where_no_backbone_is():
+def test_without_a_backbone_no_tensor_is_a_head():
     names = ["trunk.norm.weight", "any.bias"]
     assert split(names) == ("", sorted(names), [], [])
 
 
-def test_a_root_stands_before_all_names():
+def test_a_root_precedes_all_names():
     names = ["root.body.norm.gamma", "root.classifier.weight"]
     assert split(names, root="root.") == (
         "root.body.",
@@ -79,12 +79,12 @@ def test_a_root_stands_before_all_names():
         (whisper.NAME_RULES, "model.norm.weight", "norm.weight"),
     ],
 )
-def test_each_architecture_knows_its_prefixes(rules, name, expected):
+def test_each_architecture_recognizes_its_prefixes(rules, name, expected):
     prefix, backbone, _, head = split([name, "lm_head.weight"], rules, [expected])
     assert (backbone, head) == ([prefix + expected], ["lm_head.weight"])
 
 
-def test_a_head_is_reported_once(monkeypatch):
+def test_an_ignored_head_is_logged_once(monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""LoRA adapters in peft's layout, read and written."""
+"""Reading and writing of LoRA adapters of peft."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from mister_jax.convert.peft import (
     read_lora_config,
     save_adapter,
 )
-from mister_jax.encoders import bert as bert_tables
+from mister_jax.encoders import bert as bert_encoder
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import NAME_RULES, Decoder, DecoderConfig, key_table
 from mister_jax.errors import InputError
@@ -40,7 +40,7 @@ LORA = LoRAConfig(rank=2, alpha=6, dropout=0.1, targets=("query", "value"))
 
 
 class Golden:
-    """A golden file, the decoder of which it tells, and its key table."""
+    """Golden file with its decoder and key table."""
 
     def __init__(self, name):
         with np.load(GOLDEN / f"decoder_{name}.npz") as file:
@@ -68,7 +68,7 @@ def golden():
 
 @pytest.fixture
 def write(tmp_path, golden):
-    """Writes an adapter with changed options and tensors; gives its folder."""
+    """Writes an adapter with changed options and tensors, and returns its folder."""
 
     def write(tensors=None, **changes):
         tensors = golden.group("lora/") if tensors is None else tensors
@@ -85,7 +85,7 @@ def renamed(tensors, old, new):
 
 @nnx.jit
 def last_and_gradients(decoder, inputs):
-    """The last hidden state, and gradients as `make_decoder.py` has them."""
+    """Returns the last hidden state and the gradients of the total in `make_decoder.py`."""
     mask = inputs["attention_mask"]
 
     def total(decoder):
@@ -97,30 +97,32 @@ def last_and_gradients(decoder, inputs):
     return last, gradients
 
 
-def in_their_layout(gradients):
-    """Our gradients of stacked paths under peft's names."""
+def to_peft_names(gradients):
+    """Returns gradients of stacked low-rank paths under the names of peft."""
     layers = gradients["layers"]["layers"]["attention"]
     return {
-        f"{PREFIX}layers.{layer}.self_attn.{theirs}.lora_{matrix}.weight": value[layer].T
-        for ours, theirs in (("query", "q_proj"), ("value", "v_proj"))
+        f"{PREFIX}layers.{layer}.self_attn.{name}.lora_{matrix}.weight": value[layer].T
+        for module, name in (("query", "q_proj"), ("value", "v_proj"))
         for matrix in "AB"
-        for value in [np.asarray(layers[ours][f"lora_{matrix.lower()}"][...])]
+        for value in [np.asarray(layers[module][f"lora_{matrix.lower()}"][...])]
         for layer in range(len(value))
     }
 
 
 def assert_equal_to_peft(decoder, inputs, last, gradients):
-    ours, our_gradients = last_and_gradients(decoder, inputs)
+    output, decoder_gradients = last_and_gradients(decoder, inputs)
     mask = inputs["attention_mask"]
-    np.testing.assert_allclose(np.asarray(ours)[mask], last[mask], atol=1e-4)
-    our_gradients = in_their_layout(our_gradients)
-    assert our_gradients.keys() == gradients.keys()
+    np.testing.assert_allclose(np.asarray(output)[mask], last[mask], atol=1e-4)
+    renamed_gradients = to_peft_names(decoder_gradients)
+    assert renamed_gradients.keys() == gradients.keys()
     for name, value in gradients.items():
-        np.testing.assert_allclose(our_gradients[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            renamed_gradients[name], value, rtol=1e-3, atol=1e-3, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama2", "qwen2"])
-def test_outputs_and_gradients_equal_the_golden_ones(name, write):
+def test_outputs_and_gradients_equal_the_golden_file(name, write):
     golden = Golden(name)
     folder = write(golden.group("lora/"))
     decoder = golden.decoder(read_lora_config(folder, golden.table))
@@ -130,13 +132,13 @@ def test_outputs_and_gradients_equal_the_golden_ones(name, write):
     assert_equal_to_peft(decoder, golden.group("in/"), expected, gradients)
 
 
-def test_reads_the_config(golden, write):
+def test_the_lora_config_is_read(golden, write):
     assert read_lora_config(write(), golden.table) == LORA
 
 
-def test_what_is_saved_is_what_was_loaded(golden, write, tmp_path):
+def test_saving_restores_the_loaded_adapter(golden, write, tmp_path):
     decoder = load_adapter(golden.decoder(LORA), write(), golden.table)
-    folder = tmp_path / "made" / "here"
+    folder = tmp_path / "new" / "folder"
     save_adapter(decoder, folder, golden.table, base_model="meta-llama/Llama-3.1-8B")
     saved = load_file(folder / "adapter_model.safetensors")
     expected = golden.group("lora/")
@@ -150,7 +152,7 @@ def test_what_is_saved_is_what_was_loaded(golden, write, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
-def test_reads_adapters_of_models_with_and_without_a_head(golden, write, prefix):
+def test_adapters_of_models_with_and_without_a_head_are_read(golden, write, prefix):
     tensors = renamed(golden.group("lora/"), PREFIX, PREFIX + prefix)
     tensors[f"{PREFIX}score.weight"] = np.ones((3, 16), np.float32)
     decoder = load_adapter(golden.decoder(LORA), write(tensors), golden.table, NAME_RULES)
@@ -158,12 +160,12 @@ def test_reads_adapters_of_models_with_and_without_a_head(golden, write, prefix)
     np.testing.assert_array_equal(decoder.layers.layers.attention.query.lora_a[1], expected.T)
 
 
-def test_targets_are_told_from_layers_of_the_same_name(golden, write, tmp_path):
-    class Both(nnx.Module):
+def test_targets_are_distinguished_from_layers_with_the_same_name(golden, write, tmp_path):
+    class TwoDecoders(nnx.Module):
         def __init__(self):
             self.tower, self.decoder = golden.decoder(), golden.decoder()
 
-    model = Both()
+    model = TwoDecoders()
     table = {
         f"{part}/{path}": source
         for part in ("tower", "decoder")
@@ -185,7 +187,7 @@ def test_targets_are_told_from_layers_of_the_same_name(golden, write, tmp_path):
     ]
 
 
-def test_all_tensors_that_do_not_fit_are_named_at_once(golden, write):
+def test_one_error_names_all_mismatched_tensors(golden, write):
     tensors = golden.group("lora/")
     first = f"{PREFIX}layers.0.self_attn."
     del tensors[f"{first}q_proj.lora_B.weight"]
@@ -195,13 +197,13 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(golden, write):
     before = np.asarray(decoder.layers.layers.attention.query.lora_a[...])
     with pytest.raises(InputError) as error:
         load_adapter(decoder, write(tensors), golden.table)
-    for told in (
+    for expected in (
         f"missing: {first}q_proj.lora_B.weight",
         f"surplus: {first}k_proj.lora_A.weight",
         f"misshapen: {first}v_proj.lora_A.weight",
         "adapter_model.safetensors",
     ):
-        assert told in str(error.value)
+        assert expected in str(error.value)
     assert "\n" not in str(error.value)
     np.testing.assert_array_equal(decoder.layers.layers.attention.query.lora_a[...], before)
 
@@ -217,25 +219,25 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(golden, write):
         ("init_lora_weights", "pissa"),
     ],
 )
-def test_options_that_change_what_lora_computes_are_refused(golden, write, field, value):
+def test_options_that_change_what_lora_computes_are_rejected(golden, write, field, value):
     with pytest.raises(InputError, match=rf"adapter_config\.json: {field}="):
         read_lora_config(write(**{field: value}), golden.table)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 0), ("r", "two"), ("lora_dropout", 1.5)])
-def test_bad_sizes_are_refused(golden, write, field, value):
-    with pytest.raises(InputError, match=r"adapter_config\.json: no LoRA of these sizes"):
+def test_invalid_sizes_are_rejected(golden, write, field, value):
+    with pytest.raises(InputError, match=r"adapter_config\.json: invalid LoRA options"):
         read_lora_config(write(**{field: value}), golden.table)
 
 
-def test_another_scale_than_the_modules_is_refused(golden, write):
-    with pytest.raises(InputError, match=r"lora_alpha / r = 4; allowed is .* 3"):
+def test_an_adapter_with_another_scale_is_rejected(golden, write):
+    with pytest.raises(InputError, match=r"lora_alpha / r = 4; allowed: .* 3"):
         load_adapter(golden.decoder(LORA), write(lora_alpha=8), golden.table)
     with pytest.raises(InputError, match=r"lora_alpha / r = 3; .* which has none"):
         load_adapter(golden.decoder(), write(), golden.table)
 
 
-def test_rslora_scales_by_the_root_of_the_rank(golden, write, tmp_path):
+def test_rslora_scales_by_the_square_root_of_the_rank(golden, write, tmp_path):
     folder = write(use_rslora=True)
     lora = read_lora_config(folder, golden.table)
     assert lora == dataclasses.replace(LORA, use_rslora=True)
@@ -244,11 +246,11 @@ def test_rslora_scales_by_the_root_of_the_rank(golden, write, tmp_path):
     save_adapter(decoder, tmp_path / "saved", golden.table)
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["use_rslora"]
     assert read_lora_config(tmp_path / "saved", golden.table) == lora
-    with pytest.raises(InputError, match=r"lora_alpha / sqrt\(r\) = 4.24264; allowed is .* 3"):
+    with pytest.raises(InputError, match=r"lora_alpha / sqrt\(r\) = 4.24264; allowed: .* 3"):
         load_adapter(golden.decoder(LORA), folder, golden.table)
 
 
-def test_an_adapter_in_pytorchs_format_says_that_it_needs_pytorch(golden, write, monkeypatch):
+def test_the_error_for_a_pytorch_adapter_names_pytorch(golden, write, monkeypatch):
     folder = write()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -256,7 +258,7 @@ def test_an_adapter_in_pytorchs_format_says_that_it_needs_pytorch(golden, write,
         read_lora_config(folder, golden.table)
 
 
-def test_lora_of_unused_parts_is_ignored_and_of_unknown_ones_refused(golden, write):
+def test_lora_of_unused_modules_is_ignored_and_of_unknown_modules_rejected(golden, write):
     tensors = golden.group("lora/")
     first = f"{PREFIX}layers.0.self_attn.q_proj"
     pair = {f"lora_{side}.weight": tensors[f"{first}.lora_{side}.weight"] for side in "AB"}
@@ -267,7 +269,7 @@ def test_lora_of_unused_parts_is_ignored_and_of_unknown_ones_refused(golden, wri
         load_adapter(golden.decoder(LORA), write(tensors | others), golden.table)
 
 
-def test_lora_that_peft_would_ignore_is_not_written(golden, write, tmp_path):
+def test_lora_that_peft_would_ignore_is_not_saved(golden, write, tmp_path):
     decoder = load_adapter(golden.decoder(LORA), write(), golden.table)
     rules = dataclasses.replace(NAME_RULES, lora_bypassed=(r"v_proj$",))
     message = r"ignore the LoRA of layers\.\{0,1\}\.self_attn\.v_proj,.*allowed: the merged model"
@@ -276,18 +278,20 @@ def test_lora_that_peft_would_ignore_is_not_written(golden, write, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_adapter_names_its_base_model(golden, write):
+def test_the_base_model_is_read(golden, write):
     assert read_base_model(write(base_model_name_or_path="org/base")) == "org/base"
     assert read_base_model(write(base_model_name_or_path=None)) is None
 
 
-def test_adapters_of_other_models_are_refused(golden, write):
+def test_adapters_of_other_models_are_rejected(golden, write):
     folder = write(renamed(golden.group("lora/"), "self_attn", "attention"))
-    with pytest.raises(InputError, match=r"LoRA of none of the model's modules; allowed .*q_proj"):
+    with pytest.raises(
+        InputError, match=r"LoRA for none of the model's modules; allowed: .*q_proj"
+    ):
         read_lora_config(folder, golden.table)
 
 
-def test_unreadable_folders_are_named(golden, write):
+def test_unreadable_folders_are_rejected(golden, write):
     folder = write()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
@@ -301,19 +305,19 @@ def test_unreadable_folders_are_named(golden, write):
         read_lora_config(folder, golden.table)
 
 
-def test_what_one_adapter_cannot_hold_is_refused(golden, tmp_path):
-    with pytest.raises(ValueError, match="of one"):
+def test_lora_that_one_adapter_cannot_hold_is_rejected(golden, tmp_path):
+    with pytest.raises(ValueError, match="allowed: one"):
         save_adapter(golden.decoder(), tmp_path, golden.table)
     decoder = golden.decoder(LORA)
     add_lora(decoder, LoRAConfig(rank=3, alpha=6, targets=("down",)), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="of one"):
+    with pytest.raises(ValueError, match="allowed: one"):
         save_adapter(decoder, tmp_path, golden.table)
     table = {path: source for path, source in golden.table.items() if "query" not in path}
-    with pytest.raises(ValueError, match=r"no one module in PyTorch: .*attention/query"):
+    with pytest.raises(ValueError, match=r"not a single PyTorch Linear: .*attention/query"):
         save_adapter(golden.decoder(LORA), tmp_path, table)
 
 
-def test_a_folder_that_cannot_be_written_is_named(golden, tmp_path):
+def test_a_folder_that_cannot_be_written_is_rejected(golden, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
         save_adapter(golden.decoder(LORA), tmp_path / "file", golden.table)
@@ -322,37 +326,37 @@ def test_a_folder_that_cannot_be_written_is_named(golden, tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["llama3", "llama2", "qwen2"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_equals_peft_both_ways(name, tmp_path):
+def test_outputs_equal_peft_after_loading_and_saving(name, tmp_path):
     import peft
 
     from tests.golden import make_decoder
 
     inputs = make_decoder.batch()
-    theirs = make_decoder.with_lora(make_decoder.huggingface_model(name))
-    theirs.save_pretrained(tmp_path / "theirs")
-    last, gradients = make_decoder.last_and_gradients(theirs, inputs)
+    peft_model = make_decoder.with_lora(make_decoder.huggingface_model(name))
+    peft_model.save_pretrained(tmp_path / "peft")
+    last, gradients = make_decoder.last_and_gradients(peft_model, inputs)
 
-    config = DecoderConfig.from_huggingface(theirs.config.to_dict())
+    config = DecoderConfig.from_huggingface(peft_model.config.to_dict())
     table = key_table(config, prefix="")
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     base = make_decoder.huggingface_model(name)
     tensors = {key: value.numpy() for key, value in base.state_dict().items()}
     load_params(decoder, table, tensors, ignore=NAME_RULES.unused)
-    add_lora(decoder, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
-    load_adapter(decoder, tmp_path / "theirs", table)
+    add_lora(decoder, read_lora_config(tmp_path / "peft", table), rngs=nnx.Rngs(0))
+    load_adapter(decoder, tmp_path / "peft", table)
     assert_equal_to_peft(decoder, inputs, last, gradients)
 
-    # Back again, for a model with a head.
-    save_adapter(decoder, tmp_path / "ours", key_table(config, "model."))
+    # The saved adapter is loaded onto a model with a head.
+    save_adapter(decoder, tmp_path / "saved", key_table(config, "model."))
     causal_lm = make_decoder.huggingface_model(name, causal_lm=True)
     causal_lm.model.load_state_dict(base.state_dict())
-    loaded = peft.PeftModel.from_pretrained(causal_lm, tmp_path / "ours")
-    given = make_decoder.hidden_states(loaded.eval(), inputs)[-1]
+    loaded = peft.PeftModel.from_pretrained(causal_lm, tmp_path / "saved")
+    output = make_decoder.hidden_states(loaded.eval(), inputs)[-1]
     mask = inputs["attention_mask"]
-    np.testing.assert_allclose(given[mask], last[mask], atol=1e-5)
+    np.testing.assert_allclose(output[mask], last[mask], atol=1e-5)
 
 
-# What is adapted in BERT: peft's names, our layer, and its name there.
+# Adapted modules of BERT in peft, and path of our module -> name in PyTorch.
 BERT_TARGETS = ("query", "value", "attention.output.dense", "intermediate.dense")
 BERT_LAYERS = {
     ("attention", "query"): "attention.self.query",
@@ -365,7 +369,7 @@ BERT_LAYERS = {
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_bert_equals_peft_both_ways(name, tmp_path):
+def test_bert_outputs_equal_peft_after_loading_and_saving(name, tmp_path):
     import peft
     import torch
 
@@ -375,28 +379,28 @@ def test_bert_equals_peft_both_ways(name, tmp_path):
     mask, types = batch["attention_mask"], batch["token_type_ids"]
     weights = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
     tensors = {key: torch.tensor(value).long() for key, value in batch.items()}
-    if name == "bert":  # it is told to count tokens, as in the golden file
+    if name == "bert":  # Positions count tokens, as in the golden file.
         tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    theirs = make_decoder.with_lora(make_bert.huggingface_model(name), targets=BERT_TARGETS)
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected = theirs(**tensors).last_hidden_state
+    peft_model = make_decoder.with_lora(make_bert.huggingface_model(name), targets=BERT_TARGETS)
+    peft_model.save_pretrained(tmp_path / "peft")
+    expected = peft_model(**tensors).last_hidden_state
     (expected * torch.tensor(weights * mask[..., None])).sum().backward()
 
-    config = BertConfig.from_huggingface(theirs.config.to_dict())
-    table = bert_tables.key_table(config)
+    config = BertConfig.from_huggingface(peft_model.config.to_dict())
+    table = bert_encoder.key_table(config)
     bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
     base = make_bert.huggingface_model(name).state_dict()
     load_params(
         bert,
         table,
         {key: value.numpy() for key, value in base.items()},
-        ignore=bert_tables.NAME_RULES.unused,
+        ignore=bert_encoder.NAME_RULES.unused,
     )
-    add_lora(bert, read_lora_config(tmp_path / "theirs", table), rngs=nnx.Rngs(0))
-    load_adapter(bert, tmp_path / "theirs", table)
+    add_lora(bert, read_lora_config(tmp_path / "peft", table), rngs=nnx.Rngs(0))
+    load_adapter(bert, tmp_path / "peft", table)
 
     @nnx.jit
-    def both(bert):
+    def last_and_gradients(bert):
         def total(bert):
             last = bert(batch["input_ids"], mask, token_type_ids=types)
             return jnp.sum(jnp.where(mask[..., None], last * weights, 0)), last
@@ -405,24 +409,26 @@ def test_bert_equals_peft_both_ways(name, tmp_path):
         gradients, last = nnx.grad(total, argnums=wrt, has_aux=True)(bert)
         return last, gradients
 
-    last, gradients = both(bert)
+    last, gradients = last_and_gradients(bert)
     expected = expected.detach().numpy()[mask]
     np.testing.assert_allclose(np.asarray(last)[mask], expected, atol=1e-4)
     compared = 0
-    for path, told in BERT_LAYERS.items():
-        ours = gradients["layers"]["layers"]
+    for path, torch_name in BERT_LAYERS.items():
+        module = gradients["layers"]["layers"]
         for part in path:
-            ours = ours[part]
+            module = module[part]
         for matrix in "AB":
-            for layer, value in enumerate(np.asarray(ours[f"lora_{matrix.lower()}"][...])):
-                key = f"{PREFIX}encoder.layer.{layer}.{told}.lora_{matrix}.default.weight"
-                given = theirs.get_parameter(key).grad.numpy()
-                np.testing.assert_allclose(value.T, given, rtol=1e-3, atol=1e-3, err_msg=key)
+            for layer, value in enumerate(np.asarray(module[f"lora_{matrix.lower()}"][...])):
+                key = f"{PREFIX}encoder.layer.{layer}.{torch_name}.lora_{matrix}.default.weight"
+                expected_gradient = peft_model.get_parameter(key).grad.numpy()
+                np.testing.assert_allclose(
+                    value.T, expected_gradient, rtol=1e-3, atol=1e-3, err_msg=key
+                )
                 compared += 1
-    assert compared == sum("lora_" in key for key, _ in theirs.named_parameters())
+    assert compared == sum("lora_" in key for key, _ in peft_model.named_parameters())
 
-    save_adapter(bert, tmp_path / "ours", table)
-    loaded = peft.PeftModel.from_pretrained(make_bert.huggingface_model(name), tmp_path / "ours")
+    save_adapter(bert, tmp_path / "saved", table)
+    loaded = peft.PeftModel.from_pretrained(make_bert.huggingface_model(name), tmp_path / "saved")
     with torch.no_grad():
-        given = loaded.eval()(**tensors).last_hidden_state.numpy()
-    np.testing.assert_allclose(given[mask], expected, atol=1e-5)
+        output = loaded.eval()(**tensors).last_hidden_state.numpy()
+    np.testing.assert_allclose(output[mask], expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is written is read back, lazily, and damage is told in one line."""
+"""Reading and writing of checkpoint files, and errors for damaged ones."""
 
 import json
 import sys
@@ -35,7 +35,8 @@ def assert_same(checkpoint, expected):
         np.testing.assert_array_equal(tensor[...], value)
 
 
-def refuses(path, *words):
+def assert_rejected(path, *words):
+    """Opens a checkpoint and returns the one-line error, which must have the path and the words."""
     with pytest.raises(InputError) as error:
         Checkpoint.open(path)
     message = str(error.value)
@@ -45,8 +46,8 @@ def refuses(path, *words):
     return message
 
 
-def shards(folder):
-    """A checkpoint in three files."""
+def save_in_shards(folder):
+    """Writes a checkpoint in three files."""
     save(folder, tensors(), max_shard_size=50)
     assert len(list(folder.glob("model-*.safetensors"))) == 3
 
@@ -60,15 +61,15 @@ def edit_header(path, change):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def test_the_common_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_saved_files(tmp_path):
     save(tmp_path, tensors())
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    theirs = load_file(tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
     for name, value in tensors().items():
-        np.testing.assert_array_equal(theirs[name], value)
+        np.testing.assert_array_equal(loaded[name], value)
 
 
-def test_files_of_the_common_library_are_read(tmp_path):
+def test_files_of_the_safetensors_library_are_read(tmp_path):
     save_file(tensors(), tmp_path / "any.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(tmp_path / "any.safetensors")
     assert_same(checkpoint, tensors())
@@ -76,7 +77,7 @@ def test_files_of_the_common_library_are_read(tmp_path):
 
 
 def test_shards_are_read_by_their_index(tmp_path):
-    shards(tmp_path)
+    save_in_shards(tmp_path)
     assert_same(Checkpoint.open(tmp_path), tensors())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors().values())
@@ -90,7 +91,7 @@ def test_a_slice_of_a_file_larger_than_memory_is_read(tmp_path):
     text = json.dumps({"large": entry}).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + size)  # a hole, which takes no room on the disk
+        file.truncate(file.tell() + size)  # A sparse file takes no disk space.
         file.seek(-3, 2)
         file.write(bytes([1, 2, 3]))
     tensor = Checkpoint.open(path)["large"]
@@ -104,30 +105,30 @@ def test_many_tensors_need_few_open_files(tmp_path):
     np.testing.assert_array_equal(read["2999"], many["2999"])
 
 
-def test_a_later_save_leaves_nothing_of_an_earlier_one(tmp_path):
-    shards(tmp_path)
+def test_saving_removes_the_weights_of_an_earlier_save(tmp_path):
+    save_in_shards(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     save(tmp_path, {"one": np.ones(2)})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    shards(tmp_path)
+    save_in_shards(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert_same(Checkpoint.open(tmp_path), tensors())
 
 
 def test_a_checkpoint_can_be_saved_over_itself(tmp_path):
-    shards(tmp_path)
+    save_in_shards(tmp_path)
     save(tmp_path, Checkpoint.open(tmp_path))
     assert_same(Checkpoint.open(tmp_path), tensors())
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
+def test_a_failed_save_keeps_the_earlier_weights(tmp_path):
     class Unreadable:
         shape, dtype = (2,), np.dtype(np.float32)
 
         def __getitem__(self, index):
             raise OSError("gone")
 
-    shards(tmp_path)
+    save_in_shards(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="cannot be written"):
         save(tmp_path, {"one": np.ones(2), "two": Unreadable()})
@@ -135,57 +136,59 @@ def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
     assert_same(Checkpoint.open(tmp_path), tensors())
 
 
-def test_types_the_format_lacks_are_named(tmp_path):
+def test_unsupported_dtypes_are_rejected(tmp_path):
     with pytest.raises(InputError, match="tensor odd has dtype complex64; allowed: bool"):
         save(tmp_path, {"odd": np.zeros(2, np.complex64)})
 
 
-def test_what_is_not_there_is_named(tmp_path):
-    refuses(tmp_path / "nothing", "no such file or folder")
-    refuses(tmp_path, "no weights")
+def test_missing_and_unknown_files_are_rejected(tmp_path):
+    assert_rejected(tmp_path / "nothing", "no such file or folder")
+    assert_rejected(tmp_path, "no weights")
     (tmp_path / "notes.txt").touch()
-    refuses(tmp_path / "notes.txt", "unknown kind of file")
+    assert_rejected(tmp_path / "notes.txt", "unknown file type")
 
 
-def test_a_folder_of_pytorch_files_says_how_to_convert_it(tmp_path):
+def test_the_error_for_a_pytorch_folder_explains_the_conversion(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
-    refuses(tmp_path, "pytorch_model.bin", "AutoModel.from_pretrained", "save_pretrained")
+    assert_rejected(tmp_path, "pytorch_model.bin", "AutoModel.from_pretrained", "save_pretrained")
 
 
-def test_missing_shards_are_named(tmp_path):
-    shards(tmp_path)
+def test_missing_shards_are_rejected(tmp_path):
+    save_in_shards(tmp_path)
     (tmp_path / FIRST).unlink()
     with pytest.raises(InputError, match=f"1 of 3 shards missing: .*{FIRST}"):
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_leads_out_of_its_folder_to_nothing(tmp_path):
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path):
     save(tmp_path / "elsewhere", tensors())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"half": "elsewhere/model.safetensors"}}))
-    refuses(index, "1 of 1 shards missing")
+    assert_rejected(index, "1 of 1 shards missing")
 
 
-def test_tensors_missing_from_their_shards_are_named(tmp_path):
-    shards(tmp_path)
+def test_tensors_missing_from_their_shards_are_rejected(tmp_path):
+    save_in_shards(tmp_path)
     save_file({"other": np.ones(2)}, tmp_path / FIRST)
-    refuses(tmp_path / "model.safetensors.index.json", "missing from their shards", "embedding")
+    assert_rejected(
+        tmp_path / "model.safetensors.index.json", "missing from their shards", "embedding"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
-def test_a_damaged_index_is_named(tmp_path, text):
+def test_a_damaged_index_is_rejected(tmp_path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    refuses(index, "damaged")
+    assert_rejected(index, "damaged")
 
 
-@pytest.mark.parametrize("kept", [0, 5, 8, 60, -1])
-def test_a_file_cut_short_is_named(tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 5, 8, 60, -1])
+def test_a_truncated_file_is_rejected(tmp_path, length):
     save(tmp_path, tensors())
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    message = refuses(path)
-    assert "cut short" in message or "not a safetensors file" in message
+    path.write_bytes(path.read_bytes()[:length])
+    message = assert_rejected(path)
+    assert "truncated" in message or "not a safetensors file" in message
 
 
 @pytest.mark.parametrize(
@@ -198,10 +201,10 @@ def test_a_file_cut_short_is_named(tmp_path, kept):
         (2).to_bytes(8, "little") + b"{}" + b"surplus",
     ],
 )
-def test_a_damaged_header_is_named(tmp_path, data):
+def test_a_damaged_header_is_rejected(tmp_path, data):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    message = refuses(path)
+    message = assert_rejected(path)
     assert "damaged" in message
 
 
@@ -217,15 +220,15 @@ def test_a_damaged_header_is_named(tmp_path, data):
         ("dtype", [], "damaged at tensor embedding"),
     ],
 )
-def test_a_damaged_entry_is_named(tmp_path, key, value, message):
+def test_a_damaged_header_entry_is_rejected(tmp_path, key, value, message):
     save(tmp_path, tensors())
     path = tmp_path / "model.safetensors"
     edit_header(path, lambda header: header["embedding"].update({key: value}))
-    refuses(path, message)
+    assert_rejected(path, message)
 
 
-def test_tensors_know_their_file(tmp_path):
-    shards(tmp_path)
+def test_tensors_have_the_path_of_their_file(tmp_path):
+    save_in_shards(tmp_path)
     tensor = Checkpoint.open(tmp_path)["embedding"]
     assert isinstance(tensor, FileTensor) and tensor.file == tmp_path / FIRST
 
@@ -233,7 +236,7 @@ def test_tensors_know_their_file(tmp_path):
 def test_pytorch_files_need_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "model.pth").touch()
-    refuses(tmp_path / "model.pth", "needs PyTorch", "install it, or convert")
+    assert_rejected(tmp_path / "model.pth", "needs PyTorch", "install it, or convert")
 
 
 @pytest.mark.parity
@@ -242,8 +245,8 @@ def test_pytorch_files_are_read(tmp_path, zipped):
     import torch
 
     path = tmp_path / "model.pth"
-    brain = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
-    content = {"model": {"a": brain, "b": {"c": torch.ones(2)}}, "cfg": {"width": 3}, "epoch": 4}
+    bfloat16 = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
+    content = {"model": {"a": bfloat16, "b": {"c": torch.ones(2)}}, "cfg": {"width": 3}, "epoch": 4}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     checkpoint = Checkpoint.open(path)
     assert set(checkpoint) == {"model.a", "model.b.c"}
@@ -255,11 +258,11 @@ def test_pytorch_files_are_read(tmp_path, zipped):
 
 
 @pytest.mark.parity
-def test_damaged_pytorch_files_are_named(tmp_path):
+def test_damaged_pytorch_files_are_rejected(tmp_path):
     import torch
 
     path = tmp_path / "model.pt"
     path.write_bytes(b"nonsense")
-    refuses(path, "not a readable PyTorch file")
+    assert_rejected(path, "not a readable PyTorch file")
     torch.save([torch.ones(2)], path)
-    refuses(path, "not a state_dict")
+    assert_rejected(path, "not a state_dict")

@@ -352,7 +352,7 @@ def test_a_missing_shard_is_refused(copy):
 def test_a_file_cut_short_is_refused(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refuses(copy, "cut short")
+    refuses(copy, "truncated")
 
 
 def test_an_unknown_architecture_is_refused(copy):

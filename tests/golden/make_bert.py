@@ -47,7 +47,7 @@ def huggingface_model(name):
 
     torch.manual_seed(0)
     kind = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[name]
-    model = transformers.AutoModel.dataclass_from_config(kind(**_SIZES, **_FIELDS[name])).eval()
+    model = transformers.AutoModel.from_config(kind(**_SIZES, **_FIELDS[name])).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

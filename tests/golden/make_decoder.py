@@ -63,7 +63,7 @@ def huggingface_model(name, causal_lm=False, **changes):
     torch.manual_seed(0)
     config = huggingface_config(name, **changes)
     kind = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    model = kind.dataclass_from_config(config).eval()
+    model = kind.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

@@ -302,8 +302,8 @@ def other_tokenizer(folder, _):
     [
         (other_weights, "another architecture: .* missing: embeddings.* surplus"),
         (lost_shard, "1 of .* shards missing"),
-        (cut_short, "cut short"),
-        (other_tokenizer, "does not belong to the model: .* up to 119; allowed are those below"),
+        (cut_short, "truncated"),
+        (other_tokenizer, "does not belong to the model: .* up to 119; allowed: below"),
     ],
 )
 def test_a_backbone_that_cannot_be_used_is_named(
