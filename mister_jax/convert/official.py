@@ -1,8 +1,8 @@
-"""The released MiSTER-E model (PyTorch, stage 2) as a `MisterE`.
+"""Converts the released MiSTER-E weights (PyTorch, stage 2) to a `MisterE`.
 
-The official code projects twice in a row in each attention, with nothing between: queries, keys
-and values on the way in, the mixed heads on the way out. Here each pair is one projection, so the
-two are multiplied out.
+The official attention applies two linear projections in a row, without anything in between: to
+queries, keys and values, and to the output. `MisterE` has one projection for each pair, whose
+weights are the products of both.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
 from mister_jax.nn import MultiHeadAttention
 
-# A block's place in our co-attention layer (first stream speech, second text) -> official names of
-# its query, key and value projections, its attention, its output projection and its LayerNorm.
+# Block of a co-attention layer, whose first stream is speech and second text -> official names of
+# the query, key and value projections, attention, output projection and LayerNorm.
 _BLOCKS = {
     "first_to_second": ("audq", "asrk", "asrv", "aud", "audio", "a"),
     "second_to_first": ("asrq", "audk", "audv", "asr", "text", "t"),
@@ -34,8 +33,7 @@ _BLOCKS = {
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
 _DIRECTIONS = ("", "_reverse")
-_UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, SafetensorError)
-_READABLE = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
+_ALLOWED = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
 
 Arrays = Mapping[str, np.ndarray]
 _Linear = tuple[np.ndarray, np.ndarray]  # weight [out, in], bias [out]
@@ -44,24 +42,25 @@ _Linear = tuple[np.ndarray, np.ndarray]  # weight [out, in], bias [out]
 def load_head(
     source: Mapping[str, Any] | str | pathlib.Path, *, attention_heads: int = 3, **changes: Any
 ) -> MisterE:
-    """Builds a `MisterE` from an official `state_dict`; sizes are read off the weights.
+    """Creates a `MisterE` from an official `state_dict`, with the sizes of its weights.
 
     Args:
-      source: mapping of official names to arrays, or a file of one: `.npz`, `.safetensors`, or
-        `.pth` where PyTorch is installed.
-      attention_heads: heads of each attention, which no weight tells; 3 as released.
-      **changes: further fields of `MisterEConfig`, such as dropout rates or `dtype`.
+      source: Mapping of official names to arrays, or a file: `.npz`, `.safetensors`, or with
+        PyTorch installed `.pth`.
+      attention_heads: Number of attention heads, which the weights do not show; 3 in the released
+        model.
+      **changes: Further fields of `MisterEConfig`, such as dropout rates or `dtype`.
 
     Returns:
-      The model, with outputs equal to the official ones.
+      The model, whose outputs equal the official ones.
 
     Raises:
-      InputError: an unreadable file, or missing, surplus or misshapen weights, all of them named
-        in one message.
+      InputError: The file cannot be read, or weights are missing, surplus or misshapen; one line
+        names all of them.
     """
     weights = _read(source)
-    found = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
-    kernels = sorted(found) or ["conv"]
+    convolutions = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
+    kernels = sorted(convolutions) or ["conv"]
     gru_layers = _count(r"audio_self\.rnn_1\.weight_ih_l(\d+)", weights)
     fusion_layers = _count(r"fusion\.units\.(\d+)\.", weights)
     _check_names(weights, _template(kernels, gru_layers, fusion_layers))
@@ -86,7 +85,7 @@ def load_head(
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"official weights: no model has their sizes: {error}") from error
+        raise InputError(f"official weights: {error}") from error
     return _fill(model, weights, kernels)
 
 
@@ -95,41 +94,27 @@ def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
         return {name: np.asarray(value) for name, value in source.items()}
     path = pathlib.Path(source)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; allowed are {_READABLE}")
-    try:
-        if path.suffix == ".npz":
-            # Opened here, since NumPy leaves a damaged archive open.
-            with path.open("rb") as file:
-                loaded = np.load(file, allow_pickle=False)
-                if not isinstance(loaded, np.lib.npyio.NpzFile):
-                    raise ValueError("one array, not an archive of them")
-                return dict(loaded)
-        if path.suffix == ".safetensors":
-            return load_file(path)
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: not a readable {path.suffix} file ({error})") from error
-    if path.suffix in (".pth", ".pt"):
-        return _read_torch(path)
-    raise InputError(f"{path}: unknown kind of file {path.suffix!r}; allowed are {_READABLE}")
+        raise InputError(f"{path}: no such file; allowed: {_ALLOWED}")
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise InputError(f"{path}: unknown file type {path.suffix!r}; allowed: {_ALLOWED}")
+    checkpoint = Checkpoint.open(path)
+    if path.suffix != ".safetensors" and checkpoint.metadata:
+        raise InputError(f"{path}: not a state_dict; allowed: a mapping of names to tensors")
+    return {name: np.array(tensor[...]) for name, tensor in checkpoint.items()}
 
 
-def _read_torch(path: pathlib.Path) -> Arrays:
+def _read_npz(path: pathlib.Path) -> Arrays:
     try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path}: reading {path.suffix} needs PyTorch, which is not installed; "
-            "install it, or convert the file to .safetensors"
-        ) from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise InputError(
-            f"{path}: not a readable PyTorch file ({str(error).splitlines()[0]})"
-        ) from error
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        raise InputError(f"{path}: not a state_dict; allowed is a mapping of names to tensors")
-    return {name: value.float().numpy() for name, value in state.items()}
+        # Opened here, because NumPy does not close a damaged archive.
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise ValueError("a single array, not an archive")
+            return dict(content)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a readable .npz file ({error})") from error
 
 
 def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
@@ -137,12 +122,12 @@ def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """One more than the largest index the pattern finds; 1 where it finds none."""
+    """Returns one more than the largest index that matches the pattern; 1 without a match."""
     return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
 
 
 def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, ...]]:
-    """The official names and shapes of a model of these sizes."""
+    """Returns the official names and shapes of a model with this config."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, out_features: int, in_features: int) -> None:
@@ -159,11 +144,11 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
         hidden = context // 2
         for layer in range(config.gru_layers):
             for direction in _DIRECTIONS:
-                place = f"l{layer}{direction}"
-                shapes[f"{expert}.rnn_1.weight_ih_{place}"] = (3 * hidden, context)
-                shapes[f"{expert}.rnn_1.weight_hh_{place}"] = (3 * hidden, hidden)
-                shapes[f"{expert}.rnn_1.bias_ih_{place}"] = (3 * hidden,)
-                shapes[f"{expert}.rnn_1.bias_hh_{place}"] = (3 * hidden,)
+                suffix = f"l{layer}{direction}"
+                shapes[f"{expert}.rnn_1.weight_ih_{suffix}"] = (3 * hidden, context)
+                shapes[f"{expert}.rnn_1.weight_hh_{suffix}"] = (3 * hidden, hidden)
+                shapes[f"{expert}.rnn_1.bias_ih_{suffix}"] = (3 * hidden,)
+                shapes[f"{expert}.rnn_1.bias_hh_{suffix}"] = (3 * hidden,)
     linear("fusion.fc_aud", width, config.speech_dim)
     linear("fusion.fc_aud_self", width, config.speech_dim)
     linear("fusion.fc_text", width, config.text_dim)
@@ -191,7 +176,7 @@ def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, .
 def _template(
     kernels: list[str], gru_layers: int, fusion_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes at some widths, for the names and numbers of axes, which depend on no width."""
+    """Returns the names and shapes of a model with default sizes, to check names and ranks."""
     depths = MisterEConfig(
         gru_layers=gru_layers, fusion_layers=fusion_layers, kernel_sizes=(1,) * len(kernels)
     )
@@ -204,7 +189,7 @@ def _check_names(weights: Arrays, template: dict[str, tuple[int, ...]]) -> None:
         raise InputError(
             f"official weights: {len(missing)} missing {missing}, {len(surplus)} surplus {surplus}"
         )
-    _refuse_misshapen(
+    _check_no_misshapen(
         f"{name} {weights[name].shape} instead of {len(shape)} axes"
         for name, shape in template.items()
         if weights[name].ndim != len(shape)
@@ -212,25 +197,27 @@ def _check_names(weights: Arrays, template: dict[str, tuple[int, ...]]) -> None:
 
 
 def _check_shapes(weights: Arrays, expected: dict[str, tuple[int, ...]]) -> None:
-    _refuse_misshapen(
+    _check_no_misshapen(
         f"{name} {weights[name].shape} instead of {shape}"
         for name, shape in expected.items()
         if weights[name].shape != shape
     )
 
 
-def _refuse_misshapen(descriptions: Iterable[str]) -> None:
-    wrong = list(descriptions)
-    if wrong:
-        raise InputError(f"official weights: {len(wrong)} misshapen: {'; '.join(wrong)}")
+def _check_no_misshapen(descriptions: Iterable[str]) -> None:
+    misshapen = list(descriptions)
+    if misshapen:
+        raise InputError(f"official weights: {len(misshapen)} misshapen: {'; '.join(misshapen)}")
 
 
 def _put(param: nnx.Param | None, value: np.ndarray) -> None:
-    assert param is not None  # Only layers without a bias have None, and there are none here.
+    assert param is not None  # All layers here have a bias.
     param.set_value(jnp.asarray(value, param.dtype))
 
 
 def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
+    """Fills the model with the weights and returns it."""
+
     def linear(module: nnx.Linear, name: str) -> None:
         _put(module.kernel, weights[f"{name}.weight"].T)
         _put(module.bias, weights[f"{name}.bias"])
@@ -239,24 +226,24 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
         _put(module.scale, weights[f"{name}.weight"])
         _put(module.bias, weights[f"{name}.bias"])
 
-    for ours, official in _EXPERTS.items():
-        expert = getattr(model, ours)
+    for name, official in _EXPERTS.items():
+        expert = getattr(model, name)
         linear(expert.skip, f"{official}.fc_1")
         linear(expert.classifier, f"{official}.fc")
-        for index, name in enumerate(kernels):
-            kernel = weights[f"{official}.{name}.weight"].transpose(1, 2, 0)
+        for index, convolution in enumerate(kernels):
+            kernel = weights[f"{official}.{convolution}.weight"].transpose(1, 2, 0)
             _put(expert.convolution.kernels[index], kernel)
-            _put(expert.convolution.biases[index], weights[f"{official}.{name}.bias"])
+            _put(expert.convolution.biases[index], weights[f"{official}.{convolution}.bias"])
         for depth, layer in enumerate(expert.gru.layers):
 
-            def directions(kind: str, depth: int = depth, official: str = official):
+            def both_directions(kind: str, depth: int = depth, official: str = official):
                 names = [f"{official}.rnn_1.{kind}_l{depth}{end}" for end in _DIRECTIONS]
                 return np.stack([weights[name] for name in names])
 
-            _put(layer.input_kernel, directions("weight_ih").transpose(2, 0, 1))
-            _put(layer.recurrent_kernel, directions("weight_hh").transpose(0, 2, 1))
-            _put(layer.input_bias, directions("bias_ih"))
-            _put(layer.recurrent_bias, directions("bias_hh"))
+            _put(layer.input_kernel, both_directions("weight_ih").transpose(2, 0, 1))
+            _put(layer.recurrent_kernel, both_directions("weight_hh").transpose(0, 2, 1))
+            _put(layer.input_bias, both_directions("bias_ih"))
+            _put(layer.recurrent_bias, both_directions("bias_hh"))
 
     fusion = model.fusion
     linear(fusion.speech_in, "fusion.fc_aud")
@@ -264,8 +251,8 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
     linear(fusion.speech_skip, "fusion.fc_aud_self")
     linear(fusion.text_skip, "fusion.fc_text_self")
     for unit, co_attention in enumerate(fusion.layers):
-        for place, (*projections, attention, out, norm_name) in _BLOCKS.items():
-            block, prefix = getattr(co_attention, place), f"fusion.units.{unit}"
+        for name, (*projections, attention, out, norm_name) in _BLOCKS.items():
+            block, prefix = getattr(co_attention, name), f"fusion.units.{unit}"
             _fill_attention(
                 block.attention,
                 weights,
@@ -277,7 +264,7 @@ def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
     norm(fusion.norm, "fusion.bn")
     linear(fusion.projection, "fusion.fc")
     linear(fusion.classifier, "fusion.fc_2")
-    assert model.gate is not None  # of a config with the mixture "gate"
+    assert model.gate is not None  # The config has the mixture "gate".
     linear(model.gate.mlp_in, "gate.0")
     linear(model.gate.mlp_out, "gate.2")
     return model
@@ -290,7 +277,7 @@ def _fill_attention(
     attention: str,
     out: str,
 ) -> None:
-    """Multiplies each pair of projections out, in float64, and puts the products in."""
+    """Fills an attention with the products of each pair of projections, computed in float64."""
 
     def product(first: _Linear, second: _Linear) -> _Linear:  # second(first(x))
         weight = second[0].astype(np.float64)
@@ -311,5 +298,5 @@ def _fill_attention(
     query, key, value = map(product, map(pair, projections), inner)
     put(module.query, query)
     _put(module.key_value.kernel, np.concatenate([key[0], value[0]]).T)
-    _put(module.value_bias, value[1])  # The keys' bias has no effect.
+    _put(module.value_bias, value[1])  # The bias of the keys has no effect.
     put(module.out, product(pair(f"{attention}.out_proj"), pair(out)))
