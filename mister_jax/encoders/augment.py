@@ -1,7 +1,7 @@
-"""Augmentation of speech in training: gain, noise, speed, and masks on spectrograms.
+"""Augmentation of training speech: gain, noise, speed, and masks on spectrograms.
 
-Each clip has a key of its own, so what happens to it depends neither on its batch nor on its
-padding. Shape letters: B clips, S samples, F frames, M bins.
+Each clip has its own key, so that its augmentation depends neither on the batch nor on padding.
+Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:
 def random_gain(
     waveform: jax.Array, keys: jax.Array, *, low: float = -10.0, high: float = 6.0
 ) -> jax.Array:
-    """Makes each clip louder or softer.
+    """Multiplies each clip by a random gain.
 
     Args:
-      waveform: [B, S].
-      keys: typed keys [B], one a clip.
-      low: least gain, dB.
-      high: greatest gain, dB.
+      waveform: Waveforms, [B, S].
+      keys: Typed keys, one per clip, [B].
+      low: Minimum gain in dB.
+      high: Maximum gain in dB.
 
     Returns:
-      [B, S]; a loud clip may pass full scale and is not clipped.
+      Waveforms, [B, S]. Values may exceed full scale; they are not clipped.
     """
     return waveform * 10 ** (_uniform(keys, low, high)[:, None] / 20)
 
@@ -43,17 +43,17 @@ def add_noise(
     low: float = 5.0,
     high: float = 30.0,
 ) -> jax.Array:
-    """Adds white noise at a random ratio of the clip's power to the noise's.
+    """Adds white noise with a random signal-to-noise ratio to each clip.
 
     Args:
-      waveform: [B, S].
-      lengths: samples of each clip [B] int.
-      keys: typed keys [B], one a clip.
-      low: least ratio, dB.
-      high: greatest ratio, dB.
+      waveform: Waveforms, [B, S].
+      lengths: Samples of each clip, [B] int.
+      keys: Typed keys, one per clip, [B].
+      low: Minimum signal-to-noise ratio in dB.
+      high: Maximum signal-to-noise ratio in dB.
 
     Returns:
-      [B, S]; as it was behind the clip.
+      Waveforms, [B, S], with unchanged padding.
     """
     mask = length_mask(lengths, waveform.shape[1])
     squares = jnp.where(mask, waveform, 0) ** 2
@@ -74,29 +74,29 @@ def change_speed(
     low: float = 0.9,
     high: float = 1.1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Plays each clip faster or slower, pitch and all, by linear interpolation.
+    """Changes the speed of each clip, and with it the pitch, by linear interpolation.
 
     Args:
-      waveform: [B, S].
-      lengths: samples of each clip [B] int.
-      keys: typed keys [B], one a clip.
-      low: least speed, above 0.
-      high: greatest speed.
+      waveform: Waveforms, [B, S].
+      lengths: Samples of each clip, [B] int.
+      keys: Typed keys, one per clip, [B].
+      low: Minimum speed, above 0.
+      high: Maximum speed.
 
     Returns:
-      [B, S / low], rounded up, zero behind the clip; and the new lengths [B].
+      Waveforms [B, S / low, rounded up], with zeros in the padding; and the new lengths [B].
     """
     speed = _uniform(keys, low, high)[:, None]
     num_samples = waveform.shape[1]
     clip = jnp.where(length_mask(lengths, num_samples), waveform, 0)
-    place = jnp.arange(math.ceil(num_samples / low)) * speed  # B S / low
-    before = jnp.minimum(place.astype(jnp.int32), num_samples - 1)
+    position = jnp.arange(math.ceil(num_samples / low)) * speed  # [B, S / low]
+    before = jnp.minimum(position.astype(jnp.int32), num_samples - 1)
     after = jnp.minimum(before + 1, jnp.maximum(lengths - 1, 0)[:, None])
-    part = place - before
+    fraction = position - before
     left, right = (jnp.take_along_axis(clip, index, axis=1) for index in (before, after))
     new_lengths = jnp.ceil(lengths / speed[:, 0]).astype(jnp.int32)
-    valid = length_mask(new_lengths, place.shape[1]) & (place <= lengths[:, None] - 1)
-    return jnp.where(valid, left + part * (right - left), 0), valid.sum(1)
+    valid = length_mask(new_lengths, position.shape[1]) & (position <= lengths[:, None] - 1)
+    return jnp.where(valid, left + fraction * (right - left), 0), valid.sum(1)
 
 
 def mask_spectrogram(
@@ -104,52 +104,57 @@ def mask_spectrogram(
     mask: jax.Array,
     keys: jax.Array,
     *,
-    time_masks: int = 2,
-    time_width: int = 50,
-    time_part: float = 0.2,
-    bin_masks: int = 2,
-    bin_width: int = 15,
+    num_time_masks: int = 2,
+    max_frames: int = 50,
+    max_frame_share: float = 0.2,
+    num_bin_masks: int = 2,
+    max_bins: int = 15,
 ) -> jax.Array:
-    """SpecAugment (arXiv 1904.08779) without warping: random stretches become the clip's mean.
+    """Replaces random stretches of time and frequency with the clip's mean.
+
+    This is SpecAugment (arXiv 1904.08779) without time warping.
 
     Args:
-      spectrogram: [B, F, M].
-      mask: true at the clip's frames, which come first [B, F] bool.
-      keys: typed keys [B], one a clip.
-      time_masks: stretches of frames.
-      time_width: frames of the widest.
-      time_part: of the clip's frames, that the widest has at most.
-      bin_masks: stretches of bins.
-      bin_width: bins of the widest.
+      spectrogram: Spectrograms, [B, F, M].
+      mask: Valid frames, which come first, [B, F] bool.
+      keys: Typed keys, one per clip, [B].
+      num_time_masks: Number of stretches of frames.
+      max_frames: Maximum length of a stretch in frames.
+      max_frame_share: Maximum length of a stretch as a share of the clip's frames.
+      num_bin_masks: Number of stretches of mel bins.
+      max_bins: Maximum length of a stretch in mel bins.
 
     Returns:
-      [B, F, M]; as it was behind the clip.
+      Spectrograms, [B, F, M], with unchanged padding.
     """
     count = mask.sum(1)
     valid = mask[..., None]
     values = jnp.where(valid, spectrogram, 0)
     mean = values.sum((1, 2)) / jnp.maximum(count * spectrogram.shape[2], 1)
 
-    def stretches(key: jax.Array, size: jax.Array, number: int, widest: jax.Array) -> jax.Array:
-        """Starts and ends [number], of widths 0 ... widest within size."""
-        width_key, start_key = jax.random.split(key)
-        widths = jax.random.uniform(width_key, (number,)) * (widest + 1)
-        widths = jnp.minimum(widths.astype(jnp.int32), widest)
-        room = size - widths + 1
-        starts = (jax.random.uniform(start_key, (number,)) * room).astype(jnp.int32)
-        return jnp.stack([starts, starts + widths])
+    def random_stretches(
+        key: jax.Array, size: jax.Array, number: int, max_length: jax.Array, positions: jax.Array
+    ) -> jax.Array:
+        """Returns which of the positions are in one of `number` stretches within `size`."""
+        length_key, start_key = jax.random.split(key)
+        lengths = jax.random.uniform(length_key, (number,)) * (max_length + 1)
+        lengths = jnp.minimum(lengths.astype(jnp.int32), max_length)
+        num_starts = size - lengths + 1
+        starts = (jax.random.uniform(start_key, (number,)) * num_starts).astype(jnp.int32)
+        starts, ends = starts[:, None], (starts + lengths)[:, None]
+        return ((positions >= starts) & (positions < ends)).any(0)
 
-    def hidden(key: jax.Array, count: jax.Array) -> jax.Array:
-        """Cells of one clip that are masked, [F, M]."""
+    def masked_cells(key: jax.Array, count: jax.Array) -> jax.Array:
+        """Returns which cells of one clip are masked, [F, M]."""
         time_key, bin_key = jax.random.split(key)
-        widest = jnp.minimum(time_width, (time_part * count).astype(jnp.int32))
-        times = stretches(time_key, count, time_masks, widest)[..., None]
-        num_bins = jnp.asarray(spectrogram.shape[2])
-        bins = stretches(bin_key, num_bins, bin_masks, jnp.minimum(bin_width, num_bins))[..., None]
-        frame, place = jnp.arange(spectrogram.shape[1]), jnp.arange(spectrogram.shape[2])
-        rows = ((frame >= times[0]) & (frame < times[1])).any(0)
-        columns = ((place >= bins[0]) & (place < bins[1])).any(0)
-        return rows[:, None] | columns
+        _, num_frames, num_bins = spectrogram.shape
+        longest = jnp.minimum(max_frames, (max_frame_share * count).astype(jnp.int32))
+        frames = random_stretches(time_key, count, num_time_masks, longest, jnp.arange(num_frames))
+        widest = jnp.asarray(min(max_bins, num_bins))
+        bins = random_stretches(
+            bin_key, jnp.asarray(num_bins), num_bin_masks, widest, jnp.arange(num_bins)
+        )
+        return frames[:, None] | bins
 
-    masked = jax.vmap(hidden)(keys, count) & valid
+    masked = jax.vmap(masked_cells)(keys, count) & valid
     return jnp.where(masked, mean[:, None, None].astype(spectrogram.dtype), spectrogram)

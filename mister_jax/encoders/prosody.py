@@ -1,26 +1,29 @@
-"""Prosody: a speech encoder without weights, which gives one vector of named features a clip.
+"""Prosody: a speech encoder without weights, with one vector of named features per clip.
 
-It tells how something was said: pitch, loudness, voice quality, rhythm. Nothing is learned or
-downloaded. Frames are centred every 10 ms; a frame is *sounding* if it is at most 40 dB below the
-clip's loudest, and *voiced* if it is periodic, too. The features, in the order of `FEATURE_NAMES`:
+The features describe how something was said: pitch, loudness, voice quality and rhythm. Frames are
+centered every 10 ms. A frame is *sounding* if it is at most 40 dB below the clip's loudest frame,
+and *voiced* if it is sounding and periodic. The features, in the order of `FEATURE_NAMES`:
 
-- `pitch_*` over voiced frames, octaves above 55 Hz (YIN, 55 to 500 Hz), and `energy_*` over
-  sounding frames, log10 of the mean square above 1e-10 of full scale (a step of 1 is 10 dB; 0 for
-  digital silence): `mean`, `deviation`, percentiles `p10`, `p50`, `p90`, their `range`, `slope` (a
-  second), `rise` (mean of the last third of the frames less that of the first), `change` (mean
-  absolute step to the next frame); and `energy_maximum`.
-- Over sounding frames, `mean`, `deviation` and `change` of: `periodicity` (0 noise, 1 periodic),
-  `zero_crossings` (a sample), `centroid`, `spread` and `rolloff` (85 %) of the power spectrum
-  (octaves above 1 kHz), `flatness` (log10 of geometric by arithmetic mean), `tilt` (slope of the
-  Mel spectrum, log10 an octave), `alpha` (log10 of power below by power above 1 kHz), `hammarberg`
-  (log10 of the largest peak below by that above 2 kHz), `mfcc_1` to `mfcc_13`.
-- `flux_mean`, `flux_deviation`: distance of a frame's spectrum from the next one's, 0 to sqrt 2.
-- `duration` (log10 of seconds), `sounding` and `voiced` (parts of all frames), `voiced_rate`
-  (stretches a second), `voiced_length` (mean, seconds), `pause_rate` and `pause_length` (stretches
-  that are not sounding, between others), `peak_rate` (of loudness, a second, about a syllable's).
+- `pitch_*` over voiced frames, in octaves above 55 Hz (YIN, 55 to 500 Hz), and `energy_*` over
+  sounding frames, log10 of the mean square above 1e-10 of full scale (1 is 10 dB, 0 is digital
+  silence): `mean`, `deviation` (standard deviation), percentiles `p10`, `p50`, `p90` and their
+  `range`, `slope` (per second), `rise` (mean of the last third of the frames minus that of the
+  first third), `change` (mean absolute difference of neighboring frames); and `energy_maximum`.
+- `mean`, `deviation` and `change` over sounding frames of: `periodicity` (0 for noise, 1 for
+  periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85 %) of the
+  power spectrum (octaves above 1 kHz), `flatness` (log10 of geometric over arithmetic mean), `tilt`
+  (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the power below over that above
+  1 kHz), `hammarberg` (log10 of the largest peak below over that above 2 kHz), and `mfcc_1` to
+  `mfcc_13`.
+- `flux_mean` and `flux_deviation`: distance between the spectra of neighboring frames, from 0 to
+  sqrt 2.
+- `duration` (log10 of seconds), `sounding` and `voiced` (shares of all frames), `voiced_rate`
+  (voiced segments per second), `voiced_length` (mean in seconds), `pause_rate` and `pause_length`
+  (of silent segments between sounding ones), `peak_rate` (peaks of loudness per second, about the
+  syllable rate).
 
-All but `energy_mean`, `energy_p10`, `energy_p50`, `energy_p90` and `energy_maximum` stay when the
-recording is louder or softer. Shape letters: B clips, S samples, F frames, P features.
+All features except `energy_mean`, `energy_p10`, `energy_p50`, `energy_p90` and `energy_maximum` are
+independent of the recording's level. Shape letters: B clips, S samples, F frames, P features.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ import numpy as np
 from mister_jax.encoders import frontends
 from mister_jax.nn.masking import length_mask
 
-_CONTOUR = ("mean", "deviation", "p10", "p50", "p90", "range", "slope", "rise", "change")
-_SPREAD = ("mean", "deviation", "change")
+_CONTOUR_STATISTICS = ("mean", "deviation", "p10", "p50", "p90", "range", "slope", "rise", "change")
+_SPECTRAL_STATISTICS = ("mean", "deviation", "change")
 _NUM_MFCC = 13
-_SPECTRAL = (
+_SPECTRAL_NAMES = (
     "periodicity",
     "zero_crossings",
     "centroid",
@@ -50,10 +53,10 @@ _SPECTRAL = (
     *(f"mfcc_{index}" for index in range(1, _NUM_MFCC + 1)),
 )
 FEATURE_NAMES: tuple[str, ...] = (
-    *(f"pitch_{statistic}" for statistic in _CONTOUR),
-    *(f"energy_{statistic}" for statistic in _CONTOUR),
+    *(f"pitch_{statistic}" for statistic in _CONTOUR_STATISTICS),
+    *(f"energy_{statistic}" for statistic in _CONTOUR_STATISTICS),
     "energy_maximum",
-    *(f"{name}_{statistic}" for name in _SPECTRAL for statistic in _SPREAD),
+    *(f"{name}_{statistic}" for name in _SPECTRAL_NAMES for statistic in _SPECTRAL_STATISTICS),
     "flux_mean",
     "flux_deviation",
     "duration",
@@ -67,98 +70,108 @@ FEATURE_NAMES: tuple[str, ...] = (
 )
 
 _FRAME_RATE = frontends.SAMPLE_RATE / frontends.FRAME_STEP
-_LOWEST_PITCH, _HIGHEST_PITCH = 55.0, 500.0
-_MIN_LAG = int(frontends.SAMPLE_RATE / _HIGHEST_PITCH)
-_MAX_LAG = int(frontends.SAMPLE_RATE / _LOWEST_PITCH)
-_PITCH_FRAME = 800  # samples
+_MIN_PITCH, _MAX_PITCH = 55.0, 500.0  # Hz
+_MIN_LAG = int(frontends.SAMPLE_RATE / _MAX_PITCH)
+_MAX_LAG = int(frontends.SAMPLE_RATE / _MIN_PITCH)
+_PITCH_FRAME_SIZE = 800  # samples
 _NUM_LAGS = 300
-_DIP = 0.15  # the first lag whose difference dips below this is the period
-_VOICED = 0.35  # largest difference of a voiced frame
-_SOUNDING = 4.0  # log10 of power below the loudest frame
-_ENERGY_ZERO = 1e-10  # of full scale
-_LOWEST_PEAK = 1e-5  # of full scale; softer clips count as that loud
+_PERIOD_THRESHOLD = 0.15  # The first lag with a dip of the difference below it is the period.
+_VOICED_THRESHOLD = 0.35  # Maximum difference of a voiced frame.
+_SOUNDING_RANGE = 4.0  # log10 of power below the loudest frame
+_MIN_POWER = 1e-10  # of full scale
+_MIN_PEAK = 1e-5  # of full scale; quieter clips count as that loud
 _NUM_MEL_BINS = 40
-_PEAK_SIDE = 6  # frames to either side that a peak of loudness exceeds
-_PEAK_HEIGHT = 0.2  # log10 of power that it rises above the lowest of them
+_PEAK_RADIUS = 6  # frames on either side that a peak of loudness must exceed
+_PEAK_HEIGHT = 0.2  # log10 of power by which it must exceed the lowest of them
 
 
 @jax.jit
 def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Prosodic features of clips.
+    """Computes the prosodic features of clips.
 
     Args:
-      waveform: mono at 16 kHz, full scale 1 [B, S]; what is behind a clip is not read.
-      lengths: samples of each clip [B] int.
+      waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
+      lengths: Samples of each clip, [B] int.
 
     Returns:
-      features [B, P] float32 in the order of `FEATURE_NAMES`, finite for every finite clip and 0
-      where nothing is there to measure; and true for clips with at least one sample [B] bool.
+      Features [B, P] float32 in the order of `FEATURE_NAMES`, finite for every finite clip and 0
+      where there is nothing to measure; and whether a clip has any sample [B] bool.
     """
     lengths = jnp.minimum(lengths, waveform.shape[1])
-    x, peak = _prepared(waveform, lengths)
+    x, peak = _scale_to_unit_peak(waveform, lengths)
     num_frames = max(1, -(-x.shape[1] // frontends.FRAME_STEP))
-    valid = length_mask(frontends.log_mel_lengths(lengths), num_frames)  # B F
+    valid = length_mask(frontends.log_mel_lengths(lengths), num_frames)  # [B, F]
 
-    framed = _centred_frames(x, frontends.FRAME_SIZE, num_frames)  # B F 400
-    power = (framed**2).mean(-1)
-    largest = jnp.where(valid, power, 0).max(1, keepdims=True)
-    sounding = valid & (power > 10**-_SOUNDING * largest)
-    level = 2 * jnp.log10(jnp.maximum(peak, _LOWEST_PEAK)) - np.log10(_ENERGY_ZERO)
+    frames = _centered_frames(x, frontends.FRAME_SIZE, num_frames)  # [B, F, 400]
+    power = (frames**2).mean(-1)
+    max_power = jnp.where(valid, power, 0).max(1, keepdims=True)
+    sounding = valid & (power > 10**-_SOUNDING_RANGE * max_power)
+    level = 2 * jnp.log10(jnp.maximum(peak, _MIN_PEAK)) - np.log10(_MIN_POWER)
     energy = jnp.log10(jnp.maximum(power, 1e-30)) + level
 
-    pitch, difference = _pitch(x, lengths, num_frames)
-    voiced = sounding & (difference < _VOICED)
-    spectral, roots = _spectral(framed)
+    pitch, difference = _estimate_pitch(x, lengths, num_frames)
+    voiced = sounding & (difference < _VOICED_THRESHOLD)
+    spectral, root_shares = _spectral_features(frames)
     spectral["periodicity"] = jnp.clip(1 - difference, 0, 1)
 
-    contours = _contours(
+    contours = _contour_statistics(
         jnp.stack([pitch, energy], axis=-1), jnp.stack([voiced, sounding], axis=-1)
     )
     features = {f"pitch_{name}": value[:, 0] for name, value in contours.items()}
     features |= {f"energy_{name}": value[:, 1] for name, value in contours.items()}
     features["energy_maximum"] = jnp.where(sounding, energy, 0).max(1)
-    stacked = jnp.stack([spectral[name] for name in _SPECTRAL], axis=-1)  # B F names
-    statistics = (*_moments(stacked, sounding[..., None]), _change(stacked, sounding[..., None]))
-    for statistic, values in zip(_SPREAD, statistics, strict=True):
-        features |= {f"{name}_{statistic}": values[:, i] for i, name in enumerate(_SPECTRAL)}
-    flux = jnp.sqrt((jnp.diff(roots, axis=1) ** 2).sum(-1) + 1e-12)
-    features["flux_mean"], features["flux_deviation"] = _moments(
+    stacked = jnp.stack([spectral[name] for name in _SPECTRAL_NAMES], axis=-1)  # [B, F, features]
+    statistics = (
+        *_mean_and_deviation(stacked, sounding[..., None]),
+        _mean_change(stacked, sounding[..., None]),
+    )
+    for statistic, values in zip(_SPECTRAL_STATISTICS, statistics, strict=True):
+        features |= {f"{name}_{statistic}": values[:, i] for i, name in enumerate(_SPECTRAL_NAMES)}
+    flux = jnp.sqrt((jnp.diff(root_shares, axis=1) ** 2).sum(-1) + 1e-12)
+    features["flux_mean"], features["flux_deviation"] = _mean_and_deviation(
         flux, sounding[:, 1:] & sounding[:, :-1]
     )
-    features |= _rhythm(energy, valid, sounding, voiced, lengths)
-    present = lengths > 0
+    features |= _rhythm_features(energy, valid, sounding, voiced, lengths)
+    has_samples = lengths > 0
     vector = jnp.stack([features[name] for name in FEATURE_NAMES], axis=-1)
-    return jnp.where(present[:, None], vector, 0), present
+    return jnp.where(has_samples[:, None], vector, 0), has_samples
 
 
-def _prepared(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Clips without their mean, at least a sample long, largest value 1; what it was, [B, 1]."""
+def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Removes the mean of each clip and scales it to a peak of 1.
+
+    Returns:
+      Clips of at least one sample, [B, S], with zeros in the padding; and the original peak of
+      each, [B, 1].
+    """
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 
-    def level(x: jax.Array) -> jax.Array:
-        largest = jnp.abs(x).max(1, keepdims=True)
-        return jnp.where(largest > np.finfo(np.float32).tiny, largest, 1)
+    def peak(x: jax.Array) -> jax.Array:
+        maximum = jnp.abs(x).max(1, keepdims=True)
+        return jnp.where(maximum > np.finfo(np.float32).tiny, maximum, 1)
 
     x = jnp.where(mask, waveform, 0).astype(jnp.float32)
-    # Scaled before it is summed: neither overflows then.
-    first = level(x)
-    x = x / first
+    # Scaling before the sum avoids overflow.
+    input_peak = peak(x)
+    x = x / input_peak
     mean = x.sum(1, keepdims=True) / jnp.maximum(lengths, 1)[:, None]
     x = jnp.where(mask, x - mean, 0)
-    # What rounding leaves of a constant is silence.
+    # The rounding errors of a constant signal count as silence.
     x = jnp.where(jnp.abs(x).max(1, keepdims=True) > 1e-6, x, 0)
-    second = level(x)
-    return x / second, first * second
+    centered_peak = peak(x)
+    return x / centered_peak, input_peak * centered_peak
 
 
-def _centred_frames(x: jax.Array, size: int, count: int) -> jax.Array:
-    """Frames [B, F, size] about every 160th sample from the first on, zeros beyond the ends."""
-    return frontends.frames(jnp.pad(x, ((0, 0), (size // 2, 0))), size, frontends.FRAME_STEP, count)
+def _centered_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
+    """Returns frames [B, F, size] centered at every 160th sample, with zeros beyond the ends."""
+    return frontends.split_frames(
+        jnp.pad(x, ((0, 0), (size // 2, 0))), size, frontends.FRAME_STEP, num_frames
+    )
 
 
 def _low_pass(x: jax.Array) -> jax.Array:
-    """x [B, S] below 1.5 kHz, where lags are long enough to compare sample by sample."""
+    """Filters x [B, S] to below 1.5 kHz, where a resolution of one sample suffices for lags."""
     time = np.arange(-32, 33)
     taps = np.sinc(time * 3000 / frontends.SAMPLE_RATE) * np.hanning(67)[1:-1]
     taps = (taps / taps.sum()).astype(np.float32)
@@ -172,53 +185,63 @@ def _low_pass(x: jax.Array) -> jax.Array:
     return filtered[:, 0]
 
 
-def _pitch(x: jax.Array, lengths: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Pitch by YIN (de Cheveigne and Kawahara, JASA 111, 2002), octaves above 55 Hz, [B, F].
+def _estimate_pitch(
+    x: jax.Array, lengths: jax.Array, num_frames: int
+) -> tuple[jax.Array, jax.Array]:
+    """Estimates the pitch with YIN (de Cheveigne and Kawahara, JASA 111, 2002).
 
-    Also the normalised difference at the period [B, F]: 0 is periodic, 1 is noise or nothing.
+    Returns:
+      Pitch in octaves above 55 Hz, [B, F], and the normalized difference at the period, [B, F]:
+      0 for periodic frames, 1 for noise or silence.
     """
     x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
-    framed = _centred_frames(x, _PITCH_FRAME, count)  # B F 800
-    window = _PITCH_FRAME - _NUM_LAGS
-    # The window at the largest lag ends with the frame, so nothing wraps around.
-    start = jnp.where(np.arange(_PITCH_FRAME) < window, framed, 0)
-    spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(framed)
-    product = jnp.fft.irfft(spectrum, _PITCH_FRAME)[..., :_NUM_LAGS]
-    running = jnp.pad(jnp.cumsum(framed**2, axis=-1), ((0, 0), (0, 0), (1, 0)))
-    energy = running[..., window : window + _NUM_LAGS] - running[..., :_NUM_LAGS]
-    difference = jnp.maximum(energy[..., :1] + energy - 2 * product, 0)[..., 1:]  # lags 1 ... 299
+    frames = _centered_frames(x, _PITCH_FRAME_SIZE, num_frames)  # [B, F, 800]
+    window = _PITCH_FRAME_SIZE - _NUM_LAGS
+    # At the maximum lag the window ends with the frame, so that nothing wraps around.
+    start = jnp.where(np.arange(_PITCH_FRAME_SIZE) < window, frames, 0)
+    spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(frames)
+    product = jnp.fft.irfft(spectrum, _PITCH_FRAME_SIZE)[..., :_NUM_LAGS]
+    running_energy = jnp.pad(jnp.cumsum(frames**2, axis=-1), ((0, 0), (0, 0), (1, 0)))
+    energy = running_energy[..., window : window + _NUM_LAGS] - running_energy[..., :_NUM_LAGS]
+    difference = jnp.maximum(energy[..., :1] + energy - 2 * product, 0)[..., 1:]  # lags 1 to 299
     total = jnp.cumsum(difference, axis=-1)
     lag = np.arange(1, _NUM_LAGS, dtype=np.float32)
-    # Rounding alone, of frames with next to nothing in them, is no period.
-    present = total > 1e-6 * running[..., -1:] + 1e-20
-    normal = jnp.where(present, difference * lag / jnp.where(present, total, 1), 1)
+    # The rounding errors of an almost silent frame are no period.
+    audible = total > 1e-6 * running_energy[..., -1:] + 1e-20
+    normalized = jnp.where(audible, difference * lag / jnp.where(audible, total, 1), 1)
 
-    before, here, after = normal[..., :-2], normal[..., 1:-1], normal[..., 2:]  # lags 2 ... 298
+    # Lags 2 to 298, with their neighbors.
+    previous, current, following = normalized[..., :-2], normalized[..., 1:-1], normalized[..., 2:]
     lag = lag[1:-1]
     allowed = (lag >= _MIN_LAG) & (lag <= _MAX_LAG)
-    dips = allowed & (here < _DIP) & (here <= before) & (here <= after)
-    lowest = jnp.argmin(jnp.where(allowed, here, jnp.inf), axis=-1)
-    chosen = jnp.where(dips.any(-1), jnp.argmax(dips, axis=-1), lowest)[..., None]
+    is_minimum = (current <= previous) & (current <= following)
+    dips = allowed & (current < _PERIOD_THRESHOLD) & is_minimum
+    lowest = jnp.argmin(jnp.where(allowed, current, jnp.inf), axis=-1)
+    period_index = jnp.where(dips.any(-1), jnp.argmax(dips, axis=-1), lowest)[..., None]
 
-    def at(values: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, chosen, axis=-1)[..., 0]
+    def at_period(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, period_index, axis=-1)[..., 0]
 
-    left, middle, right = at(before), at(here), at(after)
+    left, middle, right = at_period(previous), at_period(current), at_period(following)
     curvature = left - 2 * middle + right
     shift = 0.5 * (left - right) / jnp.where(curvature > 1e-9, curvature, 1)
     shift = jnp.where(curvature > 1e-9, jnp.clip(shift, -1, 1), 0)
-    period = jnp.asarray(lag)[chosen[..., 0]] + shift
-    return jnp.log2(frontends.SAMPLE_RATE / period / _LOWEST_PITCH), middle
+    period = jnp.asarray(lag)[period_index[..., 0]] + shift
+    return jnp.log2(frontends.SAMPLE_RATE / period / _MIN_PITCH), middle
 
 
-def _spectral(framed: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Features of each frame's spectrum [B, F] by name, and roots of its parts of power."""
+def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Computes features of each frame's spectrum.
+
+    Returns:
+      Features [B, F] by name, and the square roots of the shares of power [B, F, 201].
+    """
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
-    spectrum = jnp.fft.rfft(framed * hann)  # B F 201
+    spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]
     power = spectrum.real**2 + spectrum.imag**2
-    # Far below any sounding frame, so it decides nothing but what an empty one gives.
+    # Far below any sounding frame; it only keeps the features of silent frames finite.
     power = power + 1e-8
-    parts = power / power.sum(-1, keepdims=True)
+    shares = power / power.sum(-1, keepdims=True)
     frequency = np.linspace(0, frontends.SAMPLE_RATE / 2, power.shape[-1]).astype(np.float32)
 
     def octaves(hertz: jax.Array) -> jax.Array:
@@ -230,65 +253,74 @@ def _spectral(framed: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
     def band(low: float, high: float) -> jax.Array:
         return power[..., (frequency >= low) & (frequency < high)]
 
-    centroid = (parts * frequency).sum(-1)
-    variance = (parts * (frequency - centroid[..., None]) ** 2).sum(-1)
+    centroid = (shares * frequency).sum(-1)
+    variance = (shares * (frequency - centroid[..., None]) ** 2).sum(-1)
     filters = frontends.slaney_filters(_NUM_MEL_BINS)
-    mel = jnp.log10(jnp.matmul(power, filters, precision=jax.lax.Precision.HIGHEST))  # B F M
-    centre = np.log2(frequency @ filters / filters.sum(0))
-    centre = centre - centre.mean()
-    index = np.arange(_NUM_MEL_BINS)
-    cosines = np.cos(np.pi / _NUM_MEL_BINS * np.outer(index + 0.5, np.arange(1, _NUM_MFCC + 1)))
+    mel = jnp.log10(jnp.matmul(power, filters, precision=jax.lax.Precision.HIGHEST))  # [B, F, M]
+    octave = np.log2(frequency @ filters / filters.sum(0))
+    octave = octave - octave.mean()
+    bins = np.arange(_NUM_MEL_BINS)
+    cosines = np.cos(np.pi / _NUM_MEL_BINS * np.outer(bins + 0.5, np.arange(1, _NUM_MFCC + 1)))
     cosines = (cosines * np.sqrt(2 / _NUM_MEL_BINS)).astype(np.float32)
     mfcc = jnp.matmul(mel, cosines, precision=jax.lax.Precision.HIGHEST)
-    signs = framed >= 0
+    signs = frames >= 0
     features = {
         "zero_crossings": (signs[..., 1:] != signs[..., :-1]).astype(jnp.float32).mean(-1),
         "centroid": octaves(centroid),
         "spread": octaves(jnp.sqrt(variance)),
-        "rolloff": octaves(((jnp.cumsum(parts, -1) < 0.85) * np.diff(frequency)[0]).sum(-1)),
+        "rolloff": octaves(((jnp.cumsum(shares, -1) < 0.85) * np.diff(frequency)[0]).sum(-1)),
         "flatness": jnp.log10(power).mean(-1) - jnp.log10(power.mean(-1)),
-        "tilt": (mel * (centre / (centre**2).sum()).astype(np.float32)).sum(-1),
+        "tilt": (mel * (octave / (octave**2).sum()).astype(np.float32)).sum(-1),
         "alpha": log_ratio(band(50, 1000).sum(-1), band(1000, 5000).sum(-1)),
         "hammarberg": log_ratio(band(0, 2000).max(-1), band(2000, 5000).max(-1)),
     }
-    features |= {f"mfcc_{place + 1}": mfcc[..., place] for place in range(_NUM_MFCC)}
-    return features, jnp.sqrt(parts)
+    features |= {f"mfcc_{index + 1}": mfcc[..., index] for index in range(_NUM_MFCC)}
+    return features, jnp.sqrt(shares)
 
 
-def _mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the frames of the mask [B, F, ...], [B, ...]; 0 if there is none."""
+def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean over the frames of the mask [B, F, ...], 0 if there are none; [B, ...]."""
     return jnp.where(mask, x, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
-def _moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation over the frames of the mask [B, F, ...]."""
-    mean = _mean(x, mask)
-    return mean, jnp.sqrt(_mean((x - mean[:, None]) ** 2, mask))
+def _mean_and_deviation(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and standard deviation over the frames of the mask [B, F, ...]."""
+    mean = _masked_mean(x, mask)
+    return mean, jnp.sqrt(_masked_mean((x - mean[:, None]) ** 2, mask))
 
 
-def _change(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean absolute step between neighbours that are both in the mask [B, F, ...]."""
-    return _mean(jnp.abs(jnp.diff(x, axis=1)), mask[:, 1:] & mask[:, :-1])
+def _mean_change(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean absolute difference of neighbors that are both in the mask [B, F, ...]."""
+    return _masked_mean(jnp.abs(jnp.diff(x, axis=1)), mask[:, 1:] & mask[:, :-1])
 
 
-def _percentiles(x: jax.Array, mask: jax.Array, parts: tuple[float, ...]) -> jax.Array:
-    """Over the frames of the mask [B, F, ...], linear between neighbours; [B, parts, ...]."""
-    ordered = jnp.sort(jnp.where(mask, x, jnp.inf), axis=1)
+def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, ...]) -> jax.Array:
+    """Returns percentiles over the frames of the mask, interpolated linearly.
+
+    Args:
+      x: Values, [B, F, ...].
+      mask: Frames to include, [B, F, ...] bool.
+      fractions: Percentiles as fractions of 1.
+
+    Returns:
+      Percentiles, [B, number of fractions, ...]; 0 without frames.
+    """
+    sorted_values = jnp.sort(jnp.where(mask, x, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(1, keepdims=True) - 1, 0)
-    place = last * jnp.asarray(parts, jnp.float32).reshape(1, -1, *(1,) * (x.ndim - 2))
-    low = place.astype(jnp.int32)
-    below = jnp.take_along_axis(ordered, low, axis=1)
-    above = jnp.take_along_axis(ordered, jnp.minimum(low + 1, last), axis=1)
-    value = below + (place - low) * (above - below)
+    position = last * jnp.asarray(fractions, jnp.float32).reshape(1, -1, *(1,) * (x.ndim - 2))
+    low = position.astype(jnp.int32)
+    below = jnp.take_along_axis(sorted_values, low, axis=1)
+    above = jnp.take_along_axis(sorted_values, jnp.minimum(low + 1, last), axis=1)
+    value = below + (position - low) * (above - below)
     return jnp.where(mask.any(1, keepdims=True), value, 0)
 
 
-def _contours(x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The statistics `_CONTOUR` of x over the frames of the mask [B, F, ...], each [B, ...]."""
-    mean, deviation = _moments(x, mask)
-    p10, p50, p90 = jnp.moveaxis(_percentiles(x, mask, (0.1, 0.5, 0.9)), 1, 0)
+def _contour_statistics(x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Returns `_CONTOUR_STATISTICS` of x over the frames of the mask [B, F, ...], each [B, ...]."""
+    mean, deviation = _mean_and_deviation(x, mask)
+    p10, p50, p90 = jnp.moveaxis(_masked_percentiles(x, mask, (0.1, 0.5, 0.9)), 1, 0)
     time = (jnp.arange(x.shape[1]) / _FRAME_RATE).reshape(1, -1, *(1,) * (x.ndim - 2))
-    time = jnp.where(mask, time - _mean(time, mask)[:, None], 0)
+    time = jnp.where(mask, time - _masked_mean(time, mask)[:, None], 0)
     moment = (time**2).sum(1)
     slope = (time * jnp.where(mask, x - mean[:, None], 0)).sum(1)
     order, count = jnp.cumsum(mask, axis=1), mask.sum(1, keepdims=True)
@@ -301,46 +333,40 @@ def _contours(x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         "p90": p90,
         "range": p90 - p10,
         "slope": jnp.where(moment > 0, slope / jnp.where(moment > 0, moment, 1), 0),
-        "rise": jnp.where(first.any(1), _mean(x, last) - _mean(x, first), 0),
-        "change": _change(x, mask),
+        "rise": jnp.where(first.any(1), _masked_mean(x, last) - _masked_mean(x, first), 0),
+        "change": _mean_change(x, mask),
     }
 
 
-def _stretches(mask: jax.Array) -> jax.Array:
-    """How many stretches of true frames the mask [B, F] has, [B]."""
+def _count_segments(mask: jax.Array) -> jax.Array:
+    """Returns the number of segments of consecutive frames in the mask [B, F], [B]."""
     return (mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))).sum(1)
 
 
-def _rhythm(
+def _rhythm_features(
     energy: jax.Array,
     valid: jax.Array,
     sounding: jax.Array,
     voiced: jax.Array,
     lengths: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Durations and rates, of frames [B, F]."""
+    """Computes durations and rates from frames [B, F]; `lengths` [B] are in samples."""
     count = jnp.maximum(valid.sum(1), 1)
     seconds = count / _FRAME_RATE
-    begun = jnp.cumsum(sounding, axis=1)
-    pauses = ~sounding & (begun > 0) & (begun < begun[:, -1:])
-    num_voiced, num_pauses = _stretches(voiced), _stretches(pauses)
-    smooth = (
-        sum(
-            jnp.pad(jnp.where(valid, energy, 0), ((0, 0), (2, 2)))[
-                :, shift : shift + energy.shape[1]
-            ]
-            for shift in range(5)
-        )
-        / 5
-    )
+    num_sounding = jnp.cumsum(sounding, axis=1)
+    pauses = ~sounding & (num_sounding > 0) & (num_sounding < num_sounding[:, -1:])
+    num_voiced, num_pauses = _count_segments(voiced), _count_segments(pauses)
+    padded = jnp.pad(jnp.where(valid, energy, 0), ((0, 0), (2, 2)))
+    smooth = sum(padded[:, shift : shift + energy.shape[1]] for shift in range(5)) / 5
 
-    def window(reducer: Any, initial: float, sides: tuple[int, int]) -> jax.Array:
-        size = sum(sides) + 1
+    def over_neighbors(reducer: Any, initial: float) -> jax.Array:
         masked = jnp.where(valid, smooth, initial)
-        return jax.lax.reduce_window(masked, initial, reducer, (1, size), (1, 1), ((0, 0), sides))
+        padding = ((0, 0), (_PEAK_RADIUS, _PEAK_RADIUS))
+        window = (1, 2 * _PEAK_RADIUS + 1)
+        return jax.lax.reduce_window(masked, initial, reducer, window, (1, 1), padding)
 
-    highest = window(jax.lax.max, -jnp.inf, (_PEAK_SIDE, _PEAK_SIDE))
-    lowest = window(jax.lax.min, jnp.inf, (_PEAK_SIDE, _PEAK_SIDE))
+    highest = over_neighbors(jax.lax.max, -jnp.inf)
+    lowest = over_neighbors(jax.lax.min, jnp.inf)
     peaks = sounding & (smooth >= highest) & (smooth - lowest > _PEAK_HEIGHT)
     return {
         "duration": jnp.log10(jnp.maximum(lengths, 1) / frontends.SAMPLE_RATE),
@@ -350,5 +376,5 @@ def _rhythm(
         "voiced_length": voiced.sum(1) / jnp.maximum(num_voiced, 1) / _FRAME_RATE,
         "pause_rate": num_pauses / seconds,
         "pause_length": pauses.sum(1) / jnp.maximum(num_pauses, 1) / _FRAME_RATE,
-        "peak_rate": _stretches(peaks) / seconds,
+        "peak_rate": _count_segments(peaks) / seconds,
     }

@@ -1,4 +1,4 @@
-"""Augmentation: its size, its keys, and what it leaves alone."""
+"""Augmentation: its strength, its keys, and that it does not change padding."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def test_gain_is_in_its_range():
     np.testing.assert_array_equal(gained, np.broadcast_to(gained[:, :1], gained.shape))
 
 
-def test_noise_has_the_ratio_to_the_clip_that_is_asked_for():
+def test_noise_has_the_requested_ratio():
     noisy = np.asarray(augment.add_noise(waveform(), LENGTHS, KEYS, low=10, high=10))
     for row, clean, length in zip(noisy, waveform(), LENGTHS, strict=True):
         added = row[:length] - clean[:length]
@@ -46,19 +46,19 @@ def test_noise_has_the_ratio_to_the_clip_that_is_asked_for():
 
 @pytest.mark.parametrize("speed", [0.8, 1.0, 1.25])
 def test_speed_changes_length_and_pitch(speed):
-    fast, lengths = augment.change_speed(waveform(), LENGTHS, KEYS, low=speed, high=speed)
-    assert fast.shape[1] == np.ceil(4000 / speed)
+    changed, lengths = augment.change_speed(waveform(), LENGTHS, KEYS, low=speed, high=speed)
+    assert changed.shape[1] == np.ceil(4000 / speed)
     np.testing.assert_allclose(lengths, LENGTHS / speed, atol=1)
-    assert np.isfinite(fast).all()
-    for row, length, amplitude in zip(fast, lengths, (1, 0.1), strict=False):
+    assert np.isfinite(changed).all()
+    for row, length, amplitude in zip(changed, lengths, (1, 0.1), strict=False):
         expected = amplitude * np.sin(np.arange(length) * 0.1 * speed)
         np.testing.assert_allclose(row[:length], expected, atol=2e-3)
         np.testing.assert_array_equal(row[length:], 0)
 
 
-def test_masked_stretches_hold_the_clips_mean():
+def test_masked_stretches_hold_the_mean_of_the_clip():
     clean, mask = spectrogram(), frame_mask()
-    masked = np.asarray(augment.mask_spectrogram(clean, mask, KEYS, time_width=9, bin_width=4))
+    masked = np.asarray(augment.mask_spectrogram(clean, mask, KEYS, max_frames=9, max_bins=4))
     for index, count in enumerate((60, 30)):
         changed = masked[index] != clean[index]
         assert changed[:count].any() and not changed[count:].any()
@@ -69,29 +69,29 @@ def test_masked_stretches_hold_the_clips_mean():
     np.testing.assert_array_equal(masked[2], clean[2])
 
 
-def test_masks_have_every_width_up_to_the_widest():
+def test_masks_have_every_length_up_to_the_maximum():
     keys = jax.random.split(jax.random.key(0), 300)
-    ones = np.arange(300 * 40 * 10, dtype=np.float32).reshape(300, 40, 10)
+    values = np.arange(300 * 40 * 10, dtype=np.float32).reshape(300, 40, 10)
     masked = augment.mask_spectrogram(
-        ones, np.ones((300, 40), bool), keys, time_masks=1, time_width=3, bin_masks=0
+        values, np.ones((300, 40), bool), keys, num_time_masks=1, max_frames=3, num_bin_masks=0
     )
-    assert set((np.asarray(masked) != ones).all(2).sum(1)) == {0, 1, 2, 3}
+    assert set((np.asarray(masked) != values).all(2).sum(1)) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("what", ["gain", "noise", "speed", "mask"])
-def test_what_happens_to_a_clip_does_not_depend_on_its_batch(what):
-    def change(rows, num_samples, num_frames):
+@pytest.mark.parametrize("kind", ["gain", "noise", "speed", "mask"])
+def test_augmentation_of_a_clip_does_not_depend_on_the_batch(kind):
+    def augment_rows(rows, num_samples, num_frames):
         keys, lengths = KEYS[rows], LENGTHS[rows]
-        if what == "mask":
+        if kind == "mask":
             mask = frame_mask(num_frames)[rows]
             return augment.mask_spectrogram(spectrogram(num_frames)[rows], mask, keys)[:, :30]
         clips = waveform(num_samples)[rows]
-        if what == "gain":
+        if kind == "gain":
             return augment.random_gain(clips, keys)[:, :1500]
-        if what == "noise":
+        if kind == "noise":
             return augment.add_noise(clips, lengths, keys)[:, :1500]
         return augment.change_speed(clips, lengths, keys)[0][:, :1300]
 
-    alone = change(slice(1, 2), 1500, 60)[0]
-    together = change(slice(0, 3), 4321, 77)[1]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    single = augment_rows(slice(1, 2), 1500, 60)[0]
+    batched = augment_rows(slice(0, 3), 4321, 77)[1]
+    np.testing.assert_allclose(batched, single, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Front ends against transformers' and Kaldi's, and what must hold of padding and odd clips."""
+"""Front ends compared with transformers and Kaldi, and their treatment of padding."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +12,21 @@ SECOND = frontends.SAMPLE_RATE
 
 
 def clip(length, seed=0):
-    """A tone in noise, with an offset."""
+    """Returns a tone in noise, with an offset."""
     random = np.random.default_rng(seed)
     tone = 0.3 * np.sin(np.arange(length) * 0.12)
     return (tone + 0.05 * random.normal(size=length) + 0.02).astype(np.float32)
 
 
 def padded(clips, num_samples, padding=np.nan):
-    """Clips one below the other, and their lengths."""
+    """Returns a batch of padded clips, and their lengths."""
     waveform = np.full((len(clips), num_samples), padding, np.float32)
     for row, samples in zip(waveform, clips, strict=True):
         row[: len(samples)] = samples
     return waveform, np.array([len(samples) for samples in clips])
 
 
-ODD = {
+DEGENERATE_CLIPS = {
     "empty": np.zeros(0),
     "one sample": np.ones(1),
     "silence": np.zeros(3000),
@@ -66,23 +66,23 @@ def test_mel_filters_equal_transformers():
 
 
 @pytest.mark.parametrize("num_frames", [44, 46, 99])
-def test_the_first_frames_of_log_mel_do_not_need_the_rest(num_frames):
+def test_num_frames_does_not_change_the_first_frames_of_log_mel(num_frames):
     waveform, lengths = padded([clip(6600), clip(10)], 6600)
-    whole = frontends.log_mel(waveform, lengths, window_frames=100)
-    part = frontends.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
-    np.testing.assert_allclose(part, whole[:, :num_frames], atol=1e-6)
+    full = frontends.log_mel(waveform, lengths, window_frames=100)
+    first_frames = frontends.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
+    np.testing.assert_allclose(first_frames, full[:, :num_frames], atol=1e-6)
 
 
-def test_frames_behind_a_clip_hold_silence():
-    waveform, lengths = padded([clip(1600), ODD["empty"]], 3200)
+def test_padding_of_log_mel_holds_silence():
+    waveform, lengths = padded([clip(1600), DEGENERATE_CLIPS["empty"]], 3200)
     mel = frontends.log_mel(waveform, lengths, window_frames=100)
     np.testing.assert_array_equal(frontends.log_mel_lengths(lengths), [10, 0])
     np.testing.assert_allclose(mel[0, 12:], mel[0].min(), atol=1e-6)
     np.testing.assert_allclose(mel[1], -1.5)
 
 
-@pytest.mark.parametrize(("kind", "samples"), ODD.items())
-def test_odd_clips_give_finite_values(kind, samples):
+@pytest.mark.parametrize(("kind", "samples"), DEGENERATE_CLIPS.items())
+def test_degenerate_clips_have_finite_outputs(kind, samples):
     waveform, lengths = padded([samples], max(len(samples), 1))
     for values in (
         frontends.log_mel(waveform, lengths, window_frames=100),
@@ -99,52 +99,58 @@ def test_fbank_equals_kaldi():
     np.testing.assert_allclose(frontends.kaldi_filters(128)[:-1].T, filters, atol=5e-5)
     ours = frontends.kaldi_fbank(waveform * 2.0**15)
     assert ours.shape == expected.shape
-    # As BEATs normalises it.
+    # BEATs' standardization.
     np.testing.assert_allclose((ours - 15.41663) / (2 * 6.55582), expected, atol=3e-4)
 
 
-def test_frames_of_fbank_see_their_own_samples_alone():
+def test_fbank_frames_depend_only_on_their_own_samples():
     samples = clip(3000)
     waveform, lengths = padded([samples], 5000)
     count = int(frontends.kaldi_fbank_lengths(lengths)[0])
     assert count == (3000 - 400) // 160 + 1
-    whole = frontends.kaldi_fbank(waveform)
-    np.testing.assert_allclose(whole[:, :count], frontends.kaldi_fbank(samples[None]), atol=1e-5)
-    assert not np.isfinite(whole[:, count]).all()
+    full = frontends.kaldi_fbank(waveform)
+    np.testing.assert_allclose(full[:, :count], frontends.kaldi_fbank(samples[None]), atol=1e-5)
+    assert not np.isfinite(full[:, count]).all()
 
 
-def test_fbank_has_a_frame_even_if_no_clip_has():
+def test_fbank_has_at_least_one_frame():
     lengths = jnp.array([0, 1, 399, 400, 559, 560])
     np.testing.assert_array_equal(frontends.kaldi_fbank_lengths(lengths), [0, 0, 0, 1, 1, 2])
     assert frontends.kaldi_fbank(np.zeros((1, 5), np.float32)).shape == (1, 1, 128)
 
 
-def test_normalised_clips_have_zero_mean_and_unit_variance():
-    clips = [clip(5000), 0.001 * clip(700), ODD["one sample"], ODD["silence"], ODD["empty"]]
+def test_normalized_clips_have_zero_mean_and_unit_variance():
+    clips = [
+        clip(5000),
+        0.001 * clip(700),
+        DEGENERATE_CLIPS["one sample"],
+        DEGENERATE_CLIPS["silence"],
+        DEGENERATE_CLIPS["empty"],
+    ]
     waveform, lengths = padded(clips, 5000)
-    normal = np.asarray(frontends.normalize(waveform, lengths))
-    for row, samples in zip(normal[:3], clips, strict=False):
+    normalized = np.asarray(frontends.normalize(waveform, lengths))
+    for row, samples in zip(normalized[:3], clips, strict=False):
         expected = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
         np.testing.assert_allclose(row[: len(samples)], expected, atol=1e-4)
         np.testing.assert_array_equal(row[len(samples) :], 0)
-    np.testing.assert_array_equal(normal[3:], 0)
+    np.testing.assert_array_equal(normalized[3:], 0)
 
 
-@pytest.mark.parametrize("front_end", [frontends.log_mel, frontends.normalize])
-def test_a_clip_gives_the_same_alone_and_in_any_batch(front_end):
+@pytest.mark.parametrize("frontend", [frontends.log_mel, frontends.normalize])
+def test_batch_and_padding_do_not_change_a_clip(frontend):
     samples = clip(2777)
-    alone = front_end(*padded([samples], 2777))[0]
-    waveform, lengths = padded([clip(4000, seed=1), samples, ODD["empty"]], 4321)
-    together = front_end(waveform, lengths)[1]
-    size = min(len(alone), len(together))
-    np.testing.assert_allclose(together[:size], alone[:size], atol=1e-5)
+    single = frontend(*padded([samples], 2777))[0]
+    waveform, lengths = padded([clip(4000, seed=1), samples, DEGENERATE_CLIPS["empty"]], 4321)
+    batched = frontend(waveform, lengths)[1]
+    size = min(len(single), len(batched))
+    np.testing.assert_allclose(batched[:size], single[:size], atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "step"), [(400, 160), (320, 160), (7, 3), (2, 5)])
-def test_frames_are_slices(size, step):
+def test_split_frames_equals_slicing(size, step):
     samples = np.arange(1000.0)
-    framed = frontends.frames(samples[None], size, step, 9)
-    assert framed.shape == (1, 9, size)
+    frames = frontends.split_frames(samples[None], size, step, 9)
+    assert frames.shape == (1, 9, size)
     long = np.pad(samples, (0, 2000))
     for index in range(9):
-        np.testing.assert_array_equal(framed[0, index], long[index * step : index * step + size])
+        np.testing.assert_array_equal(frames[0, index], long[index * step : index * step + size])
