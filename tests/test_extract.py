@@ -22,7 +22,6 @@ from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
 from mister_jax.extract import features as features_module
-from mister_jax.extract.features import plan
 from mister_jax.inference.predictor import Predictor
 from mister_jax.nn import masked_mean
 from mister_jax.parallel import sharding
@@ -537,32 +536,3 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
     np.testing.assert_allclose(found, expected, atol=1e-4)
     with pytest.raises(InputError, match="trim=False; allowed: True, it is not Whisper"):
         extract.load_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)
-
-
-def test_batches_of_a_plan_hold_all_rows_within_the_budget():
-    lengths = np.sort(np.random.default_rng(0).integers(1, 100, 200))[::-1]
-    found = list(plan(lengths, 300, steps=(10, 20, 50), longest=100, num_shards=2))
-    rows = np.concatenate([rows[rows >= 0] for rows, _ in found])
-    np.testing.assert_array_equal(rows, np.arange(200))
-    for rows, padded in found:
-        assert padded in (10, 20, 50, 100) and len(rows) % 2 == 0
-        assert len(rows) * padded <= 2 * 300 and lengths[rows[rows >= 0]].max() <= padded
-    # Rows are filled up, also by what is shorter, until the last few.
-    full = [(rows, padded) for rows, padded in found if (rows >= 0).all()]
-    assert len(full) >= len(found) - 2
-    assert {len(rows) for rows, padded in full if padded == 100} == {2 * 3}
-
-
-@pytest.mark.parametrize(
-    ("budget", "expected"),
-    [
-        (900, [([0, 1, 2], 100), ([3], 10)]),  # two of them padded cost less than a program
-        (500, [([0, 1], 100), ([2, 3], 10)]),
-        (350, [([0, 1, 2], 100), ([3], 10)]),  # no row is left empty while there are some
-        (1800, [([0, 1, 2, 3], 100)]),
-    ],
-)
-def test_a_few_items_are_padded_to_the_longest_where_that_saves_a_program(budget, expected):
-    few = np.array([100, 9, 8, 7])
-    found = list(plan(few, budget, steps=(10, 50), longest=100, num_shards=1))
-    assert [(rows[rows >= 0].tolist(), padded) for rows, padded in found] == expected

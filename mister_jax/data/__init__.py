@@ -8,8 +8,9 @@ a dataset is read, written or iterated.
 """
 
 from mister_jax.data.audio import SAMPLE_RATE
+from mister_jax.data.batching import BatchPlan, length_buckets
 from mister_jax.data.features import load, read_npz, split_names, write
-from mister_jax.data.pipeline import BatchPlan, batches, length_buckets, prefetch_to_device
+from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.storage import dataset_directory
 from mister_jax.data.synthetic import generate

@@ -8,8 +8,8 @@ from absl import logging
 from etils import epath
 
 from mister_jax.data.audio import SAMPLE_RATE
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import StoredUtterance
-from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
 
 UNIT = SAMPLE_RATE // 10

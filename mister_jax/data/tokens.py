@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
 
 Encode = Callable[[Sequence[str]], list[np.ndarray]]

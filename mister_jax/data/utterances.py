@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
-from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.schema import UNLABELED, fingerprint
 
 Fields = dict[str, np.ndarray]

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.console import ProgressReporter
+from mister_jax.data.batching import plan_budgeted_batches
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extract.encoders import Encoder
@@ -18,7 +19,6 @@ from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
-_WORTH_A_PROGRAM = 0.25  # of a batch on all devices: to compile costs more than to compute that
 
 
 def features_of(
@@ -135,11 +135,11 @@ def _encode_part(
     source = encoder.input
     lengths = source.lengths(items)
     planned = list(
-        plan(
+        plan_budgeted_batches(
             lengths,
             budget * source.scale,
-            steps=source.steps,
-            longest=source.longest,
+            length_steps=source.steps,
+            max_length=source.longest,
             num_shards=encoder.partitioner.num_shards,
         )
     )
@@ -181,41 +181,3 @@ def _encode_part(
             take()
     assert features is not None
     return features
-
-
-def plan(
-    lengths: np.ndarray, budget: int, *, steps: Sequence[int], longest: int, num_shards: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Plans batches of items that are sorted by length, longest first.
-
-    Args:
-      lengths: Length of each item [N], descending.
-      budget: Sum of lengths on each device, padding counted; a longer item goes alone.
-      steps: Lengths that items are padded to, ascending.
-      longest: Length of the longest item, beyond which none is padded.
-      num_shards: Number of parts a batch is cut into.
-
-    Yields:
-      Rows [B], -1 for an empty row, and the padded length. All batches of one length have one B,
-      except for the last few items.
-    """
-    start = 0
-    while start < len(lengths):
-        most = int(lengths[start])
-        padded = min(next((step for step in steps if step >= most), longest), longest)
-        size = max(1, budget // padded) * num_shards
-        end = start + size
-        if end > len(lengths):
-            # The last few: what fits a shorter step waits for it, unless that saves too little to
-            # be worth a program, and they take a small batch, of a size that is likely to come
-            # again. Before, what would fit a shorter step fills rows up, as an empty one would
-            # cost as much.
-            own = np.append(steps, longest)[np.searchsorted(steps, lengths[start:])]
-            saved = np.cumsum(padded - np.minimum(own, padded))
-            end = start + int(np.sum(saved <= budget * num_shards * _WORTH_A_PROGRAM))
-            needed = 1 << max(0, -(-(end - start) // num_shards) - 1).bit_length()
-            size = min(size, needed * num_shards)
-        rows = np.full(size, -1, np.int32)
-        rows[: end - start] = np.arange(start, end)
-        yield rows, padded
-        start = end

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from etils import epath
 from mister_jax import extract
 from mister_jax.console import ProgressReporter
 from mister_jax.data import UNLABELED, DialogueFeatures, audio
+from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.clips import is_heard
 from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
 from mister_jax.data.pipeline import padded_batch
@@ -30,8 +31,6 @@ from mister_jax.workdir import read_config
 # Experts that read each modality.
 _READERS = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
 
-_BATCH = 8  # dialogues
-_SHORTEST = 8  # utterances to which dialogues are padded at least
 _MAX_WARNINGS = 5  # recordings that are warned of one by one
 
 UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = (
@@ -208,7 +207,11 @@ class System:
 
     def _predictions(self, features: DialogueFeatures, quiet: bool) -> Predictions:
         # Not the task's batches: these need TensorFlow, which takes longer to start than the rest.
-        planned = list(_plan(features.lengths, self._predictor.partitioner.num_shards))
+        planned = list(
+            plan_inference_batches(
+                features.lengths, num_shards=self._predictor.partitioner.num_shards
+            )
+        )
         offsets = features.offsets
         batches = (padded_batch(features, offsets, rows, length) for rows, length in planned)
         return self._predictor.predict_batches(batches, len(planned), features, quiet=quiet)
@@ -361,19 +364,3 @@ def _clips(
 
 def _capped(seconds: float, max_seconds: float) -> str:
     return f"{CAPPED}: {seconds:.1f} s, of which {max_seconds:g} s are read"
-
-
-def _plan(lengths: np.ndarray, num_shards: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the dialogues [B] of each batch, -1 for an empty row, and its padded length.
-
-    Lengths are padded to powers of 2, so that later calls find their program compiled.
-    """
-    padded = np.maximum(_SHORTEST, 2 ** np.ceil(np.log2(lengths)).astype(int))
-    for length in np.unique(padded):
-        members = np.flatnonzero(padded == length)
-        size = -(-min(len(members), _BATCH) // num_shards) * num_shards
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            rows = np.full(size, -1, np.int32)
-            rows[: len(chunk)] = chunk
-            yield rows, int(length)

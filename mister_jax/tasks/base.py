@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from mister_jax import metrics
-from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.batching import BatchPlan
 from mister_jax.parallel.partitioning import Partitioner
 from mister_jax.parallel.sharding import ShardingRules
 

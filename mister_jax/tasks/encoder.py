@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from mister_jax import losses
 from mister_jax.config_checks import check_dtypes
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.pipeline import BatchPlan
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hub, registry
 from mister_jax.errors import InputError

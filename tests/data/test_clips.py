@@ -18,7 +18,7 @@ from mister_jax.data.clips import (
     pad_clips,
     units,
 )
-from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mister_jax.data.pipeline import BatchPlan
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.tokens import load_tokens, pad_tokens, token_batches
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError

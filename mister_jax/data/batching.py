@@ -1,0 +1,259 @@
+"""Batch planning: which items share a batch, and the length that they are padded to.
+
+Every batch of this library is planned here, in one of three ways:
+
+- `BatchPlan` plans the epochs of a training or an evaluation: few shapes, little padding.
+- `plan_inference_batches` plans single requests: later requests reuse the compiled programs.
+- `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
+
+Plans depend on lengths only. `pipeline` and `utterances` turn them into arrays.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DEFAULT_NUM_BUCKETS = 7
+
+_INFERENCE_BATCH_SIZE = 8
+_MIN_INFERENCE_LENGTH = 8
+
+# Compiling one more program costs about as much time as computing this fraction of a batch.
+_COMPILE_COST = 0.25
+
+
+class PlannedBatch(NamedTuple):
+    """The items of one global batch and the length that they are padded to.
+
+    Attributes:
+        rows: Indices of the items, [B] int32, -1 for an empty row.
+        padded_length: Length T of all rows.
+    """
+
+    rows: np.ndarray
+    padded_length: int
+
+
+def length_buckets(
+    lengths: np.ndarray, num_buckets: int, *, batch_size: int = 1, multiple_of: int = 1
+) -> tuple[int, ...]:
+    """Finds the bucket boundaries with the fewest padded positions.
+
+    An item goes into the first bucket that is long enough and is padded to its boundary. The
+    minimum is exact, by dynamic programming over the distinct lengths, and counts the empty rows
+    that fill up batches.
+
+    Args:
+        lengths: Length of each item, [M] int, at least 1.
+        num_buckets: Maximum number of buckets. Fewer are returned if more would not save positions.
+        batch_size: Maximum number of items in a batch, see `BatchPlan`.
+        multiple_of: Divisor of the number of rows, see `BatchPlan`.
+
+    Returns:
+        The boundaries in ascending order; the last is the maximum length.
+
+    Raises:
+        ValueError: There are no lengths, or an argument is below 1.
+    """
+    if len(lengths) == 0 or np.min(lengths) < 1:
+        raise ValueError(f"{len(lengths)} lengths; needed: one or more, all at least 1")
+    if min(num_buckets, batch_size, multiple_of) < 1:
+        raise ValueError(f"{num_buckets=}, {batch_size=}, {multiple_of=}; all must be at least 1")
+    values, counts = np.unique(lengths, return_counts=True)  # [V]
+    num_shorter = np.concatenate([[0], np.cumsum(counts)])  # [V + 1] items shorter than value v
+
+    # positions[i, j]: padded positions of one bucket that holds the values i to j - 1.
+    num_batches, num_rows = _batches_and_rows(
+        num_shorter - num_shorter[:, None], batch_size, multiple_of
+    )
+    positions = np.concatenate([[0], values]) * (num_batches * num_rows).astype(float)
+    positions[np.tril_indices(len(positions))] = np.inf
+    best = np.full(len(positions), np.inf)  # best[j]: positions of the values below j
+    best[0] = 0
+    starts, totals = [], []
+    for _ in range(min(num_buckets, len(values))):
+        candidates = best[:, None] + positions
+        starts.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+        totals.append(best[-1])
+
+    boundaries = []
+    end = len(values)
+    for start in reversed(starts[: int(np.argmin(totals)) + 1]):
+        boundaries.append(int(values[end - 1]))
+        end = start[end]
+    return tuple(reversed(boundaries))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Plan of the batches of every epoch.
+
+    The items of a bucket are spread evenly over the fewest batches that hold them, so there is no
+    small batch at the end. All batches of a bucket have one shape, with an empty row where the
+    items do not divide evenly, so a training compiles as many programs as it has buckets.
+
+    `multiple_of` adds empty rows and moves no item, so a training takes the same steps on any
+    number of devices.
+
+    Attributes:
+        lengths: Length of each item, [M] int.
+        batch_size: Maximum number of items in a global batch.
+        num_buckets: Maximum number of padded lengths.
+        multiple_of: Divisor of the number of rows of each batch, usually the number of devices;
+            batches are filled up with empty rows.
+        fitted_to: Value of `multiple_of` for which the buckets have the least padding. Set it to
+            the number of devices where it does not matter which items share a batch, for example
+            in an evaluation.
+
+    Raises:
+        ValueError: There are no lengths, or an argument is below 1.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    num_buckets: int = DEFAULT_NUM_BUCKETS
+    multiple_of: int = 1
+    fitted_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of {self.multiple_of}; allowed: at least 1")
+        _ = self.boundaries  # Raises for an impossible plan now, not in the first epoch.
+
+    @functools.cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Padded lengths in ascending order."""
+        return length_buckets(
+            self.lengths,
+            self.num_buckets,
+            batch_size=self.batch_size,
+            multiple_of=self.fitted_to,
+        )
+
+    @functools.cached_property
+    def _buckets(self) -> list[np.ndarray]:
+        bucket = np.searchsorted(self.boundaries, self.lengths)
+        return [np.flatnonzero(bucket == index) for index in range(len(self.boundaries))]
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[PlannedBatch]:
+        """Plans the batches of one epoch; each item is in exactly one.
+
+        Args:
+            seed: Seed of the shuffle, at least 0.
+            epoch: Index of the epoch, from 0.
+            shuffle: Whether to permute the items within buckets, and the batches. Without it, the
+                plan is the same in every epoch, and short batches come first.
+        """
+        generator = np.random.default_rng([seed, epoch])
+        planned = []
+        for padded_length, members in zip(self.boundaries, self._buckets, strict=True):
+            if shuffle:
+                members = generator.permutation(members)
+            num_batches, num_rows = _batches_and_rows(
+                len(members), self.batch_size, self.multiple_of
+            )
+            for chunk in np.array_split(members, num_batches):
+                planned.append(PlannedBatch(_fill_up(chunk, num_rows), padded_length))
+        if shuffle:
+            planned = [planned[index] for index in generator.permutation(len(planned))]
+        return planned
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Distinct (rows, padded length) of the batches, in ascending order."""
+        return tuple(sorted({(len(rows), length) for rows, length in self._unshuffled_epoch}))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self._unshuffled_epoch)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Fraction of the batches' positions that is padding, including empty rows."""
+        positions = sum(len(rows) * length for rows, length in self._unshuffled_epoch)
+        return 1 - int(self.lengths.sum()) / positions
+
+    @functools.cached_property
+    def _unshuffled_epoch(self) -> list[PlannedBatch]:
+        return self.epoch(0, 0, shuffle=False)
+
+
+def plan_inference_batches(lengths: np.ndarray, *, num_shards: int) -> Iterator[PlannedBatch]:
+    """Plans the batches of a request.
+
+    Lengths are padded to powers of 2, so that later requests reuse the compiled programs.
+
+    Args:
+        lengths: Length of each item, [M] int, at least 1.
+        num_shards: Divisor of the number of rows of each batch.
+    """
+    padded = np.maximum(_MIN_INFERENCE_LENGTH, 2 ** np.ceil(np.log2(lengths)).astype(int))
+    for padded_length in np.unique(padded):
+        members = np.flatnonzero(padded == padded_length)
+        num_rows = _ceil_div(min(len(members), _INFERENCE_BATCH_SIZE), num_shards) * num_shards
+        for start in range(0, len(members), num_rows):
+            rows = _fill_up(members[start : start + num_rows], num_rows)
+            yield PlannedBatch(rows, int(padded_length))
+
+
+def plan_budgeted_batches(
+    lengths: np.ndarray,
+    budget: int,
+    *,
+    length_steps: Sequence[int],
+    max_length: int,
+    num_shards: int,
+) -> Iterator[PlannedBatch]:
+    """Plans batches of bounded size for items that are sorted by length, longest first.
+
+    Args:
+        lengths: Length of each item, [N] int, descending.
+        budget: Maximum number of positions in a batch on each device, including padding. A longer
+            item gets a batch of its own.
+        length_steps: Lengths that items are padded to, ascending.
+        max_length: Length of the longest item; no item is padded beyond it.
+        num_shards: Divisor of the number of rows of each batch.
+
+    Yields:
+        Batches. All batches of one padded length have the same number of rows, except for the last
+        few items.
+    """
+    steps = np.append(np.array(length_steps, int), max_length)
+    padded_lengths = np.minimum(steps[np.searchsorted(steps[:-1], lengths)], max_length)
+    start = 0
+    while start < len(lengths):
+        padded_length = int(padded_lengths[start])
+        num_rows = max(1, budget // padded_length) * num_shards
+        end = start + num_rows
+        if end > len(lengths):
+            # The remaining items do not fill a batch. Those that fit a shorter step wait for it if
+            # that saves enough padding to pay for one more program. The others get a small batch
+            # of a power of 2 per device, a shape that is likely to occur again.
+            saved = np.cumsum(padded_length - padded_lengths[start:])
+            end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
+            rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()
+            num_rows = min(num_rows, rows_per_shard * num_shards)
+        yield PlannedBatch(_fill_up(np.arange(start, end), num_rows), padded_length)
+        start = end
+
+
+def _fill_up(members: np.ndarray, num_rows: int) -> np.ndarray:
+    """Returns indices followed by empty rows, [num_rows] int32."""
+    rows = np.full(num_rows, -1, np.int32)
+    rows[: len(members)] = members
+    return rows
+
+
+def _batches_and_rows(num_items: Any, batch_size: int, multiple_of: int) -> tuple[Any, Any]:
+    """Returns the number of batches of a bucket with so many items, and the rows of each."""
+    num_batches = np.maximum(_ceil_div(num_items, batch_size), 1)
+    return num_batches, _ceil_div(_ceil_div(num_items, num_batches), multiple_of) * multiple_of
+
+
+def _ceil_div(value: Any, divisor: Any) -> Any:
+    return -(-value // divisor)
