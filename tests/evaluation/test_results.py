@@ -13,6 +13,7 @@ from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 from mister_jax.evaluation.missing_modality import drop_modalities, missing_modality_study
 from mister_jax.evaluation.results import evaluate
+from mister_jax.evaluation.scores import score_predictions
 from mister_jax.inference.predictor import Predictor
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
@@ -109,8 +110,8 @@ def test_damaged_results_are_named(finished_workdir, tmp_path, name):
         (None, "no such file"),
         ("", "damaged"),
         ('{"class_names": ["jo', "damaged"),
-        ("[1]", "damaged .it holds a list"),
-        ('{"class_names": []}', "damaged .KeyError"),
+        ("[1]", "damaged .it contains a list"),
+        ('{"format": 2, "class_names": []}', "damaged .KeyError"),
     ],
 )
 def test_a_damaged_description_of_the_model_is_named(finished_workdir, tmp_path, content, message):
