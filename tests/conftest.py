@@ -423,3 +423,25 @@ def salmonn_options(tmp_path_factory, llama_folder):
     save(root / "own", save_params(module, table, prefix=prefix, skip=kept))
     places = {name: str(root / name) for name in ("whisper", "beats")}
     return {"name": str(root / "own"), **places, "vicuna": str(llama_folder)}
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory):
+    """A folder with the dataset `tiny`: a few short synthetic dialogues."""
+    from tests.helpers.training import write_tiny_dataset
+
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny_dataset(folder, {"train": 12, "validation": 5, "test": 6})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_workdir(tiny_data_dir, tmp_path_factory):
+    """The work directory of a training of two epochs on `tiny`."""
+    from mister_jax.training.loop import train
+    from tests.helpers.training import make_tiny_config
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    progress = train(make_tiny_config(tiny_data_dir), workdir, quiet=True)
+    assert progress.finished and progress.epoch == 2
+    return workdir

@@ -5,13 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mister_jax import MisterE, MisterEConfig
 from mister_jax.errors import InputError
 from mister_jax.losses import LossWeights
-from mister_jax.metrics import confusion_counts
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import (
     JitPartitioner,
@@ -20,29 +17,10 @@ from mister_jax.parallel.partitioning import (
     make_partitioner,
 )
 from mister_jax.parallel.sharding import data_mesh, shardings
-from mister_jax.tasks.fusion import apply_to_batch, mister_e_loss
 from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
+from tests.helpers.training import TinyTask
 
 pytestmark = pytest.mark.devices
-
-
-@dataclasses.dataclass
-class TinyTask:
-    """MiSTER-E at tiny widths."""
-
-    config: MisterEConfig
-    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-
-    def init(self, key):
-        return MisterE(self.config, rngs=nnx.Rngs(key))
-
-    def loss(self, model, batch, key, axis_name):
-        return mister_e_loss(model, batch, key, axis_name, weights=self.weights)
-
-    def evaluate(self, model, batch):
-        chosen = apply_to_batch(model, batch).logits.argmax(-1)
-        classes = self.config.num_classes
-        return {"confusion": confusion_counts(batch["label"], chosen, batch["mask"], classes)}
 
 
 @pytest.fixture(scope="module")

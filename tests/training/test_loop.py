@@ -1,7 +1,7 @@
-"""A training as a user runs it: resumed, killed, stopped, misused."""
+"""The training loop as a user runs it: resumed, killed, stopped and misused."""
 
+import collections
 import dataclasses
-import itertools
 import json
 import logging
 import multiprocessing
@@ -17,77 +17,27 @@ import chex
 import jax
 import numpy as np
 import pytest
-from mister_jax.configs import fusion
 
-import mister_jax.training.loop as train_module
 from mister_jax import data
+from mister_jax import workdir as workdirs
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.errors import InputError
+from mister_jax.inference.predictor import Predictor
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
-from mister_jax.training.loop import TrainingDiverged, train
-
-
-@pytest.fixture(scope="session")
-def tiny_data_dir(tmp_path_factory):
-    """A folder with the dataset `tiny`: a few short synthetic dialogues."""
-    folder = tmp_path_factory.mktemp("data")
-    splits = data.generate(
-        seed=1,
-        num_dialogues={"train": 12, "validation": 5, "test": 6},
-        num_classes=3,
-        speech_dim=6,
-        text_dim=7,
-    )
-    data.write(splits, "tiny", folder)
-    return folder
-
-
-def make_tiny_config(tiny_data_dir, argument="tiny", **changes):
-    config = fusion.get_config(argument)
-    config.data.tiny_data_dir = str(tiny_data_dir)
-    config.data.num_buckets = 1
-    config.data.batch_size = 4
-    config.model.kernel_sizes = (1, 3)
-    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
-    config.train.update({"epochs": 2, "log_every": 1})
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def read_metric_records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_latest_checkpoint(workdir):
-    """Every array of the latest checkpoint, by path, and its progress."""
-    (step,) = (workdir / "checkpoints" / LATEST).iterdir()
-    import orbax.checkpoint as ocp
-
-    state = ocp.StandardCheckpointer().restore((step / "state").absolute())
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    arrays = {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
-    return arrays, json.loads((step / "progress" / "metadata").read_text())
-
-
-def assert_same_bits(ours, theirs):
-    assert ours[1] == theirs[1]
-    assert ours[0].keys() == theirs[0].keys()
-    for name, value in ours[0].items():
-        np.testing.assert_array_equal(value, theirs[0][name], err_msg=name)
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_data_dir, tmp_path_factory):
-    """A workdir of a training that was never disturbed."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    progress = train(make_tiny_config(tiny_data_dir), workdir, quiet=True)
-    assert progress.finished and progress.epoch == 2
-    return workdir
+from mister_jax.training import loop
+from mister_jax.training.loop import TrainConfig, TrainingDiverged, TrainProgress, train
+from tests.helpers.training import (
+    assert_same_bits,
+    assert_same_checkpoint,
+    make_tiny_config,
+    read_latest_checkpoint,
+    read_metric_records,
+)
 
 
 def test_a_run_leaves_what_its_users_look_for(finished_workdir):
-    names = {path.name for path in finished.iterdir()}
+    names = {path.name for path in finished_workdir.iterdir()}
     assert {
         "config.json", "model.json", "versions.json", "parameters.txt", "metrics.jsonl",
         "curves.png", "checkpoints",
@@ -154,76 +104,80 @@ def test_seed_decides_the_run(tiny_data_dir, finished_workdir, tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """That a process sends itself at the `call`-th call of `place`.
+    """A signal that a training process sends to itself.
 
-    Before the call, or right after it: a save is then still being written. Or `delay` seconds after
-    it began.
+    Attributes:
+      after: "step", or "latest" or "best" for the start of a checkpoint.
+      count: Step number for "step"; otherwise how many such checkpoints have been started.
+      name: Name of the signal.
+      delay: Seconds between the event and the signal.
     """
 
-    place: str
-    call: int
-    moment: str
+    after: str
+    count: int
     name: str = "SIGKILL"
     delay: float = 0.0
 
-    def send(self):
-        os.kill(os.getpid(), getattr(signal, self.name))
+    def hooks(self):
+        """Returns `on_step` and `on_save` for `train`."""
+        num_saves = collections.Counter()
 
-    def await_place(self):
-        owner_name, method = self.place.split(".")
-        owner = {"Loop": train_module._Loop, "Checkpoints": Checkpoints}[owner_name]
-        original, calls = getattr(owner, method), itertools.count(1)
+        def on_step(step):
+            if (self.after, self.count) == ("step", step):
+                self._send()
 
-        def watched(*arguments, **options):
-            due = next(calls) == self.call
-            if due and self.moment == "before":
-                self.send()
-            if due and self.moment == "later":
-                threading.Timer(self.delay, self.send).start()
-            result = original(*arguments, **options)
-            if due and self.moment == "after":
-                self.send()
-            return result
+        def on_save(kind, step, state, progress):
+            num_saves[kind] += 1
+            if (self.after, self.count) == (kind, num_saves[kind]):
+                self._send()
 
-        setattr(owner, method, watched)
+        return {"on_step": on_step, "on_save": on_save}
 
-
-def two_lengths(tiny_data_dir, **changes):
-    """The config of a training of all parts of the model, in batches of two lengths."""
-    return make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2, **changes})
-
-
-def train_and_signal(tiny_data_dir, workdir, sent, changes):
-    """Trains in this process, which has one device and sends itself a signal."""
-    jax.config.update("jax_num_cpu_devices", 1)
-    if sent is not None:
-        sent.await_place()
-    started = []
-    original = train_module._Loop._epoch
-
-    def timed(*arguments):
-        started.append(time.monotonic())
-        return original(*arguments)
-
-    train_module._Loop._epoch = timed
-    progress = train(two_lengths(tiny_data_dir, **changes), workdir, quiet=True)
-    workdir.with_suffix(".seconds").write_text(str(time.monotonic() - started[0]))
-    sys.exit(0 if progress.finished else STOPPED)
+    def _send(self):
+        number = getattr(signal, self.name)
+        if self.delay:
+            threading.Timer(self.delay, os.kill, (os.getpid(), number)).start()
+        else:
+            os.kill(os.getpid(), number)
 
 
 STOPPED = 15
+STEPS_PER_EPOCH = 4
+
+
+def two_bucket_config(tiny_data_dir, **changes):
+    """Returns the config of a training with batches of two lengths."""
+    return make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2, **changes})
+
+
+def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
+    """Trains in this process on one device, and sends it a signal."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    step_times = []
+    hooks = sent_signal.hooks() if sent_signal else {}
+    signal_on_step = hooks.pop("on_step", lambda step: None)
+
+    def on_step(step):
+        step_times.append(time.monotonic())
+        signal_on_step(step)
+
+    config = two_bucket_config(tiny_data_dir, **changes)
+    progress = train(config, workdir, quiet=True, on_step=on_step, **hooks)
+    workdir.with_suffix(".seconds").write_text(str(time.monotonic() - step_times[0]))
+    sys.exit(0 if progress.finished else STOPPED)
 
 
 @pytest.fixture(scope="module")
-def train_apart():
-    """Runs `train_and_signal` in a process of its own and gives its exit status."""
+def train_in_subprocess():
+    """Runs `train_and_signal` in a process of its own and returns its exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_train", "tensorflow", "tensorflow_datasets"])
+    context.set_forkserver_preload(
+        ["tests.training.test_loop", "tensorflow", "tensorflow_datasets"]
+    )
 
-    def run(tiny_data_dir, workdir, sent=None, **changes):
-        process = context.Process(
-            target=train_and_signal, args=(tiny_data_dir, workdir, sent, changes)
-        )
+    def run(tiny_data_dir, workdir, sent_signal=None, **changes):
+        arguments = (tiny_data_dir, workdir, sent_signal, changes)
+        process = context.Process(target=train_and_signal, args=arguments)
         process.start()
         process.join(timeout=200)
         return process.exitcode
@@ -232,73 +186,76 @@ def train_apart():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_data_dir, tmp_path_factory, train_apart):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train_apart(tiny_data_dir, workdir) == 0
+def uninterrupted_workdir(tiny_data_dir, tmp_path_factory, train_in_subprocess):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
     return workdir
 
 
-def test_killed_in_training_validation_and_saving_it_ends_with_the_same_bits(
-    tiny_data_dir, undisturbed, tmp_path, train_apart
+def test_a_run_killed_while_training_and_saving_ends_with_the_same_bits(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
 ):
     workdir = tmp_path / "run"
     kills = (
-        Signal("Loop._record", 2, "before"),  # in the first epoch, before anything was saved
-        Signal("Loop._validation_scores", 1, "before"),
-        Signal("Checkpoints.save", 1, "after"),  # the best is being written, the latest is not
-        Signal("Checkpoints.save", 2, "after"),  # the latest is being written
-        Signal("Loop._record", 2, "after"),  # in the second epoch
+        Signal("step", 2),  # In the first epoch, before the first checkpoint.
+        Signal("step", STEPS_PER_EPOCH),  # Before the first validation.
+        Signal(BEST, 1),  # While the best is being written and before the latest is.
+        Signal(LATEST, 1),  # While the latest is being written.
+        Signal("step", STEPS_PER_EPOCH + 2),  # In the second epoch.
     )
     for kill in kills:
-        assert train_apart(tiny_data_dir, workdir, kill) == -signal.SIGKILL, kill
-    assert train_apart(tiny_data_dir, workdir) == 0
-    assert_same_bits(read_latest_checkpoint(workdir), read_latest_checkpoint(undisturbed))
-    assert read_metric_records(workdir) == read_metric_records(undisturbed)
+        assert train_in_subprocess(tiny_data_dir, workdir, kill) == -signal.SIGKILL, kill
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
+    assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(
-    tiny_data_dir, undisturbed, tmp_path, train_apart
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
 ):
     workdir = tmp_path / "run"
-    seconds = float(undisturbed.with_suffix(".seconds").read_text())
-    kill = Signal("Loop._epoch", 1, "later", delay=random.SystemRandom().uniform(0, seconds))
-    status = train_apart(tiny_data_dir, workdir, kill, **{"train.save_every": 1})
-    # On a busy machine it may have been done by then.
+    seconds = float(uninterrupted_workdir.with_suffix(".seconds").read_text())
+    kill = Signal("step", 1, delay=random.SystemRandom().uniform(0.001, seconds))
+    status = train_in_subprocess(tiny_data_dir, workdir, kill, **{"train.save_every": 1})
+    # On a busy machine the training may have finished by then.
     assert status in (-signal.SIGKILL, 0), kill
-    assert train_apart(tiny_data_dir, workdir) == 0, kill
-    assert read_metric_records(workdir) == read_metric_records(undisturbed), kill
-    assert_same_bits(read_latest_checkpoint(workdir), read_latest_checkpoint(undisturbed))
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0, kill
+    assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir), kill
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
 
 
 class Interrupted(Exception):
     pass
 
 
-def test_a_run_of_eight_devices_goes_on_with_one(tiny_data_dir, undisturbed, tmp_path, monkeypatch):
-    def on_devices(number):
+def test_a_run_on_eight_devices_resumes_on_one(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, monkeypatch
+):
+    def use_devices(number):
         mesh = data_mesh(devices=jax.devices()[:number])
-        monkeypatch.setattr(train_module, "spread", lambda *_: JitPartitioner(mesh))
+        monkeypatch.setattr(loop, "make_partitioner", lambda *_: JitPartitioner(mesh))
 
-    def save_and_fall(*arguments):
-        save(*arguments)
-        if arguments[-1] == 4:  # in the second epoch
+    def interrupt(kind, step, state, progress):
+        if (kind, progress["epoch"]) == (LATEST, 1) and step > STEPS_PER_EPOCH:
             raise Interrupted
 
-    save = train_module._Loop._save
-    on_devices(8)
-    with monkeypatch.context() as falling, pytest.raises(Interrupted):
-        falling.setattr(train_module._Loop, "_save", save_and_fall)
-        train(two_lengths(tiny_data_dir, **{"train.save_every": 2}), tmp_path, quiet=True)
-    assert read_latest_checkpoint(tmp_path)[1]["epoch"] == 1
-    on_devices(1)
-    train(two_lengths(tiny_data_dir), tmp_path, quiet=True)
-    ours, theirs = read_latest_checkpoint(tmp_path), read_latest_checkpoint(undisturbed)
-    assert ours[1] == theirs[1]
-    chex.assert_trees_all_close(ours[0], theirs[0], atol=1e-5)
-    for ours, theirs in zip(
-        read_metric_records(tmp_path), read_metric_records(undisturbed), strict=True
-    ):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    use_devices(8)
+    config = two_bucket_config(tiny_data_dir, **{"train.save_every": 2})
+    with pytest.raises(Interrupted):
+        train(config, tmp_path, quiet=True, on_save=interrupt)
+    arrays, progress = read_latest_checkpoint(tmp_path)
+    assert progress["epoch"] == 1
+    use_devices(1)
+    train(two_bucket_config(tiny_data_dir), tmp_path, quiet=True)
+    arrays, progress = read_latest_checkpoint(tmp_path)
+    expected_arrays, expected_progress = read_latest_checkpoint(uninterrupted_workdir)
+    assert progress == expected_progress
+    chex.assert_trees_all_close(arrays, expected_arrays, atol=1e-5)
+    records, expected_records = (
+        read_metric_records(workdir) for workdir in (tmp_path, uninterrupted_workdir)
+    )
+    for record, expected in zip(records, expected_records, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)
 
 
 def test_other_data_of_the_same_name_is_refused(tiny_data_dir, finished_workdir, monkeypatch):
@@ -317,24 +274,32 @@ def test_other_data_of_the_same_name_is_refused(tiny_data_dir, finished_workdir,
     assert_same_bits(read_latest_checkpoint(finished_workdir), before)
 
 
-def test_sigterm_saves_and_a_new_start_goes_on(tiny_data_dir, undisturbed, tmp_path, train_apart):
+def test_sigterm_saves_and_the_run_resumes(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
+):
     workdir = tmp_path / "run"
-    stop = Signal("Loop._record", 1, "before", "SIGTERM")
-    assert train_apart(tiny_data_dir, workdir, stop) == STOPPED
-    assert read_latest_checkpoint(workdir)[1]["epoch"] == 0  # in the middle of the first epoch
-    assert train_apart(tiny_data_dir, workdir) == 0
-    assert_same_bits(read_latest_checkpoint(workdir), read_latest_checkpoint(undisturbed))
+    stop = Signal("step", 1, "SIGTERM")
+    assert train_in_subprocess(tiny_data_dir, workdir, stop) == STOPPED
+    _, progress = read_latest_checkpoint(workdir)
+    assert progress["epoch"] == 0  # In the middle of the first epoch.
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
 
 
-def test_early_stopping_waits_for_the_patience(tiny_data_dir, tmp_path, monkeypatch):
-    config = make_tiny_config(tiny_data_dir, **{"train.epochs": 9, "train.patience": 2})
+def test_early_stopping_waits_for_the_patience():
+    options = TrainConfig(epochs=9, patience=2)
+    progress = TrainProgress.initial(1)
     scores = iter([0.3, 0.5, 0.4, 0.4, 0.9])
-    monkeypatch.setattr(
-        "mister_jax.train._Loop._validation_scores",
-        lambda *_: {"weighted_f1": next(scores), "predicted_classes": 3},
-    )
-    progress = train(config, tmp_path, quiet=True)
-    assert (progress.epoch, progress.best_epochs) == (4, [2])
+    while not progress.finished:
+        progress.complete_epoch(np.array([next(scores)]), options)
+    assert (progress.epoch, progress.best_epochs, progress.best_scores) == (4, [2], [0.5])
+
+
+def test_a_tie_goes_to_the_later_epoch():
+    progress = TrainProgress.initial(1)
+    for score in (0.5, 0.5, 0.4):
+        progress.complete_epoch(np.array([score]), TrainConfig(epochs=9))
+    assert progress.best_epochs == [2]
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
@@ -354,8 +319,8 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
         return dataclasses.replace(features, speech=np.full_like(features.speech, np.nan))
 
     monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
-    monkeypatch.setattr("mister_jax.train.check_workdir", lambda *_: None)
-    monkeypatch.setattr("mister_jax.train.check_data", lambda *_: None)
+    monkeypatch.setattr(workdirs, "check_config", lambda *_: None)
+    monkeypatch.setattr(workdirs, "check_data", lambda *_: None)
     with pytest.raises(TrainingDiverged, match="not finite between steps") as error:
         train(make_tiny_config(tiny_data_dir, **{"train.epochs": 3}), workdir, quiet=True)
     assert "\n" not in str(error.value)
@@ -417,12 +382,12 @@ def test_nothing_is_compiled_after_the_first_step(tiny_data_dir, tmp_path, monke
     chex.clear_trace_counter()
     # Traced once for each of two shapes; the later epochs, the validations and saves add nothing.
     for name, shapes in (("make_train_step", 2), ("make_eval_step", 2)):
-        make = getattr(train_module, name)
+        make = getattr(loop, name)
 
         def counted(*arguments, make=make, shapes=shapes):
             return chex.assert_max_traces(make(*arguments), n=shapes)
 
-        monkeypatch.setattr(train_module, name, counted)
+        monkeypatch.setattr(loop, name, counted)
     changes = {"data.num_buckets": 2, "train.epochs": 3, "train.save_every": 2}
     assert (
         train(
@@ -452,8 +417,6 @@ def test_a_truncated_checkpoint_is_named(tiny_data_dir, tmp_path, kind):
     (step,) = (tmp_path / "checkpoints" / kind).iterdir()
     for path in step.rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
-    from mister_jax.evaluation.results import Predictor
-
     with pytest.raises(InputError, match=f"{kind}/{step.name}: the checkpoint is damaged") as error:
         if kind == LATEST:
             train(make_tiny_config(tiny_data_dir, **{"train.epochs": 1}), tmp_path, quiet=True)

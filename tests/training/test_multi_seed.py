@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from mister_jax import multi_seed
-from mister_jax.checkpoint import LATEST, Checkpoints
+from mister_jax import metrics, multi_seed
+from mister_jax.checkpoint import LATEST
 from mister_jax.evaluation.results import evaluate
 from mister_jax.inference.predictor import Predictor
 from mister_jax.optim import params_for_evaluation
@@ -112,49 +112,47 @@ def test_interrupted_while_the_best_is_saved_it_ends_with_the_same_bits(
     tiny_data_dir,
     together,
     tmp_path,
-    monkeypatch,
 ):
-    saves, save = itertools.count(1), Checkpoints.save
+    num_saves = itertools.count(1)
 
-    def interrupted(self, *arguments):
-        save(self, *arguments)
-        if next(saves) == 3:  # The best of the second epoch, of which the latest is not saved.
+    def interrupt(*_):
+        if next(num_saves) == 3:  # The best of the second epoch, before its latest is saved.
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "save", interrupted)
-        train(side_by_side(tiny_data_dir), tmp_path, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(side_by_side(tiny_data_dir), tmp_path, quiet=True, on_save=interrupt)
     assert train(side_by_side(tiny_data_dir), tmp_path, quiet=True).finished
     assert_same_bits(read_latest_checkpoint(tmp_path), read_latest_checkpoint(together))
     assert read_metric_records(tmp_path) == read_metric_records(together)
 
 
 def test_each_seed_keeps_its_own_best_and_its_own_patience(tiny_data_dir, tmp_path, monkeypatch):
-    scores = [(0.3, 0.5), (0.4, 0.4), (0.2, 0.6), (0.3, 0.1), (0.9, 0.2), (0.9, 0.9)]
-    predicted_lists = {"predicted_classes": [3, 3]}
-    predicted = {"predicted_classes": np.array([3, 3])}
-    found = iter({"weighted_f1": np.array(pair), **predicted} for pair in scores)
-    monkeypatch.setattr("mister_jax.train._Loop._validation_scores", lambda *_: next(found))
-    after, save = {}, Checkpoints.save
+    pairs = [(0.3, 0.5), (0.4, 0.4), (0.2, 0.6), (0.3, 0.1), (0.9, 0.2), (0.9, 0.9)]
+    values = iter([value for pair in pairs for value in pair])
 
-    def watched(self, kind, step, state, progress):
+    def scores(*_):
+        return {**dict.fromkeys(metrics.SCORE_NAMES, next(values)), "utterances": 1}
+
+    monkeypatch.setattr(metrics, "scores", scores)
+    params_by_epoch = {}
+
+    def on_save(kind, step, state, progress):
         if kind == LATEST:
             params = params_for_evaluation(state["params"], state["opt_state"])
-            after[progress["epoch"]] = jax.device_get(params)
-        save(self, kind, step, state, progress)
+            params_by_epoch[progress["epoch"]] = jax.device_get(params)
 
-    monkeypatch.setattr(Checkpoints, "save", watched)
     changes = {"train.epochs": 9, "train.patience": 2}
-    progress = train(side_by_side(tiny_data_dir, **changes), tmp_path, quiet=True)
+    config = side_by_side(tiny_data_dir, **changes)
+    progress = train(config, tmp_path, quiet=True, on_save=on_save)
     assert (progress.epoch, progress.best_epochs, progress.best_scores) == (5, [2, 3], [0.4, 0.6])
     predictor = Predictor(tmp_path)
-    assert predictor.progress == {"epoch": [2, 3], "weighted_f1": [0.4, 0.6], **predicted_lists}
+    assert predictor.progress["epoch"] == [2, 3]
+    assert predictor.progress["weighted_f1"] == [0.4, 0.6]
     for index, epoch in enumerate(progress.best_epochs):
-        expected = jax.tree.leaves(multi_seed.unstack_seeds(after[epoch], 2)[index])
-        for value, kept in zip(
-            expected, jax.tree.leaves(predictor.params[index]["trained"]), strict=True
-        ):
-            np.testing.assert_array_equal(value, kept)
+        expected = jax.tree.leaves(multi_seed.unstack_seeds(params_by_epoch[epoch], 2)[index])
+        saved = jax.tree.leaves(predictor.params[index]["trained"])
+        for saved_value, value in zip(saved, expected, strict=True):
+            np.testing.assert_array_equal(saved_value, value)
 
 
 def test_an_ensemble_averages_the_mixture_and_its_experts_alike():

@@ -1,0 +1,189 @@
+"""Checks the utterances of a prediction and decodes their recordings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from mister_jax.console import ProgressReporter
+from mister_jax.data import audio
+from mister_jax.data.clips import is_heard
+from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
+from mister_jax.errors import InputError
+
+Utterance = Mapping[str, Any]
+
+UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
+    "unusable",
+    "silent",
+    "capped",
+    "damaged",
+    "cut by the encoder",
+    "note",
+)
+"""Kinds of notes on a recording; a note is "KIND: text"."""
+
+# Number of unusable recordings that are logged one by one.
+_MAX_WARNINGS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedUtterance:
+    """An utterance that passed the checks.
+
+    Attributes:
+      text: Text, empty if it is missing.
+      speech: Request to decode a recording, samples [S] int16 at 16 kHz, or None.
+      notes: Notes on samples that were passed as an array.
+    """
+
+    text: str
+    speech: audio.Request | np.ndarray | None
+    notes: tuple[str, ...] = ()
+
+
+def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUtterance]:
+    """Checks the utterances of all dialogues, in order.
+
+    Raises:
+      InputError: A dialogue is empty, or an utterance has a field that cannot be used.
+    """
+    rows, samples_and_notes = [], []
+    for dialogue_number, dialogue in enumerate(dialogues, start=1):
+        if not len(dialogue):
+            raise InputError(f"dialogue {dialogue_number}: no utterances; at least one is needed")
+        for utterance_number, utterance in enumerate(dialogue, start=1):
+            where = f"dialogue {dialogue_number}, utterance {utterance_number}"
+            row, samples = _read_fields(utterance, where)
+            rows.append(row)
+            samples_and_notes.append(samples)
+    # Rows that share a recording are cut by their times, so all rows are read first.
+    intervals = audio_intervals(rows)
+    return [
+        _check_utterance(row, samples, interval)
+        for row, samples, interval in zip(rows, samples_and_notes, intervals, strict=True)
+    ]
+
+
+def decode_speech(
+    utterances: Sequence[CheckedUtterance], max_seconds: float, num_workers: int, quiet: bool
+) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Decodes the speech of utterances.
+
+    Args:
+      utterances: N utterances.
+      max_seconds: Seconds of each recording to read.
+      num_workers: Number of processes that decode; 0 decodes in this process.
+      quiet: Whether to show no progress.
+
+    Returns:
+      Samples [S] int16 of each utterance, empty if it has no usable speech, and its notes.
+    """
+    max_samples = round(max_seconds * audio.SAMPLE_RATE)
+    requests = [it.speech for it in utterances if isinstance(it.speech, audio.Request)]
+    decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
+    clips, notes = [], []
+    failures: list[audio.AudioError] = []
+    quiet = quiet or not requests
+    with ProgressReporter(len(requests), unit="recordings", quiet=quiet) as reporter:
+        for utterance in utterances:
+            samples, utterance_notes = np.zeros(0, np.int16), list(utterance.notes)
+            if isinstance(utterance.speech, np.ndarray):
+                samples = utterance.speech[:max_samples]
+                if len(utterance.speech) > max_samples:
+                    seconds = len(utterance.speech) / audio.SAMPLE_RATE
+                    utterance_notes.append(_capped_note(seconds, max_seconds))
+            elif utterance.speech is not None:
+                clip = next(decoded)
+                reporter.advance("decoding")
+                if isinstance(clip, audio.AudioError):
+                    failures.append(clip)
+                    utterance_notes.append(f"{UNUSABLE}: {clip}")
+                else:
+                    samples = clip.samples
+                    utterance_notes += _clip_notes(clip, max_seconds)
+            if len(samples) and not is_heard(samples):
+                utterance_notes.append(f"{SILENT}: predicted without speech")
+            clips.append(samples)
+            notes.append(utterance_notes)
+    for failure in failures[:_MAX_WARNINGS]:
+        logging.warning("%s; its utterance is predicted without speech", failure)
+    if len(failures) > _MAX_WARNINGS:
+        logging.warning("%d of %d recordings cannot be used", len(failures), len(requests))
+    return clips, notes
+
+
+def _read_fields(
+    utterance: Utterance, where: str
+) -> tuple[Fields, tuple[np.ndarray, tuple[str, ...]] | None]:
+    """Returns the fields of an utterance, and its samples with notes if its audio is an array."""
+    if not isinstance(utterance, Mapping):
+        raise InputError(f"{where}: {type(utterance).__name__}; needed: a dict with audio or text")
+    fields = dict(utterance)
+    speech = fields.get("audio")
+    is_array = speech is not None and not isinstance(speech, str | os.PathLike)
+    if is_array:
+        del fields["audio"]
+        if fields.keys() & {"audio_start", "audio_end", "audio_channel"}:
+            raise InputError(
+                f"{where}: audio is an array; allowed with audio_start, audio_end and "
+                "audio_channel: a file. Cut the samples"
+            )
+    elif speech is not None:
+        fields["audio"] = os.fspath(speech)
+    row = Fields(where, fields)
+    return row, _check_samples(speech, row) if is_array else None
+
+
+def _check_utterance(
+    row: Fields,
+    samples: tuple[np.ndarray, tuple[str, ...]] | None,
+    interval: tuple[float | None, float | None],
+) -> CheckedUtterance:
+    for name in row.values:
+        if name not in FIELDS:
+            check_further_name(row, name, row.values)
+    text, path = row.text("text") or "", row.line("audio")
+    if samples is not None:
+        return CheckedUtterance(text, *samples)
+    if path is not None:
+        return CheckedUtterance(text, audio.Request(path, *interval, row.channel()))
+    if row.values.get("text") is None:
+        row.fail("audio", "missing, and text too; needed: one of them")
+    return CheckedUtterance(text, None)
+
+
+def _check_samples(array: Any, row: Fields) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the samples [S] int16 of an array, and notes on them."""
+    samples = np.asarray(array)
+    if samples.ndim != 1 or not (samples.dtype == np.int16 or samples.dtype.kind == "f"):
+        row.fail(
+            "audio",
+            f"{samples.dtype} {list(samples.shape)}; allowed: a file, or samples [S] at 16 kHz, "
+            "int16 or float",
+        )
+    if samples.dtype == np.int16:
+        return samples, ()
+    try:
+        scaled_samples, note = audio.float_to_int16(samples)
+    except ValueError as error:
+        row.fail("audio", str(error))
+    return scaled_samples, (f"{NOTE}: {note}",) if note else ()
+
+
+def _clip_notes(clip: audio.Clip, max_seconds: float) -> list[str]:
+    notes = [f"{NOTE}: {note}" for note in clip.notes]
+    if clip.capped:
+        notes.append(_capped_note(clip.seconds, max_seconds))
+    if clip.damaged:
+        notes.append(f"{DAMAGED}: some of it could not be decoded")
+    return notes
+
+
+def _capped_note(seconds: float, max_seconds: float) -> str:
+    return f"{CAPPED}: {seconds:.1f} s, of which {max_seconds:g} s are read"
