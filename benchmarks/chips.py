@@ -1,8 +1,9 @@
-"""What accelerators can do at most, by the device kind that JAX gives them.
+"""Peak performance of accelerators.
 
-TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e. A link's rate is the documented
-bidirectional bandwidth of a chip over its ports (4 in a 2D torus, 6 in a 3D one), one way. GPUs:
-NVIDIA's data sheets of A100, H100 and H200 (SXM), without sparsity; NVLink one way.
+Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets of A100, H100 and
+H200 (SXM), without sparsity. The rate of one TPU link is a chip's documented bidirectional
+bandwidth divided by its number of ports (4 in a 2D torus, 6 in a 3D torus), one way; NVLink is one
+way, too.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip.
+    """Peak performance of one chip.
 
     Attributes:
-      flops: bfloat16 operations a second.
-      memory: bytes.
-      bandwidth: bytes a second between chip and memory.
-      interconnect: bytes a second that a chip takes from its neighbours in a collective: of two
-        links of a TPU, since a ring is run in both directions.
-      cycles: of a TensorCore a second, `flops` over what its matrix units do in a cycle; None where
-        the compiler gives no estimate in cycles.
+      flops: bfloat16 operations per second.
+      memory: Bytes of device memory.
+      bandwidth: Bytes per second between chip and memory.
+      interconnect: Bytes per second that a chip receives in a collective. For a TPU these are two
+        links, because a ring runs in both directions.
+      cycles: Cycles of a TensorCore per second: `flops` divided by the operations of its matrix
+        units per cycle. None if XLA does not estimate cycles for this chip.
     """
 
     flops: float
@@ -44,3 +45,4 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
+"""Chips by the device kind that JAX reports."""

@@ -1,20 +1,20 @@
-"""Measures speed and memory on made-up data; needs no dataset.
+"""Measures speed and memory on random data, without a dataset.
 
 MiSTER-E on dialogues:
 
-    python -m launch.benchmark --parts
-    python -m launch.benchmark --lengths=iemocap --steps=2 --torch
-    python -m launch.benchmark --aot=v5e:2x2,4x4,8x8    # compiles for TPUs that are not there
+    mister-jax benchmark --parts
+    mister-jax benchmark --lengths=iemocap --steps=2 --torch
+    mister-jax benchmark --aot=v5e:2x2,4x4,8x8    # compiles for TPUs that this machine lacks
 
-An utterance encoder of full size: a step of LoRA fine-tuning, and extraction:
+A large utterance encoder at full size, its LoRA fine-tuning step and extraction:
 
-    python -m launch.benchmark --encoder=llama_3_1_8b --aot=v5e:2x4
-    python -m launch.benchmark --encoder=llama_3_1_8b --random    # here, with random parameters
+    mister-jax benchmark --encoder=llama_3_1_8b --aot=v5e:2x4
+    mister-jax benchmark --encoder=llama_3_1_8b --random    # on this machine, random parameters
 
-From texts, or clips, to features with an encoder's weights, and the preparation of recordings:
+Extraction with an encoder's weights, and the preparation of recordings:
 
-    python -m launch.benchmark --encoder=FOLDER --throughput --torch
-    python -m launch.benchmark --prepare=5000
+    mister-jax benchmark --encoder=FOLDER --throughput --torch
+    mister-jax benchmark --prepare=5000
 """
 
 import os
@@ -24,64 +24,76 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from benchmarks import (
-    LENGTHS,
-    PRESETS,
-    BenchmarkConfig,
-    Report,
-    benchmark,
-    encoders,
-    preparation,
-)
-from benchmarks.report import report_of
+from benchmarks import encoders, fusion, parts, preparation
+from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
+from benchmarks.dialogues import LENGTHS
+from benchmarks.measure import matmul_peak
+from benchmarks.report import PREDICTED, Report, Row, environment
 from mister_jax.errors import InputError
 
 _DEFAULT = BenchmarkConfig()
-_DEVICES = flags.DEFINE_integer("devices", _DEFAULT.devices, "to spread a batch over")
-_CONFIG = (
-    _DEVICES,
-    flags.DEFINE_string("preset", _DEFAULT.preset, f"sizes: {', '.join(PRESETS)}"),
-    flags.DEFINE_integer("speech_dim", _DEFAULT.speech_dim, "of the speech vectors"),
-    flags.DEFINE_integer("text_dim", _DEFAULT.text_dim, "of the text vectors"),
-    flags.DEFINE_integer("batch_size", _DEFAULT.batch_size, "dialogues in a batch"),
-    flags.DEFINE_integer("length", _DEFAULT.length, "utterances of a dialogue"),
-    flags.DEFINE_string("dtype", _DEFAULT.dtype, "float32 or bfloat16"),
-    flags.DEFINE_string("precision", _DEFAULT.precision, "of products: default or highest"),
-    flags.DEFINE_string("backend", _DEFAULT.backend, "jit or pmap"),
-    flags.DEFINE_integer("steps", _DEFAULT.steps, "timed runs or epochs"),
+
+
+def _define_positive(name: str, help_text: str) -> flags.FlagHolder[int]:
+    return flags.DEFINE_integer(name, getattr(_DEFAULT, name), help_text, lower_bound=1)
+
+
+_CONFIG_FLAGS = (
+    flags.DEFINE_enum("preset", _DEFAULT.preset, list(PRESETS), "sizes of MiSTER-E"),
+    _define_positive("speech_dim", "size of the speech vectors"),
+    _define_positive("text_dim", "size of the text vectors"),
+    _define_positive("batch_size", "dialogues per batch"),
+    _define_positive("length", "utterances per dialogue"),
+    flags.DEFINE_enum("dtype", _DEFAULT.dtype, ["float32", "bfloat16"], "type of the computation"),
+    _define_positive("devices", "devices that share a batch"),
+    flags.DEFINE_enum("backend", _DEFAULT.backend, ["jit", "pmap"], "how devices share a batch"),
+    _define_positive("steps", "timed runs or epochs"),
 )
-_LENGTHS = flags.DEFINE_string("lengths", "", f"an epoch of dialogues like: {', '.join(LENGTHS)}")
-_PARTS = flags.DEFINE_bool("parts", False, "the parts of the training step, each alone")
+_LENGTHS = flags.DEFINE_enum(
+    "lengths", None, list(LENGTHS), "measure an epoch with the dialogue lengths of a corpus"
+)
+_PARTS = flags.DEFINE_bool("parts", False, "measure the parts of the training step")
 _TORCH = flags.DEFINE_bool("torch", False, "compare with PyTorch")
-_AOT = flags.DEFINE_string("aot", "", "TPU topologies to compile for, such as v5e:2x2,4x4")
+_AOT = flags.DEFINE_string("aot", None, "TPU topologies to compile for, such as v5e:2x2,4x4")
 _ENCODER = flags.DEFINE_string(
-    "encoder", "", f"{', '.join(encoders.ENCODERS)}; with --throughput a folder or a name"
+    "encoder",
+    None,
+    f"encoder to measure: {', '.join(encoders.ENCODERS)}; with --throughput a folder or a name on "
+    "the Hugging Face Hub",
 )
-_SEQUENCE = flags.DEFINE_integer("sequence", 128, "tokens of a text for --encoder")
-_ROWS = flags.DEFINE_integer(
-    "rows", 0, "for --encoder: utterances in a batch, a device; 0 for a good number"
-)
+_SEQUENCE = flags.DEFINE_integer("sequence", 128, "tokens per text for --encoder")
+_ROWS = flags.DEFINE_integer("rows", 0, "utterances per device for --encoder; 0 for its default")
 _MODEL_PARALLELISM = flags.DEFINE_integer(
-    "model_parallelism", 1, "chips that share their rows, for --encoder with --aot"
+    "model_parallelism", 1, "chips that share the work on their rows, for --encoder with --aot"
 )
 _RANDOM = flags.DEFINE_bool("random", False, "run --encoder with random parameters")
-_THROUGHPUT = flags.DEFINE_bool("throughput", False, "from utterances to features with --encoder")
-_TEXTS = flags.DEFINE_string("texts", "", "file for --throughput, a text a line; else random ones")
-_PREPARE = flags.DEFINE_integer("prepare", 0, "utterances of a corpus that launch.prepare reads")
-_JSON = flags.DEFINE_string("json", "", "file to write everything to")
-_MODES = (_AOT, _RANDOM, _THROUGHPUT)
+_THROUGHPUT = flags.DEFINE_bool("throughput", False, "measure extraction with --encoder")
+_TEXTS = flags.DEFINE_string(
+    "texts", None, "file for --throughput with a text per line; random texts by default"
+)
+_PREPARE = flags.DEFINE_integer("prepare", None, "utterances of a corpus to prepare")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write")
+
+_ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
 def main() -> int:
-    jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is told
+    """Runs the measurement that the flags select; returns 1 if a program does not fit a TPU."""
+    # Compile times are measured.
+    jax.config.update("jax_enable_compilation_cache", False)
+    fields: dict[str, Any] = {flag.name: flag.value for flag in _CONFIG_FLAGS}
+    config = BenchmarkConfig(**fields)
     if _AOT.value:
         jax.config.update("jax_platforms", "cpu")
-    if _DEVICES.value > 1:
-        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    if config.devices > 1:
+        jax.config.update("jax_num_cpu_devices", config.devices)
     if _TORCH.value:
-        # Both share an accelerator's memory.
+        # JAX and PyTorch share the memory of an accelerator.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    report = _report()
+    sections = _measure(config)
+    own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
+    settings = {flag.name: flag.value for flag in own_flags if flag.name != _JSON.name}
+    report = Report(settings, environment(), sections)
     for table in report.tables():
         Console().print(table)
     if _JSON.value:
@@ -89,41 +101,79 @@ def main() -> int:
     return 0 if report.fits else 1
 
 
-def _report() -> Report:
-    options: dict[str, Any] = {flag.name: flag.value for flag in _CONFIG}
-    tell = Console(stderr=True, highlight=False).print
-    if _PREPARE.value:
-        rows = preparation.preparation_rows(_PREPARE.value, tell=tell)
-        return report_of({"prepare": _PREPARE.value}, {"preparation": rows})
+def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
+    """Returns the rows of the selected measurement by title."""
+    log = Console(stderr=True, highlight=False).print
+    if _PREPARE.value is not None:
+        return {"preparation": preparation.measure_preparation(_PREPARE.value, log=log)}
     if not _ENCODER.value:
-        choice: dict[str, Any] = {"lengths": _LENGTHS.value, "parts": _PARTS.value}
-        choice |= {"compare": _TORCH.value, "topologies": _AOT.value, "tell": tell}
-        return benchmark(BenchmarkConfig(**options), **choice)
-    if sum(bool(flag.value) for flag in _MODES) != 1:
-        names = ", ".join(f"--{flag.name}" for flag in _MODES)
-        raise InputError(f"--encoder={_ENCODER.value} goes with one of {names}")
-    batch = {"length": _SEQUENCE.value, "rows": _ROWS.value}
-    settings = {"encoder": _ENCODER.value, "topologies": _AOT.value, **batch}
+        return measure_fusion(
+            config,
+            lengths=_LENGTHS.value,
+            parts_alone=_PARTS.value,
+            compare=_TORCH.value,
+            topologies=_AOT.value,
+            log=log,
+        )
+    if sum(bool(flag.value) for flag in _ENCODER_MODES) != 1:
+        names = ", ".join(f"--{flag.name}" for flag in _ENCODER_MODES)
+        raise InputError(f"--encoder={_ENCODER.value} needs one of {names}")
+    batch: dict[str, Any] = {"length": _SEQUENCE.value, "rows": _ROWS.value}
     if _AOT.value:
-        batch |= {"model_parallelism": _MODEL_PARALLELISM.value}
-        found = encoders.predict(_ENCODER.value, _AOT.value, **batch, tell=tell)
-    elif _RANDOM.value:
-        found = {"encoder": encoders.run(_ENCODER.value, **batch, steps=options["steps"])}
-    else:
-        found = {"extraction": _throughput(options, tell)}
-    return report_of(settings, found, compare=_TORCH.value)
+        batch["model_parallelism"] = _MODEL_PARALLELISM.value
+        return encoders.compile_for_tpus(_ENCODER.value, _AOT.value, **batch, log=log)
+    if _RANDOM.value:
+        rows = encoders.measure_encoder(_ENCODER.value, **batch, steps=config.steps)
+        return {"encoder": rows}
+    from benchmarks import extraction  # It imports the Hugging Face libraries.
 
-
-def _throughput(options: dict[str, Any], tell: Any) -> list[dict[str, Any]]:
-    # Needs the libraries that extraction needs; the rest of this command does not.
-    from benchmarks import throughput
-
-    return throughput.throughput_rows(
+    rows = extraction.measure_extraction(
         _ENCODER.value,
-        throughput.read_texts(_TEXTS.value) if _TEXTS.value else (),
+        extraction.read_texts(_TEXTS.value) if _TEXTS.value else (),
         max_tokens=_SEQUENCE.value,
-        dtype=options["dtype"],
+        dtype=config.dtype,
         compare=_TORCH.value,
-        rounds=options["steps"],
-        tell=tell,
+        rounds=config.steps,
+        log=log,
     )
+    return {"extraction": rows}
+
+
+def measure_fusion(
+    config: BenchmarkConfig,
+    *,
+    lengths: str | None = None,
+    parts_alone: bool = False,
+    compare: bool = False,
+    topologies: str | None = None,
+    log: fusion.aot.Log = lambda line: None,
+) -> dict[str, list[Row]]:
+    """Measures MiSTER-E: by default inference and a training step.
+
+    Args:
+      config: Model, batch and devices.
+      lengths: One of `LENGTHS`, to measure an epoch.
+      parts_alone: Whether to measure the parts of a training step.
+      compare: Whether to measure PyTorch as well.
+      topologies: TPU topologies to compile for, see `aot.tpu_topologies`; excludes the rest.
+      log: Receives a line before each long step.
+
+    Returns:
+      Rows by title.
+
+    Raises:
+      InputError: The options exclude each other, or need what this machine does not have.
+    """
+    if topologies and (lengths or parts_alone or compare):
+        raise InputError(f"--aot={topologies} excludes --lengths, --parts and --torch")
+    if topologies:
+        rows = fusion.compile_for_tpus(config, topologies, log)
+        return {f"training step, {PREDICTED}": rows}
+    select_devices(config)  # Too few devices should be an error at once.
+    peak = matmul_peak(config)
+    sections: dict[str, list[Row]] = {}
+    if lengths:
+        sections["epoch"] = fusion.measure_epoch(config, LENGTHS[lengths](), peak, compare)
+    if parts_alone:
+        sections["parts"] = parts.measure_parts(config, peak)
+    return sections or {"steps": fusion.measure_steps(config, peak, compare)}

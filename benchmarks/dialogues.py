@@ -1,4 +1,4 @@
-"""Made-up dialogues: their lengths, and batches of random vectors."""
+"""Random dialogues with realistic lengths."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mister_jax.data.pipeline import PlannedBatch
+from mister_jax.data.batching import PlannedBatch
 from mister_jax.models import MisterEConfig
 
 Batch = dict[str, np.ndarray]
 
 
 def iemocap_like_lengths() -> np.ndarray:
-    """Lengths [120] like those of IEMOCAP's training dialogues: mean 49, at most 110.
+    """Returns lengths [120] like those of IEMOCAP's training dialogues: mean 49, maximum 110.
 
-    Quantiles of a normal distribution, the last of them the longest dialogue, in a fixed random
-    order. Its standard deviation of 16 gives batches of 8 the share of padding that the corpus
-    has, near 31 %.
+    They are quantiles of a normal distribution, except for the longest, in a fixed random order.
+    With a standard deviation of 16, padding takes about 31 % of a batch of 8, as in the corpus.
     """
     count, shortest, longest = 120, 8, 110
     normal = statistics.NormalDist(49, 16)
@@ -32,25 +31,25 @@ LENGTHS: dict[str, Callable[[], np.ndarray]] = {"iemocap": iemocap_like_lengths}
 
 
 def released_epoch(lengths: np.ndarray, batch_size: int) -> list[PlannedBatch]:
-    """An epoch as the released code batches it: in random order, padded to a batch's longest."""
+    """Plans an epoch like the released code: random order, padded to the longest of each batch."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [PlannedBatch(rows, int(lengths[rows].max())) for rows in batches]
 
 
 def make_batch(config: MisterEConfig, lengths: np.ndarray, num_utterances: int) -> Batch:
-    """A batch like those of `data.batches`, of random vectors and labels.
+    """Creates a batch like those of `data.batches`, with random vectors and labels.
 
     Args:
-      config: of the model.
-      lengths: [B] int, 0 for an empty row.
-      num_utterances: T.
+      config: Config of the model.
+      lengths: Utterances of each dialogue, [B] int; 0 for an empty row.
+      num_utterances: Padded length T.
     """
     random = np.random.default_rng(0)
     mask = np.arange(num_utterances) < lengths[:, None]
 
-    def vectors(width: int) -> np.ndarray:
-        values = random.standard_normal((*mask.shape, width), np.float32)
+    def vectors(dim: int) -> np.ndarray:
+        values = random.standard_normal((*mask.shape, dim), np.float32)
         return np.where(mask[..., None], values, 0)
 
     label = np.where(mask, random.integers(config.num_classes, size=mask.shape), -1)

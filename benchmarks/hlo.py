@@ -1,7 +1,8 @@
-"""Reads from a program compiled for TPUs how long its parts take and what it sends.
+"""Reads cycles and communication from the text of a program that XLA compiled for TPUs (HLO).
 
-`cost_analysis` counts the body of a loop once, and knows neither the loops' number nor what waits
-for the interconnect. Both stand in the text of the compiled program (HLO).
+XLA's cost analysis counts the body of a loop once and does not include communication. The text of
+the scheduled program has both: trip counts of loops, and all collectives. JAX offers no structured
+access to them.
 """
 
 from __future__ import annotations
@@ -10,33 +11,29 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_NAME = re.compile(r"[\w.\-]+")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
-_UNKNOWN = 2**62  # an estimate above this says that there is none
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-_NUMBER = re.compile(r"(\d+)\)")
-# Devices that take part in a collective, in the three ways they are written.
-_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_GROUPS_BY_COUNT = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
-_MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
+# The devices of a collective: as lists {{0,1}}, as [groups,size], or as axes of a mesh.
+_GROUP_LISTS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_GROUP_COUNTS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_GROUP_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
-# Of the bytes that come out of a collective over g devices, the share a device receives, in a ring.
+# Bytes that a device receives in a ring, divided by the bytes of the result, for g devices.
 _RECEIVED = {
     "all-gather": lambda g: (g - 1) / g,
     "all-reduce": lambda g: 2 * (g - 1) / g,
     "reduce-scatter": lambda g: g - 1,
     "all-to-all": lambda g: (g - 1) / g,
 }
-_PERMUTE = "collective-permute"
 
 
 class _Instruction(NamedTuple):
@@ -46,89 +43,82 @@ class _Instruction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
-    """What one device does in a run of a program.
+class Schedule:
+    """Work of one device in a run of a program.
 
     Attributes:
-      cycles: the compiler's estimates of all operations, but for those that wait.
-      repetition: `cycles` over those of a program whose loops run once.
-      blocking: bytes received while nothing else is done.
-      overlapped: bytes received beside computation.
+      cycles: Sum of XLA's estimates of all instructions, without communication.
+      loop_factor: `cycles` divided by the cycles if every loop ran once.
+      blocking_bytes: Bytes received while the core waits.
+      overlapped_bytes: Bytes received during computation.
     """
 
     cycles: float
-    repetition: float
-    blocking: float
-    overlapped: float
+    loop_factor: float
+    blocking_bytes: float
+    overlapped_bytes: float
 
 
-def execution(text: str) -> Execution:
-    """Reads `Compiled.as_text()` of a program for TPUs.
+def analyze_schedule(text: str) -> Schedule:
+    """Analyzes the text of a program compiled for TPUs, `Compiled.as_text()`.
 
     Raises:
-      ValueError: a loop whose trip count cannot be read.
+      ValueError: The text is not as expected, for example a loop without a constant trip count.
     """
-    computations, entry = _computations(text)
-    runs: Counter[str] = Counter()
+    computations, entry = _parse(text)
+    num_runs: Counter[str] = Counter()
 
-    def visit(name: str, times: int) -> None:
-        runs[name] += times
+    def visit(name: str, runs: int) -> None:
+        num_runs[name] += runs
         for instruction in computations[name]:
             trips = 1
             if instruction.operation == "while":
-                trips = _trip_count(computations[_found(_CONDITION, instruction.rest)])
-            for called in _called(instruction.rest):
-                visit(called, times * trips)
+                trips = _trip_count(computations[_search(_CONDITION, instruction.rest)])
+            branches = " ".join(_BRANCHES.findall(instruction.rest))
+            for called in _CALLS.findall(instruction.rest) + _NAME.findall(branches):
+                visit(called, runs * trips)
 
     visit(entry, 1)
-    cycles = once = blocking = overlapped = 0.0
-    # Several fusions do a part of one collective; all of them have its channel. Two begin and end
-    # it; others may stand in a loop, each run of which takes it a step further.
+    cycles = cycles_once = blocking = overlapped = 0.0
+    # Several fusions, which share a channel, can each do a part of one collective: one starts it,
+    # one ends it, and those between may be in a loop. Channel -> fewest runs, most bytes.
     fused: dict[str, tuple[int, float]] = {}
-    for name, times in runs.items():
+    for name, runs in num_runs.items():
         for instruction in computations[name]:
             estimate = _CYCLES.search(instruction.rest)
-            if estimate is not None and int(estimate[1]) < _UNKNOWN:
-                cycles += times * float(estimate[1])
-                once += float(estimate[1])
-            received = _received(instruction)
+            if estimate is not None and int(estimate[1]) < 2**62:  # More stands for "unknown".
+                cycles += runs * float(estimate[1])
+                cycles_once += float(estimate[1])
+            received = _received_bytes(instruction)
             channel = _CHANNEL.search(instruction.rest)
             if "all-reduce-scatter" in name:
-                blocking += times * received / 2  # the sums are kept in part
+                blocking += runs * received / 2  # Each device keeps a part of the sums only.
             elif instruction.operation.endswith("-start"):
-                overlapped += times * received
+                overlapped += runs * received
             elif "fus" in name and channel is not None:
-                fewest, most = fused.get(channel[1], (times, received))
-                fused[channel[1]] = min(times, fewest), max(received, most)
+                fewest, most = fused.get(channel[1], (runs, received))
+                fused[channel[1]] = min(runs, fewest), max(received, most)
             else:
-                blocking += times * received
+                blocking += runs * received
     overlapped += sum(map(math.prod, fused.values()))
-    return Execution(cycles, cycles / once if once else 1.0, blocking, overlapped)
+    return Schedule(cycles, cycles / cycles_once if cycles_once else 1.0, blocking, overlapped)
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    found: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Returns the instructions of each computation, and the name of the entry computation."""
+    computations: dict[str, list[_Instruction]] = {}
+    instructions: list[_Instruction] = []
     entry = ""
     for line in text.splitlines():
-        heading = _COMPUTATION.match(line)
-        if heading is not None:
-            found[heading[2]] = current = []
+        if heading := _COMPUTATION.match(line):
+            computations[heading[2]] = instructions = []
             entry = heading[2] if heading[1] else entry
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if instruction is not None:
-            current.append(_Instruction(*instruction.groups()))
-    return found, entry
+        elif instruction := _INSTRUCTION.match(line):
+            instructions.append(_Instruction(*instruction.groups()))
+    return computations, entry
 
 
-def _called(rest: str) -> Iterator[str]:
-    yield from _CALLED.findall(rest)
-    for names in _BRANCHES.findall(rest):
-        yield from (name.strip().removeprefix("%") for name in names.split(","))
-
-
-def _found(pattern: re.Pattern[str], text: str) -> str:
+def _search(pattern: re.Pattern[str], text: str) -> str:
     match = pattern.search(text)
     if match is None:
         raise ValueError(f"no {pattern.pattern} in {text[:200]}")
@@ -136,42 +126,37 @@ def _found(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _trip_count(condition: list[_Instruction]) -> int:
-    """Of a loop that counts from 0 to the one constant of its condition."""
-    limits = [line for line in condition if line.operation == "constant"]
+    """Returns the trip count of a loop that counts from 0 to the one constant of its condition."""
+    limits = [line.rest for line in condition if line.operation == "constant"]
     if len(limits) != 1:
         raise ValueError(f"a loop's condition has {len(limits)} constants; needed: 1")
-    return int(_found(_NUMBER, limits[0].rest))
+    return int(limits[0].partition(")")[0])
 
 
-def _received(instruction: _Instruction) -> float:
-    """Bytes a device receives in an instruction; 0 if it is no collective."""
+def _received_bytes(instruction: _Instruction) -> float:
+    """Returns the bytes that a device receives in a collective; 0 for another instruction."""
     operation = instruction.operation.removesuffix("-start")
-    if operation == _PERMUTE:
-        # What is sent stands beside what is received.
-        sides = 2 if instruction.operation != operation else 1
-        return _bytes(instruction.shape) / sides
+    if operation == "collective-permute":
+        # The asynchronous form returns what it sends along with what it receives.
+        return _num_bytes(instruction.shape) / (1 if instruction.operation == operation else 2)
     if operation not in _RECEIVED:
         return 0.0
-    return _bytes(instruction.shape) * _RECEIVED[operation](_group_size(instruction.rest))
+    return _num_bytes(instruction.shape) * _RECEIVED[operation](_group_size(instruction.rest))
 
 
 def _group_size(rest: str) -> int:
-    listed = _GROUPS.search(rest)
-    if listed is not None:
-        return len(listed[1].split(","))
-    counted = _GROUPS_BY_COUNT.search(rest)
-    if counted is not None:
-        return int(counted[1])
-    mesh = _GROUPS_OF_MESH.search(rest)
-    if mesh is None:
-        raise ValueError(f"no replica_groups in {rest[:200]}")
-    sizes = {axis: int(size) for axis, size in _MESH_AXIS.findall(mesh[1])}
-    return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if match := _GROUP_LISTS.search(rest):
+        return len(match[1].split(","))
+    if match := _GROUP_COUNTS.search(rest):
+        return int(match[1])
+    if match := _GROUP_AXES.search(rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    raise ValueError(f"no replica_groups in {rest[:200]}")
 
 
-def _bytes(shape: str) -> float:
-    total = 0.0
-    for kind, sizes in _ARRAY.findall(shape):
-        bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])
-        total += bits / 8 * math.prod(int(size) for size in sizes.split(",") if size)
-    return total
+def _num_bytes(shape: str) -> float:
+    return sum(
+        int(bits or 8) / 8 * math.prod(int(size) for size in sizes.split(",") if size)
+        for _, bits, sizes in _ARRAY.findall(shape)  # "pred" has no number of bits.
+    )

@@ -1,13 +1,14 @@
-"""Takes times.
+"""Timing.
 
-All that is compared is first run twice, which compiles it, and then in turns, A B A B, so that a
-machine that slows down slows all of it alike. A run waits for its results; where one is shorter
-than `SHORTEST_RUN` it is done as often as fills that.
+Candidates first run twice, which compiles them, and then take turns (A B A B), so that a machine
+that slows down slows all of them. Each run waits for its results. A candidate that finishes faster
+than `SHORTEST_RUN` repeats until it has filled that time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import statistics
 import time
@@ -18,20 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.config import BenchmarkConfig
+from mister_jax.errors import InputError
 
 SHORTEST_RUN = 0.05  # seconds
 
 Run = Callable[[int], None]
-"""Does something so many times and waits until it is done."""
+"""Does something the given number of times and waits for the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long something took.
+    """Measured times.
 
     Attributes:
-      first: seconds of the first run, in which it was compiled.
-      seconds: of a run, for each timed one.
+      first: Seconds of the first run, including compilation.
+      seconds: Seconds of each timed run.
     """
 
     first: float
@@ -39,53 +41,59 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Median of the timed runs."""
         return statistics.median(self.seconds)
 
     @property
-    def compiling(self) -> float:
+    def compile_seconds(self) -> float:
+        """Time of the first run beyond the median."""
         return max(0.0, self.first - self.median)
 
 
 def measure(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-    """Times candidates in turns; see the module."""
+    """Times candidates in turns, as the module describes."""
 
-    def timed(run: Run, times: int) -> float:
+    def timed(run: Run, repeats: int = 1) -> float:
         start = time.perf_counter()
-        run(times)
-        return (time.perf_counter() - start) / times
+        run(repeats)
+        return (time.perf_counter() - start) / repeats
 
-    first = {name: timed(run, 1) for name, run in candidates.items()}
-    times = {
-        name: max(1, math.ceil(SHORTEST_RUN / timed(run, 1))) for name, run in candidates.items()
+    first = {name: timed(run) for name, run in candidates.items()}
+    repeats = {
+        name: max(1, math.ceil(SHORTEST_RUN / timed(run))) for name, run in candidates.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            seconds[name].append(timed(run, times[name]))
+            seconds[name].append(timed(run, repeats[name]))
     return {name: Timing(first[name], tuple(seconds[name])) for name in candidates}
 
 
-def repeated(call: Callable[[], Any]) -> Run:
-    """A run that calls so many times, and waits for what the last call gives."""
+def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> Run:
+    """Returns a run that makes the calls and waits for the result of the last one."""
 
-    def run(times: int) -> None:
+    def run(repeats: int) -> None:
         result = None
-        for _ in range(times):
+        for _ in range(repeats):
             result = call()
-        jax.block_until_ready(result)
+        wait(result)
 
     return run
 
 
 def matmul_peak(config: BenchmarkConfig) -> float:
-    """Flops a second of a large matrix product in the config's dtype, over its devices.
-
-    Of all devices together; virtual devices of one CPU share its cores, so they count as one.
-    """
+    """Measures the FLOP/s of a large matrix product in the config's dtype, on all its devices."""
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(config.dtype))
     product = jax.jit(jnp.matmul)
     timing = measure({"product": repeated(lambda: product(x, x))}, rounds=5)["product"]
-    devices = 1 if on_cpu else config.devices
-    return devices * 2 * size**3 / min(timing.seconds)
+    # The virtual devices of a CPU share its cores.
+    num_devices = 1 if on_cpu else config.devices
+    return num_devices * 2 * size**3 / min(timing.seconds)
+
+
+def require_torch() -> None:
+    """Raises `InputError` if PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("PyTorch is not installed; --torch needs it: pip install torch")

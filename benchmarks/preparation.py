@@ -1,7 +1,7 @@
-"""How fast a corpus of recordings is prepared, and that memory does not grow with it.
+"""Measures how fast a corpus of recordings is prepared, and that memory does not grow with it.
 
-`launch.prepare` runs in a process of its own: it imports TensorFlow, and its memory is what is
-asked for. The recordings are synthetic.
+The preparation runs in a process of its own, whose memory is measured. The recordings are
+synthetic.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mister_jax.data.recordings import MAX_LENGTH, MIN_LENGTH, write_recordings
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
-# Runs a command and prints the most memory that it, or a process it waited for, has held. In
-# between, since a process counts as its own what the one that started it held.
-_WATCHED = """
+# Runs a command and prints the peak memory of its largest process. It needs a process of its own,
+# because RUSAGE_CHILDREN of this one includes the memory that a child inherits before it execs.
+_RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -30,84 +30,86 @@ sys.exit(status)
 """
 
 
-def preparation_rows(
-    utterances: int, num_workers: int = 2, tell: Callable[[str], None] = lambda line: None
+def measure_preparation(
+    num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a fourth of the utterances, then, from a folder of their own, all.
+    """Prepares a corpus with a fourth of the utterances, and one with all.
 
     Args:
-      utterances: of the larger corpus, roughly.
-      num_workers: processes that decode recordings.
-      tell: is given a line when something long begins.
+      num_utterances: Approximate size of the larger corpus.
+      num_workers: Number of processes that decode recordings.
+      log: Receives a line before each long step.
 
     Returns:
-      A row for each of the two, and one for what the larger has more. Seconds are those of the
-      whole command, its start included, but for the last row, from which it cancels out. Memory is
-      that of the largest of the command's processes.
+      A row for each corpus, and one for their difference, from which the start of the command
+      cancels out. Memory is that of the largest process.
 
     Raises:
-      InputError: too few utterances, or a preparation that fails.
+      InputError: There are too few utterances, or the preparation fails.
     """
     mean_length = (MIN_LENGTH + MAX_LENGTH) / 2
-    smallest = round(4 * len(SPLITS) * mean_length)  # a fourth has a dialogue in each split
-    if utterances < smallest:
-        raise InputError(f"prepare {utterances}; allowed are {smallest} utterances or more")
+    minimum = round(4 * len(SPLITS) * mean_length)  # A fourth has a dialogue in each split.
+    if num_utterances < minimum:
+        raise InputError(f"--prepare={num_utterances}; allowed: {minimum} utterances or more")
     rows = []
-    for count in (utterances // 4, utterances):
-        with tempfile.TemporaryDirectory() as folder:
-            tell(f"writing {count} recordings")
-            dialogues = max(len(SPLITS), round(count / mean_length))
+    for size in (num_utterances // 4, num_utterances):
+        num_dialogues = max(len(SPLITS), round(size / mean_length))
+        num_test = max(1, num_dialogues // 10)
+        splits = {
+            "train": num_dialogues - 2 * num_test,
+            "validation": num_test,
+            "test": num_test,
+        }
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            log(f"writing {size} recordings")
             manifest = write_recordings(
-                pathlib.Path(folder) / "recordings",
-                num_dialogues=_shares(dialogues),
-                num_workers=num_workers,
+                folder / "recordings", num_dialogues=splits, num_workers=num_workers
             )
-            tell(f"preparing {count} recordings")
-            rows.append(_prepared(manifest, pathlib.Path(folder) / "datasets", num_workers))
-    fewer, more = rows
+            log(f"preparing {size} recordings")
+            rows.append(_prepare(manifest, folder / "datasets", num_workers))
+    small, large = rows
     names = ("utterances", "audio_hours", "seconds", "peak_memory_mib")
-    growth = {name: more[name] - fewer[name] for name in names}
-    return [fewer, more, _with_rate({"what": "what is more", **growth})]
+    difference = {name: large[name] - small[name] for name in names}
+    return [small, large, _with_rate({"what": "difference", **difference})]
 
 
-def _shares(dialogues: int) -> dict[str, int]:
-    others = max(1, dialogues // 10)
-    return {"train": dialogues - 2 * others, "validation": others, "test": others}
-
-
-def _prepared(manifest: pathlib.Path, data_dir: pathlib.Path, num_workers: int) -> Row:
-    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    files = [manifest.parent / line["audio"] for line in lines if "audio" in line]
+def _prepare(manifest: pathlib.Path, data_dir: pathlib.Path, num_workers: int) -> Row:
+    utterances = [json.loads(line) for line in manifest.read_text().splitlines()]
+    paths = [manifest.parent / row["audio"] for row in utterances if "audio" in row]
     command = [
         *(sys.executable, "-m", "launch.prepare", "--corpus=manifest", "--name=benchmark"),
         *(f"--source={manifest}", f"--data_dir={data_dir}", f"--num_workers={num_workers}"),
     ]
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", _WATCHED, *command], capture_output=True, text=True, check=False
+    result = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_PRINT_MEMORY, *command],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     seconds = time.perf_counter() - start
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"launch.prepare failed: {reason}")
-    memory = float(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
+    memory = float(result.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
     return _with_rate(
         {
             "what": "launch.prepare",
-            "utterances": len(lines),
-            "audio_hours": sum(map(_seconds, files)) / 3600,
+            "utterances": len(utterances),
+            "audio_hours": sum(map(_audio_seconds, paths)) / 3600,
             "seconds": seconds,
             "peak_memory_mib": memory,
         }
     )
 
 
-def _seconds(path: pathlib.Path) -> float:
+def _audio_seconds(path: pathlib.Path) -> float:
     with wave.open(str(path)) as file:
         return file.getnframes() / file.getframerate()
 
 
 def _with_rate(row: Row) -> Row:
-    # What is more may be too little to tell from chance.
+    # The difference of two small corpora may be within noise, even negative.
     rate = row["audio_hours"] * 3600 / row["seconds"] if row["seconds"] > 0 else None
     return {**row, "audio_seconds_per_second": rate}

@@ -1,9 +1,8 @@
-"""What was found: rows of figures, shown as tables and written as JSON."""
+"""Results of a measurement, shown as tables and written as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,17 +19,17 @@ from mister_jax.errors import InputError
 
 Row = dict[str, Any]
 
-PREDICTED = "predicted by the compiler and the chips' data sheets"
+PREDICTED = "predicted from XLA's analyses and the chips' data sheets"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found.
+    """Results of a measurement.
 
     Attributes:
-      settings: what was asked for.
-      environment: of the machine, with figures of the whole process.
-      sections: rows by title; a value is None where it does not apply.
+      settings: Options of the measurement.
+      environment: Machine and versions, see `environment`.
+      sections: Rows by title; a value is None where it does not apply.
     """
 
     settings: dict[str, Any]
@@ -39,14 +38,12 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """No row says that it does not fit."""
+        """Whether all programs fit into the memory of their devices, where that is known."""
         return all(row.get("fits") is not False for rows in self.sections.values() for row in rows)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes all of it as JSON; the rows are one list and name their section."""
-        rows = [
-            {"section": title, **row} for title, found in self.sections.items() for row in found
-        ]
+        """Writes everything as JSON; the rows form one list and name their section."""
+        rows = [{"section": title, **row} for title, rows in self.sections.items() for row in rows]
         value = {"settings": self.settings, "environment": self.environment, "rows": rows}
         try:
             pathlib.Path(path).write_text(json.dumps(value, indent=2) + "\n")
@@ -54,50 +51,17 @@ class Report:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
     def tables(self) -> list[Table]:
-        """The settings and the environment, and a table a section."""
-        about = {name: value for name, value in self.settings.items() if value}
-        titled = {"": [{**about, **self.environment}], **self.sections}
+        """Returns a table of settings and environment, and a table per section."""
+        settings = {name: value for name, value in self.settings.items() if value}
+        titled = {"": [settings | self.environment], **self.sections}
         return [_table(title, rows) for title, rows in titled.items()]
 
 
-def report_of(
-    settings: dict[str, Any], sections: dict[str, list[Row]], compare: bool = False
-) -> Report:
-    """A report with the environment it was made in."""
-    return Report(settings, _environment(compare), sections)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return "" if value is None else str(value)
-
-
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    """A column a value, or a row a value where the rows are few."""
-    names = [
-        name
-        for name in dict.fromkeys(name for row in rows for name in row)
-        if any(row.get(name) is not None for row in rows)
-    ]
-    lines = [[name.replace("_", " ") for name in names]]
-    lines += [[_shown(row.get(name)) for name in names] for row in rows]
-    if len(names) > len(rows):
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    header, *body = lines
-    table = Table(title=title, title_justify="left")
-    for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for line in body:
-        table.add_row(*line)
-    return table
-
-
-def _environment(compare: bool) -> dict[str, Any]:
-    """What the figures depend on, and the most memory this process has held."""
+def environment() -> dict[str, Any]:
+    """Returns what the results depend on, and the peak memory of this process."""
     device: Any = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
+    result = {
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": device.platform,
@@ -105,8 +69,34 @@ def _environment(compare: bool) -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "host_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
     }
-    if compare and importlib.util.find_spec("torch") is not None:
+    if "torch" in sys.modules:
         import torch
 
-        found |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
-    return found
+        result |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+    return result
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Returns a table with a column per value, or a line per value if there are few rows."""
+    names = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if any(row.get(name) is not None for row in rows)
+    ]
+    lines = [[name.replace("_", " ") for name in names]]
+    lines += [[_format(row.get(name)) for name in names] for row in rows]
+    if len(names) > len(rows):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    header, *body = lines
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)

@@ -6,108 +6,108 @@ import re
 import jax
 import pytest
 
-from benchmarks import encoders
-from benchmarks.aot import placed_batch, placed_state
+from benchmarks import aot, encoders
 from mister_jax.encoders.decoder import DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiles for TPUs by libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs"
 )
-LAYERS, WIDTH, MLP = 2, 16, 48
+NUM_LAYERS, HIDDEN_SIZE, MLP_DIM = 2, 16, 48
 
 
-def tiny_text(length, **options):
+def tiny_tuning(length, **options):
     config = DecoderConfig(
         vocab_size=32,
-        hidden_size=WIDTH,
-        mlp_dim=MLP,
-        num_layers=LAYERS,
+        hidden_size=HIDDEN_SIZE,
+        mlp_dim=MLP_DIM,
+        num_layers=NUM_LAYERS,
         num_heads=4,
         num_key_value_heads=2,
         head_dim=4,
         lora=LoRAConfig(rank=2, alpha=4),
         **options,
     )
-    return encoders.TextTuning(config, length)
+    return encoders.text_tuning(config, length)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(encoders.ENCODERS, "tiny", tiny_text)
+def tiny_encoder(monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", tiny_tuning)
 
 
 @pytest.mark.parametrize("encoder", ["llama_3_1_8b", "qwen2_5_7b"])
-def test_flops_are_two_a_parameter_and_token_forward_and_four_in_tuning(encoder):
+def test_flops_are_two_per_parameter_and_token_forward_and_four_in_tuning(encoder):
     length = 128
-    step, extract = encoders._model_flops(encoders.tuning_of(encoder, length, remat="none"))
-    config = encoders.tuning_of(encoder, length).config
-    shapes = jax.eval_shape(lambda: encoders._initial(encoders.tuning_of(encoder, length)))
-    kernels = sum(value.size for value in jax.tree.leaves(shapes[1]["frozen"]))
-    kernels -= (
-        config.vocab_size * config.hidden_size
-    )  # a row of the embedding is read, not multiplied
-    assert extract == pytest.approx(2 * kernels * length, rel=0.02)
-    assert step == pytest.approx(2 * extract, rel=0.02)
+    flops = encoders.model_flops(encoder, length)
+    tuning = encoders.make_tuning(encoder, length)
+    _, state = aot.abstract_state(lambda: encoders.initialize(tuning))
+    num_parameters = sum(value.size for value in jax.tree.leaves(state["frozen"]))
+    # The embedding is looked up, not multiplied.
+    num_parameters -= tuning.config.vocab_size * tuning.config.hidden_size
+    extraction = flops[encoders.EXTRACTION]
+    assert extraction == pytest.approx(2 * num_parameters * length, rel=0.02)
+    assert flops[encoders.FINE_TUNING] == pytest.approx(2 * extraction, rel=0.02)
 
 
 @pytest.mark.parametrize("model_parallelism", [1, 2])
-def test_no_layer_moves_the_rows_of_a_batch_between_devices(model_parallelism):
-    length = 6
-    spread = encoders._spread(jax.devices(), model_parallelism)
-    program = encoders.programs("tiny", length, spread, 24)[encoders.EXTRACTION]
-    batch = placed_batch(spread, encoders._shapes(tiny_text(length), 24))
-    compiled = program.function.lower(placed_state(spread, program.state), batch).compile()
-    sent = re.findall(r"= (.*) all-(?:gather|reduce|to-all)(?:-start)?\(", compiled.as_text())
-    assert any(f",{MLP // model_parallelism}]" in shape for shape in sent)  # kernels
-    assert not any(f"[24,{length},{WIDTH}]" in shape for shape in sent)
+def test_no_layer_moves_rows_between_devices(model_parallelism):
+    length, num_rows = 6, 24
+    tuning = tiny_tuning(length, remat="full")
+    partitioner = encoders.make_partitioner(jax.devices(), model_parallelism)
+    program, state = encoders.compile_programs(tuning, partitioner)[encoders.EXTRACTION]
+    batch = encoders.abstract_batch(tuning, num_rows)
+    compiled = program.function.lower(*aot.shard_shapes(partitioner, state, batch)).compile()
+    shapes = re.findall(r"= (.*) all-(?:gather|reduce|to-all)(?:-start)?\(", compiled.as_text())
+    assert any(f",{MLP_DIM // model_parallelism}]" in shape for shape in shapes)  # kernels
+    assert not any(f"[{num_rows},{length},{HIDDEN_SIZE}]" in shape for shape in shapes)
 
 
 def test_both_programs_are_timed():
-    rows = encoders.run("tiny", length=4, rows=1, steps=1)
-    assert [row["what"] for row in rows] == [encoders.EXTRACTION, encoders.TUNING_STEP]
+    rows = encoders.measure_encoder("tiny", length=4, rows=1, steps=1)
+    assert [row["what"] for row in rows] == [encoders.EXTRACTION, encoders.FINE_TUNING]
     for row in rows:
         assert row["rows"] == row["devices"] == jax.device_count()
-        assert row["median_ms"] > 0 and row["utilisation"] is None  # of a CPU
+        assert row["median_ms"] > 0 and row["utilization"] is None  # of a CPU
 
 
 @pytest.mark.parity
 @needs_libtpu
 @pytest.mark.parametrize("model_parallelism", [1, 2])
 def test_both_programs_compile_for_tpus(model_parallelism):
-    sections = encoders.predict(
+    sections = encoders.compile_for_tpus(
         "tiny", "v5e:2x2", length=4, rows=2, model_parallelism=model_parallelism
     )
-    step, extraction = sections
-    assert step.startswith(f"{encoders.TUNING_STEP}, predicted")
-    assert extraction.startswith(f"{encoders.EXTRACTION}, predicted")
+    tuning_title, extraction_title = sections
+    assert tuning_title.startswith(f"{encoders.FINE_TUNING}, predicted")
+    assert extraction_title.startswith(f"{encoders.EXTRACTION}, predicted")
     for (row,) in sections.values():
         assert row["data_x_model"] == f"{4 // model_parallelism} x {model_parallelism}"
         assert row["rows"] == 8 and row["fits"]
         assert row["utterances_per_second"] == pytest.approx(8e3 / row["predicted_ms"])
-    (step,), (extraction,) = sections.values()
-    # What is computed anew in the backward pass is work, but none of the model's.
-    assert step["executed_gflop_per_device"] > 1.05 * step["model_gflop_per_device"]
+    (tuning,), (extraction,) = sections.values()
+    # The model's FLOPs exclude what the backward pass recomputes.
+    assert tuning["executed_gflop_per_device"] > 1.05 * tuning["model_gflop_per_device"]
     assert extraction["executed_gflop_per_device"] == pytest.approx(
         extraction["model_gflop_per_device"]
     )
 
 
 @pytest.mark.parametrize(
-    "arguments, options, message",
+    ("encoder", "options", "message"),
     [
-        (("gpt",), {}, "encoder 'gpt'; allowed are llama_3_1_8b, "),
-        (("tiny",), {"length": 0}, "sequence 0; must be at least 1"),
-        (("tiny",), {"rows": -1}, "rows -1; allowed are 1 or more"),
+        ("gpt", {}, "--encoder=gpt; allowed: llama_3_1_8b, "),
+        ("tiny", {"length": 0}, "--sequence=0; allowed: 1 or more"),
+        ("tiny", {"rows": -1}, "--rows=-1; allowed: 1 or more"),
     ],
 )
-def test_what_cannot_be_run_is_named(arguments, options, message):
+def test_invalid_options_are_named(encoder, options, message):
     with pytest.raises(InputError, match=message):
-        encoders.run(*arguments, **options)
+        encoders.measure_encoder(encoder, **options)
 
 
 @needs_libtpu
-def test_chips_are_shared_out_evenly():
-    with pytest.raises(InputError, match="model_parallelism 3; allowed are divisors of the 4"):
-        encoders.predict("tiny", "v5e:2x2", model_parallelism=3)
+def test_model_parallelism_must_divide_the_chips():
+    with pytest.raises(InputError, match="--model_parallelism=3; allowed: divisors of the 4"):
+        encoders.compile_for_tpus("tiny", "v5e:2x2", model_parallelism=3)

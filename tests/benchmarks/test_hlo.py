@@ -1,8 +1,8 @@
-"""What a compiled program says of loops and of what is sent between chips."""
+"""Loops and communication are read from the text of a compiled program."""
 
 import pytest
 
-from benchmarks.hlo import execution
+from benchmarks.hlo import analyze_schedule
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true
@@ -16,7 +16,7 @@ HloModule jit_step, is_scheduled=true
 %body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %state = (s32[], f32[8,128]{1,0}) parameter(0)
   %x = f32[8,128]{1,0} fusion(%state), kind=kLoop, backend_config={"estimated_cycles":"100"}
-  %whole = bf16[8,512]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={1}
+  %gather = bf16[8,512]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={1}
   ROOT %next = (s32[], f32[8,128]{1,0}) tuple(%state, %x)
 }
 
@@ -36,26 +36,26 @@ ENTRY %main (x: f32[8,128]) -> f32[16] {
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
-    done = execution(PROGRAM)
-    assert done.cycles == 5 * 100 + 20
-    assert done.repetition == pytest.approx(520 / 120)
+def test_loop_counts_every_run():
+    schedule = analyze_schedule(PROGRAM)
+    assert schedule.cycles == 5 * 100 + 20
+    assert schedule.loop_factor == pytest.approx(520 / 120)
 
 
-def test_an_estimate_that_there_is_none_of_counts_nothing():
+def test_unknown_estimate_is_ignored():
     text = PROGRAM.replace('"estimated_cycles":"20"', f'"estimated_cycles":"{2**63 - 1}"')
-    assert execution(text).cycles == 5 * 100
+    assert analyze_schedule(text).cycles == 5 * 100
 
 
-def test_bytes_are_those_a_device_receives():
-    done = execution(PROGRAM)
+def test_bytes_are_those_that_a_device_receives():
+    schedule = analyze_schedule(PROGRAM)
     gathered = 5 * (8 * 512 * 2) * 3 / 4
     summed = 2 * (16 * 4) * 3 / 4
-    assert done.blocking == gathered + summed
-    assert done.overlapped == 16 * 4
+    assert schedule.blocking_bytes == gathered + summed
+    assert schedule.overlapped_bytes == 16 * 4
 
 
-def test_a_gather_that_goes_on_beside_a_loop_is_received_once():
+def test_gather_that_overlaps_a_loop_is_received_once():
     def part(name):
         gather = "all-gather(%p), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}"
         return (
@@ -67,20 +67,20 @@ def test_a_gather_that_goes_on_beside_a_loop_is_received_once():
     calls = [f"  %{name}.in = f32[64]{{0}} fusion(%p), calls=%{name}\n" for name in names]
     begin, *steps, end = calls
     text = PROGRAM.replace("%body (", "".join(map(part, names)) + "\n%body (", 1)
-    text = text.replace("  %whole", "".join(steps) + "  %whole", 1)
+    text = text.replace("  %gather", "".join(steps) + "  %gather", 1)
     text = text.replace("  %loop", begin + "  %loop", 1).replace("  %sent", end + "  %sent", 1)
-    done, without = execution(text), execution(PROGRAM)
-    assert done.blocking == without.blocking
-    assert done.overlapped - without.overlapped == 64 * 4 * 3 / 4
+    schedule, without = analyze_schedule(text), analyze_schedule(PROGRAM)
+    assert schedule.blocking_bytes == without.blocking_bytes
+    assert schedule.overlapped_bytes - without.overlapped_bytes == 64 * 4 * 3 / 4
 
 
 @pytest.mark.parametrize("order", ["", ", device_ids=([4,2]T(1,0))"])
-def test_groups_may_be_axes_of_a_mesh(order):
+def test_device_groups_may_be_axes_of_a_mesh(order):
     groups = f"replica_groups=mesh['data'=4,'model'=2]{order} {{'data'}}"
     text = PROGRAM.replace("replica_groups=[2,4]<=[8]", groups)
-    assert execution(text) == execution(PROGRAM)
+    assert analyze_schedule(text) == analyze_schedule(PROGRAM)
 
 
-def test_a_loop_whose_length_is_not_known_is_refused():
+def test_loop_without_a_constant_trip_count_is_refused():
     with pytest.raises(ValueError, match="0 constants"):
-        execution(PROGRAM.replace("constant(5)", "parameter(1)"))
+        analyze_schedule(PROGRAM.replace("constant(5)", "parameter(1)"))

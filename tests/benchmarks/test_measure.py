@@ -1,4 +1,4 @@
-"""Times are taken in turns, of dialogues like those of a corpus."""
+"""Candidates are timed in turns, on dialogues like those of a corpus."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def test_candidates_are_timed_in_turns():
     assert {len(timing.seconds) for timing in timings.values()} == {3}
 
 
-def test_lengths_are_like_those_of_iemocap():
+def test_lengths_resemble_iemocap():
     lengths = iemocap_like_lengths()
     assert len(lengths) == 120
     assert abs(lengths.mean() - 49) <= 1
@@ -22,5 +22,5 @@ def test_lengths_are_like_those_of_iemocap():
     np.testing.assert_array_equal(lengths, iemocap_like_lengths())
     epoch = released_epoch(lengths, 8)
     np.testing.assert_array_equal(np.sort(np.concatenate([b.rows for b in epoch])), range(120))
-    positions = sum(len(batch.rows) * batch.num_utterances for batch in epoch)
+    positions = sum(len(batch.rows) * batch.padded_length for batch in epoch)
     assert 0.28 < 1 - lengths.sum() / positions < 0.36

@@ -1,23 +1,23 @@
-"""Extraction is timed on utterances like a corpus's, beside PyTorch on the same weights."""
+"""Extraction is timed, and compared with PyTorch on the same weights."""
 
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import throughput
+from benchmarks import extraction
 from mister_jax.errors import InputError
 
 
 @pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(throughput, "_COUNT", {"text": 5, "speech": 3})
-    monkeypatch.setattr(throughput, "_BATCHES", {"text": (1, 2), "speech": (1, 2)})
-    monkeypatch.setattr(throughput, "_MOST", {"text": 2, "speech": 1})
+def few_utterances(monkeypatch):
+    monkeypatch.setattr(extraction, "_COUNT", {"text": 5, "speech": 3})
+    monkeypatch.setattr(extraction, "_TORCH_BATCH_SIZES", {"text": (1, 2), "speech": (1, 2)})
+    monkeypatch.setattr(extraction, "_TORCH_BATCHES", {"text": 2, "speech": 1})
 
 
 def test_texts_are_as_long_as_those_of_meld():
-    words = [len(text.split()) for text in throughput.meld_like_texts(2000)]
+    words = [len(text.split()) for text in extraction.meld_like_texts(2000)]
     assert np.mean(words) == pytest.approx(8, abs=1)
     assert np.median(words) == pytest.approx(6, abs=1)
     assert max(words) <= 69
@@ -26,28 +26,28 @@ def test_texts_are_as_long_as_those_of_meld():
 def test_texts_come_from_a_file(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n two words \n")
-    assert throughput.read_texts(path) == ["one", "two words"]
+    assert extraction.read_texts(path) == ["one", "two words"]
     path.write_text("\n")
-    with pytest.raises(InputError, match="no text; needed: one a line"):
-        throughput.read_texts(path)
+    with pytest.raises(InputError, match="no text; needed: one text per line"):
+        extraction.read_texts(path)
     with pytest.raises(InputError, match="cannot be read"):
-        throughput.read_texts(tmp_path / "none.txt")
+        extraction.read_texts(tmp_path / "none.txt")
 
 
-def test_extraction_is_timed_in_utterances_and_tokens(bert_folder, few):
+def test_extraction_is_timed_in_utterances_and_tokens(bert_folder, few_utterances):
     texts = ["i am glad", "you are so mad", "today"]
-    (row,) = throughput.throughput_rows(str(bert_folder), texts, max_tokens=20, rounds=1)
+    (row,) = extraction.measure_extraction(str(bert_folder), texts, max_tokens=20, rounds=1)
     assert row["utterances"] == 3
-    assert row["tokens"] == 8 + 2 * 3  # with what BERT puts around them
+    assert row["tokens"] == 8 + 2 * 3  # with [CLS] and [SEP]
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_s"])
-    assert row["rate_of_ours_over_it"] == 1
+    assert row["speedup_of_ours"] == 1
 
 
 @pytest.mark.parity
-def test_texts_are_read_by_pytorch_too(bert_folder, few):
+def test_features_of_texts_agree_with_pytorch(bert_folder, few_utterances):
     pytest.importorskip("torch")
     texts = ["i am glad", "you are so mad", "today", "we are happy"]
-    rows = throughput.throughput_rows(
+    rows = extraction.measure_extraction(
         str(bert_folder), texts, max_tokens=20, compare=True, rounds=1
     )
     assert [row["library"] for row in rows[1:]] == [
@@ -59,7 +59,7 @@ def test_texts_are_read_by_pytorch_too(bert_folder, few):
 
 
 @pytest.mark.parity
-def test_clips_are_read_by_pytorch_too(tmp_path, few):
+def test_features_of_clips_agree_with_pytorch(tmp_path, few_utterances):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.WhisperConfig(
@@ -80,21 +80,21 @@ def test_clips_are_read_by_pytorch_too(tmp_path, few):
     )
     transformers.WhisperModel(config).save_pretrained(tmp_path)
     transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
-    rows = throughput.throughput_rows(str(tmp_path), compare=True, rounds=1)
+    rows = extraction.measure_extraction(str(tmp_path), compare=True, rounds=1)
     assert [row["utterances"] for row in rows] == [3, 3, 1, 2]
     assert all(row["audio_hours_per_second"] > 0 for row in rows)
-    # Untrimmed, both read the same 30 s.
+    # Without trimming, both libraries read 30 s.
     trimmed, padded = rows[:2]
     assert padded["largest_difference"] < 1e-4
     assert trimmed["relative_difference"] > 10 * padded["relative_difference"]
 
 
 @pytest.mark.parity
-def test_an_encoder_that_is_not_compared_is_named(tmp_path, few):
+def test_encoder_without_a_pytorch_counterpart_is_named(tmp_path, few_utterances):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
 
-    class Hears:
+    class SpeechEncoder:
         modality = "speech"
 
-    with pytest.raises(InputError, match="model_type 'hubert'; compared with PyTorch are text"):
-        throughput._torch_of(str(tmp_path), "float32", Hears())
+    with pytest.raises(InputError, match="model_type 'hubert'; --torch allows text"):
+        extraction._load_torch_encoder(str(tmp_path), "float32", SpeechEncoder())

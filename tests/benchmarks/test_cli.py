@@ -1,0 +1,178 @@
+"""The benchmark of MiSTER-E measures steps, epochs and parts, and reports the results."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.cli import measure_fusion
+from benchmarks.config import BenchmarkConfig
+from benchmarks.report import Report, environment
+from mister_jax.errors import InputError
+from tests.benchmarks.conftest import TINY
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Runs the command on a tiny model, without libraries that take seconds to import.
+WITHOUT_HEAVY_LIBRARIES = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "matplotlib", "torch", "tensorboardX"):
+    sys.modules[name] = None
+import functools
+from absl import app
+from benchmarks import config
+from mister_jax import MisterEConfig
+config.PRESETS["tiny"] = functools.partial(
+    MisterEConfig, context_dim=4, gru_layers=1, fusion_dim=4, fusion_layers=1, attention_dim=3
+)
+from benchmarks import cli
+app.run(lambda _: cli.main())
+"""
+
+
+def run_command(*flags, code=None):
+    command = ["-m", "launch.benchmark"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *command, *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("jit", 2), ("pmap", 2)])
+def test_steps_are_measured_on_every_backend(backend, devices):
+    config = BenchmarkConfig(**TINY, backend=backend, devices=devices)
+    (rows,) = measure_fusion(config).values()
+    assert [row["what"] for row in rows] == ["inference", "training step"]
+    for row in rows:
+        assert row["utterances"] == 12
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["utterances_per_second"] == pytest.approx(1e3 / row["ms_per_utterance"])
+        assert row["peak_share"] == pytest.approx(row["model_gflop"] / (row["median_ms"] / 1e3))
+
+
+def test_epoch_reports_padding_of_both_ways_to_batch():
+    sections = measure_fusion(BenchmarkConfig(**TINY), lengths="few")
+    bucketed, released = sections["epoch"]
+    assert bucketed["utterances"] == released["utterances"] == 9
+    assert bucketed["padding_share"] < released["padding_share"] < 1
+    assert bucketed["median_ms"] > 0 and "median_ms" not in released
+
+
+def test_parts_are_measured_alone():
+    rows = measure_fusion(BenchmarkConfig(**TINY), parts_alone=True)["parts"]
+    *parts, step, total = rows
+    assert (step["what"], total["what"]) == ("training step", "sum of the parts")
+    assert {part["what"] for part in parts} == {
+        "convolutions",
+        "GRU",
+        "skips, classifiers",
+        "cross-modal expert",
+        "gate, losses",
+        "optimizer",
+    }
+    assert all(part["ms"] > 0 for part in parts)
+    assert total["ms"] == pytest.approx(sum(part["ms"] for part in parts))
+
+
+def test_parts_add_up_to_the_flops_of_the_step():
+    config = BenchmarkConfig(**TINY)
+    sections = measure_fusion(config, parts_alone=True) | measure_fusion(config)
+    parts = sum(row.get("model_gflop", 0) for row in sections["parts"])
+    _, step = sections["steps"]
+    assert parts == pytest.approx(step["model_gflop"], rel=1e-3)
+
+
+def test_json_contains_every_row(tmp_path):
+    sections = measure_fusion(BenchmarkConfig(**TINY))
+    report = Report({"preset": "tiny", "aot": None}, environment(), sections)
+    report.write(tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["settings"] == {"preset": "tiny", "aot": None}
+    assert written["environment"]["platform"] == "cpu"
+    assert written["rows"] == [{"section": "steps", **row} for row in sections["steps"]]
+    assert {row["matmul_peak_gflop_per_second"] for row in written["rows"]} == {1}
+    assert len(report.tables()) == 2
+    with pytest.raises(InputError, match="cannot be written"):
+        report.write(tmp_path / "no" / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({"devices": 9}, {}, "--devices=9; allowed: 1 to"),
+        ({"devices": 2, "batch_size": 3}, {}, "--batch_size=3; allowed: multiples of the 2"),
+        ({"devices": 2}, {"parts_alone": True}, "--devices=2; --parts allows 1"),
+        ({}, {"topologies": "v5e:2x2", "parts_alone": True}, "--aot=v5e:2x2 excludes"),
+    ],
+)
+def test_contradictory_options_are_refused(fields, options, message):
+    with pytest.raises(InputError, match=message):
+        measure_fusion(BenchmarkConfig(**{**TINY, **fields}), **options)
+
+
+def test_missing_pytorch_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install torch"):
+        measure_fusion(BenchmarkConfig(**TINY), compare=True)
+
+
+def test_steps_import_no_heavy_libraries(tmp_path):
+    sizes = ("--preset=tiny", "--speech_dim=4", "--text_dim=4", "--batch_size=1", "--length=2")
+    path = tmp_path / "report.json"
+    result = run_command(*sizes, "--steps=1", f"--json={path}", code=WITHOUT_HEAVY_LIBRARIES)
+    assert result.returncode == 0, result.stderr
+    assert "training step" in result.stdout
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == 2
+    assert written["settings"]["preset"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--preset=huge", "value should be one of <paper|small>"),
+        ("--dtype=float8", "value should be one of <float32|bfloat16>"),
+        ("--backend=xmap", "value should be one of <jit|pmap>"),
+        ("--lengths=novel", "value should be one of <iemocap>"),
+        ("--steps=0", "0 is not a positive integer"),
+        ("--encoder=llama_3_1_8b", "needs one of --aot, --random, --throughput"),
+    ],
+)
+def test_invalid_flags_exit_with_a_one_line_error(flag, message):
+    result = run_command(flag)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+@pytest.mark.parity
+def test_pytorch_is_compared():
+    pytest.importorskip("torch")
+    rows = measure_fusion(BenchmarkConfig(**TINY), compare=True)["steps"]
+    assert [row["library"] for row in rows] == ["mister_jax", "torch"] * 2
+    for ours, torch in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["relative_time"] == 1
+        assert torch["relative_time"] == pytest.approx(torch["median_ms"] / ours["median_ms"])
+    rows = measure_fusion(BenchmarkConfig(**TINY), lengths="few", compare=True)["epoch"]
+    assert [row["median_ms"] > 0 for row in rows] == [True, True]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("batch_size", "status"), [(4, 0), (2**20, 1)])
+def test_exit_status_says_whether_a_step_fits_a_tpu(tmp_path, batch_size, status):
+    pytest.importorskip("libtpu")
+    path = tmp_path / "report.json"
+    flags = ("--preset=small", "--aot=v5e:2x2", f"--batch_size={batch_size}", f"--json={path}")
+    result = run_command(*flags)
+    assert result.returncode == status, result.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["fits"] == (status == 0)
+    assert "predicted" in result.stdout
