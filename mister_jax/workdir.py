@@ -16,7 +16,6 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-import mister_jax
 from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json, write_text
@@ -27,7 +26,16 @@ FORMAT = 2
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
 # Fields that a resumed run may change, because they do not affect the parameters.
 _MUTABLE_ON_RESUME = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+_PACKAGES = (
+    "mister_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml-collections",
+)
 
 
 def config_path(workdir: epath.PathLike) -> epath.Path:
@@ -55,9 +63,8 @@ def write_description(
     workdir.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     versions = {
-        "mister_jax": mister_jax.__version__,
-        "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
         "backend": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),

@@ -22,10 +22,10 @@ from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
 from mister_jax.extract import features as features_module
-from mister_jax.inference.predictor import Predictor
 from mister_jax.nn import masked_mean
 from mister_jax.parallel import sharding
 from mister_jax.parallel.partitioning import CompiledStep
+from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from tests.tasks.test_speech_encoder import WAVLM
 

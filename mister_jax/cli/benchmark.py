@@ -2,17 +2,18 @@
 
 import pathlib
 import sys
+from types import ModuleType
 
 from mister_jax.errors import InputError
+
+_benchmarks: ModuleType | None = None
 
 if pathlib.Path("benchmarks", "cli.py").exists():
     # The console script does not look for modules in the current folder.
     sys.path.insert(0, str(pathlib.Path.cwd()))
-    from benchmarks import cli as _benchmarks
+    from benchmarks import cli
 
-    __doc__ = _benchmarks.__doc__
-else:
-    _benchmarks = None
+    _benchmarks, __doc__ = cli, cli.__doc__
 
 
 def main() -> int | None:

@@ -64,7 +64,7 @@ def _extract() -> None:
 
     from mister_jax import extract
 
-    target = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
+    target: dict[str, Any] = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
     output = _OUTPUT.value or ""
     if source == "speech":
         builder = extract.merge(_SPEECH.value or "", _TEXT.value or "", output, **target)

@@ -1,1 +1,1 @@
-"""Weights of other projects, read into ours."""
+"""Reads and writes the checkpoint formats of other projects."""

@@ -52,10 +52,12 @@ class Tensor(Protocol):
     """Array with shape and type that may still be in a file and is read by slicing."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Type of the tensor."""
 
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
 

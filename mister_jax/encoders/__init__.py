@@ -1,1 +1,1 @@
-"""Ported encoders, one architecture a file, their front ends, and the hub that loads them."""
+"""Pretrained text and speech encoders; `registry` lists, loads and saves them."""

@@ -16,9 +16,9 @@ from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
 from mister_jax.evaluation.scores import score_predictions
-from mister_jax.inference.predictor import Predictor
 from mister_jax.io import read_json, write_json
 from mister_jax.metrics import mean_and_deviation
+from mister_jax.predictor import Predictor
 
 MISSING_MODALITY = "missing_modality"
 MISSING_MODALITY_AS_ZEROS = "missing_modality_as_zeros"

@@ -18,8 +18,8 @@ from mister_jax.evaluation import figures
 from mister_jax.evaluation.missing_modality import study_for_report, write_study
 from mister_jax.evaluation.report import Experiment, read_utterance_texts, write_report
 from mister_jax.evaluation.scores import score_predictions
-from mister_jax.inference.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
 _METRICS, _PREDICTIONS = "metrics.json", "predictions.jsonl"

@@ -8,8 +8,8 @@ import numpy as np
 
 from mister_jax import metrics
 from mister_jax.data import DialogueFeatures
-from mister_jax.inference.predictor import Predictions
 from mister_jax.models import EXPERTS
+from mister_jax.predictor import Predictions
 
 
 def score_predictions(features: DialogueFeatures, predictions: Predictions) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 from mister_jax.extract.inputs import Input, SpeechInput, TextInput
-from mister_jax.inference.predictor import Predictor
 from mister_jax.nn import masked_mean
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
+from mister_jax.predictor import Predictor
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
 
 Features = Callable[[Any, Any], jax.Array]

@@ -13,8 +13,8 @@ from mister_jax.data.storage import whole_directory
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
-from mister_jax.inference.predictor import Predictor
 from mister_jax.nn.lora import linear_layers
+from mister_jax.predictor import Predictor
 from mister_jax.workdir import read_config
 
 

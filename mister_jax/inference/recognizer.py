@@ -17,7 +17,6 @@ from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.inference.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.inference.utterance_inputs import (
     CUT,
     NOTE_KINDS,
@@ -27,6 +26,7 @@ from mister_jax.inference.utterance_inputs import (
     check_utterances,
     decode_speech,
 )
+from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
 # Experts that need the encoder of each modality.
@@ -42,9 +42,9 @@ class EmotionRecognizer:
 
     Args:
       workdir: Work directory of a training on features from `mister-jax extract`.
-      speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder, or
-        a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts that
-        have moved, see `extract.with_new_paths`.
+      speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder,
+        or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
+        that have moved, see `extract.with_new_paths`.
       text_encoder: New path of the text encoder.
 
     Raises:

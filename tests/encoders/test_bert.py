@@ -1,4 +1,4 @@
-"""BERT and RoBERTa against transformers, and what must hold of any text encoder."""
+"""BERT and RoBERTa: equality with transformers, masking, dropout, LoRA and configs."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def huggingface_config(name):
 
 @functools.cache
 def make(name, **changes):
-    """The golden encoder. Tests do not change it."""
+    """Returns the encoder of a golden file. Tests do not change it."""
     config = BertConfig.from_huggingface(huggingface_config(name), **changes)
     bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
     return load_params(bert, key_table(config), group(name, "param/"), ignore=NAME_RULES.unused)
@@ -52,19 +52,22 @@ def run(bert, ids=None, mask=None, **options):
 
 @nnx.jit
 def train(bert, key):
-    """The golden batch of BERT with dropout."""
+    """Encodes the golden batch of BERT with dropout."""
     ids, mask, _ = inputs("bert")
     keys = PerExampleRngs.from_batch_key(key, len(ids))
     return bert(ids, mask, deterministic=False, rngs=keys)
 
 
-def golden_without_types():
+def outputs_without_token_types():
     ids, mask, _ = inputs("bert")
     return run(make("bert"), ids, mask)
 
 
 def inputs(name):
-    """Tokens, mask and token types of the golden batch: rows whole, padded right, padded left."""
+    """Returns tokens, mask and token types of the golden batch.
+
+    Its rows have no padding, padding on the right and padding on the left.
+    """
     return tuple(group(name, "in/").values())
 
 
@@ -74,48 +77,48 @@ def test_every_layer_equals_transformers(name):
     last, states = run(make(name), ids, mask, token_type_ids=types, output_hidden_states=True)
     expected = golden(name)["out/hidden_states"]
     assert states.shape == expected.shape
-    for ours, theirs in zip(states, expected, strict=True):
-        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
+    for layer, expected_layer in zip(states, expected, strict=True):
+        np.testing.assert_allclose(layer[mask], expected_layer[mask], atol=1e-5)
     np.testing.assert_array_equal(last, states[-1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_is_near(name):
+def test_half_precision_is_close_to_float32(name):
     ids, mask, types = inputs(name)
     bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
     _, states = run(bert, ids, mask, token_type_ids=types, output_hidden_states=True)
     assert states.dtype == jnp.bfloat16
     expected = golden(name)["out/hidden_states"]
-    for ours, exact in zip(np.asarray(states, np.float32), expected, strict=True):
-        # A layer's scale is the root mean square of its hidden states at tokens.
-        error = np.linalg.norm(ours[mask] - exact[mask])
+    for layer, exact in zip(np.asarray(states, np.float32), expected, strict=True):
+        # The error is relative to the norm of the layer's hidden states.
+        error = np.linalg.norm(layer[mask] - exact[mask])
         assert error < 2e-2 * np.linalg.norm(exact[mask])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_and_batch_mates_do_not_change_outputs(name):
+def test_padding_and_other_rows_do_not_change_outputs(name):
     ids, mask, types = inputs(name)
     expected = run(make(name), ids, mask, token_type_ids=types)
     for garbage in (-100, 10**6):
         dirty = [np.where(mask, values, garbage) for values in (ids, types)]
-        given = run(make(name), dirty[0], mask, token_type_ids=dirty[1])
-        np.testing.assert_array_equal(given[mask], expected[mask])
-        assert np.isfinite(given).all()
+        outputs = run(make(name), dirty[0], mask, token_type_ids=dirty[1])
+        np.testing.assert_array_equal(outputs[mask], expected[mask])
+        assert np.isfinite(outputs).all()
     for row in (1, 2):
         tokens = np.s_[row : row + 1, mask[row]]
         alone = run(make(name), ids[tokens], token_type_ids=types[tokens])
         np.testing.assert_allclose(alone[0], expected[row, mask[row]], atol=1e-5)
 
 
-def test_embeddings_take_the_tokens_place():
+def test_embeddings_can_replace_tokens():
     ids, mask, _ = inputs("roberta")
     bert = make("roberta")
     embeddings = np.where(mask[..., None], bert.embed(ids), np.nan)
-    given = run(bert, embeddings=embeddings, mask=mask)
-    np.testing.assert_allclose(given[mask], run(bert, ids, mask)[mask], atol=1e-6)
+    outputs = run(bert, embeddings=embeddings, mask=mask)
+    np.testing.assert_allclose(outputs[mask], run(bert, ids, mask)[mask], atol=1e-6)
 
 
-def test_no_gradient_leaves_the_padding():
+def test_padding_has_no_gradient():
     ids, mask, _ = inputs("bert")
     graph, params = nnx.split(make("bert"))
     embeddings = np.where(mask[..., None], make("bert").embed(ids), np.nan)
@@ -126,9 +129,9 @@ def test_no_gradient_leaves_the_padding():
         last = nnx.merge(graph, params)(embeddings=embeddings, attention_mask=mask)
         return jnp.sum(jnp.where(mask[..., None], last, 0) ** 2)
 
-    found = np.asarray(gradient(embeddings))
-    assert np.isfinite(found).all() and found[mask].any()
-    assert not found[~mask].any()
+    gradients = np.asarray(gradient(embeddings))
+    assert np.isfinite(gradients).all() and gradients[mask].any()
+    assert not gradients[~mask].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,12 +141,12 @@ def test_packed_sequences_equal_separate_ones(name):
     separate = run(bert, ids, mask)
     packed = np.concatenate([ids[0], ids[1, :5], ids[2, 3:], [7, 7]])[None]
     segments = np.repeat([1, 2, 3, 0], [8, 5, 5, 2])[None]
-    given = run(bert, packed, segments > 0, segment_ids=segments)[0]
+    outputs = run(bert, packed, segments > 0, segment_ids=segments)[0]
     for part, row in ((slice(0, 8), 0), (slice(8, 13), 1), (slice(13, 18), 2)):
-        np.testing.assert_allclose(given[part], separate[row, mask[row]], atol=1e-5)
+        np.testing.assert_allclose(outputs[part], separate[row, mask[row]], atol=1e-5)
 
 
-def test_a_row_without_tokens_gives_finite_values():
+def test_a_row_without_tokens_has_finite_outputs():
     ids, mask, _ = inputs("bert")
     assert np.isfinite(run(make("bert"), ids, np.zeros_like(mask))).all()
 
@@ -153,7 +156,7 @@ def test_dropout_acts_in_training_only(dropout):
     ids, mask, _ = inputs("bert")
     rates = {"dropout": 0.0, "attention_dropout": 0.0, dropout: 0.5}
     bert = make("bert", **rates)
-    expected = golden_without_types()
+    expected = outputs_without_token_types()
     np.testing.assert_allclose(run(bert, ids, mask), expected, atol=1e-5)
     dropped = train(bert, jax.random.key(0))
     assert np.isfinite(dropped).all() and not np.allclose(dropped, expected)
@@ -161,13 +164,13 @@ def test_dropout_acts_in_training_only(dropout):
         bert(ids, mask, deterministic=False)
 
 
-def test_training_path_equals_the_other_as_dropout_goes_to_zero():
+def test_training_outputs_approach_inference_outputs_as_dropout_goes_to_zero():
     bert = make("bert", dropout=0.0, attention_dropout=1e-12)
     trained = train(bert, jax.random.key(0))
-    np.testing.assert_allclose(trained, golden_without_types(), atol=1e-5)
+    np.testing.assert_allclose(trained, outputs_without_token_types(), atol=1e-5)
 
 
-def test_parameters_go_back_to_the_names_they_came_from():
+def test_saving_restores_the_loaded_tensors():
     original = group("roberta", "param/")
     config = make("roberta").config
     saved = save_params(make("roberta"), key_table(config))
@@ -189,9 +192,9 @@ def test_lora_starts_without_effect_and_learns():
         return jnp.sum(last[mask] ** 3), last
 
     gradients, last = gradient(trained)
-    np.testing.assert_allclose(last, golden_without_types(), atol=1e-5)
+    np.testing.assert_allclose(last, outputs_without_token_types(), atol=1e-5)
     gradients = jax.tree.leaves(gradients)
-    # The second matrices are zero at first, so the first ones' gradients are, too.
+    # The second matrices start at zero, so the gradients of the first matrices are zero.
     assert [bool(np.any(value)) for value in gradients].count(True) == len(gradients) // 2 == 3
 
 
@@ -205,14 +208,14 @@ def test_lora_starts_without_effect_and_learns():
         ("minilm_l6", 22_565_376),
     ],
 )
-def test_presets_have_the_released_sizes_less_the_pooler(preset, size):
+def test_presets_have_the_released_sizes_without_the_pooler(preset, size):
     config = getattr(BertConfig, preset)()
     shapes = nnx.state(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))), nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
     assert config.max_length == 512
 
 
-def test_a_config_goes_to_huggingface_and_back():
+def test_to_huggingface_inverts_from_huggingface():
     for config in (BertConfig.bert_large(), BertConfig.roberta_base(dropout=0.2)):
         assert BertConfig.from_huggingface(config.to_huggingface()) == config
 
@@ -230,13 +233,13 @@ def test_a_config_goes_to_huggingface_and_back():
         ("hidden_dropout_prob", 1.5, "dropout=1.5; allowed: 0 <= rate < 1"),
     ],
 )
-def test_what_a_config_may_not_say_is_named(field, value, message):
+def test_unsupported_configs_are_rejected(field, value, message):
     with pytest.raises(InputError, match=message) as error:
         BertConfig.from_huggingface(huggingface_config("bert") | {field: value})
     assert "\n" not in str(error.value)
 
 
-def test_misuse_is_named():
+def test_invalid_calls_and_sizes_are_rejected():
     ids = np.zeros((1, 10), int)
     with pytest.raises(ValueError, match="10 tokens; allowed: at most 9"):
         make("bert")(ids)
@@ -256,19 +259,19 @@ def test_misuse_is_named():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_files_are_what_transformers_gives(name):
+def test_golden_files_equal_transformers(name):
     from tests.golden import make_bert
 
     model = make_bert.huggingface_model(name)
-    theirs = make_bert.hidden_states(model, make_bert.batch(name))
+    states = make_bert.hidden_states(model, make_bert.batch(name))
     mask = group(name, "in/")["attention_mask"]
     expected = golden(name)["out/hidden_states"]
-    np.testing.assert_allclose(theirs[:, mask], expected[:, mask], atol=1e-5)
+    np.testing.assert_allclose(states[:, mask], expected[:, mask], atol=1e-5)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_equals_that_of_transformers(name):
+def test_half_precision_is_as_accurate_as_transformers(name):
     import torch
 
     from tests.golden import make_bert
@@ -276,15 +279,15 @@ def test_half_precision_equals_that_of_transformers(name):
     batch = make_bert.batch(name)
     mask = batch["attention_mask"]
     model = make_bert.huggingface_model(name).to(torch.bfloat16)
-    theirs = make_bert.hidden_states(model, batch)
+    torch_states = make_bert.hidden_states(model, batch)[:, mask]
     bert = make(name, dtype="bfloat16", param_dtype="bfloat16")
     ids, mask, types = inputs(name)
     _, states = run(bert, ids, mask, token_type_ids=types, output_hidden_states=True)
-    ours = np.asarray(states, np.float32)[:, mask]
-    for layer, exact in enumerate(golden(name)["out/hidden_states"][:, mask]):
-        # A layer's scale is the root mean square of its hidden states at tokens.
-        error = np.linalg.norm(ours[layer] - theirs[layer][mask])
-        assert error < 2e-2 * np.linalg.norm(exact)
-    # Both round; ours is no farther from the exact values than theirs.
-    away = np.abs(theirs[-1][mask] - exact).mean()
-    assert np.abs(ours[-1] - exact).mean() < 1.5 * away
+    states = np.asarray(states, np.float32)[:, mask]
+    exact_states = golden(name)["out/hidden_states"][:, mask]
+    for layer, torch_layer, exact in zip(states, torch_states, exact_states, strict=True):
+        # The error is relative to the norm of the layer's hidden states.
+        assert np.linalg.norm(layer - torch_layer) < 2e-2 * np.linalg.norm(exact)
+    # Both round differently, so they are compared with the float32 states.
+    torch_error = np.abs(torch_states[-1] - exact_states[-1]).mean()
+    assert np.abs(states[-1] - exact_states[-1]).mean() < 1.5 * torch_error

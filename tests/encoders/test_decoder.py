@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Vicuna against transformers, and what must hold of any decoder."""
+"""Llama, Qwen2 and Vicuna: equality with transformers, masking, LoRA and configs."""
 
 import dataclasses
 import functools
@@ -52,12 +52,12 @@ def group(name, start):
 def loaded(name, **changes):
     config = DecoderConfig.from_huggingface(json.loads(str(golden(name)["config"])), **changes)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    table = key_table(config, prefix="")
+    table = key_table(config)
     return nnx.split(load_params(decoder, table, group(name, "param/")))
 
 
 def make(name="llama3", **changes):
-    """The decoder of the golden file."""
+    """Returns the decoder of a golden file."""
     graph, state = loaded(name, **changes)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
@@ -67,38 +67,38 @@ def run(decoder, ids=None, mask=None, output_hidden_states=False, **options):
     return decoder(ids, mask, output_hidden_states=output_hidden_states, **options)
 
 
-def flat(module, kind):
+def state_by_path(module, kind):
     state = nnx.to_flat_state(nnx.state(module, kind))
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in state}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_golden_hidden_states(name):
+def test_every_layer_equals_the_golden_file(name):
     inputs = group(name, "in/")
     mask = inputs["attention_mask"]
-    last, given = run(make(name), inputs["input_ids"], mask, output_hidden_states=True)
+    last, states = run(make(name), inputs["input_ids"], mask, output_hidden_states=True)
     expected = golden(name)["out/hidden_states"]
-    assert given.shape == expected.shape
-    for ours, theirs in zip(given, expected, strict=True):
-        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4)
-    np.testing.assert_array_equal(last, given[-1])
+    assert states.shape == expected.shape
+    for layer, expected_layer in zip(states, expected, strict=True):
+        np.testing.assert_allclose(layer[mask], expected_layer[mask], atol=1e-4)
+    np.testing.assert_array_equal(last, states[-1])
 
 
 def test_bfloat16_is_close_to_float32():
-    given = run(make(dtype="bfloat16", param_dtype="bfloat16"), IDS, MASK)
-    assert given.dtype == jnp.bfloat16
+    outputs = run(make(dtype="bfloat16", param_dtype="bfloat16"), IDS, MASK)
+    assert outputs.dtype == jnp.bfloat16
     expected = np.asarray(run(make(), IDS, MASK))[MASK]
-    error = np.linalg.norm(np.asarray(given, np.float32)[MASK] - expected)
+    error = np.linalg.norm(np.asarray(outputs, np.float32)[MASK] - expected)
     assert error < 2e-2 * np.linalg.norm(expected)
 
 
 def test_int8_is_close_to_float32():
     expected = np.asarray(run(make(), IDS, MASK))[MASK]
-    given = np.asarray(run(quantize(make()), IDS, MASK))[MASK]
-    assert 0 < np.linalg.norm(given - expected) < 0.05 * np.linalg.norm(expected)
+    outputs = np.asarray(run(quantize(make()), IDS, MASK))[MASK]
+    assert 0 < np.linalg.norm(outputs - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_padding_on_either_side_changes_nothing():
+def test_padding_on_either_side_does_not_change_outputs():
     padded = run(make(), IDS, MASK)
     alone = run(make(), np.stack([IDS[1, :5], IDS[2, 3:]]))
     np.testing.assert_allclose(padded[1, :5], alone[0], atol=1e-5)
@@ -106,7 +106,7 @@ def test_padding_on_either_side_changes_nothing():
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_what_padding_holds_is_not_read(garbage):
+def test_values_in_padding_change_neither_outputs_nor_gradients(garbage):
     @nnx.jit
     def outputs_and_gradients(decoder, embeddings):
         def total(decoder, embeddings):
@@ -123,10 +123,10 @@ def test_what_padding_holds_is_not_read(garbage):
     jax.tree.map(np.testing.assert_array_equal, gradients, clean)
 
 
-def test_a_row_of_padding_is_finite():
+def test_a_row_without_tokens_has_finite_outputs():
     mask = MASK & [[True], [False], [True]]
-    last, given = run(make(), IDS, mask, output_hidden_states=True)
-    assert jnp.isfinite(last).all() and jnp.isfinite(given).all()
+    last, states = run(make(), IDS, mask, output_hidden_states=True)
+    assert jnp.isfinite(last).all() and jnp.isfinite(states).all()
     np.testing.assert_allclose(last[2], run(make(), IDS, MASK)[2], atol=1e-5)
 
 
@@ -139,9 +139,9 @@ def test_packed_sequences_equal_separate_ones(name):
     segments = np.repeat([7, 2, 7], lengths)[None]
     packed = run(make(name), IDS[:1], segment_ids=segments)[0]
     for row, end in enumerate(np.cumsum(lengths)):
-        ours = packed[end - lengths[row] : end]
-        np.testing.assert_allclose(ours, separate[row, : lengths[row]], atol=1e-5)
-    # Behind padding, too.
+        sequence = packed[end - lengths[row] : end]
+        np.testing.assert_allclose(sequence, separate[row, : lengths[row]], atol=1e-5)
+    # The same after padding.
     padded = np.pad(IDS[:1], ((0, 0), (2, 0)), constant_values=9)
     mask, segments = np.arange(10)[None] >= 2, np.pad(segments, ((0, 0), (2, 0)))
     np.testing.assert_allclose(
@@ -149,22 +149,22 @@ def test_packed_sequences_equal_separate_ones(name):
     )
 
 
-def test_a_token_does_not_see_those_after_it():
+def test_a_token_does_not_attend_to_later_tokens():
     changed = IDS.copy()
     changed[:, 4:] = (changed[:, 4:] + 1) % 24
-    everything = np.ones_like(MASK)
-    first, second = (run(make(), ids, everything) for ids in (IDS, changed))
+    full_mask = np.ones_like(MASK)
+    first, second = (run(make(), ids, full_mask) for ids in (IDS, changed))
     np.testing.assert_array_equal(first[:, :4], second[:, :4])
     assert not np.allclose(first[:, 4:], second[:, 4:], atol=1e-2)
 
 
-def test_embeddings_equal_ids():
+def test_embeddings_can_replace_tokens():
     decoder = make("qwen2")
-    given = run(decoder, embeddings=decoder.embed(IDS), mask=MASK)
-    np.testing.assert_array_equal(given, run(decoder, IDS, MASK))
+    outputs = run(decoder, embeddings=decoder.embed(IDS), mask=MASK)
+    np.testing.assert_array_equal(outputs, run(decoder, IDS, MASK))
 
 
-def test_positions_count_tokens_before_unless_given():
+def test_default_positions_count_the_tokens_before():
     counted = np.maximum(np.cumsum(MASK, axis=1) - 1, 0)
     expected = run(make(), IDS, MASK)[MASK]
     np.testing.assert_allclose(run(make(), IDS, MASK, positions=counted)[MASK], expected, atol=1e-5)
@@ -172,15 +172,15 @@ def test_positions_count_tokens_before_unless_given():
     assert not np.allclose(stretched[MASK], expected, atol=1e-2)
 
 
-def test_reads_ids_or_embeddings():
+def test_neither_or_both_of_ids_and_embeddings_are_rejected():
     decoder = make()
-    for given in ({}, {"input_ids": IDS, "embeddings": decoder.embed(IDS)}):
+    for inputs in ({}, {"input_ids": IDS, "embeddings": decoder.embed(IDS)}):
         with pytest.raises(ValueError, match="pass either input_ids or embeddings"):
-            decoder(**given)
+            decoder(**inputs)
 
 
 @pytest.mark.devices
-def test_shards_of_the_parameters_give_the_same():
+def test_sharded_parameters_do_not_change_outputs():
     mesh = data_mesh(model_parallelism=2)
     rules = (
         (r"(query|key|value|gate|up)/kernel", (None, None, "model")),
@@ -191,16 +191,18 @@ def test_shards_of_the_parameters_give_the_same():
     state = jax.device_put(state, shardings(state, mesh, rules))
     kernel = state["layers"]["layers"]["mlp"]["up"]["kernel"][...]
     assert kernel.addressable_data(0).shape == (2, 16, 10)
-    given = run(nnx.merge(graph, state), IDS, MASK)
-    np.testing.assert_allclose(given, run(make(), IDS, MASK), atol=1e-5)
+    outputs = run(nnx.merge(graph, state), IDS, MASK)
+    np.testing.assert_allclose(outputs, run(make(), IDS, MASK), atol=1e-5)
 
 
-def test_training_lora_leaves_the_base_bit_identical():
+def test_training_lora_does_not_change_the_base():
     options = {"lora": LORA, "remat": "dots", "param_dtype": "bfloat16"}
     decoder = nnx.merge(*loaded("qwen2", **options))
-    add_lora(decoder, LORA, rngs=nnx.Rngs(0))  # in place of the abstract paths
-    assert {path.split("/")[-2] for path in flat(decoder, nnx.LoRAParam)} == set(LORA.targets)
-    before = flat(decoder, nnx.Not(nnx.LoRAParam))
+    add_lora(decoder, LORA, rngs=nnx.Rngs(0))  # Replaces the abstract low-rank paths.
+    assert {path.split("/")[-2] for path in state_by_path(decoder, nnx.LoRAParam)} == set(
+        LORA.targets
+    )
+    before = state_by_path(decoder, nnx.Not(nnx.LoRAParam))
     optimizer = nnx.Optimizer(decoder, optax.adam(0.1), wrt=nnx.LoRAParam)
 
     @nnx.jit
@@ -214,19 +216,21 @@ def test_training_lora_leaves_the_base_bit_identical():
 
     expected = run(decoder, IDS, MASK)
     step(decoder, optimizer, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, flat(decoder, nnx.Not(nnx.LoRAParam)), before)
-    assert all(value.any() for value in flat(decoder, nnx.LoRAParam).values())
+    jax.tree.map(
+        np.testing.assert_array_equal, state_by_path(decoder, nnx.Not(nnx.LoRAParam)), before
+    )
+    assert all(value.any() for value in state_by_path(decoder, nnx.LoRAParam).values())
     assert not np.allclose(run(decoder, IDS, MASK), expected, atol=1e-2)
 
 
-def test_unknown_lora_targets_are_named():
+def test_unknown_lora_targets_are_rejected():
     lora = LoRAConfig(rank=2, alpha=4, targets=("q_proj",))
     config = dataclasses.replace(make().config, lora=lora)
     with pytest.raises(ValueError, match=r"\['q_proj'\].*'down', 'gate', 'key', 'out', 'query'"):
         nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-PARAMETERS = {  # as released, without a language-model head of their own
+NUM_PARAMETERS = {  # As released, without a separate language-model head.
     "llama_3_1_8b": 8_030_261_248 - 128256 * 4096,
     "llama_3_2_1b": 1_235_814_400,
     "qwen2_5_0_5b": 494_032_768,
@@ -235,11 +239,11 @@ PARAMETERS = {  # as released, without a language-model head of their own
 }
 
 
-@pytest.mark.parametrize("preset", PARAMETERS)
-def test_presets_have_as_many_parameters_as_released(preset):
+@pytest.mark.parametrize("preset", NUM_PARAMETERS)
+def test_presets_have_the_released_number_of_parameters(preset):
     config = getattr(DecoderConfig, preset)()
     shapes = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[preset]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == NUM_PARAMETERS[preset]
 
 
 LLAMA_3_1 = {
@@ -295,7 +299,7 @@ VICUNA = {
 }
 
 
-def test_reads_the_released_configs():
+def test_presets_equal_the_released_configs():
     assert DecoderConfig.from_huggingface(LLAMA_3_1) == DecoderConfig.llama_3_1_8b()
     assert DecoderConfig.from_huggingface(QWEN2_5) == DecoderConfig.qwen2_5_7b()
     assert DecoderConfig.from_huggingface(VICUNA) == DecoderConfig.vicuna_7b()
@@ -303,12 +307,12 @@ def test_reads_the_released_configs():
     assert in_bfloat16 == DecoderConfig.vicuna_7b(dtype="bfloat16")
 
 
-def test_reads_rope_parameters_as_transformers_5_writes_them():
+def test_rope_parameters_of_transformers_5_are_read():
     config = {**LLAMA_3_1, "head_dim": 128}
     scaling, theta = config.pop("rope_scaling"), config.pop("rope_theta")
     config["rope_parameters"] = {**scaling, "rope_theta": theta}
     assert DecoderConfig.from_huggingface(config) == DecoderConfig.llama_3_1_8b()
-    # The older name of the kind, and the positions where they used to be.
+    # The older name of the type, and positions as a field of the model.
     scaling = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
     del scaling["original_max_position_embeddings"]
     old = {**LLAMA_3_1, "rope_scaling": scaling, "max_position_embeddings": 8192}
@@ -316,7 +320,7 @@ def test_reads_rope_parameters_as_transformers_5_writes_them():
 
 
 @pytest.mark.parametrize("field", ["num_key_value_heads", "rope_theta", "hidden_size"])
-def test_absent_fields_have_the_values_of_transformers(field):
+def test_absent_fields_have_the_defaults_of_transformers(field):
     config = {name: value for name, value in VICUNA.items() if name != field}
     assert DecoderConfig.from_huggingface(config) == DecoderConfig.vicuna_7b()
 
@@ -343,12 +347,12 @@ def test_absent_fields_have_the_values_of_transformers(field):
         ("num_heads", {"num_attention_heads": 28, "num_key_value_heads": 5}),
     ],
 )
-def test_unsupported_configs_are_named(field, changes):
+def test_unsupported_configs_are_rejected(field, changes):
     with pytest.raises(InputError, match=rf"^config.json: .*\b{re.escape(field)}="):
         DecoderConfig.from_huggingface({**QWEN2_5, **changes})
 
 
-def test_a_window_that_no_layer_uses_is_allowed():
+def test_a_sliding_window_that_no_layer_uses_is_allowed():
     for changes in ({"sliding_window": None}, {"max_window_layers": 28}):
         config = {**QWEN2_5, "use_sliding_window": True, **changes}
         assert DecoderConfig.from_huggingface(config) == DecoderConfig.qwen2_5_7b()
@@ -358,7 +362,7 @@ def test_a_window_that_no_layer_uses_is_allowed():
     ("field", "value"),
     [("hidden_size", 0), ("num_key_value_heads", 3), ("head_dim", 5), ("rope_theta", 0.0)],
 )
-def test_bad_sizes_are_named(field, value):
+def test_invalid_sizes_are_rejected(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
         DecoderConfig.llama_3_2_1b(**{field: value})
 
@@ -366,12 +370,12 @@ def test_bad_sizes_are_named(field, value):
 @pytest.mark.parametrize(
     ("field", "value"), [("factor", 0.5), ("low_frequency_factor", 4.0), ("original_positions", 0)]
 )
-def test_bad_rope_scaling_is_named(field, value):
+def test_invalid_rope_scaling_is_rejected(field, value):
     with pytest.raises(ValueError, match=f"RopeScaling.{field}={value}"):
         RopeScaling(**{"factor": 8.0, field: value})
 
 
-def test_slow_rotations_are_slowed_and_fast_ones_kept():
+def test_rope_scaling_slows_only_slow_rotations():
     plain = rope_frequencies(128, 500000.0)
     scaled = rope_frequencies(128, 500000.0, RopeScaling(factor=8.0))
     wavelengths = 2 * np.pi / plain
@@ -385,13 +389,13 @@ def test_slow_rotations_are_slowed_and_fast_ones_kept():
 
 
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
-def test_checkpoints_are_read_under_any_prefix(prefix):
+def test_checkpoints_with_any_prefix_are_read(prefix):
     tensors = {f"{prefix}{name}": value for name, value in group("qwen2", "param/").items()}
     tensors["lm_head.weight"] = np.zeros((24, 16), np.float32)
     tensors[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
     expected = make("qwen2")
     decoder = nnx.eval_shape(lambda: Decoder(expected.config, rngs=nnx.Rngs(0)))
-    head = load_backbone(decoder, key_table(decoder.config, ""), tensors, NAME_RULES)
+    head = load_backbone(decoder, key_table(decoder.config), tensors, NAME_RULES)
     assert set(head) == {"lm_head.weight"}
     jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), nnx.state(expected))
 
@@ -400,7 +404,7 @@ def load_from(model, **changes):
     config = DecoderConfig.from_huggingface(model.config.to_dict(), **changes)
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     tensors = {name: value.float().numpy() for name, value in model.state_dict().items()}
-    load_backbone(decoder, key_table(config, ""), tensors, NAME_RULES)
+    load_backbone(decoder, key_table(config), tensors, NAME_RULES)
     return decoder
 
 
@@ -408,21 +412,21 @@ def load_from(model, **changes):
 @pytest.mark.parametrize(
     ("name", "tied"), [("llama3", True), ("llama2", False), ("qwen2", True), ("qwen2", False)]
 )
-def test_equals_transformers(name, tied):
+def test_every_layer_equals_transformers(name, tied):
     from tests.golden import make_decoder
 
     model = make_decoder.huggingface_model(name, causal_lm=True, tie_word_embeddings=tied)
     inputs = make_decoder.batch()
     mask = inputs["attention_mask"]
     expected = make_decoder.hidden_states(model, inputs)
-    _, given = run(load_from(model), inputs["input_ids"], mask, output_hidden_states=True)
-    for ours, theirs in zip(given, expected, strict=True):
-        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4)
+    _, states = run(load_from(model), inputs["input_ids"], mask, output_hidden_states=True)
+    for layer, expected_layer in zip(states, expected, strict=True):
+        np.testing.assert_allclose(layer[mask], expected_layer[mask], atol=1e-4)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_transformers_in_bfloat16(name):
+def test_every_layer_is_close_to_transformers_in_bfloat16(name):
     from tests.golden import make_decoder
 
     model = make_decoder.huggingface_model(name, causal_lm=True).bfloat16()
@@ -430,21 +434,21 @@ def test_equals_transformers_in_bfloat16(name):
     mask = inputs["attention_mask"]
     expected = make_decoder.hidden_states(model, inputs)
     decoder = load_from(model, dtype="bfloat16", param_dtype="bfloat16")
-    _, given = run(decoder, inputs["input_ids"], mask, output_hidden_states=True)
-    for ours, theirs in zip(np.asarray(given, np.float32), expected, strict=True):
-        # A layer's scale is the root mean square of its hidden states at tokens.
-        error = np.linalg.norm(ours[mask] - theirs[mask])
-        assert error < 2e-2 * np.linalg.norm(theirs[mask])
+    _, states = run(decoder, inputs["input_ids"], mask, output_hidden_states=True)
+    for layer, expected_layer in zip(np.asarray(states, np.float32), expected, strict=True):
+        # The error is relative to the norm of the layer's hidden states.
+        error = np.linalg.norm(layer[mask] - expected_layer[mask])
+        assert error < 2e-2 * np.linalg.norm(expected_layer[mask])
 
 
 @pytest.mark.parity
-def test_rotations_equal_those_of_transformers():
+def test_rope_frequencies_equal_transformers():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = LlamaConfig(**LLAMA_3_1)
     expected, scale = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    ours = DecoderConfig.llama_3_1_8b()
-    given = rope_frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)
-    np.testing.assert_allclose(given, expected.numpy(), rtol=1e-6)
+    preset = DecoderConfig.llama_3_1_8b()
+    frequencies = rope_frequencies(preset.head_dim, preset.rope_theta, preset.rope_scaling)
+    np.testing.assert_allclose(frequencies, expected.numpy(), rtol=1e-6)
     assert scale == 1

@@ -38,7 +38,7 @@ def huggingface_config(name):
 
 def renamed(tensors):
     """Returns the tensors under the names of older files, which the key table uses."""
-    return {NAME_RULES.canonical(name): value for name, value in tensors.items()}
+    return {NAME_RULES.table_name(name): value for name, value in tensors.items()}
 
 
 @functools.cache

@@ -1,18 +1,18 @@
-"""Writes `bert.npz` and `roberta.npz`: what tiny models of transformers give.
+"""Writes `bert.npz` and `roberta.npz` with outputs of tiny models of transformers.
 
     python -m tests.golden.make_bert
 
-Needs the packages of the extra `parity`. Each file holds one model with random weights, in
-float32: its `config.json` as `config`, and arrays grouped by the first part of their name:
+Requires the extra `parity`. Each file contains one model with random weights, in float32: its
+config.json as `config`, and arrays grouped by the first part of their name:
 
-| group | what it holds |
+| group | content |
 |---|---|
-| `param/` | its `state_dict` |
-| `in/` | `input_ids`, `attention_mask`, `token_type_ids` [3, 8], rows whole, padded right, left |
-| `out/` | `hidden_states` [3, 3, 8, 16], the embeddings' and both layers' |
+| `param/` | `state_dict` |
+| `in/` | `input_ids`, `attention_mask`, `token_type_ids` [3, 8]; see below |
+| `out/` | `hidden_states` [3, 3, 8, 16] of the embeddings and both layers |
 
-transformers counts BERT's positions from the row's start, padding or not. Here it is told to count
-tokens, as it does for RoBERTa.
+The rows have no padding, padding on the right and padding on the left. By default, BERT in
+transformers counts padding in its positions. Here positions count tokens, as in RoBERTa.
 """
 
 import json
@@ -41,13 +41,13 @@ _FIELDS = {
 
 
 def huggingface_model(name):
-    """A model of transformers, all of whose weights are random."""
+    """Returns a model of transformers with random weights and biases."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    kind = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[name]
-    model = transformers.AutoModel.from_config(kind(**_SIZES, **_FIELDS[name])).eval()
+    config_class = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[name]
+    model = transformers.AutoModel.from_config(config_class(**_SIZES, **_FIELDS[name])).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -70,7 +70,7 @@ def batch(name):
 
 
 def hidden_states(model, inputs):
-    """Of a model of transformers [L + 1, B, N, D]."""
+    """Returns the hidden states of a model of transformers, [L + 1, B, N, D]."""
     import torch
 
     tensors = {key: torch.tensor(value).long() for key, value in inputs.items()}

@@ -1,18 +1,18 @@
-"""Writes `decoder_*.npz`: what tiny Llama and Qwen2 models of transformers give, and LoRA of peft.
+"""Writes `decoder_*.npz` with outputs of tiny Llama and Qwen2 models of transformers and peft.
 
     python -m tests.golden.make_decoder
 
-Needs the packages of the extra `parity`, and peft. Each file holds one model with random weights,
-in float32: its `config.json` as `config`, and arrays grouped by the first part of their name:
+Requires the extra `parity`. Each file contains one model with random weights, in float32: its
+config.json as `config`, and arrays grouped by the first part of their name:
 
-| group | what it holds |
+| group | content |
 |---|---|
-| `param/` | its `state_dict` |
-| `in/` | `input_ids` and `attention_mask` [3, 8], rows whole, padded right, padded left |
+| `param/` | `state_dict` |
+| `in/` | `input_ids` and `attention_mask` [3, 8]; rows without padding, padded right and left |
 | `out/` | `hidden_states` [3, 3, 8, 16] |
-| `lora/` | an adapter's tensors |
-| `lora_out/` | `last`, the last hidden state with the adapter |
-| `lora_gradient/` | for each of its tensors, of the sum of `last` times `in/weights` on tokens |
+| `lora/` | tensors of an adapter |
+| `lora_out/` | `last`, the last hidden states with the adapter |
+| `lora_gradient/` | gradients of the sum of `last` times `in/weights` over the tokens |
 """
 
 import json
@@ -37,7 +37,7 @@ _LLAMA_3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 CONFIGS = {
-    # Heads whose width is not width / heads, shared keys, stretched rotations.
+    # The head size is not hidden_size / heads, keys are shared, and rotations are scaled.
     "llama3": {"num_key_value_heads": 2, "head_dim": 6, "rope_parameters": _LLAMA_3_ROPE},
     "llama2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "qwen2": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 100.0}},
@@ -48,22 +48,22 @@ RANK, ALPHA, TARGETS = 2, 6, ("q_proj", "v_proj")
 def huggingface_config(name, **changes):
     import transformers
 
-    kind = transformers.Qwen2Config if name == "qwen2" else transformers.LlamaConfig
+    config_class = transformers.Qwen2Config if name == "qwen2" else transformers.LlamaConfig
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     sizes = {**_SIZES, "rope_parameters": rope, **CONFIGS[name], **changes}
     sizes["rope_parameters"] = rope | sizes["rope_parameters"]
-    return kind(**sizes)
+    return config_class(**sizes)
 
 
 def huggingface_model(name, causal_lm=False, **changes):
-    """A model of transformers, all of whose weights are random."""
+    """Returns a model of transformers with random weights and biases."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = huggingface_config(name, **changes)
-    kind = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    model = kind.from_config(config).eval()
+    model_class = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
+    model = model_class.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -71,7 +71,7 @@ def huggingface_model(name, causal_lm=False, **changes):
 
 
 def with_lora(model, seed=0, targets=TARGETS):
-    """The model in a `peft.PeftModel` with a random adapter."""
+    """Returns the model in a `peft.PeftModel` with a random adapter."""
     import peft
     import torch
 
@@ -97,7 +97,7 @@ def batch():
 
 
 def hidden_states(model, inputs, **options):
-    """Of a model of transformers [L + 1, B, N, D]."""
+    """Returns the hidden states of a model of transformers, [L + 1, B, N, D]."""
     import torch
 
     with torch.no_grad():
@@ -111,7 +111,7 @@ def hidden_states(model, inputs, **options):
 
 
 def last_and_gradients(model, inputs):
-    """The last hidden state of a `PeftModel`, and the gradients as the files have them."""
+    """Returns the last hidden states of a `PeftModel` and the gradients that the files contain."""
     import torch
 
     ids, mask, weights = (torch.tensor(inputs[name]) for name in inputs)

@@ -1,10 +1,10 @@
-"""Makes qwen2_audio.npz: transformers' Qwen2-Audio, tiny and with random weights, on three clips.
+"""Writes `qwen2_audio.npz` with outputs of a tiny Qwen2-Audio of transformers for three clips.
 
-python tests/golden/make_qwen2_audio.py  (needs PyTorch)
+    python -m tests.golden.make_qwen2_audio
 
-Groups of arrays: `config` (JSON of config.json), `param/` by the names of a saved checkpoint, `in/`
-what our model reads (waveforms as int8), `out/` of transformers: hidden states, mask, where audio
-is.
+Requires the extra `parity`. Groups of arrays: `config` (content of config.json), `param/` (tensors
+of the saved checkpoint), `in/` (inputs; waveforms are int8) and `out/` (hidden states, mask, and
+positions of audio).
 """
 
 import json
@@ -15,13 +15,13 @@ import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("qwen2_audio.npz")
 PLACEHOLDER = 29
-# Longer than the one second of the tower's positions; of an odd number of positions; very short.
+# Longer than the tower's positions of one second, an odd number of positions, and very short.
 SAMPLES = (17000, 9250, 1300)
 PROMPTS = ((3, 4, PLACEHOLDER, 5, 6, 7), (PLACEHOLDER, 8), (9, 10, 11, PLACEHOLDER))
 
 
 def clips():
-    """Noise [B, S] int8, zero behind each clip; and lengths [B]."""
+    """Returns noise [B, S] int8 with zeros after each clip, and the lengths [B]."""
     random = np.random.default_rng(0)
     waveform = np.zeros((len(SAMPLES), max(SAMPLES)), np.int8)
     for row, count in enumerate(SAMPLES):
@@ -30,7 +30,7 @@ def clips():
 
 
 def padded(sequences):
-    """Tokens [B, P] with zeros on the right, and their mask."""
+    """Returns tokens [B, P] with zeros on the right, and their mask."""
     tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     mask = np.zeros(tokens.shape, bool)
     for row, sequence in enumerate(sequences):
@@ -40,7 +40,7 @@ def padded(sequences):
 
 
 def make():
-    """All arrays of the file."""
+    """Returns all arrays of the file."""
     import torch
     from safetensors.numpy import load_file
     from transformers import (
@@ -88,7 +88,7 @@ def make():
         return_attention_mask=True,
         return_tensors="pt",
     )
-    # As transformers' processor repeats the placeholder.
+    # The placeholder is repeated as by the processor of transformers.
     counts = [((frames - 1) // 2 + 1) // 2 for frames in mel["attention_mask"].sum(-1).tolist()]
     expanded = [
         [token for part in prompt for token in [part] * (count if part == PLACEHOLDER else 1)]

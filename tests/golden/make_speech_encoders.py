@@ -1,17 +1,19 @@
-"""Writes `whisper.npz` and `wavlm.npz`: what tiny speech encoders of transformers give.
+"""Writes `whisper.npz` and `wavlm.npz` with outputs of tiny speech encoders of transformers.
 
     python -m tests.golden.make_speech_encoders
 
-Needs the packages of the extra `parity`. Each file holds clips, and several models with random
-weights, in float32:
+Requires the extra `parity`. Each file contains clips and several models with random weights, in
+float32:
 
-| name | what it holds |
+| name | content |
 |---|---|
 | `lengths` | samples of each clip |
-| `waveform/0` ... | the clips, float16 |
-| `MODEL/config` | the model's `config.json` |
-| `MODEL/param/...` | its `state_dict`, without Whisper's decoder |
-| `MODEL/hidden_states/0` ... | of each clip alone [L + 1, N, D], the last after the final norm |
+| `waveform/0` ... | clips, float16 |
+| `MODEL/config` | config.json of the model |
+| `MODEL/param/...` | `state_dict` without the decoder of Whisper |
+| `MODEL/hidden_states/0` ... | hidden states of each clip, encoded alone, [L + 1, N, D] |
+
+The last hidden states are those after the final norm.
 """
 
 import json
@@ -49,7 +51,7 @@ _WAVLM = {
     "num_conv_pos_embedding_groups": 2,
 }
 _LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
-# File -> model -> class of transformers, and what differs in its config.
+# File -> model -> class in transformers and fields of its config.
 MODELS = {
     "whisper": {
         "whisper": ("Whisper", {**_WHISPER, "num_mel_bins": 80}),
@@ -68,14 +70,14 @@ LENGTHS = {"whisper": (5000, 900), "wavlm": (900, 500, 150, 41)}
 
 
 def huggingface_model(file, name, seed=0):
-    """A model of transformers, all of whose weights are random."""
+    """Returns a model of transformers with random weights and biases."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    kind, fields = MODELS[file][name]
-    config = getattr(transformers, f"{kind}Config")(**fields)
-    model = getattr(transformers, f"{kind}Model")(config).eval()
+    name_prefix, fields = MODELS[file][name]
+    config = getattr(transformers, f"{name_prefix}Config")(**fields)
+    model = getattr(transformers, f"{name_prefix}Model")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.3 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
@@ -83,7 +85,7 @@ def huggingface_model(file, name, seed=0):
 
 
 def clips(lengths, seed=0):
-    """Noise of changing loudness with an offset, of numbers float16 can hold."""
+    """Returns noise with changing loudness and an offset, exactly representable in float16."""
     random = np.random.default_rng(seed)
     return [
         (random.normal(size=length) * np.linspace(0.02, 0.2, length) + 0.03)
@@ -93,8 +95,8 @@ def clips(lengths, seed=0):
     ]
 
 
-def hidden_states(model, clip, normalise=False):
-    """Of a model of transformers and one clip [L + 1, N, D]."""
+def hidden_states(model, clip, normalize=False):
+    """Returns the hidden states of a model of transformers for one clip, [L + 1, N, D]."""
     import torch
     import transformers
 
@@ -105,7 +107,7 @@ def hidden_states(model, clip, normalise=False):
         )
         model = model.encoder
     else:
-        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalise)
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize)
     features = extractor(clip, sampling_rate=16_000, return_tensors="pt")
     inputs = features[extractor.model_input_names[0]]
     with torch.no_grad():
@@ -115,7 +117,7 @@ def hidden_states(model, clip, normalise=False):
 
 
 def state_dict(model):
-    """Names and arrays, without Whisper's decoder."""
+    """Returns the tensors by name, without the decoder of Whisper."""
     return {
         key: value.numpy().copy()
         for key, value in model.state_dict().items()
@@ -132,12 +134,12 @@ def main():
         arrays["lengths"] = np.array(LENGTHS[file], np.int32)
         for name in models:
             model = huggingface_model(file, name)
-            normalise = name != "wavlm"
+            normalize = name != "wavlm"
             arrays[f"{name}/config"] = np.array(json.dumps(model.config.to_dict()))
             for key, value in state_dict(model).items():
                 arrays[f"{name}/param/{key}"] = value
             for index, clip in enumerate(waveforms):
-                states = hidden_states(model, clip, normalise)
+                states = hidden_states(model, clip, normalize)
                 arrays[f"{name}/hidden_states/{index}"] = states
         path = pathlib.Path(__file__).with_name(f"{file}.npz")
         np.savez_compressed(path, **arrays)

@@ -15,7 +15,7 @@ from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hf_config, registry, speech
 from mister_jax.errors import InputError
 from mister_jax.inference.export import export
-from mister_jax.inference.predictor import Predictor
+from mister_jax.predictor import Predictor
 from mister_jax.io import write_json
 from mister_jax.nn.state import split_params
 from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask

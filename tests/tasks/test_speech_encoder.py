@@ -18,7 +18,7 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
-from mister_jax.inference.predictor import Predictor
+from mister_jax.predictor import Predictor
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.state import split_params
 from mister_jax.optim import OptimizerConfig, make_optimizer

@@ -18,7 +18,7 @@ from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.missing_modality import missing_modality_study
 from mister_jax.evaluation.results import evaluate
-from mister_jax.inference.predictor import Predictor
+from mister_jax.predictor import Predictor
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh

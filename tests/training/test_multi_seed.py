@@ -11,7 +11,7 @@ import pytest
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import LATEST
 from mister_jax.evaluation.results import evaluate
-from mister_jax.inference.predictor import Predictor
+from mister_jax.predictor import Predictor
 from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import PmapPartitioner
 from mister_jax.training.loop import train
