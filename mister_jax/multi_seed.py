@@ -1,4 +1,4 @@
-"""Trains several seeds in one program: their states share one leading axis [S].
+"""Trains several seeds in one program: their states share a leading axis [S].
 
 A training of one seed has no such axis. Only this module handles the single-seed case.
 """
@@ -23,11 +23,11 @@ def stack_seeds(trees: Sequence[Any]) -> Any:
 
 
 def unstack_seeds(tree: Any, count: int) -> list[Any]:
-    """Splits a stacked tree into those of `count` seeds."""
+    """Splits a stacked tree into one tree for each of `count` seeds."""
     if count == 1:
         return [tree]
-    leaves, form = jax.tree.flatten(tree)
-    return [jax.tree.unflatten(form, [leaf[index] for leaf in leaves]) for index in range(count)]
+    leaves, treedef = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(treedef, [leaf[index] for leaf in leaves]) for index in range(count)]
 
 
 def stacked_shapes(shapes: Any, count: int) -> Any:
@@ -41,38 +41,40 @@ def vmap_over_seeds(function: Callable[..., Any], count: int) -> Callable[..., A
     """Maps a step or an evaluation of one state over the stacked states of `count` seeds.
 
     Args:
-      function: Function of `(state, batch, axis_name)`, see `parallel`; the seeds share the batch.
+      function: Function of `(state, batch, axis_name)`, see `parallel.partitioning`. The seeds
+        share the batch.
       count: Number of seeds S.
     """
     if count == 1:
         return function
 
     def mapped(state, batch, axis_name):
-        return jax.vmap(lambda one: function(one, batch, axis_name))(state)
+        return jax.vmap(lambda seed_state: function(seed_state, batch, axis_name))(state)
 
     return mapped
 
 
 @jax.jit
-def select_seeds(chosen: jax.Array, new: Any, old: Any) -> Any:
-    """Selects from stacked trees `new` for the chosen seeds and `old` for the others.
+def select_seeds(is_new: jax.Array, new: Any, old: Any) -> Any:
+    """Selects the seeds of `new` where `is_new` is true, and of `old` elsewhere.
 
     Args:
-      chosen: Whether each seed is chosen [S] bool.
+      is_new: Whether to take each seed from `new`, [S] bool.
       new: Tree of arrays [S, ...].
       old: Tree of arrays [S, ...].
     """
 
-    def one(ours, theirs):
-        return jnp.where(jnp.reshape(chosen, (-1,) + (1,) * (ours.ndim - 1)), ours, theirs)
+    def select(new_leaf, old_leaf):
+        condition = jnp.reshape(is_new, (-1,) + (1,) * (new_leaf.ndim - 1))
+        return jnp.where(condition, new_leaf, old_leaf)
 
-    return jax.tree.map(one, new, old)
+    return jax.tree.map(select, new, old)
 
 
 def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Averages the predictions of S seeds.
 
-    The probabilities of the mixture and of each expert, and the gate weights, are means over the
+    The probabilities of the mixture and of each expert, and the gate weights, are averaged over the
     seeds, so that a mixture and its experts are compared under one rule. Other arrays, such as the
     presence of experts, are the same for all seeds.
 
@@ -81,7 +83,10 @@ def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if len(predictions) == 1:
         return dict(predictions[0])
-    stacked = {name: np.stack([each[name] for each in predictions]) for name in predictions[0]}
+    stacked = {
+        name: np.stack([seed_predictions[name] for seed_predictions in predictions])
+        for name in predictions[0]
+    }
     return {
         name: values.mean(0, dtype=values.dtype) if values.dtype.kind == "f" else values[0]
         for name, values in stacked.items()
@@ -93,17 +98,21 @@ def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -
 
     Args:
       seeds: The S seeds.
-      scores: `metrics.classification_scores` of each seed.
+      scores: `metrics.scores` of each seed.
 
     Returns:
-      `SCORE_NAMES` under "of_each" by seed, and their "mean" and sample "deviation" (0 for one seed).
+      `SCORE_NAMES` under "of_each" by seed, and their "mean" and sample standard "deviation" (0 for
+      one seed).
     """
-    told = {name: mean_and_deviation(each[name] for each in scores) for name in SCORE_NAMES}
+    summaries = {
+        name: mean_and_deviation(seed_scores[name] for seed_scores in scores)
+        for name in SCORE_NAMES
+    }
     return {
         "of_each": {
-            str(seed): {name: each[name] for name in SCORE_NAMES}
-            for seed, each in zip(seeds, scores, strict=True)
+            str(seed): {name: seed_scores[name] for name in SCORE_NAMES}
+            for seed, seed_scores in zip(seeds, scores, strict=True)
         },
-        "mean": {name: mean for name, (mean, _) in told.items()},
-        "deviation": {name: deviation for name, (_, deviation) in told.items()},
+        "mean": {name: mean for name, (mean, _) in summaries.items()},
+        "deviation": {name: deviation for name, (_, deviation) in summaries.items()},
     }

@@ -43,8 +43,8 @@ def drop_modalities(
       drop_speech: Probability that an utterance loses its speech.
       drop_text: Probability that an utterance loses its text.
       seed: Seed of the draw.
-      zero_fill_values: By modality, the vector [D] or number that replaces a dropped one. By default
-        a dropped modality is flagged as missing; with replacements it is not.
+      zero_fill_values: Vector [D] or number that replaces a dropped modality, by modality. By
+        default a dropped modality is flagged as missing; with replacements it is not.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
     changes = {}
@@ -114,7 +114,7 @@ def missing_modality_study(
 def study_for_report(
     predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
 ) -> dict[str, Any] | None:
-    """Returns the study of a report: the one in `output` if it is of these predictions, or a new one.
+    """Returns the study in `output` if it is about these predictions, or else runs a new one.
 
     Args:
       predictor: Predictor of the evaluated work directory.

@@ -1,4 +1,4 @@
-"""From `ml_collections` configs to frozen dataclasses and back; no other layer uses `ConfigDict`."""
+"""Converts `ml_collections` configs to frozen dataclasses and back."""
 
 from __future__ import annotations
 

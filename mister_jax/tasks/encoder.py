@@ -1,7 +1,7 @@
 """Fine-tuning of text and speech encoders on single utterances: stage 1 of MiSTER-E.
 
-A backbone from a folder or the Hugging Face Hub is trained with LoRA or completely, under a head that
-classifies single utterances (arXiv 2602.23300).
+A backbone from a folder or the Hugging Face Hub is trained with LoRA or completely, under a head
+that classifies single utterances (arXiv 2602.23300).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class LossConfig:
     gamma: float = 3.0
     temperature: float = 1.0
     sharpness: float = 1.0
-    weights: losses.LossWeights = losses.LossWeights()
+    weights: losses.LossWeights = dataclasses.field(default_factory=losses.LossWeights)
 
     def __post_init__(self):
         if self.gamma < 0 or self.temperature <= 0 or self.sharpness < 0:

@@ -1,8 +1,8 @@
 """The training loop, which runs every task.
 
 A run lives in a work directory. A restarted run resumes from its latest checkpoint and reaches the
-same parameters, bit for bit, as an uninterrupted one. The loop sees only the training and validation
-splits. It trains one seed or several in one program, and keeps the best epoch of each.
+same parameters, bit for bit, as an uninterrupted one. The loop reads only the training and
+validation splits. It trains one seed or several in one program and keeps the best epoch of each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from mister_jax.training.steps import initial_state, make_eval_step, make_train_
 _ONE_CLASS_EPOCHS = 3
 
 
-class TrainingDiverged(InputError):
+class TrainingDivergedError(InputError):
     """The loss or the gradient is no longer finite."""
 
 
@@ -153,7 +153,7 @@ def train(
     Raises:
       InputError: The config, dataset or work directory is not usable, or a batch does not fit in
         the devices' memory.
-      TrainingDiverged: The loss is not finite. The last good checkpoint is kept.
+      TrainingDivergedError: The loss is not finite. The last good checkpoint is kept.
     """
     workdir = epath.Path(workdir)
     options = dataclass_from_config(TrainConfig, config.train, "config.train")
@@ -358,7 +358,7 @@ class _TrainingLoop:
         }
         not_finite = [name for name, value in means.items() if not np.isfinite(value).all()]
         if not_finite:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"{self.workdir}: {', '.join(not_finite)} not finite between steps "
                 f"{step - len(read_metrics)} and {step}; the last good state is kept. Try a "
                 "smaller config.optimizer.learning_rate or clip_norm"

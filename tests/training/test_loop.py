@@ -26,7 +26,7 @@ from mister_jax.predictor import Predictor
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.training import loop
-from mister_jax.training.loop import TrainConfig, TrainingDiverged, TrainProgress, train
+from mister_jax.training.loop import TrainConfig, TrainingDivergedError, TrainProgress, train
 from tests.helpers.training import (
     assert_same_bits,
     assert_same_checkpoint,
@@ -321,7 +321,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
     monkeypatch.setattr("mister_jax.tasks.fusion.load", load)
     monkeypatch.setattr(workdirs, "check_config", lambda *_: None)
     monkeypatch.setattr(workdirs, "check_data", lambda *_: None)
-    with pytest.raises(TrainingDiverged, match="not finite between steps") as error:
+    with pytest.raises(TrainingDivergedError, match="not finite between steps") as error:
         train(make_tiny_config(tiny_data_dir, **{"train.epochs": 3}), workdir, quiet=True)
     assert "\n" not in str(error.value)
     assert_same_bits((read_latest_checkpoint(workdir)[0], good[1]), good)
