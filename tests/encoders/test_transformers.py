@@ -1,6 +1,6 @@
-"""Checkpoints, adapters and front ends against transformers and peft.
+"""Checkpoints, adapters and front ends compared with transformers and peft.
 
-`TASK_MODELS`, `ADAPTERS` and `FEATURE_EXTRACTORS` are the source of the documentation's tables.
+`TASK_MODELS`, `ADAPTERS` and `FEATURE_EXTRACTORS` are the source of the tables in docs/encoders.md.
 """
 
 import functools
@@ -26,13 +26,13 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning",
         "ignore::FutureWarning",
-        # peft adapts Whisper's decoder, too, which an exported adapter does not have.
+        # peft also adapts the decoder of Whisper, which is not in exported adapters.
         "ignore:Found missing adapter keys:UserWarning",
         "ignore:Could not find a config file:UserWarning",
     ),
 ]
 
-# Task models whose backbone is loaded, by model type.
+# Model type -> task models whose backbone is loaded.
 _TEXT_TASKS = (
     "MaskedLM CausalLM MultipleChoice QuestionAnswering SequenceClassification TokenClassification"
 )
@@ -62,10 +62,10 @@ TASK_MODELS = {
     "wavlm": tuple(f"WavLMFor{task}" for task in _SPEECH_TASKS.split()),
     "qwen2_audio": ("Qwen2AudioForConditionalGeneration",),
 }
-# Task models without the part that is encoded with.
+# Task models without an encoder.
 WITHOUT_ENCODER = {"whisper": ("WhisperForCausalLM",)}
-# Adapters that are read, by model type: class and target modules. "all-linear" of the bare model
-# comes on top.
+# Model type -> class and target modules of adapters that are read, besides "all-linear" of the bare
+# model.
 _SPEECH_TARGETS = ("q_proj", "v_proj", "intermediate_dense")
 ADAPTERS = {
     "bert": (("BertForSequenceClassification", ("query", "value")),),
@@ -86,14 +86,14 @@ ADAPTERS = {
     "wavlm": (("WavLMForSequenceClassification", ("intermediate_dense", "gru_rel_pos_linear")),),
     "qwen2_audio": (("Qwen2AudioForConditionalGeneration", ("q_proj", "v_proj", "linear")),),
 }
-# Layers of the adapters that we write, by model type; () for all of them.
+# Model type -> layers of the adapters that are written; () for all layers.
 WRITTEN_ADAPTERS = {
     **dict.fromkeys(ADAPTERS, ((),)),
-    # peft applies no others.
+    # peft does not apply LoRA to other layers.
     "wavlm": (("mlp_in", "mlp_out", "projection"),),
     "qwen2_audio": ((), ("decoder/layers/layers/attention/query",), ("/projection",)),
 }
-# Model type and norm of the convolutions, with whatever the feature extractor says.
+# Model type, norm of the convolutions and `do_normalize` of the feature extractor.
 FEATURE_EXTRACTORS = tuple(
     itertools.product(("wav2vec2", "hubert", "wavlm"), ("group", "layer"), (False, True))
 )
@@ -193,7 +193,7 @@ def modeling(model_type):
 
 
 def torch_model(model_type, class_name, seed=0, **fields):
-    """A tiny model of transformers whose weights are all random."""
+    """Returns a tiny model of transformers with random weights and biases."""
     import torch
     import transformers
 
@@ -216,7 +216,7 @@ def bare_class(model_type):
 
 
 def backbone(model):
-    """The part of a model of transformers that ours corresponds to."""
+    """Returns the part of a model of transformers that corresponds to our module."""
     if model.config.model_type == "whisper":
         encoder = modeling("whisper").WhisperEncoder
         return next(module for module in model.modules() if isinstance(module, encoder))
@@ -225,7 +225,7 @@ def backbone(model):
 
 
 def torch_hidden(model, do_normalize=None):
-    """Hidden states of the backbone at valid positions, [positions, D].
+    """Returns the hidden states of the backbone at valid positions, [positions, D].
 
     Without `do_normalize`, the input is normalized as in the published base models.
     """
@@ -271,8 +271,8 @@ def run(module, *inputs):
     return module(*inputs)
 
 
-def our_hidden(module, model_type, pad=0):
-    """Hidden states of our module at valid positions, [positions, D]."""
+def module_hidden(module, model_type, pad=0):
+    """Returns the hidden states of our module at valid positions, [positions, D]."""
     if model_type in TEXT:
         return np.asarray(run(module, np.where(MASK, IDS, pad), MASK))[MASK]
     lengths = np.array([LENGTH])
@@ -286,7 +286,7 @@ def our_hidden(module, model_type, pad=0):
 def assert_equal_hidden(module, model, expected=None):
     expected = torch_hidden(model) if expected is None else expected
     pad = getattr(model.config, "pad_token_id", None) or 0
-    hidden = our_hidden(module, model.config.model_type, pad)
+    hidden = module_hidden(module, model.config.model_type, pad)
     np.testing.assert_allclose(hidden, expected[: len(hidden)], atol=1e-5, rtol=1e-5)
 
 
@@ -301,11 +301,12 @@ def expected_names(module, model_type):
     return [name for source in table.values() for name in source.names]
 
 
-def each(table):
+def cases(table):
+    """Returns each pair of a model type and one of its entries."""
     return [(model_type, entry) for model_type, entries in table.items() for entry in entries]
 
 
-def test_every_task_model_of_transformers_is_in_the_table():
+def test_the_table_contains_every_task_model_of_transformers():
     import transformers
 
     for model_type, names in TASK_MODELS.items():
@@ -313,17 +314,15 @@ def test_every_task_model_of_transformers_is_in_the_table():
         classes = {name: getattr(module, name) for name in module.__all__}
         tasks = {
             name
-            for name, kind in classes.items()
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            for name, task_class in classes.items()
+            if isinstance(task_class, type) and issubclass(task_class, transformers.PreTrainedModel)
             if "For" in name or name.endswith("LMHeadModel")
         }
         assert tasks == {*names, *WITHOUT_ENCODER.get(model_type, ())}
 
 
-@pytest.mark.parametrize(("model_type", "class_name"), each(TASK_MODELS))
-def test_the_backbone_of_a_task_model_is_loaded_and_the_head_told_apart(
-    model_type, class_name, tmp_path
-):
+@pytest.mark.parametrize(("model_type", "class_name"), cases(TASK_MODELS))
+def test_the_backbone_of_a_task_model_is_loaded_without_its_head(model_type, class_name, tmp_path):
     model = torch_model(model_type, class_name)
     model.save_pretrained(tmp_path / "task")
     module = load(tmp_path / "task", model_type)
@@ -336,15 +335,15 @@ def test_the_backbone_of_a_task_model_is_loaded_and_the_head_told_apart(
     assert len(parts.head) == len(checkpoint) - len(Checkpoint.open(tmp_path / "body"))
 
 
-@pytest.mark.parametrize(("model_type", "class_name"), each(WITHOUT_ENCODER))
-def test_a_task_model_without_an_encoder_is_refused(model_type, class_name, tmp_path):
+@pytest.mark.parametrize(("model_type", "class_name"), cases(WITHOUT_ENCODER))
+def test_a_task_model_without_an_encoder_is_rejected(model_type, class_name, tmp_path):
     torch_model(model_type, class_name).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"missing: encoder\.conv1\.bias"):
         load(tmp_path, model_type)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "encoder.layers.0.extra.weight"])
-def test_unknown_tensors_are_refused_in_the_backbone_alone(name, tmp_path):
+def test_unknown_tensors_in_the_backbone_are_rejected(name, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     torch_model("hubert", "HubertForCTC").save_pretrained(tmp_path)
@@ -355,7 +354,7 @@ def test_unknown_tensors_are_refused_in_the_backbone_alone(name, tmp_path):
 
 
 def random_adapter(model, seed=1, **options):
-    """The model in a `peft.PeftModel` whose LoRA is random."""
+    """Returns the model in a `peft.PeftModel` with random LoRA."""
     import peft
     import torch
 
@@ -381,7 +380,7 @@ def test_adapters_of_all_linear_layers_are_read(model_type, tmp_path):
     base = torch_hidden(model)
     model = random_adapter(model, target_modules="all-linear", use_rslora=model_type == "llama")
     model.save_pretrained(tmp_path / "adapter", safe_serialization=model_type != "bert")
-    if model_type == "wavlm":  # whose attention applies LoRA only when it is merged
+    if model_type == "wavlm":  # Its attention applies LoRA only if it is merged.
         model = model.merge_and_unload()
     expected = torch_hidden(model)
     assert np.abs(expected - base).max() > 0.05
@@ -389,7 +388,7 @@ def test_adapters_of_all_linear_layers_are_read(model_type, tmp_path):
     assert_equal_hidden(module, model, expected)
 
 
-@pytest.mark.parametrize(("model_type", "case"), each(ADAPTERS))
+@pytest.mark.parametrize(("model_type", "case"), cases(ADAPTERS))
 def test_adapters_of_task_models_are_read(model_type, case, tmp_path):
     class_name, targets = case
     model = torch_model(model_type, class_name)
@@ -404,8 +403,8 @@ def test_adapters_of_task_models_are_read(model_type, case, tmp_path):
     assert all(any(head in name for name in saved) for head in heads)
 
 
-@pytest.mark.parametrize(("model_type", "targets"), each(WRITTEN_ADAPTERS))
-def test_peft_applies_the_adapters_we_write(model_type, targets, tmp_path):
+@pytest.mark.parametrize(("model_type", "targets"), cases(WRITTEN_ADAPTERS))
+def test_peft_applies_saved_adapters(model_type, targets, tmp_path):
     import peft
     import transformers
 
@@ -430,7 +429,7 @@ def test_peft_applies_the_adapters_we_write(model_type, targets, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["query", "key", "value", "attention/out"])
-def test_adapters_that_peft_would_ignore_are_not_written(target, tmp_path):
+def test_adapters_that_peft_would_ignore_are_not_saved(target, tmp_path):
     torch_model("wavlm", "WavLMModel").save_pretrained(tmp_path / "base")
     module = load(tmp_path / "base", "wavlm", lora=LoRAConfig(2, 3, targets=(target,)))
     architecture = registry.ARCHITECTURES["wavlm"]
@@ -441,7 +440,7 @@ def test_adapters_that_peft_would_ignore_are_not_written(target, tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "norm", "do_normalize"), FEATURE_EXTRACTORS)
-def test_the_input_is_normalized_as_the_saved_processor_says(
+def test_the_input_is_normalized_like_in_the_saved_processor(
     model_type, norm, do_normalize, tmp_path
 ):
     import transformers
@@ -461,7 +460,7 @@ def test_the_input_is_normalized_as_the_saved_processor_says(
     assert_equal_hidden(module, model, torch_hidden(model, do_normalize))
 
 
-def test_the_documentation_lists_heads_adapters_and_front_ends():
+def test_the_documentation_lists_all_heads_adapters_and_front_ends():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
     for model_type, classes in TASK_MODELS.items():
         assert f"| `{model_type}` | {', '.join(f'`{name}`' for name in classes)} |\n" in page
