@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks lint, format, types and shell scripts. With --fix, fixes what ruff can fix first.
+# Checks lint, format, spelling, types, shell scripts and docs. With --fix, fixes what ruff can fix.
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" test
 
@@ -10,5 +10,7 @@ else
   ruff check .
   ruff format --check .
 fi
+codespell
 mypy
 shellcheck --severity=style --external-sources launch/*.sh launch/*.sbatch
+mkdocs build --quiet --strict --site-dir "$(mktemp -d)"

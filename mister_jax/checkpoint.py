@@ -1,6 +1,7 @@
 """Checkpoints of a training: the latest state and the best parameters, written with Orbax.
 
-A checkpoint is written atomically, so a run may be killed at any moment.
+A checkpoint is written atomically, so a run may be killed at any moment. Orbax is imported by the
+first `Checkpoints`, because it takes a second.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from mister_jax.errors import InputError
@@ -43,6 +43,8 @@ class Checkpoints:
         read_only: bool = False,
         on_save: OnSave | None = None,
     ):
+        import orbax.checkpoint as ocp
+
         logging.getLogger("absl").addFilter(_is_relevant)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
         self._options = (
@@ -51,7 +53,8 @@ class Checkpoints:
             else ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         )
         self._on_save = on_save or (lambda kind, step, state, progress: None)
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._managers: dict[str, Any] = {}
+        self._ocp = ocp
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -78,10 +81,10 @@ class Checkpoints:
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {
-                _STATE: ocp.args.StandardSave(state),
-                _PROGRESS: ocp.args.JsonSave(progress),
+                _STATE: self._ocp.args.StandardSave(state),
+                _PROGRESS: self._ocp.args.JsonSave(progress),
             }
-            manager.save(step, args=ocp.args.Composite(**items))
+            manager.save(step, args=self._ocp.args.Composite(**items))
         self._on_save(kind, step, state, progress)
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -105,12 +108,12 @@ class Checkpoints:
         if step is None:
             return None
         items = {
-            _STATE: ocp.args.StandardRestore(jax.tree.map(_abstract_array, like)),
-            _PROGRESS: ocp.args.JsonRestore(),
+            _STATE: self._ocp.args.StandardRestore(jax.tree.map(_abstract_array, like)),
+            _PROGRESS: self._ocp.args.JsonRestore(),
         }
         with _silence_unfinished_reads():
             try:
-                restored = manager.restore(step, args=ocp.args.Composite(**items))
+                restored = manager.restore(step, args=self._ocp.args.Composite(**items))
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
@@ -119,9 +122,9 @@ class Checkpoints:
                 ) from error
         return restored[_STATE], restored[_PROGRESS]
 
-    def _manager(self, kind: str) -> ocp.CheckpointManager:
+    def _manager(self, kind: str) -> Any:
         if kind not in self._managers:
-            self._managers[kind] = ocp.CheckpointManager(
+            self._managers[kind] = self._ocp.CheckpointManager(
                 self._directory / kind, options=self._options
             )
         return self._managers[kind]

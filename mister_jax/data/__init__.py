@@ -7,6 +7,10 @@ corpora (`prepare`, `builder` and those of the corpora) need it to be imported, 
 a dataset is read, written or iterated.
 """
 
+from mister_jax.errors import require_extra
+
+require_extra("predict", "mister_jax.data")
+
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
 from mister_jax.data.features import load, read_npz, split_names, write
