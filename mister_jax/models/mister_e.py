@@ -130,29 +130,9 @@ class MisterE(nnx.Module):
         text = jnp.where(text_present[..., None], text, 0).astype(dtype)
         speech, text = self.input_dropout(speech, **options), self.input_dropout(text, **options)
 
-        no_logits = jnp.zeros((*mask.shape, self.config.num_classes), jnp.float32)
-        no_vectors = jnp.zeros((*mask.shape, 0), dtype)
-        logits = dict.fromkeys(EXPERTS, no_logits)
-        contexts = {"speech": no_vectors, "text": no_vectors}
-        speech_repr = text_repr = no_vectors
-        enabled = {
-            name: (expert, x)
-            for name, expert, x in (("speech", self.speech, speech), ("text", self.text, text))
-            if expert is not None
-        }
-        outputs = apply_context_experts(
-            tuple(expert for expert, _ in enabled.values()),
-            tuple(x for _, x in enabled.values()),
-            mask,
-            **options,
+        logits, contexts, representations = self._apply_experts(
+            speech, text, speech_present, text_present, mask, **options
         )
-        for name, (expert_logits, context) in zip(enabled, outputs, strict=True):
-            logits[name], contexts[name] = expert_logits, context
-        if self.fusion is not None:
-            logits["fusion"], speech_repr, text_repr = self.fusion(
-                speech, text, speech_present, text_present, mask, **options
-            )
-
         expert_logits = jnp.stack([logits[name] for name in EXPERTS], axis=2)  # B T E C
         present = self._present_experts(speech_present, text_present)  # B T E
         mixture_logits, gate = self._mix(
@@ -167,11 +147,45 @@ class MisterE(nnx.Module):
             expert_present=present & mask[..., None],
             speech_context=contexts["speech"],
             text_context=contexts["text"],
-            speech_repr=speech_repr,
-            text_repr=text_repr,
+            speech_repr=representations["speech"],
+            text_repr=representations["text"],
             speech_present=speech_present,
             text_present=text_present,
         )
+
+    def _apply_experts(
+        self,
+        speech: jax.Array,
+        text: jax.Array,
+        speech_present: jax.Array,
+        text_present: jax.Array,
+        mask: jax.Array,
+        **options: Any,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+        """Returns logits by expert, and contexts and fusion representations by modality."""
+        no_logits = jnp.zeros((*mask.shape, self.config.num_classes), jnp.float32)
+        no_vectors = jnp.zeros((*mask.shape, 0), jnp.dtype(self.config.dtype))
+        logits = dict.fromkeys(EXPERTS, no_logits)
+        contexts = dict.fromkeys(("speech", "text"), no_vectors)
+        representations = dict(contexts)
+        enabled = {
+            name: (expert, x)
+            for name, expert, x in (("speech", self.speech, speech), ("text", self.text, text))
+            if expert is not None
+        }
+        outputs = apply_context_experts(
+            tuple(expert for expert, _ in enabled.values()),
+            tuple(x for _, x in enabled.values()),
+            mask,
+            **options,
+        )
+        for name, (expert_logits, context) in zip(enabled, outputs, strict=True):
+            logits[name], contexts[name] = expert_logits, context
+        if self.fusion is not None:
+            logits["fusion"], representations["speech"], representations["text"] = self.fusion(
+                speech, text, speech_present, text_present, mask, **options
+            )
+        return logits, contexts, representations
 
     def _present_experts(self, speech_present: jax.Array, text_present: jax.Array) -> jax.Array:
         """Returns the enabled experts that have their modality, [B, T, E]; all if none has."""
