@@ -22,8 +22,10 @@ Vicuna 7B v1.5 is there in PyTorch's format only, and has to be converted to saf
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks import config_from_dataclass
+from mister_jax.tasks.speech_encoder import SpeechEncoderOptions
 
 DATASETS = {
     "meld": "meld/clips",
@@ -77,36 +79,21 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
             "num_buckets": 4,
         }
     )
+    dtype = "bfloat16" if large else "float32"
     config.encoder = ConfigDict(
         {
-            "options": {
-                "name": ENCODERS[encoder],
-                "whisper": "",
-                "beats": "",
-                "vicuna": "",
-                "prompt": "",
-                "pool_prompt": False,
-                "tower": "frozen" if large else "lora",
-                "trim": True,
-                "full": not large,
-                "quantize": False,
-                "dtype": "bfloat16" if large else "float32",
-                "param_dtype": "bfloat16" if large else "float32",
-                "remat": "full" if large else "none",
-                "max_seconds": 30.0,
-                "crop_seconds": 30.0,
-                "gain": False,
-                "noise": False,
-                "speed": False,
-                "mask_spectrogram": False,
-            },
-            "lora": {
-                "rank": 16,
-                "alpha": 8.0,
-                "dropout": 0.05,
-                "use_rslora": False,
-                "targets": ("query", "key"),
-            },
+            "options": config_from_dataclass(
+                SpeechEncoderOptions,
+                name=ENCODERS[encoder],
+                tower="frozen" if large else "lora",
+                full=not large,
+                dtype=dtype,
+                param_dtype=dtype,
+                remat="full" if large else "none",
+            ),
+            "lora": config_from_dataclass(
+                LoRAConfig, rank=16, alpha=8.0, dropout=0.05, targets=("query", "key")
+            ),
         }
     )
     if encoder == "salmonn_7b":

@@ -12,8 +12,10 @@ encoders are tuned whole.
 from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
+from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks import config_from_dataclass
+from mister_jax.tasks.text_encoder import TextEncoderOptions
 
 DATASETS = {
     "meld": "meld/text",
@@ -56,24 +58,20 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
             "num_buckets": 5,
         }
     )
+    dtype = "bfloat16" if large else "float32"
     config.encoder = ConfigDict(
         {
-            "options": {
-                "name": ENCODERS[encoder],
-                "max_tokens": 128,
-                "full": not large,
-                "quantize": False,
-                "dtype": "bfloat16" if large else "float32",
-                "param_dtype": "bfloat16" if large else "float32",
-                "remat": "full" if large else "none",
-            },
-            "lora": {
-                "rank": 8,
-                "alpha": 32.0,
-                "dropout": 0.1,
-                "use_rslora": False,
-                "targets": ("query", "value"),
-            },
+            "options": config_from_dataclass(
+                TextEncoderOptions,
+                name=ENCODERS[encoder],
+                full=not large,
+                dtype=dtype,
+                param_dtype=dtype,
+                remat="full" if large else "none",
+            ),
+            "lora": config_from_dataclass(
+                LoRAConfig, rank=8, alpha=32.0, dropout=0.1, targets=("query", "value")
+            ),
         }
     )
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})
