@@ -38,8 +38,9 @@ def dot_product_attention(
 
     Args:
       query: Queries, [B, T, K, head_dim].
-      key: Keys, [B, S, K, head_dim].
-      value: Values, [B, S, K, head_dim].
+      key: Keys, [B, S, K, head_dim]; without dropout, they may have fewer heads, which divide K
+        (grouped-query attention).
+      value: Values, shaped like the keys.
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
         a query without any key is finite but has no meaning.
       bias: Summand of the scores, broadcastable to [B, K, T, S]; none by default.

@@ -110,6 +110,15 @@ def test_dot_product_attention_accepts_a_mask_per_query():
     np.testing.assert_allclose(full[:, :2], attend(shorter, causal[..., :2, :2]), atol=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [None, Dropout(1e-12)], ids=["no_dropout", "dropout"])
+def test_causal_attention_equals_attention_with_a_causal_mask(dropout):
+    parts = projections(time=6)
+    mask = KEY_MASK[:, None, None]
+    expected = attend(parts, mask & np.tril(np.ones((6, 6), bool)))
+    result = attend(parts, mask, dropout, is_causal=True, **training_options())
+    np.testing.assert_allclose(result[:2], expected[:2], atol=1e-5)
+
+
 def test_dot_product_attention_drops_weights_in_training_only():
     parts = projections()
     np.testing.assert_array_equal(attend(parts, dropout=Dropout(0.5)), attend(parts))
