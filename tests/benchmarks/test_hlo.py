@@ -16,7 +16,7 @@ HloModule jit_step, is_scheduled=true
 %body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %state = (s32[], f32[8,128]{1,0}) parameter(0)
   %x = f32[8,128]{1,0} fusion(%state), kind=kLoop, backend_config={"estimated_cycles":"100"}
-  %gather = bf16[8,512]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={1}
+  %wide = bf16[8,512]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={1}
   ROOT %next = (s32[], f32[8,128]{1,0}) tuple(%state, %x)
 }
 
@@ -67,7 +67,7 @@ def test_gather_that_overlaps_a_loop_is_received_once():
     calls = [f"  %{name}.in = f32[64]{{0}} fusion(%p), calls=%{name}\n" for name in names]
     begin, *steps, end = calls
     text = PROGRAM.replace("%body (", "".join(map(part, names)) + "\n%body (", 1)
-    text = text.replace("  %gather", "".join(steps) + "  %gather", 1)
+    text = text.replace("  %wide", "".join(steps) + "  %wide", 1)
     text = text.replace("  %loop", begin + "  %loop", 1).replace("  %sent", end + "  %sent", 1)
     schedule, without = analyze_schedule(text), analyze_schedule(PROGRAM)
     assert schedule.blocking_bytes == without.blocking_bytes
