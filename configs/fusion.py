@@ -39,7 +39,7 @@ from ml_collections import ConfigDict, config_dict
 from mister_jax.errors import InputError
 from mister_jax.models import MisterEConfig
 from mister_jax.optim import OptimizerConfig
-from mister_jax.tasks import config_from_dataclass
+from mister_jax.tasks.config import config_from_dataclass
 
 _OF_THE_DATA = ("num_classes", "speech_dim", "text_dim")
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig
-from mister_jax.tasks import config_from_dataclass
+from mister_jax.tasks.config import config_from_dataclass
 from mister_jax.tasks.speech_encoder import SpeechEncoderOptions
 
 DATASETS = {

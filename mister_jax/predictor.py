@@ -17,11 +17,12 @@ from mister_jax.console import ProgressReporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
-from mister_jax.nn.state import split_params
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh, shardings
-from mister_jax.tasks import config_seeds, task_class
+from mister_jax.tasks.base import split_params
+from mister_jax.tasks.config import config_seeds
+from mister_jax.tasks.registry import task_class
 from mister_jax.workdir import read_config, read_model_description
 
 Predictions = dict[str, np.ndarray]

@@ -13,7 +13,8 @@ from mister_jax.models import EXPERTS, MisterE, MisterEConfig
 from mister_jax.models.utterance import UtteranceConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.parallel.partitioning import ParallelConfig
-from mister_jax.tasks import FusionTask, dataclass_from_config
+from mister_jax.tasks.config import dataclass_from_config
+from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import TrainConfig
 
 FILES = sorted(

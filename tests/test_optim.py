@@ -118,11 +118,13 @@ def test_average_needs_the_parameters():
     [
         ("name", "sgd"),
         ("learning_rate", 0.0),
+        ("learning_rate", np.nan),
         ("schedule", "linear"),
         ("warmup_fraction", 1.0),
         ("warmup_fraction", -0.1),
         ("weight_decay", -0.1),
         ("clip_norm", -1.0),
+        ("clip_norm", np.nan),
         ("average_decay", 1.0),
     ],
 )

@@ -59,7 +59,7 @@ class ConversationProcess:
             raise ValueError(f"missing_share={self.missing_share}; allowed: 0 to 1")
 
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log p(speech | emotion) [T, C] and log p(speech that says nothing) [T, 1].
+        """Log p(speech | emotion) [T, C] and log p(speech that says nothing) [T, 1].
 
         Both up to the same constant of each utterance.
         """
@@ -101,7 +101,7 @@ class ConversationProcess:
         speech_present: np.ndarray,
         text_present: np.ndarray,
     ) -> np.ndarray:
-        """log p(speech, text | emotion) of utterances, up to a constant of each utterance.
+        """Log p(speech, text | emotion) of utterances, up to a constant of each utterance.
 
         Args:
             speech: [T, Ds].

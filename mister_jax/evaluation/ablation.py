@@ -23,7 +23,7 @@ from mister_jax.evaluation.figures import plot_grouped_bars
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json, write_text
 from mister_jax.metrics import SCORE_NAMES
-from mister_jax.tasks import config_seeds
+from mister_jax.tasks.config import config_seeds
 from mister_jax.training.loop import train
 from mister_jax.workdir import check_config
 

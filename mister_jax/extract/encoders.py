@@ -27,7 +27,8 @@ from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 from mister_jax.predictor import Predictor
-from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
+from mister_jax.tasks.speech_encoder import SpeechEncoderTask
+from mister_jax.tasks.text_encoder import TextEncoderTask
 
 Features = Callable[[Any, Any], jax.Array]
 """From parameters and a batch to [B, F] float32."""

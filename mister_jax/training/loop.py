@@ -39,7 +39,9 @@ from mister_jax.parallel.partitioning import (
     Partitioner,
     make_partitioner,
 )
-from mister_jax.tasks import Split, Task, config_seeds, dataclass_from_config, task_class
+from mister_jax.tasks.base import Split, Task
+from mister_jax.tasks.config import config_seeds, dataclass_from_config
+from mister_jax.tasks.registry import task_class
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import initial_state, make_eval_step, make_train_step

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mister_jax.nn.state import split_params
 from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import EvalFn, Step, psum_if_mapped
+from mister_jax.tasks.base import split_params
 
 Batch = Mapping[str, Any]
 

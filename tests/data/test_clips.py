@@ -8,6 +8,7 @@ import pytest
 from absl import logging
 
 from mister_jax.data.audio import SAMPLE_RATE, decode
+from mister_jax.data.batching import BatchPlan
 from mister_jax.data.clips import (
     SHORTEST,
     UNIT,
@@ -18,7 +19,6 @@ from mister_jax.data.clips import (
     pad_clips,
     units,
 )
-from mister_jax.data.batching import BatchPlan
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 

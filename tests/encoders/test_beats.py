@@ -2,7 +2,7 @@
 
 import json
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,14 +13,12 @@ from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.errors import InputError
-from tests.conftest import GOLDEN
+from tests.helpers.golden import read_golden
 
 
 @pytest.fixture(scope="module")
 def golden():
-    """Returns the arrays of the golden file by name."""
-    with np.load(GOLDEN / "salmonn_beats.npz") as file:
-        return dict(file)
+    return read_golden("salmonn_beats")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +30,7 @@ def cfg(golden):
 @pytest.fixture(scope="module")
 def weights(golden):
     """Returns the tensors of the checkpoint."""
-    start = "param/"
-    return {
-        name.removeprefix(start): value for name, value in golden.items() if name.startswith(start)
-    }
+    return read_golden("salmonn_beats", "param/")
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +124,16 @@ def test_batch_and_padding_do_not_change_a_clip(model, golden):
 def test_padding_does_not_change_gradients(model, golden):
     fbank, mask = golden["mid/fbank"], ~golden["out/padding_mask"]
     frames = np.repeat(mask.reshape(2, 6, 8), 16, axis=1).repeat(16, axis=2)
-    dirty = fbank.copy()
-    dirty[:, :96][~frames] = np.nan
+    fbank_with_nan = fbank.copy()
+    fbank_with_nan[:, :96][~frames] = np.nan
 
     @nnx.jit
     @nnx.grad
     def gradient(model, fbank):
         return jnp.sum(jnp.where(mask[..., None], model(fbank, mask), 0) ** 2)
 
-    clean = gradient(model, fbank)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        gradient(model, dirty),
-        clean,
-    )
+    expected = gradient(model, fbank)
+    chex.assert_trees_all_close(gradient(model, fbank_with_nan), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_close_to_float32(model, golden):

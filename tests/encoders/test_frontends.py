@@ -6,7 +6,8 @@ import pytest
 import transformers
 
 from mister_jax.encoders import frontends
-from tests.conftest import GOLDEN
+from tests.helpers.clips import pad_clips
+from tests.helpers.golden import read_golden
 
 SECOND = frontends.SAMPLE_RATE
 
@@ -16,14 +17,6 @@ def clip(length, seed=0):
     random = np.random.default_rng(seed)
     tone = 0.3 * np.sin(np.arange(length) * 0.12)
     return (tone + 0.05 * random.normal(size=length) + 0.02).astype(np.float32)
-
-
-def padded(clips, num_samples, padding=np.nan):
-    """Returns a batch of padded clips, and their lengths."""
-    waveform = np.full((len(clips), num_samples), padding, np.float32)
-    for row, samples in zip(waveform, clips, strict=True):
-        row[: len(samples)] = samples
-    return waveform, np.array([len(samples) for samples in clips])
 
 
 DEGENERATE_CLIPS = {
@@ -45,36 +38,36 @@ def whisper_features(clips, num_mel_bins, seconds):
 def test_log_mel_equals_transformers(num_mel_bins):
     clips = [clip(length) for length in (SECOND, 7001, 1, SECOND - 50, 2 * SECOND)]
     clips.append(np.zeros(4000, np.float32))
-    waveform, lengths = padded(clips, 2 * SECOND)
-    ours = frontends.log_mel(waveform, lengths, num_mel_bins=num_mel_bins, window_frames=100)
+    waveform, lengths = pad_clips(clips, 2 * SECOND)
+    features = frontends.log_mel(waveform, lengths, num_mel_bins=num_mel_bins, window_frames=100)
     expected = whisper_features(clips, num_mel_bins, seconds=1)
-    assert ours.shape == expected.shape == (6, 100, num_mel_bins)
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert features.shape == expected.shape == (6, 100, num_mel_bins)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
 def test_log_mel_of_thirty_seconds_equals_transformers():
     clips = [clip(20_000)]
-    ours = frontends.log_mel(*padded(clips, 20_000))
-    np.testing.assert_allclose(ours, whisper_features(clips, 80, seconds=30), atol=1e-4)
+    features = frontends.log_mel(*pad_clips(clips, 20_000))
+    np.testing.assert_allclose(features, whisper_features(clips, 80, seconds=30), atol=1e-4)
 
 
 def test_mel_filters_equal_transformers():
     for num_mel_bins in (80, 128):
         extractor = transformers.WhisperFeatureExtractor(num_mel_bins)
-        ours = frontends.slaney_filters(num_mel_bins)
-        np.testing.assert_allclose(ours, extractor.mel_filters, atol=1e-8)
+        filters = frontends.slaney_filters(num_mel_bins)
+        np.testing.assert_allclose(filters, extractor.mel_filters, atol=1e-8)
 
 
 @pytest.mark.parametrize("num_frames", [44, 46, 99])
 def test_num_frames_does_not_change_the_first_frames_of_log_mel(num_frames):
-    waveform, lengths = padded([clip(6600), clip(10)], 6600)
+    waveform, lengths = pad_clips([clip(6600), clip(10)], 6600)
     full = frontends.log_mel(waveform, lengths, window_frames=100)
     first_frames = frontends.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
     np.testing.assert_allclose(first_frames, full[:, :num_frames], atol=1e-6)
 
 
 def test_padding_of_log_mel_holds_silence():
-    waveform, lengths = padded([clip(1600), DEGENERATE_CLIPS["empty"]], 3200)
+    waveform, lengths = pad_clips([clip(1600), DEGENERATE_CLIPS["empty"]], 3200)
     mel = frontends.log_mel(waveform, lengths, window_frames=100)
     np.testing.assert_array_equal(frontends.log_mel_lengths(lengths), [10, 0])
     np.testing.assert_allclose(mel[0, 12:], mel[0].min(), atol=1e-6)
@@ -83,7 +76,7 @@ def test_padding_of_log_mel_holds_silence():
 
 @pytest.mark.parametrize(("kind", "samples"), DEGENERATE_CLIPS.items())
 def test_degenerate_clips_have_finite_outputs(kind, samples):
-    waveform, lengths = padded([samples], max(len(samples), 1))
+    waveform, lengths = pad_clips([samples], max(len(samples), 1))
     for values in (
         frontends.log_mel(waveform, lengths, window_frames=100),
         frontends.normalize(waveform, lengths),
@@ -93,19 +86,20 @@ def test_degenerate_clips_have_finite_outputs(kind, samples):
 
 
 def test_fbank_equals_kaldi():
-    with np.load(GOLDEN / "salmonn_beats.npz") as golden:
-        waveform, expected = golden["in/wav"][:1], golden["mid/fbank"][:1]
-        filters = golden["mid/mel_banks"]
-    np.testing.assert_allclose(frontends.kaldi_filters(128)[:-1].T, filters, atol=5e-5)
-    ours = frontends.kaldi_fbank(waveform * 2.0**15)
-    assert ours.shape == expected.shape
+    golden = read_golden("salmonn_beats")
+    waveform, expected = golden["in/wav"][:1], golden["mid/fbank"][:1]
+    np.testing.assert_allclose(
+        frontends.kaldi_filters(128)[:-1].T, golden["mid/mel_banks"], atol=5e-5
+    )
+    features = frontends.kaldi_fbank(waveform * 2.0**15)
+    assert features.shape == expected.shape
     # BEATs' standardization.
-    np.testing.assert_allclose((ours - 15.41663) / (2 * 6.55582), expected, atol=3e-4)
+    np.testing.assert_allclose((features - 15.41663) / (2 * 6.55582), expected, atol=3e-4)
 
 
 def test_fbank_frames_depend_only_on_their_own_samples():
     samples = clip(3000)
-    waveform, lengths = padded([samples], 5000)
+    waveform, lengths = pad_clips([samples], 5000)
     count = int(frontends.kaldi_fbank_lengths(lengths)[0])
     assert count == (3000 - 400) // 160 + 1
     full = frontends.kaldi_fbank(waveform)
@@ -127,7 +121,7 @@ def test_normalized_clips_have_zero_mean_and_unit_variance():
         DEGENERATE_CLIPS["silence"],
         DEGENERATE_CLIPS["empty"],
     ]
-    waveform, lengths = padded(clips, 5000)
+    waveform, lengths = pad_clips(clips, 5000)
     normalized = np.asarray(frontends.normalize(waveform, lengths))
     for row, samples in zip(normalized[:3], clips, strict=False):
         expected = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
@@ -139,8 +133,8 @@ def test_normalized_clips_have_zero_mean_and_unit_variance():
 @pytest.mark.parametrize("frontend", [frontends.log_mel, frontends.normalize])
 def test_batch_and_padding_do_not_change_a_clip(frontend):
     samples = clip(2777)
-    single = frontend(*padded([samples], 2777))[0]
-    waveform, lengths = padded([clip(4000, seed=1), samples, DEGENERATE_CLIPS["empty"]], 4321)
+    single = frontend(*pad_clips([samples], 2777))[0]
+    waveform, lengths = pad_clips([clip(4000, seed=1), samples, DEGENERATE_CLIPS["empty"]], 4321)
     batched = frontend(waveform, lengths)[1]
     size = min(len(single), len(batched))
     np.testing.assert_allclose(batched[:size], single[:size], atol=1e-5)

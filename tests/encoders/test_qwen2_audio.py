@@ -16,9 +16,10 @@ from mister_jax.encoders.whisper import WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
 from tests.conftest import GOLDEN
+from tests.helpers.golden import read_golden
 
 
-def read(arrays):
+def nest_groups(arrays):
     """Nests arrays named "group/name" by group."""
     groups = {}
     for path, value in arrays.items():
@@ -29,8 +30,7 @@ def read(arrays):
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN / "qwen2_audio.npz") as file:
-        return read(file)
+    return nest_groups(read_golden("qwen2_audio"))
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +82,13 @@ def valid(output, row):
 
 def check(output, expected):
     """Checks that the masks and the hidden states within them equal transformers."""
-    width = expected["mask"].shape[1]
-    np.testing.assert_array_equal(output.mask[:, :width], expected["mask"])
-    np.testing.assert_array_equal(output.audio_mask[:, :width], expected["audio_mask"])
-    assert not output.mask[:, width:].any()
+    length = expected["mask"].shape[1]
+    np.testing.assert_array_equal(output.mask[:, :length], expected["mask"])
+    np.testing.assert_array_equal(output.audio_mask[:, :length], expected["audio_mask"])
+    assert not output.mask[:, length:].any()
     inside = expected["mask"]
     np.testing.assert_allclose(
-        output.hidden_states[:, :width][inside], expected["hidden"][inside], atol=1e-4
+        output.hidden_states[:, :length][inside], expected["hidden"][inside], atol=1e-4
     )
 
 
@@ -102,7 +102,7 @@ def test_golden_file_equals_the_installed_transformers(golden):
     spec = importlib.util.spec_from_file_location("make", GOLDEN / "make_qwen2_audio.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    fresh = read(make.make())
+    fresh = nest_groups(make.make())
     config = Qwen2AudioConfig.from_huggingface(json.loads(str(fresh["config"][""])))
     inputs = fresh["in"]
     output = run(
@@ -133,18 +133,18 @@ def test_batch_and_padding_do_not_change_hidden_states(model, batch, output):
 
 def test_content_of_padding_does_not_change_hidden_states(model, batch, output, config):
     waveform, lengths, prompt, prompt_mask = batch
-    silent = np.arange(waveform.shape[1]) >= lengths[:, None]
-    dirty = run(
+    is_padding = np.arange(waveform.shape[1]) >= lengths[:, None]
+    changed_output = run(
         model,
-        np.where(silent, np.nan, waveform),
+        np.where(is_padding, np.nan, waveform),
         lengths,
         np.where(prompt_mask, prompt, config.placeholder),
         prompt_mask,
     )
-    np.testing.assert_array_equal(dirty.mask, output.mask)
-    np.testing.assert_array_equal(dirty.audio_mask, output.audio_mask)
+    np.testing.assert_array_equal(changed_output.mask, output.mask)
+    np.testing.assert_array_equal(changed_output.audio_mask, output.audio_mask)
     for row in range(len(lengths)):
-        np.testing.assert_allclose(valid(dirty, row), valid(output, row), atol=1e-6)
+        np.testing.assert_allclose(valid(changed_output, row), valid(output, row), atol=1e-6)
 
 
 def test_left_padded_prompts_give_the_same_hidden_states(model, batch, output):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 from flax import nnx
 
 from mister_jax.convert.params import load_params, save_params
-from mister_jax.encoders import beats, salmonn, whisper
-from mister_jax.encoders import decoder as convert_decoder
+from mister_jax.encoders import beats, decoder, salmonn, whisper
 from mister_jax.encoders.beats import BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
 from mister_jax.encoders.salmonn import (
@@ -24,7 +24,7 @@ from mister_jax.encoders.salmonn import (
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
-from tests.conftest import GOLDEN
+from tests.helpers.golden import read_golden
 
 LLM = "llama_model.base_model.model.model"
 LENGTHS = np.array([40000, 9000, 21000])  # longer than the window, shorter than the minimum, odd
@@ -32,22 +32,14 @@ PROMPT = np.array([[1, 5, 6, -1, 7, 8], [1, -1, 9, 0, 0, 0], [1, 2, 3, 4, -1, 0]
 PROMPT_MASK = np.arange(6) < np.array([[6], [3], [5]])
 
 
-def named(arrays, start):
-    return {
-        name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)
-    }
-
-
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN / "salmonn_qformer.npz") as file:
-        return dict(file)
+    return read_golden("salmonn_qformer")
 
 
 @pytest.fixture(scope="module")
 def golden_beats():
-    with np.load(GOLDEN / "salmonn_beats.npz") as file:
-        return dict(file)
+    return read_golden("salmonn_beats")
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +79,24 @@ def saved(module, table, prefix=""):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(config, golden, golden_beats):
+def checkpoints(config):
     """Returns the tensors of the four files, with golden and random weights."""
     random = np.random.default_rng(0)
 
     def normal(*shape):
         return random.normal(scale=0.5, size=shape).astype(np.float32)
 
-    salmonn = named(golden, "param/") | {
+    salmonn = read_golden("salmonn_qformer", "param/") | {
         "speech_Qformer.bert.embeddings.position_ids": np.arange(512)[None],
         "beats.encoder.layers.1.self_attn.relative_attention_bias.weight": normal(320, 4),
         f"{LLM}.layers.0.self_attn.rotary_emb.inv_freq": normal(5),
     }
-    rank, width = config.decoder.lora.rank, config.decoder.hidden_size
+    rank, hidden_size = config.decoder.lora.rank, config.decoder.hidden_size
     for layer in range(config.decoder.num_layers):
         for name in ("q_proj", "v_proj"):
             start = f"{LLM}.layers.{layer}.self_attn.{name}"
-            salmonn[f"{start}.lora_A.default.weight"] = normal(rank, width)
-            salmonn[f"{start}.lora_B.default.weight"] = normal(width, rank)
+            salmonn[f"{start}.lora_A.default.weight"] = normal(rank, hidden_size)
+            salmonn[f"{start}.lora_B.default.weight"] = normal(hidden_size, rank)
     optimizer = {"optimizer.state.0.exp_avg": normal(3)}
     plain = dataclasses.replace(config.decoder, lora=None)
     return {
@@ -113,10 +105,10 @@ def checkpoints(config, golden, golden_beats):
             whisper.key_table(config.whisper),
             prefix="model.",
         ),
-        "beats": {f"model.{name}": value for name, value in named(golden_beats, "param/").items()},
-        "vicuna": saved(
-            Decoder(plain, rngs=nnx.Rngs(2)), convert_decoder.key_table(plain, "model.")
-        ),
+        "beats": {
+            f"model.{name}": value for name, value in read_golden("salmonn_beats", "param/").items()
+        },
+        "vicuna": saved(Decoder(plain, rngs=nnx.Rngs(2)), decoder.key_table(plain, "model.")),
         "salmonn": {f"model.{name}": value for name, value in salmonn.items()} | optimizer,
     }
 
@@ -181,7 +173,7 @@ def test_overlapping_windows_with_several_queries_are_shift_invariant(qformer_co
     config = dataclasses.replace(qformer_config, num_queries=3, window=4, stride=2)
     module = WindowQFormer(5, 6, 7, config, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
-    speech, sound = (random.normal(size=(2, 11, width)).astype(np.float32) for width in (5, 6))
+    speech, sound = (random.normal(size=(2, 11, dim)).astype(np.float32) for dim in (5, 6))
     mask = np.ones((2, 11), bool)
     tokens = run(module, speech, sound, mask)
     assert tokens.shape == (2, config.num_tokens(11), 7) == (2, 12, 7)
@@ -220,10 +212,10 @@ def test_batch_and_padding_do_not_change_hidden_states(model, waveform, output):
     padded[np.arange(padded.shape[1]) >= LENGTHS[:, None]] = np.nan
     prompt = np.pad(np.where(PROMPT_MASK, PROMPT, -1), ((0, 0), (0, 2)), constant_values=-1)
     mask = np.pad(PROMPT_MASK, ((0, 0), (0, 2)))
-    dirty = run(model, padded[1:], LENGTHS[1:], prompt[1:], mask[1:])
-    assert dirty.hidden_states.shape[1] == output.hidden_states.shape[1] + 2
+    with_nan = run(model, padded[1:], LENGTHS[1:], prompt[1:], mask[1:])
+    assert with_nan.hidden_states.shape[1] == output.hidden_states.shape[1] + 2
     for row in (1, 2):
-        np.testing.assert_allclose(valid(dirty, row - 1), valid(output, row), atol=1e-5)
+        np.testing.assert_allclose(valid(with_nan, row - 1), valid(output, row), atol=1e-5)
     short = waveform[1:2, : LENGTHS[1]]  # shorter than the minimum
     single = run(model, short, LENGTHS[1:2], PROMPT[1:2], PROMPT_MASK[1:2])
     np.testing.assert_allclose(valid(single, 0), valid(output, 1), atol=1e-5)
@@ -242,7 +234,7 @@ def test_released_lora_equals_lora_merged_into_queries_and_values(model, config,
     plain = dataclasses.replace(config.decoder, lora=None)
     merged = load_params(
         nnx.eval_shape(lambda: Decoder(plain, rngs=nnx.Rngs(0))),
-        convert_decoder.key_table(plain, "model."),
+        decoder.key_table(plain, "model."),
         weights,
     )
     tokens = np.arange(10)[None]
@@ -262,12 +254,12 @@ def test_lora_gets_gradients_that_do_not_depend_on_padding(model, waveform):
 
         return jax.grad(loss)(lora_params)
 
-    clean, dirty = (
+    with_zeros, with_nan = (
         gradient(model, waveform),
         gradient(model, np.where(is_padding, np.nan, waveform)),
     )
-    assert all((leaf != 0).any() for leaf in jax.tree.leaves(clean))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), dirty, clean)
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(with_zeros))
+    chex.assert_trees_all_close(with_nan, with_zeros, rtol=1e-4, atol=1e-4)
 
 
 def test_unfit_tensors_raise_an_error_that_names_them(config, checkpoints):

@@ -113,12 +113,12 @@ def test_released_lora_of_salmonn_is_loaded(salmonn_options):
 def test_salmonn_loads_from_pytorch_files(salmonn_options, tmp_path):
     import torch
 
-    def write(path, folder, **others):
+    def write(path, folder, **metadata):
         tensors = {
             name.removeprefix("model."): torch.tensor(tensor[...])
             for name, tensor in Checkpoint.open(folder).items()
         }
-        torch.save({"model": tensors, **others}, path)
+        torch.save({"model": tensors, **metadata}, path)
         return str(path)
 
     cfg = json.loads((pathlib.Path(salmonn_options["beats"]) / "config.json").read_text())
@@ -155,7 +155,7 @@ def test_unusable_files_of_salmonn_raise_a_one_line_error(
         whisper=str(write_other_whisper(tmp_path)),
     )
     with pytest.raises(ValueError, match=r"allowed: all three \(SALMONN\), or none"):
-        speech.SpeechFiles("own", whisper="whisper")
+        speech.SpeechFiles("salmonn", whisper="whisper")
 
 
 def write_other_whisper(tmp_path):

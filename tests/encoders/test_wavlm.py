@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,25 +16,14 @@ from mister_jax.encoders.wavlm import NAME_RULES, WavLM, WavLMConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
-from tests.conftest import GOLDEN
+from tests.helpers.clips import pad_clips
+from tests.helpers.golden import read_golden
 
 NAMES = ("wav2vec2", "wav2vec2_large", "hubert", "hubert_large", "wavlm", "wavlm_large")
 
 
-@functools.cache
-def golden():
-    with np.load(GOLDEN / "wavlm.npz") as file:
-        return dict(file)
-
-
-def group(start):
-    return {
-        key.removeprefix(start): value for key, value in golden().items() if key.startswith(start)
-    }
-
-
 def huggingface_config(name):
-    return json.loads(str(golden()[f"{name}/config"]))
+    return json.loads(str(read_golden("wavlm")[f"{name}/config"]))
 
 
 def renamed(tensors):
@@ -46,20 +36,12 @@ def make(name, **changes):
     """Returns an encoder with the golden weights. Tests do not change it."""
     config = WavLMConfig.from_huggingface(huggingface_config(name), **changes)
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
-    tensors = renamed(group(f"{name}/param/"))
+    tensors = renamed(read_golden("wavlm", f"{name}/param/"))
     return load_params(encoder, key_table(config), tensors, ignore=NAME_RULES.unused)
 
 
-def padded(clips, num_samples):
-    """Returns a batch of clips padded with NaN, and their lengths."""
-    waveform = np.full((len(clips), num_samples), np.nan, np.float32)
-    for row, samples in zip(waveform, clips, strict=True):
-        row[: len(samples)] = samples
-    return waveform, np.array([len(samples) for samples in clips])
-
-
 def clips():
-    return list(group("waveform/").values())
+    return list(read_golden("wavlm", "waveform/").values())
 
 
 def noise(length, seed=0):
@@ -81,8 +63,8 @@ def run_layers(encoder, waveform, lengths):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_of_a_padded_batch_equals_transformers(name):
-    layers, mask = run_layers(make(name), *padded(clips(), 1000))
-    for index, expected in enumerate(group(f"{name}/hidden_states/").values()):
+    layers, mask = run_layers(make(name), *pad_clips(clips(), 1000))
+    for index, expected in enumerate(read_golden("wavlm", f"{name}/hidden_states/").values()):
         count = int(mask[index].sum())
         assert count == expected.shape[1]
         np.testing.assert_allclose(layers[:, index, :count], expected, atol=1e-4)
@@ -91,10 +73,10 @@ def test_every_layer_of_a_padded_batch_equals_transformers(name):
 @pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
 def test_batch_and_padding_do_not_change_a_clip(name):
     samples = noise(477)
-    single, mask = run(make(name), *padded([samples], 477))
+    single, mask = run(make(name), *pad_clips([samples], 477))
     assert mask.all()
     batch = [noise(1300, seed=1), samples, noise(0)]
-    batched, mask = run(make(name), *padded(batch, 1310))
+    batched, mask = run(make(name), *pad_clips(batch, 1310))
     count = single.shape[1]
     assert int(mask[1].sum()) == count
     np.testing.assert_allclose(batched[1, :count], single[0], atol=1e-5)
@@ -103,7 +85,7 @@ def test_batch_and_padding_do_not_change_a_clip(name):
 @pytest.mark.parametrize("name", ["wavlm", "wav2vec2_large"])
 def test_degenerate_clips_have_finite_outputs(name):
     clips = [noise(0), noise(1), noise(29), np.zeros(300), np.clip(99 * noise(300), -1, 1)]
-    hidden, mask = run(make(name), *padded(clips, 300))
+    hidden, mask = run(make(name), *pad_clips(clips, 300))
     assert np.isfinite(hidden).all()
     np.testing.assert_array_equal(mask.sum(1), [0, 0, 0, 14, 14])
     hidden, mask = run(make(name), np.zeros((1, 0), np.float32), np.array([0]))
@@ -136,16 +118,16 @@ def test_padding_does_not_change_gradients():
 
         return nnx.grad(loss)(encoder)
 
-    dirty = gradient(make("wavlm"), *padded(clips(), 1000))
-    waveform, lengths = padded(clips(), 1000)
-    clean = gradient(make("wavlm"), np.nan_to_num(waveform), lengths)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), dirty, clean)
-    assert np.abs(dirty["waveform_encoder"]["convolutions"][0]["kernel"][...]).max() > 0
+    with_nan = gradient(make("wavlm"), *pad_clips(clips(), 1000))
+    waveform, lengths = pad_clips(clips(), 1000)
+    with_zeros = gradient(make("wavlm"), np.nan_to_num(waveform), lengths)
+    chex.assert_trees_all_close(with_nan, with_zeros, rtol=1e-4, atol=1e-4)
+    assert np.abs(with_nan["waveform_encoder"]["convolutions"][0]["kernel"][...]).max() > 0
 
 
 def test_dropout_of_a_clip_does_not_depend_on_the_batch():
     encoder = make("wavlm", dropout=0.3, activation_dropout=0.3, projection_dropout=0.3)
-    waveform, lengths = padded(clips(), 1000)
+    waveform, lengths = pad_clips(clips(), 1000)
     keys = jax.random.split(jax.random.key(0), len(lengths))
 
     @nnx.jit
@@ -160,7 +142,7 @@ def test_dropout_of_a_clip_does_not_depend_on_the_batch():
 
 
 def test_bfloat16_is_close_to_float32():
-    waveform, lengths = padded(clips(), 1000)
+    waveform, lengths = pad_clips(clips(), 1000)
     expected, mask = run(make("wavlm"), waveform, lengths)
     half, _ = run(make("wavlm", dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
     assert half.dtype == jnp.bfloat16
@@ -180,7 +162,7 @@ def test_lora_is_added_to_the_configured_layers():
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
 def test_checkpoints_load_with_and_without_a_head(prefix):
     config = make("wavlm").config
-    tensors = renamed(group("wavlm/param/"))
+    tensors = renamed(read_golden("wavlm", "wavlm/param/"))
     checkpoint = {f"{prefix}{name}": value for name, value in tensors.items()}
     more = (f"{prefix}masked_spec_embed", "lm_head.weight", "quantizer.codevectors")
     checkpoint |= {name: np.zeros(8, np.float32) for name in more}
@@ -278,7 +260,7 @@ def test_equals_transformers_with_other_weights_and_clips(name):
     tensors = {key: value.numpy() for key, value in reference_model.state_dict().items()}
     load_params(model, key_table(config), renamed(tensors), ignore=NAME_RULES.unused)
     samples = reference.clips((2000, 30, 1234, 555), seed=1)
-    layers, mask = run_layers(model, *padded(samples, 2000))
+    layers, mask = run_layers(model, *pad_clips(samples, 2000))
     for index, clip in enumerate(samples):
         expected = reference.hidden_states(reference_model, clip, config.normalize)
         np.testing.assert_allclose(layers[:, index][:, mask[index]], expected, atol=1e-4)
@@ -315,6 +297,6 @@ def test_transformers_loads_saved_weights(tmp_path):
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config("wavlm")))
     reference_model = WavLMModel.from_pretrained(tmp_path).eval()
-    hidden, _ = run(encoder, *padded(clips()[:1], 900))
+    hidden, _ = run(encoder, *pad_clips(clips()[:1], 900))
     expected = reference.hidden_states(reference_model, clips()[0].astype(np.float32))[-1]
     np.testing.assert_allclose(hidden[0], expected, atol=1e-4)

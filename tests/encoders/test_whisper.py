@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,26 +17,15 @@ from mister_jax.encoders.whisper import NAME_RULES, Whisper, WhisperConfig, key_
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
-from tests.conftest import GOLDEN
+from tests.helpers.clips import pad_clips
+from tests.helpers.golden import read_golden
 
 NAMES = ("whisper", "whisper_v3")
 WINDOW = 16_000
 
 
-@functools.cache
-def golden():
-    with np.load(GOLDEN / "whisper.npz") as file:
-        return dict(file)
-
-
-def group(start):
-    return {
-        key.removeprefix(start): value for key, value in golden().items() if key.startswith(start)
-    }
-
-
 def huggingface_config(name):
-    return json.loads(str(golden()[f"{name}/config"]))
+    return json.loads(str(read_golden("whisper")[f"{name}/config"]))
 
 
 @functools.cache
@@ -44,20 +34,15 @@ def make(name="whisper", **changes):
     config = WhisperConfig.from_huggingface(huggingface_config(name), **changes)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
     return load_params(
-        whisper, key_table(config), group(f"{name}/param/"), ignore=NAME_RULES.unused
+        whisper,
+        key_table(config),
+        read_golden("whisper", f"{name}/param/"),
+        ignore=NAME_RULES.unused,
     )
 
 
-def padded(clips, num_samples):
-    """Returns a batch of clips padded with NaN, and their lengths."""
-    waveform = np.full((len(clips), num_samples), np.nan, np.float32)
-    for row, samples in zip(waveform, clips, strict=True):
-        row[: len(samples)] = samples[:num_samples]
-    return waveform, np.array([len(samples) for samples in clips])
-
-
 def clips():
-    return list(group("waveform/").values())
+    return list(read_golden("whisper", "waveform/").values())
 
 
 def noise(length, seed=0):
@@ -77,23 +62,23 @@ def run_layers(whisper, waveform, lengths):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_equals_transformers(name):
-    waveform, lengths = padded(clips(), WINDOW)
+    waveform, lengths = pad_clips(clips(), WINDOW)
     layers, mask = run_layers(make(name, trim=False), waveform, lengths)
-    expected = np.stack(list(group(f"{name}/hidden_states/").values()), axis=1)
+    expected = np.stack(list(read_golden("whisper", f"{name}/hidden_states/").values()), axis=1)
     assert layers.shape == expected.shape
     np.testing.assert_allclose(layers, expected, atol=1e-4)
     np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
 
 
 def test_waveforms_and_spectrograms_equal_transformers():
-    waveform, lengths = padded(clips(), WINDOW)
+    waveform, lengths = pad_clips(clips(), WINDOW)
 
     @nnx.jit
     def both(whisper, waveform, lengths):
         mel = frontends.log_mel(waveform, lengths, window_frames=100)
         return whisper(waveform, lengths), whisper.from_mel(mel, frontends.log_mel_lengths(lengths))
 
-    expected = [states[-1] for states in group("whisper/hidden_states/").values()]
+    expected = [states[-1] for states in read_golden("whisper", "whisper/hidden_states/").values()]
     for hidden, mask in both(make(trim=False), waveform, lengths):
         np.testing.assert_allclose(hidden, np.stack(expected), atol=1e-4)
         np.testing.assert_array_equal(mask.sum(1), -(-lengths // 320))
@@ -106,7 +91,7 @@ def test_odd_or_too_long_spectrograms_raise_an_error():
 
 
 def test_trimming_changes_only_the_attention():
-    waveform, lengths = padded(clips(), 5000)
+    waveform, lengths = pad_clips(clips(), 5000)
     untrimmed, mask = run_layers(make(trim=False), waveform, lengths)
     trimmed, trimmed_mask = run_layers(make(), waveform, lengths)
     assert trimmed.shape[2] == 16 and untrimmed.shape[2] == 50
@@ -116,7 +101,7 @@ def test_trimming_changes_only_the_attention():
 
 
 def test_trimming_does_not_change_a_clip_without_padding():
-    waveform, lengths = padded([noise(WINDOW)], WINDOW)
+    waveform, lengths = pad_clips([noise(WINDOW)], WINDOW)
     trimmed, _ = run(make(), waveform, lengths)
     np.testing.assert_allclose(trimmed, run(make(trim=False), waveform, lengths)[0], atol=1e-5)
 
@@ -124,26 +109,26 @@ def test_trimming_does_not_change_a_clip_without_padding():
 @pytest.mark.parametrize(("trim", "length"), [(True, 5000), (True, 1), (False, WINDOW - 100)])
 def test_batch_and_padding_do_not_change_a_clip(trim, length):
     samples = noise(length)
-    single, mask = run(make(trim=trim), *padded([samples], length))
+    single, mask = run(make(trim=trim), *pad_clips([samples], length))
     count = int(mask.sum())
     assert count == -(-length // 320)
     batch = [noise(17_000, seed=1), samples, noise(0)]
-    batched, mask = run(make(trim=trim), *padded(batch, 17_000))
+    batched, mask = run(make(trim=trim), *pad_clips(batch, 17_000))
     assert int(mask[1].sum()) == count
     np.testing.assert_allclose(batched[1, :count], single[0, :count], atol=1e-5)
 
 
 def test_clips_are_truncated_to_the_window():
     samples = noise(WINDOW + 3000)
-    short, _ = run(make(), *padded([samples[:WINDOW]], WINDOW))
-    long, mask = run(make(), *padded([samples], WINDOW + 3000))
+    short, _ = run(make(), *pad_clips([samples[:WINDOW]], WINDOW))
+    long, mask = run(make(), *pad_clips([samples], WINDOW + 3000))
     assert mask.shape == (1, 50) and mask.all()
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
 def test_degenerate_clips_have_finite_outputs():
     clips = [noise(0), noise(1), np.zeros(3000), np.clip(99 * noise(3000), -1, 1)]
-    hidden, mask = run(make(), *padded(clips, 3000))
+    hidden, mask = run(make(), *pad_clips(clips, 3000))
     assert np.isfinite(hidden).all()
     np.testing.assert_array_equal(mask.sum(1), [0, 1, 10, 10])
     hidden, mask = run(make(), np.zeros((2, 0), np.float32), np.array([0, 0]))
@@ -151,7 +136,7 @@ def test_degenerate_clips_have_finite_outputs():
 
 
 def test_bfloat16_is_close_to_float32():
-    waveform, lengths = padded(clips(), 5000)
+    waveform, lengths = pad_clips(clips(), 5000)
     expected, mask = run(make(), waveform, lengths)
     half, _ = run(make(dtype="bfloat16", param_dtype="bfloat16"), waveform, lengths)
     assert half.dtype == jnp.bfloat16
@@ -168,17 +153,17 @@ def test_padding_does_not_change_gradients_and_positions_are_frozen():
 
         return nnx.grad(loss)(whisper)
 
-    dirty = gradient(make(), *padded(clips(), 5000))
-    waveform, lengths = padded(clips(), 5000)
-    clean = gradient(make(), np.nan_to_num(waveform), lengths)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dirty, clean)
-    np.testing.assert_array_equal(dirty["positions"][...], 0)
-    assert np.abs(dirty["convolution"]["kernel"][...]).max() > 0
+    with_nan = gradient(make(), *pad_clips(clips(), 5000))
+    waveform, lengths = pad_clips(clips(), 5000)
+    with_zeros = gradient(make(), np.nan_to_num(waveform), lengths)
+    chex.assert_trees_all_close(with_nan, with_zeros, rtol=1e-7, atol=1e-5)
+    np.testing.assert_array_equal(with_nan["positions"][...], 0)
+    assert np.abs(with_nan["convolution"]["kernel"][...]).max() > 0
 
 
 def test_dropout_of_a_clip_does_not_depend_on_the_batch():
     whisper = make(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3)
-    waveform, lengths = padded(clips(), 5000)
+    waveform, lengths = pad_clips(clips(), 5000)
     keys = jax.random.split(jax.random.key(0), 2)
 
     @nnx.jit
@@ -204,7 +189,9 @@ def test_lora_is_added_to_the_configured_layers():
 @pytest.mark.parametrize("prefix", NAME_RULES.prefixes)
 def test_checkpoints_load_with_and_without_a_head(prefix):
     config = make().config
-    tensors = {f"{prefix}{name}": value for name, value in group("whisper/param/").items()}
+    tensors = {
+        f"{prefix}{name}": value for name, value in read_golden("whisper", "whisper/param/").items()
+    }
     more = (f"{prefix}decoder.embed_tokens.weight", "proj_out.weight")
     tensors |= {name: np.zeros((3, 8), np.float32) for name in more}
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
@@ -212,7 +199,7 @@ def test_checkpoints_load_with_and_without_a_head(prefix):
         "proj_out.weight"
     }
     saved = save_params(whisper, key_table(config))
-    for name, value in group("whisper/param/").items():
+    for name, value in read_golden("whisper", "whisper/param/").items():
         np.testing.assert_array_equal(saved[name][...], value)
 
 
@@ -264,7 +251,7 @@ def test_equals_transformers_with_other_weights_and_clips(name):
     tensors = {key: value.numpy() for key, value in reference_model.state_dict().items()}
     load_params(model, key_table(config), tensors, ignore=NAME_RULES.unused)
     samples = reference.clips((16_000, 15_900, 1, 20_000, 7777), seed=1)
-    layers, _ = run_layers(model, *padded(samples, 20_000))
+    layers, _ = run_layers(model, *pad_clips(samples, 20_000))
     for index, clip in enumerate(samples):
         expected = reference.hidden_states(reference_model, clip)
         np.testing.assert_allclose(layers[:, index], expected, atol=1e-4)

@@ -14,9 +14,9 @@ from mister_jax.errors import InputError
 from mister_jax.evaluation.missing_modality import drop_modalities, missing_modality_study
 from mister_jax.evaluation.results import evaluate
 from mister_jax.evaluation.scores import score_predictions
-from mister_jax.predictor import Predictor
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
+from mister_jax.predictor import Predictor
 
 
 def rows(folder):

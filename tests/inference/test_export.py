@@ -15,10 +15,11 @@ from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hf_config, registry, speech
 from mister_jax.errors import InputError
 from mister_jax.inference.export import export
-from mister_jax.predictor import Predictor
 from mister_jax.io import write_json
-from mister_jax.nn.state import split_params
-from mister_jax.tasks import SpeechEncoderTask, TextEncoderTask
+from mister_jax.predictor import Predictor
+from mister_jax.tasks.base import split_params
+from mister_jax.tasks.speech_encoder import SpeechEncoderTask
+from mister_jax.tasks.text_encoder import TextEncoderTask
 
 IDS = np.array([[1, 5, 6, 7, 8], [1, 9, 4, 0, 0]])
 MASK = IDS > 0

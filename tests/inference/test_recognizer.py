@@ -26,10 +26,10 @@ from mister_jax.data.manifest import reader
 from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
-from mister_jax.predictor import Predictor, prediction_rows
 from mister_jax.inference.recognizer import summarize_notes
 from mister_jax.io import read_json
-from mister_jax.tasks import FusionTask
+from mister_jax.predictor import Predictor, prediction_rows
+from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.steps import initial_state
 from mister_jax.workdir import read_config, write_description
 from tests.conftest import FILLERS

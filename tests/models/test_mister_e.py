@@ -385,6 +385,7 @@ def test_small_config_accepts_changes():
         ("fusion_layers", -1),
         ("fusion_gru_layers", -1),
         ("gate_temperature", 0.0),
+        ("gate_temperature", np.nan),
         ("modality_dropout", 1.0),
         ("mixture", "median"),
         ("experts", ()),

@@ -10,7 +10,7 @@ from mister_jax.configs import fusion
 from mister_jax import data
 from mister_jax.data.standardizer import why_standardize
 from mister_jax.errors import InputError
-from mister_jax.tasks import FusionTask
+from mister_jax.tasks.fusion import FusionTask
 
 SPLITS = data.generate(
     num_dialogues={"train": 6, "validation": 2, "test": 2}, speech_dim=5, text_dim=4

@@ -18,13 +18,13 @@ from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
-from mister_jax.predictor import Predictor
 from mister_jax.nn import PerExampleRngs
-from mister_jax.nn.state import split_params
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
-from mister_jax.tasks import SpeechEncoderTask
+from mister_jax.predictor import Predictor
+from mister_jax.tasks.base import split_params
+from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
 from tests.helpers.training import assert_same_bits, read_latest_checkpoint, read_metric_records

@@ -18,11 +18,11 @@ from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.missing_modality import missing_modality_study
 from mister_jax.evaluation.results import evaluate
-from mister_jax.predictor import Predictor
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner, PmapPartitioner
 from mister_jax.parallel.sharding import data_mesh
-from mister_jax.tasks import TextEncoderTask
+from mister_jax.predictor import Predictor
+from mister_jax.tasks.text_encoder import TextEncoderTask
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
 from tests.helpers.training import assert_same_bits, read_latest_checkpoint, read_metric_records

@@ -22,9 +22,9 @@ from mister_jax import data
 from mister_jax import workdir as workdirs
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.errors import InputError
-from mister_jax.predictor import Predictor
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
+from mister_jax.predictor import Predictor
 from mister_jax.training import loop
 from mister_jax.training.loop import TrainConfig, TrainingDivergedError, TrainProgress, train
 from tests.helpers.training import (

@@ -11,9 +11,9 @@ import pytest
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import LATEST
 from mister_jax.evaluation.results import evaluate
-from mister_jax.predictor import Predictor
 from mister_jax.optim import params_for_evaluation
 from mister_jax.parallel.partitioning import PmapPartitioner
+from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
 from tests.helpers.training import (
