@@ -1,0 +1,27 @@
+"""Golden files: inputs, weights and outputs of the reference implementations."""
+
+import functools
+
+import numpy as np
+
+from tests.conftest import GOLDEN
+
+
+@functools.cache
+def _read_file(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def read_golden(name, prefix=""):
+    """Returns the arrays of a golden file by name. Tests do not change them.
+
+    Args:
+      name: Name of the file without its suffix.
+      prefix: Prefix of the names to select, which is removed from them.
+    """
+    return {
+        key.removeprefix(prefix): value
+        for key, value in _read_file(name).items()
+        if key.startswith(prefix)
+    }
