@@ -4,7 +4,7 @@
 # to resume an interrupted demo.
 folder="${1:-workdir/demo}"
 # shellcheck source=launch/install.sh
-source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh" train
 source launch/malloc.sh
 data="$folder/data"
 
@@ -13,25 +13,25 @@ has_dataset() {
 }
 
 echo "1/6 preparing dialogues from recordings and transcripts"
-has_dataset manifest/synthetic || python -m launch.prepare --corpus=synthetic --data_dir="$data" \
+has_dataset manifest/synthetic || mister-jax prepare --corpus=synthetic --data_dir="$data" \
   --num_dialogues=480,60,120
 echo "2/6 extracting speech features: prosody"
-has_dataset demo_speech || python -m launch.extract --encoder=prosody \
+has_dataset demo_speech || mister-jax extract --encoder=prosody \
   --dataset=manifest/synthetic --output=demo_speech --data_dir="$data"
 echo "3/6 extracting text features: MiniLM"
-has_dataset demo_text || python -m launch.extract --encoder=minilm \
+has_dataset demo_text || mister-jax extract --encoder=minilm \
   --dataset=manifest/synthetic --output=demo_text --data_dir="$data"
-has_dataset demo || python -m launch.extract --speech=demo_speech --text=demo_text --output=demo \
+has_dataset demo || mister-jax extract --speech=demo_speech --text=demo_text --output=demo \
   --data_dir="$data"
 echo "4/6 training"
-python -m launch.train --config=configs/demo.py --config.data.data_dir="$data" \
+mister-jax train --config=configs/demo.py --config.data.data_dir="$data" \
   --workdir="$folder/run"
 echo "5/6 evaluating on the test split"
-python -m launch.evaluate --workdir="$folder/run" --split=test --report
+mister-jax evaluate --workdir="$folder/run" --split=test --report
 echo "6/6 predicting a test dialogue from its recordings and texts"
 grep '"dialogue": "test_0"' "$data/synthetic_recordings/manifest.jsonl" \
   > "$data/synthetic_recordings/dialogue.jsonl"
-python -m launch.predict --workdir="$folder/run" \
+mister-jax predict --workdir="$folder/run" \
   --manifest="$data/synthetic_recordings/dialogue.jsonl" --output="$folder/dialogue.jsonl"
 echo "report:      $folder/run/report.html"
 echo "metrics:     $folder/run/metrics.json, predictions.jsonl, metrics.jsonl"

@@ -23,7 +23,7 @@ case "$task" in
     # The Python of TPU VM images is too old for this project.
     python3 -m pip install --quiet --user uv
     python3 -m uv python install --quiet "$1"
-    PYTHON="$(python3 -m uv python find "$1")" bash -c "source launch/install.sh tpu"
+    PYTHON="$(python3 -m uv python find "$1")" bash -c "source launch/install.sh train,tpu"
     ;;
   start)
     rm -f .run/status
@@ -34,7 +34,7 @@ case "$task" in
     # `stop` signals the whole process group. The command saves and exits; this shell outlives
     # SIGTERM to record the exit status.
     trap : TERM
-    PYTHON=.venv/bin/python source launch/install.sh tpu
+    PYTHON=.venv/bin/python source launch/install.sh train,tpu
     source launch/malloc.sh
     status=0
     "$@" || status=$?
