@@ -68,6 +68,7 @@ class CompiledStep:
         self.function.lower(state, batch).compile()
 
     def __call__(self, state: State, batch: Batch) -> Any:
+        """Runs the function."""
         return self.finish(self.function(state, batch))
 
 
