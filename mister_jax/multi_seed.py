@@ -98,7 +98,7 @@ def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -
 
     Args:
       seeds: The S seeds.
-      scores: `metrics.scores` of each seed.
+      scores: `metrics.classification_scores` of each seed.
 
     Returns:
       `SCORE_NAMES` under "of_each" by seed, and their "mean" and sample standard "deviation" (0 for

@@ -133,7 +133,7 @@ def test_each_seed_keeps_its_own_best_and_its_own_patience(tiny_data_dir, tmp_pa
     def scores(*_):
         return {**dict.fromkeys(metrics.SCORE_NAMES, next(values)), "utterances": 1}
 
-    monkeypatch.setattr(metrics, "scores", scores)
+    monkeypatch.setattr(metrics, "classification_scores", scores)
     params_by_epoch = {}
 
     def on_save(kind, step, state, progress):
