@@ -178,6 +178,7 @@ def load_pretrained(
     name_or_folder: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    hf_config: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules = ENCODER_SHARDING_RULES,
     adapter: str | os.PathLike[str] | None = None,
@@ -189,6 +190,7 @@ def load_pretrained(
     Args:
       name_or_folder: Folder, which needs no network, or name of a model on the Hugging Face Hub.
       revision: Branch, tag or commit of the model on the Hub.
+      hf_config: Content of the model's config.json; read from its folder by default.
       mesh: Mesh to place the parameters on; by default the first device.
       rules: Sharding rules for the mesh, see `parallel.sharding.shardings`.
       adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
@@ -204,7 +206,7 @@ def load_pretrained(
         or adapter do not fit it, or it does not support a type or the low-rank paths.
     """
     folder = fetch(name_or_folder, revision=revision)
-    hf_config = read_config(folder)
+    hf_config = read_config(folder) if hf_config is None else hf_config
     module = load_module(
         folder,
         hf_config=hf_config,

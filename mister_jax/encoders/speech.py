@@ -102,7 +102,7 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
             raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
         return backbone_config
     config = architecture.config.from_huggingface(backbone_config)
-    tokenizer = registry.load_processor(folder, config)
+    tokenizer = registry.load_processor(folder, config, hf_config=backbone_config)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = architecture.prompt_tokens(tokenizer, prompt or architecture.prompt, config)
     return backbone_config | {PROMPT_TOKENS: tokens}
@@ -177,7 +177,9 @@ def load_speech_encoder(
     """
     if not files.is_salmonn:
         folder = hub.fetch(files.name)
-        module = registry.load_module(folder, mesh=mesh, adapter=adapter, seed=seed, **changes)
+        module = registry.load_module(
+            folder, hf_config=backbone_config, mesh=mesh, adapter=adapter, seed=seed, **changes
+        )
         return _with_prompt(module, backbone_config, pool_over_prompt)
     if adapter:
         raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which has its own")

@@ -171,10 +171,15 @@ class PretrainedText(_Released):
         partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         folder = hub.fetch(name)
-        registry.find_architecture(hf_config.read_config(folder), name, "text")
+        config = hf_config.read_config(folder)
+        registry.find_architecture(config, name, "text")
         with _room_for(name, dtype):
             module, tokenizer = registry.load_pretrained(
-                folder, mesh=partitioner.mesh, adapter=adapter or None, **types
+                folder,
+                hf_config=config,
+                mesh=partitioner.mesh,
+                adapter=adapter or None,
+                **types,
             )
         check_max_tokens(module, max_tokens)
 

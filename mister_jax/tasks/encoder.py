@@ -202,7 +202,13 @@ class EncoderTask:
 
     def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
         """Loads the backbone with its weights; `seed` initializes what no checkpoint holds."""
-        return registry.load_module(self.folder, mesh=mesh, seed=seed, **self._config_changes())
+        return registry.load_module(
+            self.folder,
+            hf_config=self._backbone_config,
+            mesh=mesh,
+            seed=seed,
+            **self._config_changes(),
+        )
 
     def _plan(self, lengths: np.ndarray, num_shards: int, *, shuffle: bool) -> BatchPlan:
         return BatchPlan(
@@ -236,7 +242,7 @@ class EncoderTask:
     def _add_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
         if self.options.quantize:
             quantize(backbone)
-        head = UtteranceHead(backbone.config.hidden_dim, self.head, rngs=nnx.Rngs(key))
+        head = UtteranceHead(backbone.config.hidden_size, self.head, rngs=nnx.Rngs(key))
         return self.make_model(backbone, head)
 
     def init(self, key: jax.Array) -> nnx.Module:

@@ -46,7 +46,9 @@ class TextEncoderTask(EncoderTask):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the backbone."""
-        return registry.load_processor(self.folder, self._abstract_backbone.config)
+        return registry.load_processor(
+            self.folder, self._abstract_backbone.config, hf_config=self._backbone_config
+        )
 
     def encode(self, texts: Any, *, where: str = "") -> list[np.ndarray]:
         """Tokenizes texts, see `encode_texts`."""
