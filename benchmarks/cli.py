@@ -91,8 +91,9 @@ def main() -> int:
         # JAX and PyTorch share the memory of an accelerator.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections = _measure(config)
+    settings = {} if _ENCODER.value or _PREPARE.value else fields
     own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
-    settings = {flag.name: flag.value for flag in own_flags if flag.name != _JSON.name}
+    settings |= {flag.name: flag.value for flag in own_flags if flag.present}
     report = Report(settings, environment(), sections)
     for table in report.tables():
         Console().print(table)

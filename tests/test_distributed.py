@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 
 import mister_jax.training.loop as train_module
 from mister_jax import data
-from mister_jax.cli import cluster
+from mister_jax.cli import app, cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM
 from mister_jax.evaluation.results import Predictor, evaluate
 from mister_jax.extract import PretrainedText, extract
@@ -38,7 +39,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     sizes = {"train": 19, "validation": 5, "test": 6}
     dims = {"speech_dim": 6, "text_dim": 7}
-    data.write(data.generate(seed=1, num_dialogues=sizes, num_classes=3, **dims), "tiny", folder)
+    data.write_features(data.generate_features(seed=1, num_dialogues=sizes, num_classes=3, **dims), "tiny", folder)
     return folder
 
 
@@ -101,7 +102,8 @@ def run_process(process_id, port, log, work):
     cluster.HEARTBEAT_TIMEOUT = HEARTBEAT_TIMEOUT
     job = (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={process_id}")
     sys.argv = ["job", "--distributed", *job]
-    run(cluster.distributed(lambda: work(process_id), saves_on_sigterm=True))
+    main = cluster.distributed(lambda: work(process_id), saves_on_sigterm=True)
+    app.run(types.SimpleNamespace(main=main))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_killed_and_terminated_job_resumes_to_the_numbers_of_one_process(
     assert actual["test"]["confusion"] == expected["test"]["confusion"]
     for split in ("train", "validation", "test"):
         actual, expected = (
-            data.load(name, split, spoken_dir) for name in ("spoken_two", "spoken_one")
+            data.load_features(name, split, spoken_dir) for name in ("spoken_two", "spoken_one")
         )
         np.testing.assert_allclose(actual.text, expected.text, atol=1e-5)
         np.testing.assert_array_equal(actual.text_present, expected.text_present)
