@@ -112,7 +112,7 @@ WRONG_USES = {
     "prepare --corpus=iemocap --data_dir=DIR": "--source is needed with --corpus=iemocap. IEMOC",
     "prepare --corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: the",
     "prepare --inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; there are: none",
-    "benchmark --encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
+    "benchmark --encoder=bert": "--encoder=bert needs one of --aot, --random, --throughput",
 }
 
 HELP = "extract --helpfull"
@@ -125,8 +125,8 @@ def ended(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "stage1").mkdir()
     (folder / "stage1" / "config.json").write_text(text_encoder.get_config().to_json_best_effort())
-    splits = data.generate(0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3)
-    data.write(splits, "x", folder / "data")
+    splits = data.generate_features(0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3)
+    data.write_features(splits, "x", folder / "data")
     untrained(folder / "ready", folder / "data", "x")
     uses = [*WRONG_USES, HELP]
     return folder, dict(zip(uses, run_all(uses, folder), strict=True))
