@@ -45,7 +45,7 @@ class Architecture:
       config: Config class with `from_huggingface`.
       module: Module class, called as `module(config, rngs=...)`.
       key_table: Function from a config to the key table with the names of the bare backbone.
-      names: Variants of the tensor names in checkpoints and adapters.
+      name_rules: Variants of the tensor names in checkpoints and adapters.
       processor: Name of the class in transformers that prepares the module's input: a tokenizer,
         or a feature extractor for speech. A name, because access to the class imports PyTorch
         where it is installed.
@@ -58,7 +58,7 @@ class Architecture:
     config: Any
     module: Callable[..., nnx.Module]
     key_table: Callable[[Any], KeyTable]
-    names: NameRules
+    name_rules: NameRules
     processor: str = "AutoTokenizer"
     modality: str = "text"
     needs_cls_token: bool = False
@@ -97,7 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
-    "wavlm": dataclasses.replace(_WAV2VEC2, names=wavlm.WAVLM_NAME_RULES),
+    "wavlm": dataclasses.replace(_WAV2VEC2, name_rules=wavlm.WAVLM_NAME_RULES),
     "qwen2_audio": Architecture(
         qwen2_audio.Qwen2AudioConfig,
         qwen2_audio.Qwen2Audio,
@@ -264,7 +264,7 @@ def load_module(
         module,
         table,
         Checkpoint.open(folder),
-        architecture.names,
+        architecture.name_rules,
         shardings=None if mesh is None else sharding.shardings(shapes, mesh, rules),
     )
     # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
@@ -276,9 +276,9 @@ def load_module(
         nnx.update(module, initial)
     if adapter is not None:
         _warn_of_other_base_model(adapter, folder, hf_config)
-        lora = read_lora_config(adapter, table, architecture.names)
+        lora = read_lora_config(adapter, table, architecture.name_rules)
         add_lora(module, lora, rngs=nnx.Rngs(seed))
-        load_adapter(module, adapter, table, architecture.names)
+        load_adapter(module, adapter, table, architecture.name_rules)
         nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), replicated))
     return module
 
@@ -380,7 +380,7 @@ def save_pretrained(
     if _param_shapes(expected) != _param_shapes(merged):
         raise ValueError("save_pretrained: the config belongs to a model with other parameters")
     tensors = save_params(
-        merged, architecture.key_table(config), prefix=architecture.names.prefixes[0]
+        merged, architecture.key_table(config), prefix=architecture.name_rules.prefixes[0]
     )
     save(folder, tensors)
     # transformers loads the weights in this dtype.

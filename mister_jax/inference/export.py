@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from mister_jax.convert import peft
-from mister_jax.data.storage import whole_directory
+from mister_jax.data.storage import atomic_directory
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
@@ -64,7 +64,7 @@ def export_encoder(
         encoder = encoder.model
     write = _write_adapter if adapter else _write_model
     where = epath.Path(target)
-    with whole_directory(where, where.parent, overwrite=overwrite) as place:
+    with atomic_directory(where, where.parent, overwrite=overwrite) as place:
         write(pathlib.Path(place) / target.name, task, encoder)
 
 
@@ -99,6 +99,6 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
         encoder,
         folder,
         architecture.key_table(encoder.config),
-        architecture.names,
+        architecture.name_rules,
         base_model=hub.MINILM_MODEL if base == hub.MINILM else base,
     )

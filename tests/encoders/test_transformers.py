@@ -328,7 +328,7 @@ def test_the_backbone_of_a_task_model_is_loaded_without_its_head(model_type, cla
     module = load(tmp_path / "task", model_type)
     assert_equal_hidden(module, model)
     checkpoint = Checkpoint.open(tmp_path / "task")
-    rules = registry.ARCHITECTURES[model_type].names
+    rules = registry.ARCHITECTURES[model_type].name_rules
     parts = split_checkpoint(checkpoint, rules, expected_names(module, model_type))
     body = model.base_model if class_name != "WhisperForAudioClassification" else model.encoder
     body.save_pretrained(tmp_path / "body")
@@ -420,7 +420,7 @@ def test_peft_applies_saved_adapters(model_type, targets, tmp_path):
             layer.lora_b.set_value(0.3 * noise)
     architecture = registry.ARCHITECTURES[model_type]
     table = architecture.key_table(module.config)
-    save_adapter(module, tmp_path / "adapter", table, architecture.names)
+    save_adapter(module, tmp_path / "adapter", table, architecture.name_rules)
     bare = transformers.AutoModel.from_pretrained(tmp_path / "base", attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(bare, tmp_path / "adapter").eval()
     expected = torch_hidden(model)
@@ -435,7 +435,7 @@ def test_adapters_that_peft_would_ignore_are_not_saved(target, tmp_path):
     architecture = registry.ARCHITECTURES["wavlm"]
     table = architecture.key_table(module.config)
     with pytest.raises(InputError, match=r"peft would ignore .*allowed: the merged model"):
-        save_adapter(module, tmp_path / "adapter", table, architecture.names)
+        save_adapter(module, tmp_path / "adapter", table, architecture.name_rules)
     assert not (tmp_path / "adapter").exists()
 
 
