@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.measure import Timing, measure, repeated, require_torch
 from benchmarks.report import Row
-from mister_jax import extract
+from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.errors import InputError
@@ -152,7 +152,7 @@ class _TorchWhisper(_TorchEncoder):
         return hidden, mask.to(self._device)
 
 
-def _load_torch_encoder(name: str, dtype: str, encoder: extract.Encoder) -> _TorchEncoder:
+def _load_torch_encoder(name: str, dtype: str, encoder: extraction.Encoder) -> _TorchEncoder:
     folder = hub.fetch(name)
     if encoder.modality == "text":
         return _TorchText(folder, dtype, encoder.input.longest)
@@ -190,7 +190,7 @@ def measure_extraction(
       InputError: The encoder cannot be loaded, or PyTorch is missing.
     """
     options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
-    encoder = extract.load_encoder(name, dtype=dtype, **options)
+    encoder = extraction.load_encoder(name, dtype=dtype, **options)
     modality = encoder.modality
     utterances: Sequence[Any] = texts
     if modality == "speech":
@@ -200,11 +200,11 @@ def measure_extraction(
     encoders = {"mister_jax": encoder}
     torch = _load_torch_encoder(name, dtype, encoder) if compare else None
     if isinstance(torch, _TorchWhisper):
-        padded = extract.load_encoder(name, trim=False, dtype=dtype)
+        padded = extraction.load_encoder(name, trim=False, dtype=dtype)
         encoders["mister_jax, padded to 30 s"] = padded
     subsets: dict[str, Sequence[Any]] = dict.fromkeys(encoders, utterances)
     runs = {
-        label: repeated(functools.partial(extract.features_of, one, utterances))
+        label: repeated(functools.partial(extraction.encode_utterances, one, utterances))
         for label, one in encoders.items()
     }
     if torch is not None:
@@ -221,7 +221,7 @@ def measure_extraction(
         subset = _every_nth(utterances, _TORCH_BATCHES[modality])
         expected = torch.features(subset, 1)
         for row, one in zip(rows, encoders.values(), strict=False):
-            difference = extract.features_of(one, subset)[0] - expected
+            difference = extraction.encode_utterances(one, subset)[0] - expected
             row["largest_difference"] = float(np.abs(difference).max())
             row["relative_difference"] = float(
                 np.linalg.norm(difference) / np.linalg.norm(expected)
@@ -236,7 +236,7 @@ def _every_nth(utterances: Sequence[Any], count: int) -> Sequence[Any]:
     return utterances[:: -(-len(utterances) // count)]
 
 
-def _row(label: str, timing: Timing, encoder: extract.Encoder, utterances: Sequence[Any]) -> Row:
+def _row(label: str, timing: Timing, encoder: extraction.Encoder, utterances: Sequence[Any]) -> Row:
     unit, size = _UNITS[encoder.modality]
     amount = encoder.input.amount(encoder.input.items(utterances)) / size
     return {

@@ -1,25 +1,23 @@
-"""Set-up of all tests: eight CPU devices, the `--parity` option, shared fixtures."""
+"""Setup of all tests: eight CPU devices, the `--parity` option, shared fixtures."""
 
-import json
 import os
 import shutil
 import tempfile
 
-# What tests and libraries leave behind is in one folder, which goes when all is well. Those of
-# workers are in that of the process which starts them.
+# Temporary files of tests and libraries share one folder, which is deleted if all tests pass. The
+# folders of pytest-xdist's workers are inside that of the process that starts them.
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="mister_jax_")
-# JAX reads these when it is imported, so they come first.
+# JAX reads these variables when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Tests and the processes they start compile a program once between them.
+# Tests and the processes they start share compiled programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import functools
 import gc
 import multiprocessing.util
-import pathlib
 from collections import defaultdict
 
 import jax
@@ -28,12 +26,16 @@ import pytest
 
 from mister_jax import MisterEConfig
 from mister_jax.parallel import sharding
+from tests.helpers.golden import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-
-
-# The dearest, in descending order, which must not begin when all others have ended.
-FIRST = ("test_train", "test_distributed", "test_notebooks", "test_commands", "test_extract")
+# The slowest test files, slowest first. They start first, so that none runs alone at the end.
+SLOWEST = (
+    "test_loop",
+    "test_distributed",
+    "test_notebooks",
+    "test_commands",
+    "test_extract_features",
+)
 
 
 def pytest_addoption(parser):
@@ -41,38 +43,38 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # JAX makes so many objects that a tenth of the time went into looking for garbage.
+    # JAX creates so many objects that garbage collection would take a tenth of the time.
     gc.set_threshold(20_000, 20, 50)
     if config.getoption("parity"):
-        return  # These compare what users run: programs that XLA has optimised.
-    # Two thirds of the time were XLA's. Here and in the processes that tests start.
+        return  # Parity tests compare the optimized programs that users run.
+    # Compilation would take two thirds of the time, here and in the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     flags = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
-# To compile for eight devices and to feed them takes twice as long as one, and most tests are not
-# about that.
+# Compiling for eight devices takes twice as long as for one, and few tests need them: those marked
+# `devices`.
 sharding.job_devices = lambda: jax.devices()[:1]
 
 
-def _spread_over_devices(request):
-    """Work is spread over all eight devices in what is marked so, in all else over one."""
+def _use_marked_devices(request):
+    """Spreads the work of tests marked `devices` over all eight devices."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("devices"):
             patch.setattr(sharding, "job_devices", jax.devices)
         yield
 
 
-# For tests, and for the fixtures of a module that is marked.
-spread_a_test = pytest.fixture(autouse=True)(_spread_over_devices)
-spread_a_module = pytest.fixture(scope="module", autouse=True)(_spread_over_devices)
+# The second also covers the module-scoped fixtures of a marked module.
+use_devices_in_test = pytest.fixture(autouse=True)(_use_marked_devices)
+use_devices_in_module = pytest.fixture(scope="module", autouse=True)(_use_marked_devices)
 
 
 def pytest_sessionfinish(exitstatus):
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
-        # After multiprocessing's own, at -100: its folders are in it.
+        # Runs after multiprocessing has deleted its own folders inside, at priority -100.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
         multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
@@ -82,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
     other = [item for item in items if ("parity" in item.keywords) != parity]
     if other:
         config.hook.pytest_deselected(items=other)
-    order = {name: place for place, name in enumerate(FIRST)}
+    order = {name: position for position, name in enumerate(SLOWEST)}
     items[:] = sorted(
         (item for item in items if ("parity" in item.keywords) == parity),
         key=lambda item: order.get(item.path.stem, len(order)),
@@ -91,7 +93,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def golden():
-    """What the official model gave, as {group: {name: array}}; see golden/README.md."""
+    """Outputs of the official model as {group: {name: array}}, see golden/README.md."""
     groups = defaultdict(dict)
     with np.load(GOLDEN / "mister_e_head.npz") as file:
         for path, value in file.items():
@@ -102,7 +104,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A `MisterEConfig` with all of the model's parts, as small as they get."""
+    """The smallest `MisterEConfig` with all parts of the model."""
     return MisterEConfig(
         num_classes=4,
         speech_dim=6,
@@ -120,10 +122,10 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def make_batch(tiny_config):
-    """Function of dialogue lengths that makes a padded batch of random dialogues.
+    """Returns a function that makes a padded batch of random dialogues from their lengths.
 
-    Some utterances miss a modality, some have no label. All vectors are random, also those in
-    padding and of a missing modality.
+    Some utterances lack a modality or a label. Vectors of padding and of missing modalities are
+    random too.
     """
 
     def make(lengths, seed=0):
@@ -134,8 +136,8 @@ def make_batch(tiny_config):
         label = random.integers(tiny_config.num_classes, size=mask.shape)
         labeled = mask & (random.random(mask.shape) < 0.9)
 
-        def vectors(width):
-            return random.normal(size=(*mask.shape, width)).astype(np.float32)
+        def vectors(dim):
+            return random.normal(size=(*mask.shape, dim)).astype(np.float32)
 
         return {
             "speech": vectors(tiny_config.speech_dim),
@@ -151,7 +153,7 @@ def make_batch(tiny_config):
 
 @pytest.fixture
 def out_of_memory():
-    """Function that fails as JAX does where the devices have no memory left."""
+    """Returns a function that raises JAX's error for devices without free memory."""
 
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError(
@@ -161,268 +163,80 @@ def out_of_memory():
     return fail
 
 
-MOODS = {"joy": ("glad", "happy"), "anger": ("angry", "mad")}
-FILLERS = ("i", "am", "so", "very", "today", "you", "are", "we")
-
-
 @pytest.fixture(scope="session")
 def word_tokenizer():
-    """Function that makes a tokenizer of a few words, as BERT's, or without as Llama's."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    """The function `make_word_tokenizer`."""
+    from tests.helpers.tiny_encoders import make_word_tokenizer
 
-    def make(bert):
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<s>", "</s>"]
-        words = [*special, *FILLERS, *(word for words in MOODS.values() for word in words)]
-        vocabulary = {word: number for number, word in enumerate(words)}
-        unknown = special[1] if bert else special[0]
-        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        template = "[CLS] $A [SEP]" if bert else "<s> $A"
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template,
-            special_tokens=[(word, vocabulary[word]) for word in template.split() if word != "$A"],
-        )
-        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        if not bert:
-            names = {"bos_token": "<s>", "eos_token": "</s>"}
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **names)
-
-    return make
+    return make_word_tokenizer
 
 
 @pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory, word_tokenizer):
+def bert_folder(tmp_path_factory):
     """A tiny BERT with random weights and its tokenizer. Tests do not change it."""
-    from flax import nnx
-
-    from mister_jax.encoders import registry
-    from mister_jax.encoders.bert import Bert, BertConfig
+    from tests.helpers.tiny_encoders import save_bert
 
     folder = tmp_path_factory.mktemp("tiny_bert")
-    tokenizer = word_tokenizer(bert=True)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        mlp_dim=24,
-        num_layers=2,
-        num_heads=4,
-        num_positions=20,
-    )
-    registry.save_pretrained(
-        Bert(config, rngs=nnx.Rngs(0)), config.to_huggingface(), folder, tokenizer
-    )
+    save_bert(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory, word_tokenizer):
+def llama_folder(tmp_path_factory):
     """A tiny Llama with random weights and its tokenizer. Tests do not change it."""
-    from flax import nnx
-
-    from mister_jax.encoders import registry
+    from tests.helpers.tiny_encoders import save_llama
 
     folder = tmp_path_factory.mktemp("tiny_llama")
-    tokenizer = word_tokenizer(bert=False)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaModel"],
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    registry.save_pretrained(
-        registry.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
-    )
+    save_llama(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def spoken_dir(tmp_path_factory):
-    """A folder with the dataset `manifest/spoken`: short dialogues whose words tell the emotion.
-
-    Of four turns, one in three dialogues has no text in the third and no label in the fourth.
-    """
-    from mister_jax.data.audio import encode_wav
-    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
-
-    root = tmp_path_factory.mktemp("spoken")
-    encode_wav(root / "noise.wav", np.arange(800, dtype=np.int16))
-    random = np.random.default_rng(0)
-    rows = []
-    for split, count in {"train": 36, "validation": 6, "test": 6}.items():
-        for dialogue in range(count):
-            for turn in range(4):
-                row = {"dialogue": f"{split}{dialogue}", "utterance": turn, "order": turn}
-                row |= {"split": split, "audio": "noise.wav", "audio_start": 0}
-                label = random.choice(list(MOODS))
-                words = [random.choice(MOODS[label]), *random.choice(FILLERS, 1 + turn)]
-                if dialogue % 3 or turn != 2:
-                    row["text"] = " ".join(random.permutation(words))
-                if dialogue % 3 or turn != 3:
-                    row["label"] = str(label)
-                rows.append(row)
-    manifest = root / "spoken.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
-    return root / "data"
-
-
-@pytest.fixture(scope="session")
-def heard_dir(tmp_path_factory):
-    """A folder with the dataset `manifest/heard`: dialogues of three turns whose pitch tells.
-
-    In one dialogue of three the second turn is silent and the third has no recording.
-    """
-    from mister_jax.data.audio import encode_wav
-    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
-
-    root = tmp_path_factory.mktemp("heard")
-    random = np.random.default_rng(0)
-    rows = []
-    for split, count in {"train": 24, "validation": 6, "test": 6}.items():
-        for dialogue in range(count):
-            for turn in range(3):
-                label = random.choice(list(MOODS))
-                seconds, pitch = random.uniform(0.2, 0.7), {"joy": 2000, "anger": 300}[label]
-                time = np.arange(int(16_000 * seconds)) / 16_000
-                sound = 8000 * np.sin(2 * np.pi * pitch * time) + random.normal(0, 500, time.size)
-                if dialogue % 3 == 0 and turn == 1:
-                    sound[:] = 0
-                name = f"{split}{dialogue}_{turn}.wav"
-                encode_wav(root / name, sound.astype(np.int16))
-                row = {"dialogue": f"{split}{dialogue}", "utterance": turn, "order": turn}
-                row |= {"split": split, "text": " ".join(random.choice(FILLERS, 2))}
-                row |= {"label": str(label)}
-                if dialogue % 3 or turn != 2:
-                    row["audio"] = name
-                rows.append(row)
-    manifest = root / "heard.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
-    return root / "data"
 
 
 @pytest.fixture(scope="session")
 def whisper_folder(tmp_path_factory):
-    """A tiny Whisper of 0.8 s with random weights. Tests do not change it."""
-    from flax import nnx
-
-    from mister_jax.encoders import registry
+    """A tiny Whisper for 0.8 s with random weights. Tests do not change it."""
+    from tests.helpers.tiny_encoders import WHISPER_CONFIG, save_encoder
 
     folder = tmp_path_factory.mktemp("tiny_whisper")
-    config = {
-        "model_type": "whisper",
-        "num_mel_bins": 8,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 24,
-        "max_source_positions": 40,
-        # Of a decoder, which transformers makes besides.
-        "decoder_layers": 1,
-        "decoder_attention_heads": 2,
-    }
-    registry.save_pretrained(registry.create_module(config, rngs=nnx.Rngs(0)), config, folder)
+    save_encoder(folder, WHISPER_CONFIG)
     return folder
 
 
 @pytest.fixture(scope="session")
-def qwen_folder(tmp_path_factory, word_tokenizer):
-    """A tiny Qwen2-Audio of 0.8 s with random weights. Tests do not change it."""
-    from flax import nnx
-
-    from mister_jax.encoders import registry
+def qwen_folder(tmp_path_factory):
+    """A tiny Qwen2-Audio for 0.8 s with random weights. Tests do not change it."""
+    from tests.helpers.tiny_encoders import save_qwen2_audio
 
     folder = tmp_path_factory.mktemp("tiny_qwen")
-    tokenizer = word_tokenizer(bert=False)
-    tokenizer.add_tokens(["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"], special_tokens=True)
-    config = {
-        "model_type": "qwen2_audio",
-        "audio_token_index": tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-        "audio_config": {
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": 8,
-            "d_model": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16,
-            "max_source_positions": 40,
-        },
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        },
-    }
-    registry.save_pretrained(
-        registry.create_module(config, rngs=nnx.Rngs(0)), config, folder, tokenizer
-    )
+    save_qwen2_audio(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def salmonn_options(tmp_path_factory, llama_folder):
-    """Where the four checkpoints of a tiny SALMONN of 1 s are. Tests do not change them."""
-    from flax import nnx
+    """The paths of the four checkpoints of a tiny SALMONN for 1 s. Tests do not change them."""
+    from tests.helpers.tiny_encoders import save_salmonn
 
-    from mister_jax.convert.params import save_params
-    from mister_jax.convert.safetensors import save
-    from mister_jax.encoders import beats, hf_config, registry, salmonn
-    from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
-    from mister_jax.nn.lora import LoRAConfig
+    return save_salmonn(tmp_path_factory.mktemp("tiny_salmonn"), llama_folder)
 
-    root = tmp_path_factory.mktemp("tiny_salmonn")
-    described = {
-        "whisper": {
-            "model_type": "whisper",
-            "num_mel_bins": 8,
-            "d_model": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16,
-            "max_source_positions": 50,
-        },
-        "beats": {
-            "layer_norm_first": False,
-            "conv_bias": False,
-            "relative_position_embedding": True,
-            "gru_rel_pos": True,
-            "deep_norm": True,
-            "activation_fn": "gelu",
-            "encoder_embed_dim": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_embed_dim": 16,
-            "embed_dim": 8,
-            "input_patch_size": 16,
-            "conv_pos": 4,
-            "conv_pos_groups": 2,
-            "num_buckets": 8,
-            "max_distance": 16,
-        },
-        "vicuna": hf_config.read_config(llama_folder),
-        "qformer": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "mlp_dim": 16},
-    }
-    lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
-    config = SalmonnConfig.from_parts(described, lora=lora)
-    module = Salmonn(config, rngs=nnx.Rngs(0))
-    registry.save_pretrained(module.whisper, described["whisper"], root / "whisper")
-    prefix = salmonn.PREFIX
-    save(root / "beats", save_params(module.beats, beats.key_table(config.beats), prefix=prefix))
-    (root / "beats" / "config.json").write_text(json.dumps(described["beats"]))
-    table, kept = salmonn.key_table(config), nnx.Not(salmonn.TRAINED_PARAMS)
-    save(root / "own", save_params(module, table, prefix=prefix, skip=kept))
-    places = {name: str(root / name) for name in ("whisper", "beats")}
-    return {"name": str(root / "own"), **places, "vicuna": str(llama_folder)}
+
+@pytest.fixture(scope="session")
+def spoken_dir(tmp_path_factory):
+    """A folder with the dataset `manifest/spoken`, whose words tell the emotion."""
+    from tests.helpers.tiny_datasets import write_spoken
+
+    folder = tmp_path_factory.mktemp("spoken")
+    write_spoken(folder)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def heard_dir(tmp_path_factory):
+    """A folder with the dataset `manifest/heard`, whose pitch tells the emotion."""
+    from tests.helpers.tiny_datasets import write_heard
+
+    folder = tmp_path_factory.mktemp("heard")
+    write_heard(folder)
+    return folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from mister_jax import data
 from mister_jax.cli import app, cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM
 from mister_jax.evaluation.results import Predictor, evaluate
-from mister_jax.extract import PretrainedText, extract
+from mister_jax.extraction import PretrainedText, extract_features
 from mister_jax.training.loop import train
 from tests.helpers.ports import free_port
 from tests.helpers.training import (
@@ -89,7 +89,7 @@ def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, proces
     status = train_to_status(workdir, data_dir)
     evaluate(workdir, "test")
     encoder = PretrainedText(encoder_folder, max_tokens=16)
-    extract(encoder, "manifest/spoken", "spoken_two", spoken_dir)
+    extract_features(encoder, "manifest/spoken", "spoken_two", spoken_dir)
     return status
 
 
@@ -149,7 +149,7 @@ def single_process_run(data_dir, spoken_dir, bert_folder, tmp_path_factory):
     train(config(data_dir), workdir, quiet=True)
     evaluate(workdir, "test", quiet=True)
     encoder = PretrainedText(bert_folder, max_tokens=16)
-    extract(encoder, "manifest/spoken", "spoken_one", spoken_dir, quiet=True)
+    extract_features(encoder, "manifest/spoken", "spoken_one", spoken_dir, quiet=True)
     return workdir
 
 

@@ -62,18 +62,18 @@ def _extract() -> None:
     source = _check_flags()
     from rich.console import Console
 
-    from mister_jax import extract
+    from mister_jax import extraction
 
     target: dict[str, Any] = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
     output = _OUTPUT.value or ""
     if source == "speech":
-        builder = extract.merge(_SPEECH.value or "", _TEXT.value or "", output, **target)
+        builder = extraction.merge_features(_SPEECH.value or "", _TEXT.value or "", output, **target)
     else:
         if source == "workdir":
-            encoder: extract.Encoder = extract.TunedEncoder(_WORKDIR.value or "")
+            encoder: extraction.Encoder = extraction.TunedEncoder(_WORKDIR.value or "")
         else:
-            encoder = extract.load_encoder(_ENCODER.value or "", **_set_flags(_ENCODER_OPTIONS))
-        builder = extract.extract(
+            encoder = extraction.load_encoder(_ENCODER.value or "", **_set_flags(_ENCODER_OPTIONS))
+        builder = extraction.extract_features(
             encoder, _DATASET.value or "", output, budget=_BUDGET.value, **target
         )
     if builder is not None:

@@ -97,7 +97,7 @@ def main() -> int:
 
 def _new_paths(values: Sequence[str]) -> dict[str, str] | None:
     """Returns the new paths of an encoder and its parts, by the names that `load` takes."""
-    from mister_jax.extract import ENCODER_PARTS
+    from mister_jax.extraction import ENCODER_PARTS
 
     paths = {}
     for value in values:
@@ -111,7 +111,7 @@ def _new_paths(values: Sequence[str]) -> dict[str, str] | None:
 
 def _read_corpus() -> Corpus:
     """Reads the utterances that the flags name."""
-    from mister_jax.data.manifest import reader
+    from mister_jax.data.corpora.manifest import reader
 
     sources = {
         "manifest": _MANIFEST.value,
@@ -147,7 +147,7 @@ def _read_released_corpus() -> Corpus:
 
 def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
     from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
-    from mister_jax.data.manifest.fields import Fields
+    from mister_jax.data.corpora.manifest.fields import Fields
 
     if paths and texts and len(paths) != len(texts):
         raise InputError(

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mister_jax import extract
+from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE, UNLABELED, DialogueFeatures
 from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.pipeline import padded_batch
@@ -44,7 +44,7 @@ class EmotionRecognizer:
       workdir: Work directory of a training on features from `mister-jax extract`.
       speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder,
         or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
-        that have moved, see `extract.with_new_paths`.
+        that have moved, see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
 
     Raises:
@@ -69,8 +69,8 @@ class EmotionRecognizer:
         self._encoders: dict[str, Any] = {}
         for modality, experts in _EXPERTS_BY_MODALITY.items():
             if modality in task.encoders and set(experts) & set(task.model.experts):
-                metadata = extract.with_new_paths(task.encoders[modality], new_paths[modality])
-                encoder = extract.encoder_from_metadata(metadata)
+                metadata = extraction.with_new_paths(task.encoders[modality], new_paths[modality])
+                encoder = extraction.encoder_from_metadata(metadata)
                 encoder.oom_hint = "shorter utterances, or devices with more memory"
                 self._encoders[modality] = encoder
             elif new_paths[modality]:
@@ -184,7 +184,7 @@ class EmotionRecognizer:
         # Batches for a few utterances are smaller, by powers of 2 so that few programs compile.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.amount(encodable))))
         budget = min(encoder.input.budget, needed)
-        features, present = extract.features_of(encoder, items, budget=budget, quiet=quiet)
+        features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
         if features.shape[1] != dim:
             raise InputError(
                 f"{modality} encoder: features of width {features.shape[1]}; the model takes {dim}"

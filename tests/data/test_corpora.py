@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mister_jax import data, extract
+from mister_jax import data, extraction
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from tests.data.corpora import write_mosi
 
 
@@ -16,26 +16,26 @@ def prepared(tmp_path_factory, iemocap_tree, meld_tree, write_wav):
     write_mosi(folder / "CMU-MOSI", write_wav)
     trees = {"iemocap": iemocap_tree, "meld": meld_tree, "mosi": folder / "CMU-MOSI"}
     for corpus, tree in trees.items():
-        decoding = Decoding(num_workers=0, max_seconds=2)
-        prepare_corpus(Preparation(corpus, tree, folder, decoding=decoding, partial=True))
+        decoding = DecodingOptions(num_workers=0, max_seconds=2)
+        prepare_corpus(PrepareOptions(corpus, tree, folder, decoding=decoding, partial=True))
     return folder
 
 
 @pytest.fixture(scope="module")
 def encoders(bert_folder):
-    prosody = extract.ProsodyEncoder(max_seconds=0.5)
-    return {"speech": prosody, "text": extract.load_encoder(str(bert_folder), max_tokens=12)}
+    prosody = extraction.ProsodyEncoder(max_seconds=0.5)
+    return {"speech": prosody, "text": extraction.load_encoder(str(bert_folder), max_tokens=12)}
 
 
 @pytest.mark.parametrize("dataset", ["iemocap/six_session1", "meld/clips", "mosi/binary"])
 def test_batches_hold_the_turns_of_a_corpus_as_they_were_prepared(prepared, encoders, dataset):
     name = dataset.partition("/")[0]
     for modality, encoder in encoders.items():
-        extract.extract(encoder, dataset, f"{name}_{modality}", prepared, quiet=True)
-    extract.merge(f"{name}_speech", f"{name}_text", f"{name}_features", prepared)
+        extraction.extract_features(encoder, dataset, f"{name}_{modality}", prepared, quiet=True)
+    extraction.merge_features(f"{name}_speech", f"{name}_text", f"{name}_features", prepared)
     stored = DialogueDataset(dataset, prepared)
     for split in stored.splits:
-        features = data.load(f"{name}_features", split, prepared)
+        features = data.load_features(f"{name}_features", split, prepared)
         assert features.class_names == stored.class_names
         dialogues = {dialogue.id: dialogue.utterances for dialogue in stored.dialogues(split)}
         assert features.dialogue_ids == tuple(dialogues)

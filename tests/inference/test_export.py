@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from mister_jax.configs import speech_encoder, text_encoder
 
-from mister_jax import extract
+from mister_jax import extraction
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.encoders import hf_config, registry, speech
 from mister_jax.errors import InputError
@@ -176,22 +176,22 @@ def test_an_encoder_with_an_adapter_is_found_by_what_it_says_it_is(workdirs, tmp
     export(workdir, tmp_path / "adapter", adapter=True)
     export(workdir, tmp_path / "merged")
     texts = ["i am so happy", "you are mad"]
-    encoder = extract.load_encoder(str(base), max_tokens=12, adapter=str(tmp_path / "adapter"))
-    found, _ = extract.features_of(encoder, texts)
-    merged = extract.load_encoder(str(tmp_path / "merged"), max_tokens=12)
-    np.testing.assert_allclose(found, extract.features_of(merged, texts)[0], atol=1e-5)
+    encoder = extraction.load_encoder(str(base), max_tokens=12, adapter=str(tmp_path / "adapter"))
+    found, _ = extraction.encode_utterances(encoder, texts)
+    merged = extraction.load_encoder(str(tmp_path / "merged"), max_tokens=12)
+    np.testing.assert_allclose(found, extraction.encode_utterances(merged, texts)[0], atol=1e-5)
     identity = json.loads(json.dumps(encoder.identity()))
-    again = extract.encoder_from_metadata(identity)
-    np.testing.assert_array_equal(extract.features_of(again, texts)[0], found)
+    again = extraction.encoder_from_metadata(identity)
+    np.testing.assert_array_equal(extraction.encode_utterances(again, texts)[0], found)
     (tmp_path / "adapter").rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
-        extract.encoder_from_metadata(identity)
-    again = extract.encoder_from_metadata(
-        extract.with_new_paths(identity, {"adapter": str(tmp_path / "moved")})
+        extraction.encoder_from_metadata(identity)
+    again = extraction.encoder_from_metadata(
+        extraction.with_new_paths(identity, {"adapter": str(tmp_path / "moved")})
     )
-    np.testing.assert_array_equal(extract.features_of(again, texts)[0], found)
+    np.testing.assert_array_equal(extraction.encode_utterances(again, texts)[0], found)
     with pytest.raises(InputError, match=r"which has no beats; allowed: encoder, adapter$"):
-        extract.with_new_paths(identity, {"beats": "there"})
+        extraction.with_new_paths(identity, {"beats": "there"})
 
 
 def test_what_is_there_is_replaced_where_asked_and_if_it_was_exported(workdirs, tmp_path):

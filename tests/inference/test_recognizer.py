@@ -17,13 +17,13 @@ from mister_jax.configs import fusion
 from rich.console import Console
 
 import mister_jax
-from mister_jax import data, extract
+from mister_jax import data, extraction
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.console import prediction_table
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.manifest import reader
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.corpora.manifest import reader
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.inference.recognizer import summarize_notes
@@ -74,11 +74,11 @@ def spoken(tmp_path_factory, bert_folder):
     manifest = root / "calls.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = {"data_dir": root / "data", "quiet": True}
-    prepare_corpus(Preparation("manifest", manifest, root / "data", decoding=Decoding(0)))
-    text = extract.PretrainedText(str(bert_folder), max_tokens=20)
-    extract.extract(text, "manifest/calls", "text_alone", **where)
-    extract.extract(extract.ProsodyEncoder(), "manifest/calls", "speech_alone", **where)
-    extract.merge("speech_alone", "text_alone", "both", root / "data")
+    prepare_corpus(PrepareOptions("manifest", manifest, root / "data", decoding=DecodingOptions(0)))
+    text = extraction.PretrainedText(str(bert_folder), max_tokens=20)
+    extraction.extract_features(text, "manifest/calls", "text_alone", **where)
+    extraction.extract_features(extraction.ProsodyEncoder(), "manifest/calls", "speech_alone", **where)
+    extraction.merge_features("speech_alone", "text_alone", "both", root / "data")
     return root / "data"
 
 
@@ -123,7 +123,7 @@ def test_a_lack_of_memory_is_said_of_loading_and_of_predicting(
             lambda: system.predict_dialogues(dialogues),
         )
     with monkeypatch.context() as patched:
-        patched.setattr(extract.ProsodyEncoder, "__call__", out_of_memory)
+        patched.setattr(extraction.ProsodyEncoder, "__call__", out_of_memory)
         refused(
             "out of memory with batches of .* try shorter utterances",
             lambda: system.predict_dialogues(dialogues),
@@ -140,7 +140,7 @@ def assert_close(found, expected, *, tolerance=1e-5):
 
 def test_raw_dialogues_give_what_their_extracted_features_give(system, workdir, spoken, dialogues):
     predictor = Predictor(workdir)
-    expected = prediction_rows(system.class_names, predictor(data.load("both", "test", spoken)))
+    expected = prediction_rows(system.class_names, predictor(data.load_features("both", "test", spoken)))
     found = system.predict_dialogues(dialogues)
     assert [len(rows) for rows in found] == [len(turns) for turns in dialogues]
     assert_close([row for rows in found for row in rows], list(expected))
@@ -248,8 +248,8 @@ def test_ready_made_features_tell_of_no_encoder(data_dir_of_features, tmp_path):
 @pytest.fixture(scope="module")
 def data_dir_of_features(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
-    splits = data.generate(0, {"train": 2}, num_classes=3, speech_dim=4, text_dim=5)
-    data.write(splits, "made_up", folder)
+    splits = data.generate_features(0, {"train": 2}, num_classes=3, speech_dim=4, text_dim=5)
+    data.write_features(splits, "made_up", folder)
     return folder
 
 
@@ -383,7 +383,7 @@ def test_further_columns_do_not_change_predictions(workdir, system, tmp_path):
 
 
 def test_further_columns_travel_to_scored_predictions_and_to_no_model(workdir, spoken, tmp_path):
-    features = data.load("both", "test", spoken)
+    features = data.load_features("both", "test", spoken)
     assert json.loads(features.utterance_metadata[0]) == {"room": "r2"}
     without = dataclasses.replace(features, utterance_metadata=None)
     assert without.fingerprint() == features.fingerprint()

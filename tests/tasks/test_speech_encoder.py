@@ -12,7 +12,7 @@ from flax import nnx
 from mister_jax.configs import speech_encoder
 
 import mister_jax.training.loop as train_module
-from mister_jax import data, extract
+from mister_jax import data, extraction
 from mister_jax.data.clips import UNIT
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.encoders import registry
@@ -88,10 +88,10 @@ def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
     found = evaluate(tuned, "validation", quiet=True)
     assert found["weighted_f1"] == pytest.approx(max(scores(tuned)))
     assert found["utterances"] == 6 * 3 - 4
-    encoder = extract.TunedEncoder(tuned)
+    encoder = extraction.TunedEncoder(tuned)
     assert encoder.modality == "speech" and encoder.input.longest == 8
-    extract.extract(encoder, "manifest/heard", "tuned_speech", heard_dir, quiet=True)
-    features = data.load("tuned_speech", "validation", heard_dir)
+    extraction.extract_features(encoder, "manifest/heard", "tuned_speech", heard_dir, quiet=True)
+    features = data.load_features("tuned_speech", "validation", heard_dir)
     predictor = Predictor(tuned)
     clips = predictor.task.features("validation")
     np.testing.assert_array_equal(
@@ -99,8 +99,8 @@ def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
     )
     expected = predictor(clips, quiet=True)["feature"]
     np.testing.assert_allclose(features.speech[features.speech_present], expected, atol=1e-5)
-    again = extract.encoder_from_metadata(json.loads(json.dumps(features.metadata["speech"])))
-    some, _ = extract.features_of(again, clips.items[:3])
+    again = extraction.encoder_from_metadata(json.loads(json.dumps(features.metadata["speech"])))
+    some, _ = extraction.encode_utterances(again, clips.items[:3])
     np.testing.assert_allclose(some, expected[:3], atol=1e-5)
 
 

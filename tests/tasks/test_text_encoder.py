@@ -12,7 +12,7 @@ from flax import nnx
 from mister_jax.configs import text_encoder
 
 import mister_jax.training.loop as train_module
-from mister_jax import extract
+from mister_jax import extraction
 from mister_jax.convert.safetensors import Checkpoint, save
 from mister_jax.encoders import registry
 from mister_jax.errors import InputError
@@ -322,7 +322,7 @@ def test_a_speech_encoder_is_refused(whisper_folder, spoken_dir, tmp_path):
     with pytest.raises(InputError, match=message):
         train(tiny(whisper_folder, spoken_dir, "minilm_l6"), tmp_path / "run", quiet=True)
     with pytest.raises(InputError, match=message):
-        extract.PretrainedText(str(whisper_folder))
+        extraction.PretrainedText(str(whisper_folder))
 
 
 def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):

@@ -11,17 +11,17 @@ from absl import logging
 from flax import nnx
 from mister_jax.configs import text_encoder
 
-from mister_jax import data, extract
+from mister_jax import data, extraction
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import UNIT, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.encoders import registry
 from mister_jax.encoders import speech as speech_encoders
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
-from mister_jax.extract import features as features_module
+from mister_jax.extraction import encoding
 from mister_jax.nn import masked_mean
 from mister_jax.parallel import sharding
 from mister_jax.parallel.partitioning import CompiledStep
@@ -35,52 +35,52 @@ SECONDS = 0.8  # of Whisper
 
 @pytest.fixture(scope="module")
 def by_prosody():
-    return extract.ProsodyEncoder(max_seconds=0.5)
+    return extraction.ProsodyEncoder(max_seconds=0.5)
 
 
 @pytest.fixture(scope="module")
 def by_whisper(whisper_folder):
-    return extract.load_encoder(str(whisper_folder), max_seconds=SECONDS)
+    return extraction.load_encoder(str(whisper_folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_bert(bert_folder):
-    return extract.load_encoder(str(bert_folder), max_tokens=12)
+    return extraction.load_encoder(str(bert_folder), max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def by_llama(llama_folder):
-    return extract.load_encoder(str(llama_folder), max_tokens=12)
+    return extraction.load_encoder(str(llama_folder), max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def by_wavlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_wavlm")
     registry.save_pretrained(registry.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
-    return extract.load_encoder(str(folder), max_seconds=SECONDS)
+    return extraction.load_encoder(str(folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_qwen(qwen_folder):
-    return extract.load_encoder(str(qwen_folder), max_seconds=SECONDS)
+    return extraction.load_encoder(str(qwen_folder), max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def by_salmonn(salmonn_options):
-    return extract.load_encoder(**salmonn_options, max_seconds=SECONDS)
+    return extraction.load_encoder(**salmonn_options, max_seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
 def speech(by_prosody, heard_dir):
     """The name of a dataset of prosody."""
-    extract.extract(by_prosody, SPEECH, "prosodic", heard_dir, quiet=True)
+    extraction.extract_features(by_prosody, SPEECH, "prosodic", heard_dir, quiet=True)
     return "prosodic"
 
 
 @pytest.fixture(scope="module")
 def text(by_bert, heard_dir):
     """The name of a dataset of the same utterances' text."""
-    extract.extract(by_bert, SPEECH, "written", heard_dir, quiet=True)
+    extraction.extract_features(by_bert, SPEECH, "written", heard_dir, quiet=True)
     return "written"
 
 
@@ -95,7 +95,7 @@ def some_texts():
 
 
 def test_prosody_is_written_where_there_is_sound(speech, heard_dir, by_prosody):
-    found = data.load(speech, "test", heard_dir)
+    found = data.load_features(speech, "test", heard_dir)
     clips = load_clips(SPEECH, "test", heard_dir)
     heard = np.isin(found.utterance_ids, clips.utterance_ids)
     np.testing.assert_array_equal(found.speech_present, heard)
@@ -111,8 +111,8 @@ def test_prosody_is_written_where_there_is_sound(speech, heard_dir, by_prosody):
 
 
 def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
-    extract.extract(by_bert, TEXT, "texts", spoken_dir, quiet=True)
-    found = data.load("texts", "test", spoken_dir)
+    extraction.extract_features(by_bert, TEXT, "texts", spoken_dir, quiet=True)
+    found = data.load_features("texts", "test", spoken_dir)
     assert found.text_present.sum() == 6 * 4 - 2 and not found.speech_present.any()
     assert found.text.shape == (24, 16) and found.speech.shape == (24, 1)
     assert found.metadata["text"]["kind"] == "text" and "speech" not in found.metadata
@@ -130,11 +130,11 @@ def test_text_is_written_where_there_is_some(by_bert, bert_folder, spoken_dir):
 def test_features_depend_on_neither_batch_nor_padding(kind, request):
     encoder = request.getfixturevalue(f"by_{kind}")
     utterances = some_clips() if encoder.modality == "speech" else some_texts()
-    together, present = extract.features_of(encoder, utterances)
+    together, present = extraction.encode_utterances(encoder, utterances)
     assert present.all() and len(np.unique(together[:5].round(4), axis=0)) == 5
-    few, _ = extract.features_of(encoder, utterances[:3], budget=1)
+    few, _ = extraction.encode_utterances(encoder, utterances[:3], budget=1)
     np.testing.assert_allclose(few, together[:3], atol=1e-5)
-    backwards, _ = extract.features_of(encoder, utterances[::-1], budget=2)
+    backwards, _ = extraction.encode_utterances(encoder, utterances[::-1], budget=2)
     np.testing.assert_allclose(backwards[::-1], together, atol=1e-5)
 
 
@@ -146,23 +146,26 @@ def test_devices_do_not_change_features(kind, request, monkeypatch):
     spread = type(alone)(str(folder), **alone.identity()["options"])
     assert (alone.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
     utterances = some_clips() if alone.modality == "speech" else some_texts()
-    ours, theirs = (extract.features_of(encoder, utterances)[0] for encoder in (spread, alone))
+    ours, theirs = (
+        extraction.encode_utterances(encoder, utterances)[0] for encoder in (spread, alone)
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.devices
 def test_devices_do_not_change_prosody(by_prosody):
-    spread = extract.ProsodyEncoder(max_seconds=0.5)
+    spread = extraction.ProsodyEncoder(max_seconds=0.5)
     assert (by_prosody.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
     ours, theirs = (
-        extract.features_of(encoder, some_clips(), budget=4)[0] for encoder in (spread, by_prosody)
+        extraction.encode_utterances(encoder, some_clips(), budget=4)[0]
+        for encoder in (spread, by_prosody)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder):
     clips = some_clips()
-    found, _ = extract.features_of(by_whisper, clips)
+    found, _ = extraction.encode_utterances(by_whisper, clips)
     module = registry.load_module(whisper_folder)
     for row in (1, 2):
         waveform = clips[row][None].astype(np.float32) / 2**15
@@ -172,45 +175,45 @@ def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder
 
 
 def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_whisper):
-    whole = extract.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS, trim=False)
+    whole = extraction.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS, trim=False)
     assert whole.input.steps == () and by_whisper.input.steps
     clips = some_clips()[:4]
-    found, _ = extract.features_of(whole, clips)
+    found, _ = extraction.encode_utterances(whole, clips)
     module = registry.load_module(whisper_folder, trim=False)
     waveform, mask = pad_clips(clips, 12_800)
     hidden, mask = module(waveform.astype(np.float32) / 2**15, mask)
     np.testing.assert_allclose(found, masked_mean(hidden, mask), atol=1e-5)
-    trimmed, _ = extract.features_of(by_whisper, clips)
+    trimmed, _ = extraction.encode_utterances(by_whisper, clips)
     assert np.abs(found - trimmed).max() > 1e-2
 
 
 def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_folder):
-    windows = extract.PretrainedSpeech(str(whisper_folder), windows=True)
+    windows = extraction.PretrainedSpeech(str(whisper_folder), windows=True)
     assert windows.input.max_samples is None
     window = windows.input.longest * UNIT
     clip = np.tile(some_clips()[2], 40)[: 2 * window + 1000]
-    found, _ = extract.features_of(windows, [clip, clip[:5000]])
+    found, _ = extraction.encode_utterances(windows, [clip, clip[:5000]])
     parts = np.array_split(clip, 3)  # Of equal length, so that none is a mere rest.
-    each, _ = extract.features_of(windows, parts)
+    each, _ = extraction.encode_utterances(windows, parts)
     weights = [len(part) for part in parts]
     np.testing.assert_allclose(found[0], np.average(each, axis=0, weights=weights), atol=1e-5)
-    alone, _ = extract.features_of(windows, [clip[:5000]])
+    alone, _ = extraction.encode_utterances(windows, [clip[:5000]])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
-    again = extract.encoder_from_metadata(windows.identity())
-    np.testing.assert_allclose(extract.features_of(again, [clip])[0], found[:1], atol=1e-5)
+    again = extraction.encoder_from_metadata(windows.identity())
+    np.testing.assert_allclose(extraction.encode_utterances(again, [clip])[0], found[:1], atol=1e-5)
     with pytest.raises(InputError, match="windows; allowed for"):
-        extract.load_encoder("prosody", windows=True)
+        extraction.load_encoder("prosody", windows=True)
 
 
 def test_encoders_without_a_fixed_window_read_the_whole_clip(whisper_folder):
-    encoder = extract.ProsodyEncoder()
+    encoder = extraction.ProsodyEncoder()
     short = some_clips()[2]
     clip = np.concatenate([np.tile(short, -(-31 * SAMPLE_RATE // len(short))), short[::-1]])
     beginning = clip[: 30 * SAMPLE_RATE]
-    whole, cut = extract.features_of(encoder, [clip, beginning])[0]
+    whole, cut = extraction.encode_utterances(encoder, [clip, beginning])[0]
     assert np.abs(whole - cut).max() > 1e-3
-    limited = extract.ProsodyEncoder(max_seconds=30.0)
-    np.testing.assert_allclose(extract.features_of(limited, [clip])[0][0], cut, atol=1e-4)
+    limited = extraction.ProsodyEncoder(max_seconds=30.0)
+    np.testing.assert_allclose(extraction.encode_utterances(limited, [clip])[0][0], cut, atol=1e-4)
 
 
 def test_clips_that_lose_their_end_are_counted(whisper_folder, tmp_path, caplog):
@@ -218,10 +221,10 @@ def test_clips_that_lose_their_end_are_counted(whisper_folder, tmp_path, caplog)
     row = {"dialogue": 1, "utterance": 1, "order": 1, "audio": "long.wav", "label": "calm"}
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(json.dumps(row | {"split": "train"}) + "\n")
-    prepare_corpus(Preparation("manifest", manifest, tmp_path, decoding=Decoding(0)))
-    encoder = extract.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS)
+    prepare_corpus(PrepareOptions("manifest", manifest, tmp_path, decoding=DecodingOptions(0)))
+    encoder = extraction.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS)
     with caplog.at_level(logging.WARNING):
-        extract.extract(encoder, "manifest/m", "cut", tmp_path, quiet=True)
+        extraction.extract_features(encoder, "manifest/m", "cut", tmp_path, quiet=True)
     assert f"1 utterances are longer than {SECONDS:g} s, and the rest is not read" in caplog.text
 
 
@@ -232,12 +235,12 @@ def test_odd_clips_are_absent_or_finite(kind, request):
     ten_minutes = np.tile(some_clips()[2], 750)
     odd = [np.zeros(0), np.ones(1), np.zeros(9000), loud, ten_minutes]
     odd = [clip.astype(np.int16) for clip in odd]
-    found, present = extract.features_of(encoder, odd)
+    found, present = extraction.encode_utterances(encoder, odd)
     np.testing.assert_array_equal(present, [False, False, False, True, True])
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[:3], 0)
     longest = encoder.input.longest * UNIT
-    cut, _ = extract.features_of(encoder, [ten_minutes[:longest]])
+    cut, _ = extraction.encode_utterances(encoder, [ten_minutes[:longest]])
     np.testing.assert_allclose(found[4], cut[0], atol=1e-5)
 
 
@@ -255,13 +258,13 @@ def test_silence_until_the_cut_is_absent_in_memory_and_in_a_dataset(
 def test_what_is_cut_is_told_of_the_split(bert_folder, spoken_dir, monkeypatch):
     told = []
     monkeypatch.setattr(logging, "warning", lambda line, *values: told.append(line % values))
-    extract.PretrainedText(str(bert_folder), max_tokens=4).input.load(TEXT, "test", spoken_dir)
+    extraction.PretrainedText(str(bert_folder), max_tokens=4).input.load(TEXT, "test", spoken_dir)
     assert told[0].startswith(f"dataset {TEXT}, split test: ")
     assert told[0].endswith("22 texts truncated to 4 tokens")
 
 
 def test_texts_of_nothing_are_absent(by_bert):
-    found, present = extract.features_of(by_bert, ["", "i am", " \n"])
+    found, present = extraction.encode_utterances(by_bert, ["", "i am", " \n"])
     np.testing.assert_array_equal(present, [False, True, False])
     assert not found[[0, 2]].any() and found[1].any()
 
@@ -269,28 +272,30 @@ def test_texts_of_nothing_are_absent(by_bert):
 def test_nothing_to_read_at_all_is_said(by_bert, by_prosody):
     for encoder, nothing in ((by_bert, [""]), (by_prosody, [np.zeros(9, np.int16)])):
         with pytest.raises(InputError, match=f"1 utterances: none has {encoder.modality}"):
-            extract.features_of(encoder, nothing)
+            extraction.encode_utterances(encoder, nothing)
     with pytest.raises(ValueError, match="needed: \\[s\\] int16"):
-        extract.features_of(by_prosody, [np.zeros(9000)])
+        extraction.encode_utterances(by_prosody, [np.zeros(9000)])
 
 
 def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_bert):
     for encoder in (by_whisper, by_prosody, by_bert):
         told = json.loads(json.dumps({"dataset": "any", "budget": 1, **encoder.identity()}))
-        again = extract.encoder_from_metadata(told)
+        again = extraction.encoder_from_metadata(told)
         assert type(again) is type(encoder) and again.modality == encoder.modality
         utterances = some_texts()[:2] if encoder is by_bert else some_clips()[:2]
-        found, expected = (extract.features_of(one, utterances)[0] for one in (again, encoder))
+        found, expected = (
+            extraction.encode_utterances(one, utterances)[0] for one in (again, encoder)
+        )
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_an_identity_that_leads_nowhere_is_refused(by_whisper, by_prosody, tmp_path):
     with pytest.raises(InputError, match="kind None, whose encoder is not known"):
-        extract.encoder_from_metadata({"sha256": "features from elsewhere"})
+        extraction.encoder_from_metadata({"sha256": "features from elsewhere"})
     with pytest.raises(InputError, match=r"not the encoder .* any more \(features changed"):
-        extract.encoder_from_metadata(by_prosody.identity() | {"features": ["others"]})
+        extraction.encoder_from_metadata(by_prosody.identity() | {"features": ["others"]})
     with pytest.raises(InputError, match="no such folder"):
-        extract.encoder_from_metadata(by_whisper.identity() | {"name": str(tmp_path / "gone")})
+        extraction.encoder_from_metadata(by_whisper.identity() | {"name": str(tmp_path / "gone")})
 
 
 def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_path):
@@ -300,21 +305,21 @@ def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_
     config.head.feature_dim = 10
     config.train.epochs = 1
     train(config, tmp_path / "run", quiet=True)
-    encoder = extract.TunedEncoder(tmp_path / "run")
-    extract.extract(encoder, TEXT, "tuned", spoken_dir, quiet=True)
-    found = data.load("tuned", "validation", spoken_dir)
+    encoder = extraction.TunedEncoder(tmp_path / "run")
+    extraction.extract_features(encoder, TEXT, "tuned", spoken_dir, quiet=True)
+    found = data.load_features("tuned", "validation", spoken_dir)
     predictor = Predictor(tmp_path / "run")
     expected = predictor(predictor.task.features("validation"), quiet=True)["feature"]
     np.testing.assert_allclose(found.text[found.text_present], expected, atol=1e-5)
     told = found.metadata["text"]
     assert told["kind"] == "tuned" and told["best"]["epoch"] == 1
-    again = extract.encoder_from_metadata(told)
-    features, _ = extract.features_of(again, some_texts()[:2])
+    again = extraction.encoder_from_metadata(told)
+    features, _ = extraction.encode_utterances(again, some_texts()[:2])
     np.testing.assert_allclose(
-        features, extract.features_of(encoder, some_texts()[:2])[0], atol=1e-6
+        features, extraction.encode_utterances(encoder, some_texts()[:2])[0], atol=1e-6
     )
     with pytest.raises(InputError, match=r"not the encoder .* any more \(best changed\)"):
-        extract.encoder_from_metadata(told | {"best": {"epoch": 2}})
+        extraction.encoder_from_metadata(told | {"best": {"epoch": 2}})
 
 
 class Counting:
@@ -335,38 +340,44 @@ class Counting:
 
 
 def test_stopped_and_started_again_it_does_the_rest(by_prosody, speech, heard_dir, monkeypatch):
-    monkeypatch.setattr(features_module, "_PART", 16)
+    monkeypatch.setattr(encoding, "_PART", 16)
     stopped = Counting(by_prosody, batches=3)
     with pytest.raises(KeyboardInterrupt):
-        extract.extract(stopped, SPEECH, "stopped", heard_dir, quiet=True)
+        extraction.extract_features(stopped, SPEECH, "stopped", heard_dir, quiet=True)
     left = list(heard_dir.glob(".extracting.stopped.*/*.npy"))
     assert left and not (heard_dir / "stopped").exists()
     kept = sum(len(np.load(path)) for path in left)
     rest = Counting(by_prosody)
-    extract.extract(rest, SPEECH, "stopped", heard_dir)
+    extraction.extract_features(rest, SPEECH, "stopped", heard_dir)
     total = sum(len(load_clips(SPEECH, split, heard_dir).items) for split in data.SPLITS)
     assert 0 < rest.read == total - kept
     assert not list(heard_dir.glob(".extracting*"))
     for split in data.SPLITS:
-        found, expected = (data.load(name, split, heard_dir) for name in ("stopped", speech))
+        found, expected = (
+            data.load_features(name, split, heard_dir) for name in ("stopped", speech)
+        )
         np.testing.assert_allclose(found.speech, expected.speech, atol=1e-5)
 
 
 def test_what_another_encoder_left_is_not_taken(by_prosody, heard_dir, monkeypatch):
-    monkeypatch.setattr(features_module, "_PART", 16)
+    monkeypatch.setattr(encoding, "_PART", 16)
     with pytest.raises(KeyboardInterrupt):
-        extract.extract(Counting(by_prosody, batches=3), SPEECH, "other", heard_dir, quiet=True)
-    other = Counting(extract.ProsodyEncoder(max_seconds=0.4))
-    extract.extract(other, SPEECH, "other", heard_dir, quiet=True)
+        extraction.extract_features(
+            Counting(by_prosody, batches=3), SPEECH, "other", heard_dir, quiet=True
+        )
+    other = Counting(extraction.ProsodyEncoder(max_seconds=0.4))
+    extraction.extract_features(other, SPEECH, "other", heard_dir, quiet=True)
     assert other.read == sum(
         len(load_clips(SPEECH, split, heard_dir).items) for split in data.SPLITS
     )
 
 
 def test_both_modalities_are_joined_by_utterance(speech, text, heard_dir):
-    extract.merge(speech, text, "both", heard_dir)
+    extraction.merge_features(speech, text, "both", heard_dir)
     for split in data.SPLITS:
-        heard, read, both = (data.load(name, split, heard_dir) for name in (speech, text, "both"))
+        heard, read, both = (
+            data.load_features(name, split, heard_dir) for name in (speech, text, "both")
+        )
         np.testing.assert_array_equal(both.speech, heard.speech)
         np.testing.assert_array_equal(both.text, read.text)
         np.testing.assert_array_equal(both.speech_present, heard.speech_present)
@@ -376,31 +387,31 @@ def test_both_modalities_are_joined_by_utterance(speech, text, heard_dir):
         assert both.metadata["text"] == read.metadata["text"]
     # A merged dataset may give either, and tells of no encoder whose features it lacks.
     with pytest.raises(InputError, match="exists"):
-        extract.merge("both", text, "both", heard_dir)
-    extract.merge(speech, "both", "both", heard_dir, overwrite=True)
-    assert data.load("both", "test", heard_dir).metadata["speech"]["kind"] == "prosody"
+        extraction.merge_features("both", text, "both", heard_dir)
+    extraction.merge_features(speech, "both", "both", heard_dir, overwrite=True)
+    assert data.load_features("both", "test", heard_dir).metadata["speech"]["kind"] == "prosody"
 
 
 def test_what_does_not_fit_together_is_not_merged(speech, text, heard_dir, tmp_path):
     with pytest.raises(InputError, match=f"dataset {text}: no utterance has speech"):
-        extract.merge(text, speech, "swapped", heard_dir)
-    test = data.load(text, "test", heard_dir)
-    splits = {split: data.load(text, split, heard_dir) for split in data.SPLITS}
+        extraction.merge_features(text, speech, "swapped", heard_dir)
+    test = data.load_features(text, "test", heard_dir)
+    splits = {split: data.load_features(text, split, heard_dir) for split in data.SPLITS}
 
     def refused(message, **changes):
         changed = {**splits, "test": dataclasses.replace(test, **changes)}
-        data.write(changed, "changed", heard_dir, overwrite=True)
+        data.write_features(changed, "changed", heard_dir, overwrite=True)
         with pytest.raises(InputError, match=message):
-            extract.merge(speech, "changed", "never", heard_dir)
+            extraction.merge_features(speech, "changed", "never", heard_dir)
         assert not (heard_dir / "never").exists()
 
     refused("1 labels differ, the first is that of utterance", label=swapped(test.label, 0))
     ids = test.utterance_ids.copy()
     ids[0] = "nobody"
     refused("2 utterances are in one of them alone", utterance_ids=ids)
-    data.write({"train": splits["train"]}, "changed", heard_dir, overwrite=True)
+    data.write_features({"train": splits["train"]}, "changed", heard_dir, overwrite=True)
     with pytest.raises(InputError, match="has splits"):
-        extract.merge(speech, "changed", "never", heard_dir)
+        extraction.merge_features(speech, "changed", "never", heard_dir)
 
 
 def swapped(label, row):
@@ -423,7 +434,7 @@ def test_what_cannot_be_extracted_is_said(
     by_prosody, speech, silent, heard_dir, dataset, output, message
 ):
     with pytest.raises(InputError, match=message) as error:
-        extract.extract(by_prosody, dataset, output, heard_dir, quiet=True)
+        extraction.extract_features(by_prosody, dataset, output, heard_dir, quiet=True)
     assert "\n" not in str(error.value)
     assert not (heard_dir / "new").exists()
 
@@ -431,7 +442,7 @@ def test_what_cannot_be_extracted_is_said(
 @pytest.fixture(scope="module")
 def silent(heard_dir, tmp_path_factory):
     """The dataset `manifest/silent`, of texts alone."""
-    from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+    from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 
     rows = [
         {
@@ -446,23 +457,23 @@ def silent(heard_dir, tmp_path_factory):
     ]
     manifest = tmp_path_factory.mktemp("silent") / "silent.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare_corpus(Preparation("manifest", manifest, heard_dir, decoding=Decoding(0)))
+    prepare_corpus(PrepareOptions("manifest", manifest, heard_dir, decoding=DecodingOptions(0)))
 
 
 def test_encoders_that_cannot_be_opened_are_said(whisper_folder, bert_folder, tmp_path):
     with pytest.raises(InputError, match=r"max_seconds=1; allowed: 0\.1 to 0\.8, as"):
-        extract.load_encoder(str(whisper_folder), max_seconds=1.0)
+        extraction.load_encoder(str(whisper_folder), max_seconds=1.0)
     for seconds in (0.01, float("nan"), float("inf")):
         with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to 3600"):
-            extract.load_encoder("prosody", max_seconds=seconds)
+            extraction.load_encoder("prosody", max_seconds=seconds)
         with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to"):
-            extract.PretrainedSpeech(str(whisper_folder), max_seconds=seconds)
+            extraction.PretrainedSpeech(str(whisper_folder), max_seconds=seconds)
     with pytest.raises(InputError, match=r"prompt 'well'; allowed: none"):
-        extract.load_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
+        extraction.load_encoder(str(whisper_folder), max_seconds=SECONDS, prompt="well")
     with pytest.raises(InputError, match="encodes text; allowed for speech: "):
-        extract.PretrainedSpeech(str(bert_folder))
+        extraction.PretrainedSpeech(str(bert_folder))
     with pytest.raises(InputError, match=r"config\.json"):
-        extract.TunedEncoder(tmp_path)
+        extraction.TunedEncoder(tmp_path)
 
 
 def test_a_lack_of_memory_names_what_takes_less(
@@ -479,20 +490,22 @@ def test_a_lack_of_memory_names_what_takes_less(
     monkeypatch.setattr(CompiledStep, "__call__", out_of_memory)
     monkeypatch.setattr(by_prosody, "_read", out_of_memory)
     told = refused(
-        lambda: extract.features_of(by_bert, some_texts(), budget=16),
+        lambda: extraction.encode_utterances(by_bert, some_texts(), budget=16),
         "extraction: ", "batches of ", " tokens on 8 devices", "smaller --budget or --dtype=bfl",
     )  # fmt: skip
-    told = refused(lambda: extract.features_of(by_prosody, some_clips()), "try a smaller --budget")
+    told = refused(
+        lambda: extraction.encode_utterances(by_prosody, some_clips()), "try a smaller --budget"
+    )
     assert "dtype" not in told  # which it does not have
-    light = extract.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
-    assert "dtype" not in refused(lambda: extract.features_of(light, some_texts()))
+    light = extraction.PretrainedText(str(bert_folder), max_tokens=12, dtype="bfloat16")
+    assert "dtype" not in refused(lambda: extraction.encode_utterances(light, some_texts()))
     monkeypatch.setattr(registry, "load_backbone", out_of_memory)
     for folder, options in (
         (bert_folder, {"max_tokens": 12}),
         (whisper_folder, {"max_seconds": SECONDS}),
     ):
         refused(
-            lambda folder=folder, options=options: extract.load_encoder(str(folder), **options),
+            lambda folder=folder, options=options: extraction.load_encoder(str(folder), **options),
             f"{folder}: ", "the encoder's parameters", "--dtype=bfloat16",
         )  # fmt: skip
 
@@ -500,7 +513,7 @@ def test_a_lack_of_memory_names_what_takes_less(
 def test_options_that_an_encoder_does_not_have_are_refused(whisper_folder, bert_folder):
     def refused(message, name, **options):
         with pytest.raises(InputError, match=message) as error:
-            extract.load_encoder(str(name), **options)
+            extraction.load_encoder(str(name), **options)
         assert "\n" not in str(error.value)
 
     message = r"max_seconds, trim; allowed for an encoder of this kind \(text\): max_tokens, "
@@ -512,8 +525,8 @@ def test_options_that_an_encoder_does_not_have_are_refused(whisper_folder, bert_
 
 def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypatch):
     options = {name: value for name, value in salmonn_options.items() if name != "name"}
-    encoder = extract.load_encoder(salmonn_options["name"], max_seconds=1.0, **options)
-    found, present = extract.features_of(encoder, some_clips()[:3])
+    encoder = extraction.load_encoder(salmonn_options["name"], max_seconds=1.0, **options)
+    found, present = extraction.encode_utterances(encoder, some_clips()[:3])
     assert present.all() and np.isfinite(found).all()
     monkeypatch.chdir(tmp_path)
     # Its parts lie elsewhere when it is needed again.
@@ -522,10 +535,12 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
         place.symlink_to(salmonn_options["name" if part == "encoder" else part])
     gone = json.loads(json.dumps(encoder.identity()).replace(salmonn_options["name"], "/gone"))
     gone["options"].update(dict.fromkeys(options, "/gone"))
-    again = extract.encoder_from_metadata(
-        extract.with_new_paths(gone, {p: str(place) for p, place in places.items()})
+    again = extraction.encoder_from_metadata(
+        extraction.with_new_paths(gone, {p: str(place) for p, place in places.items()})
     )
-    np.testing.assert_allclose(extract.features_of(again, some_clips()[:3])[0], found, atol=1e-5)
+    np.testing.assert_allclose(
+        extraction.encode_utterances(again, some_clips()[:3])[0], found, atol=1e-5
+    )
     files = speech_encoders.SpeechFiles(**salmonn_options)
     described = speech_encoders.read_backbone_config(files)
     paths = speech_encoders.trainable_paths(described)
@@ -535,4 +550,4 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
     expected = masked_mean(*module(waveform.astype(np.float32) / 2**15, lengths))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     with pytest.raises(InputError, match="trim=False; allowed: True, it is not Whisper"):
-        extract.load_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)
+        extraction.load_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)

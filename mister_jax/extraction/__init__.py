@@ -4,8 +4,7 @@
 datasets that stage 2 trains on and joins those of two modalities.
 """
 
-from mister_jax.extract.dataset import extract, merge
-from mister_jax.extract.encoders import (
+from mister_jax.extraction.encoders import (
     ENCODER_PARTS,
     Encoder,
     PretrainedSpeech,
@@ -16,7 +15,8 @@ from mister_jax.extract.encoders import (
     load_encoder,
     with_new_paths,
 )
-from mister_jax.extract.features import features_of
+from mister_jax.extraction.encoding import encode_utterances
+from mister_jax.extraction.feature_dataset import extract_features, merge_features
 
 __all__ = [
     "ENCODER_PARTS",
@@ -25,10 +25,10 @@ __all__ = [
     "PretrainedText",
     "ProsodyEncoder",
     "TunedEncoder",
+    "encode_utterances",
     "encoder_from_metadata",
-    "extract",
-    "features_of",
+    "extract_features",
     "load_encoder",
-    "merge",
+    "merge_features",
     "with_new_paths",
 ]

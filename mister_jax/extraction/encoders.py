@@ -21,7 +21,7 @@ from mister_jax.encoders.frontends import SAMPLE_RATE
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
-from mister_jax.extract.inputs import Input, SpeechInput, TextInput
+from mister_jax.extraction.inputs import Input, SpeechInput, TextInput
 from mister_jax.nn import masked_mean
 from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner

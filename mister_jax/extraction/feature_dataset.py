@@ -16,11 +16,11 @@ from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
-from mister_jax.extract.encoders import Encoder
-from mister_jax.extract.features import encode_items
+from mister_jax.extraction.encoders import Encoder
+from mister_jax.extraction.encoding import encode_items
 
 
-def extract(
+def extract_features(
     encoder: Encoder,
     dataset: str,
     output: str,
@@ -37,7 +37,7 @@ def extract(
     Args:
       encoder: Encoder of text or speech.
       dataset: Name of the dialogue dataset.
-      output: Name of the feature dataset; its other modality is missing, see `merge`.
+      output: Name of the feature dataset; its other modality is missing, see `merge_features`.
       data_dir: Directory that holds datasets.
       budget: Tokens or seconds of audio in a batch on each device, padding counted; the input's
         default if None.
@@ -84,7 +84,7 @@ def extract(
     if jax.process_index() != 0:
         return None
     metadata = {encoder.modality: told}
-    builder = data.write(splits, output, data_dir, metadata=metadata, overwrite=overwrite)
+    builder = data.write_features(splits, output, data_dir, metadata=metadata, overwrite=overwrite)
     for left in root.glob(f"{prefix}*"):  # those of other encoders, too
         left.rmtree()
     return builder
@@ -138,7 +138,7 @@ def _of_modality(
     )
 
 
-def merge(
+def merge_features(
     speech: str,
     text: str,
     output: str,
@@ -166,7 +166,7 @@ def merge(
     if names[speech] != names[text]:
         raise InputError(f"{speech} has splits {names[speech]}, {text} {names[text]}")
     splits = {
-        split: _joined(*(data.load(name, split, data_dir) for name in (speech, text)))
+        split: _joined(*(data.load_features(name, split, data_dir) for name in (speech, text)))
         for split in names[text]
     }
     for name, modality in ((speech, "speech"), (text, "text")):
@@ -174,11 +174,11 @@ def merge(
             raise InputError(f"dataset {name}: no utterance has {modality}")
     if jax.process_index() != 0:
         return None
-    return data.write(splits, output, data_dir, overwrite=overwrite)
+    return data.write_features(splits, output, data_dir, overwrite=overwrite)
 
 
 def _joined(speech: data.DialogueFeatures, text: data.DialogueFeatures) -> data.DialogueFeatures:
-    """A split of `merge`."""
+    """A split of `merge_features`."""
     where = f"{speech.name} and {text.name}, split {text.split}"
     if speech.class_names != text.class_names:
         raise InputError(f"{where}: classes {speech.class_names} and {text.class_names}")
