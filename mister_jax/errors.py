@@ -35,7 +35,7 @@ def require_extra(extra: str, feature: str) -> None:
     missing = [package for package in EXTRAS[extra] if not _is_installed(package)]
     if missing:
         raise MissingExtraError(
-            f'{feature} needs {", ".join(missing)}; install it with pip install '
+            f"{feature} needs {', '.join(missing)}; install it with pip install "
             f'"mister_jax[{extra}]"'
         )
 
