@@ -23,7 +23,7 @@ from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.decoder import NAME_RULES, Decoder, DecoderConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 
 PREFIX = "base_model.model."
 OPTIONS = {

@@ -14,7 +14,7 @@ from mister_jax.encoders.bert import NAME_RULES, Bert, BertConfig, key_table
 from mister_jax.errors import InputError
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, add_lora
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 
 NAMES = ("bert", "roberta")
 

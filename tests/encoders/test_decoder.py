@@ -24,7 +24,7 @@ from mister_jax.encoders.decoder import (
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora, quantize
 from mister_jax.parallel.sharding import data_mesh, shardings
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 
 NAMES = ("llama3", "llama2", "qwen2")
 LORA = LoRAConfig(rank=2, alpha=4, dropout=0.5, targets=("query", "value", "down"))

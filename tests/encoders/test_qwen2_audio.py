@@ -15,8 +15,7 @@ from mister_jax.encoders.qwen2_audio import Qwen2Audio, Qwen2AudioConfig, prompt
 from mister_jax.encoders.whisper import WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, add_lora
-from tests.conftest import GOLDEN
-from tests.helpers.golden import read_golden
+from tests.helpers.golden import GOLDEN, read_golden
 
 
 def nest_groups(arrays):

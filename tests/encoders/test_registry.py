@@ -22,7 +22,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
 from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh, shardings
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 
 pytestmark = pytest.mark.devices
 

@@ -1,10 +1,11 @@
 """Golden files: inputs, weights and outputs of the reference implementations."""
 
 import functools
+import pathlib
 
 import numpy as np
 
-from tests.conftest import GOLDEN
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 @functools.cache

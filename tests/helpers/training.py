@@ -5,23 +5,30 @@ import json
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
+import pytest
 from flax import nnx
 from mister_jax.configs import fusion
 
 from mister_jax import MisterE, MisterEConfig, data
-from mister_jax.checkpoint import LATEST
+from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.losses import LossWeights
 from mister_jax.metrics import confusion_counts
-from mister_jax.tasks.fusion import LossConfig, apply_to_batch, mister_e_loss
+from mister_jax.optim import OptimizerConfig, make_optimizer
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh
+from mister_jax.tasks.fusion import FusionTask, LossConfig, apply_to_batch, mister_e_loss
+from mister_jax.training.steps import initial_state, make_train_step
+from mister_jax.workdir import write_description
 
 
 def write_tiny_dataset(data_dir, num_dialogues):
     """Writes the dataset `tiny`: a few short synthetic dialogues."""
-    splits = data.generate(
+    splits = data.generate_features(
         seed=1, num_dialogues=num_dialogues, num_classes=3, speech_dim=6, text_dim=7
     )
-    data.write(splits, "tiny", data_dir)
+    data.write_features(splits, "tiny", data_dir)
 
 
 def make_tiny_config(data_dir, argument="tiny", **changes):
@@ -37,9 +44,29 @@ def make_tiny_config(data_dir, argument="tiny", **changes):
     return config
 
 
+def write_untrained_workdir(workdir, data_dir, dataset):
+    """Writes a work directory of MiSTER-E whose best parameters are the initial ones."""
+    config = fusion.get_config(dataset)
+    config.data.data_dir = str(data_dir)
+    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
+    task = FusionTask.from_data(config)
+    params = initial_state(task, optax.sgd(0.1), seed=3)[1]["params"]
+    write_description(workdir, config, task.description(), params, {})
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(BEST, 1, params, {"epoch": 1, "weighted_f1": 0.5})
+    return workdir
+
+
 def read_metric_records(workdir):
     """Returns the lines of `metrics.jsonl`."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_validation_scores(workdir):
+    """Returns the validation weighted F1 of each epoch."""
+    records = read_metric_records(workdir)
+    name = "validation/weighted_f1"
+    return [record[name] for record in records if name in record]
 
 
 def read_latest_checkpoint(workdir):
@@ -82,3 +109,63 @@ class TinyTask:
         num_classes = self.config.num_classes
         counts = confusion_counts(batch["label"], predicted, batch["mask"], num_classes)
         return {"confusion": counts}
+
+
+def one_device_partitioner():
+    return JitPartitioner(data_mesh(devices=jax.devices()[:1]))
+
+
+def initial_encoder_state(task, optimizer, partitioner):
+    """Returns the graph and the initial state of a task that loads a pretrained encoder."""
+    return initial_state(
+        task,
+        optimizer,
+        seed=0,
+        trainable=task.trainable,
+        make_model=lambda key: task.load(key, partitioner),
+    )
+
+
+def take_two_steps(partitioner, task, batch, accumulation=1):
+    """Returns the trained parameters and the metrics of an encoder task after two steps.
+
+    Checks that the frozen parameters do not change, and that a partitioner with sharding rules
+    stores a different part of a kernel on each device.
+    """
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+    graph, state = initial_encoder_state(task, optimizer, partitioner)
+    initial_frozen = jax.device_get(state["frozen"])
+    step = partitioner.compile_step(make_train_step(task, graph, optimizer, accumulation))
+    placed_state, placed_batch = partitioner.put_state(state), partitioner.put_batch(batch)
+    if getattr(partitioner, "rules", ()):
+        _assert_kernel_is_sharded(placed_state["frozen"], partitioner.mesh)
+    with jax.default_matmul_precision("highest"):
+        for _ in range(2):
+            placed_state, metrics = step(placed_state, placed_batch)
+    final_state = jax.device_get(partitioner.get_state(placed_state))
+    jax.tree.map(np.testing.assert_array_equal, final_state["frozen"], initial_frozen)
+    return final_state["params"], jax.device_get(metrics)
+
+
+def _assert_kernel_is_sharded(params, mesh):
+    (kernel,) = (
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if jax.tree_util.keystr(path).endswith("['attention']['query']['kernel']")
+        and "tower" not in jax.tree_util.keystr(path)
+    )
+    shard_sizes = {str(shard.index): shard.data.size for shard in kernel.addressable_shards}
+    assert len(shard_sizes) == mesh.size
+    assert set(shard_sizes.values()) == {kernel.size // mesh.size}
+
+
+def assert_same_steps(actual, expected):
+    """Checks that two results of `take_two_steps` are equal up to rounding."""
+    params, metrics = actual
+    expected_params, expected_metrics = expected
+    assert metrics["loss"] == pytest.approx(expected_metrics["loss"], abs=1e-6)
+    for (path, value), expected_value in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected_params), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(value, expected_value, atol=1e-5, err_msg=name)

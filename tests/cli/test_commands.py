@@ -1,0 +1,240 @@
+"""Commands as a user types them, and the errors of wrong ones."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from mister_jax.configs import text_encoder
+
+from mister_jax import data, errors
+from mister_jax.cli.main import SUBCOMMANDS, main
+from tests.helpers.commands import REPOSITORY, run_commands, run_script
+from tests.helpers.training import write_untrained_workdir
+
+
+def test_scripts_take_features_to_scores(tmp_path):
+    prepared = run_script(
+        "prepare",
+        "--corpus=synthetic_features",
+        f"--data_dir={tmp_path}",
+        "--num_dialogues=20,5,6",
+    )
+    assert prepared.status == 0, prepared.stderr
+    trained = run_script(
+        "train",
+        "--config=configs/fusion.py:synthetic_features,no_kl",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.data_dir={tmp_path}",
+        "--config.data.num_buckets=1",
+        "--config.model.context_dim=8",
+        "--config.model.fusion_dim=8",
+        "--config.train.epochs=1",
+    )
+    assert trained.status == 0, trained.stderr
+    assert "epoch 1/1: validation weighted F1" in trained.stdout
+    evaluated = run_script("evaluate", f"--workdir={tmp_path}/run", "--split=test")
+    assert evaluated.status == 0, evaluated.stderr
+    assert "bayes" in evaluated.stdout and "written to" in evaluated.stdout
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["test"]["weighted_f1"] <= 1
+
+
+# Subcommand -> its flags -> a part of the error. DIR stands for a folder with:
+#   data/     the dataset x
+#   empty/    nothing
+#   ready/    a work directory of MiSTER-E on x, whose features come from no encoder
+#   encoder/  the config of a training of an encoder
+#   old/      a work directory written before model.json had a "format"
+WRONG_USES = {
+    "": {
+        "tran --workdir=DIR": "unknown subcommand 'tran'; allowed: prepare, extract, train",
+    },
+    "prepare": {
+        "--corpus=tv": "--corpus=tv; allowed: iemocap, meld",
+        "--corpus=iemocap --data_dir=DIR": "--source is needed with --corpus=iemocap. IEMOC",
+        "--corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: the",
+        "--inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; there are: none",
+    },
+    "extract": {
+        "--output=x": "one of --workdir, --encoder, or --speech with --text is needed",
+        "--workdir=DIR": "--output is needed: a name for the dataset of features",
+        "--output=x --workdir=DIR --adapter=DIR": "--adapter: with --encoder alone",
+        "--workdir=DIR --output=x --dataset=d --max_seconds=1 --trim=false --prompt=hello": (
+            "--max_seconds, --trim, --prompt: with --encoder alone; a tuned one is used as it was"
+        ),
+        "--speech=a --text=b --output=x --budget=5": "--budget: not with --speech and --text",
+        "--encoder=prosody --output=x --dataset=d --max_tokens=5 --dtype=bfloat16": (
+            "prosody: max_tokens, dtype; allowed for an encoder of this kind (prosody): max_seconds"
+        ),
+        "--encoder=prosody --output=x --dataset=d --max_seconds=nan": "max_seconds=nan; all",
+        "--encoder=prosody --output=x --dataset=d --max_seconds=inf": "max_seconds=inf; all",
+        "--encoder=DIR/empty --output=x --dataset=meld/text": "config.json: cannot be read",
+    },
+    "train": {
+        "": "--config is needed: a packaged config, such as fusion:mosi_features, or the path",
+        "configs/fusion.py:x": "argument 'configs/fusion.py:x'; allowed: flags, --name=value",
+        "--config=configs/fusion.py:x": "--workdir is needed",
+        "--config=fuson:x": "--config=fuson: no packaged config of this name; allowed: demo, fusi",
+        "--config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
+        "--config=fusion.py:x --config.seed=1": (
+            "error: --config: No such file or directory: 'fusion.py'; needed: a Python file, its "
+            "path from the current"
+        ),
+        "--config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
+        "--config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
+        "--config=configs/fusion.py:x --config.data.batchsize=8": (
+            "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\" instead"
+        ),
+        "--config=configs/fusion.py:x --config.model.wide=3 --workdir=DIR/new": (
+            "--config.model.wide: no such field; allowed: attention_dropout, attention_heads, "
+        ),
+        "--config=configs/fusion.py:x,paper --config.optimizer.beta_1=3 --workdir=DIR/new": (
+            "--config.optimizer.beta_1: no such field; allowed: average_decay, b1, b2, "
+        ),
+        "--config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
+        "--config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (
+            "DIR/nowhere: no dataset 'x'; there are: none"
+        ),
+        "--config=configs/text_encoder.py:meld,bert --workdir=DIR/run": (
+            "encoder 'bert'; allowed are"
+        ),
+        "--config=fusion:x --config.data.data_dir=DIR/data --workdir=DIR/old": (
+            "DIR/old: written by another version of mister_jax; train it again"
+        ),
+    },
+    "evaluate": {
+        "": "--workdir is needed: a directory that training has made",
+        "--workdir=DIR": "config.json: no such file; the workdir must be one that training",
+        "--workdir=DIR/old": "DIR/old: written by another version of mister_jax; train it again",
+        "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
+        "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros goes with --drop_speech",
+        "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; there are: none",
+        "--workdir=DIR/ready --report=maybe": "--report=maybe",
+    },
+    "predict": {
+        "--text=hello": "--workdir is needed",
+        "--workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
+        "--workdir=DIR/old --text=hello": "DIR/old: written by another version of mister_jax",
+        "--workdir=DIR/encoder --text=hello": "a training of an encoder; needed: one of MiSTER",
+        "--workdir=DIR/ready --text=hello": "ready-made features, so recordings and texts",
+        "--workdir=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
+            "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
+        ),
+        "--workdir=DIR/ready --text=a --text=b --audio=c.wav": (
+            "1 of --audio and 2 of --text; needed: as many of both"
+        ),
+        "--workdir=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
+        "--workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
+        "--workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": (
+            "needed: a file in an existing folder"
+        ),
+    },
+    "export": {
+        "": "--workdir is needed: a directory that training has made",
+        "--workdir=DIR": "--output is needed: a folder that is not there yet",
+        "--workdir=DIR/ready --output=DIR/new": "a training of MiSTER-E; needed: one of an",
+        "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
+        "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: holds no model; allo",
+    },
+    "benchmark": {
+        "--encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
+    },
+}
+WRONG_COMMANDS = {
+    f"{subcommand} {flags}".strip(): message
+    for subcommand, uses in WRONG_USES.items()
+    for flags, message in uses.items()
+}
+HELP_COMMANDS = [
+    "extract --helpfull",
+    *(f"{prefix}{name} --help" for name in SUBCOMMANDS for prefix in ("", "launch.")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder that DIR stands for."""
+    folder = tmp_path_factory.mktemp("commands")
+    splits = data.generate_features(
+        0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3
+    )
+    data.write_features(splits, "x", folder / "data")
+    (folder / "empty").mkdir()
+    (folder / "encoder").mkdir()
+    (folder / "encoder" / "config.json").write_text(text_encoder.get_config().to_json_best_effort())
+    write_untrained_workdir(folder / "ready", folder / "data", "x")
+    (folder / "old").mkdir()
+    (folder / "old" / "config.json").write_text((folder / "ready" / "config.json").read_text())
+    description = json.loads((folder / "ready" / "model.json").read_text())
+    del description["format"]
+    (folder / "old" / "model.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """The `CommandResult` of each command."""
+    commands = [*WRONG_COMMANDS, *HELP_COMMANDS]
+    return dict(zip(commands, run_commands(commands, folder), strict=True))
+
+
+@pytest.mark.parametrize("command", WRONG_COMMANDS)
+def test_wrong_use_exits_with_a_one_line_error(folder, results, command):
+    status, _, stderr = results[command]
+    assert WRONG_COMMANDS[command].replace("DIR", str(folder)) in stderr
+    assert (status, stderr.count("\n"), stderr[:7]) == (2, 1, "error: ")
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_each_script_runs_its_subcommand(results, name):
+    from_script, from_command = results[f"launch.{name} --help"], results[f"{name} --help"]
+    assert from_script == from_command
+    assert (from_script.status, from_script.stderr) == (0, "")
+    summary = importlib.import_module(f"mister_jax.cli.{name}").__doc__.splitlines()[0]
+    assert from_script.stdout.startswith(summary)
+
+
+def test_help_describes_flags(results):
+    for flag in ("--help", "--helpfull"):
+        stdout = results[f"extract {flag}"].stdout
+        assert "--encoder: pretrained encoder: a folder, a name on the Hugging Face Hub" in stdout
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """Runs `mister-jax` in this process up to its exit; returns the status and stderr."""
+    monkeypatch.setattr(sys, "argv", ["mister-jax", *arguments])
+    with pytest.raises(SystemExit) as error:
+        main()
+    return error.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("subcommand", "extra"), [("train", "train"), ("predict", "predict")])
+def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, tmp_path, subcommand, extra):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(errors.EXTRAS, extra, ("numpy", "no_such_package"))
+    assert run_main(monkeypatch, capsys, subcommand, "--workdir=run") == (
+        2,
+        f"error: mister-jax {subcommand} needs no_such_package; install it with pip install "
+        f'"mister_jax[{extra}]"\n',
+    )
+
+
+def test_an_unavailable_platform_exits_with_a_one_line_error():
+    script = (
+        "import types, jax; from mister_jax.cli import app; "
+        "app.run(types.SimpleNamespace(main=jax.devices))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: no devices of JAX_PLATFORMS=cuda")
+    assert process.stderr.count("\n") == 1
