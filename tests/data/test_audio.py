@@ -487,6 +487,6 @@ def test_only_int16_is_written(tmp_path):
 
 
 def test_the_documentation_lists_the_formats():
-    page = (ROOT / "docs" / "inputs.md").read_text()
+    page = (ROOT / "docs" / "your_own_data.md").read_text()
     for name, (codec, rate, layout) in FORMATS.items():
         assert f"| `{name}` | {codec} | {rate} | {layout} |\n" in page

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mister_jax.data.corpus import Recording
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.manifest import reader
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.corpora.manifest import reader
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
 
 ROWS = [
@@ -470,12 +470,12 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     ]
     path = write_jsonl(tmp_path / "My-calls.jsonl", [row | {"split": "train"} for row in rows])
     report = prepare_corpus(
-        Preparation(
+        PrepareOptions(
             "manifest",
             path,
             tmp_path / "data",
             labels=("calm", "joy"),
-            decoding=Decoding(0),
+            decoding=DecodingOptions(0),
             partial=True,
         )
     )
@@ -493,6 +493,6 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
 
 
 def test_the_documentation_lists_the_fields():
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for field in reader.FIELDS:
         assert f"`{field}`" in page

@@ -234,6 +234,6 @@ def test_many_cuts_cost_one_pass(tmp_path):
 
 
 def test_the_documentation_lists_the_containers():
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for container, codec in CODECS.items():
         assert f"| {container} | {codec} |\n" in page

@@ -173,6 +173,6 @@ def test_floats_that_are_no_sound_are_an_error():
 
 
 def test_the_documentation_lists_the_containers():
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for bits, container, extensible in CONTAINERS:
         assert f"| {bits} | {container} | {'extensible' if extensible else 'plain'} |\n" in page
