@@ -16,7 +16,7 @@ import wave
 from collections.abc import Callable
 
 from benchmarks.report import Row
-from mister_jax.data.recordings import MAX_LENGTH, MIN_LENGTH, write_recordings
+from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
@@ -63,7 +63,7 @@ def measure_preparation(
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
             log(f"writing {size} recordings")
-            manifest = write_recordings(
+            manifest = write_speech_corpus(
                 folder / "recordings", num_dialogues=splits, num_workers=num_workers
             )
             log(f"preparing {size} recordings")

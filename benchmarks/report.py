@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
     if "torch" in sys.modules:
         import torch
 
-        result |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+        result |= {"torch_version": torch.__version__, "torch_threads": torch.get_num_threads()}
     return result
 
 
