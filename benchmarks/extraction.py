@@ -227,7 +227,9 @@ def measure_extraction(
                 np.linalg.norm(difference) / np.linalg.norm(expected)
             )
     for row in rows:
-        row["speedup_of_ours"] = rows[0]["utterances_per_second"] / row["utterances_per_second"]
+        row["speedup_of_mister_jax"] = (
+            rows[0]["utterances_per_second"] / row["utterances_per_second"]
+        )
     return rows
 
 

@@ -293,7 +293,7 @@ def _timing_row(
     flops: float,
     peak: float,
 ) -> Row:
-    timing, ours = timings[name], timings[JaxMisterE.name]
+    timing, jax_timing = timings[name], timings[JaxMisterE.name]
     return {
         "what": what,
         "library": name,
@@ -302,8 +302,8 @@ def _timing_row(
         "min_ms": min(timing.seconds) * 1e3,
         "ms_per_utterance": timing.median * 1e3 / num_utterances,
         "utterances_per_second": num_utterances / timing.median,
-        "compile_s": timing.compile_seconds if timing is ours else None,
-        "relative_time": timing.median / ours.median if len(timings) > 1 else None,
+        "compile_s": timing.compile_seconds if timing is jax_timing else None,
+        "relative_time": timing.median / jax_timing.median if len(timings) > 1 else None,
         "model_gflop": flops / 1e9,
         "matmul_peak_gflop_per_second": peak / 1e9,
         "peak_share": flops / timing.median / peak,

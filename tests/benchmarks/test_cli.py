@@ -161,9 +161,11 @@ def test_pytorch_is_compared():
     pytest.importorskip("torch")
     rows = measure_fusion(BenchmarkConfig(**TINY), compare=True)["steps"]
     assert [row["library"] for row in rows] == ["mister_jax", "torch"] * 2
-    for ours, torch in zip(rows[::2], rows[1::2], strict=True):
-        assert ours["relative_time"] == 1
-        assert torch["relative_time"] == pytest.approx(torch["median_ms"] / ours["median_ms"])
+    for jax_row, torch_row in zip(rows[::2], rows[1::2], strict=True):
+        assert jax_row["relative_time"] == 1
+        assert torch_row["relative_time"] == pytest.approx(
+            torch_row["median_ms"] / jax_row["median_ms"]
+        )
     rows = measure_fusion(BenchmarkConfig(**TINY), lengths="few", compare=True)["epoch"]
     assert [row["median_ms"] > 0 for row in rows] == [True, True]
 

@@ -40,7 +40,7 @@ def test_extraction_is_timed_in_utterances_and_tokens(bert_folder, few_utterance
     assert row["utterances"] == 3
     assert row["tokens"] == 8 + 2 * 3  # with [CLS] and [SEP]
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_s"])
-    assert row["speedup_of_ours"] == 1
+    assert row["speedup_of_mister_jax"] == 1
 
 
 @pytest.mark.parity
