@@ -33,7 +33,7 @@ from mister_jax.models.utterance import UtteranceOutput
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig, make_optimizer
-from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import CompiledStep, EvalFn, JitPartitioner, Step
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh, shardings
 from mister_jax.training.steps import initial_state, make_train_step

@@ -17,7 +17,7 @@ from mister_jax.console import ProgressReporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
-from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.tasks.base import split_params

@@ -23,7 +23,7 @@ from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 from mister_jax.extraction.inputs import Input, SpeechInput, TextInput
 from mister_jax.nn import masked_mean
-from mister_jax.parallel.memory import explain_oom
+from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 from mister_jax.predictor import Predictor

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax import data
-from mister_jax.data.clips import UNIT, beginning, is_heard, load_clips, pad_clips, units
+from mister_jax.data.clips import LENGTH_STEP, truncate, is_audible, load_clips, pad_clips, lengths_in_steps
 from mister_jax.data.tokens import load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 
@@ -124,7 +124,7 @@ class SpeechInput:
     def __init__(self, max_seconds: float, *, pads_to_max: bool = False, split: bool = False):
         self._most = round(max_seconds * data.SAMPLE_RATE)
         self.max_samples = None if split else self._most
-        self.longest = -(-self._most // UNIT)
+        self.longest = -(-self._most // LENGTH_STEP)
         self.steps: tuple[int, ...] = () if pads_to_max else _TENTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
@@ -134,18 +134,18 @@ class SpeechInput:
         for clip in utterances:
             if clip.ndim != 1 or clip.dtype != np.int16:
                 raise ValueError(f"a clip of {clip.shape} {clip.dtype}; needed: [s] int16")
-        return [beginning(clip, self.max_samples) for clip in utterances]
+        return [truncate(clip, self.max_samples) for clip in utterances]
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
         windows = np.array_split(item, max(1, -(-len(item) // self._most)))
-        return [window for window in windows if is_heard(window)] or windows
+        return [window for window in windows if is_audible(window)] or windows
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        return units(np.array([len(clip) for clip in items], int), self._most)
+        return lengths_in_steps(np.array([len(clip) for clip in items], int), self._most)
 
     def amount(self, items: Sequence[np.ndarray]) -> float:
         return sum(map(len, items)) / data.SAMPLE_RATE
 
     def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-        waveform, lengths = pad_clips(list(items), length * UNIT)
+        waveform, lengths = pad_clips(list(items), length * LENGTH_STEP)
         return {"waveform": waveform, "lengths": lengths}

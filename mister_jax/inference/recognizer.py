@@ -29,16 +29,19 @@ from mister_jax.inference.utterance_inputs import (
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
-# Experts that need the encoder of each modality.
+# Experts that read each modality; without any of them, its encoder is not loaded.
 _EXPERTS_BY_MODALITY = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
 
 NewPaths = str | Mapping[str, str] | None
+"""New path of an encoder that has moved, or of its parts by name: "encoder", "adapter", "whisper",
+"beats", "vicuna"."""
 
 
 class EmotionRecognizer:
-    """The encoders and the model of a training of MiSTER-E, loaded once.
+    """The encoders and the model of a run of MiSTER-E, loaded once.
 
-    It needs no dataset: the training has recorded which encoders extracted its features.
+    The run's dataset is not needed: its work directory records which encoders extracted the
+    features.
 
     Args:
       workdir: Work directory of a training on features from `mister-jax extract`.
@@ -102,13 +105,14 @@ class EmotionRecognizer:
         """Predicts every utterance of some dialogues, each in the context of its dialogue.
 
         Args:
-          dialogues: Utterances in the order of the dialogue, each with "text", "audio" or both.
-            Audio is a file in any format FFmpeg reads, or samples [S] at 16 kHz, int16 or floats
-            with full scale 1. "audio_start" and "audio_end" are seconds in a file, "audio_channel"
-            is "mix", "left", "right" or an index. Utterances that share a file are cut by their
-            "start" and "end". Further fields are those of a manifest and do not affect the
-            prediction. An unusable file is logged, and its utterance predicted without speech.
-          max_seconds: Seconds of each recording to read.
+          dialogues: Utterances in the order of the dialogue, each a dict with "text", "audio" or
+            both. Audio is a file in any format FFmpeg reads, or samples [S] at 16 kHz, int16 or
+            floats with full scale 1. A part of a file is given by "audio_start" and "audio_end" in
+            seconds; without them, utterances that share a file are cut by their "start" and "end".
+            "audio_channel" is "mix", "left", "right" or an index. The other fields of a manifest
+            are allowed and do not affect the prediction. An unusable file is logged, and its
+            utterance is predicted without speech.
+          max_seconds: Seconds of each utterance's speech to read.
           num_workers: Number of processes that decode files; 0 decodes in this process.
           quiet: Whether to show no progress.
 
@@ -125,10 +129,12 @@ class EmotionRecognizer:
             return []
         clips, notes = self._decode(utterances, max_seconds, num_workers, quiet)
         speech, speech_present = self._encode("speech", clips, quiet)
-        text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        text, text_present = self._encode(
+            "text", [utterance.text for utterance in utterances], quiet
+        )
         features = DialogueFeatures(
             name="recordings",
-            split="test",
+            split="test",  # DialogueFeatures requires one of the splits.
             class_names=self.class_names,
             dialogue_ids=tuple(map(str, range(len(dialogues)))),
             lengths=np.array([len(dialogue) for dialogue in dialogues]),
@@ -155,7 +161,7 @@ class EmotionRecognizer:
     ) -> tuple[list[np.ndarray], list[list[str]]]:
         """Returns the samples [S] of each utterance, empty without speech, and its notes."""
         if "speech" not in self._encoders:
-            if any(it.speech is not None for it in utterances):
+            if any(utterance.speech is not None for utterance in utterances):
                 logging.warning("speech is not used: the model has no speech encoder")
             return [np.zeros(0, np.int16)] * len(utterances), [[] for _ in utterances]
         clips, notes = decode_speech(utterances, max_seconds, num_workers, quiet)
@@ -177,7 +183,7 @@ class EmotionRecognizer:
                 logging.warning("text is not used: the model has no text encoder")
             return no_features
         encoder = self._encoders[modality]
-        # Clips may be silent, and an encoder cannot encode nothing.
+        # Silent clips have no items, and an encoder needs at least one.
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
@@ -192,7 +198,7 @@ class EmotionRecognizer:
         return features, present
 
     def _predict(self, features: DialogueFeatures, quiet: bool) -> Predictions:
-        # The task's batches need TensorFlow, which takes longer to import than all else.
+        # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, features.offsets, *planned) for planned in plan)

@@ -12,8 +12,13 @@ from absl import logging
 
 from mister_jax.console import ProgressReporter
 from mister_jax.data import audio
-from mister_jax.data.clips import is_heard
-from mister_jax.data.manifest.fields import FIELDS, Fields, audio_intervals, check_further_name
+from mister_jax.data.clips import is_audible
+from mister_jax.data.corpora.manifest.fields import (
+    FIELDS,
+    Fields,
+    audio_intervals,
+    check_further_name,
+)
 from mister_jax.errors import InputError
 
 Utterance = Mapping[str, Any]
@@ -43,7 +48,7 @@ class CheckedUtterance:
     """
 
     text: str
-    speech: audio.Request | np.ndarray | None
+    speech: audio.DecodeRequest | np.ndarray | None
     notes: tuple[str, ...] = ()
 
 
@@ -85,7 +90,7 @@ def decode_speech(
       Samples [S] int16 of each utterance, empty if it has no usable speech, and its notes.
     """
     max_samples = round(max_seconds * audio.SAMPLE_RATE)
-    requests = [it.speech for it in utterances if isinstance(it.speech, audio.Request)]
+    requests = [it.speech for it in utterances if isinstance(it.speech, audio.DecodeRequest)]
     decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
     clips, notes = [], []
     failures: list[audio.AudioError] = []
@@ -107,7 +112,7 @@ def decode_speech(
                 else:
                     samples = clip.samples
                     utterance_notes += _clip_notes(clip, max_seconds)
-            if len(samples) and not is_heard(samples):
+            if len(samples) and not is_audible(samples):
                 utterance_notes.append(f"{SILENT}: predicted without speech")
             clips.append(samples)
             notes.append(utterance_notes)
@@ -152,7 +157,7 @@ def _check_utterance(
     if samples is not None:
         return CheckedUtterance(text, *samples)
     if path is not None:
-        return CheckedUtterance(text, audio.Request(path, *interval, row.channel()))
+        return CheckedUtterance(text, audio.DecodeRequest(path, *interval, row.channel()))
     if row.values.get("text") is None:
         row.fail("audio", "missing, and text too; needed: one of them")
     return CheckedUtterance(text, None)

@@ -25,14 +25,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
-from mister_jax import workdir as workdirs
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
 from mister_jax.console import ProgressReporter
 from mister_jax.data import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, make_optimizer, params_for_evaluation
-from mister_jax.parallel.memory import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
+from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import (
     CompiledStep,
     ParallelConfig,
@@ -45,6 +44,7 @@ from mister_jax.tasks.registry import task_class
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
+from mister_jax.workdir import check_config, check_data, config_path, write_description
 
 # Number of epochs with a single predicted class after which the training warns.
 _ONE_CLASS_EPOCHS = 3
@@ -60,13 +60,14 @@ class TrainConfig:
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without a better validation weighted F1 after which a seed stops
-        improving, 0 for no early stopping. The training ends when all seeds have stopped.
+      patience: Number of epochs without a better validation weighted F1 after which a seed keeps
+        its best parameters for good, 0 for no early stopping. The training ends when this is so
+        for all seeds.
       log_every: Number of steps between two records of the training loss.
       save_every: Number of steps between two checkpoints within an epoch, 0 for none. The end of
         every epoch is always saved.
-      accumulation: Number of parts that each device's rows are divided into, see
-        `make_train_step`; must be 1 for tasks whose loss is not a sum over rows.
+      accumulation: Number of gradient accumulation steps: each device's rows go through the model
+        in this many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
     """
 
     epochs: int
@@ -146,8 +147,8 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to show no progress.
       on_step: Called with the number of completed steps after each step.
-      on_save: Called with the kind (`LATEST` or `BEST`), step, state and progress of a checkpoint
-        after writing it has been started in the background.
+      on_save: Called when a checkpoint has begun to be written in the background, with its kind
+        (`LATEST` or `BEST`), step, state and progress.
 
     Returns:
       Progress at the end; `finished` is false after SIGTERM.
@@ -161,7 +162,7 @@ def train(
     options = dataclass_from_config(TrainConfig, config.train, "config.train")
     parallel = dataclass_from_config(ParallelConfig, config.parallel, "config.parallel")
     optimizer_config = dataclass_from_config(OptimizerConfig, config.optimizer, "config.optimizer")
-    workdirs.check_config(config, workdir)
+    check_config(config, workdir)
     seeds = config_seeds(config)
 
     task = task_class(config).from_data(config)
@@ -169,22 +170,23 @@ def train(
     num_shards = partitioner.num_shards
     train_split = task.split("train", num_shards=num_shards, shuffle=True)
     validation_split = task.split("validation", num_shards=num_shards, shuffle=False)
-    data = {
+    data_fingerprints = {
         "train": {"fingerprint": train_split.fingerprint(), "steps_per_epoch": train_split.steps},
         "validation": {"fingerprint": validation_split.fingerprint()},
     }
-    workdirs.check_data(data, config.data.name, workdir)
+    check_data(data_fingerprints, config.data.name, workdir)
 
     total_steps = options.epochs * train_split.steps
     optimizer = make_optimizer(optimizer_config, total_steps)
+    # The largest batch, for the message about memory.
     rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
-    work = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
-    with explain_oom(str(workdir), work, task.oom_hint):
-        graph, state = _initial_state(task, optimizer, seeds, partitioner)
+    activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
+    with explain_oom(str(workdir), activity, task.oom_hint):
+        graph, state = _initial_states(task, optimizer, seeds, partitioner)
         if jax.process_index() == 0:
             params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
-            workdirs.write_description(workdir, config, task.description(), params, data)
-        assert_visible_to_all_processes(workdirs.config_path(workdir))
+            write_description(workdir, config, task.description(), params, data_fingerprints)
+        assert_visible_to_all_processes(config_path(workdir))
         train_step = make_train_step(task, graph, optimizer, options.accumulation)
         eval_step = make_eval_step(task, graph)
         with Checkpoints(workdir, on_save=on_save) as checkpoints, _stop_on_sigterm() as stop_event:
@@ -210,7 +212,7 @@ def train(
             return loop.run(state, quiet)
 
 
-def _initial_state(
+def _initial_states(
     task: Task, optimizer: optax.GradientTransformation, seeds: Sequence[int], partitioner: Any
 ) -> tuple[Any, Any]:
     """Returns the model's graph definition and the stacked states of the seeds."""
@@ -242,7 +244,7 @@ class _TrainingLoop:
     checkpoints: Checkpoints
     stop_event: threading.Event
     on_step: Callable[[int], None]
-    one_class_epochs: Any = 0
+    num_one_class_epochs: Any = 0
     """Number of consecutive epochs in which each seed has predicted one class [S]."""
 
     def run(self, state: Any, quiet: bool) -> TrainProgress:
@@ -252,8 +254,9 @@ class _TrainingLoop:
         progress = TrainProgress.initial(len(self.seeds))
         restored = self.checkpoints.restore(LATEST, self._saved_part(state))
         if restored is not None:
-            state = {**state, **self.partitioner.put_state(restored[0])}
-            progress = TrainProgress(**restored[1])
+            saved_state, saved_progress = restored
+            state = {**state, **self.partitioner.put_state(saved_state)}
+            progress = TrainProgress(**saved_progress)
         step = self._global_step(state)
         writer = MetricWriter(self.workdir, step)
         reporter = ProgressReporter(
@@ -308,6 +311,7 @@ class _TrainingLoop:
         return self.partitioner.get_state(changing)
 
     def _global_step(self, state: Any) -> int:
+        # All seeds are at the same step.
         return int(np.ravel(self.partitioner.get_state(state["step"]))[0])
 
     def _save_latest(self, state: Any, progress: TrainProgress, step: int) -> None:
@@ -334,11 +338,12 @@ class _TrainingLoop:
             is_last = step % steps_per_epoch == 0
             stop = should_stop(self.stop_event, step)
             save = stop or (options.save_every and step % options.save_every == 0)
-            # Reading metrics waits for the devices, so it is rare. It always precedes a save, so
-            # that no state with a non-finite loss is saved.
+            # Reading the metrics waits for the devices, so most steps do not. But the metrics are
+            # read before every save: a state whose loss is not finite is never saved.
             if len(pending_metrics) == options.log_every or is_last or save:
                 self._write_metrics(pending_metrics, step, writer)
                 pending_metrics = []
+            # After the last step, `run` validates and saves; a stop then ends the next epoch.
             if save and not is_last:
                 self._save_latest(state, progress, step)
             if stop and not is_last:
@@ -409,14 +414,17 @@ class _TrainingLoop:
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = self.checkpoints.restore(BEST, params)
-            if previous is None:  # All seeds improve in the first epoch.
+            # Every seed improves on its initial -1 in the first epoch, so a best checkpoint exists.
+            if previous is None:
                 raise InputError(
                     f"{self.workdir}: the best checkpoint is gone, and the training needs it to "
                     "resume"
                 )
-            params = multi_seed.select_seeds(improved, params, previous[0])
+            previous_params, previous_values = previous
+            params = multi_seed.select_seeds(improved, params, previous_params)
             values = {
-                name: np.where(improved, value, previous[1][name]) for name, value in values.items()
+                name: np.where(improved, value, previous_values[name])
+                for name, value in values.items()
             }
         plain_values = {name: np.asarray(value).tolist() for name, value in values.items()}
         self.checkpoints.save(BEST, step, params, plain_values)
@@ -430,8 +438,10 @@ class _TrainingLoop:
           num_predicted_classes: Number of classes each seed predicts on the validation split, [S].
           reporter: Reporter that prints the warning.
         """
-        self.one_class_epochs = np.where(num_predicted_classes == 1, self.one_class_epochs + 1, 0)
-        collapsed = np.flatnonzero(self.one_class_epochs == _ONE_CLASS_EPOCHS)
+        self.num_one_class_epochs = np.where(
+            num_predicted_classes == 1, self.num_one_class_epochs + 1, 0
+        )
+        collapsed = np.flatnonzero(self.num_one_class_epochs == _ONE_CLASS_EPOCHS)
         if len(collapsed) and len(self.task.class_names) > 1:
             reporter.print(
                 f"WARNING: seed {', '.join(str(self.seeds[index]) for index in collapsed)} has "
@@ -471,8 +481,8 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
     """Yields an event that SIGTERM sets, if this process is the only one of the job."""
     event = threading.Event()
     # With several processes, JAX handles the signal, and a handler here would replace its own.
-    is_alone = jax.process_count() == 1
-    if not is_alone or threading.current_thread() is not threading.main_thread():
+    is_single_process = jax.process_count() == 1
+    if not is_single_process or threading.current_thread() is not threading.main_thread():
         yield event
         return
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
