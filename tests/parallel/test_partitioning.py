@@ -25,7 +25,7 @@ pytestmark = pytest.mark.devices
 
 @pytest.fixture(scope="module")
 def task(tiny_config):
-    """Every kind of dropout is on: devices must agree on what is dropped, too."""
+    """A task with every kind of dropout, whose masks must not depend on the devices."""
     dropouts = {
         "input_dropout": 0.2,
         "context_dropout": 0.2,
@@ -39,85 +39,94 @@ def task(tiny_config):
 
 @pytest.fixture(scope="module")
 def batch(make_batch):
-    """Devices get unequal shares of the utterances; one of eight gets none."""
+    """A batch that spreads utterances unevenly: one of eight devices gets none."""
     return make_batch([5, 1, 3, 0, 2, 5, 4, 1])
 
 
 @pytest.fixture(scope="module")
-def transformation():
+def optimizer():
     config = OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.1, average_decay=0.9)
     return make_optimizer(config, 10)
 
 
-def spreads(count):
-    devices = jax.devices()[:count]
-    return {"jit": JitPartitioner(data_mesh(devices=devices)), "pmap": PmapPartitioner(devices)}
+def partitioner_of(backend, num_devices):
+    devices = jax.devices()[:num_devices]
+    if backend == "pmap":
+        return PmapPartitioner(devices)
+    return JitPartitioner(data_mesh(devices=devices))
 
 
-def run(spread, task, transformation, batch, steps=2):
-    """States and metrics after some steps, and the sums of a validation."""
-    graph, state = initial_state(task, transformation, seed=0)
-    step = spread.compile_step(make_train_step(task, graph, transformation))
-    placed, batch = spread.put_state(state), spread.put_batch(batch)
-    for _ in range(steps):
-        placed, metrics = step(placed, batch)
-    sums = spread.compile_eval(make_eval_step(task, graph))(placed, batch)
-    return jax.device_get((spread.get_state(placed), metrics, sums))
+def run_steps(partitioner, task, optimizer, batch):
+    """Returns the state and metrics after two steps, and the sums of a validation."""
+    graph, state = initial_state(task, optimizer, seed=0)
+    step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+    state, batch = partitioner.put_state(state), partitioner.put_batch(batch)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    sums = partitioner.compile_eval(make_eval_step(task, graph))(state, batch)
+    return jax.device_get((partitioner.get_state(state), metrics, sums))
+
+
+def assert_same_results(actual, expected):
+    """Checks that two results of `run_steps` are equal up to rounding."""
+    (state, metrics, sums), (expected_state, expected_metrics, expected_sums) = actual, expected
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    leaves = dict(jax.tree_util.tree_leaves_with_path(state))
+    for path, value in jax.tree_util.tree_leaves_with_path(expected_state):
+        np.testing.assert_allclose(leaves[path], value, atol=1e-5, err_msg=str(path))
+    np.testing.assert_array_equal(sums["confusion"], expected_sums["confusion"])
 
 
 @pytest.fixture(scope="module")
-def alone(task, transformation, batch):
-    return run(spreads(1)["jit"], task, transformation, batch)
+def one_device_results(task, optimizer, batch):
+    return run_steps(partitioner_of("jit", 1), task, optimizer, batch)
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-@pytest.mark.parametrize("count", [1, 2, 8])
-def test_devices_do_not_change_a_step(task, transformation, batch, alone, backend, count):
-    assert_same(run(spreads(count)[backend], task, transformation, batch), alone)
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_devices_do_not_change_a_step(
+    task, optimizer, batch, one_device_results, backend, num_devices
+):
+    partitioner = partitioner_of(backend, num_devices)
+    assert_same_results(run_steps(partitioner, task, optimizer, batch), one_device_results)
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_devices_do_not_change_a_step_of_what_is_not_released(task, transformation, batch, backend):
-    more = {"fusion_layers": 0, "fusion_gru_layers": 1, "crf": True, "gate_reads_contexts": True}
-    task = TinyTask(dataclasses.replace(task.config, **more), LossWeights(gate=1.0))
-    alone, together = (
-        run(one, task, transformation, batch) for one in (spreads(1)["jit"], spreads(8)[backend])
+def test_devices_do_not_change_a_step_of_the_model_variants(task, optimizer, batch, backend):
+    changes = {"fusion_layers": 0, "fusion_gru_layers": 1, "crf": True, "gate_reads_contexts": True}
+    task = TinyTask(dataclasses.replace(task.config, **changes), LossWeights(gate=1.0))
+    expected, actual = (
+        run_steps(partitioner, task, optimizer, batch)
+        for partitioner in (partitioner_of("jit", 1), partitioner_of(backend, 8))
     )
-    assert_same(together, alone)
-
-
-def assert_same(found, expected):
-    """That states, metrics and sums of `run` are those of another run."""
-    (state, metrics, sums), (state_alone, metrics_alone, sums_alone) = found, expected
-    for name, value in metrics_alone.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
-    for path, value in jax.tree_util.tree_flatten_with_path(state_alone)[0]:
-        ours = dict(jax.tree_util.tree_flatten_with_path(state)[0])[path]
-        np.testing.assert_allclose(ours, value, atol=1e-5, err_msg=str(path))
-    np.testing.assert_array_equal(sums["confusion"], sums_alone["confusion"])
+    assert_same_results(actual, expected)
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_later_steps_are_not_compiled_anew(task, transformation, batch, backend):
-    spread = spreads(2)[backend]
-    graph, state = initial_state(task, transformation, seed=0)
-    step = spread.compile_step(make_train_step(task, graph, transformation))
-    placed, batch = spread.put_state(state), spread.put_batch(batch)
-    placed, _ = step(placed, batch)
-    compiled = []
-    listener = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
+def test_later_steps_do_not_compile(task, optimizer, batch, backend):
+    partitioner = partitioner_of(backend, 2)
+    graph, state = initial_state(task, optimizer, seed=0)
+    step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+    state, batch = partitioner.put_state(state), partitioner.put_batch(batch)
+    state, _ = step(state, batch)
+    events = []
+
+    def listener(name, *_, **__):
+        events.append(name)
+
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         for _ in range(2):
-            placed, metrics = step(placed, batch)
+            state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    assert not [name for name in compiled if "backend_compile" in name]
+    assert not [name for name in events if "backend_compile" in name]
 
 
-def test_rules_shard_parameters_and_their_moments(task, transformation):
-    _, state = initial_state(task, transformation, seed=0)
+def test_rules_shard_parameters_and_their_moments(task, optimizer):
+    _, state = initial_state(task, optimizer, seed=0)
     mesh = data_mesh(2)
     placed = shardings(state, mesh, [(r"fusion/projection/kernel$", (None, "model"))])
     specs = {
@@ -125,17 +134,19 @@ def test_rules_shard_parameters_and_their_moments(task, transformation):
         for path, leaf in jax.tree_util.tree_flatten_with_path(placed)[0]
     }
     sharded = [name for name, spec in specs.items() if spec == PartitionSpec(None, "model")]
-    assert len(sharded) == 4  # the kernel, its two moments and its average
+    assert len(sharded) == 4  # The kernel, its two moments and its average.
     assert all(name.endswith("fusion/projection/kernel") for name in sharded)
     assert all(spec == PartitionSpec() for name, spec in specs.items() if name not in sharded)
 
 
-def test_sharded_parameters_train_as_replicated_ones(task, transformation, batch, alone):
-    spread = JitPartitioner(data_mesh(2), [(r"fusion/projection/kernel$", (None, "model"))])
-    state, metrics, _ = run(spread, task, transformation, batch)
-    np.testing.assert_allclose(metrics["loss"], alone[1]["loss"], rtol=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(alone[0]), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+def test_sharded_parameters_train_as_replicated_ones(task, optimizer, batch, one_device_results):
+    rules = [(r"fusion/projection/kernel$", (None, "model"))]
+    partitioner = JitPartitioner(data_mesh(2), rules)
+    state, metrics, _ = run_steps(partitioner, task, optimizer, batch)
+    expected_state, expected_metrics, _ = one_device_results
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
+        np.testing.assert_allclose(leaf, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -146,24 +157,24 @@ def test_sharded_parameters_train_as_replicated_ones(task, transformation, batch
         {"backend": "pmap", "model_parallelism": 2},
     ],
 )
-def test_a_way_that_does_not_exist_is_refused(options):
+def test_unknown_parallel_options_are_refused(options):
     with pytest.raises(ValueError, match="ParallelConfig"):
         ParallelConfig(**options)
 
 
-def test_devices_that_cannot_be_shared_out_are_refused():
+def test_a_mesh_needs_a_divisor_of_the_devices():
     with pytest.raises(ValueError, match="model_parallelism=3 does not divide 8 devices"):
         data_mesh(3)
 
 
-def test_a_copy_of_the_parameters_that_devices_cannot_hold_is_refused():
+def test_a_partitioner_needs_a_divisor_of_the_devices_per_process():
     with pytest.raises(InputError, match="model_parallelism=3; allowed are divisors of the 8"):
         make_partitioner(ParallelConfig(model_parallelism=3))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("model_parallelism", [1, 4])
-def test_the_processes_of_a_pod_hold_consecutive_rows(model_parallelism, monkeypatch):
+def test_processes_of_a_tpu_pod_hold_consecutive_rows(model_parallelism, monkeypatch):
     from jax.experimental import topologies
 
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
