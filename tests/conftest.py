@@ -30,7 +30,7 @@ from tests.helpers.golden import GOLDEN
 
 # The slowest test files, slowest first. They start first, so that none runs alone at the end.
 SLOWEST = (
-    "test_loop",
+    "test_resume",
     "test_distributed",
     "test_notebooks",
     "test_commands",

@@ -12,7 +12,7 @@ from mister_jax.data.standardizer import why_standardize
 from mister_jax.errors import InputError
 from mister_jax.tasks.fusion import FusionTask
 
-SPLITS = data.generate(
+SPLITS = data.generate_features(
     num_dialogues={"train": 6, "validation": 2, "test": 2}, speech_dim=5, text_dim=4
 )
 
@@ -29,7 +29,9 @@ def _crooked(features):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data.write({name: _crooked(split) for name, split in SPLITS.items()}, "crooked", folder)
+    data.write_features(
+        {name: _crooked(split) for name, split in SPLITS.items()}, "crooked", folder
+    )
     config = fusion.get_config("crooked")
     config.data.data_dir = str(folder)
     config.data.num_buckets = 1
@@ -118,7 +120,7 @@ def test_modalities_that_cannot_be_standardized_are_named(config):
             name: dataclasses.replace(split, speech_present=np.zeros_like(split.speech_present))
             for name, split in SPLITS.items()
         }
-        data.write(silent, "silent", config.data.data_dir, overwrite=True)
+        data.write_features(silent, "silent", config.data.data_dir, overwrite=True)
         changed.data.name = "silent"
         with pytest.raises(InputError, match=what):
             FusionTask.from_data(changed)

@@ -1,4 +1,4 @@
-"""Speech encoders, tuned as a user tunes them: frozen, LoRA, whole, augmented, stopped, asked."""
+"""Fine-tuning of speech encoders: frozen, LoRA, all parameters, augmentation, speech LLMs."""
 
 import json
 import os
@@ -11,11 +11,9 @@ import pytest
 from flax import nnx
 from mister_jax.configs import speech_encoder
 
-import mister_jax.training.loop as train_module
 from mister_jax import data, extraction
-from mister_jax.data.clips import UNIT
+from mister_jax.data.clips import LENGTH_STEP
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.nn import PerExampleRngs
@@ -26,13 +24,21 @@ from mister_jax.predictor import Predictor
 from mister_jax.tasks.base import split_params
 from mister_jax.tasks.speech_encoder import SpeechEncoderTask
 from mister_jax.training.loop import train
-from mister_jax.training.steps import initial_state, make_train_step
-from tests.helpers.training import assert_same_bits, read_latest_checkpoint, read_metric_records
-from tests.tasks.test_text_encoder import assert_alike, two_steps
+from mister_jax.training.steps import make_train_step
+from tests.helpers.tiny_encoders import WAVLM_CONFIG, save_encoder
+from tests.helpers.training import (
+    assert_same_bits,
+    assert_same_steps,
+    initial_encoder_state,
+    one_device_partitioner,
+    read_latest_checkpoint,
+    read_validation_scores,
+    take_two_steps,
+)
 
 
-def tiny(folder, data_dir, **changes):
-    """A quick experiment."""
+def make_config(folder, data_dir, **changes):
+    """Returns the config of a quick training."""
     config = speech_encoder.get_config("manifest/heard,whisper_tiny")
     config.data.update({"data_dir": str(data_dir), "num_buckets": 1, "batch_size": 8})
     config.encoder.options.update({"name": str(folder), "max_seconds": 0.8, "crop_seconds": 0.5})
@@ -44,69 +50,60 @@ def tiny(folder, data_dir, **changes):
     return config
 
 
+def make_augmented_config(folder, data_dir, **changes):
+    augmentation = {f"encoder.options.{name}": True for name in ("gain", "noise", "speed")}
+    return make_config(folder, data_dir, **augmentation, **changes)
+
+
 @pytest.fixture(scope="module")
-def tuned(whisper_folder, heard_dir, tmp_path_factory):
-    """The work directory of a Whisper tuned whole, its clips augmented."""
-    workdir = tmp_path_factory.mktemp("tuned") / "run"
-    assert train(augmenting(whisper_folder, heard_dir), workdir, quiet=True).finished
+def whisper_workdir(whisper_folder, heard_dir, tmp_path_factory):
+    """The work directory of a Whisper whose parameters are all trained, with augmentation."""
+    workdir = tmp_path_factory.mktemp("whisper") / "run"
+    config = make_augmented_config(whisper_folder, heard_dir)
+    assert train(config, workdir, quiet=True).finished
     return workdir
 
 
-def augmenting(folder, data_dir):
-    changes = {f"encoder.options.{name}": True for name in ("gain", "noise", "speed")}
-    return tiny(folder, data_dir, **changes)
+def test_an_encoder_learns_the_emotion(whisper_workdir):
+    assert max(read_validation_scores(whisper_workdir)) > 0.9
 
 
-def scores(workdir):
-    found = (row.get("validation/weighted_f1") for row in read_metric_records(workdir))
-    return [score for score in found if score is not None]
-
-
-def test_an_encoder_learns_what_tells_the_emotion(tuned):
-    assert max(scores(tuned)) > 0.9
-
-
-def test_stopped_and_started_again_it_ends_with_the_same_bits(
-    whisper_folder, heard_dir, tuned, tmp_path, monkeypatch
+def test_a_training_stopped_by_sigterm_resumes_to_the_same_bits(
+    whisper_folder, heard_dir, whisper_workdir, tmp_path
 ):
-    original = train_module._Loop._record
-
-    def record(loop, unread, done, writer):
-        if done == 2:
+    def terminate(step):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(loop, unread, done, writer)
 
-    config = augmenting(whisper_folder, heard_dir)
-    monkeypatch.setattr(train_module._Loop, "_record", record)
-    assert not train(config, tmp_path, quiet=True).finished
-    monkeypatch.undo()
+    config = make_augmented_config(whisper_folder, heard_dir)
+    assert not train(config, tmp_path, quiet=True, on_step=terminate).finished
     assert train(config, tmp_path, quiet=True).finished
-    assert_same_bits(read_latest_checkpoint(tmp_path), read_latest_checkpoint(tuned))
+    assert_same_bits(read_latest_checkpoint(tmp_path), read_latest_checkpoint(whisper_workdir))
 
 
-def test_evaluation_and_extraction_agree_on_what_is_heard(tuned, heard_dir):
-    found = evaluate(tuned, "validation", quiet=True)
-    assert found["weighted_f1"] == pytest.approx(max(scores(tuned)))
-    assert found["utterances"] == 6 * 3 - 4
-    encoder = extraction.TunedEncoder(tuned)
+def test_evaluation_and_extraction_read_the_same_speech(whisper_workdir, heard_dir):
+    scores = evaluate(whisper_workdir, "validation", quiet=True)
+    assert scores["weighted_f1"] == pytest.approx(max(read_validation_scores(whisper_workdir)))
+    assert scores["utterances"] == 6 * 3 - 4
+    encoder = extraction.TunedEncoder(whisper_workdir)
     assert encoder.modality == "speech" and encoder.input.longest == 8
     extraction.extract_features(encoder, "manifest/heard", "tuned_speech", heard_dir, quiet=True)
     features = data.load_features("tuned_speech", "validation", heard_dir)
-    predictor = Predictor(tuned)
+    predictor = Predictor(whisper_workdir)
     clips = predictor.task.features("validation")
     np.testing.assert_array_equal(
         features.utterance_ids[features.speech_present], clips.utterance_ids
     )
     expected = predictor(clips, quiet=True)["feature"]
     np.testing.assert_allclose(features.speech[features.speech_present], expected, atol=1e-5)
-    again = extraction.encoder_from_metadata(json.loads(json.dumps(features.metadata["speech"])))
-    some, _ = extraction.encode_utterances(again, clips.items[:3])
-    np.testing.assert_allclose(some, expected[:3], atol=1e-5)
+    restored = extraction.encoder_from_metadata(json.loads(json.dumps(features.metadata["speech"])))
+    first_features, _ = extraction.encode_utterances(restored, clips.items[:3])
+    np.testing.assert_allclose(first_features, expected[:3], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def task(whisper_folder, heard_dir):
-    return SpeechEncoderTask.from_data(tiny(whisper_folder, heard_dir))
+    return SpeechEncoderTask.from_data(make_config(whisper_folder, heard_dir))
 
 
 @pytest.fixture(scope="module")
@@ -115,32 +112,34 @@ def batch(task):
     return next(iter(split.batches()))
 
 
-def test_crops_are_of_training_alone(task):
+def first_position(clip, crop):
+    """Returns the first position of a crop in a clip."""
+    return next(
+        start
+        for start in range(len(clip) - len(crop) + 1)
+        if np.array_equal(clip[start : start + len(crop)], crop)
+    )
+
+
+def test_only_training_crops_at_random(task):
     training = task.split("train", num_shards=1, shuffle=True)
     validation = task.split("validation", num_shards=1, shuffle=False)
-    assert max(length for _, length in training.shapes) * UNIT == 8000
-    assert max(length for _, length in validation.shapes) * UNIT > 8000
+    assert max(length for _, length in training.shapes) * LENGTH_STEP == 8000
+    assert max(length for _, length in validation.shapes) * LENGTH_STEP > 8000
     clips = task.features("train").labeled().items
-    places = set()
+    longest = int(np.argmax([len(clip) for clip in clips]))
+    starts = set()
     for epoch in range(4):
         for batch in training.batches(epoch):
-            for row, waveform, length in zip(
-                batch["row"], batch["waveform"], batch["lengths"], strict=True
-            ):
-                if row == np.argmax([len(clip) for clip in clips]):
-                    whole = clips[row]
-                    starts = [
-                        start
-                        for start in range(len(whole) - length + 1)
-                        if np.array_equal(whole[start : start + length], waveform[:length])
-                    ]
-                    places.add(starts[0])
-    assert len(places) > 1
+            for row in np.flatnonzero(batch["row"] == longest):
+                crop = batch["waveform"][row, : batch["lengths"][row]]
+                starts.add(first_position(clips[longest], crop))
+    assert len(starts) > 1
     first, second = (next(iter(validation.batches(epoch))) for epoch in range(2))
     np.testing.assert_array_equal(first["waveform"], second["waveform"])
 
 
-def test_a_clip_that_is_silent_until_the_cut_is_of_training_alone(task, monkeypatch):
+def test_only_training_reads_a_clip_that_starts_with_silence(task, monkeypatch):
     late = np.append(np.zeros(13_000), np.arange(1000)).astype(np.int16)
     turn = types.SimpleNamespace(id="late", audio=late, speech_present=True, label=0, score=None)
     dialogues = [types.SimpleNamespace(id="one", utterances=[turn])]
@@ -151,8 +150,8 @@ def test_a_clip_that_is_silent_until_the_cut_is_of_training_alone(task, monkeypa
         task.split("validation", num_shards=1, shuffle=False)
 
 
-def make(task, key=0):
-    return task.init(jax.random.key(key))
+def abstract_model(task):
+    return nnx.eval_shape(lambda: task.init(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
@@ -164,28 +163,22 @@ def make(task, key=0):
         ({"full": False, "tower": "full"}, {"backbone", "head"}),
     ],
 )
-def test_what_is_trained_is_chosen(whisper_folder, heard_dir, changes, kinds):
+def test_options_choose_the_trained_parameters(whisper_folder, heard_dir, changes, kinds):
     changes = {f"encoder.options.{name}": value for name, value in changes.items()}
-    task = SpeechEncoderTask.from_data(tiny(whisper_folder, heard_dir, **changes))
-    shapes = nnx.eval_shape(lambda: make(task))
-    _, params, frozen = split_params(shapes, task.trainable)
+    task = SpeechEncoderTask.from_data(make_config(whisper_folder, heard_dir, **changes))
+    _, params, frozen = split_params(abstract_model(task), task.trainable)
 
     def kind(path):
         name = jax.tree_util.keystr(path)
         return "head" if "head'" in name else "lora" if "lora_" in name else "backbone"
 
-    found = {kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert found == kinds
+    assert {kind(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)} == kinds
     assert bool(jax.tree.leaves(frozen)) == ("backbone" not in kinds)
 
 
-def one_device():
-    return JitPartitioner(data_mesh(devices=jax.devices()[:1]))
-
-
-def gradient_of(task, batch):
-    """Of the loss of a batch in training."""
-    loaded = task.load(jax.random.key(0), one_device())
+def training_gradient(task, batch):
+    """Returns the gradient of the loss of a batch."""
+    loaded = task.load(jax.random.key(0), one_device_partitioner())
     graph, params, frozen = split_params(loaded, task.trainable)
 
     @jax.jit
@@ -199,104 +192,80 @@ def gradient_of(task, batch):
     return gradient(params, frozen, batch)
 
 
-def test_a_table_of_positions_does_not_decay(whisper_folder, heard_dir, batch, llm):
-    tasks = [
-        SpeechEncoderTask.from_data(
-            tiny(whisper_folder, heard_dir, **{"encoder.options.full": True})
-        ),
-        llm(tower="full"),
-    ]
-    for task in tasks:
-        transformation = make_optimizer(
-            OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.5), 10
-        )
-        spread = one_device()
-        graph, state = initial_state(
-            task,
-            transformation,
-            seed=0,
-            trainable=task.trainable,
-            make=lambda key, task=task: task.load(key, one_device()),
-        )
-        before = jax.device_get(state["params"])
-        program = spread.compile_step(make_train_step(task, graph, transformation))
-        after, _ = program(spread.put_state(state), spread.put_batch(batch))
-        kept = [
+def test_weight_decay_skips_position_embeddings(whisper_folder, heard_dir, batch, make_llm_task):
+    config = make_config(whisper_folder, heard_dir, **{"encoder.options.full": True})
+    optimizer_config = OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.5)
+    for task in (SpeechEncoderTask.from_data(config), make_llm_task(tower="full")):
+        optimizer = make_optimizer(optimizer_config, 10)
+        partitioner = one_device_partitioner()
+        graph, state = initial_encoder_state(task, optimizer, partitioner)
+        initial_params = jax.device_get(state["params"])
+        step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+        state, _ = step(partitioner.put_state(state), partitioner.put_batch(batch))
+        unchanged = [
             jax.tree_util.keystr(path)
-            for (path, new), old in zip(
-                jax.tree_util.tree_leaves_with_path(after["params"]),
-                jax.tree.leaves(before),
+            for (path, value), initial_value in zip(
+                jax.tree_util.tree_leaves_with_path(state["params"]),
+                jax.tree.leaves(initial_params),
                 strict=True,
             )
-            if new.ndim > 1 and np.array_equal(new, old)
+            if value.ndim > 1 and np.array_equal(value, initial_value)
         ]
-        assert [name for name in kept if name.endswith("['positions']")]
-        assert not [name for name in kept if name.endswith("['kernel']")]
+        assert [name for name in unchanged if name.endswith("['positions']")]
+        assert not [name for name in unchanged if name.endswith("['kernel']")]
 
 
-def test_each_augmentation_changes_training_and_nothing_else(whisper_folder, heard_dir, batch):
-    def found(*names):
-        changes = {f"encoder.options.{name}": True for name in names}
-        task = SpeechEncoderTask.from_data(tiny(whisper_folder, heard_dir, **changes))
-        model = task.load(jax.random.key(0), one_device())
+def test_each_augmentation_changes_only_training(whisper_folder, heard_dir, batch):
+    def loss_and_features(*augmentations):
+        changes = {f"encoder.options.{name}": True for name in augmentations}
+        task = SpeechEncoderTask.from_data(make_config(whisper_folder, heard_dir, **changes))
+        model = task.load(jax.random.key(0), one_device_partitioner())
 
         @nnx.jit
-        def both(model, batch):
+        def compute(model, batch):
             loss, _ = task.loss(model, batch, jax.random.key(0), None)
-            return loss, task.read(model, batch).feature
+            return loss, task.apply(model, batch).feature
 
-        return both(model, batch)
+        return compute(model, batch)
 
-    plain, features = found()
+    plain_loss, plain_features = loss_and_features()
     for name in ("gain", "noise", "speed", "mask_spectrogram"):
-        changed, same = found(name)
-        assert np.isfinite(changed) and changed != plain, name
-        np.testing.assert_allclose(same, features, atol=1e-6)
+        loss, features = loss_and_features(name)
+        assert np.isfinite(loss) and loss != plain_loss, name
+        np.testing.assert_allclose(features, plain_features, atol=1e-6)
 
 
-def test_augmentation_of_an_utterance_depends_on_neither_batch_nor_padding(
-    whisper_folder, heard_dir, batch
-):
+def test_augmentation_does_not_depend_on_batch_or_padding(whisper_folder, heard_dir, batch):
     changes = {"encoder.options.mask_spectrogram": True}
-    config = augmenting(whisper_folder, heard_dir)
-    config.update_from_flattened_dict(changes)
-    task = SpeechEncoderTask.from_data(config)
-    model = task.load(jax.random.key(0), one_device())
+    task = SpeechEncoderTask.from_data(make_augmented_config(whisper_folder, heard_dir, **changes))
+    model = task.load(jax.random.key(0), one_device_partitioner())
 
     @nnx.jit
     def logits(model, batch):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), batch["row"])
-        given = task.augmented(batch, keys)
+        augmented = task.augment(batch, keys)
         options = {"deterministic": False, "rngs": PerExampleRngs(keys)}
-        return task.read(model, given, **options).logits
+        return task.apply(model, augmented, **options).logits
 
     row = int(np.argmin(batch["lengths"]))
-    alone = {name: value[row : row + 1] for name, value in batch.items()}
-    length = -(-int(batch["lengths"][row]) // UNIT) * UNIT
-    alone["waveform"] = alone["waveform"][:, :length]
-    np.testing.assert_allclose(logits(model, alone)[0], logits(model, batch)[row], atol=1e-4)
+    row_batch = {name: value[row : row + 1] for name, value in batch.items()}
+    length = -(-int(batch["lengths"][row]) // LENGTH_STEP) * LENGTH_STEP
+    row_batch["waveform"] = row_batch["waveform"][:, :length]
+    np.testing.assert_allclose(logits(model, row_batch)[0], logits(model, batch)[row], atol=1e-4)
 
 
-def test_the_loss_is_divided_once(whisper_folder, heard_dir, task, batch):
-    """Cut into parts, a batch gives the same step as whole."""
-
+def test_accumulation_does_not_change_a_step(task, batch):
     def step(accumulation):
-        transformation = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
-        spread = one_device()
-        graph, state = initial_state(
-            task,
-            transformation,
-            seed=0,
-            trainable=task.trainable,
-            make=lambda key: task.load(key, spread),
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+        partitioner = one_device_partitioner()
+        graph, state = initial_encoder_state(task, optimizer, partitioner)
+        train_step = make_train_step(task, graph, optimizer, accumulation)
+        state, metrics = partitioner.compile_step(train_step)(
+            partitioner.put_state(state), partitioner.put_batch(batch)
         )
-        program = spread.compile_step(make_train_step(task, graph, transformation, accumulation))
-        after, metrics = program(spread.put_state(state), spread.put_batch(batch))
-        return jax.device_get((after["params"], metrics))
+        return jax.device_get((state["params"], metrics))
 
-    (params, metrics), (others, parts) = step(1), step(4)
-    assert metrics["loss"] == pytest.approx(parts["loss"], abs=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, others)
+    assert_same_steps(step(4), step(1))
 
 
 @pytest.mark.parametrize(
@@ -317,59 +286,41 @@ def test_the_loss_is_divided_once(whisper_folder, heard_dir, task, batch):
         ({"data.name": "manifest/written"}, "no dataset 'manifest/written'"),
     ],
 )
-def test_a_config_that_cannot_be_used_says_so(
-    whisper_folder, heard_dir, tmp_path, changes, message
-):
+def test_an_unusable_config_is_refused(whisper_folder, heard_dir, tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
-        train(tiny(whisper_folder, heard_dir, **changes), tmp_path / "run", quiet=True)
+        train(make_config(whisper_folder, heard_dir, **changes), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_text_encoder_is_refused(bert_folder, heard_dir):
     with pytest.raises(InputError, match="'bert' encodes text; allowed for speech: whis"):
-        SpeechEncoderTask.from_data(tiny(bert_folder, heard_dir))
+        SpeechEncoderTask.from_data(make_config(bert_folder, heard_dir))
 
 
-WAVLM = {
-    "model_type": "wavlm",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": [8, 8],
-    "conv_kernel": [20, 20],
-    "conv_stride": [16, 20],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "feat_proj_dropout": 0.1,
-}
-
-
-def test_encoders_of_the_waveform_are_tuned_too(heard_dir, batch, tmp_path):
-    registry.save_pretrained(registry.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, tmp_path)
+def test_waveform_encoders_are_trained(heard_dir, batch, tmp_path):
+    save_encoder(tmp_path, WAVLM_CONFIG)
     changes = {"encoder.options.full": False}
-    task = SpeechEncoderTask.from_data(tiny(tmp_path, heard_dir, **changes))
-    gradient = gradient_of(task, batch)["backbone"]
+    task = SpeechEncoderTask.from_data(make_config(tmp_path, heard_dir, **changes))
+    gradient = training_gradient(task, batch)["backbone"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
     with pytest.raises(InputError, match="model_type 'wavlm' has no spectrogram"):
         changes = {"encoder.options.mask_spectrogram": True}
-        SpeechEncoderTask.from_data(tiny(tmp_path, heard_dir, **changes))
+        SpeechEncoderTask.from_data(make_config(tmp_path, heard_dir, **changes))
 
 
 @pytest.fixture(scope="module", params=["qwen2_audio_7b", "salmonn_7b"])
-def llm(request, qwen_folder, salmonn_options, heard_dir):
-    """Function of options that makes the task of a speech LLM."""
+def make_llm_task(request, qwen_folder, salmonn_options, heard_dir):
+    """Returns a function that makes the task of a speech LLM with some options."""
     options = {"name": str(qwen_folder)} if "qwen" in request.param else dict(salmonn_options)
 
     def make(**changes):
         config = speech_encoder.get_config(f"manifest/heard,{request.param}")
         config.data.update({"data_dir": str(heard_dir), "num_buckets": 1, "batch_size": 8})
-        types = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+        dtypes = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
         seconds = {"max_seconds": 0.8, "crop_seconds": 0.5}
-        config.encoder.options.update({**options, **types, **seconds, **changes})
+        config.encoder.options.update({**options, **dtypes, **seconds, **changes})
         config.encoder.lora.update({"rank": 2, "alpha": 8.0})
         config.head.update({"feature_dim": 12, "dropout": 0.0})
         return SpeechEncoderTask.from_data(config)
@@ -377,44 +328,45 @@ def llm(request, qwen_folder, salmonn_options, heard_dir):
     return make
 
 
-def test_an_llm_is_tuned_by_its_low_rank_paths(llm, batch):
-    task = llm(mask_spectrogram=True)
-    leaves = jax.tree_util.tree_leaves_with_path(gradient_of(task, batch))
+def test_lora_trains_the_decoder_of_a_speech_llm(make_llm_task, batch):
+    task = make_llm_task(mask_spectrogram=True)
+    leaves = jax.tree_util.tree_leaves_with_path(training_gradient(task, batch))
     assert all(np.isfinite(leaf).all() for _, leaf in leaves)
-    moved = {jax.tree_util.keystr(path) for path, leaf in leaves if np.asarray(leaf).any()}
-    assert any("lora_" in path and "decoder" in path for path in moved)
-    assert all("lora_" in path or "['head']" in path for path in moved)
+    trained = {jax.tree_util.keystr(path) for path, leaf in leaves if np.asarray(leaf).any()}
+    assert any("lora_" in path and "decoder" in path for path in trained)
+    assert all("lora_" in path or "['head']" in path for path in trained)
 
 
-@pytest.mark.parametrize("llm", ["qwen2_audio_7b"], indirect=True)
-def test_devices_do_not_change_a_step_of_an_llm(llm, batch):
-    task = llm()
-    alone = two_steps(one_device(), task, batch)
+@pytest.mark.parametrize("make_llm_task", ["qwen2_audio_7b"], indirect=True)
+def test_devices_do_not_change_a_step_of_a_speech_llm(make_llm_task, batch):
+    task = make_llm_task()
+    one_device_steps = take_two_steps(one_device_partitioner(), task, batch)
     for count, model_parallelism in ((2, 1), (2, 2), (8, 2)):  # FSDP, tensor parallel, both
         mesh = data_mesh(model_parallelism, jax.devices()[:count])
-        assert_alike(two_steps(JitPartitioner(mesh, task.sharding_rules), task, batch), alone)
+        partitioner = JitPartitioner(mesh, task.sharding_rules)
+        assert_same_steps(take_two_steps(partitioner, task, batch), one_device_steps)
 
 
-def test_what_an_llm_hears_through_is_trained_where_asked(llm):
-    def trained(**changes):
-        task = llm(**changes)
-        shapes = nnx.eval_shape(lambda: make(task))
-        _, params, _ = split_params(shapes, task.trainable)
+def test_the_audio_tower_of_a_speech_llm_is_trained_on_request(make_llm_task):
+    def trained_outside_decoder(**options):
+        task = make_llm_task(**options)
+        _, params, _ = split_params(abstract_model(task), task.trainable)
         names = map(jax.tree_util.keystr, dict(jax.tree_util.tree_leaves_with_path(params)))
         return {name for name in names if "['head']" not in name and "decoder" not in name}
 
-    assert not trained()
-    full = trained(tower="full")
+    assert not trained_outside_decoder()
+    full = trained_outside_decoder(tower="full")
     assert any("strided_convolution" in name for name in full)
-    if llm().options.files.is_salmonn:
+    if make_llm_task().options.files.is_salmonn:
         assert any("qformer" in name for name in full)
         with pytest.raises(InputError, match="not for SALMONN; allowed: tower=frozen, full"):
-            llm(tower="lora")
+            make_llm_task(tower="lora")
     else:
-        assert trained(tower="lora") and all("lora_" in name for name in trained(tower="lora"))
+        lora = trained_outside_decoder(tower="lora")
+        assert lora and all("lora_" in name for name in lora)
 
 
-def test_an_llm_pools_over_audio_or_all_positions(llm):
+def test_a_speech_llm_pools_over_audio_or_all_positions(make_llm_task):
     for pool_prompt in (False, True):
-        task = llm(pool_prompt=pool_prompt)
-        assert nnx.eval_shape(lambda task=task: make(task)).backbone.pool_over_prompt == pool_prompt
+        task = make_llm_task(pool_prompt=pool_prompt)
+        assert abstract_model(task).backbone.pool_over_prompt == pool_prompt

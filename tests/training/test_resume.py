@@ -1,0 +1,228 @@
+"""Trainings that are killed, stopped or interrupted resume to the same parameters."""
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import chex
+import jax
+import pytest
+
+from mister_jax import data
+from mister_jax.checkpoint import BEST, LATEST
+from mister_jax.errors import InputError
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import data_mesh
+from mister_jax.training import loop
+from mister_jax.training.loop import train
+from tests.helpers.training import (
+    assert_same_bits,
+    assert_same_checkpoint,
+    make_tiny_config,
+    read_latest_checkpoint,
+    read_metric_records,
+)
+
+
+def test_a_finished_run_is_not_changed(tiny_data_dir, finished_workdir):
+    checkpoint = read_latest_checkpoint(finished_workdir)
+    metrics = (finished_workdir / "metrics.jsonl").read_text()
+    assert train(make_tiny_config(tiny_data_dir), finished_workdir, quiet=True).finished
+    assert_same_bits(read_latest_checkpoint(finished_workdir), checkpoint)
+    assert (finished_workdir / "metrics.jsonl").read_text() == metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """A signal that a training process sends to itself.
+
+    Attributes:
+      after: "step", or "latest" or "best" for the start of a checkpoint.
+      count: Step number for "step"; otherwise how many such checkpoints have been started.
+      number: Signal to send.
+      delay: Seconds between the event and the signal.
+    """
+
+    after: str
+    count: int
+    number: signal.Signals = signal.SIGKILL
+    delay: float = 0.0
+
+    def hooks(self):
+        """Returns `on_step` and `on_save` for `train`."""
+        num_saves = collections.Counter()
+
+        def on_step(step):
+            if (self.after, self.count) == ("step", step):
+                self._send()
+
+        def on_save(kind, step, state, progress):
+            num_saves[kind] += 1
+            if (self.after, self.count) == (kind, num_saves[kind]):
+                self._send()
+
+        return {"on_step": on_step, "on_save": on_save}
+
+    def _send(self):
+        if self.delay:
+            threading.Timer(self.delay, os.kill, (os.getpid(), self.number)).start()
+        else:
+            os.kill(os.getpid(), self.number)
+
+
+STATUS_OF_STOPPED = 15
+STEPS_PER_EPOCH = 4
+
+
+def two_bucket_config(tiny_data_dir, **changes):
+    """Returns the config of a training with batches of two lengths."""
+    return make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2, **changes})
+
+
+def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
+    """Trains in this process on one device, and sends it a signal."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    step_times = []
+    hooks = sent_signal.hooks() if sent_signal else {}
+    signal_on_step = hooks.pop("on_step", lambda step: None)
+
+    def on_step(step):
+        step_times.append(time.monotonic())
+        signal_on_step(step)
+
+    config = two_bucket_config(tiny_data_dir, **changes)
+    progress = train(config, workdir, quiet=True, on_step=on_step, **hooks)
+    workdir.with_suffix(".seconds").write_text(str(time.monotonic() - step_times[0]))
+    sys.exit(0 if progress.finished else STATUS_OF_STOPPED)
+
+
+@pytest.fixture(scope="module")
+def train_in_subprocess():
+    """Runs `train_and_signal` in a process of its own and returns its exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.training.test_resume", "tensorflow", "tensorflow_datasets"]
+    )
+
+    def run(tiny_data_dir, workdir, sent_signal=None, **changes):
+        arguments = (tiny_data_dir, workdir, sent_signal, changes)
+        process = context.Process(target=train_and_signal, args=arguments)
+        process.start()
+        process.join(timeout=200)
+        return process.exitcode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_workdir(tiny_data_dir, tmp_path_factory, train_in_subprocess):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
+    return workdir
+
+
+def test_a_run_killed_while_training_and_saving_resumes_to_the_same_bits(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
+):
+    workdir = tmp_path / "run"
+    kills = (
+        Signal("step", 2),  # In the first epoch, before the first checkpoint.
+        Signal("step", STEPS_PER_EPOCH),  # Before the first validation.
+        Signal(BEST, 1),  # While the best is being written and before the latest is.
+        Signal(LATEST, 1),  # While the latest is being written.
+        Signal("step", STEPS_PER_EPOCH + 2),  # In the second epoch.
+    )
+    for kill in kills:
+        assert train_in_subprocess(tiny_data_dir, workdir, kill) == -signal.SIGKILL, kill
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
+    assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir)
+
+
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
+):
+    workdir = tmp_path / "run"
+    seconds = float(uninterrupted_workdir.with_suffix(".seconds").read_text())
+    kill = Signal("step", 1, delay=random.SystemRandom().uniform(0.001, seconds))
+    status = train_in_subprocess(tiny_data_dir, workdir, kill, **{"train.save_every": 1})
+    # On a busy machine the training may have finished by then.
+    assert status in (-signal.SIGKILL, 0), kill
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0, kill
+    assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir), kill
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
+
+
+class InterruptedTrainingError(Exception):
+    pass
+
+
+def test_a_run_on_eight_devices_resumes_on_one(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, monkeypatch
+):
+    def use_devices(number):
+        mesh = data_mesh(devices=jax.devices()[:number])
+        monkeypatch.setattr(loop, "make_partitioner", lambda *_: JitPartitioner(mesh))
+
+    def interrupt(kind, step, state, progress):
+        if (kind, progress["epoch"]) == (LATEST, 1) and step > STEPS_PER_EPOCH:
+            raise InterruptedTrainingError
+
+    use_devices(8)
+    config = two_bucket_config(tiny_data_dir, **{"train.save_every": 2})
+    with pytest.raises(InterruptedTrainingError):
+        train(config, tmp_path, quiet=True, on_save=interrupt)
+    _, progress = read_latest_checkpoint(tmp_path)
+    assert progress["epoch"] == 1
+    use_devices(1)
+    train(two_bucket_config(tiny_data_dir), tmp_path, quiet=True)
+    arrays, progress = read_latest_checkpoint(tmp_path)
+    expected_arrays, expected_progress = read_latest_checkpoint(uninterrupted_workdir)
+    assert progress == expected_progress
+    chex.assert_trees_all_close(arrays, expected_arrays, atol=1e-5)
+    records, expected_records = (
+        read_metric_records(workdir) for workdir in (tmp_path, uninterrupted_workdir)
+    )
+    for record, expected in zip(records, expected_records, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)
+
+
+def test_resuming_with_changed_data_is_refused(tiny_data_dir, finished_workdir, monkeypatch):
+    checkpoint = read_latest_checkpoint(finished_workdir)
+
+    def load(name, split, *options):
+        features = data.load_features(name, split, *options)
+        return dataclasses.replace(features, text=-features.text) if split == "train" else features
+
+    monkeypatch.setattr("mister_jax.tasks.fusion.load_features", load)
+    with pytest.raises(
+        InputError, match=r"other data than dataset tiny has now \(train.fingerprint \w+ -> \w+\)"
+    ) as error:
+        train(make_tiny_config(tiny_data_dir), finished_workdir, quiet=True)
+    assert "\n" not in str(error.value)
+    assert_same_bits(read_latest_checkpoint(finished_workdir), checkpoint)
+
+
+def test_sigterm_saves_and_the_run_resumes(
+    tiny_data_dir, uninterrupted_workdir, tmp_path, train_in_subprocess
+):
+    workdir = tmp_path / "run"
+    stop = Signal("step", 1, signal.SIGTERM)
+    assert train_in_subprocess(tiny_data_dir, workdir, stop) == STATUS_OF_STOPPED
+    _, progress = read_latest_checkpoint(workdir)
+    assert progress["epoch"] == 0  # In the middle of the first epoch.
+    assert train_in_subprocess(tiny_data_dir, workdir) == 0
+    assert_same_checkpoint(workdir, uninterrupted_workdir)
+
+
+def test_resuming_with_another_config_is_refused(tiny_data_dir, finished_workdir):
+    checkpoint = read_latest_checkpoint(finished_workdir)
+    with pytest.raises(InputError, match=r"another config \(seed 0 -> 7\)"):
+        train(make_tiny_config(tiny_data_dir, seed=7), finished_workdir, quiet=True)
+    assert_same_bits(read_latest_checkpoint(finished_workdir), checkpoint)
