@@ -39,7 +39,7 @@ Arrays = Mapping[str, np.ndarray]
 _Linear = tuple[np.ndarray, np.ndarray]  # weight [out, in], bias [out]
 
 
-def load_head(
+def load_mister_e(
     source: Mapping[str, Any] | str | pathlib.Path, *, attention_heads: int = 3, **changes: Any
 ) -> MisterE:
     """Creates a `MisterE` from an official `state_dict`, with the sizes of its weights.

@@ -145,7 +145,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def save(
+def save_tensors(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     *,

@@ -24,12 +24,13 @@ from jax.sharding import PartitionSpec as P
 from mister_jax.convert.key_table import KeyTable, NameRules
 from mister_jax.convert.params import load_backbone, save_params
 from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
-from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.encoders import bert, decoder, qwen2_audio, wavlm, whisper
 from mister_jax.encoders.hf_config import CONFIG_FILE, read_config
 from mister_jax.encoders.hub import fetch
 from mister_jax.encoders.tokenization import check_tokenizer
 from mister_jax.errors import InputError
+from mister_jax.io import write_text
 from mister_jax.nn.lora import add_lora, dequantize, merge_lora
 from mister_jax.parallel import sharding
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
@@ -382,15 +383,13 @@ def save_pretrained(
     tensors = save_params(
         merged, architecture.key_table(config), prefix=architecture.name_rules.prefixes[0]
     )
-    save(folder, tensors)
+    save_tensors(folder, tensors)
     # transformers loads the weights in this dtype.
     dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
     fields = {name: value for name, value in hf_config.items() if name != "torch_dtype"}
     text = json.dumps(fields | {"dtype": dtype.name}, indent=2, sort_keys=True)
     try:
-        partial = folder / f".{CONFIG_FILE}.partial"
-        partial.write_text(f"{text}\n")
-        partial.replace(folder / CONFIG_FILE)
+        write_text(folder / CONFIG_FILE, f"{text}\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError as error:

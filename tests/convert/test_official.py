@@ -55,7 +55,7 @@ def losses_and_gradients(model, *batch):
 
 @pytest.fixture(scope="module")
 def model(golden):
-    return official.load_head(golden["param"])
+    return official.load_mister_e(golden["param"])
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +221,8 @@ def test_weights_are_read_from_a_file(model, golden, tmp_path, suffix):
         np.savez(path, **golden["param"])
     else:
         save_file(golden["param"], path)
-    assert_same_parameters(official.load_head(path), model)
-    assert_same_parameters(official.load_head(str(path)), model)
+    assert_same_parameters(official.load_mister_e(path), model)
+    assert_same_parameters(official.load_mister_e(str(path)), model)
 
 
 @pytest.mark.parity
@@ -231,7 +231,7 @@ def test_weights_are_read_from_a_pytorch_file(model, golden, tmp_path):
 
     state = {name: torch.tensor(value) for name, value in golden["param"].items()}
     torch.save(state, tmp_path / "head.pth")
-    assert_same_parameters(official.load_head(tmp_path / "head.pth"), model)
+    assert_same_parameters(official.load_mister_e(tmp_path / "head.pth"), model)
     torch.save({"epoch": 3, **state}, tmp_path / "training.pth")
     (tmp_path / "damaged.pth").write_bytes((tmp_path / "head.pth").read_bytes()[:1000])
     for name, reason in (("training.pth", "not a state_dict"), ("damaged.pth", "not a readable")):
@@ -239,16 +239,16 @@ def test_weights_are_read_from_a_pytorch_file(model, golden, tmp_path):
 
 
 def test_further_config_fields_can_be_set(golden):
-    model = official.load_head(golden["param"], fusion_dropout=0.25, dtype="bfloat16")
+    model = official.load_mister_e(golden["param"], fusion_dropout=0.25, dtype="bfloat16")
     assert model.config.fusion_dropout == 0.25
     assert model.config.dtype == "bfloat16"
     assert model.speech.skip.kernel.dtype == jnp.float32
 
 
 def error_message(source, **options):
-    """Returns the message of the error that `load_head` raises."""
+    """Returns the message of the error that `load_mister_e` raises."""
     with pytest.raises(InputError) as error:
-        official.load_head(source, **options)
+        official.load_mister_e(source, **options)
     message = str(error.value)
     assert "\n" not in message
     return message

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mister_jax.convert.key_table import Source, layer_names
 from mister_jax.convert.params import load_params, save_params
-from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
@@ -166,7 +166,7 @@ def test_host_memory_stays_below_twice_the_largest_tensor(
         f"{layer}.weight": np.full((1024, 512), layer + 1, file_dtype)
         for layer in range(layers or 1)
     }
-    save(tmp_path, tensors)
+    save_tensors(tmp_path, tensors)
     names = layer_names("{}.weight", len(tensors))
     table = {"kernel": Source(names, axes, stacked=layers is not None)}
     shape = (1024, 512) if axes is None else (512, 1024)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mister_jax.convert.safetensors import Checkpoint, FileTensor, save
+from mister_jax.convert.safetensors import Checkpoint, FileTensor, save_tensors
 from mister_jax.errors import InputError
 
 FIRST = "model-00001-of-00003.safetensors"
@@ -48,7 +48,7 @@ def assert_rejected(path, *words):
 
 def save_in_shards(folder):
     """Writes a checkpoint in three files."""
-    save(folder, tensors(), max_shard_size=50)
+    save_tensors(folder, tensors(), max_shard_size=50)
     assert len(list(folder.glob("model-*.safetensors"))) == 3
 
 
@@ -62,7 +62,7 @@ def edit_header(path, change):
 
 
 def test_the_safetensors_library_reads_saved_files(tmp_path):
-    save(tmp_path, tensors())
+    save_tensors(tmp_path, tensors())
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
     for name, value in tensors().items():
@@ -100,7 +100,7 @@ def test_a_slice_of_a_file_larger_than_memory_is_read(tmp_path):
 
 def test_many_tensors_need_few_open_files(tmp_path):
     many = {str(index): np.full(3, index) for index in range(3000)}
-    save(tmp_path, many)
+    save_tensors(tmp_path, many)
     read = {name: np.array(tensor[...]) for name, tensor in Checkpoint.open(tmp_path).items()}
     np.testing.assert_array_equal(read["2999"], many["2999"])
 
@@ -108,7 +108,7 @@ def test_many_tensors_need_few_open_files(tmp_path):
 def test_saving_removes_the_weights_of_an_earlier_save(tmp_path):
     save_in_shards(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    save(tmp_path, {"one": np.ones(2)})
+    save_tensors(tmp_path, {"one": np.ones(2)})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     save_in_shards(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -117,7 +117,7 @@ def test_saving_removes_the_weights_of_an_earlier_save(tmp_path):
 
 def test_a_checkpoint_can_be_saved_over_itself(tmp_path):
     save_in_shards(tmp_path)
-    save(tmp_path, Checkpoint.open(tmp_path))
+    save_tensors(tmp_path, Checkpoint.open(tmp_path))
     assert_same(Checkpoint.open(tmp_path), tensors())
 
 
@@ -131,14 +131,14 @@ def test_a_failed_save_keeps_the_earlier_weights(tmp_path):
     save_in_shards(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="cannot be written"):
-        save(tmp_path, {"one": np.ones(2), "two": Unreadable()})
+        save_tensors(tmp_path, {"one": np.ones(2), "two": Unreadable()})
     assert sorted(tmp_path.iterdir()) == before
     assert_same(Checkpoint.open(tmp_path), tensors())
 
 
 def test_unsupported_dtypes_are_rejected(tmp_path):
     with pytest.raises(InputError, match="tensor odd has dtype complex64; allowed: bool"):
-        save(tmp_path, {"odd": np.zeros(2, np.complex64)})
+        save_tensors(tmp_path, {"odd": np.zeros(2, np.complex64)})
 
 
 def test_missing_and_unknown_files_are_rejected(tmp_path):
@@ -161,7 +161,7 @@ def test_missing_shards_are_rejected(tmp_path):
 
 
 def test_an_index_cannot_name_files_outside_its_folder(tmp_path):
-    save(tmp_path / "elsewhere", tensors())
+    save_tensors(tmp_path / "elsewhere", tensors())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"half": "elsewhere/model.safetensors"}}))
     assert_rejected(index, "1 of 1 shards missing")
@@ -184,7 +184,7 @@ def test_a_damaged_index_is_rejected(tmp_path, text):
 
 @pytest.mark.parametrize("length", [0, 5, 8, 60, -1])
 def test_a_truncated_file_is_rejected(tmp_path, length):
-    save(tmp_path, tensors())
+    save_tensors(tmp_path, tensors())
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     message = assert_rejected(path)
@@ -221,7 +221,7 @@ def test_a_damaged_header_is_rejected(tmp_path, data):
     ],
 )
 def test_a_damaged_header_entry_is_rejected(tmp_path, key, value, message):
-    save(tmp_path, tensors())
+    save_tensors(tmp_path, tensors())
     path = tmp_path / "model.safetensors"
     edit_header(path, lambda header: header["embedding"].update({key: value}))
     assert_rejected(path, message)
@@ -253,7 +253,7 @@ def test_pytorch_files_are_read(tmp_path, zipped):
     assert checkpoint["model.a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(checkpoint["model.a"][1:], [[1, 4], [2, 5]])
     assert checkpoint.metadata["cfg"] == {"width": 3} and checkpoint.metadata["epoch"] == 4
-    save(tmp_path / "converted", checkpoint)
+    save_tensors(tmp_path / "converted", checkpoint)
     assert_same(Checkpoint.open(tmp_path / "converted"), {k: v[...] for k, v in checkpoint.items()})
 
 

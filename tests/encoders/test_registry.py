@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.convert.peft import save_adapter
-from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.encoders import bert as bert_encoder
 from mister_jax.encoders import hf_config, registry
 from mister_jax.encoders.bert import Bert, BertConfig
@@ -60,7 +60,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     with np.load(GOLDEN / "bert.npz") as file:
         (folder / "config.json").write_text(str(file["config"]))
-        save(folder, {k.removeprefix("param/"): v for k, v in file.items() if "param/" in k})
+        save_tensors(
+            folder, {k.removeprefix("param/"): v for k, v in file.items() if "param/" in k}
+        )
     write_tokenizer(folder, WORDS)
     return folder
 
@@ -238,7 +240,7 @@ def test_a_decoder_is_saved_and_loaded(tmp_path):
     with np.load(GOLDEN / "decoder_qwen2.npz") as file:
         fields = json.loads(str(file["config"]))
         weights = {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
-    save(tmp_path, weights)
+    save_tensors(tmp_path, weights)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     module = registry.load_module(tmp_path)
     assert isinstance(module, Decoder)
@@ -261,7 +263,7 @@ def test_task_models_and_old_checkpoints_are_loaded_and_the_head_is_logged_once(
 
     expected = run(registry.load_module(copy))
     tensors = {old_name(name): tensor[...] for name, tensor in Checkpoint.open(copy).items()}
-    save(copy, tensors | {"cls.predictions.bias": np.zeros(3)})
+    save_tensors(copy, tensors | {"cls.predictions.bias": np.zeros(3)})
     for _ in range(2):
         np.testing.assert_array_equal(run(registry.load_module(copy)), expected)
     file = copy / "model.safetensors"
@@ -269,7 +271,7 @@ def test_task_models_and_old_checkpoints_are_loaded_and_the_head_is_logged_once(
 
 
 def test_a_mesh_shards_the_kernels_without_changing_outputs(copy):
-    save(copy, Checkpoint.open(copy), max_shard_size=1000)
+    save_tensors(copy, Checkpoint.open(copy), max_shard_size=1000)
     expected = run(registry.load_module(copy))
     mesh = data_mesh(2)
     module, _ = registry.load_pretrained(copy, mesh=mesh, lora=LORA)
@@ -302,7 +304,9 @@ def test_the_sharding_rules_divide_large_models_evenly(config):
 
 def test_weights_of_another_architecture_are_rejected(copy):
     with np.load(GOLDEN / "decoder_qwen2.npz") as file:
-        save(copy, {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")})
+        save_tensors(
+            copy, {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
+        )
     message = assert_rejected(
         copy,
         "weights of another architecture: 37 missing: embeddings.LayerNorm.bias",
@@ -317,7 +321,7 @@ def test_weights_of_another_size_are_rejected(copy):
 
 
 def test_a_missing_shard_is_rejected(copy):
-    save(copy, Checkpoint.open(copy), max_shard_size=3000)
+    save_tensors(copy, Checkpoint.open(copy), max_shard_size=3000)
     next(copy.glob("model-00002-*")).unlink()
     assert_rejected(copy, "1 of", "shards missing", "model-00002-of")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mister_jax.convert.safetensors import Checkpoint, save
+from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.encoders import hub, speech
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
@@ -170,7 +170,7 @@ def write_other_whisper(tmp_path):
         "encoder_ffn_dim": 16,
         "max_source_positions": 50,
     }
-    save(folder, {"model.decoder.weight": np.zeros(3, np.float32)})
+    save_tensors(folder, {"model.decoder.weight": np.zeros(3, np.float32)})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mister_jax.convert.params import save_params
-from mister_jax.convert.safetensors import save
+from mister_jax.convert.safetensors import save_tensors
 from mister_jax.encoders import beats, hf_config, registry, salmonn
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
@@ -168,7 +168,7 @@ def save_salmonn(folder, llama_folder):
     module = Salmonn(config, rngs=nnx.Rngs(0))
     registry.save_pretrained(module.whisper, configs["whisper"], folder / "whisper")
     beats_table = beats.key_table(config.beats)
-    save(folder / "beats", save_params(module.beats, beats_table, prefix=salmonn.PREFIX))
+    save_tensors(folder / "beats", save_params(module.beats, beats_table, prefix=salmonn.PREFIX))
     (folder / "beats" / "config.json").write_text(json.dumps(configs["beats"]))
     trained = save_params(
         module,
@@ -176,7 +176,7 @@ def save_salmonn(folder, llama_folder):
         prefix=salmonn.PREFIX,
         skip=nnx.Not(salmonn.TRAINED_PARAMS),
     )
-    save(folder / "trained", trained)
+    save_tensors(folder / "trained", trained)
     return {
         "name": str(folder / "trained"),
         "whisper": str(folder / "whisper"),
