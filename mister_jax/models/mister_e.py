@@ -68,14 +68,19 @@ class MisterE(nnx.Module):
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
         self.config = config
 
-        def expert(name: str, make_expert):
+        def make_if_enabled(name: str, make_expert):
             return nnx.data(make_expert() if name in config.experts else None)
 
-        self.speech = expert("speech", lambda: ContextExpert(config.speech_dim, config, rngs=rngs))
-        self.text = expert("text", lambda: ContextExpert(config.text_dim, config, rngs=rngs))
-        self.fusion = expert("fusion", lambda: CrossModalExpert(config, rngs=rngs))
-        gated = config.mixture == "gate" and len(config.experts) > 1
-        self.gate = nnx.data(Gate(config, rngs=rngs) if gated else None)
+        # Disabled experts have no parameters.
+        self.speech = make_if_enabled(
+            "speech", lambda: ContextExpert(config.speech_dim, config, rngs=rngs)
+        )
+        self.text = make_if_enabled(
+            "text", lambda: ContextExpert(config.text_dim, config, rngs=rngs)
+        )
+        self.fusion = make_if_enabled("fusion", lambda: CrossModalExpert(config, rngs=rngs))
+        has_gate = config.mixture == "gate" and len(config.experts) > 1
+        self.gate = nnx.data(Gate(config, rngs=rngs) if has_gate else None)
         self.crf = nnx.data(
             ConditionalRandomField(config.num_classes, param_dtype=jnp.dtype(config.param_dtype))
             if config.crf
@@ -109,7 +114,7 @@ class MisterE(nnx.Module):
             [B].
 
         Returns:
-          Logits of the mixture and what they were computed from.
+          The logits of the mixture, and the experts' logits, gate weights and contexts.
 
         Raises:
           ValueError: Shapes do not match each other or the config.
@@ -203,16 +208,11 @@ class MisterE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the logits of the mixture [B, T, C] and the experts' weights [B, T, E]."""
         if self.config.mixture == "majority":
-            # The fusion expert's vote counts 1.5, which decides ties but outvotes no majority.
-            weights = present * jnp.array([1.0, 1.0, 1.5])
-        else:
-            weights = present.astype(jnp.float32)
-        gate = weights / weights.sum(-1, keepdims=True)
-        if self.config.mixture == "majority":
-            votes = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C
-            return jnp.log(jnp.einsum("bte,btec->btc", gate, votes) + 1e-6), gate
+            return majority_vote(expert_logits, present)
         if self.gate is not None:
             gate = self.gate(expert_logits, present, speech_context, text_context)
+        else:
+            gate = present / present.sum(-1, keepdims=True, dtype=jnp.float32)
         return jnp.einsum("bte,btec->btc", gate, expert_logits), gate
 
     def _check_shapes(self, speech, text, mask, speech_present, text_present) -> None:
@@ -230,6 +230,24 @@ class MisterE(nnx.Module):
                     f"{name} has shape {value.shape}; allowed: {shape}, given the shape of the "
                     "mask and the config"
                 )
+
+
+def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lets the experts vote for their most probable class.
+
+    Args:
+      expert_logits: Logits of the experts, [B, T, E, C].
+      present: Experts that vote, [B, T, E] bool.
+
+    Returns:
+      Logarithm of each class's share of the votes, [B, T, C], and the experts' weights, [B, T, E].
+    """
+    # In the order of EXPERTS. With 1.5 votes, fusion decides a tie but not against two experts.
+    weights = present * jnp.array([1.0, 1.0, 1.5])
+    weights /= weights.sum(-1, keepdims=True)
+    votes = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C
+    # The small term keeps the logits of classes without votes finite.
+    return jnp.log(jnp.einsum("bte,btec->btc", weights, votes) + 1e-6), weights
 
 
 def drop_modalities(
