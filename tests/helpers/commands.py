@@ -47,7 +47,11 @@ def run_script(name: str, *flags: str) -> CommandResult:
     return CommandResult(process.returncode, process.stdout, process.stderr)
 
 
-def run_commands(commands: Sequence[str], folder: pathlib.Path) -> list[CommandResult]:
+def run_commands(
+    commands: Sequence[str | Sequence[str]],
+    folder: pathlib.Path,
+    working_directories: Sequence[pathlib.Path] | None = None,
+) -> list[CommandResult]:
     """Runs commands one after the other.
 
     Importing the libraries takes several seconds, and most commands less than one. A single process
@@ -55,13 +59,19 @@ def run_commands(commands: Sequence[str], folder: pathlib.Path) -> list[CommandR
 
     Args:
       commands: Arguments of `mister-jax`, such as "train --workdir=DIR/run", or a script and its
-        arguments, such as "launch.train --workdir=DIR/run". DIR stands for the folder.
+        arguments, such as "launch.train --workdir=DIR/run". DIR stands for the folder. Arguments
+        in a list are used as they are.
       folder: Folder that replaces DIR.
+      working_directories: Folder in which each command runs; the repository by default.
     """
-    arguments = [command.replace("DIR", str(folder)).split() for command in commands]
+    arguments = [
+        command.replace("DIR", str(folder)).split() if isinstance(command, str) else command
+        for command in commands
+    ]
+    directories = map(str, working_directories or [REPOSITORY] * len(commands))
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.commands"],
-        input=json.dumps(arguments),
+        input=json.dumps(list(zip(arguments, directories, strict=True))),
         cwd=REPOSITORY,
         env={
             **os.environ,
@@ -80,15 +90,16 @@ def _run_commands_from_stdin() -> None:
     """Reads the arguments of all commands and prints a `CommandResult` for each, as JSON."""
     for name in _SLOW_IMPORTS:
         importlib.import_module(name)
-    for arguments in json.load(sys.stdin):
-        print(json.dumps(_fork(arguments)), flush=True)
+    for arguments, directory in json.load(sys.stdin):
+        print(json.dumps(_fork(arguments, directory)), flush=True)
 
 
-def _fork(arguments: list[str]) -> CommandResult:
-    """Runs one command in a child process."""
+def _fork(arguments: list[str], directory: str) -> CommandResult:
+    """Runs one command in a child process, in a directory."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = os.fork()
         if child == 0:
+            os.chdir(directory)
             os.dup2(stdout.fileno(), sys.stdout.fileno())
             os.dup2(stderr.fileno(), sys.stderr.fileno())
             status = _run(arguments)
