@@ -16,8 +16,8 @@ import wave
 from collections.abc import Callable
 
 from benchmarks.report import Row
-from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.data.schema import SPLITS
+from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.errors import InputError
 
 # Runs a command and prints the peak memory of its largest process. It needs a process of its own,

@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from mister_jax.data.corpora.registry import CORPORA
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mister_jax.data.prepare import Preparation
+    from mister_jax.data.prepare import PrepareOptions
 
 _DECODING_FLAGS = ("num_workers", "max_seconds", "beam_options", "partial", "overwrite", "data_dir")
 _RELEASED_FLAGS = ("source", "config", *_DECODING_FLAGS)
 CORPUS_FLAGS = {
-    "iemocap": _RELEASED_FLAGS,
-    "meld": _RELEASED_FLAGS,
-    "mosi": _RELEASED_FLAGS,
+    **dict.fromkeys(CORPORA, _RELEASED_FLAGS),
     "manifest": ("source", "name", "labels", "map_labels", "group_by", "seed", *_DECODING_FLAGS),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
     "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
@@ -40,9 +39,7 @@ CORPUS_FLAGS = {
 
 _CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join(CORPUS_FLAGS)}")
 _SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, or npz of features")
-_CONFIG = flags.DEFINE_string(
-    "config", "", "config of iemocap, meld or mosi; by default its first one"
-)
+_CONFIG = flags.DEFINE_string("config", "", "config of a released corpus; by default its first one")
 _NAME = flags.DEFINE_string("name", "", "name of the dataset of a manifest or of features")
 _LABELS = flags.DEFINE_list("labels", [], "class names of a manifest, in their order")
 _MAP_LABELS = flags.DEFINE_list(
@@ -91,12 +88,12 @@ def main() -> None:
 def _prepare_recordings(corpus: str, console: Console) -> None:
     preparation = _preparation(corpus)
     from mister_jax.console import corpus_table
-    from mister_jax.data.builder import KINDS
+    from mister_jax.data.corpus_report import RECORDING_ISSUES
     from mister_jax.data.prepare import prepare_corpus
 
     report = prepare_corpus(preparation)
     console.print(corpus_table(report))
-    kinds = ("missing", *KINDS)
+    kinds = ("missing", *RECORDING_ISSUES)
     for kind in kinds:
         for entry in report[kind][:_MAX_PRINTED]:
             console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")
@@ -115,13 +112,13 @@ def _prepare_features(corpus: str, console: Console) -> None:
     from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
 
     if corpus == "synthetic_features":
-        splits = data.generate(_SEED.value, num_dialogues or DEFAULT_NUM_DIALOGUES)
+        splits = data.generate_features(_SEED.value, num_dialogues or DEFAULT_NUM_DIALOGUES)
     elif _SOURCE.value:
         splits = data.read_npz(_SOURCE.value, group_by=_GROUP_BY.value, seed=_SEED.value)
     else:
         raise InputError("--source is needed with --corpus=features: an npz file")
     name = _NAME.value or corpus
-    builder = data.write(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
+    builder = data.write_features(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     summaries = {split: features.summary() for split, features in splits.items()}
     console.print(comparison_table(name, summaries))
     _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
@@ -129,14 +126,14 @@ def _prepare_features(corpus: str, console: Console) -> None:
 
 
 def _inspect(name: str, console: Console) -> None:
-    from mister_jax.data.inspection import inspect
+    from mister_jax.data.inspection import inspect_dataset
     from mister_jax.evaluation.figures import plot_dataset
 
-    inspection = inspect(name, _DATA_DIR.value)
+    inspection = inspect_dataset(name, _DATA_DIR.value)
     figure = inspection.directory / "inspection.png"
     plot_dataset(inspection.class_counts, inspection.lengths, inspection.seconds, figure)
     console.print(f"first dialogue of {inspection.name}:")
-    for line in inspection.first:
+    for line in inspection.first_dialogue:
         console.print(f"  {line}")
     console.print(f"picture: {figure}")
 
@@ -164,11 +161,11 @@ def _check_flags(use: str, allowed: Sequence[str]) -> None:
             raise InputError(f"--{flag.name} does not go with {use}; allowed: {names}")
 
 
-def _preparation(corpus: str) -> Preparation:
-    from mister_jax.data.builder import Decoding
-    from mister_jax.data.prepare import Preparation
+def _preparation(corpus: str) -> PrepareOptions:
+    from mister_jax.data.builder import DecodingOptions
+    from mister_jax.data.prepare import PrepareOptions
 
-    return Preparation(
+    return PrepareOptions(
         corpus=corpus,
         source=_SOURCE.value,
         data_dir=_DATA_DIR.value,
@@ -179,7 +176,7 @@ def _preparation(corpus: str) -> Preparation:
         group_by=_GROUP_BY.value,
         seed=_SEED.value,
         num_dialogues=_num_dialogues(),
-        decoding=Decoding(_WORKERS.value, _SECONDS.value, _BEAM_OPTIONS.value is not None),
+        decoding=DecodingOptions(_WORKERS.value, _SECONDS.value, _BEAM_OPTIONS.value is not None),
         beam_options=_beam_options(_BEAM_OPTIONS.value or "{}"),
         partial=_PARTIAL.value,
         overwrite=_OVERWRITE.value,

@@ -30,14 +30,14 @@ from mister_jax.data.audio_reader import (
     existing_path,
     source_name,
 )
-from mister_jax.data.workers import WorkerCrash, ordered_map
+from mister_jax.data.workers import WorkerCrashError, ordered_map
 
 __all__ = [
     "SAMPLE_RATE",
     "AudioError",
     "Clip",
+    "DecodeRequest",
     "Reason",
-    "Request",
     "check_channel",
     "decode",
     "decode_many",
@@ -73,7 +73,7 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """A recording or cut for `decode_many`; the fields are the arguments of `decode`."""
 
     source: Source
@@ -115,14 +115,16 @@ def decode(
         ValueError: `max_seconds` is not positive, or `channel` has another value.
     """
     _check_max_seconds(max_seconds)
-    (result,) = _decode_cuts((Request(source, start, end, check_channel(channel)),), max_seconds)
+    (result,) = _decode_cuts(
+        (DecodeRequest(source, start, end, check_channel(channel)),), max_seconds
+    )
     if isinstance(result, AudioError):
         raise result
     return result
 
 
 def decode_many(
-    requests: Iterable[Request],
+    requests: Iterable[DecodeRequest],
     *,
     num_workers: int,
     max_seconds: float | None = None,
@@ -147,9 +149,9 @@ def decode_many(
         ValueError: `num_workers` is negative or `max_seconds` not positive.
     """
     _check_max_seconds(max_seconds)
-    pending: collections.deque[Sequence[Request]] = collections.deque()
+    pending: collections.deque[Sequence[DecodeRequest]] = collections.deque()
 
-    def remembered_groups() -> Iterator[Sequence[Request]]:
+    def remembered_groups() -> Iterator[Sequence[DecodeRequest]]:
         for group in _groups(requests, max_seconds):
             pending.append(group)
             yield group
@@ -161,7 +163,9 @@ def decode_many(
         num_done = 0
         for result in results:
             group = pending.popleft()
-            for clip in _survivors(group, answer) if isinstance(result, WorkerCrash) else result:
+            for clip in (
+                _survivors(group, answer) if isinstance(result, WorkerCrashError) else result
+            ):
                 num_done += 1
                 if on_done is not None:
                     on_done(num_done)
@@ -190,9 +194,11 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
         file.writeframes(samples.astype("<i2", copy=False).tobytes())
 
 
-def _groups(requests: Iterable[Request], max_seconds: float | None) -> Iterator[list[Request]]:
+def _groups(
+    requests: Iterable[DecodeRequest], max_seconds: float | None
+) -> Iterator[list[DecodeRequest]]:
     """Yields neighboring requests for one recording together, up to `_GROUP_SECONDS` of sound."""
-    group: list[Request] = []
+    group: list[DecodeRequest] = []
     seconds = 0.0
     for request in requests:
         length = math.inf if request.end is None else request.end - (request.start or 0)
@@ -211,18 +217,20 @@ def _groups(requests: Iterable[Request], max_seconds: float | None) -> Iterator[
 
 
 def _survivors(
-    group: Sequence[Request], answer: Callable[[Sequence[Request]], Any]
+    group: Sequence[DecodeRequest], answer: Callable[[Sequence[DecodeRequest]], Any]
 ) -> Iterator[Clip | AudioError]:
     """Decodes the requests of a group that crashed one by one, so that only some of them fail."""
     alone = ordered_map(answer, [[request] for request in group], num_workers=1)
     for request, result in zip(group, alone, strict=True):
-        if isinstance(result, WorkerCrash):
+        if isinstance(result, WorkerCrashError):
             yield AudioError(Reason.CRASH, source_name(request.source), str(result))
         else:
             yield from result
 
 
-def _decode_cuts(requests: Sequence[Request], max_seconds: float | None) -> list[Clip | AudioError]:
+def _decode_cuts(
+    requests: Sequence[DecodeRequest], max_seconds: float | None
+) -> list[Clip | AudioError]:
     """Decodes cuts of one recording, in one pass for each channel that they ask for."""
     cuts = [_Cut(request, max_seconds) for request in requests]
     by_channel: dict[Channel, list[_Cut]] = collections.defaultdict(list)
@@ -295,7 +303,7 @@ class _Cut:
         canceled_by: The strongest channel of a mix that is canceled; None if it is not.
     """
 
-    def __init__(self, request: Request, max_seconds: float | None) -> None:
+    def __init__(self, request: DecodeRequest, max_seconds: float | None) -> None:
         start, end = request.start, request.end
         self.request = request
         self.error: AudioError | None = None

@@ -12,96 +12,109 @@ from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import StoredUtterance
 from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
 
-UNIT = SAMPLE_RATE // 10
-"""Granularity of batch lengths in samples: clips are padded to a multiple of it."""
+LENGTH_STEP = SAMPLE_RATE // 10
+"""Samples per length step: batches are padded to a multiple of it."""
 
-SHORTEST = SAMPLE_RATE // 40
-"""Samples of the shortest clip that counts as sound, 25 ms: one frame of every encoder."""
+MIN_AUDIBLE_SAMPLES = SAMPLE_RATE // 40
+"""Samples of the shortest audible clip, 25 ms: one frame of every encoder."""
 
-QUIETEST = 2**15 * 10 ** (-80 / 20)
-"""Root mean square of the quietest sound: 3.3 steps of int16, 80 dB below full scale.
+MIN_AUDIBLE_RMS = 2**15 * 10 ** (-80 / 20)
+"""Root mean square of the softest audible frame: 3.3 steps of int16, 80 dB below full scale.
 
 It is above the dither and rounding of a silent recording, up to one step each (-90 dB), and far
 below the softest speech (-60 dB).
 """
 
 
-def is_heard(clip: np.ndarray) -> bool:
-    """Returns whether samples [S] hold sound: a frame of `SHORTEST` that is loud enough.
+def is_audible(clip: np.ndarray) -> bool:
+    """Returns whether any frame of a clip [S] reaches `MIN_AUDIBLE_RMS`.
 
-    Frames are compared because silence around a sound lowers the level of the whole. The mean of a
-    frame is subtracted, so a constant is silent.
+    Single frames are checked because silence around a sound lowers the level of the entire clip.
+    The mean of a frame is subtracted, so a constant is silent.
     """
-    if len(clip) < SHORTEST:
+    if len(clip) < MIN_AUDIBLE_SAMPLES:
         return False
-    whole = len(clip) // SHORTEST * SHORTEST
-    frames = [*clip[:whole].reshape(-1, SHORTEST), clip[-SHORTEST:]]
+    end = len(clip) // MIN_AUDIBLE_SAMPLES * MIN_AUDIBLE_SAMPLES
+    frames = [*clip[:end].reshape(-1, MIN_AUDIBLE_SAMPLES), clip[-MIN_AUDIBLE_SAMPLES:]]
     # The first few frames decide for most clips.
-    return any(frame.std(dtype=np.float32) >= QUIETEST for frame in frames)
+    return any(frame.std(dtype=np.float32) >= MIN_AUDIBLE_RMS for frame in frames)
 
 
-def beginning(clip: np.ndarray, most: int | None = None) -> np.ndarray:
-    """Returns the first `most` samples of a clip [S], all by default; none if they are silent."""
-    kept = clip[:most]
-    return kept if is_heard(kept) else kept[:0]
+def truncate(clip: np.ndarray, max_samples: int | None = None) -> np.ndarray:
+    """Returns the first `max_samples` of a clip [S], or an empty clip if they are silent."""
+    samples = clip[:max_samples]
+    return samples if is_audible(samples) else samples[:0]
 
 
 def load_clips(
-    name: str, split: str, data_dir: epath.PathLike | None, most: int | None = None
+    name: str, split: str, data_dir: epath.PathLike | None, max_samples: int | None = None
 ) -> Utterances:
-    """Reads the recordings of a split without the silent ones, see `is_heard`.
+    """Reads the audible recordings of a split.
 
-    All sound is held in memory, 115 MB an hour. The log says how many recordings were skipped.
+    All samples are held in memory, 115 MB per hour. The number of skipped recordings is logged.
 
     Args:
         name: Name of a dataset of dialogues.
         split: Name of the split.
         data_dir: Directory that holds datasets; that of TFDS if None.
-        most: Number of samples to keep from the beginning of a clip; all by default.
+        max_samples: Number of samples to keep from the start of a clip; all if None.
 
     Raises:
         InputError: The dataset or split does not exist.
     """
-    silent = missing = cut = 0
+    num_silent = num_missing = num_truncated = 0
 
-    def item(turn: StoredUtterance) -> np.ndarray | None:
-        nonlocal silent, missing, cut
+    def read_clip(turn: StoredUtterance) -> np.ndarray | None:
+        nonlocal num_silent, num_missing, num_truncated
         if not turn.speech_present:
-            missing += 1
+            num_missing += 1
             return None
-        clip = beginning(turn.audio, most)
-        silent += not len(clip)
-        cut += most is not None and len(turn.audio) > most
+        clip = truncate(turn.audio, max_samples)
+        num_silent += not len(clip)
+        num_truncated += max_samples is not None and len(turn.audio) > max_samples
         return clip if len(clip) else None
 
-    utterances = load_utterances(name, split, data_dir, item)
-    if silent or missing:
+    utterances = load_utterances(name, split, data_dir, read_clip)
+    if num_silent or num_missing:
         logging.warning(
             "dataset %s, split %s: of %d utterances %d are silent and %d have no usable recording",
             name,
             split,
-            len(utterances.items) + silent + missing,
-            silent,
-            missing,
+            len(utterances.items) + num_silent + num_missing,
+            num_silent,
+            num_missing,
         )
-    if cut and most is not None:
+    if num_truncated and max_samples is not None:
         logging.warning(
-            "dataset %s, split %s: %d utterances are longer than %g s, and the rest is not read",
+            "dataset %s, split %s: %d utterances are longer than %g s and are truncated",
             name,
             split,
-            cut,
-            most / SAMPLE_RATE,
+            num_truncated,
+            max_samples / SAMPLE_RATE,
         )
     return utterances
 
 
-def units(sizes: np.ndarray, most: int) -> np.ndarray:
-    """Returns lengths [N] int in `UNIT`, rounded up, of clips of `sizes` [N] cut at `most`."""
-    return -(-np.minimum(sizes, most) // UNIT)
+def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
+    """Returns lengths [N] int in `LENGTH_STEP`, rounded up, of clips truncated to `max_samples`.
+
+    Args:
+        sizes: Numbers of samples [N].
+        max_samples: Maximum number of samples of a clip.
+    """
+    return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 
 def pad_clips(clips: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns samples [B, S] int16, padded with zeros on the right, and lengths [B] int32."""
+    """Pads or truncates clips to a common length.
+
+    Args:
+        clips: B clips [S] int16.
+        length: Number of samples in a row.
+
+    Returns:
+        The samples [B, length] int16, zero on the right, and the lengths of the clips [B] int32.
+    """
     waveform = np.zeros((len(clips), length), np.int16)
     for row, clip in enumerate(clips):
         waveform[row, : len(clip)] = clip[:length]
@@ -112,22 +125,22 @@ def clip_batches(
     clips: Utterances,
     plan: BatchPlan,
     *,
-    most: int,
+    max_samples: int,
     seed: int,
     epoch: int,
     shuffle: bool = True,
     **options: Any,
 ) -> Iterator[Fields]:
-    """Makes the batches of one epoch.
+    """Returns the batches of one epoch.
 
     Args:
         clips: Clips of the split.
-        plan: Plan made from `units(clips.sizes, most)`.
-        most: Number of samples to keep of a clip: its beginning, or with `shuffle` a window at a
-            random position, drawn again in every epoch.
-        seed: Seed of the shuffle and of the windows, together with `epoch`.
+        plan: Plan made from `lengths_in_steps(clips.sizes, max_samples)`.
+        max_samples: Maximum number of samples of a clip. Longer clips are truncated, or with
+            `shuffle` cropped at a random position that changes with the epoch.
+        seed: Seed of the shuffle and the crops, together with `epoch`.
         epoch: Epoch, counted from 0.
-        shuffle: Shuffle for training; see `BatchPlan.epoch`.
+        shuffle: Whether to shuffle for training, see `BatchPlan.epoch`.
         **options: Further options of `utterance_batches`.
 
     Returns:
@@ -136,20 +149,20 @@ def clip_batches(
         - `waveform` [B, S] int16, zero in padding
         - `lengths` [B] int32
     """
-    nothing = np.zeros(0, np.int16)
+    empty = np.zeros(0, np.int16)
 
-    def window(row: int) -> np.ndarray:
+    def crop(row: int) -> np.ndarray:
         if row < 0:
-            return nothing
+            return empty
         clip = clips.items[row]
         start: int = 0
-        if shuffle and len(clip) > most:
+        if shuffle and len(clip) > max_samples:
             generator = np.random.default_rng([seed, epoch, row])
-            start = int(generator.integers(len(clip) - most + 1))
-        return clip[start : start + most]
+            start = int(generator.integers(len(clip) - max_samples + 1))
+        return clip[start : start + max_samples]
 
     def fields(rows: np.ndarray, length: int) -> Fields:
-        waveform, lengths = pad_clips([window(row) for row in rows], length * UNIT)
+        waveform, lengths = pad_clips([crop(row) for row in rows], length * LENGTH_STEP)
         return {"waveform": waveform, "lengths": lengths}
 
     return utterance_batches(

@@ -1,8 +1,7 @@
 """TensorFlow and TensorFlow Datasets, imported on first use.
 
-Every module of `mister_jax.data` takes `tf` and `tfds` from here, so that it can be imported where
-neither is installed and so that they are set up in one place: quiet, and off the accelerators,
-whose memory belongs to JAX.
+Every module of `mister_jax.data` imports `tf` and `tfds` from here, so that it can be imported
+without TensorFlow, and so that TensorFlow is always quiet and leaves accelerator memory to JAX.
 """
 
 import contextlib
@@ -12,24 +11,24 @@ from etils import epy
 
 __all__ = ["tf", "tfds"]
 
-# Read when TensorFlow starts, so they must be set before it is imported. The second keeps its
-# message about oneDNN, which ignores the log level, away; no tensor arithmetic runs in TensorFlow.
+# TensorFlow reads these when it is imported. The second one silences a message about oneDNN that
+# ignores the log level; TensorFlow only reads and batches data here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def _leave_accelerators_to_jax(_: str) -> None:
-    # The lazy `tf` is not ready while it calls this.
+def _hide_accelerators(_: str) -> None:
+    # The lazy `tf` is not ready during this callback.
     import tensorflow
 
-    # A RuntimeError means that the program has used TensorFlow on its devices already.
+    # A RuntimeError means that the program has already initialized TensorFlow's devices.
     with contextlib.suppress(RuntimeError):
         tensorflow.config.set_visible_devices([], "GPU")
 
 
 with epy.lazy_imports(
     error_callback="Datasets need TensorFlow: pip install tensorflow-cpu tensorflow-datasets",
-    success_callback=_leave_accelerators_to_jax,
+    success_callback=_hide_accelerators,
 ):
     import tensorflow as tf
     import tensorflow_datasets as tfds

@@ -1,6 +1,7 @@
-"""Turns a corpus on disk into a dataset of dialogues, the stage that `launch.prepare` runs."""
+"""Prepares a corpus as a dialogue dataset, the stage that `mister-jax prepare` runs."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,44 +10,38 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mister_jax.data.builder import Decoding, DialogueBuilder, write_corpus
+from mister_jax.data.builder import DecodingOptions
+from mister_jax.data.corpora.manifest import reader as manifest_reader
+from mister_jax.data.corpora.manifest.builder import Manifest, ManifestConfig
+from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpus import Corpus
-from mister_jax.data.iemocap.builder import Iemocap
-from mister_jax.data.manifest import reader as manifest_reader
-from mister_jax.data.manifest.builder import Manifest, ManifestConfig
-from mister_jax.data.meld.builder import Meld, download
-from mister_jax.data.mosi.builder import Mosi
-from mister_jax.data.recordings import DEFAULT_NUM_DIALOGUES, SCORES, write_recordings
-from mister_jax.data.storage import dataset_directory, quiet, settle
+from mister_jax.data.corpus_writer import write_corpus
+from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
+from mister_jax.data.storage import dataset_directory, recover, silence_tfds
 from mister_jax.errors import InputError
-
-RELEASED: Mapping[str, type[DialogueBuilder]] = {"iemocap": Iemocap, "meld": Meld, "mosi": Mosi}
-"""Builders of the released corpora by name."""
-
-CORPORA = (*RELEASED, "manifest", "synthetic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Preparation:
+class PrepareOptions:
     """Corpus to prepare, and options.
 
     Attributes:
-        corpus: Name of the corpus, one of `CORPORA`.
-        source: Folder of the corpus, or the manifest; for `synthetic` the folder to write the
-            recordings to. If None, `meld/text` is downloaded, and `synthetic` writes beside the
-            dataset.
-        data_dir: Directory that holds datasets; that of TFDS if None.
-        config: Config of the corpus; its first one if empty.
+        corpus: Name of the corpus: one of `registry.CORPORA`, "manifest" or "synthetic".
+        source: Folder of the corpus, or path of the manifest; for "synthetic" the folder to write
+            the recordings to. If None, "meld" with the config "text" is downloaded, and "synthetic"
+            writes to a folder next to the dataset.
+        data_dir: Directory of all datasets; the default of TFDS if None.
+        config: Config of the corpus; its first config if empty.
         name: Name of a manifest's dataset `manifest/NAME`; the name of the file if empty.
-        labels: Class names of a manifest in their order; those in the file, sorted, if empty.
-        label_map: Names in a manifest to class names, see `manifest.reader.read`.
+        labels: Class names of a manifest in their order; the sorted names in the file if empty.
+        label_map: Map from names in a manifest to class names, see `read_manifest`.
         group_by: Column of a manifest whose values random splits keep apart.
         seed: Seed of a manifest's random split, and of the synthetic corpus.
-        num_dialogues: Numbers of dialogues of the synthetic corpus by split; its default if empty.
-        decoding: Options for reading recordings.
+        num_dialogues: Number of dialogues of the synthetic corpus by split; its default if empty.
+        decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
-        partial: Allow an incomplete corpus.
-        overwrite: Replace a dataset of this name.
+        partial: Whether to allow an incomplete corpus.
+        overwrite: Whether to replace an existing dataset.
     """
 
     corpus: str
@@ -59,185 +54,179 @@ class Preparation:
     group_by: str = ""
     seed: int = 0
     num_dialogues: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+    decoding: DecodingOptions = dataclasses.field(default_factory=DecodingOptions)
     beam_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     partial: bool = False
     overwrite: bool = False
 
 
-def prepare_corpus(preparation: Preparation) -> dict[str, Any]:
+def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
     """Reads and checks a corpus, then writes it as a dataset.
 
     Returns:
-        The report that `builder.write_corpus` describes.
+        The report, see `corpus_report.make_report`.
 
     Raises:
-        InputError: The input cannot be used; nothing is left half-written.
+        InputError: The input cannot be used; no partial dataset remains.
     """
-    if preparation.corpus not in CORPORA:
-        raise InputError(f"corpus {preparation.corpus!r}; allowed: {', '.join(CORPORA)}")
-    if preparation.corpus in RELEASED:
-        return _prepare_released(preparation)
-    if preparation.config:
-        raise InputError(f"{preparation.corpus} has no configs, got {preparation.config!r}")
-    if preparation.corpus == "synthetic":
-        return _prepare_synthetic(preparation)
-    if preparation.source is None:
+    if options.corpus in CORPORA:
+        return _prepare_released(options)
+    if options.corpus not in ("manifest", "synthetic"):
+        allowed = ", ".join((*CORPORA, "manifest", "synthetic"))
+        raise InputError(f"corpus {options.corpus!r}; allowed: {allowed}")
+    if options.config:
+        raise InputError(f"{options.corpus} has no configs, got {options.config!r}")
+    if options.corpus == "synthetic":
+        return _prepare_synthetic(options)
+    if options.source is None:
         raise InputError("--source is needed with --corpus=manifest: a .jsonl or .csv file")
-    return _prepare_manifest(preparation)
+    return _prepare_manifest(options)
 
 
 def read_released(
     corpus: str, source: epath.PathLike | None, config: str = "", *, partial: bool = False
 ) -> Corpus:
-    """Reads and checks a released corpus; decodes nothing.
+    """Reads and checks a released corpus without decoding recordings.
 
     Args:
-        corpus: Name of the corpus, one of `RELEASED`.
+        corpus: Name of the corpus, one of `registry.CORPORA`.
         source: Folder of the corpus.
-        config: Config of the corpus; its first one if empty.
-        partial: Allow an incomplete corpus.
+        config: Config of the corpus; its first config if empty.
+        partial: Whether to allow an incomplete corpus.
 
     Raises:
         InputError: The corpus cannot be used.
     """
-    if corpus not in RELEASED:
-        raise InputError(f"corpus {corpus!r}; allowed: {', '.join(RELEASED)}")
-    builder_class = RELEASED[corpus]
+    builder = builder_class(corpus)(config=_config_name(corpus, config))
     if source is None:
-        instructions = " ".join(builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
         raise InputError(f"--source is needed with --corpus={corpus}. {instructions}")
-    reader = builder_class(config=_config_name(corpus, config))
-    return reader.read(pathlib.Path(source), partial=partial)
+    return builder.read(pathlib.Path(source), partial=partial)
 
 
 def _config_name(corpus: str, config: str) -> str:
-    names = [variant.name for variant in RELEASED[corpus].BUILDER_CONFIGS]
+    names = [variant.name for variant in builder_class(corpus).BUILDER_CONFIGS]
     name = config or names[0]
     if name not in names:
         raise InputError(f"config {name!r} of {corpus}; allowed: {', '.join(names)}")
     return name
 
 
-def _prepare_released(preparation: Preparation) -> dict[str, Any]:
-    name = _config_name(preparation.corpus, preparation.config)
-    dataset = f"{preparation.corpus}/{name}"
-    _check_free(dataset, preparation)
-    source = preparation.source
-    if source is None and dataset == "meld/text":
-        source = _downloaded(preparation)
-    corpus = read_released(preparation.corpus, source, name, partial=preparation.partial)
-    return _write(RELEASED[preparation.corpus], corpus, dataset, name, source or "", preparation)
+def _prepare_released(options: PrepareOptions) -> dict[str, Any]:
+    name = _config_name(options.corpus, options.config)
+    dataset = f"{options.corpus}/{name}"
+    _check_not_existing(dataset, options)
+    source = options.source
+    if source is None:
+        source = _download(options, name)
+    corpus = read_released(options.corpus, source, name, partial=options.partial)
+    write = _corpus_writer(options)
+    return write(
+        builder_class(options.corpus), corpus, dataset, config=name, source=str(source or "")
+    )
 
 
 def _prepare_manifest(
-    preparation: Preparation,
+    options: PrepareOptions,
     notes: Sequence[str] = (),
     reference_scores: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    assert preparation.source is not None
-    path = pathlib.Path(preparation.source).expanduser()
-    name = preparation.name or _name_of(path)
+    assert options.source is not None
+    path = pathlib.Path(options.source).expanduser()
+    name = options.name or _dataset_name(path)
     dataset = f"manifest/{name}"
-    _check_free(dataset, preparation)
-    corpus = manifest_reader.read(
+    _check_not_existing(dataset, options)
+    corpus = manifest_reader.read_manifest(
         path,
-        labels=preparation.labels,
-        label_map=preparation.label_map,
-        group_by=preparation.group_by,
-        seed=preparation.seed,
+        labels=options.labels,
+        label_map=options.label_map,
+        group_by=options.group_by,
+        seed=options.seed,
     )
     if not corpus.class_names:
         columns = dict.fromkeys(name for _, turn in corpus.utterances() for name in turn.metadata)
-        further = f" (further columns: {', '.join(columns)})" if columns else ""
+        extra = f" (extra columns: {', '.join(columns)})" if columns else ""
         raise InputError(
-            f"{path}: label: no row has one{further}; needed: a column label, or --labels=A,B,..."
+            f"{path}: label: no row has one{extra}; needed: a column label, or --labels=A,B,..."
         )
     corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
     config = ManifestConfig(
         name=name,
         file=path.name,
         labels=corpus.class_names,
-        label_map=tuple(preparation.label_map.items()),
+        label_map=tuple(options.label_map.items()),
         scored=corpus.scored,
-        group_by=preparation.group_by,
-        seed=preparation.seed,
+        group_by=options.group_by,
+        seed=options.seed,
     )
-    return _write(Manifest, corpus, dataset, config, path, preparation, reference_scores)
-
-
-def _name_of(manifest: pathlib.Path) -> str:
-    name = manifest.stem.lower().replace("-", "_").replace(" ", "_")
-    try:
-        dataset_directory(f"manifest/{name}", None)
-    except InputError as error:
-        raise InputError(
-            f"{manifest}: {error}; --name=NAME gives another than the file's"
-        ) from error
-    return name
-
-
-def _prepare_synthetic(preparation: Preparation) -> dict[str, Any]:
-    name = preparation.name or "synthetic"
-    _check_free(f"manifest/{name}", preparation)
-    folder = preparation.source
-    if folder is None:
-        folder = dataset_directory(name, preparation.data_dir).parent.parent / f"{name}_recordings"
-    notes: list[str] = []
-    manifest = write_recordings(
-        folder,
-        seed=preparation.seed,
-        num_dialogues=preparation.num_dialogues or DEFAULT_NUM_DIALOGUES,
-        num_workers=preparation.decoding.num_workers,
-        overwrite=preparation.overwrite,
-        tell=notes.append,
-    )
-    scores = json.loads((manifest.parent / SCORES).read_text())
-    return _prepare_manifest(
-        dataclasses.replace(preparation, source=manifest, name=name),
-        notes,
-        reference_scores=scores,
-    )
-
-
-def _write(
-    builder_class: type[DialogueBuilder],
-    corpus: Any,
-    dataset: str,
-    config: Any,
-    source: epath.PathLike,
-    preparation: Preparation,
-    reference_scores: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    return write_corpus(
-        builder_class,
+    write = _corpus_writer(options)
+    return write(
+        Manifest,
         corpus,
         dataset,
-        preparation.data_dir,
         config=config,
-        decoding=preparation.decoding,
-        beam_options=preparation.beam_options,
-        source=str(source),
-        partial=preparation.partial,
-        overwrite=preparation.overwrite,
+        source=str(path),
         reference_scores=reference_scores,
     )
 
 
-def _check_free(dataset: str, preparation: Preparation) -> None:
-    """Raises an error before the corpus is read if its dataset exists."""
-    settle(dataset, preparation.data_dir)
-    directory = dataset_directory(dataset, preparation.data_dir)
-    if directory.exists() and not preparation.overwrite:
+def _dataset_name(manifest: pathlib.Path) -> str:
+    """Returns the name of a manifest file as a dataset name."""
+    name = manifest.stem.lower().replace("-", "_").replace(" ", "_")
+    try:
+        dataset_directory(f"manifest/{name}", None)
+    except InputError as error:
+        raise InputError(f"{manifest}: {error}; --name=NAME sets another name") from error
+    return name
+
+
+def _prepare_synthetic(options: PrepareOptions) -> dict[str, Any]:
+    name = options.name or "synthetic"
+    _check_not_existing(f"manifest/{name}", options)
+    folder = options.source
+    if folder is None:
+        folder = dataset_directory(name, options.data_dir).parent.parent / f"{name}_recordings"
+    notes: list[str] = []
+    manifest = write_speech_corpus(
+        folder,
+        seed=options.seed,
+        num_dialogues=options.num_dialogues or DEFAULT_NUM_DIALOGUES,
+        num_workers=options.decoding.num_workers,
+        overwrite=options.overwrite,
+        log=notes.append,
+    )
+    scores = json.loads((manifest.parent / SCORES).read_text())
+    options = dataclasses.replace(options, source=manifest, name=name)
+    return _prepare_manifest(options, notes, reference_scores=scores)
+
+
+def _corpus_writer(options: PrepareOptions) -> functools.partial[dict[str, Any]]:
+    """Returns `write_corpus` with the options that all corpora share."""
+    return functools.partial(
+        write_corpus,
+        data_dir=options.data_dir,
+        decoding=options.decoding,
+        beam_options=options.beam_options,
+        partial=options.partial,
+        overwrite=options.overwrite,
+    )
+
+
+def _check_not_existing(dataset: str, options: PrepareOptions) -> None:
+    """Raises InputError if the dataset exists, before its corpus is read."""
+    recover(dataset, options.data_dir)
+    directory = dataset_directory(dataset, options.data_dir)
+    if directory.exists() and not options.overwrite:
         # The names of released corpora are fixed.
-        other = "--data_dir" if preparation.corpus in RELEASED else "--name"
+        other = "--data_dir" if options.corpus in CORPORA else "--name"
         raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another {other}")
 
 
-def _downloaded(preparation: Preparation) -> pathlib.Path:
-    root = dataset_directory("meld", preparation.data_dir).parent.parent
+def _download(options: PrepareOptions, config: str) -> pathlib.Path | None:
+    """Downloads a corpus and returns its folder, or None if users must obtain it."""
+    root = dataset_directory(options.corpus, options.data_dir).parent.parent
     manager = tfds.download.DownloadManager(
-        download_dir=root / "downloads", dataset_name="meld", register_checksums=False
+        download_dir=root / "downloads", dataset_name=options.corpus, register_checksums=False
     )
-    with quiet():
-        return download(manager)
+    with silence_tfds():
+        return builder_class(options.corpus)(config=config).download(manager)

@@ -1,8 +1,10 @@
-"""A function over many items in parallel processes, in order, whatever happens to a process.
+"""Maps a function over items in parallel processes, in order, and survives crashes of processes.
 
-The processes are Python interpreters that run this file. They import what the function's module
-imports and nothing else: unlike those of `multiprocessing`, they do not run the user's main program
-again, which need not be a file, and they do not run `mister_jax/__init__.py`, which imports JAX.
+The executors of `concurrent.futures` and loky are no replacement: when one of their processes is
+killed, all pending calls fail and nothing says which item was the cause, and their processes run
+the user's main program again or import JAX with the packages of the function. The processes here
+are Python interpreters that run this file and import only the function's module, so they also
+start in about half the time.
 """
 
 import collections
@@ -23,32 +25,32 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD = 4
+QUEUED_PER_WORKER = 4
 """Items per worker that are started before the first result is consumed."""
 
 
-class WorkerCrash(Exception):
-    """A worker process ended before it returned a result; the message says how."""
+class WorkerCrashError(Exception):
+    """A worker process ended before it returned a result."""
 
 
 def ordered_map(
     function: Callable[[T], R], items: Iterable[T], *, num_workers: int
-) -> Iterator[R | WorkerCrash]:
+) -> Iterator[R | WorkerCrashError]:
     """Applies a function to items in parallel processes.
 
-    At most `AHEAD * num_workers` items are taken from `items` before the first result is consumed,
+    At most `QUEUED_PER_WORKER * num_workers` items are taken before the first result is consumed,
     so memory does not grow with their number.
 
     Args:
-        function: A function that can be imported by name, or a `functools.partial` of one. Its
-            module must be on `sys.path`. It runs in this process only if `num_workers` is 0.
+        function: Function that can be imported by name, or a `functools.partial` of one. Its
+            module must be on `sys.path`.
         items: Items that can be pickled. The results must be picklable too.
         num_workers: Number of processes; with 0 the function runs in this process.
 
     Yields:
-        The results in the order of the items. If the process of an item died (killed, out of
-        memory, a fault in a C library), its result is a `WorkerCrash`, which is not raised, and
-        the other items are not affected. An exception of the function is raised here.
+        The results in the order of the items. If a process crashes (killed, out of memory, a fault
+        in a C library), the result of its item is a `WorkerCrashError`, which is not raised, and the
+        other items are not affected. An exception of the function is raised here.
 
     Raises:
         ValueError: `num_workers` is negative.
@@ -57,33 +59,35 @@ def ordered_map(
         raise ValueError(f"{num_workers=}; allowed: at least 0")
     if num_workers == 0:
         return map(function, items)
-    return _in_parallel(function, items, num_workers)
+    return _parallel_map(function, items, num_workers)
 
 
-def _in_parallel(
+def _parallel_map(
     function: Callable[[T], R], items: Iterable[T], num_workers: int
-) -> Iterator[R | WorkerCrash]:
+) -> Iterator[R | WorkerCrashError]:
     workers = [_Worker(function) for _ in range(num_workers)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
-    def call(item: T) -> R | WorkerCrash:
+    def call(item: T) -> R | WorkerCrashError:
         worker = idle.get()
         try:
             return worker(item)
-        except WorkerCrash as crash:
+        except WorkerCrashError as crash:
             return crash
         finally:
             idle.put(worker)
 
-    # A thread waits for each worker, so that workers keep running while the caller is busy.
+    # One thread per worker waits for results, so workers keep running while the caller is busy.
     threads = concurrent.futures.ThreadPoolExecutor(num_workers, "ordered_map")
-    pending: collections.deque[concurrent.futures.Future[R | WorkerCrash]] = collections.deque()
+    pending: collections.deque[concurrent.futures.Future[R | WorkerCrashError]] = (
+        collections.deque()
+    )
     try:
         for item in items:
             pending.append(threads.submit(call, item))
-            if len(pending) == AHEAD * num_workers:
+            if len(pending) == QUEUED_PER_WORKER * num_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -105,7 +109,7 @@ class _Worker:
         self._process: subprocess.Popen[Any] | None = None
 
     def __call__(self, item: Any) -> Any:
-        """Returns the value of the function, or raises its exception or `WorkerCrash`."""
+        """Returns the value of the function, or raises its exception or `WorkerCrashError`."""
         message = pickle.dumps(item)
         process = self._process or self._start()
         try:
@@ -115,7 +119,7 @@ class _Worker:
             status = process.wait()
             self.close()
             reason = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise WorkerCrash(f"a worker ended with {reason}") from None
+            raise WorkerCrashError(f"a worker ended with {reason}") from None
         if succeeded:
             return value
         raise value
@@ -132,7 +136,7 @@ class _Worker:
         return self._process
 
     def kill(self) -> None:
-        """Kills the process. A call that waits for it in another thread raises `WorkerCrash`."""
+        """Kills the process. A call that waits for it in another thread raises `WorkerCrashError`."""
         process = self._process
         if process is not None:
             process.kill()
@@ -154,19 +158,19 @@ def _write(stream: Any, message: bytes) -> None:
 
 
 def _serve() -> None:
-    """Serves the requests on standard input until it is closed."""
+    """Serves the calls on standard input until it is closed."""
     # Ctrl-C reaches all processes of a terminal; the parent process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests = sys.stdin.buffer
-    # Output that the function prints must not mix with the results.
-    with os.fdopen(os.dup(1), "wb") as answers:
+    calls = sys.stdin.buffer
+    # The function's own output must not mix with the results.
+    with os.fdopen(os.dup(1), "wb") as results:
         os.dup2(2, 1)
-        sys.path[:] = pickle.load(requests)
+        sys.path[:] = pickle.load(calls)
         _skip_init_files()
-        function = pickle.load(requests)
+        function = pickle.load(calls)
         while True:
             try:
-                item = pickle.load(requests)
+                item = pickle.load(calls)
             except EOFError:
                 return
             try:
@@ -174,7 +178,7 @@ def _serve() -> None:
             except Exception as error:
                 error.add_note(f"In a worker process:\n{traceback.format_exc()}")
                 message = pickle.dumps((False, error))
-            _write(answers, message)
+            _write(results, message)
 
 
 def _skip_init_files() -> None:

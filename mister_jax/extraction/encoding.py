@@ -15,8 +15,8 @@ from mister_jax.data.batching import plan_budgeted_batches
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.extraction.encoders import Encoder
-from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.multihost import assert_visible_to_all_processes
+from mister_jax.parallel.oom import explain_oom
 
 _PART = 2048  # utterances kept together on disk, and lost at most when a run is killed
 

@@ -11,7 +11,14 @@ import numpy as np
 from etils import epath
 
 from mister_jax import data
-from mister_jax.data.clips import LENGTH_STEP, truncate, is_audible, load_clips, pad_clips, lengths_in_steps
+from mister_jax.data.clips import (
+    LENGTH_STEP,
+    is_audible,
+    lengths_in_steps,
+    load_clips,
+    pad_clips,
+    truncate,
+)
 from mister_jax.data.tokens import load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 

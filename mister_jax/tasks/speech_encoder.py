@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mister_jax import data
-from mister_jax.data.clips import clip_batches, load_clips, units
+from mister_jax.data.clips import clip_batches, lengths_in_steps, load_clips
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import augment, speech
 from mister_jax.models.utterance import SpeechUtterance, UtteranceHead, UtteranceOutput
@@ -194,8 +194,10 @@ class SpeechEncoderTask(EncoderTask):
         """Plans batches of utterances whose numbers of rows are multiples of `num_shards`."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
-        plan = self._plan(units(utterances.sizes, max_samples), num_shards, shuffle=shuffle)
-        make_batches = functools.partial(clip_batches, utterances, plan, most=max_samples)
+        plan = self._plan(
+            lengths_in_steps(utterances.sizes, max_samples), num_shards, shuffle=shuffle
+        )
+        make_batches = functools.partial(clip_batches, utterances, plan, max_samples=max_samples)
         return Split(utterances, plan, make_batches, self._seed, shuffle)
 
 

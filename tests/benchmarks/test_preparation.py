@@ -4,14 +4,14 @@ import pytest
 
 from benchmarks import preparation
 from benchmarks.preparation import measure_preparation
-from mister_jax.data import recordings
+from mister_jax.data.synthetic_speech import writer
 from mister_jax.errors import InputError
 
 
 @pytest.fixture
 def short_dialogues(monkeypatch):
     """Makes dialogues of one utterance, so that three utterances are a corpus."""
-    for module in (preparation, recordings):
+    for module in (preparation, writer):
         monkeypatch.setattr(module, "MIN_LENGTH", 1)
         monkeypatch.setattr(module, "MAX_LENGTH", 1)
 

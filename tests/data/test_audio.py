@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mister_jax.data import audio, audio_reader
-from mister_jax.data.audio import AudioError, Clip, Reason, Request, decode, decode_many
-from mister_jax.data.workers import AHEAD
+from mister_jax.data.audio import AudioError, Clip, DecodeRequest, Reason, decode, decode_many
+from mister_jax.data.workers import QUEUED_PER_WORKER
 from mister_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -396,15 +396,15 @@ def test_a_wav_file_of_unannounced_length_is_not_damaged(tmp_path, size):
 
 
 @pytest.fixture
-def requests(tmp_path, files) -> list[Request]:
+def requests(tmp_path, files) -> list[DecodeRequest]:
     """Recordings, cuts and broken files."""
     bad = broken(tmp_path, files)
     return [
-        *(Request(path) for path in files.values()),
-        *(Request(bad[name][0]) for name in BROKEN),
-        Request(files["disc.flac"], start=1, end=2),
-        Request(files["disc.flac"].read_bytes()),
-        Request(files["disc.flac"], start=9),
+        *(DecodeRequest(path) for path in files.values()),
+        *(DecodeRequest(bad[name][0]) for name in BROKEN),
+        DecodeRequest(files["disc.flac"], start=1, end=2),
+        DecodeRequest(files["disc.flac"].read_bytes()),
+        DecodeRequest(files["disc.flac"], start=9),
     ]
 
 
@@ -434,7 +434,7 @@ def test_a_recording_that_kills_its_process_is_an_error_among_clips(
     files, monkeypatch, num_workers
 ):
     monkeypatch.setattr(audio, "_decode_cuts", killed_by_the_second)
-    requests = [Request(files["disc.flac"], start, start + 1) for start in (1, 2, 3, 4)]
+    requests = [DecodeRequest(files["disc.flac"], start, start + 1) for start in (1, 2, 3, 4)]
     results = list(decode_many(requests, num_workers=num_workers))
     assert [type(result) for result in results] == [Clip, AudioError, Clip, Clip]
     assert results[1].reason == Reason.CRASH
@@ -449,10 +449,10 @@ def test_requests_are_taken_only_a_little_ahead(files, num_workers):
         nonlocal taken
         while taken < 30:
             taken += 1
-            yield Request(files["mono.wav"])
+            yield DecodeRequest(files["mono.wav"])
 
     for index, _ in enumerate(decode_many(requests(), num_workers=num_workers)):
-        assert taken - index <= max(1, AHEAD * num_workers)
+        assert taken - index <= max(1, QUEUED_PER_WORKER * num_workers)
     assert taken == 30
 
 
@@ -466,7 +466,7 @@ def test_pyav_is_loaded_only_where_something_is_decoded(files):
         "import sys\n"
         "from mister_jax.data import audio, workers\n"
         "assert 'av' not in sys.modules\n"
-        "request = audio.Request(sys.argv[1])\n"
+        "request = audio.DecodeRequest(sys.argv[1])\n"
         "list(audio.decode_many([request], num_workers=1))\n"
         "assert 'av' not in sys.modules\n"
     )
@@ -475,7 +475,7 @@ def test_pyav_is_loaded_only_where_something_is_decoded(files):
 
 def test_workers_need_neither_jax_nor_tensorflow(files, monkeypatch):
     monkeypatch.setattr(audio, "_decode_cuts", modules)
-    (loaded,) = decode_many([Request(files["mono.wav"])], num_workers=1)
+    (loaded,) = decode_many([DecodeRequest(files["mono.wav"])], num_workers=1)
     assert "av" in loaded
     assert not {"jax", "flax", "tensorflow"} & set(loaded)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mister_jax.data import audio
-from mister_jax.data.audio import AudioError, Reason, Request, decode, decode_many
+from mister_jax.data.audio import AudioError, DecodeRequest, Reason, decode, decode_many
 
 RATE = audio.SAMPLE_RATE
 CODECS = {"webm": "libopus", "mkv": "aac", "ts": "aac", "mp4": "aac", "mka": "flac", "mov": "aac"}
@@ -199,8 +199,10 @@ def test_composed_and_decomposed_file_names_are_the_same_name(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_cuts_of_one_recording_are_those_of_each_alone(holes, stereo, num_workers):
     spans = ((5.0, 6.0), (0.5, 1.5), (1.0, 4.5), (7.5, 9.0), (9.0, 9.5), (3.0, 2.0), (0.0, 0.1))
-    requests = [Request(holes["mka"], *span) for span in spans]
-    requests += [Request(stereo, 0.5, 1.0, channel) for channel in ("left", "right", "mix", 5)]
+    requests = [DecodeRequest(holes["mka"], *span) for span in spans]
+    requests += [
+        DecodeRequest(stereo, 0.5, 1.0, channel) for channel in ("left", "right", "mix", 5)
+    ]
     results = list(decode_many(requests, num_workers=num_workers, max_seconds=2.0))
     for request, result in zip(requests, results, strict=True):
         (alone,) = decode_many([request], num_workers=0, max_seconds=2.0)
@@ -226,7 +228,7 @@ def test_many_cuts_cost_one_pass(tmp_path):
     began = time.process_time()
     decode(path)
     one_pass = time.process_time() - began
-    requests = [Request(path, start, start + 1) for start in starts]
+    requests = [DecodeRequest(path, start, start + 1) for start in starts]
     began = time.process_time()
     clips = list(decode_many(requests, num_workers=0))
     assert time.process_time() - began < 4 * one_pass  # Each alone takes 22 of them.

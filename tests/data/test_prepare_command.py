@@ -7,10 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mister_jax.data import load
+from mister_jax.data import load_features
 from mister_jax.data.audio import encode_wav
-from mister_jax.data.mosi import reader as mosi_reader
-from tests.commands import run_all
+from mister_jax.data.corpora import mosi
+from tests.helpers.commands import run_commands
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def corpora(tmp_path_factory) -> pathlib.Path:
     (folder / "meld").mkdir()
     for name in ("train", "dev", "test"):
         (folder / "meld" / f"{name}_sent_emo.csv").write_text('"Sr No.,Utterance\n')
-    (folder / "mosi" / mosi_reader.TRANSCRIPTS).mkdir(parents=True)
-    with h5py.File(folder / "mosi" / mosi_reader.LABELS, "w") as file:
+    (folder / "mosi" / mosi.TRANSCRIPTS).mkdir(parents=True)
+    with h5py.File(folder / "mosi" / mosi.LABELS, "w") as file:
         file["Opinion Segment Labels/data/03bSnISJMiM"] = [0.0]
     return folder
 
@@ -75,10 +75,10 @@ WRONG_USES = {
     "--corpus=manifest --source=DIR/calls.jsonl --max_seconds=nan": "max_seconds=nan; allowed: fin",
     "--corpus=manifest --source=DIR/calls.jsonl --beam_options=[]": "--beam_options=[]; allowed: a",
     "--corpus=manifest --source=DIR/calls.jsonl --num_workers=0": (
-        "calls: test: 1 of 2 recordings cannot be used, as DIR/4_1.wav: not a format"
+        "calls: test: 1 of 2 recordings cannot be used, for example DIR/4_1.wav: not a format"
     ),
     "--corpus=meld --config=text --source=DIR/meld": "train_sent_emo.csv: line 1: not CSV (unexp",
-    "--corpus=mosi --source=DIR/mosi": "03bSnISJMiM: no group; needed: one of features and",
+    "--corpus=mosi --source=DIR/mosi": "03bSnISJMiM: not a group; needed: a group with features",
 }
 
 
@@ -87,7 +87,11 @@ def done(corpora) -> dict[str, tuple[int, str, str]]:
     """Exit status, output and errors of each of the commands."""
     uses = {**SUCCESSES, **{use: f"{use} --data_dir=DIR/unwritten" for use in WRONG_USES}}
     return dict(
-        zip(uses, run_all([f"prepare {flags}" for flags in uses.values()], corpora), strict=True)
+        zip(
+            uses,
+            run_commands([f"prepare {flags}" for flags in uses.values()], corpora),
+            strict=True,
+        )
     )
 
 
@@ -134,7 +138,7 @@ def test_an_inspection_draws_and_prints_the_first_dialogue(successes, corpora):
 def test_recordings_that_are_made_are_used_again(successes, corpora):
     assert cells(successes["synthetic"], "dialogues") == ["2", "1", "1"]
     assert "note" not in successes["synthetic"]
-    note = f"note: {corpora}/data/synthetic_recordings: recordings of the same arguments were there"
+    note = f"note: {corpora}/data/synthetic_recordings: reusing the recordings, which were made"
     assert note in successes["again"]
     assert cells(successes["again"], "utterances") == cells(successes["synthetic"], "utterances")
 
@@ -142,7 +146,10 @@ def test_recordings_that_are_made_are_used_again(successes, corpora):
 def test_features_are_told_too(successes, corpora):
     assert f"written to {corpora}/data/made_up/1.0.0" in successes["features"]
     for split in ("train", "validation", "test"):
-        assert str(len(load("made_up", split, corpora / "data").label)) in successes["features"]
+        assert (
+            str(len(load_features("made_up", split, corpora / "data").label))
+            in successes["features"]
+        )
 
 
 @pytest.mark.parametrize("use", WRONG_USES)
@@ -163,7 +170,7 @@ def test_beam_is_used_with_options_it_knows(corpora):
         '{"direct_num_workers":"many"}': "--beam_options: argument --direct_num_workers: invalid",
     }
     uses = [f"{use} --beam_options={options}" for options in (*wrong, '{"runner":"direct"}')]
-    *failed, done = run_all(uses, corpora)
+    *failed, done = run_commands(uses, corpora)
     for (status, told, said), message in zip(failed, wrong.values(), strict=True):
         assert message in said
         assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")

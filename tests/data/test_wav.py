@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from mister_jax.data.audio import SAMPLE_RATE, AudioError, Request, decode, decode_many
+from mister_jax.data.audio import SAMPLE_RATE, AudioError, DecodeRequest, decode, decode_many
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 
@@ -124,7 +124,7 @@ def test_a_file_cut_in_half_is_damaged(name):
 
 def test_damage_is_where_the_file_breaks_off():
     file = CUT_SHORT["plain"]
-    requests = [Request(file, 0, 0.5), Request(file, 0.75, 1.5), Request(file)]
+    requests = [DecodeRequest(file, 0, 0.5), DecodeRequest(file, 0.75, 1.5), DecodeRequest(file)]
     clips = list(decode_many(requests, num_workers=0))
     assert [clip.damaged for clip in clips] == [False, True, True]
 

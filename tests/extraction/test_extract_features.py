@@ -13,7 +13,7 @@ from mister_jax.configs import text_encoder
 
 from mister_jax import data, extraction
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
-from mister_jax.data.clips import UNIT, load_clips, pad_clips
+from mister_jax.data.clips import LENGTH_STEP, load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.encoders import registry
@@ -190,7 +190,7 @@ def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_w
 def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_folder):
     windows = extraction.PretrainedSpeech(str(whisper_folder), windows=True)
     assert windows.input.max_samples is None
-    window = windows.input.longest * UNIT
+    window = windows.input.longest * LENGTH_STEP
     clip = np.tile(some_clips()[2], 40)[: 2 * window + 1000]
     found, _ = extraction.encode_utterances(windows, [clip, clip[:5000]])
     parts = np.array_split(clip, 3)  # Of equal length, so that none is a mere rest.
@@ -225,7 +225,7 @@ def test_clips_that_lose_their_end_are_counted(whisper_folder, tmp_path, caplog)
     encoder = extraction.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS)
     with caplog.at_level(logging.WARNING):
         extraction.extract_features(encoder, "manifest/m", "cut", tmp_path, quiet=True)
-    assert f"1 utterances are longer than {SECONDS:g} s, and the rest is not read" in caplog.text
+    assert f"1 utterances are longer than {SECONDS:g} s and are truncated" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["whisper", "prosody"])
@@ -239,7 +239,7 @@ def test_odd_clips_are_absent_or_finite(kind, request):
     np.testing.assert_array_equal(present, [False, False, False, True, True])
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[:3], 0)
-    longest = encoder.input.longest * UNIT
+    longest = encoder.input.longest * LENGTH_STEP
     cut, _ = extraction.encode_utterances(encoder, [ten_minutes[:longest]])
     np.testing.assert_allclose(found[4], cut[0], atol=1e-5)
 

@@ -1,0 +1,137 @@
+"""Synthesizes meaningless syllables in a speaking style: harmonics, formants and breath."""
+
+import math
+
+import numpy as np
+
+from mister_jax.data.audio import SAMPLE_RATE
+
+# Value of an average style, and how much one standard deviation adds. Pitch and tempo are
+# perceived in octaves, so those are base-2 logarithms.
+PITCH_OCTAVE = (math.log2(165.0), 0.2)  # Hz
+LEVEL = (-28.0, 2.5)  # dB relative to full scale, root mean square
+TEMPO_OCTAVE = (math.log2(4.5), 0.2)  # syllables per second
+TILT = (-10.0, 2.0)  # dB per octave of the voice source
+
+_MIN_SECONDS, _MAX_SECONDS = 1.0, 3.0
+
+# Formants of five vowels in Hz (after Peterson & Barney 1952), their bandwidths in Hz, and the gain
+# at their peaks.
+_VOWELS = np.array(
+    [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
+)
+_BANDWIDTHS = np.array([60, 90, 130])
+_PEAK = 6.0
+
+MIN_FORMANT_SCALE, MAX_FORMANT_SCALE = 0.88, 1.14
+"""Range of a speaker's formants relative to `_VOWELS`, which depends on the vocal tract length."""
+
+_BREATH = 0.01  # relative to the voice, root mean square
+_ROOM_NOISE = 8.0  # root mean square, 72 dB below full scale
+
+
+def physical_style(style: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns pitch in Hz, level in dB, syllables per second and tilt in dB per octave of a style.
+
+    Args:
+        style: Pitch, loudness, tempo and brightness in standard deviations [4].
+    """
+    pitch, level, tempo, tilt = (
+        middle + deviation * float(value)
+        for (middle, deviation), value in zip(
+            (PITCH_OCTAVE, LEVEL, TEMPO_OCTAVE, TILT), style, strict=True
+        )
+    )
+    return 2**pitch, level, 2**tempo, tilt
+
+
+def synthesize(
+    style: np.ndarray, formant_scale: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Synthesizes an utterance.
+
+    Args:
+        style: Speaking style [4].
+        formant_scale: Factor of all formants.
+        generator: Random generator of everything that is independent of the style.
+
+    Returns:
+        Samples [S] int16 at `SAMPLE_RATE`. The geometric mean pitch, the root mean square and the
+        mean syllable rate are those of the style.
+    """
+    pitch, level, tempo, tilt = physical_style(style)
+    seconds = generator.uniform(_MIN_SECONDS, _MAX_SECONDS)
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    # A fractional syllable index. Syllables differ in length, and the last one may be cut short.
+    syllable = tempo * time
+    syllable += 0.1 * np.sin(2 * np.pi * (syllable / 2.3 + generator.uniform()))
+    syllable = np.maximum(syllable - syllable[0], 0)
+    count = int(syllable[-1]) + 2
+    stress = np.interp(syllable, np.arange(count), generator.uniform(0.6, 1.0, size=count))
+    envelope = stress * (0.08 + 0.92 * np.sin(np.pi * syllable) ** 2)
+
+    octave = np.interp(syllable, np.arange(count), generator.normal(scale=0.05, size=count))
+    octave += np.linspace(0.08, -0.08, len(time))  # Pitch declines along a sentence.
+    frequency = pitch * 2 ** (octave - octave.mean())
+    source = envelope * _harmonics(frequency, tilt)
+    source += _BREATH * _rms(source) * envelope * generator.normal(size=len(time))
+
+    formants = formant_scale * _VOWELS[generator.integers(len(_VOWELS), size=count)]
+    voice = _apply_formants(source, syllable, formants)
+    voice *= 32768 * 10 ** (level / 20) / _rms(voice)
+    voice += _ROOM_NOISE * generator.normal(size=len(time))
+    return np.clip(np.rint(voice), -32768, 32767).astype(np.int16)
+
+
+def _harmonics(frequency: np.ndarray, tilt: float) -> np.ndarray:
+    """Returns the sum of all harmonics [S] of a frequency [S] in Hz, with a tilt in dB/octave."""
+    angle = np.cumsum(2 * np.pi * frequency / SAMPLE_RATE)
+    fundamental = np.exp(1j * (angle % (2 * np.pi))).astype(np.complex64)
+    harmonic = fundamental.copy()
+    total = np.zeros(len(frequency), np.float32)
+    for number in range(1, int(0.48 * SAMPLE_RATE / frequency.max()) + 1):
+        total += np.float32(10 ** (tilt * math.log2(number) / 20)) * harmonic.imag
+        harmonic *= fundamental
+    return total.astype(np.float64)
+
+
+def _apply_formants(source: np.ndarray, syllable: np.ndarray, formants: np.ndarray) -> np.ndarray:
+    """Filters a source by formants that glide from syllable to syllable.
+
+    Args:
+        source: Voice source [S].
+        syllable: Fractional index into `formants` of each sample [S].
+        formants: Formants of each syllable in Hz [syllables, 3].
+
+    Returns:
+        Filtered samples [S].
+    """
+    hop, frame_size = 256, 512  # Hann windows of twice the hop add up to 1.
+    count = -(-len(source) // hop) + 1
+    padded = np.zeros((count + 1) * hop)
+    padded[hop : hop + len(source)] = source
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(frame_size) / frame_size)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, frame_size)[::hop] * window
+
+    centers = np.minimum(np.arange(count) * hop, len(source) - 1)
+    indices = np.arange(len(formants))
+    frame_formants = np.stack(
+        [np.interp(syllable[centers], indices, each) for each in formants.T], axis=1
+    )
+    bins = np.fft.rfftfreq(2 * frame_size, 1 / SAMPLE_RATE)
+    distance = bins - frame_formants[..., None]  # [frames, 3, bins]
+    # The gain between peaks is 1, so the tilt of the source remains audible.
+    gain = np.prod(1 + _PEAK / (1 + (distance / _BANDWIDTHS[:, None]) ** 2), axis=1)
+    spectrum = np.fft.rfft(frames, 2 * frame_size) * gain
+
+    # The filter has zero phase, so each frame's response extends to both sides of it.
+    response = np.roll(np.fft.irfft(spectrum), frame_size // 2, axis=1)
+    total = np.zeros((count + 3) * hop)
+    for part in range(4):
+        piece = response[:, part * hop : (part + 1) * hop]
+        total[part * hop : part * hop + piece.size] += piece.ravel()
+    return total[frame_size // 2 + hop :][: len(source)]
+
+
+def _rms(samples: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(samples**2)))
