@@ -111,7 +111,7 @@ def _new_paths(values: Sequence[str]) -> dict[str, str] | None:
 
 def _read_corpus() -> Corpus:
     """Reads the utterances that the flags name."""
-    from mister_jax.data.corpora.manifest import reader
+    from mister_jax.data.corpora.manifest.reader import read_manifest
 
     sources = {
         "manifest": _MANIFEST.value,
@@ -125,7 +125,7 @@ def _read_corpus() -> Corpus:
         )
     if chosen == ["manifest"]:
         # All dialogues are in one split, in the order of the file.
-        return reader.read(_MANIFEST.value or "", check_labels=False, shares=(0, 0, 1))
+        return read_manifest(_MANIFEST.value or "", check_labels=False, shares=(0, 0, 1))
     if chosen == ["corpus"]:
         return _read_released_corpus()
     return _corpus_from_flags(_AUDIO.value, _TEXT.value)
@@ -146,8 +146,8 @@ def _read_released_corpus() -> Corpus:
 
 
 def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
-    from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
     from mister_jax.data.corpora.manifest.fields import Fields
+    from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
 
     if paths and texts and len(paths) != len(texts):
         raise InputError(

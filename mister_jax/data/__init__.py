@@ -13,11 +13,11 @@ require_extra("predict", "mister_jax.data")
 
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
-from mister_jax.data.features import load, read_npz, split_names, write
+from mister_jax.data.features import load_features, read_npz, split_names, write_features
 from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.storage import dataset_directory
-from mister_jax.data.synthetic import generate
+from mister_jax.data.synthetic import generate_features
 
 __all__ = [
     "SAMPLE_RATE",
@@ -27,11 +27,11 @@ __all__ = [
     "DialogueFeatures",
     "batches",
     "dataset_directory",
-    "generate",
+    "generate_features",
     "length_buckets",
-    "load",
+    "load_features",
     "prefetch_to_device",
     "read_npz",
     "split_names",
-    "write",
+    "write_features",
 ]

@@ -107,7 +107,7 @@ def check_channel(channel: Any) -> Channel:
     """
     if isinstance(channel, str) and channel.strip().isdecimal():
         channel = int(channel)
-    if channel == MIX or channel in _NAMED_CHANNELS:
+    if channel in (MIX, *_NAMED_CHANNELS):
         return channel
     if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
         return channel

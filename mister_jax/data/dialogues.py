@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.lazy import tf
-from mister_jax.data.storage import REPORT, stored
+from mister_jax.data.storage import REPORT, open_builder
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class DialogueDataset:
 
     def __init__(self, name: str, data_dir: epath.PathLike | None = None) -> None:
         self.name = name
-        self._builder: DatasetBuilder = stored(name, data_dir)
+        self._builder: DatasetBuilder = open_builder(name, data_dir)
         self.directory = epath.Path(self._builder.data_dir)
         spec = dict(self._builder.info.features.items())
         fields = getattr(spec.get("utterances"), "feature", {})

@@ -17,13 +17,13 @@ from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
 from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.splits import overlap_note, random_splits
-from mister_jax.data.storage import VERSION, quiet, staged, stored
+from mister_jax.data.storage import VERSION, atomic_dataset, open_builder, silence_tfds
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-__all__ = ["DialogueFeatures", "load", "read_npz", "split_names", "write"]
+__all__ = ["DialogueFeatures", "load_features", "read_npz", "split_names", "write_features"]
 
 _REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
 _OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
@@ -132,7 +132,7 @@ def read_npz(
     return splits
 
 
-def write(
+def write_features(
     splits: Mapping[str, DialogueFeatures],
     name: str,
     data_dir: epath.PathLike | None = None,
@@ -164,8 +164,8 @@ def write(
         **(metadata or {}),
         "splits": {split: features.metadata for split, features in splits.items()},
     }
-    with staged(name, data_dir, overwrite=overwrite) as (place, _):
-        with quiet():
+    with atomic_dataset(name, data_dir, overwrite=overwrite) as (place, _):
+        with silence_tfds():
             builder = tfds.dataset_builders.store_as_tfds_dataset(
                 name=name,
                 version=VERSION,
@@ -176,7 +176,7 @@ def write(
                 disable_shuffling=True,
             )
         tfds.core.MetadataDict(told).save_metadata(builder.data_dir)
-    return stored(name, data_dir)
+    return open_builder(name, data_dir)
 
 
 def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str, ...]:
@@ -185,11 +185,13 @@ def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str,
     Raises:
         InputError: there is no such dataset.
     """
-    splits = stored(name, data_dir).info.splits
+    splits = open_builder(name, data_dir).info.splits
     return tuple(split for split, info in splits.items() if info.num_examples > 0)
 
 
-def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> DialogueFeatures:
+def load_features(
+    name: str, split: str, data_dir: epath.PathLike | None = None
+) -> DialogueFeatures:
     """Reads one split of a dataset of features into memory.
 
     Args:
@@ -203,7 +205,7 @@ def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> Dialo
     Raises:
         InputError: there is no such dataset or split, or it does not hold features.
     """
-    builder = stored(name, data_dir)
+    builder = open_builder(name, data_dir)
     spec = dict(builder.info.features.items())
     fields: Mapping[str, Any] = getattr(spec.get("utterances"), "feature", {})
     if "speech" not in fields or "text" not in fields:
@@ -214,7 +216,7 @@ def load(name: str, split: str, data_dir: epath.PathLike | None = None) -> Dialo
     if split not in filled:
         raise InputError(f"{builder.data_dir}: no split {split!r}; allowed: {', '.join(filled)}")
 
-    with quiet():
+    with silence_tfds():
         # One file at a time, or the dialogues of a dataset of several files would interleave.
         reading = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         dialogues = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=reading)))

@@ -1,4 +1,4 @@
-"""Where datasets lie, and how one comes to lie there: whole or not at all."""
+"""Dataset paths, and atomic writes of datasets and directories."""
 
 import contextlib
 import io
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 VERSION = "1.0.0"
 
 REPORT = "report.json"
-"""Beside a dataset of dialogues: what was written, see `builder.write_corpus`."""
+"""File in the directory of a dialogue dataset, see `corpus_report.make_report`."""
 
-# No dataset has such a name.
+# No dataset has this name.
 _REPLACED = ".replaced"
 
 
 def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
-    """The place of a dataset, which need not exist.
+    """Returns the directory of a dataset, which need not exist.
 
     Args:
-        name: `DATASET` or `DATASET/CONFIG`.
-        data_dir: the directory that holds datasets; that of TFDS when None.
+        name: Name of the dataset, `DATASET` or `DATASET/CONFIG`.
+        data_dir: Directory of all datasets; the default of TFDS if None.
 
     Raises:
-        InputError: the name is not legal.
+        InputError: The name is not allowed.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)?", name):
         raise InputError(
@@ -45,121 +45,122 @@ def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
     return _root(data_dir) / name / VERSION
 
 
-def stored(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder":
-    """The TFDS builder of a dataset that is there.
+def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder":
+    """Returns the TFDS builder of an existing dataset.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: The dataset does not exist.
     """
     directory = dataset_directory(name, data_dir)
     info = directory / "dataset_info.json"
     if not info.exists():
-        settle(name, data_dir)
+        recover(name, data_dir)
     if not info.exists():
         root = _root(data_dir)
-        there = sorted(
-            str(info.parent.parent.relative_to(root))
+        names = sorted(
+            str(path.parent.parent.relative_to(root))
             for pattern in ("*", "*/*")
-            for info in root.glob(f"{pattern}/{VERSION}/features.json")
+            for path in root.glob(f"{pattern}/{VERSION}/features.json")
         )
-        raise InputError(f"{root}: no dataset {name!r}; there are: {', '.join(there) or 'none'}")
-    with quiet():
+        raise InputError(f"{root}: no dataset {name!r}; available: {', '.join(names) or 'none'}")
+    with silence_tfds():
         return tfds.builder_from_directory(directory)
 
 
 @contextlib.contextmanager
-def staged(
+def atomic_dataset(
     name: str, data_dir: epath.PathLike | None, *, overwrite: bool
 ) -> Iterator[tuple[epath.Path, epath.Path]]:
-    """A place to write a dataset to, moved to where it belongs when the body ends well.
+    """Writes a dataset to a temporary place and moves it to its directory on success.
 
     Args:
-        name: `DATASET` or `DATASET/CONFIG`.
-        data_dir: see `dataset_directory`.
-        overwrite: replace a dataset of this name.
+        name: Name of the dataset, `DATASET` or `DATASET/CONFIG`.
+        data_dir: Directory of all datasets, see `dataset_directory`.
+        overwrite: Whether to replace an existing dataset.
 
     Yields:
-        The `data_dir` to write under, and the directory the dataset will have.
+        The temporary `data_dir` to write under, and the final directory of the dataset.
 
     Raises:
-        InputError: the dataset exists, or the directory cannot be written.
+        InputError: The dataset exists, or the directory cannot be written.
     """
     directory = dataset_directory(name, data_dir)
     if directory.exists() and not overwrite:
         raise InputError(f"{directory}: dataset exists; allowed: another name, or --overwrite")
-    with whole_directory(directory, _root(data_dir), overwrite=overwrite) as place:
-        yield place, directory
+    with atomic_directory(directory, _root(data_dir), overwrite=overwrite) as temporary:
+        yield temporary, directory
 
 
 @contextlib.contextmanager
-def whole_directory(
+def atomic_directory(
     directory: epath.Path, root: epath.Path, *, overwrite: bool
 ) -> Iterator[epath.Path]:
-    """A place to write a directory in, which is there as a whole when the body ends well, or not.
+    """Writes a directory to a temporary place and moves it into position on success.
 
-    A process that is killed leaves its place behind; the next one cleans it up, see `clean_up`.
+    If the body fails, the directory does not change. If the process is killed, its temporary place
+    remains until the next call, see `recover_directory`.
 
     Args:
-        directory: to be made.
-        root: a folder that holds it, at any depth; the place is made in it.
-        overwrite: replace the directory if it exists.
+        directory: Directory to create.
+        root: Folder that contains it at any depth; the temporary place is created in it.
+        overwrite: Whether to replace an existing directory.
 
     Yields:
-        The place. What the body writes in it as `directory.relative_to(root)` becomes `directory`.
+        The temporary place. Its `directory.relative_to(root)` becomes `directory`.
 
     Raises:
-        InputError: the directory exists or cannot be written.
+        InputError: The directory exists or cannot be written.
     """
-    place = root / f"{_prefix(directory, root)}{os.getpid()}.{uuid.uuid4().hex}"
+    temporary = root / f"{_prefix(directory, root)}{os.getpid()}.{uuid.uuid4().hex}"
     try:
-        place.mkdir(parents=True)
-        clean_up(directory, root)
+        temporary.mkdir(parents=True)
+        recover_directory(directory, root)
         if directory.exists() and not overwrite:
             raise InputError(f"{directory}: exists; allowed: another one, or --overwrite")
-        yield place
+        yield temporary
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():
-            directory.rename(place / _REPLACED)
-        (place / directory.relative_to(root)).rename(directory)
+            directory.rename(temporary / _REPLACED)
+        (temporary / directory.relative_to(root)).rename(directory)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{directory}: cannot be written ({reason})") from error
     finally:
-        if place.exists():
-            _give_up(place, directory)
+        if temporary.exists():
+            _rollback(temporary, directory)
 
 
-def settle(name: str, data_dir: epath.PathLike | None) -> None:
-    """Does `clean_up` for a dataset, where its folder can be written.
+def recover(name: str, data_dir: epath.PathLike | None) -> None:
+    """Recovers a dataset from killed writers, see `recover_directory`.
 
     Raises:
-        InputError: the name is not legal.
+        InputError: The name is not allowed.
     """
     directory = dataset_directory(name, data_dir)
-    with contextlib.suppress(OSError):  # A reader need not be able to write.
-        clean_up(directory, _root(data_dir))
+    with contextlib.suppress(OSError):  # A reader may lack the permission to write.
+        recover_directory(directory, _root(data_dir))
 
 
-def clean_up(directory: epath.Path, root: epath.Path) -> None:
-    """Removes what killed processes of this machine have left of a directory.
+def recover_directory(directory: epath.Path, root: epath.Path) -> None:
+    """Removes the temporary places of killed processes of this machine.
 
-    One that was about to replace it may have been killed when the old one was put aside and the new
-    one was not in its place. The old one then is put back.
+    A process may have been killed after it had put the old directory aside and before the new one
+    was in position. Then the old directory is restored.
 
     Args:
-        directory: see `whole_directory`.
-        root: the same as there.
+        directory: Directory of `atomic_directory`.
+        root: Root of `atomic_directory`.
     """
     if not root.exists():
         return
     prefix = _prefix(directory, root)
-    for left in root.iterdir():
-        if not left.name.startswith(prefix):
+    for path in root.iterdir():
+        if not path.name.startswith(prefix):
             continue
-        process = left.name.removeprefix(prefix).partition(".")[0]
+        process = path.name.removeprefix(prefix).partition(".")[0]
         if process.isdigit() and not _is_alive(int(process)):
-            with contextlib.suppress(FileNotFoundError):  # Another process does the same.
-                _give_up(left, directory)
+            with contextlib.suppress(FileNotFoundError):  # Another process recovers it too.
+                _rollback(path, directory)
 
 
 def _prefix(directory: epath.Path, root: epath.Path) -> str:
@@ -167,21 +168,21 @@ def _prefix(directory: epath.Path, root: epath.Path) -> str:
     return f".incomplete.{name}.{socket.gethostname()}."
 
 
-def _give_up(place: epath.Path, directory: epath.Path) -> None:
-    replaced = place / _REPLACED
+def _rollback(temporary: epath.Path, directory: epath.Path) -> None:
+    replaced = temporary / _REPLACED
     if replaced.exists() and not directory.exists():
         replaced.rename(directory)
-    place.rmtree()
+    temporary.rmtree()
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps TFDS from telling of its progress and of the temporary places it works in."""
+def silence_tfds() -> Iterator[None]:
+    """Hides the messages of TFDS, which show progress and temporary paths."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
-    unread = io.StringIO()
+    discarded = io.StringIO()
     try:
-        with contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+        with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -283,7 +283,7 @@ def check_num_dialogues(num_dialogues: Mapping[str, int]) -> None:
         )
 
 
-def generate(
+def generate_features(
     seed: int = 0,
     num_dialogues: Mapping[str, int] = DEFAULT_NUM_DIALOGUES,
     *,

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mister_jax import losses
-from mister_jax.data import BatchPlan, DialogueFeatures, batches, load
+from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
@@ -122,7 +122,7 @@ class FusionTask:
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """Creates the task for the config's dataset, whose training split gives the sizes."""
-        train = load(config.data.name, "train", config.data.data_dir or None)
+        train = load_features(config.data.name, "train", config.data.data_dir or None)
         model = dataclass_from_config(
             MisterEConfig,
             config.model,
@@ -184,7 +184,7 @@ class FusionTask:
         if (name, split) == (self._data.name, "train") and self._train_features is not None:
             features = self._train_features
         else:
-            features = load(name, split, self._data.data_dir or None)
+            features = load_features(name, split, self._data.data_dir or None)
         for what, value, expected in (
             ("classes", features.class_names, self.class_names),
             ("speech width", features.speech_dim, self.model.speech_dim),

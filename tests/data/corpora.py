@@ -5,7 +5,7 @@ import csv
 import h5py
 import numpy as np
 
-from mister_jax.data.mosi import reader as mosi
+from mister_jax.data.corpora import mosi
 
 IEMOCAP_HEADER = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
 # Dialogue -> turns: start, end, what stands after the dialogue's name, label. Not in time order.

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mister_jax.data import DialogueFeatures, load, read_npz, write
+from mister_jax.data import DialogueFeatures, load_features, read_npz, write_features
 from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
 
 
 def prepare(source, name, data_dir, **options):
     """What `launch.prepare --corpus=features` does."""
-    return write(read_npz(source), name, data_dir, **options)
+    return write_features(read_npz(source), name, data_dir, **options)
 
 
 ARRAYS = ("utterance_ids", "speech", "text", "speech_present", "text_present", "label", "lengths")
@@ -78,7 +78,7 @@ def test_a_dataset_comes_back_as_it_was_stored(tmp_path, with_score):
     source = save(tmp_path, arrays)
     prepare(source, "round_trip", tmp_path / "store")
     for split, features in read_npz(source).items():
-        loaded = load("round_trip", split, tmp_path / "store")
+        loaded = load_features("round_trip", split, tmp_path / "store")
         assert_same(loaded, features)
         assert loaded.name == "round_trip"
         assert loaded.metadata["source"] == "features.npz"
@@ -177,7 +177,7 @@ def test_one_modality_is_enough(tmp_path, modality, other):
     assert not getattr(train, f"{other}_present").any()
     assert getattr(train, other).shape == (5, 1)
     prepare(tmp_path / "features.npz", "alone", tmp_path / "store")
-    assert_same(load("alone", "train", tmp_path / "store"), train)
+    assert_same(load_features("alone", "train", tmp_path / "store"), train)
 
 
 def speakers_without_splits(num_speakers: int, num_dialogues: int) -> dict[str, np.ndarray]:
@@ -270,26 +270,26 @@ def test_an_existing_dataset_is_replaced_only_on_demand(tmp_path):
     save(tmp_path, changed("label", 0, 2))
     with pytest.raises(InputError, match="exists"):
         prepare(source, "twice", store)
-    assert load("twice", "train", store).label[1] == 0
+    assert load_features("twice", "train", store).label[1] == 0
     prepare(source, "twice", store, overwrite=True)
-    assert load("twice", "train", store).label[1] == 2
+    assert load_features("twice", "train", store).label[1] == 2
     assert [path.name for path in store.iterdir()] == ["twice"]
 
 
 def test_a_failure_while_writing_keeps_the_old_dataset_and_nothing_else(tmp_path):
     splits = read_npz(save(tmp_path, archive()))
     store = tmp_path / "store"
-    write(splits, "kept", store)
+    write_features(splits, "kept", store)
     with pytest.raises(TypeError):
-        write(splits, "kept", store, metadata={"not": {"json"}}, overwrite=True)
-    assert_same(load("kept", "train", store), splits["train"])
+        write_features(splits, "kept", store, metadata={"not": {"json"}}, overwrite=True)
+    assert_same(load_features("kept", "train", store), splits["train"])
     assert [path.name for path in store.iterdir()] == ["kept"]
 
 
 def test_metadata_of_the_dataset_and_of_the_split_come_back_together(tmp_path):
     splits = read_npz(save(tmp_path, archive()))
-    write(splits, "told", tmp_path, metadata={"encoder": "base"})
-    metadata = load("told", "test", tmp_path).metadata
+    write_features(splits, "told", tmp_path, metadata={"encoder": "base"})
+    metadata = load_features("told", "test", tmp_path).metadata
     assert metadata == {"encoder": "base", **splits["test"].metadata}
 
 
@@ -308,12 +308,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_what_cannot_be_loaded_is_named_with_what_can(tmp_path):
     arrays = {key: value[:3] if key != "class_names" else value for key, value in archive().items()}
     prepare(save(tmp_path, arrays), "only_train", tmp_path)
-    with pytest.raises(InputError, match="no dataset 'absent'; there are: only_train"):
-        load("absent", "train", tmp_path)
-    with pytest.raises(InputError, match="there are: none"):
-        load("absent", "train", tmp_path / "empty")
+    with pytest.raises(InputError, match="no dataset 'absent'; available: only_train"):
+        load_features("absent", "train", tmp_path)
+    with pytest.raises(InputError, match="available: none"):
+        load_features("absent", "train", tmp_path / "empty")
     with pytest.raises(InputError, match="no split 'test'; allowed: train"):
-        load("only_train", "test", tmp_path)
+        load_features("only_train", "test", tmp_path)
 
 
 def test_a_dataset_of_something_else_is_refused(tmp_path):
@@ -325,4 +325,4 @@ def test_a_dataset_of_something_else_is_refused(tmp_path):
         data_dir=tmp_path,
     )
     with pytest.raises(InputError, match="it holds number"):
-        load("numbers", "train", tmp_path)
+        load_features("numbers", "train", tmp_path)

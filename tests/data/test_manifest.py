@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as given_examples
 from hypothesis import strategies as st
 
+from mister_jax.data.corpora.manifest import reader
 from mister_jax.data.corpus import Recording
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.corpora.manifest import reader
 from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
 
@@ -47,7 +47,7 @@ def ids(corpus):
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv])
 def test_rows_become_dialogues_in_order(tmp_path, write):
-    corpus = reader.read(write(tmp_path / f"m.{write.__name__[6:]}", ROWS))
+    corpus = reader.read_manifest(write(tmp_path / f"m.{write.__name__[6:]}", ROWS))
     assert ids(corpus) == {"b": ["b/1", "b/2"], "a": ["a/y", "a/x"]}
     assert corpus.class_names == ("anger", "joy")
     turns = {turn.id: turn for _, turn in corpus.utterances()}
@@ -59,7 +59,9 @@ def test_rows_become_dialogues_in_order(tmp_path, write):
 
 def test_given_splits_and_labels_are_kept(tmp_path):
     rows = [row | {"split": "test" if row["dialogue"] == "a" else "train"} for row in ROWS]
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows), labels=("joy", "calm", "anger"))
+    corpus = reader.read_manifest(
+        write_jsonl(tmp_path / "m.jsonl", rows), labels=("joy", "calm", "anger")
+    )
     assert corpus.sizes() == {"train": (1, 2), "validation": (0, 0), "test": (1, 2)}
     assert [dialogue.id for dialogue in corpus.splits["test"]] == ["a"]
     assert corpus.class_names == ("joy", "calm", "anger")
@@ -72,11 +74,11 @@ def test_random_splits_are_by_dialogue_and_repeatable(tmp_path):
         for turn in range(3)
     ]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
-    first, again, other = (reader.read(path, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (reader.read_manifest(path, seed=seed) for seed in (0, 0, 1))
     assert first.sizes() == {"train": (16, 48), "validation": (2, 6), "test": (2, 6)}
     assert first.splits == again.splits != other.splits
     assert first.notes == ("dialogues split at random, seed 0",)
-    few = reader.read(write_jsonl(path, rows[:9]))
+    few = reader.read_manifest(write_jsonl(path, rows[:9]))
     assert few.sizes() == {"train": (1, 3), "validation": (1, 3), "test": (1, 3)}
 
 
@@ -91,7 +93,7 @@ def single_utterances(speakers=None):
 
 def test_random_splits_keep_speakers_apart(tmp_path):
     path = write_jsonl(tmp_path / "m.jsonl", single_utterances(speakers=True))
-    corpus = reader.read(path)
+    corpus = reader.read_manifest(path)
     assert corpus.sizes() == {"train": (160, 160), "validation": (20, 20), "test": (20, 20)}
     speakers = [
         {turn.metadata["speaker"] for dialogue in dialogues for turn in dialogue.utterances}
@@ -102,7 +104,7 @@ def test_random_splits_keep_speakers_apart(tmp_path):
 
 
 def test_single_utterances_split_without_speakers_are_warned_of(tmp_path):
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", single_utterances()))
+    corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", single_utterances()))
     assert corpus.notes[-1].startswith("WARNING: ") and "add a column speaker" in corpus.notes[-1]
 
 
@@ -113,20 +115,20 @@ def test_speakers_that_connect_all_dialogues_are_split_by_dialogue_with_a_warnin
         for turn in range(2)
     ]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
-    corpus = reader.read(path)
+    corpus = reader.read_manifest(path)
     assert corpus.sizes() == {"train": (8, 16), "validation": (1, 2), "test": (1, 2)}
     (note,) = (note for note in corpus.notes if note.startswith("WARNING: "))
     assert "dialogues that share a speaker form 1 groups, too few" in note
     with pytest.raises(InputError, match="that share a speaker form 1 groups; needed"):
-        reader.read(path, group_by="speaker")
+        reader.read_manifest(path, group_by="speaker")
     with pytest.raises(InputError, match="line 1: room: missing, and dialogues are grouped by it"):
-        reader.read(path, group_by="room")
+        reader.read_manifest(path, group_by="room")
 
 
 def test_speakers_in_training_and_another_given_split_are_warned_of(tmp_path):
     rows = [row | {"split": "test" if row["dialogue"] == "a" else "train"} for row in ROWS]
     rows = [row | {"speaker": "Ann"} for row in rows]
-    notes = reader.read(write_jsonl(tmp_path / "m.jsonl", rows)).notes
+    notes = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows)).notes
     assert "WARNING: 1 of 1 values of speaker are in training and in another split" in notes
 
 
@@ -139,7 +141,7 @@ def in_one_recording(**changes):
 
 def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
     rows = [*in_one_recording(), ROWS[1], ROWS[3]]
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     recordings = [turn.recording for _, turn in corpus.utterances() if turn.id.startswith("d/")]
     path = str(tmp_path / "call.wav")
     assert recordings == [Recording(path, n, n + 0.5) for n in range(3)]
@@ -152,7 +154,7 @@ def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
 def test_places_in_the_recording_come_before_start_and_end(tmp_path):
     rows = in_one_recording()
     rows[1] |= {"audio_start": 7, "audio_end": 8}
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     cuts = [(turn.recording.start, turn.recording.end) for _, turn in corpus.utterances()]
     assert cuts == [(0, 0.5), (7, 8), (2, 2.5)]
 
@@ -160,17 +162,17 @@ def test_places_in_the_recording_come_before_start_and_end(tmp_path):
 def test_utterances_that_would_all_hear_the_whole_recording_are_refused(tmp_path):
     rows = in_one_recording(end=None)
     with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
-        reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+        reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
         spelled = [
             row | {"dialogue": n, "audio": "./" * n + "call.wav"} for n, row in enumerate(rows)
         ]
         spelled[1]["dialogue"] = "another"
-        reader.read(write_jsonl(tmp_path / "m.jsonl", spelled))
+        reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", spelled))
     # Another channel is another sound.
     for n, row in enumerate(rows):
         row["audio_channel"] = n
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     recordings = [turn.recording for _, turn in corpus.utterances()]
     assert [recording.channel for recording in recordings] == [0, 1, 2]
     assert all((recording.start, recording.end) == (None, None) for recording in recordings)
@@ -184,13 +186,13 @@ def test_the_separator_of_a_csv_file_is_found(tmp_path, name, delimiter):
     lines = ["dialogue", "utterance", "order", "text", "label"], ["d", "1", "1", "a, b; c", "joy"]
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(lines)
-    ((_, turn),) = reader.read(path, shares=(1, 0, 0)).utterances()
+    ((_, turn),) = reader.read_manifest(path, shares=(1, 0, 0)).utterances()
     assert (turn.id, turn.text, turn.label) == ("d/1", "a, b; c", "joy")
 
 
 def test_further_columns_are_kept_as_metadata(tmp_path):
     rows = [row | {"duration": 1.5, "channel": "left", "tags": ["a", "b"]} for row in ROWS]
-    corpus = reader.read(write_jsonl(tmp_path / "m.jsonl", rows))
+    corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     for _, turn in corpus.utterances():
         assert turn.metadata == {"duration": "1.5", "channel": "left", "tags": '["a", "b"]'}
     assert corpus.notes[0] == (
@@ -203,13 +205,13 @@ def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
     rows = [row | {"label": label} for row, label in zip(ROWS, labels, strict=True)]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
     with pytest.raises(InputError, match=r"'ANGER' is 'anger' .*--map_labels=ANGER=anger,nan="):
-        reader.read(path)
-    corpus = reader.read(path, label_map={"ANGER": "anger", "nan": ""})
+        reader.read_manifest(path)
+    corpus = reader.read_manifest(path, label_map={"ANGER": "anger", "nan": ""})
     assert corpus.class_names == ("anger",)
     assert [turn.label for _, turn in corpus.utterances()].count(None) == 1
-    kept = reader.read(path, label_map={"ANGER": "anger", "nan": "nan"})
+    kept = reader.read_manifest(path, label_map={"ANGER": "anger", "nan": "nan"})
     assert kept.class_names == ("anger", "nan")
-    assert reader.read(path, check_labels=False).class_names == ("ANGER", "anger", "nan")
+    assert reader.read_manifest(path, check_labels=False).class_names == ("ANGER", "anger", "nan")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,7 @@ def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
         ({"mood\n": "calm"}, "'mood\\n'", "a broken name; allowed: printable text"),
         ({"mood": "\ud800"}, "mood", "allowed: text without null or broken characters"),
         ({"audio": "b.wav", "audio_channel": "up"}, "audio_channel", "'up'; allowed: mix, left"),
+        ({"audio": "b.wav", "audio_channel": []}, "audio_channel", "[]; allowed: mix, left"),
         (
             {"label": "nan"},
             "label",
@@ -253,7 +256,7 @@ def test_a_bad_field_is_named_with_file_and_row(tmp_path, row, field, message):
     rows = [ROWS[1], ROWS[3], ROWS[2], ROWS[0] | row]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
     with pytest.raises(InputError) as caught:
-        reader.read(path)
+        reader.read_manifest(path)
     assert str(caught.value).startswith(f"{path}: row at line 4: {field}: ")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
@@ -280,12 +283,12 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(message)):
-        reader.read(path)
+        reader.read_manifest(path)
 
 
 def test_a_folder_is_no_manifest(tmp_path):
     with pytest.raises(InputError, match="a folder; needed: a manifest"):
-        reader.read(tmp_path)
+        reader.read_manifest(tmp_path)
 
 
 VALUES = st.one_of(
@@ -427,7 +430,7 @@ def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, r
         content = content[: int(cut * len(content))]
         path.write_bytes(content)
     try:
-        corpus = reader.read(path)
+        corpus = reader.read_manifest(path)
     except InputError as error:
         message = str(error)
         assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""MELD's released layout, with its traps."""
+"""The reader of MELD: dialogues, clips, downloads, and broken files."""
 
 import json
 import os
@@ -12,25 +12,25 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mister_jax.data.corpora import meld
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.meld import builder, reader
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
 from tests.data.corpora import MELD, MELD_COLUMNS, write_meld_csv
 
 
 def prepare(source, data_dir, config="clips", **changes):
     return prepare_corpus(
-        Preparation("meld", source, data_dir, config, decoding=Decoding(0), **changes)
+        PrepareOptions("meld", source, data_dir, config, decoding=DecodingOptions(0), **changes)
     )
 
 
 @pytest.mark.parametrize("config", ["clips", "corrected_test_clips"])
-def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tmp_path, config):
+def test_dialogues_match_the_rows_of_the_csv_files(meld_tree, tmp_path, config):
     report = prepare(meld_tree, tmp_path, config, partial=True)
     dataset = DialogueDataset(f"meld/{config}", tmp_path)
-    assert dataset.class_names == reader.CLASS_NAMES
-    seen = {
+    assert dataset.class_names == meld.CLASS_NAMES
+    actual = {
         split: {
             dialogue.id: [
                 (turn.id, turn.text, dataset.class_names[turn.label], turn.speech_present)
@@ -40,7 +40,7 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tm
         }
         for split in dataset.splits
     }
-    assert seen == {
+    assert actual == {
         "train": {
             "train_dia59": [("train_dia59_utt0", "Alone \u2013 café.", "fear", True)],
             "train_dia61": [
@@ -63,8 +63,8 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tm
             "test_dia220": [("test_dia220_utt0", "Very short.", "joy", True)],
         },
     }
-    assert list(seen["train"]) == ["train_dia59", "train_dia61", "train_dia125"]
-    assert list(seen["test"]) == ["test_dia38", "test_dia220"]
+    assert list(actual["train"]) == ["train_dia59", "train_dia61", "train_dia125"]
+    assert list(actual["test"]) == ["test_dia38", "test_dia220"]
     assert [entry["utterance"] for entry in report["missing"]] == [
         "train_dia125_utt3",
         "validation_dia110_utt7",
@@ -90,13 +90,13 @@ def test_dialogues_order_labels_and_presence_are_those_of_the_rows(meld_tree, tm
     assert np.argmax(spectrum) * 16_000 / len(six_channels) == pytest.approx(220, abs=4)
 
 
-def test_nothing_tells_who_speaks(meld_tree, tmp_path):
+def test_the_dataset_does_not_contain_speakers(meld_tree, tmp_path):
     prepare(meld_tree, tmp_path, partial=True)
     fields = (tmp_path / "meld/clips/1.0.0/features.json").read_text().lower()
     assert "speaker" not in fields and "utterance" in fields
 
 
-def test_text_needs_no_clips(tmp_path):
+def test_the_text_config_needs_no_clips(tmp_path):
     source = tmp_path / "csv"
     source.mkdir()
     write_meld_csv(source, MELD)
@@ -107,7 +107,7 @@ def test_text_needs_no_clips(tmp_path):
     assert all(turn.text_present for turn in turns)
 
 
-def test_a_part_of_the_corpus_is_refused(meld_tree, tmp_path):
+def test_an_incomplete_corpus_is_rejected(meld_tree, tmp_path):
     with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances in place of 1038, 9989"):
         prepare(meld_tree, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -120,41 +120,41 @@ def test_a_part_of_the_corpus_is_refused(meld_tree, tmp_path):
         (("train", "one", 0, "a", "joy"), "line 2: Dialogue_ID 'one'|Dialogue_ID: 'one'"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, message):
+def test_an_error_names_the_bad_row(tmp_path, row, message):
     write_meld_csv(tmp_path, [row])
     with pytest.raises(InputError, match=message):
-        reader.read(tmp_path, clips=False)
+        meld.read_meld(tmp_path, clips=False)
 
 
-def test_other_bad_input_is_named(tmp_path):
+def test_errors_name_the_bad_file_and_line(tmp_path):
     with pytest.raises(InputError, match=r"no train_sent_emo.csv; needed: MELD.Raw"):
-        reader.read(tmp_path)
+        meld.read_meld(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        reader.read(tmp_path / "nowhere")
+        meld.read_meld(tmp_path / "nowhere")
     write_meld_csv(tmp_path, MELD)
     with pytest.raises(InputError, match=r"no folder train_splits.*--config=text"):
-        reader.read(tmp_path)
+        meld.read_meld(tmp_path)
     write_meld_csv(tmp_path, [MELD[0], MELD[0]])
-    with pytest.raises(InputError, match="line 3: dialogue 61, utterance 3 repeated"):
-        reader.read(tmp_path, clips=False)
+    with pytest.raises(InputError, match="line 3: dialogue 61, utterance 3 is repeated"):
+        meld.read_meld(tmp_path, clips=False)
     write_meld_csv(tmp_path, MELD, start="noon")
     with pytest.raises(InputError, match="line 2: StartTime: 'noon'"):
-        reader.read(tmp_path, clips=False)
+        meld.read_meld(tmp_path, clips=False)
     (tmp_path / "train_sent_emo.csv").write_text("Utterance,Emotion\n")
     with pytest.raises(InputError, match="no column Dialogue_ID"):
-        reader.read(tmp_path, clips=False)
+        meld.read_meld(tmp_path, clips=False)
     for text in ('"Sr No.,Utterance\n', ",".join(MELD_COLUMNS) + '\n1,"never closed\n'):
         (tmp_path / "train_sent_emo.csv").write_text(text)
         with pytest.raises(InputError, match=r"line \d: not CSV \(unexpected end of data\)"):
-            reader.read(tmp_path, clips=False)
+            meld.read_meld(tmp_path, clips=False)
     (tmp_path / "train_sent_emo.csv").write_bytes(b"Utterance\n\xff\n")
     with pytest.raises(InputError, match="line 2: not UTF-8"):
-        reader.read(tmp_path, clips=False)
+        meld.read_meld(tmp_path, clips=False)
 
 
 @pytest.fixture
 def downloads(tmp_path):
-    """What TFDS downloads with: here it copies, and before it ends there is an unfinished file."""
+    """A download manager that writes the names of the files, after an unfinished download."""
 
     def download(urls):
         unfinished = tmp_path / "meld" / "train.csv.tmp.abc"
@@ -169,13 +169,13 @@ def downloads(tmp_path):
 
 
 def test_csv_files_are_downloaded_once(downloads, monkeypatch):
-    monkeypatch.setattr(builder, "_ask", lambda url: None)
-    folder = builder.download(downloads)
+    monkeypatch.setattr(meld, "_check_reachable", lambda url: None)
+    folder = meld.download_csv(downloads)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
-        name: name for name in reader.CSV_FILES.values()
+        name: name for name in meld.CSV_FILES.values()
     }
     downloads.download = None
-    assert builder.download(downloads) == folder
+    assert meld.download_csv(downloads) == folder
 
 
 def refuse(*_, **__):
@@ -187,25 +187,27 @@ def hang(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"), [(refuse, "Name or service not known"), (hang, "no answer in 0.1 s")]
+    ("answer", "reason"), [(refuse, "Name or service not known"), (hang, "no answer within 0.1 s")]
 )
-def test_without_a_network_one_is_told_soon_what_to_do(downloads, monkeypatch, answer, reason):
+def test_without_a_network_the_error_comes_soon_and_names_the_alternative(
+    downloads, monkeypatch, answer, reason
+):
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    monkeypatch.setattr(builder, "_PATIENCE", 0.1)
+    monkeypatch.setattr(meld, "_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(InputError, match=rf"{reason}.*; --source=DIR reads train_sent_emo\.csv"):
-        builder.download(downloads)
+        meld.download_csv(downloads)
     assert not list(downloads.download_dir.iterdir())
 
 
-def test_a_download_that_fails_leaves_nothing_unfinished(downloads, monkeypatch):
+def test_a_failed_download_leaves_no_unfinished_files(downloads, monkeypatch):
     def failing(urls):
         (downloads.download_dir / "meld" / "train.csv.tmp.abc").mkdir(parents=True)
         raise ConnectionError("reset\nby peer")
 
-    monkeypatch.setattr(builder, "_ask", lambda url: None)
+    monkeypatch.setattr(meld, "_check_reachable", lambda url: None)
     downloads.download = failing
     with pytest.raises(InputError, match=r"cannot be downloaded \(reset by peer\)"):
-        builder.download(downloads)
+        meld.download_csv(downloads)
     assert not list(downloads.download_dir.rglob("*.tmp.*"))
 
 
@@ -213,7 +215,7 @@ TRANSCRIPTS = os.environ.get("MELD_TRANSCRIPTS", "../shared/data/meld_transcript
 
 
 @pytest.mark.skipif(not pathlib.Path(TRANSCRIPTS).exists(), reason="needs MELD's transcripts")
-def test_all_of_meld_comes_out_in_its_published_numbers(tmp_path):
+def test_the_complete_corpus_has_the_published_sizes(tmp_path):
     fields = ("split", "dialogue", "utterance", "text", "emotion")
     lines = pathlib.Path(TRANSCRIPTS).read_text(encoding="utf-8").splitlines()
     rows = [tuple(json.loads(line)[field] for field in fields) for line in lines]

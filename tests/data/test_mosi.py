@@ -1,12 +1,12 @@
-"""CMU-MOSI's released layout, with its traps."""
+"""The reader of CMU-MOSI: segments, scores, and broken files."""
 
 import h5py
 import numpy as np
 import pytest
 
+from mister_jax.data.corpora import mosi
 from mister_jax.data.dialogues import DialogueDataset
-from mister_jax.data.mosi import reader
-from mister_jax.data.prepare import Decoding, Preparation, prepare_corpus
+from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
 from tests.data.corpora import MOSI, write_mosi, write_mosi_labels
 
@@ -17,8 +17,10 @@ def tree(tmp_path, write_wav):
     return tmp_path / "CMU-MOSI"
 
 
-def test_segments_come_in_their_order_with_scores(tree, tmp_path):
-    report = prepare_corpus(Preparation("mosi", tree, tmp_path, decoding=Decoding(0), partial=True))
+def test_segments_are_in_order_and_have_scores(tree, tmp_path):
+    report = prepare_corpus(
+        PrepareOptions("mosi", tree, tmp_path, decoding=DecodingOptions(0), partial=True)
+    )
     dataset = DialogueDataset("mosi/binary", tmp_path)
     assert dataset.scored and dataset.class_names == ("negative", "non_negative")
     (dialogue,) = dataset.dialogues("train")
@@ -33,53 +35,53 @@ def test_segments_come_in_their_order_with_scores(tree, tmp_path):
     assert [turn.speech_present for turn in monologue.utterances] == [True, False]
 
 
-def test_the_standard_split_has_its_published_sizes():
-    splits = list(reader.VIDEOS.values())
+def test_the_standard_split_has_the_published_sizes():
+    splits = list(mosi.VIDEOS.values())
     counts = {split: splits.count(split) for split in ("train", "validation", "test")}
-    assert counts == {split: videos for split, (videos, _) in reader.RELEASED.items()}
+    assert counts == {split: videos for split, (videos, _) in mosi.RELEASED.items()}
 
 
-def test_a_part_of_the_corpus_is_refused(tree):
+def test_an_incomplete_corpus_is_rejected(tree):
     with pytest.raises(InputError, match="train 1 dialogues, 11 utterances in place of 52, 1284"):
-        reader.read(tree)
+        mosi.read_mosi(tree)
 
 
-def test_bad_input_is_named(tree):
-    path = tree / reader.TRANSCRIPTS / "tStelxIAHjw.annotprocessed"
+def test_errors_name_the_bad_file_and_segment(tree):
+    path = tree / mosi.TRANSCRIPTS / "tStelxIAHjw.annotprocessed"
     path.write_text("1_DELIM_A\n")
     with pytest.raises(InputError, match=r"segments \[1\]; needed: 1 to 2"):
-        reader.read(tree)
+        mosi.read_mosi(tree)
     path.write_text("1_DELIM_A\n2 B\n")
     with pytest.raises(InputError, match="line 2: '2 B'; needed: number_DELIM_text"):
-        reader.read(tree)
+        mosi.read_mosi(tree)
     path.write_text("1_DELIM_A\n1_DELIM_A\n")
-    with pytest.raises(InputError, match="line 2: segment 1 repeated"):
-        reader.read(tree)
+    with pytest.raises(InputError, match="line 2: segment 1 is repeated"):
+        mosi.read_mosi(tree)
     path.write_text("1_DELIM_A\n2_DELIM_B\n")
-    write_mosi_labels(tree / reader.LABELS, MOSI | {"tStelxIAHjw": [0.0, 9.0]})
+    write_mosi_labels(tree / mosi.LABELS, MOSI | {"tStelxIAHjw": [0.0, 9.0]})
     with pytest.raises(InputError, match=r"tStelxIAHjw: segment 2: score 9\.0"):
-        reader.read(tree)
-    write_mosi_labels(tree / reader.LABELS, {"unheard_of": [0.0]})
+        mosi.read_mosi(tree)
+    write_mosi_labels(tree / mosi.LABELS, {"unheard_of": [0.0]})
     with pytest.raises(InputError, match="video 'unheard_of' is in no split"):
-        reader.read(tree)
+        mosi.read_mosi(tree)
     for changed, message in [
-        ({"data/tStelxIAHjw": [0.0]}, "tStelxIAHjw: no group; needed: one of features"),
-        ({"data": [0.0]}, "0 tables; needed: one, with `data` in it"),
-        ({"data/tStelxIAHjw/features": [[0.0]]}, "not the SDK's labels, or damaged"),
+        ({"data/tStelxIAHjw": [0.0]}, "tStelxIAHjw: not a group; needed: a group with features"),
+        ({"data": [0.0]}, "0 tables; needed: one that contains `data`"),
+        ({"data/tStelxIAHjw/features": [[0.0]]}, "not a label file of the SDK, or damaged"),
         ({"data/tStelxIAHjw/features": [["good"]], "data/tStelxIAHjw/intervals": [[0, 1]]}, "dam"),
         (
             {"data/tStelxIAHjw/features": [0.0], "data/tStelxIAHjw/intervals": [[0, 1]]},
             r"tStelxIAHjw: features \(1,\), intervals \(1, 2\); needed",
         ),
     ]:
-        with h5py.File(tree / reader.LABELS, "w") as file:
+        with h5py.File(tree / mosi.LABELS, "w") as file:
             for name, values in changed.items():
                 file[f"Opinion Segment Labels/{name}"] = values
         with pytest.raises(InputError, match=message):
-            reader.read(tree)
-    (tree / reader.LABELS).write_bytes(b"not HDF5")
-    with pytest.raises(InputError, match="not the SDK's labels, or damaged"):
-        reader.read(tree)
-    (tree / reader.LABELS).unlink()
+            mosi.read_mosi(tree)
+    (tree / mosi.LABELS).write_bytes(b"not HDF5")
+    with pytest.raises(InputError, match="not a label file of the SDK, or damaged"):
+        mosi.read_mosi(tree)
+    (tree / mosi.LABELS).unlink()
     with pytest.raises(InputError, match=r"no CMU_MOSI_Opinion_Labels\.csd; needed"):
-        reader.read(tree)
+        mosi.read_mosi(tree)

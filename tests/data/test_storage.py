@@ -10,7 +10,7 @@ import sys
 import pytest
 from etils import epath
 
-from mister_jax.data.storage import clean_up, whole_directory
+from mister_jax.data.storage import atomic_directory, recover_directory
 from mister_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 from etils import epath
-from mister_jax.data.storage import whole_directory
+from mister_jax.data.storage import atomic_directory
 
 root, fatal = epath.Path(sys.argv[1]), int(sys.argv[2])
 rename, calls = type(root).rename, []
@@ -32,14 +32,14 @@ def killing(self, target):
     return rename(self, target)
 
 type(root).rename = killing
-with whole_directory(root / "some" / "thing", root, overwrite=True) as place:
+with atomic_directory(root / "some" / "thing", root, overwrite=True) as place:
     (place / "some" / "thing").mkdir(parents=True)
     (place / "some" / "thing" / "content").write_text("new")
 """
 
 
 def replace(root, content):
-    with whole_directory(root / "some" / "thing", root, overwrite=True) as place:
+    with atomic_directory(root / "some" / "thing", root, overwrite=True) as place:
         (place / "some" / "thing").mkdir(parents=True)
         (place / "some" / "thing" / "content").write_text(content)
 
@@ -64,7 +64,7 @@ def test_a_process_killed_while_it_replaces_leaves_the_old_one(root, fatal):
     done = subprocess.run([sys.executable, "-c", KILLED, root, str(fatal)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(names(root)) == 2
-    clean_up(root / "some" / "thing", root)
+    recover_directory(root / "some" / "thing", root)
     assert (content(root), names(root)) == ("old", ["some"])
     replace(root, "new")
     assert (content(root), names(root)) == ("new", ["some"])
@@ -95,7 +95,7 @@ def test_what_another_process_or_machine_writes_is_left_alone(root):
 def test_what_exists_is_not_replaced_unasked(root):
     with (
         pytest.raises(InputError, match="exists; allowed"),
-        whole_directory(root / "some" / "thing", root, overwrite=False),
+        atomic_directory(root / "some" / "thing", root, overwrite=False),
     ):
         pytest.fail("the body is not run")
     assert (content(root), names(root)) == ("old", ["some"])

@@ -14,7 +14,7 @@ SMALL = {"train": 20, "test": 10}
 
 
 def test_the_same_seed_gives_the_same_dialogues():
-    one, same, other = (synthetic.generate(seed, SMALL)["test"] for seed in (1, 1, 2))
+    one, same, other = (synthetic.generate_features(seed, SMALL)["test"] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.speech, same.speech)
     np.testing.assert_array_equal(one.label, same.label)
     assert one.metadata == same.metadata
@@ -22,8 +22,8 @@ def test_the_same_seed_gives_the_same_dialogues():
 
 
 def test_a_split_does_not_depend_on_the_size_of_another():
-    small = synthetic.generate(0, SMALL)["test"]
-    large = synthetic.generate(0, {"train": 30, "test": 10})["test"]
+    small = synthetic.generate_features(0, SMALL)["test"]
+    large = synthetic.generate_features(0, {"train": 30, "test": 10})["test"]
     np.testing.assert_array_equal(small.text, large.text)
 
 
@@ -64,7 +64,7 @@ def test_the_posterior_is_that_of_enumeration():
 
 @pytest.fixture(scope="module")
 def default() -> dict:
-    return synthetic.generate()
+    return synthetic.generate_features()
 
 
 def test_the_default_task_rewards_fusion_and_context(default):
@@ -98,7 +98,7 @@ def test_the_written_scores_are_those_of_the_usual_definitions():
     assert synthetic._weighted_f1(label, predicted) == pytest.approx(expected)
 
     process = synthetic.emotion_process(0)
-    features = synthetic.generate(0, SMALL)["test"]
+    features = synthetic.generate_features(0, SMALL)["test"]
     predicted = np.concatenate(
         [
             process.posterior(
@@ -123,10 +123,10 @@ def test_arguments_out_of_range_are_refused(wrong):
 
 
 def test_a_split_without_dialogues_is_left_out_and_some_are_needed():
-    assert list(synthetic.generate(0, {"train": 2, "validation": 0, "test": 1})) == [
+    assert list(synthetic.generate_features(0, {"train": 2, "validation": 0, "test": 1})) == [
         "train",
         "test",
     ]
     for none in ({}, {"train": 0}, {"train": -1, "test": 2}, {"dev": 2}):
         with pytest.raises(InputError, match=r"allowed: numbers for train, validation, test"):
-            synthetic.generate(0, none)
+            synthetic.generate_features(0, none)

@@ -36,7 +36,7 @@ def test_files_hold_each_split_once(finished_workdir, evaluated, tiny_data_dir):
     metrics = json.loads((evaluated / "metrics.json").read_text())
     assert set(metrics) == {"validation", "test"}
     for split in metrics:
-        features = data.load("tiny", split, tiny_data_dir)
+        features = data.load_features("tiny", split, tiny_data_dir)
         found = [row["utterance"] for row in rows(evaluated) if row["split"] == split]
         assert found == features.utterance_ids.tolist()
     assert (evaluated / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -74,10 +74,10 @@ def test_devices_do_not_change_predictions(finished_workdir, evaluated):
 
 
 def test_another_dataset_is_told_apart(finished_workdir, tiny_data_dir, tmp_path):
-    features = data.load("tiny", "test", tiny_data_dir)
+    features = data.load_features("tiny", "test", tiny_data_dir)
     ids = np.array([f"a\u2028b{index}" for index in range(len(features.label))])
     other = dataclasses.replace(features, name="other", utterance_ids=ids)
-    data.write({"test": other}, "other", tiny_data_dir, overwrite=True)
+    data.write_features({"test": other}, "other", tiny_data_dir, overwrite=True)
     for dataset in ("tiny", "other", "other"):
         evaluate(finished_workdir, "test", dataset=dataset, output=tmp_path, quiet=True)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -127,7 +127,7 @@ def test_a_prediction_is_a_distribution_and_missing_experts_have_no_weight(
     evaluated,
     tiny_data_dir,
 ):
-    features = data.load("tiny", "test", tiny_data_dir)
+    features = data.load_features("tiny", "test", tiny_data_dir)
     found = [row for row in rows(evaluated) if row["split"] == "test"]
     assert not features.speech_present.all()
     for row, speech in zip(found, features.speech_present, strict=True):
@@ -167,7 +167,7 @@ def test_a_report_has_a_study_of_its_checkpoint(finished_workdir, tmp_path):
 
 
 def test_dropping_flags_the_chosen_share(tiny_data_dir):
-    features = data.load("tiny", "train", tiny_data_dir)
+    features = data.load_features("tiny", "train", tiny_data_dir)
     dropped = drop_modalities(features, 0.5, 0.0, seed=0)
     assert (dropped.text_present == features.text_present).all()
     assert not (dropped.speech_present & ~features.speech_present).any()
@@ -176,7 +176,7 @@ def test_dropping_flags_the_chosen_share(tiny_data_dir):
 
 
 def test_dropping_to_zeros_tells_the_model_nothing(tiny_data_dir):
-    features = data.load("tiny", "train", tiny_data_dir)
+    features = data.load_features("tiny", "train", tiny_data_dir)
     standardizer = Standardizer.fit(features.speech[features.speech_present])
     zero_fill_values = {"speech": standardizer.mean, "text": 0.0}
     dropped = drop_modalities(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
@@ -210,7 +210,7 @@ def test_a_study_with_zeros_stands_beside_the_other(finished_workdir, tiny_data_
     for name, points in (("missing_modality", flagged), ("missing_modality_as_zeros", [zeros])):
         assert json.loads((tmp_path / f"{name}.json").read_text())["points"] == points
         assert (tmp_path / f"{name}.png").exists()
-    features = data.load("tiny", "test", tiny_data_dir)
+    features = data.load_features("tiny", "test", tiny_data_dir)
     nothing = dataclasses.replace(
         features, speech=np.zeros_like(features.speech), text=np.zeros_like(features.text)
     )
@@ -236,8 +236,8 @@ def test_a_split_that_is_not_there_is_named(finished_workdir):
 
 
 def test_a_dataset_that_does_not_fit_the_model_is_refused(finished_workdir, tiny_data_dir):
-    splits = data.generate(0, {"test": 2}, num_classes=3, speech_dim=9, text_dim=7)
-    data.write(splits, "wider", tiny_data_dir, overwrite=True)
+    splits = data.generate_features(0, {"test": 2}, num_classes=3, speech_dim=9, text_dim=7)
+    data.write_features(splits, "wider", tiny_data_dir, overwrite=True)
     with pytest.raises(InputError, match="wider, split test: speech width 9; the model takes 6"):
         evaluate(finished_workdir, "test", dataset="wider", quiet=True)
 
@@ -251,7 +251,7 @@ def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
     "class_names", [("negative", "positive"), ("non_negative", "negative"), ("calm", "angry")]
 )
 def test_scores_of_sentiment_go_by_the_names_of_the_classes(tiny_data_dir, class_names):
-    features = data.load("tiny", "test", tiny_data_dir)
+    features = data.load_features("tiny", "test", tiny_data_dir)
     count = len(features.label)
     label = (np.arange(count) % 2).astype(np.int32)
     positive = label == (1 if class_names[1] == "positive" else 0)

@@ -32,15 +32,15 @@ from typing import Any
 
 import numpy as np
 
-from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
-from mister_jax.data.labels import map_labels_flag, suspicious_labels
-from mister_jax.data.manifest.fields import (
+from mister_jax.data.corpora.manifest.fields import (
     FIELDS,
     Fields,
     Interval,
     audio_intervals,
     check_further_name,
 )
+from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
+from mister_jax.data.labels import map_labels_flag, suspicious_labels
 from mister_jax.data.schema import SPLITS
 from mister_jax.data.splits import SHARES, overlap_note, random_splits
 from mister_jax.errors import InputError
@@ -53,7 +53,7 @@ DEFAULT_GROUP = "speaker"
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
-def read(
+def read_manifest(
     source: str | pathlib.Path,
     *,
     labels: Sequence[str] = (),

@@ -1,15 +1,19 @@
-"""Reads CMU-MOSI as released: segment recordings, transcripts, and the SDK's opinion labels.
+"""CMU-MOSI: opinions on films, each video a monologue with sentiment scores (arXiv 1606.06259).
 
-Labels are those of the paper, [-3, 0) against [0, 3]. The score is kept too; from it
-`metrics.binary_sentiment` computes the other binary labels.
+The release has recordings and transcripts of segments, and the opinion labels of the SDK. Classes
+are those of the paper, [-3, 0) and [0, 3]. The score is stored too; `metrics.binary_sentiment`
+computes the other binary labels from it.
 """
 
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
 
+from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
     Dialogue,
@@ -25,11 +29,11 @@ from mister_jax.errors import InputError
 CLASS_NAMES = ("negative", "non_negative")
 
 RELEASED = {"train": (52, 1284), "validation": (10, 229), "test": (31, 686)}
-"""Videos and segments of each split."""
+"""Number of videos and segments of each split."""
 
 AUDIO, TRANSCRIPTS = "Raw/Audio/WAV_16000/Segmented", "Raw/Transcript/Segmented"
 LABELS = "CMU_MOSI_Opinion_Labels.csd"
-LAYOUT = f"the folder that holds {AUDIO}, {TRANSCRIPTS} and {LABELS}"
+LAYOUT = f"a folder that contains {AUDIO}, {TRANSCRIPTS} and {LABELS}"
 
 _TRAIN = """
     03bSnISJMiM 0h-zjBukYpk 1DmNV9C1hbY 1iG0909rllw 2WGyTLYerpo 2iD-tVS8NPw 5W7Z1C_fDaE 6Egk_28TtTM
@@ -55,17 +59,17 @@ VIDEOS: Mapping[str, str] = {
     for split, videos in (("train", _TRAIN), ("validation", _VALIDATION), ("test", _TEST))
     for video in videos.split()
 }
-"""The standard split of the SDK."""
+"""The standard split of the SDK: the split of each video."""
 
 _SEGMENT = re.compile(r"(\d+)_DELIM_(.*)")
 
 
-def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
-    """Reads labels and transcripts and locates the recordings.
+def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
+    """Reads the labels and transcripts of CMU-MOSI and locates the recordings.
 
     Args:
-        source: Folder that holds `Raw` and the labels.
-        partial: Allow a corpus of another size than the released one.
+        source: Folder that contains `Raw` and the labels.
+        partial: Whether to allow a corpus of another size than the released one.
 
     Raises:
         InputError: A file is missing or cannot be used.
@@ -89,7 +93,9 @@ def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
         utterances = []
         for number, (score, (start, end)) in enumerate(zip(scores, intervals, strict=True), 1):
             if not -3 <= score <= 3:
-                raise InputError(f"{labels}: {video}: segment {number}: score {score}; -3 to 3")
+                raise InputError(
+                    f"{labels}: {video}: segment {number}: score {score}; allowed: -3 to 3"
+                )
             segment = f"{video}_{number}"
             utterances.append(
                 Utterance(
@@ -113,7 +119,7 @@ def read(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
 
 def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns scores [n] and intervals [n, 2] in seconds of the segments 1 to n of each video."""
+    """Returns for each video the scores [n] and the intervals [n, 2] in seconds of its segments."""
     import h5py
 
     opinions = {}
@@ -125,11 +131,11 @@ def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 if isinstance(group, h5py.Group) and isinstance(group.get("data"), h5py.Group)
             ]
             if len(tables) != 1:
-                raise InputError(f"{path}: {len(tables)} tables; needed: one, with `data` in it")
+                raise InputError(f"{path}: {len(tables)} tables; needed: one that contains `data`")
             for video, values in tables[0].items():
                 if not isinstance(values, h5py.Group):
                     raise InputError(
-                        f"{path}: {video}: no group; needed: one of features and intervals"
+                        f"{path}: {video}: not a group; needed: a group with features and intervals"
                     )
                 scores = np.asarray(values["features"], float)
                 intervals = np.asarray(values["intervals"], float)
@@ -142,7 +148,7 @@ def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     except InputError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the SDK's labels, or damaged ({error})") from error
+        raise InputError(f"{path}: not a label file of the SDK, or damaged ({error})") from error
     return opinions
 
 
@@ -155,6 +161,44 @@ def _transcript(path: pathlib.Path) -> dict[int, str]:
         if match is None:
             raise InputError(f"{path}: line {number}: {line[:60]!r}; needed: number_DELIM_text")
         if int(match[1]) in texts:
-            raise InputError(f"{path}: line {number}: segment {match[1]} repeated")
+            raise InputError(f"{path}: line {number}: segment {match[1]} is repeated")
         texts[int(match[1])] = match[2].strip()
     return texts
+
+
+class Mosi(DialogueBuilder):
+    """TFDS builder of CMU-MOSI."""
+
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name="binary", description="[-3, 0) against [0, 3], and the score.")
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
+    Get the raw data and the labels with the CMU Multimodal SDK
+    (https://github.com/CMU-MultiComp-Lab/CMU-MultimodalSDK). The manual directory is
+    {LAYOUT}.
+    """
+    DESCRIPTION = "Monologues about films, with a sentiment score for each segment."
+    CITATION = """
+    @article{zadeh2016mosi,
+      title={{MOSI}: multimodal corpus of sentiment intensity and subjectivity analysis in online
+             opinion videos},
+      author={Zadeh, Amir and Zellers, Rowan and Pincus, Eli and Morency, Louis-Philippe},
+      journal={arXiv:1606.06259},
+      year={2016}
+    }
+    """
+    LICENSE = "For research; the videos belong to their authors."
+    HOMEPAGE = "http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset"
+
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the emotions in the order of their labels."""
+        return CLASS_NAMES
+
+    @property
+    def scored(self) -> bool:
+        """Whether utterances have sentiment scores."""
+        return True
+
+    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
+        """Reads the variant of the corpus that the config selects."""
+        return read_mosi(source, partial=partial)

@@ -1,4 +1,4 @@
-"""One's own dialogues as a TFDS dataset."""
+"""TFDS builder of user dialogues that a manifest lists."""
 
 import dataclasses
 import pathlib
@@ -7,20 +7,20 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.corpora.manifest import reader
 from mister_jax.data.corpus import Corpus
-from mister_jax.data.manifest import reader
 
 
 @dataclasses.dataclass
 class ManifestConfig(tfds.core.BuilderConfig):
-    """A manifest; `name` is that of the dataset.
+    """Manifest of a dataset; `name` is the name of the dataset.
 
     Attributes:
         file: Name of the manifest in the manual directory.
         labels: Class names in their order.
-        label_map: Pairs of a name in the file and a class name, see `reader.read`.
-        scored: Whether rows have scores.
-        group_by: Column whose values random splits keep apart, see `reader.read`.
+        label_map: Pairs of a name in the file and its class name, see `read_manifest`.
+        scored: Whether rows have sentiment scores.
+        group_by: Column whose values random splits keep apart, see `read_manifest`.
         seed: Seed of the random split.
     """
 
@@ -33,25 +33,30 @@ class ManifestConfig(tfds.core.BuilderConfig):
 
 
 class Manifest(DialogueBuilder):
-    """Dialogues that a JSON Lines or CSV file lists."""
+    """TFDS builder of manifests."""
 
     BUILDER_CONFIGS: ClassVar[list[ManifestConfig]] = []
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "The manual directory holds the manifest that the config names."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "The manual directory contains the manifest that the config names."
+    )
     DESCRIPTION = "Dialogues of recordings and transcripts, as listed in a manifest."
     CITATION = ""
-    LICENSE = "That of the recordings."
+    LICENSE = "The license of the recordings."
     HOMEPAGE = ""
 
     def class_names(self) -> tuple[str, ...]:
+        """Returns the emotions in the order of their labels."""
         return self.builder_config.labels
 
     @property
     def scored(self) -> bool:
+        """Whether rows have sentiment scores."""
         return self.builder_config.scored
 
     def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
+        """Reads the manifest of the config from the manual directory."""
         config = self.builder_config
-        return reader.read(
+        return reader.read_manifest(
             source / config.file,
             labels=config.labels,
             label_map=dict(config.label_map),

@@ -1,9 +1,14 @@
-"""Reads IEMOCAP as released: annotation, transcripts and sentence recordings of five sessions."""
+"""IEMOCAP: dialogues of ten actors in pairs, with six or four emotions (10.1007/s10579-008-9076-6)."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
+import tensorflow_datasets as tfds
+
+from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
     Dialogue,
@@ -29,9 +34,9 @@ _LABELS = {
     "exc": "excited",
     "fru": "frustrated",
 }
-# No consensus, other, surprise, fear, disgust: the turn is context.
-_CONTEXT = ("xxx", "oth", "sur", "fea", "dis")
-_MERGED: Mapping[str, Mapping[str, str]] = {"six": {}, "four": {"excited": "happy"}}
+# No consensus, other, surprise, fear, disgust: the utterance is unlabeled.
+_UNLABELED = ("xxx", "oth", "sur", "fea", "dis")
+_MERGED_LABELS: Mapping[str, Mapping[str, str]] = {"six": {}, "four": {"excited": "happy"}}
 
 SESSIONS = (1, 2, 3, 4, 5)
 TEST_SESSION = 5
@@ -56,7 +61,7 @@ COSMIC12 = frozenset(
 """Validation dialogues of COSMIC (arXiv 2010.02795). Their speakers also occur in training."""
 
 RELEASED = (151, 10_039)
-"""Numbers of dialogues and annotated turns of all sessions."""
+"""Number of dialogues and annotated utterances of all sessions."""
 
 LAYOUT = (
     "IEMOCAP_full_release, with Session1 to Session5, each with dialog/EmoEvaluation, "
@@ -67,21 +72,22 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
-def read(
+def read_iemocap(
     source: str | pathlib.Path,
     *,
     classes: str = "six",
     validation: str = "session1",
     partial: bool = False,
 ) -> Corpus:
-    """Reads the annotation and locates the recordings.
+    """Reads the annotation of IEMOCAP and locates the recordings.
 
     Args:
-        source: Folder that holds `Session1` to `Session5`.
-        classes: `six`, or `four` with excited as happy. Turns of other emotions are context.
-        validation: `session1`, whose speakers are not in training, or `cosmic12`, see `COSMIC12`.
+        source: Folder that contains `Session1` to `Session5`.
+        classes: "six", or "four" with excited merged into happy. Utterances of other emotions are
+            unlabeled.
+        validation: "session1", whose speakers are not in training, or "cosmic12", see `COSMIC12`.
             Session 5 is the test split.
-        partial: Allow a corpus of another size than the released one.
+        partial: Whether to allow a corpus of another size than the released one.
 
     Raises:
         InputError: A file is missing or a line cannot be used.
@@ -103,7 +109,7 @@ def read(
                 notes.append(f"no folder {annotation.relative_to(root)}")
                 continue
             raise InputError(f"{annotation}: no such folder; needed: {LAYOUT}")
-        # macOS adds files of the same names with the prefix `._`.
+        # Archives from macOS contain files with the same names and the prefix `._`.
         paths = sorted(path for path in annotation.glob("*.txt") if path.name[:2] != "._")
         for path in paths:
             dialogue = _read_dialogue(path, folder, classes, notes)
@@ -121,8 +127,8 @@ def read(
         notes=tuple(notes),
     )
     sizes = corpus.sizes().values()
-    found = (sum(dialogues for dialogues, _ in sizes), sum(turns for _, turns in sizes))
-    return check_sizes(corpus, {"in all": found}, {"in all": RELEASED}, partial=partial)
+    size = (sum(dialogues for dialogues, _ in sizes), sum(turns for _, turns in sizes))
+    return check_sizes(corpus, {"total": size}, {"total": RELEASED}, partial=partial)
 
 
 def _read_dialogue(
@@ -139,59 +145,61 @@ def _read_dialogue(
             continue
         if texts.setdefault(match[1], match[2].strip()) != match[2].strip():
             raise InputError(
-                f"{transcript}: line {number}: turn {match[1]} repeated with another text; "
-                "needed: one for each turn"
+                f"{transcript}: line {number}: turn {match[1]} is repeated with another text; "
+                "needed: one text per turn"
             )
     turns: dict[str, Utterance] = {}
-    unspoken = []
+    no_transcript = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        # Other lines hold the single evaluators' opinions.
+        # Other lines contain the labels of single evaluators.
         if not line.startswith("["):
             continue
         place = f"{path}: line {number}"
         match = _TURN.fullmatch(line)
         if match is None:
             raise InputError(
-                f"{place}: {line[:60]!r}; needed: [start - end], id, label, [v, a, d], tabs between"
+                f"{place}: {line[:60]!r}; needed: [start - end], id, label, [v, a, d], separated by tabs"
             )
         start, end, turn, label = match.groups()
         if not _is_turn(turn):
             continue
         if turn.rpartition("_")[0] != name:
-            raise InputError(f"{place}: turn {turn} of another dialogue; needed: {name}_...")
-        if label not in _LABELS and label not in _CONTEXT:
             raise InputError(
-                f"{place}: label {label!r}; allowed: {', '.join((*_LABELS, *_CONTEXT))}"
+                f"{place}: turn {turn} belongs to another dialogue; needed: {name}_..."
+            )
+        if label not in _LABELS and label not in _UNLABELED:
+            raise InputError(
+                f"{place}: label {label!r}; allowed: {', '.join((*_LABELS, *_UNLABELED))}"
             )
         emotion = _LABELS.get(label)
         if emotion is not None:
-            emotion = _MERGED[classes].get(emotion, emotion)
+            emotion = _MERGED_LABELS[classes].get(emotion, emotion)
         if turn in turns:
-            raise InputError(f"{place}: turn {turn} repeated; ids differ")
-        begin, finish = _seconds(start, place), _seconds(end, place)
-        if finish < begin:
-            raise InputError(f"{place}: [{start} - {end}]; needed: an end after the start")
+            raise InputError(f"{place}: turn {turn} is repeated; needed: unique ids")
+        start_seconds, end_seconds = _seconds(start, place), _seconds(end, place)
+        if end_seconds < start_seconds:
+            raise InputError(f"{place}: [{start} - {end}]; needed: end >= start")
         if turn not in texts:
-            unspoken.append(turn)
+            no_transcript.append(turn)
         turns[turn] = Utterance(
             id=turn,
             text=texts.get(turn, ""),
             recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
             label=emotion if emotion in CLASS_NAMES[classes] else None,
-            start=begin,
-            end=finish,
+            start=start_seconds,
+            end=end_seconds,
         )
     if not turns:
-        raise InputError(f"{path}: no turns; the file may be cut short")
-    if unspoken:
-        notes.append(f"{name}: no transcript of {count_names(unspoken)}")
-    in_time = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
-    return Dialogue(name, tuple(in_time))
+        raise InputError(f"{path}: no turns; the file may be truncated")
+    if no_transcript:
+        notes.append(f"{name}: no transcript for {count_names(no_transcript)}")
+    ordered = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
+    return Dialogue(name, tuple(ordered))
 
 
 def _is_turn(name: str) -> bool:
-    # An id is that of the dialogue, the speaker and a number, such as Ses03M_impro05a_F003. XX in
-    # the number marks sounds that the actors did not speak.
+    # An id consists of dialogue, speaker and number, such as Ses03M_impro05a_F003. XX in the number
+    # marks sounds that the actors did not speak.
     return "XX" not in name.rpartition("_")[2]
 
 
@@ -200,3 +208,54 @@ def _seconds(value: str, place: str) -> float:
         return float(value)
     except ValueError as error:
         raise InputError(f"{place}: time {value!r}; allowed: seconds") from error
+
+
+@dataclasses.dataclass
+class IemocapConfig(tfds.core.BuilderConfig):
+    """Options of `read_iemocap`."""
+
+    classes: str = "six"
+    validation: str = "session1"
+
+
+class Iemocap(DialogueBuilder):
+    """TFDS builder of IEMOCAP."""
+
+    BUILDER_CONFIGS: ClassVar = [
+        IemocapConfig(
+            name=f"{classes}_{validation}",
+            description=f"{classes} classes, validation {validation}.",
+            classes=classes,
+            validation=validation,
+        )
+        for classes in CLASS_NAMES
+        for validation in VALIDATION
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
+    IEMOCAP needs a license: request it at https://sail.usc.edu/iemocap. The manual directory is
+    {LAYOUT}.
+    """
+    DESCRIPTION = "Scripted and improvised dialogues of actors, with an emotion for most turns."
+    CITATION = """
+    @article{busso2008iemocap,
+      title={{IEMOCAP}: interactive emotional dyadic motion capture database},
+      author={Busso, Carlos and Bulut, Murtaza and Lee, Chi-Chun and Kazemzadeh, Abe and
+              Mower, Emily and Kim, Samuel and Chang, Jeannette N. and Lee, Sungbok and
+              Narayanan, Shrikanth S.},
+      journal={Language Resources and Evaluation},
+      year={2008}
+    }
+    """
+    LICENSE = "By agreement with the University of Southern California; no redistribution."
+    HOMEPAGE = "https://sail.usc.edu/iemocap"
+
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the emotions in the order of their labels."""
+        return CLASS_NAMES[self.builder_config.classes]
+
+    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
+        """Reads the variant of the corpus that the config selects."""
+        config = self.builder_config
+        return read_iemocap(
+            source, classes=config.classes, validation=config.validation, partial=partial
+        )

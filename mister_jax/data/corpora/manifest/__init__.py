@@ -1,0 +1,1 @@
+"""Manifests: user dialogues listed in a JSON Lines or CSV file."""

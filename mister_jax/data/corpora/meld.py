@@ -1,0 +1,296 @@
+"""MELD: dialogues from a television series, with seven emotions (arXiv 1810.02508).
+
+The release has three CSV files, and a video clip for each of their rows.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import re
+import threading
+import urllib.request
+from typing import ClassVar
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.corpus import (
+    Corpus,
+    Dialogue,
+    Recording,
+    Utterance,
+    check_sizes,
+    existing_directory,
+    find,
+    read_text,
+)
+from mister_jax.data.storage import atomic_directory
+from mister_jax.errors import InputError
+
+# No checksums of these files are published, and the branch may change. Instead, `read_meld` checks
+# the published numbers of dialogues and utterances.
+_URL = "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD"
+
+_TIMEOUT_SECONDS = 10.0
+
+_UNFINISHED = "*/*.tmp.*"
+"""Pattern of the folders where TFDS stores unfinished downloads."""
+
+CLASS_NAMES = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
+
+RELEASED = {"train": (1038, 9989), "validation": (114, 1109), "test": (280, 2610)}
+"""Number of dialogues and utterances of each split."""
+
+CSV_FILES = {
+    "train": "train_sent_emo.csv",
+    "validation": "dev_sent_emo.csv",
+    "test": "test_sent_emo.csv",
+}
+CLIP_FOLDERS = {
+    "train": "train_splits",
+    "validation": "dev_splits_complete",
+    "test": "output_repeated_splits_test",
+}
+LAYOUT = f"MELD.Raw, with {', '.join(CSV_FILES.values())} and {', '.join(CLIP_FOLDERS.values())}"
+
+_COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
+_TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
+_CLIP = re.compile(r"(?:final_videos_test)?dia\d+_utt\d+\.mp4")
+
+
+def _windows_punctuation() -> dict[int, str]:
+    """Returns a table that maps U+0080 to U+009F, read as bytes of cp1252, to characters."""
+    table = {}
+    for code in range(0x80, 0xA0):
+        try:
+            table[code] = bytes([code]).decode("cp1252")
+        except UnicodeDecodeError:  # Five bytes are undefined.
+            continue
+    return table
+
+
+_WINDOWS = _windows_punctuation()
+
+
+def read_meld(
+    source: str | pathlib.Path,
+    *,
+    clips: bool = True,
+    corrected_test_clips: bool = False,
+    partial: bool = False,
+) -> Corpus:
+    """Reads the annotation of MELD and locates the clips.
+
+    Args:
+        source: Folder that contains the CSV files and the folders of clips, at most one level deep.
+        clips: Whether to use the clips; without them, all speech is missing.
+        corrected_test_clips: Whether to prefer the corrected version of a test clip,
+            `final_videos_testdia*`, if it exists.
+        partial: Whether to allow a corpus of another size than the released one.
+
+    Raises:
+        InputError: A file is missing or a row cannot be used.
+    """
+    root = existing_directory(source, needed=LAYOUT)
+    splits, notes = {}, []
+    for split, name in CSV_FILES.items():
+        path = find(root, [name])
+        if path is None:
+            raise InputError(f"{root}: no {name}; needed: {LAYOUT}")
+        folder = find(root, [CLIP_FOLDERS[split]]) if clips else None
+        if clips and folder is None:
+            raise InputError(
+                f"{root}: no folder {CLIP_FOLDERS[split]}; needed: {LAYOUT}; "
+                "--config=text needs no clips"
+            )
+        dialogues, used = _read_split(path, split, folder, corrected_test_clips)
+        splits[split] = dialogues
+        if folder is not None:
+            clip_names = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
+            unused = sorted(clip for clip in clip_names - used if not clip.startswith("final_"))
+            if unused:
+                notes.append(
+                    f"{split}: {len(unused)} clips without a row are ignored, for example {unused[0]}"
+                )
+    corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
+    return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)
+
+
+def _read_split(
+    path: pathlib.Path, split: str, folder: pathlib.Path | None, corrected: bool
+) -> tuple[tuple[Dialogue, ...], set[str]]:
+    """Returns the dialogues of a CSV file and the names of their clips."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    dialogues: dict[int, dict[int, Utterance]] = {}
+    used = set()
+    try:
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(
+                f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}"
+            )
+        for row in reader:
+            place = f"{path}: line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: {len(row)} fields; needed: one per column")
+            dialogue = _number(row["Dialogue_ID"], f"{place}: Dialogue_ID")
+            number = _number(row["Utterance_ID"], f"{place}: Utterance_ID")
+            label = row["Emotion"].strip().lower()
+            if label not in CLASS_NAMES:
+                raise InputError(
+                    f"{place}: Emotion {row['Emotion']!r}; allowed: {', '.join(CLASS_NAMES)}"
+                )
+            turns = dialogues.setdefault(dialogue, {})
+            if number in turns:
+                raise InputError(f"{place}: dialogue {dialogue}, utterance {number} is repeated")
+            clip = None
+            if folder is not None:
+                clip = folder / f"dia{dialogue}_utt{number}.mp4"
+                replacement = clip.with_name(f"final_videos_test{clip.name}")
+                if corrected and split == "test" and replacement.exists():
+                    clip = replacement
+                used.add(clip.name)
+            turns[number] = Utterance(
+                id=f"{split}_dia{dialogue}_utt{number}",
+                text=row["Utterance"].translate(_WINDOWS).strip(),
+                recording=None if clip is None else Recording(str(clip)),
+                label=label,
+                start=_seconds(row["StartTime"], f"{place}: StartTime"),
+                end=_seconds(row["EndTime"], f"{place}: EndTime"),
+            )
+    except csv.Error as error:
+        place = f"{path}: line {max(1, reader.line_num)}"  # 0 if the first line has no end.
+        raise InputError(f"{place}: not CSV ({error}); needed: closed quotes") from error
+    return tuple(
+        Dialogue(
+            f"{split}_dia{dialogue}",
+            tuple(dialogues[dialogue][number] for number in sorted(dialogues[dialogue])),
+        )
+        for dialogue in sorted(dialogues)
+    ), used
+
+
+def _number(value: str, place: str) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", value):
+        raise InputError(f"{place}: {value!r}; allowed: whole numbers")
+    return int(value)
+
+
+def _seconds(value: str, place: str) -> float:
+    match = _TIME.fullmatch(value.strip())
+    if match is None:
+        raise InputError(f"{place}: {value!r}; allowed: hours:minutes:seconds,milliseconds")
+    hours, minutes, seconds, fraction = match.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}")
+
+
+@dataclasses.dataclass
+class MeldConfig(tfds.core.BuilderConfig):
+    """Options of `read_meld`."""
+
+    clips: bool = True
+    corrected_test_clips: bool = False
+
+
+class Meld(DialogueBuilder):
+    """TFDS builder of MELD."""
+
+    BUILDER_CONFIGS: ClassVar = [
+        MeldConfig(name="clips", description="Speech from the released clips, and text."),
+        MeldConfig(
+            name="corrected_test_clips",
+            description="Like clips, with corrected test clips where they exist.",
+            corrected_test_clips=True,
+        ),
+        MeldConfig(name="text", description="Text only; needs no clips.", clips=False),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
+    Unpack MELD.Raw.tar.gz from https://affective-meld.github.io and the archives in it. The manual
+    directory is {LAYOUT}. The config `text` needs only the CSV files and downloads them.
+    """
+    DESCRIPTION = "Dialogues of a television series with an emotion for each utterance."
+    CITATION = """
+    @inproceedings{poria2019meld,
+      title={{MELD}: A Multimodal Multi-Party Dataset for Emotion Recognition in Conversations},
+      author={Poria, Soujanya and Hazarika, Devamanyu and Majumder, Navonil and Naik, Gautam and
+              Cambria, Erik and Mihalcea, Rada},
+      booktitle={Proceedings of ACL},
+      year={2019}
+    }
+    """
+    LICENSE = "GPL-3.0 (annotation); the scenes belong to their producers."
+    HOMEPAGE = "https://affective-meld.github.io"
+
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the emotions in the order of their labels."""
+        return CLASS_NAMES
+
+    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
+        """Reads the variant of the corpus that the config selects."""
+        config = self.builder_config
+        return read_meld(
+            source,
+            clips=config.clips,
+            corrected_test_clips=config.corrected_test_clips,
+            partial=partial,
+        )
+
+    def download(self, dl_manager: tfds.download.DownloadManager) -> pathlib.Path | None:
+        """Downloads the CSV files if the config needs no clips."""
+        return None if self.builder_config.clips else download_csv(dl_manager)
+
+
+def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
+    """Downloads the CSV files into one folder, unless it exists, and returns the folder.
+
+    Raises:
+        InputError: The files cannot be downloaded or written.
+    """
+    names = CSV_FILES.values()
+    folder = epath.Path(dl_manager.download_dir)
+    csv_folder = folder / "meld_csv"
+    if csv_folder.exists():
+        return pathlib.Path(csv_folder)
+    unfinished = set(folder.glob(_UNFINISHED))
+    try:
+        # Without a network, TFDS would retry for minutes.
+        _check_reachable(f"{_URL}/{next(iter(names))}")
+        paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
+    # requests, TFDS and TensorFlow raise many types of errors.
+    except Exception as error:
+        for path in set(folder.glob(_UNFINISHED)) - unfinished:
+            path.rmtree()
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"MELD's CSV files cannot be downloaded ({reason}); --source=DIR reads "
+            f"{', '.join(names)} from a folder"
+        ) from error
+    with atomic_directory(csv_folder, folder, overwrite=True) as temporary:
+        (temporary / csv_folder.name).mkdir()
+        for name, path in paths.items():
+            path.copy(temporary / csv_folder.name / name)
+    return pathlib.Path(csv_folder)
+
+
+def _check_reachable(url: str) -> None:
+    """Raises an error unless the server confirms within the timeout that a file exists."""
+    results: list[Exception | None] = []
+
+    def request_head() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
+            results.append(None)
+        except Exception as error:
+            results.append(error)
+
+    # A DNS lookup has no timeout of its own, so it runs in a thread.
+    thread = threading.Thread(target=request_head, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT_SECONDS)
+    if not results:
+        raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s")
+    if results[0] is not None:
+        raise results[0]

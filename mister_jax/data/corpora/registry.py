@@ -1,0 +1,33 @@
+"""Registry of the released corpora.
+
+To add a corpus, write a module in this folder that defines a `DialogueBuilder`, and add its line to
+`CORPORA`. The commands and their flags follow from it.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mister_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from mister_jax.data.builder import DialogueBuilder
+
+CORPORA: Mapping[str, str] = {
+    "iemocap": "mister_jax.data.corpora.iemocap.Iemocap",
+    "meld": "mister_jax.data.corpora.meld.Meld",
+    "mosi": "mister_jax.data.corpora.mosi.Mosi",
+}
+"""Names of the corpora and their builders, which need TensorFlow and so are imported on use."""
+
+
+def builder_class(name: str) -> "type[DialogueBuilder]":
+    """Returns the builder of a corpus.
+
+    Raises:
+        InputError: The corpus is unknown.
+    """
+    if name not in CORPORA:
+        raise InputError(f"corpus {name!r}; allowed: {', '.join(CORPORA)}")
+    module, _, class_name = CORPORA[name].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)

@@ -1,0 +1,132 @@
+"""The report on a prepared corpus: what was written, and which recordings have issues."""
+
+import collections
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from mister_jax.data import audio
+from mister_jax.data.clips import is_audible
+from mister_jax.data.corpus import Corpus, Utterance
+
+RECORDING_ISSUES: Mapping[str, tuple[str, ...]] = {
+    "capped": ("seconds",),
+    "damaged": ("seconds",),
+    "silent": ("seconds",),
+    "length_mismatch": ("seconds", "annotated_seconds"),
+    "changed": ("seconds", "changed"),
+}
+"""Issues that a report lists, and the facts that it states about each recording."""
+
+# The length of a recording does not match the annotation if it differs by more than both.
+_MISMATCH_SECONDS, _MISMATCH_FRACTION = 1.0, 0.5
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+
+def recording_facts(
+    utterance: Utterance, clip: audio.Clip | audio.AudioError | None
+) -> dict[str, Any] | None:
+    """Returns facts about the recording of an utterance as JSON values, None if it has none.
+
+    Args:
+        utterance: Utterance of the corpus.
+        clip: Decoded recording, or the reason why it cannot be used.
+    """
+    if utterance.recording is None or clip is None:
+        return None
+    facts: dict[str, Any] = {"utterance": utterance.id, "file": utterance.recording.path}
+    if isinstance(clip, audio.AudioError):
+        reason = str(clip.reason) + (f" ({clip.detail})" if clip.detail else "")
+        return {**facts, "reason": reason}
+    facts |= {
+        "kept_seconds": len(clip.samples) / audio.SAMPLE_RATE,
+        "seconds": clip.seconds,
+        "capped": clip.capped,
+        "damaged": clip.damaged,
+        "silent": not is_audible(clip.samples),
+        "length_mismatch": False,
+        "changed": list(clip.notes),
+    }
+    if utterance.start is not None and utterance.end is not None:
+        annotated = utterance.end - utterance.start
+        tolerance = max(_MISMATCH_SECONDS, _MISMATCH_FRACTION * annotated)
+        facts["length_mismatch"] = abs(clip.seconds - annotated) > tolerance
+        facts["annotated_seconds"] = annotated
+    return facts
+
+
+def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
+    """Returns the report on a corpus as JSON values.
+
+    Args:
+        corpus: The corpus that was written.
+        facts_dir: Folder with a subfolder for each split, which holds JSON files of
+            `recording_facts`.
+
+    Returns:
+        A dict with these entries:
+
+        - `splits`: For each split the number of dialogues, utterances, each class, unlabeled
+          utterances, utterances without speech, without text and with a text that occurs in
+          training; the hours of speech; and the minimum, mean and maximum length of a dialogue.
+        - `missing`: Utterances whose recording cannot be used, with file and reason.
+        - `capped`: Recordings that are longer than `max_seconds`.
+        - `damaged`: Recordings that could be decoded only in part.
+        - `silent`: Recordings without audible sound.
+        - `length_mismatch`: Recordings whose length differs much from `end` - `start`.
+        - `changed`: Recordings that were changed (gaps filled, scaled, a channel dropped).
+        - `notes`: Notes of the reader, and a line for each kind of change with its count.
+    """
+    order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
+    classes, text_overlap = corpus.class_counts(), corpus.train_text_overlap()
+    issues: dict[str, list[dict[str, Any]]] = {name: [] for name in ("missing", *RECORDING_ISSUES)}
+    splits = {}
+    for split, dialogues in corpus.splits.items():
+        facts = [
+            entry
+            for path in (facts_dir / split).glob("*.json")
+            for entry in json.loads(path.read_text())
+        ]
+        facts.sort(key=lambda entry: order[entry["utterance"]])
+        present = [entry for entry in facts if "reason" not in entry]
+        issues["missing"] += [entry for entry in facts if "reason" in entry]
+        for issue, fields in RECORDING_ISSUES.items():
+            issues[issue] += [
+                {field: entry[field] for field in ("utterance", "file", *fields)}
+                for entry in present
+                if entry[issue]
+            ]
+        utterances = [utterance for dialogue in dialogues for utterance in dialogue.utterances]
+        lengths = [len(dialogue.utterances) for dialogue in dialogues]
+        splits[split] = {
+            "dialogues": len(dialogues),
+            "utterances": len(utterances),
+            "classes": classes[split],
+            "unlabeled": sum(utterance.label is None for utterance in utterances),
+            "without_speech": len(utterances) - len(present),
+            "without_text": sum(not utterance.text for utterance in utterances),
+            "train_text_overlap": text_overlap.get(split, 0),
+            "hours": sum(entry["kept_seconds"] for entry in present) / 3600,
+            "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
+        }
+    notes = [*corpus.notes, *_count_changes(issues["changed"])]
+    return {"splits": splits, **issues, "notes": notes}
+
+
+def _count_changes(changed: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each kind of change: its count, and the first recording as an example."""
+    examples: dict[str, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for entry in changed:
+        for change in entry["changed"]:
+            kind = _NUMBER.sub("", change)
+            counts[kind] += 1
+            examples.setdefault(kind, f"{entry['utterance']}: {change}")
+    return [
+        f"{count} recordings changed, for example {examples[kind]}"
+        for kind, count in counts.items()
+    ]

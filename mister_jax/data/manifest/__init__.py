@@ -1,1 +1,0 @@
-"""One's own dialogues, listed in a JSON Lines or CSV file."""
