@@ -1,7 +1,7 @@
-"""Recordings of any format as 16 kHz mono samples, decoded by the FFmpeg that PyAV brings along.
+"""Decodes recordings of any format to 16 kHz mono samples, with the FFmpeg libraries of PyAV.
 
 `decode` reads one recording or a cut of it, `decode_many` reads many in parallel processes, and
-`encode_wav` writes samples. All that can be wrong with a recording is one `AudioError`.
+`encode_wav` writes samples. Every problem with a recording is an `AudioError`.
 """
 
 import collections
@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 
 from mister_jax.data.audio_frames import FULL_SCALE, MAX_PEAK, SAMPLE_RATE, float_to_int16
-from mister_jax.data.audio_reader import (
+from mister_jax.data.audio_reader import AudioReader, decoder_errors
+from mister_jax.data.audio_source import (
     MIX,
     AudioError,
-    AudioReader,
     Channel,
     Reason,
     Source,
     check_channel,
-    decoder_failures,
     error_message,
     existing_path,
     source_name,
@@ -46,11 +45,11 @@ __all__ = [
     "float_to_int16",
 ]
 
-# A number of samples larger than that of any recording.
-_ALL = sys.maxsize
+# Index after the last sample of a recording whose length is unknown.
+_END = sys.maxsize
 
-# Seconds of sound that one call of a worker returns at most: 38 MB of int16.
-_GROUP_SECONDS = 1200.0
+# Seconds of audio that one call of a worker returns at most: 38 MB of int16.
+_MAX_GROUP_SECONDS = 1200.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,11 +57,11 @@ class Clip:
     """A decoded recording, or a cut of it.
 
     Attributes:
-        samples: Samples [N] int16, mono, `SAMPLE_RATE` a second.
-        seconds: Length of the recording or cut, also where `samples` holds its beginning only.
-        capped: `samples` was cut at `max_seconds`.
-        damaged: Some of it could not be decoded.
-        notes: What a user should know, a short line each, such as "2.0 s missing".
+        samples: Mono samples [N] int16 at `SAMPLE_RATE`.
+        seconds: Length of the recording or cut before it was capped.
+        capped: Whether `samples` was truncated to `max_seconds`.
+        damaged: Whether a part could not be decoded.
+        notes: Short notes for the user, such as "2.0 s missing".
     """
 
     samples: np.ndarray
@@ -74,7 +73,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRequest:
-    """A recording or cut for `decode_many`; the fields are the arguments of `decode`."""
+    """A recording or cut for `decode_many`. The fields are the arguments of `decode`."""
 
     source: Source
     start: float | None = None
@@ -92,27 +91,27 @@ def decode(
 ) -> Clip:
     """Decodes the audio of a recording to `SAMPLE_RATE` and one channel.
 
-    Channels with a place (left, center, ...) are mixed by FFmpeg's weights: the mean of two, and of
-    5.1 most of the center, where film and television put speech, less of the sides and nothing of
-    the bass. Channels without one are averaged. The weights add up to 1, so a mix does not clip.
-    Where channels cancel each other out, the strongest of them is used. Among several audio
-    streams FFmpeg chooses. Frames that cannot be decoded become silence if time stamps show them,
-    else they are left out. A recording or cut with samples far beyond full scale is scaled down to
-    its peak. `Clip.notes` reports all of this.
+    Channels with a position (left, center, ...) are mixed with FFmpeg's weights: stereo is
+    averaged, and 5.1 weights the center most, where film and television put speech, the sides less
+    and the bass not at all. Channels without a position are averaged. The weights add up to 1, so a
+    mix does not clip. If channels cancel each other out, the strongest one is used. FFmpeg chooses
+    among several audio streams. Frames that cannot be decoded become silence if time stamps reveal
+    them, otherwise they are dropped. Samples far beyond full scale are scaled to the peak.
+    `Clip.notes` reports all of this.
 
     Args:
-        source: Any container and codec that FFmpeg reads. A path is a local file, never an address.
-        start: Seconds from the beginning of the container where the cut begins; None for the
+        source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
+        start: Start of the cut in seconds from the beginning of the container; None for the
             beginning.
-        end: Seconds where the cut ends; the end of the recording if None or later than that. The
-            cut equals, to the sample, that part of the decoded recording. (AAC fills bands with
-            noise, which differs each time.)
+        end: End of the cut in seconds; the end of the recording if None or later than that. The
+            cut equals that part of the decoded recording to the sample, except for the noise that
+            AAC decoders synthesize.
         channel: "mix", "left", "right", or the index of a channel.
-        max_seconds: Seconds that are kept at most.
+        max_seconds: Maximum seconds to keep.
 
     Raises:
-        AudioError: There is no sample, for one of the reasons in `Reason`.
-        ValueError: `max_seconds` is not positive, or `channel` has another value.
+        AudioError: There are no samples, for one of the reasons in `Reason`.
+        ValueError: `max_seconds` is not positive, or `channel` is not a channel.
     """
     _check_max_seconds(max_seconds)
     (result,) = _decode_cuts(
@@ -132,18 +131,17 @@ def decode_many(
 ) -> Iterator[Clip | AudioError]:
     """Decodes recordings in parallel processes, in the order of the requests.
 
-    Neighboring requests for cuts of one recording are served by one pass through it. Requests are
-    taken a little ahead of the results, see `workers.ordered_map`, so memory does not grow with the
-    corpus.
+    Consecutive cuts of one recording are decoded in one pass. Memory does not grow with the number
+    of requests, see `workers.ordered_map`.
 
     Args:
-        requests: What to decode.
+        requests: Recordings and cuts.
         num_workers: Number of processes; with 0 this process decodes.
         max_seconds: See `decode`.
-        on_done: Called with the number of results so far, before each is given.
+        on_done: Called with the number of results before each is yielded.
 
     Yields:
-        A clip, or the error that says why there is none; one for every request.
+        A clip or an error for each request.
 
     Raises:
         ValueError: `num_workers` is negative or `max_seconds` not positive.
@@ -151,39 +149,38 @@ def decode_many(
     _check_max_seconds(max_seconds)
     pending: collections.deque[Sequence[DecodeRequest]] = collections.deque()
 
-    def remembered_groups() -> Iterator[Sequence[DecodeRequest]]:
-        for group in _groups(requests, max_seconds):
+    def groups() -> Iterator[Sequence[DecodeRequest]]:
+        for group in _group_by_recording(requests, max_seconds):
             pending.append(group)
             yield group
 
-    answer = functools.partial(_decode_cuts, max_seconds=max_seconds)
-    results = ordered_map(answer, remembered_groups(), num_workers=num_workers)
+    decode_group = functools.partial(_decode_cuts, max_seconds=max_seconds)
+    results = ordered_map(decode_group, groups(), num_workers=num_workers)
 
-    def one_by_one() -> Iterator[Clip | AudioError]:
+    def flat_results() -> Iterator[Clip | AudioError]:
         num_done = 0
         for result in results:
             group = pending.popleft()
-            for clip in (
-                _survivors(group, answer) if isinstance(result, WorkerCrashError) else result
-            ):
+            has_crashed = isinstance(result, WorkerCrashError)
+            for clip in _decode_one_by_one(group, decode_group) if has_crashed else result:
                 num_done += 1
                 if on_done is not None:
                     on_done(num_done)
                 yield clip
 
-    return one_by_one()
+    return flat_results()
 
 
 def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Writes a WAV file of 16 bits.
+    """Writes a 16-bit WAV file.
 
     Args:
         path: Path of the file, which is overwritten.
         samples: Samples [N] int16 of one channel, or [N, channels].
-        rate: Samples a second.
+        rate: Sample rate in Hz.
 
     Raises:
-        ValueError: `samples` has another type or shape.
+        ValueError: `samples` has another dtype or shape.
     """
     if samples.dtype != np.int16 or samples.ndim not in (1, 2):
         raise ValueError(f"samples {samples.dtype} {samples.shape}; allowed: int16 [N] or [N, C]")
@@ -194,34 +191,34 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
         file.writeframes(samples.astype("<i2", copy=False).tobytes())
 
 
-def _groups(
+def _group_by_recording(
     requests: Iterable[DecodeRequest], max_seconds: float | None
 ) -> Iterator[list[DecodeRequest]]:
-    """Yields neighboring requests for one recording together, up to `_GROUP_SECONDS` of sound."""
+    """Groups consecutive cuts of one recording, up to `_MAX_GROUP_SECONDS` of audio."""
     group: list[DecodeRequest] = []
     seconds = 0.0
     for request in requests:
         length = math.inf if request.end is None else request.end - (request.start or 0)
         length = min(length, math.inf if max_seconds is None else max_seconds)
-        if group and (request.source != group[0].source or seconds + length > _GROUP_SECONDS):
+        if group and (request.source != group[0].source or seconds + length > _MAX_GROUP_SECONDS):
             yield group
             group, seconds = [], 0.0
         group.append(request)
         seconds += length
         if request.start is None and request.end is None:
-            # A whole recording. Its clip need not wait for the next request.
+            # An uncut recording is decoded right away instead of waiting for the next request.
             yield group
             group, seconds = [], 0.0
     if group:
         yield group
 
 
-def _survivors(
-    group: Sequence[DecodeRequest], answer: Callable[[Sequence[DecodeRequest]], Any]
+def _decode_one_by_one(
+    group: Sequence[DecodeRequest], decode_group: Callable[[Sequence[DecodeRequest]], Any]
 ) -> Iterator[Clip | AudioError]:
-    """Decodes the requests of a group that crashed one by one, so that only some of them fail."""
-    alone = ordered_map(answer, [[request] for request in group], num_workers=1)
-    for request, result in zip(group, alone, strict=True):
+    """Decodes the requests of a group that crashed separately, so that not all of them fail."""
+    results = ordered_map(decode_group, [[request] for request in group], num_workers=1)
+    for request, result in zip(group, results, strict=True):
         if isinstance(result, WorkerCrashError):
             yield AudioError(Reason.CRASH, source_name(request.source), str(result))
         else:
@@ -231,30 +228,30 @@ def _survivors(
 def _decode_cuts(
     requests: Sequence[DecodeRequest], max_seconds: float | None
 ) -> list[Clip | AudioError]:
-    """Decodes cuts of one recording, in one pass for each channel that they ask for."""
+    """Decodes cuts of one recording, in one pass per requested channel."""
     cuts = [_Cut(request, max_seconds) for request in requests]
     by_channel: dict[Channel, list[_Cut]] = collections.defaultdict(list)
     for cut in cuts:
         if cut.error is None:
             by_channel[cut.request.channel].append(cut)
-    for channel, members in by_channel.items():
-        _read_cuts(members, channel)
+    for channel, channel_cuts in by_channel.items():
+        _read_cuts(channel_cuts, channel)
         canceled = collections.defaultdict(list)
-        for cut in members:
+        for cut in channel_cuts:
             if cut.canceled_by is not None:
                 canceled[cut.canceled_by].append(cut)
-        for strongest, again in canceled.items():
-            for cut in again:
+        for strongest, canceled_cuts in canceled.items():
+            for cut in canceled_cuts:
                 cut.restart(f"channels cancel out: only channel {strongest} is used")
-            _read_cuts(again, strongest)
+            _read_cuts(canceled_cuts, strongest)
     return [cut.result() for cut in cuts]
 
 
 def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
-    """Reads cuts of one recording from one channel of it, in the order of their beginnings."""
+    """Reads cuts of one channel of a recording in a single pass."""
     source = cuts[0].request.source
     try:
-        recording = AudioReader(source, source_name(source), channel)
+        reader = AudioReader(source, channel)
     except AudioError as error:
         for cut in cuts:
             cut.error = error
@@ -265,42 +262,42 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
     try:
         while waiting:
             end = 0
-            for begin, chunk in recording.chunks(waiting[0].first):
+            for begin, chunk in reader.chunks(waiting[0].first):
                 end = begin + len(chunk)
                 while waiting and waiting[0].first < end:
                     active.append(waiting.popleft())
                 for cut in active:
                     cut.add(begin, chunk)
                 active = [cut for cut in active if cut.stop > end]
-                if not active and (not waiting or recording.is_worth_a_jump(end, waiting[0].first)):
+                if not active and (not waiting or reader.should_seek(end, waiting[0].first)):
                     break
             else:
-                # The end of the recording: what still waits begins behind it.
+                # The remaining cuts begin after the end of the recording.
                 for cut in waiting:
                     cut.position = end
                 waiting.clear()
     except AudioError as error:
         fatal = error
-    except decoder_failures() as error:
+    except decoder_errors() as error:
         fatal = AudioError(Reason.DAMAGED, source_name(source), error_message(error))
     finally:
-        recording.close()
+        reader.close()
     for cut in cuts:
         if fatal is not None and (cut in active or cut in waiting):
             cut.error = fatal
-        cut.finish(recording)
+        cut.finish(reader)
 
 
 class _Cut:
     """A cut of a recording while it is decoded. All indices are at `SAMPLE_RATE`.
 
     Attributes:
-        request: What was asked for.
-        first: Index of its first sample.
-        stop: Index behind its last sample.
-        position: Index behind the last sample that was decoded.
-        error: Why it has no samples.
-        canceled_by: The strongest channel of a mix that is canceled; None if it is not.
+        request: Request of the cut.
+        first: Index of the first sample.
+        stop: Index after the last sample.
+        position: Index after the last sample that was decoded.
+        error: Error that prevents decoding, None if there is none.
+        canceled_by: Strongest channel if the channels cancel out, else None.
     """
 
     def __init__(self, request: DecodeRequest, max_seconds: float | None) -> None:
@@ -309,52 +306,52 @@ class _Cut:
         self.error: AudioError | None = None
         self.notes: list[str] = []
         self._range = f"from {start} to {end} s"
-        self.first = self.stop = self._kept_stop = 0
-        if not 0 <= (start or 0.0) < (math.inf if end is None else end):  # Also refuses NaN.
+        self.first = self.stop = self._capped_stop = 0
+        if not 0 <= (start or 0.0) < (math.inf if end is None else end):  # also refuses NaN
             self.error = AudioError(Reason.RANGE, source_name(request.source), self._range)
         else:
             self.first = _index(start or 0.0)
-            self.stop = _ALL if end is None else _index(end)
-            most = _ALL if max_seconds is None else self.first + max(1, _index(max_seconds))
-            self._kept_stop = min(self.stop, most)
+            self.stop = _END if end is None else _index(end)
+            cap = _END if max_seconds is None else max(1, _index(max_seconds))
+            self._capped_stop = min(self.stop, self.first + cap)
         self.restart()
 
     def restart(self, note: str = "") -> None:
-        """Forgets what was decoded."""
+        """Discards everything that was decoded."""
         self.notes = [note] if note else []
         self.position = 0
         self.canceled_by: int | None = None
         self._chunks: list[np.ndarray] = []
-        self._damage = ""
+        self._damage_message = ""
         self._is_damaged = False
 
     def add(self, begin: int, chunk: np.ndarray) -> None:
-        """Adds its part of a chunk [n] int16 or float32 that begins at an index."""
-        part = chunk[max(0, self.first - begin) : max(0, self._kept_stop - begin)]
-        if len(part):  # Even an empty view would keep its chunk in memory.
+        """Adds the overlap with a chunk [n], int16 or float32, that begins at an index."""
+        part = chunk[max(0, self.first - begin) : max(0, self._capped_stop - begin)]
+        if len(part):  # An empty view would keep its chunk in memory.
             self._chunks.append(part)
         self.position = begin + len(chunk)
 
-    def finish(self, recording: "AudioReader") -> None:
-        """Takes over what the recording knows of this part of it."""
+    def finish(self, reader: AudioReader) -> None:
+        """Collects the reader's findings about this part of the recording."""
         end = min(self.position, self.stop)
-        self.notes += recording.notes(self.first, end)
-        self._damage = recording.damage(0, _ALL)
-        self._is_damaged = bool(recording.damage(self.first, self.stop))
-        self.canceled_by = recording.canceled_by(self.first, end)
+        self.notes += reader.notes(self.first, end)
+        self._damage_message = reader.damage(0, _END)
+        self._is_damaged = bool(reader.damage(self.first, self.stop))
+        self.canceled_by = reader.canceled_by(self.first, end)
 
     def result(self) -> Clip | AudioError:
-        """Returns the clip, or why there is none."""
+        """Returns the clip or the error."""
         name = source_name(self.request.source)
         if self.error is not None:
             return self.error
         try:
-            samples, note = _joined(self._chunks)
+            samples, note = _concatenate(self._chunks)
         except ValueError as error:
             return AudioError(Reason.DAMAGED, name, str(error))
         if len(samples) == 0:
-            if self._damage:
-                return AudioError(Reason.DAMAGED, name, self._damage)
+            if self._damage_message:
+                return AudioError(Reason.DAMAGED, name, self._damage_message)
             if self.first > 0 or self.position > 0:
                 return AudioError(Reason.RANGE, name, self._range)
             return AudioError(Reason.NO_SAMPLES, name)
@@ -368,8 +365,8 @@ class _Cut:
         )
 
 
-def _joined(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
-    """Returns chunks of int16 or, beyond full scale, float32 as one of int16, and a note."""
+def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
+    """Concatenates chunks, int16 or float32, to int16; also returns a note on the scaling."""
     if not chunks:
         return np.zeros(0, np.int16), ""
     if not any(chunk.dtype.kind == "f" for chunk in chunks):
@@ -378,16 +375,15 @@ def _joined(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
         chunk if chunk.dtype.kind == "f" else chunk.astype(np.float32) / FULL_SCALE
         for chunk in chunks
     ]
-    joined = np.concatenate(floats)
-    peak = np.abs(joined).max(initial=0.0)
+    samples = np.concatenate(floats)
+    peak = np.abs(samples).max(initial=0.0)
     if peak > MAX_PEAK * FULL_SCALE:
         raise ValueError(f"float samples of up to {peak:g}")
     if peak > MAX_PEAK:
-        # A recording of floats in integer range: its header cannot say so.
-        joined /= FULL_SCALE
-        samples, note = float_to_int16(joined)
-        return samples, note or f"floats of up to {peak:g} read as integers of 16 bits"
-    return float_to_int16(joined)
+        # Float recordings in integer range cannot be recognized by their header.
+        integers, note = float_to_int16(samples / FULL_SCALE)
+        return integers, note or f"floats of up to {peak:g} read as integers of 16 bits"
+    return float_to_int16(samples)
 
 
 def _check_max_seconds(max_seconds: float | None) -> None:
@@ -396,4 +392,4 @@ def _check_max_seconds(max_seconds: float | None) -> None:
 
 
 def _index(seconds: float) -> int:
-    return _ALL if math.isinf(seconds) else round(seconds * SAMPLE_RATE)
+    return _END if math.isinf(seconds) else round(seconds * SAMPLE_RATE)

@@ -1,4 +1,4 @@
-"""Decoded frames of audio: blocks, silence, resampling to one channel, and levels."""
+"""Operations on decoded audio frames: merging, silence, resampling, mixing and scaling."""
 
 import functools
 import itertools
@@ -13,35 +13,35 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 
 SAMPLE_RATE = 16_000
 
-# Full scale is 1. Lossy coders overshoot it a little, which is clipped. Recordings in float may
-# exceed it by some 10 dB; samples above the second bound (+40 dB) have another full scale.
+# Peaks relative to a full scale of 1. Lossy codecs overshoot it slightly, which is clipped. Float
+# recordings may exceed it by about 10 dB; above the second bound (+40 dB) full scale cannot be 1.
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 
-BLOCK_SECONDS = 0.25  # Decoded frames are worked on in blocks of that length.
+BLOCK_SECONDS = 0.25  # minimum length of merged frames
 
 
 def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
-    """Converts samples of full scale 1 to int16.
+    """Converts samples with full scale 1 to int16.
 
-    Up to 1 dB beyond full scale is clipped, as the overshoot of a lossy coder. Beyond that, all
-    samples are scaled so that the peak fits.
+    Peaks up to 1 dB over full scale, the overshoot of a lossy codec, are clipped. If the peak is
+    higher, all samples are scaled to it.
 
     Args:
         samples: Samples [N] of any float type.
 
     Returns:
-        The samples, and a note that says by how much they were scaled, empty if they were not.
+        The samples, and a note on the scaling, empty if they were not scaled.
 
     Raises:
-        ValueError: Samples are not finite, or so large that their full scale cannot be 1.
+        ValueError: Samples are not finite, or too large for a full scale of 1.
     """
     peak = float(np.abs(samples).max(initial=0.0))
     if not math.isfinite(peak):
         raise ValueError("samples are not finite; allowed: -1 to 1")
     if peak > MAX_PEAK:
         raise ValueError(
-            f"float samples of up to {peak:g}, as of integers; allowed: full scale 1 (divide int16 "
+            f"float samples of up to {peak:g}; allowed: full scale 1 (divide int16 "
             "values by 32768, or pass them as int16)"
         )
     scale, note = 1.0, ""
@@ -53,18 +53,22 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
     return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16), note
 
 
-def resampled(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
-    """Yields samples [n] at `SAMPLE_RATE`, mono, of frames that may change their format.
+def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
+    """Resamples frames to `SAMPLE_RATE` and mixes their channels.
 
-    They are int16, or float32 where they exceed full scale.
+    Args:
+        frames: Frames, whose format may change.
+
+    Yields:
+        Samples [n], int16, or float32 if they exceed full scale.
     """
-    for (format_name, layout, _), alike in itertools.groupby(frames, _format):
+    for (format_name, layout, _), group in itertools.groupby(frames, _format):
         is_float = format_name in ("flt", "fltp", "dbl", "dblp")
         resampler = av.AudioResampler("flt" if is_float else "s16", "mono", SAMPLE_RATE)
         gain = _mix_gain(layout) if is_float else 1.0
-        for frame in itertools.chain(alike, [None]):
+        for frame in itertools.chain(group, [None]):
             for out in resampler.resample(frame):
-                if out is None:  # As for the flush of a resampler that has nothing to do.
+                if out is None:  # Flushing a resampler that passes frames through gives None.
                     continue
                 samples = out.to_ndarray()[0]
                 yield _to_int16(samples * gain) if is_float else samples
@@ -72,7 +76,7 @@ def resampled(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
 
 @functools.cache
 def _mix_gain(layout: str) -> np.float32:
-    """Returns what makes the weights of a mix in float add up to 1, as FFmpeg's do for integers."""
+    """Returns the factor that makes the mixing weights of floats add up to 1, as for integers."""
     channels = av.AudioLayout(layout).nb_channels
     ones = av.AudioFrame.from_ndarray(np.ones((1, channels), np.float32), "flt", layout)
     ones.sample_rate = SAMPLE_RATE
@@ -82,7 +86,7 @@ def _mix_gain(layout: str) -> np.float32:
 
 
 def _to_int16(samples: np.ndarray) -> np.ndarray:
-    """Returns samples [n] float32 as int16 if they are within full scale, else as they are."""
+    """Converts samples [n] float32 to int16 unless they exceed full scale."""
     return samples if np.abs(samples).max(initial=0.0) > 1 else float_to_int16(samples)[0]
 
 
@@ -90,14 +94,21 @@ def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
-def merged(
+def merge_frames(
     frames: "Iterable[tuple[int, av.AudioFrame]]",
 ) -> "Iterator[tuple[int, av.AudioFrame]]":
-    """Yields frames that follow each other as larger ones, which cost less to work on."""
-    for (_, layout, rate), alike in itertools.groupby(frames, lambda pair: _format(pair[1])):
+    """Merges consecutive frames to at least `BLOCK_SECONDS`, which is faster to process.
+
+    Args:
+        frames: Frames with the position of their first sample.
+
+    Yields:
+        Merged frames with their positions.
+    """
+    for (_, layout, rate), group in itertools.groupby(frames, lambda pair: _format(pair[1])):
         start, size = 0, 0
         blocks: list[np.ndarray] = []
-        for position, frame in alike:
+        for position, frame in group:
             if not blocks:
                 if frame.samples >= BLOCK_SECONDS * rate:
                     yield position, frame
@@ -113,32 +124,33 @@ def merged(
 
 
 def silent_frames(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]":
-    """Yields `count` samples of silence in the format of a frame, a second at a time."""
+    """Yields `count` samples of silence in the format of another frame, one second at a time."""
     num_channels = len(like.layout.channels)
-    rows, width = (num_channels, 1) if like.format.is_planar else (1, num_channels)
+    rows, interleaved = (num_channels, 1) if like.format.is_planar else (1, num_channels)
     dtype = like.to_ndarray().dtype
     while count > 0:
         size = min(count, like.sample_rate)
         level = 128 if dtype == np.uint8 else 0
-        yield make_frame(np.full((rows, size * width), level, dtype), like, like.layout.name)
+        yield make_frame(np.full((rows, size * interleaved), level, dtype), like, like.layout.name)
         count -= size
 
 
-def without(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.AudioFrame]":
+def skip_samples(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.AudioFrame]":
     """Yields frames without their first `count` samples."""
     for frame in frames:
         if count < frame.samples:
-            yield _frame_from(frame, count) if count else frame
+            yield _slice_frame(frame, count) if count else frame
         count = max(0, count - frame.samples)
 
 
-def _frame_from(frame: "av.AudioFrame", first: int) -> "av.AudioFrame":
-    width = 1 if frame.format.is_planar else len(frame.layout.channels)
-    samples = np.ascontiguousarray(frame.to_ndarray()[:, first * width :])
+def _slice_frame(frame: "av.AudioFrame", first: int) -> "av.AudioFrame":
+    interleaved = 1 if frame.format.is_planar else len(frame.layout.channels)
+    samples = np.ascontiguousarray(frame.to_ndarray()[:, first * interleaved :])
     return make_frame(samples, frame, layout=frame.layout.name)
 
 
 def make_frame(samples: np.ndarray, like: "av.AudioFrame", layout: str) -> "av.AudioFrame":
+    """Returns a frame of samples with the format and rate of another frame."""
     frame = av.AudioFrame.from_ndarray(samples, format=like.format.name, layout=layout)
     frame.sample_rate = like.sample_rate
     return frame

@@ -38,8 +38,8 @@ def ordered_map(
 ) -> Iterator[R | WorkerCrashError]:
     """Applies a function to items in parallel processes.
 
-    At most `QUEUED_PER_WORKER * num_workers` items are taken before the first result is consumed,
-    so memory does not grow with their number.
+    At most `QUEUED_PER_WORKER * num_workers` items are taken ahead of the results, so memory does
+    not grow with their number.
 
     Args:
         function: Function that can be imported by name, or a `functools.partial` of one. Its
@@ -49,7 +49,7 @@ def ordered_map(
 
     Yields:
         The results in the order of the items. If a process crashes (killed, out of memory, a fault
-        in a C library), the result of its item is a `WorkerCrashError`, which is not raised, and the
+        in a C library), its item's result is a `WorkerCrashError`, which is not raised, and the
         other items are not affected. An exception of the function is raised here.
 
     Raises:
@@ -136,7 +136,7 @@ class _Worker:
         return self._process
 
     def kill(self) -> None:
-        """Kills the process. A call that waits for it in another thread raises `WorkerCrashError`."""
+        """Kills the process. A call in another thread then raises `WorkerCrashError`."""
         process = self._process
         if process is not None:
             process.kill()

@@ -1,0 +1,129 @@
+"""Names a recording and a channel of it, and checks that the recording can be read."""
+
+import contextlib
+import enum
+import os
+import pathlib
+import stat
+import unicodedata
+from typing import Any
+
+from mister_jax.errors import InputError
+
+Source = str | os.PathLike[str] | bytes
+"""Path or content of a file."""
+
+Channel = str | int
+"""Channel of a recording: "mix", "left", "right", or an index from 0."""
+
+MIX = "mix"
+NAMED_CHANNELS = {"left": 0, "right": 1}
+
+
+class Reason(enum.StrEnum):
+    """Why a recording cannot be used."""
+
+    MISSING = "no such file"
+    UNREADABLE = "cannot be read"
+    EMPTY = "empty file"
+    FORMAT = "not a format that FFmpeg reads, or damaged at its beginning"
+    NO_AUDIO = "no audio stream that FFmpeg decodes"
+    NO_CHANNEL = "no such channel"
+    DAMAGED = "damaged: nothing could be decoded"
+    NO_SAMPLES = "no samples"
+    RANGE = "the cut is not in the recording"
+    CRASH = "the decoder crashed"
+
+
+class AudioError(InputError):
+    """A recording cannot be used.
+
+    Attributes:
+        reason: Why it cannot be used.
+        source: Path of the recording.
+        detail: Message of FFmpeg or of the operating system, in one line.
+    """
+
+    def __init__(self, reason: Reason, source: str, detail: str = "") -> None:
+        super().__init__(reason, source, detail)  # The arguments with which pickle calls this.
+        self.reason = reason
+        self.source = source
+        self.detail = " ".join(detail.split())
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def check_channel(channel: Any) -> Channel:
+    """Returns a channel for `decode`. An index may be passed as text.
+
+    Raises:
+        ValueError: The value is not a channel.
+    """
+    if isinstance(channel, str) and channel.strip().isdecimal():
+        channel = int(channel)
+    if channel in (MIX, *NAMED_CHANNELS):
+        return channel
+    if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
+        return channel
+    names = ", ".join((MIX, *NAMED_CHANNELS))
+    raise ValueError(f"{channel!r}; allowed: {names}, or the index of a channel from 0")
+
+
+def existing_path(path: str | os.PathLike[str]) -> str:
+    """Returns the path of an existing file, whatever the Unicode form of its names.
+
+    macOS decomposes accented letters in file names (NFD), while most other systems compose them
+    (NFC). If no such file exists in either form, the path is returned unchanged.
+    """
+    path = os.fspath(path)
+    if path.isascii():
+        return path
+    with contextlib.suppress(OSError, ValueError):
+        if pathlib.Path(path).exists():
+            return path
+        parts = pathlib.Path(path).parts
+        existing = pathlib.Path(parts[0])
+        for part in parts[1:]:
+            forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+            existing /= next((form for form in forms if (existing / form).exists()), part)
+        if existing.exists():
+            return str(existing)
+    return path
+
+
+def source_name(source: Source) -> str:
+    """Returns the path of a recording, or its size if it is in memory."""
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
+
+
+def check_readable(source: Source, name: str) -> None:
+    """Checks a recording before FFmpeg opens it, which gives better errors.
+
+    Raises:
+        AudioError: It is missing, empty, not a regular file, or may not be read.
+    """
+    if isinstance(source, bytes):
+        if not source:
+            raise AudioError(Reason.EMPTY, name)
+        return
+    path = pathlib.Path(source)
+    try:
+        status = path.stat()
+        # Reading a pipe would wait forever.
+        is_file = stat.S_ISREG(status.st_mode)
+        if is_file:
+            path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise AudioError(Reason.MISSING, name) from None
+    except (OSError, ValueError) as error:
+        raise AudioError(Reason.UNREADABLE, name, error_message(error)) from None
+    if not is_file:
+        raise AudioError(Reason.UNREADABLE, name, "not a file")
+    if status.st_size == 0:
+        raise AudioError(Reason.EMPTY, name)
+
+
+def error_message(error: Exception) -> str:
+    """Returns the message of an error without the name of the file."""
+    return getattr(error, "strerror", None) or str(error)
