@@ -1,6 +1,5 @@
 """Commands as a user types them, and the errors of wrong ones."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -56,7 +55,7 @@ WRONG_USES = {
         "--corpus=tv": "--corpus=tv; allowed: iemocap, meld",
         "--corpus=iemocap --data_dir=DIR": "--source is needed with --corpus=iemocap. IEMOC",
         "--corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: the",
-        "--inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; there are: none",
+        "--inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; available: none",
     },
     "extract": {
         "--output=x": "one of --workdir, --encoder, or --speech with --text is needed",
@@ -96,7 +95,7 @@ WRONG_USES = {
         ),
         "--config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
         "--config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (
-            "DIR/nowhere: no dataset 'x'; there are: none"
+            "DIR/nowhere: no dataset 'x'; available: none"
         ),
         "--config=configs/text_encoder.py:meld,bert --workdir=DIR/run": (
             "encoder 'bert'; allowed are"
@@ -111,7 +110,7 @@ WRONG_USES = {
         "--workdir=DIR/old": "DIR/old: written by another version of mister_jax; train it again",
         "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
         "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros goes with --drop_speech",
-        "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; there are: none",
+        "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; available: none",
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
     },
     "predict": {
@@ -194,8 +193,9 @@ def test_each_script_runs_its_subcommand(results, name):
     from_script, from_command = results[f"launch.{name} --help"], results[f"{name} --help"]
     assert from_script == from_command
     assert (from_script.status, from_script.stderr) == (0, "")
-    summary = importlib.import_module(f"mister_jax.cli.{name}").__doc__.splitlines()[0]
-    assert from_script.stdout.startswith(summary)
+    assert from_script.stdout not in {
+        results[f"{other} --help"].stdout for other in SUBCOMMANDS if other != name
+    }
 
 
 def test_help_describes_flags(results):

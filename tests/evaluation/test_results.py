@@ -17,86 +17,89 @@ from mister_jax.evaluation.scores import score_predictions
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictor
+from tests.helpers.training import read_validation_scores
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+def read_predictions(folder, split):
+    """Returns the lines of `predictions.jsonl` of one split."""
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def evaluated(finished_workdir, tmp_path_factory):
-    output = tmp_path_factory.mktemp("evaluated")
+def results_folder(finished_workdir, tmp_path_factory):
+    """A folder with the results of the evaluation on two splits."""
+    output = tmp_path_factory.mktemp("results")
     for split in ("validation", "test"):
         evaluate(finished_workdir, split, output=output, quiet=True)
     return output
 
 
-def test_files_hold_each_split_once(finished_workdir, evaluated, tiny_data_dir):
-    evaluate(finished_workdir, "test", output=evaluated, quiet=True)
-    metrics = json.loads((evaluated / "metrics.json").read_text())
+def test_results_hold_each_split_once(finished_workdir, results_folder, tiny_data_dir):
+    evaluate(finished_workdir, "test", output=results_folder, quiet=True)
+    metrics = read_metrics(results_folder)
     assert set(metrics) == {"validation", "test"}
     for split in metrics:
         features = data.load_features("tiny", split, tiny_data_dir)
-        found = [row["utterance"] for row in rows(evaluated) if row["split"] == split]
-        assert found == features.utterance_ids.tolist()
-    assert (evaluated / "confusion.png").read_bytes().startswith(b"\x89PNG")
+        ids = [row["utterance"] for row in read_predictions(results_folder, split)]
+        assert ids == features.utterance_ids.tolist()
+    assert (results_folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scores_are_those_of_the_predictions(evaluated):
-    metrics = json.loads((evaluated / "metrics.json").read_text())
-    for split, found in metrics.items():
+def test_scores_agree_with_the_predictions(results_folder):
+    for split, scores in read_metrics(results_folder).items():
         pairs = [
             (row["label"], row["predicted"])
-            for row in rows(evaluated)
-            if row["split"] == split and row["label"] is not None
+            for row in read_predictions(results_folder, split)
+            if row["label"] is not None
         ]
         label, predicted = zip(*pairs, strict=True)
         expected = f1_score(label, predicted, average="weighted", zero_division=0)
-        assert found["weighted_f1"] == pytest.approx(expected)
-        assert found["reference_scores"]["bayes"]["weighted_f1"] > 0
+        assert scores["weighted_f1"] == pytest.approx(expected)
+        assert scores["reference_scores"]["bayes"]["weighted_f1"] > 0
 
 
-def test_validation_score_is_that_of_the_training(finished_workdir, evaluated):
-    lines = (finished_workdir / "metrics.jsonl").read_text().splitlines()
-    best = max(json.loads(line).get("validation/weighted_f1", 0) for line in lines)
-    metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert metrics["validation"]["weighted_f1"] == pytest.approx(best)
+def test_the_validation_score_is_that_of_the_training(finished_workdir, results_folder):
+    best = max(read_validation_scores(finished_workdir))
+    assert read_metrics(results_folder)["validation"]["weighted_f1"] == pytest.approx(best)
 
 
 @pytest.mark.devices
-def test_devices_do_not_change_predictions(finished_workdir, evaluated):
+def test_devices_do_not_change_predictions(finished_workdir, results_folder):
     predictor = Predictor(finished_workdir)
     assert predictor.partitioner.num_shards == 8
-    found = predictor(predictor.task.features("test"), quiet=True)
-    told = [row for row in rows(evaluated) if row["split"] == "test"]
-    gate = [[row["gate"][name] for name in EXPERTS] for row in told]
-    np.testing.assert_allclose(found["gate"], gate, atol=1e-5)
+    predictions = predictor(predictor.task.features("test"), quiet=True)
+    rows = read_predictions(results_folder, "test")
+    expected = [[row["gate"][name] for name in EXPERTS] for row in rows]
+    np.testing.assert_allclose(predictions["gate"], expected, atol=1e-5)
 
 
-def test_another_dataset_is_told_apart(finished_workdir, tiny_data_dir, tmp_path):
+def test_results_of_another_dataset_are_kept_apart(finished_workdir, tiny_data_dir, tmp_path):
     features = data.load_features("tiny", "test", tiny_data_dir)
     ids = np.array([f"a\u2028b{index}" for index in range(len(features.label))])
     other = dataclasses.replace(features, name="other", utterance_ids=ids)
     data.write_features({"test": other}, "other", tiny_data_dir, overwrite=True)
     for dataset in ("tiny", "other", "other"):
         evaluate(finished_workdir, "test", dataset=dataset, output=tmp_path, quiet=True)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {key: found["dataset"] for key, found in metrics.items()} == {
-        "test": "tiny",
-        "other/test": "other",
-    }
-    assert all(found["checkpoint"]["epoch"] for found in metrics.values())
-    found = [
+    metrics = read_metrics(tmp_path)
+    datasets = {key: scores["dataset"] for key, scores in metrics.items()}
+    assert datasets == {"test": "tiny", "other/test": "other"}
+    assert all(scores["checkpoint"]["epoch"] for scores in metrics.values())
+    utterances = [
         (row["dataset"], row["utterance"])
         for row in read_json_lines(tmp_path / "predictions.jsonl")
     ]
-    assert found == [("tiny", name) for name in features.utterance_ids] + [
+    assert utterances == [("tiny", name) for name in features.utterance_ids] + [
         ("other", name) for name in ids
     ]
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "missing_modality.json"])
-def test_damaged_results_are_named(finished_workdir, tmp_path, name):
+def test_damaged_results_are_refused(finished_workdir, tmp_path, name):
     (tmp_path / name).write_text('{"test": {"weigh')
     with pytest.raises(InputError, match=f"{name}: .*damaged") as error:
         evaluate(finished_workdir, "test", output=tmp_path, report=True, quiet=True)
@@ -114,7 +117,7 @@ def test_damaged_results_are_named(finished_workdir, tmp_path, name):
         ('{"format": 2, "class_names": []}', "damaged .KeyError"),
     ],
 )
-def test_a_damaged_description_of_the_model_is_named(finished_workdir, tmp_path, content, message):
+def test_a_damaged_model_description_is_refused(finished_workdir, tmp_path, content, message):
     (tmp_path / "config.json").write_text((finished_workdir / "config.json").read_text())
     if content is not None:
         (tmp_path / "model.json").write_text(content)
@@ -123,50 +126,57 @@ def test_a_damaged_description_of_the_model_is_named(finished_workdir, tmp_path,
     assert "\n" not in str(error.value)
 
 
-def test_a_prediction_is_a_distribution_and_missing_experts_have_no_weight(
-    evaluated,
-    tiny_data_dir,
-):
+def test_a_workdir_of_another_version_is_refused(finished_workdir, tmp_path):
+    (tmp_path / "config.json").write_text((finished_workdir / "config.json").read_text())
+    description = json.loads((finished_workdir / "model.json").read_text())
+    for changes in ({"format": 1}, {"format": None}):
+        (tmp_path / "model.json").write_text(json.dumps(description | changes))
+        with pytest.raises(InputError, match="written by another version of mister_jax") as error:
+            evaluate(tmp_path, "test", quiet=True)
+        assert "\n" not in str(error.value)
+
+
+def test_probabilities_sum_to_1_and_missing_experts_have_no_weight(results_folder, tiny_data_dir):
     features = data.load_features("tiny", "test", tiny_data_dir)
-    found = [row for row in rows(evaluated) if row["split"] == "test"]
+    rows = read_predictions(results_folder, "test")
     assert not features.speech_present.all()
-    for row, speech in zip(found, features.speech_present, strict=True):
+    for row, has_speech in zip(rows, features.speech_present, strict=True):
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert sum(row["gate"].values()) == pytest.approx(1, abs=1e-5)
         assert max(row["probabilities"], key=row["probabilities"].get) == row["predicted"]
-        assert (row["experts"]["speech"] is not None) == speech
-        assert (row["gate"]["speech"] > 0) == speech
+        assert (row["experts"]["speech"] is not None) == has_speech
+        assert (row["gate"]["speech"] > 0) == has_speech
 
 
 def test_a_report_shows_the_scores_and_the_checkpoint(finished_workdir, tmp_path):
-    found = evaluate(finished_workdir, "test", output=tmp_path, report=True, quiet=True)
+    scores = evaluate(finished_workdir, "test", output=tmp_path, report=True, quiet=True)
     text = (tmp_path / "report.html").read_text()
-    assert f"{found['weighted_f1']:.3f}" in text
-    assert f"epoch {found['checkpoint']['epoch']} of 2" in text
+    assert f"{scores['weighted_f1']:.3f}" in text
+    assert f"epoch {scores['checkpoint']['epoch']} of 2" in text
     assert re.search(r"saved \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
 
 
-def test_a_report_has_a_study_of_its_checkpoint(finished_workdir, tmp_path):
-    def reported():
+def test_a_report_has_a_missing_modality_study_of_its_checkpoint(finished_workdir, tmp_path):
+    def make_report():
         evaluate(finished_workdir, "test", output=tmp_path, report=True, quiet=True)
         return (tmp_path / "report.html").read_text()
 
-    assert 'id="missing"' in reported()
+    assert 'id="missing"' in make_report()
     path = tmp_path / "missing_modality.json"
     study = json.loads(path.read_text())
     dropped = {(point["drop_speech"] > 0, point["drop_text"] > 0) for point in study["points"]}
     assert dropped == {(True, False), (False, True)}
-    # What was measured is kept; what is of another checkpoint is measured anew.
+    # A study of this checkpoint is reused.
     study["points"] = [{**study["points"][0], "weighted_f1": 0.1234}]
     path.write_text(json.dumps(study))
-    assert "0.123" in reported()
-    # Another run in the same folder, whose best epoch is the same.
-    other = {**study["checkpoint"], "weighted_f1": 0.123}
-    path.write_text(json.dumps({**study, "checkpoint": other}))
-    assert "0.123" not in reported()
+    assert "0.123" in make_report()
+    # A study of another run in the same folder, with the same best epoch, is replaced.
+    other_checkpoint = {**study["checkpoint"], "weighted_f1": 0.123}
+    path.write_text(json.dumps({**study, "checkpoint": other_checkpoint}))
+    assert "0.123" not in make_report()
 
 
-def test_dropping_flags_the_chosen_share(tiny_data_dir):
+def test_dropping_removes_the_chosen_share_of_a_modality(tiny_data_dir):
     features = data.load_features("tiny", "train", tiny_data_dir)
     dropped = drop_modalities(features, 0.5, 0.0, seed=0)
     assert (dropped.text_present == features.text_present).all()
@@ -175,47 +185,49 @@ def test_dropping_flags_the_chosen_share(tiny_data_dir):
     assert share == pytest.approx(0.5, abs=0.15)
 
 
-def test_dropping_to_zeros_tells_the_model_nothing(tiny_data_dir):
+def test_dropping_to_zeros_keeps_the_presence_flags(tiny_data_dir):
     features = data.load_features("tiny", "train", tiny_data_dir)
     standardizer = Standardizer.fit(features.speech[features.speech_present])
     zero_fill_values = {"speech": standardizer.mean, "text": 0.0}
-    dropped = drop_modalities(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
+    zeroed = drop_modalities(features, 0.5, 0.3, seed=0, zero_fill_values=zero_fill_values)
     flagged = drop_modalities(features, 0.5, 0.3, seed=0)
     for modality in ("speech", "text"):
         present = getattr(features, f"{modality}_present")
-        assert (getattr(dropped, f"{modality}_present") == present).all()
-        before, after = getattr(features, modality), getattr(dropped, modality)
+        assert (getattr(zeroed, f"{modality}_present") == present).all()
+        before, after = getattr(features, modality), getattr(zeroed, modality)
         assert after.dtype == before.dtype
-        kept = getattr(flagged, f"{modality}_present")
-        assert (after[kept] == before[kept]).all()
-        read = standardizer(after) if modality == "speech" else after
-        assert (read[present & ~kept] == 0).all()
+        remaining = getattr(flagged, f"{modality}_present")
+        assert (after[remaining] == before[remaining]).all()
+        model_input = standardizer(after) if modality == "speech" else after
+        assert (model_input[present & ~remaining] == 0).all()
 
 
-def test_missing_modality_study(finished_workdir, evaluated):
+def test_missing_modality_study(finished_workdir, results_folder):
     points = missing_modality_study(
-        finished_workdir, "test", drop_speech=[0.0, 1.0], draws=2, output=evaluated, quiet=True
+        finished_workdir, "test", drop_speech=[0.0, 1.0], draws=2, output=results_folder, quiet=True
     )
-    complete = json.loads((evaluated / "metrics.json").read_text())["test"]["weighted_f1"]
+    complete = read_metrics(results_folder)["test"]["weighted_f1"]
     assert points[0]["weighted_f1"] == pytest.approx(complete)
     assert points[0]["deviation"] == points[1]["deviation"] == 0
-    assert (evaluated / "missing_modality.png").exists()
-    assert json.loads((evaluated / "missing_modality.json").read_text())["points"] == points
+    assert (results_folder / "missing_modality.png").exists()
+    study = json.loads((results_folder / "missing_modality.json").read_text())
+    assert study["points"] == points
 
 
-def test_a_study_with_zeros_stands_beside_the_other(finished_workdir, tiny_data_dir, tmp_path):
-    both = {"drop_speech": [1.0], "drop_text": [1.0], "draws": 1, "output": tmp_path, "quiet": True}
-    flagged = missing_modality_study(finished_workdir, "test", **both)
-    (zeros,) = missing_modality_study(finished_workdir, "test", as_zeros=True, **both)
-    for name, points in (("missing_modality", flagged), ("missing_modality_as_zeros", [zeros])):
+def test_a_study_with_zeros_has_files_of_its_own(finished_workdir, tiny_data_dir, tmp_path):
+    options = {"drop_speech": [1.0], "drop_text": [1.0], "draws": 1}
+    options |= {"output": tmp_path, "quiet": True}
+    flagged = missing_modality_study(finished_workdir, "test", **options)
+    (zeroed,) = missing_modality_study(finished_workdir, "test", as_zeros=True, **options)
+    for name, points in (("missing_modality", flagged), ("missing_modality_as_zeros", [zeroed])):
         assert json.loads((tmp_path / f"{name}.json").read_text())["points"] == points
         assert (tmp_path / f"{name}.png").exists()
     features = data.load_features("tiny", "test", tiny_data_dir)
-    nothing = dataclasses.replace(
+    zeros = dataclasses.replace(
         features, speech=np.zeros_like(features.speech), text=np.zeros_like(features.text)
     )
-    expected = score_predictions(nothing, Predictor(finished_workdir)(nothing, quiet=True))
-    assert zeros["weighted_f1"] == pytest.approx(expected["weighted_f1"])
+    expected = score_predictions(zeros, Predictor(finished_workdir)(zeros, quiet=True))
+    assert zeroed["weighted_f1"] == pytest.approx(expected["weighted_f1"])
 
 
 @pytest.mark.parametrize(
@@ -225,24 +237,24 @@ def test_a_study_with_zeros_stands_beside_the_other(finished_workdir, tiny_data_
         ({"drop_speech": [0.1, 0.2], "drop_text": [0.1, 0.2, 0.3]}, "2 rates; allowed are 1 or 3"),
     ],
 )
-def test_rates_that_make_no_sense_are_refused(finished_workdir, options, message):
+def test_unusable_drop_rates_are_refused(finished_workdir, options, message):
     with pytest.raises(InputError, match=message):
         missing_modality_study(finished_workdir, "test", quiet=True, **options)
 
 
-def test_a_split_that_is_not_there_is_named(finished_workdir):
+def test_a_missing_split_is_refused(finished_workdir):
     with pytest.raises(InputError, match="dev"):
         evaluate(finished_workdir, "dev", quiet=True)
 
 
-def test_a_dataset_that_does_not_fit_the_model_is_refused(finished_workdir, tiny_data_dir):
+def test_features_of_another_dimension_are_refused(finished_workdir, tiny_data_dir):
     splits = data.generate_features(0, {"test": 2}, num_classes=3, speech_dim=9, text_dim=7)
     data.write_features(splits, "wider", tiny_data_dir, overwrite=True)
     with pytest.raises(InputError, match="wider, split test: speech width 9; the model takes 6"):
         evaluate(finished_workdir, "test", dataset="wider", quiet=True)
 
 
-def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
+def test_a_folder_without_a_training_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config.json: no such file"):
         evaluate(tmp_path, "test", quiet=True)
 
@@ -250,12 +262,12 @@ def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "class_names", [("negative", "positive"), ("non_negative", "negative"), ("calm", "angry")]
 )
-def test_scores_of_sentiment_go_by_the_names_of_the_classes(tiny_data_dir, class_names):
+def test_sentiment_scores_need_classes_named_positive_or_negative(tiny_data_dir, class_names):
     features = data.load_features("tiny", "test", tiny_data_dir)
     count = len(features.label)
     label = (np.arange(count) % 2).astype(np.int32)
     positive = label == (1 if class_names[1] == "positive" else 0)
-    two = dataclasses.replace(
+    two_classes = dataclasses.replace(
         features,
         class_names=class_names,
         label=label,
@@ -267,9 +279,9 @@ def test_scores_of_sentiment_go_by_the_names_of_the_classes(tiny_data_dir, class
         "expert_probabilities": np.stack([np.eye(2)[label]] * 3, axis=1),
         "expert_present": np.ones((count, 3), bool),
     }
-    found = score_predictions(two, predictions)
+    scores = score_predictions(two_classes, predictions)
     if class_names == ("calm", "angry"):
-        assert "sentiment" not in found
+        assert "sentiment" not in scores
     else:
-        assert {row["weighted_f1"] for row in found["sentiment"].values()} == {1.0}
-    assert found["experts"]["fusion"]["weighted_f1"] == 1.0
+        assert {row["weighted_f1"] for row in scores["sentiment"].values()} == {1.0}
+    assert scores["experts"]["fusion"]["weighted_f1"] == 1.0

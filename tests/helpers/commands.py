@@ -50,7 +50,8 @@ def run_script(name: str, *flags: str) -> CommandResult:
 def run_commands(
     commands: Sequence[str | Sequence[str]],
     folder: pathlib.Path,
-    working_directories: Sequence[pathlib.Path] | None = None,
+    *,
+    working_directory: pathlib.Path = REPOSITORY,
 ) -> list[CommandResult]:
     """Runs commands one after the other.
 
@@ -62,19 +63,19 @@ def run_commands(
         arguments, such as "launch.train --workdir=DIR/run". DIR stands for the folder. Arguments
         in a list are used as they are.
       folder: Folder that replaces DIR.
-      working_directories: Folder in which each command runs; the repository by default.
+      working_directory: Folder in which the commands run.
     """
     arguments = [
         command.replace("DIR", str(folder)).split() if isinstance(command, str) else command
         for command in commands
     ]
-    directories = map(str, working_directories or [REPOSITORY] * len(commands))
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.commands"],
-        input=json.dumps(list(zip(arguments, directories, strict=True))),
-        cwd=REPOSITORY,
+        input=json.dumps(arguments),
+        cwd=working_directory,
         env={
             **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "COLUMNS": "200",
@@ -90,16 +91,15 @@ def _run_commands_from_stdin() -> None:
     """Reads the arguments of all commands and prints a `CommandResult` for each, as JSON."""
     for name in _SLOW_IMPORTS:
         importlib.import_module(name)
-    for arguments, directory in json.load(sys.stdin):
-        print(json.dumps(_fork(arguments, directory)), flush=True)
+    for arguments in json.load(sys.stdin):
+        print(json.dumps(_fork(arguments)), flush=True)
 
 
-def _fork(arguments: list[str], directory: str) -> CommandResult:
-    """Runs one command in a child process, in a directory."""
+def _fork(arguments: list[str]) -> CommandResult:
+    """Runs one command in a child process."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = os.fork()
         if child == 0:
-            os.chdir(directory)
             os.dup2(stdout.fileno(), sys.stdout.fileno())
             os.dup2(stderr.fileno(), sys.stderr.fileno())
             status = _run(arguments)

@@ -16,7 +16,7 @@ from mister_jax import data, extraction
 from mister_jax.checkpoint import Checkpoints
 from mister_jax.console import prediction_table
 from mister_jax.data.audio import encode_wav
-from mister_jax.data.corpora.manifest import reader
+from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.inference.recognizer import summarize_notes
@@ -232,7 +232,7 @@ def test_further_columns_do_not_change_predictions(workdir, recognizer, tmp_path
     plain = {"order": 0, "text": "so mad"}
     further = plain | {"speaker": "x", "duration": 3.5}
     corpora = [
-        reader.read(write_call(tmp_path, [row]), shares=(0, 0, 1)) for row in (plain, further)
+        read_manifest(write_call(tmp_path, [row]), shares=(0, 0, 1)) for row in (plain, further)
     ]
     assert dict(next(corpora[1].utterances())[1].metadata) == {"speaker": "x", "duration": "3.5"}
     rows = [
