@@ -1,4 +1,4 @@
-"""Every config loads and makes a model."""
+"""Every config and variant describes a model that can be created."""
 
 import importlib
 import pathlib
@@ -24,7 +24,8 @@ FILES = sorted(
 )
 
 
-def check(config):
+def check_fusion_config(config):
+    """Creates the task of a config; returns the config of its model."""
     sizes = {"num_classes": 3, "speech_dim": 6, "text_dim": 7}
     model = dataclass_from_config(MisterEConfig, config.model, "model", **sizes)
     FusionTask(config, ("a", "b", "c"), model)
@@ -39,11 +40,11 @@ def check_training(config):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_default_of_every_file_loads(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+def test_every_default_config_loads(name):
+    config = importlib.import_module(f"mister_jax.configs.{name}").get_config()
     if config.task == "fusion":
-        check(config)
-    else:  # What its task needs more, tests of the task try.
+        check_fusion_config(config)
+    else:  # Creating an encoder task needs its files; see the tests of the tasks.
         check_training(config)
         dataclass_from_config(UtteranceConfig, config.head, "head", num_classes=3)
 
@@ -51,45 +52,46 @@ def test_default_of_every_file_loads(name):
 @pytest.mark.parametrize("variant", fusion.VARIANTS)
 def test_every_variant_loads_and_changes_something(variant):
     config = fusion.get_config(f"any,{variant}")
-    check(config)
+    check_fusion_config(config)
     assert config.to_json() != fusion.get_config("any").to_json()
 
 
 def test_variants_combine():
     config = fusion.get_config("any,paper,no_contrastive,majority")
-    model = check(config)
+    model = check_fusion_config(config)
     assert model.context_dim == 1024 and model.mixture == "majority"
     assert config.loss.weights.contrastive == 0 and config.optimizer.learning_rate == 1e-5
 
 
-def test_the_study_names_what_there_is():
+def test_ablations_are_variants():
     assert set(fusion.ABLATIONS) <= {"default", *fusion.VARIANTS}
     assert {"default", "no_context", *(f"{name}_only" for name in EXPERTS)} <= set(fusion.ABLATIONS)
 
 
-def test_without_context_an_expert_reads_each_utterance_by_itself():
-    model = MisterE(check(fusion.get_config("any,no_context,speech_only")), rngs=nnx.Rngs(0))
+def test_without_context_other_utterances_do_not_change_the_logits():
+    config = check_fusion_config(fusion.get_config("any,no_context,speech_only"))
+    model = MisterE(config, rngs=nnx.Rngs(0))
     speech, text = np.random.default_rng(0).normal(size=(1, 3, 6)), np.zeros((1, 3, 7))
-    other = speech.copy()
-    other[:, 1:] += 1
+    changed_speech = speech.copy()
+    changed_speech[:, 1:] += 1
     mask = np.ones((1, 3), bool)
-    ours, theirs = model(speech, text, mask).logits, model(other, text, mask).logits
-    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], atol=1e-6)
-    assert (np.abs(ours - theirs)[:, 1:] > 1e-3).any()
+    logits, changed_logits = (model(x, text, mask).logits for x in (speech, changed_speech))
+    np.testing.assert_allclose(logits[:, 0], changed_logits[:, 0], atol=1e-6)
+    assert (np.abs(logits - changed_logits)[:, 1:] > 1e-3).any()
 
 
-def test_paper_is_the_released_recipe():
+def test_the_paper_variant_is_the_released_recipe():
     config = fusion.get_config("any,paper")
     sizes = {"num_classes": 6, "speech_dim": 2048, "text_dim": 2048}
     assert (
         dataclass_from_config(MisterEConfig, config.model, "model", **sizes)
         == MisterEConfig.paper()
     )
-    made = dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
-    assert made == OptimizerConfig()
+    optimizer = dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
+    assert optimizer == OptimizerConfig()
 
 
-def test_an_unknown_variant_is_named_with_the_allowed():
+def test_an_unknown_variant_is_refused():
     with pytest.raises(
         InputError, match="unknown variant 'fast'; allowed are paper, no_contrastive"
     ):

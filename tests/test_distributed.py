@@ -16,21 +16,18 @@ import jax
 import numpy as np
 import pytest
 
-import mister_jax.training.loop as train_module
 from mister_jax import data
 from mister_jax.cli import app, cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM
-from mister_jax.evaluation.results import Predictor, evaluate
+from mister_jax.evaluation.results import evaluate
 from mister_jax.extraction import PretrainedText, extract_features
+from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from tests.helpers.ports import free_port
-from tests.helpers.training import (
-    make_tiny_config,
-    read_metric_records,
-)
+from tests.helpers.training import make_tiny_config, read_metric_records
 
 HEARTBEAT_TIMEOUT = 15
-"""Seconds; shorter than the default, since the test waits that long."""
+"""Seconds; less than the default because the test waits for it."""
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +35,21 @@ def data_dir(tmp_path_factory):
     """A folder with the dataset `tiny`. Its last batches are not full."""
     folder = tmp_path_factory.mktemp("data")
     sizes = {"train": 19, "validation": 5, "test": 6}
-    dims = {"speech_dim": 6, "text_dim": 7}
-    data.write_features(data.generate_features(seed=1, num_dialogues=sizes, num_classes=3, **dims), "tiny", folder)
+    splits = data.generate_features(
+        seed=1, num_dialogues=sizes, num_classes=3, speech_dim=6, text_dim=7
+    )
+    data.write_features(splits, "tiny", folder)
     return folder
 
 
-def config(data_dir):
+def make_config(data_dir):
     return make_tiny_config(data_dir, "tiny,text_only", **{"train.epochs": 4, "data.batch_size": 8})
 
 
-def after_each_step(callback):
-    """Calls `callback` with the number of steps taken, in the training of this process."""
-    steps, original = itertools.count(1), train_module.should_stop
-
-    def should_stop(*arguments):
-        callback(next(steps))
-        return original(*arguments)
-
-    train_module.should_stop = should_stop
-
-
-def train_to_status(workdir, data_dir):
-    return 0 if train(config(data_dir), workdir).finished else STOPPED_BY_SIGTERM
+def train_to_status(workdir, data_dir, on_step=None):
+    """Trains and returns the exit status of the command."""
+    progress = train(make_config(data_dir), workdir, on_step=on_step)
+    return 0 if progress.finished else STOPPED_BY_SIGTERM
 
 
 def train_and_kill(workdir, data_dir, process_id):
@@ -69,20 +59,19 @@ def train_and_kill(workdir, data_dir, process_id):
         if (process_id, step) == (1, 5):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    after_each_step(kill)
-    return train_to_status(workdir, data_dir)
+    return train_to_status(workdir, data_dir, on_step=kill)
 
 
 def train_and_terminate(workdir, data_dir, process_id):
-    """Trains with slow steps; process 1 receives SIGTERM after the first."""
+    """Resumes with slow steps; process 1 receives SIGTERM after its first one."""
+    num_steps = itertools.count(1)
 
     def terminate(step):
-        if (process_id, step) == (1, 1):
+        if (process_id, next(num_steps)) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.0)
 
-    after_each_step(terminate)
-    return train_to_status(workdir, data_dir)
+    return train_to_status(workdir, data_dir, on_step=terminate)
 
 
 def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, process_id):
@@ -94,7 +83,7 @@ def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, proces
 
 
 def run_process(process_id, port, log, work):
-    """Runs `work(process_id)` as one of two processes, the way a command does."""
+    """Runs `work(process_id)` as a command that is one of two processes."""
     with pathlib.Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -110,7 +99,8 @@ def run_process(process_id, port, log, work):
 def run_job(tmp_path_factory):
     """Returns a function that runs work in two processes.
 
-    It returns their exit statuses, their logs, and the seconds between the first and the last end.
+    The function returns the exit statuses, the logs, and the seconds between the ends of the two
+    processes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_distributed", "tensorflow_datasets"])
@@ -143,18 +133,18 @@ def run_job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single_process_run(data_dir, spoken_dir, bert_folder, tmp_path_factory):
-    """The workdir of the same training, evaluation and extraction in this process."""
+def single_process_workdir(data_dir, spoken_dir, bert_folder, tmp_path_factory):
+    """The work directory of the same training, evaluation and extraction in this process."""
     workdir = tmp_path_factory.mktemp("single") / "run"
-    train(config(data_dir), workdir, quiet=True)
+    train(make_config(data_dir), workdir, quiet=True)
     evaluate(workdir, "test", quiet=True)
     encoder = PretrainedText(bert_folder, max_tokens=16)
     extract_features(encoder, "manifest/spoken", "spoken_one", spoken_dir, quiet=True)
     return workdir
 
 
-def test_killed_and_terminated_job_resumes_to_the_numbers_of_one_process(
-    run_job, single_process_run, data_dir, spoken_dir, bert_folder, tmp_path
+def test_a_killed_and_terminated_job_resumes_to_the_results_of_one_process(
+    run_job, single_process_workdir, data_dir, spoken_dir, bert_folder, tmp_path
 ):
     workdir = tmp_path / "run"
     statuses, logs, seconds = run_job(train_and_kill, workdir, data_dir)
@@ -173,22 +163,32 @@ def test_killed_and_terminated_job_resumes_to_the_numbers_of_one_process(
     assert statuses == [0, 0], logs
     assert f"resuming {workdir} at step {step.name}" in logs[0]
     assert "epoch" not in logs[1]
-    actual, expected = Predictor(workdir).params, Predictor(single_process_run).params
-    for actual_param, param in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual_param, param, atol=1e-5)
-    actual, expected = read_metric_records(workdir), read_metric_records(single_process_run)
-    assert [row["step"] for row in actual] == [row["step"] for row in expected]
-    for actual_row, row in zip(actual, expected, strict=True):
-        assert actual_row == pytest.approx(row, rel=1e-4)
-    actual, expected = (
-        json.loads((folder / "metrics.json").read_text())
-        for folder in (workdir, single_process_run)
-    )
-    assert actual["test"]["confusion"] == expected["test"]["confusion"]
-    for split in ("train", "validation", "test"):
-        actual, expected = (
-            data.load_features(name, split, spoken_dir) for name in ("spoken_two", "spoken_one")
-        )
-        np.testing.assert_allclose(actual.text, expected.text, atol=1e-5)
-        np.testing.assert_array_equal(actual.text_present, expected.text_present)
+    assert_same_results(workdir, single_process_workdir)
+    assert_same_features("spoken_two", "spoken_one", spoken_dir)
     assert not list(spoken_dir.glob(".extracting*"))
+
+
+def assert_same_results(workdir, expected_workdir):
+    """Checks that parameters, metric records and confusion matrix are equal up to rounding."""
+    params, expected_params = (
+        jax.tree.leaves(Predictor(path).params) for path in (workdir, expected_workdir)
+    )
+    for value, expected in zip(params, expected_params, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+    records, expected_records = map(read_metric_records, (workdir, expected_workdir))
+    for record, expected in zip(records, expected_records, strict=True):
+        assert record["step"] == expected["step"]
+        assert record == pytest.approx(expected, rel=1e-4)
+    confusion, expected_confusion = (
+        json.loads((path / "metrics.json").read_text())["test"]["confusion"]
+        for path in (workdir, expected_workdir)
+    )
+    assert confusion == expected_confusion
+
+
+def assert_same_features(name, expected_name, data_dir):
+    for split in ("train", "validation", "test"):
+        features = data.load_features(name, split, data_dir)
+        expected = data.load_features(expected_name, split, data_dir)
+        np.testing.assert_allclose(features.text, expected.text, atol=1e-5)
+        np.testing.assert_array_equal(features.text_present, expected.text_present)

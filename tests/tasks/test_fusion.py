@@ -1,4 +1,4 @@
-"""The task of stage 2: what it does to features before the model reads them."""
+"""The task of MiSTER-E: standardization of the features."""
 
 import dataclasses
 
@@ -17,10 +17,13 @@ SPLITS = data.generate_features(
 )
 
 
-def _crooked(features):
-    """Speech whose dimensions differ in place and size, the first of them steady."""
-    factor, shift = np.float32([0, 1e-3, 1, 30, 500]), np.float32([7, 1e-3, -9, 4, 1e4])
-    speech = features.speech * factor + shift
+def with_uneven_speech(features):
+    """Returns features whose speech dimensions differ in mean and scale; the first is constant.
+
+    Absent speech has huge values.
+    """
+    scale, shift = np.float32([0, 1e-3, 1, 30, 500]), np.float32([7, 1e-3, -9, 4, 1e4])
+    speech = features.speech * scale + shift
     return dataclasses.replace(
         features, speech=np.where(features.speech_present[:, None], speech, np.float32(1e9))
     )
@@ -30,9 +33,9 @@ def _crooked(features):
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     data.write_features(
-        {name: _crooked(split) for name, split in SPLITS.items()}, "crooked", folder
+        {name: with_uneven_speech(split) for name, split in SPLITS.items()}, "uneven", folder
     )
-    config = fusion.get_config("crooked")
+    config = fusion.get_config("uneven")
     config.data.data_dir = str(folder)
     config.data.num_buckets = 1
     config.model.update(context_dim=8, fusion_dim=8, fusion_layers=0, attention_dim=6)
@@ -46,38 +49,39 @@ def task(config):
     return FusionTask.from_data(changed)
 
 
-def test_training_utterances_that_have_speech_get_mean_0_and_deviation_1(task):
+def test_present_training_speech_has_mean_0_and_deviation_1(task):
     train = task.features("train")
     scaled = task.standardizers["speech"](train.speech[train.speech_present])
     np.testing.assert_allclose(scaled.mean(0), 0, atol=2e-3)
     np.testing.assert_allclose(scaled.std(0)[1:], 1, rtol=1e-3)
-    assert (scaled[:, 0] == 0).all()  # steady in training
+    assert (scaled[:, 0] == 0).all()  # Constant in training.
 
 
-def test_the_model_reads_the_scaled_speech_and_the_text_as_it_is(task, config):
+def test_the_model_reads_standardized_speech_and_unchanged_text(task, config):
     (batch,) = task.split("test", num_shards=1, shuffle=False).batches()
     model = task.init(jax.random.key(0))
-    unscaled = config.copy_and_resolve_references()
-    unscaled.data.standardize = "none"
-    plain = FusionTask.from_data(unscaled)
-    scaled = {**batch, "speech": task.standardizers["speech"](batch["speech"])}
-    found, expected = task.predict(model, batch), plain.predict(model, scaled)
-    np.testing.assert_array_equal(found["probabilities"], expected["probabilities"])
-    assert (
-        task.eval_sums(model, batch)["cross_entropy"]
-        == (plain.eval_sums(model, scaled)["cross_entropy"])
-    )
+    unscaled_config = config.copy_and_resolve_references()
+    unscaled_config.data.standardize = "none"
+    unscaled_task = FusionTask.from_data(unscaled_config)
+    scaled_batch = {**batch, "speech": task.standardizers["speech"](batch["speech"])}
+    probabilities = task.predict(model, batch)["probabilities"]
+    expected = unscaled_task.predict(model, scaled_batch)["probabilities"]
+    np.testing.assert_array_equal(probabilities, expected)
+    cross_entropy = task.eval_sums(model, batch)["cross_entropy"]
+    assert cross_entropy == unscaled_task.eval_sums(model, scaled_batch)["cross_entropy"]
     key = jax.random.key(1)
-    assert task.loss(model, batch, key, None)[0] == plain.loss(model, scaled, key, None)[0]
-    assert np.abs(plain.predict(model, batch)["probabilities"] - found["probabilities"]).max() > 0.1
+    loss = task.loss(model, batch, key, None)[0]
+    assert loss == unscaled_task.loss(model, scaled_batch, key, None)[0]
+    unscaled = unscaled_task.predict(model, batch)["probabilities"]
+    assert np.abs(unscaled - probabilities).max() > 0.1
 
 
 def test_a_work_directory_keeps_the_standardizers(task, config):
     restored = FusionTask.restore(config, task.description())
-    ours, theirs = restored.standardizers["speech"], task.standardizers["speech"]
-    np.testing.assert_array_equal(ours.mean, theirs.mean)
-    np.testing.assert_array_equal(ours.deviation, theirs.deviation)
-    assert ours.mean.dtype == np.float32
+    standardizer, expected = restored.standardizers["speech"], task.standardizers["speech"]
+    np.testing.assert_array_equal(standardizer.mean, expected.mean)
+    np.testing.assert_array_equal(standardizer.deviation, expected.deviation)
+    assert standardizer.mean.dtype == np.float32
 
 
 def test_modalities_of_uneven_scale_are_standardized_by_default(task, config):
@@ -103,33 +107,33 @@ def test_modalities_of_uneven_scale_are_standardized_by_default(task, config):
         ([0, 0], ""),
     ],
 )
-def test_scales_decide_what_is_standardized(scales, reason):
+def test_uneven_scales_are_a_reason_to_standardize(scales, reason):
     vectors = np.random.default_rng(0).normal(size=(4000, len(scales))) * scales
     assert reason in why_standardize(vectors) and bool(reason) == bool(why_standardize(vectors))
     assert why_standardize(vectors[:0]) == ""
 
 
-def test_modalities_that_cannot_be_standardized_are_named(config):
-    for chosen, what in (
+def test_unusable_standardize_options_are_refused(config):
+    for standardize, message in (
         ("speech", "no utterance of dataset"),
         ("video", "allowed: auto, none, or some of speech, text"),
     ):
         changed = config.copy_and_resolve_references()
-        changed.data.standardize = chosen
+        changed.data.standardize = standardize
         silent = {
             name: dataclasses.replace(split, speech_present=np.zeros_like(split.speech_present))
             for name, split in SPLITS.items()
         }
         data.write_features(silent, "silent", config.data.data_dir, overwrite=True)
         changed.data.name = "silent"
-        with pytest.raises(InputError, match=what):
+        with pytest.raises(InputError, match=message):
             FusionTask.from_data(changed)
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("gamma", -1), ("temperature", 0), ("sharpness", -1)]
 )
-def test_losses_that_are_none_are_refused(config, option, value):
+def test_unusable_loss_options_are_refused(config, option, value):
     changed = config.copy_and_resolve_references()
     changed.loss[option] = value
     with pytest.raises(InputError, match=rf"{option} {value}\b.*allowed"):
