@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from flax import nnx
 from mister_jax.configs import text_encoder
 
 from mister_jax import data, extraction
@@ -27,7 +26,7 @@ from mister_jax.parallel import sharding
 from mister_jax.parallel.partitioning import CompiledStep
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
-from tests.tasks.test_speech_encoder import WAVLM
+from tests.helpers.tiny_encoders import WAVLM_CONFIG, save_encoder
 
 SPEECH, TEXT = "manifest/heard", "manifest/spoken"
 SECONDS = 0.8  # of Whisper
@@ -56,7 +55,7 @@ def by_llama(llama_folder):
 @pytest.fixture(scope="module")
 def by_wavlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_wavlm")
-    registry.save_pretrained(registry.create_module(WAVLM, rngs=nnx.Rngs(0)), WAVLM, folder)
+    save_encoder(folder, WAVLM_CONFIG)
     return extraction.load_encoder(str(folder), max_seconds=SECONDS)
 
 
@@ -426,7 +425,7 @@ def swapped(label, row):
         ("manifest/unheard", "new", "no dataset 'manifest/unheard'"),
         (SPEECH, "prosodic", "dataset exists; allowed: another --output, or --overwrite"),
         (SPEECH, "a/b", "--output=a/b; allowed: lower-case letters"),
-        ("prosodic", "new", "no recordings in it"),
+        ("prosodic", "new", "contains no recordings"),
         ("manifest/silent", "new", "split train: no utterance has speech"),
     ],
 )
