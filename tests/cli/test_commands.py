@@ -139,7 +139,7 @@ WRONG_USES = {
         "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: holds no model; allo",
     },
     "benchmark": {
-        "--encoder=bert": "--encoder=bert goes with one of --aot, --random, --throughput",
+        "--encoder=bert": "--encoder=bert needs one of --aot, --random, --throughput",
     },
 }
 WRONG_COMMANDS = {
