@@ -125,7 +125,7 @@ def _read_corpus() -> Corpus:
         )
     if chosen == ["manifest"]:
         # All dialogues are in one split, in the order of the file.
-        return read_manifest(_MANIFEST.value or "", check_labels=False, shares=(0, 0, 1))
+        return read_manifest(_MANIFEST.value or "", check_labels=False, fractions=(0, 0, 1))
     if chosen == ["corpus"]:
         return _read_released_corpus()
     return _corpus_from_flags(_AUDIO.value, _TEXT.value)

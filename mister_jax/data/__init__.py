@@ -1,10 +1,13 @@
-"""Dialogues from disk to batches.
+"""Datasets of dialogues, from corpora on disk to batches.
 
-`prepare` writes corpora as datasets of dialogues, which `dialogues` reads; `features` stores and
-reads utterance vectors; `synthetic` makes up dialogues with known best scores; `pipeline` turns a
-split into padded batches. This is the only package that uses TensorFlow. The modules that write
-corpora (`prepare`, `builder` and those of the corpora) need it to be imported, the others only when
-a dataset is read, written or iterated.
+- `corpora` reads corpora and manifests; `registry` lists the released corpora.
+- `prepare` writes a corpus as a dialogue dataset, which `dialogues` reads.
+- `features` stores and loads utterance vectors, `npz` imports them, `synthetic` generates them.
+- `split_guard` keeps training from opening the test split.
+- `batching` plans batches, and `pipeline` turns a split into padded arrays.
+
+This is the only package that uses TensorFlow. The modules that write corpora (`prepare`, `builder`,
+`corpus_writer` and `corpora`) import it, the others load it when a dataset is read or written.
 """
 
 from mister_jax.errors import require_extra
@@ -13,7 +16,8 @@ require_extra("predict", "mister_jax.data")
 
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
-from mister_jax.data.features import load_features, read_npz, split_names, write_features
+from mister_jax.data.features import load_features, split_names, write_features
+from mister_jax.data.npz import read_npz
 from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.storage import dataset_directory

@@ -110,7 +110,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             "speech_present": tfds.features.Scalar(np.bool_),
             "text_present": tfds.features.Scalar(np.bool_),
             "metadata": tfds.features.Text(
-                doc="JSON object of further columns; no model reads it."
+                doc="JSON object of extra columns; no model reads it."
             ),
         }
         if self.scored:

@@ -10,7 +10,7 @@ from etils import epath
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import StoredUtterance
-from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
+from mister_jax.data.utterances import Batch, Utterances, load_utterances, utterance_batches
 
 LENGTH_STEP = SAMPLE_RATE // 10
 """Samples per length step: batches are padded to a multiple of it."""
@@ -130,7 +130,7 @@ def clip_batches(
     epoch: int,
     shuffle: bool = True,
     **options: Any,
-) -> Iterator[Fields]:
+) -> Iterator[Batch]:
     """Returns the batches of one epoch.
 
     Args:
@@ -161,7 +161,7 @@ def clip_batches(
             start = int(generator.integers(len(clip) - max_samples + 1))
         return clip[start : start + max_samples]
 
-    def fields(rows: np.ndarray, length: int) -> Fields:
+    def fields(rows: np.ndarray, length: int) -> Batch:
         waveform, lengths = pad_clips([crop(row) for row in rows], length * LENGTH_STEP)
         return {"waveform": waveform, "lengths": lengths}
 

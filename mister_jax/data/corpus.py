@@ -1,7 +1,7 @@
-"""A corpus before its recordings are read: dialogues, utterances, labels and file names.
+"""A corpus before decoding: dialogues, utterances, labels and the paths of recordings.
 
-Each corpus has a reader that makes a `Corpus` from the files that its authors released. `builder`
-writes a `Corpus` as a TFDS dataset. Nothing here needs TensorFlow.
+The modules in `corpora` read a `Corpus` from the files that its authors released, and
+`corpus_writer` writes it as a dataset. This module does not need TensorFlow.
 """
 
 import collections
@@ -16,13 +16,13 @@ from mister_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Where an utterance's sound is.
+    """Location of the audio of an utterance.
 
     Attributes:
-        path: A file of any format that FFmpeg reads; it need not exist.
-        start: Seconds into the file where the utterance begins; the beginning of the file if None.
-        end: Seconds into the file where it ends; the end of the file if None.
-        channel: Channel that is read: "mix", "left", "right", or an index from 0.
+        path: Path of a file in any format that FFmpeg reads; it need not exist.
+        start: Start of the utterance in seconds into the file; the beginning of the file if None.
+        end: End of the utterance in seconds into the file; the end of the file if None.
+        channel: Channel to read: "mix", "left", "right", or an index from 0.
     """
 
     path: str
@@ -33,17 +33,17 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """One turn of a dialogue.
+    """Utterance of a dialogue.
 
     Attributes:
         id: Id, unique in the corpus.
-        text: Transcript; empty where there is none.
-        recording: Sound; None where there is none.
-        label: Class name, or None for context only.
+        text: Transcript; empty if missing.
+        recording: Location of the audio; None if missing.
+        label: Name of the class; None if the utterance is only context.
         score: Sentiment in [-3, 3], in corpora with scores.
-        start: Seconds from the beginning of the dialogue where it begins, None where unknown.
-        end: Seconds from the beginning of the dialogue where it ends, None where unknown.
-        metadata: Further columns of a manifest, by name. They travel to the output, and no model
+        start: Start in seconds from the beginning of the dialogue; None if unknown.
+        end: End in seconds from the beginning of the dialogue; None if unknown.
+        metadata: Extra columns of a manifest by name. They are copied to the output, and no model
             reads them.
     """
 
@@ -59,7 +59,7 @@ class Utterance:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """Utterances in the order in which they were spoken."""
+    """Dialogue, with its utterances in the order in which they were spoken."""
 
     id: str
     utterances: tuple[Utterance, ...]
@@ -67,18 +67,18 @@ class Dialogue:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The content of a corpus as its reader returns it.
+    """Dialogues of a corpus by split.
 
     Attributes:
         name: Name of the corpus.
-        class_names: Emotions; labels are among them.
+        class_names: Names of the emotions, which include all labels.
         splits: Dialogues by split, in the order of `SPLITS`.
-        scored: Whether utterances have a `score`.
-        notes: Notes for the user on how the corpus was read, a line each.
+        scored: Whether utterances have sentiment scores.
+        notes: Lines for the user about how the corpus was read.
 
     Raises:
-        InputError: An id is repeated, a dialogue is empty, a label is not a class, or the corpus
-            has no utterances.
+        InputError: An id is not unique, a dialogue is empty, a label is not a class, or the corpus
+            is empty.
     """
 
     name: str
@@ -93,10 +93,10 @@ class Corpus:
             raise InputError(f"{self.name}: split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
         repeated = first_repeated(dialogue.id for _, dialogue in self.dialogues())
         if repeated is not None:
-            raise InputError(f"{self.name}: dialogue {repeated!r} repeated; ids are unique")
+            raise InputError(f"{self.name}: dialogue {repeated!r} is repeated; needed: unique ids")
         repeated = first_repeated(utterance.id for _, utterance in self.utterances())
         if repeated is not None:
-            raise InputError(f"{self.name}: utterance {repeated!r} repeated; ids are unique")
+            raise InputError(f"{self.name}: utterance {repeated!r} is repeated; needed: unique ids")
         if not any(self.splits.values()):
             raise InputError(f"{self.name}: no dialogues; at least one is needed")
         for _, dialogue in self.dialogues():
@@ -122,14 +122,14 @@ class Corpus:
                 yield split, utterance
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns the numbers of dialogues and utterances of each split."""
+        """Returns the number of dialogues and utterances of each split."""
         return {
             split: (len(dialogues), sum(len(dialogue.utterances) for dialogue in dialogues))
             for split, dialogues in self.splits.items()
         }
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Returns the number of labeled utterances of each class, by split."""
+        """Returns for each split the number of labeled utterances of each class."""
         counts = {split: dict.fromkeys(self.class_names, 0) for split in self.splits}
         for split, utterance in self.utterances():
             if utterance.label is not None:
@@ -137,7 +137,7 @@ class Corpus:
         return counts
 
     def train_text_overlap(self) -> dict[str, int]:
-        """Returns how many utterances of each other split have a text that occurs in training."""
+        """Returns for each other split the number of utterances whose text occurs in training."""
         training_texts = {
             utterance.text for split, utterance in self.utterances() if split == "train"
         }
@@ -150,40 +150,40 @@ class Corpus:
 
 def first_repeated(names: Iterator[str]) -> str | None:
     """Returns the first name that occurs twice, or None."""
-    seen = set()
+    previous = set()
     for name in names:
-        if name in seen:
+        if name in previous:
             return name
-        seen.add(name)
+        previous.add(name)
     return None
 
 
 Sizes = Mapping[str, tuple[int, int]]
-"""Numbers of dialogues and utterances of parts of a corpus."""
+"""Number of dialogues and utterances of each part of a corpus."""
 
 
-def check_sizes(corpus: Corpus, found: Sizes, released: Sizes, *, partial: bool) -> Corpus:
-    """Refuses a corpus that is incomplete.
+def check_sizes(corpus: Corpus, sizes: Sizes, released: Sizes, *, partial: bool) -> Corpus:
+    """Checks that a corpus is complete, and returns it.
 
     Args:
-        corpus: The corpus as read.
-        found: Sizes of its parts.
+        corpus: Corpus to check.
+        sizes: Sizes of its parts.
         released: Sizes of the parts of the released corpus.
-        partial: Allow other sizes, and add a note.
+        partial: Whether to allow other sizes and add a note instead.
 
     Raises:
-        InputError: Sizes differ and `partial` is off.
+        InputError: The sizes differ and `partial` is not set.
     """
     differences = [
-        "{} {} dialogues, {} utterances in place of {}, {}".format(
-            part, *found.get(part, (0, 0)), *sizes
+        "{} {} dialogues, {} utterances instead of {}, {}".format(
+            part, *sizes.get(part, (0, 0)), *released_size
         )
-        for part, sizes in released.items()
-        if found.get(part, (0, 0)) != sizes
+        for part, released_size in released.items()
+        if sizes.get(part, (0, 0)) != released_size
     ]
     if not differences:
         return corpus
-    message = f"not the whole corpus: {'; '.join(differences)}"
+    message = f"incomplete corpus: {'; '.join(differences)}"
     if not partial:
         raise InputError(f"{corpus.name}: {message}; --partial allows it")
     return dataclasses.replace(corpus, notes=(*corpus.notes, message))
@@ -193,7 +193,7 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
     """Returns the folder of a corpus.
 
     Raises:
-        InputError: The folder does not exist; `needed` says what it should hold.
+        InputError: The folder does not exist; `needed` says what it should contain.
     """
     path = pathlib.Path(existing_path(pathlib.Path(path).expanduser()))
     if not path.is_dir():
@@ -202,7 +202,7 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
 
 
 def find(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """Returns the first of `names` in a folder or one folder below it, None if there is none.
+    """Returns the first of `names` that exists in a folder or one level below it, or None.
 
     Folders that archive programs add, such as `__MACOSX`, are not searched.
     """
@@ -234,5 +234,5 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def count_names(names: Sequence[str]) -> str:
-    """Returns names with their counts for a note, such as `a 3, b 1`."""
+    """Returns names with their counts for a note, for example `a 3, b 1`."""
     return ", ".join(f"{name} {count}" for name, count in collections.Counter(names).items())

@@ -1,4 +1,4 @@
-"""Reads datasets of dialogues: recordings, transcripts and labels, one dialogue at a time."""
+"""Reads dialogue datasets: recordings, transcripts and labels, one dialogue at a time."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.lazy import tf
+from mister_jax.data.split_guard import check_split_allowed
 from mister_jax.data.storage import REPORT, open_builder
 from mister_jax.errors import InputError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredUtterance:
-    """One turn, as stored.
+    """Utterance of a stored dialogue.
 
     Attributes:
         id: Id, unique in the dataset.
@@ -30,7 +31,7 @@ class StoredUtterance:
         end: End in seconds from the beginning of the dialogue, NaN if unknown.
         speech_present: Whether the recording could be used.
         text_present: Whether there is a transcript.
-        metadata: Further columns of the manifest, by name; no model reads them.
+        metadata: Extra columns of the manifest by name; no model reads them.
     """
 
     id: str
@@ -47,21 +48,21 @@ class StoredUtterance:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredDialogue:
-    """Utterances in the order in which they were spoken."""
+    """Dialogue of a dataset, with its utterances in the order in which they were spoken."""
 
     id: str
     utterances: tuple[StoredUtterance, ...]
 
 
 class DialogueDataset:
-    """A dataset of dialogues that `launch.prepare` has written.
+    """Dialogue dataset that `mister-jax prepare` has written.
 
     Args:
         name: Name of the dataset, `DATASET/CONFIG`.
-        data_dir: Directory that holds datasets; that of TFDS if None.
+        data_dir: Directory of all datasets; the default of TFDS if None.
 
     Raises:
-        InputError: The dataset does not exist, or does not hold recordings and transcripts.
+        InputError: The dataset does not exist, or does not contain recordings and transcripts.
     """
 
     def __init__(self, name: str, data_dir: epath.PathLike | None = None) -> None:
@@ -72,7 +73,7 @@ class DialogueDataset:
         fields = getattr(spec.get("utterances"), "feature", {})
         if "audio" not in fields:
             raise InputError(
-                f"{self.directory}: no recordings in it; needed: a dataset of a corpus"
+                f"{self.directory}: contains no recordings; needed: a dialogue dataset"
             )
         self.class_names: tuple[str, ...] = tuple(fields["label"].names)
         self.scored = "score" in fields
@@ -85,7 +86,7 @@ class DialogueDataset:
         return {name: split.num_examples for name, split in splits.items() if split.num_examples}
 
     def split_metadata(self, split: str) -> dict[str, Any]:
-        """Returns facts on a split from the report of `launch.prepare`.
+        """Returns metadata of a split from the report of `mister-jax prepare`.
 
         Returns:
             `reference_scores` of a synthetic corpus; empty for other corpora.
@@ -95,7 +96,7 @@ class DialogueDataset:
         return {"reference_scores": scores[split]} if split in scores else {}
 
     def dialogues(self, split: str, *, start: int = 0) -> Iterator[StoredDialogue]:
-        """Reads the dialogues of a split in their order.
+        """Reads the dialogues of a split in stored order.
 
         Args:
             split: Name of the split, one of `splits`.
@@ -103,7 +104,9 @@ class DialogueDataset:
 
         Raises:
             InputError: The split does not exist.
+            RuntimeError: A training opens the test split.
         """
+        check_split_allowed(split)
         if split not in self.splits:
             allowed = ", ".join(self.splits)
             raise InputError(f"{self.directory}: no split {split!r}; allowed: {allowed}")
@@ -112,7 +115,7 @@ class DialogueDataset:
         return map(self._dialogue, records.as_numpy_iterator())
 
     def _dialogue(self, record: bytes) -> StoredDialogue:
-        # NumPy is 20 times faster than an eager TensorFlow dataset per dialogue.
+        # Decoding with NumPy is 20 times faster than an eager TensorFlow dataset per dialogue.
         example: dict[str, Any] = self._builder.info.features.deserialize_example_np(record)
         return StoredDialogue(
             example["dialogue"].decode(),

@@ -1,4 +1,4 @@
-"""Ranges and spellings of labels: what looks like a mistake."""
+"""Checks of labels: the range of scores, and class names that look like mistakes."""
 
 import collections
 import shlex
@@ -8,20 +8,19 @@ MIN_SCORE, MAX_SCORE = -3.0, 3.0
 """Range of a sentiment score, as in CMU-MOSI and CMU-MOSEI."""
 
 _PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "<na>", "unknown", "")
-"""Names that programs write where a label is missing."""
+"""Names that programs write for a missing label."""
 
 
 def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """Finds class names that are spellings of another name or of a missing value.
+    """Returns class names that look like spellings of another name or of a missing value.
 
     Args:
-        counts: Utterances of each class name.
+        counts: Number of utterances of each class name.
 
     Returns:
-        For each suspicious name the name, what is wrong with it, and the name that it should
-        have, empty for an unlabeled utterance. A spelling is compared without case, spaces,
-        hyphens and underscores; of several spellings the most frequent one is right, and of equally
-        frequent ones that in lower case.
+        For each suspicious name: the name, the problem, and the correct name, which is empty for an
+        unlabeled utterance. Spellings are compared without case, spaces, hyphens and underscores.
+        The most frequent spelling is correct; among equally frequent ones, the lower-case one.
     """
     spellings = collections.defaultdict(list)
     for name in sorted(counts, key=lambda name: (-counts[name], name != name.lower(), name)):

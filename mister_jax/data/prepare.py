@@ -16,8 +16,8 @@ from mister_jax.data.corpora.manifest.builder import Manifest, ManifestConfig
 from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.corpus_writer import write_corpus
-from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
 from mister_jax.data.storage import dataset_directory, recover, silence_tfds
+from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
 from mister_jax.errors import InputError
 
 

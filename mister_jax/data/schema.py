@@ -1,4 +1,4 @@
-"""What a split of dialogues looks like in memory, between a dataset and its batches."""
+"""A split of dialogue features in memory, and the names of splits and modalities."""
 
 import dataclasses
 import hashlib
@@ -11,11 +11,11 @@ SPLITS = ("train", "validation", "test")
 MODALITIES = ("speech", "text")
 
 UNLABELED = -1
-"""The label of an utterance that is context only: no loss, no metric."""
+"""Label of an utterance that is only context: no loss and no metric counts it."""
 
 
 def fingerprint(*values: Any) -> str:
-    """16 hexadecimal digits of arrays or lists of texts; others have another."""
+    """Returns a hash of arrays or lists of texts, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for value in values:
         array = np.ascontiguousarray(value)
@@ -28,28 +28,29 @@ def fingerprint(*values: Any) -> str:
 class DialogueFeatures:
     """One split of a dataset: the feature vectors of its utterances, dialogue after dialogue.
 
-    M dialogues hold N utterances in all. Arrays over utterances are flat and in dialogue order, so
-    dialogue `m` owns rows `offsets[m]:offsets[m + 1]`.
+    M dialogues have N utterances in total. Arrays over utterances are flat and in dialogue order:
+    dialogue `m` has the rows `offsets[m]:offsets[m + 1]`.
 
     Attributes:
-        name: dataset name.
-        split: one of `SPLITS`.
-        class_names: emotion names; `label` counts into them.
-        dialogue_ids: M ids.
-        lengths: [M] int, utterances of each dialogue, all at least 1.
-        utterance_ids: [N] str.
-        speech: [N, Ds] float16 or float32, as stored; zero where speech is absent.
-        text: [N, Dt] float16 or float32, as stored; zero where text is absent.
-        speech_present: [N] bool.
-        text_present: [N] bool.
-        label: [N] int32, `UNLABELED` or a class.
-        score: [N] float32, or None for a dataset without scores. NaN marks an unscored utterance.
-        metadata: Where the features come from; plain JSON values.
-        utterance_metadata: JSON objects of further columns of a manifest [N] str, which travel to
-            predictions and which no model reads; None if there are none.
+        name: Name of the dataset.
+        split: Name of the split, one of `SPLITS`.
+        class_names: Names of the emotions.
+        dialogue_ids: Ids of the M dialogues.
+        lengths: Number of utterances of each dialogue, [M] int, at least 1.
+        utterance_ids: Ids of the utterances, [N] str.
+        speech: Speech features as stored, [N, Ds] float16 or float32, zero where absent.
+        text: Text features as stored, [N, Dt] float16 or float32, zero where absent.
+        speech_present: Whether the utterance has speech, [N] bool.
+        text_present: Whether the utterance has text, [N] bool.
+        label: Index of the class or `UNLABELED`, [N] int32.
+        score: Sentiment scores, [N] float32, NaN where there is none; None for a dataset without
+            scores.
+        metadata: Origin of the features, as JSON values.
+        utterance_metadata: JSON objects of extra columns of a manifest, [N] str, which are copied
+            to predictions and which no model reads; None if there are none.
 
     Raises:
-        ValueError: arrays do not fit each other.
+        ValueError: The shapes of the arrays do not match.
     """
 
     name: str
@@ -87,28 +88,30 @@ class DialogueFeatures:
         for field in ("speech", "text"):
             array = getattr(self, field)
             if array.ndim != 2 or len(array) != total:
-                raise ValueError(f"{field} has shape {array.shape}, expected ({total}, width)")
+                raise ValueError(f"{field} has shape {array.shape}, expected ({total}, dim)")
 
     @property
     def offsets(self) -> np.ndarray:
-        """[M + 1] int64, the first utterance of each dialogue, and N at the end."""
+        """Row of the first utterance of each dialogue, and N at the end, [M + 1] int64."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     @property
     def speech_dim(self) -> int:
+        """Dimension Ds of the speech features."""
         return self.speech.shape[1]
 
     @property
     def text_dim(self) -> int:
+        """Dimension Dt of the text features."""
         return self.text.shape[1]
 
     @property
     def class_counts(self) -> np.ndarray:
-        """[C] int64, labeled utterances of each class."""
+        """Number of labeled utterances of each class, [C] int64."""
         return np.bincount(self.label[self.label != UNLABELED], minlength=len(self.class_names))
 
     def fingerprint(self) -> str:
-        """Of all that a training reads: features of another encoder have another."""
+        """Returns a hash of everything that a training reads, so of the features too."""
         return fingerprint(
             self.class_names,
             self.dialogue_ids,
@@ -122,7 +125,7 @@ class DialogueFeatures:
         )
 
     def summary(self) -> dict[str, str]:
-        """What the split holds, in the lines of a table for people."""
+        """Returns the rows of a table that describes the split."""
         lengths = self.lengths
         return {
             "dialogues": f"{len(lengths)}",

@@ -8,8 +8,8 @@ import numpy as np
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
-SHARES = (0.8, 0.1, 0.1)
-"""Default shares of the dialogues in training, validation and test."""
+DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
+"""Default fractions of the dialogues in training, validation and test."""
 
 
 def random_splits(
@@ -20,82 +20,86 @@ def random_splits(
     source: str,
     explicit: bool = False,
     seed: int = 0,
-    shares: Sequence[float] = SHARES,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> tuple[dict[str, str], str]:
-    """Shares dialogues out among the splits at random.
+    """Assigns dialogues to splits at random.
 
-    Dialogues that have a group in common get the same split. Groups often connect all dialogues of
-    a conversational corpus, where everybody talks to everybody. If fewer parts than splits are
-    left, the dialogues are shared out one by one, and the note says so.
+    Dialogues that have a group in common are connected and get the same split. In conversational
+    corpora, groups often connect all dialogues. If there are fewer connected components than
+    splits, dialogues are assigned one by one, and the note says so.
 
     Args:
-        dialogues: Number of utterances by dialogue.
-        groups: Groups by dialogue, for example its speakers; may lack dialogues.
-        name: What a group is, for messages.
-        source: Where the dialogues come from, for messages.
-        explicit: Raise an error if the groups leave too few parts.
-        seed: Seed of the draw.
-        shares: Shares of the dialogues in training, validation and test. Each split with a share
-            gets at least one part if there are enough.
+        dialogues: Number of utterances of each dialogue.
+        groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
+        name: Name of a group for messages, for example "speaker".
+        source: Origin of the dialogues, for messages.
+        explicit: Whether to raise an error if the groups connect too many dialogues.
+        seed: Seed of the random split.
+        fractions: Fractions of the dialogues in training, validation and test. Each split with a
+            positive fraction gets at least one component if there are enough.
 
     Returns:
-        A split for each dialogue, and a note for the user that says how it was chosen.
+        The split of each dialogue, and a note for the user that says how it was chosen.
 
     Raises:
-        InputError: Shares that cannot be used, or groups that leave too few parts and are
-            `explicit`.
+        InputError: The fractions are invalid, or the groups connect too many dialogues and
+            `explicit` is set.
     """
-    if len(shares) != len(SPLITS) or min(shares) < 0 or sum(shares) <= 0:
-        raise InputError(f"split shares {tuple(shares)}; allowed: three, at least 0, not all 0")
-    units = _connected(list(dialogues), groups)
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or sum(fractions) <= 0:
+        raise InputError(
+            f"split fractions {tuple(fractions)}; allowed: three, at least 0, not all 0"
+        )
+    components = _connected_components(list(dialogues), groups)
     note = f"dialogues split at random, seed {seed}"
-    num_needed = sum(share > 0 for share in shares)
+    num_needed = sum(fraction > 0 for fraction in fractions)
     if sum(bool(groups.get(dialogue)) for dialogue in dialogues) <= len(dialogues) / 2:
         if sum(count == 1 for count in dialogues.values()) > len(dialogues) / 2:
             note = (
-                f"WARNING: {note}; most dialogues hold one utterance and nothing says which of "
-                f"them share a speaker. The same speakers in training and test make scores look "
-                f"far too good: add a column speaker, or splits of your own"
+                f"WARNING: {note}; most dialogues have one utterance, and their speakers are "
+                f"unknown. The same speakers in training and test make scores look far too good: "
+                f"add a column speaker, or your own splits"
             )
-    elif len(units) >= num_needed:
-        note += f", in {len(units)} groups that share no {name}"
+    elif len(components) >= num_needed:
+        note += f", in {len(components)} groups that share no {name}"
     else:
-        problem = f"dialogues that share a {name} form {len(units)} groups"
+        problem = f"dialogues that share a {name} form {len(components)} groups"
         if explicit:
             raise InputError(
                 f"{source}: {problem}; needed for a random split: at least {num_needed}"
             )
         note = (
-            f"WARNING: {note}, one by one: {problem}, too few to keep apart, so the splits may "
-            f"have values of {name} in common"
+            f"WARNING: {note}, one by one: {problem}, too few to keep apart, so the same {name} "
+            f"may be in several splits"
         )
-        units = [[dialogue] for dialogue in dialogues]
-    return _draw(units, seed, np.asarray(shares, float)), note
+        components = [[dialogue] for dialogue in dialogues]
+    return _assign(components, seed, np.asarray(fractions, float)), note
 
 
 def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name: str) -> str:
-    """Returns a warning if groups are in training and in another split, else an empty text.
+    """Returns a warning if groups are in training and in another split, otherwise an empty text.
 
     Args:
-        groups: Groups by dialogue.
-        splits: The split of each dialogue.
-        name: What a group is.
+        groups: Groups of each dialogue.
+        splits: Split of each dialogue.
+        name: Name of a group, for example "speaker".
     """
-    seen: dict[str, set[str]] = collections.defaultdict(set)
+    splits_of_group: dict[str, set[str]] = collections.defaultdict(set)
     for dialogue, members in groups.items():
         for member in members:
-            seen[member].add(splits[dialogue])
-    num_shared = sum("train" in places and len(places) > 1 for places in seen.values())
+            splits_of_group[member].add(splits[dialogue])
+    num_shared = sum("train" in names and len(names) > 1 for names in splits_of_group.values())
     if not num_shared:
         return ""
     return (
-        f"WARNING: {num_shared} of {len(seen)} values of {name} are in training and in another "
-        "split"
+        f"WARNING: {num_shared} of {len(splits_of_group)} values of {name} are in training and in "
+        "another split"
     )
 
 
-def _connected(dialogues: Sequence[str], groups: Mapping[str, Set[str]]) -> list[list[str]]:
-    """Returns the dialogues in parts; dialogues that share a group are in the same one."""
+def _connected_components(
+    dialogues: Sequence[str], groups: Mapping[str, Set[str]]
+) -> list[list[str]]:
+    """Returns lists of dialogues; dialogues that share a group are in the same list."""
     parent = {dialogue: dialogue for dialogue in dialogues}
 
     def root(dialogue: str) -> str:
@@ -104,29 +108,31 @@ def _connected(dialogues: Sequence[str], groups: Mapping[str, Set[str]]) -> list
             dialogue = parent[dialogue]
         return dialogue
 
-    first_with: dict[str, str] = {}
+    first_dialogue: dict[str, str] = {}
     for dialogue in dialogues:
         for group in groups.get(dialogue, ()):
-            parent[root(dialogue)] = root(first_with.setdefault(group, dialogue))
-    units: dict[str, list[str]] = collections.defaultdict(list)
+            parent[root(dialogue)] = root(first_dialogue.setdefault(group, dialogue))
+    components: dict[str, list[str]] = collections.defaultdict(list)
     for dialogue in dialogues:
-        units[root(dialogue)].append(dialogue)
-    return list(units.values())
+        components[root(dialogue)].append(dialogue)
+    return list(components.values())
 
 
-def _draw(units: Sequence[Sequence[str]], seed: int, shares: np.ndarray) -> dict[str, str]:
-    """Gives each unit to the split that lacks most, large units first."""
-    sizes = np.array([len(unit) for unit in units])
-    shuffled = np.random.default_rng(seed).permutation(len(units))
+def _assign(
+    components: Sequence[Sequence[str]], seed: int, fractions: np.ndarray
+) -> dict[str, str]:
+    """Assigns each component to the split that misses most dialogues, large components first."""
+    sizes = np.array([len(component) for component in components])
+    shuffled = np.random.default_rng(seed).permutation(len(components))
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    lacking = shares / shares.sum() * sizes.sum()
-    empty = shares > 0
+    missing = fractions / fractions.sum() * sizes.sum()
+    is_empty = fractions > 0
     splits: dict[str, str] = {}
-    for place, index in enumerate(order):
-        # The last units go to the splits that have none yet.
-        candidates = empty if len(order) - place <= empty.sum() else shares > 0
-        chosen = int(np.argmax(np.where(candidates, lacking, -np.inf)))
-        lacking[chosen] -= sizes[index]
-        empty[chosen] = False
-        splits |= dict.fromkeys(units[index], SPLITS[chosen])
+    for position, index in enumerate(order):
+        # The last components go to the splits that are still empty.
+        candidates = is_empty if len(order) - position <= is_empty.sum() else fractions > 0
+        chosen = int(np.argmax(np.where(candidates, missing, -np.inf)))
+        missing[chosen] -= sizes[index]
+        is_empty[chosen] = False
+        splits |= dict.fromkeys(components[index], SPLITS[chosen])
     return splits

@@ -13,10 +13,11 @@ from mister_jax.errors import InputError
 
 AUTO, NONE = "auto", "none"
 
-# Embeddings of neural encoders have deviations within a factor of 6 of each other (RoBERTa, MiniLM,
-# wav2vec 2.0, CNN features); measurements in units of their own differ 30-fold and more (prosody).
-_MAX_SPREAD = 10.0
-_MAX_OUTLIER = 100.0
+# The dimensions of neural embeddings have deviations within a factor of 6 of each other (RoBERTa,
+# MiniLM, wav2vec 2.0, CNN features). Those of physical measurements (prosody) differ 30-fold and
+# more.
+_MAX_DEVIATION_RATIO = 10.0
+_MAX_OUTLIER_RATIO = 100.0
 _SCALE_RANGE = (0.01, 10.0)
 
 
@@ -25,8 +26,8 @@ class Standardizer:
     """Standardizes features dimension by dimension.
 
     Attributes:
-        mean: Mean of each dimension [D] float32.
-        deviation: Standard deviation of each dimension [D] float32, 1 where it is constant.
+        mean: Mean of each dimension, [D] float32.
+        deviation: Standard deviation of each dimension, [D] float32, 1 where it is constant.
     """
 
     mean: np.ndarray
@@ -34,13 +35,13 @@ class Standardizer:
 
     @classmethod
     def fit(cls, vectors: np.ndarray) -> Standardizer:
-        """Returns the standardizer that gives vectors [N, D] mean 0 and deviation 1."""
+        """Returns the standardizer that maps vectors [N, D] to mean 0 and deviation 1."""
         vectors = vectors.astype(np.float64)
         deviation = np.where(_is_constant(vectors), 1, vectors.std(0))
         return cls(vectors.mean(0).astype(np.float32), deviation.astype(np.float32))
 
     def __call__(self, features: Any) -> Any:
-        """Returns features [..., D], standardized."""
+        """Returns standardized features [..., D]."""
         return (features - self.mean) / self.deviation
 
 
@@ -50,15 +51,15 @@ def choose_standardizers(
     """Chooses the modalities to standardize, and fits their standardizers.
 
     Args:
-        features: The training split.
-        choice: "auto" decides for each modality by `why_standardize`; "none"; or modalities, as
-            names or as a text separated by commas.
+        features: Training split.
+        choice: "auto", which decides for each modality by `why_standardize`; "none"; or names of
+            modalities, also as a text separated by commas.
 
     Returns:
-        Standardizers by modality, and a note for the user with the reasons of "auto".
+        Standardizers by modality, and notes for the user with the reasons of "auto".
 
     Raises:
-        InputError: An unknown choice, or a modality that no utterance of the split has.
+        InputError: The choice is unknown, or no utterance of the split has a chosen modality.
     """
     names = choice.split(",") if isinstance(choice, str) else list(choice)
     names = [name.strip() for name in names if name.strip() not in ("", NONE)]
@@ -78,8 +79,8 @@ def choose_standardizers(
                 reasons.append(f"{modality}, {reason}")
         elif len(vectors) == 0:
             raise InputError(
-                f"config.data.standardize: {modality!r}, which no utterance of dataset "
-                f"{features.name}, split {features.split} has; leave it out"
+                f"config.data.standardize: no utterance of dataset {features.name}, split "
+                f"{features.split} has {modality!r}; allowed: modalities that are present"
             )
         if names != [AUTO] or reason:
             standardizers[modality] = Standardizer.fit(vectors)
@@ -88,11 +89,11 @@ def choose_standardizers(
 
 
 def why_standardize(vectors: np.ndarray) -> str:
-    """Returns why vectors [N, D] should be standardized, empty if they need not be.
+    """Returns the reason to standardize vectors [N, D], empty if there is none.
 
-    Vectors need it if their dimensions differ much in scale, which is how features in units of
-    their own look (Hz beside decibels beside shares), or if their common scale is far from 1.
-    Constant dimensions do not count.
+    Vectors need standardization if the scales of their dimensions differ much, as in features with
+    physical units (Hz, decibels, fractions), or if their common scale is far from 1. Constant
+    dimensions do not count.
     """
     vectors = vectors.astype(np.float64)
     vectors = vectors[:, ~_is_constant(vectors)] if len(vectors) else vectors[:, :0]
@@ -101,9 +102,9 @@ def why_standardize(vectors: np.ndarray) -> str:
     deviation = vectors.std(0)
     low, median, high = np.quantile(deviation, [0.05, 0.5, 0.95])
     scale = float(np.median(np.sqrt((vectors**2).mean(0))))
-    if high > _MAX_SPREAD * low:
+    if high > _MAX_DEVIATION_RATIO * low:
         return f"whose dimensions differ {high / low:.0f}-fold in scale"
-    if deviation.max() > _MAX_OUTLIER * median:
+    if deviation.max() > _MAX_OUTLIER_RATIO * median:
         return f"one of whose dimensions is {deviation.max() / median:.0f} times as wide as most"
     if not _SCALE_RANGE[0] <= scale <= _SCALE_RANGE[1]:
         return f"whose values are around {scale:.2g}"

@@ -1,4 +1,4 @@
-"""Single utterances as token sequences, and their batches: what text encoders read."""
+"""Single utterances as token sequences, the input of text encoders, and their batches."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -8,28 +8,28 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.batching import BatchPlan
-from mister_jax.data.utterances import Fields, Utterances, load_utterances, utterance_batches
+from mister_jax.data.utterances import Batch, Utterances, load_utterances, utterance_batches
 
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
-"""From texts to token ids [n] int32 of each."""
+"""Function that maps texts to the token ids [n] int32 of each."""
 
 
 def load_tokens(
     name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
 ) -> Utterances:
-    """Reads a split of a dataset of dialogues and encodes its texts.
+    """Loads the utterances with text of a split of a dialogue dataset, and tokenizes them.
 
     Raises:
-        InputError: there is no such dataset or split.
+        InputError: The dataset or split does not exist.
     """
-    found = load_utterances(
+    utterances = load_utterances(
         name, split, data_dir, lambda turn: turn.text if turn.text_present else None
     )
-    return dataclasses.replace(found, items=tuple(encode(found.items)))
+    return dataclasses.replace(utterances, items=tuple(encode(utterances.items)))
 
 
 def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, N] int32, zero in padding on the right, and what is valid [B, N] bool."""
+    """Returns token ids [B, N] int32, zero-padded on the right, and their mask [B, N] bool."""
     ids = np.zeros((len(tokens), length), np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, values in enumerate(tokens):
@@ -38,24 +38,26 @@ def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
     return ids, mask
 
 
-def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Fields]:
-    """Makes the batches of one epoch.
+def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Batch]:
+    """Returns the batches of one epoch.
 
     Args:
-        tokens: the split.
-        plan: made from `tokens.sizes`.
-        **options: of `utterance_batches`.
+        tokens: Utterances of the split.
+        plan: Plan for `tokens.sizes`.
+        **options: Arguments of `utterance_batches`.
 
     Returns:
-        An iterator over dicts, of `utterance_batches` with
+        An iterator over dicts with the arrays of `utterance_batches` and
 
         - `input_ids` [B, N] int32, zero in padding
         - `mask` [B, N] bool
     """
-    nothing = np.zeros(0, np.int32)
+    no_tokens = np.zeros(0, np.int32)
 
-    def fields(rows: np.ndarray, length: int) -> Fields:
-        ids, mask = pad_tokens([tokens.items[row] if row >= 0 else nothing for row in rows], length)
+    def fields(rows: np.ndarray, length: int) -> Batch:
+        ids, mask = pad_tokens(
+            [tokens.items[row] if row >= 0 else no_tokens for row in rows], length
+        )
         return {"input_ids": ids, "mask": mask}
 
     return utterance_batches(tokens, plan, fields, **options)

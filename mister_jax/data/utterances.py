@@ -1,6 +1,6 @@
-"""Single utterances, each alone: what encoders are trained on and read.
+"""Single utterances without their dialogues, the input of encoders.
 
-Here is what texts (`tokens`) and recordings (`clips`) have in common.
+`tokens` and `clips` add what is specific to text and speech.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
 from mister_jax.data.schema import UNLABELED, fingerprint
 
-Fields = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,16 +22,16 @@ class Utterances:
     """The utterances of a split that have a modality, in the order of the dataset.
 
     Attributes:
-        name: of the dataset.
-        split: of it.
-        class_names: emotions.
-        dialogue_ids: N ids, of the dialogue each utterance is in.
-        utterance_ids: [N] str.
-        items: N arrays, none empty: token ids [n] int32, or samples [s] int16, `SAMPLE_RATE` a
-            second.
-        label: [N] int32, `UNLABELED` or a class.
-        score: [N] float32, or None for a dataset without scores.
-        metadata: of the split.
+        name: Name of the dataset.
+        split: Name of the split.
+        class_names: Names of the emotions.
+        dialogue_ids: Dialogue id of each of the N utterances.
+        utterance_ids: Ids of the utterances, [N] str.
+        items: N arrays that are not empty: token ids [n] int32, or samples [s] int16 at
+            `SAMPLE_RATE`.
+        label: Index of the class or `UNLABELED`, [N] int32.
+        score: Sentiment scores, [N] float32; None for a dataset without scores.
+        metadata: Metadata of the split.
     """
 
     name: str
@@ -46,21 +46,21 @@ class Utterances:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[N] ones: each utterance stands alone, as in a dialogue of its own."""
+        """Number of utterances of each row, [N] ones, as in `DialogueFeatures`."""
         return np.ones(len(self.items), int)
 
     @property
     def offsets(self) -> np.ndarray:
-        """[N + 1], as in `DialogueFeatures`."""
+        """Row of each utterance, and N at the end, [N + 1], as in `DialogueFeatures`."""
         return np.arange(len(self.items) + 1)
 
     @property
     def sizes(self) -> np.ndarray:
-        """[N] int, tokens or samples of each."""
+        """Number of tokens or samples of each utterance, [N] int."""
         return np.array([len(item) for item in self.items], int)
 
     def take(self, rows: np.ndarray) -> "Utterances":
-        """The utterances of these rows."""
+        """Returns the utterances of some rows."""
         return dataclasses.replace(
             self,
             dialogue_ids=tuple(self.dialogue_ids[row] for row in rows),
@@ -71,13 +71,13 @@ class Utterances:
         )
 
     def fingerprint(self) -> str:
-        """Of all that a training reads: other tokens or samples have another."""
+        """Returns a hash of everything that a training reads."""
         return fingerprint(
             self.class_names, self.dialogue_ids, self.utterance_ids, self.label, *self.items
         )
 
     def labeled(self) -> "Utterances":
-        """Those with a label."""
+        """Returns the utterances with a label."""
         return self.take(np.flatnonzero(self.label != UNLABELED))
 
 
@@ -87,24 +87,24 @@ def load_utterances(
     data_dir: epath.PathLike | None,
     item: Callable[[StoredUtterance], Any],
 ) -> Utterances:
-    """Reads a split of a dataset of dialogues.
+    """Loads the utterances of a split of a dialogue dataset.
 
     Args:
-        name: of the dataset.
-        split: of it.
-        data_dir: the directory that holds datasets; that of TFDS when None.
-        item: what is kept of an utterance, None to leave it out.
+        name: Name of the dataset.
+        split: Name of the split.
+        data_dir: Directory of all datasets; the default of TFDS if None.
+        item: Function that returns the item to keep of an utterance, or None to omit it.
 
     Raises:
-        InputError: there is no such dataset or split.
+        InputError: The dataset or split does not exist.
     """
     dataset = DialogueDataset(name, data_dir)
-    # Not the turns themselves: they would keep a split's recordings in memory.
+    # Keeping the turns themselves would keep all recordings of the split in memory.
     rows = [
-        (dialogue.id, turn.id, kept, turn.label, turn.score)
+        (dialogue.id, turn.id, value, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
         for turn in dialogue.utterances
-        if (kept := item(turn)) is not None
+        if (value := item(turn)) is not None
     ]
     dialogue_ids, utterance_ids, items, labels, scores = (
         zip(*rows, strict=True) if rows else [()] * 5
@@ -125,7 +125,7 @@ def load_utterances(
 def utterance_batches(
     utterances: Utterances,
     plan: BatchPlan,
-    fields: Callable[[np.ndarray, int], Fields],
+    pad_items: Callable[[np.ndarray, int], Batch],
     *,
     seed: int,
     epoch: int,
@@ -133,39 +133,41 @@ def utterance_batches(
     shuffle: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Fields]:
-    """Makes the batches of one epoch, each process its share of the rows.
+) -> Iterator[Batch]:
+    """Returns the batches of one epoch; each process gets its share of the rows.
 
     Args:
-        utterances: the split.
-        plan: made from their lengths.
-        fields: of the items of rows [B], -1 for an empty one, padded to a length of the plan's.
-        seed: of the shuffle, with `epoch`.
-        epoch: counts from 0.
-        start_step: batches to leave out at the start.
-        shuffle: for training; see `BatchPlan.epoch`.
-        process_index: of this process.
-        process_count: divides `plan.multiple_of`.
+        utterances: Utterances of the split.
+        plan: Plan for the lengths of the items.
+        pad_items: Function that returns the arrays of the items of some rows, [B] with -1 for an
+            empty row, padded to a length of the plan.
+        seed: Seed of the shuffle, combined with `epoch`.
+        epoch: Index of the epoch, from 0.
+        start_step: Number of batches to skip.
+        shuffle: Whether to shuffle, see `BatchPlan.epoch`.
+        process_index: Index of this process.
+        process_count: Number of processes, a divisor of `plan.multiple_of`.
 
     Returns:
-        An iterator over dicts with these fields and
+        An iterator over dicts with the arrays of `pad_items` and
 
         - `label` [B] int32, -1 where unlabeled
-        - `weight` [B] float32: of a labeled row 1 over their number in the global batch, else 0
-        - `row` [B] int32, the index of the utterance, -1 for an empty row
+        - `weight` [B] float32: 1 / (number of labeled rows in the global batch) for a labeled row,
+          0 for the others
+        - `row` [B] int32, index of the utterance, -1 for an empty row
     """
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
 
-    def batch(all_rows: np.ndarray, length: int) -> Fields:
-        counted = (all_rows >= 0) & (utterances.label[all_rows] != UNLABELED)
-        share = 1 / max(1, counted.sum())
-        rows = np.split(all_rows, process_count)[process_index]
+    def make_batch(global_rows: np.ndarray, padded_length: int) -> Batch:
+        is_labeled = (global_rows >= 0) & (utterances.label[global_rows] != UNLABELED)
+        weight = 1 / max(1, is_labeled.sum())
+        rows = np.split(global_rows, process_count)[process_index]
         label = np.where(rows >= 0, utterances.label[rows], UNLABELED).astype(np.int32)
         return {
-            **fields(rows, length),
+            **pad_items(rows, padded_length),
             "label": label,
-            "weight": np.where(label != UNLABELED, share, 0).astype(np.float32),
+            "weight": np.where(label != UNLABELED, weight, 0).astype(np.float32),
             "row": rows,
         }
 
-    return (batch(rows, length) for rows, length in planned[start_step:])
+    return (make_batch(rows, padded_length) for rows, padded_length in planned[start_step:])

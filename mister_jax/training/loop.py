@@ -28,6 +28,7 @@ from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
 from mister_jax.console import ProgressReporter
 from mister_jax.data import prefetch_to_device
+from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
@@ -132,6 +133,7 @@ class TrainProgress:
         return improved
 
 
+@training_splits_only()
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,

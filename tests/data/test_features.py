@@ -1,4 +1,4 @@
-"""The feature store: npz archives in, TFDS datasets out, and what is refused."""
+"""Feature datasets: npz archives are checked, stored with TFDS and loaded again."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ from mister_jax.errors import InputError
 
 
 def prepare(source, name, data_dir, **options):
-    """What `launch.prepare --corpus=features` does."""
+    """Does what `mister-jax prepare --corpus=features` does."""
     return write_features(read_npz(source), name, data_dir, **options)
 
 
@@ -21,7 +21,7 @@ ARRAYS = ("utterance_ids", "speech", "text", "speech_present", "text_present", "
 
 
 def archive() -> dict[str, np.ndarray]:
-    """Rows of four dialogues, out of order; all valid."""
+    """Returns valid rows of four dialogues, out of order."""
     generator = np.random.default_rng(0)
     return {
         "utterance": np.array(["b2", "a1", "b1", "c1", "a2", "d1", "a3"]),
@@ -41,20 +41,20 @@ def save(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
     return path
 
 
-def assert_same(left: DialogueFeatures, right: DialogueFeatures) -> None:
+def assert_features_equal(actual: DialogueFeatures, expected: DialogueFeatures) -> None:
     for field in ARRAYS:
-        one, other = getattr(left, field), getattr(right, field)
-        np.testing.assert_array_equal(one, other, err_msg=field)
-        assert one.dtype == other.dtype, field
-    assert (left.score is None) == (right.score is None)
-    if left.score is not None:
-        np.testing.assert_array_equal(left.score, right.score)
-    assert left.dialogue_ids == right.dialogue_ids
-    assert left.class_names == right.class_names
-    assert left.metadata == right.metadata
+        array, expected_array = getattr(actual, field), getattr(expected, field)
+        np.testing.assert_array_equal(array, expected_array, err_msg=field)
+        assert array.dtype == expected_array.dtype, field
+    assert (actual.score is None) == (expected.score is None)
+    if actual.score is not None:
+        np.testing.assert_array_equal(actual.score, expected.score)
+    assert actual.dialogue_ids == expected.dialogue_ids
+    assert actual.class_names == expected.class_names
+    assert actual.metadata == expected.metadata
 
 
-def test_dialogues_keep_their_first_appearance_and_utterances_follow_position(tmp_path):
+def test_dialogues_are_in_order_of_their_first_rows_and_utterances_of_position(tmp_path):
     splits = read_npz(save(tmp_path, archive()))
     assert list(splits) == ["train", "validation", "test"]
     train = splits["train"]
@@ -70,7 +70,7 @@ def test_dialogues_keep_their_first_appearance_and_utterances_follow_position(tm
 
 
 @pytest.mark.parametrize("with_score", [False, True])
-def test_a_dataset_comes_back_as_it_was_stored(tmp_path, with_score):
+def test_a_stored_dataset_loads_unchanged(tmp_path, with_score):
     arrays = archive()
     if with_score:
         arrays["score"] = np.array([0.5, np.nan, -3, 1, 2, 0, 0], np.float32)
@@ -79,7 +79,7 @@ def test_a_dataset_comes_back_as_it_was_stored(tmp_path, with_score):
     prepare(source, "round_trip", tmp_path / "store")
     for split, features in read_npz(source).items():
         loaded = load_features("round_trip", split, tmp_path / "store")
-        assert_same(loaded, features)
+        assert_features_equal(loaded, features)
         assert loaded.name == "round_trip"
         assert loaded.metadata["source"] == "features.npz"
         assert len(loaded.metadata["sha256"]) == 64
@@ -114,7 +114,7 @@ def changed(name: str, row: int, value: object) -> dict[str, np.ndarray]:
     return arrays
 
 
-BAD = {
+INVALID_ARCHIVES = {
     "no array speech or text": {k: v for k, v in archive().items() if k not in ("speech", "text")},
     "speech: 1 dimensions": {**archive(), "speech": np.zeros(7)},
     "text: 6 rows": {**archive(), "text": np.zeros((6, 4))},
@@ -129,7 +129,7 @@ BAD = {
     "position: row 1 (utterance a1): nan": changed("position", 1, np.nan),
     "position: type <U1; allowed: numbers": {**archive(), "position": np.array(list("1234567"))},
     "in its dialogue": {**archive(), "position": np.zeros(7)},
-    "split: row 0 (utterance b2): test: part of its dialogue": changed("split", 0, "test"),
+    "split: row 0 (utterance b2): test: another row of its dialogue": changed("split", 0, "test"),
     "split: row 1 (utterance a1): de v: allowed:": changed("split", 1, "de\nv"),
     "allowed: train, validation, test": changed("split", 0, "dev"),
     "utterance: row 4 (utterance a1)": changed("utterance", 4, "a1"),
@@ -157,9 +157,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_a_bad_archive_is_refused_in_one_line_and_leaves_nothing(tmp_path, message):
-    source = save(tmp_path, BAD[message])
+@pytest.mark.parametrize("message", INVALID_ARCHIVES)
+def test_an_invalid_archive_is_rejected_in_one_line_and_writes_nothing(tmp_path, message):
+    source = save(tmp_path, INVALID_ARCHIVES[message])
     with pytest.raises(InputError) as error:
         prepare(source, "bad", tmp_path / "store")
     assert str(error.value).startswith(f"{source}: ")
@@ -177,7 +177,7 @@ def test_one_modality_is_enough(tmp_path, modality, other):
     assert not getattr(train, f"{other}_present").any()
     assert getattr(train, other).shape == (5, 1)
     prepare(tmp_path / "features.npz", "alone", tmp_path / "store")
-    assert_same(load_features("alone", "train", tmp_path / "store"), train)
+    assert_features_equal(load_features("alone", "train", tmp_path / "store"), train)
 
 
 def speakers_without_splits(num_speakers: int, num_dialogues: int) -> dict[str, np.ndarray]:
@@ -201,18 +201,18 @@ def test_random_splits_keep_speakers_apart_and_are_repeatable(tmp_path):
     assert [len(split.label) for split in splits.values()] == [160, 20, 20]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
     assert "in 20 groups that share no speaker" in splits["train"].metadata["notes"][0]
-    assert_same(read_npz(source)["test"], splits["test"])
+    assert_features_equal(read_npz(source)["test"], splits["test"])
     assert read_npz(source, seed=1)["test"].dialogue_ids != splits["test"].dialogue_ids
 
 
-def test_a_random_split_of_single_utterances_without_speakers_is_warned_of(tmp_path):
+def test_a_random_split_of_single_utterances_without_speakers_warns(tmp_path):
     arrays = speakers_without_splits(20, 200)
     del arrays["speaker"]
     note = read_npz(save(tmp_path, arrays))["train"].metadata["notes"][0]
     assert note.startswith("WARNING: ") and "add a column speaker" in note
 
 
-def test_splits_are_by_another_array_on_demand(tmp_path):
+def test_group_by_keeps_the_values_of_another_array_apart(tmp_path):
     arrays = speakers_without_splits(20, 200) | {"session": np.arange(200) % 5}
     splits = read_npz(save(tmp_path, arrays), group_by="session")
     sessions = [{int(name) % 5 for name in split.utterance_ids} for split in splits.values()]
@@ -223,13 +223,13 @@ def test_splits_are_by_another_array_on_demand(tmp_path):
         read_npz(save(tmp_path, arrays | {"session": np.arange(200) % 2}), group_by="session")
 
 
-def test_speakers_in_training_and_test_are_warned_of(tmp_path):
+def test_speakers_in_training_and_test_give_a_warning(tmp_path):
     arrays = archive() | {"speaker": np.array(["x", "x", "x", "x", "x", "y", "x"])}
     (note,) = read_npz(save(tmp_path, arrays))["test"].metadata["notes"]
     assert note == "WARNING: 1 of 2 values of speaker are in training and in another split"
 
 
-def test_what_is_no_archive_is_refused(tmp_path):
+def test_a_file_that_is_no_archive_is_rejected(tmp_path):
     path = tmp_path / "features.npz"
     with pytest.raises(InputError, match="no such file"):
         read_npz(path)
@@ -246,7 +246,7 @@ def test_what_is_no_archive_is_refused(tmp_path):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_a_damaged_file_is_refused_or_reads_the_same(tmp_path, data):
+def test_a_damaged_file_is_rejected_or_reads_the_same(tmp_path, data):
     path = save(tmp_path, archive())
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans(), label="truncate"):
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_refused_or_reads_the_same(tmp_path, data):
         assert splits["train"].utterance_ids.tolist() == ["b1", "b2", "a1", "a3", "a2"]
 
 
-def test_an_existing_dataset_is_replaced_only_on_demand(tmp_path):
+def test_an_existing_dataset_is_replaced_only_with_overwrite(tmp_path):
     source = save(tmp_path, archive())
     store = tmp_path / "store"
     prepare(source, "twice", store)
@@ -276,36 +276,36 @@ def test_an_existing_dataset_is_replaced_only_on_demand(tmp_path):
     assert [path.name for path in store.iterdir()] == ["twice"]
 
 
-def test_a_failure_while_writing_keeps_the_old_dataset_and_nothing_else(tmp_path):
+def test_a_failure_while_writing_keeps_the_old_dataset(tmp_path):
     splits = read_npz(save(tmp_path, archive()))
     store = tmp_path / "store"
     write_features(splits, "kept", store)
     with pytest.raises(TypeError):
         write_features(splits, "kept", store, metadata={"not": {"json"}}, overwrite=True)
-    assert_same(load_features("kept", "train", store), splits["train"])
+    assert_features_equal(load_features("kept", "train", store), splits["train"])
     assert [path.name for path in store.iterdir()] == ["kept"]
 
 
-def test_metadata_of_the_dataset_and_of_the_split_come_back_together(tmp_path):
+def test_loaded_metadata_merges_dataset_and_split(tmp_path):
     splits = read_npz(save(tmp_path, archive()))
-    write_features(splits, "told", tmp_path, metadata={"encoder": "base"})
-    metadata = load_features("told", "test", tmp_path).metadata
+    write_features(splits, "described", tmp_path, metadata={"encoder": "base"})
+    metadata = load_features("described", "test", tmp_path).metadata
     assert metadata == {"encoder": "base", **splits["test"].metadata}
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "9lives", "a-b", "../up", "a/b", "a\n"])
-def test_an_illegal_dataset_name_is_refused(tmp_path, name):
+def test_an_invalid_dataset_name_is_rejected(tmp_path, name):
     with pytest.raises(InputError, match="lower-case"):
         prepare(save(tmp_path, archive()), name, tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_directory_is_rejected(tmp_path):
     source = save(tmp_path, archive())
     with pytest.raises(InputError, match="cannot be written"):
         prepare(source, "name", source)
 
 
-def test_what_cannot_be_loaded_is_named_with_what_can(tmp_path):
+def test_errors_name_the_available_datasets_and_splits(tmp_path):
     arrays = {key: value[:3] if key != "class_names" else value for key, value in archive().items()}
     prepare(save(tmp_path, arrays), "only_train", tmp_path)
     with pytest.raises(InputError, match="no dataset 'absent'; available: only_train"):
@@ -316,7 +316,7 @@ def test_what_cannot_be_loaded_is_named_with_what_can(tmp_path):
         load_features("only_train", "test", tmp_path)
 
 
-def test_a_dataset_of_something_else_is_refused(tmp_path):
+def test_a_dataset_without_features_is_rejected(tmp_path):
     tfds.dataset_builders.store_as_tfds_dataset(
         name="numbers",
         version="1.0.0",
@@ -324,5 +324,5 @@ def test_a_dataset_of_something_else_is_refused(tmp_path):
         split_datasets={"train": [(0, {"number": 1})]},
         data_dir=tmp_path,
     )
-    with pytest.raises(InputError, match="it holds number"):
+    with pytest.raises(InputError, match="it contains number"):
         load_features("numbers", "train", tmp_path)

@@ -90,7 +90,7 @@ def test_four_classes_merge_excited_and_drop_the_label_of_frustrated(iemocap_tre
 
 
 def test_an_incomplete_corpus_is_rejected(iemocap_tree):
-    with pytest.raises(InputError, match="6 dialogues, 14 utterances in place of 151, 10039"):
+    with pytest.raises(InputError, match="6 dialogues, 14 utterances instead of 151, 10039"):
         iemocap.read_iemocap(iemocap_tree)
 
 

@@ -1,4 +1,4 @@
-"""Manifests: the right dialogues, or an error that names file, row and field."""
+"""The reader of manifests returns the right dialogues, or names file, row and field."""
 
 import collections
 import csv
@@ -8,8 +8,7 @@ import pathlib
 import re
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import given as given_examples
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mister_jax.data.corpora.manifest import reader
@@ -57,7 +56,7 @@ def test_rows_become_dialogues_in_order(tmp_path, write):
     assert turns["a/y"].recording is None
 
 
-def test_given_splits_and_labels_are_kept(tmp_path):
+def test_splits_and_labels_of_the_file_are_used(tmp_path):
     rows = [row | {"split": "test" if row["dialogue"] == "a" else "train"} for row in ROWS]
     corpus = reader.read_manifest(
         write_jsonl(tmp_path / "m.jsonl", rows), labels=("joy", "calm", "anger")
@@ -67,32 +66,32 @@ def test_given_splits_and_labels_are_kept(tmp_path):
     assert corpus.class_names == ("joy", "calm", "anger")
 
 
-def test_random_splits_are_by_dialogue_and_repeatable(tmp_path):
+def test_random_splits_keep_dialogues_whole_and_are_reproducible(tmp_path):
     rows = [
         {"dialogue": dialogue, "utterance": turn, "order": turn, "text": "a", "label": "joy"}
         for dialogue in range(20)
         for turn in range(3)
     ]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
-    first, again, other = (reader.read_manifest(path, seed=seed) for seed in (0, 0, 1))
+    first, same, other = (reader.read_manifest(path, seed=seed) for seed in (0, 0, 1))
     assert first.sizes() == {"train": (16, 48), "validation": (2, 6), "test": (2, 6)}
-    assert first.splits == again.splits != other.splits
+    assert first.splits == same.splits != other.splits
     assert first.notes == ("dialogues split at random, seed 0",)
     few = reader.read_manifest(write_jsonl(path, rows[:9]))
     assert few.sizes() == {"train": (1, 3), "validation": (1, 3), "test": (1, 3)}
 
 
-def single_utterances(speakers=None):
-    """200 dialogues of one utterance; each of 20 speakers has 10 of them."""
+def single_utterances(*, with_speakers=False):
+    """Returns 200 dialogues of one utterance; each of 20 speakers has 10 dialogues."""
     return [
         {"dialogue": n, "utterance": n, "order": 0, "text": "a", "label": "joy"}
-        | ({"speaker": f"s{n % 20}"} if speakers else {})
+        | ({"speaker": f"s{n % 20}"} if with_speakers else {})
         for n in range(200)
     ]
 
 
 def test_random_splits_keep_speakers_apart(tmp_path):
-    path = write_jsonl(tmp_path / "m.jsonl", single_utterances(speakers=True))
+    path = write_jsonl(tmp_path / "m.jsonl", single_utterances(with_speakers=True))
     corpus = reader.read_manifest(path)
     assert corpus.sizes() == {"train": (160, 160), "validation": (20, 20), "test": (20, 20)}
     speakers = [
@@ -103,12 +102,12 @@ def test_random_splits_keep_speakers_apart(tmp_path):
     assert "in 20 groups that share no speaker" in corpus.notes[-1]
 
 
-def test_single_utterances_split_without_speakers_are_warned_of(tmp_path):
+def test_splitting_single_utterances_without_speakers_warns(tmp_path):
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", single_utterances()))
     assert corpus.notes[-1].startswith("WARNING: ") and "add a column speaker" in corpus.notes[-1]
 
 
-def test_speakers_that_connect_all_dialogues_are_split_by_dialogue_with_a_warning(tmp_path):
+def test_speakers_that_connect_all_dialogues_give_a_split_by_dialogue_and_a_warning(tmp_path):
     rows = [
         {"dialogue": n, "utterance": turn, "order": turn, "text": "a", "speaker": (n + turn) % 10}
         for n in range(10)
@@ -125,7 +124,7 @@ def test_speakers_that_connect_all_dialogues_are_split_by_dialogue_with_a_warnin
         reader.read_manifest(path, group_by="room")
 
 
-def test_speakers_in_training_and_another_given_split_are_warned_of(tmp_path):
+def test_speakers_in_training_and_another_split_give_a_warning(tmp_path):
     rows = [row | {"split": "test" if row["dialogue"] == "a" else "train"} for row in ROWS]
     rows = [row | {"speaker": "Ann"} for row in rows]
     notes = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows)).notes
@@ -145,13 +144,13 @@ def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
     recordings = [turn.recording for _, turn in corpus.utterances() if turn.id.startswith("d/")]
     path = str(tmp_path / "call.wav")
     assert recordings == [Recording(path, n, n + 0.5) for n in range(3)]
-    assert "3 utterances cut by start and end out of 1 recordings" in corpus.notes[0]
-    # A recording that one row names is its utterance.
+    assert "3 utterances cut by start and end from 1 recordings" in corpus.notes[0]
+    # A recording of a single row is the whole utterance.
     turns = {turn.id: turn for _, turn in corpus.utterances()}
     assert turns["a/x"].recording == Recording(str(tmp_path / "a.wav"))
 
 
-def test_places_in_the_recording_come_before_start_and_end(tmp_path):
+def test_audio_start_and_audio_end_take_precedence_over_start_and_end(tmp_path):
     rows = in_one_recording()
     rows[1] |= {"audio_start": 7, "audio_end": 8}
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
@@ -159,17 +158,17 @@ def test_places_in_the_recording_come_before_start_and_end(tmp_path):
     assert cuts == [(0, 0.5), (7, 8), (2, 2.5)]
 
 
-def test_utterances_that_would_all_hear_the_whole_recording_are_refused(tmp_path):
+def test_several_utterances_without_times_in_one_recording_are_rejected(tmp_path):
     rows = in_one_recording(end=None)
-    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
+    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances have the recording"):
         reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
-    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances name the recording"):
-        spelled = [
+    with pytest.raises(InputError, match="line 1: end: missing; 3 utterances have the recording"):
+        respelled = [
             row | {"dialogue": n, "audio": "./" * n + "call.wav"} for n, row in enumerate(rows)
         ]
-        spelled[1]["dialogue"] = "another"
-        reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", spelled))
-    # Another channel is another sound.
+        respelled[1]["dialogue"] = "another"
+        reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", respelled))
+    # Rows with different channels may share a recording.
     for n, row in enumerate(rows):
         row["audio_channel"] = n
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
@@ -181,16 +180,16 @@ def test_utterances_that_would_all_hear_the_whole_recording_are_refused(tmp_path
 @pytest.mark.parametrize(
     ("name", "delimiter"), [("m.csv", ","), ("m.csv", ";"), ("m.csv", "\t"), ("m.tsv", "\t")]
 )
-def test_the_separator_of_a_csv_file_is_found(tmp_path, name, delimiter):
+def test_the_separator_of_a_csv_file_is_detected(tmp_path, name, delimiter):
     path = tmp_path / name
     lines = ["dialogue", "utterance", "order", "text", "label"], ["d", "1", "1", "a, b; c", "joy"]
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(lines)
-    ((_, turn),) = reader.read_manifest(path, shares=(1, 0, 0)).utterances()
+    ((_, turn),) = reader.read_manifest(path, fractions=(1, 0, 0)).utterances()
     assert (turn.id, turn.text, turn.label) == ("d/1", "a, b; c", "joy")
 
 
-def test_further_columns_are_kept_as_metadata(tmp_path):
+def test_extra_columns_are_kept_as_metadata(tmp_path):
     rows = [row | {"duration": 1.5, "channel": "left", "tags": ["a", "b"]} for row in ROWS]
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     for _, turn in corpus.utterances():
@@ -200,7 +199,7 @@ def test_further_columns_are_kept_as_metadata(tmp_path):
     )
 
 
-def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
+def test_labels_are_mapped_and_dropped_by_label_map(tmp_path):
     labels = ["anger", "anger", "ANGER", "nan"]
     rows = [row | {"label": label} for row, label in zip(ROWS, labels, strict=True)]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
@@ -222,8 +221,8 @@ def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
             "'lable'",
             "unknown, close to 'label'; allowed: ",
         ),
-        ({"mood\n": "calm"}, "'mood\\n'", "a broken name; allowed: printable text"),
-        ({"mood": "\ud800"}, "mood", "allowed: text without null or broken characters"),
+        ({"mood\n": "calm"}, "'mood\\n'", "invalid name; allowed: printable text"),
+        ({"mood": "\ud800"}, "mood", "allowed: text without null or invalid characters"),
         ({"audio": "b.wav", "audio_channel": "up"}, "audio_channel", "'up'; allowed: mix, left"),
         ({"audio": "b.wav", "audio_channel": []}, "audio_channel", "[]; allowed: mix, left"),
         (
@@ -241,18 +240,18 @@ def test_labels_are_mapped_and_dropped_on_demand(tmp_path):
         ({"score": 1e300}, "score", "1e+300; allowed: a finite number, -3 to 3"),
         ({"score": -3.1}, "score", "-3.1; allowed: a finite number, -3 to 3"),
         ({"start": 2, "end": 2}, "end", "2; allowed: more than start"),
-        ({"audio_end": 2}, "audio", "missing; audio_start and audio_end are places in it"),
+        ({"audio_end": 2}, "audio", "missing; audio_start and audio_end refer to it"),
         ({"dialogue": ""}, "dialogue", "missing; needed: an id"),
         ({"utterance": 1.5}, "utterance", "1.5; allowed: text"),
         ({"split": "dev"}, "split", "'dev'; allowed: train, validation, test"),
         ({"split": "train"}, "split", "in some rows; allowed: in all or none"),
         ({"label": 3}, "label", "3; allowed: text"),
-        ({"text": "a\ud800"}, "text", "allowed: text without null or broken characters"),
+        ({"text": "a\ud800"}, "text", "allowed: text without null or invalid characters"),
         ({"order": -1}, "order", "-1 repeated in its dialogue"),
         ({"utterance": 1, "order": 7}, "utterance", "repeats the row at line 3"),
     ],
 )
-def test_a_bad_field_is_named_with_file_and_row(tmp_path, row, field, message):
+def test_an_error_names_file_row_and_field(tmp_path, row, field, message):
     rows = [ROWS[1], ROWS[3], ROWS[2], ROWS[0] | row]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
     with pytest.raises(InputError) as caught:
@@ -274,19 +273,19 @@ def test_a_bad_field_is_named_with_file_and_row(tmp_path, row, field, message):
         ("m.csv", b"dialogue,utterence\n", "'utterence': unknown, close to 'utterance'"),
         ("m.csv", b"text,text\n", "text: repeated column"),
         ("m.csv", b"dialogue,utterance\na\n", "row at line 2: 1 fields; needed: 2"),
-        ("m.csv", b"dialogue;utterance\na,1\n", "separated by semicolons, as the header"),
+        ("m.csv", b"dialogue;utterance\na,1\n", "separated by semicolons, as in the header"),
         ("m.csv", b'dialogue\n"a', "row at line 2: not CSV"),
         ("m.txt", b"", ".txt; allowed: .jsonl, .csv, .tsv"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, name, content, message):
+def test_an_error_names_the_bad_file(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(message)):
         reader.read_manifest(path)
 
 
-def test_a_folder_is_no_manifest(tmp_path):
+def test_a_folder_is_rejected(tmp_path):
     with pytest.raises(InputError, match="a folder; needed: a manifest"):
         reader.read_manifest(tmp_path)
 
@@ -306,18 +305,23 @@ FIELD = st.one_of(st.sampled_from(reader.FIELDS), st.text(max_size=5))
 
 @st.composite
 def manifests(draw):
-    """Rows, most of them right, and what a careless hand does to them."""
+    """Draws mostly valid rows with a few careless changes."""
     rows = []
-    split = draw(st.sampled_from([None, "given"]))
+    with_splits = draw(st.booleans())
     for dialogue in range(draw(st.integers(1, 3))):
-        place = draw(st.sampled_from(["order", "start"]))
-        part = draw(st.sampled_from(["train", "validation", "test"]))
+        order_field = draw(st.sampled_from(["order", "start"]))
+        split = draw(st.sampled_from(["train", "validation", "test"]))
         for turn in range(draw(st.integers(1, 3))):
-            row = {"dialogue": f"d{dialogue}", "utterance": turn, place: turn, "text": "words"}
+            row = {
+                "dialogue": f"d{dialogue}",
+                "utterance": turn,
+                order_field: turn,
+                "text": "words",
+            }
             if draw(st.booleans()):
                 row["label"] = draw(st.sampled_from(["joy", "anger"]))
-            if split:
-                row["split"] = part
+            if with_splits:
+                row["split"] = split
             rows.append(row)
     rows = draw(st.permutations(rows))
     for _ in range(draw(st.integers(0, 2))):
@@ -333,63 +337,67 @@ def manifests(draw):
     return rows
 
 
-def given(value):
-    """Text as it is read; None where nothing is given."""
+def expected_text(value):
+    """Returns a text as the reader returns it, None if absent."""
     return None if value is None else str(value).strip() or None
 
 
 def number(value):
-    return None if given(value) is None else float(value)
+    return None if expected_text(value) is None else float(value)
 
 
-def oracle(rows):
-    """Ids of each dialogue's utterances in order; plain, for rows that are known to be right."""
+def expected_ids(rows):
+    """Returns the ordered utterance ids of each dialogue of valid rows."""
 
-    def place(row):
+    def position(row):
         order = number(row.get("order"))
         return number(row["start"]) if order is None else order
 
     dialogues = collections.defaultdict(list)
-    for row in sorted(rows, key=place):
-        dialogues[given(row["dialogue"])].append(utterance_id(row))
+    for row in sorted(rows, key=position):
+        dialogues[expected_text(row["dialogue"])].append(utterance_id(row))
     return dict(dialogues)
 
 
-def channel(value):
-    """The channel as it is read."""
-    if given(value) is None:
+def expected_channel(value):
+    """Returns a channel as the reader returns it."""
+    if expected_text(value) is None:
         return "mix"
     return int(value) if str(value).strip().isdecimal() else value
 
 
 def utterance_id(row):
-    return f"{given(row['dialogue'])}/{given(row['utterance'])}"
+    return f"{expected_text(row['dialogue'])}/{expected_text(row['utterance'])}"
 
 
-def told(row, folder, shared):
-    """All that a row says, as `seen` of what is read."""
+def expected_utterance(row, folder, shared_recordings):
+    """Returns the content of a row, in the format of `read_utterances`."""
     recording = None
-    if given(row.get("audio")) is not None:
-        path = str(folder / given(row["audio"]))
+    if expected_text(row.get("audio")) is not None:
+        path = str(folder / expected_text(row["audio"]))
         cut = number(row.get("audio_start")), number(row.get("audio_end"))
         times = number(row.get("start")), number(row.get("end"))
-        if cut == (None, None) and given(row["audio"]) in shared and None not in times:
+        if (
+            cut == (None, None)
+            and expected_text(row["audio"]) in shared_recordings
+            and None not in times
+        ):
             cut = times
-        recording = Recording(path, *cut, channel(row.get("audio_channel")))
+        recording = Recording(path, *cut, expected_channel(row.get("audio_channel")))
     numbers = [number(row.get(field)) for field in ("score", "start", "end")]
     return (
-        given(row.get("split")),
-        given(row.get("text")),
-        given(row.get("label")),
+        expected_text(row.get("split")),
+        expected_text(row.get("text")),
+        expected_text(row.get("label")),
         recording,
         numbers,
     )
 
 
-def seen(corpus, splits_given):
+def read_utterances(corpus, with_splits):
     return {
         turn.id: (
-            split if splits_given else None,
+            split if with_splits else None,
             turn.text or None,
             turn.label,
             turn.recording,
@@ -400,21 +408,23 @@ def seen(corpus, splits_given):
 
 
 def names_of(content, as_csv, rows):
-    """How an error may call a field of a file: by its name, quoted where there is no such field."""
-    known = {field for row in rows for field in row}
-    if as_csv:  # The file may end within its header.
+    """Returns the names that an error may use for the columns of a file."""
+    columns = {field for row in rows for field in row}
+    if as_csv:  # A truncated file may end within its header.
         header = next(csv.reader(io.StringIO(content.decode(errors="replace"), newline="")), [])
-        known = {name.strip() for name in header}
-    return {*reader.FIELDS, *(" ".join(repr(name).split()) for name in known - {*reader.FIELDS})}
+        columns = {name.strip() for name in header}
+    return {*reader.FIELDS, *(" ".join(repr(name).split()) for name in columns - {*reader.FIELDS})}
 
 
-# What is wrong with a row or a file, not with a field.
-WITHOUT_FIELD = ("not JSON (", "fields; needed: ", "not CSV (", "not UTF-8; ")
+# Errors about a row or a file, which name no field.
+ERRORS_WITHOUT_FIELD = ("not JSON (", "fields; needed: ", "not CSV (", "not UTF-8; ")
 
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-@given_examples(rows=manifests(), as_csv=st.booleans(), cut=st.one_of(st.none(), st.floats(0, 1)))
-def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, rows, as_csv, cut):
+@given(rows=manifests(), as_csv=st.booleans(), cut=st.one_of(st.none(), st.floats(0, 1)))
+def test_a_careless_manifest_is_read_correctly_or_rejected_with_its_row(
+    tmp_path, rows, as_csv, cut
+):
     path = tmp_path / ("m.csv" if as_csv else "m.jsonl")
     if as_csv:
         fields = list(dict.fromkeys(field for row in rows for field in row))
@@ -425,8 +435,8 @@ def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, r
     else:
         write_jsonl(path, rows)
     content = path.read_bytes()
-    whole = cut is None or cut == 1
-    if not whole:
+    is_complete = cut is None or cut == 1
+    if not is_complete:
         content = content[: int(cut * len(content))]
         path.write_bytes(content)
     try:
@@ -434,34 +444,36 @@ def test_a_careless_manifest_is_read_right_or_refused_with_its_place(tmp_path, r
     except InputError as error:
         message = str(error)
         assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1
-        where = re.match(r"(?:row at )?line (\d+): (.*)", message.removeprefix(f"{path}: "))
-        if where is None:
+        location = re.match(r"(?:row at )?line (\d+): (.*)", message.removeprefix(f"{path}: "))
+        if location is None:
             assert re.search(r": (no rows|empty);", message), message
             return
-        line, reason = int(where[1]), where[2]
+        line, reason = int(location[1]), location[2]
         assert 1 <= line <= 1 + content.count(b"\n") + content.count(b"\r")
-        if not any(what in reason for what in WITHOUT_FIELD):
+        if not any(text in reason for text in ERRORS_WITHOUT_FIELD):
             names = names_of(content, as_csv, rows)
             assert any(reason.startswith(f"{name}: ") for name in names), message
         return
     utterances = [turn for _, turn in corpus.utterances()]
-    if whole:
+    if is_complete:
         assert len(utterances) == len(rows)
-        assert ids(corpus) == oracle(rows)
-        complete = rows
+        assert ids(corpus) == expected_ids(rows)
+        complete_rows = rows
     else:
-        # What is left of a cut file is a beginning of it; a row cut in its last value may pass.
+        # A truncated file contains the first rows; the last may be cut within a value.
         assert 0 < len(utterances) <= len(rows)
-        complete = rows[: len(utterances) - 1]
-    found = seen(corpus, any(given(row.get("split")) for row in complete))
-    recordings = [given(row.get("audio")) for row in rows]
-    shared = {name for name in recordings if name and recordings.count(name) > 1}
-    for row in complete:
-        if whole or not shared:
-            assert found[utterance_id(row)] == told(row, path.parent, shared)
+        complete_rows = rows[: len(utterances) - 1]
+    read = read_utterances(corpus, any(expected_text(row.get("split")) for row in complete_rows))
+    recordings = [expected_text(row.get("audio")) for row in rows]
+    shared_recordings = {name for name in recordings if name and recordings.count(name) > 1}
+    for row in complete_rows:
+        if is_complete or not shared_recordings:
+            assert read[utterance_id(row)] == expected_utterance(
+                row, path.parent, shared_recordings
+            )
 
 
-def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
+def test_a_manifest_is_written_as_a_dataset(tmp_path, write_wav):
     write_wav(tmp_path / "a.wav", 1.0)
     rows = [
         {"dialogue": 1, "utterance": 1, "order": 1, "audio": "a.wav", "label": "joy", "score": 2}
@@ -495,7 +507,7 @@ def test_a_manifest_becomes_a_dataset(tmp_path, write_wav):
     assert [entry["utterance"] for entry in report["missing"]] == ["1/3"]
 
 
-def test_the_documentation_lists_the_fields():
+def test_the_documentation_lists_all_fields():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for field in reader.FIELDS:
         assert f"`{field}`" in page

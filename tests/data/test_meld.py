@@ -108,7 +108,7 @@ def test_the_text_config_needs_no_clips(tmp_path):
 
 
 def test_an_incomplete_corpus_is_rejected(meld_tree, tmp_path):
-    with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances in place of 1038, 9989"):
+    with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances instead of 1038, 9989"):
         prepare(meld_tree, tmp_path)
     assert not list(tmp_path.iterdir())
 

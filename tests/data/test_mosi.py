@@ -42,7 +42,7 @@ def test_the_standard_split_has_the_published_sizes():
 
 
 def test_an_incomplete_corpus_is_rejected(tree):
-    with pytest.raises(InputError, match="train 1 dialogues, 11 utterances in place of 52, 1284"):
+    with pytest.raises(InputError, match="train 1 dialogues, 11 utterances instead of 52, 1284"):
         mosi.read_mosi(tree)
 
 

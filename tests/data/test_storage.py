@@ -1,4 +1,4 @@
-"""A directory is there as a whole or not at all, whatever ends the process that writes it."""
+"""Atomic writes of directories: a failed or killed writer leaves the old content."""
 
 import os
 import pathlib
@@ -15,33 +15,33 @@ from mister_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Replaces a directory and is killed at the given of its renames: 1 puts the old one aside, 2 puts
-# the new one in its place.
-KILLED = """
+# Replaces a directory and is killed at the rename of the given number: 1 puts the old directory
+# aside, 2 moves the new one into position.
+KILLED_WRITER = """
 import os, signal, sys
 from etils import epath
 from mister_jax.data.storage import atomic_directory
 
-root, fatal = epath.Path(sys.argv[1]), int(sys.argv[2])
+root, fatal_call = epath.Path(sys.argv[1]), int(sys.argv[2])
 rename, calls = type(root).rename, []
 
-def killing(self, target):
+def rename_or_die(self, target):
     calls.append(target)
-    if len(calls) == fatal:
+    if len(calls) == fatal_call:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 
-type(root).rename = killing
-with atomic_directory(root / "some" / "thing", root, overwrite=True) as place:
-    (place / "some" / "thing").mkdir(parents=True)
-    (place / "some" / "thing" / "content").write_text("new")
+type(root).rename = rename_or_die
+with atomic_directory(root / "some" / "thing", root, overwrite=True) as temporary:
+    (temporary / "some" / "thing").mkdir(parents=True)
+    (temporary / "some" / "thing" / "content").write_text("new")
 """
 
 
 def replace(root, content):
-    with atomic_directory(root / "some" / "thing", root, overwrite=True) as place:
-        (place / "some" / "thing").mkdir(parents=True)
-        (place / "some" / "thing" / "content").write_text(content)
+    with atomic_directory(root / "some" / "thing", root, overwrite=True) as temporary:
+        (temporary / "some" / "thing").mkdir(parents=True)
+        (temporary / "some" / "thing" / "content").write_text(content)
 
 
 @pytest.fixture
@@ -59,10 +59,12 @@ def names(root):
     return [path.name for path in root.iterdir()]
 
 
-@pytest.mark.parametrize("fatal", [1, 2])
-def test_a_process_killed_while_it_replaces_leaves_the_old_one(root, fatal):
-    done = subprocess.run([sys.executable, "-c", KILLED, root, str(fatal)], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
+@pytest.mark.parametrize("fatal_call", [1, 2])
+def test_a_killed_writer_leaves_the_old_directory(root, fatal_call):
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, root, str(fatal_call)], cwd=ROOT, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
     assert len(names(root)) == 2
     recover_directory(root / "some" / "thing", root)
     assert (content(root), names(root)) == ("old", ["some"])
@@ -70,32 +72,32 @@ def test_a_process_killed_while_it_replaces_leaves_the_old_one(root, fatal):
     assert (content(root), names(root)) == ("new", ["some"])
 
 
-def test_a_failure_while_replacing_leaves_the_old_one(root, monkeypatch):
+def test_a_failing_writer_leaves_the_old_directory(root, monkeypatch):
     rename = type(root).rename
 
-    def failing(self, target):
+    def failing_rename(self, target):
         if self.name == "thing" == target.name:
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
-    monkeypatch.setattr(type(root), "rename", failing)
+    monkeypatch.setattr(type(root), "rename", failing_rename)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
         replace(root, "new")
     assert (content(root), names(root)) == ("old", ["some"])
 
 
-def test_what_another_process_or_machine_writes_is_left_alone(root):
-    ours = f"{socket.gethostname()}.{os.getpid()}.abc"
-    for name in (f".incomplete.some.thing.{ours}", ".incomplete.some.thing.elsewhere.1.abc"):
+def test_the_files_of_running_processes_and_other_machines_are_kept(root):
+    running = f"{socket.gethostname()}.{os.getpid()}.abc"
+    for name in (f".incomplete.some.thing.{running}", ".incomplete.some.thing.elsewhere.1.abc"):
         (root / name).mkdir()
     replace(root, "new")
     assert len(names(root)) == 3
 
 
-def test_what_exists_is_not_replaced_unasked(root):
+def test_an_existing_directory_is_replaced_only_with_overwrite(root):
     with (
         pytest.raises(InputError, match="exists; allowed"),
         atomic_directory(root / "some" / "thing", root, overwrite=False),
     ):
-        pytest.fail("the body is not run")
+        pytest.fail("the body must not run")
     assert (content(root), names(root)) == ("old", ["some"])

@@ -14,20 +14,20 @@ SMALL = {"train": 20, "test": 10}
 
 
 def test_the_same_seed_gives_the_same_dialogues():
-    one, same, other = (synthetic.generate_features(seed, SMALL)["test"] for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one.speech, same.speech)
-    np.testing.assert_array_equal(one.label, same.label)
-    assert one.metadata == same.metadata
-    assert not np.array_equal(one.speech[:2], other.speech[:2])
+    first, same, other = (synthetic.generate_features(seed, SMALL)["test"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.speech, same.speech)
+    np.testing.assert_array_equal(first.label, same.label)
+    assert first.metadata == same.metadata
+    assert not np.array_equal(first.speech[:2], other.speech[:2])
 
 
-def test_a_split_does_not_depend_on_the_size_of_another():
+def test_a_split_does_not_depend_on_the_sizes_of_other_splits():
     small = synthetic.generate_features(0, SMALL)["test"]
     large = synthetic.generate_features(0, {"train": 30, "test": 10})["test"]
     np.testing.assert_array_equal(small.text, large.text)
 
 
-def test_the_posterior_is_that_of_enumeration():
+def test_the_posterior_equals_enumeration():
     process = synthetic.emotion_process(
         3, num_classes=3, speech_dim=2, text_dim=3, uninformative_share=0.2, missing_share=0.5
     )
@@ -53,8 +53,8 @@ def test_the_posterior_is_that_of_enumeration():
     expected = np.zeros((4, 3))
     for path in itertools.product(range(3), repeat=4):
         weight = process.initial[path[0]]
-        for before, after in itertools.pairwise(path):
-            weight *= process.transition[before, after]
+        for previous, current in itertools.pairwise(path):
+            weight *= process.transition[previous, current]
         for step, emotion in enumerate(path):
             weight *= emission(step, emotion)
         expected[np.arange(4), path] += weight
@@ -63,12 +63,12 @@ def test_the_posterior_is_that_of_enumeration():
 
 
 @pytest.fixture(scope="module")
-def default() -> dict:
+def default_splits() -> dict:
     return synthetic.generate_features()
 
 
-def test_the_default_task_rewards_fusion_and_context(default):
-    for features in default.values():
+def test_the_default_task_rewards_fusion_and_context(default_splits):
+    for features in default_splits.values():
         score = {
             reference: values["weighted_f1"]
             for reference, values in features.metadata["reference_scores"].items()
@@ -80,8 +80,8 @@ def test_the_default_task_rewards_fusion_and_context(default):
         assert score["majority"] < 0.2
 
 
-def test_missing_modalities_are_marked_zero_and_as_frequent_as_asked(default):
-    train = default["train"]
+def test_missing_modalities_are_marked_zero_and_as_frequent_as_configured(default_splits):
+    train = default_splits["train"]
     assert not (~train.speech_present & ~train.text_present).any()
     assert not train.speech[~train.speech_present].any()
     assert not train.text[~train.text_present].any()
@@ -90,7 +90,7 @@ def test_missing_modalities_are_marked_zero_and_as_frequent_as_asked(default):
     assert train.lengths.max() <= 30
 
 
-def test_the_written_scores_are_those_of_the_usual_definitions():
+def test_reference_scores_match_scikit_learn():
     generator = np.random.default_rng(0)
     label, predicted = generator.integers(0, 4, size=(2, 50))
     predicted[label == 3] = 0
@@ -110,23 +110,23 @@ def test_the_written_scores_are_those_of_the_usual_definitions():
             for start, end in itertools.pairwise(features.offsets)
         ]
     )
-    written = features.metadata["reference_scores"]["bayes"]
-    assert written["accuracy"] == pytest.approx(accuracy_score(features.label, predicted))
+    scores = features.metadata["reference_scores"]["bayes"]
+    assert scores["accuracy"] == pytest.approx(accuracy_score(features.label, predicted))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_classes": 1}, {"uninformative_share": 0.6}, {"stay_probability": 1.0}]
+    "arguments", [{"num_classes": 1}, {"uninformative_share": 0.6}, {"stay_probability": 1.0}]
 )
-def test_arguments_out_of_range_are_refused(wrong):
+def test_arguments_out_of_range_are_rejected(arguments):
     with pytest.raises(ValueError):
-        synthetic.emotion_process(0, **wrong)
+        synthetic.emotion_process(0, **arguments)
 
 
-def test_a_split_without_dialogues_is_left_out_and_some_are_needed():
+def test_empty_splits_are_omitted_and_one_dialogue_is_needed():
     assert list(synthetic.generate_features(0, {"train": 2, "validation": 0, "test": 1})) == [
         "train",
         "test",
     ]
-    for none in ({}, {"train": 0}, {"train": -1, "test": 2}, {"dev": 2}):
+    for num_dialogues in ({}, {"train": 0}, {"train": -1, "test": 2}, {"dev": 2}):
         with pytest.raises(InputError, match=r"allowed: numbers for train, validation, test"):
-            synthetic.generate_features(0, none)
+            synthetic.generate_features(0, num_dialogues)

@@ -1,4 +1,4 @@
-"""Texts of single utterances: which are read, and what batches hold of them."""
+"""Texts of single utterances as tokens, and their batches."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LENGTHS = (5, 2, 7, 1, 3, 3, 4)
 
 @pytest.fixture(scope="module")
 def tokens():
-    """Utterances whose tokens count up; one has no label."""
+    """Utterances whose tokens are 1, 2, ...; one has no label."""
     return Utterances(
         name="counted",
         split="train",
@@ -35,37 +35,39 @@ def epoch(tokens, plan, number=0, **options):
     return list(token_batches(tokens, plan, **{"seed": 0, "epoch": number, **options}))
 
 
-def words_of(texts):
+def one_token_per_word(texts):
     return [np.full(len(text.split()), 7, np.int32) for text in texts]
 
 
-def test_a_split_is_read_in_its_order_without_what_has_no_text(spoken_dir):
-    found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
-    # Of six dialogues of four turns two have no text in the third.
-    assert len(found.items) == len(found.utterance_ids) == len(found.label) == 6 * 4 - 2
-    assert found.dialogue_ids[:7] == ("test0",) * 3 + ("test1",) * 4
-    # A turn has one word more than the one before it.
-    np.testing.assert_array_equal(found.sizes[:7], [2, 3, 5, 2, 3, 4, 5])
-    assert found.class_names == ("anger", "joy") and found.score is None
-    np.testing.assert_array_equal(found.offsets, range(6 * 4 - 1))
-    assert (found.lengths == 1).all()
+def test_utterances_with_text_are_loaded_in_order(spoken_dir):
+    utterances = load_tokens("manifest/spoken", "test", spoken_dir, one_token_per_word)
+    # There are six dialogues of four turns; in two of them the third has no text.
+    assert (
+        len(utterances.items) == len(utterances.utterance_ids) == len(utterances.label) == 6 * 4 - 2
+    )
+    assert utterances.dialogue_ids[:7] == ("test0",) * 3 + ("test1",) * 4
+    # Each turn has one word more than the previous one.
+    np.testing.assert_array_equal(utterances.sizes[:7], [2, 3, 5, 2, 3, 4, 5])
+    assert utterances.class_names == ("anger", "joy") and utterances.score is None
+    np.testing.assert_array_equal(utterances.offsets, range(6 * 4 - 1))
+    assert (utterances.lengths == 1).all()
 
 
 def test_utterances_without_a_label_are_left_out_of_training(spoken_dir):
-    found = load_tokens("manifest/spoken", "test", spoken_dir, words_of)
-    assert (found.label == -1).sum() == 2
-    assert len(found.labeled().items) == 6 * 4 - 4
-    assert (found.labeled().label >= 0).all()
+    utterances = load_tokens("manifest/spoken", "test", spoken_dir, one_token_per_word)
+    assert (utterances.label == -1).sum() == 2
+    assert len(utterances.labeled().items) == 6 * 4 - 4
+    assert (utterances.labeled().label >= 0).all()
 
 
-def test_what_is_not_there_is_named(spoken_dir):
+def test_errors_name_missing_datasets_and_splits(spoken_dir):
     with pytest.raises(InputError, match="written"):
-        load_tokens("manifest/written", "test", spoken_dir, words_of)
+        load_tokens("manifest/written", "test", spoken_dir, one_token_per_word)
     with pytest.raises(InputError, match="dev"):
-        load_tokens("manifest/spoken", "dev", spoken_dir, words_of)
+        load_tokens("manifest/spoken", "dev", spoken_dir, one_token_per_word)
 
 
-def test_rows_stay_together_when_some_are_taken(tokens):
+def test_take_selects_the_same_rows_of_all_fields(tokens):
     some = tokens.take(np.array([4, 2]))
     assert some.dialogue_ids == ("y", "y")
     assert some.utterance_ids.tolist() == ["e", "c"]
@@ -80,26 +82,26 @@ def test_padding_is_on_the_right_and_masked():
     assert ids.dtype == np.int32 and mask.dtype == bool
 
 
-def test_each_utterance_is_in_one_batch_of_an_epoch(tokens, plan):
+def test_each_utterance_is_in_exactly_one_batch_of_an_epoch(tokens, plan):
     batches = epoch(tokens, plan)
     rows = np.concatenate([batch["row"] for batch in batches])
     np.testing.assert_array_equal(np.sort(rows[rows >= 0]), range(7))
     for batch in batches:
-        there = batch["row"] >= 0
-        assert not batch["mask"][~there].any() and (batch["label"][~there] == -1).all()
+        is_empty = batch["row"] < 0
+        assert not batch["mask"][is_empty].any() and (batch["label"][is_empty] == -1).all()
         for row, ids, mask in zip(batch["row"], batch["input_ids"], batch["mask"], strict=True):
             if row >= 0:
                 np.testing.assert_array_equal(ids[mask], tokens.items[row])
 
 
-def test_weights_make_a_mean_over_what_has_a_label(tokens, plan):
+def test_weights_sum_to_one_over_labeled_rows(tokens, plan):
     for batch in epoch(tokens, plan):
         labeled = batch["label"] >= 0
         assert (batch["weight"][~labeled] == 0).all()
         np.testing.assert_allclose(batch["weight"][labeled], 1 / labeled.sum())
 
 
-def test_batches_are_a_function_of_seed_and_epoch(tokens, plan):
+def test_batches_depend_on_seed_and_epoch_only(tokens, plan):
     def rows(*arguments, **options):
         return [batch["row"].tolist() for batch in epoch(tokens, plan, *arguments, **options)]
 
@@ -109,16 +111,16 @@ def test_batches_are_a_function_of_seed_and_epoch(tokens, plan):
     assert rows(shuffle=False) == rows(1, shuffle=False)
 
 
-def test_a_resumed_epoch_is_the_rest_of_it(tokens, plan):
-    whole, rest = epoch(tokens, plan), epoch(tokens, plan, start_step=1)
-    assert len(rest) == len(whole) - 1
-    for ours, theirs in zip(rest, whole[1:], strict=True):
-        np.testing.assert_equal(ours, theirs)
+def test_a_resumed_epoch_continues_with_the_same_batches(tokens, plan):
+    full, rest = epoch(tokens, plan), epoch(tokens, plan, start_step=1)
+    assert len(rest) == len(full) - 1
+    for batch, expected in zip(rest, full[1:], strict=True):
+        np.testing.assert_equal(batch, expected)
 
 
-def test_the_shares_of_the_processes_make_up_the_batch(tokens, plan):
-    shares = [epoch(tokens, plan, process_index=index, process_count=2) for index in (0, 1)]
-    for whole, *parts in zip(epoch(tokens, plan), *shares, strict=True):
-        for name, value in whole.items():
+def test_the_rows_of_all_processes_form_the_global_batch(tokens, plan):
+    per_process = [epoch(tokens, plan, process_index=index, process_count=2) for index in (0, 1)]
+    for batch, *parts in zip(epoch(tokens, plan), *per_process, strict=True):
+        for name, value in batch.items():
             joined = np.concatenate([part[name] for part in parts])
             np.testing.assert_array_equal(joined, value)

@@ -103,7 +103,7 @@ def test_prosody_is_written_where_there_is_sound(speech, heard_dir, by_prosody):
     np.testing.assert_array_equal(found.speech[~heard], 0)
     told = found.metadata["speech"]
     assert told["kind"] == "prosody" and told["dataset"] == SPEECH
-    assert told.items() >= json.loads(json.dumps(by_prosody.identity())).items()
+    assert told.items() >= json.loads(json.dumps(by_prosody.metadata)).items()
     waveform, lengths = pad_clips(list(clips.items), 8000)
     alone, _ = prosody(waveform.astype(np.float32) / 2**15, lengths)
     np.testing.assert_allclose(found.speech[heard], alone, atol=1e-5)
@@ -142,7 +142,7 @@ def test_devices_do_not_change_features(kind, request, monkeypatch):
     alone = request.getfixturevalue(f"by_{kind}")
     monkeypatch.setattr(sharding, "job_devices", jax.devices)
     folder = request.getfixturevalue(f"{kind}_folder")
-    spread = type(alone)(str(folder), **alone.identity()["options"])
+    spread = type(alone)(str(folder), **alone.metadata["options"])
     assert (alone.partitioner.num_shards, spread.partitioner.num_shards) == (1, 8)
     utterances = some_clips() if alone.modality == "speech" else some_texts()
     ours, theirs = (
@@ -175,7 +175,7 @@ def test_whisper_is_the_mean_over_the_clips_positions(by_whisper, whisper_folder
 
 def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_whisper):
     whole = extraction.PretrainedSpeech(str(whisper_folder), max_seconds=SECONDS, trim=False)
-    assert whole.input.steps == () and by_whisper.input.steps
+    assert whole.input.length_steps == () and by_whisper.input.length_steps
     clips = some_clips()[:4]
     found, _ = extraction.encode_utterances(whole, clips)
     module = registry.load_module(whisper_folder, trim=False)
@@ -189,7 +189,7 @@ def test_whisper_as_trained_hears_the_silence_behind_a_clip(whisper_folder, by_w
 def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_folder):
     windows = extraction.PretrainedSpeech(str(whisper_folder), windows=True)
     assert windows.input.max_samples is None
-    window = windows.input.longest * LENGTH_STEP
+    window = windows.input.max_length * LENGTH_STEP
     clip = np.tile(some_clips()[2], 40)[: 2 * window + 1000]
     found, _ = extraction.encode_utterances(windows, [clip, clip[:5000]])
     parts = np.array_split(clip, 3)  # Of equal length, so that none is a mere rest.
@@ -198,7 +198,7 @@ def test_speech_beyond_a_fixed_window_is_encoded_in_windows_on_demand(whisper_fo
     np.testing.assert_allclose(found[0], np.average(each, axis=0, weights=weights), atol=1e-5)
     alone, _ = extraction.encode_utterances(windows, [clip[:5000]])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
-    again = extraction.encoder_from_metadata(windows.identity())
+    again = extraction.encoder_from_metadata(windows.metadata)
     np.testing.assert_allclose(extraction.encode_utterances(again, [clip])[0], found[:1], atol=1e-5)
     with pytest.raises(InputError, match="windows; allowed for"):
         extraction.load_encoder("prosody", windows=True)
@@ -238,7 +238,7 @@ def test_odd_clips_are_absent_or_finite(kind, request):
     np.testing.assert_array_equal(present, [False, False, False, True, True])
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[:3], 0)
-    longest = encoder.input.longest * LENGTH_STEP
+    longest = encoder.input.max_length * LENGTH_STEP
     cut, _ = extraction.encode_utterances(encoder, [ten_minutes[:longest]])
     np.testing.assert_allclose(found[4], cut[0], atol=1e-5)
 
@@ -278,7 +278,7 @@ def test_nothing_to_read_at_all_is_said(by_bert, by_prosody):
 
 def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_bert):
     for encoder in (by_whisper, by_prosody, by_bert):
-        told = json.loads(json.dumps({"dataset": "any", "budget": 1, **encoder.identity()}))
+        told = json.loads(json.dumps({"dataset": "any", "budget": 1, **encoder.metadata}))
         again = extraction.encoder_from_metadata(told)
         assert type(again) is type(encoder) and again.modality == encoder.modality
         utterances = some_texts()[:2] if encoder is by_bert else some_clips()[:2]
@@ -289,12 +289,12 @@ def test_an_encoder_is_found_again_by_its_identity(by_whisper, by_prosody, by_be
 
 
 def test_an_identity_that_leads_nowhere_is_refused(by_whisper, by_prosody, tmp_path):
-    with pytest.raises(InputError, match="kind None, whose encoder is not known"):
+    with pytest.raises(InputError, match="kind None, whose encoder is unknown"):
         extraction.encoder_from_metadata({"sha256": "features from elsewhere"})
-    with pytest.raises(InputError, match=r"not the encoder .* any more \(features changed"):
-        extraction.encoder_from_metadata(by_prosody.identity() | {"features": ["others"]})
+    with pytest.raises(InputError, match=r"the encoder has changed .* \(features\)"):
+        extraction.encoder_from_metadata(by_prosody.metadata | {"features": ["others"]})
     with pytest.raises(InputError, match="no such folder"):
-        extraction.encoder_from_metadata(by_whisper.identity() | {"name": str(tmp_path / "gone")})
+        extraction.encoder_from_metadata(by_whisper.metadata | {"name": str(tmp_path / "gone")})
 
 
 def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_path):
@@ -317,7 +317,7 @@ def test_a_tuned_encoder_gives_what_its_head_gives(bert_folder, spoken_dir, tmp_
     np.testing.assert_allclose(
         features, extraction.encode_utterances(encoder, some_texts()[:2])[0], atol=1e-6
     )
-    with pytest.raises(InputError, match=r"not the encoder .* any more \(best changed\)"):
+    with pytest.raises(InputError, match=r"the encoder has changed .* \(best\)"):
         extraction.encoder_from_metadata(told | {"best": {"epoch": 2}})
 
 
@@ -339,7 +339,7 @@ class Counting:
 
 
 def test_stopped_and_started_again_it_does_the_rest(by_prosody, speech, heard_dir, monkeypatch):
-    monkeypatch.setattr(encoding, "_PART", 16)
+    monkeypatch.setattr(encoding, "_ITEMS_PER_FILE", 16)
     stopped = Counting(by_prosody, batches=3)
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_features(stopped, SPEECH, "stopped", heard_dir, quiet=True)
@@ -359,7 +359,7 @@ def test_stopped_and_started_again_it_does_the_rest(by_prosody, speech, heard_di
 
 
 def test_what_another_encoder_left_is_not_taken(by_prosody, heard_dir, monkeypatch):
-    monkeypatch.setattr(encoding, "_PART", 16)
+    monkeypatch.setattr(encoding, "_ITEMS_PER_FILE", 16)
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_features(
             Counting(by_prosody, batches=3), SPEECH, "other", heard_dir, quiet=True
@@ -532,7 +532,7 @@ def test_salmonn_is_read_as_it_was_released(salmonn_options, tmp_path, monkeypat
     places = {part: tmp_path / part for part in ("encoder", *options)}
     for part, place in places.items():
         place.symlink_to(salmonn_options["name" if part == "encoder" else part])
-    gone = json.loads(json.dumps(encoder.identity()).replace(salmonn_options["name"], "/gone"))
+    gone = json.loads(json.dumps(encoder.metadata).replace(salmonn_options["name"], "/gone"))
     gone["options"].update(dict.fromkeys(options, "/gone"))
     again = extraction.encoder_from_metadata(
         extraction.with_new_paths(gone, {p: str(place) for p, place in places.items()})

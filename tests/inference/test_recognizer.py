@@ -138,11 +138,11 @@ def test_dialogues_of_one_utterance_and_no_dialogues(recognizer):
         ),
         ([{"txt": "a"}], "'txt': unknown, close to 'text'; allowed: dialogue"),
         ([{"text": 3}], "text: 3; allowed: text"),
-        ([{"text": "a\ud800"}], "allowed: text without null or broken characters"),
+        ([{"text": "a\ud800"}], "allowed: text without null or invalid characters"),
         ([{"audio": "a.wav", "audio_start": "soon"}], "audio_start: 'soon'; allowed: a number"),
         ([{"audio": "a.wav", "audio_start": 2, "audio_end": 1}], "audio_end: 1; allowed: more"),
         ([{"audio": "a.wav", "audio_channel": "up"}], "audio_channel: 'up'; allowed: mix"),
-        ([{"audio": "a.wav"}] * 2, "2 utterances name the recording 'a.wav', so each needs start"),
+        ([{"audio": "a.wav"}] * 2, "2 utterances have the recording 'a.wav', so each needs start"),
         ([{"audio": np.zeros((2, 5))}], r"audio: float64 \[2, 5\]; allowed: a file, or samples"),
         ([{"audio": np.zeros(5, np.int32)}], "audio: int32"),
         ([{"audio": np.full(5, np.nan)}], "audio: samples are not finite"),
@@ -232,7 +232,7 @@ def test_further_columns_do_not_change_predictions(workdir, recognizer, tmp_path
     plain = {"order": 0, "text": "so mad"}
     further = plain | {"speaker": "x", "duration": 3.5}
     corpora = [
-        read_manifest(write_call(tmp_path, [row]), shares=(0, 0, 1)) for row in (plain, further)
+        read_manifest(write_call(tmp_path, [row]), fractions=(0, 0, 1)) for row in (plain, further)
     ]
     assert dict(next(corpora[1].utterances())[1].metadata) == {"speaker": "x", "duration": "3.5"}
     rows = [

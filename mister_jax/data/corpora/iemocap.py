@@ -1,4 +1,7 @@
-"""IEMOCAP: dialogues of ten actors in pairs, with six or four emotions (10.1007/s10579-008-9076-6)."""
+"""IEMOCAP: dialogues of ten actors in pairs, with six or four emotions.
+
+See doi 10.1007/s10579-008-9076-6.
+"""
 
 import dataclasses
 import pathlib
@@ -158,7 +161,8 @@ def _read_dialogue(
         match = _TURN.fullmatch(line)
         if match is None:
             raise InputError(
-                f"{place}: {line[:60]!r}; needed: [start - end], id, label, [v, a, d], separated by tabs"
+                f"{place}: {line[:60]!r}; needed: [start - end], id, label, "
+                "[v, a, d], separated by tabs"
             )
         start, end, turn, label = match.groups()
         if not _is_turn(turn):

@@ -112,7 +112,8 @@ def read_meld(
             unused = sorted(clip for clip in clip_names - used if not clip.startswith("final_"))
             if unused:
                 notes.append(
-                    f"{split}: {len(unused)} clips without a row are ignored, for example {unused[0]}"
+                    f"{split}: {len(unused)} clips without a row are ignored, for example "
+                    f"{unused[0]}"
                 )
     corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
     return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)

@@ -1,4 +1,4 @@
-"""Checks of an utterance's fields, shared by manifests and by `predict`."""
+"""Checked fields of an utterance, shared by manifests and `mister-jax predict`."""
 
 import collections
 import difflib
@@ -30,36 +30,36 @@ FIELDS = (
     "split",
     "speaker",
 )
-"""Fields of an utterance; see `reader` for their meaning."""
+"""Names of the fields of an utterance; `reader` describes them."""
 
 Interval = tuple[float | None, float | None]
-"""Start and end in seconds; None stands for the beginning and the end of a recording."""
+"""Start and end in seconds; None means the beginning or the end of a recording."""
 
-_MISSPELLING_CUTOFF = 0.8  # Of difflib's similarity: "lable" has 0.8, "audio_strat" 0.9.
+_MISSPELLING_CUTOFF = 0.8  # Similarity of difflib: 0.8 for "lable", 0.9 for "audio_strat".
 
 # Numbers are stored as float32, where larger values become infinite.
 _MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 class Fields:
-    """The fields of one utterance, read by type.
+    """Fields of one utterance, with a method for each type of field.
 
-    Every method raises an `InputError` that names the place and the field if the value is not
-    allowed. Fields that are None, and texts that hold only white space, count as absent.
+    A method raises an `InputError` that names location and field if the value is not allowed.
+    Fields that are None, and texts that contain only white space, count as absent.
 
     Args:
-        place: Where the fields come from, the beginning of every error message.
-        values: Field names and values. Numbers may be given as text, as in a CSV file.
+        location: Origin of the fields, the beginning of every error message.
+        values: Values by field name. Numbers may be text, as in a CSV file.
     """
 
-    def __init__(self, place: str, values: Mapping[str, Any]) -> None:
-        self.place = place
+    def __init__(self, location: str, values: Mapping[str, Any]) -> None:
+        self.location = location
         self.values = values
 
     def fail(self, field: str, message: str) -> NoReturn:
-        """Raises an `InputError` of one line."""
-        # Values may hold line breaks.
-        raise InputError(f"{self.place}: {' '.join(f'{field}: {message}'.split())}")
+        """Raises an `InputError` of one line about a field."""
+        # Values may contain line breaks.
+        raise InputError(f"{self.location}: {' '.join(f'{field}: {message}'.split())}")
 
     def text(self, field: str) -> str | None:
         """Returns a text without surrounding white space, or None if it is absent."""
@@ -69,7 +69,7 @@ class Fields:
         if not isinstance(value, str):
             self.fail(field, f"{value!r}; allowed: text")
         if "\0" in value or not _is_encodable(value):
-            self.fail(field, f"{value!r}; allowed: text without null or broken characters")
+            self.fail(field, f"{value!r}; allowed: text without null or invalid characters")
         return value.strip() or None
 
     def line(self, field: str) -> str | None:
@@ -117,15 +117,15 @@ class Fields:
         """Returns the sentiment score, or None if it is absent."""
         return self.number("score", minimum=MIN_SCORE, maximum=MAX_SCORE)
 
-    def interval(self, first: str, last: str) -> Interval:
-        """Returns two times in seconds, each None if it is absent; the second is the later one."""
-        start, end = self.number(first, minimum=0), self.number(last, minimum=0)
+    def interval(self, start_field: str, end_field: str) -> Interval:
+        """Returns two times in seconds, None if absent; the second must be later than the first."""
+        start, end = self.number(start_field, minimum=0), self.number(end_field, minimum=0)
         if end is not None and end <= (start or 0):
-            self.fail(last, f"{end:g}; allowed: more than {first}")
+            self.fail(end_field, f"{end:g}; allowed: more than {start_field}")
         return start, end
 
     def channel(self) -> str | int:
-        """Returns `audio_channel`, "mix" if it is absent."""
+        """Returns `audio_channel`, "mix" if absent."""
         value = self.values.get("audio_channel")
         if value is None or value == "":
             return "mix"
@@ -135,75 +135,77 @@ class Fields:
             self.fail("audio_channel", str(error))
 
     def audio_interval(self) -> Interval:
-        """Returns `audio_start` and `audio_end`, which need a recording."""
+        """Returns `audio_start` and `audio_end`, which need `audio`."""
         start, end = self.interval("audio_start", "audio_end")
         if self.line("audio") is None and (start is not None or end is not None):
-            self.fail("audio", "missing; audio_start and audio_end are places in it")
+            self.fail("audio", "missing; audio_start and audio_end refer to it")
         return start, end
 
 
 def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
-    """Returns the seconds of its recording that each utterance is cut from.
+    """Returns the interval of its recording that each utterance is cut from.
 
-    These are `audio_start` and `audio_end`. An utterance without them that shares its recording
-    with another one is cut by `start` and `end`; without these it would hear what the others say.
+    This is `audio_start` to `audio_end`. If these are absent and several utterances have the same
+    recording, it is `start` to `end`. Without any times, each of them would contain the speech of
+    the others, which is an error.
 
     Args:
         rows: Fields of N utterances.
 
     Raises:
-        InputError: Several utterances would hear the whole of one recording.
+        InputError: Several utterances would use the same complete recording.
     """
     paths = [row.line("audio") for row in rows]
-    # The same file may be spelled differently.
+    # The same file may have several spellings.
     paths = [
         path if path is None else unicodedata.normalize("NFC", os.path.normpath(path))
         for path in paths
     ]
-    sounds = [(path, row.channel()) for path, row in zip(paths, rows, strict=True)]
-    num_rows, num_same_sound = collections.Counter(paths), collections.Counter(sounds)
+    channels = [(path, row.channel()) for path, row in zip(paths, rows, strict=True)]
+    num_path_rows = collections.Counter(paths)
+    num_channel_rows = collections.Counter(channels)
     intervals = []
-    for row, path, sound in zip(rows, paths, sounds, strict=True):
+    for row, path, channel in zip(rows, paths, channels, strict=True):
         interval = row.audio_interval()
-        if path is not None and num_rows[path] > 1 and interval == (None, None):
+        if path is not None and num_path_rows[path] > 1 and interval == (None, None):
             start, end = row.interval("start", "end")
             if start is not None and end is not None:
                 interval = start, end
-            elif num_same_sound[sound] > 1:
+            elif num_channel_rows[channel] > 1:
                 row.fail(
                     "start" if start is None else "end",
-                    f"missing; {num_rows[path]} utterances name the recording {path!r}, so each "
-                    "needs start and end, or audio_start and audio_end, to be cut out of it",
+                    f"missing; {num_path_rows[path]} utterances have the recording {path!r}, "
+                    "so each needs start and end, or audio_start and audio_end",
                 )
         intervals.append(interval)
     return intervals
 
 
-def check_further_name(row: Fields, name: str, names: Collection[str]) -> None:
-    """Checks the name of a further column, one that is not in `FIELDS`.
+def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
+    """Checks the name of an extra column, which is a column that is not in `FIELDS`.
 
     Args:
-        row: Where the name is, for the error.
-        name: The name.
-        names: All names of the row.
+        row: Row of the column, for the error.
+        name: Name of the column.
+        names: Names of all columns of the row.
 
     Raises:
-        InputError: The name is broken, or close to that of a field that is absent.
+        InputError: The name is not printable, or looks like a misspelled field that is absent.
     """
     if not name.isprintable():
-        row.fail(repr(name), "a broken name; allowed: printable text of one line")
+        row.fail(repr(name), "invalid name; allowed: printable text of one line")
     absent = [field for field in FIELDS if field not in names]
     close = difflib.get_close_matches(name.casefold(), absent, n=1, cutoff=_MISSPELLING_CUTOFF)
     if close:
         row.fail(
             repr(name),
-            f"unknown, close to {close[0]!r}; allowed: {', '.join(FIELDS)}, and further columns "
-            "whose names are not close to one of these",
+            f"unknown, close to {close[0]!r}; allowed: {', '.join(FIELDS)}, and extra columns "
+            "with names that are not close to these",
         )
 
 
 def _is_encodable(text: str) -> bool:
-    """Returns whether a text is free of lone surrogates, which UTF-8 cannot encode."""
+    """Returns whether UTF-8 can encode a text, so whether it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

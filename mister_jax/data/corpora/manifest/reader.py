@@ -3,23 +3,23 @@
     {"dialogue": "call 7", "utterance": 1, "order": 1, "audio": "call7/1.wav", "text": "Hello?"}
     {"dialogue": "call 7", "utterance": 2, "order": 2, "text": "You again!", "label": "anger"}
 
-Fields; one that is left out, null or empty is absent:
+Fields, which are absent if they are missing, null or empty:
 
 - `dialogue`, `utterance`: Ids, text or whole numbers. Utterance ids are unique in a dialogue.
-- `order`: A number; the utterances of a dialogue are read in its order. Or
-- `start`, `end`: Seconds from the beginning of the dialogue; `start` orders the utterances of a
-  dialogue without `order`. Where several rows name one recording, they are also the cut of it.
-- `audio`: A sound or video file, relative to the manifest's folder.
-- `audio_start`, `audio_end`: Seconds into that file where the utterance begins and ends, if its
-  clock is not that of `start` and `end`.
-- `audio_channel`: `mix` (default), `left`, `right`, or a channel's index from 0.
+- `order`: A number that orders the utterances of a dialogue.
+- `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
+  utterances. If several rows have the same recording, they also select the part of it.
+- `audio`: An audio or video file, relative to the folder of the manifest.
+- `audio_start`, `audio_end`: Start and end of the utterance in seconds into that file, if its
+  clock differs from that of `start` and `end`.
+- `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
-- `label`: An emotion; rows without one are context. `score`: A sentiment from -3 to 3.
-- `split`: `train`, `validation` or `test`, the same for a whole dialogue. If no row has one, the
-  dialogues are split at random, by `speaker` if the rows have it.
-- `speaker`: Who speaks. It only keeps speakers apart in random splits; no model reads it.
+- `label`: The emotion; rows without a label are context. `score`: The sentiment, -3 to 3.
+- `split`: `train`, `validation` or `test`, the same for all rows of a dialogue. If no row has a
+  split, dialogues are split at random, by `speaker` if the rows have one.
+- `speaker`: The speaker. Random splits keep speakers apart; no model reads this field.
 
-Further columns are kept as metadata: they travel to the output and no model reads them.
+Extra columns are kept as metadata: they are copied to the output, and no model reads them.
 """
 
 import collections
@@ -37,18 +37,18 @@ from mister_jax.data.corpora.manifest.fields import (
     Fields,
     Interval,
     audio_intervals,
-    check_further_name,
+    check_extra_column,
 )
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
 from mister_jax.data.labels import map_labels_flag, suspicious_labels
 from mister_jax.data.schema import SPLITS
-from mister_jax.data.splits import SHARES, overlap_note, random_splits
+from mister_jax.data.splits import DEFAULT_FRACTIONS, overlap_note, random_splits
 from mister_jax.errors import InputError
 
 FORMATS = (".jsonl", ".csv", ".tsv")
 
 DEFAULT_GROUP = "speaker"
-"""The column that random splits keep apart if it is present."""
+"""Column whose values random splits keep apart by default, if it is present."""
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -61,28 +61,29 @@ def read_manifest(
     check_labels: bool = True,
     group_by: str = "",
     seed: int = 0,
-    shares: Sequence[float] = SHARES,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> Corpus:
     """Reads and checks a manifest.
 
     Args:
-        source: The file, `.jsonl`, `.csv` or `.tsv`, UTF-8. The separator of a CSV file may be a
-            comma, a semicolon, a tab or a bar.
-        labels: Class names in their order; the sorted names in the file when left out.
-        label_map: Names in the file to class names; an empty class name makes the row unlabeled.
-            A name that is mapped to itself is not checked for looking like a mistake.
-        check_labels: Refuse labels that look like mistakes. Off where labels are not trained on.
-        group_by: Column whose values random splits keep apart, `speaker` or a further column.
-            By default `speaker` if the manifest has that column.
+        source: Path of the file, `.jsonl`, `.csv` or `.tsv` in UTF-8. The separator of a CSV file
+            may be a comma, a semicolon, a tab or a bar.
+        labels: Class names in their order; by default the sorted names in the file.
+        label_map: Map from names in the file to class names; an empty class name makes the row
+            unlabeled. A name that is mapped to itself may look like a mistake.
+        check_labels: Whether to reject labels that look like mistakes; not needed if no model is
+            trained on them.
+        group_by: Column whose values random splits keep apart, `speaker` or an extra column. By
+            default `speaker` if the manifest has that column.
         seed: Seed of the random split.
-        shares: Shares of the dialogues in the three splits.
+        fractions: Fractions of the dialogues in the three splits.
 
     Returns:
-        The corpus. An utterance's id is `DIALOGUE/UTTERANCE`; dialogues keep the order in which
-        they first appear.
+        The corpus. Utterance ids are `DIALOGUE/UTTERANCE`; dialogues are in the order of their
+        first rows.
 
     Raises:
-        InputError: The file or a row cannot be used; the message names file, row and field.
+        InputError: The file or a row is invalid; the message names file, row and field.
     """
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
@@ -92,7 +93,7 @@ def read_manifest(
         raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(FORMATS)}")
     for name in labels:
         if not name or [name.strip()] != name.splitlines() or labels.count(name) > 1:
-            raise InputError(f"labels: {name!r}; allowed: different names of one line each")
+            raise InputError(f"labels: {name!r}; allowed: unique names of one line")
     rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
     if not rows:
         raise InputError(f"{path}: no rows; at least one utterance is needed")
@@ -112,8 +113,8 @@ def read_manifest(
     if splits:
         note = overlap_note(groups, splits, group_by or DEFAULT_GROUP)
         notes += [note] if note else []
-    elif sum(share > 0 for share in shares) == 1:
-        (index,) = np.flatnonzero(shares)
+    elif sum(fraction > 0 for fraction in fractions) == 1:
+        (index,) = np.flatnonzero(fractions)
         splits = dict.fromkeys(dialogues, SPLITS[index])
     else:
         splits, note = random_splits(
@@ -123,7 +124,7 @@ def read_manifest(
             source=str(path),
             explicit=bool(group_by),
             seed=seed,
-            shares=shares,
+            fractions=fractions,
         )
         notes.append(note)
     return Corpus(
@@ -139,7 +140,7 @@ def read_manifest(
 
 
 class _Row(Fields):
-    """A row of a manifest; absent fields are left out."""
+    """Row of a manifest, without its absent fields."""
 
     def __init__(self, path: pathlib.Path, line_number: int, values: Mapping[str, Any]) -> None:
         super().__init__(f"{path}: row at line {line_number}", values)
@@ -147,12 +148,12 @@ class _Row(Fields):
         self.line_number = line_number
 
     def metadata(self) -> dict[str, str]:
-        """Returns the fields that no model reads: further columns, and the speaker."""
+        """Returns the fields that no model reads: extra columns, and the speaker."""
         metadata = {}
         for name, value in self.values.items():
             if name in FIELDS and name != DEFAULT_GROUP:
                 continue
-            check_further_name(self, name, self.values)
+            check_extra_column(self, name, self.values)
             if not isinstance(value, str):
                 metadata[name] = json.dumps(value)
             elif self.text(name) is not None:
@@ -163,13 +164,13 @@ class _Row(Fields):
         """Returns the utterance of the row.
 
         Args:
-            interval: Seconds into the recording where the utterance begins and ends.
-            label_map: Names in the file to class names.
+            interval: Interval of the recording.
+            label_map: Map from names in the file to class names.
         """
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.line("audio")
         if text is None and audio is None:
-            self.fail("audio", "missing, and text too; a row needs one of them")
+            self.fail("audio", "missing, and text too; needed: one of them")
         start, end = self.interval("start", "end")
         label = self.line("label")
         recording = None
@@ -187,12 +188,12 @@ class _Row(Fields):
         )
 
     def position(self) -> float:
-        """Returns what orders the row in its dialogue."""
+        """Returns the number that orders the row in its dialogue."""
         order = self.number("order")
         if order is None:
             order = self.number("start")
         if order is None:
-            self.fail("order", "missing, and start too; one of them orders the dialogue")
+            self.fail("order", "missing, and start too; needed: one of them")
         return order
 
     def split(self) -> str | None:
@@ -204,7 +205,7 @@ class _Row(Fields):
 
 
 def _cut_notes(rows: Sequence[_Row], intervals: Sequence[Interval]) -> list[str]:
-    """Returns a note if utterances are cut by `start` and `end`."""
+    """Returns a note if `start` and `end` select parts of recordings."""
     paths = [
         row.line("audio")
         for row, interval in zip(rows, intervals, strict=True)
@@ -213,8 +214,8 @@ def _cut_notes(rows: Sequence[_Row], intervals: Sequence[Interval]) -> list[str]
     if not paths:
         return []
     return [
-        f"{len(paths)} utterances cut by start and end out of {len(set(paths))} recordings that "
-        "several rows name"
+        f"{len(paths)} utterances cut by start and end from {len(set(paths))} recordings that "
+        "several rows have"
     ]
 
 
@@ -224,7 +225,7 @@ def _check_labels(
     labels: Sequence[str],
     label_map: Mapping[str, str],
 ) -> None:
-    """Fails at the first row whose label is not allowed or looks like a mistake."""
+    """Raises InputError for the first label that is not allowed or looks like a mistake."""
     counts = collections.Counter(turn.label for turn in utterances if turn.label is not None)
     suspicious = {
         name: (problem, fix)
@@ -248,21 +249,21 @@ def _check_labels(
 def _groups(
     rows: Sequence[_Row], utterances: Sequence[Utterance], group_by: str
 ) -> dict[str, set[str]]:
-    """Returns by dialogue the values of a column, `speaker` if `group_by` is empty."""
+    """Returns for each dialogue the values of a column, `speaker` if `group_by` is empty."""
     groups: dict[str, set[str]] = collections.defaultdict(set)
     for row, utterance in zip(rows, utterances, strict=True):
         value = utterance.metadata.get(group_by or DEFAULT_GROUP)
         if value is not None:
             groups[row.id("dialogue")].add(value)
         elif group_by:
-            row.fail(group_by, "missing, and dialogues are grouped by it; needed: in each row")
+            row.fail(group_by, "missing, and dialogues are grouped by it; needed: in all rows")
     return dict(groups)
 
 
 def _dialogues(
     rows: Sequence[_Row], utterances: Sequence[Utterance]
 ) -> tuple[dict[str, Dialogue], dict[str, str]]:
-    """Returns the dialogues by id, and their splits if the rows name any."""
+    """Returns the dialogues by id, and their splits if the rows have any."""
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
     has_order: dict[str, bool] = {}
@@ -270,7 +271,9 @@ def _dialogues(
     first = rows[0]
     for row, utterance in zip(rows, utterances, strict=True):
         if utterance.id in line_of:
-            row.fail("utterance", f"repeats the row at line {line_of[utterance.id]}; ids differ")
+            row.fail(
+                "utterance", f"repeats the row at line {line_of[utterance.id]}; needed: unique ids"
+            )
         line_of[utterance.id] = row.line_number
         dialogue, position, split = row.id("dialogue"), row.position(), row.split()
         ordered = row.number("order") is not None
@@ -278,12 +281,15 @@ def _dialogues(
             row.fail("order", "in some rows of the dialogue; allowed: in all or none")
         if position in turns.setdefault(dialogue, {}):
             field = "order" if ordered else "start"
-            row.fail(field, f"{position:g} repeated in its dialogue; places differ")
+            row.fail(field, f"{position:g} repeated in its dialogue; needed: unique numbers")
         turns[dialogue][position] = utterance
         if (split is None) != (first.split() is None):
             row.fail("split", "in some rows; allowed: in all or none")
         if splits.setdefault(dialogue, split) != split:
-            row.fail("split", f"{split!r}, {splits[dialogue]!r} before; a dialogue has one")
+            row.fail(
+                "split",
+                f"{split!r}, but {splits[dialogue]!r} in another row; allowed: one per dialogue",
+            )
     dialogues = {
         name: Dialogue(name, tuple(by_position[position] for position in sorted(by_position)))
         for name, by_position in turns.items()
@@ -292,7 +298,7 @@ def _dialogues(
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
-    # Not splitlines: JSON text may hold the other line separators of Unicode.
+    # Not splitlines, because JSON text may contain other line separators of Unicode.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -301,19 +307,19 @@ def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
             pairs = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", type(error).__name__)
-            raise InputError(f"{row}: not JSON ({reason}); needed: one object a line") from error
+            raise InputError(f"{row}: not JSON ({reason}); needed: one object per line") from error
         if not isinstance(pairs, _Pairs):
-            raise InputError(f"{row}: not an object; needed: one object a line")
+            raise InputError(f"{row}: not an object; needed: one object per line")
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                Fields(row, {}).fail(repr(name), "repeated; fields differ")
+                Fields(row, {}).fail(repr(name), "repeated; needed: unique fields")
             values[name] = value
         yield _Row(path, number, {key: value for key, value in values.items() if value is not None})
 
 
 class _Pairs(list):
-    """The fields of a JSON object, including repeated ones."""
+    """Fields of a JSON object, including repeated ones."""
 
 
 def _csv(path: pathlib.Path) -> Iterator[_Row]:
@@ -328,17 +334,17 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
         first = Fields(f"{path}: row at line 1", {})
         for name in header:
             if name not in FIELDS:
-                check_further_name(first, name, header)
+                check_extra_column(first, name, header)
             if header.count(name) > 1:
-                first.fail(name, "repeated column; columns differ")
+                first.fail(name, "repeated column; needed: unique columns")
         for values in reader:
             if not values:
                 continue
             if len(values) != len(header):
                 raise InputError(
                     f"{path}: row at line {reader.line_num}: {len(values)} fields; "
-                    f"needed: {len(header)}, one for each column (separated by "
-                    f"{_DELIMITERS[delimiter]}, as the header)"
+                    f"needed: {len(header)}, one per column (separated by "
+                    f"{_DELIMITERS[delimiter]}, as in the header)"
                 )
             fields = {name: value for name, value in zip(header, values, strict=True) if value}
             yield _Row(path, reader.line_num, fields)
@@ -347,11 +353,11 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
 
 
 def _delimiter(text: str) -> str:
-    """Returns the separator that finds the most known fields in the first line."""
+    """Returns the separator that splits the first line into most fields of `FIELDS`."""
     line = text.partition("\n")[0]
 
     def num_fields(delimiter: str) -> int:
         names = {name.strip().strip('"') for name in line.split(delimiter)}
         return len(names.intersection(FIELDS))
 
-    return max(_DELIMITERS, key=num_fields)  # The first one, a comma, if none finds more.
+    return max(_DELIMITERS, key=num_fields)  # The first one, a comma, if there is a tie.

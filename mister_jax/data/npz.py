@@ -1,0 +1,333 @@
+"""Reads utterance features from NumPy archives, with checks of every array."""
+
+import collections
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+from etils import epath
+
+from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
+from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED, DialogueFeatures
+from mister_jax.data.splits import overlap_note, random_splits
+from mister_jax.errors import InputError
+
+_REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
+_OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
+_NEEDED = (
+    f"needed: {', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}; "
+    f"optional: {', '.join(_OPTIONAL)}"
+)
+
+# Features of any unit are smaller. The squares of larger values overflow in float32.
+_MAX_FEATURE = 1e15
+
+# Allowed letters of NumPy's `dtype.kind`, and their meaning.
+_NUMBER = ("iuf", "numbers")
+_INTEGER = ("iu", "integers")
+_FLOAT = ("f", "floats")
+_TEXT = ("US", "text")
+_ID = ("USiu", "text or integers")
+_BOOLEAN = ("biu", "booleans")
+
+
+def read_npz(
+    path: epath.PathLike, *, group_by: str = "", seed: int = 0
+) -> dict[str, DialogueFeatures]:
+    """Reads and checks the utterance features of a NumPy archive.
+
+    The archive contains one row per utterance, in any order, in these arrays:
+
+    - `speech` [N, Ds], `text` [N, Dt]: Floats; at least one of them. float16 is kept, other dtypes
+      become float32.
+    - `label` [N]: Integers, -1 for an unlabeled utterance, otherwise an index into `class_names`.
+    - `class_names` [C]: Text.
+    - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
+    - `position` [N]: Numbers that order the utterances of a dialogue.
+    - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances of a
+      dialogue. By default, dialogues are split at random.
+    - `speaker` [N], optional: Text or integers. Random splits keep speakers apart; no model reads
+      them.
+    - `score` [N], optional: Floats from -3 to 3, NaN where there is none.
+    - `speech_present`, `text_present` [N], optional: False where an utterance lacks the modality;
+      its features are ignored and become zero. All true by default.
+
+    Other arrays are ignored.
+
+    Args:
+        path: Path of the npz file.
+        group_by: Name of the array whose values random splits keep apart; by default `speaker` if
+            the file contains it.
+        seed: Seed of the random split.
+
+    Returns:
+        The splits that have utterances. Dialogues are in the order of their first rows, utterances
+        in the order of their positions. The metadata contains the origin of the features, and
+        `notes` for the user.
+
+    Raises:
+        InputError: The file or one of its rows cannot be used.
+    """
+    archive = _Archive(pathlib.Path(path), extra_arrays=(group_by,) if group_by else ())
+    class_names = archive.class_names()
+    position = archive.column("position", _NUMBER)
+    archive.check("position", np.isfinite(position), "not finite", position)
+    label = archive.column("label", _INTEGER)
+    allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
+    archive.check("label", (label >= UNLABELED) & (label < len(class_names)), allowed, label)
+    score = archive.column("score", _FLOAT) if "score" in archive.arrays else None
+    if score is not None:
+        score = score.astype(np.float32)
+        valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
+        allowed = f"allowed: {MIN_SCORE:g} to {MAX_SCORE:g}, or NaN for no score"
+        archive.check("score", valid, allowed, score)
+    speech, speech_present = archive.modality("speech")
+    text, text_present = archive.modality("text")
+
+    # Dialogues are numbered in the order of their first rows; sorting by number keeps that order.
+    ids, first_rows, inverse = np.unique(
+        archive.text("dialogue", _ID), return_index=True, return_inverse=True
+    )
+    by_first_row = np.argsort(first_rows)
+    ids, dialogue = ids[by_first_row], np.argsort(by_first_row)[inverse]
+    split, notes = archive.splits(ids, dialogue, group_by, seed)
+    order = np.lexsort((position, dialogue))
+    archive.check_dialogues(order, ids[dialogue], position, split)
+
+    metadata = {"source": archive.path.name, "sha256": archive.sha256(), "notes": notes}
+    splits = {}
+    for name in SPLITS:
+        rows = order[split[order] == name]
+        if len(rows) == 0:
+            continue
+        members, lengths = np.unique(dialogue[rows], return_counts=True)
+        splits[name] = DialogueFeatures(
+            name=archive.path.stem,
+            split=name,
+            class_names=class_names,
+            dialogue_ids=tuple(ids[members].tolist()),
+            lengths=lengths,
+            utterance_ids=archive.utterance[rows],
+            speech=speech[rows],
+            text=text[rows],
+            speech_present=speech_present[rows],
+            text_present=text_present[rows],
+            label=label[rows].astype(np.int32),
+            score=None if score is None else score[rows],
+            metadata=dict(metadata),
+        )
+    return splits
+
+
+class _Archive:
+    """Arrays of an npz file, with checks whose errors name file, array and row."""
+
+    def __init__(self, path: pathlib.Path, extra_arrays: Sequence[str] = ()) -> None:
+        self.path = path
+        self._extra_arrays = extra_arrays
+        self.arrays = self._read()
+        self.utterance = self._strings("utterance", self._array("utterance", 1, _ID))
+        if len(self.utterance) == 0:
+            self.fail("utterance", "no rows; at least one utterance is needed")
+        _, first_rows, inverse = np.unique(self.utterance, return_index=True, return_inverse=True)
+        is_first = first_rows[inverse] == np.arange(len(self.utterance))
+        self.check("utterance", is_first, "repeated; utterance ids must be unique", self.utterance)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file")
+        try:
+            # The file is opened here, because NumPy does not close a damaged archive.
+            with self.path.open("rb") as file:
+                return self._load(file)
+        except PermissionError as error:
+            raise InputError(f"{self.path}: no permission to read it") from error
+
+    def _load(self, file: BinaryIO) -> dict[str, np.ndarray]:
+        # zipfile, zlib and NumPy raise many types of errors for a damaged file.
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except Exception as error:
+            raise InputError(
+                f"{self.path}: not an npz file, or damaged; needed: an npz file with the arrays "
+                f"{', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}"
+            ) from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
+        with archive:
+            missing = [
+                name for name in (*_REQUIRED, *self._extra_arrays) if name not in archive.files
+            ]
+            if not any(name in archive.files for name in MODALITIES):
+                missing.append(" or ".join(MODALITIES))
+            if missing:
+                raise InputError(f"{self.path}: no array {', '.join(missing)}; {_NEEDED}")
+            arrays = {}
+            for name in (*_REQUIRED, *MODALITIES, *_OPTIONAL, *self._extra_arrays):
+                try:
+                    if name in archive.files:
+                        arrays[name] = archive[name]
+                except Exception as error:
+                    raise InputError(
+                        f"{self.path}: {name}: damaged, or an array of Python objects; "
+                        "allowed: arrays of numbers, booleans or text"
+                    ) from error
+        return arrays
+
+    def fail(self, name: str, message: str) -> NoReturn:
+        """Raises an InputError of one line about the array `name`."""
+        # Ids and names from the file may contain line breaks.
+        raise InputError(f"{self.path}: {name}: {' '.join(message.splitlines())}")
+
+    def check(self, name: str, is_valid: np.ndarray, message: str, values: np.ndarray) -> None:
+        """Raises an InputError about the first row where `is_valid` [N] is false."""
+        for row in np.flatnonzero(~is_valid):
+            self.fail(
+                name, f"row {row} (utterance {self.utterance[row]}): {values[row]!s}: {message}"
+            )
+
+    def column(self, name: str, kind: tuple[str, str]) -> np.ndarray:
+        """Returns the array [N] of this name."""
+        return self._array(name, 1, kind, rows=len(self.utterance))
+
+    def text(self, name: str, kind: tuple[str, str]) -> np.ndarray:
+        """Returns the array [N] of this name as text."""
+        return self._strings(name, self.column(name, kind))
+
+    def modality(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns features [N, D], zero where absent, and presence [N].
+
+        A modality that the file lacks has one dimension of zeros and is absent everywhere.
+        """
+        if name not in self.arrays:
+            rows = len(self.utterance)
+            return np.zeros((rows, 1), np.float32), np.zeros(rows, bool)
+        features = self._array(name, 2, _FLOAT, rows=len(self.utterance))
+        if features.shape[1] == 0:
+            self.fail(name, "no columns; at least one feature is needed")
+        flag = f"{name}_present"
+        present = np.ones(len(features), bool)
+        if flag in self.arrays:
+            values = self.column(flag, _BOOLEAN)
+            self.check(flag, (values == 0) | (values == 1), "allowed: false and true", values)
+            present = values.astype(bool)
+        if features.dtype != np.float16:
+            with np.errstate(over="ignore"):
+                features = features.astype(np.float32)
+        features = np.where(present[:, None], features, features.dtype.type(0))
+        limit = min(_MAX_FEATURE, float(np.finfo(features.dtype).max))
+        plausible = np.abs(features) <= limit  # False for NaN.
+        self.check(
+            name,
+            plausible.all(axis=1),
+            f"allowed: finite {features.dtype} of at most {limit:g}, or {flag} false",
+            # The first invalid value of each row, for the message.
+            features[np.arange(len(features)), np.argmin(plausible, axis=1)],
+        )
+        return features, present
+
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the checked class names."""
+        names = self._strings("class_names", self._array("class_names", 1, _TEXT)).tolist()
+        if not names:
+            self.fail("class_names", "empty; at least one class is needed")
+        for name in names:
+            # TFDS stores the names in a text file, one per line.
+            if [name.strip()] != name.splitlines():
+                self.fail("class_names", f"{name!r}; allowed: one line without surrounding spaces")
+            if names.count(name) > 1:
+                self.fail("class_names", f"{name!r} repeated; class names must be unique")
+        counts = collections.Counter(dict.fromkeys(names, 0))
+        counts.update(names[label] for label in self._labels(len(names)))
+        for name, problem, fix in suspicious_labels(counts):
+            if fix:  # A class may be called "none", because the file names the classes.
+                self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
+        return tuple(names)
+
+    def _labels(self, num_classes: int) -> list[int]:
+        """Returns the labels that name a class."""
+        label = self.column("label", _INTEGER)
+        return label[(label >= 0) & (label < num_classes)].tolist()
+
+    def splits(
+        self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
+    ) -> tuple[np.ndarray, list[str]]:
+        """Returns the split of each utterance [N], and notes for the user.
+
+        Args:
+            ids: Dialogue ids [M].
+            dialogue: Index of each utterance's dialogue [N].
+            group_by: Array whose values random splits keep apart; `speaker` if empty.
+            seed: Seed of the random split.
+        """
+        group_name = group_by or "speaker"
+        groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
+        if group_name in self.arrays:
+            for index, group in zip(dialogue, self.text(group_name, _ID).tolist(), strict=True):
+                groups[str(ids[index])].add(group)
+        if "split" not in self.arrays:
+            lengths = dict(zip(ids.tolist(), np.bincount(dialogue).tolist(), strict=True))
+            by_dialogue, note = random_splits(
+                lengths,
+                groups,
+                name=group_name,
+                source=str(self.path),
+                explicit=bool(group_by),
+                seed=seed,
+            )
+            return np.array([by_dialogue[name] for name in ids.tolist()])[dialogue], [note]
+        split = self.text("split", _TEXT)
+        self.check("split", np.isin(split, SPLITS), f"allowed: {', '.join(SPLITS)}", split)
+        by_dialogue = dict(zip(ids[dialogue].tolist(), split.tolist(), strict=True))
+        note = overlap_note(groups, by_dialogue, group_name)
+        return split, [note] if note else []
+
+    def check_dialogues(
+        self, order: np.ndarray, dialogue: np.ndarray, position: np.ndarray, split: np.ndarray
+    ) -> None:
+        """Raises InputError if a dialogue has two splits or two utterances of the same position.
+
+        Args:
+            order: Rows sorted by dialogue and position, [N].
+            dialogue: Dialogue id of each row, [N].
+            position: Position of each row, [N].
+            split: Split of each row, [N].
+        """
+        before, after = order[:-1], order[1:]
+        same_dialogue = dialogue[before] == dialogue[after]
+        is_valid = np.ones(len(order), bool)
+        is_valid[after] = ~(same_dialogue & (position[before] == position[after]))
+        self.check(
+            "position", is_valid, "repeated in its dialogue; positions must differ", position
+        )
+        is_valid[after] = ~(same_dialogue & (split[before] != split[after]))
+        self.check("split", is_valid, "another row of its dialogue has another split", split)
+
+    def sha256(self) -> str:
+        """Returns the hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _array(
+        self, name: str, ndim: int, kind: tuple[str, str], rows: int | None = None
+    ) -> np.ndarray:
+        array = self.arrays[name]
+        letters, meaning = kind
+        if array.ndim != ndim:
+            self.fail(name, f"{array.ndim} dimensions; allowed: {ndim}")
+        if rows is not None and len(array) != rows:
+            self.fail(name, f"{len(array)} rows; allowed: {rows}, as in utterance")
+        if array.dtype.kind not in letters:
+            self.fail(name, f"type {array.dtype}; allowed: {meaning}")
+        return array
+
+    def _strings(self, name: str, array: np.ndarray) -> np.ndarray:
+        try:
+            strings = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+            strings = strings.astype(str)
+            "".join(strings.tolist()).encode()
+        except (UnicodeError, ValueError):
+            self.fail(name, "not text; allowed: UTF-8")
+        return strings

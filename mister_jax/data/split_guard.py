@@ -1,0 +1,33 @@
+"""The guard that keeps training from opening the test split.
+
+`training.loop.train` runs under `training_splits_only`. All functions of this package that open a
+split of a dataset call `check_split_allowed` first.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+TRAINING_SPLITS = ("train", "validation")
+
+_is_training = contextvars.ContextVar("is_training", default=False)
+
+
+@contextlib.contextmanager
+def training_splits_only() -> Iterator[None]:
+    """Makes opening any split but `TRAINING_SPLITS` an error; also a function decorator."""
+    token = _is_training.set(True)
+    try:
+        yield
+    finally:
+        _is_training.reset(token)
+
+
+def check_split_allowed(split: str) -> None:
+    """Raises RuntimeError if training opens a split that it must not see.
+
+    Args:
+        split: Name of the split that is about to be opened.
+    """
+    if _is_training.get() and split not in TRAINING_SPLITS:
+        raise RuntimeError(f"training opens split {split!r}; allowed: {', '.join(TRAINING_SPLITS)}")
