@@ -1,1 +1,1 @@
-"""Experiments as `ml_collections` configs; each file has `get_config(argument)`."""
+"""Experiments as `ml_collections` configs; each module has a function `get_config`."""

@@ -1,17 +1,22 @@
-"""MiSTER-E on dialogue features.
+"""Trains MiSTER-E on dialogue features (stage 2).
 
-    python -m launch.train --config=configs/fusion.py:DATASET[,VARIANT...] --workdir=DIR
+    mister-jax train --config=fusion:DATASET[,VARIANT...] --workdir=DIR
 
-DATASET is `mosi_features`, `meld_dev_features`, or the name of any dataset of dialogue features
-that `launch.prepare` has made.
+DATASET is the name of a dataset of dialogue features, from `mister-jax extract` or `prepare`. The
+variants are the keys of `VARIANTS`. All datasets use one recipe, which was chosen by
+cross-validation on the training and validation dialogues of `meld_dev_features`.
 
-Test weighted F1, epoch chosen on validation, seeds 0, 1, 2 at once, mean +- standard deviation:
+Hardware: two CPU cores. The 100 epochs of `paper` take 19 minutes on `mosi_features` and 27 minutes
+on `meld_dev_features`, with other programs running.
+
+Result, test weighted F1, best epoch on validation, mean +- standard deviation of seeds 0, 1, 2:
 
                       meld_dev_features   mosi_features
     default             0.619 +- 0.003    0.772 +- 0.004
     paper, seed 0       0.591             0.770
 
-Ablations by `launch.ablate`, with `--config.data.num_buckets=1`, which makes other batches:
+Ablations from `mister-jax ablate --config.num_seeds=3 --config.data.num_buckets=1`, which changes
+the batches:
 
                       meld_dev_features   mosi_features
     default             0.605 +- 0.007    0.769 +- 0.006
@@ -24,14 +29,8 @@ Ablations by `launch.ablate`, with `--config.data.num_buckets=1`, which makes ot
     majority            0.612 +- 0.017    0.771 +- 0.006
     no_context          0.616 +- 0.011    0.761 +- 0.004
 
-On these two small sets the cross-modal expert trained alone does not fall behind the mixture, and
-neither the contrastive nor the agreement loss, the gate or the context network shows a gain that
-the deviations would bear out.
-`paper`'s 100 epochs take 19 minutes on `mosi_features`, 27 on `meld_dev_features` (two CPU cores,
-with other work going on).
-
-The recipe was chosen by cross-validation on the training and validation dialogues of
-`meld_dev_features`, and is one for all datasets.
+On these two small datasets, the cross-modal expert alone does not score below the mixture, and
+neither the losses, the gate nor the context network shows a gain beyond the standard deviation.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -41,12 +40,12 @@ from mister_jax.models import MisterEConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks.config import config_from_dataclass
 
-_OF_THE_DATA = ("num_classes", "speech_dim", "text_dim")
+_SET_BY_DATASET = ("num_classes", "speech_dim", "text_dim")
 
 
 def _released(config: ConfigDict) -> None:
-    """The recipe of the released code, at its sizes."""
-    config.model = config_from_dataclass(MisterEConfig, without=_OF_THE_DATA)
+    """Sets the recipe and sizes of the released code."""
+    config.model = config_from_dataclass(MisterEConfig, without=_SET_BY_DATASET)
     config.optimizer = config_from_dataclass(OptimizerConfig)
     config.train.epochs = 100
     config.data.batch_size = 8
@@ -77,7 +76,7 @@ def _without(part: str):
 
 
 def _no_context(config: ConfigDict) -> None:
-    """The speech and the text expert read each utterance by itself, through one Linear."""
+    """Reduces the speech and text experts to one linear layer per utterance."""
     config.model.kernel_sizes = ()
     config.model.gru_layers = 0
 
@@ -95,21 +94,21 @@ VARIANTS = {
 }
 
 ABLATIONS = {
-    "default": "the config as given",
-    "speech_only": "the speech expert alone",
-    "text_only": "the text expert alone",
-    "fusion_only": "the cross-modal expert alone",
+    "default": "unchanged config",
+    "speech_only": "speech expert only",
+    "text_only": "text expert only",
+    "fusion_only": "cross-modal expert only",
     "no_contrastive": "no contrastive loss",
     "no_kl": "no agreement loss",
-    "mean_of_experts": "no gate: the experts' mean",
-    "majority": "no gate: the experts' vote",
+    "mean_of_experts": "mean of the experts instead of the gate",
+    "majority": "majority vote of the experts instead of the gate",
     "no_context": "no context network",
 }
-"""The variants that `launch.ablate` compares, and what is changed in each."""
+"""Variants that `mister-jax ablate` compares, and what each changes."""
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:
-    """The experiment for "DATASET[,VARIANT...]"; variants apply in the order given."""
+    """Returns the config for "DATASET[,VARIANT...]"; variants are applied in order."""
     dataset, *variants = argument.split(",")
     config = ConfigDict()
     config.task = "fusion"
@@ -121,16 +120,16 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "data_dir": "",
             "batch_size": 8,
             "num_buckets": 7,
-            # "auto" standardizes the modalities whose dimensions differ much in scale; "none",
-            # "speech", "text" or "speech,text" decide it by hand.
+            # "auto": standardize the modalities whose dimensions differ much in scale. Also
+            # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",
-            # Of the order of batches; None is config.seed.
+            # Seed of the order of batches; config.seed if None.
             "seed": config_dict.placeholder(int),
         }
     )
     config.model = config_from_dataclass(
         MisterEConfig,
-        without=_OF_THE_DATA,
+        without=_SET_BY_DATASET,
         context_dim=128,
         kernel_sizes=(1,),
         gru_layers=1,
@@ -165,7 +164,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(
-                f"configs/fusion.py: unknown variant {variant!r}; allowed are {', '.join(VARIANTS)}"
+                f"configs/fusion.py: unknown variant {variant!r}; allowed: {', '.join(VARIANTS)}"
             )
         VARIANTS[variant](config)
     return config

@@ -1,22 +1,25 @@
-"""A speech encoder, fine-tuned on the utterances of a corpus (stage 1 of MiSTER-E).
+"""Fine-tunes a speech encoder on single utterances of a corpus (stage 1).
 
-    python -m launch.train --config=configs/speech_encoder.py:DATASET,ENCODER --workdir=DIR
+    mister-jax train --config=speech_encoder:DATASET,ENCODER --workdir=DIR
 
-DATASET is one of `DATASETS` or the name of a dataset that `launch.prepare` has made. ENCODER is one
-of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from disk. Crops are random in
-training only; validation, test and extraction read the same 30 s of an utterance.
+DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
-Small encoders are tuned whole; the LLMs by LoRA, what they hear through frozen. Qwen2-Audio's is as
-released (rank 16, alpha 8 on queries and keys of the language model). SALMONN's is its own (rank 8,
-alpha 32 on queries and values), and tuned further. It comes in four checkpoints:
+Small encoders are tuned completely, LLMs by LoRA with frozen audio towers. Qwen2-Audio has the
+recipe of the released code: rank 16, alpha 8, on queries and keys of the language model. SALMONN
+continues from its own low-rank paths: rank 8, alpha 32, on queries and values. Random crops are used
+in training only.
+
+SALMONN consists of four checkpoints, each a file, a folder, or for Whisper and Vicuna a name on the
+Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format; convert it to safetensors.
 
     --config.encoder.options.name=salmonn_7b_v0.pth
     --config.encoder.options.whisper=openai/whisper-large-v2
     --config.encoder.options.beats=BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt
     --config.encoder.options.vicuna=FOLDER
 
-Each is the place of a file or folder, or for Whisper and Vicuna a name on the Hugging Face Hub;
-Vicuna 7B v1.5 is there in PyTorch's format only, and has to be converted to safetensors.
+Hardware: for the LLMs eight TPU v5e chips or four v5p according to XLA's memory analysis, or, judging
+by their size, one GPU with 80 GB. No LLM was trained.
 """
 
 from ml_collections import ConfigDict
@@ -61,11 +64,11 @@ ENCODERS = LLMS | SMALL
 
 
 def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
-    """The experiment for "DATASET,ENCODER"."""
+    """Returns the config for "DATASET,ENCODER"."""
     dataset, _, encoder = argument.partition(",")
     if encoder not in ENCODERS:
         raise InputError(
-            f"configs/speech_encoder.py: encoder {encoder!r}; allowed are {', '.join(ENCODERS)}"
+            f"configs/speech_encoder.py: encoder {encoder!r}; allowed: {', '.join(ENCODERS)}"
         )
     large = encoder in LLMS
     config = ConfigDict()

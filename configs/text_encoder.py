@@ -1,12 +1,21 @@
-"""A text encoder, fine-tuned on the utterances of a corpus (stage 1 of MiSTER-E).
+"""Fine-tunes a text encoder on single utterances of a corpus (stage 1).
 
-    python -m launch.train --config=configs/text_encoder.py:DATASET,ENCODER --workdir=DIR
+    mister-jax train --config=text_encoder:DATASET,ENCODER --workdir=DIR
 
-DATASET is one of `DATASETS` or the name of a dataset that `launch.prepare` has made. ENCODER is one
-of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from disk.
+DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
-The LLMs are tuned by LoRA as released: rank 8, alpha 32 on queries and values, AdamW 1e-5. Small
-encoders are tuned whole.
+LLMs are tuned by LoRA with the recipe of the released code: rank 8, alpha 32, on queries and values,
+AdamW with learning rate 1e-5. Small encoders are tuned completely.
+
+Hardware: two CPU cores for MiniLM. For the LLMs eight TPU v5e chips or four v5p according to XLA's
+memory analysis, or, judging by their size, one GPU with 80 GB. No LLM was trained.
+
+Result, weighted F1 of the text expert (`fusion:NAME,text_only`) on MELD's text, one seed:
+
+                              validation   test
+    MiniLM as released        0.547        0.577
+    meld,minilm_l6            0.584        0.619
 """
 
 from ml_collections import ConfigDict
@@ -40,11 +49,11 @@ ENCODERS = LLMS | SMALL
 
 
 def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
-    """The experiment for "DATASET,ENCODER"."""
+    """Returns the config for "DATASET,ENCODER"."""
     dataset, _, encoder = argument.partition(",")
     if encoder not in ENCODERS:
         raise InputError(
-            f"configs/text_encoder.py: encoder {encoder!r}; allowed are {', '.join(ENCODERS)}"
+            f"configs/text_encoder.py: encoder {encoder!r}; allowed: {', '.join(ENCODERS)}"
         )
     large = encoder in LLMS
     config = ConfigDict()

@@ -98,7 +98,7 @@ WRONG_USES = {
             "DIR/nowhere: no dataset 'x'; available: none"
         ),
         "--config=configs/text_encoder.py:meld,bert --workdir=DIR/run": (
-            "encoder 'bert'; allowed are"
+            "encoder 'bert'; allowed:"
         ),
         "--config=fusion:x --config.data.data_dir=DIR/data --workdir=DIR/old": (
             "DIR/old: written by another version of mister_jax; train it again"
