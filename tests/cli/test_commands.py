@@ -54,7 +54,7 @@ WRONG_USES = {
     "prepare": {
         "--corpus=tv": "--corpus=tv; allowed: iemocap, meld",
         "--corpus=iemocap --data_dir=DIR": "--source is needed with --corpus=iemocap. IEMOC",
-        "--corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: the",
+        "--corpus=mosi --source=DIR/nowhere --data_dir=DIR": "no such folder; needed: a",
         "--inspect=meld/text --data_dir=DIR/empty": "no dataset 'meld/text'; available: none",
     },
     "extract": {
@@ -88,7 +88,7 @@ WRONG_USES = {
             "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\" instead"
         ),
         "--config=configs/fusion.py:x --config.model.wide=3 --workdir=DIR/new": (
-            "--config.model.wide: no such field; allowed: attention_dropout, attention_heads, "
+            "--config.model.wide: no such field; allowed: attention_dim, attention_dropout, "
         ),
         "--config=configs/fusion.py:x,paper --config.optimizer.beta_1=3 --workdir=DIR/new": (
             "--config.optimizer.beta_1: no such field; allowed: average_decay, b1, b2, "
