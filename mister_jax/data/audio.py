@@ -127,7 +127,6 @@ def decode_many(
     *,
     num_workers: int,
     max_seconds: float | None = None,
-    on_done: Callable[[int], None] | None = None,
 ) -> Iterator[Clip | AudioError]:
     """Decodes recordings in parallel processes, in the order of the requests.
 
@@ -138,7 +137,6 @@ def decode_many(
         requests: Recordings and cuts.
         num_workers: Number of processes; with 0 this process decodes.
         max_seconds: See `decode`.
-        on_done: Called with the number of results before each is yielded.
 
     Yields:
         A clip or an error for each request.
@@ -158,15 +156,12 @@ def decode_many(
     results = ordered_map(decode_group, groups(), num_workers=num_workers)
 
     def flat_results() -> Iterator[Clip | AudioError]:
-        num_done = 0
         for result in results:
             group = pending.popleft()
-            has_crashed = isinstance(result, WorkerCrashError)
-            for clip in _decode_one_by_one(group, decode_group) if has_crashed else result:
-                num_done += 1
-                if on_done is not None:
-                    on_done(num_done)
-                yield clip
+            if isinstance(result, WorkerCrashError):
+                yield from _decode_one_by_one(group, decode_group)
+            else:
+                yield from result
 
     return flat_results()
 

@@ -109,9 +109,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabeled."),
             "speech_present": tfds.features.Scalar(np.bool_),
             "text_present": tfds.features.Scalar(np.bool_),
-            "metadata": tfds.features.Text(
-                doc="JSON object of extra columns; no model reads it."
-            ),
+            "metadata": tfds.features.Text(doc="JSON object of extra columns; no model reads it."),
         }
         if self.scored:
             utterance["score"] = tfds.features.Scalar(np.float32, doc="Sentiment, or NaN.")

@@ -1,4 +1,4 @@
-"""Recordings of many formats as samples, cuts of them, and what is wrong with broken ones."""
+"""Decoding of recordings: formats, cuts, channels, broken files and parallel processes."""
 
 import os
 import pathlib
@@ -21,7 +21,7 @@ from mister_jax.errors import InputError
 ROOT = pathlib.Path(__file__).parents[2]
 RATE = audio.SAMPLE_RATE
 
-# Name of a file, its codec, rate and channels. All hold a tone of 440 Hz.
+# File name -> codec, sample rate and channel layout. Each file holds a tone of 440 Hz.
 FORMATS = {
     "mono.wav": ("pcm_s16le", 16_000, "mono"),
     "telephone.wav": ("pcm_s16le", 8_000, "mono"),
@@ -38,7 +38,7 @@ FORMATS = {
 
 
 def tone(seconds: float, rate: int, hertz: float = 440.0, amplitude: float = 8000.0) -> np.ndarray:
-    """[N] int16 tone that grows, so that no part of it is like another."""
+    """Returns a tone [N] int16 with growing amplitude, so that no two parts are equal."""
     time = np.arange(round(seconds * rate)) / rate
     growth = (1 + time / seconds) / 2
     return np.rint(growth * amplitude * np.sin(2 * np.pi * hertz * time)).astype(np.int16)
@@ -55,7 +55,7 @@ def write(
     format: str | None = None,
     options: dict[str, str] | None = None,
 ) -> pathlib.Path:
-    """Encodes `channels` [C, N] int16."""
+    """Encodes channels [C, N] int16 to a file."""
     with av.open(str(path), "w", format=format, options=options or {}) as container:
         if with_picture:
             picture = container.add_stream("mpeg4", rate=25)
@@ -82,7 +82,7 @@ def write(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """A file of 6.5 s in each of `FORMATS`."""
+    """Returns a file of 6.5 s in each of `FORMATS`."""
     folder = tmp_path_factory.mktemp("audio")
     return {
         name: write(
@@ -103,7 +103,7 @@ def wav(path: pathlib.Path, samples: np.ndarray, rate: int = RATE) -> pathlib.Pa
 
 
 def level(samples: np.ndarray) -> float:
-    """Root mean square."""
+    """Returns the root mean square of samples."""
     return float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
 
 
@@ -113,11 +113,11 @@ def peak_frequency(samples: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_keeps_its_tone_its_loudness_and_its_length(files, name):
+def test_every_format_preserves_tone_level_and_length(files, name):
     clip = decode(files[name])
     assert clip.samples.dtype == np.int16
     assert clip.samples.ndim == 1
-    # Coders of blocks fill the last one.
+    # Codecs that work in blocks pad the last one.
     assert len(clip.samples) / RATE == pytest.approx(6.5, abs=0.025)
     assert clip.seconds == len(clip.samples) / RATE
     assert peak_frequency(clip.samples) == pytest.approx(440, abs=0.3)
@@ -126,12 +126,12 @@ def test_every_format_keeps_its_tone_its_loudness_and_its_length(files, name):
     assert not clip.damaged
 
 
-def test_samples_at_the_right_rate_are_not_touched(tmp_path):
+def test_samples_at_16_khz_are_unchanged(tmp_path):
     samples = np.random.default_rng(0).integers(-32768, 32767, 5000).astype(np.int16)
     np.testing.assert_array_equal(decode(wav(tmp_path / "a.wav", samples)).samples, samples)
 
 
-def test_a_file_may_be_given_as_its_bytes(files):
+def test_file_content_is_decoded_like_the_file(files):
     for name in ("disc.flac", "film.mp4"):
         in_memory = decode(files[name].read_bytes())
         np.testing.assert_array_equal(in_memory.samples, decode(files[name]).samples)
@@ -141,29 +141,29 @@ def test_a_file_may_be_given_as_its_bytes(files):
 @pytest.mark.parametrize(
     ("start", "end"), [(None, 0.7), (0.51, 0.7), (3.33333, 3.9), (4.00001, None), (5, 90)]
 )
-def test_a_cut_is_that_part_of_the_whole(files, name, start, end):
-    whole = decode(files[name]).samples
+def test_cut_equals_part_of_entire_recording(files, name, start, end):
+    samples = decode(files[name]).samples
     cut = decode(files[name], start=start, end=end)
-    expected = whole[round((start or 0) * RATE) : None if end is None else round(end * RATE)]
+    expected = samples[round((start or 0) * RATE) : None if end is None else round(end * RATE)]
     assert len(cut.samples) == len(expected)
     assert cut.seconds == len(expected) / RATE
     np.testing.assert_allclose(cut.samples, expected, atol=100 if "aac" in FORMATS[name] else 1)
 
 
-def test_a_cut_of_a_long_recording_jumps_to_it(tmp_path, monkeypatch):
+def test_cut_of_long_recording_seeks(tmp_path, monkeypatch):
     silence = np.zeros((400 * 8000, 2), np.int16)
     num_frames = 0
     original = audio_reader.AudioReader._timed_frames
 
-    def counted(self, lead):
+    def count_frames(self, lead):
         nonlocal num_frames
         for frame in original(self, lead):
             num_frames += 1
             yield frame
 
-    monkeypatch.setattr(audio_reader.AudioReader, "_timed_frames", counted)
+    monkeypatch.setattr(audio_reader.AudioReader, "_timed_frames", count_frames)
     unsigned = tmp_path / "unsigned.wav"
-    with wave.open(str(unsigned), "wb") as file:  # Read by FFmpeg.
+    with wave.open(str(unsigned), "wb") as file:  # decoded by FFmpeg
         file.setnchannels(2)
         file.setsampwidth(1)
         file.setframerate(8000)
@@ -171,16 +171,16 @@ def test_a_cut_of_a_long_recording_jumps_to_it(tmp_path, monkeypatch):
     for path in (wav(tmp_path / "signed.wav", silence, 8000), unsigned):
         num_frames = 0
         assert decode(path, start=390, end=391).seconds == 1
-        jumped, num_frames = num_frames, 0
+        num_frames_of_cut, num_frames = num_frames, 0
         decode(path)
-        assert 0 < jumped < num_frames / 50
+        assert 0 < num_frames_of_cut < num_frames / 50
 
 
 @pytest.mark.parametrize(
     ("channel", "share"),
     [("FL", 0.207), ("FR", 0.207), ("FC", 0.293), ("LFE", 0.0), ("BL", 0.146), ("BR", 0.146)],
 )
-def test_the_voice_in_the_centre_of_5_1_is_heard_most(tmp_path, channel, share):
+def test_center_of_5_1_has_largest_mixing_weight(tmp_path, channel, share):
     channels = np.zeros((6, RATE), np.int16)
     channels[["FL", "FR", "FC", "LFE", "BL", "BR"].index(channel)] = tone(1, RATE)
     path = write(tmp_path / "a.flac", channels, "flac", RATE, "5.1")
@@ -188,7 +188,7 @@ def test_the_voice_in_the_centre_of_5_1_is_heard_most(tmp_path, channel, share):
 
 
 @pytest.mark.parametrize("channels", range(1, 9))
-def test_channels_without_a_place_are_averaged(tmp_path, channels):
+def test_channels_without_position_are_averaged(tmp_path, channels):
     samples = np.zeros((RATE, channels), np.int16)
     samples[:, -1] = tone(1, RATE)
     path = wav(tmp_path / "a.wav", samples)
@@ -196,7 +196,7 @@ def test_channels_without_a_place_are_averaged(tmp_path, channels):
 
 
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
-def test_the_mean_of_channels_does_not_depend_on_how_samples_are_stored(tmp_path, codec):
+def test_mean_of_channels_does_not_depend_on_sample_format(tmp_path, codec):
     channels = np.zeros((3, RATE), np.int16)
     channels[2] = tone(1, RATE, amplitude=30000)
     path = write(tmp_path / "a.wav", channels, codec, RATE, "3 channels")
@@ -207,51 +207,51 @@ def test_the_mean_of_channels_does_not_depend_on_how_samples_are_stored(tmp_path
 
 @pytest.mark.parametrize("layout", ["stereo", "5.1", "7.1"])
 @pytest.mark.parametrize("rate", [RATE, 44_100])
-def test_full_scale_in_every_channel_neither_overflows_nor_gets_quieter(tmp_path, layout, rate):
+def test_full_scale_in_every_channel_neither_overflows_nor_is_attenuated(tmp_path, layout, rate):
     square = np.where(np.arange(rate) // (rate // 50) % 2, 32767, -32768).astype(np.int16)
     channels = np.tile(square, (av.AudioLayout(layout).nb_channels, 1))
     path = write(tmp_path / "a.flac", channels, "flac", rate, layout)
     samples = decode(path).samples.astype(int)
     assert level(samples) > 32000
-    assert np.sum(np.diff(np.sign(samples)) != 0) == 49  # An overflow would change the sign.
+    assert np.sum(np.diff(np.sign(samples)) != 0) == 49  # an overflow would change the sign
 
 
 @pytest.mark.parametrize("seconds", [0.25, 0.5])
-def test_a_long_recording_is_capped_and_told(files, seconds):
+def test_long_recording_is_capped_and_reports_its_length(files, seconds):
     for name in ("film.mp4", "disc.mp3"):
-        whole, clip = decode(files[name]), decode(files[name], max_seconds=seconds)
+        uncapped, clip = decode(files[name]), decode(files[name], max_seconds=seconds)
         assert clip.capped
-        assert clip.seconds == whole.seconds
-        np.testing.assert_array_equal(clip.samples, whole.samples[: round(seconds * RATE)])
+        assert clip.seconds == uncapped.seconds
+        np.testing.assert_array_equal(clip.samples, uncapped.samples[: round(seconds * RATE)])
 
 
-def test_a_cut_is_capped_from_its_start(files):
+def test_cut_is_capped_from_its_start(files):
     clip = decode(files["disc.flac"], start=2, end=5, max_seconds=1)
-    whole = decode(files["disc.flac"]).samples
-    np.testing.assert_array_equal(clip.samples, whole[2 * RATE : 3 * RATE])
+    samples = decode(files["disc.flac"]).samples
+    np.testing.assert_array_equal(clip.samples, samples[2 * RATE : 3 * RATE])
     assert (clip.seconds, clip.capped) == (3, True)
 
 
 @pytest.mark.parametrize(("max_seconds", "capped"), [(0.999, True), (1, False), (1e9, False)])
-def test_a_recording_of_just_the_cap_is_not_capped(tmp_path, max_seconds, capped):
+def test_recording_of_exactly_max_seconds_is_not_capped(tmp_path, max_seconds, capped):
     clip = decode(wav(tmp_path / "a.wav", tone(1, RATE)), max_seconds=max_seconds)
     assert clip.capped == capped
     assert clip.seconds == 1
 
 
 @pytest.mark.parametrize(("count", "rate"), [(1, RATE), (1024, RATE), (3072, 48_000)])
-def test_very_short_recordings_are_kept(tmp_path, count, rate):
+def test_very_short_recordings_are_decoded(tmp_path, count, rate):
     samples = np.full(count, 1000, np.int16)
     clip = decode(wav(tmp_path / "a.wav", samples, rate))
     assert len(clip.samples) == count * RATE // rate
 
 
-def test_a_clip_of_three_blocks_of_aac_is_kept(tmp_path):
+def test_three_blocks_of_aac_are_decoded(tmp_path):
     path = write(tmp_path / "a.mp4", tone(0.064, 48_000)[None], "aac", 48_000, "mono")
     assert decode(path).seconds == pytest.approx(0.064, abs=0.022)
 
 
-def test_a_stream_that_changes_its_format_is_followed(tmp_path):
+def test_stream_may_change_its_format(tmp_path):
     parts = [
         write(
             tmp_path / f"{rate}.aac",
@@ -264,15 +264,15 @@ def test_a_stream_that_changes_its_format_is_followed(tmp_path):
         for rate, channels, layout in ((48_000, 2, "stereo"), (22_050, 1, "mono"))
     ]
     clip = decode(b"".join(parts))
-    apart = [decode(part).samples for part in parts]
-    assert clip.seconds == pytest.approx(sum(map(len, apart)) / RATE, abs=0.1)
+    part_samples = [decode(part).samples for part in parts]
+    assert clip.seconds == pytest.approx(sum(map(len, part_samples)) / RATE, abs=0.1)
     assert peak_frequency(clip.samples[-RATE // 2 :]) == pytest.approx(440, abs=2)
 
 
-def broken(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, tuple]:
-    """Name -> (a file or path that cannot be decoded, why)."""
+def write_broken_files(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, tuple]:
+    """Returns by name a source that cannot be decoded, and the expected reason."""
 
-    def put(name: str, content: bytes) -> pathlib.Path:
+    def write_bytes(name: str, content: bytes) -> pathlib.Path:
         (folder / name).write_bytes(content)
         return folder / name
 
@@ -287,12 +287,12 @@ def broken(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, tu
         "folder": (folder, Reason.UNREADABLE),
         "no path": ("a\0b.wav", Reason.UNREADABLE),
         "pipe": (pipe, Reason.UNREADABLE),
-        "empty": (put("empty.wav", b""), Reason.EMPTY),
+        "empty": (write_bytes("empty.wav", b""), Reason.EMPTY),
         "no bytes": (b"", Reason.EMPTY),
-        "text": (put("text.wav", b"This is a text.\nNot a sound.\n"), Reason.FORMAT),
-        "noise": (put("noise.mp4", bytes(range(1, 256)) * 9), Reason.FORMAT),
-        "truncated": (put("truncated.mp4", film[: len(film) // 2]), Reason.FORMAT),
-        "web": (put("list.wav", b"#EXTM3U\n#EXTINF:9,\nhttp://localhost:9/a.wav\n"), None),
+        "text": (write_bytes("text.wav", b"This is a text.\nNot a sound.\n"), Reason.FORMAT),
+        "noise": (write_bytes("noise.mp4", bytes(range(1, 256)) * 9), Reason.FORMAT),
+        "truncated": (write_bytes("truncated.mp4", film[: len(film) // 2]), Reason.FORMAT),
+        "web": (write_bytes("list.wav", b"#EXTM3U\n#EXTINF:9,\nhttp://localhost:9/a.wav\n"), None),
         "no audio": (silent, Reason.NO_AUDIO),
         "no samples": (header, Reason.NO_SAMPLES),
     }
@@ -316,8 +316,8 @@ BROKEN = (
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_cannot_be_decoded_is_one_error_with_its_reason(tmp_path, capfd, files, name):
-    source, reason = broken(tmp_path, files)[name]
+def test_undecodable_source_raises_one_error_with_its_reason(tmp_path, capfd, files, name):
+    source, reason = write_broken_files(tmp_path, files)[name]
     with pytest.raises(AudioError) as caught:
         decode(source)
     error = caught.value
@@ -326,15 +326,15 @@ def test_what_cannot_be_decoded_is_one_error_with_its_reason(tmp_path, capfd, fi
     if name != "no bytes":
         assert str(error).startswith(f"{source}: {error.reason}")
     assert "\n" not in str(error)
-    again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.reason) == (str(error), error.reason)
+    unpickled = pickle.loads(pickle.dumps(error))
+    assert (str(unpickled), unpickled.reason) == (str(error), error.reason)
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("start", "end"), [(-1, None), (2, 1), (1, 1), (float("nan"), None), (0, float("nan")), (7, 9)]
 )
-def test_a_cut_outside_the_recording_is_refused(files, start, end):
+def test_cut_outside_recording_is_refused(files, start, end):
     for name in ("disc.flac", "film.mp4", "disc.mp3"):
         with pytest.raises(AudioError) as caught:
             decode(files[name], start=start, end=end)
@@ -342,9 +342,9 @@ def test_a_cut_outside_the_recording_is_refused(files, start, end):
 
 
 @pytest.mark.parametrize("start", [None, 239])
-def test_what_is_not_kept_takes_no_memory(tmp_path, start):
+def test_discarded_samples_take_no_memory(tmp_path, start):
     path = wav(tmp_path / "a.wav", np.ones(240 * RATE, np.int16))
-    decode(path, end=1)  # What is loaded once does not count.
+    decode(path, end=1)  # loads libraries before memory is traced
     tracemalloc.start()
     clip = decode(path, start=start, max_seconds=1)
     peak = tracemalloc.get_traced_memory()[1]
@@ -354,14 +354,14 @@ def test_what_is_not_kept_takes_no_memory(tmp_path, start):
 
 
 @pytest.mark.parametrize("max_seconds", [0, -1, float("nan")])
-def test_a_cap_that_is_not_positive_is_refused(files, max_seconds):
+def test_nonpositive_max_seconds_is_refused(files, max_seconds):
     with pytest.raises(ValueError, match="max_seconds"):
         decode(files["mono.wav"], max_seconds=max_seconds)
     with pytest.raises(ValueError, match="max_seconds"):
         decode_many([], num_workers=0, max_seconds=max_seconds)
 
 
-def test_a_damaged_recording_gives_what_is_left_and_says_so(tmp_path, capfd):
+def test_damaged_recording_is_decoded_partially_and_marked(tmp_path, capfd):
     options = {"movflags": "faststart"}
     path = tmp_path / "a.mp4"
     write(path, tone(4, 48_000)[None], "aac", 48_000, "mono", options=options)
@@ -388,7 +388,7 @@ def test_a_damaged_recording_gives_what_is_left_and_says_so(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFF_FFFF, 0x7FFF_F000, 0xFFFF_FFFF])
-def test_a_wav_file_of_unannounced_length_is_not_damaged(tmp_path, size):
+def test_wav_file_of_open_length_is_not_damaged(tmp_path, size):
     content = bytearray(wav(tmp_path / "a.wav", tone(1, RATE)).read_bytes())
     content[40:44] = size.to_bytes(4, "little")
     clip = decode(bytes(content))
@@ -397,43 +397,39 @@ def test_a_wav_file_of_unannounced_length_is_not_damaged(tmp_path, size):
 
 @pytest.fixture
 def requests(tmp_path, files) -> list[DecodeRequest]:
-    """Recordings, cuts and broken files."""
-    bad = broken(tmp_path, files)
+    """Returns requests of recordings, cuts and broken files."""
+    broken_files = write_broken_files(tmp_path, files)
     return [
         *(DecodeRequest(path) for path in files.values()),
-        *(DecodeRequest(bad[name][0]) for name in BROKEN),
+        *(DecodeRequest(broken_files[name][0]) for name in BROKEN),
         DecodeRequest(files["disc.flac"], start=1, end=2),
         DecodeRequest(files["disc.flac"].read_bytes()),
         DecodeRequest(files["disc.flac"], start=9),
     ]
 
 
-def described(result: Clip | AudioError) -> tuple:
+def comparable(result: Clip | AudioError) -> tuple:
     if isinstance(result, AudioError):
         return (str(result), result.reason)
     return (result.samples.tobytes(), result.seconds, result.capped, result.damaged)
 
 
-def test_parallel_is_serial_in_order(requests, capfd):
-    serial = [described(result) for result in decode_many(requests, num_workers=0, max_seconds=2)]
-    done: list[int] = []
-    parallel = decode_many(iter(requests), num_workers=2, max_seconds=2, on_done=done.append)
-    assert [described(result) for result in parallel] == serial
-    assert done == list(range(1, len(requests) + 1))
+def test_parallel_results_equal_serial_results_in_order(requests, capfd):
+    serial = [comparable(result) for result in decode_many(requests, num_workers=0, max_seconds=2)]
+    parallel = decode_many(iter(requests), num_workers=2, max_seconds=2)
+    assert [comparable(result) for result in parallel] == serial
     assert capfd.readouterr().err == ""
 
 
-def killed_by_the_second(requests, max_seconds: float | None) -> list[Clip | AudioError]:
+def crash_at_second_cut(requests, max_seconds: float | None) -> list[Clip | AudioError]:
     if any(request.start == 2 for request in requests):
         os.kill(os.getpid(), signal.SIGKILL)
     return audio._decode_cuts(requests, max_seconds)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_recording_that_kills_its_process_is_an_error_among_clips(
-    files, monkeypatch, num_workers
-):
-    monkeypatch.setattr(audio, "_decode_cuts", killed_by_the_second)
+def test_crash_of_decoder_is_an_error_of_its_recording_only(files, monkeypatch, num_workers):
+    monkeypatch.setattr(audio, "_decode_cuts", crash_at_second_cut)
     requests = [DecodeRequest(files["disc.flac"], start, start + 1) for start in (1, 2, 3, 4)]
     results = list(decode_many(requests, num_workers=num_workers))
     assert [type(result) for result in results] == [Clip, AudioError, Clip, Clip]
@@ -442,26 +438,26 @@ def test_a_recording_that_kills_its_process_is_an_error_among_clips(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_requests_are_taken_only_a_little_ahead(files, num_workers):
-    taken = 0
+def test_number_of_requests_taken_ahead_is_bounded(files, num_workers):
+    num_taken = 0
 
     def requests():
-        nonlocal taken
-        while taken < 30:
-            taken += 1
+        nonlocal num_taken
+        while num_taken < 30:
+            num_taken += 1
             yield DecodeRequest(files["mono.wav"])
 
     for index, _ in enumerate(decode_many(requests(), num_workers=num_workers)):
-        assert taken - index <= max(1, QUEUED_PER_WORKER * num_workers)
-    assert taken == 30
+        assert num_taken - index <= max(1, QUEUED_PER_WORKER * num_workers)
+    assert num_taken == 30
 
 
-def modules(requests, max_seconds: float | None) -> list[list[str]]:
+def loaded_modules(requests, max_seconds: float | None) -> list[list[str]]:
     decode(requests[0].source, max_seconds=max_seconds)
     return [sorted(sys.modules)]
 
 
-def test_pyav_is_loaded_only_where_something_is_decoded(files):
+def test_pyav_is_imported_only_in_decoding_process(files):
     program = (
         "import sys\n"
         "from mister_jax.data import audio, workers\n"
@@ -473,20 +469,20 @@ def test_pyav_is_loaded_only_where_something_is_decoded(files):
     subprocess.run([sys.executable, "-c", program, files["mono.wav"]], cwd=ROOT, check=True)
 
 
-def test_workers_need_neither_jax_nor_tensorflow(files, monkeypatch):
-    monkeypatch.setattr(audio, "_decode_cuts", modules)
-    (loaded,) = decode_many([DecodeRequest(files["mono.wav"])], num_workers=1)
-    assert "av" in loaded
-    assert not {"jax", "flax", "tensorflow"} & set(loaded)
+def test_workers_import_neither_jax_nor_tensorflow(files, monkeypatch):
+    monkeypatch.setattr(audio, "_decode_cuts", loaded_modules)
+    (modules,) = decode_many([DecodeRequest(files["mono.wav"])], num_workers=1)
+    assert "av" in modules
+    assert not {"jax", "flax", "tensorflow"} & set(modules)
 
 
-def test_only_int16_is_written(tmp_path):
+def test_encode_wav_refuses_other_dtypes_and_shapes(tmp_path):
     for samples in (np.zeros(3), np.zeros((2, 2, 2), np.int16)):
         with pytest.raises(ValueError, match="allowed: int16"):
             audio.encode_wav(tmp_path / "a.wav", samples)
 
 
-def test_the_documentation_lists_the_formats():
+def test_documentation_lists_formats():
     page = (ROOT / "docs" / "your_own_data.md").read_text()
     for name, (codec, rate, layout) in FORMATS.items():
         assert f"| `{name}` | {codec} | {rate} | {layout} |\n" in page

@@ -1,4 +1,4 @@
-"""Cuts by time come from the player's clock: holes, sound that starts late, channels, one pass."""
+"""Times are those of a player: gaps, late audio, channels, and cuts in a single pass."""
 
 import pathlib
 import time
@@ -15,27 +15,27 @@ CODECS = {"webm": "libopus", "mkv": "aac", "ts": "aac", "mp4": "aac", "mka": "fl
 
 
 def staircase(seconds: int, rate: int) -> np.ndarray:
-    """Returns [N] int16 whose second k is a tone of 300 + 200 k Hz."""
+    """Returns samples [N] int16 whose second k is a tone of 300 + 200 k Hz."""
     second = np.arange(rate) / rate
     tones = [np.sin(2 * np.pi * (300 + 200 * k) * second) for k in range(seconds)]
     return np.rint(8000 * np.concatenate(tones)).astype(np.int16)
 
 
-def hertz(samples: np.ndarray) -> float:
+def peak_frequency(samples: np.ndarray) -> float:
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
     return float(np.argmax(spectrum)) * RATE / len(samples)
 
 
-def write(path, *, hole=(), late=0.0, picture=False, seconds=8, rate=48_000):
-    """Writes a staircase of tones whose packets within `hole` seconds are left out.
+def write_staircase(path, *, gap=(), late=0.0, picture=False, seconds=8, rate=48_000):
+    """Writes a staircase of tones without the packets in a gap.
 
     Args:
-        path: The file; its ending chooses format and codec.
-        hole: Start and end in seconds of the player's clock.
-        late: Seconds after the picture at which sound starts.
-        picture: Add a picture that lasts from the beginning to the end.
+        path: File, whose suffix selects format and codec.
+        gap: Start and end of the gap in seconds of the player's clock.
+        late: Seconds by which audio starts after the video.
+        picture: Whether to add a video of the same length.
         seconds: Length of the staircase.
-        rate: Samples a second.
+        rate: Sample rate in Hz.
     """
     with av.open(str(path), "w") as container:
         sound = container.add_stream(CODECS[path.suffix[1:]], rate=rate, layout="mono")
@@ -61,66 +61,72 @@ def write(path, *, hole=(), late=0.0, picture=False, seconds=8, rate=48_000):
         packets.sort(key=lambda packet: packet.dts * packet.time_base)
         for packet in packets:
             is_sound = packet.stream.index == sound.index
-            if not (is_sound and hole and hole[0] <= packet.pts * packet.time_base < hole[1]):
+            if not (is_sound and gap and gap[0] <= packet.pts * packet.time_base < gap[1]):
                 container.mux(packet)
     return path
 
 
 @pytest.fixture(scope="module")
-def holes(tmp_path_factory):
-    """Files in which the sound of seconds 2 to 4 is missing, by ending."""
-    folder = tmp_path_factory.mktemp("holes")
+def files_with_gap(tmp_path_factory):
+    """Returns files without audio from 2 s to 4 s, by suffix."""
+    folder = tmp_path_factory.mktemp("gaps")
     return {
-        ending: write(folder / f"hole.{ending}", hole=(2, 4)) for ending in CODECS if ending != "ts"
-    } | {"ts": write(folder / "hole.ts", hole=(2, 4), picture=True)}
+        ending: write_staircase(folder / f"gap.{ending}", gap=(2, 4))
+        for ending in CODECS
+        if ending != "ts"
+    } | {"ts": write_staircase(folder / "gap.ts", gap=(2, 4), picture=True)}
 
 
 @pytest.mark.parametrize("ending", CODECS)
-def test_a_hole_between_time_stamps_is_silence(holes, ending):
-    whole = decode(holes[ending])
-    assert whole.seconds == pytest.approx(8, abs=0.06)
-    assert any(note in ("2.0 s missing", "1.9 s missing") for note in whole.notes), whole.notes
+def test_gap_between_time_stamps_is_silence(files_with_gap, ending):
+    clip = decode(files_with_gap[ending])
+    assert clip.seconds == pytest.approx(8, abs=0.06)
+    assert any(note in ("2.0 s missing", "1.9 s missing") for note in clip.notes), clip.notes
     for second in (0, 1, 4, 5, 6, 7):
-        heard = hertz(whole.samples[int((second + 0.25) * RATE) : int((second + 0.75) * RATE)])
-        assert heard == pytest.approx(300 + 200 * second, abs=5)
-    assert np.abs(whole.samples[int(2.3 * RATE) : int(3.7 * RATE)]).max() < 50
+        frequency = peak_frequency(
+            clip.samples[int((second + 0.25) * RATE) : int((second + 0.75) * RATE)]
+        )
+        assert frequency == pytest.approx(300 + 200 * second, abs=5)
+    assert np.abs(clip.samples[int(2.3 * RATE) : int(3.7 * RATE)]).max() < 50
 
 
 @pytest.mark.parametrize("ending", CODECS)
-def test_a_cut_behind_a_hole_is_that_part_of_the_whole(holes, ending):
-    whole = decode(holes[ending])
+def test_cut_after_gap_equals_part_of_entire_recording(files_with_gap, ending):
+    clip = decode(files_with_gap[ending])
     for start, end in ((5.25, 5.75), (2.5, 3.5), (3.5, 4.5), (1.0, 6.0)):
-        cut = decode(holes[ending], start=start, end=end)
-        expected = whole.samples[round(start * RATE) : round(end * RATE)]
-        # AAC fills bands with noise, which differs each time.
+        cut = decode(files_with_gap[ending], start=start, end=end)
+        expected = clip.samples[round(start * RATE) : round(end * RATE)]
+        # AAC decoders synthesize noise, which differs each time.
         np.testing.assert_allclose(cut.samples, expected, atol=100 if ending != "mka" else 1)
-    assert hertz(decode(holes[ending], start=5.25, end=5.75).samples) == pytest.approx(1300, abs=5)
-    assert decode(holes[ending], start=5.25, end=5.75).notes == ()
+    assert peak_frequency(
+        decode(files_with_gap[ending], start=5.25, end=5.75).samples
+    ) == pytest.approx(1300, abs=5)
+    assert decode(files_with_gap[ending], start=5.25, end=5.75).notes == ()
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "mov"])
-def test_sound_that_starts_after_the_picture_is_preceded_by_silence(tmp_path, ending):
-    path = write(tmp_path / f"late.{ending}", late=1.0, picture=True)
-    whole = decode(path)
-    assert whole.notes == ("audio starts 1.0 s late",)
-    assert whole.seconds == pytest.approx(8, abs=0.06)
-    assert not whole.samples[: int(0.9 * RATE)].any()
+def test_audio_that_starts_after_video_is_preceded_by_silence(tmp_path, ending):
+    path = write_staircase(tmp_path / f"late.{ending}", late=1.0, picture=True)
+    clip = decode(path)
+    assert clip.notes == ("audio starts 1.0 s late",)
+    assert clip.seconds == pytest.approx(8, abs=0.06)
+    assert not clip.samples[: int(0.9 * RATE)].any()
     for start in (1.25, 5.25):
         cut = decode(path, start=start, end=start + 0.5)
-        assert hertz(cut.samples) == pytest.approx(300 + 200 * int(start), abs=5)
-        expected = whole.samples[int(start * RATE) : int((start + 0.5) * RATE)]
+        assert peak_frequency(cut.samples) == pytest.approx(300 + 200 * int(start), abs=5)
+        expected = clip.samples[int(start * RATE) : int((start + 0.5) * RATE)]
         np.testing.assert_allclose(cut.samples, expected, atol=100)
     assert len(decode(path, start=0.25, end=0.5).samples) == RATE // 4
 
 
-def test_sound_alone_begins_with_its_first_sample(tmp_path):
-    # Players show no silence where there is nothing else to wait for.
-    whole = decode(write(tmp_path / "late.mp4", late=1.0))
-    assert whole.notes == ()
-    assert hertz(whole.samples[RATE // 4 : RATE * 3 // 4]) == pytest.approx(500, abs=5)
+def test_audio_without_video_begins_with_its_first_sample(tmp_path):
+    # Players do not wait for a video that does not exist.
+    clip = decode(write_staircase(tmp_path / "late.mp4", late=1.0))
+    assert clip.notes == ()
+    assert peak_frequency(clip.samples[RATE // 4 : RATE * 3 // 4]) == pytest.approx(500, abs=5)
 
 
-def test_late_packets_do_not_shift_what_follows(tmp_path):
+def test_late_packets_do_not_shift_later_audio(tmp_path):
     path = tmp_path / "network.mka"
     samples, last = staircase(8, RATE), -1
     with av.open(str(path), "w") as container:
@@ -137,10 +143,12 @@ def test_late_packets_do_not_shift_what_follows(tmp_path):
                 container.mux(packet)
     clip = decode(path)
     assert clip.seconds == pytest.approx(8, abs=0.1)
-    assert hertz(clip.samples[int(7.25 * RATE) : int(7.75 * RATE)]) == pytest.approx(1700, abs=5)
+    assert peak_frequency(clip.samples[int(7.25 * RATE) : int(7.75 * RATE)]) == pytest.approx(
+        1700, abs=5
+    )
 
 
-def test_a_clock_that_was_set_is_no_silence(tmp_path):
+def test_clock_reset_is_not_filled_with_silence(tmp_path):
     path = tmp_path / "joined.mka"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("flac", rate=RATE, layout="mono")
@@ -159,7 +167,7 @@ def test_a_clock_that_was_set_is_no_silence(tmp_path):
 
 @pytest.fixture(scope="module")
 def stereo(tmp_path_factory):
-    """A file whose left channel is a tone of 500 Hz, the right one of 900 Hz."""
+    """Returns a file with a tone of 500 Hz on the left and of 900 Hz on the right."""
     time = np.arange(2 * RATE) / RATE
     tones = [np.rint(8000 * np.sin(2 * np.pi * pitch * time)) for pitch in (500, 900)]
     path = tmp_path_factory.mktemp("stereo") / "call.wav"
@@ -170,22 +178,22 @@ def stereo(tmp_path_factory):
 @pytest.mark.parametrize(
     ("channel", "pitch"), [("left", 500), ("right", 900), (0, 500), (1, 900), ("1", 900)]
 )
-def test_one_channel_is_read(stereo, channel, pitch):
+def test_selected_channel_is_read(stereo, channel, pitch):
     samples = decode(stereo, channel=channel).samples
     time = np.arange(2 * RATE) / RATE
     np.testing.assert_array_equal(samples, np.rint(8000 * np.sin(2 * np.pi * pitch * time)))
 
 
-def test_a_channel_that_is_absent_is_an_error(stereo):
+def test_missing_channel_is_refused(stereo):
     with pytest.raises(AudioError, match=r"no such channel \(2 of 2 channels\)") as caught:
         decode(stereo, channel=2)
     assert caught.value.reason == Reason.NO_CHANNEL
-    for wrong in ("middle", -1, 1.5, True, None):
+    for invalid in ("middle", -1, 1.5, True, None):
         with pytest.raises(ValueError, match="allowed: mix, left, right, or the index"):
-            decode(stereo, channel=wrong)
+            decode(stereo, channel=invalid)
 
 
-def test_composed_and_decomposed_file_names_are_the_same_name(tmp_path):
+def test_unicode_form_of_file_name_does_not_matter(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     folder = tmp_path / decomposed
     folder.mkdir()
@@ -197,24 +205,24 @@ def test_composed_and_decomposed_file_names_are_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_cuts_of_one_recording_are_those_of_each_alone(holes, stereo, num_workers):
+def test_cuts_of_one_recording_equal_separately_decoded_cuts(files_with_gap, stereo, num_workers):
     spans = ((5.0, 6.0), (0.5, 1.5), (1.0, 4.5), (7.5, 9.0), (9.0, 9.5), (3.0, 2.0), (0.0, 0.1))
-    requests = [DecodeRequest(holes["mka"], *span) for span in spans]
+    requests = [DecodeRequest(files_with_gap["mka"], *span) for span in spans]
     requests += [
         DecodeRequest(stereo, 0.5, 1.0, channel) for channel in ("left", "right", "mix", 5)
     ]
     results = list(decode_many(requests, num_workers=num_workers, max_seconds=2.0))
     for request, result in zip(requests, results, strict=True):
-        (alone,) = decode_many([request], num_workers=0, max_seconds=2.0)
-        if isinstance(alone, AudioError):
-            assert str(result) == str(alone)
+        (separate,) = decode_many([request], num_workers=0, max_seconds=2.0)
+        if isinstance(separate, AudioError):
+            assert str(result) == str(separate)
         else:
-            np.testing.assert_array_equal(result.samples, alone.samples)
-            assert (result.seconds, result.capped) == (alone.seconds, alone.capped)
-            assert (result.damaged, result.notes) == (alone.damaged, alone.notes)
+            np.testing.assert_array_equal(result.samples, separate.samples)
+            assert (result.seconds, result.capped) == (separate.seconds, separate.capped)
+            assert (result.damaged, result.notes) == (separate.damaged, separate.notes)
 
 
-def test_many_cuts_cost_one_pass(tmp_path):
+def test_many_cuts_take_one_pass(tmp_path):
     path = tmp_path / "long.ogg"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libopus", rate=48_000, layout="mono")
@@ -225,17 +233,17 @@ def test_many_cuts_cost_one_pass(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     starts = np.linspace(60, 118, 30).tolist()
-    began = time.process_time()
+    start = time.process_time()
     decode(path)
-    one_pass = time.process_time() - began
-    requests = [DecodeRequest(path, start, start + 1) for start in starts]
-    began = time.process_time()
+    one_pass = time.process_time() - start
+    requests = [DecodeRequest(path, begin, begin + 1) for begin in starts]
+    start = time.process_time()
     clips = list(decode_many(requests, num_workers=0))
-    assert time.process_time() - began < 4 * one_pass  # Each alone takes 22 of them.
+    assert time.process_time() - start < 4 * one_pass  # separate decoding takes 22 passes
     assert all(len(clip.samples) == RATE for clip in clips)
 
 
-def test_the_documentation_lists_the_containers():
+def test_documentation_lists_containers():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for container, codec in CODECS.items():
         assert f"| {container} | {codec} |\n" in page

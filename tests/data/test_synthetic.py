@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import multivariate_normal
 from sklearn.metrics import accuracy_score, f1_score
 
-from mister_jax.data import synthetic
+from mister_jax.data import dialogue_process, synthetic
 from mister_jax.errors import InputError
 
 SMALL = {"train": 20, "test": 10}
@@ -95,7 +95,7 @@ def test_reference_scores_match_scikit_learn():
     label, predicted = generator.integers(0, 4, size=(2, 50))
     predicted[label == 3] = 0
     expected = f1_score(label, predicted, average="weighted", zero_division=0)
-    assert synthetic._weighted_f1(label, predicted) == pytest.approx(expected)
+    assert dialogue_process._weighted_f1(label, predicted) == pytest.approx(expected)
 
     process = synthetic.emotion_process(0)
     features = synthetic.generate_features(0, SMALL)["test"]

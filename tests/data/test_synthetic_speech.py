@@ -17,7 +17,7 @@ from scipy.stats import norm
 
 from mister_jax.data import audio
 from mister_jax.data.corpora.manifest import reader
-from mister_jax.data.synthetic import reference_scores
+from mister_jax.data.dialogue_process import reference_scores
 from mister_jax.data.synthetic_speech import process as process_module
 from mister_jax.data.synthetic_speech import voice, write_speech_corpus, writer
 from mister_jax.data.synthetic_speech.process import class_names, make_spoken_dialogue_process

@@ -1,4 +1,4 @@
-"""WAV files of every header: samples are exact, and only those that break off are damaged."""
+"""WAV files: all headers are decoded exactly, and only truncated files are damaged."""
 
 import pathlib
 import struct
@@ -10,7 +10,7 @@ from mister_jax.data.audio import SAMPLE_RATE, AudioError, DecodeRequest, decode
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 
-# Valid bits, bytes of the container, and whether the header says so in an extensible format.
+# Valid bits, container bytes, and whether the header has the extensible format.
 CONTAINERS = [
     (16, 2, False),
     (16, 2, True),
@@ -29,7 +29,7 @@ CONTAINERS = [
 
 
 def tone(seconds: float = 2.0) -> np.ndarray:
-    """Returns a tone [N] float64 of full scale 1 that grows."""
+    """Returns a tone [N] float64 with full scale 1 and growing amplitude."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     return np.linspace(0.1, 0.5, len(time)) * np.sin(2 * np.pi * 440 * time)
 
@@ -54,8 +54,8 @@ def riff(*chunks: bytes, magic: bytes = b"RIFF") -> bytes:
     return magic + struct.pack("<I", len(body)) + body
 
 
-def packed(samples: np.ndarray, bits: int, container: int) -> tuple[bytes, np.ndarray]:
-    """Returns samples [N, C] in containers, and what they stand for in units of int16."""
+def pack(samples: np.ndarray, bits: int, container: int) -> tuple[bytes, np.ndarray]:
+    """Returns samples [N, C] packed in containers, and their values in units of int16."""
     values = np.rint(samples * 2 ** (bits - 1)).astype(np.int64)
     left = (values << (8 * container - bits)).astype("<i8")
     content = left.view(np.uint8).reshape(*left.shape, 8)[..., :container].tobytes()
@@ -64,24 +64,24 @@ def packed(samples: np.ndarray, bits: int, container: int) -> tuple[bytes, np.nd
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(("bits", "container", "extensible"), CONTAINERS)
-def test_samples_are_read_by_the_size_of_their_container(bits, container, extensible, channels):
+def test_samples_are_decoded_by_container_size(bits, container, extensible, channels):
     samples = np.stack([tone()] * channels, axis=1)
-    content, values = packed(samples, bits, container)
+    content, values = pack(samples, bits, container)
     fmt = fmt_chunk(channels, container, bits, extensible=extensible)
     clip = decode(riff(fmt, chunk(b"data", content)))
     assert clip.seconds == 2 and not clip.damaged
     np.testing.assert_allclose(clip.samples, values[:, 0], atol=1)
 
 
-def test_a_cut_of_a_wide_container_is_that_part_of_the_whole():
-    content, values = packed(tone(4.0)[:, None], 24, 4)
+def test_cut_of_wide_container_equals_part_of_entire_recording():
+    content, values = pack(tone(4.0)[:, None], 24, 4)
     file = riff(fmt_chunk(1, 4, 24, extensible=True), chunk(b"data", content))
     cut = decode(file, start=2.5, end=3.0)
     np.testing.assert_allclose(cut.samples, values[40_000:48_000, 0], atol=1)
 
 
 def wave_file(*, before: bytes = b"", size: int | None = None, magic: bytes = b"RIFF") -> bytes:
-    content = packed(tone()[:, None], 16, 2)[0]
+    content = pack(tone()[:, None], 16, 2)[0]
     return riff(before, fmt_chunk(1, 2, 16), chunk(b"data", content, size), magic=magic)
 
 
@@ -89,7 +89,7 @@ LIST = chunk(b"LIST", b"INFOICMT" + struct.pack("<I", 12) + b"the data here"[:12
 BEXT = chunk(b"bext", b"recorded as data\xff\xff\xff\x10 data" + bytes(575))
 DS64 = chunk(b"ds64", struct.pack("<QQQI", 64_100, 64_000, 32_000, 0))
 
-WHOLE = {
+COMPLETE = {
     "plain": wave_file(),
     "a comment with the word data": wave_file(before=LIST),
     "a broadcast header with the word data": wave_file(before=BEXT),
@@ -101,29 +101,29 @@ WHOLE = {
     "RF64": wave_file(before=DS64, size=0xFFFF_FFFF, magic=b"RF64"),
     "chunks behind": wave_file() + chunk(b"LIST", b"INFO"),
 }
-CUT_SHORT = {
+TRUNCATED = {
     "plain": wave_file()[:-32_000],
     "a comment with the word data": wave_file(before=LIST)[:-32_000],
     "RF64": wave_file(before=DS64, size=0xFFFF_FFFF, magic=b"RF64")[:-32_000],
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_file_is_not_damaged(name):
-    clip = decode(WHOLE[name])
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_file_is_not_damaged(name):
+    clip = decode(COMPLETE[name])
     assert (clip.seconds, clip.damaged) == (2, False)
     np.testing.assert_allclose(clip.samples, tone() * 2**15, atol=1)
 
 
-@pytest.mark.parametrize("name", CUT_SHORT)
-def test_a_file_cut_in_half_is_damaged(name):
-    clip = decode(CUT_SHORT[name])
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_truncated_file_is_damaged(name):
+    clip = decode(TRUNCATED[name])
     assert (clip.seconds, clip.damaged) == (1, True)
-    assert not decode(CUT_SHORT[name], end=0.5).damaged
+    assert not decode(TRUNCATED[name], end=0.5).damaged
 
 
-def test_damage_is_where_the_file_breaks_off():
-    file = CUT_SHORT["plain"]
+def test_only_cuts_at_the_truncated_end_are_damaged():
+    file = TRUNCATED["plain"]
     requests = [DecodeRequest(file, 0, 0.5), DecodeRequest(file, 0.75, 1.5), DecodeRequest(file)]
     clips = list(decode_many(requests, num_workers=0))
     assert [clip.damaged for clip in clips] == [False, True, True]
@@ -134,27 +134,27 @@ def float_file(samples: np.ndarray, channels: int = 1) -> bytes:
     return riff(fmt_chunk(channels, 4, 32, codec=FLOAT), chunk(b"data", content))
 
 
-def test_floats_beyond_full_scale_are_scaled_and_said():
-    samples = 4 * tone()  # 6 dB beyond full scale.
+def test_floats_beyond_full_scale_are_scaled_and_noted():
+    samples = 4 * tone()  # 6 dB over full scale
     clip = decode(float_file(samples))
     assert clip.notes == ("scaled by 0.50: its peak is 6.0 dB over full scale",)
     scale = 1 / np.abs(samples).max()
     np.testing.assert_allclose(clip.samples, samples * scale * 2**15, atol=1.5)
 
 
-def test_floats_a_little_beyond_full_scale_are_clipped_as_a_coder_does():
+def test_floats_slightly_beyond_full_scale_are_clipped():
     clip = decode(float_file(2.1 * tone()))
     assert clip.notes == ()
     assert clip.samples.max() == 2**15 - 1
 
 
-def test_floats_in_the_range_of_integers_are_read_as_integers():
+def test_floats_in_integer_range_are_read_as_integers():
     clip = decode(float_file(tone() * 2**15))
     assert clip.notes == ("floats of up to 16378.7 read as integers of 16 bits",)
     np.testing.assert_allclose(clip.samples, tone() * 2**15, atol=1)
 
 
-def test_channels_that_cancel_out_give_the_strongest_of_them():
+def test_strongest_channel_is_used_if_channels_cancel_out():
     left, right = 0.5 * tone(), -tone()
     file = float_file(np.stack([left, 0.5 * right], axis=1), channels=2)
     for start, end in ((None, None), (0.7, 1.1)):
@@ -167,12 +167,12 @@ def test_channels_that_cancel_out_give_the_strongest_of_them():
     np.testing.assert_allclose(mixed.samples, (left + right) / 2 * 2**15, atol=1)
 
 
-def test_floats_that_are_no_sound_are_an_error():
+def test_implausibly_large_floats_are_refused():
     with pytest.raises(AudioError, match=r"damaged: .* \(float samples of up to 1e\+30"):
         decode(float_file(1e30 * np.sign(tone()), channels=2))
 
 
-def test_the_documentation_lists_the_containers():
+def test_documentation_lists_containers():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for bits, container, extensible in CONTAINERS:
         assert f"| {bits} | {container} | {'extensible' if extensible else 'plain'} |\n" in page

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mister_jax.data.synthetic import ConversationProcess, emotion_chain, gaussian_log_density
+from mister_jax.data.dialogue_process import (
+    ConversationProcess,
+    emotion_chain,
+    gaussian_log_density,
+)
 
 
 class _Emotion(NamedTuple):
@@ -166,9 +170,9 @@ def make_spoken_dialogue_process(
     Args:
         seed: Seed, at least 0. The same seed gives the same process.
         num_classes: Number of emotions C, 2 to 7, see `class_names`.
-        stay_probability: See `synthetic.emotion_chain`.
-        uninformative_share: See `synthetic.ConversationProcess`, at most 0.5.
-        missing_share: See `synthetic.ConversationProcess`.
+        stay_probability: See `dialogue_process.emotion_chain`.
+        uninformative_share: See `dialogue_process.ConversationProcess`, at most 0.5.
+        missing_share: See `dialogue_process.ConversationProcess`.
 
     Raises:
         ValueError: An argument is out of range.

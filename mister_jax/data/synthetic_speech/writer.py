@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.audio import encode_wav
+from mister_jax.data.dialogue_process import check_num_dialogues, reference_scores
 from mister_jax.data.schema import SPLITS
 from mister_jax.data.storage import atomic_directory, recover_directory
-from mister_jax.data.synthetic import check_num_dialogues, reference_scores
 from mister_jax.data.synthetic_speech.process import (
     SpokenDialogueProcess,
     class_names,
@@ -59,7 +59,7 @@ def write_speech_corpus(
     - `audio/DIALOGUE/UTTERANCE.wav`, 16 kHz, mono, 16 bits;
     - `truth.jsonl`, which no model may see: for each row of the manifest the `uninformative` and
       the `missing` modality, the physical values of the speaking style, and the drawn words;
-    - `reference_scores.json`: the scores of `synthetic.reference_scores` for each split;
+    - `reference_scores.json`: the scores of `dialogue_process.reference_scores` for each split;
     - `arguments.json`: the arguments that determine the other files.
 
     The same arguments give the same bytes on the same kind of machine, with any `num_workers`. A
@@ -70,9 +70,9 @@ def write_speech_corpus(
         seed: Seed, at least 0.
         num_dialogues: Number of dialogues by split.
         num_classes: Number of emotions, 2 to 7, see `class_names`.
-        stay_probability: See `synthetic.emotion_chain`.
-        uninformative_share: See `synthetic.ConversationProcess`, at most 0.5.
-        missing_share: See `synthetic.ConversationProcess`.
+        stay_probability: See `dialogue_process.emotion_chain`.
+        uninformative_share: See `dialogue_process.ConversationProcess`, at most 0.5.
+        missing_share: See `dialogue_process.ConversationProcess`.
         num_workers: Number of processes that synthesize; with 0 this process does.
         overwrite: Replace the directory if it holds a synthetic speech corpus. Otherwise, an
             existing corpus with the same arguments is reused.
@@ -193,7 +193,7 @@ class _Dialogue:
         generator = np.random.default_rng([seed, 1, SPLITS.index(split), index])
         length = int(generator.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True))
         label, speech_uninformative, text_uninformative, speech_present, text_present = (
-            process.sample_course(length, generator)
+            process.sample_labels_and_flags(length, generator)
         )
         style = process.sample_style(label, speech_uninformative, generator)
         sentences, word_counts = zip(
