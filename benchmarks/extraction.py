@@ -155,7 +155,7 @@ class _TorchWhisper(_TorchEncoder):
 def _load_torch_encoder(name: str, dtype: str, encoder: extraction.Encoder) -> _TorchEncoder:
     folder = hub.fetch(name)
     if encoder.modality == "text":
-        return _TorchText(folder, dtype, encoder.input.longest)
+        return _TorchText(folder, dtype, encoder.input.max_length)
     model_type = hf_config.read_config(folder)["model_type"]
     if model_type != "whisper":
         raise InputError(f"{name}: model_type {model_type!r}; --torch allows text and whisper")
@@ -240,7 +240,7 @@ def _every_nth(utterances: Sequence[Any], count: int) -> Sequence[Any]:
 
 def _row(label: str, timing: Timing, encoder: extraction.Encoder, utterances: Sequence[Any]) -> Row:
     unit, size = _UNITS[encoder.modality]
-    amount = encoder.input.amount(encoder.input.items(utterances)) / size
+    amount = encoder.input.num_units(encoder.input.items(utterances)) / size
     return {
         "library": label,
         "utterances": len(utterances),

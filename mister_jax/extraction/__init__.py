@@ -1,22 +1,22 @@
-"""From a dataset of dialogues to one of features: the stage between the two trainings.
+"""Feature extraction: encodes the utterances of a dialogue dataset, between the two trainings.
 
-`encoders` are what reads utterances, `features` runs one over many of them, `dataset` writes
-datasets that stage 2 trains on and joins those of two modalities.
+`text` and `speech` hold the pretrained encoders of each modality, `loading` loads an encoder by
+name, work directory or metadata, `encoding` runs an encoder over many utterances, and
+`feature_dataset` writes the datasets that MiSTER-E trains on.
 """
 
-from mister_jax.extraction.encoders import (
+from mister_jax.extraction.base import Encoder
+from mister_jax.extraction.encoding import encode_utterances
+from mister_jax.extraction.feature_dataset import extract_features, merge_features
+from mister_jax.extraction.loading import (
     ENCODER_PARTS,
-    Encoder,
-    PretrainedSpeech,
-    PretrainedText,
-    ProsodyEncoder,
     TunedEncoder,
     encoder_from_metadata,
     load_encoder,
     with_new_paths,
 )
-from mister_jax.extraction.encoding import encode_utterances
-from mister_jax.extraction.feature_dataset import extract_features, merge_features
+from mister_jax.extraction.speech import PretrainedSpeech, ProsodyEncoder
+from mister_jax.extraction.text import PretrainedText
 
 __all__ = [
     "ENCODER_PARTS",

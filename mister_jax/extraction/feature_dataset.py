@@ -1,4 +1,4 @@
-"""Datasets of features: of one encoder's, and of two modalities together."""
+"""Writes feature datasets: those of one encoder, and two modalities merged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
-from mister_jax.extraction.encoders import Encoder
+from mister_jax.extraction.base import Encoder
 from mister_jax.extraction.encoding import encode_items
 
 
@@ -39,17 +39,17 @@ def extract_features(
       dataset: Name of the dialogue dataset.
       output: Name of the feature dataset; its other modality is missing, see `merge_features`.
       data_dir: Directory that holds datasets.
-      budget: Tokens or seconds of audio in a batch on each device, padding counted; the input's
-        default if None.
-      overwrite: Replace a dataset of this name.
-      quiet: Show no progress.
+      budget: Tokens or seconds of audio in a batch on each device, including padding; by default
+        that of the encoder's input.
+      overwrite: Whether to replace a dataset of this name.
+      quiet: Whether to show no progress.
 
     Returns:
-      The TFDS builder of the features; None for processes but the first.
+      The TFDS builder of the features; None in all processes but the first.
 
     Raises:
-      InputError: a dataset that is not there, or lacks the modality in a split; an output that is
-        there or cannot be written; a batch that does not fit into the devices' memory.
+      InputError: The dataset does not exist or a split lacks the modality, the output exists or
+        cannot be written, or a batch does not fit in the devices' memory.
     """
     source = DialogueDataset(dataset, data_dir)
     target = data.dataset_directory(output, data_dir)
@@ -58,41 +58,41 @@ def extract_features(
     if target.exists() and not overwrite:
         raise InputError(f"{target}: dataset exists; allowed: another --output, or --overwrite")
     budget = encoder.input.budget if budget is None else budget
-    told = {"dataset": dataset, "budget": budget, **encoder.identity()}
+    metadata = {"dataset": dataset, "budget": budget, **encoder.metadata}
     root, prefix = target.parent.parent, f".extracting.{output}."
     splits = {}
     for split in source.splits:
-        # A split at a time: its recordings are in memory.
+        # One split at a time, because its recordings are held in memory.
         utterances = encoder.input.load(dataset, split, data_dir)
         if not utterances.items:
             raise InputError(
                 f"dataset {dataset}, split {split}: no utterance has {encoder.modality}"
             )
-        parts = root / f"{prefix}{_digest(told, split, utterances)}"
         encoded = encode_items(
             encoder,
             utterances.items,
             budget,
             unit=f"utterances of {split}",
             quiet=quiet,
-            parts=parts,
+            resume_dir=root / f"{prefix}{_digest(metadata, split, utterances)}",
         )
         features = dict(zip(utterances.utterance_ids.tolist(), encoded, strict=True))
-        splits[split] = _of_modality(source, split, encoder.modality, features, encoded.shape[1])
-    # The parts are there until every process has read them.
+        splits[split] = _dialogue_features(source, split, encoder.modality, features)
+    # Processes read partial results until all of them are done.
     multihost_utils.sync_global_devices("extracted")
     if jax.process_index() != 0:
         return None
-    metadata = {encoder.modality: told}
-    builder = data.write_features(splits, output, data_dir, metadata=metadata, overwrite=overwrite)
-    for left in root.glob(f"{prefix}*"):  # those of other encoders, too
-        left.rmtree()
+    builder = data.write_features(
+        splits, output, data_dir, metadata={encoder.modality: metadata}, overwrite=overwrite
+    )
+    for resume_dir in root.glob(f"{prefix}*"):  # including those of other encoders
+        resume_dir.rmtree()
     return builder
 
 
-def _digest(told: dict[str, Any], split: str, utterances: Utterances) -> str:
-    """Returns a hash of everything that a split's features depend on."""
-    digest = hashlib.sha256(json.dumps([told, split], sort_keys=True).encode())
+def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str:
+    """Returns a hash of everything that the features of a split depend on."""
+    digest = hashlib.sha256(json.dumps([metadata, split], sort_keys=True).encode())
     digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:
         digest.update(f"{len(item)};".encode())
@@ -100,14 +100,17 @@ def _digest(told: dict[str, Any], split: str, utterances: Utterances) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_modality(
-    source: DialogueDataset,
-    split: str,
-    modality: str,
-    features: dict[str, np.ndarray],
-    width: int,
+def _dialogue_features(
+    source: DialogueDataset, split: str, modality: str, features: dict[str, np.ndarray]
 ) -> data.DialogueFeatures:
-    """Returns a split with these features by utterance, and without the other modality."""
+    """Returns a split whose other modality is missing.
+
+    Args:
+      source: Dialogue dataset.
+      split: Name of the split.
+      modality: Modality of the features.
+      features: Feature [F] by utterance id; other utterances lack the modality.
+    """
     dialogues, turns = [], []
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
@@ -116,10 +119,8 @@ def _of_modality(
             for turn in dialogue.utterances
         ]
     dialogue_ids, lengths = zip(*dialogues, strict=True)
-    utterance_ids, labels, scores, further = zip(*turns, strict=True)
-    missing = np.zeros(width, np.float32)
-    found = np.stack([features.get(utterance, missing) for utterance in utterance_ids])
-    present = np.array([utterance in features for utterance in utterance_ids])
+    utterance_ids, labels, scores, utterance_metadata = zip(*turns, strict=True)
+    missing = np.zeros_like(next(iter(features.values())))
     other = "text" if modality == "speech" else "speech"
     return data.DialogueFeatures(
         name=source.name,
@@ -131,10 +132,13 @@ def _of_modality(
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if source.scored else None,
         metadata=source.split_metadata(split),
-        utterance_metadata=np.array(further) if source.has_metadata else None,
-        **{modality: found, f"{modality}_present": present},
-        **{other: np.zeros((len(turns), 1), np.float32)},
-        **{f"{other}_present": np.zeros(len(turns), bool)},
+        utterance_metadata=np.array(utterance_metadata) if source.has_metadata else None,
+        **{
+            modality: np.stack([features.get(id_, missing) for id_ in utterance_ids]),
+            f"{modality}_present": np.array([id_ in features for id_ in utterance_ids]),
+            other: np.zeros((len(turns), 1), np.float32),
+            f"{other}_present": np.zeros(len(turns), bool),
+        },
     )
 
 
@@ -149,24 +153,24 @@ def merge_features(
     """Writes a dataset with the speech of one feature dataset and the text of another.
 
     Args:
-      speech: Dataset whose speech is taken.
-      text: Dataset whose text is taken, and the order of dialogues and utterances; both have the
-        same utterances with the same labels.
+      speech: Dataset to take the speech from.
+      text: Dataset to take the text and the order of dialogues and utterances from. Both datasets
+        have the same utterances with the same labels.
       output: Name of the merged dataset.
       data_dir: Directory that holds datasets.
-      overwrite: Replace a dataset of this name.
+      overwrite: Whether to replace a dataset of this name.
 
     Returns:
-      The TFDS builder of the merged dataset; None for processes but the first.
+      The TFDS builder of the merged dataset; None in all processes but the first.
 
     Raises:
-      InputError: the two are not of the same utterances, or lack what is taken.
+      InputError: The datasets have different utterances or labels, or lack the modality.
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:
         raise InputError(f"{speech} has splits {names[speech]}, {text} {names[text]}")
     splits = {
-        split: _joined(*(data.load_features(name, split, data_dir) for name in (speech, text)))
+        split: _merge_split(*(data.load_features(name, split, data_dir) for name in (speech, text)))
         for split in names[text]
     }
     for name, modality in ((speech, "speech"), (text, "text")):
@@ -177,38 +181,38 @@ def merge_features(
     return data.write_features(splits, output, data_dir, overwrite=overwrite)
 
 
-def _joined(speech: data.DialogueFeatures, text: data.DialogueFeatures) -> data.DialogueFeatures:
-    """A split of `merge_features`."""
+def _merge_split(
+    speech: data.DialogueFeatures, text: data.DialogueFeatures
+) -> data.DialogueFeatures:
     where = f"{speech.name} and {text.name}, split {text.split}"
     if speech.class_names != text.class_names:
         raise InputError(f"{where}: classes {speech.class_names} and {text.class_names}")
-    places = {utterance: row for row, utterance in enumerate(speech.utterance_ids.tolist())}
-    alone = sorted(places.keys() ^ set(text.utterance_ids.tolist()))
-    if alone:
+    speech_rows = {id_: row for row, id_ in enumerate(speech.utterance_ids.tolist())}
+    unmatched = sorted(speech_rows.keys() ^ set(text.utterance_ids.tolist()))
+    if unmatched:
         raise InputError(
-            f"{where}: {len(alone)} utterances are in one of them alone, the first is {alone[0]}"
+            f"{where}: {len(unmatched)} utterances are in only one of them, the first is "
+            f"{unmatched[0]}"
         )
-    rows = np.array([places[utterance] for utterance in text.utterance_ids.tolist()])
-    differ = np.flatnonzero(speech.label[rows] != text.label)
-    if len(differ):
+    rows = np.array([speech_rows[id_] for id_ in text.utterance_ids.tolist()])
+    differences = np.flatnonzero(speech.label[rows] != text.label)
+    if len(differences):
         raise InputError(
-            f"{where}: {len(differ)} labels differ, the first is that of utterance "
-            f"{text.utterance_ids[differ[0]]}"
+            f"{where}: {len(differences)} labels differ, the first is that of utterance "
+            f"{text.utterance_ids[differences[0]]}"
         )
-    # Either may be a merged one, and tell of a modality that is not taken.
-    own = {
-        name: told.metadata[name]
-        for name, told in (("speech", speech), ("text", text))
-        if name in told.metadata
-    }
-    others = {
+    # Either dataset may itself be merged and have metadata of a modality that is not taken.
+    metadata = {
         name: value
         for name, value in {**speech.metadata, **text.metadata}.items()
         if name not in ("speech", "text")
     }
+    for modality, features in (("speech", speech), ("text", text)):
+        if modality in features.metadata:
+            metadata[modality] = features.metadata[modality]
     return dataclasses.replace(
         text,
         speech=speech.speech[rows],
         speech_present=speech.speech_present[rows],
-        metadata={**others, **own},
+        metadata=metadata,
     )

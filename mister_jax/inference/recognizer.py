@@ -188,7 +188,7 @@ class EmotionRecognizer:
         if not encodable:
             return no_features
         # Batches for a few utterances are smaller, by powers of 2 so that few programs compile.
-        needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.amount(encodable))))
+        needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
         if features.shape[1] != dim:

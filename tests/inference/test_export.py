@@ -174,7 +174,7 @@ def test_an_encoder_with_an_adapter_is_restored_from_its_metadata(workdirs, tmp_
     merged = extraction.load_encoder(str(tmp_path / "merged"), max_tokens=12)
     merged_features, _ = extraction.encode_utterances(merged, texts)
     np.testing.assert_allclose(features, merged_features, atol=1e-5)
-    metadata = json.loads(json.dumps(encoder.identity()))
+    metadata = json.loads(json.dumps(encoder.metadata))
     restored = extraction.encoder_from_metadata(metadata)
     np.testing.assert_array_equal(extraction.encode_utterances(restored, texts)[0], features)
     (tmp_path / "adapter").rename(tmp_path / "moved")

@@ -86,7 +86,7 @@ def test_evaluation_and_extraction_read_the_same_speech(whisper_workdir, heard_d
     assert scores["weighted_f1"] == pytest.approx(max(read_validation_scores(whisper_workdir)))
     assert scores["utterances"] == 6 * 3 - 4
     encoder = extraction.TunedEncoder(whisper_workdir)
-    assert encoder.modality == "speech" and encoder.input.longest == 8
+    assert encoder.modality == "speech" and encoder.input.max_length == 8
     extraction.extract_features(encoder, "manifest/heard", "tuned_speech", heard_dir, quiet=True)
     features = data.load_features("tuned_speech", "validation", heard_dir)
     predictor = Predictor(whisper_workdir)

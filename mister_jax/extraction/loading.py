@@ -1,0 +1,168 @@
+"""Loads utterance encoders: by name or folder, from a work directory, or from metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mister_jax.encoders import registry
+from mister_jax.encoders.speech import check_seconds
+from mister_jax.errors import InputError
+from mister_jax.extraction.base import Encoder, Input, absolute_path
+from mister_jax.extraction.speech import PROSODY, PretrainedSpeech, ProsodyEncoder, SpeechInput
+from mister_jax.extraction.text import PretrainedText, TextInput
+from mister_jax.predictor import Predictor
+from mister_jax.tasks.speech_encoder import SpeechEncoderTask
+from mister_jax.tasks.text_encoder import TextEncoderTask
+
+_SALMONN_PARTS = ("whisper", "beats", "vicuna")
+ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
+"""Options that are paths of further files."""
+
+# Options of `load_encoder` by the kind of encoder.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    PROSODY: ("max_seconds",),
+    "text": ("max_tokens", "adapter", "dtype"),
+    "speech": (
+        "max_seconds",
+        "windows",
+        *_SALMONN_PARTS,
+        "trim",
+        "prompt",
+        "adapter",
+        "dtype",
+    ),
+}
+
+
+class TunedEncoder(Encoder):
+    """An encoder with the best parameters of its training. Features are those of its head.
+
+    Args:
+      workdir: Work directory of the training.
+
+    Raises:
+      InputError: The directory is not that of an encoder's training, or has no best checkpoint.
+    """
+
+    def __init__(self, workdir: epath.PathLike):
+        predictor = Predictor(workdir)
+        task = predictor.task
+        input_: Input
+        if isinstance(task, TextEncoderTask):
+            input_ = TextInput(task.encode, task.options.max_tokens)
+        elif isinstance(task, SpeechEncoderTask):
+            input_ = SpeechInput(task.options.max_seconds, pads_to_max=task.pads_to_max)
+        else:
+            raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
+        metadata = {
+            "kind": "tuned",
+            "name": absolute_path(workdir),
+            "options": {},
+            "config": json.loads((epath.Path(workdir) / "config.json").read_text()),
+            "best": predictor.progress,
+            "files": task.fingerprint(),
+        }
+        super().__init__(
+            input_,
+            predictor.partitioner,
+            metadata,
+            lambda batch: predictor.predict_batch(batch)["feature"][:, 0],
+        )
+
+
+# `kind` of the metadata -> constructor of the encoder from `name` and `options`.
+_CONSTRUCTORS: dict[str, Callable[..., Encoder]] = {
+    "tuned": TunedEncoder,
+    "text": PretrainedText,
+    "speech": PretrainedSpeech,
+    PROSODY: lambda _, **options: ProsodyEncoder(**options),
+}
+
+
+def load_encoder(name: str, **options: Any) -> Encoder:
+    """Loads a pretrained encoder, or `ProsodyEncoder` for the name "prosody".
+
+    Args:
+      name: Folder, name on the Hugging Face Hub, or "prosody".
+      **options: Arguments of `PretrainedText`, `PretrainedSpeech` or `ProsodyEncoder`. `dtype` also
+        sets the dtype of the parameters.
+
+    Raises:
+      InputError: The encoder or adapter cannot be loaded, or an option does not apply to it.
+    """
+    if options.get("max_seconds") is not None:
+        check_seconds(options["max_seconds"])
+    if name == PROSODY:
+        kind = PROSODY
+    elif any(options.get(part) for part in _SALMONN_PARTS):
+        kind = "speech"  # SALMONN's own checkpoint has no config.json.
+    else:
+        kind = registry.find_modality(name)
+    unsupported = [option for option in options if option not in _OPTIONS[kind]]
+    if unsupported:
+        raise InputError(
+            f"{name}: {', '.join(unsupported)}; allowed for an encoder of this kind ({kind}): "
+            f"{', '.join(_OPTIONS[kind])}"
+        )
+    if "dtype" in options:
+        options["param_dtype"] = options["dtype"]
+    return _CONSTRUCTORS[kind](name, **options)
+
+
+def encoder_from_metadata(metadata: Mapping[str, Any]) -> Encoder:
+    """Loads the encoder that extracted the features of a dataset.
+
+    Args:
+      metadata: Metadata of the dataset's modality, which includes `Encoder.metadata`.
+
+    Raises:
+      InputError: The encoder cannot be loaded, or has changed since the extraction.
+    """
+    constructor = _CONSTRUCTORS.get(metadata.get("kind", ""))
+    if constructor is None:
+        raise InputError(
+            f"features of kind {metadata.get('kind')!r}, whose encoder is unknown; allowed: "
+            f"extracted features, of kind {', '.join(_CONSTRUCTORS)}"
+        )
+    name = metadata["name"]
+    encoder = constructor(name, **metadata["options"])
+    changed = sorted(key for key, value in encoder.metadata.items() if metadata.get(key) != value)
+    if set(changed) - {"files", "name"}:
+        raise InputError(
+            f"{name}: the encoder has changed since the features were extracted "
+            f"({', '.join(changed)}); extract them again, or use the previous encoder"
+        )
+    if changed:
+        # Copying files changes their modification times too.
+        logging.warning("%s: files were modified after the features were extracted", name)
+    return encoder
+
+
+def with_new_paths(metadata: Mapping[str, Any], new_paths: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the metadata of an encoder whose files have moved.
+
+    Args:
+      metadata: Metadata that includes `Encoder.metadata`.
+      new_paths: New paths by part: "encoder", "adapter", or "whisper", "beats" and "vicuna" of
+        SALMONN.
+
+    Raises:
+      InputError: The encoder has no such part.
+    """
+    options = metadata.get("options", {})
+    parts = [part for part in ENCODER_PARTS if options.get(part)]
+    allowed = parts if metadata.get("kind") == PROSODY else ["encoder", *parts]
+    for part, path in new_paths.items():
+        if part not in allowed:
+            raise InputError(
+                f"{part}={path}: the features' encoder is {metadata.get('name')}, which has "
+                + (f"no {part}; allowed: {', '.join(allowed)}" if allowed else "no files")
+            )
+    changed = {part: absolute_path(path) for part, path in new_paths.items()}
+    name = changed.pop("encoder", metadata["name"])
+    return {**metadata, "name": name, "options": {**options, **changed}}

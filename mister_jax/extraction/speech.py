@@ -1,0 +1,230 @@
+"""Pretrained speech encoders and prosody: samples as input, one vector per utterance."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mister_jax.data.audio import SAMPLE_RATE
+from mister_jax.data.clips import (
+    LENGTH_STEP,
+    is_audible,
+    lengths_in_steps,
+    load_clips,
+    pad_clips,
+    truncate,
+)
+from mister_jax.data.utterances import Utterances
+from mister_jax.encoders import speech
+from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.errors import InputError
+from mister_jax.extraction.base import (
+    Encoder,
+    absolute_path,
+    compile_encoder,
+    explain_load_oom,
+    pretrained_metadata,
+)
+from mister_jax.nn import masked_mean
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
+
+PROSODY = "prosody"
+"""Name of `ProsodyEncoder`."""
+
+SECONDS_BUDGET = 120
+
+# In tenths of a second. Few different lengths mean few compiled programs, at the cost of padding.
+_LENGTHS = (
+    *(5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800),
+    *(1000, 1500, 2000, 3000, 4500, 6000, 9000, 12000, 18000, 24000, 36000),
+)
+
+_FULL_SCALE = 2**15
+
+# Samples for which prosody is computed at a time on a CPU.
+_CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE
+
+
+class SpeechInput:
+    """Clips of speech, see `Input`. A length step is a tenth of a second.
+
+    Args:
+      max_seconds: Seconds of a clip that a batch holds. Longer clips are truncated.
+      pads_to_max: Pad all clips to `max_seconds`, for encoders whose cost does not depend on it.
+      split: Split longer clips into windows of equal length instead of truncating them.
+    """
+
+    modality, unit, budget, steps_per_unit = "speech", "s of audio", SECONDS_BUDGET, 10
+
+    def __init__(self, max_seconds: float, *, pads_to_max: bool = False, split: bool = False):
+        self._window_samples = round(max_seconds * SAMPLE_RATE)
+        self.max_samples = None if split else self._window_samples
+        self.max_length = -(-self._window_samples // LENGTH_STEP)
+        self.length_steps: tuple[int, ...] = () if pads_to_max else _LENGTHS
+
+    def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+        """Loads the audible clips of a split."""
+        return load_clips(dataset, split, data_dir, self.max_samples)
+
+    def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the samples [S] int16 of each clip, empty if it is silent."""
+        for clip in utterances:
+            if clip.ndim != 1 or clip.dtype != np.int16:
+                raise ValueError(f"clip {clip.dtype} {list(clip.shape)}; allowed: int16 [S]")
+        return [truncate(clip, self.max_samples) for clip in utterances]
+
+    def windows(self, item: np.ndarray) -> list[np.ndarray]:
+        """Splits a clip into windows of equal length, without silent ones."""
+        windows = np.array_split(item, max(1, -(-len(item) // self._window_samples)))
+        return [window for window in windows if is_audible(window)] or windows
+
+    def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the lengths of clips in tenths of a second [N] int."""
+        sizes = np.array([len(clip) for clip in items], int)
+        return lengths_in_steps(sizes, self._window_samples)
+
+    def num_units(self, items: Sequence[np.ndarray]) -> float:
+        """Returns the total number of seconds."""
+        return sum(map(len, items)) / SAMPLE_RATE
+
+    def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Returns `waveform` [B, S] int16 and `lengths` [B] int32."""
+        waveform, lengths = pad_clips(list(items), length * LENGTH_STEP)
+        return {"waveform": waveform, "lengths": lengths}
+
+
+class PretrainedSpeech(Encoder):
+    """A pretrained speech encoder. A feature is the mean of the last hidden states.
+
+    Args:
+      name: Folder, or name on the Hugging Face Hub.
+      max_seconds: Maximum seconds of an utterance. By default unlimited, or the fixed window of
+        Whisper, Qwen2-Audio and SALMONN.
+      windows: Encode longer utterances in windows of equal length and average their features, for
+        encoders with a fixed window.
+      whisper: Whisper of SALMONN, see `SpeechFiles`.
+      beats: BEATs of SALMONN.
+      vicuna: Vicuna of SALMONN.
+      trim: Whether Whisper encodes only the length of each clip, see `WhisperConfig`.
+      prompt: Prompt of an LLM about every clip; its default prompt if empty. Only hidden states of
+        audio positions are averaged.
+      adapter: Folder of a PEFT adapter to load; none if empty.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the parameters.
+
+    Raises:
+      InputError: The encoder or adapter cannot be loaded, or an option does not apply to it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_seconds: float | None = None,
+        windows: bool = False,
+        whisper: str = "",
+        beats: str = "",
+        vicuna: str = "",
+        trim: bool = True,
+        prompt: str = "",
+        adapter: str = "",
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        files = speech.SpeechFiles(name, whisper, beats, vicuna)
+        backbone_config = speech.read_backbone_config(files, prompt)
+        trim_kwargs = speech.trim_kwargs(backbone_config, trim)
+        if not trim and not trim_kwargs:
+            raise InputError(f"{name}: trim=False; allowed: True, it is not Whisper")
+        changes = {**dtypes, **trim_kwargs, **speech.trainable_paths(backbone_config)}
+        # Options are checked before the weights are read, which may take minutes.
+        shapes = nnx.eval_shape(
+            lambda: speech.make_speech_encoder(backbone_config, rngs=nnx.Rngs(0), **changes)
+        )
+        window_seconds = speech.max_seconds(shapes)
+        if windows and window_seconds is None:
+            raise InputError(f"{name}: windows; allowed for encoders with a fixed window")
+        if max_seconds is not None:
+            speech.check_seconds(max_seconds, shapes)
+        with explain_load_oom(name, dtype):
+            module: Any = speech.load_speech_encoder(
+                files, backbone_config, mesh=partitioner.mesh, adapter=adapter or None, **changes
+            )
+
+        def encode(module: Any, batch: dict[str, Any]) -> jax.Array:
+            waveform = batch["waveform"].astype(jnp.float32) / _FULL_SCALE
+            hidden_states, mask = module(waveform, batch["lengths"])
+            return masked_mean(hidden_states.astype(jnp.float32), mask)
+
+        options = {"max_seconds": max_seconds, "trim": trim, "prompt": prompt, **dtypes}
+        if windows:
+            options["windows"] = True
+        if files.is_salmonn:
+            parts = {"whisper": whisper, "beats": beats, "vicuna": vicuna}
+            options |= {part: absolute_path(path) for part, path in parts.items()}
+        super().__init__(
+            SpeechInput(
+                max_seconds or window_seconds or speech.LONGEST_SECONDS,
+                pads_to_max=speech.has_fixed_input_length(module),
+                split=windows,
+            ),
+            partitioner,
+            pretrained_metadata("speech", name, options, files.fingerprint(), adapter),
+            compile_encoder(partitioner, module, encode),
+        )
+
+
+class ProsodyEncoder(Encoder):
+    """The named features of `encoders.prosody`, which needs no weights.
+
+    Args:
+      max_seconds: Maximum seconds of an utterance; unlimited by default.
+
+    Raises:
+      InputError: `max_seconds` is out of range.
+    """
+
+    def __init__(self, *, max_seconds: float | None = None):
+        if max_seconds is not None:
+            speech.check_seconds(max_seconds)
+        partitioner = JitPartitioner(data_mesh())
+        on_one_cpu = jax.default_backend() == "cpu" and partitioner.num_shards == 1
+
+        def features(clips: tuple[jax.Array, jax.Array]) -> jax.Array:
+            waveform, lengths = clips
+            return prosody(waveform.astype(jnp.float32) / _FULL_SCALE, lengths)[0]
+
+        def step(_params: Any, batch: dict[str, Any], _axis_name: str | None) -> jax.Array:
+            clips = batch["waveform"], batch["lengths"]
+            if not on_one_cpu:
+                return features(clips)
+            # Overlapping frames are much larger than the samples. A few clips at a time stay in the
+            # cache of a CPU, which is 1.5 times as fast.
+            rows, samples = batch["waveform"].shape
+            max_clips = max(1, _CPU_CHUNK_SAMPLES // samples)
+            num_clips = max(count for count in range(1, max_clips + 1) if rows % count == 0)
+            chunks = jax.tree.map(lambda x: x.reshape(-1, num_clips, *x.shape[1:]), clips)
+            return jax.lax.map(features, chunks).reshape(rows, -1)
+
+        metadata = {
+            "kind": PROSODY,
+            "name": PROSODY,
+            "options": {"max_seconds": max_seconds},
+            "features": list(FEATURE_NAMES),
+        }
+        super().__init__(
+            SpeechInput(max_seconds or speech.LONGEST_SECONDS),
+            partitioner,
+            metadata,
+            functools.partial(partitioner.compile_eval(step), {}),
+        )

@@ -1,0 +1,137 @@
+"""Pretrained text encoders: tokens as input, mean hidden states as features."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mister_jax.data.tokens import load_tokens, pad_tokens
+from mister_jax.data.utterances import Utterances
+from mister_jax.encoders import hf_config, hub, registry
+from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
+from mister_jax.extraction.base import (
+    Encoder,
+    compile_encoder,
+    explain_load_oom,
+    pretrained_metadata,
+)
+from mister_jax.nn import masked_mean
+from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
+
+TOKEN_BUDGET = 4096
+CPU_TOKEN_BUDGET = 1024  # the activations of a layer stay in the cache
+
+# Few different lengths mean few compiled programs, at the cost of padding. On a CPU, compiling is
+# cheap, and padding costs as much as tokens.
+_LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+_CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
+
+
+class TextInput:
+    """Texts as tokens, see `Input`. A length step is one token.
+
+    Args:
+      encode: Function that returns the token ids of each text; `where` names their source for logs.
+      max_tokens: Maximum number of tokens of a text.
+    """
+
+    modality, unit, steps_per_unit = "text", "tokens", 1
+    max_samples: int | None = None
+
+    def __init__(self, encode: Callable[..., list[np.ndarray]], max_tokens: int):
+        self._encode = encode
+        self.max_length = max_tokens
+        on_cpu = jax.default_backend() == "cpu"
+        self.budget = CPU_TOKEN_BUDGET if on_cpu else TOKEN_BUDGET
+        self.length_steps: tuple[int, ...] = _CPU_LENGTHS if on_cpu else _LENGTHS
+
+    def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
+        """Loads the texts of a split as tokens."""
+        encode = functools.partial(self._encode, where=f"dataset {dataset}, split {split}")
+        return load_tokens(dataset, split, data_dir, encode)
+
+    def items(self, utterances: Sequence[str]) -> list[np.ndarray]:
+        """Returns the token ids [n] int32 of each text."""
+        items = [np.zeros(0, np.int32)] * len(utterances)
+        rows = [row for row, text in enumerate(utterances) if text.strip()]
+        for row, tokens in zip(rows, self._encode([utterances[row] for row in rows]), strict=True):
+            items[row] = tokens
+        return items
+
+    def windows(self, item: np.ndarray) -> list[np.ndarray]:
+        """Returns the item itself, as longer texts are truncated."""
+        return [item]
+
+    def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the numbers of tokens [N] int."""
+        return np.array([len(tokens) for tokens in items], int)
+
+    def num_units(self, items: Sequence[np.ndarray]) -> float:
+        """Returns the total number of tokens."""
+        return sum(map(len, items))
+
+    def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Returns `input_ids` [B, length] int32 and `mask` [B, length] bool."""
+        ids, mask = pad_tokens(items, length)
+        return {"input_ids": ids, "mask": mask}
+
+
+class PretrainedText(Encoder):
+    """A pretrained text encoder. A feature is the mean of the last hidden states.
+
+    Args:
+      name: Folder, or name on the Hugging Face Hub.
+      max_tokens: Maximum number of tokens of an utterance.
+      adapter: Folder of a PEFT adapter to load; none if empty.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype of the parameters.
+
+    Raises:
+      InputError: The encoder or adapter cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_tokens: int = 128,
+        adapter: str = "",
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+    ):
+        partitioner = JitPartitioner(data_mesh(), ENCODER_SHARDING_RULES)
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        folder = hub.fetch(name)
+        config = hf_config.read_config(folder)
+        registry.find_architecture(config, name, "text")
+        with explain_load_oom(name, dtype):
+            module, tokenizer = registry.load_pretrained(
+                folder,
+                hf_config=config,
+                mesh=partitioner.mesh,
+                adapter=adapter or None,
+                **dtypes,
+            )
+        check_max_tokens(module, max_tokens)
+
+        def tokenize(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
+            return encode_texts(tokenizer, texts, max_tokens, where=where)
+
+        def encode(module: Any, batch: dict[str, Any]) -> jax.Array:
+            hidden_states = module(batch["input_ids"], batch["mask"])
+            return masked_mean(hidden_states.astype(jnp.float32), batch["mask"])
+
+        options = {"max_tokens": max_tokens, **dtypes}
+        super().__init__(
+            TextInput(tokenize, max_tokens),
+            partitioner,
+            pretrained_metadata("text", name, options, hub.fingerprint(folder), adapter),
+            compile_encoder(partitioner, module, encode),
+        )
