@@ -34,7 +34,8 @@ SLOWEST = (
     "test_distributed",
     "test_notebooks",
     "test_commands",
-    "test_extract_features",
+    "test_encoding",
+    "test_feature_dataset",
 )
 
 
