@@ -67,7 +67,9 @@ def _extract() -> None:
     target: dict[str, Any] = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
     output = _OUTPUT.value or ""
     if source == "speech":
-        builder = extraction.merge_features(_SPEECH.value or "", _TEXT.value or "", output, **target)
+        builder = extraction.merge_features(
+            _SPEECH.value or "", _TEXT.value or "", output, **target
+        )
     else:
         if source == "workdir":
             encoder: extraction.Encoder = extraction.TunedEncoder(_WORKDIR.value or "")
