@@ -34,7 +34,7 @@ SLOWEST = (
     "test_distributed",
     "test_notebooks",
     "test_commands",
-    "test_encoding",
+    "test_encoder",
     "test_feature_dataset",
 )
 

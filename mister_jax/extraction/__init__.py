@@ -1,12 +1,11 @@
 """Feature extraction: encodes the utterances of a dialogue dataset, between the two trainings.
 
-`text` and `speech` hold the pretrained encoders of each modality, `loading` loads an encoder by
-name, work directory or metadata, `encoding` runs an encoder over many utterances, and
-`feature_dataset` writes the datasets that MiSTER-E trains on.
+`encoder` defines encoders and runs them over many utterances, `text` and `speech` hold the
+pretrained encoders of each modality, `loading` loads an encoder by name, work directory or
+metadata, and `feature_dataset` writes the datasets that MiSTER-E trains on.
 """
 
-from mister_jax.extraction.base import Encoder
-from mister_jax.extraction.encoding import encode_utterances
+from mister_jax.extraction.encoder import Encoder, encode_utterances
 from mister_jax.extraction.feature_dataset import extract_features, merge_features
 from mister_jax.extraction.loading import (
     ENCODER_PARTS,

@@ -16,8 +16,7 @@ from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
-from mister_jax.extraction.base import Encoder
-from mister_jax.extraction.encoding import encode_items
+from mister_jax.extraction.encoder import Encoder, encode_items
 
 
 def extract_features(

@@ -12,7 +12,7 @@ from etils import epath
 from mister_jax.encoders import registry
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.extraction.base import Encoder, Input, absolute_path
+from mister_jax.extraction.encoder import Encoder, Input, absolute_path
 from mister_jax.extraction.speech import PROSODY, PretrainedSpeech, ProsodyEncoder, SpeechInput
 from mister_jax.extraction.text import PretrainedText, TextInput
 from mister_jax.predictor import Predictor

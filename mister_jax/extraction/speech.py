@@ -25,7 +25,7 @@ from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import speech
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.errors import InputError
-from mister_jax.extraction.base import (
+from mister_jax.extraction.encoder import (
     Encoder,
     absolute_path,
     compile_encoder,

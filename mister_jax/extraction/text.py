@@ -15,7 +15,7 @@ from mister_jax.data.tokens import load_tokens, pad_tokens
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
-from mister_jax.extraction.base import (
+from mister_jax.extraction.encoder import (
     Encoder,
     compile_encoder,
     explain_load_oom,

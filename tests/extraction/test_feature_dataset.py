@@ -17,7 +17,7 @@ from mister_jax.encoders import registry
 from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
 from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
-from mister_jax.extraction import encoding
+from mister_jax.extraction import encoder as encoder_module
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from tests.helpers.utterances import SECONDS, SPEECH, TEXT, make_clips, make_texts
@@ -107,7 +107,7 @@ class CountingEncoder:
 
 
 def test_interrupted_extraction_resumes(prosody_encoder, speech_dataset, heard_dir, monkeypatch):
-    monkeypatch.setattr(encoding, "_ITEMS_PER_FILE", 16)
+    monkeypatch.setattr(encoder_module, "_ITEMS_PER_FILE", 16)
     stopped = CountingEncoder(prosody_encoder, batches=3)
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_features(stopped, SPEECH, "stopped", heard_dir, quiet=True)
@@ -127,7 +127,7 @@ def test_interrupted_extraction_resumes(prosody_encoder, speech_dataset, heard_d
 
 
 def test_partial_features_of_other_encoder_are_not_reused(prosody_encoder, heard_dir, monkeypatch):
-    monkeypatch.setattr(encoding, "_ITEMS_PER_FILE", 16)
+    monkeypatch.setattr(encoder_module, "_ITEMS_PER_FILE", 16)
     with pytest.raises(KeyboardInterrupt):
         extraction.extract_features(
             CountingEncoder(prosody_encoder, batches=3), SPEECH, "other", heard_dir, quiet=True
