@@ -271,18 +271,18 @@ def test_accumulation_does_not_change_a_step(task, batch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder.options.max_seconds": 1.0}, "max_seconds=1; allowed: 0.1 to 0.8, as the"),
+        ({"encoder.options.max_seconds": 1.0}, "max_seconds=1; allowed: 0.1 to 0.8, the"),
         ({"encoder.options.crop_seconds": 0.01}, "crop_seconds=0.01; allowed: 0.1 to"),
         ({"encoder.options.max_seconds": float("nan")}, "options: max_seconds=nan; allowed: 0.1"),
         ({"encoder.options.crop_seconds": float("inf")}, "options: crop_seconds=inf; allowed: 0.1"),
         ({"encoder.options.tower": "high"}, "tower 'high'; allowed: frozen, lora, full"),
         ({"encoder.options.prompt": "Well?"}, "prompt 'Well.'; allowed: none, it is no LLM"),
-        ({"encoder.options.vicuna": "here"}, r"allowed: all of them \(SALMONN\), or none"),
+        ({"encoder.options.vicuna": "here"}, r"allowed: all three \(SALMONN\), or none"),
         (
             {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},
             r"LoRA targets \['wise'\]: no such layers",
         ),
-        ({"encoder.options.quantize": True}, "one of the two"),
+        ({"encoder.options.quantize": True}, "quantize freezes them; choose one"),
         ({"data.name": "manifest/written"}, "no dataset 'manifest/written'"),
     ],
 )

@@ -218,7 +218,7 @@ def test_int8_kernels_train_almost_like_float_kernels(
         ({"encoder.options.name": ""}, "an empty name; allowed: a folder"),
         ({"encoder.options.dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
         ({"encoder.options.remat": "some"}, "remat 'some'; allowed: none, full, dots"),
-        ({"encoder.options.quantize": True}, "one of the two"),
+        ({"encoder.options.quantize": True}, "quantize freezes them; choose one"),
         ({"encoder.options.full": False, "encoder.lora.rank": 0}, "rank=0"),
         (
             {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},
