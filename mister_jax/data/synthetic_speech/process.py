@@ -63,7 +63,7 @@ _EMOTIONS: Mapping[str, _Emotion] = {
     "disgust": _Emotion(
         (-1.0, 0.3, -1.0, 1.0),
         "disgusted sick nauseous revolted repelled queasy",
-        "filth stench mould rot slime vomit",
+        "filth stench mould rot slime vomit",  # codespell:ignore mould
     ),
 }
 
