@@ -217,7 +217,7 @@ def test_int8_kernels_train_almost_like_float_kernels(
         ({"encoder.options.max_tokens": 21}, "max_tokens=21; allowed: at most 20"),
         ({"encoder.options.name": ""}, "an empty name; allowed: a folder"),
         ({"encoder.options.dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
-        ({"encoder.options.remat": "some"}, "remat 'some'; allowed: none, full, dots"),
+        ({"encoder.options.remat": "some"}, "remat='some'; allowed: none, full, dots"),
         ({"encoder.options.quantize": True}, "quantize freezes them; choose one"),
         ({"encoder.options.full": False, "encoder.lora.rank": 0}, "rank=0"),
         (
