@@ -13,4 +13,4 @@ fi
 codespell
 mypy
 shellcheck --severity=style --external-sources launch/*.sh launch/*.sbatch
-mkdocs build --quiet --strict --site-dir "$(mktemp -d)"
+NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$(mktemp -d)"

@@ -165,8 +165,8 @@ def test_the_model_and_the_recognizer_need_no_tensorflow():
         ),
         (
             "from mister_jax import load",
-            "matplotlib mister_jax.evaluation mister_jax.training orbax.checkpoint tensorboardX tensorflow "
-            "torch",
+            "matplotlib mister_jax.evaluation mister_jax.training orbax.checkpoint tensorboardX "
+            "tensorflow torch",
         ),
         ("import mister_jax.cli.main", "absl flax jax numpy"),
         ("import mister_jax.cli.train", "flax orbax.checkpoint tensorflow transformers"),

@@ -44,7 +44,7 @@ SENTENCES = [
     "Somebody is at the door.",
     "At this hour?",
     "Don't open it!",
-    "It's only the neighbour with our mail.",
+    "It's only the neighbor with our mail.",
     "You scared me half to death.",
     "She left on a Tuesday, and he never spoke of it.",
     "Congratulations to both of you.",
