@@ -7,8 +7,8 @@ of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
 Small encoders are tuned completely, LLMs by LoRA with frozen audio towers. Qwen2-Audio has the
 recipe of the released code: rank 16, alpha 8, on queries and keys of the language model. SALMONN
-continues from its own low-rank paths: rank 8, alpha 32, on queries and values. Random crops are used
-in training only.
+continues from its own low-rank paths: rank 8, alpha 32, on queries and values. Random crops are
+used in training only.
 
 SALMONN consists of four checkpoints, each a file, a folder, or for Whisper and Vicuna a name on the
 Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format; convert it to safetensors.
@@ -18,8 +18,8 @@ Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format; convert i
     --config.encoder.options.beats=BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt
     --config.encoder.options.vicuna=FOLDER
 
-Hardware: for the LLMs eight TPU v5e chips or four v5p according to XLA's memory analysis, or, judging
-by their size, one GPU with 80 GB. No LLM was trained.
+Hardware: for the LLMs eight TPU v5e chips or four v5p according to XLA's memory analysis, or,
+judging by their size, one GPU with 80 GB. No LLM was trained.
 """
 
 from ml_collections import ConfigDict

