@@ -1,4 +1,4 @@
-"""Recordings for tests, made as the corpora's are."""
+"""Recordings in the formats of the corpora, and small corpora."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from tests.data.corpora import write_iemocap, write_meld
 
 
 def tone(seconds: float, rate: int, channels: int, hertz: float = 220.0) -> np.ndarray:
-    """[channels, S] int16."""
+    """Returns a sine wave [channels, S] int16."""
     time = np.arange(round(seconds * rate)) / rate
     wave = (8000 * np.sin(2 * np.pi * hertz * time)).astype(np.int16)
     return np.tile(wave, (channels, 1))
@@ -19,7 +19,7 @@ def tone(seconds: float, rate: int, channels: int, hertz: float = 220.0) -> np.n
 
 @pytest.fixture(scope="session")
 def write_wav():
-    """Function of a path and seconds that writes a 16 kHz mono tone."""
+    """Function that writes a 16 kHz mono tone to a path."""
 
     def write(path: pathlib.Path, seconds: float = 0.5) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def write_wav():
 
 @pytest.fixture(scope="session")
 def write_mp4():
-    """Function of a path, seconds and channels that writes AAC at 48 kHz in an mp4 file."""
+    """Function that writes a tone as AAC at 48 kHz to an mp4 file."""
 
     def write(path: pathlib.Path, seconds: float = 0.5, channels: int = 2) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_mp4():
         samples = tone(seconds, 48_000, channels)
         with av.open(str(path), "w", format="mp4") as container:
             stream = container.add_stream("aac", rate=48_000, layout=layout)
-            # Interleaved, as the packed format wants it.
+            # The packed format interleaves the channels.
             frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1), "s16", layout)
             frame.sample_rate = 48_000
             for packet in (*stream.encode(frame), *stream.encode(None)):
@@ -48,14 +48,14 @@ def write_mp4():
 
 
 @pytest.fixture(scope="session")
-def iemocap_tree(tmp_path_factory, write_wav):
+def iemocap_folder(tmp_path_factory, write_wav):
     root = tmp_path_factory.mktemp("iemocap") / "IEMOCAP_full_release"
     write_iemocap(root, write_wav)
     return root
 
 
 @pytest.fixture(scope="session")
-def meld_tree(tmp_path_factory, write_mp4):
+def meld_folder(tmp_path_factory, write_mp4):
     root = tmp_path_factory.mktemp("MELD.Raw")
     write_meld(root, write_mp4)
     return root

@@ -1,4 +1,4 @@
-"""The released layouts of the corpora with their traps, as small as they get."""
+"""Writes minimal corpora in their released layouts, with the irregularities of the releases."""
 
 import csv
 
@@ -8,7 +8,7 @@ import numpy as np
 from mister_jax.data.corpora import mosi
 
 IEMOCAP_HEADER = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
-# Dialogue -> turns: start, end, what stands after the dialogue's name, label. Not in time order.
+# Turns of each dialogue, not in time order: start, end, suffix of the id, label.
 IEMOCAP = {
     "Ses01F_impro01": [
         (6.0, 7.0, "M000", "fru"),
@@ -56,7 +56,7 @@ def write_iemocap(root, write_wav):
         transcript.write_text("\n".join([*lines, "M: (laughs)"]) + "\n")
         for _, _, turn, _ in turns:
             wav = session / "sentences/wav" / name / f"{name}_{turn}.wav"
-            if turn != "M002":  # a missing recording
+            if turn != "M002":  # A missing recording.
                 write_wav(wav)
             wav.with_name(f"._{wav.name}").write_bytes(b"\0\5")
     (root / "Session4/sentences/wav/Ses04F_impro07/Ses04F_impro07_M000.wav").write_bytes(b"")
@@ -75,7 +75,7 @@ MELD_COLUMNS = [
     "StartTime",
     "EndTime",
 ]
-# Split, dialogue, utterance, text, emotion. Train has no dialogue 60; ids have gaps and no order.
+# Split, dialogue, utterance, text, emotion. Dialogue ids are not contiguous and not sorted.
 MELD = [
     ("train", 61, 3, "Third.", "joy"),
     ("train", 61, 0, "It\x92s first.", "neutral"),
@@ -123,14 +123,14 @@ def write_meld(root, write_mp4):
             write_mp4(clip, 0.5, channels=6 if dialogue == 61 else 2)
     test_clips = root / "test" / MELD_FOLDERS["test"]
     write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
-    write_mp4(root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # no row
+    write_mp4(root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # It has no row.
     (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
-    # What archives of macOS add; it sorts before the folders of clips.
+    # Archives from macOS contain these folders, which sort before the folders of clips.
     for folder in MELD_FOLDERS.values():
         (root / "__MACOSX" / folder).mkdir(parents=True)
 
 
-# A video of each split; more than nine segments, so that 10 comes after 2.
+# A video of each split. One has more than nine segments, to test their numeric order.
 MOSI = {
     "03bSnISJMiM": [2.4, 0.0, -0.8, 1.0, -3.0, 3.0, 0.2, -0.2, 1.8, -1.2, 0.6],
     "_dI--eQ6qVU": [0.0],

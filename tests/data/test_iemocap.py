@@ -56,8 +56,8 @@ SESSION4 = {"Ses04F_impro07": [("M000", "excited", False)]}
 TEST = {"Ses05F_script03_2": [("F002", "angry", True), ("M010", "happy", True)]}
 
 
-def test_splits_are_sessions(iemocap_tree, tmp_path):
-    report = prepare(iemocap_tree, tmp_path, "six_session1")
+def test_splits_are_sessions(iemocap_folder, tmp_path):
+    report = prepare(iemocap_folder, tmp_path, "six_session1")
     dataset = DialogueDataset("iemocap/six_session1", tmp_path)
     assert dialogues_of(dataset, "train") == SESSION2 | SESSION3 | SESSION4
     assert dialogues_of(dataset, "validation") == SESSION1
@@ -70,9 +70,9 @@ def test_splits_are_sessions(iemocap_tree, tmp_path):
     ]
 
 
-def test_cosmic12_selects_the_validation_dialogues_of_cosmic(iemocap_tree, tmp_path):
+def test_cosmic12_selects_the_validation_dialogues_of_cosmic(iemocap_folder, tmp_path):
     assert len(iemocap.COSMIC12) == 12
-    prepare(iemocap_tree, tmp_path, "six_cosmic12")
+    prepare(iemocap_folder, tmp_path, "six_cosmic12")
     dataset = DialogueDataset("iemocap/six_cosmic12", tmp_path)
     train_session1 = dict(SESSION1)
     validation = {"Ses01M_impro01": train_session1.pop("Ses01M_impro01")}
@@ -81,17 +81,17 @@ def test_cosmic12_selects_the_validation_dialogues_of_cosmic(iemocap_tree, tmp_p
     assert dialogues_of(dataset, "test") == TEST
 
 
-def test_four_classes_merge_excited_and_drop_the_label_of_frustrated(iemocap_tree, tmp_path):
-    prepare(iemocap_tree, tmp_path, "four_session1")
+def test_four_classes_merge_excited_and_drop_the_label_of_frustrated(iemocap_folder, tmp_path):
+    prepare(iemocap_folder, tmp_path, "four_session1")
     dataset = DialogueDataset("iemocap/four_session1", tmp_path)
     assert dataset.class_names == ("happy", "sad", "neutral", "angry")
     assert dialogues_of(dataset, "train")["Ses02F_script01_1"][2] == ("F001", "happy", True)
     assert dialogues_of(dataset, "validation")["Ses01F_impro01"][1] == ("M000", None, True)
 
 
-def test_an_incomplete_corpus_is_rejected(iemocap_tree):
+def test_an_incomplete_corpus_is_rejected(iemocap_folder):
     with pytest.raises(InputError, match="6 dialogues, 14 utterances instead of 151, 10039"):
-        iemocap.read_iemocap(iemocap_tree)
+        iemocap.read_iemocap(iemocap_folder)
 
 
 @pytest.mark.parametrize(

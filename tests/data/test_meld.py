@@ -26,8 +26,8 @@ def prepare(source, data_dir, config="clips", **changes):
 
 
 @pytest.mark.parametrize("config", ["clips", "corrected_test_clips"])
-def test_dialogues_match_the_rows_of_the_csv_files(meld_tree, tmp_path, config):
-    report = prepare(meld_tree, tmp_path, config, partial=True)
+def test_dialogues_match_the_rows_of_the_csv_files(meld_folder, tmp_path, config):
+    report = prepare(meld_folder, tmp_path, config, partial=True)
     dataset = DialogueDataset(f"meld/{config}", tmp_path)
     assert dataset.class_names == meld.CLASS_NAMES
     actual = {
@@ -90,8 +90,8 @@ def test_dialogues_match_the_rows_of_the_csv_files(meld_tree, tmp_path, config):
     assert np.argmax(spectrum) * 16_000 / len(six_channels) == pytest.approx(220, abs=4)
 
 
-def test_the_dataset_does_not_contain_speakers(meld_tree, tmp_path):
-    prepare(meld_tree, tmp_path, partial=True)
+def test_the_dataset_does_not_contain_speakers(meld_folder, tmp_path):
+    prepare(meld_folder, tmp_path, partial=True)
     fields = (tmp_path / "meld/clips/1.0.0/features.json").read_text().lower()
     assert "speaker" not in fields and "utterance" in fields
 
@@ -107,9 +107,9 @@ def test_the_text_config_needs_no_clips(tmp_path):
     assert all(turn.text_present for turn in turns)
 
 
-def test_an_incomplete_corpus_is_rejected(meld_tree, tmp_path):
+def test_an_incomplete_corpus_is_rejected(meld_folder, tmp_path):
     with pytest.raises(InputError, match=r"train 3 dialogues, 4 utterances instead of 1038, 9989"):
-        prepare(meld_tree, tmp_path)
+        prepare(meld_folder, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""`python -m launch.prepare`, as a user runs it."""
+"""The command `mister-jax prepare`."""
 
 import json
 import pathlib
@@ -15,10 +15,10 @@ from tests.helpers.commands import run_commands
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> pathlib.Path:
-    """A folder with a manifest, and corpora that cannot be used.
+    """Folder with a manifest and invalid corpora.
 
-    Of the manifest's five dialogues four are for training; of their 12 recordings one is longer
-    than a second. Of the two recordings of the fifth one is broken.
+    The manifest has four training dialogues with 12 recordings, one of which is longer than a
+    second, and a test dialogue with two recordings, one of which is broken.
     """
     folder = tmp_path_factory.mktemp("corpora")
     rows = []
@@ -57,7 +57,7 @@ SUCCESSES = {
 }
 
 
-# Flags -> what is said of them.
+# Error message of each wrong use.
 WRONG_USES = {
     "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",
@@ -83,7 +83,7 @@ WRONG_USES = {
 
 
 @pytest.fixture(scope="module")
-def done(corpora) -> dict[str, tuple[int, str, str]]:
+def results(corpora) -> dict[str, tuple[int, str, str]]:
     """Exit status, output and errors of each of the commands."""
     uses = {**SUCCESSES, **{use: f"{use} --data_dir=DIR/unwritten" for use in WRONG_USES}}
     return dict(
@@ -96,34 +96,34 @@ def done(corpora) -> dict[str, tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def successes(done) -> dict[str, str]:
-    """What the commands that succeed have told."""
+def successes(results) -> dict[str, str]:
+    """Output of each command that succeeds."""
     for name in SUCCESSES:
-        status, _, said = done[name]
-        assert status == 0, said
-    return {name: done[name][1] for name in SUCCESSES}
+        status, _, errors = results[name]
+        assert status == 0, errors
+    return {name: results[name][1] for name in SUCCESSES}
 
 
-def cells(told: str, name: str) -> list[str]:
-    """The row of a table that begins with a name, in three columns."""
-    (line,) = (line for line in told.splitlines() if line.split()[:1] == [name])
+def table_row(output: str, name: str) -> list[str]:
+    """Returns the last three columns of the table row that begins with a name."""
+    (line,) = (line for line in output.splitlines() if line.split()[:1] == [name])
     return line.split()[-3:]
 
 
-def test_a_table_tells_what_was_written(successes, corpora):
-    told = successes["manifest"]
-    assert cells(told, "train") == ["train", "validation", "test"]
-    assert cells(told, "dialogues") == ["4", "0", "1"]
-    assert cells(told, "utterances") == ["12", "0", "3"]
-    assert cells(told, "joy") == ["8", "0", "2"]
-    assert cells(told, "anger") == ["4", "0", "1"]
-    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in told
-    assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in told
-    assert "recordings: 1 missing, 1 capped\n" in told
-    assert told.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
+def test_the_output_describes_the_dataset(successes, corpora):
+    output = successes["manifest"]
+    assert table_row(output, "train") == ["train", "validation", "test"]
+    assert table_row(output, "dialogues") == ["4", "0", "1"]
+    assert table_row(output, "utterances") == ["12", "0", "3"]
+    assert table_row(output, "joy") == ["8", "0", "2"]
+    assert table_row(output, "anger") == ["4", "0", "1"]
+    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in output
+    assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in output
+    assert "recordings: 1 missing, 1 capped\n" in output
+    assert output.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
 
 
-def test_an_inspection_draws_and_prints_the_first_dialogue(successes, corpora):
+def test_an_inspection_writes_a_figure_and_prints_the_first_dialogue(successes, corpora):
     picture = corpora / "data/manifest/calls/1.0.0/inspection.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     assert successes["inspect"].splitlines() == [
@@ -135,15 +135,17 @@ def test_an_inspection_draws_and_prints_the_first_dialogue(successes, corpora):
     ]
 
 
-def test_recordings_that_are_made_are_used_again(successes, corpora):
-    assert cells(successes["synthetic"], "dialogues") == ["2", "1", "1"]
+def test_existing_synthetic_recordings_are_reused(successes, corpora):
+    assert table_row(successes["synthetic"], "dialogues") == ["2", "1", "1"]
     assert "note" not in successes["synthetic"]
     note = f"note: {corpora}/data/synthetic_recordings: reusing the recordings, which were made"
     assert note in successes["again"]
-    assert cells(successes["again"], "utterances") == cells(successes["synthetic"], "utterances")
+    assert table_row(successes["again"], "utterances") == table_row(
+        successes["synthetic"], "utterances"
+    )
 
 
-def test_features_are_told_too(successes, corpora):
+def test_the_output_describes_a_feature_dataset(successes, corpora):
     assert f"written to {corpora}/data/made_up/1.0.0" in successes["features"]
     for split in ("train", "validation", "test"):
         assert (
@@ -153,15 +155,15 @@ def test_features_are_told_too(successes, corpora):
 
 
 @pytest.mark.parametrize("use", WRONG_USES)
-def test_a_wrong_use_is_one_line_and_status_2(done, corpora, use):
-    status, told, said = done[use]
-    assert WRONG_USES[use].replace("DIR", str(corpora)) in said
-    assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
+def test_a_wrong_use_exits_with_status_2_and_one_line(results, corpora, use):
+    status, output, errors = results[use]
+    assert WRONG_USES[use].replace("DIR", str(corpora)) in errors
+    assert (status, output, errors.count("\n"), errors[:7]) == (2, "", 1, "error: ")
     assert not list(corpora.glob("unwritten/*"))
 
 
 @pytest.mark.parity
-def test_beam_is_used_with_options_it_knows(corpora):
+def test_beam_accepts_its_options_and_rejects_others(corpora):
     pytest.importorskip("apache_beam")
     use = "prepare --corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/beam --partial"
     wrong = {
@@ -170,12 +172,12 @@ def test_beam_is_used_with_options_it_knows(corpora):
         '{"direct_num_workers":"many"}': "--beam_options: argument --direct_num_workers: invalid",
     }
     uses = [f"{use} --beam_options={options}" for options in (*wrong, '{"runner":"direct"}')]
-    *failed, done = run_commands(uses, corpora)
-    for (status, told, said), message in zip(failed, wrong.values(), strict=True):
-        assert message in said
-        assert (status, told, said.count("\n"), said[:7]) == (2, "", 1, "error: ")
-    status, told, said = done
-    assert status == 0, said
-    assert cells(told, "utterances") == ["12", "0", "3"]
-    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in told
-    assert told.endswith(f"written to {corpora}/beam/manifest/calls/1.0.0\n")
+    *failed, succeeded = run_commands(uses, corpora)
+    for (status, output, errors), message in zip(failed, wrong.values(), strict=True):
+        assert message in errors
+        assert (status, output, errors.count("\n"), errors[:7]) == (2, "", 1, "error: ")
+    status, output, errors = succeeded
+    assert status == 0, errors
+    assert table_row(output, "utterances") == ["12", "0", "3"]
+    assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in output
+    assert output.endswith(f"written to {corpora}/beam/manifest/calls/1.0.0\n")

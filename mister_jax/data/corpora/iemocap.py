@@ -157,11 +157,11 @@ def _read_dialogue(
         # Other lines contain the labels of single evaluators.
         if not line.startswith("["):
             continue
-        place = f"{path}: line {number}"
+        location = f"{path}: line {number}"
         match = _TURN.fullmatch(line)
         if match is None:
             raise InputError(
-                f"{place}: {line[:60]!r}; needed: [start - end], id, label, "
+                f"{location}: {line[:60]!r}; needed: [start - end], id, label, "
                 "[v, a, d], separated by tabs"
             )
         start, end, turn, label = match.groups()
@@ -169,20 +169,20 @@ def _read_dialogue(
             continue
         if turn.rpartition("_")[0] != name:
             raise InputError(
-                f"{place}: turn {turn} belongs to another dialogue; needed: {name}_..."
+                f"{location}: turn {turn} belongs to another dialogue; needed: {name}_..."
             )
         if label not in _LABELS and label not in _UNLABELED:
             raise InputError(
-                f"{place}: label {label!r}; allowed: {', '.join((*_LABELS, *_UNLABELED))}"
+                f"{location}: label {label!r}; allowed: {', '.join((*_LABELS, *_UNLABELED))}"
             )
         emotion = _LABELS.get(label)
         if emotion is not None:
             emotion = _MERGED_LABELS[classes].get(emotion, emotion)
         if turn in turns:
-            raise InputError(f"{place}: turn {turn} is repeated; needed: unique ids")
-        start_seconds, end_seconds = _seconds(start, place), _seconds(end, place)
+            raise InputError(f"{location}: turn {turn} is repeated; needed: unique ids")
+        start_seconds, end_seconds = _seconds(start, location), _seconds(end, location)
         if end_seconds < start_seconds:
-            raise InputError(f"{place}: [{start} - {end}]; needed: end >= start")
+            raise InputError(f"{location}: [{start} - {end}]; needed: end >= start")
         if turn not in texts:
             no_transcript.append(turn)
         turns[turn] = Utterance(
@@ -207,11 +207,11 @@ def _is_turn(name: str) -> bool:
     return "XX" not in name.rpartition("_")[2]
 
 
-def _seconds(value: str, place: str) -> float:
+def _seconds(value: str, location: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise InputError(f"{place}: time {value!r}; allowed: seconds") from error
+        raise InputError(f"{location}: time {value!r}; allowed: seconds") from error
 
 
 @dataclasses.dataclass

@@ -133,19 +133,19 @@ def _read_split(
                 f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}"
             )
         for row in reader:
-            place = f"{path}: line {reader.line_num}"
+            location = f"{path}: line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{place}: {len(row)} fields; needed: one per column")
-            dialogue = _number(row["Dialogue_ID"], f"{place}: Dialogue_ID")
-            number = _number(row["Utterance_ID"], f"{place}: Utterance_ID")
+                raise InputError(f"{location}: {len(row)} fields; needed: one per column")
+            dialogue = _number(row["Dialogue_ID"], f"{location}: Dialogue_ID")
+            number = _number(row["Utterance_ID"], f"{location}: Utterance_ID")
             label = row["Emotion"].strip().lower()
             if label not in CLASS_NAMES:
                 raise InputError(
-                    f"{place}: Emotion {row['Emotion']!r}; allowed: {', '.join(CLASS_NAMES)}"
+                    f"{location}: Emotion {row['Emotion']!r}; allowed: {', '.join(CLASS_NAMES)}"
                 )
             turns = dialogues.setdefault(dialogue, {})
             if number in turns:
-                raise InputError(f"{place}: dialogue {dialogue}, utterance {number} is repeated")
+                raise InputError(f"{location}: dialogue {dialogue}, utterance {number} is repeated")
             clip = None
             if folder is not None:
                 clip = folder / f"dia{dialogue}_utt{number}.mp4"
@@ -158,12 +158,12 @@ def _read_split(
                 text=row["Utterance"].translate(_WINDOWS).strip(),
                 recording=None if clip is None else Recording(str(clip)),
                 label=label,
-                start=_seconds(row["StartTime"], f"{place}: StartTime"),
-                end=_seconds(row["EndTime"], f"{place}: EndTime"),
+                start=_seconds(row["StartTime"], f"{location}: StartTime"),
+                end=_seconds(row["EndTime"], f"{location}: EndTime"),
             )
     except csv.Error as error:
-        place = f"{path}: line {max(1, reader.line_num)}"  # 0 if the first line has no end.
-        raise InputError(f"{place}: not CSV ({error}); needed: closed quotes") from error
+        location = f"{path}: line {max(1, reader.line_num)}"  # 0 if the first line has no end.
+        raise InputError(f"{location}: not CSV ({error}); needed: closed quotes") from error
     return tuple(
         Dialogue(
             f"{split}_dia{dialogue}",
@@ -173,16 +173,16 @@ def _read_split(
     ), used
 
 
-def _number(value: str, place: str) -> int:
+def _number(value: str, location: str) -> int:
     if not re.fullmatch(r"\s*\d+\s*", value):
-        raise InputError(f"{place}: {value!r}; allowed: whole numbers")
+        raise InputError(f"{location}: {value!r}; allowed: whole numbers")
     return int(value)
 
 
-def _seconds(value: str, place: str) -> float:
+def _seconds(value: str, location: str) -> float:
     match = _TIME.fullmatch(value.strip())
     if match is None:
-        raise InputError(f"{place}: {value!r}; allowed: hours:minutes:seconds,milliseconds")
+        raise InputError(f"{location}: {value!r}; allowed: hours:minutes:seconds,milliseconds")
     hours, minutes, seconds, fraction = match.groups()
     return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}")
 
