@@ -39,7 +39,7 @@ def test_metadata_of_unknown_or_changed_encoder_is_refused(
 
 
 def test_invalid_encoders_are_refused(whisper_folder, bert_folder, tmp_path):
-    with pytest.raises(InputError, match=r"max_seconds=1; allowed: 0\.1 to 0\.8, as"):
+    with pytest.raises(InputError, match=r"max_seconds=1; allowed: 0\.1 to 0\.8, the encoder"):
         extraction.load_encoder(str(whisper_folder), max_seconds=1.0)
     for seconds in (0.01, float("nan"), float("inf")):
         with pytest.raises(InputError, match=f"max_seconds={seconds:g}; allowed: 0.1 to 3600"):
@@ -66,7 +66,7 @@ def test_unsupported_options_are_refused(whisper_folder, bert_folder):
         "max_tokens; allowed for .*speech.*: max_seconds, ", whisper_folder, max_tokens=9
     )
     assert_refused("prosody: dtype; allowed for .*: max_seconds$", "prosody", dtype="bfloat16")
-    assert_refused("allowed: all of them", whisper_folder, max_seconds=SECONDS, beats="beats")
+    assert_refused("allowed: all three", whisper_folder, max_seconds=SECONDS, beats="beats")
 
 
 def test_salmonn_is_loaded_from_released_files(salmonn_options, tmp_path, monkeypatch):
