@@ -17,7 +17,7 @@ from mister_jax.data.corpora.manifest.fields import (
     FIELDS,
     Fields,
     audio_intervals,
-    check_further_name,
+    check_extra_column,
 )
 from mister_jax.errors import InputError
 
@@ -152,7 +152,7 @@ def _check_utterance(
 ) -> CheckedUtterance:
     for name in row.values:
         if name not in FIELDS:
-            check_further_name(row, name, row.values)
+            check_extra_column(row, name, row.values)
     text, path = row.text("text") or "", row.line("audio")
     if samples is not None:
         return CheckedUtterance(text, *samples)
