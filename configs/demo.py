@@ -11,8 +11,9 @@ Result, weighted F1, mean +- standard deviation of three seeds (480 training dia
     test      0.856 +- 0.004    0.883
 """
 
-from mister_jax.configs import fusion
 from ml_collections import ConfigDict
+
+from mister_jax.configs import fusion
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@
 #
 #   launch/tpu_vm.sh --name=mister --zone=us-west4-a --accelerator=v5litepod-16 \
 #     --runtime=v2-alpha-tpuv5-lite --spot -- \
-#     python -m launch.train --distributed --config=configs/fusion.py:meld_features \
+#     mister-jax train --distributed --config=fusion:meld_features \
 #     --config.data.data_dir=gs://BUCKET/data --workdir=gs://BUCKET/run
 #
 # The script creates a queued resource, or reuses the one with this name, and waits until it is

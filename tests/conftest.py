@@ -32,6 +32,7 @@ from tests.helpers.golden import GOLDEN
 SLOWEST = (
     "test_resume",
     "test_distributed",
+    "test_docs",
     "test_notebooks",
     "test_commands",
     "test_encoder",

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 from flax import nnx
-from mister_jax.configs import fusion
 
+from mister_jax.configs import fusion
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS, MisterE, MisterEConfig
 from mister_jax.models.utterance import UtteranceConfig

@@ -4,10 +4,10 @@ Every process runs the same command with the same flags. On Cloud TPU, GKE, Slur
 detects the other processes, so `--distributed` is enough. Elsewhere, flags or environment variables
 describe the job:
 
-    python -m launch.train ... --distributed --coordinator=HOST:PORT --num_processes=2 \
+    mister-jax train ... --distributed --coordinator=HOST:PORT --num_processes=2 \
       --process_id=0
     JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=1 \
-      python -m launch.train ... --distributed
+      mister-jax train ... --distributed
 """
 
 import faulthandler

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from mister_jax.configs import text_encoder
 
 from mister_jax import data, errors
 from mister_jax.cli.main import SUBCOMMANDS, main
+from mister_jax.configs import text_encoder
 from tests.helpers.commands import REPOSITORY, run_commands, run_script
 from tests.helpers.training import write_untrained_workdir
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 from absl import logging
-from mister_jax.configs import text_encoder
 
 from mister_jax import data, extraction
+from mister_jax.configs import text_encoder
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
 from mister_jax.data.clips import load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset

@@ -9,10 +9,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from mister_jax.configs import fusion
 
 from mister_jax import MisterE, MisterEConfig, data
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
+from mister_jax.configs import fusion
 from mister_jax.losses import LossWeights
 from mister_jax.metrics import confusion_counts
 from mister_jax.optim import OptimizerConfig, make_optimizer

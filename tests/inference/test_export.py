@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mister_jax.configs import speech_encoder, text_encoder
 
 from mister_jax import extraction
 from mister_jax.checkpoint import BEST, Checkpoints
+from mister_jax.configs import speech_encoder, text_encoder
 from mister_jax.encoders import hf_config, registry, speech
 from mister_jax.errors import InputError
 from mister_jax.inference.export import export_encoder

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from mister_jax.configs import fusion
 
 from mister_jax import data
+from mister_jax.configs import fusion
 from mister_jax.data.standardizer import why_standardize
 from mister_jax.errors import InputError
 from mister_jax.tasks.fusion import FusionTask

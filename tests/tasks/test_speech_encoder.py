@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mister_jax.configs import speech_encoder
 
 from mister_jax import data, extraction
+from mister_jax.configs import speech_encoder
 from mister_jax.data.clips import LENGTH_STEP
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.errors import InputError

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mister_jax.configs import text_encoder
 
 from mister_jax import extraction
+from mister_jax.configs import text_encoder
 from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.encoders import registry
 from mister_jax.errors import InputError
