@@ -69,7 +69,7 @@ def train_and_terminate(workdir, data_dir, process_id):
     def terminate(step):
         if (process_id, next(num_steps)) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.0)
+        time.sleep(2.0)  # The processes agree on a step to stop after, which takes seconds.
 
     return train_to_status(workdir, data_dir, on_step=terminate)
 
