@@ -181,7 +181,7 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 
 
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
-    """Adds the first row's predicted time divided by the row's own, where both are known.
+    """Adds to each row the predicted time of the first row divided by that of the row, if known.
 
     Args:
       rows: Results of `compile_ahead` for one program with equal work per device.

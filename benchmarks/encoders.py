@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks import aot
 from benchmarks.chips import CHIPS
 from benchmarks.flops import program_flops
-from benchmarks.measure import measure, repeated
+from benchmarks.measure import repeated, time_runs
 from benchmarks.report import PREDICTED, Row
 from mister_jax import losses
 from mister_jax.encoders.audio_prompt import PromptedSpeech
@@ -332,7 +332,7 @@ def measure_encoder(encoder: str, *, length: int = 128, rows: int = 0, steps: in
         chip = CHIPS.get(device.device_kind)
         table = []
         for what, run in runs.items():
-            timing = measure({what: run}, steps)[what]
+            timing = time_runs({what: run}, steps)[what]
             peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
             flops_per_device = num_rows * flops[what] / num_devices
             table.append(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Timing, measure, repeated, require_torch
+from benchmarks.measure import Timing, repeated, require_torch, time_runs
 from benchmarks.report import Row
 from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE
@@ -213,7 +213,7 @@ def measure_extraction(
             subsets[label] = _every_nth(utterances, _TORCH_BATCHES[modality] * size)
             runs[label] = repeated(functools.partial(torch.features, subsets[label], size))
     log(f"extracting from {len(utterances)} utterances, {rounds + 2} times")
-    timings = measure(runs, rounds)
+    timings = time_runs(runs, rounds)
     rows = [_row(label, timings[label], encoder, subsets[label]) for label in runs]
     for row in rows[: len(encoders)]:
         row["compile_s"] = timings[row["library"]].compile_seconds

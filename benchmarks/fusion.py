@@ -17,7 +17,7 @@ from benchmarks import aot
 from benchmarks.config import BenchmarkConfig, check_divisible, select_devices
 from benchmarks.dialogues import Batch, make_batch, released_epoch
 from benchmarks.flops import program_flops
-from benchmarks.measure import Run, Timing, measure, repeated, require_torch
+from benchmarks.measure import Run, Timing, repeated, require_torch, time_runs
 from benchmarks.report import Row
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.pipeline import prefetch_to_device
@@ -30,7 +30,7 @@ from mister_jax.tasks.fusion import apply_to_batch, mister_e_loss
 from mister_jax.training.steps import initial_state, make_train_step
 
 
-class FusionTask:
+class BenchmarkTask:
     """MiSTER-E with its default loss, as `make_train_step` needs it.
 
     Args:
@@ -52,7 +52,7 @@ class FusionTask:
 def initialize(config: MisterEConfig) -> tuple[Any, Any]:
     """Returns graph definition and initial training state."""
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
-    return initial_state(FusionTask(config), optimizer, seed=0)
+    return initial_state(BenchmarkTask(config), optimizer, seed=0)
 
 
 def step_functions(config: MisterEConfig, graph: Any) -> tuple[Step, EvalFn]:
@@ -63,7 +63,7 @@ def step_functions(config: MisterEConfig, graph: Any) -> tuple[Step, EvalFn]:
         return output.logits, output.gate
 
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
-    return make_train_step(FusionTask(config), graph, optimizer), infer
+    return make_train_step(BenchmarkTask(config), graph, optimizer), infer
 
 
 def step_flops(config: MisterEConfig, num_dialogues: int, length: int) -> tuple[float, float]:
@@ -231,7 +231,7 @@ def measure_steps(config: BenchmarkConfig, peak: float, compare: bool = False) -
             (on_device,) = library.put([batch])
             call = functools.partial(getattr(library, method), on_device)
             runs[name] = repeated(call, library.wait)
-        timings = measure(runs, config.steps)
+        timings = time_runs(runs, config.steps)
         for name in timings:
             row = _timing_row(what, name, timings, config.batch_size * config.length, flops, peak)
             rows.append({**row, "device_memory_mib": libraries[name].peak_memory()})
@@ -267,7 +267,7 @@ def measure_epoch(
         _, planned = epochs[library.name]
         batches = [make_batch(model, lengths_and_empty[rows], length) for rows, length in planned]
         runs[library.name] = repeated_epoch(library, batches)
-    timings = measure(runs, config.steps)
+    timings = time_runs(runs, config.steps)
     rows = []
     for name, (what, planned) in epochs.items():
         shapes = [(len(batch.rows), batch.padded_length) for batch in planned]

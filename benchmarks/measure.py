@@ -50,7 +50,7 @@ class Timing:
         return max(0.0, self.first - self.median)
 
 
-def measure(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
+def time_runs(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
     """Times candidates in turns, as the module describes."""
 
     def timed(run: Run, repeats: int = 1) -> float:
@@ -87,7 +87,7 @@ def matmul_peak(config: BenchmarkConfig) -> float:
     size = 2048 if on_cpu else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(config.dtype))
     product = jax.jit(jnp.matmul)
-    timing = measure({"product": repeated(lambda: product(x, x))}, rounds=5)["product"]
+    timing = time_runs({"product": repeated(lambda: product(x, x))}, rounds=5)["product"]
     # The virtual devices of a CPU share its cores.
     num_devices = 1 if on_cpu else config.devices
     return num_devices * 2 * size**3 / min(timing.seconds)

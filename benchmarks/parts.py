@@ -16,7 +16,7 @@ from benchmarks.config import BenchmarkConfig
 from benchmarks.dialogues import make_batch
 from benchmarks.flops import program_flops
 from benchmarks.fusion import JaxMisterE, initialize
-from benchmarks.measure import Run, measure, repeated
+from benchmarks.measure import Run, repeated, time_runs
 from benchmarks.report import Row
 from mister_jax import losses
 from mister_jax.errors import InputError
@@ -173,7 +173,7 @@ def measure_parts(config: BenchmarkConfig, peak: float) -> list[Row]:
     runs[OPTIMIZER] = _repeated_update(config)
     names = list(runs)
     runs[TRAINING_STEP] = repeated(lambda: model.train(batch))
-    seconds = {name: timing.median for name, timing in measure(runs, config.steps).items()}
+    seconds = {name: timing.median for name, timing in time_runs(runs, config.steps).items()}
     seconds["sum of the parts"] = sum(seconds[name] for name in names)
     rows = []
     for name, value in seconds.items():

@@ -2,12 +2,12 @@
 
 import importlib.util
 
-EXTRAS = {
-    "encoders": ("etils", "huggingface_hub", "safetensors", "transformers"),
-    "predict": ("av", "ml_collections", "orbax.checkpoint", "rich", "transformers"),
-    "train": ("h5py", "matplotlib", "tensorboardX", "tensorflow", "tensorflow_datasets", "av"),
-}
-"""Extras of the distribution, and packages that show whether an extra is installed."""
+_ENCODERS = ("etils", "huggingface_hub", "safetensors", "transformers")
+_PREDICT = (*_ENCODERS, "av", "ml_collections", "orbax.checkpoint", "rich")
+_TRAIN = (*_PREDICT, "h5py", "matplotlib", "tensorboardX", "tensorflow", "tensorflow_datasets")
+
+EXTRAS = {"encoders": _ENCODERS, "predict": _PREDICT, "train": _TRAIN}
+"""Packages that each extra of the distribution installs."""
 
 
 class InputError(ValueError):

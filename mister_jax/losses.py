@@ -123,7 +123,7 @@ def supervised_contrastive(
     return _divide_by_global_count(total, count, axis_name)
 
 
-class _Pairs(NamedTuple):
+class _ContrastivePairs(NamedTuple):
     """Pairs of this device's anchors [...] and all M representations of the global batch.
 
     The anchors keep their axes. Flattening them would drop the batch sharding, and each device
@@ -137,7 +137,9 @@ class _Pairs(NamedTuple):
     is_positive: jax.Array  # ... M
 
 
-def _pairs(axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array) -> _Pairs:
+def _pairs(
+    axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array
+) -> _ContrastivePairs:
     """Returns the pairs of representations [..., F] whose dot products are the similarities."""
     offset: jax.Array | int = 0
     if axis_name is not None:
@@ -154,7 +156,7 @@ def _pairs(axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Arr
     is_self = index[..., None] == jnp.arange(len(all_x))
     is_candidate = gather(mask) & ~is_self & mask[..., None]
     is_positive = is_candidate & (labels[..., None] == gather(labels))
-    return _Pairs(all_x, gather, x @ all_x.T, is_candidate, is_positive)
+    return _ContrastivePairs(all_x, gather, x @ all_x.T, is_candidate, is_positive)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

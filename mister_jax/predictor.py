@@ -55,7 +55,8 @@ class Predictor:
             self.task = task_class(config).restore(config, description)
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"{workdir / 'model.json'}: damaged ({error!r}); needed: that of a training"
+                f"{workdir / 'model.json'}: damaged ({error!r}); needed: a file that training has "
+                "written"
             ) from error
         self.seeds = config_seeds(config)
         self.partitioner = JitPartitioner(data_mesh(), self.task.sharding_rules)

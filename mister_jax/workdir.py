@@ -85,7 +85,9 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     """
     path = config_path(workdir)
     if not path.exists():
-        raise InputError(f"{path}: no such file; the workdir must be one that training has made")
+        raise InputError(
+            f"{path}: no such file; the workdir must be one that `mister-jax train` has written"
+        )
     try:
         return ConfigDict(read_json(path))
     except InputError:
@@ -103,7 +105,7 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
     description = read_json(epath.Path(workdir) / _MODEL)
     if description.get("format") != FORMAT:
         raise InputError(
-            f"{workdir}: written by another version of mister_jax; train it again, or use the "
+            f"{workdir}: written by an older version of mister_jax; train it again, or use the "
             f"version in its {_VERSIONS}"
         )
     return description
@@ -138,8 +140,8 @@ def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -
     changes = _list_changes(read_json(path), data)
     if changes:
         raise InputError(
-            f"{workdir}: made with other data than dataset {dataset} has now ({changes}); use the "
-            "data it was made with, or another workdir"
+            f"{workdir}: dataset {dataset} has changed since the workdir was made ({changes}); use "
+            "the data it was made with, or another workdir"
         )
 
 

@@ -22,7 +22,7 @@ _VARIANTS = flags.DEFINE_list("variants", [], "variants of configs/fusion.py; al
 
 def _ablate() -> int:
     config = required_config(_CONFIG)
-    workdir = required_workdir(_WORKDIR, "a directory, made if it is not there")
+    workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
     if config.task != "fusion":
         raise InputError(f"config.task={config.task!r}; allowed is 'fusion'")
     import jax

@@ -77,13 +77,13 @@ def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
     except (InputError, MissingExtraError) as error:
         message = str(error)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        message = f"{error.filename}: {error.strerror}; needed: a place that can be written"
+        message = f"{error.filename}: {error.strerror}; choose a path that can be written"
     except (AssertionError, RuntimeError) as error:
         # Only errors from where JAX starts the platforms of JAX_PLATFORMS.
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             raise
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split()) or "none is there"
+        reason = " ".join(str(error).split()) or "no device found"
         message = f"no devices of JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -177,7 +177,7 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
         chain.append(cause)
     root_cause = chain[-1]
     if not isinstance(root_cause, InputError):
-        # A wrong name in a config is wrapped too, and loses its line break.
+        # ml_collections also wraps its own error about an unknown field.
         root_cause = next((link for link in chain[::-1] if "Did you mean" in str(link)), error)
     reason = root_cause.args[0] if isinstance(root_cause, KeyError) else root_cause
     message = " ".join(str(reason).partition("Traceback")[0].split()) or type(root_cause).__name__

@@ -2,22 +2,16 @@
 
 import pathlib
 import sys
-from types import ModuleType
 
+import mister_jax
 from mister_jax.errors import InputError
 
-_benchmarks: ModuleType | None = None
+_CHECKOUT = pathlib.Path(mister_jax.__file__).parents[1]
 
-if pathlib.Path("benchmarks", "cli.py").exists():
-    # The console script does not look for modules in the current folder.
-    sys.path.insert(0, str(pathlib.Path.cwd()))
-    from benchmarks import cli
+if not (_CHECKOUT / "benchmarks" / "cli.py").exists():
+    raise InputError("benchmarks are not installed; run this in a checkout of mister_jax")
+sys.path.insert(0, str(_CHECKOUT))
 
-    _benchmarks, __doc__ = cli, cli.__doc__
+from benchmarks import cli  # noqa: E402
 
-
-def main() -> int | None:
-    """Runs `mister-jax benchmark`."""
-    if _benchmarks is None:
-        raise InputError("no benchmarks in this folder; run this in a checkout of mister_jax")
-    return _benchmarks.main()
+__doc__, main = cli.__doc__, cli.main

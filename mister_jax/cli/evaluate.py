@@ -28,10 +28,10 @@ _DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bo
 
 
 def _evaluate() -> None:
-    workdir = required_workdir(_WORKDIR, "a directory that training has made")
+    workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
     has_rates = bool(_DROP_SPEECH.value or _DROP_TEXT.value)
     if _DROP_AS_ZEROS.value and not has_rates:
-        raise InputError("--drop_as_zeros goes with --drop_speech or --drop_text")
+        raise InputError("--drop_as_zeros requires --drop_speech or --drop_text")
     files = []
     if has_rates:
         files += _run_missing_modality_study(workdir)

@@ -19,9 +19,9 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing export")
 
 def main() -> None:
     """Runs `mister-jax export`."""
-    workdir = required_workdir(_WORKDIR, "a directory that training has made")
+    workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
     if not _OUTPUT.value:
-        raise InputError("--output is needed: a folder that is not there yet")
+        raise InputError("--output is needed: a folder that does not exist yet")
     from rich.console import Console
 
     from mister_jax.inference.export import export_encoder

@@ -19,7 +19,9 @@ from mister_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a fine-tuned encoder")
 _ENCODER = flags.DEFINE_string(
-    "encoder", None, "pretrained encoder: a folder, a name on the Hugging Face Hub, or prosody"
+    "encoder",
+    None,
+    "pretrained encoder: prosody, minilm, a folder, or a name on the Hugging Face Hub",
 )
 _DATASET = flags.DEFINE_string("dataset", None, "dataset of dialogues")
 _SPEECH = flags.DEFINE_string("speech", None, "dataset of features to take the speech from")

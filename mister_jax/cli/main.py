@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 import mister_jax
-from mister_jax.errors import MissingExtraError, require_extra
+from mister_jax.errors import InputError, MissingExtraError, require_extra
 
 # Subcommand -> the extra it needs, and what it does.
 SUBCOMMANDS = {
@@ -42,7 +42,7 @@ def main(subcommand: str | None = None) -> None:
         require_extra(extra, f"mister-jax {subcommand}")
         module = importlib.import_module(f"mister_jax.cli.{subcommand}")
         from mister_jax.cli import app
-    except MissingExtraError as error:
+    except (InputError, MissingExtraError) as error:
         _fail(str(error))
     sys.argv = [f"mister-jax {subcommand}", *arguments]
     app.run(module)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from mister_jax.cli.app import required_workdir
-from mister_jax.errors import InputError
+from mister_jax.errors import InputError, require_extra
 
 if TYPE_CHECKING:
     from mister_jax.data.corpus import Corpus, Utterance
@@ -48,7 +48,7 @@ _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower
 
 def main() -> int:
     """Runs `mister-jax predict`."""
-    workdir = required_workdir(_WORKDIR, "a directory that training has made")
+    workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
     from rich.console import Console
 
     from mister_jax.console import prediction_table
@@ -133,6 +133,7 @@ def _read_corpus() -> Corpus:
 
 def _read_released_corpus() -> Corpus:
     # This import needs TensorFlow Datasets; the other sources do not.
+    require_extra("train", f"--corpus={_CORPUS.value}")
     from mister_jax.data.corpus import Corpus
     from mister_jax.data.prepare import read_released
 
@@ -151,7 +152,7 @@ def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
 
     if paths and texts and len(paths) != len(texts):
         raise InputError(
-            f"{len(paths)} of --audio and {len(texts)} of --text; needed: as many of both, an "
+            f"{len(paths)} of --audio and {len(texts)} of --text; pass as many of each, an "
             "empty one (--audio= or --text=) where it is missing"
         )
     channel = Fields("--audio_channel", {"audio_channel": _CHANNEL.value}).channel()

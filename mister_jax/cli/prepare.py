@@ -158,7 +158,7 @@ def _check_flags(use: str, allowed: Sequence[str]) -> None:
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         if flag.present and flag.name not in allowed:
             names = ", ".join(f"--{name}" for name in allowed)
-            raise InputError(f"--{flag.name} does not go with {use}; allowed: {names}")
+            raise InputError(f"--{flag.name} cannot be used with {use}; allowed: {names}")
 
 
 def _preparation(corpus: str) -> PrepareOptions:
@@ -207,5 +207,7 @@ def _beam_options(text: str) -> dict[str, object]:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise InputError(f'--beam_options={text}; allowed: an object, as {{"runner": "direct"}}')
+        raise InputError(
+            f'--beam_options={text}; allowed: a JSON object, such as {{"runner": "direct"}}'
+        )
     return options

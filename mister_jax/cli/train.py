@@ -22,7 +22,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if miss
 
 def _train() -> int:
     config = required_config(_CONFIG)
-    workdir = required_workdir(_WORKDIR, "a directory, made if it is not there")
+    workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
     from mister_jax.tasks.config import config_seeds
     from mister_jax.training.loop import train
 

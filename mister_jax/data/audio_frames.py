@@ -57,7 +57,7 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
     """Resamples frames to `SAMPLE_RATE` and mixes their channels.
 
     Args:
-        frames: Frames, whose format may change.
+        frames: Decoded frames; the format may differ between frames.
 
     Yields:
         Samples [n], int16, or float32 if they exceed full scale.

@@ -275,7 +275,7 @@ class AudioReader:
             position += frame.samples
 
     def _origin(self) -> float | None:
-        """Returns the time of the container's beginning in seconds, None for the first frame.
+        """Returns the container's start time in seconds, or None to start at the first frame.
 
         Without video, the first frame is the beginning; the container's start time may differ from
         it by the padding of an encoder.

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from mister_jax.data import audio
 from mister_jax.data.corpus import Corpus, Dialogue, Utterance
 from mister_jax.data.corpus_report import recording_facts
+from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import UNLABELED
 from mister_jax.data.storage import VERSION
 from mister_jax.errors import InputError

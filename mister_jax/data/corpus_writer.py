@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import shuffle
 
@@ -15,6 +14,7 @@ from mister_jax.data import audio
 from mister_jax.data.builder import DecodingOptions, DialogueBuilder
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.corpus_report import make_report
+from mister_jax.data.lazy import tfds
 from mister_jax.data.storage import REPORT, atomic_dataset, silence_tfds
 from mister_jax.errors import InputError
 from mister_jax.io import write_json
@@ -108,7 +108,8 @@ def _parse_beam_options(options: Mapping[str, Any]) -> Any:
         from apache_beam.runners import runner
     except ImportError as error:
         raise InputError(
-            f"--beam_options needs Apache Beam ({error}); pip install apache-beam"
+            f"--beam_options needs Apache Beam ({error}); install it with pip install "
+            '"mister_jax[beam]"'
         ) from error
     pipeline_options = PipelineOptions.from_dictionary(dict(options))
     messages = io.StringIO()

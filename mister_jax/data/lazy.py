@@ -9,6 +9,8 @@ import os
 
 from etils import epy
 
+from mister_jax.errors import require_extra
+
 __all__ = ["tf", "tfds"]
 
 # TensorFlow reads these when it is imported. The second one silences a message about oneDNN that
@@ -26,8 +28,12 @@ def _hide_accelerators(_: str) -> None:
         tensorflow.config.set_visible_devices([], "GPU")
 
 
+def _name_the_extra(error: Exception) -> None:
+    require_extra("train", "reading and writing datasets")
+
+
 with epy.lazy_imports(
-    error_callback="Datasets need TensorFlow: pip install tensorflow-cpu tensorflow-datasets",
+    error_callback=_name_the_extra,
     success_callback=_hide_accelerators,
 ):
     import tensorflow as tf

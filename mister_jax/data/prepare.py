@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
 from etils import epath
 
 from mister_jax.data.builder import DecodingOptions
@@ -16,6 +15,7 @@ from mister_jax.data.corpora.manifest.builder import Manifest, ManifestConfig
 from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.corpus_writer import write_corpus
+from mister_jax.data.lazy import tfds
 from mister_jax.data.storage import dataset_directory, recover, silence_tfds
 from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
 from mister_jax.errors import InputError

@@ -86,7 +86,7 @@ _PEAK_HEIGHT = 0.2  # log10 of power by which it must exceed the lowest of them
 
 
 @jax.jit
-def prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes the prosodic features of clips.
 
     Args:

@@ -101,7 +101,7 @@ def missing_modality_study(
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
     if not isinstance(features, DialogueFeatures):
-        raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
+        raise InputError(f"{workdir}: the work directory of an encoder; needed: one of MiSTER-E")
     zero_fill_values = predictor.task.zero_fill_values() if as_zeros else None
     study = _run_study(predictor, features, pairs, draws, zero_fill_values, quiet=quiet)
     if jax.process_index() == 0:

@@ -58,7 +58,9 @@ class TunedEncoder(Encoder):
         elif isinstance(task, SpeechEncoderTask):
             input_ = SpeechInput(task.options.max_seconds, pads_to_max=task.pads_to_max)
         else:
-            raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
+            raise InputError(
+                f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder"
+            )
         metadata = {
             "kind": "tuned",
             "name": absolute_path(workdir),

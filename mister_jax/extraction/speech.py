@@ -23,7 +23,7 @@ from mister_jax.data.clips import (
 )
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import speech
-from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
 from mister_jax.errors import InputError
 from mister_jax.extraction.encoder import (
     Encoder,
@@ -202,7 +202,7 @@ class ProsodyEncoder(Encoder):
 
         def features(clips: tuple[jax.Array, jax.Array]) -> jax.Array:
             waveform, lengths = clips
-            return prosody(waveform.astype(jnp.float32) / _FULL_SCALE, lengths)[0]
+            return compute_prosody(waveform.astype(jnp.float32) / _FULL_SCALE, lengths)[0]
 
         def step(_params: Any, batch: dict[str, Any], _axis_name: str | None) -> jax.Array:
             clips = batch["waveform"], batch["lengths"]

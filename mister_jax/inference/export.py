@@ -15,7 +15,7 @@ from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import linear_layers
 from mister_jax.predictor import Predictor
-from mister_jax.workdir import read_config
+from mister_jax.workdir import read_config, read_model_description
 
 
 def export_encoder(
@@ -44,8 +44,9 @@ def export_encoder(
         cannot be exported, or the output exists or cannot be written.
     """
     config = read_config(workdir)
+    read_model_description(workdir)  # Refuses the work directory of an older version.
     if config.task == "fusion":
-        raise InputError(f"{workdir}: a training of MiSTER-E; needed: one of an encoder")
+        raise InputError(f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder")
     if config.encoder.options.get("vicuna"):
         raise InputError(
             f"{workdir}: SALMONN is four checkpoints and no model of transformers; allowed: "
@@ -57,7 +58,9 @@ def export_encoder(
     predictor = Predictor(workdir)
     task = predictor.task
     if target == task.folder.resolve():
-        raise InputError(f"{output}: what the training started from; needed: another folder")
+        raise InputError(
+            f"{output}: the encoder that the training started from; needed: another folder"
+        )
     (model,) = predictor.models()
     encoder = model.backbone
     if isinstance(encoder, PromptedSpeech):

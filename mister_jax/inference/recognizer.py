@@ -63,7 +63,9 @@ class EmotionRecognizer:
         text_encoder: NewPaths = None,
     ):
         if read_config(workdir).task != "fusion":
-            raise InputError(f"{workdir}: a training of an encoder; needed: one of MiSTER-E")
+            raise InputError(
+                f"{workdir}: the work directory of an encoder; needed: one of MiSTER-E"
+            )
         self._predictor = Predictor(workdir)
         task = self._predictor.task
         self.class_names: tuple[str, ...] = task.class_names

@@ -61,9 +61,9 @@ class TrainConfig:
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without a better validation weighted F1 after which a seed keeps
-        its best parameters for good, 0 for no early stopping. The training ends when this is so
-        for all seeds.
+      patience: Number of epochs without a better validation weighted F1 after which a seed stops
+        early and keeps its best parameters, 0 for no early stopping. The training ends when every
+        seed has stopped.
       log_every: Number of steps between two records of the training loss.
       save_every: Number of steps between two checkpoints within an epoch, 0 for none. The end of
         every epoch is always saved.
@@ -419,7 +419,7 @@ class _TrainingLoop:
             # Every seed improves on its initial -1 in the first epoch, so a best checkpoint exists.
             if previous is None:
                 raise InputError(
-                    f"{self.workdir}: the best checkpoint is gone, and the training needs it to "
+                    f"{self.workdir}: the best checkpoint is missing, and the training needs it to "
                     "resume"
                 )
             previous_params, previous_values = previous

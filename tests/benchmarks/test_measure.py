@@ -3,13 +3,13 @@
 import numpy as np
 
 from benchmarks.dialogues import iemocap_like_lengths, released_epoch
-from benchmarks.measure import measure
+from benchmarks.measure import time_runs
 
 
 def test_candidates_are_timed_in_turns():
     order = []
     runs = {name: lambda times, name=name: order.append(name) for name in "ab"}
-    timings = measure(runs, rounds=3)
+    timings = time_runs(runs, rounds=3)
     assert order == list("ab" * 5)
     assert {len(timing.seconds) for timing in timings.values()} == {3}
 

@@ -101,29 +101,29 @@ WRONG_USES = {
             "encoder 'bert'; allowed:"
         ),
         "--config=fusion:x --config.data.data_dir=DIR/data --workdir=DIR/old": (
-            "DIR/old: written by another version of mister_jax; train it again"
+            "DIR/old: written by an older version of mister_jax; train it again"
         ),
     },
     "evaluate": {
-        "": "--workdir is needed: a directory that training has made",
-        "--workdir=DIR": "config.json: no such file; the workdir must be one that training",
-        "--workdir=DIR/old": "DIR/old: written by another version of mister_jax; train it again",
+        "": "--workdir is needed: a directory that `mister-jax train` has written",
+        "--workdir=DIR": "config.json: no such file; the workdir must be one that",
+        "--workdir=DIR/old": "DIR/old: written by an older version of mister_jax; train it again",
         "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
-        "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros goes with --drop_speech",
+        "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros requires --drop_speech",
         "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; available: none",
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
     },
     "predict": {
         "--text=hello": "--workdir is needed",
         "--workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
-        "--workdir=DIR/old --text=hello": "DIR/old: written by another version of mister_jax",
-        "--workdir=DIR/encoder --text=hello": "a training of an encoder; needed: one of MiSTER",
+        "--workdir=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
+        "--workdir=DIR/encoder --text=hello": "the work directory of an encoder; needed: one",
         "--workdir=DIR/ready --text=hello": "ready-made features, so recordings and texts",
         "--workdir=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
             "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
         ),
         "--workdir=DIR/ready --text=a --text=b --audio=c.wav": (
-            "1 of --audio and 2 of --text; needed: as many of both"
+            "1 of --audio and 2 of --text; pass as many of each"
         ),
         "--workdir=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
         "--workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
@@ -132,9 +132,9 @@ WRONG_USES = {
         ),
     },
     "export": {
-        "": "--workdir is needed: a directory that training has made",
-        "--workdir=DIR": "--output is needed: a folder that is not there yet",
-        "--workdir=DIR/ready --output=DIR/new": "a training of MiSTER-E; needed: one of an",
+        "": "--workdir is needed: a directory that `mister-jax train` has written",
+        "--workdir=DIR": "--output is needed: a folder that does not exist yet",
+        "--workdir=DIR/ready --output=DIR/new": "the work directory of MiSTER-E; needed: one of an",
         "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
         "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: holds no model; allo",
     },

@@ -62,14 +62,14 @@ WRONG_USES = {
     "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",
     "--corpus=features --config=six --labels=a,b": (
-        "--config does not go with --corpus=features; allowed: --corpus, --source, --name,"
+        "--config cannot be used with --corpus=features; allowed: --corpus, --source, --name,"
     ),
-    "--corpus=meld --name=x": "--name does not go with --corpus=meld; allowed: --corpus, --source,",
-    "--corpus=meld --labels=a": "--labels does not go with --corpus=meld",
-    "--corpus=synthetic_features --source=x": "--source does not go with --corpus=synthetic_feat",
-    "--corpus=synthetic --labels=a": "--labels does not go with --corpus=synthetic;",
-    "--corpus=manifest --num_dialogues=1,1,1": "--num_dialogues does not go with --corpus=manifest",
-    "--inspect=x --corpus=meld": "--corpus does not go with --inspect=x; allowed: --inspect, --d",
+    "--corpus=meld --name=x": "--name cannot be used with --corpus=meld; allowed: --corpus, ",
+    "--corpus=meld --labels=a": "--labels cannot be used with --corpus=meld",
+    "--corpus=synthetic_features --source=x": "--source cannot be used with --corpus=synth",
+    "--corpus=synthetic --labels=a": "--labels cannot be used with --corpus=synthetic;",
+    "--corpus=manifest --num_dialogues=1,1,1": "--num_dialogues cannot be used with --corpus=",
+    "--inspect=x --corpus=meld": "--corpus cannot be used with --inspect=x; allowed: --inspect",
     "--corpus=synthetic --num_dialogues=1,x,2": "--num_dialogues=1,x,2; allowed: three numbers",
     "--corpus=synthetic_features --num_dialogues=0,0,0": "allowed: numbers for train, validation",
     "--corpus=manifest --source=DIR/calls.jsonl --max_seconds=nan": "max_seconds=nan; allowed: fin",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
 
 SECOND = 16_000
 TIME = np.arange(SECOND) / SECOND
@@ -37,7 +37,7 @@ def measure(*clips, num_samples=24_000, num_clips=10):
     for index, samples in enumerate(clips):
         waveform[index, : len(samples)] = samples
         lengths[index] = len(samples)
-    features, present = prosody(waveform, lengths)
+    features, present = compute_prosody(waveform, lengths)
     assert features.shape == (num_clips, len(FEATURE_NAMES))
     np.testing.assert_array_equal(present, lengths > 0)
     values = np.asarray(features)[: len(clips)].T

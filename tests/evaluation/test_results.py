@@ -131,7 +131,7 @@ def test_a_workdir_of_another_version_is_refused(finished_workdir, tmp_path):
     description = json.loads((finished_workdir / "model.json").read_text())
     for changes in ({"format": 1}, {"format": None}):
         (tmp_path / "model.json").write_text(json.dumps(description | changes))
-        with pytest.raises(InputError, match="written by another version of mister_jax") as error:
+        with pytest.raises(InputError, match="written by an older version of mister_jax") as error:
             evaluate(tmp_path, "test", quiet=True)
         assert "\n" not in str(error.value)
 

@@ -14,7 +14,7 @@ from mister_jax.data.clips import load_clips, pad_clips
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.encoders import registry
-from mister_jax.encoders.prosody import FEATURE_NAMES, prosody
+from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
 from mister_jax.encoders.tokenization import encode_texts
 from mister_jax.errors import InputError
 from mister_jax.extraction import encoder as encoder_module
@@ -35,7 +35,7 @@ def test_prosody_is_written_where_speech_is_audible(speech_dataset, heard_dir, p
     assert metadata["kind"] == "prosody" and metadata["dataset"] == SPEECH
     assert metadata.items() >= json.loads(json.dumps(prosody_encoder.metadata)).items()
     waveform, lengths = pad_clips(list(clips.items), 8000)
-    expected, _ = prosody(waveform.astype(np.float32) / 2**15, lengths)
+    expected, _ = compute_prosody(waveform.astype(np.float32) / 2**15, lengths)
     np.testing.assert_allclose(features.speech[is_audible], expected, atol=1e-5)
 
 

@@ -200,7 +200,7 @@ def test_only_an_earlier_export_can_be_overwritten(workdirs, tmp_path):
     for folder, message in (
         (tmp_path / "other", "holds no model"),
         (workdir, "holds no model"),
-        (base, "what the training started from"),
+        (base, "the encoder that the training started from"),
     ):
         with pytest.raises(InputError, match=message):
             export_encoder(workdir, folder, overwrite=True)

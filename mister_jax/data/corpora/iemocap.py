@@ -9,8 +9,6 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-import tensorflow_datasets as tfds
-
 from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
@@ -22,6 +20,7 @@ from mister_jax.data.corpus import (
     existing_directory,
     read_text,
 )
+from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
 
 CLASS_NAMES: Mapping[str, tuple[str, ...]] = {

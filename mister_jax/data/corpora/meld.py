@@ -12,7 +12,6 @@ import threading
 import urllib.request
 from typing import ClassVar
 
-import tensorflow_datasets as tfds
 from etils import epath
 
 from mister_jax.data.builder import DialogueBuilder
@@ -26,6 +25,7 @@ from mister_jax.data.corpus import (
     find,
     read_text,
 )
+from mister_jax.data.lazy import tfds
 from mister_jax.data.storage import atomic_directory
 from mister_jax.errors import InputError
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpus import (
@@ -24,6 +23,7 @@ from mister_jax.data.corpus import (
     find,
     read_text,
 )
+from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
 
 CLASS_NAMES = ("negative", "non_negative")

@@ -4,11 +4,10 @@ import dataclasses
 import pathlib
 from typing import ClassVar
 
-import tensorflow_datasets as tfds
-
 from mister_jax.data.builder import DialogueBuilder
 from mister_jax.data.corpora.manifest import reader
 from mister_jax.data.corpus import Corpus
+from mister_jax.data.lazy import tfds
 
 
 @dataclasses.dataclass

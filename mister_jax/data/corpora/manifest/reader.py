@@ -304,11 +304,11 @@ def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
             continue
         row = f"{path}: row at line {number}"
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            pairs = json.loads(line, object_pairs_hook=_JsonPairs)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", type(error).__name__)
             raise InputError(f"{row}: not JSON ({reason}); needed: one object per line") from error
-        if not isinstance(pairs, _Pairs):
+        if not isinstance(pairs, _JsonPairs):
             raise InputError(f"{row}: not an object; needed: one object per line")
         values: dict[str, Any] = {}
         for name, value in pairs:
@@ -318,7 +318,7 @@ def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
         yield _Row(path, number, {key: value for key, value in values.items() if value is not None})
 
 
-class _Pairs(list):
+class _JsonPairs(list):
     """Fields of a JSON object, including repeated ones."""
 
 
