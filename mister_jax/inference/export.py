@@ -44,8 +44,8 @@ def export_encoder(
         cannot be exported, or the output exists or cannot be written.
     """
     config = read_config(workdir)
-    read_model_description(workdir)  # Refuses the work directory of an older version.
     if config.task == "fusion":
+        read_model_description(workdir)  # Refuses the work directory of an older version.
         raise InputError(f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder")
     if config.encoder.options.get("vicuna"):
         raise InputError(

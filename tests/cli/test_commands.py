@@ -201,7 +201,7 @@ def test_each_script_runs_its_subcommand(results, name):
 def test_help_describes_flags(results):
     for flag in ("--help", "--helpfull"):
         stdout = results[f"extract {flag}"].stdout
-        assert "--encoder: pretrained encoder: a folder, a name on the Hugging Face Hub" in stdout
+        assert "--encoder: pretrained encoder: prosody, minilm, a folder" in stdout
 
 
 def run_main(monkeypatch, capsys, *arguments):
