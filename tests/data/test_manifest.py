@@ -412,8 +412,11 @@ def names_of(content, as_csv, rows):
     columns = {field for row in rows for field in row}
     if as_csv:  # A truncated file may end within its header.
         header = next(csv.reader(io.StringIO(content.decode(errors="replace"), newline="")), [])
-        columns = {name.strip() for name in header}
-    return {*reader.FIELDS, *(" ".join(repr(name).split()) for name in columns - {*reader.FIELDS})}
+        columns = {name.strip() or "unnamed" for name in header}
+    # A repeated column is named as it is written, other extra columns are quoted.
+    extra_columns = columns - {*reader.FIELDS}
+    quoted = {" ".join(repr(name).split()) for name in extra_columns}
+    return {*reader.FIELDS, *quoted, *(" ".join(name.split()) for name in extra_columns)}
 
 
 # Errors about a row or a file, which name no field.
