@@ -42,7 +42,7 @@ class Part(NamedTuple):
     constants: Any = ()
 
     def forward_and_backward(self) -> tuple[Callable, tuple[Any, ...]]:
-        """Returns a function that computes the output and all gradients, and its arguments."""
+        """Returns a function for the output and all gradients, and the arguments to call it with."""
 
         def both(variables: Any, constants: Any, cotangent: Any) -> Any:
             output, pullback = jax.vjp(lambda value: self.function(value, constants), variables)

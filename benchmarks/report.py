@@ -58,7 +58,7 @@ class Report:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what the results depend on, and the peak memory of this process."""
+    """Returns the machine, the versions and the peak memory of this process."""
     device: Any = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {

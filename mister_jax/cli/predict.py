@@ -185,7 +185,7 @@ def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[
     for split, dialogue in corpus.dialogues():
         for utterance in dialogue.utterances:
             recording = utterance.recording
-            # Without times in the dialogue, the times in the recording are written.
+            # If the corpus has no times within the dialogue, write those within the recording.
             start, end = utterance.start, utterance.end
             if recording is not None and start is None and end is None:
                 start, end = recording.start, recording.end

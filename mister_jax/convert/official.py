@@ -23,8 +23,8 @@ from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
 from mister_jax.nn import MultiHeadAttention
 
-# Block of a co-attention layer, whose first stream is speech and second text -> official names of
-# the query, key and value projections, attention, output projection and LayerNorm.
+# Official names of each block of a co-attention layer, in this order: query, key and value
+# projections, attention, output projection, LayerNorm. The first stream is speech, the second text.
 _BLOCKS = {
     "first_to_second": ("audq", "asrk", "asrv", "aud", "audio", "a"),
     "second_to_first": ("asrq", "audk", "audv", "asr", "text", "t"),

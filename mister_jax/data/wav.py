@@ -20,7 +20,8 @@ _PCM, _EXTENSIBLE = 0x0001, 0xFFFE
 _MAX_CHUNKS = 1000
 _MAX_RATE = 1_000_000
 
-# Programs that write to a pipe use sizes from this one on for "until the end of the file".
+# A size of at least this value means "until the end of the file". Programs that write to a pipe use
+# it, because they do not know the length in advance.
 _OPEN_SIZE = 0x7FFF_0000
 
 

@@ -208,8 +208,8 @@ class ProsodyEncoder(Encoder):
             clips = batch["waveform"], batch["lengths"]
             if not on_one_cpu:
                 return features(clips)
-            # Overlapping frames are much larger than the samples. A few clips at a time stay in the
-            # cache of a CPU, which is 1.5 times as fast.
+            # Overlapping frames are much larger than the samples. A few clips at a time fit in the
+            # cache of a CPU, and encoding them is 1.5 times as fast.
             rows, samples = batch["waveform"].shape
             max_clips = max(1, _CPU_CHUNK_SAMPLES // samples)
             num_clips = max(count for count in range(1, max_clips + 1) if rows % count == 0)

@@ -41,8 +41,8 @@ class WhisperConfig:
       num_heads: Number of heads K; divides `hidden_size`.
       mlp_dim: Hidden size of the feed-forward blocks.
       max_positions: Positions N of the padded clip, 1500 for 30 s.
-      trim: Whether to encode no more padding than the longest row of the batch has, and to attend
-        to each clip alone. Otherwise clips are padded to `max_positions`, and attention includes
+      trim: Whether to cut the padding down to the longest clip of the batch, and to mask the rest
+        of the padding in attention. Otherwise clips are padded to `max_positions`, and attention includes
         the padding, as in the reference. Trimming takes time and memory in proportion to the audio,
         but changes the function: the output of the convolutions is that of the reference, but
         there is no attention to the silence after the clip. How far the outputs move depends on

@@ -353,7 +353,7 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
 
 
 def _delimiter(text: str) -> str:
-    """Returns the separator that splits the first line into most fields of `FIELDS`."""
+    """Returns the separator for which the header has the largest number of known fields."""
     line = text.partition("\n")[0]
 
     def num_fields(delimiter: str) -> int:
