@@ -42,7 +42,7 @@ class Part(NamedTuple):
     constants: Any = ()
 
     def forward_and_backward(self) -> tuple[Callable, tuple[Any, ...]]:
-        """Returns a function for the output and all gradients, and the arguments to call it with."""
+        """Returns a function for the output and all gradients, and the arguments of its call."""
 
         def both(variables: Any, constants: Any, cotangent: Any) -> Any:
             output, pullback = jax.vjp(lambda value: self.function(value, constants), variables)

@@ -21,8 +21,8 @@ RECORDING_ISSUES: Mapping[str, tuple[str, ...]] = {
 }
 """Issues that a report lists, and the facts that it states about each recording."""
 
-# A recording's length does not match its annotation if the difference exceeds both of these: seconds,
-# and the fraction of the annotated length.
+# A recording's length does not match its annotation if the difference exceeds both of these: the
+# seconds, and the fraction of the annotated length.
 _MISMATCH_SECONDS, _MISMATCH_FRACTION = 1.0, 0.5
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
