@@ -1,6 +1,6 @@
 """Measures how fast a corpus of recordings is prepared, and that memory does not grow with it.
 
-The preparation runs in a process of its own, whose memory is measured. The recordings are
+The preparation runs in a separate process, so that its memory can be measured. The recordings are
 synthetic.
 """
 
@@ -20,8 +20,8 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.errors import InputError
 
-# Runs a command and prints the peak memory of its largest process. It needs a process of its own,
-# because RUSAGE_CHILDREN of this one includes the memory that a child inherits before it execs.
+# Runs a command and prints the peak memory of its largest process. It runs in a separate process,
+# because RUSAGE_CHILDREN of this process includes the memory that a child inherits before it execs.
 _RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)

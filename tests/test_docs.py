@@ -28,7 +28,7 @@ PAGES = {
 BLOCK = re.compile(
     r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
-# Flags, added last, that make a command small: by subcommand and a flag that it has.
+# (subcommand, flag in the documented command) -> flags that are added to keep the run short.
 SMALL_FLAGS = {
     ("prepare", "--corpus=synthetic_features"): ["--num_dialogues=8,2,2"],
     ("prepare", "--corpus=synthetic"): ["--num_workers=0"],

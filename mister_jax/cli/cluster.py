@@ -81,7 +81,7 @@ def distributed(
             sys.stderr.flush()
             if jax.process_index() == 0:
                 # Process 0 runs JAX's coordinator. Without it, JAX ends the other processes
-                # before they can print an error of their own.
+                # before they can print their own error.
                 time.sleep(2)
             os._exit(status)
         return status

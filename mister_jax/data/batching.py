@@ -214,7 +214,7 @@ def plan_budgeted_batches(
     Args:
         lengths: Length of each item, [N] int, descending.
         budget: Maximum number of positions in a batch on each device, including padding. A longer
-            item gets a batch of its own.
+            item gets a separate batch.
         length_steps: Lengths that items are padded to, ascending.
         max_length: Length of the longest item; no item is padded beyond it.
         num_shards: Divisor of the number of rows of each batch.

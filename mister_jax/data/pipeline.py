@@ -81,12 +81,11 @@ def batches(
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
     if not 0 <= start_step <= len(planned):
         raise ValueError(f"start_step {start_step}; allowed: 0 to {len(planned)}")
-    offsets = features.offsets
 
     def make_arrays(step: np.int64) -> list[np.ndarray]:
         global_rows, padded_length = planned[step]
         rows = np.split(global_rows, process_count)[process_index]
-        batch = padded_batch(features, offsets, rows, padded_length)
+        batch = padded_batch(features, rows, padded_length)
         return [batch[field] for field in _BATCH_DTYPES]
 
     def make_batch(step: "tf.Tensor") -> dict[str, "tf.Tensor"]:
@@ -118,20 +117,19 @@ def prefetch_to_device(
 
 
 def padded_batch(
-    features: DialogueFeatures, offsets: np.ndarray, rows: np.ndarray, padded_length: int
+    features: DialogueFeatures, rows: np.ndarray, padded_length: int
 ) -> dict[str, np.ndarray]:
     """Returns the batch of some dialogues, with the arrays that `batches` describes.
 
     Args:
         features: Features of the split.
-        offsets: `features.offsets`, which is expensive to compute for every batch.
         rows: Indices of the dialogues, [B] int, -1 for an empty row.
         padded_length: Number of utterances T of each row.
     """
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     positions = np.arange(padded_length)
     mask = positions < lengths[:, None]  # [B, T]
-    utterances = (offsets[rows][:, None] + positions)[mask]  # Rows of the flat arrays.
+    utterances = (features.offsets[rows][:, None] + positions)[mask]  # Rows of the flat arrays.
 
     def pad(values: np.ndarray, field: str, fill: int = 0) -> np.ndarray:
         array: np.ndarray = np.full(mask.shape + values.shape[1:], fill, _BATCH_DTYPES[field])

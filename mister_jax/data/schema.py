@@ -1,6 +1,7 @@
 """A split of dialogue features in memory, and the names of splits and modalities."""
 
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -90,7 +91,7 @@ class DialogueFeatures:
             if array.ndim != 2 or len(array) != total:
                 raise ValueError(f"{field} has shape {array.shape}, expected ({total}, dim)")
 
-    @property
+    @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Row of the first utterance of each dialogue, and N at the end, [M + 1] int64."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])

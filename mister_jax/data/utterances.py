@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,12 +45,12 @@ class Utterances:
     score: np.ndarray | None = None
     metadata: dict = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Number of utterances of each row, [N] ones, as in `DialogueFeatures`."""
         return np.ones(len(self.items), int)
 
-    @property
+    @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Row of each utterance, and N at the end, [N + 1], as in `DialogueFeatures`."""
         return np.arange(len(self.items) + 1)

@@ -28,7 +28,7 @@ SALMONN = "salmonn"
 PROMPT_TOKENS = "prompt_tokens"
 """Field of a speech LLM's backbone config with the tokens of its prompt."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
-"""Limits of an utterance's length for encoders without a limit of their own."""
+"""Limits of an utterance's length for encoders that have no limit themselves."""
 
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."

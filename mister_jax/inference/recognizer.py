@@ -203,7 +203,7 @@ class EmotionRecognizer:
         # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
-        batches = (padded_batch(features, features.offsets, *planned) for planned in plan)
+        batches = (padded_batch(features, *planned) for planned in plan)
         return self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
 
 

@@ -76,6 +76,6 @@ def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     if count > 1 and config.task != "fusion":
         raise InputError(
             f"config.num_seeds={count}; allowed for the task {config.task} is 1: train an encoder "
-            "once for each seed, each in a workdir of its own"
+            "once for each seed, in a separate workdir"
         )
     return tuple(range(config.seed, config.seed + count))

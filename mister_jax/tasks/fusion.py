@@ -59,7 +59,7 @@ class FeatureSplit(Split):
         """Yields one empty batch of each shape, without starting the tf.data pipeline."""
         for num_rows, length in self.plan.shapes:
             rows = np.full(num_rows // jax.process_count(), -1, np.int32)
-            yield padded_batch(self.data, self.data.offsets, rows, length)
+            yield padded_batch(self.data, rows, length)
 
 
 class FusionTask:

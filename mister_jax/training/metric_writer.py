@@ -19,7 +19,7 @@ class MetricWriter:
     """Appends scalars to `workdir/metrics.jsonl` and to a TensorBoard event file next to it.
 
     Only process 0 writes. A resumed run repeats the steps after its checkpoint, so lines of those
-    steps are removed from `metrics.jsonl`, and TensorBoard is told to hide them.
+    steps are removed from `metrics.jsonl`, and TensorBoard hides them.
 
     Args:
       workdir: Work directory of the training run.

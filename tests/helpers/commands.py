@@ -1,4 +1,4 @@
-"""Runs commands as a user types them, in processes of their own."""
+"""Runs commands as a user types them, in separate processes."""
 
 from __future__ import annotations
 

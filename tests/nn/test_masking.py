@@ -23,5 +23,5 @@ def test_packed_sequences_have_their_own_positions_and_do_not_see_each_other():
     mask = np.array([[1, 1, 1, 1, 1, 0]], bool)
     positions, same_sequence = positions_and_segment_mask(mask, np.array([[4, 4, 7, 7, 7, 7]]))
     np.testing.assert_array_equal(positions[mask], [0, 1, 0, 1, 2])
-    sequence = np.array([1, 1, 2, 2, 2, 0])  # padding is a sequence of its own
+    sequence = np.array([1, 1, 2, 2, 2, 0])  # Padding is a separate sequence.
     np.testing.assert_array_equal(same_sequence[0, 0], sequence[:, None] == sequence)

@@ -104,7 +104,7 @@ def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
 
 @pytest.fixture(scope="module")
 def train_in_subprocess():
-    """Runs `train_and_signal` in a process of its own and returns its exit status."""
+    """Runs `train_and_signal` in a separate process and returns its exit status."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.training.test_resume", "tensorflow", "tensorflow_datasets"]

@@ -287,7 +287,7 @@ def _check_reachable(url: str) -> None:
         except Exception as error:
             results.append(error)
 
-    # A DNS lookup has no timeout of its own, so it runs in a thread.
+    # A DNS lookup has no timeout, so it runs in a thread.
     thread = threading.Thread(target=request_head, daemon=True)
     thread.start()
     thread.join(_TIMEOUT_SECONDS)

@@ -256,7 +256,7 @@ def _groups(
         if value is not None:
             groups[row.id("dialogue")].add(value)
         elif group_by:
-            row.fail(group_by, "missing, and dialogues are grouped by it; needed: in all rows")
+            row.fail(group_by, "missing; needed in every row, because dialogues are grouped by it")
     return dict(groups)
 
 
