@@ -183,8 +183,8 @@ def split_checkpoint(
 ) -> SplitCheckpoint:
     """Splits a checkpoint into backbone and head.
 
-    The prefix is the one with most of the expected names. If no expected name exists under any
-    prefix, no tensor counts as the head because of its prefix, so that all of them can be reported.
+    The prefix is the one under which the most expected names exist. If there is none, no tensor is
+    taken for the head because of its prefix, so that the error can list all of them.
 
     Args:
       checkpoint: Checkpoint or adapter.

@@ -82,8 +82,8 @@ def missing_modality_study(
       split: Split of the dataset.
       drop_speech: Probabilities that an utterance loses its speech.
       drop_text: Probabilities that an utterance loses its text.
-      as_zeros: Whether the model reads zeros for what is dropped without a flag, as in the paper's
-        study. By default a dropped modality is flagged as missing.
+      as_zeros: Whether dropped features become zeros that are not flagged as missing, as in the
+        paper's study. By default a dropped modality is flagged as missing.
       draws: Number of random draws for each pair of rates.
       dataset: Another dataset than the training's.
       data_dir: Directory of the dataset.
