@@ -120,9 +120,7 @@ def test_speakers_that_connect_all_dialogues_give_a_split_by_dialogue_and_a_warn
     assert "dialogues that share a speaker form 1 groups, too few" in note
     with pytest.raises(InputError, match="that share a speaker form 1 groups; needed"):
         reader.read_manifest(path, group_by="speaker")
-    with pytest.raises(
-        InputError, match="line 1: room: missing; needed in every row"
-    ):
+    with pytest.raises(InputError, match="line 1: room: missing; needed in every row"):
         reader.read_manifest(path, group_by="room")
 
 
