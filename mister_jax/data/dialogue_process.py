@@ -1,11 +1,11 @@
 """Random processes that generate dialogues, with the exact posterior of their emotions.
 
-`ConversationProcess` is the common part of the synthetic features in `synthetic` and of the
-synthetic recordings in `synthetic_speech`. Emotions follow a Markov chain along a dialogue, so the
+`synthetic` and `synthetic_speech` use them. Emotions follow a Markov chain along a dialogue, so the
 posterior of each emotion given the whole dialogue can be computed. No model can be expected to
 score better than the resulting Bayes classifier.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -48,20 +48,17 @@ class ConversationProcess:
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns log p(speech | emotion) [T, C] and log p(uninformative speech) [T, 1].
 
-        Both are exact up to the same constant of each utterance.
+        Both are exact up to the same constant of each utterance, as in `text_log_density`.
         """
         raise NotImplementedError
 
     def text_log_density(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns log p(text | emotion) [T, C] and log p(uninformative text) [T, 1].
-
-        Both are exact up to the same constant of each utterance.
-        """
+        """Returns log p(text | emotion) [T, C] and log p(uninformative text) [T, 1]."""
         raise NotImplementedError
 
     def sample_labels_and_flags(
         self, length: int, generator: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Draws the emotions of T utterances, and which of their modalities are usable.
 
         Args:
@@ -69,8 +66,8 @@ class ConversationProcess:
             generator: Source of randomness.
 
         Returns:
-            The labels [T] int32; and whether speech is uninformative, text is uninformative, speech
-            is present, and text is present, each [T] bool.
+            The labels [T] int32; the uninformative modality of each utterance, [T]: "speech",
+            "text" or ""; and whether speech and text are present, each [T] bool.
         """
         label = np.empty(length, np.int32)
         distribution = self.initial
@@ -80,13 +77,11 @@ class ConversationProcess:
         uninformative_draw = generator.uniform(size=length)
         missing_draw = generator.uniform(size=length)
         share, half = self.uninformative_share, self.missing_share / 2
-        return (
-            label,
-            uninformative_draw < share,
-            uninformative_draw >= 1 - share,
-            missing_draw >= half,
-            (missing_draw < half) | (missing_draw >= 2 * half),
+        uninformative = np.select(
+            [uninformative_draw < share, uninformative_draw >= 1 - share], ["speech", "text"], ""
         )
+        text_present = (missing_draw < half) | (missing_draw >= 2 * half)
+        return label, uninformative, missing_draw >= half, text_present
 
     def log_likelihood(
         self,
@@ -124,25 +119,16 @@ class ConversationProcess:
             ]
         )
 
-    def posterior(
-        self,
-        speech: np.ndarray,
-        text: np.ndarray,
-        speech_present: np.ndarray,
-        text_present: np.ndarray,
-    ) -> np.ndarray:
+    def posterior(self, *features: np.ndarray) -> np.ndarray:
         """Computes the posterior of the emotions given the whole dialogue, by forward-backward.
 
         Args:
-            speech: Speech of each utterance, [T, Ds].
-            text: Text of each utterance, [T, Dt].
-            speech_present: Whether to use the speech, [T] bool.
-            text_present: Whether to use the text, [T] bool.
+            *features: Arguments of `log_likelihood`.
 
         Returns:
             Probabilities, [T, C] float64.
         """
-        emission = self.log_likelihood(speech, text, speech_present, text_present)  # [T, C]
+        emission = self.log_likelihood(*features)  # [T, C]
         with np.errstate(divide="ignore"):
             log_transition = np.log(self.transition)
             forward = [np.log(self.initial) + emission[0]]
@@ -186,15 +172,7 @@ def emotion_chain(
 
 
 def gaussian_log_density(features: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Computes log N(features; mean, 1) up to a constant of each row.
-
-    Args:
-        features: Feature vectors, [T, D].
-        means: Mean of each class, [C, D].
-
-    Returns:
-        Log densities, [T, C].
-    """
+    """Computes log N(features [T, D]; means [C, D], 1), [T, C], up to a constant of each row."""
     return features.astype(float) @ means.T - np.sum(means**2, axis=1) / 2
 
 
@@ -216,23 +194,16 @@ def reference_scores(
             of speech and text, each [T] bool.
     """
     label = np.concatenate([dialogue[0] for dialogue in dialogues])
-    absent = np.zeros_like
-    posteriors = {
-        "bayes": [process.posterior(*features) for _, *features in dialogues],
-        "bayes_utterance": [
-            _normalize(np.log(process.initial) + process.log_likelihood(*features))
-            for _, *features in dialogues
-        ],
-        "bayes_speech": [
-            process.posterior(speech, text, speech_present, absent(text_present))
-            for _, speech, text, speech_present, text_present in dialogues
-        ],
-        "bayes_text": [
-            process.posterior(speech, text, absent(speech_present), text_present)
-            for _, speech, text, speech_present, text_present in dialogues
-        ],
-        "majority": [np.tile(process.initial, (len(label), 1))],
-    }
+    posteriors = collections.defaultdict(list)
+    for _, speech, text, speech_present, text_present in dialogues:
+        features = speech, text, speech_present, text_present
+        utterance = np.log(process.initial) + process.log_likelihood(*features)
+        absent = np.zeros_like(speech_present)
+        posteriors["bayes"].append(process.posterior(*features))
+        posteriors["bayes_utterance"].append(_normalize(utterance))
+        posteriors["bayes_speech"].append(process.posterior(speech, text, speech_present, absent))
+        posteriors["bayes_text"].append(process.posterior(speech, text, absent, text_present))
+    posteriors["majority"] = [np.tile(process.initial, (len(label), 1))]
     scores = {}
     for reference, posterior in posteriors.items():
         predicted = np.concatenate(posterior).argmax(axis=1)

@@ -13,6 +13,7 @@ task has these parts by design:
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,12 +53,12 @@ class EmotionProcess(ConversationProcess):
     text_neutral: np.ndarray
 
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the log densities of speech, see `ConversationProcess`."""
+        """See `ConversationProcess`."""
         uninformative = gaussian_log_density(speech, self.speech_neutral[None])
         return gaussian_log_density(speech, self.speech_mean), uninformative
 
     def text_log_density(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the log densities of text, see `ConversationProcess`."""
+        """See `ConversationProcess`."""
         uninformative = gaussian_log_density(text, self.text_neutral[None])
         return gaussian_log_density(text, self.text_mean), uninformative
 
@@ -71,20 +72,17 @@ class EmotionProcess(ConversationProcess):
             presence of speech and text, each [T] bool; and the uninformative modality of each
             utterance, [T]: "speech", "text" or "".
         """
-        label, speech_uninformative, text_uninformative, speech_present, text_present = (
-            self.sample_labels_and_flags(length, generator)
+        label, uninformative, speech_present, text_present = self.sample_labels_and_flags(
+            length, generator
         )
         speech = _draw_features(
-            self.speech_mean[label], self.speech_neutral, speech_uninformative, generator
+            self.speech_mean[label], self.speech_neutral, uninformative == "speech", generator
         )
         text = _draw_features(
-            self.text_mean[label], self.text_neutral, text_uninformative, generator
+            self.text_mean[label], self.text_neutral, uninformative == "text", generator
         )
         speech[~speech_present] = 0
         text[~text_present] = 0
-        uninformative = np.where(
-            speech_uninformative, "speech", np.where(text_uninformative, "text", "")
-        )
         return (label, speech, text, speech_present, text_present), uninformative
 
 
@@ -116,13 +114,11 @@ def emotion_process(
     generator = np.random.default_rng([seed, 0])
     initial, transition = emotion_chain(num_classes, stay_probability, generator)
     emotion = np.arange(num_classes)
-    speech_mean = _draw_means(emotion % 2, speech_dim, generator)
-    text_mean = _draw_means(emotion // 2, text_dim, generator)
     return EmotionProcess(
         initial=initial,
         transition=transition,
-        speech_mean=speech_mean,
-        text_mean=text_mean,
+        speech_mean=_draw_means(emotion % 2, speech_dim, generator),
+        text_mean=_draw_means(emotion // 2, text_dim, generator),
         speech_neutral=_STRONG * _draw_directions(1, speech_dim, generator)[0],
         text_neutral=_STRONG * _draw_directions(1, text_dim, generator)[0],
         uninformative_share=uninformative_share,
@@ -133,13 +129,7 @@ def emotion_process(
 def generate_features(
     seed: int = 0,
     num_dialogues: Mapping[str, int] = DEFAULT_NUM_DIALOGUES,
-    *,
-    num_classes: int = 6,
-    speech_dim: int = 64,
-    text_dim: int = 96,
-    stay_probability: float = 0.6,
-    uninformative_share: float = 0.2,
-    missing_share: float = 0.05,
+    **options: Any,
 ) -> dict[str, DialogueFeatures]:
     """Generates splits of synthetic dialogues, which depend only on the arguments.
 
@@ -150,28 +140,14 @@ def generate_features(
         seed: Seed, at least 0.
         num_dialogues: Number of dialogues by split; each has 2 to 30 utterances. Empty splits are
             omitted.
-        num_classes: Number of emotions C, at least 2.
-        speech_dim: Dimension Ds of the speech features.
-        text_dim: Dimension Dt of the text features.
-        stay_probability: Probability that the emotion does not change, see `emotion_chain`.
-        uninformative_share: Probability of uninformative speech, and of uninformative text, at
-            most 0.5.
-        missing_share: Probability that an utterance lacks one modality.
+        **options: Options of `emotion_process`, such as `num_classes` and `speech_dim`.
 
     Raises:
         InputError: `num_dialogues` has no dialogue or an unknown split.
         ValueError: Another argument is out of range.
     """
     check_num_dialogues(num_dialogues)
-    process = emotion_process(
-        seed,
-        num_classes=num_classes,
-        speech_dim=speech_dim,
-        text_dim=text_dim,
-        stay_probability=stay_probability,
-        uninformative_share=uninformative_share,
-        missing_share=missing_share,
-    )
+    process = emotion_process(seed, **options)
     return {
         split: _generate_split(process, split, count, seed, np.random.default_rng([seed, 1, index]))
         for index, (split, count) in enumerate(num_dialogues.items())

@@ -299,8 +299,8 @@ def test_measured_styles_nearly_reach_reference_score(corpus, manifest, truth, m
 @pytest.mark.parametrize("seed", range(3))
 def test_default_task_rewards_fusion_and_context(seed):
     process = make_spoken_dialogue_process(seed)
-    dialogues = [writer._Dialogue.sample(process, seed, "train", index) for index in range(200)]
-    scores = reference_scores(process, [dialogue.features for dialogue in dialogues])
+    dialogues = [writer._sample_dialogue(process, seed, "train", index)[0] for index in range(200)]
+    scores = reference_scores(process, dialogues)
     score = {reference: values["weighted_f1"] for reference, values in scores.items()}
     assert 0.85 < score["bayes"] < 0.92
     assert score["majority"] < score["bayes_utterance"] < score["bayes"] - 0.04
@@ -313,9 +313,9 @@ def test_posterior_equals_enumeration():
     process = make_spoken_dialogue_process(
         1, num_classes=3, uninformative_share=0.2, missing_share=0.5
     )
-    dialogue = writer._Dialogue.sample(process, 1, "test", 0)
+    features, _, _ = writer._sample_dialogue(process, 1, "test", 0)
     present = np.array([[True, False, True], [True, True, False]])
-    _, style, counts, *_ = (values[:3] for values in dialogue.features)
+    _, style, counts, *_ = (values[:3] for values in features)
 
     def speech_density(step, mean):
         return np.prod(norm.pdf(style[step], mean)) if present[0, step] else 1.0

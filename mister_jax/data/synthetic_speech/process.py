@@ -127,15 +127,12 @@ class SpokenDialogueProcess(ConversationProcess):
     def sample_style(
         self, label: np.ndarray, uninformative: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
-        """Draws speaking styles.
+        """Draws speaking styles [T, 4], in standard deviations.
 
         Args:
             label: Emotion of each utterance [T].
             uninformative: Whether speech is independent of the emotion [T].
-            generator: Random generator.
-
-        Returns:
-            Styles [T, 4] in standard deviations.
+            generator: Source of randomness.
         """
         mean = np.where(uninformative[:, None], self.style_mean[0], self.style_mean[label])
         return mean + generator.normal(size=mean.shape)

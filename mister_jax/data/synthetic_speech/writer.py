@@ -1,10 +1,9 @@
 """Writes the synthetic speech corpus: recordings, manifest, ground truth and reference scores."""
 
-import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,13 +41,10 @@ def write_speech_corpus(
     *,
     seed: int = 0,
     num_dialogues: Mapping[str, int] = DEFAULT_NUM_DIALOGUES,
-    num_classes: int = 6,
-    stay_probability: float = 0.6,
-    uninformative_share: float = 0.1,
-    missing_share: float = 0.05,
     num_workers: int = 0,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> pathlib.Path:
     """Writes a corpus of dialogues of 4 to 14 utterances of 1 to 3 s, atomically.
 
@@ -69,14 +65,11 @@ def write_speech_corpus(
         directory: Directory to create.
         seed: Seed, at least 0.
         num_dialogues: Number of dialogues by split.
-        num_classes: Number of emotions, 2 to 7, see `class_names`.
-        stay_probability: See `dialogue_process.emotion_chain`.
-        uninformative_share: See `dialogue_process.ConversationProcess`, at most 0.5.
-        missing_share: See `dialogue_process.ConversationProcess`.
         num_workers: Number of processes that synthesize; with 0 this process does.
         overwrite: Replace the directory if it holds a synthetic speech corpus. Otherwise, an
             existing corpus with the same arguments is reused.
         log: Called with a line if an existing corpus is reused.
+        **options: Options of `make_spoken_dialogue_process`, such as `num_classes`.
 
     Returns:
         The path of the manifest.
@@ -88,14 +81,15 @@ def write_speech_corpus(
     """
     directory = pathlib.Path(directory).expanduser().absolute()
     check_num_dialogues(num_dialogues)
-    options: dict[str, Any] = {
-        "num_classes": num_classes,
-        "stay_probability": stay_probability,
-        "uninformative_share": uninformative_share,
-        "missing_share": missing_share,
-    }
     process = make_spoken_dialogue_process(seed, **options)
-    arguments = {"seed": seed, "num_dialogues": dict(num_dialogues), **options}
+    arguments = {
+        "seed": seed,
+        "num_dialogues": dict(num_dialogues),
+        "num_classes": len(process.initial),
+        "stay_probability": float(process.transition[0, 0]),
+        "uninformative_share": process.uninformative_share,
+        "missing_share": process.missing_share,
+    }
     target, root = epath.Path(directory), epath.Path(directory.parent)
     recover_directory(target, root)
     if directory.exists() and _can_reuse(directory, arguments, overwrite):
@@ -107,17 +101,19 @@ def write_speech_corpus(
         manifest: list[dict[str, Any]] = []
         truth: list[dict[str, Any]] = []
         scores: dict[str, Any] = {}
-        tasks: list[_SynthesisTask] = []
+        tasks = []
         for split, count in num_dialogues.items():
-            dialogues = [_Dialogue.sample(process, seed, split, index) for index in range(count)]
-            for dialogue in dialogues:
-                manifest += dialogue.manifest_rows()
-                truth += dialogue.truth_rows(process.words)
-                tasks.append(dialogue.synthesis_task(folder, seed))
+            dialogues = []
+            for index in range(count):
+                features, rows, truth_rows = _sample_dialogue(process, seed, split, index)
+                dialogues.append(features)
+                manifest += rows
+                truth += truth_rows
+                paths = [folder / row["audio"] if "audio" in row else None for row in rows]
+                style = features[1]
+                tasks.append((paths, style, [seed, 2, SPLITS.index(split), index]))
             if dialogues:
-                scores[split] = reference_scores(
-                    process, [dialogue.features for dialogue in dialogues]
-                )
+                scores[split] = reference_scores(process, dialogues)
         for result in ordered_map(_write_recordings, tasks, num_workers=num_workers):
             if isinstance(result, WorkerCrashError):
                 raise result
@@ -155,132 +151,61 @@ def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite:
     return True
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _SynthesisTask:
-    """What a worker needs to write the recordings of a dialogue.
-
-    Attributes:
-        paths: T files; None where speech is missing.
-        style: Speaking styles [T, 4].
-        seed: Seed of everything that is independent of the emotion.
-    """
-
-    paths: list[pathlib.Path | None]
-    style: np.ndarray
-    seed: list[int]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Dialogue:
-    """A dialogue of T utterances without its recordings."""
-
-    split: str
-    index: int
-    label: np.ndarray
-    class_names: tuple[str, ...]
-    style: np.ndarray
-    sentences: list[str]
-    word_counts: np.ndarray
-    speech_uninformative: np.ndarray
-    text_uninformative: np.ndarray
-    speech_present: np.ndarray
-    text_present: np.ndarray
-
-    @classmethod
-    def sample(
-        cls, process: SpokenDialogueProcess, seed: int, split: str, index: int
-    ) -> "_Dialogue":
-        generator = np.random.default_rng([seed, 1, SPLITS.index(split), index])
-        length = int(generator.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True))
-        label, speech_uninformative, text_uninformative, speech_present, text_present = (
-            process.sample_labels_and_flags(length, generator)
+def _sample_dialogue(
+    process: SpokenDialogueProcess, seed: int, split: str, index: int
+) -> tuple[tuple[np.ndarray, ...], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the input of `reference_scores`, and the rows of the manifest and of the truth."""
+    generator = np.random.default_rng([seed, 1, SPLITS.index(split), index])
+    length = int(generator.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True))
+    label, uninformative, speech_present, text_present = process.sample_labels_and_flags(
+        length, generator
+    )
+    style = process.sample_style(label, uninformative == "speech", generator)
+    names = class_names(len(process.initial))
+    dialogue = f"{split}_{index}"
+    manifest, truth, word_counts = [], [], []
+    for turn in range(length):
+        sentence, word_count = process.sample_sentence(
+            label[turn], uninformative[turn] == "text", generator
         )
-        style = process.sample_style(label, speech_uninformative, generator)
-        sentences, word_counts = zip(
-            *(
-                process.sample_sentence(emotion, uninformative, generator)
-                for emotion, uninformative in zip(label, text_uninformative, strict=True)
-            ),
-            strict=True,
-        )
-        return cls(
-            split=split,
-            index=index,
-            label=label,
-            class_names=class_names(len(process.initial)),
-            style=style,
-            sentences=list(sentences),
-            word_counts=np.array(word_counts),
-            speech_uninformative=speech_uninformative,
-            text_uninformative=text_uninformative,
-            speech_present=speech_present,
-            text_present=text_present,
-        )
-
-    @property
-    def id(self) -> str:
-        return f"{self.split}_{self.index}"
-
-    @property
-    def utterance_ids(self) -> list[str]:
-        return [f"{self.id}_{index}" for index in range(len(self.label))]
-
-    @property
-    def features(self) -> tuple[np.ndarray, ...]:
-        """The input of `reference_scores`."""
-        return self.label, self.style, self.word_counts, self.speech_present, self.text_present
-
-    def manifest_rows(self) -> Iterator[dict[str, Any]]:
-        for index, utterance in enumerate(self.utterance_ids):
-            row: dict[str, Any] = {"dialogue": self.id, "utterance": utterance, "order": index}
-            if self.speech_present[index]:
-                row["audio"] = _audio_path(self.id, utterance)
-            if self.text_present[index]:
-                row["text"] = self.sentences[index]
-            yield row | {"label": self.class_names[self.label[index]], "split": self.split}
-
-    def truth_rows(self, words: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for index, utterance in enumerate(self.utterance_ids):
-            pitch, level, tempo, tilt = physical_style(self.style[index])
-            yield {
-                "dialogue": self.id,
-                "utterance": utterance,
-                "uninformative": _modality(
-                    self.speech_uninformative[index], self.text_uninformative[index]
-                ),
-                "missing": _modality(~self.speech_present[index], ~self.text_present[index]),
+        utterance = f"{dialogue}_{turn}"
+        ids = {"dialogue": dialogue, "utterance": utterance}
+        row: dict[str, Any] = {**ids, "order": turn}
+        missing = None if text_present[turn] else "text"
+        if speech_present[turn]:
+            row["audio"] = f"audio/{dialogue}/{utterance}.wav"
+        else:
+            missing = "speech"
+        if text_present[turn]:
+            row["text"] = sentence
+        manifest.append(row | {"label": names[label[turn]], "split": split})
+        pitch, level, tempo, tilt = physical_style(style[turn])
+        truth.append(
+            {
+                **ids,
+                "uninformative": str(uninformative[turn]) or None,
+                "missing": missing,
                 "pitch_hz": pitch,
                 "level_db": level,
                 "syllables_per_second": tempo,
                 "tilt_db_per_octave": tilt,
-                "words": np.repeat(words, self.word_counts[index]).tolist(),
+                "words": np.repeat(process.words, word_count).tolist(),
             }
-
-    def synthesis_task(self, directory: pathlib.Path, seed: int) -> _SynthesisTask:
-        paths = [
-            directory / _audio_path(self.id, utterance) if present else None
-            for utterance, present in zip(self.utterance_ids, self.speech_present, strict=True)
-        ]
-        return _SynthesisTask(paths, self.style, [seed, 2, SPLITS.index(self.split), self.index])
+        )
+        word_counts.append(word_count)
+    return (label, style, np.array(word_counts), speech_present, text_present), manifest, truth
 
 
-def _audio_path(dialogue: str, utterance: str) -> str:
-    return f"audio/{dialogue}/{utterance}.wav"
-
-
-def _modality(speech: bool, text: bool) -> str | None:
-    return "speech" if speech else "text" if text else None
-
-
-def _write_recordings(task: _SynthesisTask) -> None:
-    generator = np.random.default_rng(task.seed)
+def _write_recordings(task: tuple[list[pathlib.Path | None], np.ndarray, list[int]]) -> None:
+    """Writes the recordings of a dialogue: paths, None where missing; styles [T, 4]; and seed."""
+    paths, style, seed = task
+    generator = np.random.default_rng(seed)
     # Two speakers take turns.
     formant_scales = generator.uniform(MIN_FORMANT_SCALE, MAX_FORMANT_SCALE, size=2)
-    for index, path in enumerate(task.paths):
+    for index, path in enumerate(paths):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            samples = synthesize(task.style[index], formant_scales[index % 2], generator)
-            encode_wav(path, samples)
+            encode_wav(path, synthesize(style[index], formant_scales[index % 2], generator))
 
 
 def _write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
