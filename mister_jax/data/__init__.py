@@ -6,8 +6,8 @@
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, and `pipeline` turns a split into padded arrays.
 
-This is the only package that uses TensorFlow. The modules that write corpora (`prepare`, `builder`,
-`corpus_writer` and `corpora`) import it, the others load it when a dataset is read or written.
+This is the only package that uses TensorFlow. The modules that write corpora (`prepare`, `builder`
+and `corpora`) import it, the others load it when a dataset is read or written.
 """
 
 from mister_jax.errors import require_extra

@@ -1,7 +1,7 @@
 """TFDS builder of dialogue datasets: audio at 16 kHz, text, labels and presence flags.
 
-`DialogueBuilder` is the base class of the builders in `corpora`. `corpus_writer` runs a builder,
-and `dialogues` reads the datasets.
+`DialogueBuilder` is the base class of the builders in `corpora`. `prepare` runs a builder, and
+`dialogues` reads the datasets.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from etils import epath
 
 from mister_jax.data import audio
-from mister_jax.data.corpus import Corpus, Dialogue, Utterance
+from mister_jax.data.corpus import Corpus, Dialogue
 from mister_jax.data.corpus_report import recording_facts
 from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import UNLABELED
@@ -50,52 +50,60 @@ class DecodingOptions:
             raise InputError(f"max_seconds={self.max_seconds}; allowed: finite, more than 0")
 
 
+@dataclasses.dataclass(eq=False)
+class CorpusConfig(tfds.core.BuilderConfig):
+    """Variant of a corpus.
+
+    Attributes:
+        options: Arguments of the corpus's reader.
+    """
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder whose examples are dialogues.
 
-    Subclasses read a corpus. Each variant of the corpus is an entry of `BUILDER_CONFIGS`.
+    A subclass for each corpus names its reader, its variants in `BUILDER_CONFIGS`, its origin and
+    its license.
 
-    Attributes:
-        corpus: Corpus to write; if None, it is read from the manual directory.
+    Args:
+        corpus: Corpus to write.
         decoding: Options for decoding recordings.
         on_utterance: Function called after each utterance that this process decodes.
-        facts_dir: Folder for a file per dialogue with facts about its recordings; if None, no
-            facts are written.
+        facts_dir: Folder for a file per dialogue with facts about its recordings.
+        **options: Arguments of the TFDS builder.
     """
 
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES: ClassVar[dict[str, str]] = {str(VERSION): "First."}
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = []
     DESCRIPTION: ClassVar[str]
-    CITATION: ClassVar[str]
+    CITATION: ClassVar[str] = ""
     LICENSE: ClassVar[str]
-    HOMEPAGE: ClassVar[str]
+    HOMEPAGE: ClassVar[str] = ""
 
-    corpus: Corpus | None = None
-    decoding = DecodingOptions()
-    on_utterance: Callable[[], None] | None = None
-    facts_dir: epath.Path | None = None
+    read: ClassVar[Callable[..., Corpus]]
+    """Function of the folder of the corpus, the options of a config, and `partial`."""
 
-    def class_names(self) -> tuple[str, ...]:
-        """Returns the emotions in the order of their labels."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        corpus: Corpus,
+        decoding: DecodingOptions,
+        on_utterance: Callable[[], None],
+        facts_dir: epath.Path,
+        **options: Any,
+    ) -> None:
+        self.corpus = corpus
+        self.decoding = decoding
+        self.on_utterance = on_utterance
+        self.facts_dir = facts_dir
+        super().__init__(**options)
 
-    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
-        """Reads the variant of the corpus that the builder's config selects.
-
-        Args:
-            source: Folder of the corpus.
-            partial: Whether to allow a corpus of another size than the released one.
-        """
-        raise NotImplementedError
-
-    def download(self, dl_manager: tfds.download.DownloadManager) -> pathlib.Path | None:
-        """Downloads the corpus and returns its folder, or None if users must obtain it."""
+    @staticmethod
+    def download(dl_manager: tfds.download.DownloadManager, **options: Any) -> pathlib.Path | None:
+        """Downloads a variant of the corpus; returns its folder, or None if users must get it."""
         return None
-
-    @property
-    def scored(self) -> bool:
-        """Whether utterances have sentiment scores."""
-        return False
 
     def _info(self) -> tfds.core.DatasetInfo:
         utterance = {
@@ -106,12 +114,12 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
                 shape=(None,), dtype=np.int16, encoding="bytes", doc="16 kHz, mono; may be empty."
             ),
             "text": tfds.features.Text(doc="The transcript; may be empty."),
-            "label": tfds.features.ClassLabel(names=self.class_names(), doc="-1: unlabeled."),
+            "label": tfds.features.ClassLabel(names=self.corpus.class_names, doc="-1: unlabeled."),
             "speech_present": tfds.features.Scalar(np.bool_),
             "text_present": tfds.features.Scalar(np.bool_),
             "metadata": tfds.features.Text(doc="JSON object of extra columns; no model reads it."),
         }
-        if self.scored:
+        if self.corpus.scored:
             utterance["score"] = tfds.features.Scalar(np.float32, doc="Sentiment, or NaN.")
         return tfds.core.DatasetInfo(
             builder=self,
@@ -129,53 +137,28 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        corpus = self.corpus
-        if corpus is None:
-            source = self.download(dl_manager) or pathlib.Path(dl_manager.manual_dir)
-            corpus = self.read(source)
         return {
-            split: self._generate_examples(split, dialogues, corpus.class_names)
-            for split, dialogues in corpus.splits.items()
+            split: self._generate_examples(split, dialogues)
+            for split, dialogues in self.corpus.splits.items()
             if dialogues
         }
 
-    def _generate_examples(
-        self, split: str, dialogues: tuple[Dialogue, ...], class_names: tuple[str, ...]
-    ) -> Any:
+    def _generate_examples(self, split: str, dialogues: tuple[Dialogue, ...]) -> Any:
         make_example = functools.partial(
             _make_example,
-            class_names=class_names,
-            scored=self.scored,
-            facts_dir=None if self.facts_dir is None else f"{self.facts_dir}/{split}",
+            class_names=self.corpus.class_names,
+            scored=self.corpus.scored,
+            facts_dir=f"{self.facts_dir}/{split}",
         )
         if self.decoding.beam:
             beam = tfds.core.lazy_imports.apache_beam
             decode = functools.partial(_decode_example, self.decoding.max_seconds, make_example)
             return beam.Create(list(enumerate(dialogues))) | beam.MapTuple(decode)
-        return self._decode_examples(dialogues, make_example)
-
-    def _decode_examples(
-        self, dialogues: tuple[Dialogue, ...], make_example: Callable[..., Any]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the examples of dialogues; all recordings share one pool of workers."""
-        requests = (
-            _request(utterance)
-            for dialogue in dialogues
-            for utterance in dialogue.utterances
-            if utterance.recording is not None
+        keys = evenly_spaced_keys(len(dialogues))
+        clips = _decode_dialogues(
+            dialogues, self.decoding.num_workers, self.decoding.max_seconds, self.on_utterance
         )
-        clips = audio.decode_many(
-            requests,
-            num_workers=self.decoding.num_workers,
-            max_seconds=self.decoding.max_seconds,
-        )
-        for key, dialogue in zip(evenly_spaced_keys(len(dialogues)), dialogues, strict=True):
-            dialogue_clips = []
-            for utterance in dialogue.utterances:
-                dialogue_clips.append(None if utterance.recording is None else next(clips))
-                if self.on_utterance is not None:
-                    self.on_utterance()
-            yield key, make_example(dialogue, dialogue_clips)
+        return zip(keys, map(make_example, dialogues, clips), strict=True)
 
 
 def evenly_spaced_keys(count: int) -> list[int]:
@@ -186,19 +169,35 @@ def evenly_spaced_keys(count: int) -> list[int]:
     return [index * (_NUM_KEYS // count) for index in range(count)]
 
 
-def _request(utterance: Utterance) -> audio.DecodeRequest:
-    assert utterance.recording is not None
-    recording = utterance.recording
-    return audio.DecodeRequest(recording.path, recording.start, recording.end, recording.channel)
+def _decode_dialogues(
+    dialogues: Sequence[Dialogue],
+    num_workers: int,
+    max_seconds: float,
+    on_utterance: Callable[[], None] = lambda: None,
+) -> Iterator[list[audio.Clip | audio.AudioError | None]]:
+    """Yields the clips of each dialogue; all recordings share one pool of workers."""
+    recordings = (
+        utterance.recording for dialogue in dialogues for utterance in dialogue.utterances
+    )
+    requests = (
+        audio.DecodeRequest(recording.path, recording.start, recording.end, recording.channel)
+        for recording in recordings
+        if recording is not None
+    )
+    decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
+    for dialogue in dialogues:
+        clips = []
+        for utterance in dialogue.utterances:
+            clips.append(None if utterance.recording is None else next(decoded))
+            on_utterance()
+        yield clips
 
 
 def _decode_example(
     max_seconds: float, make_example: Callable[..., Any], key: int, dialogue: Dialogue
 ) -> tuple[int, dict[str, Any]]:
     """Returns the example of a dialogue, and decodes its recordings in this process."""
-    requests = [_request(turn) for turn in dialogue.utterances if turn.recording is not None]
-    decoded = audio.decode_many(requests, num_workers=0, max_seconds=max_seconds)
-    clips = [None if turn.recording is None else next(decoded) for turn in dialogue.utterances]
+    (clips,) = _decode_dialogues([dialogue], 0, max_seconds)
     return key, make_example(dialogue, clips)
 
 
@@ -208,7 +207,7 @@ def _make_example(
     *,
     class_names: tuple[str, ...],
     scored: bool,
-    facts_dir: str | None,
+    facts_dir: str,
 ) -> dict[str, Any]:
     """Returns the example of a dialogue, and writes facts about its recordings to `facts_dir`."""
     utterances: list[dict[str, Any]] = []
@@ -230,10 +229,9 @@ def _make_example(
         if scored:
             score = np.nan if utterance.score is None else utterance.score
             utterances[-1]["score"] = np.float32(score)
-    if facts_dir is not None:
-        entries = map(recording_facts, dialogue.utterances, clips)
-        facts = [entry for entry in entries if entry is not None]
-        # Ids may contain characters that file names may not.
-        name = hashlib.sha256(dialogue.id.encode()).hexdigest()
-        epath.Path(facts_dir, f"{name}.json").write_text(json.dumps(facts))
+    entries = map(recording_facts, dialogue.utterances, clips)
+    facts = [entry for entry in entries if entry is not None]
+    # Ids may contain characters that file names may not.
+    name = hashlib.sha256(dialogue.id.encode()).hexdigest()
+    epath.Path(facts_dir, f"{name}.json").write_text(json.dumps(facts))
     return {"dialogue": dialogue.id, "utterances": utterances}

@@ -1,7 +1,7 @@
 """A corpus before decoding: dialogues, utterances, labels and the paths of recordings.
 
 The modules in `corpora` read a `Corpus` from the files that its authors released, and
-`corpus_writer` writes it as a dataset. This module does not need TensorFlow.
+`prepare` writes it as a dataset. This module does not need TensorFlow.
 """
 
 import collections

@@ -1,24 +1,46 @@
 """Prepares a corpus as a dialogue dataset, the stage that `mister-jax prepare` runs."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from etils import epath
+from tensorflow_datasets.core import shuffle
 
-from mister_jax.data.builder import DecodingOptions
-from mister_jax.data.corpora.manifest import reader as manifest_reader
-from mister_jax.data.corpora.manifest.builder import Manifest, ManifestConfig
+from mister_jax.console import ProgressReporter
+from mister_jax.data import audio
+from mister_jax.data.builder import CorpusConfig, DecodingOptions, DialogueBuilder
+from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpus import Corpus
-from mister_jax.data.corpus_writer import write_corpus
+from mister_jax.data.corpus_report import make_report
 from mister_jax.data.lazy import tfds
-from mister_jax.data.storage import dataset_directory, recover, silence_tfds
+from mister_jax.data.storage import (
+    REPORT,
+    atomic_dataset,
+    dataset_directory,
+    recover,
+    silence_tfds,
+)
 from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
 from mister_jax.errors import InputError
+from mister_jax.io import write_json
+
+_MAX_SORT_BYTES = 64 * 2**20
+# At most one in this many recordings may be unusable.
+_UNUSABLE_LIMIT = 10
+
+
+class Manifest(DialogueBuilder):
+    """TFDS builder of user dialogues that a manifest lists."""
+
+    DESCRIPTION: ClassVar[str] = "Dialogues of recordings and transcripts, as listed in a manifest."
+    LICENSE: ClassVar[str] = "The license of the recordings."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +83,19 @@ class PrepareOptions:
 
 
 def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
-    """Reads and checks a corpus, then writes it as a dataset.
+    """Reads and checks a corpus, then writes it as a dataset, atomically.
+
+    A corpus is rejected as incomplete if more than one in ten recordings of a split cannot be used.
+    Corpora have single broken clips as released (2 of MELD's 13,708), which the report lists. More
+    than that indicates an interrupted copy, an archive that was not unpacked, or a wrong path.
+    Missing and empty files are detected before decoding, broken files after it.
 
     Returns:
-        The report, see `corpus_report.make_report`.
+        The report, see `corpus_report.make_report`. It is also written to the dataset's directory.
 
     Raises:
-        InputError: The input cannot be used; no partial dataset remains.
+        InputError: The input cannot be used, the dataset exists or cannot be written, or Beam is
+            not installed or does not know an option; no partial dataset remains.
     """
     if options.corpus in CORPORA:
         return _prepare_released(options)
@@ -97,33 +125,38 @@ def read_released(
     Raises:
         InputError: The corpus cannot be used.
     """
-    builder = builder_class(corpus)(config=_config_name(corpus, config))
+    builder = builder_class(corpus)
+    variant = _find_config(corpus, config)
     if source is None:
         instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
         raise InputError(f"--source is needed with --corpus={corpus}. {instructions}")
-    return builder.read(pathlib.Path(source), partial=partial)
+    return builder.read(pathlib.Path(source), partial=partial, **variant.options)
 
 
-def _config_name(corpus: str, config: str) -> str:
-    names = [variant.name for variant in builder_class(corpus).BUILDER_CONFIGS]
-    name = config or names[0]
-    if name not in names:
-        raise InputError(f"config {name!r} of {corpus}; allowed: {', '.join(names)}")
-    return name
+def _find_config(corpus: str, name: str) -> CorpusConfig:
+    configs = builder_class(corpus).BUILDER_CONFIGS
+    for config in configs:
+        if name in ("", config.name):
+            return config
+    names = ", ".join(config.name for config in configs)
+    raise InputError(f"config {name!r} of {corpus}; allowed: {names}")
 
 
 def _prepare_released(options: PrepareOptions) -> dict[str, Any]:
-    name = _config_name(options.corpus, options.config)
-    dataset = f"{options.corpus}/{name}"
+    config = _find_config(options.corpus, options.config)
+    builder = builder_class(options.corpus)
+    dataset = f"{options.corpus}/{config.name}"
     _check_not_existing(dataset, options)
     source = options.source
     if source is None:
-        source = _download(options, name)
-    corpus = read_released(options.corpus, source, name, partial=options.partial)
-    write = _corpus_writer(options)
-    return write(
-        builder_class(options.corpus), corpus, dataset, config=name, source=str(source or "")
-    )
+        root = dataset_directory(options.corpus, options.data_dir).parent.parent
+        manager = tfds.download.DownloadManager(
+            download_dir=root / "downloads", dataset_name=options.corpus, register_checksums=False
+        )
+        with silence_tfds():
+            source = builder.download(manager, **config.options)
+    corpus = read_released(options.corpus, source, config.name, partial=options.partial)
+    return _write(options, builder, corpus, dataset, config.name, str(source or ""))
 
 
 def _prepare_manifest(
@@ -136,7 +169,7 @@ def _prepare_manifest(
     name = options.name or _dataset_name(path)
     dataset = f"manifest/{name}"
     _check_not_existing(dataset, options)
-    corpus = manifest_reader.read_manifest(
+    corpus = read_manifest(
         path,
         labels=options.labels,
         label_map=options.label_map,
@@ -150,24 +183,8 @@ def _prepare_manifest(
             f"{path}: label: no row has one{extra}; needed: a column label, or --labels=A,B,..."
         )
     corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
-    config = ManifestConfig(
-        name=name,
-        file=path.name,
-        labels=corpus.class_names,
-        label_map=tuple(options.label_map.items()),
-        scored=corpus.scored,
-        group_by=options.group_by,
-        seed=options.seed,
-    )
-    write = _corpus_writer(options)
-    return write(
-        Manifest,
-        corpus,
-        dataset,
-        config=config,
-        source=str(path),
-        reference_scores=reference_scores,
-    )
+    config = CorpusConfig(name=name)
+    return _write(options, Manifest, corpus, dataset, config, str(path), reference_scores)
 
 
 def _dataset_name(manifest: pathlib.Path) -> str:
@@ -200,18 +217,6 @@ def _prepare_synthetic(options: PrepareOptions) -> dict[str, Any]:
     return _prepare_manifest(options, notes, reference_scores=scores)
 
 
-def _corpus_writer(options: PrepareOptions) -> functools.partial[dict[str, Any]]:
-    """Returns `write_corpus` with the options that all corpora share."""
-    return functools.partial(
-        write_corpus,
-        data_dir=options.data_dir,
-        decoding=options.decoding,
-        beam_options=options.beam_options,
-        partial=options.partial,
-        overwrite=options.overwrite,
-    )
-
-
 def _check_not_existing(dataset: str, options: PrepareOptions) -> None:
     """Raises InputError if the dataset exists, before its corpus is read."""
     recover(dataset, options.data_dir)
@@ -222,11 +227,143 @@ def _check_not_existing(dataset: str, options: PrepareOptions) -> None:
         raise InputError(f"{directory}: dataset exists; allowed: --overwrite, or another {other}")
 
 
-def _download(options: PrepareOptions, config: str) -> pathlib.Path | None:
-    """Downloads a corpus and returns its folder, or None if users must obtain it."""
-    root = dataset_directory(options.corpus, options.data_dir).parent.parent
-    manager = tfds.download.DownloadManager(
-        download_dir=root / "downloads", dataset_name=options.corpus, register_checksums=False
-    )
-    with silence_tfds():
-        return builder_class(options.corpus)(config=config).download(manager)
+def _write(
+    options: PrepareOptions,
+    builder_type: type[DialogueBuilder],
+    corpus: Corpus,
+    dataset: str,
+    config: CorpusConfig | str,
+    source: str,
+    reference_scores: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a corpus as a dataset and returns the report."""
+    decoding = options.decoding
+    tfds_options: dict[str, Any] = {}
+    if decoding.beam:
+        with silence_tfds():
+            tfds_options["beam_options"] = _parse_beam_options(options.beam_options)
+    if not options.partial:
+        _check_files(corpus)
+    num_utterances = sum(1 for _ in corpus.utterances())
+    with (
+        atomic_dataset(dataset, options.data_dir, overwrite=options.overwrite) as (
+            temporary,
+            directory,
+        ),
+        ProgressReporter(num_utterances, unit="utterances", quiet=decoding.beam) as reporter,
+        silence_tfds(),
+    ):
+        facts_dir = temporary / "facts"
+        for split in corpus.splits:
+            (facts_dir / split).mkdir(parents=True)
+        builder = builder_type(
+            corpus=corpus,
+            decoding=decoding,
+            on_utterance=functools.partial(reporter.advance, "decoding"),
+            facts_dir=facts_dir,
+            config=config,
+            data_dir=temporary,
+        )
+        download_config = tfds.download.DownloadConfig(**tfds_options)
+        with _limit_sort_memory():
+            builder.download_and_prepare(download_config=download_config, download_dir=temporary)
+        report = make_report(corpus, facts_dir)
+        if not options.partial:
+            _check_decoded(corpus, report)
+        report = {"dataset": dataset, "directory": str(directory), "source": source, **report}
+        if reference_scores:
+            report["reference_scores"] = dict(reference_scores)
+        write_json(epath.Path(builder.data_dir) / REPORT, report)
+    return report
+
+
+def _parse_beam_options(options: Mapping[str, Any]) -> Any:
+    """Returns the pipeline options of Beam; checks them, because Beam ignores unknown options."""
+    try:
+        import apache_beam  # noqa: F401
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+        from apache_beam.runners import runner
+    except ImportError as error:
+        raise InputError(
+            f"--beam_options needs Apache Beam ({error}); install it with pip install "
+            '"mister_jax[beam]"'
+        ) from error
+    pipeline_options = PipelineOptions.from_dictionary(dict(options))
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            allowed = pipeline_options.get_all_options()
+    except SystemExit as error:  # Raised by argparse.
+        reason = " ".join(messages.getvalue().rpartition("error:")[2].split())
+        raise InputError(f"--beam_options: {reason}; see Apache Beam's options") from error
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise InputError(f"--beam_options: {unknown[0]}: unknown; see Apache Beam's options")
+    name = pipeline_options.view_as(StandardOptions).runner
+    if name is not None:
+        try:
+            runner.create_runner(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--beam_options: runner {name!r}: {reason}") from error
+    return pipeline_options
+
+
+@contextlib.contextmanager
+def _limit_sort_memory() -> Iterator[None]:
+    """Makes TFDS sort examples on disk earlier, so that memory does not grow with the corpus.
+
+    TFDS has no option for the size of this buffer, which is 1 GB, so its constant is replaced.
+    """
+    default = shuffle.MAX_MEM_BUFFER_SIZE
+    shuffle.MAX_MEM_BUFFER_SIZE = _MAX_SORT_BYTES
+    try:
+        yield
+    finally:
+        shuffle.MAX_MEM_BUFFER_SIZE = default
+
+
+def _check_files(corpus: Corpus) -> None:
+    """Raises InputError if too many recordings of a split are missing or empty."""
+
+    @functools.cache
+    def find_problem(path: str) -> str:
+        # An impossible path raises ValueError or OSError; the decoder reports it later.
+        with contextlib.suppress(OSError, ValueError):
+            if epath.Path(audio.existing_path(path)).stat().length > 0:
+                return ""
+        return path
+
+    _check_usable(corpus, "are missing or empty", lambda _, path: find_problem(path))
+
+
+def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
+    """Raises InputError if too many recordings of a split could not be decoded."""
+    problems = {
+        entry["utterance"]: f"{entry['file']}: {entry['reason']}" for entry in report["missing"]
+    }
+    _check_usable(corpus, "cannot be used", lambda utterance, _: problems.get(utterance, ""))
+
+
+def _check_usable(corpus: Corpus, what: str, find_problem: Callable[[str, str], str]) -> None:
+    """Raises InputError if too many recordings of a split have a problem.
+
+    Args:
+        corpus: Corpus to check.
+        what: Predicate of the unusable recordings.
+        find_problem: Function of utterance id and path, which returns an empty text for a usable
+            recording.
+    """
+    for split, dialogues in corpus.splits.items():
+        problems = [
+            find_problem(utterance.id, utterance.recording.path)
+            for dialogue in dialogues
+            for utterance in dialogue.utterances
+            if utterance.recording is not None
+        ]
+        unusable = [problem for problem in problems if problem]
+        if _UNUSABLE_LIMIT * len(unusable) > len(problems):
+            raise InputError(
+                f"{corpus.name}: {split}: {len(unusable)} of {len(problems)} recordings {what}, "
+                f"for example {unusable[0]}; --partial allows it"
+            )

@@ -279,14 +279,14 @@ def test_an_inspection_counts_classes_lengths_and_seconds(manifest, tmp_path):
 def test_tfds_sorts_in_small_buckets():
     from tensorflow_datasets.core import shuffle
 
-    from mister_jax.data import builder, corpus_writer
+    from mister_jax.data import builder, prepare
 
     keys = builder.evenly_spaced_keys(5000)
     buckets = {shuffle.get_bucket_number(key, shuffle.BUCKETS_NUMBER) for key in keys}
     assert len(buckets) == shuffle.BUCKETS_NUMBER
     assert keys == sorted(keys)
     default = shuffle.MAX_MEM_BUFFER_SIZE
-    with corpus_writer._limit_sort_memory():
+    with prepare._limit_sort_memory():
         assert default > shuffle.MAX_MEM_BUFFER_SIZE
     assert default == shuffle.MAX_MEM_BUFFER_SIZE
 

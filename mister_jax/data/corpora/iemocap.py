@@ -3,13 +3,12 @@
 See doi 10.1007/s10579-008-9076-6.
 """
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
     Dialogue,
@@ -20,7 +19,6 @@ from mister_jax.data.corpus import (
     existing_directory,
     read_text,
 )
-from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
 
 CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -213,23 +211,15 @@ def _seconds(value: str, location: str) -> float:
         raise InputError(f"{location}: time {value!r}; allowed: seconds") from error
 
 
-@dataclasses.dataclass
-class IemocapConfig(tfds.core.BuilderConfig):
-    """Options of `read_iemocap`."""
-
-    classes: str = "six"
-    validation: str = "session1"
-
-
 class Iemocap(DialogueBuilder):
     """TFDS builder of IEMOCAP."""
 
+    read = staticmethod(read_iemocap)
     BUILDER_CONFIGS: ClassVar = [
-        IemocapConfig(
+        CorpusConfig(
             name=f"{classes}_{validation}",
             description=f"{classes} classes, validation {validation}.",
-            classes=classes,
-            validation=validation,
+            options={"classes": classes, "validation": validation},
         )
         for classes in CLASS_NAMES
         for validation in VALIDATION
@@ -251,14 +241,3 @@ class Iemocap(DialogueBuilder):
     """
     LICENSE = "By agreement with the University of Southern California; no redistribution."
     HOMEPAGE = "https://sail.usc.edu/iemocap"
-
-    def class_names(self) -> tuple[str, ...]:
-        """Returns the emotions in the order of their labels."""
-        return CLASS_NAMES[self.builder_config.classes]
-
-    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
-        """Reads the variant of the corpus that the config selects."""
-        config = self.builder_config
-        return read_iemocap(
-            source, classes=config.classes, validation=config.validation, partial=partial
-        )

@@ -4,17 +4,16 @@ The release has three CSV files, and a video clip for each of their rows.
 """
 
 import csv
-import dataclasses
 import io
 import pathlib
 import re
 import threading
 import urllib.request
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from etils import epath
 
-from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
     Dialogue,
@@ -187,62 +186,6 @@ def _seconds(value: str, location: str) -> float:
     return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}")
 
 
-@dataclasses.dataclass
-class MeldConfig(tfds.core.BuilderConfig):
-    """Options of `read_meld`."""
-
-    clips: bool = True
-    corrected_test_clips: bool = False
-
-
-class Meld(DialogueBuilder):
-    """TFDS builder of MELD."""
-
-    BUILDER_CONFIGS: ClassVar = [
-        MeldConfig(name="clips", description="Speech from the released clips, and text."),
-        MeldConfig(
-            name="corrected_test_clips",
-            description="Like clips, with corrected test clips where they exist.",
-            corrected_test_clips=True,
-        ),
-        MeldConfig(name="text", description="Text only; needs no clips.", clips=False),
-    ]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
-    Unpack MELD.Raw.tar.gz from https://affective-meld.github.io and the archives in it. The manual
-    directory is {LAYOUT}. The config `text` needs only the CSV files and downloads them.
-    """
-    DESCRIPTION = "Dialogues of a television series with an emotion for each utterance."
-    CITATION = """
-    @inproceedings{poria2019meld,
-      title={{MELD}: A Multimodal Multi-Party Dataset for Emotion Recognition in Conversations},
-      author={Poria, Soujanya and Hazarika, Devamanyu and Majumder, Navonil and Naik, Gautam and
-              Cambria, Erik and Mihalcea, Rada},
-      booktitle={Proceedings of ACL},
-      year={2019}
-    }
-    """
-    LICENSE = "GPL-3.0 (annotation); the scenes belong to their producers."
-    HOMEPAGE = "https://affective-meld.github.io"
-
-    def class_names(self) -> tuple[str, ...]:
-        """Returns the emotions in the order of their labels."""
-        return CLASS_NAMES
-
-    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
-        """Reads the variant of the corpus that the config selects."""
-        config = self.builder_config
-        return read_meld(
-            source,
-            clips=config.clips,
-            corrected_test_clips=config.corrected_test_clips,
-            partial=partial,
-        )
-
-    def download(self, dl_manager: tfds.download.DownloadManager) -> pathlib.Path | None:
-        """Downloads the CSV files if the config needs no clips."""
-        return None if self.builder_config.clips else download_csv(dl_manager)
-
-
 def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
     """Downloads the CSV files into one folder, unless it exists, and returns the folder.
 
@@ -295,3 +238,43 @@ def _check_reachable(url: str) -> None:
         raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s")
     if results[0] is not None:
         raise results[0]
+
+
+class Meld(DialogueBuilder):
+    """TFDS builder of MELD."""
+
+    read = staticmethod(read_meld)
+    BUILDER_CONFIGS: ClassVar = [
+        CorpusConfig(name="clips", description="Speech from the released clips, and text."),
+        CorpusConfig(
+            name="corrected_test_clips",
+            description="Like clips, with corrected test clips where they exist.",
+            options={"corrected_test_clips": True},
+        ),
+        CorpusConfig(
+            name="text", description="Text only; needs no clips.", options={"clips": False}
+        ),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
+    Unpack MELD.Raw.tar.gz from https://affective-meld.github.io and the archives in it. The manual
+    directory is {LAYOUT}. The config `text` needs only the CSV files and downloads them.
+    """
+    DESCRIPTION = "Dialogues of a television series with an emotion for each utterance."
+    CITATION = """
+    @inproceedings{poria2019meld,
+      title={{MELD}: A Multimodal Multi-Party Dataset for Emotion Recognition in Conversations},
+      author={Poria, Soujanya and Hazarika, Devamanyu and Majumder, Navonil and Naik, Gautam and
+              Cambria, Erik and Mihalcea, Rada},
+      booktitle={Proceedings of ACL},
+      year={2019}
+    }
+    """
+    LICENSE = "GPL-3.0 (annotation); the scenes belong to their producers."
+    HOMEPAGE = "https://affective-meld.github.io"
+
+    @staticmethod
+    def download(
+        dl_manager: tfds.download.DownloadManager, *, clips: bool = True, **_: Any
+    ) -> pathlib.Path | None:
+        """Downloads the CSV files if the config needs no clips."""
+        return None if clips else download_csv(dl_manager)

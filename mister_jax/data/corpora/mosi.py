@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
     Dialogue,
@@ -23,7 +23,6 @@ from mister_jax.data.corpus import (
     find,
     read_text,
 )
-from mister_jax.data.lazy import tfds
 from mister_jax.errors import InputError
 
 CLASS_NAMES = ("negative", "non_negative")
@@ -169,8 +168,9 @@ def _transcript(path: pathlib.Path) -> dict[int, str]:
 class Mosi(DialogueBuilder):
     """TFDS builder of CMU-MOSI."""
 
+    read = staticmethod(read_mosi)
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name="binary", description="[-3, 0) against [0, 3], and the score.")
+        CorpusConfig(name="binary", description="[-3, 0) against [0, 3], and the score.")
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
     Get the raw data and the labels with the CMU Multimodal SDK
@@ -189,16 +189,3 @@ class Mosi(DialogueBuilder):
     """
     LICENSE = "For research; the videos belong to their authors."
     HOMEPAGE = "http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset"
-
-    def class_names(self) -> tuple[str, ...]:
-        """Returns the emotions in the order of their labels."""
-        return CLASS_NAMES
-
-    @property
-    def scored(self) -> bool:
-        """Whether utterances have sentiment scores."""
-        return True
-
-    def read(self, source: pathlib.Path, *, partial: bool = False) -> Corpus:
-        """Reads the variant of the corpus that the config selects."""
-        return read_mosi(source, partial=partial)
