@@ -143,7 +143,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             if dialogues
         }
 
-    def _generate_examples(self, split: str, dialogues: tuple[Dialogue, ...]) -> Any:
+    def _generate_examples(self, split: str, dialogues: Sequence[Dialogue]) -> Any:
         make_example = functools.partial(
             _make_example,
             class_names=self.corpus.class_names,

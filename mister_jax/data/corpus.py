@@ -4,7 +4,6 @@ The modules in `corpora` read a `Corpus` from the files that its authors release
 `prepare` writes it as a dataset. This module does not need TensorFlow.
 """
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +82,7 @@ class Corpus:
 
     name: str
     class_names: tuple[str, ...]
-    splits: Mapping[str, tuple[Dialogue, ...]]
+    splits: Mapping[str, Sequence[Dialogue]]
     scored: bool = False
     notes: tuple[str, ...] = ()
 
@@ -91,17 +90,19 @@ class Corpus:
         unknown = [split for split in self.splits if split not in SPLITS]
         if unknown:
             raise InputError(f"{self.name}: split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
-        repeated = first_repeated(dialogue.id for _, dialogue in self.dialogues())
-        if repeated is not None:
-            raise InputError(f"{self.name}: dialogue {repeated!r} is repeated; needed: unique ids")
-        repeated = first_repeated(utterance.id for _, utterance in self.utterances())
-        if repeated is not None:
-            raise InputError(f"{self.name}: utterance {repeated!r} is repeated; needed: unique ids")
         if not any(self.splits.values()):
             raise InputError(f"{self.name}: no dialogues; at least one is needed")
+        ids = set()
         for _, dialogue in self.dialogues():
             if not dialogue.utterances:
                 raise InputError(f"{self.name}: dialogue {dialogue.id!r} has no utterances")
+            for id_ in (
+                f"dialogue {dialogue.id!r}",
+                *(f"utterance {utterance.id!r}" for utterance in dialogue.utterances),
+            ):
+                if id_ in ids:
+                    raise InputError(f"{self.name}: {id_} is repeated; needed: unique ids")
+                ids.add(id_)
         for _, utterance in self.utterances():
             if utterance.label is not None and utterance.label not in self.class_names:
                 raise InputError(
@@ -128,52 +129,23 @@ class Corpus:
             for split, dialogues in self.splits.items()
         }
 
-    def class_counts(self) -> dict[str, dict[str, int]]:
-        """Returns for each split the number of labeled utterances of each class."""
-        counts = {split: dict.fromkeys(self.class_names, 0) for split in self.splits}
-        for split, utterance in self.utterances():
-            if utterance.label is not None:
-                counts[split][utterance.label] += 1
-        return counts
 
-    def train_text_overlap(self) -> dict[str, int]:
-        """Returns for each other split the number of utterances whose text occurs in training."""
-        training_texts = {
-            utterance.text for split, utterance in self.utterances() if split == "train"
-        }
-        counts = {split: 0 for split in self.splits if split != "train"}
-        for split, utterance in self.utterances():
-            if split != "train" and utterance.text and utterance.text in training_texts:
-                counts[split] += 1
-        return counts
-
-
-def first_repeated(names: Iterator[str]) -> str | None:
-    """Returns the first name that occurs twice, or None."""
-    previous = set()
-    for name in names:
-        if name in previous:
-            return name
-        previous.add(name)
-    return None
-
-
-Sizes = Mapping[str, tuple[int, int]]
-"""Number of dialogues and utterances of each part of a corpus."""
-
-
-def check_sizes(corpus: Corpus, sizes: Sizes, released: Sizes, *, partial: bool) -> Corpus:
+def check_sizes(
+    corpus: Corpus, released: Mapping[str, tuple[int, int]], *, partial: bool
+) -> Corpus:
     """Checks that a corpus is complete, and returns it.
 
     Args:
         corpus: Corpus to check.
-        sizes: Sizes of its parts.
-        released: Sizes of the parts of the released corpus.
+        released: Number of dialogues and utterances of released splits, or of "total".
         partial: Whether to allow other sizes and add a note instead.
 
     Raises:
         InputError: The sizes differ and `partial` is not set.
     """
+    sizes = corpus.sizes()
+    num_dialogues, num_utterances = map(sum, zip(*sizes.values(), strict=True))
+    sizes["total"] = num_dialogues, num_utterances
     differences = [
         "{} {} dialogues, {} utterances instead of {}, {}".format(
             part, *sizes.get(part, (0, 0)), *released_size
@@ -201,8 +173,8 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
     return path
 
 
-def find(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """Returns the first of `names` that exists in a folder or one level below it, or None.
+def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
+    """Returns the path of a file or folder in a folder or one level below it, or None.
 
     Folders that archive programs add, such as `__MACOSX`, are not searched.
     """
@@ -211,11 +183,8 @@ def find(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
         for child in root.iterdir()
         if child.is_dir() and child.name != "__MACOSX" and not child.name.startswith(".")
     )
-    for name in names:
-        for folder in (root, *folders):
-            if (folder / name).exists():
-                return folder / name
-    return None
+    paths = (folder / name for folder in (root, *folders))
+    return next((path for path in paths if path.exists()), None)
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -231,8 +200,3 @@ def read_text(path: pathlib.Path) -> str:
         raise InputError(f"{path}: line {line}: not UTF-8; allowed: UTF-8 text") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def count_names(names: Sequence[str]) -> str:
-    """Returns names with their counts for a note, for example `a 3, b 1`."""
-    return ", ".join(f"{name} {count}" for name, count in collections.Counter(names).items())

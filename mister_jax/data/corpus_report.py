@@ -83,7 +83,7 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
         - `notes`: Notes of the reader, and a line for each kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
-    classes, text_overlap = corpus.class_counts(), corpus.train_text_overlap()
+    train_texts = {turn.text for split, turn in corpus.utterances() if split == "train"}
     issues: dict[str, list[dict[str, Any]]] = {name: [] for name in ("missing", *RECORDING_ISSUES)}
     splits = {}
     for split, dialogues in corpus.splits.items():
@@ -102,15 +102,19 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
                 if entry[issue]
             ]
         utterances = [utterance for dialogue in dialogues for utterance in dialogue.utterances]
+        labels = [utterance.label for utterance in utterances]
+        texts = [utterance.text for utterance in utterances if utterance.text]
         lengths = [len(dialogue.utterances) for dialogue in dialogues]
         splits[split] = {
             "dialogues": len(dialogues),
             "utterances": len(utterances),
-            "classes": classes[split],
-            "unlabeled": sum(utterance.label is None for utterance in utterances),
+            "classes": {name: labels.count(name) for name in corpus.class_names},
+            "unlabeled": labels.count(None),
             "without_speech": len(utterances) - len(present),
-            "without_text": sum(not utterance.text for utterance in utterances),
-            "train_text_overlap": text_overlap.get(split, 0),
+            "without_text": len(utterances) - len(texts),
+            "train_text_overlap": (
+                0 if split == "train" else sum(text in train_texts for text in texts)
+            ),
             "hours": sum(entry["kept_seconds"] for entry in present) / 3600,
             "lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
         }

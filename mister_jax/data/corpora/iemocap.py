@@ -15,31 +15,21 @@ from mister_jax.data.corpus import (
     Recording,
     Utterance,
     check_sizes,
-    count_names,
     existing_directory,
     read_text,
 )
 from mister_jax.errors import InputError
 
-CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
-    "six": ("happy", "sad", "neutral", "angry", "excited", "frustrated"),
-    "four": ("happy", "sad", "neutral", "angry"),
+_FOUR = {"hap": "happy", "sad": "sad", "neu": "neutral", "ang": "angry"}
+CLASSES: Mapping[str, Mapping[str, str]] = {
+    "six": {**_FOUR, "exc": "excited", "fru": "frustrated"},
+    "four": {**_FOUR, "exc": "happy"},
 }
+"""Name of the class of each label. Utterances with other labels are unlabeled."""
 
-_LABELS = {
-    "hap": "happy",
-    "sad": "sad",
-    "neu": "neutral",
-    "ang": "angry",
-    "exc": "excited",
-    "fru": "frustrated",
-}
-# No consensus, other, surprise, fear, disgust: the utterance is unlabeled.
-_UNLABELED = ("xxx", "oth", "sur", "fea", "dis")
-_MERGED_LABELS: Mapping[str, Mapping[str, str]] = {"six": {}, "four": {"excited": "happy"}}
+# No consensus, other, surprise, fear, disgust.
+_LABELS = (*CLASSES["six"], "xxx", "oth", "sur", "fea", "dis")
 
-SESSIONS = (1, 2, 3, 4, 5)
-TEST_SESSION = 5
 VALIDATION = ("session1", "cosmic12")
 
 COSMIC12 = frozenset(
@@ -92,8 +82,8 @@ def read_iemocap(
     Raises:
         InputError: A file is missing or a line cannot be used.
     """
-    if classes not in CLASS_NAMES:
-        raise InputError(f"classes {classes!r}; allowed: {', '.join(CLASS_NAMES)}")
+    if classes not in CLASSES:
+        raise InputError(f"classes {classes!r}; allowed: {', '.join(CLASSES)}")
     if validation not in VALIDATION:
         raise InputError(f"validation {validation!r}; allowed: {', '.join(VALIDATION)}")
     root = existing_directory(source, needed=LAYOUT)
@@ -101,7 +91,7 @@ def read_iemocap(
         root = root / "IEMOCAP_full_release"
     splits: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
     notes: list[str] = []
-    for session in SESSIONS:
+    for session in range(1, 6):
         folder = root / f"Session{session}"
         annotation = folder / "dialog" / "EmoEvaluation"
         if not annotation.is_dir():
@@ -112,27 +102,21 @@ def read_iemocap(
         # Archives from macOS contain files with the same names and the prefix `._`.
         paths = sorted(path for path in annotation.glob("*.txt") if path.name[:2] != "._")
         for path in paths:
-            dialogue = _read_dialogue(path, folder, classes, notes)
+            dialogue = _read_dialogue(path, folder, CLASSES[classes], notes)
             in_validation = session == 1 if validation == "session1" else dialogue.id in COSMIC12
             split = "train"
-            if session == TEST_SESSION:
+            if session == 5:
                 split = "test"
             elif in_validation:
                 split = "validation"
             splits[split].append(dialogue)
-    corpus = Corpus(
-        "iemocap",
-        CLASS_NAMES[classes],
-        {split: tuple(dialogues) for split, dialogues in splits.items()},
-        notes=tuple(notes),
-    )
-    sizes = corpus.sizes().values()
-    size = (sum(dialogues for dialogues, _ in sizes), sum(turns for _, turns in sizes))
-    return check_sizes(corpus, {"total": size}, {"total": RELEASED}, partial=partial)
+    class_names = tuple(dict.fromkeys(CLASSES[classes].values()))
+    corpus = Corpus("iemocap", class_names, splits, notes=tuple(notes))
+    return check_sizes(corpus, {"total": RELEASED}, partial=partial)
 
 
 def _read_dialogue(
-    path: pathlib.Path, session: pathlib.Path, classes: str, notes: list[str]
+    path: pathlib.Path, session: pathlib.Path, classes: Mapping[str, str], notes: list[str]
 ) -> Dialogue:
     name = path.stem
     transcript = session / "dialog" / "transcriptions" / path.name
@@ -149,7 +133,6 @@ def _read_dialogue(
                 "needed: one text per turn"
             )
     turns: dict[str, Utterance] = {}
-    no_transcript = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         # Other lines contain the labels of single evaluators.
         if not line.startswith("["):
@@ -168,32 +151,26 @@ def _read_dialogue(
             raise InputError(
                 f"{location}: turn {turn} belongs to another dialogue; needed: {name}_..."
             )
-        if label not in _LABELS and label not in _UNLABELED:
-            raise InputError(
-                f"{location}: label {label!r}; allowed: {', '.join((*_LABELS, *_UNLABELED))}"
-            )
-        emotion = _LABELS.get(label)
-        if emotion is not None:
-            emotion = _MERGED_LABELS[classes].get(emotion, emotion)
+        if label not in _LABELS:
+            raise InputError(f"{location}: label {label!r}; allowed: {', '.join(_LABELS)}")
         if turn in turns:
             raise InputError(f"{location}: turn {turn} is repeated; needed: unique ids")
         start_seconds, end_seconds = _seconds(start, location), _seconds(end, location)
         if end_seconds < start_seconds:
             raise InputError(f"{location}: [{start} - {end}]; needed: end >= start")
-        if turn not in texts:
-            no_transcript.append(turn)
         turns[turn] = Utterance(
             id=turn,
             text=texts.get(turn, ""),
             recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
-            label=emotion if emotion in CLASS_NAMES[classes] else None,
+            label=classes.get(label),
             start=start_seconds,
             end=end_seconds,
         )
     if not turns:
         raise InputError(f"{path}: no turns; the file may be truncated")
+    no_transcript = [turn for turn in turns if turn not in texts]
     if no_transcript:
-        notes.append(f"{name}: no transcript for {count_names(no_transcript)}")
+        notes.append(f"{name}: no transcript for {', '.join(no_transcript)}")
     ordered = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
     return Dialogue(name, tuple(ordered))
 
@@ -221,7 +198,7 @@ class Iemocap(DialogueBuilder):
             description=f"{classes} classes, validation {validation}.",
             options={"classes": classes, "validation": validation},
         )
-        for classes in CLASS_NAMES
+        for classes in CLASSES
         for validation in VALIDATION
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""

@@ -59,18 +59,12 @@ _TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
 _CLIP = re.compile(r"(?:final_videos_test)?dia\d+_utt\d+\.mp4")
 
 
-def _windows_punctuation() -> dict[int, str]:
-    """Returns a table that maps U+0080 to U+009F, read as bytes of cp1252, to characters."""
-    table = {}
-    for code in range(0x80, 0xA0):
-        try:
-            table[code] = bytes([code]).decode("cp1252")
-        except UnicodeDecodeError:  # Five bytes are undefined.
-            continue
-    return table
-
-
-_WINDOWS = _windows_punctuation()
+# Characters of U+0080 to U+009F, read as bytes of cp1252, where five bytes are undefined.
+_WINDOWS = {
+    code: character
+    for code in range(0x80, 0xA0)
+    if (character := bytes([code]).decode("cp1252", errors="ignore"))
+}
 
 
 def read_meld(
@@ -95,17 +89,16 @@ def read_meld(
     root = existing_directory(source, needed=LAYOUT)
     splits, notes = {}, []
     for split, name in CSV_FILES.items():
-        path = find(root, [name])
+        path = find(root, name)
         if path is None:
             raise InputError(f"{root}: no {name}; needed: {LAYOUT}")
-        folder = find(root, [CLIP_FOLDERS[split]]) if clips else None
+        folder = find(root, CLIP_FOLDERS[split]) if clips else None
         if clips and folder is None:
             raise InputError(
                 f"{root}: no folder {CLIP_FOLDERS[split]}; needed: {LAYOUT}; "
                 "--config=text needs no clips"
             )
-        dialogues, used = _read_split(path, split, folder, corrected_test_clips)
-        splits[split] = dialogues
+        splits[split], used = _read_split(path, split, folder, corrected_test_clips)
         if folder is not None:
             clip_names = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
             unused = sorted(clip for clip in clip_names - used if not clip.startswith("final_"))
@@ -115,12 +108,12 @@ def read_meld(
                     f"{unused[0]}"
                 )
     corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
-    return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)
+    return check_sizes(corpus, RELEASED, partial=partial)
 
 
 def _read_split(
     path: pathlib.Path, split: str, folder: pathlib.Path | None, corrected: bool
-) -> tuple[tuple[Dialogue, ...], set[str]]:
+) -> tuple[list[Dialogue], set[str]]:
     """Returns the dialogues of a CSV file and the names of their clips."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     dialogues: dict[int, dict[int, Utterance]] = {}
@@ -163,13 +156,10 @@ def _read_split(
     except csv.Error as error:
         location = f"{path}: line {max(1, reader.line_num)}"  # 0 if the first line has no end.
         raise InputError(f"{location}: not CSV ({error}); needed: closed quotes") from error
-    return tuple(
-        Dialogue(
-            f"{split}_dia{dialogue}",
-            tuple(dialogues[dialogue][number] for number in sorted(dialogues[dialogue])),
-        )
-        for dialogue in sorted(dialogues)
-    ), used
+    return [
+        Dialogue(f"{split}_dia{dialogue}", tuple(turns[number] for number in sorted(turns)))
+        for dialogue, turns in sorted(dialogues.items())
+    ], used
 
 
 def _number(value: str, location: str) -> int:

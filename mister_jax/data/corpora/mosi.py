@@ -74,7 +74,7 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
         InputError: A file is missing or cannot be used.
     """
     root = existing_directory(source, needed=LAYOUT)
-    labels = find(root, [LABELS])
+    labels = find(root, LABELS)
     transcripts = root / TRANSCRIPTS
     if labels is None or not transcripts.is_dir():
         missing = LABELS if labels is None else TRANSCRIPTS
@@ -108,13 +108,8 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
                 )
             )
         splits[VIDEOS[video]].append(Dialogue(video, tuple(utterances)))
-    corpus = Corpus(
-        "mosi",
-        CLASS_NAMES,
-        {split: tuple(dialogues) for split, dialogues in splits.items()},
-        scored=True,
-    )
-    return check_sizes(corpus, corpus.sizes(), RELEASED, partial=partial)
+    corpus = Corpus("mosi", CLASS_NAMES, splits, scored=True)
+    return check_sizes(corpus, RELEASED, partial=partial)
 
 
 def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
