@@ -27,7 +27,6 @@ def _ablate() -> int:
         raise InputError(f"config.task={config.task!r}; allowed is 'fusion'")
     import jax
     from etils import epath
-    from rich.console import Console
 
     from mister_jax.configs.fusion import ABLATIONS, VARIANTS
     from mister_jax.evaluation.ablation import Variant, run_ablation
@@ -43,9 +42,8 @@ def _ablate() -> int:
         return STOPPED_BY_SIGTERM
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
-        console = Console(highlight=False)
-        console.out((folder / "ablation.md").read_text())
-        console.out(f"written to {folder}: ablation.md, ablation.csv, ablation.png")
+        print((folder / "ablation.md").read_text())
+        print(f"written to {folder}: ablation.md, ablation.csv, ablation.png")
     return 0
 
 

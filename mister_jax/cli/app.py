@@ -23,16 +23,14 @@ _STOPPED_BY_CTRL_C = 128 + 2
 
 
 def run(module: ModuleType) -> None:
-    """Parses the command line and runs a subcommand's `main`.
+    """Parses the command line and runs the `main` of a subcommand's module.
 
     The result of `main`, if any, is the exit status. Wrong flags, an `InputError`, an unwritable
     place and a missing JAX platform exit with one line on stderr and status 2, Ctrl-C with status
     130. Other exceptions are bugs and keep their traceback.
-
-    Args:
-      module: Module of the subcommand, with its flags and `main`.
     """
-    if _asks_for_help(sys.argv[1:]):
+    names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")
+    if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
         print(_help(module))
         sys.exit(0)
     app.run(lambda arguments: _run_main(module.main, arguments), flags_parser=_parse_flags)
@@ -92,14 +90,6 @@ def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
     return 2
 
 
-def _asks_for_help(arguments: list[str]) -> bool:
-    return any(
-        argument.lstrip("-").partition("=")[0] in ("h", "help", "helpshort", "helpfull")
-        for argument in arguments
-        if argument.startswith("-")
-    )
-
-
 def _help(module: ModuleType) -> str:
     """Returns the docstring of a subcommand and its flags, then those of a multi-process job."""
     names = [module.__name__]
@@ -126,27 +116,24 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
-    """Replaces the name of a packaged config, as in --config=fusion:mosi_features, by its path.
-
-    Raises:
-      InputError: There is no packaged config of this name.
-    """
+    """Replaces the name of a packaged config, as in --config=fusion:mosi_features, by its path."""
+    # Only a flag of ml_collections takes packaged configs: predict's --config is another.
+    is_config_file = "config" in flags.FLAGS and (
+        type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
+    )
+    if not is_config_file:
+        return arguments
     resolved: list[str] = []
     for argument in arguments:
         follows_flag = bool(resolved) and resolved[-1] in ("--config", "-config")
         match = re.fullmatch(
             r"(--?config=)?(\w+)(:.*)?" if follows_flag else r"(--?config=)(\w+)(:.*)?", argument
         )
-        # Only an existing --config flag takes packaged configs: predict's is another.
-        if match and "config" in flags.FLAGS and _is_config_file_flag():
+        if match:
             prefix, name, rest = (group or "" for group in match.groups())
             argument = f"{prefix}{_packaged_config_path(name)}{rest}"
         resolved.append(argument)
     return resolved
-
-
-def _is_config_file_flag() -> bool:
-    return type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
 
 
 def _packaged_config_path(name: str) -> pathlib.Path:
@@ -155,8 +142,7 @@ def _packaged_config_path(name: str) -> pathlib.Path:
     paths = {
         path.stem: path
         for folder in folders
-        for path in sorted(pathlib.Path(folder).glob("*.py"))
-        if path.stem != "__init__"
+        for path in sorted(pathlib.Path(folder).glob("[!_]*.py"))
     }
     if name not in paths:
         raise InputError(
@@ -199,12 +185,8 @@ def _missing_config(flag: str, message: str) -> str:
 
 
 def _find_override(message: str, arguments: list[str]) -> str:
-    """Returns the argument, such as --config.model.widht, that sets an unknown field.
-
-    Args:
-      message: Message of ml_collections: 'widht' Did you mean "width" instead of "widht"?
-      arguments: Command-line arguments.
-    """
+    """Returns the argument, such as --config.model.widht, that sets an unknown field."""
+    # ml_collections says: 'widht' Did you mean "width" instead of "widht"?
     field = message.partition(" Did you mean")[0].strip("'\"")
     names = [argument.partition("=")[0] for argument in arguments]
     return next((name for name in names if "." in name and field in name.split(".")), "")

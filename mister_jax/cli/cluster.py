@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import flags
 
 from mister_jax.cli.rendezvous import Process, log_while_waiting, wait_for_all_processes
@@ -53,18 +52,16 @@ def distributed(
     """Wraps a command's `main` so that it honors `--distributed`.
 
     A process that fails exits at once. JAX would make it wait for the other processes, which wait
-    for it. JAX ends the others after `HEARTBEAT_TIMEOUT`.
-
-    Args:
-      main: The command; returns the exit status, None for 0.
-      saves_on_sigterm: Whether `main` asks JAX if any process received SIGTERM. Otherwise the
-        signal ends the process that receives it.
+    for it. JAX ends the others after `HEARTBEAT_TIMEOUT`. With `saves_on_sigterm`, `main` asks JAX
+    if any process received SIGTERM; otherwise the signal ends the process that receives it.
     """
 
     def distributed_main() -> int | None:
         initialize(saves_on_sigterm=saves_on_sigterm)
         if not _DISTRIBUTED.value:
             return main()
+        import jax
+
         process = f"process {jax.process_index()} of {jax.process_count()}"
         try:
             status = main() or 0
@@ -106,6 +103,8 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
         if job_flags:
             raise InputError(f"--{job_flags[0]} requires --distributed")
         return
+    import jax
+
     process, timeout = _process_from_flags(), _START_TIMEOUT.value
     job: dict[str, Any] = {}
     if process is not None:

@@ -33,21 +33,15 @@ def _evaluate() -> None:
     if _DROP_AS_ZEROS.value and not has_rates:
         raise InputError("--drop_as_zeros requires --drop_speech or --drop_text")
     files = []
+    options = {"dataset": _DATASET.value, "data_dir": _DATA_DIR.value, "output": _OUTPUT.value}
     if has_rates:
-        files += _run_missing_modality_study(workdir)
+        files += _run_missing_modality_study(workdir, options)
     if _REPORT.value or not has_rates:
-        files += _score_split(workdir)
-    from rich.console import Console
-
-    output = _OUTPUT.value or workdir
-    Console().out(f"written to {output}: {', '.join(files)}", highlight=False)
+        files += _score_split(workdir, options)
+    print(f"written to {_OUTPUT.value or workdir}: {', '.join(files)}")
 
 
-def _dataset_options() -> dict[str, Any]:
-    return {"dataset": _DATASET.value, "data_dir": _DATA_DIR.value, "output": _OUTPUT.value}
-
-
-def _run_missing_modality_study(workdir: str) -> list[str]:
+def _run_missing_modality_study(workdir: str, options: dict[str, Any]) -> list[str]:
     """Runs the study, prints its table and returns the names of its files."""
     drop_speech, drop_text = _read_rates(_DROP_SPEECH), _read_rates(_DROP_TEXT)
     from rich.console import Console
@@ -66,7 +60,7 @@ def _run_missing_modality_study(workdir: str) -> list[str]:
         drop_text=drop_text,
         as_zeros=_DROP_AS_ZEROS.value,
         draws=_DRAWS.value,
-        **_dataset_options(),
+        **options,
     )
     kind = " as zeros" if _DROP_AS_ZEROS.value else ""
     Console().print(missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points))
@@ -74,14 +68,14 @@ def _run_missing_modality_study(workdir: str) -> list[str]:
     return [f"{name}.json", f"{name}.png"]
 
 
-def _score_split(workdir: str) -> list[str]:
+def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
     """Scores the split, prints its table and returns the names of the files."""
     from rich.console import Console
 
     from mister_jax.console import score_table
     from mister_jax.evaluation.results import evaluate
 
-    scores = evaluate(workdir, _SPLIT.value, report=_REPORT.value, **_dataset_options())
+    scores = evaluate(workdir, _SPLIT.value, report=_REPORT.value, **options)
     Console().print(score_table(_SPLIT.value, scores))
     files = ["metrics.json", "predictions.jsonl", "confusion.png"]
     return [*files, "report.html"] if _REPORT.value else files

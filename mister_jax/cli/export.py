@@ -22,10 +22,7 @@ def main() -> None:
     workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
     if not _OUTPUT.value:
         raise InputError("--output is needed: a folder that does not exist yet")
-    from rich.console import Console
-
     from mister_jax.inference.export import export_encoder
 
     export_encoder(workdir, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written to {_OUTPUT.value}")
+    print(f"written to {_OUTPUT.value}")

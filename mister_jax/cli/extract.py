@@ -62,35 +62,29 @@ _DATASET_OPTIONS = (_DATASET, _BUDGET)
 
 def _extract() -> None:
     source = _check_flags()
-    from rich.console import Console
-
     from mister_jax import extraction
 
     target: dict[str, Any] = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
     output = _OUTPUT.value or ""
     if source == "speech":
-        builder = extraction.merge_features(
-            _SPEECH.value or "", _TEXT.value or "", output, **target
-        )
+        speech, text = _SPEECH.value or "", _TEXT.value or ""
+        builder = extraction.merge_features(speech, text, output, **target)
     else:
+        dataset = _DATASET.value or ""
+        print(f"extracting {dataset} with {_WORKDIR.value or _ENCODER.value}", flush=True)
         if source == "workdir":
             encoder: extraction.Encoder = extraction.TunedEncoder(_WORKDIR.value or "")
         else:
             encoder = extraction.load_encoder(_ENCODER.value or "", **_set_flags(_ENCODER_OPTIONS))
         builder = extraction.extract_features(
-            encoder, _DATASET.value or "", output, budget=_BUDGET.value, **target
+            encoder, dataset, output, budget=_BUDGET.value, **target
         )
     if builder is not None:
-        console = Console(highlight=False, markup=False, soft_wrap=True)
-        console.print(f"written to {builder.data_dir}")
+        print(f"written to {builder.data_dir}")
 
 
 def _check_flags() -> str:
-    """Returns the flag that names the source of the features, after checking all flags.
-
-    Raises:
-      InputError: Flags are missing or contradict each other.
-    """
+    """Returns the flag that names the source of the features, after checking all flags."""
     sources = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
     chosen = [name for name, value in sources.items() if value]
     if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):

@@ -74,18 +74,17 @@ def main() -> int:
         quiet=False,
     )
     predictions = [row for rows in rows_by_dialogue for row in rows]
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     if len(dialogues) == 1:
         Console().print(prediction_table([it.text for it in utterances], predictions))
     num_recordings = sum(it.recording is not None for it in utterances)
     if num_recordings:
         notes = summarize_notes(predictions)
-        console.print(f"recordings: {num_recordings}" + (f", of these {notes}" if notes else ""))
+        print(f"recordings: {num_recordings}" + (f", of these {notes}" if notes else ""))
     for note in corpus.notes:
-        console.print(f"note: {note}")
+        print(f"note: {note}")
     if _OUTPUT.value:
         write_predictions(_OUTPUT.value, _output_rows(corpus, predictions))
-        console.print(
+        print(
             f"written to {_OUTPUT.value}: utterances {len(utterances)}, dialogues {len(dialogues)}"
         )
     num_unusable = sum(any(map(is_unusable, row["notes"])) for row in predictions)
@@ -170,18 +169,22 @@ def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
 
 def _recognizer_input(utterance: Utterance) -> dict[str, Any]:
     """Returns the fields that `predict_dialogues` reads."""
-    fields: dict[str, Any] = {"text": utterance.text}
-    if utterance.recording is not None:
-        fields["audio"] = utterance.recording.path
-        fields["audio_start"] = utterance.recording.start
-        fields["audio_end"] = utterance.recording.end
-        fields["audio_channel"] = utterance.recording.channel
-    return fields
+    recording = utterance.recording
+    if recording is None:
+        return {"text": utterance.text}
+    return {
+        "text": utterance.text,
+        "audio": recording.path,
+        "audio_start": recording.start,
+        "audio_end": recording.end,
+        "audio_channel": recording.channel,
+    }
 
 
 def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows of the output: the input of each utterance and its prediction."""
-    rows: list[dict[str, Any]] = []
+    rows = []
+    remaining = iter(predictions)
     for split, dialogue in corpus.dialogues():
         for utterance in dialogue.utterances:
             recording = utterance.recording
@@ -200,6 +203,7 @@ def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[
                     "audio": None if recording is None else recording.path,
                     "label": utterance.label,
                     **({"metadata": dict(utterance.metadata)} if utterance.metadata else {}),
+                    **next(remaining),
                 }
             )
-    return [{**row, **prediction} for row, prediction in zip(rows, predictions, strict=True)]
+    return rows

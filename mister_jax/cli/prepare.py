@@ -22,8 +22,6 @@ from mister_jax.data.corpora.registry import CORPORA
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mister_jax.data.prepare import PrepareOptions
 
 _DECODING_FLAGS = ("num_workers", "max_seconds", "beam_options", "partial", "overwrite", "data_dir")
@@ -64,49 +62,49 @@ _BEAM_OPTIONS = flags.DEFINE_string(
 )
 _INSPECT = flags.DEFINE_string("inspect", None, "show the contents of the dataset of this name")
 
-# Number of recordings of each kind that are printed.
-_MAX_PRINTED = 5
+_MAX_PRINTED = 5  # recordings of each kind
 
 
 def main() -> None:
     """Runs `mister-jax prepare`."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     if _INSPECT.value is not None:
         _check_flags(f"--inspect={_INSPECT.value}", ("inspect", "data_dir"))
-        return _inspect(_INSPECT.value, console)
+        return _inspect(_INSPECT.value)
     corpus = _CORPUS.value or ""
     if corpus not in CORPUS_FLAGS:
         raise InputError(f"--corpus={corpus}; allowed: {', '.join(CORPUS_FLAGS)}")
     _check_flags(f"--corpus={corpus}", ("corpus", *CORPUS_FLAGS[corpus]))
     if corpus in ("features", "synthetic_features"):
-        return _prepare_features(corpus, console)
-    return _prepare_recordings(corpus, console)
+        return _prepare_features(corpus)
+    return _prepare_recordings(corpus)
 
 
-def _prepare_recordings(corpus: str, console: Console) -> None:
+def _prepare_recordings(corpus: str) -> None:
     preparation = _preparation(corpus)
+    from rich.console import Console
+
     from mister_jax.console import corpus_table
     from mister_jax.data.corpus_report import RECORDING_ISSUES
     from mister_jax.data.prepare import prepare_corpus
 
     report = prepare_corpus(preparation)
-    console.print(corpus_table(report))
+    Console().print(corpus_table(report))
     kinds = ("missing", *RECORDING_ISSUES)
     for kind in kinds:
         for entry in report[kind][:_MAX_PRINTED]:
-            console.print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")
+            print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")
         if len(report[kind]) > _MAX_PRINTED:
-            console.print(f"{kind}: {len(report[kind])} in all, see report.json")
-    _print_notes(report["notes"], console)
+            print(f"{kind}: {len(report[kind])} in all, see report.json")
+    _print_notes(report["notes"])
     counts = ", ".join(f"{len(report[kind])} {kind}" for kind in kinds if report[kind])
-    console.print(f"recordings: {counts or 'all usable, none changed'}")
-    console.print(f"written to {report['directory']}")
+    print(f"recordings: {counts or 'all usable, none changed'}")
+    print(f"written to {report['directory']}")
 
 
-def _prepare_features(corpus: str, console: Console) -> None:
+def _prepare_features(corpus: str) -> None:
     num_dialogues = _num_dialogues()
+    from rich.console import Console
+
     from mister_jax import data
     from mister_jax.console import comparison_table
     from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
@@ -120,22 +118,22 @@ def _prepare_features(corpus: str, console: Console) -> None:
     name = _NAME.value or corpus
     builder = data.write_features(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     summaries = {split: features.summary() for split, features in splits.items()}
-    console.print(comparison_table(name, summaries))
-    _print_notes(next(iter(splits.values())).metadata.get("notes", ()), console)
-    console.print(f"written to {builder.data_dir}")
+    Console().print(comparison_table(name, summaries))
+    _print_notes(next(iter(splits.values())).metadata.get("notes", ()))
+    print(f"written to {builder.data_dir}")
 
 
-def _inspect(name: str, console: Console) -> None:
+def _inspect(name: str) -> None:
     from mister_jax.data.inspection import inspect_dataset
     from mister_jax.evaluation.figures import plot_dataset
 
     inspection = inspect_dataset(name, _DATA_DIR.value)
     figure = inspection.directory / "inspection.png"
     plot_dataset(inspection.class_counts, inspection.lengths, inspection.seconds, figure)
-    console.print(f"first dialogue of {inspection.name}:")
+    print(f"first dialogue of {inspection.name}:")
     for line in inspection.first_dialogue:
-        console.print(f"  {line}")
-    console.print(f"picture: {figure}")
+        print(f"  {line}")
+    print(f"picture: {figure}")
 
 
 def _detail(entry: Mapping[str, Any]) -> str:
@@ -148,9 +146,9 @@ def _detail(entry: Mapping[str, Any]) -> str:
     return ", ".join([detail, *entry.get("changed", ())])
 
 
-def _print_notes(notes: Sequence[str], console: Console) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(note if note.startswith("WARNING") else f"note: {note}")
+        print(note if note.startswith("WARNING") else f"note: {note}")
 
 
 def _check_flags(use: str, allowed: Sequence[str]) -> None:

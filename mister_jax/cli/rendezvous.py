@@ -2,10 +2,8 @@
 
 `jax.distributed.initialize` waits as well. But when a process is missing, it aborts with a C++
 stack trace that names no process, and it does not notice that processes disagree on their number.
-So each process first reports to process 0, on the port that JAX uses afterwards.
-
-Protocol: a process sends the line "PROCESS_ID NUM_PROCESSES". When all have reported, or something
-is wrong, process 0 sends every process one line: "ok" or the error.
+So each process first sends "PROCESS_ID NUM_PROCESSES" to process 0, on the port that JAX uses
+afterwards. When all have reported, or something is wrong, process 0 answers "ok" or the error.
 """
 
 import contextlib
@@ -27,14 +25,7 @@ _FIRST_MESSAGE, _NEXT_MESSAGE = 10.0, 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One process of a job.
-
-    Attributes:
-      host: Host of process 0.
-      port: Port of process 0.
-      num_processes: Number of processes in the job.
-      process_id: Index of this process, from 0.
-    """
+    """One process of a job. Host and port are those of process 0; `process_id` counts from 0."""
 
     host: str
     port: int
@@ -43,35 +34,20 @@ class Process:
 
 
 def wait_for_all_processes(process: Process, timeout: float) -> None:
-    """Waits until all processes of the job run.
-
-    Args:
-      process: This process.
-      timeout: Seconds to wait.
+    """Waits `timeout` seconds until all processes of the job run.
 
     Raises:
       InputError: A process is missing, or two processes contradict each other. All processes that
         run raise the same error.
     """
-    if process.process_id == 0:
-        reported: dict[int, socket.socket] = {}
-        with log_while_waiting(lambda: f"waiting for process {_missing(process, reported)}"):
-            problem = _coordinate(process, timeout, reported)
-    else:
-        coordinator = f"process 0 at {process.host}:{process.port}"
-        with log_while_waiting(lambda: f"waiting for {coordinator}, or for processes it needs"):
-            problem = _report(process, timeout)
-    if problem:
+    wait = _coordinate if process.process_id == 0 else _report
+    if problem := wait(process, timeout):
         raise InputError(f"--coordinator={process.host}:{process.port}: {problem}")
 
 
 @contextlib.contextmanager
 def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
-    """Prints a message to stderr after ten seconds in the block, then once a minute.
-
-    Args:
-      message: Returns what the block waits for.
-    """
+    """Prints a message to stderr after ten seconds in the block, then once a minute."""
     done = threading.Event()
     start = time.monotonic()
 
@@ -91,38 +67,28 @@ def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
         thread.join()
 
 
-def _missing(process: Process, reported: dict[int, socket.socket]) -> str:
-    """Returns the indices of the processes that have not reported, separated by commas."""
-    return ", ".join(
-        str(index) for index in range(1, process.num_processes) if index not in reported
-    )
-
-
-def _coordinate(process: Process, timeout: float, reported: dict[int, socket.socket]) -> str:
-    """Collects the reports of all other processes and sends each the result.
-
-    Args:
-      process: Process 0.
-      timeout: Seconds to wait.
-      reported: Filled with the connection of each process that reports.
-
-    Returns:
-      The error, "" if there is none.
-    """
+def _coordinate(process: Process, timeout: float) -> str:
+    """Collects the reports of all other processes and sends each the error; returns it, too."""
     deadline = time.monotonic() + timeout
+    reported: dict[int, socket.socket] = {}
+
+    def missing() -> str:
+        indices = range(1, process.num_processes)
+        return ", ".join(str(index) for index in indices if index not in reported)
+
     try:
         server = socket.create_server(("", process.port))
     except OSError as error:
         return f"cannot listen ({error.strerror}); use a free port of this machine"
     problem = ""
-    with server, contextlib.ExitStack() as connections:
+    waiting = log_while_waiting(lambda: f"waiting for process {missing()}")
+    with waiting, server, contextlib.ExitStack() as connections:
         while len(reported) < process.num_processes - 1 and not problem:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection = connections.enter_context(server.accept()[0])
             except TimeoutError:
-                missing = _missing(process, reported)
-                problem = f"process {missing} of {process.num_processes} did not start in time"
+                problem = f"process {missing()} of {process.num_processes} did not start in time"
                 break
             words = _read_line(connection, _READ_TIMEOUT).split()
             if len(words) != 2 or not all(word.isdigit() for word in words):
@@ -147,17 +113,21 @@ def _coordinate(process: Process, timeout: float, reported: dict[int, socket.soc
 def _report(process: Process, timeout: float) -> str:
     """Reports this process to process 0; returns the error that process 0 sends, "" for none."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # Process 0 does not listen yet.
-            address = (process.host, process.port)
-            with socket.create_connection(address, deadline - time.monotonic()) as connection:
+    address = (process.host, process.port)
+    coordinator = f"process 0 at {process.host}:{process.port}"
+    with log_while_waiting(lambda: f"waiting for {coordinator}, or for processes it needs"):
+        while (remaining := deadline - time.monotonic()) > 0:
+            # An OSError means that process 0 does not listen yet.
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(address, remaining) as connection,
+            ):
                 connection.sendall(f"{process.process_id} {process.num_processes}\n".encode())
                 # Process 0 may have started later. It names the missing processes at its own
                 # deadline, so wait for that.
-                answer = _read_line(connection, timeout + _READ_TIMEOUT)
-                if answer:
+                if answer := _read_line(connection, timeout + _READ_TIMEOUT):
                     return answer.removeprefix("ok")
-        time.sleep(0.2)
+            time.sleep(0.2)
     return "process 0 does not answer; start it on that host, with a port that others can reach"
 
 

@@ -23,6 +23,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if miss
 def _train() -> int:
     config = required_config(_CONFIG)
     workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
+    # TensorFlow, which reads the dataset, takes seconds to import.
+    print(f"loading {config.data.name} to train {config.task} in {workdir}", flush=True)
     from mister_jax.tasks.config import config_seeds
     from mister_jax.training.loop import train
 
@@ -30,20 +32,13 @@ def _train() -> int:
     if not progress.finished:
         return STOPPED_BY_SIGTERM
     if len(config_seeds(config)) > 1:
-        _print_validation_scores(workdir)
+        from rich.console import Console
+
+        from mister_jax.console import score_table
+        from mister_jax.evaluation.results import evaluate
+
+        Console().print(score_table("validation", evaluate(workdir, "validation", quiet=True)))
     return 0
-
-
-def _print_validation_scores(workdir: str) -> None:
-    import jax
-    from rich.console import Console
-
-    from mister_jax.console import score_table
-    from mister_jax.evaluation.results import evaluate
-
-    scores = evaluate(workdir, "validation", quiet=True)
-    if jax.process_index() == 0:
-        Console().print(score_table("validation", scores))
 
 
 main = cluster.distributed(_train, saves_on_sigterm=True)
