@@ -4,7 +4,7 @@ import collections
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from etils import epath
@@ -25,12 +25,15 @@ _NEEDED = (
 _MAX_FEATURE = 1e15
 
 # Allowed letters of NumPy's `dtype.kind`, and their meaning.
-_NUMBER = ("iuf", "numbers")
-_INTEGER = ("iu", "integers")
-_FLOAT = ("f", "floats")
-_TEXT = ("US", "text")
 _ID = ("USiu", "text or integers")
-_BOOLEAN = ("biu", "booleans")
+_KINDS = {
+    **dict.fromkeys(("utterance", "dialogue"), _ID),
+    **dict.fromkeys(("class_names", "split"), ("US", "text")),
+    **dict.fromkeys(("speech", "text", "score"), ("f", "floats")),
+    **dict.fromkeys(("speech_present", "text_present"), ("biu", "booleans")),
+    "position": ("iuf", "numbers"),
+    "label": ("iu", "integers"),
+}
 
 
 def read_npz(
@@ -70,14 +73,14 @@ def read_npz(
     Raises:
         InputError: The file or one of its rows cannot be used.
     """
-    archive = _Archive(pathlib.Path(path), extra_arrays=(group_by,) if group_by else ())
+    archive = _Archive(pathlib.Path(path), (group_by,) if group_by else ())
     class_names = archive.class_names()
-    position = archive.column("position", _NUMBER)
+    position = archive.array("position")
     archive.check("position", np.isfinite(position), "not finite", position)
-    label = archive.column("label", _INTEGER)
+    label = archive.array("label")
     allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
     archive.check("label", (label >= UNLABELED) & (label < len(class_names)), allowed, label)
-    score = archive.column("score", _FLOAT) if "score" in archive.arrays else None
+    score = archive.array("score") if "score" in archive.arrays else None
     if score is not None:
         score = score.astype(np.float32)
         valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
@@ -88,7 +91,7 @@ def read_npz(
 
     # Dialogues are numbered in the order of their first rows; sorting by number keeps that order.
     ids, first_rows, inverse = np.unique(
-        archive.text("dialogue", _ID), return_index=True, return_inverse=True
+        archive.array("dialogue"), return_index=True, return_inverse=True
     )
     by_first_row = np.argsort(first_rows)
     ids, dialogue = ids[by_first_row], np.argsort(by_first_row)[inverse]
@@ -96,7 +99,9 @@ def read_npz(
     order = np.lexsort((position, dialogue))
     archive.check_dialogues(order, ids[dialogue], position, split)
 
-    metadata = {"source": archive.path.name, "sha256": archive.sha256(), "notes": notes}
+    with archive.path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {"source": archive.path.name, "sha256": sha256, "notes": notes}
     splits = {}
     for name in SPLITS:
         rows = order[split[order] == name]
@@ -124,48 +129,39 @@ def read_npz(
 class _Archive:
     """Arrays of an npz file, with checks whose errors name file, array and row."""
 
-    def __init__(self, path: pathlib.Path, extra_arrays: Sequence[str] = ()) -> None:
+    def __init__(self, path: pathlib.Path, extra_arrays: Sequence[str]) -> None:
         self.path = path
-        self._extra_arrays = extra_arrays
-        self.arrays = self._read()
-        self.utterance = self._strings("utterance", self._array("utterance", 1, _ID))
+        self.arrays = self._read(extra_arrays)
+        self.utterance = self.array("utterance")
         if len(self.utterance) == 0:
             self.fail("utterance", "no rows; at least one utterance is needed")
         _, first_rows, inverse = np.unique(self.utterance, return_index=True, return_inverse=True)
         is_first = first_rows[inverse] == np.arange(len(self.utterance))
         self.check("utterance", is_first, "repeated; utterance ids must be unique", self.utterance)
 
-    def _read(self) -> dict[str, np.ndarray]:
+    def _read(self, extra_arrays: Sequence[str]) -> dict[str, np.ndarray]:
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
         try:
             # The file is opened here, because NumPy does not close a damaged archive.
-            with self.path.open("rb") as file:
-                return self._load(file)
+            file = self.path.open("rb")
         except PermissionError as error:
             raise InputError(f"{self.path}: no permission to read it") from error
-
-    def _load(self, file: BinaryIO) -> dict[str, np.ndarray]:
-        # zipfile, zlib and NumPy raise many types of errors for a damaged file.
-        try:
-            archive = np.load(file, allow_pickle=False)
-        except Exception as error:
-            raise InputError(
-                f"{self.path}: not an npz file, or damaged; needed: an npz file with the arrays "
-                f"{', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}"
-            ) from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
-        with archive:
-            missing = [
-                name for name in (*_REQUIRED, *self._extra_arrays) if name not in archive.files
-            ]
+        with file:
+            # zipfile, zlib and NumPy raise many types of errors for a damaged file.
+            try:
+                archive = np.load(file, allow_pickle=False)
+            except Exception as error:
+                raise InputError(f"{self.path}: not an npz file, or damaged; {_NEEDED}") from error
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
+            missing = [name for name in (*_REQUIRED, *extra_arrays) if name not in archive.files]
             if not any(name in archive.files for name in MODALITIES):
                 missing.append(" or ".join(MODALITIES))
             if missing:
                 raise InputError(f"{self.path}: no array {', '.join(missing)}; {_NEEDED}")
             arrays = {}
-            for name in (*_REQUIRED, *MODALITIES, *_OPTIONAL, *self._extra_arrays):
+            for name in (*_REQUIRED, *MODALITIES, *_OPTIONAL, *extra_arrays):
                 try:
                     if name in archive.files:
                         arrays[name] = archive[name]
@@ -188,13 +184,26 @@ class _Archive:
                 name, f"row {row} (utterance {self.utterance[row]}): {values[row]!s}: {message}"
             )
 
-    def column(self, name: str, kind: tuple[str, str]) -> np.ndarray:
-        """Returns the array [N] of this name."""
-        return self._array(name, 1, kind, rows=len(self.utterance))
-
-    def text(self, name: str, kind: tuple[str, str]) -> np.ndarray:
-        """Returns the array [N] of this name as text."""
-        return self._strings(name, self.column(name, kind))
+    def array(self, name: str, kind: tuple[str, str] | None = None) -> np.ndarray:
+        """Returns an array after checks, ids and text as `str`; its kind is that in `_KINDS`."""
+        array = self.arrays[name]
+        letters, meaning = kind or _KINDS[name]
+        ndim = 2 if name in MODALITIES and kind is None else 1
+        if array.ndim != ndim:
+            self.fail(name, f"{array.ndim} dimensions; allowed: {ndim}")
+        if name not in ("utterance", "class_names") and len(array) != len(self.utterance):
+            self.fail(name, f"{len(array)} rows; allowed: {len(self.utterance)}, as in utterance")
+        if array.dtype.kind not in letters:
+            self.fail(name, f"type {array.dtype}; allowed: {meaning}")
+        if "U" not in letters:
+            return array
+        try:
+            strings = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+            strings = strings.astype(str)
+            "".join(strings.tolist()).encode()
+        except (UnicodeError, ValueError):
+            self.fail(name, "not text; allowed: UTF-8")
+        return strings
 
     def modality(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns features [N, D], zero where absent, and presence [N].
@@ -204,13 +213,13 @@ class _Archive:
         if name not in self.arrays:
             rows = len(self.utterance)
             return np.zeros((rows, 1), np.float32), np.zeros(rows, bool)
-        features = self._array(name, 2, _FLOAT, rows=len(self.utterance))
+        features = self.array(name)
         if features.shape[1] == 0:
             self.fail(name, "no columns; at least one feature is needed")
         flag = f"{name}_present"
         present = np.ones(len(features), bool)
         if flag in self.arrays:
-            values = self.column(flag, _BOOLEAN)
+            values = self.array(flag)
             self.check(flag, (values == 0) | (values == 1), "allowed: false and true", values)
             present = values.astype(bool)
         if features.dtype != np.float16:
@@ -230,7 +239,7 @@ class _Archive:
 
     def class_names(self) -> tuple[str, ...]:
         """Returns the checked class names."""
-        names = self._strings("class_names", self._array("class_names", 1, _TEXT)).tolist()
+        names = self.array("class_names").tolist()
         if not names:
             self.fail("class_names", "empty; at least one class is needed")
         for name in names:
@@ -240,32 +249,25 @@ class _Archive:
             if names.count(name) > 1:
                 self.fail("class_names", f"{name!r} repeated; class names must be unique")
         counts = collections.Counter(dict.fromkeys(names, 0))
-        counts.update(names[label] for label in self._labels(len(names)))
+        label = self.array("label")
+        counts.update(names[index] for index in label[(label >= 0) & (label < len(names))])
         for name, problem, fix in suspicious_labels(counts):
             if fix:  # A class may be called "none", because the file names the classes.
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
-
-    def _labels(self, num_classes: int) -> list[int]:
-        """Returns the labels that name a class."""
-        label = self.column("label", _INTEGER)
-        return label[(label >= 0) & (label < num_classes)].tolist()
 
     def splits(
         self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
     ) -> tuple[np.ndarray, list[str]]:
         """Returns the split of each utterance [N], and notes for the user.
 
-        Args:
-            ids: Dialogue ids [M].
-            dialogue: Index of each utterance's dialogue [N].
-            group_by: Array whose values random splits keep apart; `speaker` if empty.
-            seed: Seed of the random split.
+        The arguments are the dialogue ids [M], the index of each utterance's dialogue [N], and
+        those of `read_npz`.
         """
         group_name = group_by or "speaker"
         groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
         if group_name in self.arrays:
-            for index, group in zip(dialogue, self.text(group_name, _ID).tolist(), strict=True):
+            for index, group in zip(dialogue, self.array(group_name, _ID).tolist(), strict=True):
                 groups[str(ids[index])].add(group)
         if "split" not in self.arrays:
             lengths = dict(zip(ids.tolist(), np.bincount(dialogue).tolist(), strict=True))
@@ -278,7 +280,7 @@ class _Archive:
                 seed=seed,
             )
             return np.array([by_dialogue[name] for name in ids.tolist()])[dialogue], [note]
-        split = self.text("split", _TEXT)
+        split = self.array("split")
         self.check("split", np.isin(split, SPLITS), f"allowed: {', '.join(SPLITS)}", split)
         by_dialogue = dict(zip(ids[dialogue].tolist(), split.tolist(), strict=True))
         note = overlap_note(groups, by_dialogue, group_name)
@@ -289,11 +291,7 @@ class _Archive:
     ) -> None:
         """Raises InputError if a dialogue has two splits or two utterances of the same position.
 
-        Args:
-            order: Rows sorted by dialogue and position, [N].
-            dialogue: Dialogue id of each row, [N].
-            position: Position of each row, [N].
-            split: Split of each row, [N].
+        `order` [N] sorts the rows by dialogue and position. The other arrays [N] are columns.
         """
         before, after = order[:-1], order[1:]
         same_dialogue = dialogue[before] == dialogue[after]
@@ -304,30 +302,3 @@ class _Archive:
         )
         is_valid[after] = ~(same_dialogue & (split[before] != split[after]))
         self.check("split", is_valid, "another row of its dialogue has another split", split)
-
-    def sha256(self) -> str:
-        """Returns the hash of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _array(
-        self, name: str, ndim: int, kind: tuple[str, str], rows: int | None = None
-    ) -> np.ndarray:
-        array = self.arrays[name]
-        letters, meaning = kind
-        if array.ndim != ndim:
-            self.fail(name, f"{array.ndim} dimensions; allowed: {ndim}")
-        if rows is not None and len(array) != rows:
-            self.fail(name, f"{len(array)} rows; allowed: {rows}, as in utterance")
-        if array.dtype.kind not in letters:
-            self.fail(name, f"type {array.dtype}; allowed: {meaning}")
-        return array
-
-    def _strings(self, name: str, array: np.ndarray) -> np.ndarray:
-        try:
-            strings = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
-            strings = strings.astype(str)
-            "".join(strings.tolist()).encode()
-        except (UnicodeError, ValueError):
-            self.fail(name, "not text; allowed: UTF-8")
-        return strings

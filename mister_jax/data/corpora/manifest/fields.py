@@ -4,6 +4,7 @@ import collections
 import difflib
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
@@ -11,7 +12,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mister_jax.data.audio import check_channel
-from mister_jax.data.labels import MAX_SCORE, MIN_SCORE
 from mister_jax.errors import InputError
 
 FIELDS = (
@@ -36,6 +36,9 @@ Interval = tuple[float | None, float | None]
 """Start and end in seconds; None means the beginning or the end of a recording."""
 
 _MISSPELLING_CUTOFF = 0.8  # Similarity of difflib: 0.8 for "lable", 0.9 for "audio_strat".
+
+# Null characters, and surrogates, which UTF-8 cannot encode.
+_INVALID = re.compile("[\0\ud800-\udfff]")
 
 # Numbers are stored as float32, where larger values become infinite.
 _MAX_NUMBER = float(np.finfo(np.float32).max)
@@ -68,7 +71,7 @@ class Fields:
             return None
         if not isinstance(value, str):
             self.fail(field, f"{value!r}; allowed: text")
-        if "\0" in value or not _is_encodable(value):
+        if _INVALID.search(value):
             self.fail(field, f"{value!r}; allowed: text without null or invalid characters")
         return value.strip() or None
 
@@ -94,28 +97,21 @@ class Fields:
     ) -> float | None:
         """Returns a finite number within a range, or None if it is absent."""
         value = self.values.get(field)
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        if isinstance(value, str):
-            if not value.strip():
-                return None
-            try:
-                value = float(value)
-            except ValueError:
-                self.fail(field, f"{value!r}; allowed: a number, with a point for decimals")
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        if isinstance(value, bool | np.bool_) or not isinstance(
+            value, str | int | float | np.number
+        ):
             self.fail(field, f"{value!r}; allowed: a number")
         try:
             value = float(value)
+        except ValueError:
+            self.fail(field, f"{value!r}; allowed: a number, with a point for decimals")
         except OverflowError:
             value = math.inf
         if not minimum <= value <= maximum:  # Also refuses NaN.
             self.fail(field, f"{value!r}; allowed: a finite number, {minimum:g} to {maximum:g}")
         return value
-
-    def score(self) -> float | None:
-        """Returns the sentiment score, or None if it is absent."""
-        return self.number("score", minimum=MIN_SCORE, maximum=MAX_SCORE)
 
     def interval(self, start_field: str, end_field: str) -> Interval:
         """Returns two times in seconds, None if absent; the second must be later than the first."""
@@ -155,11 +151,10 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     Raises:
         InputError: Several utterances would use the same complete recording.
     """
-    paths = [row.line("audio") for row in rows]
     # The same file may have several spellings.
     paths = [
-        path if path is None else unicodedata.normalize("NFC", os.path.normpath(path))
-        for path in paths
+        path and unicodedata.normalize("NFC", os.path.normpath(path))
+        for path in (row.line("audio") for row in rows)
     ]
     channels = [(path, row.channel()) for path, row in zip(paths, rows, strict=True)]
     num_path_rows = collections.Counter(paths)
@@ -202,12 +197,3 @@ def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
             f"unknown, close to {close[0]!r}; allowed: {', '.join(FIELDS)}, and extra columns "
             "with names that are not close to these",
         )
-
-
-def _is_encodable(text: str) -> bool:
-    """Returns whether UTF-8 can encode a text, so whether it has no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

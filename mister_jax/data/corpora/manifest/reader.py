@@ -40,12 +40,12 @@ from mister_jax.data.corpora.manifest.fields import (
     check_extra_column,
 )
 from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
-from mister_jax.data.labels import map_labels_flag, suspicious_labels
+from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, map_labels_flag, suspicious_labels
 from mister_jax.data.schema import SPLITS
 from mister_jax.data.splits import DEFAULT_FRACTIONS, overlap_note, random_splits
 from mister_jax.errors import InputError
 
-FORMATS = (".jsonl", ".csv", ".tsv")
+_FORMATS = (".jsonl", ".csv", ".tsv")
 
 DEFAULT_GROUP = "speaker"
 """Column whose values random splits keep apart by default, if it is present."""
@@ -88,9 +88,9 @@ def read_manifest(
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
         reason = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {reason}; needed: a manifest, {' or '.join(FORMATS)}")
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(FORMATS)}")
+        raise InputError(f"{path}: {reason}; needed: a manifest, {' or '.join(_FORMATS)}")
+    if path.suffix not in _FORMATS:
+        raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(_FORMATS)}")
     for name in labels:
         if not name or [name.strip()] != name.splitlines() or labels.count(name) > 1:
             raise InputError(f"labels: {name!r}; allowed: unique names of one line")
@@ -98,7 +98,17 @@ def read_manifest(
     if not rows:
         raise InputError(f"{path}: no rows; at least one utterance is needed")
     intervals = audio_intervals(rows)
-    notes = _cut_notes(rows, intervals)
+    notes = []
+    cut = [
+        row.line("audio")
+        for row, interval in zip(rows, intervals, strict=True)
+        if interval != row.audio_interval()
+    ]
+    if cut:
+        notes.append(
+            f"{len(cut)} utterances cut by start and end from {len(set(cut))} recordings that "
+            "several rows have"
+        )
     label_map = dict(label_map or {})
     utterances = [
         row.utterance(interval, label_map) for row, interval in zip(rows, intervals, strict=True)
@@ -131,7 +141,7 @@ def read_manifest(
         path.stem,
         tuple(labels or sorted({turn.label for turn in utterances if turn.label is not None})),
         {
-            split: tuple(dialogue for name, dialogue in dialogues.items() if splits[name] == split)
+            split: [dialogue for name, dialogue in dialogues.items() if splits[name] == split]
             for split in SPLITS
         },
         scored=any(utterance.score is not None for utterance in utterances),
@@ -161,12 +171,7 @@ class _Row(Fields):
         return metadata
 
     def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
-        """Returns the utterance of the row.
-
-        Args:
-            interval: Interval of the recording.
-            label_map: Map from names in the file to class names.
-        """
+        """Returns the utterance of the row, which is an interval of a recording."""
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.line("audio")
         if text is None and audio is None:
@@ -181,7 +186,7 @@ class _Row(Fields):
             text=text or "",
             recording=recording,
             label=label if label is None else label_map.get(label, label) or None,
-            score=self.score(),
+            score=self.number("score", minimum=MIN_SCORE, maximum=MAX_SCORE),
             start=start,
             end=end,
             metadata=self.metadata(),
@@ -189,12 +194,11 @@ class _Row(Fields):
 
     def position(self) -> float:
         """Returns the number that orders the row in its dialogue."""
-        order = self.number("order")
-        if order is None:
-            order = self.number("start")
-        if order is None:
-            self.fail("order", "missing, and start too; needed: one of them")
-        return order
+        for field in ("order", "start"):
+            position = self.number(field)
+            if position is not None:
+                return position
+        self.fail("order", "missing, and start too; needed: one of them")
 
     def split(self) -> str | None:
         """Returns the split, or None if it is absent."""
@@ -202,21 +206,6 @@ class _Row(Fields):
         if split is not None and split not in SPLITS:
             self.fail("split", f"{split!r}; allowed: {', '.join(SPLITS)}")
         return split
-
-
-def _cut_notes(rows: Sequence[_Row], intervals: Sequence[Interval]) -> list[str]:
-    """Returns a note if `start` and `end` select parts of recordings."""
-    paths = [
-        row.line("audio")
-        for row, interval in zip(rows, intervals, strict=True)
-        if interval != row.audio_interval()
-    ]
-    if not paths:
-        return []
-    return [
-        f"{len(paths)} utterances cut by start and end from {len(set(paths))} recordings that "
-        "several rows have"
-    ]
 
 
 def _check_labels(
@@ -230,17 +219,15 @@ def _check_labels(
     suspicious = {
         name: (problem, fix)
         for name, problem, fix in suspicious_labels(counts)
-        if name not in labels and name not in label_map.values()
+        if name not in (*labels, *label_map.values())
     }
     flag = map_labels_flag((name, fix) for name, (_, fix) in suspicious.items())
-    for row, utterance in zip(rows, utterances, strict=True):
-        label = utterance.label
+    for row, label in zip(rows, (turn.label for turn in utterances), strict=True):
         if label in suspicious:
-            problem = suspicious[label][0]
             row.fail(
                 "label",
-                f"{label!r} {problem} ({counts[label]} rows); fix: {flag}, or map it to itself if "
-                "it is a class",
+                f"{label!r} {suspicious[label][0]} ({counts[label]} rows); fix: {flag}, or map it "
+                "to itself if it is a class",
             )
         if labels and label is not None and label not in labels:
             row.fail("label", f"{label!r}; allowed: {', '.join(labels)}")
@@ -267,22 +254,20 @@ def _dialogues(
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
     has_order: dict[str, bool] = {}
-    line_of: dict[str, int] = {}
+    rows_by_id: dict[str, _Row] = {}
     first = rows[0]
     for row, utterance in zip(rows, utterances, strict=True):
-        if utterance.id in line_of:
-            row.fail(
-                "utterance", f"repeats the row at line {line_of[utterance.id]}; needed: unique ids"
-            )
-        line_of[utterance.id] = row.line_number
+        other = rows_by_id.setdefault(utterance.id, row)
+        if other is not row:
+            message = f"repeats the row at line {other.line_number}; needed: unique ids"
+            row.fail("utterance", message)
         dialogue, position, split = row.id("dialogue"), row.position(), row.split()
         ordered = row.number("order") is not None
         if has_order.setdefault(dialogue, ordered) != ordered:
             row.fail("order", "in some rows of the dialogue; allowed: in all or none")
-        if position in turns.setdefault(dialogue, {}):
+        if turns.setdefault(dialogue, {}).setdefault(position, utterance) is not utterance:
             field = "order" if ordered else "start"
             row.fail(field, f"{position:g} repeated in its dialogue; needed: unique numbers")
-        turns[dialogue][position] = utterance
         if (split is None) != (first.split() is None):
             row.fail("split", "in some rows; allowed: in all or none")
         if splits.setdefault(dialogue, split) != split:
@@ -294,7 +279,7 @@ def _dialogues(
         name: Dialogue(name, tuple(by_position[position] for position in sorted(by_position)))
         for name, by_position in turns.items()
     }
-    return dialogues, {name: split for name, split in splits.items() if split is not None}
+    return dialogues, {name: split for name, split in splits.items() if split}
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
@@ -355,9 +340,8 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
 def _delimiter(text: str) -> str:
     """Returns the separator for which the header has the largest number of known fields."""
     line = text.partition("\n")[0]
-
-    def num_fields(delimiter: str) -> int:
-        names = {name.strip().strip('"') for name in line.split(delimiter)}
-        return len(names.intersection(FIELDS))
-
-    return max(_DELIMITERS, key=num_fields)  # The first one, a comma, if there is a tie.
+    num_fields = {
+        delimiter: len({name.strip().strip('"') for name in line.split(delimiter)} & {*FIELDS})
+        for delimiter in _DELIMITERS
+    }
+    return max(num_fields, key=num_fields.__getitem__)  # A comma if there is a tie.
