@@ -8,16 +8,9 @@ from typing import Any
 
 import jax
 import rich.box
+import rich.progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from mister_jax.metrics import SCORE_NAMES
@@ -38,13 +31,13 @@ class ProgressReporter:
         self.console = Console(
             file=sys.stdout, quiet=quiet or jax.process_index() != 0, highlight=False
         )
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        self._progress = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn(unit),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -85,14 +78,10 @@ def parameter_table(params: Any) -> str:
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
-    """Returns the table of per-class and overall scores of one split.
+    """Returns the table of per-class and overall scores of one split, as `evaluate` returns them.
 
     For several seeds these are the scores of the ensemble, followed by the weighted F1 of each seed
     and their mean and standard deviation.
-
-    Args:
-      title: Title of the table; the number of seeds is appended for an ensemble.
-      scores: Scores as returned by `evaluate`.
     """
     seeds = scores.get("seeds")
     if seeds:
@@ -124,12 +113,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """Returns the table of a missing-modality study.
-
-    Args:
-      title: Title of the table.
-      points: Points as returned by `missing_modality_study`.
-    """
+    """Returns the table of the points of a `missing_modality_study`."""
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
@@ -141,11 +125,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     """Returns the table of one dialogue: the predicted emotion and the text of each utterance.
 
     The predictions and gate weights of the experts are printed below the text, so that the table
-    fits a terminal of 80 columns.
-
-    Args:
-      texts: Texts of the utterances, empty for an utterance without text.
-      rows: Prediction rows of the utterances, as returned by `EmotionRecognizer.predict`.
+    fits a terminal of 80 columns. The rows are those of `EmotionRecognizer.predict`.
     """
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
     table = Table("", "emotion", "", "utterance", box=rich.box.SIMPLE)
@@ -172,12 +152,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """Returns a table that compares columns with the same rows, such as the splits of a dataset.
-
-    Args:
-      title: Title of the table.
-      columns: Cells by column name and row name.
-    """
+    """Returns a table of cells by column and row, such as the splits of a dataset."""
     table = Table("", *columns, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"

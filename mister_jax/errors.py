@@ -23,11 +23,7 @@ class MissingExtraError(ImportError):
 
 
 def require_extra(extra: str, feature: str) -> None:
-    """Checks that an extra is installed, without importing its packages.
-
-    Args:
-      extra: One of `EXTRAS`.
-      feature: What needs the extra, for the error.
+    """Checks that one of `EXTRAS` is installed, without importing its packages.
 
     Raises:
       MissingExtraError: A package of the extra is missing. The message is one line.

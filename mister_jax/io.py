@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -42,15 +43,8 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       InputError: The file does not exist or does not contain a JSON object.
     """
-    path = epath.Path(path)
-    try:
-        return _parse_object(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such file; needed: a file that a mister_jax command has written"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); needed: a JSON object") from error
+    text = _read_text(path, needed="a file that a mister_jax command has written")
+    return _parse_object(text, f"{path}")
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -59,28 +53,40 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     Raises:
       InputError: The file does not exist or a line is not a JSON object.
     """
-    path = epath.Path(path)
+    # `splitlines` would also split at Unicode line separators, which JSON strings may contain.
+    lines = _read_text(path, needed="JSON Lines").split("\n")
+    return [
+        _parse_object(line, f"{path}: line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested mappings under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _read_text(path: epath.PathLike, needed: str) -> str:
     try:
-        # `splitlines` would also split at Unicode line separators, which JSON strings may contain.
-        lines = path.read_text().split("\n")
+        return epath.Path(path).read_text()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; needed: JSON Lines") from error
+        raise InputError(f"{path}: no such file; needed: {needed}") from error
     except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); needed: JSON Lines") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(_parse_object(line))
-            except ValueError as error:
-                raise InputError(
-                    f"{path}: line {number}: damaged ({error}); needed: a JSON object"
-                ) from error
-    return rows
+        raise InputError(f"{path}: damaged ({error}); needed: {needed}") from error
 
 
-def _parse_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"it contains a {type(value).__name__}")
+def _parse_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"it contains a {type(value).__name__}")
+    except ValueError as error:
+        raise InputError(f"{where}: damaged ({error}); needed: a JSON object") from error
     return value

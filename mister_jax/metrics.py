@@ -107,14 +107,10 @@ def classification_scores(confusion: np.ndarray, class_names: Sequence[str]) -> 
             f"confusion has shape {confusion.shape} for {len(class_names)} class names"
         )
     scores = confusion_scores(confusion)
+    columns = (scores["precision"], scores["recall"], scores["f1"], scores["support"].astype(int))
     per_class = {
-        name: {
-            "precision": float(scores["precision"][index]),
-            "recall": float(scores["recall"][index]),
-            "f1": float(scores["f1"][index]),
-            "support": int(scores["support"][index]),
-        }
-        for index, name in enumerate(class_names)
+        name: dict(zip(("precision", "recall", "f1", "support"), row, strict=True))
+        for name, *row in zip(class_names, *(column.tolist() for column in columns), strict=True)
     }
     majority = np.zeros_like(confusion)
     majority[:, scores["support"].argmax()] = scores["support"]
@@ -166,8 +162,7 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
         "nonpositive_positive": (score > 0, annotated),
     }
     result = {}
-    for name in SENTIMENT_CONVENTIONS:
-        label, mask = label_and_mask[name]
+    for name, (label, mask) in label_and_mask.items():
         cells = 2 * label[mask].astype(int) + positive[mask]
         scores = confusion_scores(np.bincount(cells, minlength=4).reshape(2, 2))
         result[name] = {

@@ -39,7 +39,6 @@ class Variant:
     Attributes:
       name: Name of the variant and of its work directory.
       change: Short description of the difference from the first variant.
-      config: Training config.
     """
 
     name: str
@@ -100,10 +99,8 @@ def run_ablation(
             return None
         scores = ", ".join(f"{split} {_mean_and_deviation(row, split)}" for split in SPLITS)
         _print(f"{variant.name}: {scores}", quiet)
-        _write_table(_read_rows(variants, workdir), variants[0].config.data.name, workdir)
-    rows = _read_rows(variants, workdir)
-    _write_table(rows, variants[0].config.data.name, workdir)
-    return rows
+        _write_table(variants, workdir)
+    return _write_table(variants, workdir)
 
 
 def _print(line: str, quiet: bool) -> None:
@@ -116,11 +113,7 @@ def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str
     if not train(variant.config, workdir, quiet=quiet).finished:
         return None
     seeds = config_seeds(variant.config)
-    row: dict[str, Any] = {
-        "variant": variant.name,
-        "change": variant.change,
-        "seeds": list(seeds),
-    }
+    row: dict[str, Any] = {"variant": variant.name, "change": variant.change, "seeds": [*seeds]}
     for split in SPLITS:
         scores = evaluate(workdir, split, quiet=True)
         summary = scores.get("seeds") or multi_seed.summarize_seeds(seeds, [scores])
@@ -130,44 +123,36 @@ def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str
     return row
 
 
-def _read_rows(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the rows of the completed variants."""
+def _write_table(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
+    """Writes the files of the study and returns the rows of the completed variants."""
     paths = [workdir / variant.name / _ROW_FILE for variant in variants]
-    return [read_json(path) for path in paths if path.exists()]
-
-
-def _write_table(rows: Sequence[Mapping[str, Any]], dataset: str, workdir: epath.Path) -> None:
-    if not rows or jax.process_index() != 0:
-        return
-    write_text(workdir / "ablation.md", ablation_markdown(rows, dataset))
-    write_text(workdir / "ablation.csv", ablation_csv(rows))
-    bars = {
-        split: {
-            row["variant"]: (
-                row[split]["mean"][_SELECTION_SCORE],
-                row[split]["deviation"][_SELECTION_SCORE],
-            )
-            for row in rows
+    rows = [read_json(path) for path in paths if path.exists()]
+    if rows and jax.process_index() == 0:
+        dataset = variants[0].config.data.name
+        write_text(workdir / "ablation.md", ablation_markdown(rows, dataset))
+        write_text(workdir / "ablation.csv", ablation_csv(rows))
+        bars = {
+            split: {row["variant"]: _selection_score(row, split) for row in rows}
+            for split in SPLITS
         }
-        for split in SPLITS
-    }
-    plot_grouped_bars(bars, "weighted F1", workdir / "ablation.png")
+        plot_grouped_bars(bars, "weighted F1", workdir / "ablation.png")
+    return rows
+
+
+def _selection_score(row: Mapping[str, Any], split: str) -> tuple[float, float]:
+    """Returns mean and standard deviation of the score that selects the best variant."""
+    return row[split]["mean"][_SELECTION_SCORE], row[split]["deviation"][_SELECTION_SCORE]
 
 
 def _mean_and_deviation(row: Mapping[str, Any], split: str) -> str:
-    mean, deviation = (row[split][key][_SELECTION_SCORE] for key in ("mean", "deviation"))
+    mean, deviation = _selection_score(row, split)
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
 def ablation_markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
-    """Returns the weighted F1 of each variant as Markdown, the best on validation in bold.
-
-    Args:
-      rows: Rows as returned by `run_ablation`.
-      dataset: Name of the dataset.
-    """
+    """Returns the weighted F1 of each variant as Markdown, the best on validation in bold."""
     seeds = ", ".join(map(str, rows[0]["seeds"]))
-    best = max(rows, key=lambda row: row["validation"]["mean"][_SELECTION_SCORE])["variant"]
+    best = max(rows, key=lambda row: _selection_score(row, "validation")[0])["variant"]
     lines = [
         f"Weighted F1 on {dataset}: mean ± standard deviation over the seeds {seeds}. Each seed is "
         "scored at its best epoch on validation, and the best variant on validation is bold. The "
@@ -185,11 +170,7 @@ def ablation_markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
 
 
 def ablation_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns every score of both splits as CSV, one variant per row.
-
-    Args:
-      rows: Rows as returned by `run_ablation`.
-    """
+    """Returns every score of both splits as CSV, one variant per row."""
     columns = [
         (split, score, kind)
         for split in SPLITS

@@ -22,13 +22,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A score with its confidence interval.
-
-    Attributes:
-      value: Value on the whole split.
-      low: Lower end of the interval, None if there is no interval.
-      high: Upper end of the interval, None if there is no interval.
-    """
+    """A score on the whole split and the ends of its confidence interval, None without one."""
 
     value: float
     low: float | None = None
@@ -40,8 +34,7 @@ class Estimate:
 
         Args:
           value: Value on the whole split.
-          resampled: Values of the resamples, [R], where NaN counts as undefined. There is no
-            interval if all of them are undefined or R is 0.
+          resampled: Values of the resamples, [R]. There is no interval if R is 0 or all are NaN.
         """
         if not np.isfinite(resampled).any():
             return cls(float(value))
@@ -97,13 +90,10 @@ class DialogueBootstrap:
         return counts.sum(0), self._weights @ counts
 
     def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the confusion matrix of a classifier.
-
-        Args:
-          predicted: Predicted classes, [N] int, -1 for utterances to leave out.
+        """Counts the confusions of predictions, [N] int, -1 for utterances to leave out.
 
         Returns:
-          Confusion counts on the whole split, [C, C], and on the resamples, [R, C, C].
+          Counts on the whole split, [C, C], and on the resamples, [R, C, C].
         """
         labeled = self._predictions.labeled
         num_classes = len(self._predictions.class_names)
@@ -114,13 +104,10 @@ class DialogueBootstrap:
         return counts.reshape(shape), resampled.reshape(-1, *shape)
 
     def scores(self, predicted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Computes `metrics.confusion_scores` of a classifier.
+        """Returns each of `metrics.confusion_scores` on the whole split and on the resamples.
 
         Args:
           predicted: Predicted classes, [N] int, -1 for utterances to leave out.
-
-        Returns:
-          By name, the score on the whole split, [...], and on the resamples, [R, ...].
         """
         counts, resampled_counts = self.confusion(predicted)
         scores = metrics.confusion_scores(counts)

@@ -39,37 +39,35 @@ def plot_confusion(
     write_png(path, figure)
 
 
-def plot_missing_modality(
-    points: Sequence[Mapping[str, Any]], complete: float, path: epath.PathLike
-) -> None:
-    """Plots the weighted F1 over the share of utterances that lost a modality.
+def missing_modality_lines(
+    study: Mapping[str, Any],
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Groups the points of a missing-modality study by what was dropped.
 
-    Args:
-      points: Points of a missing-modality study, each with "drop_speech", "drop_text",
-        "weighted_f1" and "deviation".
-      complete: Weighted F1 without dropping anything.
-      path: Path of the PNG file to write.
+    Returns:
+      For each of "speech", "text" and "both" that was dropped, the (share of utterances, mean,
+      standard deviation) of its points, sorted by share.
     """
+    lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
+    for point in study["points"]:
+        speech, text = point["drop_speech"], point["drop_text"]
+        kind = "both" if speech and text else "speech" if speech else "text" if text else None
+        if kind:
+            share = max(speech, text)
+            lines[kind].append((share, point["weighted_f1"], point["deviation"]))
+    return {name: sorted(points) for name, points in lines.items() if points}
+
+
+def plot_missing_modality(study: Mapping[str, Any], path: epath.PathLike) -> None:
+    """Plots a missing-modality study as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    kinds = {
-        "speech dropped": lambda point: point["drop_speech"] > 0 == point["drop_text"],
-        "text dropped": lambda point: point["drop_text"] > 0 == point["drop_speech"],
-        "both dropped": lambda point: point["drop_speech"] > 0 and point["drop_text"] > 0,
-    }
-    columns = ("weighted_f1", "deviation")
-    for label, is_kind in kinds.items():
-        line = sorted(
-            (max(point["drop_speech"], point["drop_text"]), *map(point.get, columns))
-            for point in points
-            if is_kind(point)
-        )
-        if line:
-            shares, scores, deviations = zip(*line, strict=True)
-            axes.errorbar(shares, scores, deviations, marker="o", capsize=3, label=label)
-    axes.axhline(complete, color="gray", linestyle="--", label="nothing dropped")
+    for name, points in missing_modality_lines(study).items():
+        shares, scores, deviations = zip(*points, strict=True)
+        axes.errorbar(shares, scores, deviations, marker="o", capsize=3, label=f"{name} dropped")
+    axes.axhline(study["complete"], color="gray", linestyle="--", label="nothing dropped")
     axes.set(xlabel="share of utterances", ylabel="weighted F1", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

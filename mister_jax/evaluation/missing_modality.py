@@ -116,14 +116,7 @@ def study_for_report(
 ) -> dict[str, Any] | None:
     """Returns the study in `output` if it is about these predictions, or else runs a new one.
 
-    Args:
-      predictor: Predictor of the evaluated work directory.
-      features: Features of the evaluated split.
-      output: Folder of the report.
-      quiet: Whether to show no progress.
-
-    Returns:
-      The study, or None if the split does not have both modalities.
+    The result is None if the split does not have both modalities.
     """
     path = output / f"{MISSING_MODALITY}.json"
     study = read_json(path) if path.exists() else {}
@@ -144,7 +137,7 @@ def study_for_report(
 def write_study(study: Mapping[str, Any], output: epath.Path, name: str = MISSING_MODALITY) -> None:
     """Writes a study as JSON and as a figure."""
     write_json(output / f"{name}.json", study)
-    figures.plot_missing_modality(study["points"], study["complete"], output / f"{name}.png")
+    figures.plot_missing_modality(study, output / f"{name}.png")
 
 
 def _pair_rates(

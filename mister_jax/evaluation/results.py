@@ -62,9 +62,10 @@ def evaluate(
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
     metrics_by_split = read_metrics(output)
+    path = output / _PREDICTIONS
     other_rows = [
         row
-        for row in _read_predictions(output)
+        for row in (read_json_lines(path) if path.exists() else [])
         if (row.get("dataset", train_dataset), row.get("split")) != (features.name, split)
     ]
     if features.score is not None and metrics.positive_class(features.class_names) is None:
@@ -88,7 +89,7 @@ def evaluate(
         write_json(output / _METRICS, metrics_by_split)
         rows = itertools.chain(other_rows, _labeled_rows(features, predictions))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(output / _PREDICTIONS, lines)
+        write_text(path, lines)
         figures.plot_confusion(
             {
                 f"{name}, weighted F1 {value['weighted_f1']:.3f}": np.array(value["confusion"])
@@ -114,11 +115,6 @@ def read_metrics(output: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(output) / _METRICS
     return read_json(path) if path.exists() else {}
-
-
-def _read_predictions(output: epath.Path) -> list[dict[str, Any]]:
-    path = output / _PREDICTIONS
-    return read_json_lines(path) if path.exists() else []
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:

@@ -18,15 +18,10 @@ NO_VOTE = -1
 class SplitPredictions:
     """One split with its labels and predictions.
 
-    M dialogues have N utterances in total. E is the number of experts in use, C the number of
-    classes.
-
     Attributes:
-      dataset: Name of the dataset.
-      split: Name of the split.
       class_names: Names of the C emotions.
       dialogue_ids: Ids of the M dialogues, in order of first appearance.
-      dialogue_index: Index of each utterance's dialogue, [N] int.
+      dialogue_index: Index of the dialogue of each of N utterances, [N] int.
       utterance_ids: Ids of the utterances, [N] str.
       label: True classes, [N] int, -1 for unlabeled utterances.
       predicted: Predicted classes, [N] int.
@@ -53,12 +48,7 @@ class SplitPredictions:
     def from_features(
         cls, features: Any, predictions: Mapping[str, np.ndarray]
     ) -> SplitPredictions:
-        """Combines the features of a split with its predictions.
-
-        Args:
-          features: `DialogueFeatures` or `Utterances` of the split.
-          predictions: Predictions as returned by `Predictor`.
-        """
+        """Combines `DialogueFeatures` or `Utterances` of a split with `Predictor`'s predictions."""
         names = np.repeat(np.array(features.dialogue_ids, str), features.lengths)
         # `Utterances` list a dialogue id once per utterance, in any order.
         ids, first, index = np.unique(names, return_index=True, return_inverse=True)

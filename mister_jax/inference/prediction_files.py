@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from mister_jax.errors import InputError
-from mister_jax.io import write_text
+from mister_jax.io import flatten, write_text
 
 Row = Mapping[str, Any]
 
@@ -54,24 +54,19 @@ def _to_json_lines(rows: Sequence[Row]) -> str:
 
 
 def _to_csv(rows: Sequence[Row]) -> str:
-    flat_rows = [_flatten(row) for row in rows]
+    flat_rows = [
+        {
+            name: "; ".join(value) if isinstance(value, list) else value
+            for name, value in flatten(row).items()
+        }
+        for row in rows
+    ]
     columns = dict.fromkeys(column for row in flat_rows for column in row)
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat_rows)
     return file.getvalue()
-
-
-def _flatten(row: Row, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings under dotted names, and lists as strings."""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = "; ".join(value) if isinstance(value, list) else value
-    return flat
 
 
 FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mister_jax.evaluation.confidence_intervals import Estimate
+from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report.elements import coordinate, element
 from mister_jax.evaluation.report.statistics import CalibrationBin
 
@@ -19,14 +20,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 348, 30, 252
 
 
 def whisker(score: Estimate, color: str, mark: float | None = None) -> str:
-    """Draws a score between 0 and 1 as a dot on its interval.
+    """Draws a score between 0 and 1 as a dot on its interval, and a dashed line at the mark.
 
-    It is hidden from screen readers, since the table shows the same numbers.
-
-    Args:
-      score: Score to draw.
-      color: CSS class of the color.
-      mark: Value to compare with, drawn as a dashed line.
+    It is hidden from screen readers, since the table shows the same numbers. The color is a CSS
+    class.
     """
     width, height = 160, 22
 
@@ -97,25 +94,6 @@ def calibration_curve(bins: Sequence[CalibrationBin]) -> str:
         )
         parts.append(axes.dot(part.confidence, part.accuracy.value, label))
     return _chart("Accuracy over confidence; the table below has the numbers", parts)
-
-
-def missing_modality_lines(
-    study: Mapping[str, Any],
-) -> dict[str, list[tuple[float, float, float]]]:
-    """Groups the points of a missing-modality study by what was dropped.
-
-    Returns:
-      For each of "speech", "text" and "both" that was dropped, the (share of utterances, mean,
-      standard deviation) of its points, sorted by share.
-    """
-    lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
-    for point in study["points"]:
-        speech, text = point["drop_speech"], point["drop_text"]
-        kind = "both" if speech and text else "speech" if speech else "text" if text else None
-        if kind:
-            share = max(speech, text)
-            lines[kind].append((share, point["weighted_f1"], point["deviation"]))
-    return {name: sorted(points) for name, points in lines.items() if points}
 
 
 def missing_modality_curve(study: Mapping[str, Any]) -> str:

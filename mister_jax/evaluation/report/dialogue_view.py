@@ -17,10 +17,6 @@ from mister_jax.evaluation.split_predictions import SplitPredictions
 def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> dict[str, str]:
     """Reads the transcripts of a split from the dialogue dataset that its features came from.
 
-    Args:
-      features: `DialogueFeatures` or `Utterances` of the split.
-      data_dir: Directory that holds datasets; that of TFDS if None.
-
     Returns:
       Transcripts by utterance id, empty if the dataset is not available.
     """
@@ -38,10 +34,6 @@ def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> di
     """Returns the data of the dialogue view as columns over utterances.
 
     Probabilities and gate weights are integers in thousandths, which keeps the page small.
-
-    Args:
-      predictions: Predictions of the split.
-      texts: Transcripts by utterance id.
     """
     # `Utterances` may interleave the utterances of several dialogues.
     order = np.argsort(predictions.dialogue_index, kind="stable")

@@ -10,23 +10,16 @@ from mister_jax.evaluation.confidence_intervals import Estimate
 
 
 def element(name: str, content: str = "", **attributes: Any) -> str:
-    """Returns an HTML or SVG element.
+    """Returns an HTML or SVG element with this tag and content.
 
-    Args:
-      name: Name of the tag.
-      content: HTML content.
-      **attributes: Attributes, which are escaped. Underscores become hyphens, and `class_` becomes
-        `class`. Floats are coordinates and get one decimal.
+    Attributes are escaped. Underscores become hyphens, and `class_` becomes `class`. Floats are
+    coordinates and get one decimal.
     """
-    text = "".join(
-        f' {key.removesuffix("_").replace("_", "-")}="{escape(_attribute_value(value))}"'
-        for key, value in attributes.items()
-    )
+    text = ""
+    for key, value in attributes.items():
+        value = coordinate(value) if isinstance(value, float) else str(value)
+        text += f' {key.removesuffix("_").replace("_", "-")}="{escape(value)}"'
     return f"<{name}{text}>{content}</{name}>"
-
-
-def _attribute_value(value: Any) -> str:
-    return coordinate(value) if isinstance(value, float) else str(value)
 
 
 def coordinate(value: float) -> str:
@@ -67,12 +60,7 @@ def details(title: str, content: str) -> str:
 
 
 def legend(swatches: Iterable[tuple[str, str]], **attributes: Any) -> str:
-    """Returns a legend.
-
-    Args:
-      swatches: CSS class of the color and text of each entry.
-      **attributes: Attributes of the list.
-    """
+    """Returns a legend from the CSS class of the color and the text of each entry."""
     items = "".join(element("li", swatch(color) + escape(text)) for color, text in swatches)
     return element("ul", items, class_="legend", **attributes)
 
@@ -88,12 +76,7 @@ def swatch(color: str) -> str:
 
 
 def estimate_cell(estimate: Estimate | None, *, signed: bool = False) -> str:
-    """Returns an estimate with its interval below it, or a dash for None.
-
-    Args:
-      estimate: Estimate to show.
-      signed: Whether the value is a difference, shown with its sign.
-    """
+    """Returns an estimate with its interval below it, or a dash; a difference is signed."""
     if estimate is None:
         return element("span", "&ndash;", class_="none")
 

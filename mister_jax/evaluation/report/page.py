@@ -7,7 +7,7 @@ import hashlib
 import string
 from collections.abc import Mapping
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -21,25 +21,11 @@ from mister_jax.evaluation.report.dialogue_view import (
     embedded_json,
 )
 from mister_jax.evaluation.report.elements import element, expert_legend
-from mister_jax.evaluation.report.experiment import Experiment
+from mister_jax.evaluation.report.experiment import Experiment, render_header
 from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import write_text
 
 _FOLDER = epath.resource_path("mister_jax") / "evaluation" / "report"
-
-
-class Section(NamedTuple):
-    """One section of the page.
-
-    Attributes:
-      id: HTML id.
-      title: Heading.
-      content: HTML below the heading.
-    """
-
-    id: str
-    title: str
-    content: str
 
 
 def write_report(
@@ -51,19 +37,16 @@ def write_report(
     texts: Mapping[str, str] | None = None,
     study: Mapping[str, Any] | None = None,
 ) -> epath.Path:
-    """Writes `report.html` into a folder.
+    """Writes `report.html` into an existing folder and returns its path.
 
     Args:
-      output: Existing folder.
+      output: Folder of the page.
       features: `DialogueFeatures` or `Utterances` of the split.
       predictions: Predictions as returned by `Predictor`.
-      scores: Scores as returned by `evaluate`.
+      scores: Scores as returned by `evaluate`; this and the rest as in `report_html`.
       experiment: Training run that is evaluated.
       texts: Transcripts by utterance id, see `read_utterance_texts`.
-      study: Content of `missing_modality.json`, see `report_html`.
-
-    Returns:
-      The path of the page.
+      study: Content of `missing_modality.json`.
     """
     path = epath.Path(output) / "report.html"
     split = SplitPredictions.from_features(features, predictions)
@@ -89,19 +72,27 @@ def report_html(
       study: Content of `missing_modality.json`; the section is left out if None.
     """
     content = _sections(predictions, scores, study)
-    links = [(section.id, section.title) for section in content] + [("dialogues", "Dialogues")]
-    script, texts = _read("script.js"), texts or {}
+    headings = {title: id_ for title, (id_, _) in content.items()} | {"Dialogues": "dialogues"}
+    script, texts = (_FOLDER / "script.js").read_text(), texts or {}
     title = f"{predictions.dataset}, {predictions.split}: {experiment.name}"
-    return string.Template(_read("template.html")).substitute(
+    return string.Template((_FOLDER / "template.html").read_text()).substitute(
         title=escape(title),
-        style=_read("style.css"),
+        style=(_FOLDER / "style.css").read_text(),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        header=sections.render_header(predictions, experiment),
+        header=render_header(predictions, experiment),
         contents="".join(
-            element("li", element("a", escape(heading), href=f"#{id_}")) for id_, heading in links
+            element("li", element("a", title, href=f"#{id_}")) for title, id_ in headings.items()
         ),
-        sections="\n".join(_section_html(section) for section in content),
+        sections="\n".join(
+            element(
+                "section",
+                f"\n{element('h2', title, id=f'{id_}-title')}\n{html}\n",
+                id=id_,
+                aria_labelledby=f"{id_}-title",
+            )
+            for title, (id_, html) in content.items()
+        ),
         dialogues_lead=dialogues_lead(predictions, has_texts=bool(texts)),
         legend=expert_legend(predictions.experts) if predictions.experts else "",
         data=embedded_json(dialogue_data(predictions, texts)),
@@ -112,38 +103,23 @@ def report_html(
 
 def _sections(
     predictions: SplitPredictions, scores: Mapping[str, Any], study: Mapping[str, Any] | None
-) -> list[Section]:
-    """Returns the sections that the predictions have data for."""
-    content = []
-
-    def add(id_: str, title: str, html: str) -> None:
-        content.append(Section(id_, title, html))
-
+) -> dict[str, tuple[str, str]]:
+    """Returns the id and HTML of each section that there are data for, by title."""
+    content = {}
     if predictions.labeled.any():
         bootstrap = DialogueBootstrap(predictions)
         references = scores.get("reference_scores", {})
         models = statistics.score_models(predictions, bootstrap, references)
         seeds = scores.get("seeds")
-        add("scores", "Scores", sections.render_scores(predictions, models, bootstrap, seeds))
+        html = sections.render_scores(predictions, models, bootstrap, seeds)
+        content["Scores"] = "scores", html
         if "sentiment" in scores:
-            add("sentiment", "Sentiment", sections.render_sentiment(scores["sentiment"]))
-        add("classes", "Classes", sections.render_classes(predictions, bootstrap))
-        add("confusion", "Confusion", sections.render_confusion(predictions, bootstrap))
+            content["Sentiment"] = "sentiment", sections.render_sentiment(scores["sentiment"])
+        content["Classes"] = "classes", sections.render_classes(predictions, bootstrap)
+        content["Confusion"] = "confusion", sections.render_confusion(predictions, bootstrap)
         if predictions.gate is not None:
-            add("gate", "Gate", sections.render_gate(predictions))
-        add("calibration", "Calibration", sections.render_calibration(predictions, bootstrap))
+            content["Gate"] = "gate", sections.render_gate(predictions)
+        content["Calibration"] = "calibration", sections.render_calibration(predictions, bootstrap)
     if study is not None:
-        add("missing", "Missing modalities", sections.render_missing_modality(study))
+        content["Missing modalities"] = "missing", sections.render_missing_modality(study)
     return content
-
-
-def _section_html(section: Section) -> str:
-    title_id = f"{section.id}-title"
-    heading = element("h2", escape(section.title), id=title_id)
-    return element(
-        "section", f"\n{heading}\n{section.content}\n", id=section.id, aria_labelledby=title_id
-    )
-
-
-def _read(name: str) -> str:
-    return (_FOLDER / name).read_text()

@@ -1,13 +1,13 @@
-"""Renders the header and each section of a report as HTML."""
+"""Renders each section of a report as HTML."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
+from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report import charts, statistics
 from mister_jax.evaluation.report.elements import (
     details,
@@ -18,7 +18,6 @@ from mister_jax.evaluation.report.elements import (
     swatch,
     table,
 )
-from mister_jax.evaluation.report.experiment import Experiment
 from mister_jax.evaluation.report.statistics import ScoredModel
 from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.metrics import SCORE_NAMES
@@ -30,83 +29,6 @@ _SCORE_TITLES = {
     "balanced_accuracy": "Balanced accuracy",
 }
 _MAX_WIDE_CLASSES = 10  # Confusion matrices with more classes get narrow columns.
-# Local paths are private and say nothing about the experiment.
-_HIDDEN_FIELDS = ("data.data_dir",)
-
-
-def render_header(predictions: SplitPredictions, experiment: Experiment) -> str:
-    """Renders the dataset, the split, facts about the training run, and its config."""
-    config = dict(_flatten(experiment.config))
-    facts = "".join(
-        element("dt", escape(name)) + element("dd", escape(value))
-        for name, value in _facts(predictions, experiment, config).items()
-        if value
-    )
-    rows = [
-        (escape(name), escape(json.dumps(value, ensure_ascii=False)))
-        for name, value in config.items()
-        if name not in _HIDDEN_FIELDS
-    ]
-    task = str(config.get("task", "")).replace("_", " ")
-    kicker = f"Evaluation report · {task}" if task else "Evaluation report"
-    title = f"{escape(predictions.dataset)} <span>{escape(predictions.split)}</span>"
-    return "\n".join(
-        (
-            element("p", escape(kicker), class_="kicker"),
-            element("h1", title),
-            element("p", escape(experiment.name), class_="experiment"),
-            element("dl", facts, class_="facts"),
-            details("Full config", table("Config", ("field", "value"), rows, "config")),
-        )
-    )
-
-
-def _facts(
-    predictions: SplitPredictions, experiment: Experiment, config: Mapping[str, Any]
-) -> dict[str, str]:
-    unlabeled = int((~predictions.labeled).sum())
-    split = (
-        f"{predictions.split}: {len(predictions.dialogue_ids):,} dialogues, "
-        f"{len(predictions.label):,} utterances"
-        + (f" ({unlabeled:,} unlabeled)" if unlabeled else "")
-        + f", {len(predictions.class_names)} classes"
-    )
-    epochs = experiment.epochs
-    checkpoint = f"{'epoch' if len(epochs) == 1 else 'epochs'} {', '.join(map(str, epochs))}"
-    if "train.epochs" in config:
-        checkpoint += f" of {config['train.epochs']}, the best on validation"
-    if experiment.date:
-        checkpoint += f"; saved {experiment.date}"
-    training = []
-    if "optimizer.name" in config:
-        training.append(str(config["optimizer.name"]))
-    if "optimizer.learning_rate" in config:
-        training.append(f"learning rate {config['optimizer.learning_rate']:g}")
-    if "data.batch_size" in config:
-        training.append(f"batch size {config['data.batch_size']}")
-    if "seed" in config:
-        seeds = ", ".join(str(config["seed"] + index) for index in range(len(epochs)))
-        training.append(f"{'seed' if len(epochs) == 1 else 'seeds'} {seeds}")
-    software = (
-        f"{name} {experiment.versions[name]}"
-        for name in ("mister_jax", "jax", "flax", "device")
-        if name in experiment.versions
-    )
-    return {
-        "Split": split,
-        "Trained on": str(config.get("data.name", "")),
-        "Training": ", ".join(training),
-        "Checkpoint": checkpoint,
-        "Software": ", ".join(software),
-    }
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def render_scores(
@@ -301,11 +223,7 @@ def render_calibration(predictions: SplitPredictions, bootstrap: DialogueBootstr
 
 
 def render_missing_modality(study: Mapping[str, Any]) -> str:
-    """Renders the missing-modality study.
-
-    Args:
-      study: Content of `missing_modality.json`.
-    """
+    """Renders the content of `missing_modality.json`."""
     rows = [
         (
             f"{point['drop_speech']:g}",
@@ -320,7 +238,7 @@ def render_missing_modality(study: Mapping[str, Any]) -> str:
         f"{study['complete']:.3f}."
     )
     head = ("share without speech", "share without text", "weighted F1")
-    names = charts.missing_modality_lines(study)
+    names = missing_modality_lines(study)
     return "".join(
         (
             element("p", lead),

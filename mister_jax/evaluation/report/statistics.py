@@ -44,9 +44,6 @@ def score_models(
       predictions: Predictions of a split with at least one label.
       bootstrap: Bootstrap of these predictions.
       reference_scores: Scores of other classifiers, by classifier and score name.
-
-    Returns:
-      The scored models; the evaluated model comes first.
     """
     label = predictions.label[predictions.labeled]
     majority = np.bincount(label, minlength=len(predictions.class_names)).argmax()
@@ -91,15 +88,7 @@ def class_scores(
 
 
 class CalibrationBin(NamedTuple):
-    """The utterances of one bin of confidence.
-
-    Attributes:
-      low: Lower end of the bin.
-      high: Upper end of the bin.
-      utterances: Number of utterances.
-      confidence: Mean probability of the predicted class.
-      accuracy: Share of correct predictions.
-    """
+    """The utterances with a confidence from `low` to `high`, and their mean confidence."""
 
     low: float
     high: float
@@ -135,16 +124,10 @@ def calibration(
 
 
 class MeanGate(NamedTuple):
-    """Mean gate weights of the utterances of one emotion with correct, or with wrong, predictions.
-
-    Attributes:
-      emotion: True emotion, None for all emotions.
-      outcome: "correct" or "wrong".
-      utterances: Number of utterances.
-      weights: Mean gate weights, [E].
-    """
+    """Mean gate weights [E] of the utterances of one emotion that are "correct" or "wrong"."""
 
     emotion: str | None
+    """True emotion, None for all emotions."""
     outcome: str
     utterances: int
     weights: np.ndarray
