@@ -26,24 +26,9 @@ from mister_jax.data.audio_source import (
     Source,
     check_channel,
     error_message,
-    existing_path,
     source_name,
 )
 from mister_jax.data.workers import WorkerCrashError, ordered_map
-
-__all__ = [
-    "SAMPLE_RATE",
-    "AudioError",
-    "Clip",
-    "DecodeRequest",
-    "Reason",
-    "check_channel",
-    "decode",
-    "decode_many",
-    "encode_wav",
-    "existing_path",
-    "float_to_int16",
-]
 
 # Index after the last sample of a recording whose length is unknown.
 _END = sys.maxsize
@@ -114,9 +99,8 @@ def decode(
         ValueError: `max_seconds` is not positive, or `channel` is not a channel.
     """
     _check_max_seconds(max_seconds)
-    (result,) = _decode_cuts(
-        (DecodeRequest(source, start, end, check_channel(channel)),), max_seconds
-    )
+    request = DecodeRequest(source, start, end, check_channel(channel))
+    (result,) = _decode_cuts((request,), max_seconds)
     if isinstance(result, AudioError):
         raise result
     return result
@@ -235,9 +219,8 @@ def _decode_cuts(
         for cut in channel_cuts:
             if cut.canceled_by is not None:
                 canceled[cut.canceled_by].append(cut)
+                cut.restart(f"channels cancel out: only channel {cut.canceled_by} is used")
         for strongest, canceled_cuts in canceled.items():
-            for cut in canceled_cuts:
-                cut.restart(f"channels cancel out: only channel {strongest} is used")
             _read_cuts(canceled_cuts, strongest)
     return [cut.result() for cut in cuts]
 
@@ -287,11 +270,9 @@ class _Cut:
     """A cut of a recording while it is decoded. All indices are at `SAMPLE_RATE`.
 
     Attributes:
-        request: Request of the cut.
         first: Index of the first sample.
         stop: Index after the last sample.
         position: Index after the last sample that was decoded.
-        error: Error that prevents decoding, None if there is none.
         canceled_by: Strongest channel if the channels cancel out, else None.
     """
 
@@ -299,7 +280,6 @@ class _Cut:
         start, end = request.start, request.end
         self.request = request
         self.error: AudioError | None = None
-        self.notes: list[str] = []
         self._range = f"from {start} to {end} s"
         self.first = self.stop = self._capped_stop = 0
         if not 0 <= (start or 0.0) < (math.inf if end is None else end):  # also refuses NaN
@@ -313,7 +293,7 @@ class _Cut:
 
     def restart(self, note: str = "") -> None:
         """Discards everything that was decoded."""
-        self.notes = [note] if note else []
+        self._notes = [note] if note else []
         self.position = 0
         self.canceled_by: int | None = None
         self._chunks: list[np.ndarray] = []
@@ -330,7 +310,7 @@ class _Cut:
     def finish(self, reader: AudioReader) -> None:
         """Collects the reader's findings about this part of the recording."""
         end = min(self.position, self.stop)
-        self.notes += reader.notes(self.first, end)
+        self._notes += reader.notes(self.first, end)
         self._damage_message = reader.damage(0, _END)
         self._is_damaged = bool(reader.damage(self.first, self.stop))
         self.canceled_by = reader.canceled_by(self.first, end)
@@ -340,30 +320,28 @@ class _Cut:
         name = source_name(self.request.source)
         if self.error is not None:
             return self.error
-        try:
-            samples, note = _concatenate(self._chunks)
-        except ValueError as error:
-            return AudioError(Reason.DAMAGED, name, str(error))
-        if len(samples) == 0:
+        if not self._chunks:
             if self._damage_message:
                 return AudioError(Reason.DAMAGED, name, self._damage_message)
             if self.first > 0 or self.position > 0:
                 return AudioError(Reason.RANGE, name, self._range)
             return AudioError(Reason.NO_SAMPLES, name)
+        try:
+            samples, note = _concatenate(self._chunks)
+        except ValueError as error:
+            return AudioError(Reason.DAMAGED, name, str(error))
         length = min(self.position, self.stop) - self.first
         return Clip(
             samples,
             seconds=length / SAMPLE_RATE,
             capped=len(samples) < length,
             damaged=self._is_damaged,
-            notes=(*self.notes, *((note,) if note else ())),
+            notes=(*self._notes, note) if note else tuple(self._notes),
         )
 
 
 def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
     """Concatenates chunks, int16 or float32, to int16; also returns a note on the scaling."""
-    if not chunks:
-        return np.zeros(0, np.int16), ""
     if not any(chunk.dtype.kind == "f" for chunk in chunks):
         return np.concatenate(chunks), ""
     floats = [

@@ -71,7 +71,11 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
                 if out is None:  # Flushing a resampler that passes frames through gives None.
                     continue
                 samples = out.to_ndarray()[0]
-                yield _to_int16(samples * gain) if is_float else samples
+                if is_float:
+                    samples = samples * gain
+                    if np.abs(samples).max(initial=0.0) <= 1:
+                        samples, _ = float_to_int16(samples)
+                yield samples
 
 
 @functools.cache
@@ -83,11 +87,6 @@ def _mix_gain(layout: str) -> np.float32:
     resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
     (mixed,) = (out for out in resampler.resample(ones) if out is not None)
     return np.float32(1 / max(1.0, float(mixed.to_ndarray()[0, 0])))
-
-
-def _to_int16(samples: np.ndarray) -> np.ndarray:
-    """Converts samples [n] float32 to int16 unless they exceed full scale."""
-    return samples if np.abs(samples).max(initial=0.0) > 1 else float_to_int16(samples)[0]
 
 
 def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
@@ -138,15 +137,14 @@ def silent_frames(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]
 def skip_samples(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.AudioFrame]":
     """Yields frames without their first `count` samples."""
     for frame in frames:
-        if count < frame.samples:
-            yield _slice_frame(frame, count) if count else frame
-        count = max(0, count - frame.samples)
-
-
-def _slice_frame(frame: "av.AudioFrame", first: int) -> "av.AudioFrame":
-    interleaved = 1 if frame.format.is_planar else len(frame.layout.channels)
-    samples = np.ascontiguousarray(frame.to_ndarray()[:, first * interleaved :])
-    return make_frame(samples, frame, layout=frame.layout.name)
+        num_samples = frame.samples
+        if count and count < num_samples:
+            interleaved = 1 if frame.format.is_planar else len(frame.layout.channels)
+            samples = np.ascontiguousarray(frame.to_ndarray()[:, count * interleaved :])
+            frame = make_frame(samples, frame, layout=frame.layout.name)
+        if count < num_samples:
+            yield frame
+        count = max(0, count - num_samples)
 
 
 def make_frame(samples: np.ndarray, like: "av.AudioFrame", layout: str) -> "av.AudioFrame":

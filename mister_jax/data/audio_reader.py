@@ -153,8 +153,7 @@ class AudioReader:
         first_bin, last_bin = (
             int(index / SAMPLE_RATE / _POWER_BIN) for index in (first, max(first, stop - 1))
         )
-        bins = range(first_bin, last_bin + 1)
-        powers = [self._powers[index] for index in bins if index in self._powers]
+        powers = [power for index, power in self._powers.items() if first_bin <= index <= last_bin]
         if not powers:
             return None
         *channels, mix = np.sum(powers, axis=0)
@@ -188,11 +187,7 @@ class AudioReader:
             index += len(chunk)
 
     def _frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields gapless frames of the channel with their positions at the frame's rate.
-
-        Args:
-            lead: Time in seconds from which on the frames are needed.
-        """
+        """Yields gapless frames of the channel, from a time on, with positions at their rate."""
         num_seconds = 0.0
         for position, frame in merge_frames(self._timed_frames(lead)):
             num_seconds = (position + frame.samples) / frame.sample_rate
@@ -247,7 +242,7 @@ class AudioReader:
                 self._clock_resets.append(
                     f"time stamps jump by {gap / rate:.0f} s, which is ignored"
                 )
-                origin, gap = _shifted(origin, gap / rate), 0
+                origin, gap = (origin or 0.0) + gap / rate, 0
             if is_first and gap < 0:
                 # Players skip audio before the origin, such as the padding of an encoder.
                 yield from ((0, rest) for rest in skip_samples(-gap, iter([frame])))
@@ -269,7 +264,7 @@ class AudioReader:
                     position += rest.samples
                 continue
             elif gap < -_TIME_TOLERANCE * rate:
-                origin = _shifted(origin, gap / rate)
+                origin = (origin or 0.0) + gap / rate
             self._position = _at_sample_rate(position, rate)
             yield position, frame
             position += frame.samples
@@ -346,28 +341,23 @@ class AudioReader:
             position += frame.samples
 
     def _one_channel(self, frame: "av.AudioFrame", seconds: float) -> "av.AudioFrame":
-        """Returns the selected channel of a frame, or a frame that FFmpeg can mix.
-
-        Args:
-            frame: Frame of all channels.
-            seconds: Time of the frame's first sample.
-        """
+        """Returns the selected channel of a frame at a time, or a frame that FFmpeg can mix."""
         num_channels = len(frame.layout.channels)
         samples: np.ndarray = frame.to_ndarray()
-        is_finite = samples.dtype.kind != "f" or bool(np.isfinite(samples).all())
-        if not is_finite:  # FFmpeg would convert these samples to full scale.
+        if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+            # FFmpeg would convert these samples to full scale.
             samples = np.where(np.isfinite(samples), samples, 0).astype(samples.dtype)
+            frame = make_frame(samples, frame, layout=frame.layout.name)
         planes = samples if frame.format.is_planar else samples.reshape(-1, num_channels).T
         if self._channel != MIX:
-            index = _channel_index(self._channel)
+            index = int(NAMED_CHANNELS.get(str(self._channel), self._channel))
             if index >= num_channels:
                 raise AudioError(
                     Reason.NO_CHANNEL, self._name, f"{self._channel} of {num_channels} channels"
                 )
-            plane = np.ascontiguousarray(planes[index : index + 1])
-            return make_frame(plane, frame, layout="mono")
+            return make_frame(np.ascontiguousarray(planes[[index]]), frame, layout="mono")
         if num_channels == 1:
-            return frame if is_finite else make_frame(samples, frame, layout=frame.layout.name)
+            return frame
         self._add_power(planes, frame.sample_rate, seconds)
         # For channels without a position, FFmpeg would guess a layout from their number and, for
         # example, drop the third of three channels as a subwoofer's.
@@ -376,7 +366,7 @@ class AudioReader:
             if samples.dtype.kind != "f":
                 mean = np.rint(mean)
             return make_frame(mean[None].astype(samples.dtype), frame, layout="mono")
-        return frame if is_finite else make_frame(samples, frame, layout=frame.layout.name)
+        return frame
 
     def _add_power(self, planes: np.ndarray, rate: int, seconds: float) -> None:
         """Adds the power of channels [C, n] and of their mean to the bin of their time."""
@@ -395,16 +385,8 @@ class AudioReader:
         self._damage.setdefault(self._position, damage)
 
 
-def _channel_index(channel: Channel) -> int:
-    return channel if isinstance(channel, int) else NAMED_CHANNELS[channel]
-
-
 def _at_sample_rate(position: int, rate: int) -> int:
     return round(position * SAMPLE_RATE / rate)
-
-
-def _shifted(origin: float | None, seconds: float) -> float | None:
-    return None if origin is None else origin + seconds
 
 
 def decoder_errors() -> tuple[type[Exception], ...]:

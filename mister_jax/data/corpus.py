@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from mister_jax.data.audio import existing_path
+from mister_jax.data.audio_source import existing_path
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 

@@ -9,8 +9,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.lazy import tf
-from mister_jax.data.split_guard import check_split_allowed
-from mister_jax.data.storage import REPORT, open_builder
+from mister_jax.data.storage import REPORT, check_split, open_builder, split_sizes
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,15 +81,10 @@ class DialogueDataset:
     @property
     def splits(self) -> dict[str, int]:
         """Number of dialogues of each split that is not empty."""
-        splits = self._builder.info.splits
-        return {name: split.num_examples for name, split in splits.items() if split.num_examples}
+        return split_sizes(self._builder)
 
     def split_metadata(self, split: str) -> dict[str, Any]:
-        """Returns metadata of a split from the report of `mister-jax prepare`.
-
-        Returns:
-            `reference_scores` of a synthetic corpus; empty for other corpora.
-        """
+        """Returns `reference_scores` of a split of a synthetic corpus, or an empty dict."""
         path = self.directory / REPORT
         scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
         return {"reference_scores": scores[split]} if split in scores else {}
@@ -106,10 +100,7 @@ class DialogueDataset:
             InputError: The split does not exist.
             RuntimeError: A training opens the test split.
         """
-        check_split_allowed(split)
-        if split not in self.splits:
-            allowed = ", ".join(self.splits)
-            raise InputError(f"{self.directory}: no split {split!r}; allowed: {allowed}")
+        check_split(self._builder, split)
         files = [str(path) for path in self._builder.info.splits[split].filepaths]
         records = tf.data.TFRecordDataset(files).skip(start)
         return map(self._dialogue, records.as_numpy_iterator())

@@ -11,8 +11,14 @@ from etils import epath
 
 from mister_jax.data.lazy import tfds
 from mister_jax.data.schema import SPLITS, DialogueFeatures
-from mister_jax.data.split_guard import check_split_allowed
-from mister_jax.data.storage import VERSION, atomic_dataset, open_builder, silence_tfds
+from mister_jax.data.storage import (
+    VERSION,
+    atomic_dataset,
+    check_split,
+    open_builder,
+    silence_tfds,
+    split_sizes,
+)
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,8 +77,7 @@ def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str,
     Raises:
         InputError: The dataset does not exist.
     """
-    splits = open_builder(name, data_dir).info.splits
-    return tuple(split for split, info in splits.items() if info.num_examples > 0)
+    return tuple(split_sizes(open_builder(name, data_dir)))
 
 
 def load_features(
@@ -92,7 +97,6 @@ def load_features(
         InputError: The dataset or split does not exist, or it is not a feature dataset.
         RuntimeError: A training opens the test split.
     """
-    check_split_allowed(split)
     builder = open_builder(name, data_dir)
     spec = dict(builder.info.features.items())
     fields: Mapping[str, Any] = getattr(spec.get("utterances"), "feature", {})
@@ -100,10 +104,7 @@ def load_features(
         raise InputError(
             f"{builder.data_dir}: not a dataset of features; it contains {', '.join(spec)}"
         )
-    allowed = [key for key, info in builder.info.splits.items() if info.num_examples > 0]
-    if split not in allowed:
-        raise InputError(f"{builder.data_dir}: no split {split!r}; allowed: {', '.join(allowed)}")
-
+    check_split(builder, split)
     with silence_tfds():
         # Reading several files at a time would interleave their dialogues.
         read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
@@ -183,13 +184,12 @@ def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]
         "text": features.text,
         "speech_present": features.speech_present,
         "text_present": features.text_present,
+        "score": features.score,
+        "metadata": features.utterance_metadata,
     }
-    if features.score is not None:
-        columns["score"] = features.score
-    if features.utterance_metadata is not None:
-        columns["metadata"] = features.utterance_metadata
-    offsets = features.offsets
     for index, dialogue in enumerate(features.dialogue_ids):
-        rows = slice(offsets[index], offsets[index + 1])
-        utterances = {field: values[rows] for field, values in columns.items()}
+        rows = slice(features.offsets[index], features.offsets[index + 1])
+        utterances = {
+            field: values[rows] for field, values in columns.items() if values is not None
+        }
         yield index, {"dialogue": dialogue, "utterances": utterances}

@@ -1,6 +1,7 @@
 """Summarizes a dataset as numbers and text, which `evaluation.figures` plots."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,7 +10,7 @@ from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.features import load_features
 from mister_jax.data.schema import UNLABELED
-from mister_jax.data.storage import open_builder
+from mister_jax.data.storage import open_builder, split_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,80 +42,56 @@ def inspect_dataset(name: str, data_dir: epath.PathLike | None = None) -> Datase
     """
     builder = open_builder(name, data_dir)
     spec = dict(builder.info.features.items())
-    has_audio = "audio" in getattr(spec.get("utterances"), "feature", {})
-    summarize = _summarize_dialogues if has_audio else _summarize_features
-    return summarize(name, data_dir)
+    fields: dict[str, Any] = getattr(spec.get("utterances"), "feature", {})
+    has_audio = "audio" in fields
+    class_names = [*fields["label"].names, "unlabeled"]  # `UNLABELED` is the last index.
+    summary = DatasetSummary(name, epath.Path(builder.data_dir), {}, {}, {}, ())
+    for split in split_sizes(builder):
+        read = _read_dialogues if has_audio else _read_features
+        labels, summary.lengths[split], seconds, first = read(name, split, data_dir)
+        if has_audio:
+            summary.seconds[split] = seconds
+        counts = np.bincount(labels % len(class_names), minlength=len(class_names)).tolist()
+        if not counts[UNLABELED]:
+            counts.pop()
+        summary.class_counts[split] = dict(zip(class_names, counts, strict=False))
+        if not summary.first_dialogue:
+            lines = (f"{id_}  {class_names[label]}  {detail}" for id_, label, detail in first)
+            summary = dataclasses.replace(summary, first_dialogue=tuple(lines))
+    return summary
 
 
-def _summarize_dialogues(name: str, data_dir: epath.PathLike | None) -> DatasetSummary:
-    dataset = DialogueDataset(name, data_dir)
-    labels: dict[str, list[int]] = {}
-    lengths: dict[str, list[int]] = {}
-    seconds: dict[str, list[float]] = {}
-    first_dialogue: tuple[str, ...] = ()
-    for split in dataset.splits:
-        labels[split], lengths[split], seconds[split] = [], [], []
-        for dialogue in dataset.dialogues(split):
-            lengths[split].append(len(dialogue.utterances))
-            for turn in dialogue.utterances:
-                labels[split].append(turn.label)
-                if turn.speech_present:
-                    seconds[split].append(len(turn.audio) / SAMPLE_RATE)
-            if not first_dialogue:
-                first_dialogue = tuple(
-                    f"{turn.id}  {_class_name(turn.label, dataset.class_names)}  "
-                    f"{len(turn.audio) / SAMPLE_RATE:.2f} s  {turn.text}"
-                    for turn in dialogue.utterances
-                )
-    return DatasetSummary(
-        name=name,
-        directory=dataset.directory,
-        class_counts={
-            split: _class_counts(np.array(values), dataset.class_names)
-            for split, values in labels.items()
-        },
-        lengths={split: np.array(values) for split, values in lengths.items()},
-        seconds={split: np.array(values) for split, values in seconds.items()},
-        first_dialogue=first_dialogue,
-    )
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, int, str]]]
+"""Labels, lengths and seconds of a split; and id, label and details of each utterance of its first
+dialogue."""
 
 
-def _summarize_features(name: str, data_dir: epath.PathLike | None) -> DatasetSummary:
-    builder = open_builder(name, data_dir)
-    splits = {
-        split: load_features(name, split, data_dir)
-        for split, info in builder.info.splits.items()
-        if info.num_examples
-    }
-    features = next(iter(splits.values()))
-    first_dialogue = tuple(
-        f"{features.utterance_ids[row]}  "
-        f"{_class_name(int(features.label[row]), features.class_names)}  "
-        f"speech {_norm(features.speech[row])}  text {_norm(features.text[row])}"
+def _read_dialogues(name: str, split: str, data_dir: epath.PathLike | None) -> Part:
+    labels, lengths, seconds, first = [], [], [], []
+    for dialogue in DialogueDataset(name, data_dir).dialogues(split):
+        lengths.append(len(dialogue.utterances))
+        for turn in dialogue.utterances:
+            labels.append(turn.label)
+            turn_seconds = len(turn.audio) / SAMPLE_RATE
+            if turn.speech_present:
+                seconds.append(turn_seconds)
+            if len(lengths) == 1:
+                first.append((turn.id, turn.label, f"{turn_seconds:.2f} s  {turn.text}"))
+    return np.array(labels), np.array(lengths), np.array(seconds), first
+
+
+def _read_features(name: str, split: str, data_dir: epath.PathLike | None) -> Part:
+    features = load_features(name, split, data_dir)
+    first = [
+        (
+            features.utterance_ids[row],
+            int(features.label[row]),
+            f"speech {_norm(features.speech[row])}  text {_norm(features.text[row])}",
+        )
         for row in range(int(features.lengths[0]))
-    )
-    return DatasetSummary(
-        name=name,
-        directory=epath.Path(builder.data_dir),
-        class_counts={
-            split: _class_counts(values.label, values.class_names)
-            for split, values in splits.items()
-        },
-        lengths={split: values.lengths for split, values in splits.items()},
-        seconds={},
-        first_dialogue=first_dialogue,
-    )
+    ]
+    return features.label, features.lengths, np.zeros(0), first
 
 
 def _norm(vector: np.ndarray) -> str:
     return f"[{len(vector)}] of length {np.linalg.norm(vector.astype(np.float32)):.2f}"
-
-
-def _class_name(label: int, class_names: tuple[str, ...]) -> str:
-    return "unlabeled" if label == UNLABELED else class_names[label]
-
-
-def _class_counts(labels: np.ndarray, class_names: tuple[str, ...]) -> dict[str, int]:
-    counts = {name: int(np.sum(labels == index)) for index, name in enumerate(class_names)}
-    num_unlabeled = int(np.sum(labels == UNLABELED))
-    return counts | ({"unlabeled": num_unlabeled} if num_unlabeled else {})

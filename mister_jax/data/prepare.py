@@ -13,7 +13,7 @@ from etils import epath
 from tensorflow_datasets.core import shuffle
 
 from mister_jax.console import ProgressReporter
-from mister_jax.data import audio
+from mister_jax.data.audio_source import existing_path
 from mister_jax.data.builder import CorpusConfig, DecodingOptions, DialogueBuilder
 from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.data.corpora.registry import CORPORA, builder_class
@@ -330,7 +330,7 @@ def _check_files(corpus: Corpus) -> None:
     def find_problem(path: str) -> str:
         # An impossible path raises ValueError or OSError; the decoder reports it later.
         with contextlib.suppress(OSError, ValueError):
-            if epath.Path(audio.existing_path(path)).stat().length > 0:
+            if epath.Path(existing_path(path)).stat().length > 0:
                 return ""
         return path
 

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from mister_jax.data.lazy import tfds
+from mister_jax.data.split_guard import check_split_allowed
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +66,25 @@ def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder"
         raise InputError(f"{root}: no dataset {name!r}; available: {', '.join(names) or 'none'}")
     with silence_tfds():
         return tfds.builder_from_directory(directory)
+
+
+def split_sizes(builder: "DatasetBuilder") -> dict[str, int]:
+    """Returns the number of dialogues of each split that is not empty."""
+    splits = builder.info.splits
+    return {name: split.num_examples for name, split in splits.items() if split.num_examples}
+
+
+def check_split(builder: "DatasetBuilder", split: str) -> None:
+    """Checks a split that is about to be opened.
+
+    Raises:
+        InputError: The split does not exist, or is empty.
+        RuntimeError: A training opens the test split.
+    """
+    check_split_allowed(split)
+    sizes = split_sizes(builder)
+    if split not in sizes:
+        raise InputError(f"{builder.data_dir}: no split {split!r}; allowed: {', '.join(sizes)}")
 
 
 @contextlib.contextmanager
@@ -131,11 +151,7 @@ def atomic_directory(
 
 
 def recover(name: str, data_dir: epath.PathLike | None) -> None:
-    """Recovers a dataset from killed writers, see `recover_directory`.
-
-    Raises:
-        InputError: The name is not allowed.
-    """
+    """Recovers a dataset from killed writers, see `recover_directory`."""
     directory = dataset_directory(name, data_dir)
     with contextlib.suppress(OSError):  # A reader may lack the permission to write.
         recover_directory(directory, _root(data_dir))
@@ -155,10 +171,8 @@ def recover_directory(directory: epath.Path, root: epath.Path) -> None:
         return
     prefix = _prefix(directory, root)
     for path in root.iterdir():
-        if not path.name.startswith(prefix):
-            continue
         process = path.name.removeprefix(prefix).partition(".")[0]
-        if process.isdigit() and not _is_alive(int(process)):
+        if path.name.startswith(prefix) and process.isdigit() and not _is_alive(int(process)):
             with contextlib.suppress(FileNotFoundError):  # Another process recovers it too.
                 _rollback(path, directory)
 
@@ -195,8 +209,6 @@ def _root(data_dir: epath.PathLike | None) -> epath.Path:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -93,16 +93,14 @@ def read_header(source: str | os.PathLike[str] | bytes) -> WavHeader | None:
         The header; None if it is not a WAV file with the chunks `fmt ` and `data`.
     """
     with _open(source) as file:
-        file_size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        return _read_header(file, file_size)
+        return _read_header(file)
 
 
 def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else pathlib.Path(source).open("rb")
 
 
-def _read_header(file: BinaryIO, file_size: int) -> WavHeader | None:
+def _read_header(file: BinaryIO) -> WavHeader | None:
     magic = file.read(12)
     if len(magic) < 12 or magic[:4] not in _MAGIC or magic[8:] != b"WAVE":
         return None
@@ -133,6 +131,7 @@ def _read_header(file: BinaryIO, file_size: int) -> WavHeader | None:
         data_size = data_size_64
     elif size == 0 or size >= _OPEN_SIZE:
         data_size = None
+    data_start = file.tell()
     return WavHeader(
         codec=codec,
         channels=channels,
@@ -140,9 +139,9 @@ def _read_header(file: BinaryIO, file_size: int) -> WavHeader | None:
         block_align=block_align,
         valid_bits=bits,
         byte_rate=byte_rate,
-        data_start=file.tell(),
+        data_start=data_start,
         data_size=data_size,
-        file_size=file_size,
+        file_size=file.seek(0, os.SEEK_END),
     )
 
 
