@@ -7,6 +7,7 @@ weights are the products of both.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import zipfile
@@ -14,14 +15,14 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mister_jax.convert.key_table import Source, linear, norm, parameter
+from mister_jax.convert.params import load_params
 from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
-from mister_jax.nn import MultiHeadAttention
 
 # Official names of each block of a co-attention layer, in this order: query, key and value
 # projections, attention, output projection, LayerNorm. The first stream is speech, the second text.
@@ -32,11 +33,28 @@ _BLOCKS = {
     "second_self": ("asrq_s", "asrk_s", "asrv_s", "selfasr", "text_s", "t_s"),
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
-_DIRECTIONS = ("", "_reverse")
+# Parameter of a GRU layer -> official name, axes of each direction, axis of the directions.
+_GRU = {
+    "input_kernel": ("weight_ih", (1, 0), 1),
+    "recurrent_kernel": ("weight_hh", (1, 0), 0),
+    "input_bias": ("bias_ih", None, 0),
+    "recurrent_bias": ("bias_hh", None, 0),
+}
+_LINEARS = {
+    "fusion/speech_in": "fusion.fc_aud",
+    "fusion/text_in": "fusion.fc_text",
+    "fusion/speech_skip": "fusion.fc_aud_self",
+    "fusion/text_skip": "fusion.fc_text_self",
+    "fusion/projection": "fusion.fc",
+    "fusion/classifier": "fusion.fc_2",
+    "gate/mlp_in": "gate.0",
+    "gate/mlp_out": "gate.2",
+}
+# The bias of the keys has no effect on an attention.
+_UNUSED = r"fusion\.units\.\d+\.fc_(asrk|audk)(_s)?\.bias"
 _ALLOWED = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
 
 Arrays = Mapping[str, np.ndarray]
-_Linear = tuple[np.ndarray, np.ndarray]  # weight [out, in], bias [out]
 
 
 def load_mister_e(
@@ -63,8 +81,8 @@ def load_mister_e(
     kernels = sorted(convolutions) or ["conv"]
     gru_layers = _count(r"audio_self\.rnn_1\.weight_ih_l(\d+)", weights)
     fusion_layers = _count(r"fusion\.units\.(\d+)\.", weights)
-    _check_names(weights, _template(kernels, gru_layers, fusion_layers))
-
+    table = _key_table(kernels, gru_layers, fusion_layers)
+    _check_names(weights, table)
     try:
         config = MisterEConfig(
             num_classes=weights["audio_self.fc.weight"].shape[0],
@@ -80,13 +98,11 @@ def load_mister_e(
             attention_heads=attention_heads,
             **changes,
         )
-        _check_shapes(weights, _shapes(config, kernels))
         model = MisterE(config, rngs=nnx.Rngs(0))
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"official weights: {error}") from error
-    return _fill(model, weights, kernels)
+    checkpoint = Checkpoint(pathlib.Path("official weights"), weights)
+    return load_params(model, table, checkpoint, ignore=[_UNUSED])
 
 
 def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
@@ -126,177 +142,97 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
 
 
-def _shapes(config: MisterEConfig, kernels: list[str]) -> dict[str, tuple[int, ...]]:
-    """Returns the official names and shapes of a model with this config."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, out_features: int, in_features: int) -> None:
-        shapes[f"{name}.weight"] = (out_features, in_features)
-        shapes[f"{name}.bias"] = (out_features,)
-
-    classes, context, width = config.num_classes, config.context_dim, config.fusion_dim
-    for expert, features in (("audio_self", config.speech_dim), ("text_self", config.text_dim)):
-        linear(f"{expert}.fc_1", context, features)
-        linear(f"{expert}.fc", classes, context)
-        for name, size in zip(kernels, config.kernel_sizes, strict=True):
-            shapes[f"{expert}.{name}.weight"] = (context, features, size)
-            shapes[f"{expert}.{name}.bias"] = (context,)
-        hidden = context // 2
-        for layer in range(config.gru_layers):
-            for direction in _DIRECTIONS:
-                suffix = f"l{layer}{direction}"
-                shapes[f"{expert}.rnn_1.weight_ih_{suffix}"] = (3 * hidden, context)
-                shapes[f"{expert}.rnn_1.weight_hh_{suffix}"] = (3 * hidden, hidden)
-                shapes[f"{expert}.rnn_1.bias_ih_{suffix}"] = (3 * hidden,)
-                shapes[f"{expert}.rnn_1.bias_hh_{suffix}"] = (3 * hidden,)
-    linear("fusion.fc_aud", width, config.speech_dim)
-    linear("fusion.fc_aud_self", width, config.speech_dim)
-    linear("fusion.fc_text", width, config.text_dim)
-    linear("fusion.fc_text_self", width, config.text_dim)
-    for unit in range(config.fusion_layers):
-        for *projections, attention, out, norm in _BLOCKS.values():
-            prefix = f"fusion.units.{unit}"
-            inner = config.attention_dim
-            for projection in projections:
-                linear(f"{prefix}.fc_{projection}", inner, width)
-            shapes[f"{prefix}.multihead_attn_{attention}.in_proj_weight"] = (3 * inner, inner)
-            shapes[f"{prefix}.multihead_attn_{attention}.in_proj_bias"] = (3 * inner,)
-            linear(f"{prefix}.multihead_attn_{attention}.out_proj", inner, inner)
-            linear(f"{prefix}.fc_{out}", width, inner)
-            shapes[f"{prefix}.layer_norm_{norm}.weight"] = (width,)
-            shapes[f"{prefix}.layer_norm_{norm}.bias"] = (width,)
-    shapes["fusion.bn.weight"] = shapes["fusion.bn.bias"] = (2 * width,)
-    linear("fusion.fc", width, 2 * width)
-    linear("fusion.fc_2", classes, width)
-    linear("gate.0", config.gate_dim, 3 * classes)
-    linear("gate.2", 3, config.gate_dim)
-    return shapes
+def _key_table(kernels: list[str], gru_layers: int, fusion_layers: int) -> dict[str, Source]:
+    """Returns the key table of a model with these convolutions and numbers of layers."""
+    table: dict[str, Source] = {}
+    for path, name in _LINEARS.items():
+        table |= linear(path, name)
+    table |= norm("fusion/norm", "fusion.bn")
+    for expert, official in _EXPERTS.items():
+        table |= linear(f"{expert}/skip", f"{official}.fc_1")
+        table |= linear(f"{expert}/classifier", f"{official}.fc")
+        for index, name in enumerate(kernels):
+            path, name = f"{expert}/convolution", f"{official}.{name}"
+            table[f"{path}/kernels/{index}"] = parameter(f"{name}.weight", axes=(1, 2, 0))
+            table[f"{path}/biases/{index}"] = parameter(f"{name}.bias")
+        for layer in range(gru_layers):
+            for name, (kind, axes, axis) in _GRU.items():
+                names = tuple(f"{official}.rnn_1.{kind}_l{layer}{end}" for end in ("", "_reverse"))
+                stack = functools.partial(np.stack, axis=axis)
+                table[f"{expert}/gru/layers/{layer}/{name}"] = Source(names, axes, combine=stack)
+    for unit in range(fusion_layers):
+        for block, names in _BLOCKS.items():
+            table |= _attention(f"fusion/layers/{unit}/{block}", f"fusion.units.{unit}", *names)
+    return table
 
 
-def _template(
-    kernels: list[str], gru_layers: int, fusion_layers: int
-) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of a model with default sizes, to check names and ranks."""
-    depths = MisterEConfig(
-        gru_layers=gru_layers, fusion_layers=fusion_layers, kernel_sizes=(1,) * len(kernels)
-    )
-    return _shapes(depths, kernels)
+def _attention(
+    path: str, unit: str, query: str, key: str, value: str, attention: str, out: str, norm_name: str
+) -> dict[str, Source]:
+    """Returns the key table of an attention block, with products of two projections each."""
+    query, key, value, out = (f"{unit}.fc_{name}" for name in (query, key, value, out))
+    attention = f"{unit}.multihead_attn_{attention}"
+    weight, bias = f"{attention}.in_proj_weight", f"{attention}.in_proj_bias"
+    out_proj = f"{attention}.out_proj"
+    sources = {
+        "query/kernel": _kernel((query,), weight, (0,)),
+        "query/bias": _bias(query, weight, bias, 0),
+        "key_value/kernel": _kernel((key, value), weight, (1, 2)),
+        "value_bias": _bias(value, weight, bias, 2),
+        "out/kernel": _kernel((out_proj,), f"{out}.weight", (None,)),
+        "out/bias": _bias(out_proj, f"{out}.weight", f"{out}.bias", None),
+    }
+    table = {f"{path}/attention/{name}": source for name, source in sources.items()}
+    return table | norm(f"{path}/norm", f"{unit}.layer_norm_{norm_name}")
 
 
-def _check_names(weights: Arrays, template: dict[str, tuple[int, ...]]) -> None:
-    missing, surplus = sorted(set(template) - set(weights)), sorted(set(weights) - set(template))
+def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
+    """Returns the kernel of linear layers that are each followed by a third of `second`, or all."""
+
+    def combine(tensors: list[np.ndarray]) -> np.ndarray:
+        *weights, after = (tensor.astype(np.float64) for tensor in tensors)
+        products = (
+            _third(after, third) @ weight for third, weight in zip(thirds, weights, strict=True)
+        )
+        return np.concatenate(list(products)).T
+
+    return Source((*(f"{name}.weight" for name in first), second), combine=combine)
+
+
+def _bias(first: str, weight: str, bias: str, third: int | None) -> Source:
+    """Returns the bias of a linear layer that is followed by a third of another, or all of it."""
+
+    def combine(tensors: list[np.ndarray]) -> np.ndarray:
+        inner, kernel, outer = (tensor.astype(np.float64) for tensor in tensors)
+        return _third(kernel, third) @ inner + _third(outer, third)
+
+    return Source((f"{first}.bias", weight, bias), combine=combine)
+
+
+def _third(value: np.ndarray, index: int | None) -> np.ndarray:
+    return value if index is None else np.split(value, 3)[index]
+
+
+def _check_names(weights: Arrays, table: Mapping[str, Source]) -> None:
+    """Raises InputError with the missing and surplus weights, and wrong numbers of axes."""
+    expected = {name for source in table.values() for name in source.names}
+    # The table has no biases of keys, but every linear layer has a bias.
+    expected |= {re.sub("weight$", "bias", name) for name in expected if ".fc_" in name}
+    missing, surplus = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or surplus:
         raise InputError(
             f"official weights: {len(missing)} missing {missing}, {len(surplus)} surplus {surplus}"
         )
-    _check_no_misshapen(
-        f"{name} {weights[name].shape} instead of {len(shape)} axes"
-        for name, shape in template.items()
-        if weights[name].ndim != len(shape)
-    )
+    wrong = [
+        f"{name} {weights[name].shape} instead of {_num_axes(name)} axes"
+        for name in sorted(expected)
+        if weights[name].ndim != _num_axes(name)
+    ]
+    if wrong:
+        raise InputError(f"official weights: {len(wrong)} misshapen: {'; '.join(wrong)}")
 
 
-def _check_shapes(weights: Arrays, expected: dict[str, tuple[int, ...]]) -> None:
-    _check_no_misshapen(
-        f"{name} {weights[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if weights[name].shape != shape
-    )
-
-
-def _check_no_misshapen(descriptions: Iterable[str]) -> None:
-    misshapen = list(descriptions)
-    if misshapen:
-        raise InputError(f"official weights: {len(misshapen)} misshapen: {'; '.join(misshapen)}")
-
-
-def _put(param: nnx.Param | None, value: np.ndarray) -> None:
-    assert param is not None  # All layers here have a bias.
-    param.set_value(jnp.asarray(value, param.dtype))
-
-
-def _fill(model: MisterE, weights: Arrays, kernels: list[str]) -> MisterE:
-    """Fills the model with the weights and returns it."""
-
-    def linear(module: nnx.Linear, name: str) -> None:
-        _put(module.kernel, weights[f"{name}.weight"].T)
-        _put(module.bias, weights[f"{name}.bias"])
-
-    def norm(module: nnx.LayerNorm, name: str) -> None:
-        _put(module.scale, weights[f"{name}.weight"])
-        _put(module.bias, weights[f"{name}.bias"])
-
-    for name, official in _EXPERTS.items():
-        expert = getattr(model, name)
-        linear(expert.skip, f"{official}.fc_1")
-        linear(expert.classifier, f"{official}.fc")
-        for index, convolution in enumerate(kernels):
-            kernel = weights[f"{official}.{convolution}.weight"].transpose(1, 2, 0)
-            _put(expert.convolution.kernels[index], kernel)
-            _put(expert.convolution.biases[index], weights[f"{official}.{convolution}.bias"])
-        for depth, layer in enumerate(expert.gru.layers):
-
-            def both_directions(kind: str, depth: int = depth, official: str = official):
-                names = [f"{official}.rnn_1.{kind}_l{depth}{end}" for end in _DIRECTIONS]
-                return np.stack([weights[name] for name in names])
-
-            _put(layer.input_kernel, both_directions("weight_ih").transpose(2, 0, 1))
-            _put(layer.recurrent_kernel, both_directions("weight_hh").transpose(0, 2, 1))
-            _put(layer.input_bias, both_directions("bias_ih"))
-            _put(layer.recurrent_bias, both_directions("bias_hh"))
-
-    fusion = model.fusion
-    linear(fusion.speech_in, "fusion.fc_aud")
-    linear(fusion.text_in, "fusion.fc_text")
-    linear(fusion.speech_skip, "fusion.fc_aud_self")
-    linear(fusion.text_skip, "fusion.fc_text_self")
-    for unit, co_attention in enumerate(fusion.layers):
-        for name, (*projections, attention, out, norm_name) in _BLOCKS.items():
-            block, prefix = getattr(co_attention, name), f"fusion.units.{unit}"
-            _fill_attention(
-                block.attention,
-                weights,
-                [f"{prefix}.fc_{projection}" for projection in projections],
-                f"{prefix}.multihead_attn_{attention}",
-                f"{prefix}.fc_{out}",
-            )
-            norm(block.norm, f"{prefix}.layer_norm_{norm_name}")
-    norm(fusion.norm, "fusion.bn")
-    linear(fusion.projection, "fusion.fc")
-    linear(fusion.classifier, "fusion.fc_2")
-    assert model.gate is not None  # The config has the mixture "gate".
-    linear(model.gate.mlp_in, "gate.0")
-    linear(model.gate.mlp_out, "gate.2")
-    return model
-
-
-def _fill_attention(
-    module: MultiHeadAttention,
-    weights: Arrays,
-    projections: list[str],
-    attention: str,
-    out: str,
-) -> None:
-    """Fills an attention with the products of each pair of projections, computed in float64."""
-
-    def product(first: _Linear, second: _Linear) -> _Linear:  # second(first(x))
-        weight = second[0].astype(np.float64)
-        return weight @ first[0], weight @ first[1] + second[1]
-
-    def put(linear: nnx.Linear, projection: _Linear) -> None:
-        _put(linear.kernel, projection[0].T)
-        _put(linear.bias, projection[1])
-
-    def pair(name: str) -> _Linear:
-        return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-    inner = zip(
-        np.split(weights[f"{attention}.in_proj_weight"], 3),
-        np.split(weights[f"{attention}.in_proj_bias"], 3),
-        strict=True,
-    )
-    query, key, value = map(product, map(pair, projections), inner)
-    put(module.query, query)
-    _put(module.key_value.kernel, np.concatenate([key[0], value[0]]).T)
-    _put(module.value_bias, value[1])  # The bias of the keys has no effect.
-    put(module.out, product(pair(f"{attention}.out_proj"), pair(out)))
+def _num_axes(name: str) -> int:
+    if "bias" in name or re.search(r"\.(layer_norm_\w+|bn)\.", name):
+        return 1
+    return 3 if re.search(r"\.conv\d*\.", name) else 2

@@ -277,7 +277,7 @@ def test_all_misshapen_weights_are_named(golden):
     message = error_message(weights | wrong)
     assert "3 misshapen" in message
     for name, value in wrong.items():
-        assert f"{name} {value.shape} instead of {weights[name].shape}" in message
+        assert f"{name} {list(value.shape)} instead of {list(weights[name].shape)}" in message
 
 
 def test_all_weights_with_a_wrong_number_of_axes_are_named(golden):
