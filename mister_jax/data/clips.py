@@ -1,5 +1,6 @@
 """Recordings of single utterances and their batches, the input of speech encoders."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,15 +50,9 @@ def truncate(clip: np.ndarray, max_samples: int | None = None) -> np.ndarray:
 def load_clips(
     name: str, split: str, data_dir: epath.PathLike | None, max_samples: int | None = None
 ) -> Utterances:
-    """Reads the audible recordings of a split.
+    """Reads the audible recordings of a split, the first `max_samples` samples of each.
 
     All samples are held in memory, 115 MB per hour. The number of skipped recordings is logged.
-
-    Args:
-        name: Name of a dataset of dialogues.
-        split: Name of the split.
-        data_dir: Directory that holds datasets; that of TFDS if None.
-        max_samples: Number of samples to keep from the start of a clip; all if None.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -75,42 +70,33 @@ def load_clips(
         return clip if len(clip) else None
 
     utterances = load_utterances(name, split, data_dir, read_clip)
+    where = f"dataset {name}, split {split}"
     if num_silent or num_missing:
         logging.warning(
-            "dataset %s, split %s: of %d utterances %d are silent and %d have no usable recording",
-            name,
-            split,
+            "%s: of %d utterances %d are silent and %d have no usable recording",
+            where,
             len(utterances.items) + num_silent + num_missing,
             num_silent,
             num_missing,
         )
     if num_truncated and max_samples is not None:
+        seconds = max_samples / SAMPLE_RATE
         logging.warning(
-            "dataset %s, split %s: %d utterances are longer than %g s and are truncated",
-            name,
-            split,
+            "%s: %d utterances are longer than %g s and are truncated",
+            where,
             num_truncated,
-            max_samples / SAMPLE_RATE,
+            seconds,
         )
     return utterances
 
 
 def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Returns lengths [N] int in `LENGTH_STEP`, rounded up, of clips truncated to `max_samples`.
-
-    Args:
-        sizes: Numbers of samples [N].
-        max_samples: Maximum number of samples of a clip.
-    """
+    """Returns lengths [N] int in `LENGTH_STEP`, rounded up, of `sizes` [N] up to `max_samples`."""
     return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 
 def pad_clips(clips: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads or truncates clips to a common length.
-
-    Args:
-        clips: B clips [S] int16.
-        length: Number of samples in a row.
+    """Pads or truncates B clips [S] int16 to a common length.
 
     Returns:
         The samples [B, length] int16, zero on the right, and the lengths of the clips [B] int32.
@@ -149,22 +135,24 @@ def clip_batches(
         - `waveform` [B, S] int16, zero in padding
         - `lengths` [B] int32
     """
-    empty = np.zeros(0, np.int16)
-
-    def crop(row: int) -> np.ndarray:
-        if row < 0:
-            return empty
-        clip = clips.items[row]
-        start: int = 0
+    crops = []
+    for row, clip in enumerate(clips.items):
+        start = 0
         if shuffle and len(clip) > max_samples:
             generator = np.random.default_rng([seed, epoch, row])
             start = int(generator.integers(len(clip) - max_samples + 1))
-        return clip[start : start + max_samples]
+        crops.append(clip[start : start + max_samples])
 
-    def fields(rows: np.ndarray, length: int) -> Batch:
-        waveform, lengths = pad_clips([crop(row) for row in rows], length * LENGTH_STEP)
-        return {"waveform": waveform, "lengths": lengths}
+    def pad_crops(items: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+        return pad_clips(items, length * LENGTH_STEP)
 
     return utterance_batches(
-        clips, plan, fields, seed=seed, epoch=epoch, shuffle=shuffle, **options
+        dataclasses.replace(clips, items=tuple(crops)),
+        plan,
+        pad_crops,
+        ("waveform", "lengths"),
+        seed=seed,
+        epoch=epoch,
+        shuffle=shuffle,
+        **options,
     )

@@ -18,10 +18,9 @@ class Recording:
     """Location of the audio of an utterance.
 
     Attributes:
-        path: Path of a file in any format that FFmpeg reads; it need not exist.
-        start: Start of the utterance in seconds into the file; the beginning of the file if None.
-        end: End of the utterance in seconds into the file; the end of the file if None.
-        channel: Channel to read: "mix", "left", "right", or an index from 0.
+        path: File in any format that FFmpeg reads; it need not exist.
+        start, end: Seconds into the file; None for its beginning or end.
+        channel: "mix", "left", "right", or an index from 0.
     """
 
     path: str
@@ -35,15 +34,13 @@ class Utterance:
     """Utterance of a dialogue.
 
     Attributes:
-        id: Id, unique in the corpus.
+        id: Unique in the corpus.
         text: Transcript; empty if missing.
         recording: Location of the audio; None if missing.
         label: Name of the class; None if the utterance is only context.
         score: Sentiment in [-3, 3], in corpora with scores.
-        start: Start in seconds from the beginning of the dialogue; None if unknown.
-        end: End in seconds from the beginning of the dialogue; None if unknown.
-        metadata: Extra columns of a manifest by name. They are copied to the output, and no model
-            reads them.
+        start, end: Seconds from the beginning of the dialogue; None if unknown.
+        metadata: Extra columns of a manifest by name; no model reads them.
     """
 
     id: str

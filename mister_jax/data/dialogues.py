@@ -21,7 +21,7 @@ class StoredUtterance:
     """Utterance of a stored dialogue.
 
     Attributes:
-        id: Id, unique in the dataset.
+        id: Unique in the dataset.
         audio: Samples, [S] int16, 16 kHz, mono; empty if speech is missing.
         text: Transcript; empty if it is missing.
         label: Index of the class, or `UNLABELED`.
@@ -108,22 +108,19 @@ class DialogueDataset:
     def _dialogue(self, record: bytes) -> StoredDialogue:
         # Decoding with NumPy is 20 times faster than an eager TensorFlow dataset per dialogue.
         example: dict[str, Any] = self._builder.info.features.deserialize_example_np(record)
-        return StoredDialogue(
-            example["dialogue"].decode(),
-            tuple(_utterance(utterance) for utterance in example["utterances"]),
+        utterances = tuple(
+            StoredUtterance(
+                id=values["utterance"].decode(),
+                audio=values["audio"],
+                text=values["text"].decode(),
+                label=int(values["label"]),
+                score=float(values.get("score", np.nan)),
+                start=float(values["start"]),
+                end=float(values["end"]),
+                speech_present=bool(values["speech_present"]),
+                text_present=bool(values["text_present"]),
+                metadata=json.loads(values.get("metadata", b"{}")),
+            )
+            for values in example["utterances"]
         )
-
-
-def _utterance(values: dict[str, Any]) -> StoredUtterance:
-    return StoredUtterance(
-        id=values["utterance"].decode(),
-        audio=values["audio"],
-        text=values["text"].decode(),
-        label=int(values["label"]),
-        score=float(values.get("score", np.nan)),
-        start=float(values["start"]),
-        end=float(values["end"]),
-        speech_present=bool(values["speech_present"]),
-        text_present=bool(values["text_present"]),
-        metadata=json.loads(values.get("metadata", b"{}")),
-    )
+        return StoredDialogue(example["dialogue"].decode(), utterances)

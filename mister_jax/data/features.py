@@ -85,11 +85,6 @@ def load_features(
 ) -> DialogueFeatures:
     """Reads one split of a feature dataset into memory.
 
-    Args:
-        name: Name of the dataset.
-        split: Name of the split.
-        data_dir: Directory of all datasets; the default of TFDS if None.
-
     Returns:
         The split in stored order, with the metadata of the dataset and of the split.
 
@@ -114,18 +109,18 @@ def load_features(
     def concatenate(field: str) -> np.ndarray:
         return np.concatenate([values[field] for values in utterances])
 
+    def concatenate_text(field: str) -> np.ndarray:
+        return np.array([text.decode() for text in concatenate(field)])
+
     metadata = dict(builder.info.metadata or {})
     split_metadata = metadata.pop("splits", {}).get(split, {})
-    utterance_metadata = None
-    if "metadata" in fields:
-        utterance_metadata = np.array([text.decode() for text in concatenate("metadata")])
     return DialogueFeatures(
         name=name,
         split=split,
         class_names=tuple(fields["label"].names),
         dialogue_ids=tuple(dialogue["dialogue"].decode() for dialogue in dialogues),
         lengths=np.array([len(values["label"]) for values in utterances]),
-        utterance_ids=np.array([utterance.decode() for utterance in concatenate("utterance")]),
+        utterance_ids=concatenate_text("utterance"),
         speech=concatenate("speech"),
         text=concatenate("text"),
         speech_present=concatenate("speech_present"),
@@ -133,7 +128,7 @@ def load_features(
         label=concatenate("label").astype(np.int32),
         score=concatenate("score") if "score" in fields else None,
         metadata={**metadata, **split_metadata},
-        utterance_metadata=utterance_metadata,
+        utterance_metadata=concatenate_text("metadata") if "metadata" in fields else None,
     )
 
 

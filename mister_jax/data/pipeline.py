@@ -101,12 +101,9 @@ def batches(
 def prefetch_to_device(
     iterator: Iterable[Item], put: Callable[[Item], Result], size: int = 2
 ) -> Iterator[Result]:
-    """Puts items on their devices ahead of use, so that transfers overlap with computation.
+    """Puts `size` items on their devices ahead of use, so that transfers overlap with computation.
 
-    Args:
-        iterator: Batches on the host.
-        put: Function that starts a transfer and returns at once, such as `jax.device_put`.
-        size: Number of items to put ahead, at least 1.
+    `put` starts a transfer and returns at once, as `jax.device_put` does.
     """
     on_device: collections.deque[Result] = collections.deque()
     for item in iterator:
@@ -119,13 +116,7 @@ def prefetch_to_device(
 def padded_batch(
     features: DialogueFeatures, rows: np.ndarray, padded_length: int
 ) -> dict[str, np.ndarray]:
-    """Returns the batch of some dialogues, with the arrays that `batches` describes.
-
-    Args:
-        features: Features of the split.
-        rows: Indices of the dialogues, [B] int, -1 for an empty row.
-        padded_length: Number of utterances T of each row.
-    """
+    """Returns the batch of the dialogues `rows` [B] (-1: empty), padded to T, see `batches`."""
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     positions = np.arange(padded_length)
     mask = positions < lengths[:, None]  # [B, T]
@@ -136,12 +127,10 @@ def padded_batch(
         array[mask] = values[utterances]
         return array
 
+    fields = ("speech", "text", "speech_present", "text_present")
     return {
-        "speech": pad(features.speech, "speech"),
-        "text": pad(features.text, "text"),
+        **{field: pad(getattr(features, field), field) for field in fields},
         "mask": mask,
-        "speech_present": pad(features.speech_present, "speech_present"),
-        "text_present": pad(features.text_present, "text_present"),
         "label": pad(features.label, "label", UNLABELED),
         "row": rows,
     }

@@ -33,9 +33,7 @@ class DialogueFeatures:
     dialogue `m` has the rows `offsets[m]:offsets[m + 1]`.
 
     Attributes:
-        name: Name of the dataset.
-        split: Name of the split, one of `SPLITS`.
-        class_names: Names of the emotions.
+        split: One of `SPLITS`.
         dialogue_ids: Ids of the M dialogues.
         lengths: Number of utterances of each dialogue, [M] int, at least 1.
         utterance_ids: Ids of the utterances, [N] str.
@@ -75,21 +73,13 @@ class DialogueFeatures:
                 f"lengths {self.lengths.shape} for {len(self.dialogue_ids)} dialogue_ids"
             )
         total = int(self.lengths.sum())
-        for field in (
-            "utterance_ids",
-            "speech_present",
-            "text_present",
-            "label",
-            "score",
-            "utterance_metadata",
-        ):
-            array = getattr(self, field)
-            if array is not None and array.shape != (total,):
-                raise ValueError(f"{field} has shape {array.shape}, expected ({total},)")
-        for field in ("speech", "text"):
-            array = getattr(self, field)
-            if array.ndim != 2 or len(array) != total:
-                raise ValueError(f"{field} has shape {array.shape}, expected ({total}, dim)")
+        for field in dataclasses.fields(self):
+            array = getattr(self, field.name)
+            if field.name == "lengths" or not isinstance(array, np.ndarray):
+                continue
+            expected = (total, *array.shape[1:2]) if field.name in MODALITIES else (total,)
+            if array.shape != expected:
+                raise ValueError(f"{field.name} has shape {array.shape}, expected {expected}")
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:

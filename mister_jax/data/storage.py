@@ -29,11 +29,7 @@ _REPLACED = ".replaced"
 
 
 def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
-    """Returns the directory of a dataset, which need not exist.
-
-    Args:
-        name: Name of the dataset, `DATASET` or `DATASET/CONFIG`.
-        data_dir: Directory of all datasets; the default of TFDS if None.
+    """Returns the directory of a dataset `DATASET` or `DATASET/CONFIG`, which need not exist.
 
     Raises:
         InputError: The name is not allowed.
@@ -92,11 +88,6 @@ def atomic_dataset(
     name: str, data_dir: epath.PathLike | None, *, overwrite: bool
 ) -> Iterator[tuple[epath.Path, epath.Path]]:
     """Writes a dataset to a temporary place and moves it to its directory on success.
-
-    Args:
-        name: Name of the dataset, `DATASET` or `DATASET/CONFIG`.
-        data_dir: Directory of all datasets, see `dataset_directory`.
-        overwrite: Whether to replace an existing dataset.
 
     Yields:
         The temporary `data_dir` to write under, and the final directory of the dataset.
@@ -158,14 +149,10 @@ def recover(name: str, data_dir: epath.PathLike | None) -> None:
 
 
 def recover_directory(directory: epath.Path, root: epath.Path) -> None:
-    """Removes the temporary places of killed processes of this machine.
+    """Removes what killed calls of `atomic_directory` on this machine have left.
 
     A process may have been killed after it had put the old directory aside and before the new one
     was in position. Then the old directory is restored.
-
-    Args:
-        directory: Directory of `atomic_directory`.
-        root: Root of `atomic_directory`.
     """
     if not root.exists():
         return

@@ -39,25 +39,13 @@ def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
 
 
 def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Batch]:
-    """Returns the batches of one epoch.
-
-    Args:
-        tokens: Utterances of the split.
-        plan: Plan for `tokens.sizes`.
-        **options: Arguments of `utterance_batches`.
+    """Returns the batches of one epoch; the plan is for `tokens.sizes`.
 
     Returns:
-        An iterator over dicts with the arrays of `utterance_batches` and
+        An iterator over dicts with the arrays of `utterance_batches`, which has the other options,
+        and
 
         - `input_ids` [B, N] int32, zero in padding
         - `mask` [B, N] bool
     """
-    no_tokens = np.zeros(0, np.int32)
-
-    def fields(rows: np.ndarray, length: int) -> Batch:
-        ids, mask = pad_tokens(
-            [tokens.items[row] if row >= 0 else no_tokens for row in rows], length
-        )
-        return {"input_ids": ids, "mask": mask}
-
-    return utterance_batches(tokens, plan, fields, **options)
+    return utterance_batches(tokens, plan, pad_tokens, ("input_ids", "mask"), **options)

@@ -23,16 +23,12 @@ class Utterances:
     """The utterances of a split that have a modality, in the order of the dataset.
 
     Attributes:
-        name: Name of the dataset.
-        split: Name of the split.
-        class_names: Names of the emotions.
         dialogue_ids: Dialogue id of each of the N utterances.
         utterance_ids: Ids of the utterances, [N] str.
         items: N arrays that are not empty: token ids [n] int32, or samples [s] int16 at
             `SAMPLE_RATE`.
         label: Index of the class or `UNLABELED`, [N] int32.
         score: Sentiment scores, [N] float32; None for a dataset without scores.
-        metadata: Metadata of the split.
     """
 
     name: str
@@ -88,13 +84,7 @@ def load_utterances(
     data_dir: epath.PathLike | None,
     item: Callable[[StoredUtterance], Any],
 ) -> Utterances:
-    """Loads the utterances of a split of a dialogue dataset.
-
-    Args:
-        name: Name of the dataset.
-        split: Name of the split.
-        data_dir: Directory of all datasets; the default of TFDS if None.
-        item: Function that returns the item to keep of an utterance, or None to omit it.
+    """Loads the utterances of a split of a dialogue dataset, except those whose `item` is None.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -126,7 +116,8 @@ def load_utterances(
 def utterance_batches(
     utterances: Utterances,
     plan: BatchPlan,
-    pad_items: Callable[[np.ndarray, int], Batch],
+    pad_items: Callable[[list[np.ndarray], int], tuple[np.ndarray, np.ndarray]],
+    fields: tuple[str, str],
     *,
     seed: int,
     epoch: int,
@@ -140,8 +131,8 @@ def utterance_batches(
     Args:
         utterances: Utterances of the split.
         plan: Plan for the lengths of the items.
-        pad_items: Function that returns the arrays of the items of some rows, [B] with -1 for an
-            empty row, padded to a length of the plan.
+        pad_items: Function that pads B items, empty for an empty row, to a length of the plan.
+        fields: Names of the two arrays that it returns.
         seed: Seed of the shuffle, combined with `epoch`.
         epoch: Index of the epoch, from 0.
         start_step: Number of batches to skip.
@@ -158,14 +149,16 @@ def utterance_batches(
         - `row` [B] int32, index of the utterance, -1 for an empty row
     """
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
+    empty = utterances.items[0][:0]
 
     def make_batch(global_rows: np.ndarray, padded_length: int) -> Batch:
         is_labeled = (global_rows >= 0) & (utterances.label[global_rows] != UNLABELED)
         weight = 1 / max(1, is_labeled.sum())
         rows = np.split(global_rows, process_count)[process_index]
         label = np.where(rows >= 0, utterances.label[rows], UNLABELED).astype(np.int32)
+        items = [utterances.items[row] if row >= 0 else empty for row in rows]
         return {
-            **pad_items(rows, padded_length),
+            **dict(zip(fields, pad_items(items, padded_length), strict=True)),
             "label": label,
             "weight": np.where(label != UNLABELED, weight, 0).astype(np.float32),
             "row": rows,
