@@ -42,9 +42,8 @@ class Clip:
     """A decoded recording, or a cut of it.
 
     Attributes:
-        samples: Mono samples [N] int16 at `SAMPLE_RATE`.
+        samples: Mono samples [N] int16 at `SAMPLE_RATE`, truncated to `max_seconds` if `capped`.
         seconds: Length of the recording or cut before it was capped.
-        capped: Whether `samples` was truncated to `max_seconds`.
         damaged: Whether a part could not be decoded.
         notes: Short notes for the user, such as "2.0 s missing".
     """
@@ -112,18 +111,10 @@ def decode_many(
     num_workers: int,
     max_seconds: float | None = None,
 ) -> Iterator[Clip | AudioError]:
-    """Decodes recordings in parallel processes, in the order of the requests.
+    """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
     Consecutive cuts of one recording are decoded in one pass. Memory does not grow with the number
-    of requests, see `workers.ordered_map`.
-
-    Args:
-        requests: Recordings and cuts.
-        num_workers: Number of processes; with 0 this process decodes.
-        max_seconds: See `decode`.
-
-    Yields:
-        A clip or an error for each request.
+    of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes.
 
     Raises:
         ValueError: `num_workers` is negative or `max_seconds` not positive.
@@ -151,12 +142,7 @@ def decode_many(
 
 
 def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Writes a 16-bit WAV file.
-
-    Args:
-        path: Path of the file, which is overwritten.
-        samples: Samples [N] int16 of one channel, or [N, channels].
-        rate: Sample rate in Hz.
+    """Writes samples [N] or [N, channels] int16 at a rate in Hz to a 16-bit WAV file.
 
     Raises:
         ValueError: `samples` has another dtype or shape.

@@ -27,11 +27,8 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
     Peaks up to 1 dB over full scale, the overshoot of a lossy codec, are clipped. If the peak is
     higher, all samples are scaled to it.
 
-    Args:
-        samples: Samples [N] of any float type.
-
     Returns:
-        The samples, and a note on the scaling, empty if they were not scaled.
+        The samples [N], and a note on the scaling, empty if they were not scaled.
 
     Raises:
         ValueError: Samples are not finite, or too large for a full scale of 1.
@@ -54,10 +51,7 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
-    """Resamples frames to `SAMPLE_RATE` and mixes their channels.
-
-    Args:
-        frames: Decoded frames; the format may differ between frames.
+    """Resamples frames, whose formats may differ, to `SAMPLE_RATE` and mixes their channels.
 
     Yields:
         Samples [n], int16, or float32 if they exceed full scale.
@@ -96,14 +90,7 @@ def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
 def merge_frames(
     frames: "Iterable[tuple[int, av.AudioFrame]]",
 ) -> "Iterator[tuple[int, av.AudioFrame]]":
-    """Merges consecutive frames to at least `BLOCK_SECONDS`, which is faster to process.
-
-    Args:
-        frames: Frames with the position of their first sample.
-
-    Yields:
-        Merged frames with their positions.
-    """
+    """Merges consecutive frames with positions to `BLOCK_SECONDS`, which is faster to process."""
     for (_, layout, rate), group in itertools.groupby(frames, lambda pair: _format(pair[1])):
         start, size = 0, 0
         blocks: list[np.ndarray] = []

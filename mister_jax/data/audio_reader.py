@@ -63,13 +63,7 @@ _MAX_POWER_SAMPLE = 2.0**31  # larger floats are clipped for the power
 
 
 class AudioReader:
-    """An open recording, of which one channel is read.
-
-    All indices and intervals are at `SAMPLE_RATE`.
-
-    Args:
-        source: Path or content of the recording.
-        channel: Channel to read.
+    """An open recording, of which one channel is read. All indices are at `SAMPLE_RATE`.
 
     Raises:
         AudioError: The recording cannot be read or has no audio.
@@ -93,6 +87,7 @@ class AudioReader:
             self._open()
 
     def _open(self) -> None:
+        self.close()
         try:
             self._container = av.open(
                 io.BytesIO(self._source)
@@ -163,9 +158,6 @@ class AudioReader:
     def chunks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the samples from an index on, or from earlier, in consecutive chunks.
 
-        Args:
-            first: Index of the first sample that is needed.
-
         Yields:
             The index of the chunk's first sample and the chunk [n], int16, or float32 if it exceeds
             full scale.
@@ -231,7 +223,7 @@ class AudioReader:
                     raise AudioError(Reason.DAMAGED, self._name, "no time stamps")
                 if time > lead:
                     # The target was passed: there is a gap, or the seek index is coarse.
-                    self._reopen()
+                    self._open()
                     yield from self._timed_frames(0.0)
                     return
                 position = round(time * rate)
@@ -270,18 +262,15 @@ class AudioReader:
             position += frame.samples
 
     def _origin(self) -> float | None:
-        """Returns the container's start time in seconds, or None to start at the first frame.
-
-        Without video, the first frame is the beginning; the container's start time may differ from
-        it by the padding of an encoder.
-        """
-        is_audio_only = not any(
+        """Returns the container's start time in seconds, or None to start at the first frame."""
+        has_other_streams = any(
             stream.type in ("audio", "video")
             and stream.index != self._stream.index
             and not stream.disposition & av.stream.Disposition.attached_pic
             for stream in self._container.streams
         )
-        if not is_audio_only and self._container.start_time is not None:
+        # The start time of a single stream may differ from its first frame by an encoder's padding.
+        if has_other_streams and self._container.start_time is not None:
             return max(0.0, self._container.start_time / av.time_base)
         return None
 
@@ -294,16 +283,12 @@ class AudioReader:
         try:
             self._container.seek(target, stream=self._stream)
         except decoder_errors():
-            self._reopen()
+            self._open()
             return False
         return True
 
     def _stream_start(self) -> float:
         return float((self._stream.start_time or 0) * self._stream.time_base)
-
-    def _reopen(self) -> None:
-        self.close()
-        self._open()
 
     def _decoded(self) -> "Iterator[av.AudioFrame]":
         for packet in self._packets():

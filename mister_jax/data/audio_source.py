@@ -36,13 +36,7 @@ class Reason(enum.StrEnum):
 
 
 class AudioError(InputError):
-    """A recording cannot be used.
-
-    Attributes:
-        reason: Why it cannot be used.
-        source: Path of the recording.
-        detail: Message of FFmpeg or of the operating system, in one line.
-    """
+    """A recording cannot be used; `detail` is a message of FFmpeg or of the operating system."""
 
     def __init__(self, reason: Reason, source: str, detail: str = "") -> None:
         super().__init__(reason, source, detail)  # The arguments with which pickle calls this.
@@ -60,14 +54,13 @@ def check_channel(channel: Any) -> Channel:
     Raises:
         ValueError: The value is not a channel.
     """
+    names = (MIX, *NAMED_CHANNELS)
     if isinstance(channel, str) and channel.strip().isdecimal():
         channel = int(channel)
-    if channel in (MIX, *NAMED_CHANNELS):
+    is_index = isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0
+    if channel in names or is_index:
         return channel
-    if isinstance(channel, int) and not isinstance(channel, bool) and channel >= 0:
-        return channel
-    names = ", ".join((MIX, *NAMED_CHANNELS))
-    raise ValueError(f"{channel!r}; allowed: {names}, or the index of a channel from 0")
+    raise ValueError(f"{channel!r}; allowed: {', '.join(names)}, or the index of a channel from 0")
 
 
 def existing_path(path: str | os.PathLike[str]) -> str:

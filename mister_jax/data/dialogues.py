@@ -26,8 +26,7 @@ class StoredUtterance:
         text: Transcript; empty if it is missing.
         label: Index of the class, or `UNLABELED`.
         score: Sentiment, NaN if there is none.
-        start: Start in seconds from the beginning of the dialogue, NaN if unknown.
-        end: End in seconds from the beginning of the dialogue, NaN if unknown.
+        start, end: Seconds from the beginning of the dialogue, NaN if unknown.
         speech_present: Whether the recording could be used.
         text_present: Whether there is a transcript.
         metadata: Extra columns of the manifest by name; no model reads them.
@@ -54,11 +53,7 @@ class StoredDialogue:
 
 
 class DialogueDataset:
-    """Dialogue dataset that `mister-jax prepare` has written.
-
-    Args:
-        name: Name of the dataset, `DATASET/CONFIG`.
-        data_dir: Directory of all datasets; the default of TFDS if None.
+    """Dialogue dataset `DATASET/CONFIG` that `mister-jax prepare` has written.
 
     Raises:
         InputError: The dataset does not exist, or does not contain recordings and transcripts.

@@ -31,14 +31,13 @@ class WavHeader:
 
     Attributes:
         codec: Format tag; for the extensible format that of the subformat.
-        channels: Number of channels.
         rate: Sample rate in Hz.
         block_align: Bytes per sample of all channels.
         valid_bits: Bits per sample that carry sound.
         byte_rate: Bytes per second.
         data_start: Offset of the samples in bytes.
-        data_size: Size of the samples in bytes; None if it is until the end of the file.
-        file_size: Size of the file in bytes.
+        data_size: Bytes of all samples; None if they extend to the end of the file.
+        file_size: Bytes of the file.
     """
 
     codec: int
@@ -84,14 +83,7 @@ class WavHeader:
 
 
 def read_header(source: str | os.PathLike[str] | bytes) -> WavHeader | None:
-    """Reads the header of a WAV file.
-
-    Args:
-        source: Path or content of the file.
-
-    Returns:
-        The header; None if it is not a WAV file with the chunks `fmt ` and `data`.
-    """
+    """Returns the header of a WAV file, None if it is none with the chunks `fmt ` and `data`."""
     with _open(source) as file:
         return _read_header(file)
 
@@ -148,17 +140,11 @@ def _read_header(file: BinaryIO) -> WavHeader | None:
 def pcm_blocks(
     source: str | os.PathLike[str] | bytes, header: WavHeader, first: int, size: int
 ) -> Iterator[np.ndarray]:
-    """Reads the integer samples of a WAV file.
-
-    Args:
-        source: Path or content of the file.
-        header: Header of the file; `is_pcm` is true.
-        first: Index of the first sample.
-        size: Number of samples per block.
+    """Reads the integer samples of a WAV file whose `is_pcm` is true, from an index on.
 
     Yields:
-        Blocks [n, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if containers
-        have more than 16 bits. Valid bits are the highest bits of a container.
+        Blocks [size, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if
+        containers have more than 16 bits. Valid bits are the highest bits of a container.
     """
     end = header.file_size
     if header.data_size is not None:

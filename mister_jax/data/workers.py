@@ -1,10 +1,9 @@
 """Maps a function over items in parallel processes, in order, and survives crashes of processes.
 
-The executors of `concurrent.futures` and loky are no replacement: when one of their processes is
-killed, all pending calls fail and nothing says which item was the cause, and their processes run
-the user's main program again or import JAX with the packages of the function. The processes here
-are Python interpreters that run this file and import only the function's module, so they also
-start in about half the time.
+When a process of `concurrent.futures` or loky is killed, all pending calls fail and nothing says
+which item was the cause, and their processes run the user's main program again or import JAX with
+the packages of the function. The processes here run this file and import only the function's
+module.
 """
 
 import collections
@@ -42,9 +41,8 @@ def ordered_map(
     not grow with their number.
 
     Args:
-        function: Function that can be imported by name, or a `functools.partial` of one. Its
-            module must be on `sys.path`.
-        items: Items that can be pickled. The results must be picklable too.
+        function: Function that can be imported by name, or a `functools.partial` of one.
+        items: Items that can be pickled, as the results must be.
         num_workers: Number of processes; with 0 the function runs in this process.
 
     Yields:
@@ -81,9 +79,7 @@ def _parallel_map(
 
     # One thread per worker waits for results, so workers keep running while the caller is busy.
     threads = concurrent.futures.ThreadPoolExecutor(num_workers, "ordered_map")
-    pending: collections.deque[concurrent.futures.Future[R | WorkerCrashError]] = (
-        collections.deque()
-    )
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
         for item in items:
             pending.append(threads.submit(call, item))
@@ -94,8 +90,9 @@ def _parallel_map(
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
         # If the caller stopped iterating, calls are still running.
-        for worker in workers:
-            worker.kill()
+        for process in [worker.process for worker in workers]:
+            if process is not None:
+                process.kill()
         threads.shutdown()
         for worker in workers:
             worker.close()
@@ -106,12 +103,12 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
-        self._process: subprocess.Popen[Any] | None = None
+        self.process: subprocess.Popen[Any] | None = None
 
     def __call__(self, item: Any) -> Any:
         """Returns the value of the function, or raises its exception or `WorkerCrashError`."""
         message = pickle.dumps(item)
-        process = self._process or self._start()
+        process = self.process or self._start()
         try:
             _write(process.stdin, message)
             succeeded, value = pickle.load(process.stdout)  # type: ignore[arg-type]
@@ -125,31 +122,25 @@ class _Worker:
         raise value
 
     def _start(self) -> subprocess.Popen[Any]:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             # With -P the modules beside this file do not hide others of the same name.
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         with contextlib.suppress(OSError):  # If the process died, the call reports it.
-            _write(self._process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
-        return self._process
-
-    def kill(self) -> None:
-        """Kills the process. A call in another thread then raises `WorkerCrashError`."""
-        process = self._process
-        if process is not None:
-            process.kill()
+            _write(self.process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
+        return self.process
 
     def close(self) -> None:
         """Kills the process and closes its pipes. No call may be running."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
                 with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
-            self._process = None
+            self.process = None
 
 
 def _write(stream: Any, message: bytes) -> None:
