@@ -69,33 +69,35 @@ def linear(path: str, name: str, num_layers: int = 0, *, bias: bool = True) -> d
       num_layers: Number of layers whose parameters are stacked; 0 for a single layer.
       bias: Whether the layer has a bias.
     """
-    table = {f"{path}/kernel": parameter(f"{name}.weight", num_layers, axes=(1, 0))}
-    if bias:
-        table[f"{path}/bias"] = parameter(f"{name}.bias", num_layers)
-    return table
+    return _layer(path, "kernel", name, num_layers, bias, axes=(1, 0))
 
 
 def conv(path: str, name: str, *, bias: bool = True) -> dict[str, Source]:
     """Returns the key-table entries of a PyTorch Conv1d; see `linear`."""
-    table = {f"{path}/kernel": parameter(f"{name}.weight", axes=(2, 1, 0))}
-    if bias:
-        table[f"{path}/bias"] = parameter(f"{name}.bias")
-    return table
+    return _layer(path, "kernel", name, 0, bias, axes=(2, 1, 0))
 
 
 def norm(path: str, name: str, num_layers: int = 0, *, bias: bool = True) -> dict[str, Source]:
     """Returns the key-table entries of a PyTorch norm; see `linear`. An RMSNorm has no bias."""
-    table = {f"{path}/scale": parameter(f"{name}.weight", num_layers)}
+    return _layer(path, "scale", name, num_layers, bias)
+
+
+def _layer(
+    path: str,
+    weight: str,
+    name: str,
+    num_layers: int,
+    bias: bool,
+    axes: tuple[int, ...] | None = None,
+) -> dict[str, Source]:
+    table = {f"{path}/{weight}": parameter(f"{name}.weight", num_layers, axes)}
     if bias:
         table[f"{path}/bias"] = parameter(f"{name}.bias", num_layers)
     return table
 
 
 def weight_norm_conv(path: str, name: str) -> dict[str, Source]:
-    """Returns the key-table entries of a Conv1d under `torch.nn.utils.weight_norm` with dim=2.
-
-    PyTorch stores a gain and a direction, which are merged into one kernel.
-    """
+    """Returns the key-table entries of a Conv1d under `torch.nn.utils.weight_norm` with dim=2."""
     kernel = Source(
         (f"{name}.weight_g", f"{name}.weight_v"),
         combine=_merge_weight_norm,
@@ -105,11 +107,7 @@ def weight_norm_conv(path: str, name: str) -> dict[str, Source]:
 
 
 def _merge_weight_norm(tensors: list[np.ndarray]) -> np.ndarray:
-    """Returns the kernel, [kernel_size, in, out].
-
-    Args:
-      tensors: Gain [1, 1, kernel_size] and direction [out, in, kernel_size].
-    """
+    """Returns the kernel [K, in, out] of a gain [1, 1, K] and a direction [out, in, K]."""
     gain, direction = (tensor.astype(np.float64) for tensor in tensors)
     length = np.sqrt((direction**2).sum((0, 1), keepdims=True))
     return (gain * direction / length).transpose(2, 1, 0).astype(tensors[1].dtype)
@@ -163,14 +161,7 @@ class NameRules:
 
 @dataclasses.dataclass(frozen=True)
 class SplitCheckpoint:
-    """The parts of a checkpoint.
-
-    Attributes:
-      prefix: Prefix of the backbone's names.
-      backbone: Tensors of the backbone, with the prefix.
-      unused: Tensors of the backbone that the module does not need.
-      head: Tensors of the head.
-    """
+    """The parts of a checkpoint; a module does not need the `unused` tensors of the backbone."""
 
     prefix: str
     backbone: Checkpoint

@@ -1,8 +1,4 @@
-"""Loads the parameters of a module from a checkpoint and saves them, as a key table says.
-
-Loading reads one tensor at a time and only the slices that a device needs. No files are opened
-here: a checkpoint is a mapping from names to tensors that may still be in a file.
-"""
+"""Loads the parameters of a module from a checkpoint and saves them, as a key table says."""
 
 from __future__ import annotations
 
@@ -75,8 +71,7 @@ def load_params(
         and the first names.
       ValueError: The table does not fit the module.
     """
-    state, params = _match_params(module, table, skip)
-    sources = {path: _with_prefix(table[path], prefix) for path in params}
+    state, sources, params = _match_params(module, table, prefix, skip)
     _check_tensors(params, sources, checkpoint, ignore)
     sharding_by_path = _expand_shardings(shardings, params)
     for path, variable in params.items():
@@ -126,13 +121,7 @@ def load_backbone(
 
 @functools.cache  # A file that is read several times is reported once.
 def log_ignored(path: pathlib.Path, names: tuple[str, ...], part: str) -> None:
-    """Logs once that tensors are ignored.
-
-    Args:
-      path: File of the tensors.
-      names: Tensor names; nothing is logged if there are none.
-      part: Part of the model that the tensors belong to.
-    """
+    """Logs once that tensors of a file, which are a part of the model, are ignored, if any."""
     if names:
         count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
         logging.info("%s: ignored %s (%s): %s", path, part, count, summarize(names))
@@ -156,10 +145,9 @@ def save_params(
       ValueError: The table does not fit the module, or has a `combine` without `split`.
     """
     tensors: dict[str, Tensor] = {}
-    _, params = _match_params(module, table, skip)
-    for path, variable in params.items():
-        source = _with_prefix(table[path], prefix)
-        value = variable.get_value()
+    _, sources, params = _match_params(module, table, prefix, skip)
+    for path, source in sources.items():
+        value = params[path].get_value()
         if source.combine and not source.split:
             raise ValueError(f"{path} is combined from {source.names} and cannot be split again")
         layer_shape = value.shape[1:] if source.stacked else value.shape
@@ -213,9 +201,9 @@ def _placeholder(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _match_params(
-    module: nnx.Module, table: KeyTable, skip: Any
-) -> tuple[nnx.State, dict[str, nnx.Param]]:
-    """Returns the parameters of the table, as a state and by path."""
+    module: nnx.Module, table: KeyTable, prefix: str, skip: Any
+) -> tuple[nnx.State, dict[str, Source], dict[str, nnx.Param]]:
+    """Returns the parameters of the table as a state, and their sources and variables by path."""
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
     params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     unmapped, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
@@ -224,11 +212,13 @@ def _match_params(
             f"key table: parameters without a source {unmapped}, sources without a parameter "
             f"{unknown}"
         )
-    return state, params
-
-
-def _with_prefix(source: Source, prefix: str) -> Source:
-    return dataclasses.replace(source, names=tuple(prefix + name for name in source.names))
+    sources = {
+        path: dataclasses.replace(
+            table[path], names=tuple(prefix + name for name in table[path].names)
+        )
+        for path in params
+    }
+    return state, sources, params
 
 
 def _names_by_layer(source: Source, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
@@ -265,12 +255,10 @@ def _check_tensors(
         f"{len(names)} {kind}: {summarize(names)}" for kind, names in problems.items() if names
     ]
     if parts:
+        reason = "tensors do not fit"
+        if len(expected) - len(missing) < min(len(missing), len(surplus)):
+            reason = "weights of another architecture"
         where = getattr(checkpoint, "path", "weights")
-        num_matching = len(expected) - len(missing)
-        is_other_architecture = num_matching < min(len(missing), len(surplus))
-        reason = (
-            "weights of another architecture" if is_other_architecture else "tensors do not fit"
-        )
         raise InputError(f"{where}: {reason}: {'; '.join(parts)}")
 
 
@@ -344,8 +332,7 @@ def _place(
 ) -> jax.Array:
     """Places the value of one layer on its devices, each of which receives only its slice.
 
-    Slices are written to `buffers`, over those of the previous layer, and devices may continue to
-    read them from there.
+    Slices are written to `buffers`, over those of the previous layer. Devices may read them later.
     """
     filled = set()
 

@@ -1,8 +1,7 @@
 """Reads and writes LoRA adapters of the `peft` library.
 
-An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors` (or
-`adapter_model.bin`, which needs PyTorch). Its tensors have the names of the PyTorch model's
-modules, which the architecture's key table and `NameRules` map to layers.
+Their tensors have the names of the PyTorch model's modules, which the architecture's key table and
+`NameRules` map to layers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mister_jax.convert.key_table import (
     split_checkpoint,
 )
 from mister_jax.convert.params import load_params, log_ignored, save_params, summarize
-from mister_jax.convert.safetensors import Checkpoint, parse_json_object
+from mister_jax.convert.safetensors import Checkpoint, parse_json_object, write_atomically
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig, linear_layers
 
@@ -208,8 +207,9 @@ def save_adapter(
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS_FILE, to_safetensors(weights, metadata={"format": "pt"}))
-        _write(folder / CONFIG_FILE, f"{json.dumps(options, indent=2)}\n".encode())
+        data = to_safetensors(weights, metadata={"format": "pt"})
+        write_atomically(folder / WEIGHTS_FILE, data)
+        write_atomically(folder / CONFIG_FILE, f"{json.dumps(options, indent=2)}\n".encode())
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error})") from error
 
@@ -284,10 +284,9 @@ def _lora_table(
 def _shortest_suffixes(
     chosen: Collection[str], others: Collection[str], separator: str
 ) -> set[str]:
-    """Returns the shortest suffix of each chosen name that no other name has.
+    """Returns the shortest suffix, of whole parts, of each chosen name that no other name has.
 
-    Suffixes consist of whole parts. A name that is the suffix of another one gets a leading
-    separator.
+    A name that is the suffix of another one gets a leading separator.
     """
 
     def suffixes(name: str) -> list[str]:
@@ -299,9 +298,3 @@ def _shortest_suffixes(
         next((suffix for suffix in suffixes(name) if suffix not in taken), separator + name)
         for name in chosen
     }
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -67,18 +67,12 @@ class FileTensor:
     """Tensor in a safetensors file; slicing it returns a view that reads only this slice.
 
     A view maps the file and so holds a file descriptor; copy values that are kept.
-
-    Attributes:
-      file: Path of the file.
-      shape: Shape of the tensor.
-      dtype: Type of the tensor.
-      offset: Position of the data in the file, in bytes.
     """
 
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int
+    offset: int  # of the data in the file, in bytes
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if not math.prod(self.shape):
@@ -187,11 +181,19 @@ def save_tensors(
             for file in files:
                 (directory / f".{file}.partial").replace(directory / file)
         if len(shards) > 1:
-            file_by_name = {
-                name: file for file, shard in zip(files, shards, strict=True) for name in shard
+            index = {
+                "metadata": {"total_size": sum(map(_num_bytes, tensors.values()))},
+                "weight_map": {
+                    name: file for file, shard in zip(files, shards, strict=True) for name in shard
+                },
             }
-            _write_index(directory, file_by_name, sum(map(_num_bytes, tensors.values())))
-        _remove_old_weights(directory, {*files, *([INDEX_FILE] if len(shards) > 1 else [])})
+            write_atomically(directory / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
+            files.append(INDEX_FILE)
+        # Readers might load weights of an earlier save instead of the new ones.
+        for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
+            for path in directory.glob(pattern):
+                if path.name not in files:
+                    path.unlink()
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error})") from error
 
@@ -212,11 +214,7 @@ def _find_file(directory: pathlib.Path) -> pathlib.Path:
 
 
 def parse_json_object(data: bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Args:
-      data: JSON text.
-      where: File or part of a file that holds it, for errors.
+    """Parses a JSON object from the file, or part of a file, that errors name.
 
     Raises:
       InputError: The text is not a JSON object.
@@ -248,19 +246,18 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise InputError(f"{path}: cannot be read ({error})") from error
     metadata = header.pop("__metadata__", {})
     tensors: dict[str, Tensor] = {}
-    end = 0
+    end = start
     for name, entry in header.items():
-        tensor, tensor_end = _read_entry(path, name, entry, start)
-        tensors[name] = tensor
+        tensors[name], tensor_end = _read_entry(path, name, entry, start)
         end = max(end, tensor_end)
-    if size != start + end:
-        problem = "truncated" if size < start + end else "damaged"
-        raise InputError(f"{path}: {problem}, it must have {start + end} bytes and has {size}")
+    if size != end:
+        problem = "truncated" if size < end else "damaged"
+        raise InputError(f"{path}: {problem}, it must have {end} bytes and has {size}")
     return tensors, metadata
 
 
 def _read_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[FileTensor, int]:
-    """Returns one tensor of a header, and the end of its data."""
+    """Returns one tensor of a header, and the position in the file where its data end."""
     damaged = InputError(f"{path}: the header is damaged at tensor {name}: {entry}")
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -276,7 +273,7 @@ def _read_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[
         raise damaged
     if end - begin != math.prod(shape) * _DTYPES[kind].itemsize:
         raise damaged
-    return FileTensor(path, shape, _DTYPES[kind], start + begin), end
+    return FileTensor(path, shape, _DTYPES[kind], start + begin), start + end
 
 
 def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
@@ -394,16 +391,8 @@ def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_index(directory: pathlib.Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
-    text = json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2)
-    partial = directory / f".{INDEX_FILE}.partial"
-    partial.write_text(f"{text}\n")
-    partial.replace(directory / INDEX_FILE)
-
-
-def _remove_old_weights(directory: pathlib.Path, files: set[str]) -> None:
-    """Removes weights of an earlier save, which readers might load instead of the new ones."""
-    for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
-        for path in directory.glob(pattern):
-            if path.name not in files:
-                path.unlink()
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that other processes never see incomplete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
