@@ -12,12 +12,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from benchmarks.chips import CHIPS, Chip
 from benchmarks.flops import program_flops
 from benchmarks.hlo import analyze_schedule
 from benchmarks.report import Row
@@ -37,11 +36,39 @@ _LIBTPU_ENVIRONMENT = {
 }
 
 
-def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
-    """Returns the abstract devices of TPU topologies.
+class Chip(NamedTuple):
+    """Peak performance of one chip."""
 
-    Args:
-      names: Topologies such as "v5e:2x2", or "v5e:2x2,4x4" for two with the same chips.
+    flops: float  # bfloat16 operations per second
+    memory: float  # bytes
+    bandwidth: float  # bytes per second between chip and memory
+    interconnect: float  # bytes per second received in a collective; a ring uses two TPU links
+    cycles: float | None = None  # of a TensorCore per second; None where XLA estimates none
+
+
+def _cycles(flops: float, matrix_units: int) -> float:
+    return flops / (matrix_units * 128 * 128 * 2)
+
+
+# Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets of A100, H100
+# and H200 (SXM), without sparsity. The rate of one TPU link is a chip's documented bidirectional
+# bandwidth divided by its number of ports (4 in a 2D torus, 6 in a 3D torus), one way; NVLink is
+# one way, too.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 2 * 50e9, _cycles(275e12, 8)),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 2 * 50e9, _cycles(197e12, 4)),  # v5e
+    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 2 * 100e9, _cycles(459e12, 8)),  # v5p
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 2 * 100e9),  # v6e
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
+}
+"""Chips by the device kind that JAX reports."""
+
+
+def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
+    """Returns the abstract devices of topologies such as "v5e:2x2,4x4", two with the same chips.
 
     Raises:
       InputError: libtpu is missing, or a topology is unknown.
@@ -65,16 +92,16 @@ def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
 
 
 def abstract_state(initialize: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Returns graph definition and shapes of the state that `initialize` would create."""
-    graph: Any = None
+    """Returns the template and the shapes of the state that `initialize` would create."""
+    template: Any = None
 
     def initial_state() -> Any:
-        nonlocal graph
-        graph, state = initialize()
+        nonlocal template
+        template, state = initialize()
         return state
 
     shapes = jax.eval_shape(initial_state)
-    return graph, shapes
+    return template, shapes
 
 
 def shard_shapes(partitioner: JitPartitioner, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -95,12 +122,8 @@ def compile_ahead(
 ) -> Row:
     """Compiles a step for abstract devices and predicts memory and time per device.
 
-    Args:
-      partitioner: Partitioner of the step, with the devices.
-      step: Function of a state and a batch.
-      state: Shapes of the state.
-      batch: Shapes of the global batch.
-      model_flops: FLOPs of the model on the batch, without recomputation.
+    State and batch are shapes. `model_flops` are those of the model on the batch, without
+    recomputation.
 
     Returns:
       Memory and work per device, and predicted times if the chip is one of `CHIPS`. "fits" is None
@@ -183,8 +206,7 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
     """Adds to each row the predicted time of the first row divided by that of the row, if known.
 
-    Args:
-      rows: Results of `compile_ahead` for one program with equal work per device.
+    The rows are results of `compile_ahead` for one program with equal work per device.
     """
     for row in rows:
         if "predicted_ms" in rows[0] and "predicted_ms" in row:

@@ -149,7 +149,7 @@ def measure_fusion(
     topologies: str | None = None,
     log: fusion.aot.Log = lambda line: None,
 ) -> dict[str, list[Row]]:
-    """Measures MiSTER-E: by default inference and a training step.
+    """Measures MiSTER-E, by default inference and a training step; returns rows by title.
 
     Args:
       config: Model, batch and devices.
@@ -158,9 +158,6 @@ def measure_fusion(
       compare: Whether to measure PyTorch as well.
       topologies: TPU topologies to compile for, see `aot.tpu_topologies`; excludes the rest.
       log: Receives a line before each long step.
-
-    Returns:
-      Rows by title.
 
     Raises:
       InputError: The options exclude each other, or need what this machine does not have.

@@ -18,19 +18,7 @@ PRESETS: dict[str, Callable[..., MisterEConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Model, batch and devices of a measurement.
-
-    Attributes:
-      preset: Sizes of the model, one of `PRESETS`.
-      speech_dim: Size D of the speech vectors.
-      text_dim: Size D of the text vectors.
-      batch_size: Dialogues in a global batch.
-      length: Utterances per dialogue; epochs use the lengths of a corpus instead.
-      dtype: Type of the model's computation, "float32" or "bfloat16".
-      devices: Number of devices that share a batch.
-      backend: "jit" or "pmap".
-      steps: Number of timed runs, or of timed epochs.
-    """
+    """Model, batch and devices of a measurement; see the flags of `benchmarks.cli`."""
 
     preset: str = "paper"
     speech_dim: int = 2048

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import aot
-from benchmarks.chips import CHIPS
 from benchmarks.flops import program_flops
 from benchmarks.measure import repeated, time_runs
 from benchmarks.report import PREDICTED, Row
@@ -49,21 +48,15 @@ _OPTIMIZER = make_optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), to
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """LoRA fine-tuning of an encoder, as `make_train_step` needs it.
-
-    Attributes:
-      config: Config of the encoder.
-      default_rows: Rows per device that use an accelerator well.
-      init: Returns the model with random parameters, given a key.
-      apply: Runs the model on a batch.
-      inputs: Returns random inputs without padding, given the number of rows.
-    """
+    """LoRA fine-tuning of an encoder, as `make_train_step` needs it."""
 
     config: Any
     default_rows: int
+    """Rows per device that use an accelerator well."""
     init: Callable[[jax.Array], nnx.Module]
     apply: Callable[..., UtteranceOutput]
     inputs: Callable[[int], Batch]
+    """Returns random inputs without padding, given the number of rows."""
 
     def batch(self, num_rows: int) -> Batch:
         """Returns a batch of random inputs and labels."""
@@ -145,12 +138,9 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
 
 
 def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
-    """Creates the tuning of an encoder in bfloat16.
+    """Creates the tuning of one of `ENCODERS` in bfloat16, with `length` tokens per text.
 
-    Args:
-      encoder: One of `ENCODERS`.
-      length: Tokens per text; ignored for speech.
-      **options: Fields of the language model's config.
+    The options are fields of the language model's config.
 
     Raises:
       InputError: The encoder is unknown, or the length is not positive.
@@ -216,11 +206,7 @@ def _model_state(state: Any) -> Any:
 
 
 def make_partitioner(devices: Sequence[jax.Device], model_parallelism: int) -> JitPartitioner:
-    """Creates the partitioner of an encoder.
-
-    Args:
-      devices: All devices.
-      model_parallelism: Number of devices that share the work on their rows.
+    """Creates the partitioner of an encoder; a group of devices shares the work on its rows.
 
     Raises:
       InputError: `model_parallelism` does not divide the number of devices.
@@ -295,13 +281,7 @@ def compile_for_tpus(
 
 
 def measure_encoder(encoder: str, *, length: int = 128, rows: int = 0, steps: int = 3) -> list[Row]:
-    """Times both programs on the devices of this machine, with random parameters.
-
-    Args:
-      encoder: One of `ENCODERS`.
-      length: Tokens per text.
-      rows: Rows per device; 0 for the default of the encoder.
-      steps: Number of timed runs.
+    """Times both programs with random parameters on this machine; see `compile_for_tpus`.
 
     Raises:
       InputError: The encoder is unknown, or the devices run out of memory.
@@ -329,7 +309,7 @@ def measure_encoder(encoder: str, *, length: int = 128, rows: int = 0, steps: in
             FINE_TUNING: repeated(tuning_step),
         }
         device, num_devices = jax.devices()[0], jax.device_count()
-        chip = CHIPS.get(device.device_kind)
+        chip = aot.CHIPS.get(device.device_kind)
         table = []
         for what, run in runs.items():
             timing = time_runs({what: run}, steps)[what]

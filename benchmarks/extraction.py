@@ -71,12 +71,7 @@ def read_texts(path: str | pathlib.Path) -> list[str]:
 
 
 class _TorchEncoder:
-    """An encoder of transformers on PyTorch.
-
-    Args:
-      folder: Folder of the encoder.
-      dtype: Type of parameters and computation.
-    """
+    """An encoder of transformers on PyTorch."""
 
     def __init__(self, folder: pathlib.Path, dtype: str):
         require_torch()
@@ -179,12 +174,9 @@ def measure_extraction(
       texts: Texts for a text encoder; random by default. A speech encoder reads noise.
       max_tokens: Maximum tokens per text.
       dtype: Type of parameters and computation.
-      compare: Whether to measure PyTorch as well.
+      compare: Whether to measure PyTorch as well; its rows come last.
       rounds: Number of timed passes over all utterances.
       log: Receives a line before each long step.
-
-    Returns:
-      Rows of this library, then of PyTorch.
 
     Raises:
       InputError: The encoder cannot be loaded, or PyTorch is missing.
@@ -192,11 +184,10 @@ def measure_extraction(
     options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
     encoder = extraction.load_encoder(name, dtype=dtype, **options)
     modality = encoder.modality
-    utterances: Sequence[Any] = texts
     if modality == "speech":
-        utterances = noise_clips(_COUNT[modality])
-    elif not texts:
-        utterances = meld_like_texts(_COUNT[modality])
+        utterances: Sequence[Any] = noise_clips(_COUNT[modality])
+    else:
+        utterances = texts or meld_like_texts(_COUNT[modality])
     encoders = {"mister_jax": encoder}
     torch = _load_torch_encoder(name, dtype, encoder) if compare else None
     if isinstance(torch, _TorchWhisper):
@@ -223,13 +214,11 @@ def measure_extraction(
         for row, one in zip(rows, encoders.values(), strict=False):
             difference = extraction.encode_utterances(one, subset)[0] - expected
             row["largest_difference"] = float(np.abs(difference).max())
-            row["relative_difference"] = float(
-                np.linalg.norm(difference) / np.linalg.norm(expected)
-            )
+            relative = np.linalg.norm(difference) / np.linalg.norm(expected)
+            row["relative_difference"] = float(relative)
+    fastest = rows[0]["utterances_per_second"]
     for row in rows:
-        row["speedup_of_mister_jax"] = (
-            rows[0]["utterances_per_second"] / row["utterances_per_second"]
-        )
+        row["speedup_of_mister_jax"] = fastest / row["utterances_per_second"]
     return rows
 
 

@@ -44,19 +44,12 @@ class _Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Work of one device in a run of a program.
+    """Work of one device in a run of a program."""
 
-    Attributes:
-      cycles: Sum of XLA's estimates of all instructions, without communication.
-      loop_factor: `cycles` divided by the cycles if every loop ran once.
-      blocking_bytes: Bytes received while the core waits.
-      overlapped_bytes: Bytes received during computation.
-    """
-
-    cycles: float
-    loop_factor: float
-    blocking_bytes: float
-    overlapped_bytes: float
+    cycles: float  # sum of XLA's estimates of all instructions, without communication
+    loop_factor: float  # `cycles` divided by the cycles if every loop ran once
+    blocking_bytes: float  # received while the core waits
+    overlapped_bytes: float  # received during computation
 
 
 def analyze_schedule(text: str) -> Schedule:

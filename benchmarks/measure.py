@@ -29,12 +29,7 @@ Run = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Measured times.
-
-    Attributes:
-      first: Seconds of the first run, including compilation.
-      seconds: Seconds of each timed run.
-    """
+    """Measured times in seconds: of the first run, which compiles, and of each timed run."""
 
     first: float
     seconds: tuple[float, ...]

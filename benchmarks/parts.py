@@ -29,13 +29,7 @@ TRAINING_STEP = "training step"
 
 
 class Part(NamedTuple):
-    """A part of the model.
-
-    Attributes:
-      function: Function of `variables` and `constants` that returns a tree of arrays.
-      variables: Parameters, and inputs that need a gradient.
-      constants: Inputs that need no gradient.
-    """
+    """A part of the model: a function of variables, which need a gradient, and constants."""
 
     function: Callable[[Any, Any], Any]
     variables: Any
@@ -150,11 +144,7 @@ def measure_parts(config: BenchmarkConfig, peak: float) -> list[Row]:
     """Times forward and backward pass of each part on one device, and the whole training step.
 
     XLA cannot fuse across parts that are compiled alone, so their sum shows where the time goes but
-    is not the time of the step.
-
-    Args:
-      config: Model and batch.
-      peak: Result of `matmul_peak`.
+    is not the time of the step. `peak` is the result of `matmul_peak`.
 
     Raises:
       InputError: The config has more than one device.

@@ -1,8 +1,4 @@
-"""Measures how fast a corpus of recordings is prepared, and that memory does not grow with it.
-
-The preparation runs in a separate process, so that its memory can be measured. The recordings are
-synthetic.
-"""
+"""Measures how fast a corpus of synthetic recordings is prepared, and in how much memory."""
 
 from __future__ import annotations
 
@@ -33,12 +29,7 @@ sys.exit(status)
 def measure_preparation(
     num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a corpus with a fourth of the utterances, and one with all.
-
-    Args:
-      num_utterances: Approximate size of the larger corpus.
-      num_workers: Number of processes that decode recordings.
-      log: Receives a line before each long step.
+    """Prepares a corpus with a fourth of the utterances, and one with about all.
 
     Returns:
       A row for each corpus, and one for their difference, from which the start of the command
@@ -55,11 +46,8 @@ def measure_preparation(
     for size in (num_utterances // 4, num_utterances):
         num_dialogues = max(len(SPLITS), round(size / mean_length))
         num_test = max(1, num_dialogues // 10)
-        splits = {
-            "train": num_dialogues - 2 * num_test,
-            "validation": num_test,
-            "test": num_test,
-        }
+        sizes = (num_dialogues - 2 * num_test, num_test, num_test)
+        splits = dict(zip(SPLITS, sizes, strict=True))
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
             log(f"writing {size} recordings")

@@ -24,13 +24,7 @@ PREDICTED = "predicted from XLA's analyses and the chips' data sheets"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Results of a measurement.
-
-    Attributes:
-      settings: Options of the measurement.
-      environment: Machine and versions, see `environment`.
-      sections: Rows by title; a value is None where it does not apply.
-    """
+    """Results of a measurement, as rows by title; a value is None where it does not apply."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from benchmarks import aot, cli, fusion
-from benchmarks.chips import CHIPS
+from benchmarks.aot import CHIPS
 from benchmarks.config import BenchmarkConfig
 from benchmarks.report import Report
 from mister_jax.errors import InputError
