@@ -130,15 +130,13 @@ class Corpus:
 def check_sizes(
     corpus: Corpus, released: Mapping[str, tuple[int, int]], *, partial: bool
 ) -> Corpus:
-    """Checks that a corpus is complete, and returns it.
+    """Checks that a corpus has the number of dialogues and utterances by split, or in "total".
 
-    Args:
-        corpus: Corpus to check.
-        released: Number of dialogues and utterances of released splits, or of "total".
-        partial: Whether to allow other sizes and add a note instead.
+    Returns:
+        The corpus, with a note if it is incomplete.
 
     Raises:
-        InputError: The sizes differ and `partial` is not set.
+        InputError: The corpus is incomplete and `partial` is not set.
     """
     sizes = corpus.sizes()
     num_dialogues, num_utterances = map(sum, zip(*sizes.values(), strict=True))

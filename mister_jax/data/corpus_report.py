@@ -31,12 +31,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 def recording_facts(
     utterance: Utterance, clip: audio.Clip | audio.AudioError | None
 ) -> dict[str, Any] | None:
-    """Returns facts about the recording of an utterance as JSON values, None if it has none.
-
-    Args:
-        utterance: Utterance of the corpus.
-        clip: Decoded recording, or the reason why it cannot be used.
-    """
+    """Returns facts about the recording of an utterance as JSON values, None if it has none."""
     if utterance.recording is None or clip is None:
         return None
     facts: dict[str, Any] = {"utterance": utterance.id, "file": utterance.recording.path}
@@ -64,9 +59,8 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
     """Returns the report on a corpus as JSON values.
 
     Args:
-        corpus: The corpus that was written.
-        facts_dir: Folder with a subfolder for each split, which holds JSON files of
-            `recording_facts`.
+        corpus: Corpus that was written.
+        facts_dir: Folder with JSON files of `recording_facts` in a subfolder for each split.
 
     Returns:
         A dict with these entries:

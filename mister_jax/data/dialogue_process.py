@@ -61,10 +61,6 @@ class ConversationProcess:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Draws the emotions of T utterances, and which of their modalities are usable.
 
-        Args:
-            length: Number of utterances T.
-            generator: Source of randomness.
-
         Returns:
             The labels [T] int32; the uninformative modality of each utterance, [T]: "speech",
             "text" or ""; and whether speech and text are present, each [T] bool.
@@ -90,16 +86,13 @@ class ConversationProcess:
         speech_present: np.ndarray,
         text_present: np.ndarray,
     ) -> np.ndarray:
-        """Computes log p(speech, text | emotion), up to a constant of each utterance.
+        """Computes log p(speech, text | emotion), [T, C], up to a constant of each utterance.
 
         Args:
             speech: Speech of each utterance, [T, Ds].
             text: Text of each utterance, [T, Dt].
             speech_present: Whether to use the speech, [T] bool.
             text_present: Whether to use the text, [T] bool.
-
-        Returns:
-            Log likelihoods, [T, C] float64.
         """
         speech_informative, speech_uninformative = (
             np.where(speech_present[:, None], density, 0.0)
@@ -120,13 +113,9 @@ class ConversationProcess:
         )
 
     def posterior(self, *features: np.ndarray) -> np.ndarray:
-        """Computes the posterior of the emotions given the whole dialogue, by forward-backward.
+        """Returns the posterior [T, C] given the whole dialogue, by forward-backward.
 
-        Args:
-            *features: Arguments of `log_likelihood`.
-
-        Returns:
-            Probabilities, [T, C] float64.
+        The features are the arguments of `log_likelihood`.
         """
         emission = self.log_likelihood(*features)  # [T, C]
         with np.errstate(divide="ignore"):
@@ -144,13 +133,7 @@ class ConversationProcess:
 def emotion_chain(
     num_classes: int, stay_probability: float, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a Markov chain of lasting emotions.
-
-    Args:
-        num_classes: Number of emotions C, at least 2.
-        stay_probability: Probability that the emotion does not change. The distribution of the next
-            emotion depends on the current one.
-        generator: Source of randomness.
+    """Draws a Markov chain of emotions that do not change with `stay_probability`.
 
     Returns:
         The initial distribution [C] and the transition matrix [C, C]. The initial distribution is

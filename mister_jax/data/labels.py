@@ -14,9 +14,6 @@ _PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "<na>", "unknown", "")
 def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """Returns class names that look like spellings of another name or of a missing value.
 
-    Args:
-        counts: Number of utterances of each class name.
-
     Returns:
         For each suspicious name: the name, the problem, and the correct name, which is empty for an
         unlabeled utterance. Spellings are compared without case, spaces, hyphens and underscores.
@@ -24,22 +21,18 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """
     spellings = collections.defaultdict(list)
     for name in sorted(counts, key=lambda name: (-counts[name], name != name.lower(), name)):
-        spellings[_normalized(name)].append(name)
+        normalized = "".join(name.casefold().split()).replace("-", "").replace("_", "")
+        spellings[normalized].append(name)
     suspicious = []
     for normalized, names in spellings.items():
         if normalized in _PLACEHOLDERS:
             suspicious += [(name, "reads like a missing label", "") for name in names]
         else:
-            suspicious += [
-                (name, f"is {names[0]!r} spelled differently", names[0]) for name in names[1:]
-            ]
+            problem = f"is {names[0]!r} spelled differently"
+            suspicious += [(name, problem, names[0]) for name in names[1:]]
     return suspicious
 
 
 def map_labels_flag(pairs: Iterable[tuple[str, str]]) -> str:
     """Returns the flag `--map_labels` for pairs of old and new names."""
     return "--map_labels=" + shlex.quote(",".join(f"{old}={new}" for old, new in pairs))
-
-
-def _normalized(name: str) -> str:
-    return "".join(name.casefold().split()).replace("-", "").replace("_", "")

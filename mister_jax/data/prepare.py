@@ -60,10 +60,8 @@ class PrepareOptions:
         group_by: Column of a manifest whose values random splits keep apart.
         seed: Seed of a manifest's random split, and of the synthetic corpus.
         num_dialogues: Number of dialogues of the synthetic corpus by split; its default if empty.
-        decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
         partial: Whether to allow an incomplete corpus.
-        overwrite: Whether to replace an existing dataset.
     """
 
     corpus: str
@@ -114,13 +112,7 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
 def read_released(
     corpus: str, source: epath.PathLike | None, config: str = "", *, partial: bool = False
 ) -> Corpus:
-    """Reads and checks a released corpus without decoding recordings.
-
-    Args:
-        corpus: Name of the corpus, one of `registry.CORPORA`.
-        source: Folder of the corpus.
-        config: Config of the corpus; its first config if empty.
-        partial: Whether to allow an incomplete corpus.
+    """Reads and checks a corpus of `registry.CORPORA` without decoding recordings.
 
     Raises:
         InputError: The corpus cannot be used.
@@ -346,13 +338,9 @@ def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
 
 
 def _check_usable(corpus: Corpus, what: str, find_problem: Callable[[str, str], str]) -> None:
-    """Raises InputError if too many recordings of a split have a problem.
+    """Raises InputError if too many recordings of a split have a problem, which `what` states.
 
-    Args:
-        corpus: Corpus to check.
-        what: Predicate of the unusable recordings.
-        find_problem: Function of utterance id and path, which returns an empty text for a usable
-            recording.
+    `find_problem` is a function of utterance id and path; it returns "" for a usable recording.
     """
     for split, dialogues in corpus.splits.items():
         problems = [

@@ -23,12 +23,7 @@ _SCALE_RANGE = (0.01, 10.0)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Standardizer:
-    """Standardizes features dimension by dimension.
-
-    Attributes:
-        mean: Mean of each dimension, [D] float32.
-        deviation: Standard deviation of each dimension, [D] float32, 1 where it is constant.
-    """
+    """Standardizes features by the mean and deviation [D] float32 of each dimension."""
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -68,23 +63,22 @@ def choose_standardizers(
             f"config.data.standardize={choice!r}; allowed: {AUTO}, {NONE}, or some of "
             f"{', '.join(MODALITIES)}"
         )
-    standardizers, reasons = {}, []
+    standardizers, notes = {}, []
     for modality in MODALITIES:
-        if modality not in names and names != [AUTO]:
-            continue
         vectors = getattr(features, modality)[getattr(features, f"{modality}_present")]
         if names == [AUTO]:
             reason = why_standardize(vectors)
-            if reason:
-                reasons.append(f"{modality}, {reason}")
+            if not reason:
+                continue
+            notes.append(f"standardizing {modality}, {reason} (config.data.standardize=auto)")
+        elif modality not in names:
+            continue
         elif len(vectors) == 0:
             raise InputError(
                 f"config.data.standardize: no utterance of dataset {features.name}, split "
                 f"{features.split} has {modality!r}; allowed: modalities that are present"
             )
-        if names != [AUTO] or reason:
-            standardizers[modality] = Standardizer.fit(vectors)
-    notes = [f"standardizing {reason} (config.data.standardize=auto)" for reason in reasons]
+        standardizers[modality] = Standardizer.fit(vectors)
     return standardizers, notes
 
 

@@ -18,6 +18,7 @@ from mister_jax.data.corpus import (
     existing_directory,
     read_text,
 )
+from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
 _FOUR = {"hap": "happy", "sad": "sad", "neu": "neutral", "ang": "angry"}
@@ -32,22 +33,12 @@ _LABELS = (*CLASSES["six"], "xxx", "oth", "sur", "fea", "dis")
 
 VALIDATION = ("session1", "cosmic12")
 
-COSMIC12 = frozenset(
-    {
-        "Ses01M_impro01",
-        "Ses01M_script03_1",
-        "Ses02F_impro02",
-        "Ses02F_impro07",
-        "Ses02M_script01_2",
-        "Ses03F_impro01",
-        "Ses03M_impro02",
-        "Ses03M_impro08a",
-        "Ses03M_script02_2",
-        "Ses03M_script03_2",
-        "Ses04F_impro07",
-        "Ses04F_script02_1",
-    }
-)
+_COSMIC12 = """
+    Ses01M_impro01 Ses01M_script03_1 Ses02F_impro02 Ses02F_impro07 Ses02M_script01_2 Ses03F_impro01
+    Ses03M_impro02 Ses03M_impro08a Ses03M_script02_2 Ses03M_script03_2 Ses04F_impro07
+    Ses04F_script02_1
+"""
+COSMIC12 = frozenset(_COSMIC12.split())
 """Validation dialogues of COSMIC (arXiv 2010.02795). Their speakers also occur in training."""
 
 RELEASED = (151, 10_039)
@@ -89,7 +80,7 @@ def read_iemocap(
     root = existing_directory(source, needed=LAYOUT)
     if not (root / "Session1").is_dir() and (root / "IEMOCAP_full_release").is_dir():
         root = root / "IEMOCAP_full_release"
-    splits: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Dialogue]] = {split: [] for split in SPLITS}
     notes: list[str] = []
     for session in range(1, 6):
         folder = root / f"Session{session}"
@@ -104,12 +95,8 @@ def read_iemocap(
         for path in paths:
             dialogue = _read_dialogue(path, folder, CLASSES[classes], notes)
             in_validation = session == 1 if validation == "session1" else dialogue.id in COSMIC12
-            split = "train"
-            if session == 5:
-                split = "test"
-            elif in_validation:
-                split = "validation"
-            splits[split].append(dialogue)
+            split = "validation" if in_validation else "train"
+            splits["test" if session == 5 else split].append(dialogue)
     class_names = tuple(dict.fromkeys(CLASSES[classes].values()))
     corpus = Corpus("iemocap", class_names, splits, notes=tuple(notes))
     return check_sizes(corpus, {"total": RELEASED}, partial=partial)
@@ -127,7 +114,8 @@ def _read_dialogue(
         match = _LINE.fullmatch(line.strip())
         if match is None or not _is_turn(match[1]):
             continue
-        if texts.setdefault(match[1], match[2].strip()) != match[2].strip():
+        text = match[2].strip()
+        if texts.setdefault(match[1], text) != text:
             raise InputError(
                 f"{transcript}: line {number}: turn {match[1]} is repeated with another text; "
                 "needed: one text per turn"

@@ -34,8 +34,8 @@ _URL = "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD"
 
 _TIMEOUT_SECONDS = 10.0
 
+# Folders where TFDS stores unfinished downloads.
 _UNFINISHED = "*/*.tmp.*"
-"""Pattern of the folders where TFDS stores unfinished downloads."""
 
 CLASS_NAMES = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
 
@@ -56,8 +56,7 @@ LAYOUT = f"MELD.Raw, with {', '.join(CSV_FILES.values())} and {', '.join(CLIP_FO
 
 _COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
 _TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
-_CLIP = re.compile(r"(?:final_videos_test)?dia\d+_utt\d+\.mp4")
-
+_CLIP = re.compile(r"dia\d+_utt\d+\.mp4")
 
 # Characters of U+0080 to U+009F, read as bytes of cp1252, where five bytes are undefined.
 _WINDOWS = {
@@ -99,14 +98,12 @@ def read_meld(
                 "--config=text needs no clips"
             )
         splits[split], used = _read_split(path, split, folder, corrected_test_clips)
-        if folder is not None:
-            clip_names = {clip.name for clip in folder.iterdir() if _CLIP.fullmatch(clip.name)}
-            unused = sorted(clip for clip in clip_names - used if not clip.startswith("final_"))
-            if unused:
-                notes.append(
-                    f"{split}: {len(unused)} clips without a row are ignored, for example "
-                    f"{unused[0]}"
-                )
+        clip_names = {clip.name for clip in folder.iterdir()} if folder else set()
+        unused = sorted(filter(_CLIP.fullmatch, clip_names - used))
+        if unused:
+            notes.append(
+                f"{split}: {len(unused)} clips without a row are ignored, for example {unused[0]}"
+            )
     corpus = Corpus("meld", CLASS_NAMES, splits, notes=tuple(notes))
     return check_sizes(corpus, RELEASED, partial=partial)
 
@@ -210,24 +207,22 @@ def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
 
 def _check_reachable(url: str) -> None:
     """Raises an error unless the server confirms within the timeout that a file exists."""
-    results: list[Exception | None] = []
+    errors: list[Exception] = [TimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s")]
 
     def request_head() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
-            results.append(None)
+            errors.clear()
         except Exception as error:
-            results.append(error)
+            errors[0] = error
 
     # A DNS lookup has no timeout, so it runs in a thread.
     thread = threading.Thread(target=request_head, daemon=True)
     thread.start()
     thread.join(_TIMEOUT_SECONDS)
-    if not results:
-        raise TimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s")
-    if results[0] is not None:
-        raise results[0]
+    for error in errors:
+        raise error
 
 
 class Meld(DialogueBuilder):

@@ -23,6 +23,7 @@ from mister_jax.data.corpus import (
     find,
     read_text,
 )
+from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
 CLASS_NAMES = ("negative", "non_negative")
@@ -79,7 +80,7 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
     if labels is None or not transcripts.is_dir():
         missing = LABELS if labels is None else TRANSCRIPTS
         raise InputError(f"{root}: no {missing}; needed: {LAYOUT}")
-    splits: dict[str, list[Dialogue]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Dialogue]] = {split: [] for split in SPLITS}
     for video, (scores, intervals) in sorted(_opinions(labels).items()):
         if video not in VIDEOS:
             raise InputError(f"{labels}: video {video!r} is in no split of the corpus")
@@ -154,9 +155,10 @@ def _transcript(path: pathlib.Path) -> dict[int, str]:
         match = _SEGMENT.fullmatch(line.strip())
         if match is None:
             raise InputError(f"{path}: line {number}: {line[:60]!r}; needed: number_DELIM_text")
-        if int(match[1]) in texts:
-            raise InputError(f"{path}: line {number}: segment {match[1]} is repeated")
-        texts[int(match[1])] = match[2].strip()
+        segment = int(match[1])
+        if segment in texts:
+            raise InputError(f"{path}: line {number}: segment {segment} is repeated")
+        texts[segment] = match[2].strip()
     return texts
 
 

@@ -14,15 +14,7 @@ from mister_jax.data.dialogue_process import (
 
 
 class _Emotion(NamedTuple):
-    """How speakers express an emotion.
-
-    Attributes:
-        style: Mean pitch, loudness, tempo and brightness, in standard deviations.
-        feelings: Words for feelings.
-        things: Words for topics.
-    """
-
-    style: tuple[float, float, float, float]
+    style: tuple[float, float, float, float]  # mean pitch, loudness, tempo and brightness
     feelings: str
     things: str
 
@@ -127,13 +119,7 @@ class SpokenDialogueProcess(ConversationProcess):
     def sample_style(
         self, label: np.ndarray, uninformative: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
-        """Draws speaking styles [T, 4], in standard deviations.
-
-        Args:
-            label: Emotion of each utterance [T].
-            uninformative: Whether speech is independent of the emotion [T].
-            generator: Source of randomness.
-        """
+        """Draws speaking styles [T, 4], in standard deviations, of emotions `label` [T]."""
         mean = np.where(uninformative[:, None], self.style_mean[0], self.style_mean[label])
         return mean + generator.normal(size=mean.shape)
 

@@ -48,12 +48,7 @@ def physical_style(style: np.ndarray) -> tuple[float, float, float, float]:
 def synthesize(
     style: np.ndarray, formant_scale: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Synthesizes an utterance.
-
-    Args:
-        style: Speaking style [4].
-        formant_scale: Factor of all formants.
-        generator: Random generator of everything that is independent of the style.
+    """Synthesizes an utterance in a speaking style [4], with all formants scaled.
 
     Returns:
         Samples [S] int16 at `SAMPLE_RATE`. The geometric mean pitch, the root mean square and the
@@ -96,15 +91,9 @@ def _harmonics(frequency: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _apply_formants(source: np.ndarray, syllable: np.ndarray, formants: np.ndarray) -> np.ndarray:
-    """Filters a source by formants that glide from syllable to syllable.
+    """Filters a source [S] by formants that glide from syllable to syllable.
 
-    Args:
-        source: Voice source [S].
-        syllable: Fractional index into `formants` of each sample [S].
-        formants: Formants of each syllable in Hz [syllables, 3].
-
-    Returns:
-        Filtered samples [S].
+    `syllable` [S] is the fractional index of each sample into `formants` [syllables, 3] in Hz.
     """
     hop, frame_size = 256, 512  # Hann windows of twice the hop add up to 1.
     count = -(-len(source) // hop) + 1

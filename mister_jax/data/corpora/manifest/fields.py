@@ -145,9 +145,6 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     recording, it is `start` to `end`. Without any times, each of them would contain the speech of
     the others, which is an error.
 
-    Args:
-        rows: Fields of N utterances.
-
     Raises:
         InputError: Several utterances would use the same complete recording.
     """
@@ -177,12 +174,7 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
 
 
 def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
-    """Checks the name of an extra column, which is a column that is not in `FIELDS`.
-
-    Args:
-        row: Row of the column, for the error.
-        name: Name of the column.
-        names: Names of all columns of the row.
+    """Checks the name of a column that is not in `FIELDS`; `names` are all columns of the row.
 
     Raises:
         InputError: The name is not printable, or looks like a misspelled field that is absent.
