@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import transformers
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -331,6 +330,8 @@ def load_processor(
     Raises:
       InputError: Files are missing, or contradict the module's vocabulary or config.json.
     """
+    import transformers  # Prosody and merged features do without it.
+
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config
     architecture = find_architecture(hf_config, folder / CONFIG_FILE)
