@@ -18,7 +18,7 @@ from flax import nnx
 from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
-from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
+from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
 from mister_jax.errors import InputError
 from mister_jax.nn import Dropout, ScannedLayers
 from mister_jax.nn.attention import Implementation
@@ -224,7 +224,7 @@ class BertLayer(nnx.Module):
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(x, mask, **options)
         x = self.attention_norm(x + self.dropout(attended, **options))
-        hidden = jax.nn.gelu(self.mlp_in(x, **options), approximate=False)  # [B, N, mlp_dim]
+        hidden = gelu(self.mlp_in(x, **options))  # [B, N, mlp_dim]
         return self.mlp_norm(x + self.dropout(self.mlp_out(hidden, **options), **options))
 
 

@@ -94,6 +94,13 @@ def dtypes(config: Any) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """Computes the exact GELU, x times the standard normal distribution function, in float32."""
+    # `jax.nn.gelu` computes erfc, which takes several times as long as erf on CPUs and TPUs.
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
+
+
 def layer_norm(size: int, epsilon: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Creates a LayerNorm with a config's types."""
     # The fast variance loses precision where a few dimensions are far larger than the others.

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mister_jax.encoders import frontends
 from mister_jax.encoders.beats.config import BeatsConfig
-from mister_jax.encoders.layers import dtypes
+from mister_jax.encoders.layers import dtypes, gelu
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.attention import dot_product_attention
@@ -145,7 +145,7 @@ class BeatsLayer(nnx.Module):
         """Transforms x [B, N, D]; there is no dropout."""
         attended = self.attention(x, mask, position_bias)
         x = self.attention_norm(self.residual_scale * x + attended)
-        hidden = jax.nn.gelu(self.mlp_in(x), approximate=False)
+        hidden = gelu(self.mlp_in(x))
         return self.mlp_norm(self.residual_scale * x + self.mlp_out(hidden))
 
 
@@ -212,7 +212,7 @@ class Beats(nnx.Module):
         # The input is masked as well, because gradients through non-finite padding would be NaN.
         x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
         x = jnp.where(valid, self.projection(x), 0)  # [B, N, D]
-        x = self.norm(x + jax.nn.gelu(self.position_convolution(x), approximate=False))
+        x = self.norm(x + gelu(self.position_convolution(x)))
         return self.layers(x, token_mask, self.relative_bias(num_tokens))[0]
 
     def relative_bias(self, num_tokens: int) -> jax.Array:

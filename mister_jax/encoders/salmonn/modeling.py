@@ -20,7 +20,7 @@ from mister_jax.encoders import beats, frontends
 from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
 from mister_jax.encoders.beats import Beats
 from mister_jax.encoders.decoder import Decoder
-from mister_jax.encoders.layers import dtypes
+from mister_jax.encoders.layers import dtypes, gelu
 from mister_jax.encoders.salmonn.config import QFormerConfig, SalmonnConfig
 from mister_jax.encoders.whisper import Whisper
 from mister_jax.errors import InputError
@@ -91,7 +91,7 @@ class QFormerLayer(nnx.Module):
         There is no dropout.
         """
         x = self.cross_attention(self.attention(x, x), frames)
-        return self.mlp_norm(x + self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False)))
+        return self.mlp_norm(x + self.mlp_out(gelu(self.mlp_in(x))))
 
 
 class WindowQFormer(nnx.Module):

@@ -17,17 +17,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mister_jax.encoders import frontends
-from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
+from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.encoders.wavlm.config import WavLMConfig
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import length_mask
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
 
 
 class MaskedChannelNorm(nnx.Module):
@@ -105,7 +101,7 @@ class WaveformEncoder(nnx.Module):
                 x = self.channel_norm(x, length_mask(lengths, x.shape[1]))
             if self.norms:
                 x = self.norms[index](x)
-            x = _gelu(x)
+            x = gelu(x)
         return x
 
 
@@ -189,7 +185,7 @@ class TransformerLayer(nnx.Module):
 
     def feed_forward(self, x: jax.Array, **options: Any) -> jax.Array:
         """Returns the feed-forward block's residual for x [B, N, D]."""
-        hidden = self.activation_dropout(_gelu(self.mlp_in(x, **options)), **options)
+        hidden = self.activation_dropout(gelu(self.mlp_in(x, **options)), **options)
         return self.dropout(self.mlp_out(hidden, **options), **options)
 
 
@@ -345,7 +341,7 @@ class WavLM(nnx.Module):
             x = self.projection_norm(x)
         x = self.projection_dropout(self.projection(x, **options), **options)
         x = jnp.where(mask[..., None], x, 0)  # [B, N, D]
-        x = x + _gelu(self.position_convolution(x))
+        x = x + gelu(self.position_convolution(x))
         x = self.dropout(x if config.norm_first else self.norm(x), **options)
         last, layers = self.layers(
             x,

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders import augment, frontends
-from mister_jax.encoders.layers import SelfAttention, dtypes, layer_norm
+from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
 from mister_jax.encoders.whisper.config import SAMPLES_PER_POSITION, WhisperConfig
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
@@ -71,7 +71,7 @@ class WhisperLayer(nnx.Module):
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         attended = self.attention(self.attention_norm(x), key_mask[:, None, None], **options)
         x = x + self.dropout(attended, **options)
-        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x), **options), approximate=False)
+        hidden = gelu(self.mlp_in(self.mlp_norm(x), **options))
         hidden = self.activation_dropout(hidden, **options)
         return x + self.dropout(self.mlp_out(hidden, **options), **options)
 
@@ -227,8 +227,8 @@ class Whisper(nnx.Module):
         if num_frames % 2 or num_frames > max_frames:
             raise ValueError(f"{num_frames} frames; allowed: an even number up to {max_frames}")
         mel = self._augment(mel, lengths, **options)
-        x = jax.nn.gelu(self.convolution(mel), approximate=False)
-        x = jax.nn.gelu(self.strided_convolution(x), approximate=False)  # [B, N, D]
+        x = gelu(self.convolution(mel))
+        x = gelu(self.strided_convolution(x))  # [B, N, D]
         # The positions are a parameter because checkpoints contain them, but they are not trained;
         # `optim` excludes them from weight decay.
         positions = jax.lax.stop_gradient(self.positions[: x.shape[1]]).astype(x.dtype)
