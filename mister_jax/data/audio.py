@@ -76,17 +76,16 @@ def decode(
     """Decodes the audio of a recording to `SAMPLE_RATE` and one channel.
 
     Channels with a position (left, center, ...) are mixed with FFmpeg's weights: stereo is
-    averaged, and 5.1 weights the center most, where film and television put speech, the sides less
-    and the bass not at all. Channels without a position are averaged. The weights add up to 1, so a
-    mix does not clip. If channels cancel each other out, the strongest one is used. FFmpeg chooses
-    among several audio streams. Frames that cannot be decoded become silence if time stamps reveal
-    them, otherwise they are dropped. Samples far beyond full scale are scaled to the peak.
-    `Clip.notes` reports all of this.
+    averaged, and 5.1 weights the center, where films put speech, most and the bass not at all.
+    Channels without a position are averaged. The weights add up to 1, so a mix does not clip. If
+    channels cancel each other out, the strongest one is used. FFmpeg chooses among several audio
+    streams. Frames that cannot be decoded become silence if time stamps reveal them, otherwise they
+    are dropped. Samples far beyond full scale are scaled to the peak. `Clip.notes` reports all of
+    this.
 
     Args:
         source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
-        start: Start of the cut in seconds from the beginning of the container; None for the
-            beginning.
+        start: Start of the cut in seconds from the beginning of the container, by default 0.
         end: End of the cut in seconds; the end of the recording if None or later than that. The
             cut equals that part of the decoded recording to the sample, except for the noise that
             AAC decoders synthesize.

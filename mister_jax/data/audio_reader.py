@@ -129,13 +129,9 @@ class AudioReader:
 
     def notes(self, first: int, stop: int) -> list[str]:
         """Returns notes for the user on an interval, such as "2.0 s missing"."""
-        late = missing = 0
-        for begin, end in self._gaps:
-            overlap = min(end, stop) - max(begin, first)
-            if overlap > 0 and begin == 0:
-                late += overlap
-            elif overlap > 0:
-                missing += overlap
+        gaps = [(begin, min(end, stop) - max(begin, first)) for begin, end in self._gaps]
+        late = sum(max(0, size) for begin, size in gaps if begin == 0)
+        missing = sum(max(0, size) for begin, size in gaps if begin > 0)
         notes = list(self._clock_resets)
         if late >= 0.1 * SAMPLE_RATE:
             notes.append(f"audio starts {late / SAMPLE_RATE:.1f} s late")

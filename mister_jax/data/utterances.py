@@ -1,11 +1,11 @@
 """Single utterances without their dialogues, the input of encoders.
 
-`tokens` and `clips` add what is specific to text and speech.
+`clips` adds what is specific to speech.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
 from mister_jax.data.schema import UNLABELED, fingerprint
 
 Batch = dict[str, np.ndarray]
+
+Encode = Callable[[Sequence[str]], list[np.ndarray]]
+"""Function that maps texts to the token ids [n] int32 of each."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,3 +168,40 @@ def utterance_batches(
         }
 
     return (make_batch(rows, padded_length) for rows, padded_length in planned[start_step:])
+
+
+def load_tokens(
+    name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
+) -> Utterances:
+    """Loads the utterances with text of a split of a dialogue dataset, and tokenizes them.
+
+    Raises:
+        InputError: The dataset or split does not exist.
+    """
+    utterances = load_utterances(
+        name, split, data_dir, lambda turn: turn.text if turn.text_present else None
+    )
+    return dataclasses.replace(utterances, items=tuple(encode(utterances.items)))
+
+
+def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids [B, N] int32, zero-padded on the right, and their mask [B, N] bool."""
+    ids = np.zeros((len(tokens), length), np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for row, values in enumerate(tokens):
+        ids[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return ids, mask
+
+
+def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Batch]:
+    """Returns the batches of one epoch; the plan is for `tokens.sizes`.
+
+    Returns:
+        An iterator over dicts with the arrays of `utterance_batches`, which has the other options,
+        and
+
+        - `input_ids` [B, N] int32, zero in padding
+        - `mask` [B, N] bool
+    """
+    return utterance_batches(tokens, plan, pad_tokens, ("input_ids", "mask"), **options)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mister_jax.data.tokens import load_tokens, pad_tokens
-from mister_jax.data.utterances import Utterances
+from mister_jax.data.utterances import Utterances, load_tokens, pad_tokens
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.extraction.encoder import (

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mister_jax.data.tokens import load_tokens, token_batches
-from mister_jax.data.utterances import Utterances
+from mister_jax.data.utterances import Utterances, load_tokens, token_batches
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.models.utterance import TextUtterance, UtteranceHead, UtteranceOutput

@@ -150,12 +150,8 @@ def make_spoken_dialogue_process(
 ) -> SpokenDialogueProcess:
     """Draws the emotion chain of a process.
 
-    Args:
-        seed: Seed, at least 0. The same seed gives the same process.
-        num_classes: Number of emotions C, 2 to 7, see `class_names`.
-        stay_probability: See `dialogue_process.emotion_chain`.
-        uninformative_share: See `dialogue_process.ConversationProcess`, at most 0.5.
-        missing_share: See `dialogue_process.ConversationProcess`.
+    The number of emotions is 2 to 7, see `class_names`. The other options are those of
+    `dialogue_process.emotion_chain` and `dialogue_process.ConversationProcess`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -167,14 +163,15 @@ def make_spoken_dialogue_process(
     shares = _list_shares(names)
     words: list[str] = []
     probabilities: list[np.ndarray] = []
+    is_feeling: list[bool] = []
     for kind in ("feelings", "things"):
         for emotion, share in zip(emotions, shares.T, strict=True):
             list_words = getattr(emotion, kind).split()
             words += list_words
             # All words of a list are equally frequent.
             probabilities += [share / len(list_words)] * len(list_words)
+            is_feeling += [kind == "feelings"] * len(list_words)
     probability = np.stack(probabilities, axis=1)  # [C + 1, V]
-    num_feelings = sum(len(emotion.feelings.split()) for emotion in emotions)
     return SpokenDialogueProcess(
         initial=initial,
         transition=transition,
@@ -182,7 +179,7 @@ def make_spoken_dialogue_process(
         missing_share=missing_share,
         style_mean=np.array([emotion.style for emotion in emotions]),
         words=tuple(words),
-        is_feeling=np.arange(len(words)) < num_feelings,
+        is_feeling=np.array(is_feeling),
         word_probability=probability[:-1],
         neutral_probability=probability[-1],
     )

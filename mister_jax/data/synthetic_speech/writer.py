@@ -66,8 +66,8 @@ def write_speech_corpus(
         seed: Seed, at least 0.
         num_dialogues: Number of dialogues by split.
         num_workers: Number of processes that synthesize; with 0 this process does.
-        overwrite: Replace the directory if it holds a synthetic speech corpus. Otherwise, an
-            existing corpus with the same arguments is reused.
+        overwrite: Whether to replace a synthetic speech corpus instead of reusing one with the same
+            arguments.
         log: Called with a line if an existing corpus is reused.
         **options: Options of `make_spoken_dialogue_process`, such as `num_classes`.
 
@@ -125,11 +125,7 @@ def write_speech_corpus(
 
 
 def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite: bool) -> bool:
-    """Returns whether an existing directory is the requested corpus.
-
-    Raises:
-        InputError: It is not, and may not be replaced either.
-    """
+    """Returns whether a directory is the requested corpus; raises if it may not be replaced."""
     if not all((directory / name).is_file() for name in (MANIFEST, TRUTH, SCORES)):
         raise InputError(f"{directory}: not a synthetic speech corpus, so it is not overwritten")
     if overwrite:
