@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mister_jax.nn.attention import Implementation, dot_product_attention
+from mister_jax.encoders.attention import dot_product_attention
+from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear
 
