@@ -1,9 +1,4 @@
-"""Feature extraction: encodes the utterances of a dialogue dataset, between the two trainings.
-
-`encoder` defines encoders and runs them over many utterances, `text` and `speech` hold the
-pretrained encoders of each modality, `loading` loads an encoder by name, work directory or
-metadata, and `feature_dataset` writes the datasets that MiSTER-E trains on.
-"""
+"""Feature extraction: encodes the utterances of a dialogue dataset, between the two trainings."""
 
 from mister_jax.extraction.encoder import Encoder, encode_utterances
 from mister_jax.extraction.feature_dataset import extract_features, merge_features

@@ -1,7 +1,4 @@
-"""The interface of utterance encoders, and how one encodes many utterances.
-
-Utterances are sorted by length and encoded in batches of a budget, resumably.
-"""
+"""Utterance encoders, which encode many utterances in batches of a budget, sorted by length."""
 
 from __future__ import annotations
 
@@ -32,25 +29,15 @@ _ITEMS_PER_FILE = 2048  # a killed run repeats at most this many
 
 
 class Input(Protocol):
-    """Turns utterances of one modality into items, which are arrays, and items into batches.
+    """Turns utterances of one modality into items, which are arrays, and items into batches."""
 
-    Attributes:
-      modality: "speech" or "text".
-      unit: Unit of budgets and speeds.
-      budget: Default number of units in a batch on each device, including padding.
-      steps_per_unit: Length steps per unit.
-      length_steps: Lengths in steps that batches are padded to, besides `max_length`.
-      max_length: Length in steps of the longest item that a batch holds.
-      max_samples: Maximum number of samples read from a clip; None if unlimited or for text.
-    """
-
-    modality: str
-    unit: str
-    budget: int
-    steps_per_unit: int
-    length_steps: tuple[int, ...]
-    max_length: int
-    max_samples: int | None
+    modality: str  # "speech" or "text"
+    unit: str  # of budgets and speeds
+    budget: int  # default number of units in a batch on each device, including padding
+    steps_per_unit: int  # length steps per unit
+    length_steps: tuple[int, ...]  # that batches are padded to, besides `max_length`
+    max_length: int  # in steps, of the longest item that a batch holds
+    max_samples: int | None  # read from a clip; None if unlimited or for text
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         """Loads the utterances of a split of a dialogue dataset."""
@@ -79,12 +66,9 @@ class Encoder:
       partitioner: Partitioner of batches and parameters.
       metadata: JSON values that the features depend on. `kind`, `name` and `options` tell
         `encoder_from_metadata` how to load the encoder; the others detect changes to its files.
-      encode: Function from a batch to features [B, F].
+      encode: Function from a batch of the input to features [B, F] float32 on the devices.
 
     Attributes:
-      input: Input of the encoder.
-      partitioner: Partitioner of batches and parameters.
-      metadata: JSON values that the features depend on.
       oom_hint: How to reduce the memory that an extraction takes.
     """
 
@@ -152,20 +136,10 @@ def encode_items(
     quiet: bool = False,
     resume_dir: epath.Path | None = None,
 ) -> np.ndarray:
-    """Encodes items, none of which is empty.
+    """Encodes N >= 1 items of the encoder's input, none of which is empty, to features [N, F].
 
-    If an item is split into windows, its feature is their mean, weighted by their lengths.
-
-    Args:
-      encoder: Encoder of the items.
-      items: N >= 1 items of the encoder's input.
-      budget: Units in a batch on each device, including padding; by default that of the input.
-      unit: What the progress bar counts.
-      quiet: Whether to show no progress.
-      resume_dir: Folder to save features in as they are computed, and to resume from.
-
-    Returns:
-      Features [N, F].
+    If an item is split into windows, its feature is their mean, weighted by their lengths. The
+    features are saved in `resume_dir` as they are computed.
 
     Raises:
       InputError: The folder cannot be written, or a batch does not fit in the devices' memory.
@@ -297,12 +271,7 @@ def pretrained_metadata(
 ) -> dict[str, Any]:
     """Returns the metadata of a pretrained encoder, see `Encoder`.
 
-    Args:
-      kind: Kind of encoder, "text" or "speech".
-      name: Folder or name on the Hugging Face Hub.
-      options: Further arguments of the encoder.
-      files: Fingerprint of the encoder's files.
-      adapter: Folder of a PEFT adapter, empty if there is none.
+    `files` is the fingerprint of the encoder's files, and `adapter` a folder or empty.
     """
     if adapter:
         options = {**options, "adapter": absolute_path(adapter)}

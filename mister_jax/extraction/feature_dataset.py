@@ -102,14 +102,7 @@ def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str
 def _dialogue_features(
     source: DialogueDataset, split: str, modality: str, features: dict[str, np.ndarray]
 ) -> data.DialogueFeatures:
-    """Returns a split whose other modality is missing.
-
-    Args:
-      source: Dialogue dataset.
-      split: Name of the split.
-      modality: Modality of the features.
-      features: Feature [F] by utterance id; other utterances lack the modality.
-    """
+    """Returns a split with one modality, given its features [F] by utterance id."""
     dialogues, turns = [], []
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
@@ -201,12 +194,9 @@ def _merge_split(
             f"{text.utterance_ids[differences[0]]}"
         )
     # Either dataset may itself be merged and have metadata of a modality that is not taken.
-    metadata = {
-        name: value
-        for name, value in {**speech.metadata, **text.metadata}.items()
-        if name not in ("speech", "text")
-    }
+    metadata = {**speech.metadata, **text.metadata}
     for modality, features in (("speech", speech), ("text", text)):
+        metadata.pop(modality, None)
         if modality in features.metadata:
             metadata[modality] = features.metadata[modality]
     return dataclasses.replace(

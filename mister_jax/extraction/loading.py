@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,27 +24,9 @@ _SALMONN_PARTS = ("whisper", "beats", "vicuna")
 ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
 """Options that are paths of further files."""
 
-# Options of `load_encoder` by the kind of encoder.
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    PROSODY: ("max_seconds",),
-    "text": ("max_tokens", "adapter", "dtype"),
-    "speech": (
-        "max_seconds",
-        "windows",
-        *_SALMONN_PARTS,
-        "trim",
-        "prompt",
-        "adapter",
-        "dtype",
-    ),
-}
-
 
 class TunedEncoder(Encoder):
     """An encoder with the best parameters of its training. Features are those of its head.
-
-    Args:
-      workdir: Work directory of the training.
 
     Raises:
       InputError: The directory is not that of an encoder's training, or has no best checkpoint.
@@ -82,7 +65,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Encoder]] = {
     "tuned": TunedEncoder,
     "text": PretrainedText,
     "speech": PretrainedSpeech,
-    PROSODY: lambda _, **options: ProsodyEncoder(**options),
+    PROSODY: lambda _, max_seconds=None: ProsodyEncoder(max_seconds=max_seconds),
 }
 
 
@@ -105,11 +88,14 @@ def load_encoder(name: str, **options: Any) -> Encoder:
         kind = "speech"  # SALMONN's own checkpoint has no config.json.
     else:
         kind = registry.find_modality(name)
-    unsupported = [option for option in options if option not in _OPTIONS[kind]]
+    allowed = list(inspect.signature(_CONSTRUCTORS[kind]).parameters)[1:]  # without the name
+    if "param_dtype" in allowed:
+        allowed.remove("param_dtype")
+    unsupported = [option for option in options if option not in allowed]
     if unsupported:
         raise InputError(
             f"{name}: {', '.join(unsupported)}; allowed for an encoder of this kind ({kind}): "
-            f"{', '.join(_OPTIONS[kind])}"
+            f"{', '.join(allowed)}"
         )
     if "dtype" in options:
         options["param_dtype"] = options["dtype"]
@@ -119,8 +105,7 @@ def load_encoder(name: str, **options: Any) -> Encoder:
 def encoder_from_metadata(metadata: Mapping[str, Any]) -> Encoder:
     """Loads the encoder that extracted the features of a dataset.
 
-    Args:
-      metadata: Metadata of the dataset's modality, which includes `Encoder.metadata`.
+    The metadata are those of the dataset's modality, which include `Encoder.metadata`.
 
     Raises:
       InputError: The encoder cannot be loaded, or has changed since the extraction.

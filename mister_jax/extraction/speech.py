@@ -12,15 +12,9 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from mister_jax.data import clips
 from mister_jax.data.audio import SAMPLE_RATE
-from mister_jax.data.clips import (
-    LENGTH_STEP,
-    is_audible,
-    lengths_in_steps,
-    load_clips,
-    pad_clips,
-    truncate,
-)
+from mister_jax.data.clips import LENGTH_STEP
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import speech
 from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
@@ -48,9 +42,7 @@ _LENGTHS = (
 )
 
 _FULL_SCALE = 2**15
-
-# Samples for which prosody is computed at a time on a CPU.
-_CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE
+_CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # for which prosody is computed at a time on a CPU
 
 
 class SpeechInput:
@@ -72,24 +64,24 @@ class SpeechInput:
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
         """Loads the audible clips of a split."""
-        return load_clips(dataset, split, data_dir, self.max_samples)
+        return clips.load_clips(dataset, split, data_dir, self.max_samples)
 
     def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the samples [S] int16 of each clip, empty if it is silent."""
         for clip in utterances:
             if clip.ndim != 1 or clip.dtype != np.int16:
                 raise ValueError(f"clip {clip.dtype} {list(clip.shape)}; allowed: int16 [S]")
-        return [truncate(clip, self.max_samples) for clip in utterances]
+        return [clips.truncate(clip, self.max_samples) for clip in utterances]
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
         """Splits a clip into windows of equal length, without silent ones."""
         windows = np.array_split(item, max(1, -(-len(item) // self._window_samples)))
-        return [window for window in windows if is_audible(window)] or windows
+        return [window for window in windows if clips.is_audible(window)] or windows
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the lengths of clips in tenths of a second [N] int."""
         sizes = np.array([len(clip) for clip in items], int)
-        return lengths_in_steps(sizes, self._window_samples)
+        return clips.lengths_in_steps(sizes, self._window_samples)
 
     def num_units(self, items: Sequence[np.ndarray]) -> float:
         """Returns the total number of seconds."""
@@ -97,7 +89,7 @@ class SpeechInput:
 
     def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
         """Returns `waveform` [B, S] int16 and `lengths` [B] int32."""
-        waveform, lengths = pad_clips(list(items), length * LENGTH_STEP)
+        waveform, lengths = clips.pad_clips(list(items), length * LENGTH_STEP)
         return {"waveform": waveform, "lengths": lengths}
 
 
@@ -200,20 +192,20 @@ class ProsodyEncoder(Encoder):
         partitioner = JitPartitioner(data_mesh())
         on_one_cpu = jax.default_backend() == "cpu" and partitioner.num_shards == 1
 
-        def features(clips: tuple[jax.Array, jax.Array]) -> jax.Array:
-            waveform, lengths = clips
+        def features(waveform_and_lengths: tuple[jax.Array, jax.Array]) -> jax.Array:
+            waveform, lengths = waveform_and_lengths
             return compute_prosody(waveform.astype(jnp.float32) / _FULL_SCALE, lengths)[0]
 
         def step(_params: Any, batch: dict[str, Any], _axis_name: str | None) -> jax.Array:
-            clips = batch["waveform"], batch["lengths"]
+            inputs = batch["waveform"], batch["lengths"]
             if not on_one_cpu:
-                return features(clips)
+                return features(inputs)
             # Overlapping frames are much larger than the samples. A few clips at a time fit in the
             # cache of a CPU, and encoding them is 1.5 times as fast.
             rows, samples = batch["waveform"].shape
             max_clips = max(1, _CPU_CHUNK_SAMPLES // samples)
             num_clips = max(count for count in range(1, max_clips + 1) if rows % count == 0)
-            chunks = jax.tree.map(lambda x: x.reshape(-1, num_clips, *x.shape[1:]), clips)
+            chunks = jax.tree.map(lambda x: x.reshape(-1, num_clips, *x.shape[1:]), inputs)
             return jax.lax.map(features, chunks).reshape(rows, -1)
 
         metadata = {
