@@ -97,14 +97,9 @@ def load_backbone(
     rules: NameRules,
     **options: Any,
 ) -> Checkpoint:
-    """Fills a module from the backbone of a checkpoint and logs the head that it ignores.
+    """Fills a module from a bare backbone or a task model, whose ignored head is logged.
 
-    Args:
-      module: Module, see `load_params`.
-      table: Key table with the names of the bare backbone.
-      checkpoint: Checkpoint of the bare backbone or of a task model.
-      rules: Name rules of the architecture.
-      **options: Further arguments of `load_params`.
+    The table has the names of the bare backbone. The further options are those of `load_params`.
 
     Returns:
       The tensors of the head, still in their file.
@@ -130,16 +125,9 @@ def log_ignored(path: pathlib.Path, names: tuple[str, ...], part: str) -> None:
 def save_params(
     module: nnx.Module, table: KeyTable, *, prefix: str = "", skip: Any = nnx.LoRAParam
 ) -> Mapping[str, Tensor]:
-    """Returns the tensors of a module's parameters under the names of a checkpoint.
+    """Returns the tensors of a module's parameters by name; the arguments are as in `load_params`.
 
-    Args:
-      module: Concrete module.
-      table: Key table of all parameters of the module that are not skipped.
-      prefix: Prefix of all names.
-      skip: Filter of variables that are left out.
-
-    Returns:
-      Tensors by name, each copied to the host when it is sliced.
+    A tensor is copied to the host when it is sliced.
 
     Raises:
       ValueError: The table does not fit the module, or has a `combine` without `split`.
@@ -296,17 +284,13 @@ def summarize(names: Iterable[str]) -> str:
         match = re.match(r"(.*?\.)(\d+)(\..*)", name)
         start, layer, end = match.groups() if match else (name, "", "")
         layers_by_name.setdefault((start, end), []).append(layer)
-    folded = [
-        f"{start}{layers[0] if len(layers) == 1 else '{' + _format_layers(layers) + '}'}{end}"
-        for (start, end), layers in layers_by_name.items()
-    ]
-    return ", ".join([*folded[:_MAX_NAMES], *(["..."] if len(folded) > _MAX_NAMES else [])])
-
-
-def _format_layers(layers: Sequence[str]) -> str:
-    if len(layers) > _MAX_NAMES:
-        layers = [*layers[: _MAX_NAMES - 1], "...", layers[-1]]
-    return ",".join(layers)
+    folded = []
+    for (start, end), layers in layers_by_name.items():
+        if len(layers) > _MAX_NAMES:
+            layers = [*layers[: _MAX_NAMES - 1], "...", layers[-1]]
+        numbers = layers[0] if len(layers) == 1 else f"{{{','.join(layers)}}}"
+        folded.append(f"{start}{numbers}{end}")
+    return ", ".join(folded[:_MAX_NAMES] + ["..."] * (len(folded) > _MAX_NAMES))
 
 
 def _read(

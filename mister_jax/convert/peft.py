@@ -116,18 +116,10 @@ def load_adapter(
     table: KeyTable,
     rules: NameRules | None = None,
 ) -> AnyModule:
-    """Fills a module's low-rank paths from an adapter.
+    """Fills the low-rank paths of a module from an adapter, and returns the module.
 
-    Tensors of a head, and of parts that the module does not have, are ignored and logged.
-
-    Args:
-      module: Module with the LoRA of `read_lora_config`; changed in place.
-      folder: Folder of the adapter.
-      table: Key table of the module, with the names of the bare backbone.
-      rules: Name rules of the architecture; by default names must be those of the table.
-
-    Returns:
-      The module.
+    Tensors of a head, and of parts that the module does not have, are ignored and logged. The
+    module has the LoRA of `read_lora_config`, whose arguments are the same.
 
     Raises:
       InputError: `read_lora_config` raises it, the scale differs from the module's, or tensors are
