@@ -147,7 +147,7 @@ def _read_released_corpus() -> Corpus:
 
 def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
     from mister_jax.data.corpora.manifest.fields import Fields
-    from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance
+    from mister_jax.data.corpus import Corpus, DecodeRequest, Dialogue, Utterance
 
     if paths and texts and len(paths) != len(texts):
         raise InputError(
@@ -162,7 +162,7 @@ def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
     ):
         if not path and not text.strip():
             raise InputError(f"utterance {index}: neither --audio nor --text; needed: one of them")
-        recording = Recording(path, channel=channel) if path else None
+        recording = DecodeRequest(path, channel=channel) if path else None
         utterances.append(Utterance(str(index), text=text, recording=recording))
     return Corpus("command line", (), {"test": (Dialogue("1", tuple(utterances)),)})
 
@@ -174,7 +174,7 @@ def _recognizer_input(utterance: Utterance) -> dict[str, Any]:
         return {"text": utterance.text}
     return {
         "text": utterance.text,
-        "audio": recording.path,
+        "audio": recording.source,
         "audio_start": recording.start,
         "audio_end": recording.end,
         "audio_channel": recording.channel,
@@ -200,7 +200,7 @@ def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[
                     "start": start,
                     "end": end,
                     "text": utterance.text,
-                    "audio": None if recording is None else recording.path,
+                    "audio": None if recording is None else recording.source,
                     "label": utterance.label,
                     **({"metadata": dict(utterance.metadata)} if utterance.metadata else {}),
                     **next(remaining),

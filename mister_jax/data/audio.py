@@ -57,7 +57,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRequest:
-    """A recording or cut for `decode_many`. The fields are the arguments of `decode`."""
+    """A recording or a cut of it. The fields are the arguments of `decode`."""
 
     source: Source
     start: float | None = None

@@ -176,13 +176,11 @@ def _decode_dialogues(
     on_utterance: Callable[[], None] = lambda: None,
 ) -> Iterator[list[audio.Clip | audio.AudioError | None]]:
     """Yields the clips of each dialogue; all recordings share one pool of workers."""
-    recordings = (
-        utterance.recording for dialogue in dialogues for utterance in dialogue.utterances
-    )
     requests = (
-        audio.DecodeRequest(recording.path, recording.start, recording.end, recording.channel)
-        for recording in recordings
-        if recording is not None
+        utterance.recording
+        for dialogue in dialogues
+        for utterance in dialogue.utterances
+        if utterance.recording is not None
     )
     decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
     for dialogue in dialogues:

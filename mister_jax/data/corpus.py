@@ -8,25 +8,10 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from mister_jax.data.audio import DecodeRequest
 from mister_jax.data.audio_source import existing_path
 from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """Location of the audio of an utterance.
-
-    Attributes:
-        path: File in any format that FFmpeg reads; it need not exist.
-        start, end: Seconds into the file; None for its beginning or end.
-        channel: "mix", "left", "right", or an index from 0.
-    """
-
-    path: str
-    start: float | None = None
-    end: float | None = None
-    channel: str | int = "mix"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +21,7 @@ class Utterance:
     Attributes:
         id: Unique in the corpus.
         text: Transcript; empty if missing.
-        recording: Location of the audio; None if missing.
+        recording: Where the audio is, in a file that need not exist; None if missing.
         label: Name of the class; None if the utterance is only context.
         score: Sentiment in [-3, 3], in corpora with scores.
         start, end: Seconds from the beginning of the dialogue; None if unknown.
@@ -45,7 +30,7 @@ class Utterance:
 
     id: str
     text: str = ""
-    recording: Recording | None = None
+    recording: DecodeRequest | None = None
     label: str | None = None
     score: float | None = None
     start: float | None = None

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from mister_jax.data import audio
+from mister_jax.data.audio_source import source_name
 from mister_jax.data.clips import is_audible
 from mister_jax.data.corpus import Corpus, Utterance
 
@@ -34,7 +35,8 @@ def recording_facts(
     """Returns facts about the recording of an utterance as JSON values, None if it has none."""
     if utterance.recording is None or clip is None:
         return None
-    facts: dict[str, Any] = {"utterance": utterance.id, "file": utterance.recording.path}
+    path = source_name(utterance.recording.source)
+    facts: dict[str, Any] = {"utterance": utterance.id, "file": path}
     if isinstance(clip, audio.AudioError):
         reason = str(clip.reason) + (f" ({clip.detail})" if clip.detail else "")
         return {**facts, "reason": reason}

@@ -84,12 +84,8 @@ class DialogueDataset:
         scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
         return {"reference_scores": scores[split]} if split in scores else {}
 
-    def dialogues(self, split: str, *, start: int = 0) -> Iterator[StoredDialogue]:
+    def dialogues(self, split: str) -> Iterator[StoredDialogue]:
         """Reads the dialogues of a split in stored order.
-
-        Args:
-            split: Name of the split, one of `splits`.
-            start: Number of dialogues to skip.
 
         Raises:
             InputError: The split does not exist.
@@ -97,7 +93,7 @@ class DialogueDataset:
         """
         check_split(self._builder, split)
         files = [str(path) for path in self._builder.info.splits[split].filepaths]
-        records = tf.data.TFRecordDataset(files).skip(start)
+        records = tf.data.TFRecordDataset(files)
         return map(self._dialogue, records.as_numpy_iterator())
 
     def _dialogue(self, record: bytes) -> StoredDialogue:

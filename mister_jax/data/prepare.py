@@ -13,7 +13,7 @@ from etils import epath
 from tensorflow_datasets.core import shuffle
 
 from mister_jax.console import ProgressReporter
-from mister_jax.data.audio_source import existing_path
+from mister_jax.data.audio_source import existing_path, source_name
 from mister_jax.data.builder import CorpusConfig, DecodingOptions, DialogueBuilder
 from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.data.corpora.registry import CORPORA, builder_class
@@ -344,7 +344,7 @@ def _check_usable(corpus: Corpus, what: str, find_problem: Callable[[str, str], 
     """
     for split, dialogues in corpus.splits.items():
         problems = [
-            find_problem(utterance.id, utterance.recording.path)
+            find_problem(utterance.id, source_name(utterance.recording.source))
             for dialogue in dialogues
             for utterance in dialogue.utterances
             if utterance.recording is not None

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mister_jax.data.corpora.manifest import reader
-from mister_jax.data.corpus import Recording
+from mister_jax.data.corpus import DecodeRequest
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
@@ -51,7 +51,7 @@ def test_rows_become_dialogues_in_order(tmp_path, write):
     assert corpus.class_names == ("anger", "joy")
     turns = {turn.id: turn for _, turn in corpus.utterances()}
     assert turns["b/1"].label is None and turns["b/2"].label == "joy"
-    assert turns["a/x"].recording.path == str(tmp_path / "a.wav")
+    assert turns["a/x"].recording.source == str(tmp_path / "a.wav")
     assert (turns["a/x"].start, turns["a/x"].end, turns["a/x"].text) == (3, 4, "")
     assert turns["a/y"].recording is None
 
@@ -143,11 +143,11 @@ def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     recordings = [turn.recording for _, turn in corpus.utterances() if turn.id.startswith("d/")]
     path = str(tmp_path / "call.wav")
-    assert recordings == [Recording(path, n, n + 0.5) for n in range(3)]
+    assert recordings == [DecodeRequest(path, n, n + 0.5) for n in range(3)]
     assert "3 utterances cut by start and end from 1 recordings" in corpus.notes[0]
     # A recording of a single row is the whole utterance.
     turns = {turn.id: turn for _, turn in corpus.utterances()}
-    assert turns["a/x"].recording == Recording(str(tmp_path / "a.wav"))
+    assert turns["a/x"].recording == DecodeRequest(str(tmp_path / "a.wav"))
 
 
 def test_audio_start_and_audio_end_take_precedence_over_start_and_end(tmp_path):
@@ -383,7 +383,7 @@ def expected_utterance(row, folder, shared_recordings):
             and None not in times
         ):
             cut = times
-        recording = Recording(path, *cut, expected_channel(row.get("audio_channel")))
+        recording = DecodeRequest(path, *cut, expected_channel(row.get("audio_channel")))
     numbers = [number(row.get(field)) for field in ("score", "start", "end")]
     return (
         expected_text(row.get("split")),

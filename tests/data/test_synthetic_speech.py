@@ -124,7 +124,9 @@ def test_manifest_reader_reads_corpus(corpus, manifest):
         turn for dialogue in manifest_corpus.splits["train"] for turn in dialogue.utterances
     ]
     assert [turn.label for turn in utterances] == [row["label"] for row in manifest]
-    assert all(pathlib.Path(turn.recording.path).exists() for turn in utterances if turn.recording)
+    assert all(
+        pathlib.Path(turn.recording.source).exists() for turn in utterances if turn.recording
+    )
 
 
 def test_recordings_are_one_to_three_seconds_at_16_khz(corpus, samples_by_utterance):

@@ -11,8 +11,8 @@ from typing import ClassVar
 from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
+    DecodeRequest,
     Dialogue,
-    Recording,
     Utterance,
     check_sizes,
     existing_directory,
@@ -149,7 +149,7 @@ def _read_dialogue(
         turns[turn] = Utterance(
             id=turn,
             text=texts.get(turn, ""),
-            recording=Recording(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
+            recording=DecodeRequest(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
             label=classes.get(label),
             start=start_seconds,
             end=end_seconds,

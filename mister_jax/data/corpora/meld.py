@@ -16,8 +16,8 @@ from etils import epath
 from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
+    DecodeRequest,
     Dialogue,
-    Recording,
     Utterance,
     check_sizes,
     existing_directory,
@@ -145,7 +145,7 @@ def _read_split(
             turns[number] = Utterance(
                 id=f"{split}_dia{dialogue}_utt{number}",
                 text=row["Utterance"].translate(_WINDOWS).strip(),
-                recording=None if clip is None else Recording(str(clip)),
+                recording=None if clip is None else DecodeRequest(str(clip)),
                 label=label,
                 start=_seconds(row["StartTime"], f"{location}: StartTime"),
                 end=_seconds(row["EndTime"], f"{location}: EndTime"),

@@ -15,8 +15,8 @@ import numpy as np
 from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
     Corpus,
+    DecodeRequest,
     Dialogue,
-    Recording,
     Utterance,
     check_sizes,
     existing_directory,
@@ -101,7 +101,7 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
                 Utterance(
                     id=segment,
                     text=texts[number],
-                    recording=Recording(str(root / AUDIO / f"{segment}.wav")),
+                    recording=DecodeRequest(str(root / AUDIO / f"{segment}.wav")),
                     label=CLASS_NAMES[int(score >= 0)],
                     score=float(score),
                     start=float(start),

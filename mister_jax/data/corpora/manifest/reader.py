@@ -39,7 +39,7 @@ from mister_jax.data.corpora.manifest.fields import (
     audio_intervals,
     check_extra_column,
 )
-from mister_jax.data.corpus import Corpus, Dialogue, Recording, Utterance, read_text
+from mister_jax.data.corpus import Corpus, DecodeRequest, Dialogue, Utterance, read_text
 from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, map_labels_flag, suspicious_labels
 from mister_jax.data.schema import SPLITS
 from mister_jax.data.splits import DEFAULT_FRACTIONS, overlap_note, random_splits
@@ -180,7 +180,7 @@ class _Row(Fields):
         label = self.line("label")
         recording = None
         if audio is not None:
-            recording = Recording(str(self.folder / audio), *interval, self.channel())
+            recording = DecodeRequest(str(self.folder / audio), *interval, self.channel())
         return Utterance(
             id=name,
             text=text or "",
