@@ -119,15 +119,9 @@ def clip_batches(
 ) -> Iterator[Batch]:
     """Returns the batches of one epoch.
 
-    Args:
-        clips: Clips of the split.
-        plan: Plan made from `lengths_in_steps(clips.sizes, max_samples)`.
-        max_samples: Maximum number of samples of a clip. Longer clips are truncated, or with
-            `shuffle` cropped at a random position that changes with the epoch.
-        seed: Seed of the shuffle and the crops, together with `epoch`.
-        epoch: Epoch, counted from 0.
-        shuffle: Whether to shuffle for training, see `BatchPlan.epoch`.
-        **options: Further options of `utterance_batches`.
+    The plan is for `lengths_in_steps(clips.sizes, max_samples)`. Longer clips are truncated, or
+    with `shuffle` cropped at a random position that depends on `seed` and `epoch`. The other
+    options are those of `utterance_batches`.
 
     Returns:
         An iterator over the dicts of `utterance_batches` with

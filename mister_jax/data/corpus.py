@@ -115,7 +115,7 @@ class Corpus:
 def check_sizes(
     corpus: Corpus, released: Mapping[str, tuple[int, int]], *, partial: bool
 ) -> Corpus:
-    """Checks that a corpus has the number of dialogues and utterances by split, or in "total".
+    """Checks the number of dialogues and utterances by split, or in "total".
 
     Returns:
         The corpus, with a note if it is incomplete.

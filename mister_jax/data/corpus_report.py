@@ -60,9 +60,7 @@ def recording_facts(
 def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
     """Returns the report on a corpus as JSON values.
 
-    Args:
-        corpus: Corpus that was written.
-        facts_dir: Folder with JSON files of `recording_facts` in a subfolder for each split.
+    `facts_dir` has JSON files of `recording_facts` in a subfolder for each split.
 
     Returns:
         A dict with these entries:

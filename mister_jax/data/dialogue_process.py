@@ -171,10 +171,8 @@ def reference_scores(
     - `bayes_speech`, `bayes_text`: the most probable emotion given one modality of the dialogue;
     - `majority`: the most frequent emotion of the process.
 
-    Args:
-        process: Process that generated the dialogues.
-        dialogues: For each dialogue the labels [T], speech [T, Ds], text [T, Dt], and the presence
-            of speech and text, each [T] bool.
+    `dialogues` have the labels [T], speech [T, Ds], text [T, Dt], and the presence of speech and
+    text, each [T] bool.
     """
     label = np.concatenate([dialogue[0] for dialogue in dialogues])
     posteriors = collections.defaultdict(list)

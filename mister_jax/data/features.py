@@ -35,14 +35,8 @@ def write_features(
 ) -> "DatasetBuilder":
     """Stores splits as a feature dataset, atomically.
 
-    Args:
-        splits: Features by split. All splits have the same dimensions, dtypes and class names, and
-            either all or none have scores.
-        name: Name of the dataset: lower-case letters, digits and underscores, a letter first.
-        data_dir: Directory of all datasets; the default of TFDS if None.
-        metadata: JSON values about the whole dataset. `load_features` merges them with the metadata
-            of the split.
-        overwrite: Whether to replace an existing dataset.
+    All splits have the same dimensions, dtypes and class names, and either all or none have scores.
+    `load_features` merges `metadata`, JSON values about the whole dataset, with that of a split.
 
     Returns:
         The TFDS builder of the dataset.

@@ -57,13 +57,8 @@ def read_npz(
     - `speech_present`, `text_present` [N], optional: False where an utterance lacks the modality;
       its features are ignored and become zero. All true by default.
 
-    Other arrays are ignored.
-
-    Args:
-        path: Path of the npz file.
-        group_by: Name of the array whose values random splits keep apart; by default `speaker` if
-            the file contains it.
-        seed: Seed of the random split.
+    Other arrays are ignored. Random splits keep apart the values of the array `group_by`, by
+    default `speaker` if the file contains it.
 
     Returns:
         The splits that have utterances. Dialogues are in the order of their first rows, utterances
@@ -259,11 +254,7 @@ class _Archive:
     def splits(
         self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
     ) -> tuple[np.ndarray, list[str]]:
-        """Returns the split of each utterance [N], and notes for the user.
-
-        The arguments are the dialogue ids [M], the index of each utterance's dialogue [N], and
-        those of `read_npz`.
-        """
+        """Returns the split of each utterance [N] of the dialogues `ids` [M], and notes."""
         group_name = group_by or "speaker"
         groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
         if group_name in self.arrays:

@@ -111,13 +111,9 @@ def atomic_directory(
     If the body fails, the directory does not change. If the process is killed, its temporary place
     remains until the next call, see `recover_directory`.
 
-    Args:
-        directory: Directory to create.
-        root: Folder that contains it at any depth; the temporary place is created in it.
-        overwrite: Whether to replace an existing directory.
-
     Yields:
-        The temporary place. Its `directory.relative_to(root)` becomes `directory`.
+        The temporary place, a folder in `root`, which contains `directory` at any depth. The path
+        `directory.relative_to(root)` in it becomes `directory`.
 
     Raises:
         InputError: The directory exists or cannot be written.

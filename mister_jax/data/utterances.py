@@ -23,10 +23,10 @@ Encode = Callable[[Sequence[str]], list[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Utterances:
-    """The utterances of a split that have a modality, in the order of the dataset.
+    """The N utterances of a split that have a modality, in the order of the dataset.
 
     Attributes:
-        dialogue_ids: Dialogue id of each of the N utterances.
+        dialogue_ids: Dialogue id of each utterance.
         utterance_ids: Ids of the utterances, [N] str.
         items: N arrays that are not empty: token ids [n] int32, or samples [s] int16 at
             `SAMPLE_RATE`.
@@ -131,17 +131,8 @@ def utterance_batches(
 ) -> Iterator[Batch]:
     """Returns the batches of one epoch; each process gets its share of the rows.
 
-    Args:
-        utterances: Utterances of the split.
-        plan: Plan for the lengths of the items.
-        pad_items: Function that pads B items, empty for an empty row, to a length of the plan.
-        fields: Names of the two arrays that it returns.
-        seed: Seed of the shuffle, combined with `epoch`.
-        epoch: Index of the epoch, from 0.
-        start_step: Number of batches to skip.
-        shuffle: Whether to shuffle, see `BatchPlan.epoch`.
-        process_index: Index of this process.
-        process_count: Number of processes, a divisor of `plan.multiple_of`.
+    `pad_items` pads B items, empty for an empty row, to a length of the plan. It returns the arrays
+    that `fields` names. The other options are those of `pipeline.batches`.
 
     Returns:
         An iterator over dicts with the arrays of `pad_items` and

@@ -61,15 +61,9 @@ def write_speech_corpus(
     The same arguments give the same bytes on the same kind of machine, with any `num_workers`. A
     dialogue does not depend on the number of dialogues.
 
-    Args:
-        directory: Directory to create.
-        seed: Seed, at least 0.
-        num_dialogues: Number of dialogues by split.
-        num_workers: Number of processes that synthesize; with 0 this process does.
-        overwrite: Whether to replace a synthetic speech corpus instead of reusing one with the same
-            arguments.
-        log: Called with a line if an existing corpus is reused.
-        **options: Options of `make_spoken_dialogue_process`, such as `num_classes`.
+    An existing corpus with the same arguments is reused, and `log` is called with a line. With
+    `overwrite`, any synthetic speech corpus is replaced. With `num_workers=0`, this process
+    synthesizes. The options are those of `make_spoken_dialogue_process`.
 
     Returns:
         The path of the manifest.

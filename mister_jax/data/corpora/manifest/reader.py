@@ -71,8 +71,7 @@ def read_manifest(
         labels: Class names in their order; by default the sorted names in the file.
         label_map: Map from names in the file to class names; an empty class name makes the row
             unlabeled. A name that is mapped to itself may look like a mistake.
-        check_labels: Whether to reject labels that look like mistakes; not needed if no model is
-            trained on them.
+        check_labels: Whether to reject labels that look like mistakes, for training.
         group_by: Column whose values random splits keep apart, `speaker` or an extra column. By
             default `speaker` if the manifest has that column.
         seed: Seed of the random split.
@@ -109,7 +108,7 @@ def read_manifest(
             f"{len(cut)} utterances cut by start and end from {len(set(cut))} recordings that "
             "several rows have"
         )
-    label_map = dict(label_map or {})
+    label_map = label_map or {}
     utterances = [
         row.utterance(interval, label_map) for row, interval in zip(rows, intervals, strict=True)
     ]
@@ -192,14 +191,6 @@ class _Row(Fields):
             metadata=self.metadata(),
         )
 
-    def position(self) -> float:
-        """Returns the number that orders the row in its dialogue."""
-        for field in ("order", "start"):
-            position = self.number(field)
-            if position is not None:
-                return position
-        self.fail("order", "missing, and start too; needed: one of them")
-
     def split(self) -> str | None:
         """Returns the split, or None if it is absent."""
         split = self.line("split")
@@ -253,7 +244,7 @@ def _dialogues(
     """Returns the dialogues by id, and their splits if the rows have any."""
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
-    has_order: dict[str, bool] = {}
+    ordering_field: dict[str, str] = {}
     rows_by_id: dict[str, _Row] = {}
     first = rows[0]
     for row, utterance in zip(rows, utterances, strict=True):
@@ -261,12 +252,14 @@ def _dialogues(
         if other is not row:
             message = f"repeats the row at line {other.line_number}; needed: unique ids"
             row.fail("utterance", message)
-        dialogue, position, split = row.id("dialogue"), row.position(), row.split()
-        ordered = row.number("order") is not None
-        if has_order.setdefault(dialogue, ordered) != ordered:
+        dialogue, split = row.id("dialogue"), row.split()
+        field = "start" if row.number("order") is None else "order"
+        position = row.number(field)
+        if position is None:
+            row.fail("order", "missing, and start too; needed: one of them")
+        if ordering_field.setdefault(dialogue, field) != field:
             row.fail("order", "in some rows of the dialogue; allowed: in all or none")
         if turns.setdefault(dialogue, {}).setdefault(position, utterance) is not utterance:
-            field = "order" if ordered else "start"
             row.fail(field, f"{position:g} repeated in its dialogue; needed: unique numbers")
         if (split is None) != (first.split() is None):
             row.fail("split", "in some rows; allowed: in all or none")
