@@ -91,9 +91,6 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
 
     Without `--distributed` it does nothing. Afterwards only process 0 writes to stdout.
 
-    Args:
-      saves_on_sigterm: See `distributed`.
-
     Raises:
       InputError: The flags contradict each other, JAX detects no cluster, or some process does
         not connect in time.

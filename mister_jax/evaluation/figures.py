@@ -14,13 +14,7 @@ from mister_jax.io import write_png
 def plot_confusion(
     counts: Mapping[str, np.ndarray], class_names: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Plots confusion matrices side by side.
-
-    Args:
-      counts: Confusion counts [C, C] by title, with labels as rows and predictions as columns.
-      class_names: Names of the C classes.
-      path: Path of the PNG file to write.
-    """
+    """Plots confusion matrices [C, C] by title side by side as a PNG file; rows are labels."""
     from matplotlib.figure import Figure
 
     size = 2.5 + 0.55 * len(class_names)
@@ -77,13 +71,7 @@ def plot_missing_modality(study: Mapping[str, Any], path: epath.PathLike) -> Non
 def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
-    """Plots scores with error bars as groups of bars.
-
-    Args:
-      values: (mean, standard deviation) by series and group; each series has its own color.
-      label: Label of the y axis.
-      path: Path of the PNG file to write.
-    """
+    """Plots (mean, standard deviation) by series and group as groups of bars of a PNG file."""
     from matplotlib.figure import Figure
 
     groups = list(next(iter(values.values())))
@@ -107,13 +95,9 @@ def plot_dataset(
     seconds: Mapping[str, np.ndarray],
     path: epath.PathLike,
 ) -> None:
-    """Plots the classes, dialogue lengths and recording durations of a dataset.
+    """Plots the classes, dialogue lengths and recording durations of each split as a PNG file.
 
-    Args:
-      class_counts: Number of utterances by split and class.
-      lengths: Dialogue lengths in utterances, by split.
-      seconds: Recording durations in seconds, by split; the panel is left out if all are empty.
-      path: Path of the PNG file to write.
+    The panel of durations is left out if there are no recordings.
     """
     from matplotlib.figure import Figure
 

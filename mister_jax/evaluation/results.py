@@ -22,8 +22,6 @@ from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
-_METRICS, _PREDICTIONS = "metrics.json", "predictions.jsonl"
-
 
 def evaluate(
     workdir: epath.PathLike,
@@ -61,11 +59,11 @@ def evaluate(
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
-    metrics_by_split = read_metrics(output)
-    path = output / _PREDICTIONS
+    metrics_path, predictions_path = output / "metrics.json", output / "predictions.jsonl"
+    metrics_by_split = read_json(metrics_path) if metrics_path.exists() else {}
     other_rows = [
         row
-        for row in (read_json_lines(path) if path.exists() else [])
+        for row in (read_json_lines(predictions_path) if predictions_path.exists() else [])
         if (row.get("dataset", train_dataset), row.get("split")) != (features.name, split)
     ]
     if features.score is not None and metrics.positive_class(features.class_names) is None:
@@ -86,10 +84,10 @@ def evaluate(
     if jax.process_index() == 0:
         output.mkdir(parents=True, exist_ok=True)
         metrics_by_split = {**metrics_by_split, key: scores}
-        write_json(output / _METRICS, metrics_by_split)
+        write_json(metrics_path, metrics_by_split)
         rows = itertools.chain(other_rows, _labeled_rows(features, predictions))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(path, lines)
+        write_text(predictions_path, lines)
         figures.plot_confusion(
             {
                 f"{name}, weighted F1 {value['weighted_f1']:.3f}": np.array(value["confusion"])
@@ -105,16 +103,6 @@ def evaluate(
             texts = read_utterance_texts(features, predictor.data_dir)
             write_report(output, features, predictions, scores, experiment, texts, study)
     return scores
-
-
-def read_metrics(output: epath.PathLike) -> dict[str, Any]:
-    """Reads `metrics.json` of a folder by split; empty if there is none.
-
-    Raises:
-      InputError: The file is damaged.
-    """
-    path = epath.Path(output) / _METRICS
-    return read_json(path) if path.exists() else {}
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:

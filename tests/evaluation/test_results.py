@@ -17,6 +17,7 @@ from mister_jax.evaluation.scores import score_predictions
 from mister_jax.io import read_json_lines
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictor
+from mister_jax.workdir import FORMAT
 from tests.helpers.training import read_validation_scores
 
 
@@ -114,7 +115,7 @@ def test_damaged_results_are_refused(finished_workdir, tmp_path, name):
         ("", "damaged"),
         ('{"class_names": ["jo', "damaged"),
         ("[1]", "damaged .it contains a list"),
-        ('{"format": 2, "class_names": []}', "damaged .KeyError"),
+        (f'{{"format": {FORMAT}, "class_names": []}}', "damaged .KeyError"),
     ],
 )
 def test_a_damaged_model_description_is_refused(finished_workdir, tmp_path, content, message):

@@ -28,13 +28,9 @@ def coordinate(value: float) -> str:
 
 
 def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
-    """Returns a table that scrolls sideways if it is too wide.
+    """Returns a table of HTML cells, whose label is for screen readers.
 
-    Args:
-      label: Caption for screen readers.
-      head: Column headings, HTML.
-      rows: Cells, HTML; the first cell of a row is its heading.
-      class_: CSS class of the table.
+    The first cell of a row is its heading. A table that is too wide scrolls sideways.
     """
     headings = "".join(element("th", cell, scope="col") for cell in head)
     body = "".join(

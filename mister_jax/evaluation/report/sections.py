@@ -37,14 +37,7 @@ def render_scores(
     bootstrap: DialogueBootstrap,
     seeds: Mapping[str, Any] | None,
 ) -> str:
-    """Renders the scores of the model, compared with its experts, the majority and references.
-
-    Args:
-      predictions: Predictions of the split.
-      models: Scored models, the evaluated one first.
-      bootstrap: Bootstrap that made the intervals.
-      seeds: The "seeds" of `evaluate`'s result, None for a single seed.
-    """
+    """Renders the scores of the models, the evaluated one first, and of its seeds if several."""
     figures = []
     for key, score in models[0].scores.items():
         number = element("strong", f"{score.value:.3f}")

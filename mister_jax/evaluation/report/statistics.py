@@ -40,10 +40,7 @@ def score_models(
 ) -> list[ScoredModel]:
     """Scores the model, each expert alone and the majority class, and appends the references.
 
-    Args:
-      predictions: Predictions of a split with at least one label.
-      bootstrap: Bootstrap of these predictions.
-      reference_scores: Scores of other classifiers, by classifier and score name.
+    The predictions have at least one label.
     """
     label = predictions.label[predictions.labeled]
     majority = np.bincount(label, minlength=len(predictions.class_names)).argmax()
