@@ -19,10 +19,8 @@ Row = Mapping[str, Any]
 def write_predictions(path: epath.PathLike, rows: Sequence[Row]) -> None:
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
-    Args:
-      path: Path whose extension is one of `FORMATS`. In a CSV file, nested values have their own
-        columns, such as `probabilities.anger`, and lists are joined by semicolons.
-      rows: JSON objects.
+    In a CSV file, nested values have their own columns, such as `probabilities.anger`, and lists
+    are joined by semicolons.
 
     Raises:
       InputError: See `check_predictions_path`.

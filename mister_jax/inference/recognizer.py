@@ -17,16 +17,9 @@ from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.inference.utterance_inputs import (
-    CUT,
-    NOTE_KINDS,
-    UNUSABLE,
-    CheckedUtterance,
-    Utterance,
-    check_utterances,
-    decode_speech,
-)
-from mister_jax.predictor import Predictions, Predictor, prediction_rows
+from mister_jax.inference import utterance_inputs
+from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, Utterance
+from mister_jax.predictor import Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
 # Experts that read each modality; without any of them, its encoder is not loaded.
@@ -126,14 +119,12 @@ class EmotionRecognizer:
           InputError: A dialogue, an utterance or a number of seconds cannot be used.
         """
         check_seconds(max_seconds)
-        utterances = check_utterances(dialogues)
+        utterances = utterance_inputs.check_utterances(dialogues)
         if not utterances:
             return []
         clips, notes = self._decode(utterances, max_seconds, num_workers, quiet)
         speech, speech_present = self._encode("speech", clips, quiet)
-        text, text_present = self._encode(
-            "text", [utterance.text for utterance in utterances], quiet
-        )
+        text, text_present = self._encode("text", [it.text for it in utterances], quiet)
         features = DialogueFeatures(
             name="recordings",
             split="test",  # DialogueFeatures requires one of the splits.
@@ -147,7 +138,12 @@ class EmotionRecognizer:
             text_present=text_present,
             label=np.full(len(utterances), UNLABELED, np.int32),
         )
-        predictions = prediction_rows(self.class_names, self._predict(features, quiet))
+        # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
+        num_shards = self._predictor.partitioner.num_shards
+        plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
+        batches = (padded_batch(features, *planned) for planned in plan)
+        outputs = self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
+        predictions = prediction_rows(self.class_names, outputs)
         rows = (
             {**row, "notes": utterance_notes}
             for row, utterance_notes in zip(predictions, notes, strict=True)
@@ -166,12 +162,14 @@ class EmotionRecognizer:
             if any(utterance.speech is not None for utterance in utterances):
                 logging.warning("speech is not used: the model has no speech encoder")
             return [np.zeros(0, np.int16)] * len(utterances), [[] for _ in utterances]
-        clips, notes = decode_speech(utterances, max_seconds, num_workers, quiet)
+        clips, notes = utterance_inputs.decode_speech(utterances, max_seconds, num_workers, quiet)
         max_samples = self._encoders["speech"].input.max_samples
         for clip, utterance_notes in zip(clips, notes, strict=True):
             if max_samples is not None and len(clip) > max_samples:
                 seconds, limit = len(clip) / SAMPLE_RATE, max_samples / SAMPLE_RATE
-                utterance_notes.append(f"{CUT}: {seconds:.1f} s, of which it reads {limit:g} s")
+                utterance_notes.append(
+                    f"{utterance_inputs.CUT}: {seconds:.1f} s, of which it reads {limit:g} s"
+                )
         return clips, notes
 
     def _encode(
@@ -199,13 +197,6 @@ class EmotionRecognizer:
             )
         return features, present
 
-    def _predict(self, features: DialogueFeatures, quiet: bool) -> Predictions:
-        # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
-        num_shards = self._predictor.partitioner.num_shards
-        plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
-        batches = (padded_batch(features, *planned) for planned in plan)
-        return self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
-
 
 def load(
     workdir: epath.PathLike,
@@ -231,7 +222,7 @@ def summarize_notes(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def is_unusable(note: str) -> bool:
     """Returns whether a note says that a recording could not be used."""
-    return note.startswith(UNUSABLE)
+    return note.startswith(utterance_inputs.UNUSABLE)
 
 
 def _by_part(new_paths: NewPaths) -> Mapping[str, str]:

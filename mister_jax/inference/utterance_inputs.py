@@ -13,12 +13,8 @@ from absl import logging
 from mister_jax.console import ProgressReporter
 from mister_jax.data import audio
 from mister_jax.data.clips import is_audible
-from mister_jax.data.corpora.manifest.fields import (
-    FIELDS,
-    Fields,
-    audio_intervals,
-    check_extra_column,
-)
+from mister_jax.data.corpora.manifest import fields
+from mister_jax.data.corpora.manifest.fields import Fields
 from mister_jax.errors import InputError
 
 Utterance = Mapping[str, Any]
@@ -33,8 +29,7 @@ UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
 )
 """Kinds of notes on a recording; a note is "KIND: text"."""
 
-# Number of unusable recordings that are logged one by one.
-_MAX_WARNINGS = 5
+_MAX_WARNINGS = 5  # unusable recordings that are logged one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +63,7 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
             rows.append(row)
             samples_and_notes.append(samples)
     # Rows that share a recording are cut by their times, so all rows are read first.
-    intervals = audio_intervals(rows)
+    intervals = fields.audio_intervals(rows)
     return [
         _check_utterance(row, samples, interval)
         for row, samples, interval in zip(rows, samples_and_notes, intervals, strict=True)
@@ -78,13 +73,7 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
 def decode_speech(
     utterances: Sequence[CheckedUtterance], max_seconds: float, num_workers: int, quiet: bool
 ) -> tuple[list[np.ndarray], list[list[str]]]:
-    """Decodes the speech of utterances.
-
-    Args:
-      utterances: N utterances.
-      max_seconds: Seconds of each recording to read.
-      num_workers: Number of processes that decode; 0 decodes in this process.
-      quiet: Whether to show no progress.
+    """Decodes the speech of utterances, see `EmotionRecognizer.predict_dialogues`.
 
     Returns:
       Samples [S] int16 of each utterance, empty if it has no usable speech, and its notes.
@@ -129,19 +118,19 @@ def _read_fields(
     """Returns the fields of an utterance, and its samples with notes if its audio is an array."""
     if not isinstance(utterance, Mapping):
         raise InputError(f"{where}: {type(utterance).__name__}; needed: a dict with audio or text")
-    fields = dict(utterance)
-    speech = fields.get("audio")
+    values = dict(utterance)
+    speech = values.get("audio")
     is_array = speech is not None and not isinstance(speech, str | os.PathLike)
     if is_array:
-        del fields["audio"]
-        if fields.keys() & {"audio_start", "audio_end", "audio_channel"}:
+        del values["audio"]
+        if values.keys() & {"audio_start", "audio_end", "audio_channel"}:
             raise InputError(
                 f"{where}: audio is an array; allowed with audio_start, audio_end and "
                 "audio_channel: a file. Cut the samples"
             )
     elif speech is not None:
-        fields["audio"] = os.fspath(speech)
-    row = Fields(where, fields)
+        values["audio"] = os.fspath(speech)
+    row = Fields(where, values)
     return row, _check_samples(speech, row) if is_array else None
 
 
@@ -151,8 +140,8 @@ def _check_utterance(
     interval: tuple[float | None, float | None],
 ) -> CheckedUtterance:
     for name in row.values:
-        if name not in FIELDS:
-            check_extra_column(row, name, row.values)
+        if name not in fields.FIELDS:
+            fields.check_extra_column(row, name, row.values)
     text, path = row.text("text") or "", row.line("audio")
     if samples is not None:
         return CheckedUtterance(text, *samples)
