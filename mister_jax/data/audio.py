@@ -7,6 +7,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
@@ -119,19 +120,12 @@ def decode_many(
         ValueError: `num_workers` is negative or `max_seconds` not positive.
     """
     _check_max_seconds(max_seconds)
-    pending: collections.deque[Sequence[DecodeRequest]] = collections.deque()
-
-    def groups() -> Iterator[Sequence[DecodeRequest]]:
-        for group in _group_by_recording(requests, max_seconds):
-            pending.append(group)
-            yield group
-
+    groups, submitted = itertools.tee(_group_by_recording(requests, max_seconds))
     decode_group = functools.partial(_decode_cuts, max_seconds=max_seconds)
-    results = ordered_map(decode_group, groups(), num_workers=num_workers)
+    results = ordered_map(decode_group, submitted, num_workers=num_workers)
 
     def flat_results() -> Iterator[Clip | AudioError]:
-        for result in results:
-            group = pending.popleft()
+        for result, group in zip(results, groups, strict=True):
             if isinstance(result, WorkerCrashError):
                 yield from _decode_one_by_one(group, decode_group)
             else:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.lazy import tf
-from mister_jax.data.storage import REPORT, check_split, open_builder, split_sizes
+from mister_jax.data.storage import REPORT, check_split, open_builder, split_sizes, utterance_fields
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class DialogueDataset:
         self.name = name
         self._builder: DatasetBuilder = open_builder(name, data_dir)
         self.directory = epath.Path(self._builder.data_dir)
-        spec = dict(self._builder.info.features.items())
-        fields = getattr(spec.get("utterances"), "feature", {})
+        fields = utterance_fields(self._builder)
         if "audio" not in fields:
             raise InputError(
                 f"{self.directory}: contains no recordings; needed: a dialogue dataset"

@@ -18,6 +18,7 @@ from mister_jax.data.storage import (
     open_builder,
     silence_tfds,
     split_sizes,
+    utterance_fields,
 )
 from mister_jax.errors import InputError
 
@@ -49,7 +50,7 @@ def write_features(
         raise InputError(f"dataset name {name!r}; allowed: lower-case letters, digits and _")
     spec = _feature_spec(splits)
     split_metadata = {split: features.metadata for split, features in splits.items()}
-    with atomic_dataset(name, data_dir, overwrite=overwrite) as (temporary, _):
+    with atomic_dataset(name, data_dir, overwrite=overwrite) as temporary:
         with silence_tfds():
             builder = tfds.dataset_builders.store_as_tfds_dataset(
                 name=name,
@@ -87,11 +88,11 @@ def load_features(
         RuntimeError: A training opens the test split.
     """
     builder = open_builder(name, data_dir)
-    spec = dict(builder.info.features.items())
-    fields: Mapping[str, Any] = getattr(spec.get("utterances"), "feature", {})
+    fields = utterance_fields(builder)
     if "speech" not in fields or "text" not in fields:
         raise InputError(
-            f"{builder.data_dir}: not a dataset of features; it contains {', '.join(spec)}"
+            f"{builder.data_dir}: not a dataset of features; it contains "
+            f"{', '.join(builder.info.features)}"
         )
     check_split(builder, split)
     with silence_tfds():

@@ -1,7 +1,6 @@
 """Summarizes a dataset as numbers and text, which `evaluation.figures` plots."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,7 +9,7 @@ from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.features import load_features
 from mister_jax.data.schema import UNLABELED
-from mister_jax.data.storage import open_builder, split_sizes
+from mister_jax.data.storage import open_builder, split_sizes, utterance_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,7 @@ def inspect_dataset(name: str, data_dir: epath.PathLike | None = None) -> Datase
         InputError: The dataset does not exist.
     """
     builder = open_builder(name, data_dir)
-    spec = dict(builder.info.features.items())
-    fields: dict[str, Any] = getattr(spec.get("utterances"), "feature", {})
+    fields = utterance_fields(builder)
     has_audio = "audio" in fields
     class_names = [*fields["label"].names, "unlabeled"]  # `UNLABELED` is the last index.
     summary = DatasetSummary(name, epath.Path(builder.data_dir), {}, {}, {}, ())

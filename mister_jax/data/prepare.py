@@ -20,13 +20,7 @@ from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.corpus_report import make_report
 from mister_jax.data.lazy import tfds
-from mister_jax.data.storage import (
-    REPORT,
-    atomic_dataset,
-    dataset_directory,
-    recover,
-    silence_tfds,
-)
+from mister_jax.data.storage import REPORT, atomic_dataset, dataset_directory, recover, silence_tfds
 from mister_jax.data.synthetic_speech import DEFAULT_NUM_DIALOGUES, SCORES, write_speech_corpus
 from mister_jax.errors import InputError
 from mister_jax.io import write_json
@@ -238,10 +232,7 @@ def _write(
         _check_files(corpus)
     num_utterances = sum(1 for _ in corpus.utterances())
     with (
-        atomic_dataset(dataset, options.data_dir, overwrite=options.overwrite) as (
-            temporary,
-            directory,
-        ),
+        atomic_dataset(dataset, options.data_dir, overwrite=options.overwrite) as temporary,
         ProgressReporter(num_utterances, unit="utterances", quiet=decoding.beam) as reporter,
         silence_tfds(),
     ):
@@ -262,7 +253,8 @@ def _write(
         report = make_report(corpus, facts_dir)
         if not options.partial:
             _check_decoded(corpus, report)
-        report = {"dataset": dataset, "directory": str(directory), "source": source, **report}
+        directory = str(dataset_directory(dataset, options.data_dir))
+        report = {"dataset": dataset, "directory": directory, "source": source, **report}
         if reference_scores:
             report["reference_scores"] = dict(reference_scores)
         write_json(epath.Path(builder.data_dir) / REPORT, report)

@@ -7,7 +7,7 @@ import re
 import socket
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from etils import epath
@@ -64,6 +64,11 @@ def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder"
         return tfds.builder_from_directory(directory)
 
 
+def utterance_fields(builder: "DatasetBuilder") -> dict[str, Any]:
+    """Returns the TFDS features of an utterance, none if the dataset has no utterances."""
+    return getattr(dict(builder.info.features.items()).get("utterances"), "feature", {})
+
+
 def split_sizes(builder: "DatasetBuilder") -> dict[str, int]:
     """Returns the number of dialogues of each split that is not empty."""
     splits = builder.info.splits
@@ -86,11 +91,8 @@ def check_split(builder: "DatasetBuilder", split: str) -> None:
 @contextlib.contextmanager
 def atomic_dataset(
     name: str, data_dir: epath.PathLike | None, *, overwrite: bool
-) -> Iterator[tuple[epath.Path, epath.Path]]:
-    """Writes a dataset to a temporary place and moves it to its directory on success.
-
-    Yields:
-        The temporary `data_dir` to write under, and the final directory of the dataset.
+) -> Iterator[epath.Path]:
+    """Yields a temporary `data_dir` for a dataset, and moves the dataset from there on success.
 
     Raises:
         InputError: The dataset exists, or the directory cannot be written.
@@ -99,7 +101,7 @@ def atomic_dataset(
     if directory.exists() and not overwrite:
         raise InputError(f"{directory}: dataset exists; allowed: another name, or --overwrite")
     with atomic_directory(directory, _root(data_dir), overwrite=overwrite) as temporary:
-        yield temporary, directory
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
     Raises:
         InputError: The files cannot be downloaded or written.
     """
-    names = CSV_FILES.values()
+    names = tuple(CSV_FILES.values())
     folder = epath.Path(dl_manager.download_dir)
     csv_folder = folder / "meld_csv"
     if csv_folder.exists():
@@ -187,7 +187,7 @@ def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
     unfinished = set(folder.glob(_UNFINISHED))
     try:
         # Without a network, TFDS would retry for minutes.
-        _check_reachable(f"{_URL}/{next(iter(names))}")
+        _check_reachable(f"{_URL}/{names[0]}")
         paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
     # requests, TFDS and TensorFlow raise many types of errors.
     except Exception as error:
