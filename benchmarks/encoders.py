@@ -35,7 +35,7 @@ from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import CompiledStep, EvalFn, JitPartitioner, Step
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh, shardings
-from mister_jax.training.steps import initial_state, make_train_step
+from mister_jax.training.steps import ModelTemplate, initial_state, make_train_step
 
 Batch = dict[str, np.ndarray]
 
@@ -152,18 +152,18 @@ def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
     return ENCODERS[encoder](length, dtype="bfloat16", param_dtype="bfloat16", **options)
 
 
-def step_functions(tuning: Tuning, graph: Any) -> tuple[Step, EvalFn]:
+def step_functions(tuning: Tuning, template: ModelTemplate) -> tuple[Step, EvalFn]:
     """Returns the fine-tuning step and extraction, functions of state, batch and axis name."""
 
     def extract(state: Any, batch: Any, axis_name: str | None) -> jax.Array:
-        model = nnx.merge(graph, state["params"], state["frozen"])
+        model = template.merge(state["params"], state["frozen"])
         return tuning.apply(model, batch).feature
 
-    return make_train_step(tuning, graph, _OPTIMIZER), extract
+    return make_train_step(tuning, template, _OPTIMIZER), extract
 
 
 def initialize(tuning: Tuning) -> tuple[Any, Any]:
-    """Returns graph definition and initial training state."""
+    """Returns the template and initial training state."""
     trainable = nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
     return initial_state(tuning, _OPTIMIZER, seed=0, trainable=trainable)
 
@@ -171,12 +171,12 @@ def initialize(tuning: Tuning) -> tuple[Any, Any]:
 def model_flops(encoder: str, length: int) -> dict[str, float]:
     """Returns the FLOPs of both programs for one utterance, without recomputation."""
     tuning = make_tuning(encoder, length, remat="none")
-    graph, state = aot.abstract_state(lambda: initialize(tuning))
+    template, state = aot.abstract_state(lambda: initialize(tuning))
     batch = abstract_batch(tuning, 1)
     return {
         name: program_flops(jax.make_jaxpr(function, static_argnums=2)(state, batch, None).jaxpr)
         for name, function in zip(
-            (FINE_TUNING, EXTRACTION), step_functions(tuning, graph), strict=True
+            (FINE_TUNING, EXTRACTION), step_functions(tuning, template), strict=True
         )
     }
 
@@ -193,8 +193,8 @@ def compile_programs(
     tuning: Tuning, partitioner: JitPartitioner
 ) -> dict[str, tuple[CompiledStep, Any]]:
     """Returns both programs by name, each with the shapes of the state that it takes."""
-    graph, state = aot.abstract_state(lambda: initialize(tuning))
-    step, extract = step_functions(tuning, graph)
+    template, state = aot.abstract_state(lambda: initialize(tuning))
+    step, extract = step_functions(tuning, template)
     return {
         FINE_TUNING: (partitioner.compile_step(step), state),
         EXTRACTION: (partitioner.compile_eval(extract), _model_state(state)),

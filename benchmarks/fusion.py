@@ -27,7 +27,7 @@ from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.partitioning import EvalFn, JitPartitioner, PmapPartitioner, Step
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.tasks.fusion import apply_to_batch, mister_e_loss
-from mister_jax.training.steps import initial_state, make_train_step
+from mister_jax.training.steps import ModelTemplate, initial_state, make_train_step
 
 
 class BenchmarkTask:
@@ -49,30 +49,30 @@ class BenchmarkTask:
         return mister_e_loss(model, batch, key, axis_name)
 
 
-def initialize(config: MisterEConfig) -> tuple[Any, Any]:
-    """Returns graph definition and initial training state."""
+def initialize(config: MisterEConfig) -> tuple[ModelTemplate, Any]:
+    """Returns the model's template and the initial training state."""
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
-    return initial_state(BenchmarkTask(config), optimizer, seed=0)
+    return initial_state(BenchmarkTask(config), optimizer, seed=0, as_vectors=True)
 
 
-def step_functions(config: MisterEConfig, graph: Any) -> tuple[Step, EvalFn]:
+def step_functions(config: MisterEConfig, template: ModelTemplate) -> tuple[Step, EvalFn]:
     """Returns the training step and inference, both functions of state, batch and axis name."""
 
     def infer(state: Any, batch: Any, axis_name: str | None) -> Any:
-        output = apply_to_batch(nnx.merge(graph, state["params"]), batch)
+        output = apply_to_batch(template.merge(state["params"], state["frozen"]), batch)
         return output.logits, output.gate
 
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
-    return make_train_step(BenchmarkTask(config), graph, optimizer), infer
+    return make_train_step(BenchmarkTask(config), template, optimizer), infer
 
 
 def step_flops(config: MisterEConfig, num_dialogues: int, length: int) -> tuple[float, float]:
     """Returns the FLOPs of a training step and of inference; padding counts as utterances."""
-    graph, state = aot.abstract_state(lambda: initialize(config))
+    template, state = aot.abstract_state(lambda: initialize(config))
     batch = abstract_batch(config, num_dialogues, length)
     train, infer = (
         program_flops(jax.make_jaxpr(function, static_argnums=2)(state, batch, None).jaxpr)
-        for function in step_functions(config, graph)
+        for function in step_functions(config, template)
     )
     return train, infer
 
@@ -97,8 +97,8 @@ class JaxMisterE:
             if config.backend == "pmap"
             else JitPartitioner(data_mesh(1, devices))
         )
-        graph, state = initialize(config.model)
-        train, infer = step_functions(config.model, graph)
+        template, state = initialize(config.model)
+        train, infer = step_functions(config.model, template)
         self._state = self._partitioner.put_state(state)
         self._train = self._partitioner.compile_step(train)
         self._infer = self._partitioner.compile_eval(infer)
@@ -329,8 +329,8 @@ def compile_for_tpus(
     topologies = aot.tpu_topologies(names)
     smallest = len(next(iter(topologies.values())))
     check_divisible(config, smallest)
-    graph, state = aot.abstract_state(lambda: initialize(config.model))
-    train, _ = step_functions(config.model, graph)
+    template, state = aot.abstract_state(lambda: initialize(config.model))
+    train, _ = step_functions(config.model, template)
     rows = []
     for topology, devices in topologies.items():
         num_dialogues = config.batch_size // smallest * len(devices)

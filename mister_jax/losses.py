@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mister_jax.models import EXPERTS, MisterEOutput
@@ -79,14 +79,29 @@ def focal_per_position(
     _check_positions(logits, labels, mask)
     # Masked here and not only in the loss: NaN times a zero gradient would be NaN.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(mask, labels, 0)
-    )
-    if gamma:
-        # 1 - p = -expm1(-loss), without cancellation. The lower bound keeps the gradient of the
-        # power finite for gamma < 1.
-        losses *= jnp.maximum(-jnp.expm1(-losses), 1e-12) ** gamma
-    return jnp.where(mask, losses, 0)
+    return jnp.where(mask, _focal(cross_entropy(logits, labels), gamma), 0)
+
+
+def _focal(cross_entropy: jax.Array, gamma: float) -> jax.Array:
+    """Returns (1 - p)^gamma * -log(p), where the cross-entropy is -log(p)."""
+    if not gamma:
+        return cross_entropy
+    # 1 - p = -expm1(-cross_entropy), without cancellation. The lower bound keeps the gradient of
+    # the power finite for gamma < 1.
+    return cross_entropy * jnp.maximum(-jnp.expm1(-cross_entropy), 1e-12) ** gamma
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns -log p of the labels, [...]; 0 for a label that is not a class, such as -1.
+
+    It multiplies by one-hot labels, because the gradient of an indexed logit is a scatter, which
+    compiles and runs slowly.
+
+    Args:
+      logits: Class logits, [..., C] float32.
+      labels: Class of each position, [...] int.
+    """
+    return optax.losses.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
 
 
 def supervised_contrastive(
@@ -225,20 +240,41 @@ def expert_agreement(
     Returns:
       Loss, [] float32; zero with fewer than two experts.
     """
-    experts = tuple(range(expert_logits.shape[2])) if experts is None else experts
-    pairs = list(itertools.combinations(experts, 2))
-    if not pairs:
+    log_p = jax.nn.log_softmax(
+        jnp.where(mask[..., None, None], expert_logits.astype(jnp.float32), 0)
+    )
+    experts = tuple(range(log_p.shape[2])) if experts is None else experts
+    present = jnp.broadcast_to(mask[..., None], log_p.shape[:-1])  # B T E
+    present = present if expert_mask is None else present & expert_mask
+    return _agreement(log_p, mask, present, experts, axis_name)
+
+
+def _agreement(
+    log_p: jax.Array,
+    mask: jax.Array,
+    present: jax.Array,
+    experts: Sequence[int],
+    axis_name: str | None,
+) -> jax.Array:
+    """Computes `expert_agreement` from log-probabilities [B, T, E, C].
+
+    With means and sums over the present experts of an utterance, the divergences of all pairs add
+    up to a covariance: sum_{a<b} (p_a - p_b)(log p_a - log p_b) =
+    n sum_a (p_a - mean p)(log p_a - mean log p).
+    """
+    if len(experts) < 2:
         return jnp.zeros((), jnp.float32)
-    expert_logits = jnp.where(mask[..., None, None], expert_logits.astype(jnp.float32), 0)
-    log_p = jax.nn.log_softmax(expert_logits)  # B T E C
-    p = jnp.exp(log_p)
-    total = jnp.zeros((), jnp.float32)
-    for a, b in pairs:
-        # KL(a||b) + KL(b||a) as one sum.
-        divergence = ((p[:, :, a] - p[:, :, b]) * (log_p[:, :, a] - log_p[:, :, b])).sum(-1)  # B T
-        counted = mask if expert_mask is None else mask & expert_mask[..., a] & expert_mask[..., b]
-        total += jnp.where(counted, divergence, 0).sum()
-    return _divide_by_global_count(total / len(pairs), mask.any(1).sum(), axis_name)
+    is_enabled = np.isin(np.arange(log_p.shape[2]), experts)
+    weight = (present & is_enabled)[..., None].astype(jnp.float32)  # B T E 1
+    count = weight.sum(2, keepdims=True)  # B T 1 1
+
+    def center(values: jax.Array) -> jax.Array:
+        mean = (weight * values).sum(2, keepdims=True) / jnp.maximum(count, 1)
+        return weight * (values - mean)
+
+    total = (count * center(jnp.exp(log_p)) * center(log_p)).sum()
+    num_pairs = len(experts) * (len(experts) - 1) / 2
+    return _divide_by_global_count(total / num_pairs, mask.any(1).sum(), axis_name)
 
 
 def gate_responsibility(
@@ -286,9 +322,19 @@ def gate_responsibility(
     present = jnp.broadcast_to(mask[..., None], gate.shape)
     present = present if expert_mask is None else present & expert_mask  # ... E
     expert_logits = jnp.where(present[..., None], expert_logits.astype(jnp.float32), 0)
-    expert_labels = jnp.broadcast_to(jnp.where(mask, labels, 0)[..., None], gate.shape)
-    log_p = -optax.losses.softmax_cross_entropy_with_integer_labels(expert_logits, expert_labels)
-    responsibility = jax.nn.softmax(sharpness * log_p, where=present)  # ... E
+    log_p = -cross_entropy(expert_logits, jnp.broadcast_to(labels[..., None], gate.shape))
+    return _gate_responsibility(gate, sharpness * log_p, mask, present, axis_name)
+
+
+def _gate_responsibility(
+    gate: jax.Array,
+    scaled_log_p: jax.Array,
+    mask: jax.Array,
+    present: jax.Array,
+    axis_name: str | None,
+) -> jax.Array:
+    """Computes `gate_responsibility` from sharpness * log p of the label, [..., E]."""
+    responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
     # The lower bound keeps the logarithm finite and is far below the weights that a gate learns.
     log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
@@ -351,21 +397,30 @@ def mister_e(
     Returns:
       Weighted total, and the unweighted parts that apply to the enabled experts: "mixture",
       "speech", "text", "fusion", "contrastive", "agreement", "gate"; all are [] float32.
+
+    Raises:
+      ValueError: `gamma` or `sharpness` is negative.
     """
+    if min(gamma, sharpness) < 0:
+        raise ValueError(f"{gamma=}, {sharpness=}; allowed: 0 or more")
     weights = LossWeights() if weights is None else weights
     labeled = mask & (labels >= 0)
+    # The parts share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
+    logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
+    log_p = jax.nn.log_softmax(jnp.where(labeled[..., None, None], logits, 0))
+    label_log_p = (log_p * jax.nn.one_hot(labels, log_p.shape[-1])[:, :, None]).sum(-1)
+    present = labeled[..., None] & output.expert_present  # B T E
+    counted = jnp.concatenate([labeled[..., None], present], axis=-1)  # B T 1+E
+    focal_losses = _divide_by_global_count(
+        jnp.where(counted, _focal(-label_log_p, gamma), 0).sum((0, 1)),
+        counted.sum((0, 1)),
+        axis_name,
+    )
     parts = {
-        "mixture": focal(output.logits, labels, labeled, gamma=gamma, axis_name=axis_name),
+        name: focal_losses[index]
+        for index, name in enumerate(("mixture", *EXPERTS))
+        if name == "mixture" or name in experts
     }
-    expert_indices = tuple(index for index, name in enumerate(EXPERTS) if name in experts)
-    for index in expert_indices:
-        parts[EXPERTS[index]] = focal(
-            output.expert_logits[:, :, index],
-            labels,
-            labeled & output.expert_present[..., index],
-            gamma=gamma,
-            axis_name=axis_name,
-        )
     if "fusion" in experts:
         parts["contrastive"] = supervised_contrastive(
             jnp.stack([output.speech_repr, output.text_repr]),
@@ -374,22 +429,19 @@ def mister_e(
             temperature=temperature,
             axis_name=axis_name,
         )
-    if len(expert_indices) > 1:
-        parts["agreement"] = expert_agreement(
-            output.expert_logits,
-            labeled,
-            output.expert_present,
-            experts=expert_indices,
-            axis_name=axis_name,
+    if len(experts) > 1:
+        indices = [EXPERTS.index(name) for name in experts]
+        parts["agreement"] = _agreement(log_p[:, :, 1:], labeled, present, indices, axis_name)
+        parts["gate"] = _gate_responsibility(
+            output.gate, sharpness * label_log_p[..., 1:], labeled, present, axis_name
         )
-        parts["gate"] = gate_responsibility(
-            output.gate,
-            output.expert_logits,
-            labels,
-            labeled,
-            output.expert_present,
-            sharpness=sharpness,
-            axis_name=axis_name,
-        )
-    total = sum(getattr(weights, name) * value for name, value in parts.items())
+    # A part without weight has no gradient to compute.
+    total = sum(
+        (
+            getattr(weights, name) * value
+            for name, value in parts.items()
+            if getattr(weights, name) != 0
+        ),
+        start=jnp.zeros((), jnp.float32),
+    )
     return total, parts

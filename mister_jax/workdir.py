@@ -20,7 +20,7 @@ from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json, write_text
 
-FORMAT = 2
+FORMAT = 3
 """Version of the work directory's format; a change of config or parameter names increments it."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"

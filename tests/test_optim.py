@@ -1,5 +1,6 @@
 """The optimizer and its config."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +137,32 @@ def test_invalid_values_raise_an_error_that_names_the_field(field, value):
 def test_weight_decay_with_adam_raises():
     with pytest.raises(ValueError, match="needs name='adamw'"):
         OptimizerConfig(weight_decay=0.1)
+
+
+def test_updates_of_vectors_equal_those_of_the_tree():
+    random = np.random.default_rng(0)
+    params = nnx.as_pure(nnx.state(GRU(5, 3, rngs=nnx.Rngs(0))))
+    gradients = jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape), p.dtype), params)
+    config = OptimizerConfig(
+        name="adamw", learning_rate=0.1, weight_decay=0.5, clip_norm=0.3, average_decay=0.9
+    )
+    vectors = optim.ParamVectors(params)
+    expected, expected_state = run_steps(config, gradients, params, steps=3)
+    flat, state = run_steps(config, vectors.flatten(gradients), vectors.flatten(params), steps=3)
+    chex.assert_trees_all_close(vectors.unflatten(flat), expected, atol=1e-6)
+    average = optim.params_for_evaluation(flat, state)
+    expected_average = optim.params_for_evaluation(expected, expected_state)
+    chex.assert_trees_all_close(vectors.unflatten(average), expected_average, atol=1e-6)
+    assert {name: vector.ndim for name, vector in flat.items()} == {"decayed": 1, "not_decayed": 1}
+
+
+def test_vectors_with_leading_axes_give_parameters_with_leading_axes():
+    vectors = optim.ParamVectors(PARAMS)
+    stacked = jax.tree.map(lambda *p: jnp.stack(p), *(vectors.flatten(PARAMS) for _ in range(4)))
+    params = vectors.unflatten(stacked)
+    chex.assert_trees_all_equal(params, jax.tree.map(lambda p: jnp.stack([p] * 4), PARAMS))
+
+
+def test_parameters_of_several_types_have_no_vectors():
+    with pytest.raises(ValueError, match="one type"):
+        optim.ParamVectors({"a": jnp.zeros(2), "b": jnp.zeros(2, jnp.bfloat16)})

@@ -7,7 +7,9 @@ weights are the products of both.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 import zipfile
@@ -24,13 +26,17 @@ from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
 
-# Official names of each block of a co-attention layer, in this order: query, key and value
+# Official names of the stacked blocks of a co-attention layer, in this order: query, key and value
 # projections, attention, output projection, LayerNorm. The first stream is speech, the second text.
 _BLOCKS = {
-    "first_to_second": ("audq", "asrk", "asrv", "aud", "audio", "a"),
-    "second_to_first": ("asrq", "audk", "audv", "asr", "text", "t"),
-    "first_self": ("audq_s", "audk_s", "audv_s", "selfaud", "aud_s", "a_s"),
-    "second_self": ("asrq_s", "asrk_s", "asrv_s", "selfasr", "text_s", "t_s"),
+    "cross_attention": (
+        ("audq", "asrk", "asrv", "aud", "audio", "a"),
+        ("asrq", "audk", "audv", "asr", "text", "t"),
+    ),
+    "self_attention": (
+        ("audq_s", "audk_s", "audv_s", "selfaud", "aud_s", "a_s"),
+        ("asrq_s", "asrk_s", "asrv_s", "selfasr", "text_s", "t_s"),
+    ),
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
 # Parameter of a GRU layer -> official name, axes of each direction, axis of the directions.
@@ -161,13 +167,17 @@ def _key_table(kernels: list[str], gru_layers: int, fusion_layers: int) -> dict[
                 stack = functools.partial(np.stack, axis=axis)
                 table[f"{expert}/gru/layers/{layer}/{name}"] = Source(names, axes, combine=stack)
     for unit in range(fusion_layers):
-        for block, names in _BLOCKS.items():
-            table |= _attention(f"fusion/layers/{unit}/{block}", f"fusion.units.{unit}", *names)
+        for block, blocks in _BLOCKS.items():
+            tables = [_attention(f"fusion.units.{unit}", *names) for names in blocks]
+            for name, first in tables[0].items():
+                names = tuple(itertools.chain(*(sources[name].names for sources in tables)))
+                path = f"fusion/layers/{unit}/{block}/stack/{name}"
+                table[path] = dataclasses.replace(first, names=names, stacked=True)
     return table
 
 
 def _attention(
-    path: str, unit: str, query: str, key: str, value: str, attention: str, out: str, norm_name: str
+    unit: str, query: str, key: str, value: str, attention: str, out: str, norm_name: str
 ) -> dict[str, Source]:
     """Returns the key table of an attention block, with products of two projections each."""
     query, key, value, out = (f"{unit}.fc_{name}" for name in (query, key, value, out))
@@ -182,8 +192,8 @@ def _attention(
         "out/kernel": _kernel((out_proj,), f"{out}.weight", (None,)),
         "out/bias": _bias(out_proj, f"{out}.weight", f"{out}.bias", None),
     }
-    table = {f"{path}/attention/{name}": source for name, source in sources.items()}
-    return table | norm(f"{path}/norm", f"{unit}.layer_norm_{norm_name}")
+    table = {f"attention/{name}": source for name, source in sources.items()}
+    return table | norm("norm", f"{unit}.layer_norm_{norm_name}")
 
 
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:

@@ -21,7 +21,7 @@ from mister_jax.models.config import EXPERTS, MisterEConfig
 from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_context_experts
 from mister_jax.models.gate import Gate
 from mister_jax.nn import ConditionalRandomField, Dropout, PerExampleRngs
-from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.dropout import KeySource, random_mask
 
 
 @jax.tree_util.register_dataclass
@@ -270,10 +270,5 @@ def drop_modalities(
     if rngs is None:
         raise ValueError("modality dropout needs rngs (an nnx.Rngs or PerExampleRngs) in training")
     present = jnp.stack([speech_present, text_present], axis=-1)  # B T 2
-    key = rngs.dropout()
-    if key.shape:
-        uniform = jax.vmap(lambda k: jax.random.uniform(k, present.shape[1:]))(key)
-    else:
-        uniform = jax.random.uniform(key, present.shape)
-    present = present & (uniform >= rate)
+    present = present & ~random_mask(rngs.dropout(), present.shape, rate)
     return present[..., 0], present[..., 1]

@@ -19,6 +19,7 @@ from mister_jax.nn.masking import length_mask, positions_and_segment_mask
 from mister_jax.nn.pooling import AttentiveStatisticsPooling, masked_mean
 from mister_jax.nn.recurrent import GRU, gru_scan, run_grus
 from mister_jax.nn.scanned_layers import ScannedLayers
+from mister_jax.nn.stacked_modules import StackedModules
 
 __all__ = [
     "GRU",
@@ -33,6 +34,7 @@ __all__ = [
     "PerExampleRngs",
     "QuantizedParam",
     "ScannedLayers",
+    "StackedModules",
     "add_lora",
     "dot_product_attention",
     "gru_scan",

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mister_jax.nn.dropout import Dropout, KeySource
+from mister_jax.nn.stacked_modules import StackedModules
 
 Implementation = Literal["xla", "cudnn"]
 
@@ -231,6 +232,8 @@ class AttentionBlock(nnx.Module):
 class CoAttentionLayer(nnx.Module):
     """Two streams attend to each other in parallel, then each attends to itself.
 
+    Both streams have the same length and run as one batched computation.
+
     The layer has no feed-forward block and no position embedding (cross-modal expert of MiSTER-E,
     arXiv 2602.23300, after arXiv 1908.02265).
 
@@ -261,7 +264,7 @@ class CoAttentionLayer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        def block() -> AttentionBlock:
+        def make_block(rngs: nnx.Rngs) -> AttentionBlock:
             return AttentionBlock(
                 dim,
                 attention_dim=attention_dim,
@@ -275,8 +278,8 @@ class CoAttentionLayer(nnx.Module):
                 rngs=rngs,
             )
 
-        self.first_to_second, self.second_to_first = block(), block()
-        self.first_self, self.second_self = block(), block()
+        self.cross_attention = StackedModules(make_block, 2, rngs=rngs)
+        self.self_attention = StackedModules(make_block, 2, rngs=rngs)
 
     def __call__(
         self,
@@ -292,19 +295,18 @@ class CoAttentionLayer(nnx.Module):
 
         Args:
           first: First stream, [B, T, F].
-          second: Second stream, [B, S, F].
+          second: Second stream, [B, T, F].
           first_mask: Positions of the first stream that may be attended to, [B, T] bool.
-          second_mask: Positions of the second stream that may be attended to, [B, S] bool.
+          second_mask: Positions of the second stream that may be attended to, [B, T] bool.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 
         Returns:
-          The new streams, [B, T, F] and [B, S, F].
+          The new streams, [B, T, F] each.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        crossed_first = self.first_to_second(first, second, second_mask, **options)
-        crossed_second = self.second_to_first(second, first, first_mask, **options)
-        return (
-            self.first_self(crossed_first, crossed_first, first_mask, **options),
-            self.second_self(crossed_second, crossed_second, second_mask, **options),
-        )
+        streams = jnp.stack([first, second])  # 2 B T F
+        masks = jnp.stack([first_mask, second_mask])  # 2 B T
+        crossed = self.cross_attention(streams, streams[::-1], masks[::-1], **options)
+        first, second = self.self_attention(crossed, crossed, masks, **options)
+        return first, second

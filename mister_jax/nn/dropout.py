@@ -2,10 +2,9 @@
 
 With a single key for the batch, the mask of an example would depend on its position in the batch.
 
-The keys are ordinary JAX keys, but the mask bits come from a cheap hash of (position, key) instead
-of Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not
-need: the bits only have to look independent. The hash makes compilation of a training step a third
-faster.
+The keys are ordinary JAX keys, but the mask bits, and the key of each draw, come from a cheap hash
+instead of Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does
+not need: the bits only have to look independent. The hash makes training steps compile faster.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -47,13 +47,21 @@ class PerExampleRngs:
           batch_size: Number of examples on this device, B.
           offset: Position of the first of them in the global batch.
         """
-        return cls(jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(batch_size)))
+        return cls(fold_in(key, offset + jnp.arange(batch_size)))
 
     def dropout(self) -> jax.Array:
         """Returns the next keys, [B]; each call returns different ones."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._num_draws)
+        # Only the last word changes, so that masks of one shape share the hash of the first.
+        words = jax.random.key_data(self._keys)
+        change = np.zeros(words.shape[-1], np.uint32)
+        change[-1] = self._num_draws * _MULTIPLIER % 2**32
         self._num_draws += 1
-        return keys
+        return _wrap(words + change, like=self._keys)
+
+
+def rngs_from_key(key: jax.Array) -> KeySource:
+    """Returns a stream of dropout keys from one key [], or from one key per example [B]."""
+    return PerExampleRngs(key) if key.shape else nnx.Rngs(dropout=key)
 
 
 class Dropout(nnx.Module):
@@ -99,8 +107,37 @@ class Dropout(nnx.Module):
         if rngs is None:
             raise ValueError("dropout needs rngs (an nnx.Rngs or PerExampleRngs) in training")
         key = rngs.dropout()
-        bits = random_bits(key, x.shape, padded_shape if key.ndim else None)
-        return jnp.where(bits < jnp.uint32(self.rate * 2**32), 0, x / (1 - self.rate))
+        dropped = random_mask(key, x.shape, self.rate, padded_shape if key.ndim else None)
+        return jnp.where(dropped, 0, x / (1 - self.rate))
+
+
+def fold_in(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    """Derives new keys for `random_bits` from keys and integers, like `jax.random.fold_in`.
+
+    Args:
+      keys: Typed keys.
+      data: Non-negative integers; their shape and that of the keys broadcast.
+
+    Returns:
+      Typed keys.
+    """
+    words = jax.random.key_data(keys)
+    new_words = []
+    mixed = jnp.asarray(data, jnp.uint32) * jnp.uint32(_MULTIPLIER) + jnp.uint32(1)
+    for word in range(words.shape[-1]):
+        mixed = _murmur3_finalizer(words[..., word] ^ mixed)
+        new_words.append(mixed)
+    return _wrap(jnp.stack(new_words, axis=-1), like=keys)
+
+
+def random_mask(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    probability: float,
+    padded_shape: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """Returns a mask, bool of `shape`, that is True with a probability; see `random_bits`."""
+    return random_bits(key, shape, padded_shape) < jnp.uint32(probability * 2**32)
 
 
 def random_bits(
@@ -135,6 +172,10 @@ def random_bits(
 
 # Spreads neighboring positions, which differ only in their last bits, over all 32 bits.
 _MULTIPLIER = 0x9E3779B1
+
+
+def _wrap(words: jax.Array, *, like: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
 
 
 def _murmur3_finalizer(x: jax.Array) -> jax.Array:

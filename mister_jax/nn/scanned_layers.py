@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mister_jax.nn.dropout import KeySource, PerExampleRngs
+from mister_jax.nn.dropout import KeySource, fold_in, rngs_from_key
 
 Remat = Literal["none", "full", "dots"]
 
@@ -119,8 +119,4 @@ class ScannedLayers(nnx.Module):
 
 
 def _layer_rngs(key: jax.Array | None, index: jax.Array) -> KeySource | None:
-    if key is None:
-        return None
-    if key.shape:
-        return PerExampleRngs(jax.vmap(jax.random.fold_in, (0, None))(key, index))
-    return nnx.Rngs(dropout=jax.random.fold_in(key, index))
+    return None if key is None else rngs_from_key(fold_in(key, index))

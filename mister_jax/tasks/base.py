@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from mister_jax import metrics
+from mister_jax import losses, metrics
 from mister_jax.data.batching import BatchPlan
 from mister_jax.parallel.partitioning import Partitioner
 from mister_jax.parallel.sharding import ShardingRules
@@ -153,12 +152,9 @@ def classification_sums(
       utterances.
     """
     labeled = mask & (label >= 0)
-    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(labeled, label, 0)
-    )
     return {
         "confusion": metrics.confusion_counts(label, logits.argmax(-1), mask, num_classes),
-        "cross_entropy": jnp.where(labeled, cross_entropy, 0).sum(),
+        "cross_entropy": jnp.where(labeled, losses.cross_entropy(logits, label), 0).sum(),
     }
 
 

@@ -44,7 +44,7 @@ from mister_jax.tasks.config import config_seeds, dataclass_from_config
 from mister_jax.tasks.registry import task_class
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
-from mister_jax.training.steps import initial_state, make_eval_step, make_train_step
+from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
 from mister_jax.workdir import check_config, check_data, config_path, write_description
 
 # Number of epochs with a single predicted class after which the training warns.
@@ -184,13 +184,13 @@ def train(
     rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
     with explain_oom(str(workdir), activity, task.oom_hint):
-        graph, state = _initial_states(task, optimizer, seeds, partitioner)
+        template, state = _initial_states(task, optimizer, seeds, partitioner)
         if jax.process_index() == 0:
-            params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
+            params = template.params(multi_seed.unstack_seeds(state["params"], len(seeds))[0])
             write_description(workdir, config, task.description(), params, data_fingerprints)
         assert_visible_to_all_processes(config_path(workdir))
-        train_step = make_train_step(task, graph, optimizer, options.accumulation)
-        eval_step = make_eval_step(task, graph)
+        train_step = make_train_step(task, template, optimizer, options.accumulation)
+        eval_step = make_eval_step(task, template)
         with Checkpoints(workdir, on_save=on_save) as checkpoints, _stop_on_sigterm() as stop_event:
             loop = _TrainingLoop(
                 workdir=workdir,
@@ -200,6 +200,11 @@ def train(
                 partitioner=partitioner,
                 train_split=train_split,
                 validation_split=validation_split,
+                params_for_evaluation=jax.jit(
+                    lambda params, opt_state: template.params(
+                        params_for_evaluation(params, opt_state)
+                    )
+                ),
                 train_step=partitioner.compile_step(
                     multi_seed.vmap_over_seeds(train_step, len(seeds))
                 ),
@@ -216,14 +221,21 @@ def train(
 
 def _initial_states(
     task: Task, optimizer: optax.GradientTransformation, seeds: Sequence[int], partitioner: Any
-) -> tuple[Any, Any]:
-    """Returns the model's graph definition and the stacked states of the seeds."""
+) -> tuple[ModelTemplate, Any]:
+    """Returns the model's template and the stacked states of the seeds."""
 
     def make_model(key: jax.Array) -> Any:
         return task.load(key, partitioner)
 
     pairs = [
-        initial_state(task, optimizer, seed, trainable=task.trainable, make_model=make_model)
+        initial_state(
+            task,
+            optimizer,
+            seed,
+            trainable=task.trainable,
+            make_model=make_model,
+            as_vectors=not task.sharding_rules,
+        )
         for seed in seeds
     ]
     return pairs[0][0], multi_seed.stack_seeds([state for _, state in pairs])
@@ -240,6 +252,7 @@ class _TrainingLoop:
     partitioner: Partitioner
     train_split: Split
     validation_split: Split
+    params_for_evaluation: Callable[[Any, Any], Any]
     train_step: CompiledStep
     eval_step: CompiledStep
     schedule: optax.Schedule
@@ -412,7 +425,7 @@ class _TrainingLoop:
     ) -> None:
         """Saves the parameters and scores of the improved seeds, and keeps those of the others."""
         single_copy = self._saved_part(state)
-        params = params_for_evaluation(single_copy["params"], single_copy["opt_state"])
+        params = self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = self.checkpoints.restore(BEST, params)

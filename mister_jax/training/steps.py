@@ -6,6 +6,7 @@ benchmarks and ahead-of-time compilation for TPUs run the same program.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mister_jax.optim import params_for_evaluation
+from mister_jax.optim import ParamVectors, params_for_evaluation
 from mister_jax.parallel.partitioning import EvalFn, Step, psum_if_mapped
 from mister_jax.tasks.base import split_params
 
@@ -40,6 +41,31 @@ class SupportsEval(Protocol):
         """Returns this device's share of sums over a batch."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelTemplate:
+    """Creates the model, or the tree of its trained parameters, from a training state.
+
+    Attributes:
+      graph: Graph definition of the model.
+      vectors: Layout of the trained parameters, if the state stores them as vectors.
+    """
+
+    graph: Any
+    vectors: ParamVectors | None = None
+
+    def params(self, params: Any) -> Any:
+        """Returns the tree of a state's "params", or of an average of them."""
+        return params if self.vectors is None else self.vectors.unflatten(params)
+
+    def gradient(self, gradient: Any) -> Any:
+        """Returns a gradient of the tree in the form of a state's "params"."""
+        return gradient if self.vectors is None else self.vectors.flatten(gradient)
+
+    def merge(self, params: Any, frozen: Any) -> Any:
+        """Returns the model of a state's "params" and "frozen"."""
+        return nnx.merge(self.graph, self.params(params), frozen)
+
+
 def initial_state(
     task: SupportsTraining,
     optimizer: optax.GradientTransformation,
@@ -47,8 +73,9 @@ def initial_state(
     *,
     trainable: Any = nnx.Param,
     make_model: Callable[[jax.Array], nnx.Module] | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Creates the model's graph definition and the training state before the first step.
+    as_vectors: bool = False,
+) -> tuple[ModelTemplate, dict[str, Any]]:
+    """Creates the model's template and the training state before the first step.
 
     Args:
       task: Task whose `init` creates the model.
@@ -56,10 +83,14 @@ def initial_state(
       seed: Seed of all randomness of the training.
       trainable: NNX filter of the trained parameters.
       make_model: Creates the model from a key, instead of the task's `init`.
+      as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
+        compile faster with it, but sharding rules, which name parameters, do not apply.
     """
     init_key, train_key = jax.random.split(jax.random.key(seed))
     model = (make_model or task.init)(init_key)
     graph, params, frozen = split_params(model, trainable)
+    template = ModelTemplate(graph, ParamVectors(params) if as_vectors else None)
+    params = template.gradient(params)
     state = {
         "step": jnp.zeros([], jnp.int32),
         "params": params,
@@ -67,12 +98,12 @@ def initial_state(
         "opt_state": optimizer.init(params),
         "key": jax.random.key_data(train_key),
     }
-    return graph, state
+    return template, state
 
 
 def make_train_step(
     task: SupportsTraining,
-    graph: Any,
+    template: ModelTemplate,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
 ) -> Step:
@@ -85,7 +116,7 @@ def make_train_step(
     Args:
       task: Task with the loss. With accumulation, the loss must be a sum over rows whose weights
         are in the batch.
-      graph: Graph definition of the model.
+      template: Template of the model.
       optimizer: Optimizer.
       accumulation: Number of parts that a device's rows are divided into. The parts go through the
         model one after the other, so only one part's activations are in memory at a time.
@@ -94,28 +125,31 @@ def make_train_step(
     def step(state, batch, axis_name):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
 
+        params = template.params(state["params"])
+
         def loss(params, batch):
-            model = nnx.merge(graph, params, state["frozen"])
+            model = nnx.merge(template.graph, params, state["frozen"])
             return task.loss(model, batch, key, axis_name)
 
         loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
         if accumulation == 1:
-            sums = loss_and_gradient(state["params"], batch)
+            sums = loss_and_gradient(params, batch)
         else:
             # Each part takes rows from every device, so no row moves between devices.
             parts = jax.tree.map(
                 lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
             )
-            shapes = jax.eval_shape(
-                loss_and_gradient, state["params"], jax.tree.map(lambda x: x[0], parts)
-            )
+            shapes = jax.eval_shape(loss_and_gradient, params, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
             def add(sums, part):
-                return jax.tree.map(jnp.add, sums, loss_and_gradient(state["params"], part)), None
+                return jax.tree.map(jnp.add, sums, loss_and_gradient(params, part)), None
 
             sums = jax.lax.scan(add, zeros, parts)[0]
-        (total, loss_parts), gradient = psum_if_mapped(sums, axis_name)
+        losses, gradient = sums
+        (total, loss_parts), gradient = psum_if_mapped(
+            (losses, template.gradient(gradient)), axis_name
+        )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         new_state = {
             **state,
@@ -128,12 +162,12 @@ def make_train_step(
     return step
 
 
-def make_eval_step(task: SupportsEval, graph: Any) -> EvalFn:
+def make_eval_step(task: SupportsEval, template: ModelTemplate) -> EvalFn:
     """Creates the function that returns the task's sums over a batch of the validation split."""
 
     def eval_step(state, batch, axis_name):
         params = params_for_evaluation(state["params"], state["opt_state"])
-        model = nnx.merge(graph, params, state["frozen"])
+        model = template.merge(params, state["frozen"])
         return psum_if_mapped(task.eval_sums(model, batch), axis_name)
 
     return eval_step

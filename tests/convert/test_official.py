@@ -22,12 +22,12 @@ LOSSES = {
     "contrastive": "supcon",
     "agreement": "kl",
 }
-# Block -> official attention, output projection and LayerNorm.
+# Block and its index in the stack -> official attention, output projection and LayerNorm.
 BLOCKS = {
-    "first_to_second": ("aud", "audio", "a"),
-    "second_to_first": ("asr", "text", "t"),
-    "first_self": ("selfaud", "aud_s", "a_s"),
-    "second_self": ("selfasr", "text_s", "t_s"),
+    ("cross_attention", 0): ("aud", "audio", "a"),
+    ("cross_attention", 1): ("asr", "text", "t"),
+    ("self_attention", 0): ("selfaud", "aud_s", "a_s"),
+    ("self_attention", 1): ("selfasr", "text_s", "t_s"),
 }
 
 
@@ -145,9 +145,11 @@ def official_gradients(gradients, weights):
     fusion = gradients.fusion
     for unit, layer in enumerate(fusion.layers):
         prefix = f"fusion.units.{unit}"
-        for block, (attention, projection, norm_name) in BLOCKS.items():
-            norm(f"{prefix}.layer_norm_{norm_name}", getattr(layer, block).norm)
-            out = getattr(layer, block).attention.out
+        for (name, index), (attention, projection, norm_name) in BLOCKS.items():
+            stack = getattr(layer, name).stack
+            block = jax.tree.map(lambda value, index=index: value[index], stack)
+            norm(f"{prefix}.layer_norm_{norm_name}", block.norm)
+            out = block.attention.out
             kernel, bias = np.asarray(out.kernel[...]).T, np.asarray(out.bias[...])
             inner, outer = (
                 f"{prefix}.multihead_attn_{attention}.out_proj",

@@ -116,7 +116,7 @@ def one_device_partitioner():
 
 
 def initial_encoder_state(task, optimizer, partitioner):
-    """Returns the graph and the initial state of a task that loads a pretrained encoder."""
+    """Returns the template and the initial state of a task that loads a pretrained encoder."""
     return initial_state(
         task,
         optimizer,
@@ -133,9 +133,9 @@ def take_two_steps(partitioner, task, batch, accumulation=1):
     stores a different part of a kernel on each device.
     """
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
-    graph, state = initial_encoder_state(task, optimizer, partitioner)
+    template, state = initial_encoder_state(task, optimizer, partitioner)
     initial_frozen = jax.device_get(state["frozen"])
-    step = partitioner.compile_step(make_train_step(task, graph, optimizer, accumulation))
+    step = partitioner.compile_step(make_train_step(task, template, optimizer, accumulation))
     placed_state, placed_batch = partitioner.put_state(state), partitioner.put_batch(batch)
     if getattr(partitioner, "rules", ()):
         _assert_kernel_is_sharded(placed_state["frozen"], partitioner.mesh)

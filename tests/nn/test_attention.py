@@ -202,8 +202,7 @@ def test_co_attention_is_symmetric_in_its_streams():
     outputs = layer(first, second, mask, mask)
 
     swapped = co_attention()
-    swapped.first_to_second, swapped.second_to_first = layer.second_to_first, layer.first_to_second
-    swapped.first_self, swapped.second_self = layer.second_self, layer.first_self
+    nnx.update(swapped, jax.tree.map(lambda value: value[::-1], nnx.state(layer)))
     swapped_outputs = swapped(second, first, mask, mask)
     np.testing.assert_allclose(outputs[0], swapped_outputs[1], atol=1e-6)
     np.testing.assert_allclose(outputs[1], swapped_outputs[0], atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mister_jax.nn import Dropout, PerExampleRngs
-from mister_jax.nn.dropout import random_bits
+from mister_jax.nn.dropout import fold_in, random_bits
 
 KEY = jax.random.key(0)
 ONES = jnp.ones((6, 50, 8))
@@ -31,7 +31,7 @@ def test_an_example_drops_the_same_units_in_any_batch():
     np.testing.assert_array_equal(
         drop(ONES[:3], PerExampleRngs.from_batch_key(KEY, 3, 3)), full[3:]
     )
-    single = PerExampleRngs(jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.array([4])))
+    single = PerExampleRngs(fold_in(KEY, jnp.array([4])))
     np.testing.assert_array_equal(drop(ONES[:1], single), full[4:5])
 
 
@@ -83,6 +83,17 @@ def test_bits_are_balanced_and_uncorrelated_with_their_neighbors():
             assert abs((signs * neighbors).mean((0, 1, 2))).max() < 10 * deviation, (axis, distance)
     # The hash is a bijection of the position, so the bits of one key are all different.
     assert len(np.unique(bits[0])) == bits[0].size
+
+
+def test_masks_of_different_draws_examples_and_layers_are_uncorrelated():
+    rngs = PerExampleRngs.from_batch_key(KEY, 4)
+    keys = [rngs.dropout() for _ in range(4)]
+    keys += [PerExampleRngs(fold_in(keys[0], layer)).dropout() for layer in range(4)]
+    bits = np.stack([random_bits(key, (4, 64, 64)) for key in keys]).reshape(32, -1)
+    for threshold in (0.1, 0.5):
+        dropped = bits < threshold * 2**32
+        correlation = np.corrcoef(dropped) - np.eye(32)
+        assert abs(correlation).max() < 5 / np.sqrt(dropped.shape[1])
 
 
 def test_padding_does_not_change_the_bits_of_a_sequence():

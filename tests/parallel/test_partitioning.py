@@ -58,12 +58,12 @@ def partitioner_of(backend, num_devices):
 
 def run_steps(partitioner, task, optimizer, batch):
     """Returns the state and metrics after two steps, and the sums of a validation."""
-    graph, state = initial_state(task, optimizer, seed=0)
-    step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+    template, state = initial_state(task, optimizer, seed=0)
+    step = partitioner.compile_step(make_train_step(task, template, optimizer))
     state, batch = partitioner.put_state(state), partitioner.put_batch(batch)
     for _ in range(2):
         state, metrics = step(state, batch)
-    sums = partitioner.compile_eval(make_eval_step(task, graph))(state, batch)
+    sums = partitioner.compile_eval(make_eval_step(task, template))(state, batch)
     return jax.device_get((partitioner.get_state(state), metrics, sums))
 
 
@@ -106,8 +106,8 @@ def test_devices_do_not_change_a_step_of_the_model_variants(task, optimizer, bat
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 def test_later_steps_do_not_compile(task, optimizer, batch, backend):
     partitioner = partitioner_of(backend, 2)
-    graph, state = initial_state(task, optimizer, seed=0)
-    step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+    template, state = initial_state(task, optimizer, seed=0)
+    step = partitioner.compile_step(make_train_step(task, template, optimizer))
     state, batch = partitioner.put_state(state), partitioner.put_batch(batch)
     state, _ = step(state, batch)
     events = []

@@ -198,9 +198,9 @@ def test_weight_decay_skips_position_embeddings(whisper_folder, heard_dir, batch
     for task in (SpeechEncoderTask.from_data(config), make_llm_task(tower="full")):
         optimizer = make_optimizer(optimizer_config, 10)
         partitioner = one_device_partitioner()
-        graph, state = initial_encoder_state(task, optimizer, partitioner)
+        template, state = initial_encoder_state(task, optimizer, partitioner)
         initial_params = jax.device_get(state["params"])
-        step = partitioner.compile_step(make_train_step(task, graph, optimizer))
+        step = partitioner.compile_step(make_train_step(task, template, optimizer))
         state, _ = step(partitioner.put_state(state), partitioner.put_batch(batch))
         unchanged = [
             jax.tree_util.keystr(path)
@@ -258,8 +258,8 @@ def test_accumulation_does_not_change_a_step(task, batch):
     def step(accumulation):
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
         partitioner = one_device_partitioner()
-        graph, state = initial_encoder_state(task, optimizer, partitioner)
-        train_step = make_train_step(task, graph, optimizer, accumulation)
+        template, state = initial_encoder_state(task, optimizer, partitioner)
+        train_step = make_train_step(task, template, optimizer, accumulation)
         state, metrics = partitioner.compile_step(train_step)(
             partitioner.put_state(state), partitioner.put_batch(batch)
         )

@@ -11,7 +11,7 @@ import pytest
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import LATEST
 from mister_jax.evaluation.results import evaluate
-from mister_jax.optim import params_for_evaluation
+from mister_jax.optim import ParamVectors, params_for_evaluation
 from mister_jax.parallel.partitioning import PmapPartitioner
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
@@ -101,8 +101,8 @@ def test_a_joint_step_under_pmap_gives_the_parameters_of_separate_steps(tiny_con
     task, optimizer = TinyTask(model), optax.adam(1e-2)
     partitioner = PmapPartitioner()
     pairs = [initial_state(task, optimizer, seed) for seed in SEEDS]
-    graph, states = pairs[0][0], [state for _, state in pairs]
-    step = make_train_step(task, graph, optimizer)
+    template, states = pairs[0][0], [state for _, state in pairs]
+    step = make_train_step(task, template, optimizer)
     batch = partitioner.put_batch(make_batch([5, 1, 3, 0, 2, 5, 4, 1]))
 
     def take_step(state, num_seeds):
@@ -158,10 +158,10 @@ def test_each_seed_has_its_own_best_epoch_and_patience(tiny_data_dir, tmp_path, 
     assert predictor.progress["epoch"] == [2, 3]
     assert predictor.progress["weighted_f1"] == [0.4, 0.6]
     for index, epoch in enumerate(progress.best_epochs):
-        expected = jax.tree.leaves(multi_seed.unstack_seeds(params_by_epoch[epoch], 2)[index])
-        saved = jax.tree.leaves(predictor.params[index]["trained"])
-        for saved_value, value in zip(saved, expected, strict=True):
-            np.testing.assert_array_equal(saved_value, value)
+        expected = multi_seed.unstack_seeds(params_by_epoch[epoch], 2)[index]
+        params = predictor.params[index]["trained"]
+        saved = ParamVectors(params).flatten(params)
+        jax.tree.map(np.testing.assert_array_equal, saved, expected)
 
 
 def test_an_ensemble_averages_the_mixture_and_its_experts_alike():

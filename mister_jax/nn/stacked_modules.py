@@ -1,0 +1,61 @@
+"""Modules of one structure run as one batched computation, so that XLA compiles one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mister_jax.nn.dropout import KeySource, rngs_from_key
+
+
+class StackedModules(nnx.Module):
+    """M modules that differ only in their parameters, each applied to its own inputs.
+
+    The call is vectorized over the modules: their matrix products become batched ones. For layers
+    that are applied one after the other, use `ScannedLayers`.
+
+    Attributes:
+      stack: One module whose parameters are stacked along a leading axis M.
+
+    Args:
+      make_module: Function that creates one module from its `rngs`. The module is called as
+        `module(*inputs, deterministic=..., rngs=...)`.
+      num_modules: Number of modules M.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(
+        self, make_module: Callable[[nnx.Rngs], nnx.Module], num_modules: int, *, rngs: nnx.Rngs
+    ):
+        self.num_modules = num_modules
+        keys = jax.random.split(rngs.params(), num_modules)
+        self.stack = nnx.vmap(lambda key: make_module(nnx.Rngs(key)))(keys)
+
+    def __call__(
+        self, *inputs: jax.Array, deterministic: bool = True, rngs: KeySource | None = None
+    ) -> Any:
+        """Applies each module to its inputs.
+
+        Args:
+          *inputs: Arguments of the modules, [M, ...].
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys; each module gets a different key.
+
+        Returns:
+          Outputs of the modules, [M, ...].
+        """
+        graph, params = nnx.split(self.stack)
+        keys = None
+        if not deterministic and rngs is not None:
+            keys = jnp.stack([rngs.dropout() for _ in range(self.num_modules)])
+
+        def apply_one(params: Any, keys: jax.Array | None, *inputs: jax.Array) -> Any:
+            module_rngs = None if keys is None else rngs_from_key(keys)
+            module = nnx.merge(graph, params)
+            return module(*inputs, deterministic=deterministic, rngs=module_rngs)
+
+        return jax.vmap(apply_one)(nnx.as_pure(params), keys, *inputs)
