@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mister_jax.nn import attention
+from mister_jax.nn.dropout import Dropout
 
 MAX_CPU_SCORES = 2**22
 """Number of scores, 16 MiB, that are computed at once on a CPU; more would exceed its caches."""
 
+MAX_TPU_SCORES = 2**22
+"""Number of scores of one example, 16 MiB, up to which a TPU computes all heads at once."""
+
 # The sum of two of them is finite.
 _MASKED = -0.4 * float(jnp.finfo(jnp.float32).max)
+
+Bias = jax.Array | tuple[jax.Array, ...] | None
+"""Summand of the scores, or factors whose product it is, 4D each."""
 
 
 def dot_product_attention(
@@ -22,37 +31,65 @@ def dot_product_attention(
     value: jax.Array,
     *,
     mask: jax.Array,
-    bias: jax.Array | None = None,
+    bias: Bias = None,
+    dropout: Dropout | None = None,
+    is_causal: bool = False,
     deterministic: bool = True,
     **options: Any,
 ) -> jax.Array:
-    """Computes `mister_jax.nn.dot_product_attention`, on CPUs without dropout several times faster.
+    """Computes `mister_jax.nn.dot_product_attention` in the form that is fastest on the platform.
+
+    Without dropout, CPUs and, if inputs are long, TPUs have forms of their own.
 
     Args:
       query: Queries, [B, T, K, head_dim].
-      key: Keys, [B, S, K, head_dim].
-      value: Values, [B, S, K, head_dim].
+      key: Keys, [B, S, G, head_dim], where G divides K.
+      value: Values, [B, S, G, head_dim].
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
         a query without any key is finite but has no meaning.
-      bias: Summand of the scores, broadcastable to [B, K, T, S]; none by default.
+      bias: Summand of the scores, broadcastable to [B, K, T, S], or a tuple of its factors; none by
+        default.
+      dropout: Dropout of the attention weights; none by default.
+      is_causal: Whether a query may only attend to keys at its position or before.
       deterministic: Whether dropout is off.
       **options: Further options of `mister_jax.nn.dot_product_attention`.
 
     Returns:
       Weighted means of the values, [B, T, K, head_dim].
     """
+    factors = bias if isinstance(bias, tuple) else () if bias is None else (bias,)
 
     def default(*inputs: Any) -> jax.Array:
-        query, key, value, mask, bias = inputs
+        query, key, value, mask, factors = inputs
         return attention.dot_product_attention(
-            query, key, value, mask=mask, bias=bias, deterministic=deterministic, **options
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=_product(factors),
+            dropout=dropout,
+            is_causal=is_causal,
+            deterministic=deterministic,
+            **options,
         )
 
-    inputs = query, key, value, mask, bias
-    if not deterministic:  # The gradient is faster in the default form, unless clips are long.
-        return default(*inputs)
+    inputs = query, key, value, mask, factors
+    has_dropout = not deterministic and dropout is not None and dropout.rate > 0
+    forms: dict[str, Any] = {}
+    if not has_dropout and options.get("implementation") is None:
+        # On CPUs, the gradient is faster in the default form unless clips are long, and so is a
+        # product of factors, which would be stored.
+        equal_heads = query.shape[2] == key.shape[2]
+        if deterministic and not is_causal and equal_heads and len(factors) < 2:
+            forms["cpu"] = attention_on_cpu
+        if math.prod(query.shape[1:3]) * key.shape[1] > MAX_TPU_SCORES:
+            forms["tpu"] = functools.partial(attention_on_tpu, is_causal=is_causal)
     # Not `jax.default_backend()`: a program may be compiled for a TPU on a CPU.
-    return jax.lax.platform_dependent(*inputs, cpu=attention_on_cpu, default=default)
+    return jax.lax.platform_dependent(*inputs, **forms, default=default)
+
+
+def _product(factors: tuple[jax.Array, ...]) -> jax.Array | None:
+    return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
 def attention_on_cpu(
@@ -60,7 +97,7 @@ def attention_on_cpu(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array,
-    bias: jax.Array | None = None,
+    factors: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Computes `dot_product_attention` without dropout, in the form that is fastest on CPUs.
 
@@ -69,7 +106,7 @@ def attention_on_cpu(
     the weights.
     """
     batch_size, num_queries, num_heads, head_dim = query.shape
-    summand = jnp.where(mask, 0.0, _MASKED)
+    summand, bias = jnp.where(mask, 0.0, _MASKED), _product(factors)
     if bias is not None:
         summand = summand + bias.astype(jnp.float32)
     summand = jnp.moveaxis(summand, 1, 0)  # [1 or K, B, T, S]
@@ -93,3 +130,48 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, summand: jax.Arr
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     attended = weights.astype(value.dtype) @ value
     return (attended / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+
+def attention_on_tpu(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    factors: tuple[jax.Array, ...],
+    *,
+    is_causal: bool,
+) -> jax.Array:
+    """Computes `dot_product_attention` without dropout, one key head after the other.
+
+    The scores of all heads of long inputs exceed a TPU's on-chip memory, and to store and load them
+    takes longer than the matrix products. Those of one head stay on the chip. Heads that are
+    sharded over devices are gathered first.
+    """
+    summands = (mask, *factors)
+    is_per_head = [summand.shape[1] > 1 for summand in summands]
+
+    # The backward pass recomputes the scores instead of storing those of all heads.
+    @jax.checkpoint
+    def attend(inputs: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
+        (query, key, value), per_head = inputs
+        head_summands = iter(per_head)
+        mask, *factors = (
+            next(head_summands) if varies else summand
+            for summand, varies in zip(summands, is_per_head, strict=True)
+        )
+        return jax.nn.dot_product_attention(
+            query, key, value, _product(tuple(factors)), mask, is_causal=is_causal
+        )
+
+    def heads_first(x: jax.Array, axis: int) -> jax.Array:
+        split = x.reshape(*x.shape[:axis], key.shape[2], -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(split, axis, 0)
+
+    heads = [heads_first(x, axis=2) for x in (query, key, value)]
+    per_head = [
+        heads_first(summand, axis=1)
+        for summand, varies in zip(summands, is_per_head, strict=True)
+        if varies
+    ]
+    attended = jax.lax.map(attend, (heads, per_head))  # [G, B, T, K / G, head_dim]
+    return jnp.moveaxis(attended, 0, 2).reshape(query.shape)

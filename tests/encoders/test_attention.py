@@ -1,4 +1,4 @@
-"""Attention of the encoders in the form for CPUs, compared with `jax.nn.dot_product_attention`."""
+"""The forms of attention for CPUs and TPUs, compared with `jax.nn.dot_product_attention`."""
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +102,45 @@ def test_programs_for_accelerators_and_training_are_those_of_nn():
     assert program(attention.dot_product_attention, "cpu") != program(
         nn.dot_product_attention, "cpu"
     )
+
+
+@pytest.fixture
+def tpu_form(monkeypatch):
+    """Makes this machine compute the form for long inputs on TPUs."""
+    monkeypatch.setattr(attention, "MAX_TPU_SCORES", 0)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *inputs, tpu, **forms: tpu(*inputs))
+
+
+@pytest.mark.parametrize("num_groups", [HEADS, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask_shape", [(BATCH, 1, 1), (BATCH, HEADS, QUERIES)])
+def test_tpu_form_equals_that_of_jax(tpu_form, mask_shape, is_causal, num_groups):
+    query, key, value = inputs()
+    gate, position_bias = normal(BATCH, HEADS, QUERIES, 1), normal(1, HEADS, QUERIES, KEYS, seed=3)
+    arrays, allowed = (query, key[:, :, :num_groups], value[:, :, :num_groups]), mask(*mask_shape)
+
+    def run(function, bias):
+        def loss(*arrays):
+            options = {"mask": allowed, "bias": bias, "is_causal": is_causal}
+            attended = function(*arrays, **options)
+            return (attended**2).sum(), attended
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    actual = run(attention.dot_product_attention, (gate, position_bias))
+    expected = run(jax.nn.dot_product_attention, gate * position_bias)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+
+
+def test_tpu_holds_the_scores_of_one_head_for_long_inputs(monkeypatch):
+    def scores(max_scores):
+        monkeypatch.setattr(attention, "MAX_TPU_SCORES", max_scores)
+
+        def function(*arrays):
+            return attention.dot_product_attention(*arrays, mask=mask(BATCH, 1, 1))
+
+        lowered = jax.jit(function).trace(*inputs()).lower(lowering_platforms=("tpu",))
+        return lowered.as_text().count(f"tensor<{BATCH}x{HEADS}x{QUERIES}x{KEYS}x")
+
+    assert scores(HEADS * QUERIES * KEYS) > 0
+    assert scores(HEADS * QUERIES * KEYS - 1) == 0

@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.encoders import frontends
+from mister_jax.encoders.attention import dot_product_attention
 from mister_jax.encoders.beats.config import BeatsConfig
 from mister_jax.encoders.layers import dtypes, gelu
 from mister_jax.encoders.relative_position import position_buckets
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.attention import dot_product_attention
 from mister_jax.nn.dropout import KeySource
 
 # Statistics over AudioSet. The models were trained on (x - mean) / (2 std).
@@ -110,7 +110,7 @@ class GatedAttention(nnx.Module):
             split_heads(self.key(x)),
             split_heads(self.value(x)),
             mask=mask[:, None, None],
-            bias=jnp.moveaxis(gate, 1, 2)[..., None] * position_bias,  # [B, K, N, N]
+            bias=(jnp.moveaxis(gate, 1, 2)[..., None], position_bias[None]),
         )
         return self.out(attended.reshape(x.shape))
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mister_jax.encoders.attention import dot_product_attention
 from mister_jax.encoders.decoder.config import DecoderConfig, RopeScaling
 from mister_jax.encoders.layers import dtypes
-from mister_jax.nn.attention import dot_product_attention
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
