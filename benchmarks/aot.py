@@ -178,12 +178,10 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
     the core; some chips have none.
     """
     schedule = analyze_schedule(compiled.as_text())
-    cost = compiled.cost_analysis() or {}
-    transferred = cost.get("bytes accessed", 0.0) * schedule.loop_factor
     received = schedule.blocking_bytes + schedule.overlapped_bytes
     milliseconds = {
         "arithmetic_ms": row["executed_gflop_per_device"] * 1e9 / chip.flops * 1e3,
-        "memory_ms": transferred / chip.bandwidth * 1e3,
+        "memory_ms": schedule.memory_bytes / chip.bandwidth * 1e3,
         "collectives_ms": received / chip.interconnect * 1e3,
     }
     if chip.cycles is not None:
@@ -195,7 +193,7 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
     predicted = max(milliseconds.values())
     model_ms = row["model_gflop_per_device"] * 1e9 / chip.flops * 1e3
     return {
-        "memory_gb_per_device": transferred / 1e9,
+        "memory_gb_per_device": schedule.memory_bytes / 1e9,
         "collectives_gb_per_device": received / 1e9,
         **milliseconds,
         "predicted_ms": predicted,

@@ -1,8 +1,8 @@
-"""Reads cycles and communication from the text of a program that XLA compiled for TPUs (HLO).
+"""Reads the work of a program that XLA compiled for TPUs from its text (HLO).
 
-XLA's cost analysis counts the body of a loop once and does not include communication. The text of
-the scheduled program has both: trip counts of loops, and all collectives. JAX offers no structured
-access to them.
+XLA's cost analysis counts the body of a loop once, counts on-chip memory like device memory and
+does not include communication. The text of the scheduled program has trip counts, memory spaces and
+collectives. JAX offers no structured access to them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from collections import Counter
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CALLS = re.compile(r"(?:calls|body|condition|to_apply)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _NAME = re.compile(r"[\w.\-]+")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\(\d\)")
+_ALIASED_OUTPUT = re.compile(r"\{(\d+)\}: \(\d+")
 # The devices of a collective: as lists {{0,1}}, as [groups,size], or as axes of a mesh.
 _GROUP_LISTS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_COUNTS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
@@ -34,9 +37,21 @@ _RECEIVED = {
     "reduce-scatter": lambda g: g - 1,
     "all-to-all": lambda g: (g - 1) / g,
 }
+_COLLECTIVES = (*_RECEIVED, "collective-permute")
+
+
+# Operations that touch no memory, or whose memory is that of the instructions they call.
+_FREE = (
+    *("parameter", "constant", "iota", "partition-id", "replica-id"),
+    *("get-tuple-element", "tuple", "bitcast", "optimization-barrier", "after-all"),
+    *("while", "conditional", "call", "async-done", "copy-done", "slice-done"),
+    *("all-gather-done", "all-reduce-done", "collective-permute-done"),
+)
+_SLICES = ("dynamic-slice", "slice")
 
 
 class _Instruction(NamedTuple):
+    name: str
     shape: str
     operation: str
     rest: str
@@ -47,7 +62,7 @@ class Schedule:
     """Work of one device in a run of a program."""
 
     cycles: float  # sum of XLA's estimates of all instructions, without communication
-    loop_factor: float  # `cycles` divided by the cycles if every loop ran once
+    memory_bytes: float  # read from and written to device memory, with those received
     blocking_bytes: float  # received while the core waits
     overlapped_bytes: float  # received during computation
 
@@ -72,16 +87,18 @@ def analyze_schedule(text: str) -> Schedule:
                 visit(called, runs * trips)
 
     visit(entry, 1)
-    cycles = cycles_once = blocking = overlapped = 0.0
+    fused = _fused_computations(computations)
+    cycles = memory = blocking = overlapped = 0.0
     # Several fusions, which share a channel, can each do a part of one collective: one starts it,
     # one ends it, and those between may be in a loop. Channel -> fewest runs, most bytes.
-    fused: dict[str, tuple[int, float]] = {}
+    chained: dict[str, tuple[int, float]] = {}
     for name, runs in num_runs.items():
+        if name not in fused:
+            memory += runs * _memory_bytes(computations[name], computations)
         for instruction in computations[name]:
             estimate = _CYCLES.search(instruction.rest)
             if estimate is not None and int(estimate[1]) < 2**62:  # More stands for "unknown".
                 cycles += runs * float(estimate[1])
-                cycles_once += float(estimate[1])
             received = _received_bytes(instruction)
             channel = _CHANNEL.search(instruction.rest)
             if "all-reduce-scatter" in name:
@@ -89,12 +106,12 @@ def analyze_schedule(text: str) -> Schedule:
             elif instruction.operation.endswith("-start"):
                 overlapped += runs * received
             elif "fus" in name and channel is not None:
-                fewest, most = fused.get(channel[1], (runs, received))
-                fused[channel[1]] = min(runs, fewest), max(received, most)
+                fewest, most = chained.get(channel[1], (runs, received))
+                chained[channel[1]] = min(runs, fewest), max(received, most)
             else:
                 blocking += runs * received
-    overlapped += sum(map(math.prod, fused.values()))
-    return Schedule(cycles, cycles / cycles_once if cycles_once else 1.0, blocking, overlapped)
+    overlapped += sum(map(math.prod, chained.values()))
+    return Schedule(cycles, memory + blocking + overlapped, blocking, overlapped)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -126,6 +143,112 @@ def _trip_count(condition: list[_Instruction]) -> int:
     return int(limits[0].partition(")")[0])
 
 
+def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]:
+    """Returns the computations whose intermediate values are in no memory."""
+    return {
+        called
+        for instructions in computations.values()
+        for instruction in instructions
+        if instruction.operation not in ("while", "conditional", "call")
+        for called in _CALLS.findall(instruction.rest)
+    }
+
+
+def _memory_bytes(
+    instructions: list[_Instruction], computations: dict[str, list[_Instruction]]
+) -> float:
+    """Returns the bytes of device memory that a run of a computation reads and writes.
+
+    Collectives are not included.
+    """
+    shapes = {instruction.name: instruction.shape for instruction in instructions}
+    total = 0.0
+    for instruction in instructions:
+        operation, shape = instruction.operation, instruction.shape
+        operands = [shapes.get(name, "") for name in _operands(instruction)]
+        called = _CALLS.search(instruction.rest)
+        if operation in _FREE or operation.removesuffix("-start") in _COLLECTIVES:
+            continue
+        if operation == "fusion" and called is not None:
+            body = computations[called[1]]
+            total += _bytes_written(instruction, body) + sum(
+                _bytes_read(parameter, body, computations)
+                for operand, parameter in zip(operands, _parameters(body), strict=True)
+                if _device_bytes(operand)
+            )
+        elif operation == "dynamic-update-slice":
+            update = operands[1]
+            total += _device_bytes(update) + bool(_device_bytes(shape)) * _num_bytes(update)
+        elif operation in _SLICES:
+            is_read = bool(_device_bytes(operands[0]))
+            total += _device_bytes(shape) + is_read * _num_bytes(shape)
+        else:
+            total += _device_bytes(shape)
+            if not operation.endswith("-start"):  # Its result includes its operands.
+                total += sum(map(_device_bytes, operands))
+    return total
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return _OPERAND.findall(instruction.rest.partition(")")[0])
+
+
+def _parameters(body: list[_Instruction]) -> list[_Instruction]:
+    """Returns the parameters of a computation in the order of the operands."""
+    parameters = [instruction for instruction in body if instruction.operation == "parameter"]
+    return sorted(parameters, key=lambda parameter: int(parameter.rest.partition(")")[0]))
+
+
+def _bytes_read(
+    value: _Instruction,
+    body: list[_Instruction],
+    computations: dict[str, list[_Instruction]],
+) -> float:
+    """Returns the bytes of a fusion's parameter, or of a part of it, that the fusion reads."""
+    total = 0.0
+    for user in body:
+        operands = _operands(user)
+        if value.name not in operands:
+            continue
+        if user.operation in _SLICES:
+            total += _num_bytes(user.shape)
+        elif user.operation == "bitcast":
+            total += _bytes_read(user, body, computations)
+        elif user.operation == "fusion":
+            inner = computations[_search(_CALLS, user.rest)]
+            parameter = _parameters(inner)[operands.index(value.name)]
+            total += _bytes_read(parameter, inner, computations)
+        elif user.operation == "dynamic-update-slice" and operands[0] == value.name:
+            continue  # It is updated in place.
+        elif user.operation not in ("tuple", "custom-call", *_COLLECTIVES):
+            return _num_bytes(value.shape)
+    return min(total, _num_bytes(value.shape))
+
+
+def _bytes_written(fusion: _Instruction, body: list[_Instruction]) -> float:
+    """Returns the bytes of device memory that a fusion writes, without results of collectives."""
+    by_name = {instruction.name: instruction for instruction in body}
+    root = body[-1]
+    results = _operands(root) if root.operation in ("tuple", "custom-call") else [root.name]
+    aliasing = fusion.rest.partition("output_to_operand_aliasing=")[2].partition(", calls=")[0]
+    unchanged = {int(output) for output in _ALIASED_OUTPUT.findall(aliasing)}
+    total = 0.0
+    for index, (name, array) in enumerate(
+        zip(results, _ARRAY.finditer(fusion.shape), strict=False)
+    ):
+        result = by_name[name]
+        while result.operation == "bitcast":
+            result = by_name[_operands(result)[0]]
+        if index in unchanged or result.operation in ("parameter", *_COLLECTIVES):
+            continue
+        if result.operation == "dynamic-update-slice":
+            written = by_name[_operands(result)[1]].shape
+            total += bool(_device_bytes(array[0])) * _num_bytes(written)
+        else:
+            total += _device_bytes(array[0])
+    return total
+
+
 def _received_bytes(instruction: _Instruction) -> float:
     """Returns the bytes that a device receives in a collective; 0 for another instruction."""
     operation = instruction.operation.removesuffix("-start")
@@ -149,7 +272,17 @@ def _group_size(rest: str) -> int:
 
 
 def _num_bytes(shape: str) -> float:
-    return sum(
-        int(bits or 8) / 8 * math.prod(int(size) for size in sizes.split(",") if size)
-        for _, bits, sizes in _ARRAY.findall(shape)  # "pred" has no number of bits.
-    )
+    """Returns the bytes of an array or tuple."""
+    return sum(map(_array_bytes, _ARRAY.finditer(shape)))
+
+
+def _device_bytes(shape: str) -> float:
+    """Returns the bytes of an array or tuple that are in device memory, not on the chip."""
+    arrays = _ARRAY.finditer(shape)
+    return sum(_array_bytes(array) for array in arrays if not _ON_CHIP.search(array[4] or ""))
+
+
+def _array_bytes(array: re.Match[str]) -> float:
+    _, bits, sizes, _ = array.groups()
+    # "pred" has no number of bits.
+    return int(bits or 8) / 8 * math.prod(int(size) for size in sizes.split(",") if size)

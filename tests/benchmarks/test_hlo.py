@@ -39,7 +39,11 @@ ENTRY %main (x: f32[8,128]) -> f32[16] {
 def test_loop_counts_every_run():
     schedule = analyze_schedule(PROGRAM)
     assert schedule.cycles == 5 * 100 + 20
-    assert schedule.loop_factor == pytest.approx(520 / 120)
+    once = analyze_schedule(PROGRAM.replace("constant(5)", "constant(1)"))
+    twice = analyze_schedule(PROGRAM.replace("constant(5)", "constant(2)"))
+    assert schedule.memory_bytes - once.memory_bytes == pytest.approx(
+        4 * (twice.memory_bytes - once.memory_bytes)
+    )
 
 
 def test_unknown_estimate_is_ignored():
@@ -84,3 +88,51 @@ def test_device_groups_may_be_axes_of_a_mesh(order):
 def test_loop_without_a_constant_trip_count_is_refused():
     with pytest.raises(ValueError, match="0 constants"):
         analyze_schedule(PROGRAM.replace("constant(5)", "parameter(1)"))
+
+
+FUSIONS = """
+%row (table: f32[32,128], index: s32[]) -> f32[1,128] {
+  %table = f32[32,128]{1,0} parameter(0)
+  %index = s32[] parameter(1)
+  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%table, %index, %index), dynamic_slice_sizes={1,128}
+}
+
+%store (table: f32[32,128], row: f32[1,128], index: s32[]) -> f32[32,128] {
+  %table = f32[32,128]{1,0} parameter(0)
+  %row.1 = f32[1,128]{1,0} parameter(1)
+  %index = s32[] parameter(2)
+  ROOT %new = f32[32,128]{1,0} dynamic-update-slice(%table, %row.1, %index, %index)
+}
+
+%double (x: f32[32,128]) -> f32[32,128] {
+  %x = f32[32,128]{1,0} parameter(0)
+  ROOT %sum = f32[32,128]{1,0} add(%x, %x)
+}
+
+ENTRY %main (table: f32[32,128], index: s32[]) -> f32[32,128] {
+  %table = f32[32,128]{1,0:T(8,128)} parameter(0)
+  %index = s32[]{:S(6)} parameter(1)
+  INSTRUCTION
+}
+"""
+ROW, TABLE = 128 * 4, 32 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("%y = f32[32,128]{1,0:T(8,128)} fusion(%table), calls=%double", 2 * TABLE),
+        ("%y = f32[32,128]{1,0:T(8,128)S(1)} fusion(%table), calls=%double", TABLE),
+        ("%y = f32[1,128]{1,0} fusion(%table, %index), calls=%row", 2 * ROW),
+        ("%y = f32[1,128]{1,0:S(1)} dynamic-slice(%table, %index, %index)", ROW),
+        ("%y = f32[32,128]{1,0} fusion(%table, %y.1, %index), calls=%store", 2 * ROW),
+        ("%y = (f32[32,128]{1,0:S(1)}, f32[32,128]{1,0}, u32[]{:S(2)}) copy-start(%table)", TABLE),
+        ("%y = f32[32,128]{1,0:S(1)} copy-done(%table)", 0),
+    ],
+    ids=["fusion", "on_chip", "part", "slice", "in_place", "prefetch", "prefetched"],
+)
+def test_memory_is_what_passes_between_chip_and_device_memory(instruction, expected):
+    if "%y.1" in instruction:
+        instruction = f"%y.1 = f32[1,128]{{1,0}} parameter(2)\n  {instruction}"
+    text = FUSIONS.replace("INSTRUCTION", instruction)
+    assert analyze_schedule(text).memory_bytes == expected
