@@ -34,6 +34,7 @@ PROSODY = "prosody"
 """Name of `ProsodyEncoder`."""
 
 SECONDS_BUDGET = 120
+CPU_SECONDS_BUDGET = 30  # the activations of a layer stay in the cache
 
 # In tenths of a second. Few different lengths mean few compiled programs, at the cost of padding.
 _LENGTHS = (
@@ -54,9 +55,11 @@ class SpeechInput:
       split: Split longer clips into windows of equal length instead of truncating them.
     """
 
-    modality, unit, budget, steps_per_unit = "speech", "s of audio", SECONDS_BUDGET, 10
+    modality, unit, steps_per_unit = "speech", "s of audio", 10
 
     def __init__(self, max_seconds: float, *, pads_to_max: bool = False, split: bool = False):
+        on_cpu = jax.default_backend() == "cpu"
+        self.budget = CPU_SECONDS_BUDGET if on_cpu else SECONDS_BUDGET
         self._window_samples = round(max_seconds * SAMPLE_RATE)
         self.max_samples = None if split else self._window_samples
         self.max_length = -(-self._window_samples // LENGTH_STEP)
