@@ -1,20 +1,22 @@
 """Extraction of features, compared with the same encoder in transformers on PyTorch.
 
-Both map texts or clips to the mean of the last hidden states. PyTorch reads one utterance at a
-time, like the released MiSTER-E, and also batches of utterances sorted by length. Whisper of this
-library runs trimmed to the clips, and padded to 30 s like PyTorch's.
+All map texts or clips to the mean of the last hidden states. PyTorch reads one utterance at a time,
+like the released MiSTER-E, and also batches of utterances sorted by length. So does ONNX Runtime,
+with a text encoder that PyTorch exports. Whisper of this library runs trimmed to the clips, and
+padded to 30 s like PyTorch's.
 """
 
 from __future__ import annotations
 
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Timing, repeated, require_torch, time_runs
+from benchmarks.measure import Timing, repeated, require_onnx, require_torch, time_runs
 from benchmarks.report import Row
 from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE
@@ -32,11 +34,11 @@ and but or because with about from this that my your the a
 _CLIP_SECONDS = (1.0, 5.0)
 _FRAME = 320  # Samples per position of Whisper's encoder.
 
-# By modality: number of utterances; batch sizes of PyTorch, and how many batches of each it reads;
-# the unit of the encoder's input besides utterances, and its size in tokens or seconds.
+# By modality: number of utterances; batch sizes of other libraries, and how many batches of each
+# they read; the unit of the encoder's input besides utterances, and its size in tokens or seconds.
 _COUNT = {"text": 2000, "speech": 64}
-_TORCH_BATCH_SIZES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
-_TORCH_BATCHES = {"text": 200, "speech": 8}
+_BATCH_SIZES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
+_NUM_BATCHES = {"text": 200, "speech": 8}
 _UNITS = {"text": ("tokens", 1), "speech": ("audio_hours", 3600)}
 
 
@@ -126,6 +128,37 @@ class _TorchText(_TorchEncoder):
         return self._model(**batch).last_hidden_state.float(), batch["attention_mask"]
 
 
+class _OnnxText(_TorchText):
+    """A text encoder in float32, exported to ONNX and run by ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: pathlib.Path, max_tokens: int):
+        require_onnx()
+        super().__init__(folder, "float32", max_tokens)
+        import onnxruntime
+
+        self._device = "cpu"
+        inputs = dict(self._tokenizer(["one", "two words"], padding=True, return_tensors="pt"))
+        dynamic = self._torch.export.Dim.DYNAMIC
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's exporter uses what PyTorch deprecates.
+            program = self._torch.onnx.export(
+                self._model.cpu(),
+                kwargs=inputs,
+                dynamic_shapes={name: {0: dynamic, 1: dynamic} for name in inputs},
+                dynamo=True,
+                verbose=False,
+            )
+        self._session = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+
+    def _hidden_states(self, utterances: Sequence[Any]) -> tuple[Any, Any]:
+        batch = self._tokenizer(utterances, padding=True, return_tensors="np", **self._options)
+        hidden = self._session.run(None, dict(batch))[0]
+        mask = self._torch.from_numpy(batch["attention_mask"])
+        return self._torch.from_numpy(hidden), mask
+
+
 class _TorchWhisper(_TorchEncoder):
     """Pads clips to 30 s, as transformers' Whisper requires; the mask has the clip only."""
 
@@ -157,6 +190,14 @@ def _load_torch_encoder(name: str, dtype: str, encoder: extraction.Encoder) -> _
     return _TorchWhisper(folder, dtype)
 
 
+def _load_onnx_encoder(name: str, dtype: str, encoder: extraction.Encoder) -> _OnnxText:
+    if encoder.modality != "text" or dtype != "float32":
+        raise InputError(
+            f"{name}: {encoder.modality} encoder, {dtype}; --onnx allows text encoders in float32"
+        )
+    return _OnnxText(hub.fetch(name), encoder.input.max_length)
+
+
 def measure_extraction(
     name: str,
     texts: Sequence[str] = (),
@@ -164,6 +205,7 @@ def measure_extraction(
     max_tokens: int = 128,
     dtype: str = "float32",
     compare: bool = False,
+    onnx: bool = False,
     rounds: int = 3,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
@@ -174,12 +216,13 @@ def measure_extraction(
       texts: Texts for a text encoder; random by default. A speech encoder reads noise.
       max_tokens: Maximum tokens per text.
       dtype: Type of parameters and computation.
-      compare: Whether to measure PyTorch as well; its rows come last.
+      compare: Whether to measure PyTorch as well; its rows come after those of this library.
+      onnx: Whether to measure ONNX Runtime as well; its rows come last.
       rounds: Number of timed passes over all utterances.
       log: Receives a line before each long step.
 
     Raises:
-      InputError: The encoder cannot be loaded, or PyTorch is missing.
+      InputError: The encoder cannot be loaded, or a library is missing.
     """
     options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
     encoder = extraction.load_encoder(name, dtype=dtype, **options)
@@ -189,8 +232,12 @@ def measure_extraction(
     else:
         utterances = texts or meld_like_texts(_COUNT[modality])
     encoders = {"mister_jax": encoder}
-    torch = _load_torch_encoder(name, dtype, encoder) if compare else None
-    if isinstance(torch, _TorchWhisper):
+    others: dict[str, _TorchEncoder] = {}
+    if onnx:
+        others["onnxruntime"] = _load_onnx_encoder(name, dtype, encoder)
+    if compare:
+        others = {"torch": _load_torch_encoder(name, dtype, encoder), **others}
+    if isinstance(others.get("torch"), _TorchWhisper):
         padded = extraction.load_encoder(name, trim=False, dtype=dtype)
         encoders["mister_jax, padded to 30 s"] = padded
     subsets: dict[str, Sequence[Any]] = dict.fromkeys(encoders, utterances)
@@ -198,19 +245,19 @@ def measure_extraction(
         label: repeated(functools.partial(extraction.encode_utterances, one, utterances))
         for label, one in encoders.items()
     }
-    if torch is not None:
-        for size in _TORCH_BATCH_SIZES[modality]:
-            label = f"torch, batches of {size}"
-            subsets[label] = _every_nth(utterances, _TORCH_BATCHES[modality] * size)
-            runs[label] = repeated(functools.partial(torch.features, subsets[label], size))
+    for library, other in others.items():
+        for size in _BATCH_SIZES[modality]:
+            label = f"{library}, batches of {size}"
+            subsets[label] = _every_nth(utterances, _NUM_BATCHES[modality] * size)
+            runs[label] = repeated(functools.partial(other.features, subsets[label], size))
     log(f"extracting from {len(utterances)} utterances, {rounds + 2} times")
     timings = time_runs(runs, rounds)
     rows = [_row(label, timings[label], encoder, subsets[label]) for label in runs]
     for row in rows[: len(encoders)]:
         row["compile_s"] = timings[row["library"]].compile_seconds
-    if torch is not None:
-        subset = _every_nth(utterances, _TORCH_BATCHES[modality])
-        expected = torch.features(subset, 1)
+    if others:
+        subset = _every_nth(utterances, _NUM_BATCHES[modality])
+        expected = next(iter(others.values())).features(subset, 1)
         for row, one in zip(rows, encoders.values(), strict=False):
             difference = extraction.encode_utterances(one, subset)[0] - expected
             row["largest_difference"] = float(np.abs(difference).max())

@@ -92,3 +92,12 @@ def require_torch() -> None:
     """Raises `InputError` if PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise InputError("PyTorch is not installed; --torch needs it: pip install torch")
+
+
+def require_onnx() -> None:
+    """Raises `InputError` if a library is not installed that `--onnx` needs."""
+    names = "torch", "onnx", "onnxruntime", "onnxscript"
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        missing_names = " ".join(missing)
+        raise InputError(f"--onnx needs {', '.join(missing)}: pip install {missing_names}")

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import extraction
+from benchmarks import extraction, measure
 from mister_jax.errors import InputError
 
 
 @pytest.fixture
 def few_utterances(monkeypatch):
     monkeypatch.setattr(extraction, "_COUNT", {"text": 5, "speech": 3})
-    monkeypatch.setattr(extraction, "_TORCH_BATCH_SIZES", {"text": (1, 2), "speech": (1, 2)})
-    monkeypatch.setattr(extraction, "_TORCH_BATCHES", {"text": 2, "speech": 1})
+    monkeypatch.setattr(extraction, "_BATCH_SIZES", {"text": (1, 2), "speech": (1, 2)})
+    monkeypatch.setattr(extraction, "_NUM_BATCHES", {"text": 2, "speech": 1})
 
 
 def test_texts_are_as_long_as_those_of_meld():
@@ -56,6 +56,39 @@ def test_features_of_texts_agree_with_pytorch(bert_folder, few_utterances):
     ]
     assert [row["utterances"] for row in rows] == [4, 2, 4]
     assert rows[0]["largest_difference"] < 1e-5
+
+
+@pytest.mark.parity
+def test_features_of_texts_agree_with_onnx_runtime(bert_folder, few_utterances):
+    for name in ("torch", "onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    texts = ["i am glad", "you are so mad", "today", "we are happy"]
+    options = {"max_tokens": 20, "rounds": 1}
+    rows = extraction.measure_extraction(str(bert_folder), texts, onnx=True, **options)
+    assert [row["library"] for row in rows[1:]] == [
+        "onnxruntime, batches of 1",
+        "onnxruntime, batches of 2",
+    ]
+    assert rows[0]["largest_difference"] < 1e-5
+    rows = extraction.measure_extraction(
+        str(bert_folder), texts, compare=True, onnx=True, **options
+    )
+    assert [row["library"].split(",")[0] for row in rows] == [
+        "mister_jax",
+        *["torch"] * 2,
+        *["onnxruntime"] * 2,
+    ]
+
+
+def test_onnx_allows_text_encoders_in_float32(bert_folder):
+    with pytest.raises(InputError, match="text encoder, bfloat16; --onnx allows text encoders in"):
+        extraction.measure_extraction(str(bert_folder), max_tokens=20, dtype="bfloat16", onnx=True)
+
+
+def test_missing_libraries_for_onnx_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in ("torch", "onnx") or None)
+    with pytest.raises(InputError, match="needs onnxruntime, onnxscript: pip install onnxr"):
+        measure.require_onnx()
 
 
 @pytest.mark.parity
