@@ -18,7 +18,7 @@ Extraction with an encoder's weights, and the preparation of recordings:
 """
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from absl import flags
@@ -30,6 +30,7 @@ from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
 from benchmarks.report import PREDICTED, Report, Row, environment
 from mister_jax.errors import InputError
+from mister_jax.nn.scanned_layers import Remat
 
 _DEFAULT = BenchmarkConfig()
 
@@ -63,6 +64,9 @@ _ENCODER = flags.DEFINE_string(
 )
 _SEQUENCE = flags.DEFINE_integer("sequence", 128, "tokens per text for --encoder")
 _ROWS = flags.DEFINE_integer("rows", 0, "utterances per device for --encoder; 0 for its default")
+_REMAT = flags.DEFINE_enum(
+    "remat", "full", get_args(Remat), "activations that --encoder recomputes, see nn.ScannedLayers"
+)
 _MODEL_PARALLELISM = flags.DEFINE_integer(
     "model_parallelism", 1, "chips that share the work on their rows, for --encoder with --aot"
 )
@@ -119,7 +123,7 @@ def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
     if sum(bool(flag.value) for flag in _ENCODER_MODES) != 1:
         names = ", ".join(f"--{flag.name}" for flag in _ENCODER_MODES)
         raise InputError(f"--encoder={_ENCODER.value} needs one of {names}")
-    batch: dict[str, Any] = {"length": _SEQUENCE.value, "rows": _ROWS.value}
+    batch: dict[str, Any] = {"length": _SEQUENCE.value, "rows": _ROWS.value, "remat": _REMAT.value}
     if _AOT.value:
         batch["model_parallelism"] = _MODEL_PARALLELISM.value
         return encoders.compile_for_tpus(_ENCODER.value, _AOT.value, **batch, log=log)

@@ -31,6 +31,7 @@ from mister_jax.models import SpeechUtterance, TextUtterance, UtteranceConfig, U
 from mister_jax.models.utterance import UtteranceOutput
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.scanned_layers import Remat
 from mister_jax.optim import OptimizerConfig, make_optimizer
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import CompiledStep, EvalFn, JitPartitioner, Step
@@ -231,6 +232,7 @@ def compile_for_tpus(
     *,
     length: int = 128,
     rows: int = 0,
+    remat: Remat = "full",
     model_parallelism: int = 1,
     log: aot.Log = lambda line: None,
 ) -> dict[str, list[Row]]:
@@ -244,6 +246,7 @@ def compile_for_tpus(
       names: Topologies, see `aot.tpu_topologies`.
       length: Tokens per text.
       rows: Rows per device; 0 for the default of the encoder.
+      remat: Rematerialization in the language model, see `mister_jax.nn.ScannedLayers`.
       model_parallelism: Number of chips that share the work on their rows.
       log: Receives a line before each compilation.
 
@@ -254,7 +257,7 @@ def compile_for_tpus(
       InputError: The encoder or a topology is unknown, the devices cannot share the rows, or a
         program does not compile.
     """
-    tuning = make_tuning(encoder, length, remat="full")
+    tuning = make_tuning(encoder, length, remat=remat)
     rows_per_device = _rows_per_device(tuning, rows)
     flops = model_flops(encoder, length)
     tables: dict[str, list[Row]] = {name: [] for name in flops}
@@ -270,6 +273,7 @@ def compile_for_tpus(
                 "encoder": encoder,
                 "data_x_model": mesh,
                 "rows": num_rows,
+                "remat": remat,
             }
             row |= aot.compile_ahead(partitioner, program, state, batch, num_rows * flops[what])
             if "predicted_ms" in row:
@@ -280,13 +284,15 @@ def compile_for_tpus(
     return {f"{what}, {PREDICTED}": table for what, table in tables.items()}
 
 
-def measure_encoder(encoder: str, *, length: int = 128, rows: int = 0, steps: int = 3) -> list[Row]:
+def measure_encoder(
+    encoder: str, *, length: int = 128, rows: int = 0, remat: Remat = "full", steps: int = 3
+) -> list[Row]:
     """Times both programs with random parameters on this machine; see `compile_for_tpus`.
 
     Raises:
       InputError: The encoder is unknown, or the devices run out of memory.
     """
-    tuning = make_tuning(encoder, length, remat="full")
+    tuning = make_tuning(encoder, length, remat=remat)
     flops = model_flops(encoder, length)
     num_rows = _rows_per_device(tuning, rows) * jax.device_count()
     partitioner = make_partitioner(jax.devices(), 1)

@@ -107,6 +107,17 @@ def test_invalid_options_are_named(encoder, options, message):
         encoders.measure_encoder(encoder, **options)
 
 
+@pytest.mark.parity
+@needs_libtpu
+def test_matrix_products_are_not_recomputed_with_dots():
+    options = {"length": 4, "rows": 2}
+    (full,), _ = encoders.compile_for_tpus("tiny", "v5e:2x2", **options).values()
+    (dots,), _ = encoders.compile_for_tpus("tiny", "v5e:2x2", remat="dots", **options).values()
+    assert (full["remat"], dots["remat"]) == ("full", "dots")
+    assert dots["executed_gflop_per_device"] < full["executed_gflop_per_device"]
+    assert dots["model_gflop_per_device"] == full["model_gflop_per_device"]
+
+
 @needs_libtpu
 def test_model_parallelism_must_divide_the_chips():
     with pytest.raises(InputError, match="--model_parallelism=3; allowed: divisors of the 4"):
