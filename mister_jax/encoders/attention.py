@@ -151,7 +151,7 @@ def attention_on_tpu(
     is_per_head = [summand.shape[1] > 1 for summand in summands]
 
     # The backward pass recomputes the scores instead of storing those of all heads.
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(inputs: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         (query, key, value), per_head = inputs
         head_summands = iter(per_head)

@@ -13,11 +13,15 @@ from flax import nnx
 
 from mister_jax.nn.dropout import KeySource, fold_in, rngs_from_key
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "mlp"]
+
+SAVED_WITH_MLP = "mlp"
+"""Name for `jax.ad_checkpoint.checkpoint_name` of the activations that `remat="mlp"` saves."""
 
 _REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(SAVED_WITH_MLP),
 }
 
 Constraint = Callable[[Any], Any]
@@ -55,7 +59,8 @@ class ScannedLayers(nnx.Module):
         `layer(x, *inputs, deterministic=..., rngs=...)` and returns an array like x.
       num_layers: Number of layers L, at least 1.
       remat: Activations that the backward pass recomputes: "none", "full" for all, "dots" for all
-        but the results of matrix products with parameters.
+        but the results of matrix products with parameters, "mlp" for all but those that the layer
+        names `SAVED_WITH_MLP`, the wide ones of a decoder's feed-forward block.
       rngs: Source of the initial parameters.
 
     Raises:

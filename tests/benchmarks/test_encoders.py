@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from benchmarks import aot, encoders
+from benchmarks.flops import program_flops
 from mister_jax.encoders.decoder import DecoderConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
@@ -49,6 +50,21 @@ def test_flops_are_two_per_parameter_and_token_forward_and_four_in_tuning(encode
     extraction = flops[encoders.EXTRACTION]
     assert extraction == pytest.approx(2 * num_parameters * length, rel=0.02)
     assert flops[encoders.FINE_TUNING] == pytest.approx(2 * extraction, rel=0.02)
+
+
+def tuning_flops(remat):
+    tuning = tiny_tuning(8, remat=remat)
+    template, state = aot.abstract_state(lambda: encoders.initialize(tuning))
+    step, _ = encoders.step_functions(tuning, template)
+    batch = encoders.abstract_batch(tuning, 1)
+    return program_flops(jax.make_jaxpr(step, static_argnums=2)(state, batch, None).jaxpr)
+
+
+def test_step_recomputes_less_the_more_it_saves():
+    full, mlp, dots, none = map(tuning_flops, ("full", "mlp", "dots", "none"))
+    assert full > mlp > dots >= none
+    gate_and_up = 2 * NUM_LAYERS * 2 * 8 * HIDDEN_SIZE * MLP_DIM
+    assert full - mlp == gate_and_up
 
 
 @pytest.mark.parametrize("model_parallelism", [1, 2])

@@ -63,7 +63,7 @@ def test_layers_drop_different_units(rngs):
     assert (dropped[0] != dropped[1]).any() and (dropped[:, 0] != dropped[:, 1]).any()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "mlp"])
 def test_remat_does_not_change_gradients(remat):
     def gradient(remat):
         graph, params = nnx.split(make_layers(remat))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mister_jax.encoders.attention import dot_product_attention
 from mister_jax.encoders.decoder.config import DecoderConfig, RopeScaling
@@ -21,7 +22,7 @@ from mister_jax.encoders.layers import dtypes
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
-from mister_jax.nn.scanned_layers import ScannedLayers
+from mister_jax.nn.scanned_layers import SAVED_WITH_MLP, ScannedLayers
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine of the rotation angles, [B, N, 1, head_dim / 2] each."""
@@ -109,7 +110,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """Transforms x [B, N, D]."""
-        hidden = jax.nn.silu(self.gate(x, **options)) * self.up(x, **options)
+        gate = checkpoint_name(self.gate(x, **options), SAVED_WITH_MLP)  # [B, N, mlp_dim]
+        up = checkpoint_name(self.up(x, **options), SAVED_WITH_MLP)
+        hidden = jax.nn.silu(gate) * up
         return self.down(hidden, **options)
 
 
