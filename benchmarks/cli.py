@@ -13,7 +13,7 @@ A large utterance encoder at full size, its LoRA fine-tuning step and extraction
 
 Extraction with an encoder's weights, and the preparation of recordings:
 
-    mister-jax benchmark --encoder=FOLDER --throughput --torch
+    mister-jax benchmark --encoder=FOLDER --throughput --torch --onnx
     mister-jax benchmark --prepare=5000
 """
 
@@ -55,6 +55,7 @@ _LENGTHS = flags.DEFINE_enum(
 )
 _PARTS = flags.DEFINE_bool("parts", False, "measure the parts of the training step")
 _TORCH = flags.DEFINE_bool("torch", False, "compare with PyTorch")
+_ONNX = flags.DEFINE_bool("onnx", False, "compare --throughput of a text encoder with ONNX Runtime")
 _AOT = flags.DEFINE_string("aot", None, "TPU topologies to compile for, such as v5e:2x2,4x4")
 _ENCODER = flags.DEFINE_string(
     "encoder",
@@ -109,6 +110,8 @@ def main() -> int:
 def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
     """Returns the rows of the selected measurement by title."""
     log = Console(stderr=True, highlight=False).print
+    if _ONNX.value and not _THROUGHPUT.value:
+        raise InputError("--onnx needs --encoder=FOLDER --throughput")
     if _PREPARE.value is not None:
         return {"preparation": preparation.measure_preparation(_PREPARE.value, log=log)}
     if not _ENCODER.value:
@@ -138,6 +141,7 @@ def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
         max_tokens=_SEQUENCE.value,
         dtype=config.dtype,
         compare=_TORCH.value,
+        onnx=_ONNX.value,
         rounds=config.steps,
         log=log,
     )

@@ -147,6 +147,7 @@ def test_steps_import_no_heavy_libraries(tmp_path):
         ("--lengths=novel", "value should be one of <iemocap>"),
         ("--steps=0", "0 is not a positive integer"),
         ("--encoder=llama_3_1_8b", "needs one of --aot, --random, --throughput"),
+        ("--onnx", "--onnx needs --encoder=FOLDER --throughput"),
     ],
 )
 def test_invalid_flags_exit_with_a_one_line_error(flag, message):
