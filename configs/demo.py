@@ -19,7 +19,6 @@ from mister_jax.configs import fusion
 def get_config() -> ConfigDict:
     """Returns the config: a smaller model with a supervised gate."""
     config = fusion.get_config("demo")
-    config.data.num_buckets = 3
     config.model.update(
         {
             "context_dim": 64,

@@ -119,7 +119,9 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "name": dataset,
             "data_dir": "",
             "batch_size": 8,
-            "num_buckets": 7,
+            # Maximum number of padded lengths, each of which compiles a program; None chooses it
+            # from the time that it saves.
+            "num_buckets": config_dict.placeholder(int),
             # "auto": standardize the modalities whose dimensions differ much in scale. Also
             # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, Literal, Protocol
 
 import jax
@@ -62,14 +63,37 @@ class CompiledStep:
 
     function: Any
     finish: Callable[[Any], Any] = lambda output: output
+    _programs: dict[Any, Future[Any]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def compile(self, state: State, batch: Batch) -> None:
-        """Compiles for batches of this shape, so that the first call does not have to."""
-        self.function.lower(state, batch).compile()
+    def compile(self, executor: Executor, state: State, batch: Batch) -> Future[Any]:
+        """Starts to compile for batches of this shape, so that the first call does not have to.
+
+        Args:
+          executor: Executor of the compilation.
+          state: State as it is passed to the function. It may be donated before the compilation.
+          batch: Placed batch.
+
+        Returns:
+          A future that is done when the program is ready. Calls with this shape wait for it.
+        """
+        arguments = jax.tree.map(_abstract, (state, batch))
+        program = executor.submit(lambda: self.function.lower(*arguments).compile())
+        self._programs[_shapes(batch)] = program
+        return program
 
     def __call__(self, state: State, batch: Batch) -> Any:
         """Runs the function."""
-        return self.finish(self.function(state, batch))
+        program = self._programs.get(_shapes(batch))
+        function = self.function if program is None else program.result()
+        return self.finish(function(state, batch))
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, value.shape) for name, value in sorted(batch.items()))
 
 
 class Partitioner(Protocol):

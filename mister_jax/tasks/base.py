@@ -48,6 +48,12 @@ class Split:
         """Distinct (rows, padded length) of the global batches."""
         return self.plan.shapes
 
+    def shapes_by_first_use(self, epoch: int, start_step: int) -> list[tuple[int, int]]:
+        """Returns `shapes` in the order in which the batches need them from a step on."""
+        planned = self.plan.epoch(self.seed, epoch, shuffle=self.shuffle)[start_step:]
+        used = [(len(rows), length) for rows, length in planned]
+        return list(dict.fromkeys([*used, *self.shapes]))
+
     def fingerprint(self) -> str:
         """Returns a hash of the content of the split."""
         return self.data.fingerprint()
@@ -56,13 +62,11 @@ class Split:
         """Returns this process's rows of each batch of an epoch, from `start_step` on."""
         return self._batches(epoch, start_step, self.shuffle)
 
-    def example_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields one batch of each shape, for compilation."""
-        first_step: dict[tuple[int, int], int] = {}
-        for step, (rows, length) in enumerate(self.plan.epoch(0, 0, shuffle=False)):
-            first_step.setdefault((len(rows), length), step)
-        for step in first_step.values():
-            yield next(self._batches(0, step, shuffle=False))
+    def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Returns this process's rows of one batch of a shape, for compilation."""
+        planned = self.plan.epoch(0, 0, shuffle=False)
+        step = [(len(rows), length) for rows, length in planned].index(shape)
+        return next(self._batches(0, step, shuffle=False))
 
     def _batches(
         self, epoch: int, start_step: int, shuffle: bool

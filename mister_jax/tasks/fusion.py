@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import losses
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
+from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
@@ -55,11 +56,11 @@ class LossConfig:
 class FeatureSplit(Split):
     """A split of a dataset of dialogue features."""
 
-    def example_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields one empty batch of each shape, without starting the tf.data pipeline."""
-        for num_rows, length in self.plan.shapes:
-            rows = np.full(num_rows // jax.process_count(), -1, np.int32)
-            yield padded_batch(self.data, rows, length)
+    def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Returns an empty batch of a shape, without starting the tf.data pipeline."""
+        num_rows, length = shape
+        rows = np.full(num_rows // jax.process_count(), -1, np.int32)
+        return padded_batch(self.data, rows, length)
 
 
 class FusionTask:
@@ -108,10 +109,12 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
-        if min(self._data.batch_size, self._data.num_buckets) < 1:
+        self._num_seeds, self._epochs = config.get("num_seeds", 1), config.train.epochs
+        if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
-                f"{self._data.num_buckets}; both must be at least 1"
+                f"{self._data.num_buckets}; allowed: batch_size of at least 1, num_buckets of at "
+                "least 1 or None"
             )
         if config.train.get("accumulation", 1) != 1:
             raise InputError(
@@ -197,13 +200,24 @@ class FusionTask:
         return features
 
     def batched(
-        self, features: DialogueFeatures, *, num_shards: int, shuffle: bool = False
+        self,
+        features: DialogueFeatures,
+        *,
+        num_shards: int,
+        shuffle: bool = False,
+        epochs: int = 1,
     ) -> FeatureSplit:
-        """Plans batches of features whose numbers of rows are multiples of `num_shards`."""
+        """Plans batches of features whose numbers of rows are multiples of `num_shards`.
+
+        Unless the config has a number of length buckets, there are as many as save more time in
+        `epochs` epochs than their programs take to compile.
+        """
+        num_buckets = self._data.get("num_buckets")
         plan = BatchPlan(
             features.lengths,
             self._data.batch_size,
-            self._data.num_buckets,
+            num_buckets or DEFAULT_NUM_BUCKETS,
+            bucket_cost=0 if num_buckets else bucket_cost(self._num_params, epochs),
             multiple_of=num_shards,
             # A training must take the same steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
@@ -216,7 +230,13 @@ class FusionTask:
         features = self.features(name)
         if not (features.label >= 0).any():
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
-        return self.batched(features, num_shards=num_shards, shuffle=shuffle)
+        return self.batched(features, num_shards=num_shards, shuffle=shuffle, epochs=self._epochs)
+
+    @functools.cached_property
+    def _num_params(self) -> int:
+        """Number of parameters of all seeds."""
+        params = nnx.eval_shape(lambda: nnx.state(self.init(jax.random.key(0)), nnx.Param))
+        return self._num_seeds * sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
         """Returns by modality the feature vector [D] that the model reads as zeros, or 0."""

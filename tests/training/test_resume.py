@@ -98,7 +98,8 @@ def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
 
     config = two_bucket_config(tiny_data_dir, **changes)
     progress = train(config, workdir, quiet=True, on_step=on_step, **hooks)
-    workdir.with_suffix(".seconds").write_text(str(time.monotonic() - step_times[0]))
+    if step_times:  # Not if the training was finished before.
+        workdir.with_suffix(".seconds").write_text(str(time.monotonic() - step_times[0]))
     sys.exit(0 if progress.finished else STATUS_OF_STOPPED)
 
 
