@@ -186,7 +186,8 @@ def train(
     with explain_oom(str(workdir), activity, task.oom_hint):
         template, state = _initial_states(task, optimizer, seeds, partitioner)
         if jax.process_index() == 0:
-            params = template.params(multi_seed.unstack_seeds(state["params"], len(seeds))[0])
+            params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
+            params = jax.eval_shape(template.params, params)
             write_description(workdir, config, task.description(), params, data_fingerprints)
         assert_visible_to_all_processes(config_path(workdir))
         train_step = make_train_step(task, template, optimizer, options.accumulation)
@@ -223,22 +224,27 @@ def _initial_states(
     task: Task, optimizer: optax.GradientTransformation, seeds: Sequence[int], partitioner: Any
 ) -> tuple[ModelTemplate, Any]:
     """Returns the model's template and the stacked states of the seeds."""
+    template: Any = None
+    as_vectors = not task.sharding_rules
 
-    def make_model(key: jax.Array) -> Any:
-        return task.load(key, partitioner)
-
-    pairs = [
-        initial_state(
+    def make_state(key: jax.Array) -> Any:
+        nonlocal template
+        template, state = initial_state(
             task,
             optimizer,
-            seed,
+            key,
             trainable=task.trainable,
-            make_model=make_model,
-            as_vectors=not task.sharding_rules,
+            make_model=lambda key: task.load(key, partitioner),
+            as_vectors=as_vectors,
         )
-        for seed in seeds
-    ]
-    return pairs[0][0], multi_seed.stack_seeds([state for _, state in pairs])
+        return state
+
+    if as_vectors:  # These tasks read no checkpoint.
+        # One program is quicker than one per parameter, and runs too briefly to be optimized.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        make_state = jax.jit(make_state, compiler_options=options)
+    states = [make_state(jax.random.key(seed)) for seed in seeds]
+    return template, multi_seed.stack_seeds(states)
 
 
 @dataclasses.dataclass

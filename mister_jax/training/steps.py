@@ -69,7 +69,7 @@ class ModelTemplate:
 def initial_state(
     task: SupportsTraining,
     optimizer: optax.GradientTransformation,
-    seed: int,
+    seed: int | jax.Array,
     *,
     trainable: Any = nnx.Param,
     make_model: Callable[[jax.Array], nnx.Module] | None = None,
@@ -80,13 +80,14 @@ def initial_state(
     Args:
       task: Task whose `init` creates the model.
       optimizer: Optimizer.
-      seed: Seed of all randomness of the training.
+      seed: Seed of all randomness of the training, or a key made from it.
       trainable: NNX filter of the trained parameters.
       make_model: Creates the model from a key, instead of the task's `init`.
       as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
         compile faster with it, but sharding rules, which name parameters, do not apply.
     """
-    init_key, train_key = jax.random.split(jax.random.key(seed))
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    init_key, train_key = jax.random.split(key)
     model = (make_model or task.init)(init_key)
     graph, params, frozen = split_params(model, trainable)
     template = ModelTemplate(graph, ParamVectors(params) if as_vectors else None)
