@@ -1,4 +1,4 @@
-"""Measures speed and memory on random data, without a dataset.
+"""Measures speed and memory, on random data except for `--training`.
 
 MiSTER-E on dialogues:
 
@@ -15,6 +15,10 @@ Extraction with an encoder's weights, and the preparation of recordings:
 
     mister-jax benchmark --encoder=FOLDER --throughput --torch --onnx
     mister-jax benchmark --prepare=5000
+
+A whole training of the default recipe, from the start of the command to the score on test:
+
+    mister-jax benchmark --training=DATASET --torch
 """
 
 import os
@@ -24,7 +28,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from benchmarks import encoders, fusion, parts, preparation
+from benchmarks import encoders, fusion, parts, preparation, training
 from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
 from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
@@ -77,6 +81,10 @@ _TEXTS = flags.DEFINE_string(
     "texts", None, "file for --throughput with a text per line; random texts by default"
 )
 _PREPARE = flags.DEFINE_integer("prepare", None, "utterances of a corpus to prepare")
+_TRAINING = flags.DEFINE_string("training", None, "dataset of features for a whole training")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "directory of the dataset of --training; by default TFDS's"
+)
 _JSON = flags.DEFINE_string("json", None, "JSON file to write")
 
 _ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
@@ -96,7 +104,7 @@ def main() -> int:
         # JAX and PyTorch share the memory of an accelerator.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections = _measure(config)
-    settings = {} if _ENCODER.value or _PREPARE.value else fields
+    settings = {} if _ENCODER.value or _PREPARE.value or _TRAINING.value else fields
     own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
     settings |= {flag.name: flag.value for flag in own_flags if flag.present}
     report = Report(settings, environment(), sections)
@@ -112,6 +120,13 @@ def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
     log = Console(stderr=True, highlight=False).print
     if _ONNX.value and not _THROUGHPUT.value:
         raise InputError("--onnx needs --encoder=FOLDER --throughput")
+    if _DATA_DIR.value and not _TRAINING.value:
+        raise InputError(f"--data_dir={_DATA_DIR.value} needs --training=DATASET")
+    if _TRAINING.value:
+        rows = training.measure_training(
+            _TRAINING.value, _DATA_DIR.value, compare=_TORCH.value, log=log
+        )
+        return {"training": rows}
     if _PREPARE.value is not None:
         return {"preparation": preparation.measure_preparation(_PREPARE.value, log=log)}
     if not _ENCODER.value:

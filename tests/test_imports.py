@@ -19,7 +19,8 @@ FILES = sorted(
 LAYERS = (
     ("launch",),
     ("cli",),
-    ("benchmarks", "configs", "evaluation"),
+    ("benchmarks",),
+    ("configs", "evaluation"),
     ("inference", "training"),
     ("extraction",),
     ("predictor",),

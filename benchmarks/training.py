@@ -1,0 +1,244 @@
+"""Measures a whole training, from the start of the command to the score on the test split.
+
+This library runs `mister-jax train` and `mister-jax evaluate`, PyTorch runs
+`benchmarks/torch_training.py`, with its default number of threads and with one: its threads wait
+for each other after every operation, which costs more than it saves if the model is small or other
+programs run. Each training runs alone, in new processes and without compiled programs from earlier
+runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.measure import require_torch
+from benchmarks.report import Row
+from mister_jax.configs import fusion
+from mister_jax.data.schema import MODALITIES, SPLITS
+from mister_jax.errors import InputError
+from mister_jax.losses import LossWeights
+from mister_jax.tasks.fusion import FusionTask
+
+Log = Callable[[str], None]
+
+# Runs commands one after the other and prints the times and the peak memory of the largest one. It
+# runs in a separate process, because RUSAGE_CHILDREN of this process includes the memory that a
+# child inherits before it execs. time.monotonic() is the same clock in all processes.
+_RUN_AND_MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.monotonic()
+ends = []
+for command in json.loads(sys.argv[1]):
+    status = subprocess.call(command, stdout=subprocess.DEVNULL)
+    if status:
+        sys.exit(status)
+    ends.append(time.monotonic())
+memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"start": start, "ends": ends, "memory": memory}))
+"""
+
+# Runs `mister-jax train` and writes when the first, the middle and the last step ended. It waits
+# for the devices at these steps only, because the training itself runs ahead of them.
+_TRAIN = """
+import functools, json, pathlib, sys, time
+import jax
+from mister_jax.cli.main import main
+from mister_jax.parallel.partitioning import CompiledStep
+from mister_jax.training import loop
+
+path, num_steps = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+run_step, latest, ends = CompiledStep.__call__, [], {}
+
+def run_and_keep_output(self, state, batch):
+    latest[:] = [run_step(self, state, batch)]
+    return latest[0]
+
+def on_step(step):
+    if step in (1, num_steps // 2, num_steps):
+        jax.block_until_ready(latest)
+        ends[step] = time.monotonic()
+    if step == num_steps:
+        path.write_text(json.dumps({"steps": num_steps, "ends": ends}))
+
+CompiledStep.__call__ = run_and_keep_output
+loop.train = functools.partial(loop.train, on_step=on_step)
+main("train")
+"""
+
+_EVALUATE = "from mister_jax.cli.main import main; main('evaluate')"
+
+
+def measure_training(
+    dataset: str,
+    data_dir: str | None = None,
+    *,
+    compare: bool = False,
+    changes: Mapping[str, Any] | None = None,
+    log: Log = lambda line: None,
+) -> list[Row]:
+    """Trains the default recipe on a dataset of dialogue features and scores its test split.
+
+    Args:
+      dataset: Name of the dataset.
+      data_dir: Directory of the dataset; by default that of TFDS.
+      compare: Whether to measure PyTorch as well, with its default number of threads and with one.
+      changes: Changed fields of the config by their path, such as "train.epochs".
+      log: Receives a line before each training.
+
+    Returns:
+      A row per training. Times in seconds start with the command; steps per second are those of the
+      last half of the steps, with the validations between them. The load average is that of the
+      last minute before the command.
+
+    Raises:
+      InputError: The dataset cannot be used, PyTorch is missing, or a command fails.
+    """
+    if "," in dataset:
+        raise InputError(f"--training={dataset}; allowed: a dataset, without variants")
+    if compare:
+        require_torch()
+        # Reads the library from the disk, as this process has read JAX.
+        importlib.import_module("torch")
+    changes = {"data.data_dir": data_dir or "", **(changes or {})}
+    config = fusion.get_config(dataset)
+    config.update_from_flattened_dict(changes)
+    task = FusionTask.from_data(config)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        log(f"training on {dataset} with mister_jax")
+        rows = [_measure_jax(config, task, changes, folder)]
+        if compare:
+            rows += _measure_torch(config, task, folder, log)
+    return rows
+
+
+def _measure_jax(
+    config: ConfigDict, task: FusionTask, changes: Mapping[str, Any], folder: pathlib.Path
+) -> Row:
+    split = task.split("train", num_shards=jax.device_count(), shuffle=True)
+    num_steps = config.train.epochs * split.steps
+    times, workdir = folder / "times.json", folder / "workdir"
+    commands = [
+        [
+            *(sys.executable, "-c", _TRAIN, str(times), str(num_steps)),
+            *(f"--config=fusion:{config.data.name}", f"--workdir={workdir}"),
+            *(f"--config.{field}={value}" for field, value in changes.items()),
+        ],
+        [sys.executable, "-c", _EVALUATE, f"--workdir={workdir}", "--split=test"],
+    ]
+    run = _run(commands, folder)
+    if not times.exists():
+        raise InputError(f"mister-jax train ended before step {num_steps}")
+    result = json.loads(times.read_text())
+    scores = json.loads((workdir / "metrics.json").read_text())
+    result["trained"] = run["ends"][0]
+    result["weighted_f1"] = scores["test"]["weighted_f1"]
+    return _row("mister_jax", config, result, run)
+
+
+def _measure_torch(
+    config: ConfigDict, task: FusionTask, folder: pathlib.Path, log: Log
+) -> list[Row]:
+    data, settings, times = (folder / name for name in ("data.npz", "torch.json", "times.json"))
+    arrays: dict[str, Any] = _export(task)
+    np.savez(data, **arrays)
+    settings.write_text(json.dumps(torch_config(config, task)))
+    script = pathlib.Path(__file__).with_name("torch_training.py")
+    command = [sys.executable, *map(str, (script, settings, data, times))]
+    rows = []
+    for library, environment in (("torch", {}), ("torch, 1 thread", {"OMP_NUM_THREADS": "1"})):
+        log(f"training on {config.data.name} with {library}")
+        run = _run([command], folder, environment)
+        rows.append(_row(library, config, json.loads(times.read_text()), run))
+    return rows
+
+
+def torch_config(config: ConfigDict, task: FusionTask) -> dict[str, Any]:
+    """Returns the settings of `benchmarks/torch_training.py`, as JSON values."""
+    loss = config.loss.to_dict()
+    loss["weights"] = dataclasses.asdict(LossWeights(**loss["weights"]))
+    return {
+        "seed": config.seed,
+        "epochs": config.train.epochs,
+        "batch_size": config.data.batch_size,
+        "model": dataclasses.asdict(task.model),
+        "loss": loss,
+        "optimizer": config.optimizer.to_dict(),
+    }
+
+
+def _export(task: FusionTask) -> dict[str, np.ndarray]:
+    """Returns the standardized features and the labels of all splits, by SPLIT/FIELD."""
+    arrays: dict[str, np.ndarray] = {}
+    for split in SPLITS:
+        features = task.features(split)
+        fields = {"lengths": features.lengths, "label": features.label.astype(np.int64)}
+        for modality in MODALITIES:
+            values = getattr(features, modality).astype(np.float32)
+            if modality in task.standardizers:
+                values = task.standardizers[modality](values)
+            fields[modality] = values
+            fields[f"{modality}_present"] = getattr(features, f"{modality}_present")
+        arrays |= {f"{split}/{name}": value for name, value in fields.items()}
+    return arrays
+
+
+def _run(
+    commands: Sequence[Sequence[str]],
+    folder: pathlib.Path,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Runs commands with an empty compilation cache; returns times, memory and load average."""
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        load_average = os.getloadavg()[0]
+        result = subprocess.run(
+            [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(commands)],
+            # What `mister-jax` sets before it imports JAX, but for the place of the cache.
+            env={
+                **os.environ,
+                **(environment or {}),
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "TF_USE_LEGACY_KERAS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"a training failed: {reason}")
+    return {**json.loads(result.stdout), "load_average": load_average}
+
+
+def _row(
+    library: str, config: ConfigDict, result: Mapping[str, Any], run: Mapping[str, Any]
+) -> Row:
+    num_steps, ends = result["steps"], result["ends"]
+    middle = num_steps // 2
+    return {
+        "library": library,
+        "dataset": config.data.name,
+        "epochs": config.train.epochs,
+        "steps": num_steps,
+        "first_step_s": ends["1"] - run["start"],
+        "trained_s": result["trained"] - run["start"],
+        "scored_s": run["ends"][-1] - run["start"],
+        "steps_per_second": (num_steps - middle) / (ends[str(num_steps)] - ends[str(middle)]),
+        "peak_memory_mib": run["memory"] / (2**20 if sys.platform == "darwin" else 2**10),
+        "test_weighted_f1": result["weighted_f1"],
+        "load_average": run["load_average"],
+    }
