@@ -50,7 +50,7 @@ def _cycles(flops: float, matrix_units: int) -> float:
     return flops / (matrix_units * 128 * 128 * 2)
 
 
-# Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets of A100, H100
+# Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets for A100, H100
 # and H200 (SXM), without sparsity. The rate of one TPU link is a chip's documented bidirectional
 # bandwidth divided by its number of ports (4 in a 2D torus, 6 in a 3D torus), one way; NVLink is
 # one way, too.
@@ -127,11 +127,11 @@ def compile_ahead(
 
     Returns:
       Memory and work per device, and predicted times if the chip is one of `CHIPS`. "fits" is None
-      for another chip. If XLA refuses the program because of its memory, the row has "fits" False
-      and the reason only.
+      for any other chip. If XLA rejects the program because it needs too much memory, the row only
+      has "fits", which is False, and the reason.
 
     Raises:
-      InputError: The step does not compile for another reason.
+      InputError: Compilation fails for a reason other than memory.
     """
     devices = partitioner.mesh.devices.ravel()
     kind = devices[0].device_kind
@@ -172,10 +172,10 @@ def compile_ahead(
 
 
 def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
-    """Predicts the time of a run from the time that each resource needs.
+    """Predicts the run time of a program from its arithmetic, memory and interconnect times.
 
-    A program is not faster than its slowest resource. XLA's estimate in cycles adds stalls within
-    the core; some chips have none.
+    The program takes at least as long as the slowest of these. XLA's estimate in cycles also
+    includes stalls within the core; it is not available for some chips.
     """
     schedule = analyze_schedule(compiled.as_text())
     received = schedule.blocking_bytes + schedule.overlapped_bytes

@@ -34,8 +34,9 @@ and but or because with about from this that my your the a
 _CLIP_SECONDS = (1.0, 5.0)
 _FRAME = 320  # Samples per position of Whisper's encoder.
 
-# By modality: number of utterances; batch sizes of other libraries, and how many batches of each
-# they read; the unit of the encoder's input besides utterances, and its size in tokens or seconds.
+# For each modality: the number of utterances; the batch sizes that the other libraries are measured
+# with, and the number of batches for each; and the unit of throughput besides utterances, with its
+# size in tokens or seconds.
 _COUNT = {"text": 2000, "speech": 64}
 _BATCH_SIZES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
 _NUM_BATCHES = {"text": 200, "speech": 8}

@@ -157,7 +157,7 @@ def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]
 def _memory_bytes(
     instructions: list[_Instruction], computations: dict[str, list[_Instruction]]
 ) -> float:
-    """Returns the bytes of device memory that a run of a computation reads and writes.
+    """Returns how many bytes of device memory one run of a computation reads and writes.
 
     Collectives are not included.
     """
@@ -204,7 +204,7 @@ def _bytes_read(
     body: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> float:
-    """Returns the bytes of a fusion's parameter, or of a part of it, that the fusion reads."""
+    """Returns how many bytes of a parameter a fusion reads; fewer than all if it reads slices."""
     total = 0.0
     for user in body:
         operands = _operands(user)

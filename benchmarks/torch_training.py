@@ -4,7 +4,7 @@
 
 It does what a script without this library does: eager modules, batches of random dialogues padded
 to the longest one, a validation after each epoch, and the best parameters in memory. It imports
-neither JAX nor TensorFlow, whose start would count as PyTorch's.
+neither JAX nor TensorFlow, because their startup time would be counted as PyTorch's.
 """
 
 from __future__ import annotations
@@ -368,8 +368,9 @@ def train(config: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str,
     """Trains, keeps the best epoch on validation and scores the test split.
 
     Returns:
-      The number of "steps"; the `time.monotonic` of the end of the training, "trained", and of the
-      first, the middle and the last step, "ends" by step; the "weighted_f1" of the test split.
+      "steps", the number of steps; "trained", the `time.monotonic` at the end of training; "ends",
+      the `time.monotonic` at the end of the first, middle and last step, by step; and
+      "weighted_f1", the score on the test split.
     """
     torch.manual_seed(config["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the latest state and the best parameters, written with Orbax.
+"""Checkpoints of a training run: the latest state and best parameters, written with Orbax.
 
 A checkpoint is written atomically, so a run may be killed at any moment. Orbax is imported by the
 first `Checkpoints`, because it takes a second.
@@ -30,7 +30,7 @@ class Checkpoints:
     Use it as a context manager: on exit it waits for checkpoints that are still being written.
 
     Args:
-      workdir: Work directory of the training.
+      workdir: Work directory of the training run.
       read_only: Whether only to read. A reader must not remove the unfinished checkpoint of a
         killed run, because another process may be writing it.
       on_save: Called with the arguments of `save` after a checkpoint has been started.

@@ -2,9 +2,9 @@
 
 Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
 `shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
-gathers its candidates over it. Each device returns its share of the loss; the **sum** of the shares
-is the loss of the global batch, and the sum of their gradients is its gradient. Without an axis,
-the share is the whole loss.
+gathers its candidates over it. Each device returns its share of the loss. Summing the shares over
+devices gives the loss of the global batch, and summing the gradients of the shares gives the
+gradient of that loss. Do not average them. Without an axis, the share is the whole loss.
 
 `mister_e` is the training objective: it combines the other losses for one model output. The fusion
 task runs the model with dropout and calls it.
@@ -195,10 +195,10 @@ def _sum_over_anchors_forward(axis_name, x, labels, mask):
 def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     """Computes the gradient of this device's representations without a sum over devices.
 
-    A representation contributes as an anchor and as a candidate of other anchors. Automatic
-    differentiation would compute the second part on the other anchors' devices and sum an [M, F]
-    gradient over all devices. Because similarities are symmetric, it can be computed locally from
-    the log-sum and the number of positives of every anchor.
+    Each representation contributes twice: as an anchor, and as a candidate for other anchors.
+    Automatic differentiation would compute the second contribution on the devices of those other
+    anchors and sum an [M, F] gradient over all devices. Because similarities are symmetric,
+    it can be computed locally from the log-sum and the number of positives of every anchor.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)

@@ -124,7 +124,7 @@ def classification_scores(confusion: np.ndarray, class_names: Sequence[str]) -> 
 
 
 def positive_class(class_names: Sequence[str]) -> int | None:
-    """Returns the index of the positive one of two sentiment classes.
+    """Returns the index of the positive class if the classes are negative and positive sentiment.
 
     Args:
       class_names: Class names of a dataset in any order, such as "negative" and "Non-negative".
@@ -142,7 +142,7 @@ def positive_class(class_names: Sequence[str]) -> int | None:
 
 
 def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Computes scores by the three conventions for binary labels from CMU-MOSI's sentiment scores.
+    """Computes scores under the three ways of making CMU-MOSI's sentiment scores binary.
 
     The conventions are "negative_nonnegative" (score < 0 or >= 0), "negative_positive_without_zero"
     (score < 0 or > 0, zero left out) and "nonpositive_positive" (score <= 0 or > 0).
@@ -152,7 +152,7 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
       positive: Utterances predicted as positive, [N] bool.
 
     Returns:
-      For each of `SENTIMENT_CONVENTIONS` its "weighted_f1", "accuracy" and "utterances".
+      A dict with "weighted_f1", "accuracy" and "utterances" for each of `SENTIMENT_CONVENTIONS`.
     """
     score, positive = np.asarray(score, float), np.asarray(positive, bool)
     annotated = ~np.isnan(score)

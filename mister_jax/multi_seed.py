@@ -1,6 +1,6 @@
 """Trains several seeds in one program: their states share a leading axis [S].
 
-A training of one seed has no such axis. Only this module handles the single-seed case.
+With a single seed, this axis is omitted. Only this module handles that case.
 """
 
 from __future__ import annotations

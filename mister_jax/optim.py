@@ -67,7 +67,7 @@ class OptimizerConfig:
             raise ValueError("OptimizerConfig.weight_decay needs name='adamw'")
 
     def make_schedule(self, total_steps: int) -> optax.Schedule:
-        """Returns the learning-rate schedule of a training of `total_steps` steps."""
+        """Returns the learning-rate schedule of a training run of `total_steps` steps."""
         return learning_rate_schedule(
             self.learning_rate,
             total_steps,

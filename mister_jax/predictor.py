@@ -31,13 +31,13 @@ _OOM_HINT = "devices with more memory, or more of them"
 
 
 class Predictor:
-    """The model of a work directory with its best parameters, on all devices.
+    """The trained model in a work directory, with its best parameters, on all devices.
 
     With several seeds, predictions are those of their ensemble, see `multi_seed.ensemble`.
 
     Args:
-      workdir: Work directory of a training.
-      data_dir: Directory of the datasets; by default that of the training.
+      workdir: Work directory of a training run.
+      data_dir: Directory of the datasets; by default the one used in training.
 
     Raises:
       InputError: The directory is not a work directory or has no best checkpoint, or the parameters
@@ -103,11 +103,11 @@ class Predictor:
         return [self._merge(params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Returns the task's predictions for a placed batch, and its "row"."""
+        """Returns the task's predictions for a batch on the devices, and the "row" of the batch."""
         return multi_seed.ensemble(self.predict_batch_per_seed(batch))
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
-        """Returns `predict_batch` of each seed."""
+        """Returns the result of `predict_batch` for each seed."""
         return [self._predict(params, batch) for params in self.params]
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
@@ -184,8 +184,9 @@ def prediction_rows(class_names: Sequence[str], predictions: Predictions) -> Ite
       predictions: Arrays of a `Predictor`.
 
     Yields:
-      "predicted", and "probabilities" by class. For MiSTER-E also "gate" by expert, and "experts":
-      the prediction of each expert, None if the utterance lacks the expert's modality.
+      A dict with "predicted" (the class name) and "probabilities" (by class). For MiSTER-E, it also
+      has "gate" (weights by expert) and "experts" (the prediction of each expert, None if the
+      utterance lacks the expert's modality).
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""The work directory of a training: its config, model description, data fingerprint and versions.
+"""The work directory of a training run: config, model description, data fingerprint and versions.
 
 A work directory belongs to one experiment. A run that resumes in it must have the same config and
-the same data. Everything here is written by the training and read by the later stages.
+the same data. Training writes everything here, and the later stages read it.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:
-    """Checks that the data are those the work directory was made with.
+    """Checks that the data match those that the work directory was created with.
 
     Args:
       data: Fingerprints of the splits, as given to `write_description`.
-      dataset: Name of the dataset, for the error.
-      workdir: Work directory of the training.
+      dataset: Name of the dataset, used in the error message.
+      workdir: Work directory of the training run.
 
     Raises:
       InputError: The data have changed.

@@ -34,11 +34,11 @@ class Process:
 
 
 def wait_for_all_processes(process: Process, timeout: float) -> None:
-    """Waits `timeout` seconds until all processes of the job run.
+    """Waits until all processes of the job have started, for at most `timeout` seconds.
 
     Raises:
-      InputError: A process is missing, or two processes contradict each other. All processes that
-        run raise the same error.
+      InputError: A process is missing, or two processes contradict each other. All running
+        processes raise the same error.
     """
     wait = _coordinate if process.process_id == 0 else _report
     if problem := wait(process, timeout):

@@ -136,7 +136,7 @@ class NameRules:
       module_names: Regular expressions of names in the key table and their replacements, which
         give the module's name in transformers where files spell it differently.
       lora_bypassed: Regular expressions of modules whose weights transformers reads without
-        calling the module, so that LoRA of `peft` has no effect there.
+        calling the module, so a `peft` LoRA adapter has no effect there.
     """
 
     prefixes: tuple[str, ...] = ("",)
@@ -155,7 +155,7 @@ class NameRules:
         return _substitute(self.module_names, name)
 
     def bypasses_lora(self, module_name: str) -> bool:
-        """Returns whether LoRA of `peft` has no effect on a module."""
+        """Returns whether a `peft` LoRA adapter has no effect on a module."""
         return _matches(self.lora_bypassed, module_name)
 
 

@@ -197,7 +197,11 @@ def _attention(
 
 
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
-    """Returns the kernel of linear layers that are each followed by a third of `second`, or all."""
+    """Returns the concatenated kernels of linear layers, each merged with the layer after it.
+
+    The layer after `first[i]` is the third of `second` with index `thirds[i]`, such as the query
+    part of an attention's input projection, or all of `second` if the index is None.
+    """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:
         *weights, after = (tensor.astype(np.float64) for tensor in tensors)
@@ -210,7 +214,7 @@ def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...])
 
 
 def _bias(first: str, weight: str, bias: str, third: int | None) -> Source:
-    """Returns the bias of a linear layer that is followed by a third of another, or all of it."""
+    """Returns the bias of a linear layer merged with the layer after it, as in `_kernel`."""
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:
         inner, kernel, outer = (tensor.astype(np.float64) for tensor in tensors)

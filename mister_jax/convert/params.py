@@ -75,7 +75,7 @@ def load_params(
     _check_tensors(params, sources, checkpoint, ignore)
     sharding_by_path = _expand_shardings(shardings, params)
     for path, variable in params.items():
-        gc.collect(0)  # Lets JAX release arrays that devices have read.
+        gc.collect(0)  # Frees host arrays that have already been copied to devices.
         param_dtype = variable.dtype
         if dtype is not None and jnp.issubdtype(param_dtype, jnp.floating):
             param_dtype = dtype

@@ -150,7 +150,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
 ) -> None:
-    """Writes the low-rank paths of a module as an adapter for the same base model in `peft`.
+    """Writes the LoRA layers of a module as a `peft` adapter for the same base model.
 
     Args:
       module: Module whose LoRA has one rank, alpha and dropout everywhere.
@@ -276,9 +276,10 @@ def _lora_table(
 def _shortest_suffixes(
     chosen: Collection[str], others: Collection[str], separator: str
 ) -> set[str]:
-    """Returns the shortest suffix, of whole parts, of each chosen name that no other name has.
+    """Returns the shortest suffix of each chosen name that no name in `others` ends with.
 
-    A name that is the suffix of another one gets a leading separator.
+    A suffix consists of whole parts between separators. If every suffix is taken, the result is the
+    whole name with a leading separator.
     """
 
     def suffixes(name: str) -> list[str]:

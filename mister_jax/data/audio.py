@@ -94,7 +94,7 @@ def decode(
         max_seconds: Maximum seconds to keep.
 
     Raises:
-        AudioError: There are no samples, for one of the reasons in `Reason`.
+        AudioError: The recording yields no samples; `Reason` lists the possible reasons.
         ValueError: `max_seconds` is not positive, or `channel` is not a channel.
     """
     _check_max_seconds(max_seconds)

@@ -326,7 +326,7 @@ class AudioReader:
         num_channels = len(frame.layout.channels)
         samples: np.ndarray = frame.to_ndarray()
         if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-            # FFmpeg would convert these samples to full scale.
+            # FFmpeg would convert NaN and infinity to full-scale samples.
             samples = np.where(np.isfinite(samples), samples, 0).astype(samples.dtype)
             frame = make_frame(samples, frame, layout=frame.layout.name)
         planes = samples if frame.format.is_planar else samples.reshape(-1, num_channels).T

@@ -2,7 +2,7 @@
 
 Every batch of this library is planned here, in one of three ways:
 
-- `BatchPlan` plans the epochs of a training or an evaluation: few shapes, little padding.
+- `BatchPlan` plans the epochs of training or evaluation: few shapes, little padding.
 - `plan_inference_batches` plans single requests: later requests reuse the compiled programs.
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
@@ -86,13 +86,14 @@ def length_buckets(
     values, counts = np.unique(lengths, return_counts=True)  # [V]
     num_shorter = np.concatenate([[0], np.cumsum(counts)])  # [V + 1] items shorter than value v
 
-    # positions[i, j]: padded positions of one bucket that holds the values i to j - 1.
+    # positions[i, j]: number of positions, with padding, if values i to j - 1 share a bucket.
     num_batches, num_rows = _batches_and_rows(
         num_shorter - num_shorter[:, None], batch_size, multiple_of
     )
     positions = np.concatenate([[0], values]) * (num_batches * num_rows).astype(float)
     positions[np.tril_indices(len(positions))] = np.inf
-    best = np.full(len(positions), np.inf)  # best[j]: positions of the values below j
+    # best[j]: smallest number of positions that holds all values below index j.
+    best = np.full(len(positions), np.inf)
     best[0] = 0
     starts, totals = [], []
     for _ in range(min(num_buckets, len(values))):
@@ -116,10 +117,10 @@ class BatchPlan:
 
     The items of a bucket are spread evenly over the fewest batches that hold them, so there is no
     small batch at the end. All batches of a bucket have one shape, with an empty row where the
-    items do not divide evenly, so a training compiles as many programs as it has buckets.
+    items do not divide evenly, so a training run compiles one program per bucket.
 
-    `multiple_of` adds empty rows and moves no item, so a training takes the same steps on any
-    number of devices.
+    `multiple_of` adds empty rows and moves no item, so training takes the same steps on any number
+    of devices.
 
     Attributes:
         lengths: Length of each item, [M] int.

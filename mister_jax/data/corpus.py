@@ -52,7 +52,7 @@ class Corpus:
 
     Attributes:
         name: Name of the corpus.
-        class_names: Names of the emotions, which include all labels.
+        class_names: Names of the emotions; every label must be one of them.
         splits: Dialogues by split, in the order of `SPLITS`.
         scored: Whether utterances have sentiment scores.
         notes: Lines for the user about how the corpus was read.

@@ -48,7 +48,7 @@ class ConversationProcess:
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns log p(speech | emotion) [T, C] and log p(uninformative speech) [T, 1].
 
-        Both are exact up to the same constant of each utterance, as in `text_log_density`.
+        Both omit the same additive constant, which depends only on the utterance.
         """
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class ConversationProcess:
         speech_present: np.ndarray,
         text_present: np.ndarray,
     ) -> np.ndarray:
-        """Computes log p(speech, text | emotion), [T, C], up to a constant of each utterance.
+        """Computes log p(speech, text | emotion), [T, C], up to a constant for each utterance.
 
         Args:
             speech: Speech of each utterance, [T, Ds].
@@ -155,7 +155,7 @@ def emotion_chain(
 
 
 def gaussian_log_density(features: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Computes log N(features [T, D]; means [C, D], 1), [T, C], up to a constant of each row."""
+    """Computes log N(features [T, D]; means [C, D], 1), [T, C], up to a constant for each row."""
     return features.astype(float) @ means.T - np.sum(means**2, axis=1) / 2
 
 

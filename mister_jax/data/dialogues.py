@@ -88,7 +88,7 @@ class DialogueDataset:
 
         Raises:
             InputError: The split does not exist.
-            RuntimeError: A training opens the test split.
+            RuntimeError: The test split is opened during training.
         """
         check_split(self._builder, split)
         files = [str(path) for path in self._builder.info.splits[split].filepaths]

@@ -85,7 +85,7 @@ def load_features(
 
     Raises:
         InputError: The dataset or split does not exist, or it is not a feature dataset.
-        RuntimeError: A training opens the test split.
+        RuntimeError: The test split is opened during training.
     """
     builder = open_builder(name, data_dir)
     fields = utterance_fields(builder)

@@ -247,7 +247,9 @@ class _Archive:
         label = self.array("label")
         counts.update(names[index] for index in label[(label >= 0) & (label < len(names))])
         for name, problem, fix in suspicious_labels(counts):
-            if fix:  # A class may be called "none", because the file names the classes.
+            # Without a fix, the name only looks like a missing label, such as "none". That is
+            # allowed, because `class_names` lists the classes explicitly.
+            if fix:
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
 

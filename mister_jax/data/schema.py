@@ -102,7 +102,7 @@ class DialogueFeatures:
         return np.bincount(self.label[self.label != UNLABELED], minlength=len(self.class_names))
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that a training reads, so of the features too."""
+        """Returns a hash of everything that training reads, including the features."""
         return fingerprint(
             self.class_names,
             self.dialogue_ids,

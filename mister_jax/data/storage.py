@@ -80,7 +80,7 @@ def check_split(builder: "DatasetBuilder", split: str) -> None:
 
     Raises:
         InputError: The split does not exist, or is empty.
-        RuntimeError: A training opens the test split.
+        RuntimeError: The test split is opened during training.
     """
     check_split_allowed(split)
     sizes = split_sizes(builder)

@@ -46,12 +46,12 @@ class Utterances:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of utterances of each row, [N] ones, as in `DialogueFeatures`."""
+        """Number of utterances in each row, [N]; always 1. See `DialogueFeatures.lengths`."""
         return np.ones(len(self.items), int)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """Row of each utterance, and N at the end, [N + 1], as in `DialogueFeatures`."""
+        """0 to N, [N + 1], because each row has one utterance. See `DialogueFeatures.offsets`."""
         return np.arange(len(self.items) + 1)
 
     @property
@@ -71,7 +71,7 @@ class Utterances:
         )
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that a training reads."""
+        """Returns a hash of everything that training reads."""
         return fingerprint(
             self.class_names, self.dialogue_ids, self.utterance_ids, self.label, *self.items
         )

@@ -42,13 +42,13 @@ def ordered_map(
 
     Args:
         function: Function that can be imported by name, or a `functools.partial` of one.
-        items: Items that can be pickled, as the results must be.
+        items: Items to process. Items and results must be picklable.
         num_workers: Number of processes; with 0 the function runs in this process.
 
     Yields:
         The results in the order of the items. If a process crashes (killed, out of memory, a fault
         in a C library), its item's result is a `WorkerCrashError`, which is not raised, and the
-        other items are not affected. An exception of the function is raised here.
+        other items are not affected. An exception that the function raises is raised here too.
 
     Raises:
         ValueError: `num_workers` is negative.

@@ -125,7 +125,7 @@ class PromptedSpeech(nnx.Module):
 
         Args:
           waveform: Mono audio at 16 kHz with full scale 1, [B, S].
-          lengths: Samples of each clip, [B] int.
+          lengths: Number of samples in each clip, [B] int.
           **options: Further arguments of the model's call.
 
         Returns:

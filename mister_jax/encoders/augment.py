@@ -47,7 +47,7 @@ def add_noise(
 
     Args:
       waveform: Waveforms, [B, S].
-      lengths: Samples of each clip, [B] int.
+      lengths: Number of samples in each clip, [B] int.
       keys: Typed keys, one per clip, [B].
       low: Minimum signal-to-noise ratio in dB.
       high: Maximum signal-to-noise ratio in dB.
@@ -78,7 +78,7 @@ def change_speed(
 
     Args:
       waveform: Waveforms, [B, S].
-      lengths: Samples of each clip, [B] int.
+      lengths: Number of samples in each clip, [B] int.
       keys: Typed keys, one per clip, [B].
       low: Minimum speed, above 0.
       high: Maximum speed.

@@ -29,8 +29,8 @@ def split_frames(waveform: jax.Array, size: int, step: int, num_frames: int) -> 
 
     Args:
       waveform: Waveforms, [B, S]; zeros follow where the frames need more samples.
-      size: Samples of a frame.
-      step: Samples from the start of one frame to the start of the next.
+      size: Number of samples per frame.
+      step: Number of samples from the start of one frame to the start of the next.
       num_frames: Number of frames F.
 
     Returns:
@@ -51,7 +51,7 @@ def normalize(waveform: jax.Array, lengths: jax.Array) -> jax.Array:
 
     Args:
       waveform: Waveforms, [B, S].
-      lengths: Samples of each clip, [B] int.
+      lengths: Number of samples in each clip, [B] int.
 
     Returns:
       Normalized waveforms, [B, S] float32, with zeros in the padding.
@@ -137,7 +137,7 @@ def log_mel(
 
     Args:
       waveform: Waveforms, [B, S].
-      lengths: Samples of each clip, [B] int.
+      lengths: Number of samples in each clip, [B] int.
       num_mel_bins: Number of mel bins M, 80 or, from large-v3 on, 128.
       num_frames: Number of frames F to compute, by default all. It should cover the clips and the
         two frames after them that overlap their last samples; otherwise the values are right only
@@ -172,10 +172,11 @@ def kaldi_fbank_lengths(lengths: jax.Array) -> jax.Array:
 def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
     """Computes Kaldi's log-mel filter bank.
 
-    Frames of 25 ms every 10 ms, none of which extends beyond the end. Each frame is centered to
-    zero mean, pre-emphasized with 0.97 and multiplied by a Povey window; its 512-point power
-    spectrum is filtered, limited to at least float32's epsilon and passed to the natural logarithm.
-    There is no dither and no energy.
+    The frames are 25 ms long and start every 10 ms; none extends beyond the end of the waveform.
+    Each frame is centered to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a
+    Povey window. The mel filters are applied to its 512-point power spectrum, and the natural
+    logarithm is taken after clipping the result from below at float32's epsilon. Dither is not
+    added, and there is no energy feature.
 
     Args:
       waveform: Waveforms, [B, S]. Kaldi's full scale is 2^15; scale the input if a model expects

@@ -101,7 +101,7 @@ def read_fields(
       config: Content of the config.json.
       table: Name in the file and default of each field; a type in place of the default makes the
         field required.
-      prefix: Prefix of the names in errors, for fields of a nested object.
+      prefix: Prefix of field names in error messages, for fields of a nested object.
 
     Returns:
       Values by field, each of its default's type; lists become tuples.

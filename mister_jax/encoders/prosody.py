@@ -91,7 +91,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
     Args:
       waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
-      lengths: Samples of each clip, [B] int.
+      lengths: Number of samples in each clip, [B] int.
 
     Returns:
       Features [B, P] float32 in the order of `FEATURE_NAMES`, finite for every finite clip and 0
@@ -303,7 +303,7 @@ def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, .
       fractions: Percentiles as fractions of 1.
 
     Returns:
-      Percentiles, [B, number of fractions, ...]; 0 without frames.
+      Percentiles, [B, number of fractions, ...]; 0 if no frame is in the mask.
     """
     sorted_values = jnp.sort(jnp.where(mask, x, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(1, keepdims=True) - 1, 0)

@@ -193,8 +193,8 @@ def load_pretrained(
       hf_config: Content of the model's config.json; read from its folder by default.
       mesh: Mesh to place the parameters on; by default the first device.
       rules: Sharding rules for the mesh, see `parallel.sharding.shardings`.
-      adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
-      seed: Seed of new low-rank paths.
+      adapter: Folder of a `peft` adapter, whose LoRA layers are used instead of `lora`.
+      seed: Seed for initializing new LoRA parameters.
       **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
         `lora`.
 
@@ -231,7 +231,7 @@ def load_module(
 ) -> nnx.Module:
     """Loads an encoder without its tokenizer; see `load_pretrained`.
 
-    The head of a task model is ignored, which is logged.
+    If the checkpoint is a task model, its head is ignored and a message is logged.
 
     Args:
       folder: Folder of the model.
@@ -239,7 +239,7 @@ def load_module(
       mesh: Mesh to place the parameters on; by default the first device.
       rules: Sharding rules for the mesh.
       adapter: Folder of a `peft` adapter.
-      seed: Seed of new low-rank paths.
+      seed: Seed for initializing new LoRA parameters.
       **changes: Further fields of the architecture's config.
 
     Raises:
@@ -361,8 +361,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `load_pretrained` and transformers read with equal outputs.
 
-    Low-rank paths are merged into their kernels and int8 kernels are dequantized in the files; the
-    module keeps both.
+    In the files, LoRA is merged into the kernels and int8 kernels are dequantized. The module
+    itself is not changed.
 
     Args:
       module: Encoder with a `config`.

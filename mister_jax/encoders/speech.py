@@ -132,7 +132,7 @@ def make_speech_encoder(
     pool_over_prompt: bool = False,
     **changes: Any,
 ) -> nnx.Module:
-    """Creates a speech encoder with random parameters, without reading files; can be traced.
+    """Creates a speech encoder with random parameters. Reads no files, so it can be traced.
 
     Args:
       backbone_config: Config from `read_backbone_config`.
@@ -167,7 +167,7 @@ def load_speech_encoder(
       files: Locations of the files.
       backbone_config: Config from `read_backbone_config`.
       mesh: Mesh to place the parameters on; by default the first device.
-      seed: Seed of low-rank paths that no checkpoint holds.
+      seed: Seed for initializing LoRA parameters that no checkpoint contains.
       pool_over_prompt: Whether the mask of a speech LLM includes its prompt.
       adapter: Folder of a `peft` adapter; not for SALMONN.
       **changes: Further fields of the architecture's config.
@@ -249,7 +249,7 @@ def check_seconds(seconds: float, module: Any = None, *, name: str = "max_second
     Args:
       seconds: Length of a clip in seconds.
       module: Encoder of the clips, if known; may hold shapes in place of arrays.
-      name: Name of the option, for the error.
+      name: Name of the option, used in the error message.
 
     Raises:
       InputError: The length is not between `SHORTEST_SECONDS` and `LONGEST_SECONDS`, or exceeds the

@@ -109,7 +109,7 @@ def _print(line: str, quiet: bool) -> None:
 
 
 def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str, Any] | None:
-    """Trains a variant and scores it; returns None if SIGTERM interrupted the training."""
+    """Trains a variant and scores it; returns None if SIGTERM interrupted training."""
     if not train(variant.config, workdir, quiet=quiet).finished:
         return None
     seeds = config_seeds(variant.config)

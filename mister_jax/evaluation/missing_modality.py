@@ -78,7 +78,7 @@ def missing_modality_study(
     Writes `missing_modality.json` and `.png`, or `missing_modality_as_zeros` with `as_zeros`.
 
     Args:
-      workdir: Work directory of a training.
+      workdir: Work directory of a training run.
       split: Split of the dataset.
       drop_speech: Probabilities that an utterance loses its speech.
       drop_text: Probabilities that an utterance loses its text.

@@ -36,13 +36,15 @@ def evaluate(
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
 
     The files collect all splits evaluated so far; results of this split replace earlier ones. The
-    test split of another dataset than the training's is named "DATASET/test" in `metrics.json`.
+    test split of a dataset other than the one used in training is named "DATASET/test" in
+    `metrics.json`.
 
     Args:
-      workdir: Work directory of a training.
+      workdir: Work directory of a training run.
       split: Split of the dataset.
-      dataset: Another dataset than the training's, with the same classes and widths.
-      data_dir: Directory of the dataset; by default that of the training.
+      dataset: Dataset to score instead of the one used in training; must have the same classes and
+        feature sizes.
+      data_dir: Directory of the dataset; by default the one used in training.
       output: Folder of the files; the work directory by default.
       report: Whether to write `report.html` for this split, with a missing-modality study.
       quiet: Whether to show no progress.

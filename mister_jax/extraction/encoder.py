@@ -49,7 +49,7 @@ class Input(Protocol):
         """Splits an item into parts that a batch can hold, whose features are averaged."""
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the lengths of items in steps [N] int."""
+        """Returns the length of each item in steps, [N] int; a unit has `steps_per_unit` steps."""
 
     def num_units(self, items: Sequence[np.ndarray]) -> float:
         """Returns the total number of units in items."""
@@ -257,7 +257,7 @@ def compile_encoder(
     module: nnx.Module,
     encode: Callable[[Any, dict[str, Any]], jax.Array],
 ) -> Callable[[dict[str, Any]], jax.Array]:
-    """Compiles a function of a module and a batch for all devices, and binds its parameters."""
+    """Compiles `encode(module, batch)` for all devices, and binds the module's parameters to it."""
     graph, params = nnx.split(module)
 
     def step(params: Any, batch: dict[str, Any], _axis_name: str | None) -> jax.Array:

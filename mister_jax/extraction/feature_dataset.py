@@ -1,4 +1,4 @@
-"""Writes feature datasets: those of one encoder, and two modalities merged."""
+"""Writes feature datasets: extracted with one encoder, or merged from two of them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def extract_features(
       dataset: Name of the dialogue dataset.
       output: Name of the feature dataset; its other modality is missing, see `merge_features`.
       data_dir: Directory that holds datasets.
-      budget: Tokens or seconds of audio in a batch on each device, including padding; by default
-        that of the encoder's input.
+      budget: Maximum number of tokens, or seconds of audio, that each device processes in a batch,
+        including padding; `encoder.input.budget` by default.
       overwrite: Whether to replace a dataset of this name.
       quiet: Whether to show no progress.
 
@@ -61,7 +61,7 @@ def extract_features(
     root, prefix = target.parent.parent, f".extracting.{output}."
     splits = {}
     for split in source.splits:
-        # One split at a time, because its recordings are held in memory.
+        # Load one split at a time, because all recordings of a split are held in memory.
         utterances = encoder.input.load(dataset, split, data_dir)
         if not utterances.items:
             raise InputError(
@@ -193,7 +193,7 @@ def _merge_split(
             f"{where}: {len(differences)} labels differ, the first is that of utterance "
             f"{text.utterance_ids[differences[0]]}"
         )
-    # Either dataset may itself be merged and have metadata of a modality that is not taken.
+    # Either dataset may itself be merged, with metadata of a modality that is not used here.
     metadata = {**speech.metadata, **text.metadata}
     for modality, features in (("speech", speech), ("text", text)):
         metadata.pop(modality, None)

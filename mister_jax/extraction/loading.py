@@ -26,10 +26,11 @@ ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
 
 
 class TunedEncoder(Encoder):
-    """An encoder with the best parameters of its training. Features are those of its head.
+    """A fine-tuned encoder with its best parameters, which returns the features of its head.
 
     Raises:
-      InputError: The directory is not that of an encoder's training, or has no best checkpoint.
+      InputError: The directory is not the work directory of a fine-tuned encoder, or has no best
+        checkpoint.
     """
 
     def __init__(self, workdir: epath.PathLike):
@@ -60,7 +61,7 @@ class TunedEncoder(Encoder):
         )
 
 
-# `kind` of the metadata -> constructor of the encoder from `name` and `options`.
+# Maps `kind` in the metadata to a function that creates the encoder from `name` and `options`.
 _CONSTRUCTORS: dict[str, Callable[..., Encoder]] = {
     "tuned": TunedEncoder,
     "text": PretrainedText,

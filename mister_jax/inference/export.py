@@ -25,18 +25,18 @@ def export_encoder(
     adapter: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the fine-tuned encoder of a training, with its best parameters.
+    """Writes the fine-tuned encoder of a training run, with its best parameters.
 
     The encoder is written without the head of stage 1, Whisper without its decoder. The folder can
     be opened with `transformers.AutoModel.from_pretrained`: it holds `config.json`, safetensors
-    with the low-rank paths merged, and the files of the tokenizer or feature extractor. With
+    with the LoRA weights merged, and the files of the tokenizer or feature extractor. With
     `adapter`, it holds a LoRA adapter that `peft.PeftModel.from_pretrained` adds to the base model
     opened with `AutoModel`. The folder is written completely or not at all.
 
     Args:
-      workdir: Work directory of the training.
+      workdir: Work directory of the training run.
       output: Folder to write.
-      adapter: Whether to write only the low-rank paths.
+      adapter: Whether to write only the LoRA adapter.
       overwrite: Whether to replace an existing export.
 
     Raises:

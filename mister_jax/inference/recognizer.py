@@ -1,4 +1,4 @@
-"""Recognizes emotions in recordings and texts, with the encoders and the model of a training."""
+"""Recognizes emotions in recordings and texts, with the encoders and model of a training run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EmotionRecognizer:
     features.
 
     Args:
-      workdir: Work directory of a training on features from `mister-jax extract`.
+      workdir: Work directory of a run trained on features from `mister-jax extract`.
       speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder,
         or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
         that have moved, see `extraction.with_new_paths`.

@@ -178,8 +178,8 @@ class CrossModalExpert(nnx.Module):
           text: Finite text vectors, [B, T, D].
           speech_present: Utterances whose speech may be attended to, [B, T] bool.
           text_present: Utterances whose text may be attended to, [B, T] bool.
-          mask: Valid utterances, [B, T] bool, which are the steps of the GRU; by default those with
-            speech or text.
+          mask: Valid utterances, [B, T] bool; the GRU skips the others. By default, utterances with
+            speech or text are valid.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 

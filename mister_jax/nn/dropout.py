@@ -146,9 +146,10 @@ def random_bits(
     """Hashes every position of an array with its key; good enough for masks, not for sampling.
 
     The position is the row-major index within the axes that the key does not cover, so a sequence
-    [T, F] has the same bits when its time axis is padded. If further axes may be padded, the index
-    is taken in `padded_shape`. Each word of the key is mixed in by one round of the MurmurHash3
-    finalizer, in which every input bit flips half of the output bits on average.
+    [T, F] has the same bits when its time axis is padded. If other axes may be padded too, pass
+    `padded_shape`, and the index is computed as if the array had that shape. Each word of the key
+    is mixed in by one round of the MurmurHash3 finalizer, in which every input bit flips half of
+    the output bits on average.
 
     Args:
       key: Typed keys of the leading axes, or one key [] for the whole array.

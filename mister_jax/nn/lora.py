@@ -136,7 +136,7 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
     """Adds a low-rank path to the layers that the config names.
 
     The first matrix is uniform within 1 / sqrt(in), the second is zero, so that no output changes.
-    An existing path is replaced, also in a module from `nnx.eval_shape`.
+    An existing low-rank path is replaced. The module may come from `nnx.eval_shape`.
 
     Args:
       module: Module with `LoRALinear` layers; changed in place.
@@ -246,7 +246,10 @@ def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def _matches(path: str, target: str) -> bool:
-    """Returns whether the path ends with the target's names, or equals a target with a slash."""
+    """Returns whether a layer's path matches a target.
+
+    A target that starts with "/" must equal the complete path; others must be a suffix of it.
+    """
     return path == target[1:] if target.startswith("/") else f"/{path}".endswith(f"/{target}")
 
 

@@ -33,7 +33,7 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
 
 
 def should_stop(stop_event: threading.Event, step: int) -> bool:
-    """Returns whether the training stops after this step, the same answer in all processes.
+    """Returns whether training stops after this step; the result is the same in all processes.
 
     A SIGTERM to one of several processes stops all of them after the same step.
     """

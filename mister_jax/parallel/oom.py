@@ -15,9 +15,9 @@ def explain_oom(where: str, work: str, hint: str) -> Iterator[None]:
     """Turns XLA's out-of-memory error into an `InputError`.
 
     Args:
-      where: Start of the message, such as the work directory.
+      where: Text that the error message starts with, such as the work directory.
       work: What was running.
-      hint: What needs less memory.
+      hint: What the user can try, as a noun phrase.
     """
     try:
         yield

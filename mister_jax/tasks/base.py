@@ -87,7 +87,7 @@ class Task(Protocol):
     Attributes:
       class_names: Names of the C classes.
       notes: Lines for the user about choices that were made from the data.
-      oom_hint: Config fields that reduce the memory a training needs.
+      oom_hint: Config fields that reduce the memory that training needs.
     """
 
     class_names: tuple[str, ...]
@@ -126,7 +126,7 @@ class Task(Protocol):
         """Returns the model with initial parameters. It reads no file and may be traced."""
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
-        """Returns the model that a training starts from, with pretrained weights if it has any."""
+        """Returns the model that training starts from, with pretrained weights if it has any."""
 
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None

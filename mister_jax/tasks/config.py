@@ -60,7 +60,7 @@ def config_from_dataclass(
 
 
 def config_seeds(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the seeds that one training trains in one program.
+    """Returns the seeds that a run trains together in one program.
 
     They are `config.num_seeds` consecutive seeds from `config.seed`. The seeds differ in initial
     parameters and dropout and share the order of batches, which `config.data.seed` determines (by

@@ -216,7 +216,7 @@ class EncoderTask:
             self._data.batch_size,
             self._data.num_buckets,
             multiple_of=num_shards * self._accumulation,
-            # A training must take the same steps on any number of devices.
+            # Training must take the same steps on any number of devices.
             fitted_to=self._accumulation * (1 if shuffle else num_shards),
         )
 

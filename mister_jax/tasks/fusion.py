@@ -219,7 +219,7 @@ class FusionTask:
             num_buckets or DEFAULT_NUM_BUCKETS,
             bucket_cost=0 if num_buckets else bucket_cost(self._num_params, epochs),
             multiple_of=num_shards,
-            # A training must take the same steps on any number of devices.
+            # Training must take the same steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
         )
         make_batches = functools.partial(batches, features, plan)

@@ -57,12 +57,12 @@ class TrainingDivergedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length of a training, and how often it logs and saves.
+    """Length of a training run, and how often it logs and saves.
 
     Attributes:
       epochs: Number of passes over the training split.
       patience: Number of epochs without a better validation weighted F1 after which a seed stops
-        early and keeps its best parameters, 0 for no early stopping. The training ends when every
+        early and keeps its best parameters, 0 for no early stopping. Training ends when every
         seed has stopped.
       log_every: Number of steps between two records of the training loss.
       save_every: Number of steps between two checkpoints within an epoch, 0 for none. The end of
@@ -90,13 +90,13 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class TrainProgress:
-    """Progress of a training, saved with its state.
+    """Progress of a training run, saved with its state.
 
     Attributes:
       best_scores: Best validation weighted F1 of each seed, -1 before the first validation.
       best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
       epoch: Number of completed epochs.
-      finished: Whether the training is complete.
+      finished: Whether training is complete.
     """
 
     best_scores: list[float]
@@ -240,7 +240,8 @@ def _initial_states(
         return state
 
     if as_vectors:  # These tasks read no checkpoint.
-        # One program is quicker than one per parameter, and runs too briefly to be optimized.
+        # Initializing in one program is faster than one program per parameter. It runs so briefly
+        # that optimizing it is not worth the compile time.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         make_state = jax.jit(make_state, compiler_options=options)
     states = [make_state(jax.random.key(seed)) for seed in seeds]
@@ -249,7 +250,7 @@ def _initial_states(
 
 @dataclasses.dataclass
 class _TrainingLoop:
-    """The parts of a training; `run` is the loop."""
+    """The parts of a training run; `run` is the loop."""
 
     workdir: epath.Path
     options: TrainConfig
@@ -384,7 +385,7 @@ class _TrainingLoop:
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _write_metrics(self, pending_metrics: list[Any], step: int, writer: MetricWriter) -> None:
-        """Reads the metrics of some steps, checks that they are finite, and writes their means."""
+        """Fetches the pending metrics, checks that they are finite, and writes their means."""
         read_metrics = jax.device_get(pending_metrics)
         means = {
             name: np.mean([step_metrics[name] for step_metrics in read_metrics], axis=0)

@@ -80,7 +80,7 @@ def initial_state(
     Args:
       task: Task whose `init` creates the model.
       optimizer: Optimizer.
-      seed: Seed of all randomness of the training, or a key made from it.
+      seed: Seed of all randomness in training, or a key made from it.
       trainable: NNX filter of the trained parameters.
       make_model: Creates the model from a key, instead of the task's `init`.
       as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
@@ -115,12 +115,12 @@ def make_train_step(
     metrics: the loss, its parts, and the norm of the gradient.
 
     Args:
-      task: Task with the loss. With accumulation, the loss must be a sum over rows whose weights
-        are in the batch.
+      task: Task that defines the loss. With accumulation, the loss must be a weighted sum over
+        rows, and the batch must contain the row weights.
       template: Template of the model.
       optimizer: Optimizer.
-      accumulation: Number of parts that a device's rows are divided into. The parts go through the
-        model one after the other, so only one part's activations are in memory at a time.
+      accumulation: Number of parts that a device's rows are divided into. The model processes the
+        parts one after another, so only one part's activations are in memory at a time.
     """
 
     def step(state, batch, axis_name):

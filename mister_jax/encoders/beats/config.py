@@ -44,12 +44,12 @@ class BeatsConfig:
       num_heads: Number of heads K; divides `hidden_size`.
       mlp_dim: Hidden size of the feed-forward blocks.
       num_mel_bins: Number of mel bins of the filter bank; a multiple of `patch_size`.
-      patch_size: Frames and mel bins of a patch.
+      patch_size: Size of a square patch, both in frames and in mel bins.
       patch_dim: Size of a patch's embedding before it is projected to D.
       position_kernel: Kernel size of the positional convolution.
       position_groups: Groups of the positional convolution; divides `hidden_size`.
-      num_buckets: Buckets of relative positions, both directions together.
-      max_distance: Distance from which on relative positions share a bucket.
+      num_buckets: Total number of relative-position buckets for both directions.
+      max_distance: Distance beyond which all relative positions share one bucket.
       layer_norm_epsilon: Epsilon of all LayerNorms.
       remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
       dtype: Type of the computation; attention scores and gates are float32.

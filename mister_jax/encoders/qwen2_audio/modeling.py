@@ -41,7 +41,7 @@ class AudioTower(Whisper):
         Args:
           waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
             clips are truncated to `max_positions` of 20 ms.
-          lengths: Samples of each clip, [B] int.
+          lengths: Number of samples in each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 
@@ -92,7 +92,7 @@ class Qwen2Audio(nnx.Module):
         Args:
           waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
             row.
-          lengths: Samples of each clip, [B] int.
+          lengths: Number of samples in each clip, [B] int.
           prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
           prompt_mask: Valid tokens, [B, P] bool.
           deterministic: Whether dropout is off.

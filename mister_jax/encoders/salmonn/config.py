@@ -25,8 +25,8 @@ class QFormerConfig:
       num_heads: Number of attention heads; divides `hidden_size`.
       mlp_dim: Hidden size of the feed-forward blocks.
       num_queries: Number of queries Q per window.
-      window: Frames of a window.
-      stride: Frames from the start of one window to the start of the next.
+      window: Number of frames per window.
+      stride: Number of frames from the start of one window to the start of the next.
       layer_norm_epsilon: Epsilon of the layers' LayerNorms.
       input_norm_epsilon: Epsilon of the LayerNorms of the inputs.
       dtype: Type of the computation.
@@ -141,8 +141,9 @@ class SalmonnConfig:
         """Reads the configs of the four checkpoints, as `speech.read_backbone_config` returns them.
 
         Args:
-          backbone_config: Content of the config.json under "whisper" and "vicuna", the `cfg` of
-            the checkpoint under "beats", and fields of the `QFormerConfig` under "qformer".
+          backbone_config: Dict with the keys "whisper" and "vicuna" (contents of their config.json
+            files), "beats" (the `cfg` in its checkpoint) and "qformer" (fields of
+            `QFormerConfig`).
           dtype: Type of the computation in all parts.
           param_dtype: Type of the parameters of all parts, except those of LoRA.
           tower: Further fields of Whisper's config, such as `mask_spectrogram`.

@@ -98,8 +98,8 @@ class WindowQFormer(nnx.Module):
     """Q-Former that applies the same queries to each window of both encoders' frames.
 
     Args:
-      speech_dim: Size of Whisper's frames.
-      sound_dim: Size of BEATs' tokens.
+      speech_dim: Feature size of Whisper's output frames.
+      sound_dim: Feature size of BEATs' output tokens.
       out_dim: Size D of the speech tokens.
       config: Sizes of the Q-Former.
       rngs: Source of the initial parameters.
@@ -200,7 +200,7 @@ class Salmonn(nnx.Module):
         Args:
           waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
             row.
-          lengths: Samples of each clip, [B] int.
+          lengths: Number of samples in each clip, [B] int.
           prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
           prompt_mask: Valid tokens, [B, P] bool.
           deterministic: Whether dropout is off; BEATs and the Q-Former have none.

@@ -149,7 +149,7 @@ def load_salmonn(
 
     Raises:
       InputError: Tensors of a checkpoint are missing, surplus, misshapen or not finite.
-      ValueError: The module has LoRA on other layers.
+      ValueError: The module has LoRA on layers other than queries and values.
     """
     config = module.config
 

@@ -68,9 +68,9 @@ class WavLMConfig:
       projection_norm: Whether a LayerNorm precedes the projection of the convolutions to D.
       position_kernel: Kernel size of the positional convolution.
       position_groups: Groups of the positional convolution; divides `hidden_size`.
-      num_buckets: Buckets of relative positions, both directions together; 0 for models without
-        relative positions, which are all but WavLM.
-      max_distance: Distance from which on relative positions share a bucket.
+      num_buckets: Total number of relative-position buckets for both directions. 0 disables
+        relative positions; of the supported models, only WavLM uses them.
+      max_distance: Distance beyond which all relative positions share one bucket.
       norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
         large models, instead of following each residual.
       normalize: Whether the waveform is normalized to zero mean and unit variance. Must be as in

@@ -273,7 +273,7 @@ class WavLM(nnx.Module):
 
         Args:
           waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
-          lengths: Samples of each clip, [B] int.
+          lengths: Number of samples in each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 
@@ -313,7 +313,8 @@ class WavLM(nnx.Module):
         offsets = np.fft.ifftshift(np.arange(-num_frames, num_frames))
         buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
         table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # [K, 2N]
-        # Rows of 2N - 1 from a repeated row of 2N: each starts one offset before the previous one.
+        # Repeat the table, of 2N offsets, and cut the result into rows of 2N - 1. Each row then
+        # starts one offset earlier than the row above it, as the bias of the next query must.
         size = 2 * num_frames
         rows = jnp.tile(table, num_frames)[:, : num_frames * (size - 1)]
         return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]

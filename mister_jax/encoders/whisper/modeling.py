@@ -116,15 +116,16 @@ class Whisper(nnx.Module):
         """Encodes clips.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
-            clips are truncated to `max_positions` of 20 ms.
-          lengths: Samples of each clip, [B] int.
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read. Clips
+            longer than `max_positions` times 20 ms are truncated.
+          lengths: Number of samples in each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 
         Returns:
           Hidden states [B, N, D], and a mask of the clip's positions [B, N] bool. N is
-          `max_positions`, or with `trim` the number of positions of S samples, if that is less.
+          `max_positions`. With `trim`, it is only as large as S samples need, up to
+          `max_positions`.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         hidden, mask = self.from_mel(mel, mel_lengths, deterministic=deterministic, rngs=rngs)

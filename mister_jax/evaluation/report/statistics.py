@@ -15,7 +15,7 @@ from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 
 @dataclasses.dataclass(frozen=True)
 class ScoredModel:
-    """A way of predicting, with its scores.
+    """A model, expert, majority baseline or reference, with its scores.
 
     Attributes:
       name: "model", the name of an expert, "majority", or the name of a reference.

@@ -139,11 +139,11 @@ class Fields:
 
 
 def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
-    """Returns the interval of its recording that each utterance is cut from.
+    """Returns, for each utterance, the interval of the recording that it is cut from.
 
     This is `audio_start` to `audio_end`. If these are absent and several utterances have the same
-    recording, it is `start` to `end`. Without any times, each of them would contain the speech of
-    the others, which is an error.
+    recording, it is `start` to `end`. If these are absent too, each of these utterances would
+    contain the speech of the others, which is an error.
 
     Raises:
         InputError: Several utterances would use the same complete recording.
