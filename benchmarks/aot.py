@@ -105,7 +105,7 @@ def abstract_state(initialize: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]
 
 
 def shard_shapes(partitioner: JitPartitioner, state: Any, batch: Any) -> tuple[Any, Any]:
-    """Adds to the shapes of a state and a global batch the shardings of the partitioner."""
+    """Adds the partitioner's shardings to the shapes of a state and a global batch."""
 
     def with_sharding(value: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             "crf": True,
             "gate_dim": 32,
             "gate_temperature": 0.5,
-            # The contexts show how informative a modality is better than the logits.
+            # How informative a modality is can be seen better in the contexts than in the logits.
             "gate_reads_contexts": True,
             "input_dropout": 0.3,
             "context_dropout": 0.2,

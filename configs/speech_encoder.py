@@ -5,10 +5,10 @@
 DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
-Small encoders are tuned completely, LLMs by LoRA with frozen audio towers. Qwen2-Audio has the
-recipe of the released code: rank 16, alpha 8, on queries and keys of the language model. SALMONN
-continues from its own low-rank paths: rank 8, alpha 32, on queries and values. Random crops are
-used in training only.
+Small encoders are fully fine-tuned. LLMs are fine-tuned with LoRA, and their audio towers are
+frozen. Qwen2-Audio uses the recipe of the released code: rank 16, alpha 8, on queries and keys of
+the language model. SALMONN continues from the LoRA in its checkpoint: rank 8, alpha 32, on queries
+and values. Random crops are used in training only.
 
 SALMONN consists of four checkpoints, each a file, a folder, or for Whisper and Vicuna a name on the
 Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format; convert it to safetensors.

@@ -5,8 +5,8 @@
 DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
-LLMs are tuned by LoRA with the recipe of the released code: rank 8, alpha 32, on queries and
-values, AdamW with learning rate 1e-5. Small encoders are tuned completely.
+LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8, alpha 32, on queries and
+values, AdamW with learning rate 1e-5. Small encoders are fully fine-tuned.
 
 Hardware: two CPU cores for MiniLM. For the LLMs eight TPU v5e chips or four v5p according to XLA's
 memory analysis, or, judging by their size, one GPU with 80 GB. No LLM was trained.

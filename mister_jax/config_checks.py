@@ -17,7 +17,7 @@ def invalid_field(config: Any, field: str, allowed: str) -> ValueError:
 def check_at_least(config: Any, minimum: int, *fields: str) -> None:
     """Raises ValueError if one of the fields is below the minimum."""
     for field in fields:
-        if not getattr(config, field) >= minimum:  # also refuses NaN
+        if not getattr(config, field) >= minimum:  # also rejects NaN
             raise invalid_field(config, field, f"at least {minimum}")
 
 

@@ -61,7 +61,7 @@ class OptimizerConfig:
         check_choice(self, "schedule", get_args(ScheduleName))
         check_at_least(self, 0, "weight_decay", "clip_norm")
         check_rates(self, "warmup_fraction", "average_decay")
-        if not self.learning_rate > 0:  # also refuses NaN
+        if not self.learning_rate > 0:  # also rejects NaN
             raise invalid_field(self, "learning_rate", "positive numbers")
         if self.weight_decay and self.name == "adam":
             raise ValueError("OptimizerConfig.weight_decay needs name='adamw'")

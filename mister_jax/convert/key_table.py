@@ -147,7 +147,7 @@ class NameRules:
     lora_bypassed: tuple[str, ...] = ()
 
     def table_name(self, name: str) -> str:
-        """Returns a file's tensor name in the spelling of the key table, with its prefix."""
+        """Converts a tensor name in a file to the key table's spelling; keeps the prefix."""
         return _substitute(self.renamed, name)
 
     def module_name(self, name: str) -> str:

@@ -261,7 +261,7 @@ class _Cut:
         self.error: AudioError | None = None
         self._range = f"from {start} to {end} s"
         self.first = self.stop = self._capped_stop = 0
-        if not 0 <= (start or 0.0) < (math.inf if end is None else end):  # also refuses NaN
+        if not 0 <= (start or 0.0) < (math.inf if end is None else end):  # also rejects NaN
             self.error = AudioError(Reason.RANGE, source_name(request.source), self._range)
         else:
             self.first = _index(start or 0.0)

@@ -68,10 +68,10 @@ def length_buckets(
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
-        num_buckets: Maximum number of buckets. Fewer are returned if more would not save positions.
+        num_buckets: Maximum number of buckets. Fewer are used if more would not reduce padding.
         batch_size: Maximum number of items in a batch, see `BatchPlan`.
-        multiple_of: Divisor of the number of rows, see `BatchPlan`.
-        bucket_cost: Number of padded positions that one more bucket must save.
+        multiple_of: The number of rows is a multiple of this, see `BatchPlan`.
+        bucket_cost: Number of padded positions that each additional bucket must save.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
@@ -128,7 +128,7 @@ class BatchPlan:
         num_buckets: Maximum number of padded lengths.
         bucket_cost: Number of padded positions that one more padded length must save in an epoch,
             see `bucket_cost`.
-        multiple_of: Divisor of the number of rows of each batch, usually the number of devices;
+        multiple_of: The number of rows is a multiple of this, usually the number of devices;
             batches are filled up with empty rows.
         fitted_to: Value of `multiple_of` for which the buckets have the least padding. Set it to
             the number of devices where it does not matter which items share a batch, for example
@@ -217,7 +217,7 @@ def plan_inference_batches(lengths: np.ndarray, *, num_shards: int) -> Iterator[
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
-        num_shards: Divisor of the number of rows of each batch.
+        num_shards: The number of rows in each batch is a multiple of this.
     """
     padded = np.maximum(_MIN_INFERENCE_LENGTH, 2 ** np.ceil(np.log2(lengths)).astype(int))
     for padded_length in np.unique(padded):
@@ -244,7 +244,7 @@ def plan_budgeted_batches(
             item gets a separate batch.
         length_steps: Lengths that items are padded to, ascending.
         max_length: Length of the longest item; no item is padded beyond it.
-        num_shards: Divisor of the number of rows of each batch.
+        num_shards: The number of rows in each batch is a multiple of this.
 
     Yields:
         Batches. All batches of one padded length have the same number of rows, except for the last

@@ -30,9 +30,9 @@ class WavHeader:
     """The header of a WAV file.
 
     Attributes:
-        codec: Format tag; for the extensible format that of the subformat.
+        codec: Format tag; in the extensible format, the tag of the subformat.
         rate: Sample rate in Hz.
-        block_align: Bytes per sample of all channels.
+        block_align: Bytes per sample, summed over the channels.
         valid_bits: Bits per sample that carry sound.
         byte_rate: Bytes per second.
         data_start: Offset of the samples in bytes.

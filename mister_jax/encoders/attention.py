@@ -22,7 +22,7 @@ MAX_TPU_SCORES = 2**22
 _MASKED = -0.4 * float(jnp.finfo(jnp.float32).max)
 
 Bias = jax.Array | tuple[jax.Array, ...] | None
-"""Summand of the scores, or factors whose product it is, 4D each."""
+"""Bias added to the scores, or factors whose product is that bias; each is 4D."""
 
 
 def dot_product_attention(
@@ -47,7 +47,7 @@ def dot_product_attention(
       value: Values, [B, S, G, head_dim].
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
         a query without any key is finite but has no meaning.
-      bias: Summand of the scores, broadcastable to [B, K, T, S], or a tuple of its factors; none by
+      bias: Bias added to the scores, broadcastable to [B, K, T, S], or a tuple of factors; none by
         default.
       dropout: Dropout of the attention weights; none by default.
       is_causal: Whether a query may only attend to keys at its position or before.

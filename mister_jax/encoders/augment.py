@@ -118,11 +118,11 @@ def mask_spectrogram(
       spectrogram: Spectrograms, [B, F, M].
       mask: Valid frames, which come first, [B, F] bool.
       keys: Typed keys, one per clip, [B].
-      num_time_masks: Number of stretches of frames.
-      max_frames: Maximum length of a stretch in frames.
-      max_frame_share: Maximum length of a stretch as a share of the clip's frames.
-      num_bin_masks: Number of stretches of mel bins.
-      max_bins: Maximum length of a stretch in mel bins.
+      num_time_masks: Number of time masks.
+      max_frames: Maximum length of a time mask in frames.
+      max_frame_share: Maximum length of a time mask as a share of the clip's frames.
+      num_bin_masks: Number of frequency masks.
+      max_bins: Maximum width of a frequency mask in mel bins.
 
     Returns:
       Spectrograms, [B, F, M], with unchanged padding.

@@ -28,7 +28,7 @@ def split_frames(waveform: jax.Array, size: int, step: int, num_frames: int) -> 
     """Splits waveforms into overlapping frames, by static slices instead of a gather.
 
     Args:
-      waveform: Waveforms, [B, S]; zeros follow where the frames need more samples.
+      waveform: Waveforms, [B, S]; padded with zeros if the frames need more samples.
       size: Number of samples per frame.
       step: Number of samples from the start of one frame to the start of the next.
       num_frames: Number of frames F.

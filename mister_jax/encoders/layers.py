@@ -65,7 +65,7 @@ class SelfAttention(nnx.Module):
         Args:
           x: Finite input, [B, N, D].
           mask: Whether a query may attend to a key, [B, 1, N or 1, N] (query, key) bool.
-          bias: Summand of the scores, [B, K, N, N] (query, key); none by default.
+          bias: Bias added to the scores, [B, K, N, N] (query, key); none by default.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
 

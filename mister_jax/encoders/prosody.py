@@ -234,7 +234,8 @@ def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Arr
     """Computes features of each frame's spectrum.
 
     Returns:
-      Features [B, F] by name, and the square roots of the shares of power [B, F, 201].
+      Features [B, F] by name, and the square root of each frequency's share of the frame's power,
+      [B, F, 201].
     """
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]

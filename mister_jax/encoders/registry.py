@@ -52,7 +52,7 @@ class Architecture:
       modality: Kind of input, "text" or "speech".
       needs_cls_token: Whether the tokenizer must add a token at the start of a text.
       prompt: Default prompt of a module that encodes clips within a prompt.
-      prompt_tokens: Function of such a module from (tokenizer, prompt, config) to tokens.
+      prompt_tokens: Tokenizes the prompt; a function from (tokenizer, prompt, config) to tokens.
     """
 
     config: Any
@@ -292,7 +292,7 @@ def _check_dtypes(changes: Mapping[str, Any]) -> None:
 def _warn_of_other_base_model(
     adapter: str | os.PathLike[str], folder: pathlib.Path, hf_config: Mapping[str, Any]
 ) -> None:
-    """Warns if an adapter was trained on a base model with another name than the encoder's.
+    """Warns if an adapter was trained on a base model whose name differs from the encoder's.
 
     Only the last part of the name is compared, with each part of the encoder's path, and with the
     model's name in a folder of the Hub's cache, so that a copy of the same model is recognized.
@@ -359,7 +359,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
 ) -> None:
-    """Writes a folder that `load_pretrained` and transformers read with equal outputs.
+    """Writes a folder that `load_pretrained` and transformers can read, with the same outputs.
 
     In the files, LoRA is merged into the kernels and int8 kernels are dequantized. The module
     itself is not changed.

@@ -13,7 +13,7 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
     Args:
       offsets: Position of the key minus that of the query, integers.
       num_buckets: Number of buckets; the upper half is for keys after the query.
-      max_distance: Distance from which on all positions share the last bucket of their half.
+      max_distance: Distance beyond which all positions share the last bucket of their half.
 
     Returns:
       Buckets, integers from 0 to num_buckets - 1 in the shape of `offsets`.

@@ -257,7 +257,7 @@ def check_seconds(seconds: float, module: Any = None, *, name: str = "max_second
     """
     limit = None if module is None else max_seconds(module)
     longest, reason = (LONGEST_SECONDS, "") if limit is None else (limit, ", the encoder's limit")
-    if not SHORTEST_SECONDS <= seconds <= longest:  # Also refuses NaN.
+    if not SHORTEST_SECONDS <= seconds <= longest:  # Also rejects NaN.
         raise InputError(
             f"{name}={seconds:g}; allowed: {SHORTEST_SECONDS:g} to {longest:g}{reason}"
         )

@@ -83,7 +83,7 @@ def encode_texts(
     Args:
       tokenizer: Tokenizer of transformers.
       texts: Texts, none empty.
-      max_tokens: Maximum number of tokens; longer texts are truncated, which is logged.
+      max_tokens: Maximum number of tokens; longer texts are truncated and a message is logged.
       where: Origin of the texts, for the log.
 
     Returns:

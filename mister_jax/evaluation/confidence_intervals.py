@@ -90,7 +90,7 @@ class DialogueBootstrap:
         return counts.sum(0), self._weights @ counts
 
     def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the confusions of predictions, [N] int, -1 for utterances to leave out.
+        """Computes confusion matrices of predictions, [N] int, -1 for utterances to leave out.
 
         Returns:
           Counts on the whole split, [C, C], and on the resamples, [R, C, C].

@@ -109,8 +109,8 @@ class PretrainedSpeech(Encoder):
       beats: BEATs of SALMONN.
       vicuna: Vicuna of SALMONN.
       trim: Whether Whisper encodes only the length of each clip, see `WhisperConfig`.
-      prompt: Prompt of an LLM about every clip; its default prompt if empty. Only hidden states of
-        audio positions are averaged.
+      prompt: Prompt that a speech LLM gets with every clip; the default prompt of the LLM if empty.
+        Only hidden states of audio positions are averaged.
       adapter: Folder of a PEFT adapter to load; none if empty.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the parameters.

@@ -45,7 +45,7 @@ def export_encoder(
     """
     config = read_config(workdir)
     if config.task == "fusion":
-        read_model_description(workdir)  # Refuses the work directory of an older version.
+        read_model_description(workdir)  # Raises if an older version wrote the work directory.
         raise InputError(f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder")
     if config.encoder.options.get("vicuna"):
         raise InputError(

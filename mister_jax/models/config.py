@@ -100,7 +100,7 @@ class MisterEConfig:
             raise invalid_field(self, "context_dim", "even numbers")
         if self.fusion_gru_layers and self.fusion_dim % 2:
             raise invalid_field(self, "fusion_dim", "even numbers with fusion_gru_layers")
-        if not self.gate_temperature > 0:  # also refuses NaN
+        if not self.gate_temperature > 0:  # also rejects NaN
             raise invalid_field(self, "gate_temperature", "positive numbers")
         check_choice(self, "mixture", get_args(Mixture))
         enabled = set(self.experts)

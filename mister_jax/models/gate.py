@@ -45,7 +45,7 @@ class Gate(nnx.Module):
 
         Args:
           expert_logits: Logits of all experts, [B, T, E, C].
-          present: Experts that may have weight, [B, T, E] bool.
+          present: Experts that may have a nonzero weight, [B, T, E] bool.
           speech_context: Context of the speech expert, [B, T, H], or [B, T, 0] if it is disabled;
             required with `gate_reads_contexts`, else unused.
           text_context: Context of the text expert, with the same rules.

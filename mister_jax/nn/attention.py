@@ -44,7 +44,7 @@ def dot_product_attention(
       value: Values, shaped like the keys.
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
         a query without any key is finite but has no meaning.
-      bias: Summand of the scores, broadcastable to [B, K, T, S]; none by default.
+      bias: Bias added to the scores, broadcastable to [B, K, T, S]; none by default.
       dropout: Dropout of the attention weights; none by default.
       max_length: Length up to which T and S may be padded without changing which weights are
         dropped, given one dropout key per example. By default, the padding has an effect.

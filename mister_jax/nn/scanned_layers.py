@@ -38,8 +38,9 @@ def layer_sharding_constraints(parameters: Constraint, activations: Constraint) 
     activations, or add up partial products, instead of gathering the kernels of one layer.
 
     Args:
-      parameters: Function that constrains the parameter tree of one layer before it runs.
-      activations: Function that constrains the input and output of each layer.
+      parameters: Function that applies sharding constraints to the parameters of one layer before
+        it runs.
+      activations: Function that applies them to the input and output of each layer.
     """
     token = _CONSTRAINTS.set((parameters, activations))
     try:

@@ -110,7 +110,7 @@ class Partitioner(Protocol):
         """Places this process's rows of a global batch on its devices."""
 
     def get_state(self, state: State) -> State:
-        """Returns one copy of a placed state."""
+        """Returns one copy of a state that `put_state` placed."""
 
     def compile_step(self, step: Step) -> CompiledStep:
         """Returns the step on all devices; it donates the buffers of the state."""

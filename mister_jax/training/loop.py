@@ -149,8 +149,8 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to show no progress.
       on_step: Called with the number of completed steps after each step.
-      on_save: Called when a checkpoint has begun to be written in the background, with its kind
-        (`LATEST` or `BEST`), step, state and progress.
+      on_save: Called when the background write of a checkpoint has started, with its kind (`LATEST`
+        or `BEST`), step, state and progress.
 
     Returns:
       Progress at the end; `finished` is false after SIGTERM.
@@ -180,7 +180,7 @@ def train(
 
     total_steps = options.epochs * train_split.steps
     optimizer = make_optimizer(optimizer_config, total_steps)
-    # The largest batch, for the message about memory.
+    # The largest batch, named in the out-of-memory message.
     rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
     with explain_oom(str(workdir), activity, task.oom_hint):

@@ -75,7 +75,7 @@ def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
 
 
 class _BucketEvents:
-    """An event file on a bucket, which cannot append: each flush uploads the whole file."""
+    """An event file in a bucket. Buckets cannot append, so each flush uploads the whole file."""
 
     def __init__(self, path: str):
         self._path = epath.Path(path)

@@ -80,7 +80,7 @@ def read_meld(
         clips: Whether to use the clips; without them, all speech is missing.
         corrected_test_clips: Whether to prefer the corrected version of a test clip,
             `final_videos_testdia*`, if it exists.
-        partial: Whether to allow a corpus of another size than the released one.
+        partial: Whether to allow a corpus whose size differs from the released one.
 
     Raises:
         InputError: A file is missing or a row cannot be used.

@@ -49,7 +49,7 @@ class BeatsConfig:
       position_kernel: Kernel size of the positional convolution.
       position_groups: Groups of the positional convolution; divides `hidden_size`.
       num_buckets: Total number of relative-position buckets for both directions.
-      max_distance: Distance beyond which all relative positions share one bucket.
+      max_distance: Distance beyond which positions share the last bucket of their direction.
       layer_norm_epsilon: Epsilon of all LayerNorms.
       remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
       dtype: Type of the computation; attention scores and gates are float32.

@@ -70,7 +70,7 @@ class WavLMConfig:
       position_groups: Groups of the positional convolution; divides `hidden_size`.
       num_buckets: Total number of relative-position buckets for both directions. 0 disables
         relative positions; of the supported models, only WavLM uses them.
-      max_distance: Distance beyond which all relative positions share one bucket.
+      max_distance: Distance beyond which positions share the last bucket of their direction.
       norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
         large models, instead of following each residual.
       normalize: Whether the waveform is normalized to zero mean and unit variance. Must be as in

@@ -109,7 +109,7 @@ class Fields:
             self.fail(field, f"{value!r}; allowed: a number, with a point for decimals")
         except OverflowError:
             value = math.inf
-        if not minimum <= value <= maximum:  # Also refuses NaN.
+        if not minimum <= value <= maximum:  # Also rejects NaN.
             self.fail(field, f"{value!r}; allowed: a finite number, {minimum:g} to {maximum:g}")
         return value
 
