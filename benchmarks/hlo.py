@@ -89,8 +89,9 @@ def analyze_schedule(text: str) -> Schedule:
     visit(entry, 1)
     fused = _fused_computations(computations)
     cycles = memory = blocking = overlapped = 0.0
-    # Several fusions, which share a channel, can each do a part of one collective: one starts it,
-    # one ends it, and those between may be in a loop. Channel -> fewest runs, most bytes.
+    # One collective can be split over several fusions that share a channel: one starts it, one ends
+    # it, and those between may be in a loop. Maps each channel to the smallest number of runs and
+    # the largest number of bytes among its fusions.
     chained: dict[str, tuple[int, float]] = {}
     for name, runs in num_runs.items():
         if name not in fused:

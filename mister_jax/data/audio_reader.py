@@ -63,7 +63,7 @@ _MAX_POWER_SAMPLE = 2.0**31  # larger floats are clipped for the power
 
 
 class AudioReader:
-    """An open recording, of which one channel is read. All indices are at `SAMPLE_RATE`.
+    """An open recording, from which one channel is read. All indices are at `SAMPLE_RATE`.
 
     Raises:
         AudioError: The recording cannot be read or has no audio.
@@ -322,7 +322,7 @@ class AudioReader:
             position += frame.samples
 
     def _one_channel(self, frame: "av.AudioFrame", seconds: float) -> "av.AudioFrame":
-        """Returns the selected channel of a frame at a time, or a frame that FFmpeg can mix."""
+        """Returns the selected channel of the frame, or for a mix, a frame that FFmpeg can mix."""
         num_channels = len(frame.layout.channels)
         samples: np.ndarray = frame.to_ndarray()
         if samples.dtype.kind == "f" and not np.isfinite(samples).all():

@@ -164,7 +164,7 @@ def utterance_batches(
 def load_tokens(
     name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
 ) -> Utterances:
-    """Loads the utterances with text of a split of a dialogue dataset, and tokenizes them.
+    """Loads and tokenizes the utterances that have text, from one split of a dialogue dataset.
 
     Raises:
         InputError: The dataset or split does not exist.

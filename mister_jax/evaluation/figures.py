@@ -71,7 +71,7 @@ def plot_missing_modality(study: Mapping[str, Any], path: epath.PathLike) -> Non
 def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
-    """Plots (mean, standard deviation) by series and group as groups of bars of a PNG file."""
+    """Plots (mean, standard deviation) by series and group as grouped bars, in a PNG file."""
     from matplotlib.figure import Figure
 
     groups = list(next(iter(values.values())))

@@ -22,7 +22,7 @@ from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, 
 from mister_jax.predictor import Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
-# Experts that read each modality; without any of them, its encoder is not loaded.
+# Experts that read each modality. An encoder is loaded only if one of its experts is enabled.
 _EXPERTS_BY_MODALITY = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
 
 NewPaths = str | Mapping[str, str] | None

@@ -39,9 +39,9 @@ class MisterEConfig:
       attention_heads: Number of heads of each attention.
       gate_dim: Size of the gate's hidden layer.
       gate_temperature: Temperature of the gate's softmax.
-      gate_reads_contexts: Whether the gate reads the contexts of the speech and text expert besides
-        the experts' logits, and so more than the experts' own confidence; False in the released
-        model.
+      gate_reads_contexts: Whether the gate's input includes the contexts of the speech and text
+        expert in addition to all experts' logits, which only reflect the experts' own confidence;
+        False in the released model.
       input_dropout: Dropout rate of the input vectors.
       context_dropout: Dropout rate before each GRU layer and before the context classifiers.
       attention_dropout: Dropout rate of the attention weights.

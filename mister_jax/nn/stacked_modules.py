@@ -1,4 +1,4 @@
-"""Modules of one structure run as one batched computation, so that XLA compiles one of them."""
+"""Runs modules of the same structure as one batched computation, which XLA compiles only once."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ class SpeechEncoderOptions(EncoderOptions):
     """Options of a speech encoder.
 
     A speech LLM is a language model with an audio tower. The language model is trained with LoRA
-    unless `full` is set, and `tower` decides about the audio tower. Any other encoder is a tower.
+    unless `full` is set, and `tower` sets how the audio tower is trained. Any other encoder counts
+    as a tower.
 
     Attributes:
       whisper: Whisper of SALMONN, see `SpeechFiles`.

@@ -62,7 +62,7 @@ class TextEncoderTask(EncoderTask):
         return model(batch["input_ids"], batch["mask"], **options)
 
     def features(self, split: str, name: str | None = None) -> Utterances:
-        """Loads the utterances with text of a split of the config's dataset, or of another.
+        """Loads the utterances that have text, from a split of the config's or another dataset.
 
         Raises:
           InputError: The dataset does not exist, or its classes differ from the model's.

@@ -53,7 +53,7 @@ class QFormerConfig:
             )
 
     def num_tokens(self, num_frames: int) -> int:
-        """Returns the number of tokens A of T frames; an incomplete last window has none."""
+        """Returns the number of tokens A for T frames; an incomplete last window gives none."""
         return self.num_queries * max(0, (num_frames - self.window) // self.stride + 1)
 
 

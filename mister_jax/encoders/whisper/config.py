@@ -43,12 +43,12 @@ class WhisperConfig:
       max_positions: Positions N of the padded clip, 1500 for 30 s.
       trim: Whether to cut the padding down to the longest clip of the batch, and to mask the rest
         of the padding in attention. Otherwise clips are padded to `max_positions`, and attention
-        includes the padding, as in the reference. Trimming takes time and memory in proportion to
-        the audio, but changes the function: the output of the convolutions is that of the
-        reference, but there is no attention to the silence after the clip. How far the outputs move
-        depends on the weights and the clip: by 0.3 to 0.6 of their standard deviation for a tiny
-        model with random weights and clips of a fifth to a half of the window. Train and extract
-        with the same choice.
+        includes the padding, as in the reference. With trimming, time and memory are
+        proportional to the length of the audio, but the outputs change: the convolutions give the
+        same output as the reference, but attention does not include the silence after the clip. The
+        size of the change depends on the weights and the clip. For a tiny model with random weights
+        and clips of a fifth to a half of the window, it is 0.3 to 0.6 standard deviations of the
+        outputs. Use the same setting for training and extraction.
       dropout: Dropout rate on the transformer's input and each block's output.
       attention_dropout: Dropout rate on the attention weights.
       activation_dropout: Dropout rate in the feed-forward blocks.
