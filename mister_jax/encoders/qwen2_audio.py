@@ -1,0 +1,295 @@
+"""Qwen2-Audio: the Qwen language model with a Whisper-like audio tower (arXiv 2407.10759).
+
+It maps waveforms and prompts to the last hidden states of the language model, without its head.
+Shape letters: B clips, S samples, P tokens of the prompt, A audio vectors of 40 ms, N = P - 1 + A,
+D hidden size of the language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mister_jax.convert.key_table import KeyTable, NameRules, linear
+from mister_jax.encoders import decoder, whisper
+from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.hf_config import read_fields, unsupported
+from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.errors import InputError
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.lora import LoRALinear
+
+# Defaults of transformers for absent fields of a config.json.
+_AUDIO_DEFAULTS = {
+    "model_type": "qwen2_audio_encoder",
+    "num_mel_bins": 128,
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "max_source_positions": 1500,
+}
+_TEXT_DEFAULTS = {"model_type": "qwen2"}
+_PLACEHOLDER = 151646  # <|AUDIO|>
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2AudioConfig:
+    """Configs of the parts of `Qwen2Audio`.
+
+    Attributes:
+      tower: Config of the audio encoder, with `trim`; its positions limit the length of a clip.
+      decoder: Config of the language model.
+      placeholder: Token that stands for the audio in a prompt.
+    """
+
+    tower: WhisperConfig
+    decoder: DecoderConfig
+    placeholder: int = _PLACEHOLDER
+
+    def __post_init__(self):
+        if not self.tower.trim:
+            raise ValueError("Qwen2AudioConfig.tower.trim=False; allowed: True")
+
+    @classmethod
+    def qwen2_audio_7b(
+        cls,
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        attention_implementation: Implementation | None = None,
+        **changes: Any,
+    ) -> Qwen2AudioConfig:
+        """Returns the config of Qwen2-Audio-7B and -7B-Instruct (8.4 billion parameters).
+
+        Args:
+          dtype: Type of the computation.
+          param_dtype: Type of the parameters, except those of LoRA.
+          attention_implementation: Implementation of the attention.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+        """
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "attention_implementation": attention_implementation,
+        }
+        sizes: dict[str, Any] = {
+            "vocab_size": 156032,
+            "hidden_size": 4096,
+            "mlp_dim": 11008,
+            "num_layers": 32,
+            "num_heads": 32,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "query_key_value_bias": True,
+        }
+        return cls(WhisperConfig.large_v3(**common), DecoderConfig(**sizes | common | changes))
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        attention_implementation: Implementation | None = None,
+        tower: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Qwen2AudioConfig:
+        """Reads a `config.json` of model type "qwen2_audio".
+
+        Args:
+          config: Content of the file. Absent fields have the default values of transformers.
+          dtype: Type of the computation.
+          param_dtype: Type of the parameters, except those of LoRA.
+          attention_implementation: Implementation of the attention.
+          tower: Further fields of the tower's config, such as `lora` or `mask_spectrogram`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+
+        Raises:
+          InputError: A field has a value that this architecture does not support.
+        """
+        if config.get("model_type") != "qwen2_audio":
+            raise unsupported("model_type", config.get("model_type"), "'qwen2_audio'")
+        audio = _part(config, "audio_config", _AUDIO_DEFAULTS)
+        if audio["model_type"] != _AUDIO_DEFAULTS["model_type"]:
+            allowed = repr(_AUDIO_DEFAULTS["model_type"])
+            raise unsupported("audio_config.model_type", audio["model_type"], allowed)
+        text = _part(config, "text_config", _TEXT_DEFAULTS)
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "attention_implementation": attention_implementation,
+        }
+        tower_changes = common | dict(tower or {})
+        return cls(
+            WhisperConfig.from_huggingface({**audio, "model_type": "whisper"}, **tower_changes),
+            DecoderConfig.from_huggingface(text, **common | changes),
+            **read_fields(config, {"placeholder": ("audio_token_index", _PLACEHOLDER)}),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary size of the language model."""
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size D of the language model."""
+        return self.decoder.hidden_size
+
+    @property
+    def max_samples(self) -> int:
+        """Maximum samples of a clip; longer clips are truncated."""
+        return self.tower.max_samples
+
+
+def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of one part of a config.json, with defaults for the absent ones."""
+    part = config.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise unsupported(name, part, "a JSON object")
+    return {**defaults, **part}
+
+
+class AudioTower(Whisper):
+    """Whisper's encoder with pairs of positions averaged before the last LayerNorm.
+
+    Attention excludes the padding, so that padding does not change the result.
+    """
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
+            clips are truncated to `max_positions` of 20 ms.
+          lengths: Number of samples in each clip, [B] int.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+
+        Returns:
+          Vectors of 40 ms [B, A, hidden_size of the tower], and the number of valid vectors of
+          each clip [B] int. A vector is valid if both of its positions are in the clip.
+        """
+        mel, mel_lengths = self.mel(waveform, lengths)
+        x, mask, _ = self._encode(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
+        batch_size, num_positions, hidden_size = x.shape
+        pairs = x[:, : num_positions // 2 * 2].reshape(batch_size, -1, 2, hidden_size)
+        return self.norm(pairs.mean(2)), mask.sum(1) // 2
+
+
+class Qwen2Audio(nnx.Module):
+    """Qwen2-Audio without the language-model head.
+
+    Args:
+      config: Configs of the parts.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tower = AudioTower(config.tower, rngs=rngs)
+        self.projection = LoRALinear(
+            config.tower.hidden_size,
+            config.decoder.hidden_size,
+            quantizable=False,
+            dtype=jnp.dtype(config.decoder.dtype),
+            param_dtype=jnp.dtype(config.decoder.param_dtype),
+            rngs=rngs,
+        )
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> AudioPromptOutput:
+        """Encodes clips, each with its prompt.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+            row.
+          lengths: Number of samples in each clip, [B] int.
+          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
+          prompt_mask: Valid tokens, [B, P] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        vectors, audio_lengths = self.tower(waveform, lengths, **options)
+        return decode_prompt(
+            self.decoder,
+            prompt,
+            prompt_mask,
+            self.config.placeholder,
+            self.projection(vectors, **options),  # [B, A, D]
+            audio_lengths,
+            **options,
+        )
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:
+    """Tokenizes a prompt with one placeholder for the audio.
+
+    Args:
+      tokenizer: Tokenizer of Qwen2-Audio from transformers.
+      prompt: Text with `<|AUDIO|>` in place of the audio, such as
+        "<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:".
+      config: Config of the model.
+
+    Returns:
+      Tokens of the prompt, of length P.
+
+    Raises:
+      InputError: The prompt does not have exactly one placeholder.
+    """
+    tokens = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    count = tokens.count(config.placeholder)
+    if count != 1:
+        raise InputError(
+            f"prompt {prompt!r}: {count} tokens {config.placeholder} (<|AUDIO|>); allowed: one"
+        )
+    return tokens
+
+
+NAME_RULES = NameRules(
+    prefixes=("", "model."),
+    # transformers 5 names its modules `language_model.layers`; released checkpoints and
+    # transformers 4 have `language_model.model.layers`.
+    renamed={r"^(model\.)?language_model\.(?!model\.|lm_head\.)": r"\1language_model.model."},
+    unused=decoder.NAME_RULES.unused,
+    heads=(r"^(language_model\.)?lm_head\.",),
+    module_names={r"^language_model\.model\.": "language_model."},
+)
+"""Variants of the tensor names."""
+
+
+def key_table(config: Qwen2AudioConfig) -> KeyTable:
+    """Returns the tensor names of a released checkpoint for each parameter of a `Qwen2Audio`."""
+    table = linear("projection", "multi_modal_projector.linear")
+    for path, source in whisper.key_table(config.tower).items():
+        names = tuple(f"audio_tower.{name.removeprefix('encoder.')}" for name in source.names)
+        table[f"tower/{path}"] = dataclasses.replace(source, names=names)
+    for path, source in decoder.key_table(config.decoder, "language_model.model.").items():
+        table[f"decoder/{path}"] = source
+    return table

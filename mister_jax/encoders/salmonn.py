@@ -1,0 +1,601 @@
+"""SALMONN: Whisper and BEATs, connected to Vicuna by a window-level Q-Former (arXiv 2310.13289).
+
+It maps waveforms and prompts to the last hidden states of the language model, without its head.
+Clips last from 1 s to 30 s: shorter ones are padded with silence, longer ones are truncated.
+Whisper always encodes 30 s, so that every clip gives 88 tokens. Shape letters: B clips, S samples,
+T frames of Whisper (20 ms), P tokens of the prompt, W windows, Q queries of a window, A speech
+tokens, N = P - 1 + A, D hidden size of the language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mister_jax.convert.key_table import KeyTable, Source, layer_names, linear, norm
+from mister_jax.convert.params import load_backbone, load_params
+from mister_jax.convert.safetensors import Checkpoint, Tensor
+from mister_jax.encoders import beats, decoder, frontends
+from mister_jax.encoders import beats as beats_encoder
+from mister_jax.encoders import whisper as whisper_encoder
+from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
+from mister_jax.encoders.beats import Beats, BeatsConfig
+from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.layers import dtypes, gelu
+from mister_jax.encoders.whisper import Whisper, WhisperConfig
+from mister_jax.errors import InputError
+from mister_jax.nn import ScannedLayers
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.dropout import KeySource
+from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.masking import length_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of `WindowQFormer`; the defaults are SALMONN's.
+
+    Attributes:
+      hidden_size: Size of the queries.
+      num_layers: Number of layers.
+      num_heads: Number of attention heads; divides `hidden_size`.
+      mlp_dim: Hidden size of the feed-forward blocks.
+      num_queries: Number of queries Q per window.
+      window: Number of frames per window.
+      stride: Number of frames from the start of one window to the start of the next.
+      layer_norm_epsilon: Epsilon of the layers' LayerNorms.
+      input_norm_epsilon: Epsilon of the LayerNorms of the inputs.
+      dtype: Type of the computation.
+      param_dtype: Type of the parameters.
+    """
+
+    hidden_size: int = 768
+    num_layers: int = 2
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    num_queries: int = 1
+    window: int = 17
+    stride: int = 17
+    layer_norm_epsilon: float = 1e-12
+    input_norm_epsilon: float = 1e-5
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"QFormerConfig.hidden_size={self.hidden_size}; allowed: multiples of "
+                f"num_heads={self.num_heads}"
+            )
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns the number of tokens A for T frames; an incomplete last window gives none."""
+        return self.num_queries * max(0, (num_frames - self.window) // self.stride + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SalmonnConfig:
+    """Configs of the parts of `Salmonn`.
+
+    Attributes:
+      whisper: Config of the speech encoder, without `trim`; its positions limit the length of a
+        clip.
+      beats: Config of the encoder of other sounds.
+      qformer: Config of the Q-Former between the encoders and the language model.
+      decoder: Config of the language model, with LoRA.
+      min_samples: Length to which shorter clips are padded with silence.
+      placeholder: Token that stands for the speech in a prompt; not in the vocabulary.
+    """
+
+    whisper: WhisperConfig
+    beats: BeatsConfig
+    qformer: QFormerConfig
+    decoder: DecoderConfig
+    min_samples: int = frontends.SAMPLE_RATE
+    placeholder: int = -1
+
+    def __post_init__(self):
+        if self.whisper.trim:
+            raise ValueError("SalmonnConfig.whisper.trim=True; allowed: False")
+        if self.min_samples > self.max_samples:
+            raise ValueError(
+                f"SalmonnConfig.min_samples={self.min_samples}; allowed: at most "
+                f"{self.max_samples}, Whisper's limit"
+            )
+
+    @classmethod
+    def salmonn_7b(
+        cls,
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        attention_implementation: Implementation | None = None,
+        **changes: Any,
+    ) -> SalmonnConfig:
+        """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
+
+        Args:
+          dtype: Type of the computation in all parts.
+          param_dtype: Type of the parameters of all parts, except those of LoRA.
+          attention_implementation: Implementation of the attention in Whisper and the language
+            model.
+          **changes: Further fields of the language model's config, such as `remat`.
+        """
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        common = types | {"attention_implementation": attention_implementation}
+        lora = LoRAConfig(rank=8, alpha=32, dropout=0.1, targets=("query", "value"))
+        return cls(
+            whisper=WhisperConfig.large_v2(trim=False, **common),
+            beats=BeatsConfig.iter3_plus(**types),
+            qformer=QFormerConfig(**types),
+            decoder=DecoderConfig.vicuna_7b(**{"lora": lora, **common, **changes}),
+        )
+
+    @classmethod
+    def salmonn_13b(cls, **changes: Any) -> SalmonnConfig:
+        """Returns the config of SALMONN-13B: that of `salmonn_7b` with Vicuna 13B v1.1."""
+        sizes: dict[str, Any] = {
+            "hidden_size": 5120,
+            "mlp_dim": 13824,
+            "num_layers": 40,
+            "num_heads": 40,
+            "num_key_value_heads": 40,
+            "norm_epsilon": 1e-6,
+        }
+        return cls.salmonn_7b(**{**sizes, **changes})
+
+    @classmethod
+    def from_parts(
+        cls,
+        backbone_config: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        tower: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> SalmonnConfig:
+        """Reads the configs of the four checkpoints, as `speech.read_backbone_config` returns them.
+
+        Args:
+          backbone_config: Dict with the keys "whisper" and "vicuna" (contents of their config.json
+            files), "beats" (the `cfg` in its checkpoint) and "qformer" (fields of
+            `QFormerConfig`).
+          dtype: Type of the computation in all parts.
+          param_dtype: Type of the parameters of all parts, except those of LoRA.
+          tower: Further fields of Whisper's config, such as `mask_spectrogram`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+
+        Raises:
+          InputError: A field has a value that the architectures do not support.
+        """
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        whisper = dict(tower or {}) | types | {"trim": False}
+        try:
+            return cls(
+                WhisperConfig.from_huggingface(backbone_config["whisper"], **whisper),
+                BeatsConfig.from_checkpoint(backbone_config["beats"], **types),
+                QFormerConfig(**backbone_config["qformer"], **types),
+                DecoderConfig.from_huggingface(backbone_config["vicuna"], **types | changes),
+            )
+        except ValueError as error:
+            raise InputError(f"SALMONN: {error}") from error
+
+    @property
+    def max_samples(self) -> int:
+        """Maximum samples of a clip; longer clips are truncated."""
+        return self.whisper.max_samples
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size D of the language model."""
+        return self.decoder.hidden_size
+
+    @property
+    def num_speech_tokens(self) -> int:
+        """Number of speech tokens A, the same for every clip."""
+        return self.qformer.num_tokens(self.whisper.max_positions)
+
+
+class PostNormAttention(nnx.Module):
+    """Attention to all keys, followed by a residual and a LayerNorm.
+
+    Args:
+      key_dim: Size of the input of keys and values.
+      config: Config of the Q-Former.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
+        hidden_size = config.hidden_size
+        options = dtypes(config) | {"rngs": rngs}
+        self.num_heads = config.num_heads
+        self.query = nnx.Linear(hidden_size, hidden_size, **options)
+        self.key = nnx.Linear(key_dim, hidden_size, **options)
+        self.value = nnx.Linear(key_dim, hidden_size, **options)
+        self.out = nnx.Linear(hidden_size, hidden_size, **options)
+        self.norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
+
+    def __call__(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+        """Transforms queries x [B, Q, hidden_size] by attention to keys [B, T, key_dim]."""
+
+        def split_heads(projected: jax.Array) -> jax.Array:
+            return projected.reshape(*projected.shape[:2], self.num_heads, -1)
+
+        attended = jax.nn.dot_product_attention(
+            split_heads(self.query(x)), split_heads(self.key(keys)), split_heads(self.value(keys))
+        )
+        return self.norm(x + self.out(attended.reshape(x.shape)))
+
+
+class QFormerLayer(nnx.Module):
+    """Self-attention of the queries, cross-attention to a window, and a feed-forward block.
+
+    Args:
+      frame_dim: Size of the window's frames.
+      config: Config of the Q-Former.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
+        hidden_size = config.hidden_size
+        options = dtypes(config) | {"rngs": rngs}
+        self.attention = PostNormAttention(hidden_size, config, rngs=rngs)
+        self.cross_attention = PostNormAttention(frame_dim, config, rngs=rngs)
+        self.mlp_in = nnx.Linear(hidden_size, config.mlp_dim, **options)
+        self.mlp_out = nnx.Linear(config.mlp_dim, hidden_size, **options)
+        self.mlp_norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        frames: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> jax.Array:
+        """Transforms queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim].
+
+        There is no dropout.
+        """
+        x = self.cross_attention(self.attention(x, x), frames)
+        return self.mlp_norm(x + self.mlp_out(gelu(self.mlp_in(x))))
+
+
+class WindowQFormer(nnx.Module):
+    """Q-Former that applies the same queries to each window of both encoders' frames.
+
+    Args:
+      speech_dim: Feature size of Whisper's output frames.
+      sound_dim: Feature size of BEATs' output tokens.
+      out_dim: Size D of the speech tokens.
+      config: Sizes of the Q-Former.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        speech_dim: int,
+        sound_dim: int,
+        out_dim: int,
+        config: QFormerConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        options = dtypes(config) | {"rngs": rngs}
+        input_norm = {"epsilon": config.input_norm_epsilon, **options}
+        self.speech_norm = nnx.LayerNorm(speech_dim, **input_norm)
+        self.sound_norm = nnx.LayerNorm(sound_dim, **input_norm)
+        queries = 0.02 * jax.random.normal(rngs.params(), (config.num_queries, config.hidden_size))
+        self.queries = nnx.Param(queries.astype(options["param_dtype"]))
+        self.query_norm = nnx.LayerNorm(
+            config.hidden_size, epsilon=config.layer_norm_epsilon, **options
+        )
+        self.layers = ScannedLayers(
+            lambda rngs: QFormerLayer(speech_dim + sound_dim, config, rngs=rngs),
+            config.num_layers,
+            rngs=rngs,
+        )
+        self.projection = nnx.Linear(config.hidden_size, out_dim, **options)
+
+    def __call__(self, speech: jax.Array, sound: jax.Array, sound_mask: jax.Array) -> jax.Array:
+        """Computes the speech tokens of clips.
+
+        The shorter of the two inputs is padded with zeros, which are attended to.
+
+        Args:
+          speech: Whisper's frames, [B, T, speech_dim].
+          sound: BEATs' tokens, [B, T', sound_dim]; token n is combined with frame n.
+          sound_mask: Valid tokens, [B, T'] bool; the others become zeros.
+
+        Returns:
+          Speech tokens, [B, A, D].
+        """
+        config = self.config
+        sound = jnp.where(sound_mask[..., None], self.sound_norm(sound), 0)
+        length = max(speech.shape[1], sound.shape[1])
+        frames = jnp.concatenate(
+            [
+                jnp.pad(part, ((0, 0), (0, length - part.shape[1]), (0, 0)))
+                for part in (self.speech_norm(speech), sound)
+            ],
+            axis=-1,
+        )  # [B, T, speech_dim + sound_dim]
+        starts = config.stride * np.arange(config.num_tokens(length) // config.num_queries)
+        windows = frames[:, starts[:, None] + np.arange(config.window)]
+        windows = windows.reshape(-1, *windows.shape[2:])  # [B W, window, speech_dim + sound_dim]
+        queries = self.query_norm(self.queries[...])
+        queries = jnp.broadcast_to(queries, (windows.shape[0], *queries.shape))
+        hidden, _ = self.layers(queries, windows)  # [B W, Q, hidden_size]
+        tokens = self.projection(hidden)  # [B W, Q, D]
+        return tokens.reshape(frames.shape[0], -1, tokens.shape[-1])
+
+
+class Salmonn(nnx.Module):
+    """SALMONN without the language-model head.
+
+    Args:
+      config: Configs of the parts.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(self, config: SalmonnConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.whisper = Whisper(config.whisper, rngs=rngs)
+        self.beats = Beats(config.beats, rngs=rngs)
+        self.qformer = WindowQFormer(
+            config.whisper.hidden_size,
+            config.beats.hidden_size,
+            config.decoder.hidden_size,
+            config.qformer,
+            rngs=rngs,
+        )
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> AudioPromptOutput:
+        """Encodes clips, each with its prompt.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+            row.
+          lengths: Number of samples in each clip, [B] int.
+          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
+          prompt_mask: Valid tokens, [B, P] bool.
+          deterministic: Whether dropout is off; BEATs and the Q-Former have none.
+          rngs: Source of dropout keys.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        speech = self.speech_tokens(waveform, lengths, **options)  # [B, A, D]
+        return decode_prompt(
+            self.decoder,
+            prompt,
+            prompt_mask,
+            self.config.placeholder,
+            speech,
+            jnp.full(len(lengths), speech.shape[1]),
+            **options,
+        )
+
+    def speech_tokens(self, waveform: jax.Array, lengths: jax.Array, **options: Any) -> jax.Array:
+        """Computes the language model's input [B, A, D] for clips [B, S] of `lengths` [B]."""
+        config = self.config
+        valid = length_mask(lengths, waveform.shape[1])
+        waveform = jnp.where(valid, waveform, 0)[:, : config.max_samples]
+        padding = max(0, config.min_samples - waveform.shape[1])
+        waveform = jnp.pad(waveform, ((0, 0), (0, padding)))
+        # The silence after a short clip counts as part of the clip.
+        lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
+
+        speech, _ = self.whisper(waveform, lengths, **options)  # [B, T, hidden_size of Whisper]
+        fbank = beats.compute_fbank(waveform, config.beats)
+        # The mask of a clip does not depend on its batch. It equals that of the official code for a
+        # batch of one clip.
+        num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
+        token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
+        return self.qformer(speech, self.beats(fbank, token_mask), token_mask)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[int]:
+    """Tokenizes a prompt in SALMONN's template, with a placeholder for the speech.
+
+    The texts before and after the speech are tokenized separately, as in training.
+
+    Args:
+      tokenizer: Vicuna's tokenizer from transformers.
+      prompt: Instruction about the speech, such as "Describe the emotion of the speaker."
+      config: Config of the model.
+
+    Returns:
+      Tokens of the prompt, of length P.
+
+    Raises:
+      InputError: The tokenizer has no token for the start of a text.
+    """
+    if tokenizer.bos_token_id is None:
+        raise InputError(
+            "SALMONN: tokenizer without bos_token; allowed: Vicuna's tokenizer, which has <s>"
+        )
+
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    before, after = tokenize("USER: <Speech>"), tokenize(f"</Speech> {prompt}\nASSISTANT:")
+    return [tokenizer.bos_token_id, *before, config.placeholder, *after]
+
+
+PREFIX = "model."
+"""Prefix of the parameters in the files of SALMONN and BEATs."""
+# Further tensors of SALMONN's file: training state, buffers and copies of parameters.
+_IGNORED = (
+    r"^(optimizer|scaler|config)\.",
+    r"\.position_ids$",
+    r"\.rotary_emb\.inv_freq$",
+    r"(^|\.)beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
+)
+_LLM_LAYER = "llama_model.base_model.model.model.layers.{}"
+_QFORMER_LAYER = "speech_Qformer.bert.encoder.layer.{}"
+_HEAD_DIM = 64  # The Q-Former has BERT's layers. No tensor holds the number of heads.
+
+# Module of the Q-Former, or of one of its layers -> official name.
+_NORMS = {
+    "speech_norm": "ln_speech",
+    "sound_norm": "ln_audio",
+    "query_norm": "speech_Qformer.bert.embeddings.LayerNorm",
+}
+_LAYER_NORMS = {
+    "attention/norm": "attention.output.LayerNorm",
+    "cross_attention/norm": "crossattention.output.LayerNorm",
+    "mlp_norm": "output_query.LayerNorm",
+}
+_LAYER_LINEARS = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "cross_attention/query": "crossattention.self.query",
+    "cross_attention/key": "crossattention.self.key",
+    "cross_attention/value": "crossattention.self.value",
+    "cross_attention/out": "crossattention.output.dense",
+    "mlp_in": "intermediate_query.dense",
+    "mlp_out": "output_query.dense",
+}
+_LORA = {"query": "q_proj", "value": "v_proj"}
+
+
+def key_table(config: SalmonnConfig) -> KeyTable:
+    """Returns the tensor names of SALMONN's file for the `TRAINED_PARAMS` of a `Salmonn`."""
+    table = {f"qformer/{path}": source for path, source in _qformer_table(config.qformer).items()}
+    for path, name in _LORA.items():
+        for side in ("a", "b"):
+            pattern = f"{_LLM_LAYER}.self_attn.{name}.lora_{side.upper()}.default.weight"
+            table[f"decoder/layers/layers/attention/{path}/lora_{side}"] = Source(
+                layer_names(pattern, config.decoder.num_layers), axes=(1, 0), stacked=True
+            )
+    return table
+
+
+def _qformer_table(config: QFormerConfig) -> KeyTable:
+    """Returns the tensor names of SALMONN's file for each parameter of a `WindowQFormer`."""
+    table = {
+        "queries": Source(
+            ("speech_query_tokens",),
+            combine=lambda tokens: tokens[0][0],
+            split=lambda tokens: [np.asarray(tokens)[None]],
+        ),
+        **linear("projection", "speech_llama_proj"),
+    }
+    for path, name in _NORMS.items():
+        table |= norm(path, name)
+    for path, name in _LAYER_LINEARS.items():
+        table |= linear(f"layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", config.num_layers)
+    for path, name in _LAYER_NORMS.items():
+        table |= norm(f"layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", config.num_layers)
+    return table
+
+
+def read_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Reads the sizes of the trained parameters from SALMONN's file.
+
+    Returns:
+      Fields of the `QFormerConfig` under "qformer", and the rank of the LoRA under "lora_rank".
+
+    Raises:
+      InputError: The file is no checkpoint of SALMONN.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        name = f"{PREFIX}{name}"
+        if name not in checkpoint:
+            raise InputError(f"{checkpoint.path}: not a checkpoint of SALMONN: no tensor {name}")
+        return tuple(checkpoint[name].shape)
+
+    _, num_queries, hidden_size = shape("speech_query_tokens")
+    layer = re.escape(_QFORMER_LAYER).replace(r"\{\}", r"(\d+)")
+    layers = {match[1] for name in checkpoint if (match := re.search(rf"{layer}\.", name))}
+    return {
+        "qformer": {
+            "hidden_size": hidden_size,
+            "num_layers": len(layers),
+            "num_heads": max(1, hidden_size // _HEAD_DIM),
+            "mlp_dim": shape(f"{_QFORMER_LAYER.format(0)}.intermediate_query.dense.weight")[0],
+            "num_queries": num_queries,
+        },
+        "lora_rank": shape(f"{_LLM_LAYER.format(0)}.self_attn.q_proj.lora_A.default.weight")[0],
+    }
+
+
+def load_salmonn(
+    module: Salmonn,
+    *,
+    whisper: Mapping[str, Tensor],
+    beats: Mapping[str, Tensor],
+    vicuna: Mapping[str, Tensor],
+    salmonn: Mapping[str, Tensor],
+    shardings: Any = None,
+) -> Salmonn:
+    """Fills a `Salmonn` from the checkpoints of its parts; see `load_params`.
+
+    Args:
+      module: Concrete module, or an abstract one from `nnx.eval_shape`, with LoRA on queries and
+        values.
+      whisper: Whisper in the format of transformers, with or without a head.
+      beats: BEATs as released, with the prefix "model.".
+      vicuna: Vicuna in the format of transformers, with or without a head.
+      salmonn: SALMONN as released, with the prefix "model.".
+      shardings: One sharding for all parameters, or a tree of them for the module.
+
+    Returns:
+      The module.
+
+    Raises:
+      InputError: Tensors of a checkpoint are missing, surplus, misshapen or not finite.
+      ValueError: The module has LoRA on layers other than queries and values.
+    """
+    config = module.config
+
+    def load_part(load: Callable[..., Any], part: str, table: KeyTable, *args: Any, **kwargs: Any):
+        part_table = {f"{part}/{path}": source for path, source in table.items()}
+        skip = nnx.Any(nnx.Not(_is_inside(part)), nnx.LoRAParam)
+        load(module, part_table, *args, shardings=shardings, skip=skip, **kwargs)
+
+    whisper_table = whisper_encoder.key_table(config.whisper)
+    load_part(load_backbone, "whisper", whisper_table, whisper, whisper_encoder.NAME_RULES)
+    beats_table = beats_encoder.key_table(config.beats)
+    ignored = beats_encoder.IGNORED
+    load_part(load_params, "beats", beats_table, beats, prefix=PREFIX, ignore=ignored)
+    decoder_table = decoder.key_table(config.decoder, "")
+    load_part(load_backbone, "decoder", decoder_table, vicuna, decoder.NAME_RULES)
+    return load_params(
+        module,
+        key_table(config),
+        salmonn,
+        prefix=PREFIX,
+        ignore=_IGNORED,
+        shardings=shardings,
+        skip=nnx.Not(TRAINED_PARAMS),
+    )
+
+
+def _is_inside(part: str) -> Callable[[tuple[Any, ...], Any], bool]:
+    """Returns the NNX filter of a part's variables."""
+    return lambda path, _: path[0] == part
+
+
+TRAINED_PARAMS = nnx.Any(_is_inside("qformer"), nnx.LoRAParam)
+"""NNX filter of the parameters in SALMONN's file, which `key_table` describes."""
