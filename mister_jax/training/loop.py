@@ -436,7 +436,7 @@ class _TrainingLoop:
     def _save_best(
         self, state: Any, step: int, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves parameters and scores of the seeds that improved; the others keep their saved ones."""
+        """Saves the parameters and scores of improved seeds; the others keep what is saved."""
         single_copy = self._saved_part(state)
         params = self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
