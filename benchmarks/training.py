@@ -1,10 +1,10 @@
-"""Measures a whole training, from the start of the command to the score on the test split.
+"""Measures a whole training run, from the start of the command to the score on the test split.
 
 This library runs `mister-jax train` and `mister-jax evaluate`, PyTorch runs
 `benchmarks/torch_training.py`, with its default number of threads and with one: its threads wait
 for each other after every operation, which costs more than it saves if the model is small or other
-programs run. Each training runs alone, in new processes and without compiled programs from earlier
-runs.
+programs run. The runs take place one at a time, in new processes and without compiled programs from
+earlier runs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mister_jax.tasks.fusion import FusionTask
 
 Log = Callable[[str], None]
 
-# Runs commands one after the other and prints the times and the peak memory of the largest one. It
-# runs in a separate process, because RUSAGE_CHILDREN of this process includes the memory that a
+# Runs commands one after the other and prints their times and the peak memory of the largest one.
+# It runs in a separate process, because RUSAGE_CHILDREN of this process includes the memory that a
 # child inherits before it execs. time.monotonic() is the same clock in all processes.
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
@@ -46,8 +46,9 @@ for command in json.loads(sys.argv[1]):
     if status:
         sys.exit(status)
     ends.append(time.monotonic())
-memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps({"start": start, "ends": ends, "memory": memory}))
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps({"start": start, "ends": ends, "cpu": cpu, "memory": usage.ru_maxrss}))
 """
 
 # Runs `mister-jax train` and writes when the first, the middle and the last step ended. It waits
@@ -96,12 +97,12 @@ def measure_training(
       data_dir: Directory of the dataset; by default that of TFDS.
       compare: Whether to measure PyTorch as well, with its default number of threads and with one.
       changes: Changed fields of the config by their path, such as "train.epochs".
-      log: Receives a line before each training.
+      log: Receives a line before each training run.
 
     Returns:
-      A row per training. Times in seconds start with the command; steps per second are those of the
-      last half of the steps, with the validations between them. The load average is that of the
-      last minute before the command.
+      A row per run. Times in seconds start with the command; steps per second are those of the
+      last half of the steps, with the validations between them. CPU seconds are those of all
+      threads. The load average is that of the last minute before the command.
 
     Raises:
       InputError: The dataset cannot be used, PyTorch is missing, or a command fails.
@@ -110,7 +111,7 @@ def measure_training(
         raise InputError(f"--training={dataset}; allowed: a dataset, without variants")
     if compare:
         require_torch()
-        # Reads the library from the disk, as this process has read JAX.
+        # Loads PyTorch's files into the disk cache, where this process has already put JAX's.
         importlib.import_module("torch")
     changes = {"data.data_dir": data_dir or "", **(changes or {})}
     config = fusion.get_config(dataset)
@@ -206,7 +207,7 @@ def _run(
         load_average = os.getloadavg()[0]
         result = subprocess.run(
             [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(commands)],
-            # What `mister-jax` sets before it imports JAX, but for the place of the cache.
+            # As `mister-jax` sets them before it imports JAX, except for the cache directory.
             env={
                 **os.environ,
                 **(environment or {}),
@@ -238,6 +239,7 @@ def _row(
         "trained_s": result["trained"] - run["start"],
         "scored_s": run["ends"][-1] - run["start"],
         "steps_per_second": (num_steps - middle) / (ends[str(num_steps)] - ends[str(middle)]),
+        "cpu_s": run["cpu"],
         "peak_memory_mib": run["memory"] / (2**20 if sys.platform == "darwin" else 2**10),
         "test_weighted_f1": result["weighted_f1"],
         "load_average": run["load_average"],

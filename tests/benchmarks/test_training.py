@@ -38,6 +38,7 @@ def check_row(row):
     assert (row["dataset"], row["epochs"], row["steps"]) == ("tiny", 2, 6)
     assert 0 < row["first_step_s"] < row["trained_s"] < row["scored_s"]
     assert row["steps_per_second"] > 6 / row["trained_s"]
+    assert row["cpu_s"] > 0
     assert 100 < row["peak_memory_mib"] < 10_000
     assert 0 <= row["test_weighted_f1"] <= 1
 
