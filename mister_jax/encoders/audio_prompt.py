@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.encoders.decoder import Decoder
+from mister_jax.nn.dropout import KeySource
 
 
 @jax.tree_util.register_dataclass
@@ -70,45 +71,64 @@ def splice_audio(
     return jnp.where(mask[..., None], sequence, 0), mask, audio_mask
 
 
-def decode_prompt(
-    decoder: Decoder,
-    prompt: jax.Array,
-    prompt_mask: jax.Array,
-    placeholder: int,
-    audio: jax.Array,
-    audio_lengths: jax.Array,
-    **options: Any,
-) -> AudioPromptOutput:
-    """Runs a language model on prompts with audio.
+class SpeechLLM(nnx.Module):
+    """Language model that reads clips inside its prompt, without the head.
 
-    Args:
-      decoder: Language model.
-      prompt: Tokens with one placeholder per prompt, [B, P] int.
-      prompt_mask: Valid tokens, [B, P] bool.
-      placeholder: Token that stands for the audio; need not be in the vocabulary.
-      audio: Audio vectors, [B, A, D].
-      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
-      **options: Further arguments of the language model's call.
+    Subclasses create `decoder`, the language model. The token `placeholder` in their config stands
+    for the audio and need not be in the vocabulary.
     """
-    is_placeholder = prompt == placeholder
-    embedded = decoder.embed(jnp.where(prompt_mask & ~is_placeholder, prompt, 0))
-    sequence, mask, audio_mask = splice_audio(
-        embedded, prompt_mask, is_placeholder, audio, audio_lengths
-    )
-    hidden_states = decoder(embeddings=sequence, attention_mask=mask, **options)
-    return AudioPromptOutput(hidden_states, mask, audio_mask)
+
+    config: Any
+    decoder: Decoder
+
+    def encode_audio(
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns audio vectors [B, A, D] of clips, and the number of valid ones of each [B]."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        waveform: jax.Array,
+        lengths: jax.Array,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+        rngs: KeySource | None = None,
+    ) -> AudioPromptOutput:
+        """Encodes clips, each with its prompt.
+
+        Args:
+          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+            row.
+          lengths: Number of samples in each clip, [B] int.
+          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
+          prompt_mask: Valid tokens, [B, P] bool.
+          deterministic: Whether dropout is off.
+          rngs: Source of dropout keys.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+        audio, audio_lengths = self.encode_audio(waveform, lengths, **options)
+        is_placeholder = prompt == self.config.placeholder
+        embedded = self.decoder.embed(jnp.where(prompt_mask & ~is_placeholder, prompt, 0))
+        sequence, mask, audio_mask = splice_audio(
+            embedded, prompt_mask, is_placeholder, audio, audio_lengths
+        )
+        hidden_states = self.decoder(embeddings=sequence, attention_mask=mask, **options)
+        return AudioPromptOutput(hidden_states, mask, audio_mask)
 
 
 class PromptedSpeech(nnx.Module):
     """Speech LLM with one fixed prompt, called like the other speech encoders.
 
     Args:
-      model: Module that maps waveforms, lengths, prompts and their mask to an `AudioPromptOutput`.
+      model: Speech LLM.
       prompt: Tokens of the prompt with one placeholder.
       pool_over_prompt: Whether the returned mask covers all positions instead of the audio alone.
     """
 
-    def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
+    def __init__(self, model: SpeechLLM, prompt: Sequence[int], *, pool_over_prompt: bool = False):
         self.model = model
         self.prompt = tuple(prompt)
         self.pool_over_prompt = pool_over_prompt

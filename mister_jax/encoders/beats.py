@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mister_jax.config_checks import check_at_least
+from mister_jax.config_checks import check_at_least, invalid_field
 from mister_jax.convert.key_table import (
     KeyTable,
     Source,
@@ -28,8 +28,9 @@ from mister_jax.convert.key_table import (
 )
 from mister_jax.encoders import frontends
 from mister_jax.encoders.attention import dot_product_attention
+from mister_jax.encoders.hf_config import make_config
 from mister_jax.encoders.layers import dtypes, gelu
-from mister_jax.encoders.relative_position import position_buckets
+from mister_jax.encoders.relative_position import relative_bias, relative_gate
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
@@ -105,10 +106,7 @@ class BeatsConfig:
             ("num_mel_bins", "patch_size"),
         ):
             if getattr(self, name) % getattr(self, divisor):
-                raise ValueError(
-                    f"BeatsConfig.{name}={getattr(self, name)}; allowed: multiples of "
-                    f"{divisor}={getattr(self, divisor)}"
-                )
+                raise invalid_field(self, name, f"multiples of {divisor}={getattr(self, divisor)}")
 
     @classmethod
     def iter3_plus(cls, **changes: Any) -> BeatsConfig:
@@ -138,10 +136,7 @@ class BeatsConfig:
         for field, value in sizes.items():
             if type(value) is not int:
                 raise InputError(f"BEATs cfg: {_FIELDS[field]}={value!r}; allowed: an integer")
-        try:
-            return cls(**{**sizes, **changes})
-        except ValueError as error:
-            raise InputError(f"BEATs cfg: {error}") from error
+        return make_config(cls, sizes | changes, "BEATs cfg")
 
     @property
     def patches_per_step(self) -> int:
@@ -201,10 +196,6 @@ class GatedAttention(nnx.Module):
 
     The gate depends on the projected query (arXiv 2212.09058); in WavLM it depends on the layer's
     input.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
@@ -234,27 +225,19 @@ class GatedAttention(nnx.Module):
             return projected.reshape(*projected.shape[:2], self.num_heads, -1)
 
         query = split_heads(self.query(x))  # [B, N, K, head_dim]
-        gates = self.gate(query).astype(jnp.float32)  # [B, N, K, 8]
-        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # [B, N, K, 2]
-        update, reset = gates[..., 0], gates[..., 1]
-        gate = update * (reset * self.gate_scale.astype(jnp.float32) - 1) + 2  # [B, N, K]
+        gate = relative_gate(self.gate(query), self.gate_scale[...])  # [B, K, N, 1]
         attended = dot_product_attention(
             query,
             split_heads(self.key(x)),
             split_heads(self.value(x)),
             mask=mask[:, None, None],
-            bias=(jnp.moveaxis(gate, 1, 2)[..., None], position_bias[None]),
+            bias=(gate, position_bias[None]),
         )
         return self.out(attended.reshape(x.shape))
 
 
 class BeatsLayer(nnx.Module):
-    """Attention and a feed-forward block, each followed by a scaled residual and a LayerNorm.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Attention and a feed-forward block, each followed by a scaled residual and a LayerNorm."""
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"rngs": rngs}
@@ -350,13 +333,7 @@ class Beats(nnx.Module):
 
     def relative_bias(self, num_tokens: int) -> jax.Array:
         """Returns the ungated bias, [K, N, N] (query, key) float32."""
-        config = self.config
-        offsets = np.arange(1 - num_tokens, num_tokens)
-        buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
-        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets]  # [2N - 1, K]
-        position = jnp.arange(num_tokens)
-        index = position - position[:, None] + num_tokens - 1  # [N, N]
-        return jnp.moveaxis(table[index], -1, 0)
+        return relative_bias(self.position_bias, self.config, num_tokens)
 
 
 IGNORED = (

@@ -17,15 +17,18 @@ from flax import nnx
 
 from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
-from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
-from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
-from mister_jax.errors import InputError
+from mister_jax.encoders.hf_config import (
+    EncoderConfig,
+    check_fixed,
+    make_config,
+    read_fields,
+    unsupported,
+)
+from mister_jax.encoders.layers import PostNormLayer, layer_norm
 from mister_jax.nn import Dropout, ScannedLayers
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
-from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.lora import add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
-from mister_jax.nn.scanned_layers import Remat
 
 # Defaults of transformers for absent fields of a config.json. Other sizes are required.
 _HUGGINGFACE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -59,7 +62,7 @@ _LARGE = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 1
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(EncoderConfig):
     """Sizes and options of `Bert`; the defaults are those of BERT-base, uncased.
 
     Attributes:
@@ -75,13 +78,9 @@ class BertConfig:
       layer_norm_epsilon: Epsilon of the LayerNorms.
       dropout: Dropout rate on the embeddings and each block's output.
       attention_dropout: Dropout rate on the attention weights.
-      lora: Low-rank paths, or None. Targets are "query", "key" and "value" of the attention,
-        "attention/out", and "mlp_in" and "mlp_out" of the feed-forward block.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
-        dropout.
-      dtype: Type of the computation; softmaxes and statistics of norms are float32.
-      param_dtype: Type of the parameters; low-rank paths are float32.
+
+    Targets of LoRA are "query", "key" and "value" of the attention, "attention/out", and "mlp_in"
+    and "mlp_out" of the feed-forward block.
     """
 
     vocab_size: int = 30522
@@ -95,11 +94,6 @@ class BertConfig:
     layer_norm_epsilon: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    lora: LoRAConfig | None = None
-    remat: Remat = "none"
-    attention_implementation: Implementation | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
         check_at_least(self, 1, *_SIZES)
@@ -163,10 +157,7 @@ class BertConfig:
         if model_type != "bert":
             padding = read_fields(config, {"token": ("pad_token_id", int)})
             fields["position_offset"] = padding["token"] + 1
-        try:
-            return cls(**{**fields, **changes})
-        except ValueError as error:
-            raise InputError(f"config.json: {error}") from error
+        return make_config(cls, fields | changes)
 
     def to_huggingface(self) -> dict[str, Any]:
         """Returns the config.json of this model, for `from_huggingface` and transformers."""
@@ -185,47 +176,6 @@ class BertConfig:
     def max_length(self) -> int:
         """Maximum number of tokens in a sequence."""
         return self.num_positions - self.position_offset
-
-
-class BertLayer(nnx.Module):
-    """Self-attention and feed-forward block, each with a residual and a LayerNorm after it.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        options = dtypes(config) | {"rngs": rngs}
-        self.attention = SelfAttention(
-            config.hidden_size,
-            config.num_heads,
-            dropout=config.attention_dropout,
-            implementation=config.attention_implementation,
-            **options,
-        )
-        self.attention_norm = layer_norm(
-            config.hidden_size, config.layer_norm_epsilon, config, rngs
-        )
-        self.mlp_in = LoRALinear(config.hidden_size, config.mlp_dim, **options)
-        self.mlp_out = LoRALinear(config.mlp_dim, config.hidden_size, **options)
-        self.mlp_norm = layer_norm(config.hidden_size, config.layer_norm_epsilon, config, rngs)
-        self.dropout = Dropout(config.dropout)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> jax.Array:
-        """Transforms x [B, N, D], with mask [B, 1, N, N] (query, key) bool."""
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        attended = self.attention(x, mask, **options)
-        x = self.attention_norm(x + self.dropout(attended, **options))
-        hidden = gelu(self.mlp_in(x, **options))  # [B, N, mlp_dim]
-        return self.mlp_norm(x + self.dropout(self.mlp_out(hidden, **options), **options))
 
 
 class Bert(nnx.Module):
@@ -250,7 +200,7 @@ class Bert(nnx.Module):
         )
         self.dropout = Dropout(config.dropout)
         self.layers = ScannedLayers(
-            lambda rngs: BertLayer(config, rngs=rngs),
+            lambda rngs: PostNormLayer(config, epsilon=config.layer_norm_epsilon, rngs=rngs),
             config.num_layers,
             remat=config.remat,
             rngs=rngs,

@@ -22,14 +22,18 @@ from jax.ad_checkpoint import checkpoint_name
 from mister_jax.config_checks import check_at_least, check_multiple, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders.attention import dot_product_attention
-from mister_jax.encoders.hf_config import check_fixed, read_fields, unsupported
+from mister_jax.encoders.hf_config import (
+    EncoderConfig,
+    check_fixed,
+    make_config,
+    read_fields,
+    unsupported,
+)
 from mister_jax.encoders.layers import dtypes
-from mister_jax.errors import InputError
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
-from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
-from mister_jax.nn.scanned_layers import SAVED_WITH_MLP, Remat, ScannedLayers
+from mister_jax.nn.scanned_layers import SAVED_WITH_MLP, ScannedLayers
 
 # Field of `DecoderConfig` -> its name in a config.json and the default of transformers.
 _LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
@@ -84,7 +88,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(EncoderConfig):
     """Sizes and options of `Decoder`.
 
     Attributes:
@@ -100,12 +104,9 @@ class DecoderConfig:
       rope_theta: Base of the rotations' wavelengths.
       rope_scaling: Scaling of the rotations, or None.
       norm_epsilon: Epsilon of the RMSNorms.
-      lora: Low-rank paths, or None. Targets are "query", "key", "value" and "out" of the attention
-        and "gate", "up" and "down" of the SwiGLU.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation; rotations, softmaxes and statistics of norms are float32.
-      param_dtype: Type of the parameters; low-rank paths are float32.
+
+    Targets of LoRA are "query", "key", "value" and "out" of the attention and "gate", "up" and
+    "down" of the SwiGLU.
     """
 
     vocab_size: int
@@ -119,11 +120,6 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
-    lora: LoRAConfig | None = None
-    remat: Remat = "none"
-    attention_implementation: Implementation | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
@@ -238,14 +234,8 @@ class DecoderConfig:
             num_groups = default if "num_key_value_heads" not in config else num_heads
         sizes = {"head_dim": head_dim, "num_key_value_heads": num_groups}
         fields |= read_fields(sizes, {name: (name, int) for name in sizes})
-        try:
-            return cls(
-                **{**fields, "query_key_value_bias": is_qwen2, **_read_rope(config), **changes}
-            )
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"config.json: {error}") from error
+        fields |= {"query_key_value_bias": is_qwen2, **_read_rope(config), **changes}
+        return make_config(cls, fields)
 
 
 def _check_window(config: Mapping[str, Any], num_layers: int) -> None:
@@ -293,7 +283,8 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
             "high_frequency_factor": ("high_freq_factor", float),
             "original_positions": (positions, int),
         }
-        fields["rope_scaling"] = RopeScaling(**read_fields(values, table, prefix=f"{name}."))
+        scaling = read_fields(values, table, prefix=f"{name}.")
+        fields["rope_scaling"] = make_config(RopeScaling, scaling)
     return fields
 
 
@@ -330,12 +321,7 @@ def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Causal attention in which query heads share key and value heads (arXiv 2305.13245).
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Causal attention in which query heads share key and value heads (arXiv 2305.13245)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -368,12 +354,7 @@ class GroupedQueryAttention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Feed-forward block down(silu(gate(x)) * up(x)) (arXiv 2002.05202).
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Feed-forward block down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"use_bias": False, "rngs": rngs}
@@ -390,12 +371,7 @@ class SwiGLU(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and SwiGLU, each with an RMSNorm before it and a residual.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Attention and SwiGLU, each with an RMSNorm before it and a residual."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"epsilon": config.norm_epsilon, "rngs": rngs}

@@ -7,6 +7,7 @@ and what is allowed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,8 +15,14 @@ from typing import Any
 
 from mister_jax.convert.safetensors import parse_json_object
 from mister_jax.errors import InputError
+from mister_jax.nn.attention import Implementation
+from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.scanned_layers import Remat
 
 CONFIG_FILE = "config.json"
+TYPE_OPTIONS = ("dtype", "param_dtype")
+SHARED_OPTIONS = (*TYPE_OPTIONS, "attention_implementation")
+"""Options that apply to several parts of a speech LLM."""
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -23,6 +30,27 @@ _TYPE_NAMES = {
     str: "a string",
     tuple: "a list of integers",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Options that the transformers share; subclasses add their sizes.
+
+    Attributes:
+      lora: Low-rank paths, or None.
+      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
+      attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
+        dropout.
+      dtype: Type of the computation; rotations, softmaxes, gates, statistics of norms and
+        spectrograms are float32.
+      param_dtype: Type of the parameters; low-rank paths are float32.
+    """
+
+    lora: LoRAConfig | None = None
+    remat: Remat = "none"
+    attention_implementation: Implementation | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -122,3 +150,20 @@ def read_fields(
             raise unsupported(f"{prefix}{name}", value, _TYPE_NAMES[kind])
         values[field] = float(value) if kind is float else value
     return values
+
+
+def make_config(config_class: Any, fields: Mapping[str, Any], where: str = CONFIG_FILE) -> Any:
+    """Creates a config from the fields of a file.
+
+    Raises:
+      InputError: The config refuses a field.
+    """
+    try:
+        return config_class(**fields)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def select_options(changes: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Returns the changes of a speech LLM's config with the given names, for several parts."""
+    return {name: changes[name] for name in names if name in changes}

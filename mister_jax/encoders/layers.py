@@ -7,11 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from mister_jax.encoders.attention import dot_product_attention
-from mister_jax.nn.attention import Implementation
-from mister_jax.nn.dropout import Dropout, KeySource
+from mister_jax.nn.dropout import Dropout
 from mister_jax.nn.lora import LoRALinear
 
 
@@ -19,46 +17,28 @@ class SelfAttention(nnx.Module):
     """Scaled dot-product self-attention (arXiv 1706.03762) with LoRA on any of the projections.
 
     Args:
-      hidden_size: Size D of the input and output.
-      num_heads: Number of heads K; divides `hidden_size`.
+      config: Config of the model.
       key_bias: Whether the key projection has a bias. It has no effect on the result but is part
         of some checkpoints.
-      dropout: Dropout rate on the attention weights.
-      implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
-      dtype: Type of the computation; the softmax is float32.
-      param_dtype: Type of the parameters.
       rngs: Source of the initial parameters.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        *,
-        key_bias: bool = True,
-        dropout: float = 0.0,
-        implementation: Implementation | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.num_heads = num_heads
-        self.implementation = implementation
+    def __init__(self, config: Any, *, key_bias: bool = True, rngs: nnx.Rngs):
+        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
+        self.num_heads = config.num_heads
+        self.implementation = config.attention_implementation
         self.query = LoRALinear(hidden_size, hidden_size, **options)
         self.key = LoRALinear(hidden_size, hidden_size, use_bias=key_bias, **options)
         self.value = LoRALinear(hidden_size, hidden_size, **options)
         self.out = LoRALinear(hidden_size, hidden_size, **options)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(config.attention_dropout)
 
     def __call__(
         self,
         x: jax.Array,
         mask: jax.Array,
         bias: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Attends from every position to the positions that the mask allows.
 
@@ -66,13 +46,11 @@ class SelfAttention(nnx.Module):
           x: Finite input, [B, N, D].
           mask: Whether a query may attend to a key, [B, 1, N or 1, N] (query, key) bool.
           bias: Bias added to the scores, [B, K, N, N] (query, key); none by default.
-          deterministic: Whether dropout is off.
-          rngs: Source of dropout keys.
+          **options: `deterministic` and `rngs` of dropout.
 
         Returns:
           Output, [B, N, D]. For a query without any key it is finite but has no meaning.
         """
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
 
         def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, head_dim]
@@ -88,6 +66,70 @@ class SelfAttention(nnx.Module):
             **options,
         )
         return self.out(attended.reshape(x.shape), **options)
+
+
+class TransformerLayer(nnx.Module):
+    """Self-attention and a feed-forward block; the subclasses differ in the place of the norms.
+
+    Args:
+      config: Config of the model.
+      epsilon: Epsilon of the LayerNorms.
+      activation_dropout: Dropout rate in the feed-forward block.
+      key_bias: Whether the key projection has a bias.
+      gate: Module from the attention's input and `bias` to the summand of the scores, or None.
+      rngs: Source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        epsilon: float,
+        activation_dropout: float = 0.0,
+        key_bias: bool = True,
+        gate: nnx.Module | None = None,
+        rngs: nnx.Rngs,
+    ):
+        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
+        self.gate = nnx.data(gate)
+        self.attention = SelfAttention(config, key_bias=key_bias, rngs=rngs)
+        self.attention_norm = layer_norm(hidden_size, epsilon, config, rngs)
+        self.mlp_in = LoRALinear(hidden_size, config.mlp_dim, **options)
+        self.mlp_out = LoRALinear(config.mlp_dim, hidden_size, **options)
+        self.mlp_norm = layer_norm(hidden_size, epsilon, config, rngs)
+        self.dropout = Dropout(config.dropout)
+        self.activation_dropout = Dropout(activation_dropout)
+
+    def attend(
+        self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, **options: Any
+    ) -> jax.Array:
+        """Returns the attention's residual, [B, N, D]; see `SelfAttention`."""
+        if self.gate is not None:
+            bias = self.gate(x, bias, **options)
+        return self.dropout(self.attention(x, mask, bias, **options), **options)
+
+    def feed_forward(self, x: jax.Array, **options: Any) -> jax.Array:
+        """Returns the feed-forward block's residual, [B, N, D]."""
+        hidden = self.activation_dropout(gelu(self.mlp_in(x, **options)), **options)
+        return self.dropout(self.mlp_out(hidden, **options), **options)
+
+
+class PostNormLayer(TransformerLayer):
+    """Layer with a LayerNorm after each residual."""
+
+    def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
+        """Transforms x [B, N, D]; the inputs are the mask and bias of `attend`."""
+        x = self.attention_norm(x + self.attend(x, *inputs, **options))
+        return self.mlp_norm(x + self.feed_forward(x, **options))
+
+
+class PreNormLayer(TransformerLayer):
+    """Layer with a LayerNorm before each block."""
+
+    def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
+        """Transforms x [B, N, D]; the inputs are the mask and bias of `attend`."""
+        x = x + self.attend(self.attention_norm(x), *inputs, **options)
+        return x + self.feed_forward(self.mlp_norm(x), **options)
 
 
 def dtypes(config: Any) -> dict[str, Any]:

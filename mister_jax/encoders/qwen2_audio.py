@@ -17,13 +17,16 @@ from flax import nnx
 
 from mister_jax.convert.key_table import KeyTable, NameRules, linear
 from mister_jax.encoders import decoder, whisper
-from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
+from mister_jax.encoders.audio_prompt import SpeechLLM
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
-from mister_jax.encoders.hf_config import read_fields, unsupported
+from mister_jax.encoders.hf_config import (
+    SHARED_OPTIONS,
+    read_fields,
+    select_options,
+    unsupported,
+)
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
-from mister_jax.nn.attention import Implementation
-from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear
 
 # Defaults of transformers for absent fields of a config.json.
@@ -59,47 +62,22 @@ class Qwen2AudioConfig:
             raise ValueError("Qwen2AudioConfig.tower.trim=False; allowed: True")
 
     @classmethod
-    def qwen2_audio_7b(
-        cls,
-        *,
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-        attention_implementation: Implementation | None = None,
-        **changes: Any,
-    ) -> Qwen2AudioConfig:
+    def qwen2_audio_7b(cls, **changes: Any) -> Qwen2AudioConfig:
         """Returns the config of Qwen2-Audio-7B and -7B-Instruct (8.4 billion parameters).
 
         Args:
-          dtype: Type of the computation.
-          param_dtype: Type of the parameters, except those of LoRA.
-          attention_implementation: Implementation of the attention.
-          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`; those
+            in `SHARED_OPTIONS` apply to the tower as well.
         """
-        common: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "attention_implementation": attention_implementation,
-        }
-        sizes: dict[str, Any] = {
-            "vocab_size": 156032,
-            "hidden_size": 4096,
-            "mlp_dim": 11008,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "query_key_value_bias": True,
-        }
-        return cls(WhisperConfig.large_v3(**common), DecoderConfig(**sizes | common | changes))
+        sizes = {"vocab_size": 156032, "query_key_value_bias": True}
+        shared = select_options(changes, *SHARED_OPTIONS)
+        return cls(WhisperConfig.large_v3(**shared), DecoderConfig.vicuna_7b(**sizes | changes))
 
     @classmethod
     def from_huggingface(
         cls,
         config: Mapping[str, Any],
         *,
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-        attention_implementation: Implementation | None = None,
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Qwen2AudioConfig:
@@ -107,11 +85,8 @@ class Qwen2AudioConfig:
 
         Args:
           config: Content of the file. Absent fields have the default values of transformers.
-          dtype: Type of the computation.
-          param_dtype: Type of the parameters, except those of LoRA.
-          attention_implementation: Implementation of the attention.
           tower: Further fields of the tower's config, such as `lora` or `mask_spectrogram`.
-          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+          **changes: As for `qwen2_audio_7b`.
 
         Raises:
           InputError: A field has a value that this architecture does not support.
@@ -123,15 +98,10 @@ class Qwen2AudioConfig:
             allowed = repr(_AUDIO_DEFAULTS["model_type"])
             raise unsupported("audio_config.model_type", audio["model_type"], allowed)
         text = _part(config, "text_config", _TEXT_DEFAULTS)
-        common: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "attention_implementation": attention_implementation,
-        }
-        tower_changes = common | dict(tower or {})
+        tower_changes = select_options(changes, *SHARED_OPTIONS) | dict(tower or {})
         return cls(
             WhisperConfig.from_huggingface({**audio, "model_type": "whisper"}, **tower_changes),
-            DecoderConfig.from_huggingface(text, **common | changes),
+            DecoderConfig.from_huggingface(text, **changes),
             **read_fields(config, {"placeholder": ("audio_token_index", _PLACEHOLDER)}),
         )
 
@@ -166,34 +136,22 @@ class AudioTower(Whisper):
     """
 
     def __call__(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips.
-
-        Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read; longer
-            clips are truncated to `max_positions` of 20 ms.
-          lengths: Number of samples in each clip, [B] int.
-          deterministic: Whether dropout is off.
-          rngs: Source of dropout keys.
+        """Encodes clips as `Whisper` does.
 
         Returns:
           Vectors of 40 ms [B, A, hidden_size of the tower], and the number of valid vectors of
           each clip [B] int. A vector is valid if both of its positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
-        x, mask, _ = self._encode(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
+        x, mask, _ = self._encode(mel, mel_lengths, **options)
         batch_size, num_positions, hidden_size = x.shape
         pairs = x[:, : num_positions // 2 * 2].reshape(batch_size, -1, 2, hidden_size)
         return self.norm(pairs.mean(2)), mask.sum(1) // 2
 
 
-class Qwen2Audio(nnx.Module):
+class Qwen2Audio(SpeechLLM):
     """Qwen2-Audio without the language-model head.
 
     Args:
@@ -214,38 +172,12 @@ class Qwen2Audio(nnx.Module):
         )
         self.decoder = Decoder(config.decoder, rngs=rngs)
 
-    def __call__(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        prompt: jax.Array,
-        prompt_mask: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> AudioPromptOutput:
-        """Encodes clips, each with its prompt.
-
-        Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
-            row.
-          lengths: Number of samples in each clip, [B] int.
-          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
-          prompt_mask: Valid tokens, [B, P] bool.
-          deterministic: Whether dropout is off.
-          rngs: Source of dropout keys.
-        """
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
+    def encode_audio(
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips by the tower."""
         vectors, audio_lengths = self.tower(waveform, lengths, **options)
-        return decode_prompt(
-            self.decoder,
-            prompt,
-            prompt_mask,
-            self.config.placeholder,
-            self.projection(vectors, **options),  # [B, A, D]
-            audio_lengths,
-            **options,
-        )
+        return self.projection(vectors, **options), audio_lengths
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:

@@ -72,13 +72,9 @@ _BERT = Architecture(
 _DECODER = Architecture(
     decoder.DecoderConfig, decoder.Decoder, decoder.key_table, decoder.NAME_RULES
 )
+_SPEECH: dict[str, Any] = {"processor": "AutoFeatureExtractor", "modality": "speech"}
 _WAV2VEC2 = Architecture(
-    wavlm.WavLMConfig,
-    wavlm.WavLM,
-    wavlm.key_table,
-    wavlm.NAME_RULES,
-    processor="AutoFeatureExtractor",
-    modality="speech",
+    wavlm.WavLMConfig, wavlm.WavLM, wavlm.key_table, wavlm.NAME_RULES, **_SPEECH
 )
 # `model_type` of a config.json -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -88,12 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
     "whisper": Architecture(
-        whisper.WhisperConfig,
-        whisper.Whisper,
-        whisper.key_table,
-        whisper.NAME_RULES,
-        processor="AutoFeatureExtractor",
-        modality="speech",
+        whisper.WhisperConfig, whisper.Whisper, whisper.key_table, whisper.NAME_RULES, **_SPEECH
     ),
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
@@ -179,11 +170,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     hf_config: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules = ENCODER_SHARDING_RULES,
-    adapter: str | os.PathLike[str] | None = None,
-    seed: int = 0,
-    **changes: Any,
+    **options: Any,
 ) -> tuple[nnx.Module, Any]:
     """Loads an encoder and its tokenizer or feature extractor.
 
@@ -191,12 +178,7 @@ def load_pretrained(
       name_or_folder: Folder, which needs no network, or name of a model on the Hugging Face Hub.
       revision: Branch, tag or commit of the model on the Hub.
       hf_config: Content of the model's config.json; read from its folder by default.
-      mesh: Mesh to place the parameters on; by default the first device.
-      rules: Sharding rules for the mesh, see `parallel.sharding.shardings`.
-      adapter: Folder of a `peft` adapter, whose LoRA layers are used instead of `lora`.
-      seed: Seed for initializing new LoRA parameters.
-      **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
-        `lora`.
+      **options: Further arguments of `load_module`.
 
     Returns:
       The module and its tokenizer, or for speech its feature extractor.
@@ -207,15 +189,7 @@ def load_pretrained(
     """
     folder = fetch(name_or_folder, revision=revision)
     hf_config = read_config(folder) if hf_config is None else hf_config
-    module = load_module(
-        folder,
-        hf_config=hf_config,
-        mesh=mesh,
-        rules=rules,
-        adapter=adapter,
-        seed=seed,
-        **changes,
-    )
+    module = load_module(folder, hf_config=hf_config, **options)
     return module, load_processor(folder, getattr(module, "config", None), hf_config=hf_config)
 
 
@@ -237,10 +211,11 @@ def load_module(
       folder: Folder of the model.
       hf_config: Content of the folder's config.json; read from the folder by default.
       mesh: Mesh to place the parameters on; by default the first device.
-      rules: Sharding rules for the mesh.
-      adapter: Folder of a `peft` adapter.
-      seed: Seed for initializing new LoRA parameters.
-      **changes: Further fields of the architecture's config.
+      rules: Sharding rules for the mesh, see `parallel.sharding.shardings`.
+      adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
+      seed: Seed of new low-rank paths.
+      **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
+        `lora`.
 
     Raises:
       InputError: The architecture is not supported, or weights or an adapter do not fit it.

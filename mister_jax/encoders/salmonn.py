@@ -19,20 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mister_jax.config_checks import invalid_field
 from mister_jax.convert.key_table import KeyTable, Source, layer_names, linear, norm
 from mister_jax.convert.params import load_backbone, load_params
 from mister_jax.convert.safetensors import Checkpoint, Tensor
-from mister_jax.encoders import beats, decoder, frontends
 from mister_jax.encoders import beats as beats_encoder
+from mister_jax.encoders import decoder, frontends
 from mister_jax.encoders import whisper as whisper_encoder
-from mister_jax.encoders.audio_prompt import AudioPromptOutput, decode_prompt
+from mister_jax.encoders.audio_prompt import SpeechLLM
 from mister_jax.encoders.beats import Beats, BeatsConfig
 from mister_jax.encoders.decoder import Decoder, DecoderConfig
+from mister_jax.encoders.hf_config import SHARED_OPTIONS, TYPE_OPTIONS, select_options
 from mister_jax.encoders.layers import dtypes, gelu
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.nn.masking import length_mask
@@ -70,10 +71,7 @@ class QFormerConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"QFormerConfig.hidden_size={self.hidden_size}; allowed: multiples of "
-                f"num_heads={self.num_heads}"
-            )
+            raise invalid_field(self, "hidden_size", f"multiples of num_heads={self.num_heads}")
 
     def num_tokens(self, num_frames: int) -> int:
         """Returns the number of tokens A for T frames; an incomplete last window gives none."""
@@ -105,37 +103,24 @@ class SalmonnConfig:
         if self.whisper.trim:
             raise ValueError("SalmonnConfig.whisper.trim=True; allowed: False")
         if self.min_samples > self.max_samples:
-            raise ValueError(
-                f"SalmonnConfig.min_samples={self.min_samples}; allowed: at most "
-                f"{self.max_samples}, Whisper's limit"
-            )
+            raise invalid_field(self, "min_samples", f"at most {self.max_samples}, Whisper's limit")
 
     @classmethod
-    def salmonn_7b(
-        cls,
-        *,
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-        attention_implementation: Implementation | None = None,
-        **changes: Any,
-    ) -> SalmonnConfig:
+    def salmonn_7b(cls, **changes: Any) -> SalmonnConfig:
         """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
 
         Args:
-          dtype: Type of the computation in all parts.
-          param_dtype: Type of the parameters of all parts, except those of LoRA.
-          attention_implementation: Implementation of the attention in Whisper and the language
-            model.
-          **changes: Further fields of the language model's config, such as `remat`.
+          **changes: Further fields of the language model's config, such as `remat`. The types apply
+            to all parts, and `attention_implementation` to Whisper as well.
         """
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        common = types | {"attention_implementation": attention_implementation}
+        types = select_options(changes, *TYPE_OPTIONS)
+        shared = select_options(changes, *SHARED_OPTIONS)
         lora = LoRAConfig(rank=8, alpha=32, dropout=0.1, targets=("query", "value"))
         return cls(
-            whisper=WhisperConfig.large_v2(trim=False, **common),
+            whisper=WhisperConfig.large_v2(trim=False, **shared),
             beats=BeatsConfig.iter3_plus(**types),
             qformer=QFormerConfig(**types),
-            decoder=DecoderConfig.vicuna_7b(**{"lora": lora, **common, **changes}),
+            decoder=DecoderConfig.vicuna_7b(**{"lora": lora, **changes}),
         )
 
     @classmethod
@@ -156,8 +141,6 @@ class SalmonnConfig:
         cls,
         backbone_config: Mapping[str, Any],
         *,
-        dtype: str = "float32",
-        param_dtype: str = "float32",
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
@@ -167,22 +150,21 @@ class SalmonnConfig:
           backbone_config: Dict with the keys "whisper" and "vicuna" (contents of their config.json
             files), "beats" (the `cfg` in its checkpoint) and "qformer" (fields of
             `QFormerConfig`).
-          dtype: Type of the computation in all parts.
-          param_dtype: Type of the parameters of all parts, except those of LoRA.
           tower: Further fields of Whisper's config, such as `mask_spectrogram`.
-          **changes: Further fields of the language model's config, such as `lora` or `remat`.
+          **changes: Further fields of the language model's config, such as `lora` or `remat`. The
+            types apply to all parts.
 
         Raises:
           InputError: A field has a value that the architectures do not support.
         """
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        types = select_options(changes, *TYPE_OPTIONS)
         whisper = dict(tower or {}) | types | {"trim": False}
         try:
             return cls(
                 WhisperConfig.from_huggingface(backbone_config["whisper"], **whisper),
                 BeatsConfig.from_checkpoint(backbone_config["beats"], **types),
                 QFormerConfig(**backbone_config["qformer"], **types),
-                DecoderConfig.from_huggingface(backbone_config["vicuna"], **types | changes),
+                DecoderConfig.from_huggingface(backbone_config["vicuna"], **changes),
             )
         except ValueError as error:
             raise InputError(f"SALMONN: {error}") from error
@@ -204,13 +186,7 @@ class SalmonnConfig:
 
 
 class PostNormAttention(nnx.Module):
-    """Attention to all keys, followed by a residual and a LayerNorm.
-
-    Args:
-      key_dim: Size of the input of keys and values.
-      config: Config of the Q-Former.
-      rngs: Source of the initial parameters.
-    """
+    """Attention to all keys, followed by a residual and a LayerNorm."""
 
     def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
@@ -235,13 +211,7 @@ class PostNormAttention(nnx.Module):
 
 
 class QFormerLayer(nnx.Module):
-    """Self-attention of the queries, cross-attention to a window, and a feed-forward block.
-
-    Args:
-      frame_dim: Size of the window's frames.
-      config: Config of the Q-Former.
-      rngs: Source of the initial parameters.
-    """
+    """Self-attention of the queries, cross-attention to a window, and a feed-forward block."""
 
     def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
@@ -338,7 +308,7 @@ class WindowQFormer(nnx.Module):
         return tokens.reshape(frames.shape[0], -1, tokens.shape[-1])
 
 
-class Salmonn(nnx.Module):
+class Salmonn(SpeechLLM):
     """SALMONN without the language-model head.
 
     Args:
@@ -359,41 +329,10 @@ class Salmonn(nnx.Module):
         )
         self.decoder = Decoder(config.decoder, rngs=rngs)
 
-    def __call__(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        prompt: jax.Array,
-        prompt_mask: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> AudioPromptOutput:
-        """Encodes clips, each with its prompt.
-
-        Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
-            row.
-          lengths: Number of samples in each clip, [B] int.
-          prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
-          prompt_mask: Valid tokens, [B, P] bool.
-          deterministic: Whether dropout is off; BEATs and the Q-Former have none.
-          rngs: Source of dropout keys.
-        """
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        speech = self.speech_tokens(waveform, lengths, **options)  # [B, A, D]
-        return decode_prompt(
-            self.decoder,
-            prompt,
-            prompt_mask,
-            self.config.placeholder,
-            speech,
-            jnp.full(len(lengths), speech.shape[1]),
-            **options,
-        )
-
-    def speech_tokens(self, waveform: jax.Array, lengths: jax.Array, **options: Any) -> jax.Array:
-        """Computes the language model's input [B, A, D] for clips [B, S] of `lengths` [B]."""
+    def encode_audio(
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encodes clips by both encoders and the Q-Former; all have equally many vectors."""
         config = self.config
         valid = length_mask(lengths, waveform.shape[1])
         waveform = jnp.where(valid, waveform, 0)[:, : config.max_samples]
@@ -403,12 +342,13 @@ class Salmonn(nnx.Module):
         lengths = jnp.clip(lengths, config.min_samples, config.max_samples)
 
         speech, _ = self.whisper(waveform, lengths, **options)  # [B, T, hidden_size of Whisper]
-        fbank = beats.compute_fbank(waveform, config.beats)
+        fbank = beats_encoder.compute_fbank(waveform, config.beats)
         # The mask of a clip does not depend on its batch. It equals that of the official code for a
         # batch of one clip.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
         token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
-        return self.qformer(speech, self.beats(fbank, token_mask), token_mask)
+        tokens = self.qformer(speech, self.beats(fbank, token_mask), token_mask)  # [B, A, D]
+        return tokens, jnp.full(len(tokens), tokens.shape[1])
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[int]:

@@ -14,11 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from mister_jax.config_checks import check_at_least, check_rates
+from mister_jax.config_checks import check_at_least, check_rates, invalid_field
 from mister_jax.convert.key_table import (
     KeyTable,
     NameRules,
@@ -31,16 +29,19 @@ from mister_jax.convert.key_table import (
     weight_norm_conv,
 )
 from mister_jax.encoders import frontends
-from mister_jax.encoders.hf_config import check_fixed, read_fields
-from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
-from mister_jax.encoders.relative_position import position_buckets
-from mister_jax.errors import InputError
+from mister_jax.encoders.hf_config import (
+    EncoderConfig,
+    check_fixed,
+    make_config,
+    read_fields,
+    unsupported,
+)
+from mister_jax.encoders.layers import PostNormLayer, PreNormLayer, dtypes, gelu, layer_norm
+from mister_jax.encoders.relative_position import relative_bias, relative_gate
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import Dropout, KeySource
-from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import length_mask
-from mister_jax.nn.scanned_layers import Remat
 
 # Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
 _FIELDS: dict[str, tuple[str, Any]] = {
@@ -80,7 +81,7 @@ _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
 @dataclasses.dataclass(frozen=True)
-class WavLMConfig:
+class WavLMConfig(EncoderConfig):
     """Sizes and options of `WavLM`; the defaults are those of WavLM Base.
 
     Attributes:
@@ -109,13 +110,10 @@ class WavLMConfig:
       attention_dropout: Dropout rate on the attention weights.
       activation_dropout: Dropout rate in the feed-forward blocks.
       projection_dropout: Dropout rate on the projected output of the convolutions.
-      lora: Low-rank paths, or None. Targets are "query", "key", "value" and "out" of the attention,
-        "mlp_in" and "mlp_out" of the feed-forward blocks, "/projection" of the convolutions, and
-        "gate/projection" of WavLM's relative positions.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation; statistics of norms, softmaxes and gates are float32.
-      param_dtype: Type of the parameters.
+
+    Targets of LoRA are "query", "key", "value" and "out" of the attention, "mlp_in" and "mlp_out"
+    of the feed-forward blocks, "/projection" of the convolutions, and "gate/projection" of WavLM's
+    relative positions.
     """
 
     hidden_size: int = 768
@@ -139,11 +137,6 @@ class WavLMConfig:
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
     projection_dropout: float = 0.1
-    lora: LoRAConfig | None = None
-    remat: Remat = "none"
-    attention_implementation: Implementation | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = "hidden_size num_layers num_heads mlp_dim position_kernel position_groups"
@@ -152,10 +145,7 @@ class WavLMConfig:
         check_rates(self, *rates.split())
         for name in ("num_heads", "position_groups"):
             if self.hidden_size % getattr(self, name):
-                raise ValueError(
-                    f"WavLMConfig.{name}={getattr(self, name)}; allowed: divisors of "
-                    f"hidden_size={self.hidden_size}"
-                )
+                raise invalid_field(self, name, f"divisors of hidden_size={self.hidden_size}")
         convolutions = (self.conv_dims, self.conv_kernels, self.conv_strides)
         equally_many = len(set(map(len, convolutions))) == 1
         if not equally_many or not all(min(sizes, default=0) > 0 for sizes in convolutions):
@@ -165,14 +155,10 @@ class WavLMConfig:
                 "one"
             )
         if self.conv_norm not in ("group", "layer"):
-            raise ValueError(
-                f"WavLMConfig.conv_norm={self.conv_norm!r}; allowed: 'group' and 'layer'"
-            )
+            raise invalid_field(self, "conv_norm", "'group' and 'layer'")
         if self.num_buckets < 0 or self.num_buckets % 4 or self.max_distance < self.num_buckets:
-            raise ValueError(
-                f"WavLMConfig.num_buckets={self.num_buckets}; allowed: multiples of 4 up to "
-                f"max_distance={self.max_distance}"
-            )
+            allowed = f"multiples of 4 up to max_distance={self.max_distance}"
+            raise invalid_field(self, "num_buckets", allowed)
 
     @classmethod
     def wav2vec2_base(cls, **changes: Any) -> WavLMConfig:
@@ -228,9 +214,7 @@ class WavLMConfig:
         """
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
-            raise InputError(
-                f"config.json: model_type={model_type!r}; allowed: {', '.join(_MODEL_TYPES)}"
-            )
+            raise unsupported("model_type", model_type, ", ".join(_MODEL_TYPES))
         check_fixed(config, _FIXED_FIELDS)
         is_wavlm = model_type == "wavlm"
         fields = read_fields(config, _FIELDS | (_WAVLM_FIELDS if is_wavlm else {}))
@@ -238,10 +222,7 @@ class WavLMConfig:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["conv_norm"] == "layer"
         fields |= read_fields(config, {"normalize": ("do_normalize", published)})
-        try:
-            return cls(**{**fields, **changes})
-        except ValueError as error:
-            raise InputError(f"config.json: {error}") from error
+        return make_config(cls, fields | changes)
 
     def num_frames(self, num_samples: Any) -> Any:
         """Returns the number of frames N of a clip of S samples, for an int or an array."""
@@ -263,19 +244,12 @@ class MaskedChannelNorm(nnx.Module):
     """GroupNorm with one channel per group, over the valid steps of each sequence.
 
     Args:
-      num_channels: Number of channels C.
-      dtype: Type of the output; the statistics are float32.
-      param_dtype: Type of the parameters.
+      config: Config of the model, with the number of channels C.
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-    ):
-        self.dtype = dtype
+    def __init__(self, config: WavLMConfig):
+        num_channels, param_dtype = config.conv_dims[0], jnp.dtype(config.param_dtype)
+        self.dtype = jnp.dtype(config.dtype)
         self.scale = nnx.Param(jnp.ones(num_channels, param_dtype))
         self.bias = nnx.Param(jnp.zeros(num_channels, param_dtype))
 
@@ -290,12 +264,7 @@ class MaskedChannelNorm(nnx.Module):
 
 
 class WaveformEncoder(nnx.Module):
-    """Convolutions over the waveform, each followed by GELU, with the norms of the config.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Convolutions over the waveform, each followed by GELU, with the norms of the config."""
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = dtypes(config)
@@ -318,7 +287,7 @@ class WaveformEncoder(nnx.Module):
             )
         )
         self.channel_norm = nnx.data(
-            MaskedChannelNorm(dims[0], **options) if config.conv_norm == "group" else None
+            MaskedChannelNorm(config) if config.conv_norm == "group" else None
         )
         self.norms = nnx.List(
             layer_norm(dim, 1e-5, config, rngs) for dim in dims if config.conv_norm == "layer"
@@ -339,12 +308,7 @@ class WaveformEncoder(nnx.Module):
 
 
 class GatedBias(nnx.Module):
-    """Relative position bias with one gate per query and head (arXiv 2110.13900).
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
+    """Relative position bias with one gate per query and head (arXiv 2110.13900)."""
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = dtypes(config)
@@ -354,94 +318,10 @@ class GatedBias(nnx.Module):
         )
         self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
 
-    def __call__(
-        self,
-        x: jax.Array,
-        position_bias: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> jax.Array:
-        """Gates the position bias.
-
-        Args:
-          x: Input of the attention, [B, N, D].
-          position_bias: Bias of each query and key, [K, N, N] float32.
-          deterministic: Whether dropout is off.
-          rngs: Source of dropout keys.
-
-        Returns:
-          Gated bias, [B, K, N, N] float32.
-        """
+    def __call__(self, x: jax.Array, position_bias: jax.Array, **options: Any) -> jax.Array:
+        """Returns the gated bias [B, K, N, N] for x [B, N, D] and a bias [K, N, N] float32."""
         heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, head_dim]
-        gates = self.projection(heads, deterministic=deterministic, rngs=rngs)  # [B, N, K, 8]
-        gates = gates.astype(jnp.float32)
-        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # [B, N, K, 2]
-        update, reset = gates[..., 0], gates[..., 1]
-        gate = update * (reset * self.scale[...].astype(jnp.float32) - 1) + 2  # [B, N, K]
-        return jnp.moveaxis(gate, 1, 2)[..., None] * position_bias
-
-
-class TransformerLayer(nnx.Module):
-    """Modules that both types of layers share.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
-
-    def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
-        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
-        self.gate = nnx.data(GatedBias(config, rngs=rngs) if config.num_buckets else None)
-        self.attention = SelfAttention(
-            hidden_size,
-            config.num_heads,
-            dropout=config.attention_dropout,
-            implementation=config.attention_implementation,
-            **options,
-        )
-        self.attention_norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
-        self.mlp_in = LoRALinear(hidden_size, config.mlp_dim, **options)
-        self.mlp_out = LoRALinear(config.mlp_dim, hidden_size, **options)
-        self.mlp_norm = layer_norm(hidden_size, config.layer_norm_epsilon, config, rngs)
-        self.dropout = Dropout(config.dropout)
-        self.activation_dropout = Dropout(config.activation_dropout)
-
-    def attend(
-        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
-    ) -> jax.Array:
-        """Returns the attention's residual for x [B, N, D]."""
-        bias = None
-        if self.gate is not None and position_bias is not None:
-            bias = self.gate(x, position_bias, **options)
-        return self.dropout(self.attention(x, key_mask[:, None, None], bias, **options), **options)
-
-    def feed_forward(self, x: jax.Array, **options: Any) -> jax.Array:
-        """Returns the feed-forward block's residual for x [B, N, D]."""
-        hidden = self.activation_dropout(gelu(self.mlp_in(x, **options)), **options)
-        return self.dropout(self.mlp_out(hidden, **options), **options)
-
-
-class PostNormLayer(TransformerLayer):
-    """Layer with a LayerNorm after each residual, as in the base models."""
-
-    def __call__(
-        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
-    ) -> jax.Array:
-        """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
-        x = self.attention_norm(x + self.attend(x, key_mask, position_bias, **options))
-        return self.mlp_norm(x + self.feed_forward(x, **options))
-
-
-class PreNormLayer(TransformerLayer):
-    """Layer with a LayerNorm before each block, as in the large models."""
-
-    def __call__(
-        self, x: jax.Array, key_mask: jax.Array, position_bias: jax.Array | None, **options: Any
-    ) -> jax.Array:
-        """Transforms x [B, N, D], with key_mask [B, N] and position_bias [K, N, N] or None."""
-        x = x + self.attend(self.attention_norm(x), key_mask, position_bias, **options)
-        return x + self.feed_forward(self.mlp_norm(x), **options)
+        return relative_gate(self.projection(heads, **options), self.scale[...]) * position_bias
 
 
 class WavLM(nnx.Module):
@@ -481,13 +361,18 @@ class WavLM(nnx.Module):
         )
         self.norm = layer_norm(hidden_size, epsilon, config, rngs)
         self.dropout = Dropout(config.dropout)
-        layer = PreNormLayer if config.norm_first else PostNormLayer
-        self.layers = ScannedLayers(
-            lambda rngs: layer(config, rngs=rngs),
-            config.num_layers,
-            remat=config.remat,
-            rngs=rngs,
-        )
+        layer_class = PreNormLayer if config.norm_first else PostNormLayer
+
+        def make_layer(rngs: nnx.Rngs) -> nnx.Module:
+            return layer_class(
+                config,
+                epsilon=epsilon,
+                activation_dropout=config.activation_dropout,
+                gate=GatedBias(config, rngs=rngs) if config.num_buckets else None,
+                rngs=rngs,
+            )
+
+        self.layers = ScannedLayers(make_layer, config.num_layers, remat=config.remat, rngs=rngs)
         if config.lora is not None:
             add_lora(self, config.lora, rngs=rngs)
 
@@ -541,16 +426,7 @@ class WavLM(nnx.Module):
         """Returns the ungated bias, [K, N, N] (query, key) float32, or None without buckets."""
         if self.position_bias is None:
             return None
-        config = self.config
-        # Offsets key - query in the order 0 ... N - 1, -N ... -1.
-        offsets = np.fft.ifftshift(np.arange(-num_frames, num_frames))
-        buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
-        table = self.position_bias.embedding[...].astype(jnp.float32)[buckets].T  # [K, 2N]
-        # Repeat the table, of 2N offsets, and cut the result into rows of 2N - 1. Each row then
-        # starts one offset earlier than the row above it, as the bias of the next query must.
-        size = 2 * num_frames
-        rows = jnp.tile(table, num_frames)[:, : num_frames * (size - 1)]
-        return rows.reshape(-1, num_frames, size - 1)[..., :num_frames]
+        return relative_bias(self.position_bias, self.config, num_frames)
 
     def _encode(
         self,
@@ -579,7 +455,7 @@ class WavLM(nnx.Module):
         x = self.dropout(x if config.norm_first else self.norm(x), **options)
         last, layers = self.layers(
             x,
-            mask,
+            mask[:, None, None],
             self.relative_bias(x.shape[1]),
             output_hidden_states=output_hidden_states,
             **options,

@@ -19,15 +19,12 @@ from flax import nnx
 from mister_jax.config_checks import check_at_least, check_rates
 from mister_jax.convert.key_table import KeyTable, NameRules, conv, linear, norm, parameter
 from mister_jax.encoders import augment, frontends
-from mister_jax.encoders.hf_config import check_fixed, read_fields
-from mister_jax.encoders.layers import SelfAttention, dtypes, gelu, layer_norm
-from mister_jax.errors import InputError
+from mister_jax.encoders.hf_config import EncoderConfig, check_fixed, make_config, read_fields
+from mister_jax.encoders.layers import PreNormLayer, dtypes, gelu, layer_norm
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.attention import Implementation
 from mister_jax.nn.dropout import Dropout, KeySource
-from mister_jax.nn.lora import LoRAConfig, LoRALinear, add_lora
+from mister_jax.nn.lora import add_lora
 from mister_jax.nn.masking import length_mask
-from mister_jax.nn.scanned_layers import Remat
 
 SAMPLES_PER_POSITION = 2 * frontends.FRAME_STEP
 
@@ -46,7 +43,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class WhisperConfig:
+class WhisperConfig(EncoderConfig):
     """Sizes and options of `Whisper`; the default sizes are those of large-v3.
 
     Attributes:
@@ -69,12 +66,9 @@ class WhisperConfig:
       activation_dropout: Dropout rate in the feed-forward blocks.
       mask_spectrogram: Whether to mask stretches of time and of mel bins in training, see
         `augment.mask_spectrogram`.
-      lora: Low-rank paths, or None. Targets are "query", "key", "value" and "out" of the attention,
-        and "mlp_in" and "mlp_out" of the feed-forward blocks.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation; spectrograms and softmaxes are float32.
-      param_dtype: Type of the parameters.
+
+    Targets of LoRA are "query", "key", "value" and "out" of the attention, and "mlp_in" and
+    "mlp_out" of the feed-forward blocks.
     """
 
     num_mel_bins: int = 128
@@ -88,11 +82,6 @@ class WhisperConfig:
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     mask_spectrogram: bool = False
-    lora: LoRAConfig | None = None
-    remat: Remat = "none"
-    attention_implementation: Implementation | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = "num_mel_bins hidden_size num_layers num_heads mlp_dim max_positions"
@@ -163,14 +152,7 @@ class WhisperConfig:
         """
         check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
         fields = read_fields(config, _FIELDS)
-        try:
-            return cls(**{**fields, **changes})
-        except ValueError as error:
-            raise InputError(f"config.json: {error}") from error
-
-
-def _norm(config: WhisperConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return layer_norm(config.hidden_size, 1e-5, config, rngs)
+        return make_config(cls, fields | changes)
 
 
 def _sinusoids(num_positions: int, hidden_size: int) -> np.ndarray:
@@ -178,48 +160,6 @@ def _sinusoids(num_positions: int, hidden_size: int) -> np.ndarray:
     rates = np.exp(-np.log(10_000) * np.arange(hidden_size // 2) / max(1, hidden_size // 2 - 1))
     angles = np.arange(num_positions)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-
-
-class WhisperLayer(nnx.Module):
-    """Self-attention and a feed-forward block, each with a LayerNorm before it and a residual.
-
-    Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
-    """
-
-    def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
-        hidden_size, options = config.hidden_size, dtypes(config) | {"rngs": rngs}
-        self.attention_norm = _norm(config, rngs)
-        self.attention = SelfAttention(
-            hidden_size,
-            config.num_heads,
-            key_bias=False,
-            dropout=config.attention_dropout,
-            implementation=config.attention_implementation,
-            **options,
-        )
-        self.mlp_norm = _norm(config, rngs)
-        self.mlp_in = LoRALinear(hidden_size, config.mlp_dim, **options)
-        self.mlp_out = LoRALinear(config.mlp_dim, hidden_size, **options)
-        self.dropout = Dropout(config.dropout)
-        self.activation_dropout = Dropout(config.activation_dropout)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        key_mask: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> jax.Array:
-        """Transforms x [B, N, D] with attention to the positions where key_mask [B, N] is true."""
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        attended = self.attention(self.attention_norm(x), key_mask[:, None, None], **options)
-        x = x + self.dropout(attended, **options)
-        hidden = gelu(self.mlp_in(self.mlp_norm(x), **options))
-        hidden = self.activation_dropout(hidden, **options)
-        return x + self.dropout(self.mlp_out(hidden, **options), **options)
 
 
 class Whisper(nnx.Module):
@@ -242,12 +182,18 @@ class Whisper(nnx.Module):
         )
         self.dropout = Dropout(config.dropout)
         self.layers = ScannedLayers(
-            lambda rngs: WhisperLayer(config, rngs=rngs),
+            lambda rngs: PreNormLayer(
+                config,
+                epsilon=1e-5,
+                activation_dropout=config.activation_dropout,
+                key_bias=False,
+                rngs=rngs,
+            ),
             config.num_layers,
             remat=config.remat,
             rngs=rngs,
         )
-        self.norm = _norm(config, rngs)
+        self.norm = layer_norm(hidden_size, 1e-5, config, rngs)
         if config.lora is not None:
             add_lora(self, config.lora, rngs=rngs)
 
@@ -346,7 +292,6 @@ class Whisper(nnx.Module):
         self,
         mel: jax.Array,
         lengths: jax.Array,
-        *,
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
@@ -383,7 +328,7 @@ class Whisper(nnx.Module):
         mask = length_mask(-(-lengths // 2), x.shape[1])
         key_mask = mask if self.config.trim else jnp.ones_like(mask)
         last, layers = self.layers(
-            x, key_mask, output_hidden_states=output_hidden_states, **options
+            x, key_mask[:, None, None], output_hidden_states=output_hidden_states, **options
         )
         return last, mask, None if layers is None else jnp.concatenate([x[None], layers])
 
