@@ -128,7 +128,7 @@ class PromptedSpeech(nnx.Module):
       pool_over_prompt: Whether the returned mask covers all positions instead of the audio alone.
     """
 
-    def __init__(self, model: SpeechLLM, prompt: Sequence[int], *, pool_over_prompt: bool = False):
+    def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
         self.model = model
         self.prompt = tuple(prompt)
         self.pool_over_prompt = pool_over_prompt

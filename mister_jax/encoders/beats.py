@@ -29,8 +29,7 @@ from mister_jax.convert.key_table import (
 from mister_jax.encoders import frontends
 from mister_jax.encoders.attention import dot_product_attention
 from mister_jax.encoders.hf_config import make_config
-from mister_jax.encoders.layers import dtypes, gelu
-from mister_jax.encoders.relative_position import relative_bias, relative_gate
+from mister_jax.encoders.layers import dtypes, gelu, relative_bias, relative_gate
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import KeySource
@@ -165,30 +164,6 @@ def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
     """
     fbank = frontends.kaldi_fbank(waveform * 2.0**15, num_mel_bins=config.num_mel_bins)
     return (fbank - FBANK_MEAN) / (2 * FBANK_STD)
-
-
-def batch_token_mask(sample_mask: jax.Array, num_frames: int, config: BeatsConfig) -> jax.Array:
-    """Returns the mask that the official code uses for a padded batch.
-
-    The official code divides the samples into as many equal rows as there are frames, and those
-    into tokens. In clips of a few seconds, the edge of the mask is therefore not that of the
-    frames, and the mask of a clip depends on the length of the batch. A mask from
-    `config.num_tokens` of each clip's frames has neither problem.
-
-    Args:
-      sample_mask: Valid samples, [B, S] bool.
-      num_frames: Frames F of the padded batch.
-      config: Config of the model.
-
-    Returns:
-      Valid tokens, [B, N] bool. A token is invalid if no sample of its row is valid.
-    """
-
-    def reduce_rows(mask: jax.Array, num_rows: int) -> jax.Array:
-        size = mask.shape[1] // num_rows
-        return mask[:, : num_rows * size].reshape(mask.shape[0], num_rows, size).any(-1)
-
-    return reduce_rows(reduce_rows(sample_mask, num_frames), config.num_tokens(num_frames))
 
 
 class GatedAttention(nnx.Module):

@@ -17,25 +17,15 @@ from flax import nnx
 
 from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
-from mister_jax.encoders.hf_config import (
-    EncoderConfig,
-    check_fixed,
-    make_config,
-    read_fields,
-    unsupported,
-)
+from mister_jax.encoders import hf_config
 from mister_jax.encoders.layers import PostNormLayer, layer_norm
 from mister_jax.nn import Dropout, ScannedLayers
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
 
-# Defaults of transformers for absent fields of a config.json. Other sizes are required.
-_HUGGINGFACE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bert": {"pad_token_id": 0, "type_vocab_size": 2},
-    "roberta": {"pad_token_id": 1, "type_vocab_size": 2},
-    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 2},
-}
+# Model type -> padding token, for a config.json without `pad_token_id`.
+_PADDING_TOKENS = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
 # Supported values of the options that change the architecture.
 _HUGGINGFACE_FIXED = {
     "hidden_act": "gelu",
@@ -43,17 +33,18 @@ _HUGGINGFACE_FIXED = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-# Field of `BertConfig` -> its name in a config.json.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_positions": "max_position_embeddings",
-    "num_token_types": "type_vocab_size",
+# Field of `BertConfig` -> its name in a config.json, and the default of transformers or, if it is
+# required, the type.
+_SIZES: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", int),
+    "hidden_size": ("hidden_size", int),
+    "mlp_dim": ("intermediate_size", int),
+    "num_layers": ("num_hidden_layers", int),
+    "num_heads": ("num_attention_heads", int),
+    "num_positions": ("max_position_embeddings", int),
+    "num_token_types": ("type_vocab_size", 2),
 }
-_RATES: dict[str, tuple[str, Any]] = {
+_FIELDS = _SIZES | {
     "layer_norm_epsilon": ("layer_norm_eps", 1e-12),
     "dropout": ("hidden_dropout_prob", 0.1),
     "attention_dropout": ("attention_probs_dropout_prob", 0.1),
@@ -62,22 +53,17 @@ _LARGE = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 1
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig(EncoderConfig):
+class BertConfig(hf_config.EncoderConfig):
     """Sizes and options of `Bert`; the defaults are those of BERT-base, uncased.
 
     Attributes:
       vocab_size: Number of rows of the token embedding.
-      hidden_size: Hidden size D.
-      mlp_dim: Hidden size of the feed-forward blocks.
-      num_layers: Number of layers L.
-      num_heads: Number of heads K; divides `hidden_size`.
       num_positions: Number of rows of the position embedding.
       num_token_types: Number of rows of the token type embedding.
       position_offset: Row of the position embedding for the first token. In RoBERTa it is the id of
         the padding token plus 1, so the first rows are unused.
       layer_norm_epsilon: Epsilon of the LayerNorms.
       dropout: Dropout rate on the embeddings and each block's output.
-      attention_dropout: Dropout rate on the attention weights.
 
     Targets of LoRA are "query", "key" and "value" of the attention, "attention/out", and "mlp_in"
     and "mlp_out" of the feed-forward block.
@@ -138,26 +124,21 @@ class BertConfig(EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
-        """Reads a config.json of model type "bert", "roberta" or "xlm-roberta".
-
-        Args:
-          config: Content of the file.
-          **changes: Further fields.
+        """Reads a config.json of model type "bert", "roberta" or "xlm-roberta", with `changes`.
 
         Raises:
           InputError: A field is missing, or has a value that this architecture does not support.
         """
         model_type = config.get("model_type")
-        if model_type not in _HUGGINGFACE_DEFAULTS:
-            raise unsupported("model_type", model_type, sorted(_HUGGINGFACE_DEFAULTS))
-        check_fixed(config, _HUGGINGFACE_FIXED)
-        config = _HUGGINGFACE_DEFAULTS[model_type] | dict(config)
-        fields = read_fields(config, {field: (name, int) for field, name in _SIZES.items()})
-        fields |= read_fields(config, _RATES)
+        if model_type not in _PADDING_TOKENS:
+            raise hf_config.unsupported("model_type", model_type, sorted(_PADDING_TOKENS))
+        hf_config.check_fixed(config, _HUGGINGFACE_FIXED)
+        fields = hf_config.read_fields(config, _FIELDS)
         if model_type != "bert":
-            padding = read_fields(config, {"token": ("pad_token_id", int)})
+            default = _PADDING_TOKENS[model_type]
+            padding = hf_config.read_fields(config, {"token": ("pad_token_id", default)})
             fields["position_offset"] = padding["token"] + 1
-        return make_config(cls, fields | changes)
+        return hf_config.make_config(cls, fields | changes)
 
     def to_huggingface(self) -> dict[str, Any]:
         """Returns the config.json of this model, for `from_huggingface` and transformers."""
@@ -168,8 +149,7 @@ class BertConfig(EncoderConfig):
                 "architectures": ["RobertaModel"],
                 "pad_token_id": self.position_offset - 1,
             }
-        names = _SIZES | {field: name for field, (name, _) in _RATES.items()}
-        fields = {name: getattr(self, field) for field, name in names.items()}
+        fields = {name: getattr(self, field) for field, (name, _) in _FIELDS.items()}
         return {**config, **_HUGGINGFACE_FIXED, **fields}
 
     @property

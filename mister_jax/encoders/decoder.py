@@ -21,14 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mister_jax.config_checks import check_at_least, check_multiple, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
+from mister_jax.encoders import hf_config
 from mister_jax.encoders.attention import dot_product_attention
-from mister_jax.encoders.hf_config import (
-    EncoderConfig,
-    check_fixed,
-    make_config,
-    read_fields,
-    unsupported,
-)
 from mister_jax.encoders.layers import dtypes
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
@@ -59,6 +53,20 @@ _FIXED_FIELDS = {
     "partial_rotary_factor": 1,
 }
 
+_SIZES = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
+# Preset -> values of `_SIZES`.
+_PRESETS = {
+    "llama_3_1_8b": (128256, 4096, 14336, 32, 32, 8, 128),
+    "llama_3_2_1b": (128256, 2048, 8192, 16, 32, 8, 64),
+    "qwen2_5_7b": (152064, 3584, 18944, 28, 28, 4, 128),
+    "qwen2_5_0_5b": (151936, 896, 4864, 24, 14, 2, 64),
+    "vicuna_7b": (32000, 4096, 11008, 32, 32, 32, 128),
+}
+
+
+def _preset_sizes(name: str) -> dict[str, Any]:
+    return dict(zip(_SIZES.split(), _PRESETS[name], strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -88,14 +96,11 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig(EncoderConfig):
+class DecoderConfig(hf_config.EncoderConfig):
     """Sizes and options of `Decoder`.
 
     Attributes:
       vocab_size: Number of rows of the embedding.
-      hidden_size: Hidden size D.
-      mlp_dim: Hidden size of the SwiGLU blocks.
-      num_layers: Number of layers L.
       num_heads: Number of query heads K.
       num_key_value_heads: Number of key and value heads G, each shared by K / G query heads;
         divides K.
@@ -122,8 +127,7 @@ class DecoderConfig(EncoderConfig):
     norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        sizes = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
-        check_at_least(self, 1, *sizes.split())
+        check_at_least(self, 1, *_SIZES.split())
         check_multiple(self, "num_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise invalid_field(self, "head_dim", "even sizes")
@@ -134,120 +138,73 @@ class DecoderConfig(EncoderConfig):
     @classmethod
     def llama_3_1_8b(cls, **changes: Any) -> DecoderConfig:
         """Returns the config of Llama 3.1 8B (arXiv 2407.21783), with `changes`."""
-        sizes: dict[str, Any] = {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "mlp_dim": 14336,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rope_theta": 500000.0,
-            "rope_scaling": RopeScaling(factor=8.0),
-        }
-        return cls(**{**sizes, **changes})
+        rope = {"rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=8.0)}
+        return cls(**_preset_sizes("llama_3_1_8b") | rope | changes)
 
     @classmethod
     def llama_3_2_1b(cls, **changes: Any) -> DecoderConfig:
         """Returns the config of Llama 3.2 1B, with `changes`."""
-        sizes: dict[str, Any] = {
-            "hidden_size": 2048,
-            "mlp_dim": 8192,
-            "num_layers": 16,
-            "head_dim": 64,
-            "rope_scaling": RopeScaling(factor=32.0),
-        }
-        return cls.llama_3_1_8b(**{**sizes, **changes})
+        rope = {"rope_scaling": RopeScaling(factor=32.0)}
+        return cls.llama_3_1_8b(**_preset_sizes("llama_3_2_1b") | rope | changes)
 
     @classmethod
     def qwen2_5_7b(cls, **changes: Any) -> DecoderConfig:
         """Returns the config of Qwen2.5 7B (arXiv 2412.15115), with `changes`."""
-        sizes: dict[str, Any] = {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "mlp_dim": 18944,
-            "num_layers": 28,
-            "num_heads": 28,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "query_key_value_bias": True,
-            "rope_theta": 1000000.0,
-            "norm_epsilon": 1e-6,
-        }
-        return cls(**{**sizes, **changes})
+        fields = {"query_key_value_bias": True, "rope_theta": 1000000.0, "norm_epsilon": 1e-6}
+        return cls(**_preset_sizes("qwen2_5_7b") | fields | changes)
 
     @classmethod
     def qwen2_5_0_5b(cls, **changes: Any) -> DecoderConfig:
         """Returns the config of Qwen2.5 0.5B (arXiv 2412.15115), with `changes`."""
-        sizes: dict[str, Any] = {
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "mlp_dim": 4864,
-            "num_layers": 24,
-            "num_heads": 14,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-        }
-        return cls.qwen2_5_7b(**{**sizes, **changes})
+        return cls.qwen2_5_7b(**_preset_sizes("qwen2_5_0_5b") | changes)
 
     @classmethod
     def vicuna_7b(cls, **changes: Any) -> DecoderConfig:
         """Returns the config of Llama 2 7B and Vicuna 7B (arXiv 2307.09288), with `changes`."""
-        sizes: dict[str, Any] = {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "mlp_dim": 11008,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-        }
-        return cls(**{**sizes, **changes})
+        return cls(**_preset_sizes("vicuna_7b") | changes)
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
-        """Reads a config.json of model type "llama" or "qwen2".
+        """Reads a config.json of model type "llama" or "qwen2", with `changes`.
 
-        Args:
-          config: Content of the file; absent fields have the defaults of transformers.
-          **changes: Further fields.
+        Absent fields have the default values of transformers.
 
         Raises:
           InputError: A field has a value that this architecture does not support.
         """
         model_type = config.get("model_type")
         if model_type not in ("llama", "qwen2"):
-            raise unsupported("model_type", model_type, "llama, qwen2")
+            raise hf_config.unsupported("model_type", model_type, "llama, qwen2")
         is_qwen2 = model_type == "qwen2"
-        check_fixed(config, _FIXED_FIELDS)
-        fields = read_fields(config, _QWEN2_FIELDS if is_qwen2 else _LLAMA_FIELDS)
+        hf_config.check_fixed(config, _FIXED_FIELDS)
+        fields = hf_config.read_fields(config, _QWEN2_FIELDS if is_qwen2 else _LLAMA_FIELDS)
         _check_window(config, fields["num_layers"])
         hidden_size, num_heads = fields["hidden_size"], fields["num_heads"]
         head_dim, num_groups = config.get("head_dim"), config.get("num_key_value_heads")
         if head_dim is None:
             if num_heads < 1 or hidden_size % num_heads:
                 allowed = f"a multiple of num_attention_heads={num_heads}, or a head_dim"
-                raise unsupported("hidden_size", hidden_size, allowed)
+                raise hf_config.unsupported("hidden_size", hidden_size, allowed)
             head_dim = hidden_size // num_heads
         if num_groups is None:
             default = 32 if is_qwen2 else num_heads
             num_groups = default if "num_key_value_heads" not in config else num_heads
         sizes = {"head_dim": head_dim, "num_key_value_heads": num_groups}
-        fields |= read_fields(sizes, {name: (name, int) for name in sizes})
+        fields |= hf_config.read_fields(sizes, {name: (name, int) for name in sizes})
         fields |= {"query_key_value_bias": is_qwen2, **_read_rope(config), **changes}
-        return make_config(cls, fields)
+        return hf_config.make_config(cls, fields)
 
 
 def _check_window(config: Mapping[str, Any], num_layers: int) -> None:
     """Raises InputError if a layer has sliding-window attention."""
     layer_types = config.get("layer_types") or []
     if set(layer_types) - {"full_attention"}:
-        raise unsupported("layer_types", layer_types, "full_attention in all layers")
+        raise hf_config.unsupported("layer_types", layer_types, "full_attention in all layers")
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return
     # Without layer types, the layers from `max_window_layers` on have a window.
     if not layer_types and config.get("max_window_layers", 28) < num_layers:
-        raise unsupported("use_sliding_window", True, False)
+        raise hf_config.unsupported("use_sliding_window", True, False)
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,12 +216,13 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise unsupported(name, rope, "one set of parameters for all layers")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise unsupported(f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], 1)
+        raise hf_config.unsupported(name, rope, "one set of parameters for all layers")
+    rotated_share = rope.get("partial_rotary_factor", 1)
+    if rotated_share != 1:
+        raise hf_config.unsupported(f"{name}.partial_rotary_factor", rotated_share, 1)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise unsupported(f"{name}.rope_type", rope_type, "default, llama3")
+        raise hf_config.unsupported(f"{name}.rope_type", rope_type, "default, llama3")
     # In the order of precedence of transformers, the last source wins.
     positions = "original_max_position_embeddings"
     sources = (
@@ -275,7 +233,7 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         key: value for source in sources for key, value in source.items() if value is not None
     }
-    fields = read_fields(values, {"rope_theta": ("rope_theta", 10000.0)})
+    fields = hf_config.read_fields(values, {"rope_theta": ("rope_theta", 10000.0)})
     if rope_type == "llama3":
         table = {
             "factor": ("factor", float),
@@ -283,8 +241,8 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
             "high_frequency_factor": ("high_freq_factor", float),
             "original_positions": (positions, int),
         }
-        scaling = read_fields(values, table, prefix=f"{name}.")
-        fields["rope_scaling"] = make_config(RopeScaling, scaling)
+        scaling = hf_config.read_fields(values, table, prefix=f"{name}.")
+        fields["rope_scaling"] = hf_config.make_config(RopeScaling, scaling)
     return fields
 
 
@@ -295,10 +253,7 @@ Rotation = tuple[jax.Array, jax.Array]
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Returns the rotation angle per position of each pair of dimensions of a head.
 
-    Args:
-      head_dim: Size of a head.
-      theta: Base of the wavelengths.
-      scaling: Scaling of the rotations, or None.
+    `theta` is the base of the wavelengths.
 
     Returns:
       Angles in radians, [head_dim / 2] float32.

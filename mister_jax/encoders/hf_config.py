@@ -34,7 +34,12 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Options that the transformers share; subclasses add their sizes.
+    """Options that the transformers share.
+
+    Subclasses have these sizes and rates, with defaults of their own: hidden size D `hidden_size`,
+    hidden size `mlp_dim` of the feed-forward blocks, `num_layers` L, `num_heads` K, which divides
+    `hidden_size`, and dropout rates on the attention weights, `attention_dropout`, and in the
+    feed-forward blocks, `activation_dropout`.
 
     Attributes:
       lora: Low-rank paths, or None.

@@ -138,12 +138,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
 
 def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Removes the mean of each clip and scales it to a peak of 1.
-
-    Returns:
-      Clips of at least one sample, [B, S], with zeros in the padding; and the original peak of
-      each, [B, 1].
-    """
+    """Returns clips [B, S > 0] without their mean and with a peak of 1, and the peaks [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 
@@ -296,15 +291,9 @@ def _mean_change(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, ...]) -> jax.Array:
-    """Returns percentiles over the frames of the mask, interpolated linearly.
+    """Returns percentiles over the frames of the mask [B, F, ...], 0 if there are none.
 
-    Args:
-      x: Values, [B, F, ...].
-      mask: Frames to include, [B, F, ...] bool.
-      fractions: Percentiles as fractions of 1.
-
-    Returns:
-      Percentiles, [B, number of fractions, ...]; 0 if no frame is in the mask.
+    They are interpolated linearly; the result is [B, number of fractions, ...].
     """
     sorted_values = jnp.sort(jnp.where(mask, x, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(1, keepdims=True) - 1, 0)

@@ -181,16 +181,7 @@ class Qwen2Audio(SpeechLLM):
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:
-    """Tokenizes a prompt with one placeholder for the audio.
-
-    Args:
-      tokenizer: Tokenizer of Qwen2-Audio from transformers.
-      prompt: Text with `<|AUDIO|>` in place of the audio, such as
-        "<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:".
-      config: Config of the model.
-
-    Returns:
-      Tokens of the prompt, of length P.
+    """Returns the tokens of a prompt, such as the default in `registry.ARCHITECTURES`.
 
     Raises:
       InputError: The prompt does not have exactly one placeholder.

@@ -128,10 +128,7 @@ def find_architecture(
 
 
 def find_modality(name_or_folder: str | os.PathLike[str]) -> str:
-    """Returns the modality of an encoder in a folder or on the Hugging Face Hub.
-
-    Returns:
-      "text" or "speech".
+    """Returns "text" or "speech", the input of an encoder in a folder or on the Hugging Face Hub.
 
     Raises:
       InputError: The encoder cannot be downloaded or read, or its architecture is not supported.

@@ -352,17 +352,9 @@ class Salmonn(SpeechLLM):
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[int]:
-    """Tokenizes a prompt in SALMONN's template, with a placeholder for the speech.
+    """Returns the tokens of an instruction in SALMONN's template.
 
     The texts before and after the speech are tokenized separately, as in training.
-
-    Args:
-      tokenizer: Vicuna's tokenizer from transformers.
-      prompt: Instruction about the speech, such as "Describe the emotion of the speaker."
-      config: Config of the model.
-
-    Returns:
-      Tokens of the prompt, of length P.
 
     Raises:
       InputError: The tokenizer has no token for the start of a text.
@@ -420,32 +412,27 @@ _LORA = {"query": "q_proj", "value": "v_proj"}
 
 def key_table(config: SalmonnConfig) -> KeyTable:
     """Returns the tensor names of SALMONN's file for the `TRAINED_PARAMS` of a `Salmonn`."""
-    table = {f"qformer/{path}": source for path, source in _qformer_table(config.qformer).items()}
+    num_layers = config.qformer.num_layers
+    table = {
+        "qformer/queries": Source(
+            ("speech_query_tokens",),
+            combine=lambda tokens: tokens[0][0],
+            split=lambda tokens: [np.asarray(tokens)[None]],
+        ),
+        **linear("qformer/projection", "speech_llama_proj"),
+    }
+    for path, name in _NORMS.items():
+        table |= norm(f"qformer/{path}", name)
+    for path, name in _LAYER_LINEARS.items():
+        table |= linear(f"qformer/layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", num_layers)
+    for path, name in _LAYER_NORMS.items():
+        table |= norm(f"qformer/layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", num_layers)
     for path, name in _LORA.items():
         for side in ("a", "b"):
             pattern = f"{_LLM_LAYER}.self_attn.{name}.lora_{side.upper()}.default.weight"
             table[f"decoder/layers/layers/attention/{path}/lora_{side}"] = Source(
                 layer_names(pattern, config.decoder.num_layers), axes=(1, 0), stacked=True
             )
-    return table
-
-
-def _qformer_table(config: QFormerConfig) -> KeyTable:
-    """Returns the tensor names of SALMONN's file for each parameter of a `WindowQFormer`."""
-    table = {
-        "queries": Source(
-            ("speech_query_tokens",),
-            combine=lambda tokens: tokens[0][0],
-            split=lambda tokens: [np.asarray(tokens)[None]],
-        ),
-        **linear("projection", "speech_llama_proj"),
-    }
-    for path, name in _NORMS.items():
-        table |= norm(path, name)
-    for path, name in _LAYER_LINEARS.items():
-        table |= linear(f"layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", config.num_layers)
-    for path, name in _LAYER_NORMS.items():
-        table |= norm(f"layers/layers/{path}", f"{_QFORMER_LAYER}.{name}", config.num_layers)
     return table
 
 

@@ -28,16 +28,16 @@ from mister_jax.convert.key_table import (
     parameter,
     weight_norm_conv,
 )
-from mister_jax.encoders import frontends
-from mister_jax.encoders.hf_config import (
-    EncoderConfig,
-    check_fixed,
-    make_config,
-    read_fields,
-    unsupported,
+from mister_jax.encoders import frontends, hf_config
+from mister_jax.encoders.layers import (
+    PostNormLayer,
+    PreNormLayer,
+    dtypes,
+    gelu,
+    layer_norm,
+    relative_bias,
+    relative_gate,
 )
-from mister_jax.encoders.layers import PostNormLayer, PreNormLayer, dtypes, gelu, layer_norm
-from mister_jax.encoders.relative_position import relative_bias, relative_gate
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
@@ -81,14 +81,10 @@ _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
 @dataclasses.dataclass(frozen=True)
-class WavLMConfig(EncoderConfig):
+class WavLMConfig(hf_config.EncoderConfig):
     """Sizes and options of `WavLM`; the defaults are those of WavLM Base.
 
     Attributes:
-      hidden_size: Hidden size D.
-      num_layers: Number of layers L.
-      num_heads: Number of heads K; divides `hidden_size`.
-      mlp_dim: Hidden size of the feed-forward blocks.
       conv_dims: Channels C of each convolution over the waveform.
       conv_kernels: Kernel size of each convolution, in steps of the previous one.
       conv_strides: Stride of each convolution, in steps of the previous one.
@@ -107,8 +103,6 @@ class WavLMConfig(EncoderConfig):
         training, which a model's feature extractor records (`do_normalize`).
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
-      attention_dropout: Dropout rate on the attention weights.
-      activation_dropout: Dropout rate in the feed-forward blocks.
       projection_dropout: Dropout rate on the projected output of the convolutions.
 
     Targets of LoRA are "query", "key", "value" and "out" of the attention, "mlp_in" and "mlp_out"
@@ -214,15 +208,15 @@ class WavLMConfig(EncoderConfig):
         """
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
-            raise unsupported("model_type", model_type, ", ".join(_MODEL_TYPES))
-        check_fixed(config, _FIXED_FIELDS)
+            raise hf_config.unsupported("model_type", model_type, ", ".join(_MODEL_TYPES))
+        hf_config.check_fixed(config, _FIXED_FIELDS)
         is_wavlm = model_type == "wavlm"
-        fields = read_fields(config, _FIELDS | (_WAVLM_FIELDS if is_wavlm else {}))
+        fields = hf_config.read_fields(config, _FIELDS | (_WAVLM_FIELDS if is_wavlm else {}))
         if not is_wavlm:
             fields["num_buckets"] = 0
         published = not is_wavlm or fields["conv_norm"] == "layer"
-        fields |= read_fields(config, {"normalize": ("do_normalize", published)})
-        return make_config(cls, fields | changes)
+        fields |= hf_config.read_fields(config, {"normalize": ("do_normalize", published)})
+        return hf_config.make_config(cls, fields | changes)
 
     def num_frames(self, num_samples: Any) -> Any:
         """Returns the number of frames N of a clip of S samples, for an int or an array."""
@@ -404,12 +398,7 @@ class WavLM(nnx.Module):
         return (self.norm(x) if self.config.norm_first else x), mask
 
     def layer_outputs(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes clips as `__call__`, without the last LayerNorm of the large models.
 
@@ -417,7 +406,6 @@ class WavLM(nnx.Module):
           Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
           clip's frames [B, N] bool.
         """
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         _, mask, layers = self._encode(waveform, lengths, output_hidden_states=True, **options)
         assert layers is not None
         return layers, mask

@@ -49,9 +49,6 @@ class WhisperConfig(EncoderConfig):
     Attributes:
       num_mel_bins: Number of mel bins M.
       hidden_size: Hidden size D, even.
-      num_layers: Number of layers L.
-      num_heads: Number of heads K; divides `hidden_size`.
-      mlp_dim: Hidden size of the feed-forward blocks.
       max_positions: Positions N of the padded clip, 1500 for 30 s.
       trim: Whether to cut the padding down to the longest clip of the batch, and to mask the rest
         of the padding in attention. Otherwise clips are padded to `max_positions`, and attention
@@ -62,8 +59,6 @@ class WhisperConfig(EncoderConfig):
         and clips of a fifth to a half of the window, it is 0.3 to 0.6 standard deviations of the
         outputs. Use the same setting for training and extraction.
       dropout: Dropout rate on the transformer's input and each block's output.
-      attention_dropout: Dropout rate on the attention weights.
-      activation_dropout: Dropout rate in the feed-forward blocks.
       mask_spectrogram: Whether to mask stretches of time and of mel bins in training, see
         `augment.mask_spectrogram`.
 
@@ -245,12 +240,7 @@ class Whisper(nnx.Module):
         return mel, frontends.log_mel_lengths(lengths)
 
     def from_mel(
-        self,
-        mel: jax.Array,
-        lengths: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        self, mel: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes spectrograms.
 
@@ -258,22 +248,16 @@ class Whisper(nnx.Module):
           mel: Spectrograms from `frontends.log_mel`, [B, F, M], with F even and at most twice
             `max_positions`. Padding is read, so it must be silence.
           lengths: Frames of each clip, [B] int.
-          deterministic: Whether dropout is off.
-          rngs: Source of dropout keys.
+          **options: `deterministic` and `rngs` of dropout.
 
         Returns:
           Hidden states [B, F / 2, D], and a mask of the clip's positions [B, F / 2] bool.
         """
-        x, mask, _ = self._encode(mel, lengths, deterministic=deterministic, rngs=rngs)
+        x, mask, _ = self._encode(mel, lengths, **options)
         return self.norm(x), mask
 
     def layer_outputs(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes clips as `__call__`, without the last LayerNorm.
 
@@ -281,7 +265,6 @@ class Whisper(nnx.Module):
           Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
           clip's positions [B, N] bool.
         """
-        options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         mel, mel_lengths = self.mel(waveform, lengths)
         _, mask, layers = self._encode(mel, mel_lengths, output_hidden_states=True, **options)
         assert layers is not None
