@@ -47,7 +47,7 @@ def dot_product_attention(
       value: Values, [B, S, G, head_dim].
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
         a query without any key is finite but has no meaning.
-      bias: Summand of the scores, broadcastable to [B, K, T, S], or a tuple of its factors.
+      bias: Bias added to the scores, broadcastable to [B, K, T, S], or a tuple of its factors.
       dropout: Dropout of the attention weights.
       is_causal: Whether a query may only attend to keys at its position or before.
       deterministic: Whether dropout is off.
