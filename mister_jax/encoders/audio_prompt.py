@@ -130,13 +130,9 @@ class PromptedSpeech(nnx.Module):
 
     def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
         self.model = model
+        self.config = model.config
         self.prompt = tuple(prompt)
         self.pool_over_prompt = pool_over_prompt
-
-    @property
-    def config(self) -> Any:
-        """Config of the model."""
-        return self.model.config
 
     def __call__(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any

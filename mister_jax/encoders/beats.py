@@ -17,22 +17,13 @@ import numpy as np
 from flax import nnx
 
 from mister_jax.config_checks import check_at_least, invalid_field
-from mister_jax.convert.key_table import (
-    KeyTable,
-    Source,
-    layer_names,
-    linear,
-    norm,
-    parameter,
-    weight_norm_conv,
-)
+from mister_jax.convert import key_table as keys
 from mister_jax.encoders import frontends
 from mister_jax.encoders.attention import dot_product_attention
 from mister_jax.encoders.hf_config import make_config
 from mister_jax.encoders.layers import dtypes, gelu, relative_bias, relative_gate
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.scanned_layers import Remat
 
 # Supported values of the options in a checkpoint's `cfg` that change the architecture.
@@ -117,10 +108,6 @@ class BeatsConfig:
         """Reads the `cfg` of a released checkpoint.
 
         Its rates of dropout and layer drop are not read, since the model is used frozen.
-
-        Args:
-          cfg: Content of the checkpoint's `cfg`.
-          **changes: Further fields of the config.
 
         Raises:
           InputError: A field is missing, or has a value that no released model has.
@@ -225,13 +212,7 @@ class BeatsLayer(nnx.Module):
         self.mlp_norm = nnx.LayerNorm(config.hidden_size, **norm_options)
 
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        position_bias: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
+        self, x: jax.Array, mask: jax.Array, position_bias: jax.Array, **_: Any
     ) -> jax.Array:
         """Transforms x [B, N, D]; there is no dropout."""
         attended = self.attention(x, mask, position_bias)
@@ -331,9 +312,9 @@ _LINEARS = {
 _NORMS = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"}
 
 
-def key_table(config: BeatsConfig) -> KeyTable:
+def key_table(config: BeatsConfig) -> keys.KeyTable:
     """Returns the tensor names in a checkpoint's `model` for each parameter of a `Beats`."""
-    size = config.patch_size
+    size, num_layers = config.patch_size, config.num_layers
 
     def flatten_patches(weights: list[np.ndarray]) -> np.ndarray:
         return weights[0].reshape(-1, size * size).T  # patch_dim 1 P P -> P*P patch_dim
@@ -342,25 +323,25 @@ def key_table(config: BeatsConfig) -> KeyTable:
         return [kernel.T.reshape(-1, 1, size, size)]
 
     table = {
-        "patch_embedding/kernel": Source(
+        "patch_embedding/kernel": keys.Source(
             ("patch_embedding.weight",), combine=flatten_patches, split=unflatten_patches
         ),
-        "position_bias/embedding": parameter(
+        "position_bias/embedding": keys.parameter(
             "encoder.layers.0.self_attn.relative_attention_bias.weight"
         ),
-        "layers/layers/attention/gate_scale": Source(
-            layer_names("encoder.layers.{}.self_attn.grep_a", config.num_layers),
+        "layers/layers/attention/gate_scale": keys.Source(
+            keys.layer_names("encoder.layers.{}.self_attn.grep_a", num_layers),
             stacked=True,
             combine=lambda scales: scales[0].reshape(-1),
             split=lambda scale: [scale.reshape(1, -1, 1, 1)],
         ),
-        **norm("patch_norm", "layer_norm"),
-        **linear("projection", "post_extract_proj"),
-        **weight_norm_conv("position_convolution", "encoder.pos_conv.0"),
-        **norm("norm", "encoder.layer_norm"),
+        **keys.norm("patch_norm", "layer_norm"),
+        **keys.linear("projection", "post_extract_proj"),
+        **keys.weight_norm_conv("position_convolution", "encoder.pos_conv.0"),
+        **keys.norm("norm", "encoder.layer_norm"),
     }
     for path, name in _LINEARS.items():
-        table |= linear(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", config.num_layers)
+        table |= keys.linear(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
     for path, name in _NORMS.items():
-        table |= norm(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", config.num_layers)
+        table |= keys.norm(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
     return table

@@ -18,7 +18,7 @@ from flax import nnx
 from mister_jax.config_checks import check_at_least, check_multiple, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders import hf_config
-from mister_jax.encoders.layers import PostNormLayer, layer_norm
+from mister_jax.encoders.layers import PostNormLayer, embedding, layer_norm
 from mister_jax.nn import Dropout, ScannedLayers
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import add_lora
@@ -168,13 +168,9 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # The embeddings compute in their parameters' type: casting a whole table would cost more
-        # than casting the rows that are looked up.
-        param_dtype = jnp.dtype(config.param_dtype)
-        options: dict[str, Any] = {"dtype": param_dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **options)
-        self.position_embedding = nnx.Embed(config.num_positions, config.hidden_size, **options)
-        self.token_type_embedding = nnx.Embed(config.num_token_types, config.hidden_size, **options)
+        self.token_embedding = embedding(config.vocab_size, config, rngs)
+        self.position_embedding = embedding(config.num_positions, config, rngs)
+        self.token_type_embedding = embedding(config.num_token_types, config, rngs)
         self.embedding_norm = layer_norm(
             config.hidden_size, config.layer_norm_epsilon, config, rngs
         )

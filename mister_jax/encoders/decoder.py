@@ -23,7 +23,7 @@ from mister_jax.config_checks import check_at_least, check_multiple, invalid_fie
 from mister_jax.convert.key_table import KeyTable, NameRules, linear, norm, parameter
 from mister_jax.encoders import hf_config
 from mister_jax.encoders.attention import dot_product_attention
-from mister_jax.encoders.layers import dtypes
+from mister_jax.encoders.layers import dtypes, embedding
 from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
@@ -360,16 +360,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # The embedding computes in its parameters' type: casting the whole table would cost more
-        # than casting the rows that are looked up.
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=param_dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.embedding = embedding(config.vocab_size, config, rngs)
         self.layers = ScannedLayers(
             lambda rngs: DecoderLayer(config, rngs=rngs),
             config.num_layers,

@@ -94,12 +94,7 @@ def kaldi_filters(num_mel_bins: int, low: float = 20.0, high: float = 8000.0) ->
     """Returns Kaldi's mel filters for a 512-point spectrum, [257, M] float32.
 
     They are triangles of height 1 on the scale ln(1 + f / 700). The last frequency is not used, and
-    a narrow filter may cover no frequency at all.
-
-    Args:
-      num_mel_bins: Number of mel bins M.
-      low: Lowest frequency in Hz.
-      high: Highest frequency in Hz.
+    a narrow filter may cover no frequency at all. `low` and `high` are in Hz.
     """
     edges = np.linspace(np.log1p(low / 700), np.log1p(high / 700), num_mel_bins + 2)
     frequencies = np.arange(_FBANK_FFT_SIZE // 2) * (SAMPLE_RATE / _FBANK_FFT_SIZE)

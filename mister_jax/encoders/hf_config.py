@@ -1,8 +1,6 @@
-"""Reads the config.json of Hugging Face models.
+"""The config.json of Hugging Face models: reading, and checks of the fields that configs use.
 
-`read_config` reads the file. The encoders' configs pick their fields with `read_fields` and check
-the others with `check_fixed`. Unsupported values raise a one-line error with the field, its value
-and what is allowed.
+Unsupported values raise a one-line error with the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -36,10 +34,10 @@ _TYPE_NAMES = {
 class EncoderConfig:
     """Options that the transformers share.
 
-    Subclasses have these sizes and rates, with defaults of their own: hidden size D `hidden_size`,
-    hidden size `mlp_dim` of the feed-forward blocks, `num_layers` L, `num_heads` K, which divides
-    `hidden_size`, and dropout rates on the attention weights, `attention_dropout`, and in the
-    feed-forward blocks, `activation_dropout`.
+    Subclasses add sizes and dropout rates. These have one meaning in all of them: `hidden_size` D,
+    `num_layers` L, `num_heads` K, `mlp_dim` (hidden size of the feed-forward blocks),
+    `attention_dropout` (on the attention weights) and `activation_dropout` (inside the feed-forward
+    blocks).
 
     Attributes:
       lora: Low-rank paths, or None.
@@ -63,9 +61,6 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     wav2vec 2.0, HuBERT and WavLM store in a file of the feature extractor whether their input is
     normalized. Its `do_normalize` is added to the config.
-
-    Args:
-      folder: Folder of a model.
 
     Raises:
       InputError: A file is missing or damaged.

@@ -1,8 +1,4 @@
-"""Access to the Hugging Face Hub: finds the folder of a model and downloads it if necessary.
-
-A folder has the layout of the Hugging Face libraries: config.json, safetensors and the files of
-the tokenizer or feature extractor.
-"""
+"""Access to the Hugging Face Hub: finds the folder of a model and downloads it if necessary."""
 
 from __future__ import annotations
 
@@ -110,11 +106,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
-    """Returns a hash of file names, sizes and modification times.
-
-    Args:
-      *paths: Files, and folders whose files are included.
-    """
+    """Returns a hash of the names, sizes and modification times of files, and of folders' files."""
     files: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
         files += sorted(path.iterdir()) if path.is_dir() else [path]

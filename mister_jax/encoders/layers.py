@@ -138,6 +138,15 @@ def dtypes(config: Any) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
+def embedding(num_rows: int, config: Any, rngs: nnx.Rngs) -> nnx.Embed:
+    """Creates an embedding of a config's hidden size that computes in its parameters' type.
+
+    Casting the whole table would cost more than casting the rows that are looked up.
+    """
+    dtype = jnp.dtype(config.param_dtype)
+    return nnx.Embed(num_rows, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Computes the exact GELU, x times the standard normal distribution function, in float32."""
     # `jax.nn.gelu` computes erfc, which takes several times as long as erf on CPUs and TPUs.
@@ -182,7 +191,8 @@ def relative_bias(embedding: nnx.Embed, config: Any, length: int) -> jax.Array:
     offsets = np.fft.ifftshift(np.arange(-length, length))
     buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
     table = embedding.embedding[...].astype(jnp.float32)[buckets].T  # [K, 2N]
-    # Rows of 2N - 1 from a repeated row of 2N: each starts one offset before the previous one.
+    # Repeat the table, of 2N offsets, and cut the result into rows of 2N - 1. Each row then starts
+    # one offset earlier than the row above it, as the bias of the next query must.
     rows = jnp.tile(table, length)[:, : length * (2 * length - 1)]
     return rows.reshape(-1, length, 2 * length - 1)[..., :length]
 

@@ -185,9 +185,8 @@ def _estimate_pitch(
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates the pitch with YIN (de Cheveigne and Kawahara, JASA 111, 2002).
 
-    Returns:
-      Pitch in octaves above 55 Hz, [B, F], and the normalized difference at the period, [B, F]:
-      0 for periodic frames, 1 for noise or silence.
+    Returns the pitch in octaves above 55 Hz, and the normalized difference at the period, [B, F]
+    each. The difference is 0 for periodic frames and 1 for noise or silence.
     """
     x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     frames = _centered_frames(x, _PITCH_FRAME_SIZE, num_frames)  # [B, F, 800]
@@ -226,12 +225,7 @@ def _estimate_pitch(
 
 
 def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Computes features of each frame's spectrum.
-
-    Returns:
-      Features [B, F] by name, and the square root of each frequency's share of the frame's power,
-      [B, F, 201].
-    """
+    """Returns features [B, F] by name, and square roots of the shares of power [B, F, 201]."""
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]
     power = spectrum.real**2 + spectrum.imag**2

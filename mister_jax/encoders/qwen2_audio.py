@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.convert.key_table import KeyTable, NameRules, linear
@@ -25,6 +24,7 @@ from mister_jax.encoders.hf_config import (
     select_options,
     unsupported,
 )
+from mister_jax.encoders.layers import dtypes
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRALinear
@@ -65,9 +65,8 @@ class Qwen2AudioConfig:
     def qwen2_audio_7b(cls, **changes: Any) -> Qwen2AudioConfig:
         """Returns the config of Qwen2-Audio-7B and -7B-Instruct (8.4 billion parameters).
 
-        Args:
-          **changes: Further fields of the language model's config, such as `lora` or `remat`; those
-            in `SHARED_OPTIONS` apply to the tower as well.
+        The `changes` are fields of the language model's config, such as `lora` or `remat`. Those in
+        `SHARED_OPTIONS` apply to the tower as well.
         """
         sizes = {"vocab_size": 156032, "query_key_value_bias": True}
         shared = select_options(changes, *SHARED_OPTIONS)
@@ -83,10 +82,8 @@ class Qwen2AudioConfig:
     ) -> Qwen2AudioConfig:
         """Reads a `config.json` of model type "qwen2_audio".
 
-        Args:
-          config: Content of the file. Absent fields have the default values of transformers.
-          tower: Further fields of the tower's config, such as `lora` or `mask_spectrogram`.
-          **changes: As for `qwen2_audio_7b`.
+        Absent fields have the default values of transformers. `tower` holds further fields of the
+        tower's config, such as `mask_spectrogram`. For the `changes`, see `qwen2_audio_7b`.
 
         Raises:
           InputError: A field has a value that this architecture does not support.
@@ -166,8 +163,7 @@ class Qwen2Audio(SpeechLLM):
             config.tower.hidden_size,
             config.decoder.hidden_size,
             quantizable=False,
-            dtype=jnp.dtype(config.decoder.dtype),
-            param_dtype=jnp.dtype(config.decoder.param_dtype),
+            **dtypes(config.decoder),
             rngs=rngs,
         )
         self.decoder = Decoder(config.decoder, rngs=rngs)

@@ -32,7 +32,7 @@ from mister_jax.errors import InputError
 from mister_jax.io import write_text
 from mister_jax.nn.lora import add_lora, dequantize, merge_lora
 from mister_jax.parallel import sharding
-from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
+from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -137,25 +137,18 @@ def find_modality(name_or_folder: str | os.PathLike[str]) -> str:
     return find_architecture(read_config(folder), folder / CONFIG_FILE).modality
 
 
-def create_module(
-    hf_config: Mapping[str, Any],
-    *,
-    rngs: nnx.Rngs,
-    where: str | os.PathLike[str] = CONFIG_FILE,
-    **changes: Any,
-) -> nnx.Module:
+def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
     """Creates an encoder with random parameters. Reads no files and can be traced.
 
     Args:
       hf_config: Content of the encoder's config.json.
       rngs: Source of the parameters.
-      where: Location of `hf_config`, for errors.
       **changes: Further fields of the architecture's config.
 
     Raises:
       InputError: The architecture is not supported.
     """
-    architecture = find_architecture(hf_config, where)
+    architecture = find_architecture(hf_config, CONFIG_FILE)
     _check_dtypes(changes)
     return architecture.module(
         architecture.config.from_huggingface(hf_config, **changes), rngs=rngs
@@ -195,7 +188,6 @@ def load_module(
     *,
     hf_config: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
-    rules: ShardingRules = ENCODER_SHARDING_RULES,
     adapter: str | os.PathLike[str] | None = None,
     seed: int = 0,
     **changes: Any,
@@ -208,7 +200,6 @@ def load_module(
       folder: Folder of the model.
       hf_config: Content of the folder's config.json; read from the folder by default.
       mesh: Mesh to place the parameters on; by default the first device.
-      rules: Sharding rules for the mesh, see `parallel.sharding.shardings`.
       adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
       seed: Seed of new low-rank paths.
       **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
@@ -231,14 +222,9 @@ def load_module(
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from error
     table = architecture.key_table(config)
-    shapes = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    load_backbone(
-        module,
-        table,
-        Checkpoint.open(folder),
-        architecture.name_rules,
-        shardings=None if mesh is None else sharding.shardings(shapes, mesh, rules),
-    )
+    shardings = None if mesh is None else parameter_shardings(module, mesh)
+    checkpoint = Checkpoint.open(folder)
+    load_backbone(module, table, checkpoint, architecture.name_rules, shardings=shardings)
     # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
     # module. The compiler drops the rest, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
@@ -253,6 +239,12 @@ def load_module(
         load_adapter(module, adapter, table, architecture.name_rules)
         nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), replicated))
     return module
+
+
+def parameter_shardings(module: nnx.Module, mesh: Mesh) -> Any:
+    """Returns the shardings of an encoder's parameters on a mesh."""
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
 
 
 def _check_dtypes(changes: Mapping[str, Any]) -> None:
@@ -369,9 +361,6 @@ def save_pretrained(
         raise InputError(f"{folder}: cannot be written ({error})") from error
 
 
-def _param_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+def _param_shapes(module: nnx.Module) -> dict[str, Any]:
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    return {
-        jax.tree_util.keystr(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    return jax.tree.map(lambda leaf: leaf.shape, params)

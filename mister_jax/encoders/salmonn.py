@@ -34,7 +34,6 @@ from mister_jax.encoders.layers import dtypes, gelu
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
-from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.nn.masking import length_mask
 
@@ -109,9 +108,8 @@ class SalmonnConfig:
     def salmonn_7b(cls, **changes: Any) -> SalmonnConfig:
         """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
 
-        Args:
-          **changes: Further fields of the language model's config, such as `remat`. The types apply
-            to all parts, and `attention_implementation` to Whisper as well.
+        The `changes` are fields of the language model's config, such as `remat`. The types apply to
+        all parts, and `attention_implementation` to Whisper as well.
         """
         types = select_options(changes, *TYPE_OPTIONS)
         shared = select_options(changes, *SHARED_OPTIONS)
@@ -147,12 +145,10 @@ class SalmonnConfig:
         """Reads the configs of the four checkpoints, as `speech.read_backbone_config` returns them.
 
         Args:
-          backbone_config: Dict with the keys "whisper" and "vicuna" (contents of their config.json
-            files), "beats" (the `cfg` in its checkpoint) and "qformer" (fields of
-            `QFormerConfig`).
+          backbone_config: "whisper" and "vicuna" (contents of their config.json files), "beats"
+            (the `cfg` in its checkpoint) and "qformer" (fields of `QFormerConfig`).
           tower: Further fields of Whisper's config, such as `mask_spectrogram`.
-          **changes: Further fields of the language model's config, such as `lora` or `remat`. The
-            types apply to all parts.
+          **changes: As for `salmonn_7b`, but `attention_implementation` is the decoder's.
 
         Raises:
           InputError: A field has a value that the architectures do not support.
@@ -178,11 +174,6 @@ class SalmonnConfig:
     def hidden_size(self) -> int:
         """Hidden size D of the language model."""
         return self.decoder.hidden_size
-
-    @property
-    def num_speech_tokens(self) -> int:
-        """Number of speech tokens A, the same for every clip."""
-        return self.qformer.num_tokens(self.whisper.max_positions)
 
 
 class PostNormAttention(nnx.Module):
@@ -222,14 +213,7 @@ class QFormerLayer(nnx.Module):
         self.mlp_out = nnx.Linear(config.mlp_dim, hidden_size, **options)
         self.mlp_norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        frames: jax.Array,
-        *,
-        deterministic: bool = True,
-        rngs: KeySource | None = None,
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, frames: jax.Array, **_: Any) -> jax.Array:
         """Transforms queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim].
 
         There is no dropout.
@@ -486,9 +470,6 @@ def load_salmonn(
       vicuna: Vicuna in the format of transformers, with or without a head.
       salmonn: SALMONN as released, with the prefix "model.".
       shardings: One sharding for all parameters, or a tree of them for the module.
-
-    Returns:
-      The module.
 
     Raises:
       InputError: Tensors of a checkpoint are missing, surplus, misshapen or not finite.

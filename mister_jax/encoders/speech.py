@@ -1,8 +1,7 @@
 """One interface to all speech encoders: waveforms in, hidden states out.
 
 Most encoders are one folder in the layout of the Hugging Face libraries. SALMONN is four
-checkpoints: its own and those of Whisper, BEATs and Vicuna. Speech LLMs use one fixed prompt for
-all clips.
+checkpoints: its own and those of Whisper, BEATs and Vicuna.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
-from mister_jax.parallel import sharding
-from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
 SALMONN = "salmonn"
 """The `model_type` in the backbone config of SALMONN."""
@@ -185,17 +182,13 @@ def load_speech_encoder(
         raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which has its own")
     config = SalmonnConfig.from_parts(backbone_config, **changes)
     module = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
-    shardings = None
-    if mesh is not None:
-        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-        shardings = sharding.shardings(params, mesh, ENCODER_SHARDING_RULES)
     salmonn.load_salmonn(
         module,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),
         beats=Checkpoint.open(files.beats),
         vicuna=Checkpoint.open(hub.fetch(files.vicuna)),
         salmonn=Checkpoint.open(files.name),
-        shardings=shardings,
+        shardings=None if mesh is None else registry.parameter_shardings(module, mesh),
     )
     return _with_prompt(module, backbone_config, pool_over_prompt)
 

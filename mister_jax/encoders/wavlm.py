@@ -17,17 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.config_checks import check_at_least, check_rates, invalid_field
-from mister_jax.convert.key_table import (
-    KeyTable,
-    NameRules,
-    Source,
-    conv,
-    layer_names,
-    linear,
-    norm,
-    parameter,
-    weight_norm_conv,
-)
+from mister_jax.convert import key_table as keys
 from mister_jax.encoders import frontends, hf_config
 from mister_jax.encoders.layers import (
     PostNormLayer,
@@ -235,11 +225,7 @@ class WavLMConfig(hf_config.EncoderConfig):
 
 
 class MaskedChannelNorm(nnx.Module):
-    """GroupNorm with one channel per group, over the valid steps of each sequence.
-
-    Args:
-      config: Config of the model, with the number of channels C.
-    """
+    """GroupNorm with one channel per group, over the valid steps of each sequence."""
 
     def __init__(self, config: WavLMConfig):
         num_channels, param_dtype = config.conv_dims[0], jnp.dtype(config.param_dtype)
@@ -377,7 +363,8 @@ class WavLM(nnx.Module):
         *,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+        output_hidden_states: bool = False,
+    ) -> Any:
         """Encodes clips.
 
         The result for a clip equals that of the reference for this clip alone. (In a batch, the
@@ -388,43 +375,15 @@ class WavLM(nnx.Module):
           lengths: Number of samples in each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
+          output_hidden_states: Whether to return all hidden states too.
 
         Returns:
           Hidden states [B, N, D], and a mask of the clip's frames [B, N] bool. N is
           `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has no frame.
+          With `output_hidden_states` also all hidden states, [L + 1, B, N, D]: the input of the
+          first layer and the output of each layer, before the last LayerNorm of the large models.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
-        x, mask, _ = self._encode(waveform, lengths, **options)
-        return (self.norm(x) if self.config.norm_first else x), mask
-
-    def layer_outputs(
-        self, waveform: jax.Array, lengths: jax.Array, **options: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips as `__call__`, without the last LayerNorm of the large models.
-
-        Returns:
-          Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
-          clip's frames [B, N] bool.
-        """
-        _, mask, layers = self._encode(waveform, lengths, output_hidden_states=True, **options)
-        assert layers is not None
-        return layers, mask
-
-    def relative_bias(self, num_frames: int) -> jax.Array | None:
-        """Returns the ungated bias, [K, N, N] (query, key) float32, or None without buckets."""
-        if self.position_bias is None:
-            return None
-        return relative_bias(self.position_bias, self.config, num_frames)
-
-    def _encode(
-        self,
-        waveform: jax.Array,
-        lengths: jax.Array,
-        *,
-        output_hidden_states: bool = False,
-        **options: Any,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Returns the last layer's output, the mask, and if requested all layers' outputs."""
         config = self.config
         lengths = jnp.minimum(lengths, waveform.shape[1])
         padding = max(0, config.frame_size - waveform.shape[1])
@@ -448,10 +407,19 @@ class WavLM(nnx.Module):
             output_hidden_states=output_hidden_states,
             **options,
         )
-        return last, mask, None if layers is None else jnp.concatenate([x[None], layers])
+        last = self.norm(last) if config.norm_first else last
+        if layers is None:
+            return last, mask
+        return last, mask, jnp.concatenate([x[None], layers])
+
+    def relative_bias(self, num_frames: int) -> jax.Array | None:
+        """Returns the ungated bias, [K, N, N] (query, key) float32, or None without buckets."""
+        if self.position_bias is None:
+            return None
+        return relative_bias(self.position_bias, self.config, num_frames)
 
 
-NAME_RULES = NameRules(
+NAME_RULES = keys.NameRules(
     prefixes=("", "wav2vec2.", "hubert.", "wavlm."),
     # Newer files spell the gain and the direction of weight normalization differently.
     renamed={
@@ -482,42 +450,38 @@ _LINEARS = {
 _NORMS = {"attention_norm": "layer_norm", "mlp_norm": "final_layer_norm"}
 
 
-def key_table(config: WavLMConfig) -> KeyTable:
+def key_table(config: WavLMConfig) -> keys.KeyTable:
     """Returns the tensor names of a `Wav2Vec2Model`, `HubertModel` or `WavLMModel`."""
     num_layers = config.num_layers
     table = {
-        **linear("projection", "feature_projection.projection"),
-        **weight_norm_conv("position_convolution", "encoder.pos_conv_embed.conv"),
-        **norm("norm", "encoder.layer_norm"),
+        **keys.linear("projection", "feature_projection.projection"),
+        **keys.weight_norm_conv("position_convolution", "encoder.pos_conv_embed.conv"),
+        **keys.norm("norm", "encoder.layer_norm"),
     }
     if config.projection_norm:
-        table |= norm("projection_norm", "feature_projection.layer_norm")
+        table |= keys.norm("projection_norm", "feature_projection.layer_norm")
     for index in range(len(config.conv_dims)):
         path, name = "waveform_encoder", f"feature_extractor.conv_layers.{index}"
-        table |= conv(f"{path}/convolutions/{index}", f"{name}.conv", bias=config.conv_bias)
+        table |= keys.conv(f"{path}/convolutions/{index}", f"{name}.conv", bias=config.conv_bias)
         if config.conv_norm == "layer":
-            table |= norm(f"{path}/norms/{index}", f"{name}.layer_norm")
+            table |= keys.norm(f"{path}/norms/{index}", f"{name}.layer_norm")
         elif index == 0:
-            table |= norm(f"{path}/channel_norm", f"{name}.layer_norm")
+            table |= keys.norm(f"{path}/channel_norm", f"{name}.layer_norm")
     for path, name in _LINEARS.items():
-        table |= linear(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
+        table |= keys.linear(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
     for path, name in _NORMS.items():
-        table |= norm(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
+        table |= keys.norm(f"layers/layers/{path}", f"encoder.layers.{{}}.{name}", num_layers)
     if config.num_buckets:
-        table |= _position_bias(num_layers)
-    return table
-
-
-def _position_bias(num_layers: int) -> KeyTable:
-    """Returns the entries of WavLM's gated relative positions."""
-    gate = "encoder.layers.{}.attention.gru_rel_pos"
-    return {
-        "position_bias/embedding": parameter("encoder.layers.0.attention.rel_attn_embed.weight"),
-        **linear("layers/layers/gate/projection", f"{gate}_linear", num_layers),
-        "layers/layers/gate/scale": Source(
-            layer_names(f"{gate}_const", num_layers),
+        attention = "encoder.layers.{}.attention"
+        gate, gate_name = "layers/layers/gate", f"{attention}.gru_rel_pos"
+        table["position_bias/embedding"] = keys.parameter(
+            f"{attention.format(0)}.rel_attn_embed.weight"
+        )
+        table |= keys.linear(f"{gate}/projection", f"{gate_name}_linear", num_layers)
+        table[f"{gate}/scale"] = keys.Source(
+            keys.layer_names(f"{gate_name}_const", num_layers),
             stacked=True,
             combine=lambda scales: scales[0].reshape(-1),
             split=lambda scale: [scale.reshape(1, -1, 1, 1)],
-        ),
-    }
+        )
+    return table

@@ -50,14 +50,11 @@ class WhisperConfig(EncoderConfig):
       num_mel_bins: Number of mel bins M.
       hidden_size: Hidden size D, even.
       max_positions: Positions N of the padded clip, 1500 for 30 s.
-      trim: Whether to cut the padding down to the longest clip of the batch, and to mask the rest
-        of the padding in attention. Otherwise clips are padded to `max_positions`, and attention
-        includes the padding, as in the reference. With trimming, time and memory are
-        proportional to the length of the audio, but the outputs change: the convolutions give the
-        same output as the reference, but attention does not include the silence after the clip. The
-        size of the change depends on the weights and the clip. For a tiny model with random weights
-        and clips of a fifth to a half of the window, it is 0.3 to 0.6 standard deviations of the
-        outputs. Use the same setting for training and extraction.
+      trim: Whether to cut the padding down to the longest clip of the batch and to mask the rest of
+        it in attention, so that time and memory follow the audio. Otherwise clips are padded to
+        `max_positions` and attention includes the padding, as in the reference. The outputs differ:
+        by 0.3 to 0.6 of their standard deviation for a tiny model with random weights and clips of
+        a fifth to a half of the window. Train and extract with the same choice.
       dropout: Dropout rate on the transformer's input and each block's output.
       mask_spectrogram: Whether to mask stretches of time and of mel bins in training, see
         `augment.mask_spectrogram`.
@@ -199,7 +196,8 @@ class Whisper(nnx.Module):
         *,
         deterministic: bool = True,
         rngs: KeySource | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+        output_hidden_states: bool = False,
+    ) -> Any:
         """Encodes clips.
 
         Args:
@@ -208,16 +206,26 @@ class Whisper(nnx.Module):
           lengths: Number of samples in each clip, [B] int.
           deterministic: Whether dropout is off.
           rngs: Source of dropout keys.
+          output_hidden_states: Whether to return all hidden states too.
 
         Returns:
           Hidden states [B, N, D], and a mask of the clip's positions [B, N] bool. N is
           `max_positions`. With `trim`, it is only as large as S samples need, up to
           `max_positions`.
+          With `output_hidden_states` also all hidden states, [L + 1, B, N, D]: the input of the
+          first layer and the output of each layer, before the last LayerNorm.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
-        hidden, mask = self.from_mel(mel, mel_lengths, deterministic=deterministic, rngs=rngs)
+        x, mask, layers = self._encode(
+            mel,
+            mel_lengths,
+            deterministic=deterministic,
+            rngs=rngs,
+            output_hidden_states=output_hidden_states,
+        )
         num_positions = self.num_positions(waveform.shape[1])
-        return hidden[:, :num_positions], mask[:, :num_positions]
+        x, mask = self.norm(x)[:, :num_positions], mask[:, :num_positions]
+        return (x, mask) if layers is None else (x, mask, layers[:, :, :num_positions])
 
     def num_positions(self, num_samples: int) -> int:
         """Returns the number of positions N of a batch of S samples."""
@@ -255,21 +263,6 @@ class Whisper(nnx.Module):
         """
         x, mask, _ = self._encode(mel, lengths, **options)
         return self.norm(x), mask
-
-    def layer_outputs(
-        self, waveform: jax.Array, lengths: jax.Array, **options: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips as `__call__`, without the last LayerNorm.
-
-        Returns:
-          Input of the first layer and output of each layer [L + 1, B, N, D], and a mask of the
-          clip's positions [B, N] bool.
-        """
-        mel, mel_lengths = self.mel(waveform, lengths)
-        _, mask, layers = self._encode(mel, mel_lengths, output_hidden_states=True, **options)
-        assert layers is not None
-        num_positions = self.num_positions(waveform.shape[1])
-        return layers[:, :, :num_positions], mask[:, :num_positions]
 
     def _augment(
         self,

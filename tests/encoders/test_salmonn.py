@@ -202,7 +202,7 @@ def test_hidden_states_equal_the_parts_run_in_sequence(
     before, after = prompt[None, :place], prompt[None, place + 1 :]
     expected = run_parts(model, waveform[row : row + 1, :num_samples], before, after)[0]
     np.testing.assert_allclose(valid(output, row), expected, atol=2e-5)
-    assert config.num_speech_tokens == 5
+    assert config.qformer.num_tokens(config.whisper.max_positions) == 5
     np.testing.assert_array_equal(np.flatnonzero(output.audio_mask[row]), place + np.arange(5))
     assert output.mask[row, : len(expected)].all()
 
@@ -301,7 +301,10 @@ def test_presets_have_the_released_sizes():
         (SalmonnConfig.salmonn_13b, 33_332_992, 40),
     ):
         config = preset(dtype="bfloat16", param_dtype="bfloat16")
-        assert config.num_speech_tokens == 88 and config.decoder.num_layers == num_layers
+        assert (
+            config.qformer.num_tokens(config.whisper.max_positions) == 88
+            and config.decoder.num_layers == num_layers
+        )
         state = nnx.state(abstract(config), salmonn.TRAINED_PARAMS)
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == num_trained
         for part in (config.whisper, config.beats, config.qformer, config.decoder):

@@ -55,7 +55,7 @@ def run(encoder, waveform, lengths):
 
 @nnx.jit
 def run_layers(encoder, waveform, lengths):
-    layers, mask = encoder.layer_outputs(waveform, lengths)
+    _, mask, layers = encoder(waveform, lengths, output_hidden_states=True)
     if encoder.config.norm_first:
         layers = jnp.concatenate([layers[:-1], encoder.norm(layers[-1:])])
     return layers, mask

@@ -56,7 +56,7 @@ def run(whisper, waveform, lengths):
 
 @nnx.jit
 def run_layers(whisper, waveform, lengths):
-    layers, mask = whisper.layer_outputs(waveform, lengths)
+    _, mask, layers = whisper(waveform, lengths, output_hidden_states=True)
     return jnp.concatenate([layers[:-1], whisper.norm(layers[-1:])]), mask
 
 
