@@ -2,8 +2,7 @@
 
 Whisper's log-mel spectrogram, Kaldi's filter bank and the normalization of wav2vec 2.0, all in JAX
 and without weights. Waveforms are mono at 16 kHz with full scale 1, each clip at the start of its
-row. Padding does not change the result of a clip, even if it is NaN. Shape letters: B clips,
-S samples, F frames, M mel bins.
+row. Padding, even NaN, changes no result. Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
 from __future__ import annotations
