@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mister_jax.config_checks import check_at_least, check_rates
+from mister_jax.config_checks import check_at_least, check_rates, invalid_field
 from mister_jax.convert.key_table import KeyTable, NameRules, conv, linear, norm, parameter
 from mister_jax.encoders import augment, frontends
 from mister_jax.encoders.hf_config import EncoderConfig, check_fixed, make_config, read_fields
@@ -80,10 +80,8 @@ class WhisperConfig(EncoderConfig):
         check_at_least(self, 1, *sizes.split())
         check_rates(self, "dropout", "attention_dropout", "activation_dropout")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
-            raise ValueError(
-                f"WhisperConfig.hidden_size={self.hidden_size}; allowed: even multiples of "
-                f"num_heads={self.num_heads}"
-            )
+            allowed = f"even multiples of num_heads={self.num_heads}"
+            raise invalid_field(self, "hidden_size", allowed)
 
     @property
     def max_samples(self) -> int:
