@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
-from mister_jax.io import read_json, write_json, write_text
+from mister_jax.io import flatten, read_json, write_json, write_text
 
 FORMAT = 3
 """Version of the work directory's format; a change of config or parameter names increments it."""
@@ -147,20 +147,12 @@ def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -
 
 def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Lists the values that differ, except those a resumed run may change."""
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     return ", ".join(
         f"{name} {old.get(name)} -> {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not name.startswith(_MUTABLE_ON_RESUME)
     )
-
-
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of nested mappings under dotted names."""
-    pairs = jax.tree_util.tree_flatten_with_path(
-        values, is_leaf=lambda value: not isinstance(value, dict)
-    )[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in pairs}
 
 
 def _to_json(config: ConfigDict) -> dict[str, Any]:
