@@ -29,7 +29,7 @@ Run = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Measured times in seconds: of the first run, which compiles, and of each timed run."""
+    """Seconds of the first run, which includes compilation, and of each timed run."""
 
     first: float
     seconds: tuple[float, ...]

@@ -126,8 +126,7 @@ class BatchPlan:
         lengths: Length of each item, [M] int.
         batch_size: Maximum number of items in a global batch.
         num_buckets: Maximum number of padded lengths.
-        bucket_cost: Number of padded positions that one more padded length must save in an epoch,
-            see `bucket_cost`.
+        bucket_cost: Number of padded positions that one more padded length must save in an epoch.
         multiple_of: The number of rows is a multiple of this, usually the number of devices;
             batches are filled up with empty rows.
         fitted_to: Value of `multiple_of` for which the buckets have the least padding. Set it to

@@ -73,7 +73,7 @@ def load_clips(
     where = f"dataset {name}, split {split}"
     if num_silent or num_missing:
         logging.warning(
-            "%s: of %d utterances %d are silent and %d have no usable recording",
+            "%s: %d utterances, of which %d are silent and %d have no usable recording",
             where,
             len(utterances.items) + num_silent + num_missing,
             num_silent,

@@ -187,7 +187,7 @@ def train(
         template, state = _initial_states(task, optimizer, seeds, partitioner)
         if jax.process_index() == 0:
             params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
-            params = jax.eval_shape(template.params, params)
+            params = jax.eval_shape(template.to_tree, params)
             write_description(workdir, config, task.description(), params, data_fingerprints)
         assert_visible_to_all_processes(config_path(workdir))
         train_step = make_train_step(task, template, optimizer, options.accumulation)
@@ -202,7 +202,7 @@ def train(
                 train_split=train_split,
                 validation_split=validation_split,
                 params_for_evaluation=jax.jit(
-                    lambda params, opt_state: template.params(
+                    lambda params, opt_state: template.to_tree(
                         params_for_evaluation(params, opt_state)
                     )
                 ),

@@ -53,17 +53,17 @@ class ModelTemplate:
     graph: Any
     vectors: ParamVectors | None = None
 
-    def params(self, params: Any) -> Any:
+    def to_tree(self, params: Any) -> Any:
         """Returns the tree of a state's "params", or of an average of them."""
         return params if self.vectors is None else self.vectors.unflatten(params)
 
-    def gradient(self, gradient: Any) -> Any:
-        """Returns a gradient of the tree in the form of a state's "params"."""
-        return gradient if self.vectors is None else self.vectors.flatten(gradient)
+    def from_tree(self, tree: Any) -> Any:
+        """Returns a tree of parameters or gradients in the form of a state's "params"."""
+        return tree if self.vectors is None else self.vectors.flatten(tree)
 
     def merge(self, params: Any, frozen: Any) -> Any:
         """Returns the model of a state's "params" and "frozen"."""
-        return nnx.merge(self.graph, self.params(params), frozen)
+        return nnx.merge(self.graph, self.to_tree(params), frozen)
 
 
 def initial_state(
@@ -91,7 +91,7 @@ def initial_state(
     model = (make_model or task.init)(init_key)
     graph, params, frozen = split_params(model, trainable)
     template = ModelTemplate(graph, ParamVectors(params) if as_vectors else None)
-    params = template.gradient(params)
+    params = template.from_tree(params)
     state = {
         "step": jnp.zeros([], jnp.int32),
         "params": params,
@@ -126,7 +126,7 @@ def make_train_step(
     def step(state, batch, axis_name):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
 
-        params = template.params(state["params"])
+        params = template.to_tree(state["params"])
 
         def loss(params, batch):
             model = nnx.merge(template.graph, params, state["frozen"])
@@ -149,7 +149,7 @@ def make_train_step(
             sums = jax.lax.scan(add, zeros, parts)[0]
         losses, gradient = sums
         (total, loss_parts), gradient = psum_if_mapped(
-            (losses, template.gradient(gradient)), axis_name
+            (losses, template.from_tree(gradient)), axis_name
         )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         new_state = {

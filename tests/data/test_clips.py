@@ -123,8 +123,8 @@ def test_audible_clips_of_a_split_are_read_in_order(heard_dir, monkeypatch):
     # Two of the six dialogues of three turns lose two turns.
     assert len(clips.items) == len(clips.utterance_ids) == len(clips.label) == 6 * 3 - 4
     assert warnings == [
-        "dataset manifest/heard, split test: of 18 utterances 2 are silent and 2 have no usable "
-        "recording"
+        "dataset manifest/heard, split test: 18 utterances, of which 2 are silent and 2 have no "
+        "usable recording"
     ]
     assert clips.dialogue_ids[:4] == ("test0", "test1", "test1", "test1")
     assert all(clip.dtype == np.int16 and is_audible(clip) for clip in clips.items)
