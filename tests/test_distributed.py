@@ -53,10 +53,10 @@ def train_to_status(workdir, data_dir, on_step=None):
 
 
 def train_and_kill(workdir, data_dir, process_id):
-    """Trains; process 1 is killed in the second epoch."""
+    """Trains; process 1 is killed in the third epoch, when the first one is certainly saved."""
 
     def kill(step):
-        if (process_id, step) == (1, 5):
+        if (process_id, step) == (1, 8):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return train_to_status(workdir, data_dir, on_step=kill)
@@ -155,6 +155,7 @@ def test_a_killed_and_terminated_job_resumes_to_the_results_of_one_process(
 
     statuses, logs, _ = run_job(train_and_terminate, workdir, data_dir)
     assert statuses == [STOPPED_BY_SIGTERM, STOPPED_BY_SIGTERM], logs
+    assert f"resuming {workdir} at step" in logs[0]
     assert "stopped by SIGTERM" in logs[0] and "stopped" not in logs[1]
     (step,) = (workdir / "checkpoints" / "latest").iterdir()
     assert int(step.name) % 3, "in the middle of an epoch"

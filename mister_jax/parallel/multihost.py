@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import jax
@@ -10,6 +11,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mister_jax.errors import InputError
+
+_num_calls = itertools.count(1)
+"""Number of the next call of `should_stop` in this process."""
 
 
 def assert_visible_to_all_processes(path: epath.PathLike) -> None:
@@ -32,11 +36,14 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
         )
 
 
-def should_stop(stop_event: threading.Event, step: int) -> bool:
+def should_stop(stop_event: threading.Event) -> bool:
     """Returns whether training stops after this step; the result is the same in all processes.
 
-    A SIGTERM to one of several processes stops all of them after the same step.
+    A SIGTERM to one of several processes stops all of them after the same step. All processes call
+    this function after every step.
     """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    # JAX stops at the number after the last one that it has seen, which is 0 before the first call.
+    # Steps of a resumed run do not start at 1, so they would never match after an early SIGTERM.
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

@@ -364,7 +364,7 @@ class _TrainingLoop:
             reporter.advance(self._headline(progress))
             self.on_step(step)
             is_last = step % steps_per_epoch == 0
-            stop = should_stop(self.stop_event, step)
+            stop = should_stop(self.stop_event)
             save = stop or (options.save_every and step % options.save_every == 0)
             # Reading the metrics waits for the devices, so most steps do not. But the metrics are
             # read before every save: a state whose loss is not finite is never saved.
