@@ -1,0 +1,1 @@
+"""Transcripts of recordings: formats, and the rules that make utterances of their segments."""

@@ -1,0 +1,56 @@
+"""Timed segments of a recording: the interface of transcripts, recognizers and utterances."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mister_jax.data.audio_source import Channel
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word of a segment with its times in seconds, or None where the source has none."""
+
+    text: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a recording: a subtitle, an interval of a tier, a turn, or an utterance.
+
+    Attributes:
+      start: Start in seconds from the beginning of the recording.
+      end: End in seconds, later than `start`.
+      text: Text, empty if there is none.
+      speaker: Name of the speaker, if known.
+      channel: Channel of the recording to read; None reads the default channel.
+      words: Words with times, if known. Joined by spaces, they need not equal the text.
+      label: Annotated emotion, if known.
+    """
+
+    start: float
+    end: float
+    text: str = ""
+    speaker: str | None = None
+    channel: Channel | None = None
+    words: tuple[Word, ...] = ()
+    label: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """The segments of a transcript file.
+
+    Attributes:
+      format: Name of the detected format, such as "SRT" or "Praat TextGrid".
+      segments: Segments in the order of their start.
+      notes: Notes for the user on segments that were left out or repaired.
+      has_text: Whether the format transcribes words; RTTM has only turns.
+    """
+
+    format: str
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+    has_text: bool = True
