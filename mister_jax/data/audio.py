@@ -1,10 +1,12 @@
 """Decodes recordings of any format to 16 kHz mono samples, with the FFmpeg libraries of PyAV.
 
-`decode` reads one recording or a cut of it, `decode_many` reads many in parallel processes, and
-`encode_wav` writes samples. Every problem with a recording is an `AudioError`.
+`decode` reads one recording or a cut of it, `decode_many` reads many in parallel processes,
+`stream_cuts` reads the cuts of a long one, and `encode_wav` writes samples. Every problem with a
+recording is an `AudioError`.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -114,12 +116,16 @@ def decode_many(
     """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
     Consecutive cuts of one recording are decoded in one pass. Memory does not grow with the number
-    of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes.
+    of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes, and each
+    clip is yielded as soon as it is complete.
 
     Raises:
         ValueError: `num_workers` is negative or `max_seconds` not positive.
     """
     _check_max_seconds(max_seconds)
+    if num_workers == 0:
+        cuts = _group_by_pass(requests)
+        return itertools.chain.from_iterable(stream_cuts(it, max_seconds) for it in cuts)
     groups, submitted = itertools.tee(_group_by_recording(requests, max_seconds))
     decode_group = functools.partial(_decode_cuts, max_seconds=max_seconds)
     results = ordered_map(decode_group, submitted, num_workers=num_workers)
@@ -132,6 +138,61 @@ def decode_many(
                 yield from result
 
     return flat_results()
+
+
+def stream_cuts(
+    requests: Iterable[DecodeRequest], max_seconds: float | None = None
+) -> Iterator[Clip | AudioError]:
+    """Decodes cuts of one channel of one recording in a single pass, in the order of their start.
+
+    Unlike `decode_many`, it holds only the cuts that have not been read yet, so a recording of any
+    length takes little memory and is decoded once.
+
+    Args:
+        requests: Cuts with equal `source` and `channel`, sorted by `start`.
+        max_seconds: Maximum seconds to keep of each cut.
+
+    Raises:
+        ValueError: `max_seconds` is not positive, or the cuts are not sorted.
+    """
+    _check_max_seconds(max_seconds)
+    cuts = [_Cut(request, max_seconds) for request in requests]
+    readable = [cut for cut in cuts if cut.error is None]
+    if any(later.first < cut.first for cut, later in itertools.pairwise(readable)):
+        raise ValueError("the cuts are not sorted by their start")
+    completed = _completed_cuts(readable, readable[0].request.channel) if readable else iter(())
+    pending = collections.deque(cuts)
+    unread = set(map(id, readable))
+    while pending:
+        cut = pending.popleft()
+        while id(cut) in unread:
+            unread.discard(id(next(completed)))
+        if cut.canceled_by is None:
+            result = cut.result()
+        else:  # This is rare, so the cut is read once more.
+            (result,) = _decode_cuts((cut.request,), max_seconds)
+        cut.restart()  # releases its samples
+        yield result
+
+
+def container_seconds(source: Source) -> float | None:
+    """Returns the length of a recording according to its container, or None if it states none.
+
+    Raises:
+        AudioError: The recording cannot be read.
+    """
+    with contextlib.closing(AudioReader(source, MIX)) as reader:
+        return reader.container_seconds
+
+
+def num_channels(source: Source) -> int:
+    """Returns the number of channels of a recording.
+
+    Raises:
+        AudioError: The recording cannot be read.
+    """
+    with contextlib.closing(AudioReader(source, MIX)) as reader:
+        return reader.num_channels
 
 
 def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
@@ -147,6 +208,26 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes(samples.astype("<i2", copy=False).tobytes())
+
+
+def _group_by_pass(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
+    """Groups consecutive cuts that one pass through a channel of a recording can read."""
+    group: list[DecodeRequest] = []
+    for request in requests:
+        if group and not _follows(group[-1], request):
+            yield group
+            group = []
+        group.append(request)
+        if request.start is None and request.end is None:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _follows(request: DecodeRequest, later: DecodeRequest) -> bool:
+    same = (request.source, request.channel) == (later.source, later.channel)
+    return same and later.start is not None and later.start >= (request.start or 0)
 
 
 def _group_by_recording(
@@ -206,12 +287,19 @@ def _decode_cuts(
 
 def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
     """Reads cuts of one channel of a recording in a single pass."""
+    for _ in _completed_cuts(cuts, channel):
+        pass
+
+
+def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"]:
+    """Reads cuts of one channel in a single pass, and yields each when it is complete."""
     source = cuts[0].request.source
     try:
         reader = AudioReader(source, channel)
     except AudioError as error:
         for cut in cuts:
             cut.error = error
+            yield cut
         return
     waiting = collections.deque(sorted(cuts, key=lambda cut: cut.first))
     active: list[_Cut] = []
@@ -225,6 +313,10 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
                     active.append(waiting.popleft())
                 for cut in active:
                     cut.add(begin, chunk)
+                for cut in active:
+                    if cut.stop <= end:
+                        cut.finish(reader)
+                        yield cut
                 active = [cut for cut in active if cut.stop > end]
                 if not active and (not waiting or reader.should_seek(end, waiting[0].first)):
                     break
@@ -232,6 +324,7 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
                 # The remaining cuts begin after the end of the recording.
                 for cut in waiting:
                     cut.position = end
+                active += waiting
                 waiting.clear()
     except AudioError as error:
         fatal = error
@@ -239,10 +332,10 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
         fatal = AudioError(Reason.DAMAGED, source_name(source), error_message(error))
     finally:
         reader.close()
-    for cut in cuts:
-        if fatal is not None and (cut in active or cut in waiting):
-            cut.error = fatal
+    for cut in [*active, *waiting]:
+        cut.error = fatal
         cut.finish(reader)
+        yield cut
 
 
 class _Cut:

@@ -117,6 +117,23 @@ class AudioReader:
         if self._container is not None:
             self._container.close()
 
+    @property
+    def container_seconds(self) -> float | None:
+        """Length of the recording according to its container, which may be an estimate."""
+        if self._container is None:
+            assert self._header is not None
+            return self._header.seconds
+        duration = self._container.duration
+        return None if duration is None else duration / av.time_base
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the recording."""
+        if self._container is None:
+            assert self._header is not None
+            return self._header.channels
+        return self._stream.codec_context.channels
+
     def should_seek(self, current: int, target: int) -> bool:
         """Returns whether seeking from one index to another is faster than decoding."""
         is_seekable = self._container is None or self._container.format.name in _SEEKABLE

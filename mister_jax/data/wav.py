@@ -74,6 +74,14 @@ class WavHeader:
         )
 
     @property
+    def seconds(self) -> float:
+        """Seconds of sound that the file contains, if its samples are integers."""
+        num_bytes = self.file_size - self.data_start
+        if self.data_size is not None:
+            num_bytes = min(num_bytes, self.data_size)
+        return max(0, num_bytes) / (self.rate * self.block_align)
+
+    @property
     def missing_seconds(self) -> float:
         """Seconds of sound that the header promises but the file does not contain."""
         byte_rate = self.rate * self.block_align if self.codec == _PCM else self.byte_rate

@@ -486,3 +486,45 @@ def test_documentation_lists_formats():
     page = (ROOT / "docs" / "your_own_data.md").read_text()
     for name, (codec, rate, layout) in FORMATS.items():
         assert f"| `{name}` | {codec} | {rate} | {layout} |\n" in page
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_streamed_cuts_equal_decoded_cuts(files, name):
+    intervals = [(0, 1), (0.5, 3), (0.5, 0.7), (2.9, 4), (5.5, 6), (6, 9), (30, 31)]
+    requests = [DecodeRequest(files[name], *interval) for interval in intervals]
+    *clips, error = audio.stream_cuts(requests)
+    for (start, end), clip in zip(intervals, clips, strict=False):
+        expected = decode(files[name], start=start, end=end)
+        np.testing.assert_allclose(
+            clip.samples, expected.samples, atol=100 if "aac" in FORMATS[name] else 1
+        )
+        assert (clip.seconds, clip.notes) == (expected.seconds, expected.notes)
+    assert error.reason == Reason.RANGE
+
+
+def test_streamed_cuts_are_read_once_and_released(tmp_path, monkeypatch):
+    path = wav(tmp_path / "long.wav", tone(600, RATE))
+    readers = []
+    monkeypatch.setattr(
+        audio, "AudioReader", lambda *args: readers.append(args) or audio_reader.AudioReader(*args)
+    )
+    requests = [DecodeRequest(path, start, start + 10) for start in range(0, 600, 10)]
+    tracemalloc.start()
+    assert sum(len(clip.samples) for clip in audio.stream_cuts(requests)) == 600 * RATE
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(readers) == 1
+    assert peak < 100 * RATE * 2, "bytes of 100 s"
+
+
+def test_streamed_cuts_must_be_sorted(files):
+    requests = [DecodeRequest(files["mono.wav"], start, 6) for start in (3, 2)]
+    with pytest.raises(ValueError, match="not sorted"):
+        list(audio.stream_cuts(requests))
+
+
+def test_container_states_length_and_channels(files):
+    assert audio.container_seconds(files["mono.wav"]) == pytest.approx(6.5, abs=0.05)
+    assert audio.num_channels(files["mono.wav"]) == 1
+    for name in files:
+        assert audio.container_seconds(files[name]) == pytest.approx(6.5, abs=0.2)
