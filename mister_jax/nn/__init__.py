@@ -1,6 +1,7 @@
-"""Reusable JAX layers: masked, independent of batch composition, and of the rest of the package.
+"""Reusable layers that take masks and do not depend on the rest of the package.
 
-Sizes are named `*_dim`. `LoRALinear` replaces `nnx.Linear` and has its argument names instead.
+The results for one example do not depend on the other examples in the batch. Sizes are named
+`*_dim`, except in `LoRALinear`, which has the argument names of `nnx.Linear`.
 """
 
 from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention, dot_product_attention

@@ -15,7 +15,7 @@ from mister_jax.nn.stacked_modules import StackedModules
 Implementation = Literal["xla", "cudnn"]
 
 _MAX_LENGTH = 4096
-"""Dialogue length up to which attention dropout does not depend on the padding."""
+"""Maximum dialogue length for which attention dropout is independent of the padding."""
 
 
 def dot_product_attention(
@@ -34,23 +34,24 @@ def dot_product_attention(
 ) -> jax.Array:
     """Computes softmax(query key^T / sqrt(head_dim) + bias) value, with dropout on the weights.
 
-    Without dropout this is `jax.nn.dot_product_attention`, which has fused implementations but no
-    dropout. With dropout the weights are computed here, with the softmax in float32.
+    Without dropout, this function calls `jax.nn.dot_product_attention`, which has fused
+    implementations but does not support dropout. With dropout, it computes the weights itself, with
+    the softmax in float32.
 
     Args:
       query: Queries, [B, T, K, head_dim].
-      key: Keys, [B, S, K, head_dim]; without dropout, they may have fewer heads, which divide K
+      key: Keys, [B, S, K, head_dim]. Without dropout, their number of heads may be a divisor of K
         (grouped-query attention).
       value: Values, shaped like the keys.
-      mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
-        a query without any key is finite but has no meaning.
+      mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. If a query may
+        not attend to any key, its result is finite but meaningless.
       bias: Bias added to the scores, broadcastable to [B, K, T, S]; none by default.
-      dropout: Dropout of the attention weights; none by default.
-      max_length: Length up to which T and S may be padded without changing which weights are
-        dropped, given one dropout key per example. By default, the padding has an effect.
-      is_causal: Whether a query may only attend to keys at its position or before.
+      dropout: Dropout layer for the attention weights; none by default.
+      max_length: Maximum T and S for which padding does not change which weights are dropped. This
+        needs one dropout key per example. By default, padding changes them.
+      is_causal: Whether a query may attend only to keys at its position or before it.
       implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
-      deterministic: Whether dropout is off.
+      deterministic: Whether to disable dropout.
       rngs: Source of dropout keys.
 
     Returns:
@@ -80,16 +81,16 @@ class MultiHeadAttention(nnx.Module):
     """Multi-head scaled dot-product attention (arXiv 1706.03762).
 
     Args:
-      query_dim: Size of the queries' input.
-      key_dim: Size of the input of the keys and values.
-      out_dim: Size of the output.
-      attention_dim: Size of all heads together.
+      query_dim: Input size of the query projection.
+      key_dim: Input size of the key and value projections.
+      out_dim: Output size.
+      attention_dim: Total size of all heads.
       num_heads: Number of heads K; must divide `attention_dim`.
       dropout: Dropout rate of the attention weights.
       implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
-      dtype: Type of the computation; the softmax is float32.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      dtype: Computation dtype; the softmax is float32.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
 
     Raises:
       ValueError: `num_heads` does not divide `attention_dim`.
@@ -118,8 +119,8 @@ class MultiHeadAttention(nnx.Module):
         self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = nnx.Linear(query_dim, attention_dim, **options)
-        # No key bias: it would add the same value to all scores of a query, which the softmax
-        # cancels, and its gradient would be rounding noise.
+        # A key bias would add the same value to all scores of a query. The softmax cancels this
+        # value, so the gradient of the bias would be rounding noise.
         self.key_value = nnx.Linear(key_dim, 2 * attention_dim, use_bias=False, **options)
         self.value_bias = nnx.Param(jnp.zeros(attention_dim, param_dtype))
         self.out = nnx.Linear(attention_dim, out_dim, **options)
@@ -136,11 +137,11 @@ class MultiHeadAttention(nnx.Module):
         """Attends from the queries to the keys.
 
         Args:
-          query: Input of the queries, [B, T, query_dim].
-          key: Input of the keys and values, [B, S, key_dim].
-          key_mask: Keys that may be attended to, [B, S] bool. If an example has none, the attended
-            value is zero, whatever the padding.
-          deterministic: Whether dropout is off.
+          query: Input of the query projection, [B, T, query_dim].
+          key: Input of the key and value projections, [B, S, key_dim].
+          key_mask: Keys that may be attended to, [B, S] bool. If an example has no such key, the
+            attended value is zero.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
 
         Returns:
@@ -150,7 +151,7 @@ class MultiHeadAttention(nnx.Module):
         def split_heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-        # A zero weight does not remove NaN or infinity from a masked value.
+        # A zero attention weight does not cancel NaN or infinity in a masked value.
         key = jnp.where(key_mask[..., None], key, 0)
         k, v = jnp.split(self.key_value(key), 2, axis=-1)
         attended = dot_product_attention(
@@ -173,15 +174,15 @@ class AttentionBlock(nnx.Module):
 
     Args:
       dim: Size F of the streams.
-      attention_dim: Size of all heads together.
+      attention_dim: Total size of all heads.
       num_heads: Number of heads.
       attention_dropout: Dropout rate of the attention weights.
       dropout: Dropout rate of the attention's output.
       epsilon: Epsilon of the LayerNorm.
       implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      dtype: Computation dtype.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -230,24 +231,23 @@ class AttentionBlock(nnx.Module):
 
 
 class CoAttentionLayer(nnx.Module):
-    """Two streams attend to each other in parallel, then each attends to itself.
+    """Cross-attention between two streams, followed by self-attention within each stream.
 
-    Both streams have the same length and run as one batched computation.
-
-    The layer has no feed-forward block and no position embedding (cross-modal expert of MiSTER-E,
-    arXiv 2602.23300, after arXiv 1908.02265).
+    Both streams have the same length and run as one batched computation. As in the cross-modal
+    expert of MiSTER-E (arXiv 2602.23300, based on arXiv 1908.02265), the layer has no feed-forward
+    block and no position embedding.
 
     Args:
       dim: Size F of both streams.
-      attention_dim: Size of all heads together.
+      attention_dim: Total size of all heads.
       num_heads: Number of heads.
       attention_dropout: Dropout rate of the attention weights.
       dropout: Dropout rate of each attention's output.
       epsilon: Epsilon of the LayerNorms.
       implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      dtype: Computation dtype.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class CoAttentionLayer(nnx.Module):
           second: Second stream, [B, T, F].
           first_mask: Positions of the first stream that may be attended to, [B, T] bool.
           second_mask: Positions of the second stream that may be attended to, [B, T] bool.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
 
         Returns:

@@ -11,26 +11,26 @@ from jax.typing import DTypeLike
 
 
 class ParallelConvolution(nnx.Module):
-    """Sums 1D convolutions of several kernel sizes, each followed by a ReLU.
+    """Sum of 1D convolutions with different kernel sizes, each followed by a ReLU.
 
-    Each kernel is one matrix product over the input, with a block of columns per tap; the blocks
-    are then shifted in time and added. This takes as many multiplications as a convolution, and
-    large matrix products are fast on every backend.
+    Each convolution is one matrix product that applies all taps to the input. The results of the
+    taps are then shifted in time and added. This takes as many multiplications as a convolution,
+    and large matrix products are fast on every backend.
 
     Attributes:
       kernels: One kernel per size, [in_dim, size, out_dim].
       biases: One bias per size, [out_dim].
 
     Args:
-      in_dim: Size of the input I.
-      out_dim: Size of the output O.
+      in_dim: Input size I.
+      out_dim: Output size O.
       kernel_sizes: Odd numbers of taps; a kernel of size k covers (k - 1) / 2 steps on each side.
-      dtype: Type of the computation.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      dtype: Computation dtype.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
 
     Raises:
-      ValueError: There is no kernel size, or one is even or below 1.
+      ValueError: `kernel_sizes` is empty, or a size is even or below 1.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ParallelConvolution(nnx.Module):
 
         Args:
           x: Input, [B, T, I].
-          mask: Valid steps, [B, T] bool; all others count as zeros.
+          mask: Valid steps, [B, T] bool; other steps count as zeros.
 
         Returns:
           Sum of the convolutions, [B, T, O]; meaningless where the mask is False.

@@ -1,4 +1,4 @@
-"""Linear-chain conditional random field, which learns how emotions persist and change."""
+"""Linear-chain conditional random field (CRF), which learns transitions between emotions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from jax.typing import DTypeLike
 
 
 class ConditionalRandomField(nnx.Module):
-    """Computes marginals of a linear-chain CRF with the forward-backward algorithm.
+    """Linear-chain CRF that computes marginals with the forward-backward algorithm.
 
     The score of a label sequence y is the sum over utterances t of logits[t, y_t] and
-    log A[y_{t-1}, y_t], where the rows of the learned transition matrix A sum to 1. Initially all
+    log A[y_{t-1}, y_t], where the rows of the learned transition matrix A sum to 1. Initially, all
     transitions are equally likely, and the marginals are the softmax of the logits.
 
-    Both directions are associative scans over matrix products, which take log T steps.
+    The forward and the backward pass are associative scans over matrix products, which take log T
+    steps.
 
     Args:
       num_classes: Number of classes C.
-      param_dtype: Type of the parameters; the computation is float32.
+      param_dtype: Parameter dtype; the computation is float32.
     """
 
     def __init__(self, num_classes: int, *, param_dtype: DTypeLike = jnp.float32):
@@ -30,15 +31,15 @@ class ConditionalRandomField(nnx.Module):
 
         Args:
           logits: Class logits, [B, T, C].
-          mask: Utterances whose logits are used, [B, T] bool. An utterance without logits between
-            two others still counts as a transition step.
+          mask: Utterances whose logits are used, [B, T] bool. A masked utterance between two others
+            still counts as a transition step.
 
         Returns:
           Log-probabilities, [B, T, C] float32; finite if the logits are.
         """
         unary = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)  # B T C
         transition = jax.nn.log_softmax(self.transition[...].astype(jnp.float32))  # C C
-        # Element t is the step from t - 1 to t. The first utterance has no predecessor.
+        # Element t scores the transition from utterance t - 1 to t and the logits of t.
         steps = transition + unary[:, :, None, :]  # B T C C
         first = jnp.broadcast_to(unary[:, :1, None, :], steps[:, :1].shape)
         forward_steps = jnp.concatenate([first, steps[:, 1:]], axis=1)

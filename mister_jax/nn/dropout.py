@@ -1,10 +1,10 @@
-"""Dropout with one key per example, so that a mask depends on neither batch nor device count.
+"""Dropout with one key per example.
 
-With a single key for the batch, the mask of an example would depend on its position in the batch.
+A mask then depends neither on the example's position in the batch nor on the number of devices.
 
-The keys are ordinary JAX keys, but the mask bits, and the key of each draw, come from a cheap hash
-instead of Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does
-not need: the bits only have to look independent. The hash makes training steps compile faster.
+The keys are ordinary JAX keys, but a cheap hash derives the mask bits and the next keys, instead of
+Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not need:
+the bits only have to look independent. With the hash, training steps compile faster.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class KeySource(Protocol):
     """Source of dropout keys: an `nnx.Rngs` or a `PerExampleRngs`."""
 
     def dropout(self) -> jax.Array:
-        """Returns a new typed key: [] for the whole batch, or [B] with one per example."""
+        """Returns one new typed key for the batch, [], or one per example, [B]."""
 
 
 class PerExampleRngs:
-    """Stream of dropout keys with one key per example of the batch.
+    """Stream of dropout keys, with one key per example.
 
     Args:
       keys: Typed keys (`jax.random.key`), [B].
@@ -40,18 +40,19 @@ class PerExampleRngs:
     def from_batch_key(
         cls, key: jax.Array, batch_size: int, offset: jax.Array | int = 0
     ) -> PerExampleRngs:
-        """Derives the keys of the examples from one key.
+        """Derives one key per example from a single key.
 
         Args:
           key: Typed key of the global batch, [].
           batch_size: Number of examples on this device, B.
-          offset: Position of the first of them in the global batch.
+          offset: Position of this device's first example in the global batch.
         """
         return cls(fold_in(key, offset + jnp.arange(batch_size)))
 
     def dropout(self) -> jax.Array:
-        """Returns the next keys, [B]; each call returns different ones."""
-        # Only the last word changes, so that masks of one shape share the hash of the first.
+        """Returns new keys, [B]; the keys differ between calls."""
+        # The first word of a key stays the same, so that XLA can compute its hash once for all
+        # masks of one shape.
         words = jax.random.key_data(self._keys)
         change = np.zeros(words.shape[-1], np.uint32)
         change[-1] = self._num_draws * _MULTIPLIER % 2**32
@@ -60,7 +61,7 @@ class PerExampleRngs:
 
 
 def rngs_from_key(key: jax.Array) -> KeySource:
-    """Returns a stream of dropout keys from one key [], or from one key per example [B]."""
+    """Returns a stream of dropout keys derived from one key, [], or one key per example, [B]."""
     return PerExampleRngs(key) if key.shape else nnx.Rngs(dropout=key)
 
 
@@ -91,10 +92,10 @@ class Dropout(nnx.Module):
 
         Args:
           x: Input, [B, ...].
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys; required if dropout is on.
           padded_shape: Largest shape that x may be padded to; see `random_bits`. It is needed only
-            if x is padded along several axes, and has an effect only with per-example keys.
+            if several axes of x are padded, and it has no effect without per-example keys.
 
         Returns:
           Result in the shape and dtype of x.
@@ -116,7 +117,7 @@ def fold_in(keys: jax.Array, data: jax.Array | int) -> jax.Array:
 
     Args:
       keys: Typed keys.
-      data: Non-negative integers; their shape and that of the keys broadcast.
+      data: Non-negative integers, broadcastable against the keys.
 
     Returns:
       Typed keys.
@@ -136,28 +137,30 @@ def random_mask(
     probability: float,
     padded_shape: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """Returns a mask, bool of `shape`, that is True with a probability; see `random_bits`."""
+    """Returns a bool mask whose elements are True with `probability`; see `random_bits`."""
     return random_bits(key, shape, padded_shape) < jnp.uint32(probability * 2**32)
 
 
 def random_bits(
     key: jax.Array, shape: tuple[int, ...], padded_shape: tuple[int, ...] | None = None
 ) -> jax.Array:
-    """Hashes every position of an array with its key; good enough for masks, not for sampling.
+    """Hashes every position of an array with its key.
 
-    The position is the row-major index within the axes that the key does not cover, so a sequence
-    [T, F] has the same bits when its time axis is padded. If other axes may be padded too, pass
-    `padded_shape`, and the index is computed as if the array had that shape. Each word of the key
-    is mixed in by one round of the MurmurHash3 finalizer, in which every input bit flips half of
-    the output bits on average.
+    The bits are random enough for masks, but not for sampling.
+
+    A position is the row-major index over the axes after the key's axes. Padding the time axis of a
+    sequence [T, F] therefore does not change its bits. If other axes may be padded too, pass
+    `padded_shape`, and positions are computed as if the array had that shape. Each word of the key
+    is mixed in by one MurmurHash3 finalizer, in which every input bit flips half of the output bits
+    on average.
 
     Args:
-      key: Typed keys of the leading axes, or one key [] for the whole array.
+      key: Typed keys for the leading axes, or one key [] for the whole array.
       shape: Shape of the array; bits repeat after 2**32 positions of one key.
-      padded_shape: Shape of a larger array whose leading corner is this one; `shape` by default.
+      padded_shape: Shape after padding at the end of each axis; `shape` by default.
 
     Returns:
-      Random bits, uint32 of `shape`.
+      Random bits, uint32 with shape `shape`.
     """
     key_words = jax.random.key_data(key)
     strides = [math.prod((padded_shape or shape)[axis + 1 :]) for axis in range(len(shape))]

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): low-rank adapters of linear layers with float or int8 kernels.
+"""LoRA (arXiv 2106.09685): low-rank adapters for linear layers with float or int8 kernels.
 
 A low-rank path adds scale * x lora_a lora_b to the output of a frozen kernel. The filter
-`nnx.LoRAParam` selects the low-rank matrices, `nnx.Not(nnx.LoRAParam)` the frozen base.
+`nnx.LoRAParam` selects the low-rank matrices; `nnx.Not(nnx.LoRAParam)` selects everything else.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _INT8_MAX = 127
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers get a low-rank path, and its shape.
+    """Config of the low-rank paths.
 
     Attributes:
-      rank: Rank r, the number of columns of the first matrix.
-      alpha: Numerator of the scale of the path's output.
-      dropout: Dropout rate on the path's input.
-      targets: Names of layers, or suffixes of their paths where a name is ambiguous: "query",
-        "attention/query". A leading "/" marks a whole path.
+      rank: Rank r of the low-rank matrices.
+      alpha: Numerator of the scale.
+      dropout: Dropout rate on the input of the low-rank path.
+      targets: Layers that get a low-rank path, given by name ("query") or by the end of their path
+        if the name is ambiguous ("attention/query"). A leading "/" marks a complete path.
       use_rslora: Whether the scale is alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
     """
 
@@ -53,22 +53,22 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """Factor of the path's output."""
+        """Factor that multiplies the output of the low-rank path."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class QuantizedParam(nnx.Variable):
-    """Int8 kernel or its scales. Not an `nnx.Param`, so that no gradient is taken."""
+    """Int8 kernel or its scales; not an `nnx.Param`, so it gets no gradient."""
 
 
 class LoRALinear(nnx.Module):
-    """Computes x kernel + bias, with LoRA + scale * dropout(x) lora_a lora_b.
+    """Linear layer: x kernel + bias, plus scale * dropout(x) lora_a lora_b if it has LoRA.
 
-    A new layer has no LoRA; `add_lora` adds the low-rank path, `quantize` makes the kernel int8.
-    Both also work on layers stacked along a leading axis L.
+    A new layer has no LoRA: `add_lora` adds the low-rank path. `quantize` converts the kernel to
+    int8. Both also work on layers stacked along a leading axis L.
 
     Attributes:
-      kernel: Kernel, [in, out]; an `nnx.Param`, or a `QuantizedParam` of int8.
+      kernel: Kernel, [in, out]; an `nnx.Param`, or an int8 `QuantizedParam`.
       kernel_scale: Scale of each output of an int8 kernel, [out]; otherwise None.
       bias: Bias, [out], or None.
       lora: Config of the low-rank path, or None.
@@ -76,13 +76,13 @@ class LoRALinear(nnx.Module):
       lora_b: Second matrix, [r, out] float32, or None without LoRA.
 
     Args:
-      in_features: Size of the input.
-      out_features: Size of the output.
+      in_features: Input size.
+      out_features: Output size.
       use_bias: Whether to add a bias.
-      quantizable: Whether `quantize` applies; False for small layers that are better exact.
-      dtype: Type of the computation; the low-rank path is float32.
-      param_dtype: Type of kernel and bias.
-      rngs: Source of the initial kernel.
+      quantizable: Whether `quantize` applies; False for small layers that should stay exact.
+      dtype: Computation dtype; the low-rank path is float32.
+      param_dtype: Dtype of the kernel and the bias.
+      rngs: RNGs for kernel initialization.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LoRALinear(nnx.Module):
         if self.kernel_scale is None:
             y = x @ kernel
         else:
-            # bfloat16 holds every int8, so only the scales need float32.
+            # bfloat16 represents every int8 value exactly, so only the scales need float32.
             y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
             y = (y * self.kernel_scale[...]).astype(self.dtype)
         if self.bias is not None:
@@ -133,15 +133,16 @@ class LoRALinear(nnx.Module):
 
 
 def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyModule:
-    """Adds a low-rank path to the layers that the config names.
+    """Adds a low-rank path to the target layers.
 
-    The first matrix is uniform within 1 / sqrt(in), the second is zero, so that no output changes.
-    An existing low-rank path is replaced. The module may come from `nnx.eval_shape`.
+    The first matrix is uniform within 1 / sqrt(in) of 0. The second matrix is zero, so the outputs
+    do not change. Existing low-rank paths of the target layers are replaced. The module may come
+    from `nnx.eval_shape`.
 
     Args:
       module: Module with `LoRALinear` layers; changed in place.
-      config: Config of the paths.
-      rngs: Source of the first matrices.
+      config: Config of the low-rank paths.
+      rngs: RNGs for the initialization of the first matrices.
 
     Returns:
       The module.
@@ -176,10 +177,10 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
 
 
 def merge_lora(module: AnyModule) -> AnyModule:
-    """Adds every low-rank path to its kernel and removes it; outputs without dropout stay equal.
+    """Merges every low-rank path into its kernel; outputs without dropout stay the same.
 
-    An int8 kernel becomes one of `param_dtype`, since int8 cannot hold the sum; `quantize` may
-    follow.
+    An int8 kernel is converted to `param_dtype`, because int8 cannot represent the sum. To make it
+    int8 again, call `quantize`.
 
     Args:
       module: Module to change in place.
@@ -204,12 +205,13 @@ def merge_lora(module: AnyModule) -> AnyModule:
 
 
 def quantize(module: AnyModule) -> AnyModule:
-    """Quantizes the kernels of `LoRALinear` layers to int8, symmetric, with one scale per output.
+    """Quantizes `LoRALinear` kernels to int8, symmetrically, with one scale per output.
 
-    A weight changes by at most 1 / 254 of the largest in its column. Low-rank paths do not change.
+    A weight changes by at most 1 / 254 of the largest absolute value in its column. Low-rank paths
+    do not change.
 
     Args:
-      module: Module to change in place; layers that are not `quantizable` stay as they are.
+      module: Module to change in place; layers that are not `quantizable` do not change.
 
     Returns:
       The module.
@@ -222,7 +224,7 @@ def quantize(module: AnyModule) -> AnyModule:
 
 
 def dequantize(module: AnyModule) -> AnyModule:
-    """Converts int8 kernels back to `param_dtype`, with the values that int8 left.
+    """Converts int8 kernels to `param_dtype`; the rounding error of `quantize` remains.
 
     Args:
       module: Module to change in place.
@@ -246,10 +248,7 @@ def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def _matches(path: str, target: str) -> bool:
-    """Returns whether a layer's path matches a target.
-
-    A target that starts with "/" must equal the complete path; others must be a suffix of it.
-    """
+    """Returns whether `path` equals a target with a leading "/", or ends with any other target."""
     return path == target[1:] if target.startswith("/") else f"/{path}".endswith(f"/{target}")
 
 

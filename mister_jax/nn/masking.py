@@ -1,4 +1,4 @@
-"""Padding masks, and positions of tokens in padded or packed rows."""
+"""Padding masks and token positions for padded or packed rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import jax.numpy as jnp
 
 
 def length_mask(lengths: jax.Array, size: int) -> jax.Array:
-    """Returns a mask [B, size] bool that is True at the first `lengths` [B] positions of a row."""
+    """Returns a mask, [B, size] bool, that is True at the first `lengths`, [B], positions."""
     return jnp.arange(size) < lengths[:, None]
 
 
 def positions_and_segment_mask(
     mask: jax.Array, segment_ids: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the position of each token in its sequence and a mask for attention within sequences.
+    """Computes token positions within each sequence and a mask for attention within sequences.
 
     Args:
       mask: Valid tokens, [B, N] bool; rows may be padded on either side.
-      segment_ids: Number of the sequence that each token belongs to, [B, N] int, for rows that pack
-        several sequences one after another. By default, a row is one sequence.
+      segment_ids: Index of each token's sequence, [B, N] int, for rows that pack several sequences
+        one after another. By default, a row is one sequence.
 
     Returns:
-      Number of valid tokens before each token in its sequence, [B, N] int, meaningless in padding;
-      and whether query and key belong to the same sequence, [B, 1, N, N] bool. Padding counts as
-      one more sequence, so that every query has a key.
+      Number of valid tokens before each token in its sequence, [B, N] int, meaningless in padding,
+      and whether query and key belong to the same sequence, [B, 1, N, N] bool. Padding counts as a
+      separate sequence, so that every query has a key.
     """
     if segment_ids is None:
         segment_ids = jnp.zeros(mask.shape, int)

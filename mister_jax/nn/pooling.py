@@ -1,4 +1,4 @@
-"""Pooling of a sequence into one vector, over valid positions only."""
+"""Layers that pool the valid positions of a sequence into one vector."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class AttentiveStatisticsPooling(nnx.Module):
     The weights are the softmax over valid positions of v . tanh(W x + b).
 
     Args:
-      in_dim: Size of the input D.
-      attention_dim: Size of the hidden layer; D by default.
-      dtype: Type of the projections; the statistics are float32.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      in_dim: Input size D.
+      attention_dim: Hidden size; D by default.
+      dtype: Dtype of the projections; the statistics are float32.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AttentiveStatisticsPooling(nnx.Module):
         weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)[..., None]  # B N 1
         values = x.astype(jnp.float32)
         mean = (weights * values).sum(1)
-        # E[(x - mean)^2] instead of E[x^2] - mean^2, which would lose precision by cancellation.
+        # E[x^2] - mean^2 would lose precision by cancellation.
         variance = (weights * (values - mean[:, None]) ** 2).sum(1)
         pooled = jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, 1e-5))], axis=-1)
         return pooled.astype(x.dtype)

@@ -1,12 +1,12 @@
 """Masked, bidirectional, multi-layer GRU whose scan contains only the recurrence.
 
 The input projections of all steps are one matrix product before the scan, and the gradient of the
-recurrent kernel is one matrix product after it. Both directions, and several GRUs of one shape
-(`run_grus`), share one scan.
+recurrent kernel is one matrix product after the backward scan. Both directions share one scan, and
+so do several GRUs of the same shape (`run_grus`).
 
-Gates follow PyTorch and cuDNN: their order is r, z, n, the reset gate acts on the result of the
-recurrent product (a variant of arXiv 1406.1078), and there are two biases. PyTorch weights can
-therefore be imported unchanged.
+Gates follow PyTorch and cuDNN, so PyTorch weights can be imported unchanged: the order is r, z, n,
+the reset gate is applied after the recurrent product (a variant of arXiv 1406.1078), and the input
+and the recurrent product have separate biases.
 
 Shape letters: B dialogues, T utterances, I input size, H hidden size, P directions, G recurrences
 in one scan.
@@ -30,7 +30,7 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
 
     Args:
       gates: Input projections with their biases, gate order r, z, n, [T, G, B, 3H].
-      mask: Valid steps, [T, G, B] bool; elsewhere the state stays unchanged.
+      mask: Valid steps, [T, G, B] bool; the state does not change at other steps.
       kernel: Recurrent kernels, [G, H, 3H].
       bias_n: Recurrent biases of gate n, [G, H].
 
@@ -44,8 +44,8 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
 def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
     """Makes all arrays vary over the same `shard_map` axes without changing their values.
 
-    The custom gradient needs this: it returns the gradients of all arrays together, including those
-    of parameters that are the same on all devices.
+    JAX requires a custom gradient to vary over the same axes as its array. Here every gradient
+    varies with the batch, even if the array is a parameter that is the same on all devices.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))
@@ -53,14 +53,14 @@ def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies [G, B, I] by [G, I, O] within each group, in float32."""
+    """Multiplies [G, B, I] by [G, I, O] for each of the G recurrences; returns float32."""
     return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
 
 
 def _scan(
     gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the states of all steps, [T, G, B, H], and the residuals of the gradient."""
+    """Returns the states of all steps, [T, G, B, H], and the residuals for the backward pass."""
     hidden_dim = gates.shape[-1] // 3
 
     def step(state, inputs):
@@ -113,8 +113,8 @@ def _gru_scan_backward(saved, d_states):
     _, (d_recurrent, d_n) = jax.lax.scan(step, no_gradient, inputs, reverse=True)
     hidden_dim = d_n.shape[-1]
     d_gates = jnp.concatenate([d_recurrent[..., : 2 * hidden_dim], d_n], axis=-1)
-    # One product over all steps: accumulated inside the scan, the whole kernel gradient would be
-    # read and written at each step.
+    # This is one product over all steps. If the scan accumulated the kernel gradient, every step
+    # would read and write all of it.
     d_kernel = jnp.einsum(
         "tgbi,tgbo->gio",
         residuals[0].astype(kernel.dtype),
@@ -143,11 +143,11 @@ class GRULayer(nnx.Module):
       recurrent_bias: Bias of the recurrent product, [P, 3H].
 
     Args:
-      in_dim: Size of the input I.
-      hidden_dim: Size of the state of one direction H.
+      in_dim: Input size I.
+      hidden_dim: Hidden size H of one direction.
       directions: Number of directions P.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class GRULayer(nnx.Module):
         self.recurrent_bias = uniform(directions, 3 * hidden_dim)
 
     def project(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Projects the inputs of all steps and adds every bias outside the reset gate.
+        """Projects the inputs of all steps and adds all biases that the reset gate does not scale.
 
         Args:
           x: Input, [B, T, I].
-          dtype: Type of the matrix product.
+          dtype: Dtype of the matrix product.
 
         Returns:
           Input projections, [T, P, B, 3H] float32.
@@ -194,18 +194,18 @@ class GRULayer(nnx.Module):
 class GRU(nnx.Module):
     """Multi-layer GRU over padded sequences.
 
-    The outputs of a sequence do not depend on its padding: the state stays unchanged where the mask
-    is False, so the backward direction starts at the last valid step.
+    Padding does not change the outputs: the state stays zero until the first valid step of a
+    direction, and does not change where the mask is False.
 
     Args:
-      in_dim: Size of the input I.
-      hidden_dim: Size of the state of one direction H.
+      in_dim: Input size I.
+      hidden_dim: Hidden size H of one direction.
       num_layers: Number of layers.
       bidirectional: Whether to run both directions and concatenate them, forward first.
-      dropout: Dropout rate on the inputs of all layers but the first.
-      dtype: Type of the matrix products; the state and the gates are float32.
-      param_dtype: Type of the parameters.
-      rngs: Source of the initial parameters.
+      dropout: Dropout rate on the inputs of all layers except the first.
+      dtype: Dtype of the matrix products; the state and the gates are float32.
+      param_dtype: Parameter dtype.
+      rngs: RNGs for parameter initialization.
 
     Raises:
       ValueError: A size is below 1.
@@ -255,7 +255,7 @@ class GRU(nnx.Module):
         Args:
           x: Input, [B, T, I].
           mask: Valid steps, [B, T] bool.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
 
         Returns:
@@ -273,16 +273,16 @@ def run_grus(
     deterministic: bool = True,
     rngs: KeySource | None = None,
 ) -> list[jax.Array]:
-    """Runs several GRUs, each on its own input, with one scan per layer.
+    """Runs several GRUs on separate inputs, with one scan per layer.
 
-    A step of one small recurrence leaves an accelerator mostly idle. The steps of all GRUs together
-    are one batched matrix product.
+    One step of a small GRU leaves an accelerator mostly idle. Here one step of all GRUs is a single
+    batched matrix product.
 
     Args:
       grus: GRUs with the same number of layers, directions and hidden size.
       inputs: One input per GRU, [B, T, I]; the input sizes may differ.
       mask: Valid steps of all inputs, [B, T] bool.
-      deterministic: Whether dropout is off.
+      deterministic: Whether to disable dropout.
       rngs: Source of dropout keys.
 
     Returns:
@@ -308,7 +308,7 @@ def run_grus(
     def reverse_backward(x: jax.Array) -> jax.Array:  # T P B ...
         return jnp.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
 
-    # The scan ignores padding, but NaN in it would reach the gradients of the input kernels.
+    # The scan ignores padding, but NaN in padding would reach the gradients of the input kernels.
     outputs = [jnp.where(mask[..., None], x, 0) for x in inputs]
     for depth in range(len(grus[0].layers)):
         layers = [gru.layers[depth] for gru in grus]

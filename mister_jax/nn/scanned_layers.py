@@ -1,4 +1,4 @@
-"""Identical layers run by a scan over stacked parameters, so that XLA compiles one layer."""
+"""Scan over layers with stacked parameters, so that XLA compiles only one layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mister_jax.nn.dropout import KeySource, fold_in, rngs_from_key
 Remat = Literal["none", "full", "dots", "mlp"]
 
 SAVED_WITH_MLP = "mlp"
-"""Name for `jax.ad_checkpoint.checkpoint_name` of the activations that `remat="mlp"` saves."""
+"""Checkpoint name (`jax.ad_checkpoint`) of the activations that `remat="mlp"` saves."""
 
 _REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,15 +32,14 @@ _CONSTRAINTS: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = con
 
 @contextlib.contextmanager
 def layer_sharding_constraints(parameters: Constraint, activations: Constraint) -> Iterator[None]:
-    """Applies sharding constraints inside the `ScannedLayers` that are traced in this context.
+    """Applies sharding constraints in all `ScannedLayers` traced in this context.
 
-    If kernels are sharded over the devices that also share the batch, XLA would otherwise move all
-    activations, or add up partial products, instead of gathering the kernels of one layer.
+    If the batch and the kernels are sharded over the same devices, XLA would otherwise move all
+    activations or sum partial products, instead of gathering one layer's kernels at a time.
 
     Args:
-      parameters: Function that applies sharding constraints to the parameters of one layer before
-        it runs.
-      activations: Function that applies them to the input and output of each layer.
+      parameters: Function that constrains the parameters of a layer before it runs.
+      activations: Function that constrains the input and the output of each layer.
     """
     token = _CONSTRAINTS.set((parameters, activations))
     try:
@@ -59,10 +58,10 @@ class ScannedLayers(nnx.Module):
       make_layer: Function that creates one layer from its `rngs`. The layer is called as
         `layer(x, *inputs, deterministic=..., rngs=...)` and returns an array like x.
       num_layers: Number of layers L, at least 1.
-      remat: Activations that the backward pass recomputes: "none", "full" for all, "dots" for all
-        but the results of matrix products with parameters, "mlp" for all but those that the layer
-        names `SAVED_WITH_MLP`, the wide ones of a decoder's feed-forward block.
-      rngs: Source of the initial parameters.
+      remat: Activations that the backward pass recomputes: "none"; "full", all activations; "dots",
+        all except the results of matrix products with parameters; "mlp", all except those that the
+        layer names `SAVED_WITH_MLP`, which are the wide activations of a decoder's MLP.
+      rngs: RNGs for parameter initialization.
 
     Raises:
       ValueError: `num_layers` is below 1, or `remat` is unknown.
@@ -98,7 +97,7 @@ class ScannedLayers(nnx.Module):
         Args:
           x: Input of the first layer.
           *inputs: Further inputs that every layer receives.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys; each layer gets a different key.
           output_hidden_states: Whether to return the outputs of all layers.
 

@@ -1,4 +1,4 @@
-"""Runs modules of the same structure as one batched computation, which XLA compiles only once."""
+"""Modules with the same structure that run as one batched computation, compiled only once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mister_jax.nn.dropout import KeySource, rngs_from_key
 
 
 class StackedModules(nnx.Module):
-    """M modules that differ only in their parameters, each applied to its own inputs.
+    """M modules that differ only in their parameters, each applied to separate inputs.
 
-    The call is vectorized over the modules: their matrix products become batched ones. For layers
-    that are applied one after the other, use `ScannedLayers`.
+    The call is vectorized over the modules, so their matrix products are batched. For layers that
+    are applied one after the other, use `ScannedLayers`.
 
     Attributes:
       stack: One module whose parameters are stacked along a leading axis M.
@@ -25,7 +25,7 @@ class StackedModules(nnx.Module):
       make_module: Function that creates one module from its `rngs`. The module is called as
         `module(*inputs, deterministic=..., rngs=...)`.
       num_modules: Number of modules M.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StackedModules(nnx.Module):
 
         Args:
           *inputs: Arguments of the modules, [M, ...].
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys; each module gets a different key.
 
         Returns:
