@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 __all__ = ["EmotionRecognizer", "MisterE", "MisterEConfig", "MisterEOutput", "__version__", "load"]
 
-# Imported on first use: the model needs only JAX and Flax, and the recognizer also needs the
-# libraries that read files.
+# Each name is imported on first use, because the recognizer needs more packages than the model,
+# which needs only JAX and Flax.
 _MODULES = {
     "EmotionRecognizer": "mister_jax.inference.recognizer",
     "MisterE": "mister_jax.models",

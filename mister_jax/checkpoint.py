@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: the latest state and best parameters, written with Orbax.
+"""Orbax checkpoints of a training run: the latest state and the best parameters.
 
-A checkpoint is written atomically, so a run may be killed at any moment. Orbax is imported by the
-first `Checkpoints`, because it takes a second.
+Checkpoints are written atomically, so a run may be killed at any moment. Orbax takes a second to
+import, so it is imported only when a `Checkpoints` is created.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 
 
 class Checkpoints:
-    """The checkpoints in `workdir/checkpoints`, the newest of each kind.
+    """Reads and writes the checkpoints in `workdir/checkpoints`, keeping the newest of each kind.
 
     Use it as a context manager: on exit it waits for checkpoints that are still being written.
 
     Args:
       workdir: Work directory of the training run.
-      read_only: Whether only to read. A reader must not remove the unfinished checkpoint of a
-        killed run, because another process may be writing it.
-      on_save: Called with the arguments of `save` after a checkpoint has been started.
+      read_only: Whether to disable writing. If False, unfinished checkpoints of a killed run are
+        removed. A reader must keep them, because another process may still be writing them.
+      on_save: Called with the arguments of `save` after the checkpoint write has started.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Checkpoints:
             manager.close()
 
     def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Starts writing a checkpoint. The arrays may be donated as soon as this returns.
+        """Starts writing a checkpoint; the arrays may be donated once this method has returned.
 
-        An existing checkpoint of the same step is kept: a resumed run repeats the steps after its
-        checkpoint bit for bit and would write the same values.
+        If a checkpoint of this step exists, it is kept. A resumed run repeats the steps after its
+        latest checkpoint bit for bit, so it would write the same values.
 
         Args:
           kind: `LATEST` or `BEST`.
@@ -77,7 +77,8 @@ class Checkpoints:
         """
         manager = self._manager(kind)
         if step not in manager.all_steps():
-            # A complete latest state must imply a complete best checkpoint before it.
+            # If the latest checkpoint is complete, the best checkpoint started before it must be
+            # complete too.
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {
@@ -92,13 +93,13 @@ class Checkpoints:
 
         Args:
           kind: `LATEST` or `BEST`.
-          like: Arrays or shapes with the shardings to restore to.
+          like: Tree of arrays or shapes, with the shardings of the restored arrays.
 
         Returns:
-          The state and its progress, or None if there is no checkpoint.
+          The state and the progress saved with it, or None if there is no checkpoint.
 
         Raises:
-          InputError: The checkpoint is damaged or holds other arrays.
+          InputError: The checkpoint is damaged, or its arrays do not match `like`.
         """
         if not (self._directory / kind).exists():
             return None
@@ -117,8 +118,8 @@ class Checkpoints:
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
-                    f"{self._directory / kind / str(step)}: the checkpoint is damaged or of "
-                    f"another model ({reason}); remove it, or use another workdir"
+                    f"{self._directory / kind / str(step)}: the checkpoint is damaged or belongs "
+                    f"to another model ({reason}); remove it, or use another workdir"
                 ) from error
         return restored[_STATE], restored[_PROGRESS]
 
@@ -131,9 +132,9 @@ class Checkpoints:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Filters Orbax's warnings, which it logs for every save and for damaged metadata.
+    """Filters out Orbax's warnings and its errors about damaged metadata.
 
-    Orbax continues without the metadata; if it cannot, its exception says so.
+    Orbax continues without the metadata if it can. Otherwise it raises an exception.
     """
     if "orbax" not in record.pathname:
         return True
@@ -149,11 +150,11 @@ def _abstract_array(value: Any) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _silence_unfinished_reads() -> Iterator[None]:
-    """Silences the messages of the concurrent reads that a failed restore leaves behind.
+    """Silences asyncio's messages about reads that are still running when a restore fails.
 
-    Orbax does not cancel them. They fail long after the restore, when their event loop is closed,
-    and asyncio prints several lines about each after the one-line error. Python has no other hook
-    for them, so on failure the hook stays.
+    Orbax does not cancel these reads. They fail later, when their event loop is closed, and asyncio
+    would print several lines about each of them after the one-line error. If the restore fails, the
+    messages therefore stay silenced.
     """
     asyncio_messages = ("Event loop is closed", "was never awaited")
     asyncio_logger = logging.getLogger("asyncio")

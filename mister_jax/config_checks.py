@@ -1,4 +1,4 @@
-"""Checks that frozen config dataclasses share."""
+"""Checks for the fields of config dataclasses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def invalid_field(config: Any, field: str, allowed: str) -> ValueError:
-    """Returns the error for a field of a config whose value is not allowed."""
+    """Returns the error for a config field with an invalid value."""
     name = f"{type(config).__name__}.{field}"
     return ValueError(f"{name}={getattr(config, field)!r}; allowed: {allowed}")
 

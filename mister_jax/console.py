@@ -17,17 +17,17 @@ from mister_jax.metrics import SCORE_NAMES
 
 
 class ProgressReporter:
-    """Shows a progress bar on a terminal; elsewhere only the printed lines appear.
+    """Prints lines and, on a terminal, a progress bar.
 
     Args:
       total: Number of units of work.
-      completed: Number of units that were completed before, such as by an interrupted run.
-      unit: Name of the units, in the plural.
-      quiet: Whether to show nothing. Processes other than process 0 never show anything.
+      completed: Number of units already completed, for example by an interrupted run.
+      unit: Plural name of the units.
+      quiet: Whether to print nothing. Only process 0 prints.
     """
 
     def __init__(self, total: int, *, completed: int = 0, unit: str = "steps", quiet: bool = False):
-        # Bind the current stdout: code that silences libraries replaces `sys.stdout` meanwhile.
+        # Bind the current stdout, because code that silences libraries replaces `sys.stdout`.
         self.console = Console(
             file=sys.stdout, quiet=quiet or jax.process_index() != 0, highlight=False
         )
@@ -78,10 +78,10 @@ def parameter_table(params: Any) -> str:
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
-    """Returns the table of per-class and overall scores of one split, as `evaluate` returns them.
+    """Returns a table of one split's per-class and overall scores, as `evaluate` computes them.
 
-    For several seeds these are the scores of the ensemble, followed by the weighted F1 of each seed
-    and their mean and standard deviation.
+    With several seeds, it shows the ensemble's scores, then each seed's weighted F1 with their mean
+    and standard deviation.
     """
     seeds = scores.get("seeds")
     if seeds:
@@ -113,7 +113,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """Returns the table of the points of a `missing_modality_study`."""
+    """Returns a table of the points of a `missing_modality_study`."""
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
@@ -122,10 +122,10 @@ def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) ->
 
 
 def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of one dialogue: the predicted emotion and the text of each utterance.
+    """Returns a table of one dialogue with each utterance's predicted emotion and text.
 
-    The predictions and gate weights of the experts are printed below the text, so that the table
-    fits a terminal of 80 columns. The rows are those of `EmotionRecognizer.predict`.
+    The experts' predictions and gate weights are below the text, so that the table fits into 80
+    columns. `rows` is the result of `EmotionRecognizer.predict`.
     """
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
     table = Table("", "emotion", "", "utterance", box=rich.box.SIMPLE)
@@ -143,7 +143,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
             )
             lines.append(f"[dim]{escape(votes)}[/dim]")
         lines += (f"[dim]{escape(note)}[/dim]" for note in row.get("notes", ()))
-        emotion = row["predicted"]
+        emotion = row["emotion"]
         probability = f"{row['probabilities'][emotion]:.2f}"
         table.add_row(str(number), escape(emotion), probability, "\n".join(lines))
     if len(experts) > 1:
@@ -152,7 +152,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """Returns a table of cells by column and row, such as the splits of a dataset."""
+    """Returns a table of cells, given by column name and row name."""
     table = Table("", *columns, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -162,7 +162,7 @@ def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Ta
 
 
 def corpus_table(report: Mapping[str, Any]) -> Table:
-    """Returns the table of the report that `prepare_corpus` returns, one column per split."""
+    """Returns a table of `prepare_corpus`'s report, with one column per split."""
     columns = {}
     for split, values in report["splits"].items():
         shortest, mean, longest = values["lengths"] or (0, 0, 0)

@@ -6,27 +6,32 @@ _ENCODERS = ("etils", "huggingface_hub", "safetensors", "transformers")
 _PREDICT = (*_ENCODERS, "av", "ml_collections", "orbax.checkpoint", "rich")
 _TRAIN = (*_PREDICT, "h5py", "matplotlib", "tensorboardX", "tensorflow", "tensorflow_datasets")
 
-EXTRAS = {"encoders": _ENCODERS, "predict": _PREDICT, "train": _TRAIN}
-"""Packages that each extra of the distribution installs."""
+EXTRAS = {
+    "encoders": _ENCODERS,
+    "predict": _PREDICT,
+    "asr": ("faster_whisper",),
+    "train": _TRAIN,
+}
+"""Packages that each extra installs."""
 
 
 class InputError(ValueError):
-    """Raised if a file, value or name given by the user cannot be used.
+    """Raised if a file, value or name from the user is invalid.
 
-    The message is one line that says what is wrong, where, and what is allowed. The command line
-    prints it without a traceback.
+    The one-line message says what is wrong, where, and what is allowed. The command line prints it
+    without a traceback.
     """
 
 
 class MissingExtraError(ImportError):
-    """Raised if a feature needs packages of an extra that is not installed."""
+    """Raised if a feature needs an extra that is not installed."""
 
 
 def require_extra(extra: str, feature: str) -> None:
-    """Checks that one of `EXTRAS` is installed, without importing its packages.
+    """Checks that all packages of an extra are installed, without importing them.
 
     Raises:
-      MissingExtraError: A package of the extra is missing. The message is one line.
+      MissingExtraError: A package of the extra is missing.
     """
     missing = [package for package in EXTRAS[extra] if not _is_installed(package)]
     if missing:

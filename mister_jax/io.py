@@ -1,4 +1,4 @@
-"""Atomic reading and writing of text, JSON and PNG files, on disks and buckets."""
+"""Reads and writes text, JSON and PNG files on local disks and in cloud buckets."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a value atomically as indented JSON."""
+    """Writes a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_png(path: epath.PathLike, figure: Figure) -> None:
     """Writes a Matplotlib figure as a PNG file."""
-    # Matplotlib cannot write to a bucket, so the image goes through memory.
+    # Matplotlib cannot write to a bucket.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     epath.Path(path).write_bytes(buffer.getvalue())
@@ -48,7 +48,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON Lines file.
+    """Reads the objects in a JSON Lines file.
 
     Raises:
       InputError: The file does not exist or a line is not a JSON object.
@@ -63,7 +63,7 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings under dotted names."""
+    """Flattens nested mappings into one dict with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,13 +1,12 @@
-"""Losses of MiSTER-E: pure, masked functions from arrays to a float32 scalar.
+"""MiSTER-E's losses: pure functions from masked arrays to a float32 scalar.
 
 Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
 `shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
-gathers its candidates over it. Each device returns its share of the loss. Summing the shares over
-devices gives the loss of the global batch, and summing the gradients of the shares gives the
-gradient of that loss. Do not average them. Without an axis, the share is the whole loss.
+gathers its candidates along the axis. Each device returns its share of the loss: the sum of the
+shares over all devices is the loss of the global batch, and the sum of their gradients is its
+gradient. Do not average them. Without an axis, the share is the whole loss.
 
-`mister_e` is the training objective: it combines the other losses for one model output. The fusion
-task runs the model with dropout and calls it.
+`mister_e` is the training objective. It combines the other losses.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _divide_by_global_count(total: jax.Array, count: jax.Array, axis_name: str |
 
 
 def _check_positions(values: jax.Array, labels: jax.Array, mask: jax.Array) -> None:
-    """Checks that values [..., D], labels [...] and mask [...] do not broadcast silently."""
+    """Checks that values [..., D], labels [...] and mask [...] match without broadcasting."""
     chex.assert_equal_shape([labels, mask])
     chex.assert_equal_shape_prefix([values, mask], mask.ndim)
 
@@ -50,7 +49,7 @@ def focal(
 ) -> jax.Array:
     """Computes the focal loss, the mean of (1 - p)^gamma * -log(p) over valid positions.
 
-    p is the probability of the label (arXiv 1708.02002, for a softmax).
+    Here p is the softmax probability of the label (arXiv 1708.02002).
 
     Args:
       logits: Class logits, [..., C].
@@ -64,7 +63,7 @@ def focal(
 
     Raises:
       ValueError: `gamma` is negative.
-      AssertionError: The shapes of logits, labels and mask do not match.
+      AssertionError: The shapes of `logits`, `labels` and `mask` do not match.
     """
     losses = focal_per_position(logits, labels, mask, gamma=gamma)
     return _divide_by_global_count(losses.sum(), mask.sum(), axis_name)
@@ -77,7 +76,7 @@ def focal_per_position(
     if gamma < 0:
         raise ValueError(f"focal gamma {gamma}; allowed: 0 or more")
     _check_positions(logits, labels, mask)
-    # Masked here and not only in the loss: NaN times a zero gradient would be NaN.
+    # Mask the logits too, because a zero gradient times a NaN logit would be NaN.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
     return jnp.where(mask, _focal(cross_entropy(logits, labels), gamma), 0)
 
@@ -94,8 +93,8 @@ def _focal(cross_entropy: jax.Array, gamma: float) -> jax.Array:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns -log p of the labels, [...]; 0 for a label that is not a class, such as -1.
 
-    It multiplies by one-hot labels, because the gradient of an indexed logit is a scatter, which
-    compiles and runs slowly.
+    The labels are converted to one-hot vectors, because the gradient of indexing is a scatter,
+    which compiles and runs slowly.
 
     Args:
       logits: Class logits, [..., C] float32.
@@ -114,11 +113,11 @@ def supervised_contrastive(
 ) -> jax.Array:
     """Computes the supervised contrastive loss over the global batch (arXiv 2004.11362).
 
-    The positives of an anchor are all other representations with its label; the denominator has all
-    other representations. The loss is the mean over anchors with at least one positive.
+    An anchor's positives are all other representations with the same label. Its denominator sums
+    over all other representations. The loss is the mean over anchors with at least one positive.
 
     Args:
-      representations: Representations, [..., F]; normalized to length 1 here.
+      representations: Representations, [..., F]; this function normalizes them to length 1.
       labels: Labels, [...] int; read only where the mask is True.
       mask: Representations that count, [...] bool.
       temperature: Divisor of the cosine similarities, positive.
@@ -128,7 +127,7 @@ def supervised_contrastive(
       Loss, [] float32; zero if no anchor has a positive.
 
     Raises:
-      AssertionError: The shapes of representations, labels and mask do not match.
+      AssertionError: The shapes of `representations`, `labels` and `mask` do not match.
     """
     _check_positions(representations, labels, mask)
     x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0)
@@ -139,10 +138,10 @@ def supervised_contrastive(
 
 
 class _ContrastivePairs(NamedTuple):
-    """Pairs of this device's anchors [...] and all M representations of the global batch.
+    """Pairs of this device's anchors, [...], with all M representations of the global batch.
 
-    The anchors keep their axes. Flattening them would drop the batch sharding, and each device
-    would compute the similarities of all anchors.
+    The anchors keep their axes. Flattening would drop the batch sharding, so that each device would
+    compute the similarities of all anchors.
     """
 
     all_x: jax.Array  # M F
@@ -155,7 +154,7 @@ class _ContrastivePairs(NamedTuple):
 def _pairs(
     axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> _ContrastivePairs:
-    """Returns the pairs of representations [..., F] whose dot products are the similarities."""
+    """Pairs normalized representations, [..., F], whose dot products are the similarities."""
     offset: jax.Array | int = 0
     if axis_name is not None:
         offset = jax.lax.axis_index(axis_name) * mask.size
@@ -176,7 +175,7 @@ def _pairs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_anchors(axis_name, x, labels, mask):
-    """Returns the summed contrastive loss of this device's anchors, and their number."""
+    """Returns the sum of the contrastive loss over this device's anchors, and their number."""
     return _sum_over_anchors_forward(axis_name, x, labels, mask)[0]
 
 
@@ -195,10 +194,10 @@ def _sum_over_anchors_forward(axis_name, x, labels, mask):
 def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     """Computes the gradient of this device's representations without a sum over devices.
 
-    Each representation contributes twice: as an anchor, and as a candidate for other anchors.
-    Automatic differentiation would compute the second contribution on the devices of those other
-    anchors and sum an [M, F] gradient over all devices. Because similarities are symmetric,
-    it can be computed locally from the log-sum and the number of positives of every anchor.
+    Each representation contributes to the loss as an anchor and as a candidate for other anchors.
+    Automatic differentiation would compute the second part of the gradient on the devices of the
+    other anchors, and sum an [M, F] gradient over all devices. Because similarities are symmetric,
+    each device can compute it from every anchor's log-sum and number of positives.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)
@@ -226,14 +225,14 @@ def expert_agreement(
 ) -> jax.Array:
     """Computes the symmetric KL divergence KL(p||q) + KL(q||p) between the experts.
 
-    As in the released MiSTER-E, it is averaged over pairs of experts, summed over the utterances of
-    a dialogue, and averaged over the dialogues with an utterance that counts.
+    As in the released MiSTER-E, it is averaged over pairs of experts, summed over the utterances in
+    a dialogue, and averaged over dialogues with at least one utterance that counts.
 
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].
       mask: Utterances that count, [B, T] bool.
-      expert_mask: Present experts, [B, T, E] bool; a pair counts where both are present. All
-        experts by default.
+      expert_mask: Present experts, [B, T, E] bool; all by default. A pair counts where both experts
+        are present.
       experts: Indices of the enabled experts; all by default.
       axis_name: Mapped axis; see the module's docstring.
 
@@ -256,11 +255,10 @@ def _agreement(
     experts: Sequence[int],
     axis_name: str | None,
 ) -> jax.Array:
-    """Computes `expert_agreement` from log-probabilities [B, T, E, C].
+    """Computes `expert_agreement` from log-probabilities, [B, T, E, C].
 
-    With means and sums over the present experts of an utterance, the divergences of all pairs add
-    up to a covariance: sum_{a<b} (p_a - p_b)(log p_a - log p_b) =
-    n sum_a (p_a - mean p)(log p_a - mean log p).
+    The divergences of all pairs of n present experts add up to a covariance:
+    sum_{a<b} (p_a - p_b)(log p_a - log p_b) = n sum_a (p_a - mean p)(log p_a - mean log p).
     """
     if len(experts) < 2:
         return jnp.zeros((), jnp.float32)
@@ -289,18 +287,16 @@ def gate_responsibility(
 ) -> jax.Array:
     """Computes the cross-entropy of the gate weights with the experts' responsibilities as targets.
 
-    The responsibility of an expert is proportional to the probability it assigns to the label,
-    raised to the power of `sharpness`. With sharpness 1 this is the E step of a mixture of experts
-    (Jordan and Jacobs, 1994); higher values favor the best expert.
+    An expert's responsibility is proportional to its probability of the label, raised to the power
+    of `sharpness`. With sharpness 1, this is the E step of a mixture of experts (Jordan and Jacobs,
+    1994). Higher values favor the best expert.
 
-    The targets are constants: the loss has no gradient with respect to `expert_logits`. It has a
-    gradient with respect to `gate`. In `MisterE`, the gate reads the experts' logits (and, with
-    `gate_reads_contexts`, their contexts) without `stop_gradient`, so this loss also trains the
-    experts, through the gate's input. With the mixtures "mean" and "majority", the weights are
-    constants and the loss trains nothing.
+    The loss has a gradient with respect to `gate` but not to `expert_logits`, because the targets
+    are constants. In `MisterE`, it still trains the experts, through the gate's input. With the
+    mixtures "mean" and "majority", the weights are constants, so the loss trains nothing.
 
     Args:
-      gate: Weights of the experts, [..., E]; their sum is 1, and they are zero for missing experts.
+      gate: Expert weights, [..., E]; they sum to 1 over E and are zero for missing experts.
       expert_logits: Logits of the experts, [..., E, C].
       labels: Class of each position, [...] int; read only where the mask is True.
       mask: Positions that count, [...] bool.
@@ -309,11 +305,11 @@ def gate_responsibility(
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      Mean over the positions that count, [] float32; zero if there are none.
+      Mean over the positions that count, [] float32; zero if no position counts.
 
     Raises:
       ValueError: `sharpness` is negative.
-      AssertionError: The shapes of gate, logits, labels and mask do not match.
+      AssertionError: The shapes of the arguments do not match.
     """
     if sharpness < 0:
         raise ValueError(f"gate sharpness {sharpness}; allowed: 0 or more")
@@ -333,17 +329,17 @@ def _gate_responsibility(
     present: jax.Array,
     axis_name: str | None,
 ) -> jax.Array:
-    """Computes `gate_responsibility` from sharpness * log p of the label, [..., E]."""
+    """Computes `gate_responsibility` from the labels' sharpness * log p, [..., E]."""
     responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
-    # The lower bound keeps the logarithm finite and is far below the weights that a gate learns.
+    # The lower bound keeps the logarithm finite. It is far below the weights that a gate learns.
     log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
     return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of `mister_e`; the defaults are those of the released code.
+    """Weights of the losses that `mister_e` adds; the defaults match the released code.
 
     Attributes:
       mixture: Weight of the focal loss of the mixture.
@@ -378,16 +374,18 @@ def mister_e(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the training loss of MiSTER-E (arXiv 2602.23300).
 
-    It is the weighted sum of the focal losses of the mixture and of each expert, the contrastive
-    loss between the fusion expert's representations of speech and text, the agreement of the
-    experts, and the gate loss, whose weight is 0 in the released code. An expert's focal loss
-    covers the utterances for which the expert is present.
+    The loss is the weighted sum of:
+
+    - the focal losses of the mixture and of each expert, where the expert is present,
+    - the contrastive loss between the fusion expert's speech and text representations,
+    - the agreement of the experts,
+    - the gate loss `gate_responsibility`, whose weight is 0 in the released code.
 
     Args:
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
-      mask: Valid utterances, [B, T] bool. Unlabeled utterances count in no part.
-      weights: Weights of the parts; those of the released code by default.
+      mask: Valid utterances, [B, T] bool. Unlabeled utterances are ignored.
+      weights: Weights of the losses; by default those of the released code.
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
       sharpness: Sharpness of the gate loss.
@@ -395,8 +393,8 @@ def mister_e(
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      Weighted total, and the unweighted parts that apply to the enabled experts: "mixture",
-      "speech", "text", "fusion", "contrastive", "agreement", "gate"; all are [] float32.
+      Weighted sum, [] float32, and the unweighted losses that apply to the enabled experts:
+      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate", [] float32 each.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.
@@ -405,7 +403,7 @@ def mister_e(
         raise ValueError(f"{gamma=}, {sharpness=}; allowed: 0 or more")
     weights = LossWeights() if weights is None else weights
     labeled = mask & (labels >= 0)
-    # The parts share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
+    # The losses share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
     logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
     log_p = jax.nn.log_softmax(jnp.where(labeled[..., None, None], logits, 0))
     label_log_p = (log_p * jax.nn.one_hot(labels, log_p.shape[-1])[:, :, None]).sum(-1)
@@ -435,7 +433,7 @@ def mister_e(
         parts["gate"] = _gate_responsibility(
             output.gate, sharpness * label_log_p[..., 1:], labeled, present, axis_name
         )
-    # A part without weight has no gradient to compute.
+    # Leave out losses with weight 0, so that no gradient is computed for them.
     total = sum(
         (
             getattr(weights, name) * value

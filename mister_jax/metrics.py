@@ -1,6 +1,6 @@
-"""Scores of emotion recognition, computed from confusion counts.
+"""Classification scores, computed from confusion counts.
 
-Devices count confusions, which add up over batches; the host computes scores from the counts.
+The devices count confusions, and the host computes scores from the sum of the counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-"""Scores of a whole split."""
+"""Scores for a whole split."""
 
 SENTIMENT_CONVENTIONS = (
     "negative_nonnegative",
@@ -34,7 +34,7 @@ def confusion_counts(
     """Counts pairs of label and predicted class.
 
     Args:
-      labels: Labels, [...] int; -1 if unlabeled, which is not counted.
+      labels: Labels, [...] int; -1 if unlabeled. Unlabeled positions are not counted.
       predicted: Predicted classes, [...] int.
       mask: Positions to count, [...] bool.
       num_classes: Number of classes C.
@@ -55,7 +55,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes the scores of one or many confusion matrices.
+    """Computes scores from one or more confusion matrices.
 
     Args:
       confusion: Counts, [..., C, C], with labels as rows and predictions as columns.
@@ -87,16 +87,16 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def classification_scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Computes all scores of a confusion matrix, as JSON values.
+    """Computes all scores from a confusion matrix, as JSON values.
 
     Args:
       confusion: Counts, [C, C], with labels as rows and predictions as columns.
       class_names: Names of the C classes.
 
     Returns:
-      The `SCORE_NAMES`, "utterances", "per_class" (for each name its "precision", "recall", "f1"
-      and "support") and "majority" (the `SCORE_NAMES` of always predicting the most frequent
-      label). An undefined score is 0.
+      The `SCORE_NAMES`, "utterances", "per_class" (by class name: "precision", "recall", "f1" and
+      "support") and "majority" (the `SCORE_NAMES` of a classifier that always predicts the most
+      frequent label). An undefined score is 0.
 
     Raises:
       ValueError: The number of class names does not match the matrix.
@@ -127,8 +127,8 @@ def positive_class(class_names: Sequence[str]) -> int | None:
     """Returns the index of the positive class if the classes are negative and positive sentiment.
 
     Args:
-      class_names: Class names of a dataset in any order, such as "negative" and "Non-negative".
-        Upper case, hyphens, underscores and spaces are ignored.
+      class_names: Class names in any order, such as "negative" and "Non-negative". Case, hyphens,
+        underscores and spaces are ignored.
 
     Returns:
       Index of "positive" or "nonnegative"; None if the classes are not binary sentiment.
@@ -142,17 +142,18 @@ def positive_class(class_names: Sequence[str]) -> int | None:
 
 
 def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Computes scores under the three ways of making CMU-MOSI's sentiment scores binary.
+    """Computes binary scores for CMU-MOSI under the three conventions in use.
 
-    The conventions are "negative_nonnegative" (score < 0 or >= 0), "negative_positive_without_zero"
-    (score < 0 or > 0, zero left out) and "nonpositive_positive" (score <= 0 or > 0).
+    The conventions turn a sentiment score into one of two classes: "negative_nonnegative" (< 0 or
+    >= 0), "negative_positive_without_zero" (< 0 or > 0, ignoring scores of 0), and
+    "nonpositive_positive" (<= 0 or > 0).
 
     Args:
-      score: Annotated sentiment, [N], -3 to 3; utterances with NaN are left out.
+      score: Annotated sentiment, [N], -3 to 3; utterances with NaN are ignored.
       positive: Utterances predicted as positive, [N] bool.
 
     Returns:
-      A dict with "weighted_f1", "accuracy" and "utterances" for each of `SENTIMENT_CONVENTIONS`.
+      For each of `SENTIMENT_CONVENTIONS`, a dict with "weighted_f1", "accuracy" and "utterances".
     """
     score, positive = np.asarray(score, float), np.asarray(positive, bool)
     annotated = ~np.isnan(score)
@@ -176,14 +177,14 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
 def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     """Computes the calibration curve and the expected calibration error.
 
-    The error is the mean over utterances of |accuracy - mean confidence| of their bins (arXiv
-    1706.04599, equation 3).
+    The error is the mean of |accuracy - mean confidence| over the bins, weighted by their number of
+    utterances (arXiv 1706.04599, equation 3).
 
     Args:
       confidence: Probability of the predicted class, [N], 0 to 1.
       correct: Whether the prediction is correct, [N] bool.
-      num_bins: Number of bins of equal size between 0 and 1. A bin includes its upper end; the
-        first also includes 0.
+      num_bins: Number of equal-width bins between 0 and 1. A bin includes its upper end; the first
+        bin also includes 0.
 
     Returns:
       "error"; "bin" of each utterance, [N] int; "count", "confidence" and "accuracy" of each bin,
@@ -205,6 +206,6 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean and the sample standard deviation, 0 for a single value."""
+    """Returns the mean and the sample standard deviation, which is 0 for a single value."""
     array = np.asarray(list(values), float)
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0

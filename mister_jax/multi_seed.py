@@ -1,4 +1,4 @@
-"""Trains several seeds in one program: their states share a leading axis [S].
+"""Functions for training several seeds at once; their states are stacked along a leading axis S.
 
 With a single seed, this axis is omitted. Only this module handles that case.
 """
@@ -16,7 +16,7 @@ from mister_jax.metrics import SCORE_NAMES, mean_and_deviation
 
 
 def stack_seeds(trees: Sequence[Any]) -> Any:
-    """Stacks S trees into one, on the host."""
+    """Stacks S trees into one on the host."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
@@ -31,17 +31,17 @@ def unstack_seeds(tree: Any, count: int) -> list[Any]:
 
 
 def stacked_shapes(shapes: Any, count: int) -> Any:
-    """Returns the shapes of `count` stacked trees with these shapes."""
+    """Adds the axis of `count` seeds to the shapes of a single seed."""
     if count == 1:
         return shapes
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
 
 
 def vmap_over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Maps a step or an evaluation of one state over the stacked states of `count` seeds.
+    """Vectorizes a training or evaluation step over the stacked states of `count` seeds.
 
     Args:
-      function: Function of `(state, batch, axis_name)`, see `parallel.partitioning`. The seeds
+      function: Function of `(state, batch, axis_name)`; see `parallel.partitioning`. All seeds
         share the batch.
       count: Number of seeds S.
     """
@@ -56,7 +56,7 @@ def vmap_over_seeds(function: Callable[..., Any], count: int) -> Callable[..., A
 
 @jax.jit
 def select_seeds(is_new: jax.Array, new: Any, old: Any) -> Any:
-    """Selects the seeds of `new` where `is_new` is true, and of `old` elsewhere.
+    """Takes each seed from `new` where `is_new` is true, and from `old` elsewhere.
 
     Args:
       is_new: Whether to take each seed from `new`, [S] bool.
@@ -74,9 +74,8 @@ def select_seeds(is_new: jax.Array, new: Any, old: Any) -> Any:
 def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Averages the predictions of S seeds.
 
-    The probabilities of the mixture and of each expert, and the gate weights, are averaged over the
-    seeds, so that a mixture and its experts are compared under one rule. Other arrays, such as the
-    presence of experts, are the same for all seeds.
+    The mixture's and the experts' probabilities and the gate weights are averaged. Integer and bool
+    arrays, such as the presence of experts, are the same for all seeds.
 
     Args:
       predictions: Predictions of a task, by seed.
@@ -97,11 +96,11 @@ def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -
     """Summarizes the scores of S seeds.
 
     Args:
-      seeds: The S seeds.
-      scores: `metrics.classification_scores` of each seed.
+      seeds: S seeds.
+      scores: Result of `metrics.classification_scores` for each seed.
 
     Returns:
-      `SCORE_NAMES` under "of_each" by seed, and their "mean" and sample standard "deviation" (0 for
+      "of_each" (the `SCORE_NAMES` by seed), and their "mean" and sample standard "deviation" (0 for
       one seed).
     """
     summaries = {

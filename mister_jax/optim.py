@@ -1,4 +1,4 @@
-"""Optimizer: Adam or AdamW with gradient clipping, a schedule and an average of the parameters."""
+"""Adam or AdamW with gradient clipping, a learning-rate schedule and parameter averaging."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from mister_jax.config_checks import (
 )
 from mister_jax.schedules import ScheduleName, learning_rate_schedule
 
-# Parameters without weight decay. Whisper's position table is a constant: it has no gradient, so
-# weight decay alone would change it.
+# Parameters without weight decay. Whisper's position table is constant and has no gradient, but
+# weight decay would still change it.
 _NO_WEIGHT_DECAY = re.compile(r"bias|scale|\['positions'\]$")
 
-# Names of the vectors of `ParamVectors`.
+# Names of the vectors in `ParamVectors`.
 _DECAYED, _NOT_DECAYED = "decayed", "not_decayed"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Options of the optimizer; the defaults are those of the released MiSTER-E.
+    """Optimizer options; the defaults match the released MiSTER-E.
 
     Attributes:
       name: "adam" or "adamw".
       learning_rate: Learning rate after the warmup.
-      schedule: "constant", or "cosine", which decays to zero at the last step.
+      schedule: "constant", or "cosine", which decays to zero by the last step.
       warmup_fraction: Share of all steps in which the learning rate rises linearly from zero.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
-      eps: Constant added to the root of the second moment.
+      eps: Constant added to the square root of the second moment.
       weight_decay: Weight decay of "adamw", applied to kernels but not to biases and scales.
-      clip_norm: Global norm to which gradients are clipped; 0 turns clipping off.
-      average_decay: Decay rate of an exponential moving average of the parameters, which then
-        replaces them in validation, in the best checkpoint and in prediction; 0 turns it off.
+      clip_norm: Global norm to which gradients are clipped; 0 disables clipping.
+      average_decay: Decay rate of an exponential moving average of the parameters. The average is
+        used in validation, in the best checkpoint and in prediction. 0 disables averaging.
     """
 
     name: Literal["adam", "adamw"] = "adam"
@@ -67,7 +67,7 @@ class OptimizerConfig:
             raise ValueError("OptimizerConfig.weight_decay needs name='adamw'")
 
     def make_schedule(self, total_steps: int) -> optax.Schedule:
-        """Returns the learning-rate schedule of a training run of `total_steps` steps."""
+        """Returns the learning-rate schedule for a training run with `total_steps` steps."""
         return learning_rate_schedule(
             self.learning_rate,
             total_steps,
@@ -89,10 +89,10 @@ class AverageState(NamedTuple):
 
 
 def average_parameters(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the parameters after each update.
+    """Returns a transformation that keeps an exponential moving average of the parameters.
 
-    It must come last in a chain. After n updates the decay rate is at most (1 + n) / (10 + n), so
-    that the average quickly forgets the initial parameters.
+    It must be the last transformation in a chain. After n updates, the decay rate is at most
+    (1 + n) / (10 + n), so that the average quickly forgets the initial parameters.
 
     Args:
       decay: Decay rate of the average, 0 < decay < 1.
@@ -104,7 +104,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         if params is None:
-            raise ValueError("average_parameters needs the parameters in update")
+            raise ValueError("average_parameters: update needs params")
         step_size = 1 - jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
         average = optax.incremental_update(
             optax.apply_updates(params, updates), state.average, step_size
@@ -121,10 +121,10 @@ def params_for_evaluation(params: Any, opt_state: Any) -> Any:
 
 
 def _weight_decay_mask(params: Any) -> Any:
-    """Returns which parameters, or which vectors of `ParamVectors`, have weight decay."""
+    """Returns which parameters, or which vectors from `ParamVectors`, get weight decay."""
     if isinstance(params, dict) and params.keys() <= {_DECAYED, _NOT_DECAYED}:
         return {name: name == _DECAYED for name in params}
-    # Also by name, since a GRU's biases and the scales of stacked layers have two axes.
+    # The number of axes is not enough: a GRU's biases and the scales of stacked layers have two.
     return jax.tree_util.tree_map_with_path(
         lambda path, value: (
             value.ndim > 1 and not _NO_WEIGHT_DECAY.search(jax.tree_util.keystr(path))
@@ -134,22 +134,22 @@ def _weight_decay_mask(params: Any) -> Any:
 
 
 class ParamVectors:
-    """Stores a tree of parameters of one type in two vectors: with and without weight decay.
+    """Converts a tree of parameters to two vectors, with and without weight decay, and back.
 
-    An optimizer then updates two long arrays instead of one array per parameter, which makes the
-    program of a step much smaller and gives the same values.
+    The optimizer then updates two long arrays instead of one array per parameter. The results are
+    the same, but the compiled training step is much smaller.
 
     Args:
       params: Parameters or their shapes.
 
     Raises:
-      ValueError: The parameters have several types.
+      ValueError: The parameters have different dtypes.
     """
 
     def __init__(self, params: Any):
         leaves, self._treedef = jax.tree.flatten(params)
         if len({leaf.dtype for leaf in leaves}) > 1:
-            raise ValueError("ParamVectors needs parameters of one type")
+            raise ValueError("ParamVectors needs parameters with the same dtype")
         self._shapes = [leaf.shape for leaf in leaves]
         self._names = [
             _DECAYED if has_decay else _NOT_DECAYED
@@ -157,7 +157,7 @@ class ParamVectors:
         ]
 
     def flatten(self, params: Any) -> dict[str, jax.Array]:
-        """Returns the vectors of a tree of parameters or of their gradients."""
+        """Returns the vectors for a tree of parameters or gradients."""
         leaves = jax.tree.leaves(params)
         return {
             name: jnp.concatenate(
@@ -167,7 +167,7 @@ class ParamVectors:
         }
 
     def unflatten(self, vectors: dict[str, jax.Array]) -> Any:
-        """Returns the parameters, [..., *shape], of vectors with any leading axes [..., N]."""
+        """Returns the tree of parameters for vectors; both may have leading axes."""
         offsets = dict.fromkeys(vectors, 0)
         leaves = []
         for name, shape in zip(self._names, self._shapes, strict=True):
@@ -179,10 +179,10 @@ class ParamVectors:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns the chain of gradient clipping, Adam or AdamW, and parameter averaging.
+    """Returns a chain of gradient clipping, Adam or AdamW, and parameter averaging.
 
     Args:
-      config: Options of the optimizer.
+      config: Optimizer options.
       total_steps: Number of training steps, for the schedule.
     """
     schedule = config.make_schedule(total_steps)

@@ -1,4 +1,4 @@
-"""Loads the best parameters of a work directory and predicts features in batches."""
+"""Prediction with the best parameters from a work directory."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _OOM_HINT = "devices with more memory, or more of them"
 
 
 class Predictor:
-    """The trained model in a work directory, with its best parameters, on all devices.
+    """Runs the trained model of a work directory, with its best parameters, on all devices.
 
-    With several seeds, predictions are those of their ensemble, see `multi_seed.ensemble`.
+    With several seeds, the predictions are averaged by `multi_seed.ensemble`.
 
     Args:
       workdir: Work directory of a training run.
-      data_dir: Directory of the datasets; by default the one used in training.
+      data_dir: Directory of the datasets; by default the directory used in training.
 
     Raises:
-      InputError: The directory is not a work directory or has no best checkpoint, or the parameters
-        do not fit in the devices' memory.
+      InputError: The directory is not a work directory, it has no best checkpoint, or the
+        parameters do not fit in the devices' memory.
     """
 
     def __init__(self, workdir: epath.PathLike, data_dir: str | None = None):
@@ -88,7 +88,7 @@ class Predictor:
                 f"{workdir}: no best checkpoint yet; train until the end of the first epoch"
             )
         params, progress = restored
-        if jax.tree.leaves(frozen):  # Checkpoints hold no frozen parameters.
+        if jax.tree.leaves(frozen):  # Checkpoints do not contain frozen parameters.
             with explain():
                 model = self.task.load(jax.random.key(seed), self.partitioner)
                 frozen = self.partitioner.put_state(split_params(model, self.task.trainable)[2])
@@ -99,11 +99,11 @@ class Predictor:
         return nnx.merge(self._graph, params["trained"], params["frozen"])
 
     def models(self) -> list[Any]:
-        """Returns the model of each seed with its best parameters."""
+        """Returns one model per seed, with its best parameters."""
         return [self._merge(params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Returns the task's predictions for a batch on the devices, and the "row" of the batch."""
+        """Returns the task's predictions for a batch on the devices, and the batch's "row"."""
         return multi_seed.ensemble(self.predict_batch_per_seed(batch))
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -111,22 +111,22 @@ class Predictor:
         return [self._predict(params, batch) for params in self.params]
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
-        """Predicts every utterance of a split.
+        """Predicts every utterance in a split.
 
         Args:
-          features: N utterances.
-          quiet: Whether to show no progress.
+          features: Features of N utterances.
+          quiet: Whether to hide the progress bar.
 
         Returns:
-          Arrays in the order of the utterances: "probabilities" [N, C], "gate" [N, E],
-          "expert_probabilities" [N, E, C], "expert_present" [N, E].
+          Arrays in the order of the utterances: "probabilities" [N, C] and, for MiSTER-E, "gate"
+          [N, E], "expert_probabilities" [N, E, C], "expert_present" [N, E].
         """
         return multi_seed.ensemble(self.predict_per_seed(features, quiet=quiet))
 
     def predict_per_seed(
         self, features: DialogueFeatures, *, quiet: bool = False
     ) -> list[Predictions]:
-        """Returns the predictions of each seed for every utterance of a split."""
+        """Returns each seed's predictions for every utterance in a split."""
         split = self.task.batched(features, num_shards=self.partitioner.num_shards)
         return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
 
@@ -138,7 +138,7 @@ class Predictor:
         *,
         quiet: bool = False,
     ) -> Predictions:
-        """Predicts every utterance of a split from batches that the caller has prepared."""
+        """Predicts every utterance in a split from batches that the caller has prepared."""
         per_seed = self._predict_batches(batches, num_batches, features, quiet=quiet)
         return multi_seed.ensemble(per_seed)
 
@@ -164,8 +164,8 @@ class Predictor:
 def _scatter(
     outputs: dict[str, np.ndarray], features: DialogueFeatures, predictions: Predictions
 ) -> None:
-    """Copies the outputs of a batch [B, T, ...] to their utterances [N, ...]."""
-    rows = outputs.pop("row")  # Rows of all processes.
+    """Copies the outputs for a batch, [B, T, ...], to the arrays of all utterances, [N, ...]."""
+    rows = outputs.pop("row")
     for name, values in outputs.items():
         if name not in predictions:
             shape = (len(features.label), *values.shape[2:])
@@ -184,13 +184,13 @@ def prediction_rows(class_names: Sequence[str], predictions: Predictions) -> Ite
       predictions: Arrays of a `Predictor`.
 
     Yields:
-      A dict with "predicted" (the class name) and "probabilities" (by class). For MiSTER-E, it also
-      has "gate" (weights by expert) and "experts" (the prediction of each expert, None if the
+      A dict with "emotion" (the predicted class) and "probabilities" (by class). For MiSTER-E, it
+      also has "gate" (weights by expert) and "experts" (the prediction of each expert, None if the
       utterance lacks the expert's modality).
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {
-            "predicted": class_names[probabilities.argmax()],
+            "emotion": class_names[probabilities.argmax()],
             "probabilities": _round(class_names, probabilities),
         }
         if "gate" in predictions:

@@ -12,12 +12,13 @@ ScheduleName = Literal["constant", "cosine"]
 def learning_rate_schedule(
     peak: float, total_steps: int, *, name: ScheduleName = "constant", warmup_fraction: float = 0.0
 ) -> optax.Schedule:
-    """Returns a schedule that warms up linearly from zero and then stays constant or decays.
+    """Returns a learning-rate schedule with a linear warmup from zero.
 
     Args:
       peak: Learning rate after the warmup.
       total_steps: Number of training steps, including the warmup.
-      name: Shape after the warmup: "constant", or "cosine", which reaches zero at `total_steps`.
+      name: Schedule after the warmup: "constant", or "cosine", which decays to zero at
+        `total_steps`.
       warmup_fraction: Share of the steps used for the warmup, 0 <= fraction < 1.
     """
     warmup_steps = round(warmup_fraction * total_steps)

@@ -1,7 +1,7 @@
-"""The work directory of a training run: config, model description, data fingerprint and versions.
+"""Description of a training run in its work directory: config, model, data and versions.
 
-A work directory belongs to one experiment. A run that resumes in it must have the same config and
-the same data. Training writes everything here, and the later stages read it.
+A work directory belongs to one experiment: a resumed run must have the same config and data.
+Training writes all its files here, and the later stages read them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mister_jax.errors import InputError
 from mister_jax.io import flatten, read_json, write_json, write_text
 
 FORMAT = 3
-"""Version of the work directory's format; a change of config or parameter names increments it."""
+"""Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
-# Fields that a resumed run may change, because they do not affect the parameters.
+# Config fields that a resumed run may change, because they do not affect the parameters.
 _MUTABLE_ON_RESUME = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
 _PACKAGES = (
     "mister_jax",
@@ -39,7 +39,7 @@ _PACKAGES = (
 
 
 def config_path(workdir: epath.PathLike) -> epath.Path:
-    """Returns the path of the config, the last file written when a work directory is created."""
+    """Returns the path of the config, which is written last when a work directory is created."""
     return epath.Path(workdir) / _CONFIG
 
 
@@ -54,8 +54,8 @@ def write_description(
 
     Args:
       workdir: Work directory; created if missing.
-      config: Config of the experiment.
-      model: `description()` of the task.
+      config: Experiment config.
+      model: Result of the task's `description()`.
       params: Parameters of one seed.
       data: Fingerprint of each split, and the training split's "steps_per_epoch".
     """
@@ -73,7 +73,7 @@ def write_description(
     write_text(workdir / "parameters.txt", parameter_table(params))
     write_json(workdir / _MODEL, {"format": FORMAT, **model})
     write_json(workdir / _DATA, data)
-    # Last, so that a work directory with a config is complete.
+    # The config is last: a work directory that has one is complete.
     write_json(config_path(workdir), _to_json(config))
 
 
@@ -81,7 +81,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     """Reads the config of a work directory.
 
     Raises:
-      InputError: The work directory has no config or a damaged one.
+      InputError: The config is missing or damaged.
     """
     path = config_path(workdir)
     if not path.exists():
@@ -92,7 +92,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         return ConfigDict(read_json(path))
     except InputError:
         raise
-    except ValueError as error:  # Such as a dot in a field's name.
+    except ValueError as error:  # For example, a field name contains a dot.
         raise InputError(f"{path}: not a readable config ({error})") from error
 
 
@@ -112,22 +112,23 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Raises InputError if the work directory belongs to another experiment or an older version."""
+    """Raises InputError if the work directory has another config or is from an older version."""
     if not config_path(workdir).exists():
         return
     read_model_description(workdir)
     changes = _list_changes(_to_json(read_config(workdir)), _to_json(config))
     if changes:
         raise InputError(
-            f"{workdir}: made with another config ({changes}); use its config, or another workdir"
+            f"{workdir}: created with another config ({changes}); use that config, or another "
+            "workdir"
         )
 
 
 def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:
-    """Checks that the data match those that the work directory was created with.
+    """Checks that the data have not changed since the work directory was created.
 
     Args:
-      data: Fingerprints of the splits, as given to `write_description`.
+      data: Fingerprints of the splits; see `write_description`.
       dataset: Name of the dataset, used in the error message.
       workdir: Work directory of the training run.
 
@@ -140,13 +141,13 @@ def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -
     changes = _list_changes(read_json(path), data)
     if changes:
         raise InputError(
-            f"{workdir}: dataset {dataset} has changed since the workdir was made ({changes}); use "
-            "the data it was made with, or another workdir"
+            f"{workdir}: dataset {dataset} has changed since the workdir was created ({changes}); "
+            "use the original data, or another workdir"
         )
 
 
 def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Lists the values that differ, except those a resumed run may change."""
+    """Lists the differences, except in fields that a resumed run may change."""
     old, new = flatten(old), flatten(new)
     return ", ".join(
         f"{name} {old.get(name)} -> {new.get(name)}"
@@ -156,6 +157,6 @@ def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _to_json(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as it reads back from JSON, with lists for tuples."""
+    """Returns the config's JSON values, which have lists instead of tuples."""
     values: dict[str, Any] = json.loads(config.to_json_best_effort())
     return values

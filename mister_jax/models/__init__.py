@@ -1,4 +1,4 @@
-"""MiSTER-E over dialogues, and the utterance models that produce its input vectors."""
+"""MiSTER-E, and the utterance models that produce its input vectors."""
 
 from mister_jax.models.config import EXPERTS, MisterEConfig
 from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_context_experts

@@ -1,4 +1,4 @@
-"""Config of MiSTER-E."""
+"""MiSTER-E config."""
 
 from __future__ import annotations
 
@@ -28,37 +28,36 @@ class MisterEConfig:
       num_classes: Number of classes C.
       speech_dim: Size D of the speech vectors.
       text_dim: Size D of the text vectors.
-      context_dim: Size H of the context networks; each direction of their GRU has half of it.
+      context_dim: Size H of the context networks; each direction of their GRU has size H / 2.
       kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
       gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
       fusion_dim: Size F of the cross-modal expert's streams.
       fusion_layers: Number of co-attention layers.
-      fusion_gru_layers: Number of bidirectional GRU layers over both streams, which make the
-        cross-modal expert aware of the order of utterances; 0 in the released model.
-      attention_dim: Size of all attention heads together.
-      attention_heads: Number of heads of each attention.
-      gate_dim: Size of the gate's hidden layer.
+      fusion_gru_layers: Number of bidirectional GRU layers over both streams, which give the
+        cross-modal expert the order of the utterances; 0 in the released model.
+      attention_dim: Total size of all attention heads.
+      attention_heads: Number of attention heads.
+      gate_dim: Hidden size of the gate.
       gate_temperature: Temperature of the gate's softmax.
-      gate_reads_contexts: Whether the gate's input includes the contexts of the speech and text
-        expert in addition to all experts' logits, which only reflect the experts' own confidence;
-        False in the released model.
+      gate_reads_contexts: Whether the gate reads the contexts of the speech and the text expert in
+        addition to the logits of all experts; False in the released model.
       input_dropout: Dropout rate of the input vectors.
       context_dropout: Dropout rate before each GRU layer and before the context classifiers.
       attention_dropout: Dropout rate of the attention weights.
       fusion_dropout: Dropout rate of each attention's output.
       classifier_dropout: Dropout rate before the cross-modal expert's classifier.
-      modality_dropout: Probability of hiding the speech of an utterance in training, and,
-        independently, of hiding its text. An utterance without both is predicted from its context.
+      modality_dropout: Probability of hiding an utterance's speech in training, and,
+        independently, its text. An utterance without both is predicted from its context.
       experts: Enabled experts, a subset of ("speech", "text", "fusion").
-      mixture: Combination of the experts' logits: weighted by the gate ("gate"), their mean
-        ("mean"), or majority voting in which the fusion expert decides ties ("majority").
-      crf: Whether a linear-chain conditional random field reads the mixture's logits and learns how
-        emotions persist and change; False in the released model.
+      mixture: How the experts' logits are combined: weighted by the gate ("gate"), averaged
+        ("mean"), or by a majority vote in which the fusion expert breaks ties ("majority").
+      crf: Whether to apply a linear-chain conditional random field to the mixture's logits; False
+        in the released model.
       layer_norm_epsilon: Epsilon of all LayerNorms.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
-      dtype: Type of the computation; recurrent states, softmaxes, output logits and output
+      dtype: Computation dtype; recurrent states, softmaxes, output logits and output
         probabilities are always float32.
-      param_dtype: Type of the parameters.
+      param_dtype: Parameter dtype.
     """
 
     num_classes: int = 6
@@ -109,12 +108,12 @@ class MisterEConfig:
 
     @property
     def types(self) -> dict[str, Any]:
-        """Types of a layer, as the arguments `dtype` and `param_dtype`."""
+        """Keyword arguments `dtype` and `param_dtype` of the layers."""
         return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
     @classmethod
     def paper(cls, **changes) -> MisterEConfig:
-        """Returns the config of the released model (90 M parameters) with `changes`."""
+        """Returns the config of the released model (90M parameters) with `changes`."""
         return cls(**changes)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Experts of MiSTER-E: a context network per modality, and a cross-modal network.
+"""MiSTER-E's experts: one context network per modality and a cross-modal network.
 
 Shape letters: B dialogues, T utterances, D feature size, H context size, F fusion size, C classes.
 """
@@ -17,15 +17,15 @@ from mister_jax.nn.dropout import KeySource
 
 
 class ContextExpert(nnx.Module):
-    """Context network and classifier of one modality.
+    """Context network and classifier for one modality.
 
     The context is GRU(convolutions(x)) + skip(x), with parallel convolutions, a bidirectional GRU
-    and a linear skip connection around both.
+    and a linear skip connection.
 
     Args:
-      feature_dim: Size D of the modality's vectors.
-      config: Config of the model.
-      rngs: Source of the initial parameters.
+      feature_dim: Size D of the input vectors.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, feature_dim: int, config: MisterEConfig, *, rngs: nnx.Rngs):
@@ -59,12 +59,12 @@ class ContextExpert(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the expert's class logits and the context they are read from.
+        """Computes the expert's class logits and its context.
 
         Args:
           x: One finite vector per utterance, [B, T, D].
           mask: Valid utterances, [B, T] bool.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
 
         Returns:
@@ -84,13 +84,13 @@ def apply_context_experts(
     deterministic: bool = True,
     rngs: KeySource | None = None,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Applies several context experts of one config, whose GRUs share their scans.
+    """Applies context experts with the same config; their GRUs share one scan per layer.
 
     Args:
       experts: Context experts.
       inputs: One input per expert, [B, T, D]; see `ContextExpert.__call__`.
       mask: Valid utterances, [B, T] bool.
-      deterministic: Whether dropout is off.
+      deterministic: Whether to disable dropout.
       rngs: Source of dropout keys.
 
     Returns:
@@ -116,11 +116,11 @@ def apply_context_experts(
 
 
 class CrossModalExpert(nnx.Module):
-    """Co-attention between speech and text across the dialogue, and a classifier on both streams.
+    """Co-attention between a dialogue's speech and text, and a classifier on both streams.
 
     Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
@@ -171,16 +171,16 @@ class CrossModalExpert(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the expert's class logits and its representations of speech and text.
+        """Computes the expert's class logits and its representations of speech and text.
 
         Args:
           speech: Finite speech vectors, [B, T, D].
           text: Finite text vectors, [B, T, D].
           speech_present: Utterances whose speech may be attended to, [B, T] bool.
           text_present: Utterances whose text may be attended to, [B, T] bool.
-          mask: Valid utterances, [B, T] bool; the GRU skips the others. By default, utterances with
-            speech or text are valid.
-          deterministic: Whether dropout is off.
+          mask: Valid utterances, [B, T] bool; the GRU skips all others. By default, an utterance is
+            valid if it has speech or text.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
 
         Returns:

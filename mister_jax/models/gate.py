@@ -1,4 +1,4 @@
-"""Gate of MiSTER-E, which weights the experts."""
+"""MiSTER-E's gate, which weights the experts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mister_jax.models.config import EXPERTS, MisterEConfig
 
 
 class Gate(nnx.Module):
-    """Computes the experts' weights from their logits with a small MLP, in float32.
+    """Small float32 MLP that computes the experts' weights from their logits.
 
-    The weights are softmax(mlp_out(relu(mlp_in(x))) / temperature) over the present experts, where
-    x holds the logits of all experts and, with `gate_reads_contexts`, the contexts of the speech
-    and text expert. Gradients flow through x into the experts.
+    The weights are softmax(mlp_out(relu(mlp_in(x))) / temperature) over the present experts. Here x
+    holds the logits of all experts and, with `gate_reads_contexts`, the contexts of the speech and
+    the text expert. Gradients flow through x into the experts.
 
     Args:
-      config: Config of the model.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
@@ -46,12 +46,12 @@ class Gate(nnx.Module):
         Args:
           expert_logits: Logits of all experts, [B, T, E, C].
           present: Experts that may have a nonzero weight, [B, T, E] bool.
-          speech_context: Context of the speech expert, [B, T, H], or [B, T, 0] if it is disabled;
-            required with `gate_reads_contexts`, else unused.
-          text_context: Context of the text expert, with the same rules.
+          speech_context: Context of the speech expert, [B, T, H], or [B, T, 0] if the expert is
+            disabled. Required with `gate_reads_contexts`, otherwise unused.
+          text_context: Context of the text expert, like `speech_context`.
 
         Returns:
-          Weights, [B, T, E]; their sum is 1, and they are zero where `present` is False.
+          Weights, [B, T, E]; they sum to 1 over E and are zero where `present` is False.
 
         Raises:
           ValueError: A required context is missing.

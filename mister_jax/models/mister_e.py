@@ -1,8 +1,8 @@
-"""MiSTER-E: a gated mixture of a speech, a text and a cross-modal expert over a dialogue.
+"""MiSTER-E: a gated mixture of a speech, a text and a cross-modal expert for dialogues.
 
-This is stage 2 of arXiv 2602.23300. It reads one speech and one text vector per utterance and
-returns class logits, the logits of each expert, and the gate weights that combine them. Stage 1,
-`mister_jax.models.utterance`, produces the vectors.
+This is stage 2 of arXiv 2602.23300. It takes one speech and one text vector per utterance, which
+stage 1 (`mister_jax.models.utterance`) produces. It returns the logits of each expert, the gate
+weights that combine them, and the combined logits.
 
 Shape letters: B dialogues, T utterances, D feature size, H context size, F fusion size, E experts
 (speech, text, fusion), C classes.
@@ -34,13 +34,13 @@ class MisterEOutput:
     Attributes:
       logits: Class logits of the mixture, [B, T, C] float32.
       expert_logits: Class logits of each expert, [B, T, E, C] float32; zero for disabled experts.
-      gate: Weights of the experts, [B, T, E] float32; their sum is 1, and they are zero for missing
+      gate: Expert weights, [B, T, E] float32; they sum to 1 over E and are zero for missing
         experts.
-      expert_present: Whether an expert is enabled and has its modality, [B, T, E] bool.
-      speech_context: Context of the speech expert, which its classifier reads, [B, T, H].
-      text_context: Context of the text expert, [B, T, H].
-      speech_repr: Representation of the speech in the fusion expert, [B, T, F].
-      text_repr: Representation of the text in the fusion expert, [B, T, F].
+      expert_present: Whether an expert is enabled and its modality is present, [B, T, E] bool.
+      speech_context: Context of the speech expert (the classifier's input), [B, T, H].
+      text_context: Context of the text expert (the classifier's input), [B, T, H].
+      speech_repr: Speech representation of the fusion expert, [B, T, F].
+      text_repr: Text representation of the fusion expert, [B, T, F].
       speech_present: Utterances whose speech was used, [B, T] bool.
       text_present: Utterances whose text was used, [B, T] bool.
     """
@@ -61,8 +61,8 @@ class MisterE(nnx.Module):
     """Gated mixture of a speech, a text and a cross-modal expert.
 
     Args:
-      config: Sizes and options.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
@@ -71,7 +71,6 @@ class MisterE(nnx.Module):
         def make_if_enabled(name: str, make_expert):
             return nnx.data(make_expert() if name in config.experts else None)
 
-        # Disabled experts have no parameters.
         self.speech = make_if_enabled(
             "speech", lambda: ContextExpert(config.speech_dim, config, rngs=rngs)
         )
@@ -99,25 +98,25 @@ class MisterE(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | jax.Array | None = None,
     ) -> MisterEOutput:
-        """Predicts the emotions of a batch of dialogues.
+        """Predicts the emotions in a batch of dialogues.
 
-        The outputs of a dialogue do not depend on its padding or on the rest of the batch.
+        The outputs for a dialogue do not depend on its padding or on the rest of the batch.
 
         Args:
-          speech: Speech vectors, [B, T, D]; not read outside the mask or where speech is missing.
-          text: Text vectors, [B, T, D]; not read outside the mask or where text is missing.
+          speech: Speech vectors, [B, T, D]; ignored outside the mask and where speech is missing.
+          text: Text vectors, [B, T, D]; ignored outside the mask and where text is missing.
           mask: Valid utterances, [B, T] bool.
           speech_present: Utterances with speech, [B, T] bool; all by default.
           text_present: Utterances with text, [B, T] bool; all by default.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys: an `nnx.Rngs`, a `PerExampleRngs`, or one key per dialogue,
             [B].
 
         Returns:
-          The logits of the mixture, and the experts' logits, gate weights and contexts.
+          Logits of the mixture, and the experts' logits, gate weights and contexts.
 
         Raises:
-          ValueError: Shapes do not match each other or the config.
+          ValueError: The shapes do not match each other or the config.
         """
         self._check_shapes(speech, text, mask, speech_present, text_present)
         if isinstance(rngs, jax.Array):
@@ -193,7 +192,10 @@ class MisterE(nnx.Module):
         return logits, contexts, representations
 
     def _present_experts(self, speech_present: jax.Array, text_present: jax.Array) -> jax.Array:
-        """Returns the enabled experts that have their modality, [B, T, E]; all if none has."""
+        """Returns which enabled experts have their modality, [B, T, E].
+
+        If an utterance has neither modality, all its enabled experts count as present.
+        """
         present = jnp.stack([speech_present, text_present, speech_present | text_present], axis=-1)
         enabled = jnp.array([name in self.config.experts for name in EXPERTS])
         present = present & enabled
@@ -206,7 +208,7 @@ class MisterE(nnx.Module):
         speech_context: jax.Array,
         text_context: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of the mixture [B, T, C] and the experts' weights [B, T, E]."""
+        """Returns the mixture's logits, [B, T, C], and the experts' weights, [B, T, E]."""
         if self.config.mixture == "majority":
             return majority_vote(expert_logits, present)
         if self.gate is not None:
@@ -227,13 +229,13 @@ class MisterE(nnx.Module):
         for name, (value, shape) in shapes.items():
             if value is not None and value.shape != shape:
                 raise ValueError(
-                    f"{name} has shape {value.shape}; allowed: {shape}, given the shape of the "
-                    "mask and the config"
+                    f"{name} has shape {value.shape}; allowed: {shape}, from the mask's shape and "
+                    "the config"
                 )
 
 
 def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lets the experts vote for their most probable class.
+    """Computes a weighted vote of the experts, each for its most probable class.
 
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].
@@ -242,7 +244,7 @@ def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Arr
     Returns:
       Logarithm of each class's share of the votes, [B, T, C], and the experts' weights, [B, T, E].
     """
-    # In the order of EXPERTS. With 1.5 votes, fusion decides a tie but not against two experts.
+    # In the order of EXPERTS. With 1.5 votes, fusion breaks ties but cannot outvote two experts.
     weights = present * jnp.array([1.0, 1.0, 1.5])
     weights /= weights.sum(-1, keepdims=True)
     votes = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C
@@ -253,13 +255,13 @@ def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Arr
 def drop_modalities(
     speech_present: jax.Array, text_present: jax.Array, rate: float, rngs: KeySource | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Hides the speech of some utterances and, independently, the text of some utterances.
+    """Hides the speech of random utterances and, independently, the text of random utterances.
 
     Args:
       speech_present: Utterances with speech, [B, T] bool.
       text_present: Utterances with text, [B, T] bool.
       rate: Probability of hiding each modality of an utterance.
-      rngs: Source of keys.
+      rngs: Source of dropout keys.
 
     Returns:
       The new `speech_present` and `text_present`.

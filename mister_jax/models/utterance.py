@@ -1,6 +1,6 @@
-"""Utterance models: the hidden states of a backbone, pooled into one vector and classified.
+"""Utterance models, which pool a backbone's hidden states into one vector and classify it.
 
-This is stage 1 of MiSTER-E (arXiv 2602.23300). Stage 2 reads the vector `UtteranceOutput.feature`.
+This is stage 1 of MiSTER-E (arXiv 2602.23300). Stage 2 takes the vector `UtteranceOutput.feature`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Pooling = Literal["statistics", "mean", "last"]
 
 @dataclasses.dataclass(frozen=True)
 class UtteranceConfig:
-    """Options of the head on a backbone; the defaults are those of the released text encoder.
+    """Options of an utterance head; the defaults match the released text encoder.
 
     Attributes:
       num_classes: Number of classes C.
-      feature_dim: Size F of the feature.
-      pooling: "statistics" (see `nn.AttentiveStatisticsPooling`), "mean", or "last" for the last
-        valid token.
+      feature_dim: Size F of the feature vector.
+      pooling: "statistics" (see `nn.AttentiveStatisticsPooling`), "mean", or "last" (the last valid
+        token).
       dropout: Dropout rate before the classifier.
-      dtype: Type of the computation, "float32" or "bfloat16".
-      param_dtype: Type of the parameters, "float32" or "bfloat16".
+      dtype: Computation dtype, "float32" or "bfloat16".
+      param_dtype: Parameter dtype, "float32" or "bfloat16".
     """
 
     num_classes: int
@@ -52,7 +52,8 @@ class UtteranceOutput(NamedTuple):
 
     Attributes:
       logits: Class logits, [B, C] float32.
-      feature: Feature, [B, F] float32; the first Linear's output before its ReLU.
+      feature: Feature vector, [B, F] float32; the output of the first linear layer, before the
+        ReLU.
     """
 
     logits: jax.Array
@@ -60,12 +61,12 @@ class UtteranceOutput(NamedTuple):
 
 
 class UtteranceHead(nnx.Module):
-    """LayerNorm, pooling over valid tokens, Linear (the feature), ReLU, dropout, classifier.
+    """LayerNorm, pooling over valid tokens, linear layer (feature), ReLU, dropout, classifier.
 
     Args:
       hidden_dim: Size D of the backbone's hidden states.
       config: Options of the head.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, hidden_dim: int, config: UtteranceConfig, *, rngs: nnx.Rngs):
@@ -75,7 +76,8 @@ class UtteranceHead(nnx.Module):
             "rngs": rngs,
         }
         self.config = config
-        # A few dimensions of an LLM are far larger than the rest; the fast variance would cancel.
+        # A few dimensions of an LLM's hidden states are far larger than the others, so the fast
+        # variance E[x^2] - E[x]^2 would lose precision by cancellation.
         self.norm = nnx.LayerNorm(hidden_dim, epsilon=1e-5, use_fast_variance=False, **options)
         statistics = config.pooling == "statistics"
         self.pooling = nnx.data(
@@ -94,15 +96,15 @@ class UtteranceHead(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> UtteranceOutput:
-        """Classifies utterances from the hidden states of a backbone.
+        """Classifies utterances from a backbone's hidden states.
 
         Args:
           hidden: Hidden states, [B, N, D].
           mask: Valid hidden states, [B, N] bool; a row may have none.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
         """
-        # The norm would turn NaN or infinity in the padding into NaN gradients.
+        # NaN or infinity in the padding would cause NaN gradients in the norm.
         hidden = self.norm(jnp.where(mask[..., None], hidden, 0))  # B N D
         if self.pooling is not None:
             pooled = self.pooling(hidden, mask)  # B 2D
@@ -143,7 +145,7 @@ class TextUtterance(nnx.Module):
         Args:
           input_ids: Token IDs, [B, N] int.
           mask: Valid tokens, [B, N] bool.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
@@ -156,7 +158,7 @@ class SpeechUtterance(nnx.Module):
 
     Args:
       backbone: Module called as `backbone(waveform, lengths)` that returns hidden states
-        [B, N, D] and a mask of the valid ones, [B, N] bool.
+        [B, N, D] and which of them are valid, [B, N] bool.
       head: Head for hidden states of size D.
     """
 
@@ -175,9 +177,9 @@ class SpeechUtterance(nnx.Module):
         """Classifies clips.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S].
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S].
           lengths: Number of samples of each clip, [B] int.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
