@@ -1,0 +1,348 @@
+r"""Reads annotations of linguists: Praat TextGrid, ELAN EAF, CHAT.
+
+The three formats are read here and not by praatio, pympi-ling and pylangacq. praatio fails on
+TextGrids with comments and on labels such as "item [1]". pympi-ling rejects ELAN files whose time
+slots have no value. pylangacq rejects a whole file for one bad time, and drops words that were
+spoken and then repeated.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import functools
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+
+from mister_jax.data.transcripts.parsing import (
+    DetectedFormat,
+    Notes,
+    Selection,
+    describe_counts,
+    one_line,
+)
+from mister_jax.data.transcripts.segments import Segment, Transcript, Word
+from mister_jax.errors import InputError
+
+_TIERS = frozenset({"tier", "label_tier"})
+
+
+def detect_annotations(text: str) -> DetectedFormat | None:
+    """Returns the annotation format of a text, or None."""
+    start = text.lstrip()[:5000]
+    if start.startswith("File type") and re.search('"TextGrid"', start):
+        return DetectedFormat("Praat TextGrid", functools.partial(_read_textgrid, text), _TIERS)
+    if "<ANNOTATION_DOCUMENT" in start:
+        return DetectedFormat("ELAN EAF", functools.partial(_read_eaf, text), _TIERS)
+    if re.search(r"^@(UTF8|Begin)\s*$", start, re.MULTILINE):
+        read = functools.partial(_read_chat, text)
+        return DetectedFormat("CHAT", read, frozenset({"label_tier"}))
+    return None
+
+
+@dataclasses.dataclass
+class _Tier:
+    """A tier with intervals, of which some may have no text.
+
+    Attributes:
+      participant: Speaker of the tier, if the format names one.
+    """
+
+    name: str
+    intervals: list[Segment]
+    participant: str | None = None
+
+    @property
+    def filled(self) -> list[Segment]:
+        return [interval for interval in self.intervals if interval.text]
+
+
+def _select(tiers: Sequence[_Tier], points: Sequence[str], selection: Selection) -> list[Segment]:
+    """Returns the intervals of the selected tiers, with their labels and speakers."""
+    counts = collections.Counter({tier.name: 0 for tier in tiers})
+    for tier in tiers:
+        counts[tier.name] += len(tier.filled)
+    listed = describe_counts(counts) or "none"
+    if points:
+        listed += f"; tiers of points, which have no length: {', '.join(points)}"
+    label_tiers = _named(tiers, selection.label_tier, listed)
+    if selection.tier is not None:
+        chosen = _named(tiers, selection.tier, listed)
+    else:
+        chosen = [tier for tier in tiers if tier.filled and tier not in label_tiers]
+        if len(chosen) > 1:
+            raise InputError(f"has several tiers; choose one with tier=NAME; tiers: {listed}")
+    if not any(tier.filled for tier in chosen):
+        raise InputError(f"has no intervals with text in its tiers; tiers: {listed}")
+    if len(label_tiers) not in (0, 1, len(chosen)):
+        raise InputError(
+            f"{len(label_tiers)} label tiers for {len(chosen)} tiers; give one, or one for each"
+        )
+    segments = []
+    for position, tier in enumerate(chosen):
+        speaker = tier.participant or (tier.name if len(chosen) > 1 else None)
+        labels = label_tiers[position if len(label_tiers) > 1 else 0].filled if label_tiers else []
+        for segment in _labeled(tier.filled, labels):
+            segments.append(dataclasses.replace(segment, speaker=speaker))
+    return segments
+
+
+def _named(tiers: Sequence[_Tier], names: str | None, listed: str) -> list[_Tier]:
+    """Returns the tiers of a comma-separated list of names."""
+    if names is None:
+        return []
+    by_name = {tier.name: tier for tier in reversed(tiers)}
+    if names in by_name:  # A name may contain commas.
+        return [by_name[names]]
+    chosen = []
+    for name in (name.strip() for name in names.split(",")):
+        if name not in by_name:
+            raise InputError(f"has no tier of intervals named {name!r}; tiers: {listed}")
+        chosen.append(by_name[name])
+    return list({id(tier): tier for tier in chosen}.values())
+
+
+def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator[Segment]:
+    """Labels each segment with the text of the interval that covers most of it, at least half."""
+    labels = sorted(labels, key=lambda label: label.start)
+    ends = [label.end for label in labels]
+    for segment in segments:
+        covered, text = 0.0, None
+        # Intervals of a tier do not overlap, so their ends are sorted too.
+        for label in labels[bisect.bisect_right(ends, segment.start) :]:
+            if label.start >= segment.end:
+                break
+            overlap = min(label.end, segment.end) - max(label.start, segment.start)
+            if overlap > covered:
+                covered, text = overlap, label.text
+        # The tolerance is for the rounding of times.
+        is_half = covered > 0 and covered >= (segment.end - segment.start) / 2 - 1e-6
+        yield dataclasses.replace(segment, label=text if is_half else None)
+
+
+# Praat reads free-standing numbers, strings and flags; all else is comment. Therefore the long
+# and the short form are the same to it.
+_PRAAT_TOKEN = re.compile(
+    r'(?<!\S)(?:"((?:[^"]|"")*)"|(<\w+>)|([-+]?[\d.]+(?:[eE][-+]?\d+)?)|!.*)(?!\S)'
+)
+_PRAAT_COMMENT = re.compile(r'(?<!\S)("(?:[^"]|"")*")(?!\S)|(?<!\S)!.*')
+
+
+def _read_textgrid(text: str, selection: Selection, notes: Notes) -> Transcript:
+    # A comment may contain quotes, and a string exclamation marks.
+    text = _PRAAT_COMMENT.sub(lambda match: match[1] or "", text)
+    tokens = iter(_PRAAT_TOKEN.findall(text))
+
+    def string() -> str:
+        return next(token[0] for token in tokens if not (token[1] or token[2])).replace('""', '"')
+
+    def number() -> float:
+        return float(next(token[2] for token in tokens if token[2]))
+
+    tiers, points = [], []
+    try:
+        while string() != "TextGrid":
+            pass
+        number(), number()  # Start and end of the TextGrid.
+        for _ in range(int(number())):
+            kind, name = string(), string()
+            number(), number()
+            size = int(number())
+            if kind == "IntervalTier":
+                intervals = [Segment(number(), number(), one_line(string())) for _ in range(size)]
+                tiers.append(_Tier(name, intervals))
+            else:
+                points.append(name)
+                for _ in range(size):
+                    number(), string()
+    except (StopIteration, RuntimeError, ValueError):
+        raise InputError("is damaged: this TextGrid ends before its last interval") from None
+    return Transcript("Praat TextGrid", tuple(_select(tiers, points, selection)))
+
+
+_EAF_UNITS = {"milliseconds": 1e-3, "PAL-frames": 0.04, "PAL-50-frames": 0.02}
+_EAF_UNITS |= {"NTSC-frames": 1001 / 30000}
+
+
+def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
+    try:
+        root = ET.fromstring(text)
+    except ET.ParseError as error:
+        raise InputError(f"is damaged: this EAF is not XML ({error})") from None
+    header = root.find("HEADER")
+    units = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
+    scale = _EAF_UNITS.get(units, 1e-3)
+    slots: dict[str, float] = {}
+    for slot in root.iterfind("TIME_ORDER/TIME_SLOT"):
+        if (value := slot.get("TIME_VALUE")) is not None:
+            slots[slot.get("TIME_SLOT_ID", "")] = scale * float(value)
+    intervals: dict[str, tuple[float, float]] = {}
+    for tier in root.iterfind("TIER"):
+        intervals |= _aligned_intervals(tier, slots)
+    references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in root.iterfind("TIER")}
+    # The annotations of a tier may refer to those of a later tier in the file.
+    remaining = [tier for tier, found in references.items() if found]
+    while remaining:
+        ready = [
+            tier
+            for tier in remaining
+            if any(found.get("ANNOTATION_REF") in intervals for found in references[tier])
+        ]
+        if not ready:
+            break
+        for tier in ready:
+            intervals |= _referring_intervals(references[tier], intervals)
+        remaining = [tier for tier in remaining if tier not in ready]
+    tiers = []
+    for tier in root.iterfind("TIER"):
+        tiers.append(_Tier(tier.get("TIER_ID", ""), [], tier.get("PARTICIPANT") or None))
+        for annotation in _annotations_of(tier):
+            value = one_line(annotation.findtext("ANNOTATION_VALUE") or "")
+            times = intervals.get(annotation.get("ANNOTATION_ID", ""))
+            if times is not None:
+                tiers[-1].intervals.append(Segment(*times, value))
+            elif value:
+                notes.leave_out(f"without times, in tier {tiers[-1].name}")
+    return Transcript("ELAN EAF", tuple(_select(tiers, (), selection)))
+
+
+def _annotations_of(tier: ET.Element) -> Iterator[ET.Element]:
+    for annotation in tier.iterfind("ANNOTATION"):
+        yield from annotation
+
+
+def _aligned_intervals(tier: ET.Element, slots: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Returns the times of a tier's alignable annotations by id.
+
+    Annotations that share time slots without value divide the time between the next slots with
+    values evenly, as ELAN shows them.
+    """
+    annotations = list(tier.iter("ALIGNABLE_ANNOTATION"))
+    bounds = [(a.get("TIME_SLOT_REF1", ""), a.get("TIME_SLOT_REF2", "")) for a in annotations]
+    next_slot = dict(bounds)
+    values = dict(slots)
+    for start, end in bounds:
+        if start not in slots or end in slots:
+            continue
+        chain = [end]
+        while chain[-1] not in slots and chain[-1] in next_slot and len(chain) <= len(bounds):
+            chain.append(next_slot[chain[-1]])
+        if chain[-1] in slots:
+            step = (slots[chain[-1]] - slots[start]) / len(chain)
+            for position, slot in enumerate(chain[:-1], 1):
+                values[slot] = slots[start] + step * position
+    return {
+        annotation.get("ANNOTATION_ID", ""): (values[start], values[end])
+        for annotation, (start, end) in zip(annotations, bounds, strict=True)
+        if start in values and end in values
+    }
+
+
+def _referring_intervals(
+    annotations: Sequence[ET.Element], intervals: dict[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Returns the times of annotations that refer to a parent, and divide its time evenly."""
+    children = collections.defaultdict(list)
+    for annotation in annotations:
+        children[annotation.get("ANNOTATION_REF", "")].append(annotation.get("ANNOTATION_ID", ""))
+    times = {}
+    for parent, ids in children.items():
+        if parent in intervals:
+            start, end = intervals[parent]
+            step = (end - start) / len(ids)
+            for position, id_ in enumerate(ids):
+                times[id_] = (start + step * position, start + step * (position + 1))
+    return times
+
+
+_BULLET = re.compile("\x15\\s*(\\d+)_(\\d+)\\s*\x15?")
+_UNINTELLIGIBLE = re.compile(r"(?<!\S)(?:xxx?|yyy?|www)(?!\w)")
+# Codes of CHAT and what is left of them, in the order of their removal.
+_CHAT_CODES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("\x15[^\x15]*\x15?", " "),
+        # Codes of retracings, errors, overlaps and comments. The words that they are about stay.
+        (r"\[[^\]]*\]", " "),
+        (r"[<>⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°▁▔☺♋⁇∙≡ˈˌ]", ""),
+        # Events, such as &=laughs, fragments, words of others; then fillers, such as &-um.
+        (r"(?<!\S)&[=+~*{}]\S*", " "),
+        (r"(?<!\S)&-?", ""),
+        # Omitted words.
+        (r"(?<!\S)0(?:'?[a-z]\S*)?(?!\S)", " "),
+        # Pauses, such as (.) and (1.5), then letters that are not spoken, such as (be)cause.
+        (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
+        (r"[()]", ""),
+        # Ends of trailing off, interruptions and quotations, then marks of their continuation.
+        (r"\+\.\.\.?(\??)", r" ...\1"),
+        (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
+        (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
+        # Word forms, such as wug@n; long vowels and breaks; compounds.
+        (r"@\S+", ""),
+        (r"(?<=\w)[:^]+(?=\w|\s|$)|(?<!\S)\^|(?<=\w)\+(?=\w)", ""),
+        (r"(?<=\w)_(?=\w)", " "),
+        (_UNINTELLIGIBLE.pattern, " "),
+        (r"[‡„]", ","),
+        (r"\s+([.?!,;])", r"\1"),
+    )
+)
+
+
+def clean_chat(text: str) -> str:
+    """Returns the words and the punctuation of a CHAT utterance without codes."""
+    for pattern, replacement in _CHAT_CODES:
+        text = pattern.sub(replacement, text)
+    return one_line(text) if re.search(r"\w", text) else ""
+
+
+def _read_chat(text: str, selection: Selection, notes: Notes) -> Transcript:
+    # A line that starts with a tab continues the line above.
+    lines = re.sub(r"\n[\t ]+", " ", text).split("\n")
+    label_tier = selection.label_tier and "%" + selection.label_tier.lstrip("%")
+    dependent_tiers: collections.Counter[str] = collections.Counter()
+    segments: list[Segment] = []
+    is_kept = False
+    for line in lines:
+        tier, _, content = line.partition(":")
+        if tier.startswith("*"):
+            segment = _chat_segment(content, tier[1:], notes)
+            is_kept = segment is not None
+            if segment:
+                segments.append(segment)
+        elif tier.startswith("%"):
+            dependent_tiers[tier] += 1
+            if is_kept and tier == label_tier:
+                segments[-1] = dataclasses.replace(segments[-1], label=one_line(content) or None)
+            elif is_kept and tier == "%wor":
+                segments[-1] = dataclasses.replace(segments[-1], words=tuple(_chat_words(content)))
+    if label_tier and label_tier not in dependent_tiers:
+        raise InputError(
+            f"has no tier {label_tier!r}; tiers: {describe_counts(dependent_tiers) or 'none'}"
+        )
+    return Transcript("CHAT", tuple(segments))
+
+
+def _chat_segment(content: str, speaker: str, notes: Notes) -> Segment | None:
+    bullets = _BULLET.findall(content)
+    text = clean_chat(content)
+    if not text and not _UNINTELLIGIBLE.search(content):
+        notes.leave_out("without words")
+        return None
+    if not bullets:
+        notes.leave_out("without times")
+        return None
+    # A long utterance may have bullets inside, each for the words before it.
+    start, end = bullets[0][0], bullets[-1][1]
+    return Segment(int(start) / 1000, int(end) / 1000, text, speaker)
+
+
+def _chat_words(content: str) -> Iterator[Word]:
+    """Yields the words of a %wor tier, each with a bullet behind it."""
+    position = 0
+    for bullet in _BULLET.finditer(content):
+        word = clean_chat(content[position : bullet.start()])
+        position = bullet.end()
+        if word:
+            yield Word(word, int(bullet[1]) / 1000, int(bullet[2]) / 1000)

@@ -1,0 +1,213 @@
+"""Reads a transcript of any supported format, and finds the transcript of a recording."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import math
+import os
+import pathlib
+import unicodedata
+from collections.abc import Sequence
+
+from mister_jax.data.audio_source import existing_path
+from mister_jax.data.transcripts.annotations import detect_annotations
+from mister_jax.data.transcripts.parsing import DetectedFormat, Notes, Selection, keep_speaker
+from mister_jax.data.transcripts.segments import Segment, Transcript
+from mister_jax.data.transcripts.speech_json import detect_json
+from mister_jax.data.transcripts.subtitles import detect_subtitles
+from mister_jax.data.transcripts.tables import detect_table
+from mister_jax.errors import InputError
+
+MAX_BYTES = 200 * 2**20
+"""Size of the largest file that is read."""
+
+FORMATS = (
+    "SRT, WebVTT, ASS, SSA, TTML, SAMI, JSON of Whisper, Amazon Transcribe, Google, Azure, "
+    "Deepgram, AssemblyAI and batchalign, Praat TextGrid, ELAN EAF, CHAT, STM, CTM, RTTM, CSV and "
+    "TSV with start and end"
+)
+"""The supported formats, for messages."""
+
+SUFFIXES = (
+    *(".eaf", ".textgrid", ".cha", ".json", ".vtt", ".srt", ".ass", ".ssa", ".ttml", ".dfxp"),
+    *(".smi", ".stm", ".tsv", ".csv", ".rttm", ".ctm"),
+)
+"""Extensions of transcripts beside a recording, preferred first.
+
+Annotations by hand come first, then JSON files, which often have the times of words, then
+subtitles and tables. RTTM has no text, and CTM no sentences.
+"""
+
+# Byte order marks. Those of UTF-32 begin with those of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_transcript(
+    path: str | os.PathLike[str],
+    *,
+    tier: str | None = None,
+    speaker: str | None = None,
+    label_tier: str | None = None,
+    label_column: str | None = None,
+    recording: str | None = None,
+) -> Transcript:
+    """Reads a transcript; its content tells the format.
+
+    Args:
+      path: Path of the transcript.
+      tier: Tier of a TextGrid or EAF to read, or several separated by commas, one for each
+        speaker. A file with one tier that is not empty needs no name.
+      speaker: Speaker whose segments are read; the default is all.
+      label_tier: Tier with the emotions of a TextGrid, EAF or CHAT. A segment gets the label of the
+        interval that covers the most of it, if that is half of it or more.
+      label_column: Column with the emotions of a CSV or TSV; by default `label` or `emotion`.
+      recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
+        CSV or TSV that has several recordings.
+
+    Returns:
+      The segments in the order of their start. All end after they start, and none starts before 0.
+
+    Raises:
+      InputError: The file cannot be read, or not with these options. The message is one line.
+      MissingExtraError: The format needs a package of the extra `predict`.
+    """
+    name = os.fspath(path)
+    notes = Notes()
+    selection = Selection(tier, speaker, label_tier, label_column, recording)
+    try:
+        detected = _detect(existing_path(path), notes)
+        for option in ("tier", "label_tier", "label_column"):
+            if getattr(selection, option) is not None and option not in detected.options:
+                raise InputError(f"is {detected.name}, which has no {option.replace('_', ' ')}s")
+        transcript = detected.read(selection, notes)
+        segments = keep_speaker(_checked(transcript.segments, notes), speaker)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return dataclasses.replace(transcript, segments=tuple(segments), notes=notes.messages())
+
+
+def detect_format(path: str | os.PathLike[str]) -> str:
+    """Returns the name of a transcript's format.
+
+    Raises:
+      InputError: The file cannot be read, or has no supported format.
+    """
+    try:
+        return _detect(existing_path(path), Notes()).name
+    except InputError as error:
+        raise InputError(f"{os.fspath(path)}: {error}") from None
+
+
+def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Returns the transcript beside a recording, or None.
+
+    The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any of `SUFFIXES` in
+    upper or lower case. The extension that comes first there is preferred, then the shorter name.
+    JSON, CSV and TSV files that are not transcripts are skipped.
+    """
+    path = pathlib.Path(existing_path(recording))
+    stem = _normalized(path.stem)
+    names = {_normalized(found.name): found for found in path.parent.iterdir()}
+    # `x.1.srt` belongs to `x.1.wav` if there is one.
+    others = {
+        _normalized(found.stem)
+        for found in names.values()
+        if found.suffix.lower() == path.suffix.lower() and len(_normalized(found.stem)) > len(stem)
+    }
+    candidates = [
+        (SUFFIXES.index(found.suffix.lower()), len(name), name)
+        for name, found in names.items()
+        if name.startswith(f"{stem}.")
+        and found.suffix.lower() in SUFFIXES
+        and not any(name.startswith(f"{other}.") for other in others)
+        and found.is_file()
+    ]
+    for _, _, name in sorted(candidates):
+        if names[name].suffix.lower() in (".json", ".csv", ".tsv"):
+            try:
+                detect_format(names[name])
+            except InputError:
+                continue
+        return names[name]
+    return None
+
+
+def _normalized(name: str) -> str:
+    """Returns a file name in the Unicode form in which most systems store it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _detect(path: str, notes: Notes) -> DetectedFormat:
+    text = _decode(_read_bytes(pathlib.Path(path)), notes)
+    if not text.strip():
+        raise InputError("is empty")
+    detected = (
+        detect_json(text)
+        or detect_annotations(text)
+        or detect_subtitles(text)
+        or detect_table(text, pathlib.Path(path).suffix.lower())
+    )
+    if detected is None:
+        seen = "binary data" if "\0" in text else f"text that begins {text.strip()[:40]!r}"
+        raise InputError(f"no supported transcript, but {seen}; supported: {FORMATS}")
+    return detected
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise InputError("is a directory, not a transcript")
+        if not path.exists():
+            raise InputError("no such file")
+        if not path.is_file():
+            raise InputError("is not a file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise InputError(f"has {size / 2**20:.0f} MB; a transcript has {MAX_BYTES >> 20} MB")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _decode(data: bytes, notes: Notes) -> str:
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        if encoding != "utf-8" or b"\0" in data:
+            seen = "binary data" if encoding == "utf-8" else f"damaged {encoding.upper()}"
+            raise InputError(f"no supported transcript, but {seen}; supported: {FORMATS}") from None
+        notes.add("read as Windows-1252 because it is not UTF-8")
+        text = data.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
+    """Returns the segments with a length, sorted by start."""
+    checked = []
+    for segment in segments:
+        times = (segment.start, segment.end)
+        if not all(map(math.isfinite, times)):
+            raise InputError(
+                f"has a segment from {times[0]} to {times[1]} s: {segment.text[:40]!r}"
+            )
+        if segment.end <= segment.start:
+            notes.leave_out("end not after start")
+        elif segment.end <= 0:
+            notes.leave_out("before the beginning of the recording")
+        else:
+            if segment.start < 0:
+                notes.add("segments that start before 0 start at 0")
+            # Milliseconds become seconds with rounding errors, such as 2.7600000000000002.
+            start, end = round(max(segment.start, 0.0), 6), round(segment.end, 6)
+            checked.append(dataclasses.replace(segment, start=start, end=end))
+    return sorted(checked, key=lambda segment: segment.start)

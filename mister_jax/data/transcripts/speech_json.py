@@ -1,0 +1,454 @@
+"""Reads the JSON files of speech recognizers and cloud services."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mister_jax.data.transcripts.annotations import clean_chat
+from mister_jax.data.transcripts.parsing import (
+    DetectedFormat,
+    Notes,
+    Selection,
+    channel_indices,
+    one_line,
+    parse_seconds,
+)
+from mister_jax.data.transcripts.segments import Segment, Transcript, Word
+from mister_jax.errors import InputError
+
+MAX_PAUSE = 1.0
+"""Seconds between two words of a speaker that begin a new segment, if a file has only words."""
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """Keys of a segment or word of a format; the first key that a record has is used.
+
+    Attributes:
+      scale: Seconds of a unit of time.
+      words: Key of the words of a segment.
+      word: Keys of the words; None if they are the keys of the segment.
+    """
+
+    text: tuple[str, ...]
+    start: tuple[str, ...] = ("start",)
+    end: tuple[str, ...] = ("end",)
+    duration: tuple[str, ...] = ()
+    speaker: tuple[str, ...] = ("speaker",)
+    channel: tuple[str, ...] = ("channel",)
+    scale: float = 1.0
+    words: str = "words"
+    word: _Keys | None = None
+
+
+_WORD = _Keys(text=("punctuated_word", "word", "text"))
+_WHISPER = _Keys(text=("text",), word=_WORD)
+_WHISPER_CPP = _Keys(text=("text",), start=("from",), end=("to",), scale=1e-3)
+_DEEPGRAM = _Keys(text=("transcript",), word=_WORD)
+_ASSEMBLYAI = _Keys(text=("text",), scale=1e-3)
+_AMAZON_CALL = _Keys(
+    text=("Content",),
+    start=("BeginOffsetMillis",),
+    end=("EndOffsetMillis",),
+    speaker=("ParticipantRole", "ParticipantId"),
+    scale=1e-3,
+    words="Items",
+)
+_AMAZON_POST_CALL = _Keys(
+    text=("DisplayText", "OriginalText"),
+    start=("SegmentStartTime",),
+    end=("SegmentEndTime",),
+    speaker=("SegmentSpeaker",),
+    words="WordConfidence",
+    word=_Keys(text=("Text",), start=("StartTime",), end=("EndTime",)),
+)
+_AMAZON_ITEM = _Keys(
+    text=("content",),
+    start=("start_time",),
+    end=("end_time",),
+    speaker=("speaker_label",),
+    channel=("channel_label",),
+)
+_AMAZON_SEGMENT = dataclasses.replace(_AMAZON_ITEM, text=("transcript",))
+_GOOGLE_WORD = _Keys(
+    text=("word",),
+    start=("startTime", "start_time", "startOffset", "start_offset"),
+    end=("endTime", "end_time", "endOffset", "end_offset"),
+    speaker=("speakerTag", "speaker_tag", "speakerLabel", "speaker_label"),
+)
+_AZURE_WORD = _Keys(
+    text=("displayText", "word"),
+    start=("offsetInTicks",),
+    duration=("durationInTicks",),
+    scale=1e-7,
+)
+_AZURE = dataclasses.replace(_AZURE_WORD, text=("display", "lexical"), word=_AZURE_WORD)
+_AZURE_ISO_WORD = dataclasses.replace(
+    _AZURE_WORD, start=("offset",), duration=("duration",), scale=1.0
+)
+_AZURE_ISO = dataclasses.replace(_AZURE_ISO_WORD, text=_AZURE.text, word=_AZURE_ISO_WORD)
+_AZURE_FAST = _Keys(
+    text=("text",),
+    start=("offsetMilliseconds",),
+    duration=("durationMilliseconds",),
+    scale=1e-3,
+)
+
+
+def detect_json(text: str) -> DetectedFormat | None:
+    """Returns the format of a JSON file, or None if the text is not JSON.
+
+    Raises:
+      InputError: The text is JSON, but not a transcript of a format that is read.
+    """
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        data = _load(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):  # ASS begins with "[Script Info]".
+            return None
+        raise InputError(f"is damaged JSON ({one_line(str(error))})") from None
+    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        # Google's batch files are lists of responses, other lists are segments.
+        data = {"segments": data} if "start" in data[0] else data[0]
+    if isinstance(data, dict) and isinstance(data.get("response"), dict):
+        data = data["response"]
+    if isinstance(data, dict):
+        for name, fits, read in _FORMATS:
+            if fits(data):
+                return DetectedFormat(name, functools.partial(_read, data, name, read))
+    keys = ", ".join(list(data)[:8]) if isinstance(data, dict) else f"a {type(data).__name__}"
+    raise InputError(f"is JSON with {keys or 'no keys'}, which is no transcript that is read")
+
+
+def _load(text: str) -> Any:
+    """Returns the value of a JSON file, or a list of the values of its lines."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        lines = text.split("\n")
+        try:
+            return [json.loads(line) for line in lines if line.strip()]
+        except ValueError:
+            pass
+        raise
+
+
+def _read(
+    data: Record,
+    name: str,
+    read: Callable[[Record, Notes], Iterable[Segment]],
+    selection: Selection,
+    notes: Notes,
+) -> Transcript:
+    try:
+        segments = tuple(read(data, notes))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(f"is damaged: not the {name} that it begins like ({reason})") from None
+    # Channels are names until here, because one channel alone is not an index.
+    names = [str(segment.channel) for segment in segments if segment.channel is not None]
+    indices = channel_indices(name.removeprefix("ch_") for name in names)
+    segments = tuple(
+        dataclasses.replace(segment, channel=indices.get(str(segment.channel).removeprefix("ch_")))
+        for segment in segments
+    )
+    return Transcript(name, segments)
+
+
+def _first(record: Record, keys: Sequence[str]) -> Any:
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def _seconds(value: Any, scale: float = 1.0) -> float | None:
+    """Returns the seconds of a number, a text, or Google's {"seconds": 1, "nanos": 500000000}."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return int(value.get("seconds") or 0) + int(value.get("nanos") or 0) / 1e9
+    if isinstance(value, str):
+        return scale * parse_seconds(value)
+    return scale * float(value)
+
+
+def _times(record: Record, keys: _Keys) -> tuple[float | None, float | None]:
+    start = _seconds(_first(record, keys.start), keys.scale)
+    end = _seconds(_first(record, keys.end), keys.scale)
+    duration = _seconds(_first(record, keys.duration), keys.scale)
+    if start is not None and end is None and duration is not None:
+        end = start + duration
+    return start, end
+
+
+def _name(record: Record, keys: Sequence[str]) -> str | None:
+    value = _first(record, keys)
+    return None if value is None else str(value)
+
+
+def _text(record: Record, keys: _Keys) -> str:
+    return one_line(str(_first(record, keys.text) or ""))
+
+
+def _word(record: Record, keys: _Keys) -> Word:
+    start, end = _times(record, keys)
+    # Some services give a word no length.
+    has_length = start is not None and end is not None and end > start
+    return Word(_text(record, keys), start, end if has_length else None)
+
+
+def _segments(records: Iterable[Record], keys: _Keys, notes: Notes) -> Iterator[Segment]:
+    """Yields a segment for each record with times."""
+    for record in records:
+        start, end = _times(record, keys)
+        words = tuple(
+            word
+            for item in record.get(keys.words) or ()
+            if (word := _word(item, keys.word or keys)).text
+        )
+        text = _text(record, keys) or " ".join(word.text for word in words)
+        if start is None or end is None:
+            notes.leave_out("without times")
+            continue
+        speaker = _name(record, keys.speaker)
+        yield Segment(start, end, text, speaker, _name(record, keys.channel), words)
+
+
+def _turns(
+    records: Iterable[Record], keys: _Keys, notes: Notes, channel: str | None = None
+) -> Iterator[Segment]:
+    """Yields segments of consecutive words of a speaker and channel, for files without segments.
+
+    Words without times, such as punctuation, belong to the word before them.
+    """
+    words: list[Word] = []
+    speaker: str | None = None
+    current: tuple[str | None, str | None] = (None, None)
+
+    def turn() -> Iterator[Segment]:
+        if words and words[0].start is not None:
+            end = words[-1].end if words[-1].end is not None else words[-1].start
+            text = " ".join(word.text for word in words)
+            yield Segment(words[0].start, end or 0.0, text, *current, tuple(words))
+
+    for record in records:
+        word = _word(record, keys)
+        if not word.text:
+            continue
+        if word.start is None:
+            if not words:
+                notes.leave_out("without times")
+                continue
+            separator = " " if any(map(str.isalnum, word.text)) else ""
+            words[-1] = dataclasses.replace(words[-1], text=words[-1].text + separator + word.text)
+            continue
+        speaker = _name(record, keys.speaker)
+        voice = (speaker, channel if channel is not None else _name(record, keys.channel))
+        last_end = words[-1].end or words[-1].start if words else None
+        is_pause = last_end is not None and word.start - last_end > MAX_PAUSE
+        if voice != current or is_pause:
+            yield from turn()
+            words, current = [], voice
+        words.append(word)
+    yield from turn()
+
+
+def _records(data: Record, *path: str) -> list:
+    """Returns the list at a path of keys, or an empty list."""
+    value: Any = data
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, list) else []
+
+
+def _read_whisper(data: Record, notes: Notes) -> Iterator[Segment]:
+    return _segments(data["segments"], _WHISPER, notes)
+
+
+def _read_words(data: Record, notes: Notes) -> Iterator[Segment]:
+    return _turns(data["words"], _WORD, notes)
+
+
+def _read_whisper_cpp(data: Record, notes: Notes) -> Iterator[Segment]:
+    records = [record["offsets"] | {"text": record["text"]} for record in data["transcription"]]
+    return _segments(records, _WHISPER_CPP, notes)
+
+
+def _read_amazon(data: Record, notes: Notes) -> Iterator[Segment]:
+    results = data["results"]
+    items = [_amazon_item(item) for item in results["items"]]
+    # Older files name the speakers in a list by the start of each word.
+    speakers = {
+        item["start_time"]: item["speaker_label"]
+        for segment in _records(results, "speaker_labels", "segments")
+        for item in segment.get("items", ())
+    }
+    for item in items:
+        if item.get("start_time") in speakers:
+            item.setdefault("speaker_label", speakers[item["start_time"]])
+    if segments := _records(results, "audio_segments"):
+        by_id = {item.get("id"): item for item in items}
+        for segment in segments:
+            words = [by_id[id_] for id_ in segment.get("items", ()) if id_ in by_id]
+            joined = [word for turn in _turns(words, _AMAZON_ITEM, notes) for word in turn.words]
+            for found in _segments([segment], _AMAZON_SEGMENT, notes):
+                yield dataclasses.replace(found, words=tuple(joined))
+        return
+    channels = _records(results, "channel_labels", "channels")
+    for channel in channels:
+        words = [_amazon_item(item) for item in channel["items"]]
+        yield from _turns(words, _AMAZON_ITEM, notes, channel["channel_label"])
+    if not channels:
+        yield from _turns(items, _AMAZON_ITEM, notes)
+
+
+def _amazon_item(item: Record) -> dict[str, Any]:
+    return {**item, "content": item["alternatives"][0]["content"]}
+
+
+def _read_amazon_call(data: Record, notes: Notes) -> Iterator[Segment]:
+    return _segments(data["Transcript"], _AMAZON_CALL, notes)
+
+
+def _read_amazon_post_call(data: Record, notes: Notes) -> Iterator[Segment]:
+    labels = _records(data, "ConversationAnalytics", "SpeakerLabels")
+    names = {label.get("Speaker"): label.get("DisplayText") for label in labels}
+    if len(set(names.values())) < len(names) or None in names.values():
+        names = {}
+    for segment in _segments(data["SpeechSegments"], _AMAZON_POST_CALL, notes):
+        yield dataclasses.replace(segment, speaker=names.get(segment.speaker, segment.speaker))
+
+
+def _read_google(data: Record, notes: Notes) -> Iterator[Segment]:
+    results = [result for result in data["results"] if result.get("alternatives")]
+    best = [result["alternatives"][0] for result in results]
+    # With speaker diarization, the last result repeats the words of all results with speakers.
+    if best and any(_first(word, _GOOGLE_WORD.speaker) for word in best[-1].get("words", ())):
+        labeled = [word for word in best[-1]["words"] if _first(word, _GOOGLE_WORD.speaker)]
+        if any(best[:-1]) and _repeats(labeled, best[:-1]):
+            yield from _turns(labeled, _GOOGLE_WORD, notes)
+            return
+    previous_end: dict[Any, float] = collections.defaultdict(float)
+    for result, alternative in zip(results, best, strict=True):
+        tag = _first(result, ("channelTag", "channel_tag"))
+        channel = None if tag is None else str(tag)
+        words = alternative.get("words") or ()
+        end = _seconds(_first(result, ("resultEndTime", "resultEndOffset", "result_end_time")))
+        if words:
+            yield from _turns(words, _GOOGLE_WORD, notes, channel)
+        elif end is not None and alternative.get("transcript"):
+            notes.add("results without words begin at the end of the result before them")
+            text = one_line(alternative["transcript"])
+            yield Segment(previous_end[channel], end, text, channel=channel)
+        elif alternative.get("transcript"):
+            notes.leave_out("without times")
+        if end is not None:
+            previous_end[channel] = end
+
+
+def _repeats(words: Sequence[Record], alternatives: Sequence[Record]) -> bool:
+    """Returns whether words are those of earlier results, and not of the last result alone."""
+    earlier = [word for alternative in alternatives for word in alternative.get("words") or ()]
+    if not earlier:
+        return len(words) > 0
+    first, last_start = (_times(word, _GOOGLE_WORD)[0] or 0.0 for word in (words[0], earlier[-1]))
+    return first <= last_start
+
+
+def _read_azure(data: Record, notes: Notes) -> Iterator[Segment]:
+    for phrase in data["recognizedPhrases"]:
+        if phrase.get("recognitionStatus", "Success") != "Success" or not phrase.get("nBest"):
+            notes.leave_out("not recognized")
+            continue
+        best = phrase["nBest"][0]
+        keys = _AZURE if phrase.get("offsetInTicks") is not None else _AZURE_ISO
+        words = best.get("displayWords") or best.get("words") or ()
+        yield from _segments([{**best, **phrase, "words": words}], keys, notes)
+
+
+def _read_azure_fast(data: Record, notes: Notes) -> Iterator[Segment]:
+    return _segments(data["phrases"], _AZURE_FAST, notes)
+
+
+def _read_deepgram(data: Record, notes: Notes) -> Iterator[Segment]:
+    results = data["results"]
+    if utterances := _records(results, "utterances"):
+        yield from _segments(utterances, _DEEPGRAM, notes)
+        return
+    for index, channel in enumerate(results["channels"]):
+        if channel.get("alternatives"):
+            words = channel["alternatives"][0].get("words") or ()
+            yield from _turns(words, _WORD, notes, str(index))
+
+
+def _read_assemblyai(data: Record, notes: Notes) -> Iterator[Segment]:
+    if utterances := _records(data, "utterances"):
+        return _segments(utterances, _ASSEMBLYAI, notes)
+    return _turns(data.get("words") or (), _ASSEMBLYAI, notes)
+
+
+def _read_batchalign(data: Record, notes: Notes) -> Iterator[Segment]:
+    for record in data["content"]:
+        if "content" not in record:  # A header or a comment.
+            continue
+        text = clean_chat(record.get("text") or "")
+        times = record.get("alignment") or record.get("time")
+        words = [_batchalign_word(item) for item in record["content"]]
+        words = [word for word in words if word.text]
+        if not text:
+            notes.leave_out("without words")
+        elif not times:
+            notes.leave_out("without times")
+        else:
+            start, end = (time / 1000 for time in times)
+            yield Segment(start, end, text, record["tier"].get("id"), words=tuple(words))
+
+
+def _batchalign_word(item: Record) -> Word:
+    start, end = (time / 1000 for time in item["time"]) if item.get("time") else (None, None)
+    return Word(clean_chat(item.get("text") or ""), start, end)
+
+
+def _is_assemblyai(data: Record) -> bool:
+    if "audio_url" in data or "acoustic_model" in data:
+        return True
+    records = _records(data, "utterances") or _records(data, "words")
+    return bool(records) and all(
+        isinstance(record.get("start"), int) and "text" in record for record in records
+    )
+
+
+def _has_items(*path: str) -> Callable[[Record], bool]:
+    return lambda data: bool(_records(data, *path))
+
+
+def _is_google(data: Record) -> bool:
+    return any("alternatives" in result for result in _records(data, "results"))
+
+
+# Name of each format, whether a file has it, and its reader. The first format that fits is used.
+_FORMATS: tuple[
+    tuple[str, Callable[[Record], bool], Callable[[Record, Notes], Iterable[Segment]]], ...
+] = (
+    ("Whisper JSON", _has_items("segments"), _read_whisper),
+    ("whisper.cpp JSON", _has_items("transcription"), _read_whisper_cpp),
+    ("Amazon Transcribe JSON", _has_items("results", "items"), _read_amazon),
+    ("Amazon Transcribe Call Analytics JSON", _has_items("Transcript"), _read_amazon_call),
+    ("Amazon post-call analytics JSON", _has_items("SpeechSegments"), _read_amazon_post_call),
+    ("Google Speech-to-Text JSON", _is_google, _read_google),
+    ("Azure Speech JSON", _has_items("recognizedPhrases"), _read_azure),
+    ("Azure fast transcription JSON", _has_items("phrases"), _read_azure_fast),
+    ("Deepgram JSON", _has_items("results", "channels"), _read_deepgram),
+    ("AssemblyAI JSON", _is_assemblyai, _read_assemblyai),
+    ("JSON with words", _has_items("words"), _read_words),
+    ("batchalign JSON", _has_items("content"), _read_batchalign),
+)

@@ -1,0 +1,191 @@
+"""Reads subtitles: SRT, WebVTT, ASS and SSA, TTML, SAMI.
+
+pysubs2 reads TTML, SAMI and the markup of ASS. It does not read the cues of SRT and WebVTT here,
+because it reads their lines without the structure around them: identifiers of cues and comments
+become text, and 100:00:00 is read as 00:00:00. It also ignores the order of fields in ASS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mister_jax.data.transcripts.parsing import (
+    DetectedFormat,
+    Notes,
+    Selection,
+    missing_library,
+    one_line,
+    parse_seconds,
+)
+from mister_jax.data.transcripts.segments import Segment, Transcript, Word
+from mister_jax.errors import InputError
+
+_TIME = r"-?(?:\d+:)?\d+:\d+(?:[.,]\d*)?"
+_TIMING = re.compile(rf"^[ \t]*({_TIME})[ \t]*-{{1,2}}>[ \t]*({_TIME})(?:[ \t].*)?$", re.MULTILINE)
+_VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]*)>")
+_WORD_TIME = re.compile(rf"<({_TIME})>")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
+_MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
+_LEADING_DASH = re.compile(r"^[-–—]\s+", re.MULTILINE)  # noqa: RUF001
+
+
+def detect_subtitles(text: str) -> DetectedFormat | None:
+    """Returns the subtitle format of a text, or None."""
+    start = text.lstrip()[:1000]
+    if start.startswith("WEBVTT"):
+        return DetectedFormat("WebVTT", functools.partial(_read_webvtt, text))
+    if re.search(r"^\[(Script Info|Events)\]\s*$", text, re.MULTILINE | re.IGNORECASE):
+        name = "SSA" if re.search(r"^\[V4 Styles\]", text, re.MULTILINE) else "ASS"
+        return DetectedFormat(name, functools.partial(_read_ass, text, name))
+    if "http://www.w3.org/ns/ttml" in start:
+        return DetectedFormat("TTML", functools.partial(_read_with_pysubs2, text, "TTML"))
+    if start[:6].upper() == "<SAMI>":
+        return DetectedFormat("SAMI", functools.partial(_read_with_pysubs2, text, "SAMI"))
+    if _TIMING.search(text):
+        return DetectedFormat("SRT", functools.partial(_read_srt, text))
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cue:
+    start: float
+    end: float
+    lines: tuple[str, ...]
+
+
+def _cues(text: str) -> Iterator[_Cue]:
+    """Yields the cues with all lines between two timing lines."""
+    timings = list(_TIMING.finditer(text))
+    ends = [timing.start() for timing in timings[1:]] + [len(text)]
+    for timing, end in zip(timings, ends, strict=True):
+        lines = text[timing.end() : end].split("\n")[1:]
+        # The last line is the empty string before the next timing line.
+        lines = lines if end == len(text) else lines[:-1]
+        start_seconds, end_seconds = map(parse_seconds, timing.groups())
+        yield _Cue(start_seconds, end_seconds, tuple(lines))
+
+
+def _read_srt(text: str, selection: Selection, notes: Notes) -> Transcript:
+    first = _TIMING.search(text)
+    assert first
+    is_numbered = text[: first.start()].strip().isdecimal()
+    segments = []
+    cues = list(_cues(text))
+    for position, cue in enumerate(cues):
+        lines = [line.strip() for line in cue.lines]
+        is_last = position == len(cues) - 1
+        if is_numbered and not is_last and lines and lines[-1].isdecimal():
+            lines.pop()  # The number of the next cue.
+        segments.append(Segment(cue.start, cue.end, "\n".join(lines)))
+    return Transcript("SRT", _cleaned(segments, notes))
+
+
+def _read_webvtt(text: str, selection: Selection, notes: Notes) -> Transcript:
+    segments: list[Segment] = []
+    previous_line = ""
+    # Comments may contain commented-out cues.
+    text = re.sub(r"(?<=\n)[ \t]*\n(?:NOTE|STYLE|REGION)\b(?:.*\S.*\n?)*", "\n", text)
+    for cue in _cues(text):
+        lines = list(cue.lines)
+        lines = lines[: next((i for i, line in enumerate(lines) if not line), len(lines))]
+        if _WORD_TIME.search(text):
+            # Captions that roll up, as those of YouTube, repeat the line above.
+            repeats = bool(lines) and _plain(lines[0]) == previous_line != ""
+            previous_line = _plain(lines[-1]) if lines and _plain(lines[-1]) else previous_line
+            if repeats:
+                lines = lines[1:]
+                if not any(_plain(line) for line in lines):
+                    notes.leave_out("repeats the text above")
+                    continue
+        segments += _voices(cue, "\n".join(lines))
+    return Transcript("WebVTT", _cleaned(segments, notes))
+
+
+def _voices(cue: _Cue, text: str) -> Iterator[Segment]:
+    """Yields a segment for each voice of a WebVTT cue."""
+    before, *voices = _VOICE.split(text)
+    parts = [(None, before), *zip(voices[::2], voices[1::2], strict=True)]
+    for speaker, part in parts:
+        if part.strip() or len(parts) == 1:
+            name = one_line(html.unescape(speaker)) if speaker else None
+            yield Segment(cue.start, cue.end, part, name, words=_timed_words(cue, part))
+
+
+def _timed_words(cue: _Cue, text: str) -> tuple[Word, ...]:
+    """Returns the words of a WebVTT cue with timestamps, such as "All <00:01.500>right"."""
+    first, *rest = _WORD_TIME.split(text)
+    if not rest:
+        return ()
+    starts = [cue.start, *map(parse_seconds, rest[::2])]
+    ends = [*starts[1:], cue.end]
+    texts = [_plain(part) for part in (first, *rest[1::2])]
+    words = zip(texts, starts, ends, strict=True)
+    return tuple(Word(text, start, end) for text, start, end in words if text)
+
+
+def _read_ass(text: str, name: str, selection: Selection, notes: Notes) -> Transcript:
+    pysubs2 = _import_pysubs2(name)
+    fields = ["layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect"]
+    fields = [*fields, "text"]
+    in_events = False
+    segments = {}
+    for line in text.split("\n"):
+        kind, _, rest = line.strip().partition(":")
+        if kind.startswith("["):
+            in_events = kind.lower() == "[events]"
+        elif in_events and kind.lower() == "format":
+            fields = [field.strip().lower() for field in rest.split(",")]
+        elif in_events and kind == "Dialogue":
+            values = rest.strip().split(",", len(fields) - 1)
+            row = dict(zip(fields, values, strict=False))
+            try:
+                start, end = parse_seconds(row["start"]), parse_seconds(row["end"])
+                event = pysubs2.SSAEvent(text=row["text"])
+            except (KeyError, ValueError):
+                raise InputError(f"the event {line!r} of {name} cannot be read") from None
+            if event.is_drawing:
+                notes.leave_out("drawing")
+                continue
+            speaker = one_line(row.get("name", row.get("actor", ""))) or None
+            # Effects are made of events that repeat the text in layers.
+            key = (start, end, speaker, event.plaintext)
+            segments[key] = Segment(start, end, event.plaintext, speaker)
+    return Transcript(name, _cleaned(list(segments.values()), notes))
+
+
+def _read_with_pysubs2(text: str, name: str, selection: Selection, notes: Notes) -> Transcript:
+    pysubs2 = _import_pysubs2(name)
+    try:
+        events = pysubs2.SSAFile.from_string(text, format_=name.lower()).get_text_events()
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(f"pysubs2 cannot read this {name} ({reason})") from None
+    segments = [Segment(event.start / 1000, event.end / 1000, event.plaintext) for event in events]
+    return Transcript(name, _cleaned(segments, notes))
+
+
+def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
+    """Removes markup from the texts, and segments whose text is only markup or music signs."""
+    cleaned = [dataclasses.replace(segment, text=_plain(segment.text)) for segment in segments]
+    notes.leave_out("without text", sum(not segment.text for segment in cleaned))
+    return tuple(segment for segment in cleaned if segment.text)
+
+
+def _plain(text: str) -> str:
+    text = html.unescape(_TAG.sub("", text))
+    # Zero-width spaces and direction marks would count as text.
+    text = re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", text))
+    return one_line(_LEADING_DASH.sub("", text))
+
+
+def _import_pysubs2(name: str) -> Any:
+    try:
+        import pysubs2
+    except ModuleNotFoundError:
+        raise missing_library("pysubs2", f"Reading {name}") from None
+    return pysubs2
