@@ -1,1 +1,1 @@
-"""Experiments as `ml_collections` configs; each module has a function `get_config`."""
+"""Experiment configs (`ml_collections`); each module has a function `get_config`."""

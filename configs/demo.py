@@ -1,4 +1,4 @@
-"""Trains MiSTER-E on prosody and MiniLM features of the synthetic corpus, the demo.
+"""Demo: trains MiSTER-E on prosody and MiniLM features of the synthetic corpus.
 
     bash launch/demo.sh
     mister-jax train --config=demo --workdir=DIR    # on the dataset `demo`
@@ -17,19 +17,19 @@ from mister_jax.configs import fusion
 
 
 def get_config() -> ConfigDict:
-    """Returns the config: a smaller model with a supervised gate."""
+    """Returns the config of a smaller model with a supervised gate."""
     config = fusion.get_config("demo")
     config.model.update(
         {
             "context_dim": 64,
             "fusion_dim": 64,
-            # The emotion depends on both modalities and on the previous utterances.
+            # In this corpus, emotions depend on both modalities and on the previous utterances.
             "fusion_layers": 0,
             "fusion_gru_layers": 1,
             "crf": True,
             "gate_dim": 32,
             "gate_temperature": 0.5,
-            # How informative a modality is can be seen better in the contexts than in the logits.
+            # The contexts show better than the logits how informative a modality is.
             "gate_reads_contexts": True,
             "input_dropout": 0.3,
             "context_dropout": 0.2,
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             "modality_dropout": 0.3,
         }
     )
-    # From the mixture's loss alone, the gate learns to rely on the cross-modal expert.
+    # Trained with the mixture's loss alone, the gate learns to rely on the cross-modal expert.
     config.loss.weights.gate = 1.0
     config.loss.sharpness = 4.0
     config.loss.weights.agreement = 0.0

@@ -2,21 +2,21 @@
 
     mister-jax train --config=fusion:DATASET[,VARIANT...] --workdir=DIR
 
-DATASET is the name of a dataset of dialogue features, from `mister-jax extract` or `prepare`. The
-variants are the keys of `VARIANTS`. All datasets use one recipe, which was chosen by
-cross-validation on the training and validation dialogues of `meld_dev_features`.
+DATASET is a dataset of dialogue features from `mister-jax extract` or `prepare`. VARIANT is a key
+of `VARIANTS`. All datasets use the same recipe, which was chosen by cross-validation on the
+training and validation dialogues of `meld_dev_features`.
 
 Hardware: two CPU cores. The 100 epochs of `paper` take 19 minutes on `mosi_features` and 27 minutes
 on `meld_dev_features`, with other programs running.
 
-Result, test weighted F1, best epoch on validation, mean +- standard deviation of seeds 0, 1, 2:
+Result: test weighted F1 of the best validation epoch, mean +- standard deviation of seeds 0, 1, 2:
 
                       meld_dev_features   mosi_features
     default             0.619 +- 0.003    0.772 +- 0.004
     paper, seed 0       0.591             0.770
 
-Ablations from `mister-jax ablate --config.num_seeds=3 --config.data.num_buckets=1`, which changes
-the batches:
+Ablations with `mister-jax ablate --config.num_seeds=3 --config.data.num_buckets=1` (a single bucket
+changes the batches, so the default differs from the table above):
 
                       meld_dev_features   mosi_features
     default             0.605 +- 0.007    0.769 +- 0.006
@@ -29,8 +29,8 @@ the batches:
     majority            0.612 +- 0.017    0.771 +- 0.006
     no_context          0.616 +- 0.011    0.761 +- 0.004
 
-On these two small datasets, the cross-modal expert alone does not score below the mixture, and
-neither the losses, the gate nor the context network shows a gain beyond the standard deviation.
+On these two small datasets, the mixture does not score higher than the cross-modal expert alone.
+The extra losses, the gate and the context network bring no gain beyond the standard deviation.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -44,7 +44,7 @@ _SET_BY_DATASET = ("num_classes", "speech_dim", "text_dim")
 
 
 def _released(config: ConfigDict) -> None:
-    """Sets the recipe and sizes of the released code."""
+    """Sets the recipe and the model sizes of the released code."""
     config.model = config_from_dataclass(MisterEConfig, without=_SET_BY_DATASET)
     config.optimizer = config_from_dataclass(OptimizerConfig)
     config.train.epochs = 100
@@ -104,7 +104,7 @@ ABLATIONS = {
     "majority": "majority vote of the experts instead of the gate",
     "no_context": "no context network",
 }
-"""Variants that `mister-jax ablate` compares, and what each changes."""
+"""Variants that `mister-jax ablate` compares, with a description of each."""
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:
@@ -119,13 +119,13 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "name": dataset,
             "data_dir": "",
             "batch_size": 8,
-            # Maximum number of padded lengths, each of which compiles a program; None chooses it
-            # from the time that it saves.
+            # Maximum number of padded lengths, each of which needs a compiled program. None: add
+            # lengths while they save more time than their compilation takes.
             "num_buckets": config_dict.placeholder(int),
-            # "auto": standardize the modalities whose dimensions differ much in scale. Also
+            # "auto" standardizes the modalities whose dimensions differ much in scale. Also
             # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",
-            # Seed of the order of batches; config.seed if None.
+            # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),
         }
     )

@@ -6,20 +6,21 @@ DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
 Small encoders are fully fine-tuned. LLMs are fine-tuned with LoRA, and their audio towers are
-frozen. Qwen2-Audio uses the recipe of the released code: rank 16, alpha 8, on queries and keys of
-the language model. SALMONN continues from the LoRA in its checkpoint: rank 8, alpha 32, on queries
-and values. Random crops are used in training only.
+frozen. Qwen2-Audio uses the recipe of the released code: rank 16 and alpha 8, on the language
+model's queries and keys. SALMONN continues from the LoRA in its checkpoint, which has rank 8 and
+alpha 32, on queries and values. Random crops are used only in training.
 
-SALMONN consists of four checkpoints, each a file, a folder, or for Whisper and Vicuna a name on the
-Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format; convert it to safetensors.
+SALMONN consists of four checkpoints. Each is given as a file or folder; Whisper and Vicuna can also
+be names on the Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format, so convert it
+to safetensors first.
 
     --config.encoder.options.name=salmonn_7b_v0.pth
     --config.encoder.options.whisper=openai/whisper-large-v2
     --config.encoder.options.beats=BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt
     --config.encoder.options.vicuna=FOLDER
 
-Hardware: for the LLMs eight TPU v5e chips or four v5p according to XLA's memory analysis, or,
-judging by their size, one GPU with 80 GB. No LLM was trained.
+Hardware: LLMs need eight TPU v5e or four TPU v5p chips according to XLA's memory analysis. From
+their size, one GPU with 80 GB should also suffice. No LLM was trained.
 """
 
 from ml_collections import ConfigDict

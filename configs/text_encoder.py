@@ -5,13 +5,13 @@
 DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
-LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8, alpha 32, on queries and
-values, AdamW with learning rate 1e-5. Small encoders are fully fine-tuned.
+LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8 and alpha 32, on queries
+and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned.
 
-Hardware: two CPU cores for MiniLM. For the LLMs eight TPU v5e chips or four v5p according to XLA's
-memory analysis, or, judging by their size, one GPU with 80 GB. No LLM was trained.
+Hardware: two CPU cores for MiniLM. LLMs need eight TPU v5e or four TPU v5p chips according to XLA's
+memory analysis. From their size, one GPU with 80 GB should also suffice. No LLM was trained.
 
-Result, weighted F1 of the text expert (`fusion:NAME,text_only`) on MELD's text, one seed:
+Result: weighted F1 of the text expert (`fusion:NAME,text_only`) on MELD's text, one seed:
 
                               validation   test
     MiniLM as released        0.547        0.577

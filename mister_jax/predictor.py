@@ -177,15 +177,15 @@ def _scatter(
 
 
 def prediction_rows(class_names: Sequence[str], predictions: Predictions) -> Iterator[dict]:
-    """Yields the prediction of each utterance as JSON values.
+    """Yields the prediction for each utterance as JSON values.
 
     Args:
       class_names: Names of the classes.
-      predictions: Arrays of a `Predictor`.
+      predictions: Result of a `Predictor`.
 
     Yields:
       A dict with "emotion" (the predicted class) and "probabilities" (by class). For MiSTER-E, it
-      also has "gate" (weights by expert) and "experts" (the prediction of each expert, None if the
+      also has "gate" (weights by expert) and "experts" (each expert's prediction, or None if the
       utterance lacks the expert's modality).
     """
     for index, probabilities in enumerate(predictions["probabilities"]):

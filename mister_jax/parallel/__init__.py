@@ -1,1 +1,1 @@
-"""Running one step on many devices and hosts."""
+"""Execution of a step on several devices and hosts."""

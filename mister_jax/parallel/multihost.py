@@ -1,4 +1,4 @@
-"""Agreement between the processes of a job."""
+"""Coordination of the processes of a job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _num_calls = itertools.count(1)
 
 
 def assert_visible_to_all_processes(path: epath.PathLike) -> None:
-    """Checks that all processes see a file the first process has written; each must call this.
+    """Checks that all processes can see a file; all processes must call this function.
 
     Args:
-      path: File written by the first process.
+      path: File written by process 0.
 
     Raises:
-      InputError: Some process does not see the file. All processes raise it.
+      InputError: A process cannot see the file. All processes raise this error.
     """
     if jax.process_count() == 1:
         return
@@ -37,13 +37,14 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
 
 
 def should_stop(stop_event: threading.Event) -> bool:
-    """Returns whether training stops after this step; the result is the same in all processes.
+    """Returns whether training should stop after this step; the same in all processes.
 
-    A SIGTERM to one of several processes stops all of them after the same step. All processes call
-    this function after every step.
+    A SIGTERM to one process stops all processes after the same step. All processes must call this
+    function after every step.
     """
-    # JAX stops at the number after the last one that it has seen, which is 0 before the first call.
-    # Steps of a resumed run do not start at 1, so they would never match after an early SIGTERM.
+    # JAX signals the stop at the number after the last one that it has seen, which is 1 before the
+    # first call. If a resumed run passed its step numbers, which do not start at 1, a SIGTERM
+    # before its first step would never stop it.
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

@@ -1,4 +1,4 @@
-"""Clear errors when the devices run out of memory."""
+"""One-line errors for devices that run out of memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mister_jax.errors import InputError
 
 @contextlib.contextmanager
 def explain_oom(where: str, work: str, hint: str) -> Iterator[None]:
-    """Turns XLA's out-of-memory error into an `InputError`.
+    """Converts XLA's out-of-memory errors to `InputError`.
 
     Args:
-      where: Text that the error message starts with, such as the work directory.
-      work: What was running.
-      hint: What the user can try, as a noun phrase.
+      where: Start of the error message, such as the work directory.
+      work: Description of the work that needed the memory.
+      hint: Suggestion to the user, as a noun phrase.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Partitioners run one step on many devices, with `jit` or with `pmap`.
+"""Partitioners, which run a step on several devices with `jit` or `pmap`.
 
-A step is a pure function `step(state, batch, axis_name)`. Under `jit` the batch is one global array
-and `axis_name` is None. Under `pmap` each device runs the step on its rows, and `axis_name` names
-the axis to sum over. Both give the same numbers.
+A step is a pure function `step(state, batch, axis_name)`. Under `jit`, the batch is one global
+array and `axis_name` is None. Under `pmap`, each device runs the step on its rows, and `axis_name`
+is the axis to sum over. Both give the same results.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ EvalFn = Callable[[State, Batch, str | None], Any]
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How a step runs on several devices.
+    """Options for running a step on several devices.
 
     Attributes:
       backend: "jit" or "pmap".
-      model_parallelism: Number of devices that share one copy of the parameters; must be 1 with
-        "pmap".
+      model_parallelism: Number of devices over which one copy of the parameters is split; must be 1
+        with "pmap".
     """
 
     backend: Literal["jit", "pmap"] = "jit"
@@ -54,11 +54,11 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A function of `(state, batch)` on all devices, compiled once per batch shape.
+    """Function of `(state, batch)` on all devices, compiled once per batch shape.
 
     Attributes:
-      function: Function under `jit` or `pmap`.
-      finish: Post-processes the output of `function`.
+      function: Function transformed by `jit` or `pmap`.
+      finish: Function that post-processes the output of `function`.
     """
 
     function: Any
@@ -66,15 +66,16 @@ class CompiledStep:
     _programs: dict[Any, Future[Any]] = dataclasses.field(default_factory=dict, repr=False)
 
     def compile(self, executor: Executor, state: State, batch: Batch) -> Future[Any]:
-        """Starts to compile for batches of this shape, so that the first call does not have to.
+        """Starts compiling the function for the shapes of a batch.
 
         Args:
-          executor: Executor of the compilation.
-          state: State as it is passed to the function. It may be donated before the compilation.
-          batch: Placed batch.
+          executor: Executor that runs the compilation.
+          state: State with the shapes and shardings of later calls. Its buffers may be donated
+            before the compilation starts.
+          batch: Batch from `put_batch`.
 
         Returns:
-          A future that is done when the program is ready. Calls with this shape wait for it.
+          Future that is done when the program is ready. Calls with these shapes wait for it.
         """
         arguments = jax.tree.map(_abstract, (state, batch))
         program = executor.submit(lambda: self.function.lower(*arguments).compile())
@@ -97,34 +98,34 @@ def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 class Partitioner(Protocol):
-    """A way to run steps on several devices."""
+    """Interface for running steps on several devices."""
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of a global batch, which divides its number of rows."""
+        """Number of shards of a global batch; the number of rows must be divisible by it."""
 
     def put_state(self, state: State) -> State:
-        """Places one copy of the state on the devices."""
+        """Places a single copy of the state on the devices."""
 
     def put_batch(self, batch: Batch) -> Batch:
         """Places this process's rows of a global batch on its devices."""
 
     def get_state(self, state: State) -> State:
-        """Returns one copy of a state that `put_state` placed."""
+        """Returns a single copy of a state that `put_state` has placed."""
 
     def compile_step(self, step: Step) -> CompiledStep:
-        """Returns the step on all devices; it donates the buffers of the state."""
+        """Returns a function that runs the step on all devices and donates the state's buffers."""
 
     def compile_eval(self, function: EvalFn) -> CompiledStep:
-        """Returns a function on all devices that does not change the state and sums over rows."""
+        """Returns a function that evaluates a batch on all devices and leaves the state as is."""
 
 
 class JitPartitioner:
-    """Runs steps under `jit`, with rows sharded over "data" and parameters by rules.
+    """Runs steps under `jit`; rows are sharded over "data", and parameters by the rules.
 
     Args:
       mesh: Mesh with the axes "data" and "model".
-      rules: Sharding rules of the parameters, see `sharding.shardings`.
+      rules: Sharding rules for the parameters; see `sharding.shardings`.
     """
 
     def __init__(self, mesh: Mesh, rules: ShardingRules = ()):
@@ -139,7 +140,7 @@ class JitPartitioner:
         return self.mesh.shape[DATA]
 
     def put_state(self, state: State) -> State:
-        """Shards the state by the rules."""
+        """Shards the state according to the rules."""
         return jax.tree.map(_put, state, shardings(state, self.mesh, self.rules))
 
     def put_batch(self, batch: Batch) -> Batch:
@@ -150,12 +151,12 @@ class JitPartitioner:
         }
 
     def get_state(self, state: State) -> State:
-        """Returns the state itself, which is one global copy."""
+        """Returns the state itself, which is already a single copy."""
         return state
 
     def _layer_constraints(self) -> contextlib.AbstractContextManager[None]:
         """Gathers a scanned layer's kernels over "data" before the layer runs on local rows."""
-        # A scanned layer's parameters have the paths of the stacked ones, without the layer axis.
+        # Inside the scan, parameters have the same paths but no layer axis.
         layer_rules = [
             (pattern, tuple(axis if axis == MODEL else None for axis in axes[1:]))
             for pattern, axes in self.rules
@@ -177,7 +178,7 @@ class JitPartitioner:
         def constrained_step(state: State, batch: Batch) -> tuple[State, Any]:
             with self._layer_constraints():
                 state, metrics = step(state, batch, None)
-            # Equal input and output shardings: otherwise the second step would recompile.
+            # If output and input shardings differed, the second step would recompile.
             state_shardings = shardings(state, self.mesh, self.rules)
             return jax.lax.with_sharding_constraint(state, state_shardings), metrics
 
@@ -194,12 +195,12 @@ class JitPartitioner:
 
 
 class PmapPartitioner:
-    """Runs steps under `pmap`, with a copy of the state and some rows of the batch on each device.
+    """Runs steps under `pmap`; each device has a copy of the state and some rows of the batch.
 
-    With several processes, it uses all their devices.
+    With several processes, it uses all devices.
 
     Args:
-      devices: Devices of this process; all its devices by default.
+      devices: Devices of this process; all of them by default.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
@@ -211,11 +212,11 @@ class PmapPartitioner:
 
     @property
     def num_shards(self) -> int:
-        """Number of devices of all processes."""
+        """Number of devices in all processes."""
         return len(self.devices) * jax.process_count()
 
     def put_state(self, state: State) -> State:
-        """Copies the state to each device of this process."""
+        """Copies the state to each of this process's devices."""
 
         def replicate(value: Any) -> jax.Array:
             value = np.asarray(value)
@@ -225,7 +226,7 @@ class PmapPartitioner:
         return jax.tree.map(replicate, state)
 
     def put_batch(self, batch: Batch) -> Batch:
-        """Splits this process's rows over its devices."""
+        """Splits this process's rows among its devices."""
 
         def split(value: np.ndarray) -> jax.Array:
             parts = value.reshape(len(self.devices), -1, *value.shape[1:])
@@ -234,11 +235,11 @@ class PmapPartitioner:
         return {name: split(value) for name, value in batch.items()}
 
     def get_state(self, state: State) -> State:
-        """Returns the first device's copy."""
+        """Returns the first device's copy of the state."""
         first_copy = self._first(state)
         if jax.process_count() == 1:
             return first_copy
-        # With several processes, Orbax saves arrays that are addressed by all of them.
+        # With several processes, Orbax needs arrays that span all processes.
         replicated = NamedSharding(Mesh(np.array(jax.devices()), (DATA,)), P())
         return jax.tree.map(
             lambda value: jax.make_array_from_process_local_data(replicated, np.asarray(value)),
@@ -270,11 +271,11 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
     """Creates the configured partitioner for all devices of the job.
 
     Raises:
-      InputError: A copy of the parameters does not fit within the devices of each process.
+      InputError: `model_parallelism` does not divide the number of devices per process.
     """
     if config.backend == "pmap":
         return PmapPartitioner()
-    # A copy that spans processes would need the same rows in all of them.
+    # If a copy of the parameters spanned several processes, they would need the same rows.
     if jax.local_device_count() % config.model_parallelism:
         raise InputError(
             f"config.parallel.model_parallelism={config.model_parallelism}; allowed are divisors "
@@ -284,7 +285,7 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
 
 
 def first_row_index(batch_size: int, axis_name: str | None) -> jax.Array | int:
-    """Returns the index in the global batch of the first of this device's `batch_size` rows."""
+    """Returns the global index of this device's first row, given its number of rows."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
 
 
@@ -297,6 +298,6 @@ def _put(value: Any, sharding: NamedSharding) -> jax.Array:
     is_local = not isinstance(value, jax.Array) or value.is_fully_addressable
     if sharding.is_fully_addressable or not is_local:
         return jax.device_put(value, sharding)
-    # All processes hold the same value. `device_put` would verify that with one program per array.
+    # All processes have the same value. `device_put` would verify this with one program per array.
     host_value = np.asarray(value)
     return jax.make_array_from_callback(host_value.shape, sharding, host_value.__getitem__)

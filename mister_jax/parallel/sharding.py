@@ -1,7 +1,7 @@
-"""The device mesh and the rules that shard parameters over it.
+"""Device mesh, and sharding rules for parameters.
 
-The mesh has two axes. Rows of a batch are split over "data"; a copy of the parameters is split over
-"model" and, for the large encoders, over "data" as well (fully sharded data parallelism).
+The mesh has two axes. The rows of a batch are split over "data". The parameters are split over
+"model" and, for the large encoders, also over "data" (fully sharded data parallelism).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ENCODER_SHARDING_RULES: ShardingRules = (
     (r"layers/layers/(.*/)?(query|key|value|mlp_in|gate|up)/kernel$", (None, DATA, MODEL)),
     (r"layers/layers/(.*/)?(out|mlp_out|down)/kernel$", (None, MODEL, DATA)),
 )
-"""Rules for the transformer encoders, whose layers are stacked on a leading axis.
+"""Rules for the transformer encoders, whose layers are stacked along a leading axis.
 
-Kernels that widen are split by column and kernels that narrow by row, so a layer needs one
-all-reduce over "model" per block.
+The first kernels of an attention or MLP block are split by output and the last kernel by input, so
+that a block needs only one all-reduce over "model".
 """
 
 
 def job_devices() -> list[jax.Device]:
-    """Returns the devices of all processes, the default for a mesh."""
+    """Returns the devices of all processes, which a mesh uses by default."""
     return jax.devices()
 
 
@@ -42,12 +42,12 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     """Creates the ("data", "model") mesh.
 
     The devices of a process are adjacent, so process p of P holds the p-th of P equal parts of a
-    batch. A copy of the parameters stays within a process if `model_parallelism` divides the number
-    of devices per process; otherwise it spans several.
+    batch. If `model_parallelism` divides the number of devices per process, a copy of the
+    parameters stays within one process. Otherwise it spans several processes.
 
     Args:
       model_parallelism: Size of the "model" axis.
-      devices: Devices of the mesh; all devices of the job by default.
+      devices: Devices of the mesh; by default all devices of the job.
 
     Raises:
       ValueError: `model_parallelism` does not divide the number of devices.
@@ -73,16 +73,16 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
 
 
 def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
-    """Returns the sharding of each leaf of a tree of arrays, by its path.
+    """Returns the sharding of each leaf in a tree of arrays.
 
-    The first rule whose pattern matches a leaf's path ("/".join of its keys) gives the leaf's
-    partition. Leaves without a rule and scalars are replicated. A dimension whose size is not
-    divisible by its mesh axis, such as an odd vocabulary, is replicated too. The paths of an
-    optimizer's moments end like those of their parameters, so the same rules apply to both.
+    The first rule whose pattern matches a leaf's "/"-joined path determines the leaf's sharding.
+    Scalars and leaves without a rule are replicated. A dimension is not split if its size is not
+    divisible by the size of its mesh axis, as with an odd vocabulary size. The paths of an
+    optimizer's moments end with the paths of their parameters, so the rules apply to both.
 
     Args:
       tree: Arrays or their shapes.
-      mesh: Mesh to shard over.
+      mesh: Device mesh.
       rules: Pairs of a regular expression and the mesh axis of each dimension.
     """
 

@@ -1,1 +1,1 @@
-"""Tasks: what is trained, and how a config becomes a model, batches, a loss and predictions."""
+"""Training tasks, which define the model, batches, loss and predictions for a config."""

@@ -1,4 +1,4 @@
-"""The interface of a task, and the batched splits that the training loop reads."""
+"""Task interface, and the batched splits that the training loop reads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of a dataset in batches that are a function of (seed, epoch, step, process).
+    """Batches of a dataset split; a batch depends only on the seed, epoch, step and process.
 
     Attributes:
       data: Dialogue features or utterances of the split, with a `fingerprint` method.
-      plan: Plan of the batches.
-      make_batches: Returns the batches of an epoch from `start_step` on, called with the keywords
-        `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and `process_count`.
-      seed: Seed of the shuffle.
-      shuffle: Whether each epoch has another order.
+      plan: Batch plan.
+      make_batches: Function that yields the batches of an epoch from `start_step` on. Its keyword
+        arguments are `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and `process_count`.
+      seed: Shuffle seed.
+      shuffle: Whether each epoch has a different order.
     """
 
     data: Any
@@ -45,17 +45,17 @@ class Split:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Distinct (rows, padded length) of the global batches."""
+        """Distinct shapes (rows, padded length) of the global batches."""
         return self.plan.shapes
 
     def shapes_by_first_use(self, epoch: int, start_step: int) -> list[tuple[int, int]]:
-        """Returns `shapes` in the order in which the batches need them from a step on."""
+        """Returns `shapes` in the order of their first use from `start_step` on."""
         planned = self.plan.epoch(self.seed, epoch, shuffle=self.shuffle)[start_step:]
         used = [(len(rows), length) for rows, length in planned]
         return list(dict.fromkeys([*used, *self.shapes]))
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content of the split."""
+        """Returns a hash of the split's content."""
         return self.data.fingerprint()
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -63,7 +63,7 @@ class Split:
         return self._batches(epoch, start_step, self.shuffle)
 
     def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Returns this process's rows of one batch of a shape, for compilation."""
+        """Returns this process's rows of a batch with the given shape, for compilation."""
         planned = self.plan.epoch(0, 0, shuffle=False)
         step = [(len(rows), length) for rows, length in planned].index(shape)
         return next(self._batches(0, step, shuffle=False))
@@ -82,12 +82,12 @@ class Split:
 
 
 class Task(Protocol):
-    """A kind of training: it connects the config, the data and a model.
+    """Connects the config, the data and a model for one kind of training.
 
     Attributes:
       class_names: Names of the C classes.
-      notes: Lines for the user about choices that were made from the data.
-      oom_hint: Config fields that reduce the memory that training needs.
+      notes: Messages to the user about choices made from the data.
+      oom_hint: Config fields that reduce memory use in training.
     """
 
     class_names: tuple[str, ...]
@@ -98,62 +98,61 @@ class Task(Protocol):
         """Returns the JSON values that `restore` needs in addition to the config."""
 
     def features(self, split: str, name: str | None = None) -> Any:
-        """Loads a split of the config's dataset, or of the dataset `name`.
+        """Loads a split of the dataset `name`, by default the config's dataset.
 
         Raises:
           InputError: The dataset does not exist, or does not match the model.
         """
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
-        """Loads the labeled items of a split, in batches for training or validation.
+        """Loads a split's labeled items in batches for training or validation.
 
         Args:
           name: "train" or "validation".
-          num_shards: Number that divides the rows of every batch.
-          shuffle: Whether to shuffle. The items that share a shuffled batch do not depend on
-            `num_shards`.
+          num_shards: Divisor of the number of rows in every batch.
+          shuffle: Whether to shuffle. Shuffled batches have the same items for any `num_shards`.
         """
 
     @property
     def trainable(self) -> Any:
-        """NNX filter of the trained parameters; checkpoints hold no others."""
+        """NNX filter for the trained parameters, the only ones saved in checkpoints."""
 
     @property
     def sharding_rules(self) -> ShardingRules:
-        """Sharding rules of the parameters, see `sharding.shardings`."""
+        """Sharding rules for the parameters; see `sharding.shardings`."""
 
     def init(self, key: jax.Array) -> nnx.Module:
-        """Returns the model with initial parameters. It reads no file and may be traced."""
+        """Returns the model with initial parameters; reads no files, so that JAX can trace it."""
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
-        """Returns the model that training starts from, with pretrained weights if it has any."""
+        """Returns the model before the first step, with its pretrained weights if it has any."""
 
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the batch's loss, and of each part of the loss."""
+        """Returns this device's share of the batch's loss and of the losses that it combines."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of sums over a batch, see `classification_sums`."""
+        """Returns this device's share of `classification_sums` for a batch."""
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the predictions for each utterance of a batch."""
+        """Returns the predictions for each utterance in a batch."""
 
 
 def classification_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, num_classes: int
 ) -> dict[str, jax.Array]:
-    """Sums what the validation scores are computed from.
+    """Computes the sums from which validation scores are computed.
 
     Args:
       logits: Class logits, [..., C].
-      label: Class of each utterance, negative where unlabeled, [...] int.
+      label: Class of each utterance, [...] int; negative if unlabeled.
       mask: Valid utterances, [...] bool.
       num_classes: Number of classes C.
 
     Returns:
-      "confusion", counts [C, C] with labels as rows, and "cross_entropy", the sum over labeled
-      utterances.
+      "confusion" (counts, [C, C], with labels as rows) and "cross_entropy" (summed over labeled
+      utterances).
     """
     labeled = mask & (label >= 0)
     return {
@@ -165,11 +164,11 @@ def classification_sums(
 def split_params(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any]:
     """Splits a module into its graph definition, trained parameters and other arrays.
 
-    `nnx.merge` of the three gives the module back.
+    `nnx.merge` combines the three parts into the module again.
 
     Args:
-      model: Module; may hold shapes instead of arrays.
-      trainable: NNX filter of the trained parameters.
+      model: Module with arrays or shapes.
+      trainable: NNX filter for the trained parameters.
     """
     graph, state = nnx.split(model)
     params, frozen = nnx.split_state(state, trainable, ...)

@@ -1,4 +1,4 @@
-"""Converts `ml_collections` configs to frozen dataclasses and back."""
+"""Conversion between `ml_collections` configs and frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Dataclass = TypeVar("Dataclass")
 def dataclass_from_config(
     cls: type[Dataclass], config: ConfigDict, where: str, **other_fields: Any
 ) -> Dataclass:
-    """Creates a dataclass from a section of the config.
+    """Creates a dataclass instance from a config section.
 
     Args:
       cls: Dataclass.
       config: Section with some or all fields of the dataclass.
-      where: Name of the section, for errors.
+      where: Name of the section, for error messages.
       **other_fields: Fields that do not come from the config.
 
     Raises:
@@ -41,7 +41,7 @@ def dataclass_from_config(
 def config_from_dataclass(
     cls: type[Any], *, without: Sequence[str] = (), **changes: Any
 ) -> ConfigDict:
-    """Creates a section of the config with every field of a dataclass, so that flags can set them.
+    """Creates a config section with all fields of a dataclass, so that flags can set them.
 
     Args:
       cls: Dataclass.
@@ -60,22 +60,22 @@ def config_from_dataclass(
 
 
 def config_seeds(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the seeds that a run trains together in one program.
+    """Returns the seeds that a run trains together.
 
-    They are `config.num_seeds` consecutive seeds from `config.seed`. The seeds differ in initial
-    parameters and dropout and share the order of batches, which `config.data.seed` determines (by
-    default `config.seed`). Training one of them alone with the same `config.data.seed` gives the
-    same parameters.
+    These are `config.num_seeds` consecutive seeds, starting at `config.seed`. They differ in their
+    initial parameters and dropout but share the batch order, which depends on `config.data.seed`
+    (by default `config.seed`). Training one of the seeds alone with the same `config.data.seed`
+    gives the same parameters.
 
     Raises:
-      InputError: The number of seeds is less than 1, or more than 1 for a task that trains one.
+      InputError: The number of seeds is below 1, or above 1 for a task that supports only one.
     """
     count = config.get("num_seeds", 1)
     if count < 1:
         raise InputError(f"config.num_seeds={count}; allowed: 1 or more")
     if count > 1 and config.task != "fusion":
         raise InputError(
-            f"config.num_seeds={count}; allowed for the task {config.task} is 1: train an encoder "
-            "once for each seed, in a separate workdir"
+            f"config.num_seeds={count}; the task {config.task} supports only 1: train each seed in "
+            "a separate workdir"
         )
     return tuple(range(config.seed, config.seed + count))

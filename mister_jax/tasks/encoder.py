@@ -1,7 +1,7 @@
 """Fine-tuning of text and speech encoders on single utterances: stage 1 of MiSTER-E.
 
-A backbone from a folder or the Hugging Face Hub is trained with LoRA or completely, under a head
-that classifies single utterances (arXiv 2602.23300).
+A backbone from a folder or the Hugging Face Hub gets a classification head (arXiv 2602.23300). It
+is fully fine-tuned or trained with LoRA.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from mister_jax.tasks.config import dataclass_from_config
 
 @dataclasses.dataclass(frozen=True)
 class EncoderOptions:
-    """Options of the encoder that is fine-tuned.
+    """Options of the fine-tuned encoder.
 
     Attributes:
       name: Folder, or name on the Hugging Face Hub.
-      full: Whether to train all parameters; by default only the LoRA parameters and the head.
+      full: Whether to train all parameters; by default, only the LoRA parameters and the head.
       quantize: Whether to store the frozen kernels as int8.
-      dtype: Dtype of the computation.
+      dtype: Computation dtype.
       param_dtype: Dtype of the backbone's pretrained parameters.
-      remat: Rematerialization policy, see `nn.ScannedLayers`.
+      remat: Rematerialization policy; see `nn.ScannedLayers`.
     """
 
     name: str
@@ -61,10 +61,10 @@ class EncoderOptions:
 
 
 class EncoderTask:
-    """Trains a backbone with a head on labeled utterances. Subclasses implement a modality.
+    """Base class for tasks that train a backbone and a head on labeled utterances.
 
     Args:
-      config: Config of the experiment.
+      config: Experiment config.
       class_names: Names of the C classes.
       backbone_config: JSON values from `read_backbone_config`.
     """
@@ -73,8 +73,8 @@ class EncoderTask:
     sharding_rules: ShardingRules = ENCODER_SHARDING_RULES
     notes = ()
     oom_hint = (
-        "a smaller config.data.batch_size, a larger config.train.accumulation, "
-        "config.encoder.options.remat=full, or its param_dtype=bfloat16 or quantize"
+        "a smaller config.data.batch_size, a larger config.train.accumulation, or "
+        "config.encoder.options with remat=full, param_dtype=bfloat16 or quantize=True"
     )
 
     def __init__(
@@ -112,45 +112,45 @@ class EncoderTask:
         except ValueError as error:
             raise InputError(f"config.encoder ({self.options.name}): {error}") from error
 
-    # What a subclass implements for its modality.
+    # Implemented by the subclass for its modality.
 
     @classmethod
     def read_backbone_config(cls, options: Any) -> dict[str, Any]:
-        """Reads the JSON values from which `_make_backbone` creates the backbone."""
+        """Reads the config from which `_make_backbone` creates the backbone, as JSON values."""
         raise NotImplementedError
 
     def make_model(self, backbone: Any, head: UtteranceHead) -> nnx.Module:
-        """Returns the model of a backbone and its head."""
+        """Combines a backbone and a head into the model."""
         raise NotImplementedError
 
     def apply(self, model: Any, batch: Batch, **options: Any) -> UtteranceOutput:
-        """Runs the model on a batch; `options` are further arguments of the model."""
+        """Runs the model on a batch; `options` are passed to the model."""
         raise NotImplementedError
 
     def augment(self, batch: Batch, keys: jax.Array) -> Batch:
-        """Returns the batch with random augmentation; `keys` [B] has one key per utterance."""
+        """Applies random augmentation to the batch; `keys`, [B], has one key per utterance."""
         return batch
 
     def features(self, split: str, name: str | None = None) -> Any:
-        """Loads the usable utterances of a split of the config's dataset, or of another."""
+        """Loads the utterances that have the task's modality; see `Task.features`."""
         raise NotImplementedError
 
     def batched(self, utterances: Any, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Plans batches of utterances whose numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
         raise NotImplementedError
 
     def _check_backbone(self, backbone: Any) -> None:
         """Raises ValueError if the options do not fit the backbone."""
 
     def _train_utterances(self, split: str) -> Any:
-        """Loads the utterances of a split to train on."""
+        """Loads the utterances of a split for training."""
         return self.features(split)
 
-    # What the modalities share.
+    # Shared by the modalities.
 
     @classmethod
     def from_data(cls, config: ConfigDict) -> Any:
-        """Creates the task for the dataset and the backbone that the config names."""
+        """Creates the task for the config's dataset and backbone."""
         dataset = DialogueDataset(config.data.name, config.data.data_dir or None)
         options = dataclass_from_config(
             cls.options_class, config.encoder.options, "config.encoder.options"
@@ -159,34 +159,34 @@ class EncoderTask:
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> Any:
-        """Restores the task of a work directory from its config and model description."""
+        """Restores a task from the config and the model description in its work directory."""
         backbone_config = json.loads(description["backbone"])
         return cls(config, tuple(description["class_names"]), backbone_config)
 
     def description(self) -> dict[str, Any]:
         """Returns the JSON values that `restore` needs in addition to the config."""
-        # As text, because a ConfigDict does not keep every number of a config.json.
+        # As text, because a ConfigDict may change the type of a number in the config.json.
         backbone_config = json.dumps(self._backbone_config)
         return {"class_names": list(self.class_names), "backbone": backbone_config}
 
     @property
     def trainable(self) -> Any:
-        """NNX filter of the trained parameters: all, or the LoRA parameters and the head."""
+        """NNX filter for the trained parameters: all, or the LoRA parameters and the head."""
         if self.options.full:
             return nnx.Param
         return nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
 
     @functools.cached_property
     def folder(self) -> Any:
-        """Folder of the backbone's files."""
+        """Folder with the backbone's files."""
         return hub.fetch(self.options.name)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the backbone's files, see `hub.fingerprint`."""
+        """Returns a hash of the backbone's files; see `hub.fingerprint`."""
         return hub.fingerprint(self.folder)
 
     def _config_changes(self) -> dict[str, Any]:
-        """Returns the fields of the backbone's config that the options set."""
+        """Returns the backbone config fields that the options override."""
         options = self.options
         return {
             "lora": self.lora,
@@ -201,7 +201,7 @@ class EncoderTask:
         )
 
     def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
-        """Loads the backbone with its weights; `seed` initializes what no checkpoint holds."""
+        """Loads the pretrained backbone; `seed` initializes parameters that no checkpoint has."""
         return registry.load_module(
             self.folder,
             hf_config=self._backbone_config,
@@ -216,21 +216,21 @@ class EncoderTask:
             self._data.batch_size,
             self._data.num_buckets,
             multiple_of=num_shards * self._accumulation,
-            # Training must take the same steps on any number of devices.
+            # Training must have the same number of steps on any number of devices.
             fitted_to=self._accumulation * (1 if shuffle else num_shards),
         )
 
     def _check_classes(self, utterances: Utterances) -> Utterances:
-        """Returns the utterances if their classes are the model's."""
+        """Returns the utterances if their classes match the model's."""
         if utterances.class_names != self.class_names:
             raise InputError(
-                f"dataset {utterances.name}: classes {utterances.class_names}; the model takes "
+                f"dataset {utterances.name}: classes {utterances.class_names}; the model has "
                 f"{self.class_names}"
             )
         return utterances
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
-        """Loads the labeled utterances of a split in batches, see `Task.split`."""
+        """Loads a split's labeled utterances in batches; see `Task.split`."""
         utterances = self._train_utterances(name) if shuffle else self.features(name)
         labeled = utterances.labeled()
         if not len(labeled.label):
@@ -261,7 +261,7 @@ class EncoderTask:
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns this device's share of the focal loss, with augmentation and dropout."""
-        # The randomness of a row depends on its utterance, not on its place in the batch.
+        # A row's keys depend on its utterance, not on its position in the batch.
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["row"])
         fold_in = jax.vmap(jax.random.fold_in, (0, None))
         batch = self.augment(batch, fold_in(row_keys, 1))
@@ -274,12 +274,12 @@ class EncoderTask:
         return total, {"focal": total}
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the confusion counts and the sum of the cross-entropy over a batch."""
+        """Returns the confusion counts and the summed cross-entropy of a batch."""
         logits, label = self.apply(model, batch).logits, batch["label"]
         return classification_sums(logits, label, label >= 0, len(self.class_names))
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns probabilities and features, each utterance as a dialogue of length 1."""
+        """Returns probabilities and features; each utterance is a dialogue of length 1."""
         output = self.apply(model, batch)
         return {
             "probabilities": jax.nn.softmax(output.logits)[:, None],  # [B, 1, C]

@@ -1,4 +1,4 @@
-"""MiSTER-E on dialogues of speech and text vectors."""
+"""MiSTER-E training on dialogues of speech and text vectors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from mister_jax.tasks.config import dataclass_from_config
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Hyperparameters of MiSTER-E's loss, see `losses.mister_e`.
+    """Hyperparameters of MiSTER-E's loss; see `losses.mister_e`.
 
     Attributes:
       gamma: Focusing parameter of the focal loss, 0 or more.
       temperature: Temperature of the contrastive loss, positive.
       sharpness: Sharpness of the gate loss, 0 or more.
-      weights: Weights of the parts of the loss.
+      weights: Weights of the individual losses.
     """
 
     gamma: float = 3.0
@@ -54,10 +54,10 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSplit(Split):
-    """A split of a dataset of dialogue features."""
+    """Split of a dataset of dialogue features."""
 
     def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Returns an empty batch of a shape, without starting the tf.data pipeline."""
+        """Returns an empty batch with the given shape, without starting the tf.data pipeline."""
         num_rows, length = shape
         rows = np.full(num_rows // jax.process_count(), -1, np.int32)
         return padded_batch(self.data, rows, length)
@@ -67,14 +67,14 @@ class FusionTask:
     """Trains MiSTER-E on dialogues of speech and text vectors.
 
     Args:
-      config: Config of the experiment.
+      config: Experiment config.
       class_names: Names of the C classes.
-      model: Sizes of the model.
-      encoders: Metadata of the encoder of each modality, if known; see
+      model: Model config.
+      encoders: Metadata of each modality's encoder, if known; see
         `extraction.encoder_from_metadata`.
-      standardizers: Standardizer of each modality that is standardized before the model.
-      notes: Lines for the user about choices that were made from the data.
-      train_features: Training split, if it is loaded already.
+      standardizers: Standardizers of the modalities that are standardized before the model.
+      notes: Messages to the user about choices made from the data.
+      train_features: Training split, if already loaded.
     """
 
     trainable = nnx.Param
@@ -124,7 +124,7 @@ class FusionTask:
 
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
-        """Creates the task for the config's dataset, whose training split gives the sizes."""
+        """Creates the task for the config's dataset, with input sizes from its training split."""
         train = load_features(config.data.name, "train", config.data.data_dir or None)
         model = dataclass_from_config(
             MisterEConfig,
@@ -142,7 +142,7 @@ class FusionTask:
 
     @classmethod
     def restore(cls, config: ConfigDict, description: Mapping[str, Any]) -> FusionTask:
-        """Restores the task of a work directory from its config and model description."""
+        """Restores a task from the config and the model description in its work directory."""
         model = dataclass_from_config(
             MisterEConfig, ConfigDict(description["model"]), "the workdir's model"
         )
@@ -178,10 +178,11 @@ class FusionTask:
         }
 
     def features(self, split: str, name: str | None = None) -> DialogueFeatures:
-        """Loads a split of the config's dataset, or of another with the same classes and widths.
+        """Loads a split of the dataset `name`, by default the config's dataset.
 
         Raises:
-          InputError: The dataset does not exist, or does not match the model.
+          InputError: The dataset does not exist, or its classes or vector sizes do not match the
+            model.
         """
         name = self._data.name if name is None else name
         if (name, split) == (self._data.name, "train") and self._train_features is not None:
@@ -207,10 +208,10 @@ class FusionTask:
         shuffle: bool = False,
         epochs: int = 1,
     ) -> FeatureSplit:
-        """Plans batches of features whose numbers of rows are multiples of `num_shards`.
+        """Returns batches of dialogues; their numbers of rows are multiples of `num_shards`.
 
-        Unless the config has a number of length buckets, there are as many as save more time in
-        `epochs` epochs than their programs take to compile.
+        If the config does not set the number of length buckets, a bucket is added only if it saves
+        more time in `epochs` epochs than its program takes to compile.
         """
         num_buckets = self._data.get("num_buckets")
         plan = BatchPlan(
@@ -219,14 +220,14 @@ class FusionTask:
             num_buckets or DEFAULT_NUM_BUCKETS,
             bucket_cost=0 if num_buckets else bucket_cost(self._num_params, epochs),
             multiple_of=num_shards,
-            # Training must take the same steps on any number of devices.
+            # Training must have the same number of steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
         )
         make_batches = functools.partial(batches, features, plan)
         return FeatureSplit(features, plan, make_batches, self._data_seed, shuffle)
 
     def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
-        """Loads a split in batches, see `Task.split`."""
+        """Loads a split in batches; see `Task.split`."""
         features = self.features(name)
         if not (features.label >= 0).any():
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
@@ -234,12 +235,12 @@ class FusionTask:
 
     @functools.cached_property
     def _num_params(self) -> int:
-        """Number of parameters of all seeds."""
+        """Total number of parameters of all seeds."""
         params = nnx.eval_shape(lambda: nnx.state(self.init(jax.random.key(0)), nnx.Param))
         return self._num_seeds * sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """Returns by modality the feature vector [D] that the model reads as zeros, or 0."""
+        """Returns, by modality, the value that standardization maps to zero: a vector [D] or 0."""
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0
             for name in MODALITIES
@@ -256,16 +257,16 @@ class FusionTask:
     def loss(
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the loss with dropout, and of each unweighted part."""
+        """Returns this device's share of the loss and of the unweighted losses, with dropout."""
         return mister_e_loss(model, self._standardize(batch), key, axis_name, self._loss)
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the confusion counts and the sum of the cross-entropy over a batch."""
+        """Returns the confusion counts and the summed cross-entropy of a batch."""
         logits = apply_to_batch(model, self._standardize(batch)).logits
         return classification_sums(logits, batch["label"], batch["mask"], len(self.class_names))
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the probabilities of the mixture and the experts, and the gate weights."""
+        """Returns the mixture's and the experts' probabilities, and the gate weights."""
         output = apply_to_batch(model, self._standardize(batch))
         return {
             "probabilities": jax.nn.softmax(output.logits),  # [B, T, C]
@@ -282,7 +283,7 @@ class FusionTask:
 
 
 def apply_to_batch(model: MisterE, batch: Batch, **options: Any) -> MisterEOutput:
-    """Runs the model on a batch of `data.batches`; `options` are further arguments of the model."""
+    """Runs the model on a batch from `data.batches`; `options` are passed to the model."""
     return model(
         batch["speech"],
         batch["text"],
@@ -300,17 +301,17 @@ def mister_e_loss(
     axis_name: str | None = None,
     config: LossConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes MiSTER-E's training loss of a batch, with dropout.
+    """Computes MiSTER-E's training loss for a batch, with dropout.
 
     Args:
       model: Model to train.
-      batch: Batch of `data.batches`; under a mapped axis, this device's rows.
+      batch: Batch from `data.batches`; under a mapped axis, this device's rows.
       key: Dropout key of the global batch, the same on all devices.
-      axis_name: Name of the mapped axis, see `losses`.
+      axis_name: Name of the mapped axis; see `losses`.
       config: Hyperparameters of the loss.
 
     Returns:
-      This device's share of the total, and of each unweighted part.
+      This device's share of the weighted sum and of the unweighted losses.
     """
     config = config or LossConfig()
     num_rows = batch["mask"].shape[0]

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""Task classes by name."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from mister_jax.errors import InputError
 
-# Imported on first use: training MiSTER-E does not need the encoders.
+# The modules are imported on first use, because training MiSTER-E does not need the encoders.
 TASKS = {
     "fusion": ("mister_jax.tasks.fusion", "FusionTask"),
     "speech_encoder": ("mister_jax.tasks.speech_encoder", "SpeechEncoderTask"),
@@ -20,7 +20,7 @@ def task_class(config: ConfigDict) -> Any:
     """Returns the class of the config's task.
 
     Raises:
-      InputError: The name of the task is unknown.
+      InputError: The task's name is unknown.
     """
     if config.task not in TASKS:
         raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")

@@ -26,25 +26,26 @@ TOWERS = ("frozen", "lora", "full")
 class SpeechEncoderOptions(EncoderOptions):
     """Options of a speech encoder.
 
-    A speech LLM is a language model with an audio tower. The language model is trained with LoRA
-    unless `full` is set, and `tower` sets how the audio tower is trained. Any other encoder counts
-    as a tower.
+    A speech LLM is a language model with an audio tower; any other encoder is a tower without a
+    language model. The language model is trained with LoRA, and the tower as `tower` says. If
+    `full` is set, all parameters are trained.
 
     Attributes:
-      whisper: Whisper of SALMONN, see `SpeechFiles`.
-      beats: BEATs of SALMONN.
-      vicuna: Vicuna of SALMONN.
+      whisper: SALMONN's Whisper; see `SpeechFiles`.
+      beats: SALMONN's BEATs.
+      vicuna: SALMONN's Vicuna.
       prompt: Prompt of a speech LLM; empty for its default prompt.
-      pool_prompt: Whether a speech LLM also pools over the positions of the prompt.
-      tower: "frozen", "lora" or "full": how the tower is trained unless `full` trains everything.
-      trim: Whether Whisper encodes only the length of the clip, see `WhisperConfig`.
-      max_seconds: Seconds read of an utterance in validation, test and extraction.
-      crop_seconds: Seconds read of an utterance in training, at a random position in each epoch.
-      gain: Whether to augment with random loudness.
+      pool_prompt: Whether a speech LLM also pools over the prompt's positions.
+      tower: How the tower is trained without `full`: "frozen", "lora" or "full".
+      trim: Whether Whisper encodes only the clip's length; see `WhisperConfig`.
+      max_seconds: Maximum clip length in validation, test and extraction.
+      crop_seconds: Maximum clip length in training; longer clips are cropped at a random position
+        in each epoch.
+      gain: Whether to augment with random gain.
       noise: Whether to augment with noise.
       speed: Whether to augment with random speed.
-      mask_spectrogram: Whether to mask time steps and bins of the spectrogram in training; only
-        for encoders with Whisper's front end.
+      mask_spectrogram: Whether to mask time steps and frequency bins of the spectrogram in
+        training; only for encoders with Whisper's front end.
     """
 
     whisper: str = ""
@@ -73,7 +74,7 @@ class SpeechEncoderOptions(EncoderOptions):
             raise ValueError("full and tower=lora are not for SALMONN; allowed: tower=frozen, full")
 
     def check_seconds(self, backbone: Any = None) -> None:
-        """Raises InputError if the backbone cannot read clips of this length."""
+        """Raises InputError if a maximum clip length is invalid or too long for the backbone."""
         for name in ("max_seconds", "crop_seconds"):
             speech.check_seconds(getattr(self, name), backbone, name=name)
 
@@ -90,7 +91,7 @@ class SpeechEncoderTask(EncoderTask):
 
     @classmethod
     def read_backbone_config(cls, options: SpeechEncoderOptions) -> dict[str, Any]:
-        """Reads the backbone's configs, see `speech.read_backbone_config`."""
+        """Reads the backbone's configs; see `speech.read_backbone_config`."""
         return speech.read_backbone_config(options.files, options.prompt)
 
     def fingerprint(self) -> str:
@@ -99,7 +100,7 @@ class SpeechEncoderTask(EncoderTask):
 
     @property
     def pads_to_max(self) -> bool:
-        """Whether the backbone pads every clip to the longest it has positions for."""
+        """Whether the backbone pads every clip to its maximum length."""
         return speech.has_fixed_input_length(self._abstract_backbone)
 
     def _check_backbone(self, backbone: Any) -> None:
@@ -107,13 +108,13 @@ class SpeechEncoderTask(EncoderTask):
 
     @property
     def trainable(self) -> Any:
-        """NNX filter of the trained parameters, as the options say."""
+        """NNX filter for the trained parameters."""
         options = self.options
         if options.full:
             return nnx.Param
         trained: list[Any] = [nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head"))]
         if options.tower == "full":
-            # The parameters outside the language model.
+            # All parameters outside the language model.
             trained.append(nnx.All(nnx.Param, nnx.Not(nnx.PathContains("decoder"))))
         return nnx.Any(*trained)
 
@@ -148,16 +149,16 @@ class SpeechEncoderTask(EncoderTask):
         )
 
     def make_model(self, backbone: Any, head: UtteranceHead) -> SpeechUtterance:
-        """Returns the model of a backbone and its head."""
+        """Combines a backbone and a head into the model."""
         return SpeechUtterance(backbone, head)
 
     def apply(self, model: SpeechUtterance, batch: Batch, **options: Any) -> UtteranceOutput:
-        """Runs the model on a batch of `clip_batches`."""
+        """Runs the model on a batch from `clip_batches`."""
         waveform = batch["waveform"].astype(jnp.float32) / 2**15
         return model(waveform, batch["lengths"], **options)
 
     def augment(self, batch: Batch, keys: jax.Array) -> Batch:
-        """Returns the batch with random speed, noise and gain, as the options say."""
+        """Applies the enabled augmentations (speed, noise and gain) to the batch."""
         options = self.options
         waveform = batch["waveform"].astype(jnp.float32) / 2**15
         lengths = batch["lengths"]
@@ -171,11 +172,11 @@ class SpeechEncoderTask(EncoderTask):
         return {**batch, "waveform": waveform * 2**15, "lengths": lengths}
 
     def features(self, split: str, name: str | None = None) -> Utterances:
-        """Loads the audible utterances of a split, truncated at `max_seconds`.
+        """Loads the utterances of a split that have audible speech, truncated at `max_seconds`.
 
         Args:
           split: Split to load.
-          name: Name of a dataset; by default the config's.
+          name: Name of the dataset; by default the config's dataset.
 
         Raises:
           InputError: The dataset does not exist, or its classes differ from the model's.
@@ -184,7 +185,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._load_clips(name, split, _num_samples(self.options.max_seconds))
 
     def _train_utterances(self, split: str) -> Utterances:
-        # Untruncated, because training crops at random positions.
+        # Not truncated, because training crops at random positions.
         return self._load_clips(self._data.name, split, None)
 
     def _load_clips(self, name: str, split: str, max_samples: int | None) -> Utterances:
@@ -192,7 +193,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._check_classes(clips)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Plans batches of utterances whose numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
         plan = self._plan(

@@ -21,7 +21,7 @@ class TextEncoderOptions(EncoderOptions):
     """Options of a text encoder.
 
     Attributes:
-      max_tokens: Maximum number of tokens per utterance; longer ones are truncated.
+      max_tokens: Maximum number of tokens per utterance; longer utterances are truncated.
     """
 
     max_tokens: int = 128
@@ -50,19 +50,19 @@ class TextEncoderTask(EncoderTask):
         )
 
     def encode(self, texts: Any, *, where: str = "") -> list[np.ndarray]:
-        """Tokenizes texts, see `encode_texts`."""
+        """Tokenizes texts; see `encode_texts`."""
         return encode_texts(self.tokenizer, texts, self.options.max_tokens, where=where)
 
     def make_model(self, backbone: Any, head: UtteranceHead) -> TextUtterance:
-        """Returns the model of a backbone and its head."""
+        """Combines a backbone and a head into the model."""
         return TextUtterance(backbone, head)
 
     def apply(self, model: TextUtterance, batch: Batch, **options: Any) -> UtteranceOutput:
-        """Runs the model on a batch of `token_batches`."""
+        """Runs the model on a batch from `token_batches`."""
         return model(batch["input_ids"], batch["mask"], **options)
 
     def features(self, split: str, name: str | None = None) -> Utterances:
-        """Loads the utterances that have text, from a split of the config's or another dataset.
+        """Loads the utterances with text; see `Task.features`.
 
         Raises:
           InputError: The dataset does not exist, or its classes differ from the model's.
@@ -73,7 +73,7 @@ class TextEncoderTask(EncoderTask):
         return self._check_classes(utterances)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Plans batches of utterances whose numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
         plan = self._plan(utterances.sizes, num_shards, shuffle=shuffle)
         make_batches = functools.partial(token_batches, utterances, plan)
         return Split(utterances, plan, make_batches, self._seed, shuffle)

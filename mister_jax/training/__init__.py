@@ -1,4 +1,4 @@
-"""Training: the loop, its steps, metric files and curves."""
+"""Training loop, training and evaluation steps, metric files and curves."""
 
 from mister_jax.errors import require_extra
 

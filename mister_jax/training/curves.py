@@ -1,4 +1,4 @@
-"""Plots the training loss and the validation scores of a run."""
+"""Plots of the training loss and the validation scores."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from mister_jax.io import read_json_lines, write_png
 
 
 def plot_training_curves(metrics: epath.PathLike, path: epath.PathLike) -> None:
-    """Plots the training loss and the validation scores over the steps of a run.
+    """Plots a run's training loss and validation scores over its steps.
 
     Args:
       metrics: Path of the run's `metrics.jsonl`.
-      path: Path of the PNG file to write.
+      path: Output path of the PNG file.
     """
     from matplotlib.figure import Figure
 

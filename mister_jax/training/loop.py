@@ -1,8 +1,8 @@
-"""The training loop, which runs every task.
+"""Training loop for all tasks.
 
-A run lives in a work directory. A restarted run resumes from its latest checkpoint and reaches the
-same parameters, bit for bit, as an uninterrupted one. The loop reads only the training and
-validation splits. It trains one seed or several in one program and keeps the best epoch of each.
+A run writes to a work directory. A restarted run resumes from the latest checkpoint there and
+reaches the same parameters, bit for bit, as an uninterrupted run. The loop reads only the training
+and validation splits. It can train several seeds at once, and keeps the best epoch of each seed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
 from mister_jax.workdir import check_config, check_data, config_path, write_description
 
-# Number of epochs with a single predicted class after which the training warns.
+# Number of consecutive epochs with a single predicted class before the loop prints a warning.
 _ONE_CLASS_EPOCHS = 3
 
 
 class TrainingDivergedError(InputError):
-    """The loss or the gradient is no longer finite."""
+    """Raised if the loss or the gradient is no longer finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,12 @@ class TrainConfig:
     Attributes:
       epochs: Number of passes over the training split.
       patience: Number of epochs without a better validation weighted F1 after which a seed stops
-        early and keeps its best parameters, 0 for no early stopping. Training ends when every
-        seed has stopped.
-      log_every: Number of steps between two records of the training loss.
-      save_every: Number of steps between two checkpoints within an epoch, 0 for none. The end of
-        every epoch is always saved.
-      accumulation: Number of gradient accumulation steps: each device's rows go through the model
-        in this many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
+        early; 0 disables early stopping. Training ends when all seeds have stopped.
+      log_every: Number of steps between records of the training loss.
+      save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
+        epoch is always saved.
+      accumulation: Number of gradient accumulation steps: each device splits its rows into this
+        many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
     """
 
     epochs: int
@@ -93,7 +92,7 @@ class TrainProgress:
     """Progress of a training run, saved with its state.
 
     Attributes:
-      best_scores: Best validation weighted F1 of each seed, -1 before the first validation.
+      best_scores: Best validation weighted F1 per seed; -1 before the first validation.
       best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
       epoch: Number of completed epochs.
       finished: Whether training is complete.
@@ -110,21 +109,21 @@ class TrainProgress:
         return cls([-1.0] * num_seeds, [0] * num_seeds)
 
     def active_seeds(self, patience: int) -> np.ndarray:
-        """Returns which seeds may still improve, [S] bool."""
+        """Returns which seeds have not stopped early, [S] bool."""
         stale_epochs = self.epoch - np.array(self.best_epochs)
         return (stale_epochs < patience) | (patience == 0)
 
     def complete_epoch(self, scores: np.ndarray, options: TrainConfig) -> np.ndarray:
-        """Counts an epoch and returns which seeds have a new best score, [S] bool.
+        """Completes an epoch and returns which seeds have a new best score, [S] bool.
 
         Args:
-          scores: Validation weighted F1 of each seed, [S].
+          scores: Validation weighted F1 per seed, [S].
           options: Number of epochs and patience.
         """
         active = self.active_seeds(options.patience)
         self.epoch += 1
-        # A tie goes to the later epoch: scores repeat on a small validation split, and the later
-        # parameters have had more updates at a lower learning rate.
+        # If scores are equal, which happens on small validation splits, the later epoch wins: its
+        # parameters have had more updates, at a lower learning rate.
         improved = active & (scores >= self.best_scores)
         self.best_scores = np.where(improved, scores, self.best_scores).tolist()
         self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
@@ -142,23 +141,24 @@ def train(
     on_step: Callable[[int], None] | None = None,
     on_save: OnSave | None = None,
 ) -> TrainProgress:
-    """Trains what the config describes, from the start or from the latest checkpoint.
+    """Trains the config's task, from the start or from the latest checkpoint.
 
     Args:
-      config: Config of the experiment.
+      config: Experiment config.
       workdir: Work directory; created if missing.
-      quiet: Whether to show no progress.
-      on_step: Called with the number of completed steps after each step.
+      quiet: Whether to hide the progress bar and messages.
+      on_step: Called after each step with the number of completed steps.
       on_save: Called when the background write of a checkpoint has started, with its kind (`LATEST`
         or `BEST`), step, state and progress.
 
     Returns:
-      Progress at the end; `finished` is false after SIGTERM.
+      Progress at the end; `finished` is False after SIGTERM.
 
     Raises:
-      InputError: The config, dataset or work directory is not usable, or a batch does not fit in
-        the devices' memory.
-      TrainingDivergedError: The loss is not finite. The last good checkpoint is kept.
+      InputError: The config, dataset or work directory is invalid, or a batch does not fit in the
+        devices' memory.
+      TrainingDivergedError: The loss or the gradient is not finite. The last good checkpoint is
+        kept.
     """
     workdir = epath.Path(workdir)
     options = dataclass_from_config(TrainConfig, config.train, "config.train")
@@ -180,7 +180,7 @@ def train(
 
     total_steps = options.epochs * train_split.steps
     optimizer = make_optimizer(optimizer_config, total_steps)
-    # The largest batch, named in the out-of-memory message.
+    # Shape of the largest batch, for the out-of-memory message.
     rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
     with explain_oom(str(workdir), activity, task.oom_hint):
@@ -223,7 +223,7 @@ def train(
 def _initial_states(
     task: Task, optimizer: optax.GradientTransformation, seeds: Sequence[int], partitioner: Any
 ) -> tuple[ModelTemplate, Any]:
-    """Returns the model's template and the stacked states of the seeds."""
+    """Returns the model template and the stacked states of all seeds."""
     template: Any = None
     as_vectors = not task.sharding_rules
 
@@ -239,9 +239,9 @@ def _initial_states(
         )
         return state
 
-    if as_vectors:  # These tasks read no checkpoint.
-        # Initializing in one program is faster than one program per parameter. It runs so briefly
-        # that optimizing it is not worth the compile time.
+    if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
+        # One program for the whole initialization is faster than one program per parameter. It runs
+        # so briefly that optimizing it is not worth the compile time.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         make_state = jax.jit(make_state, compiler_options=options)
     states = [make_state(jax.random.key(seed)) for seed in seeds]
@@ -250,7 +250,7 @@ def _initial_states(
 
 @dataclasses.dataclass
 class _TrainingLoop:
-    """The parts of a training run; `run` is the loop."""
+    """Components of a training run; `run` is the loop."""
 
     workdir: epath.Path
     options: TrainConfig
@@ -267,10 +267,10 @@ class _TrainingLoop:
     stop_event: threading.Event
     on_step: Callable[[int], None]
     num_one_class_epochs: Any = 0
-    """Number of consecutive epochs in which each seed has predicted one class [S]."""
+    """Number of consecutive epochs in which each seed has predicted a single class, [S]."""
 
     def run(self, state: Any, quiet: bool) -> TrainProgress:
-        """Trains until the end or SIGTERM."""
+        """Trains until the last epoch, early stopping or SIGTERM."""
         steps_per_epoch = self.train_split.steps
         state = self.partitioner.put_state(state)
         progress = TrainProgress.initial(len(self.seeds))
@@ -310,10 +310,10 @@ class _TrainingLoop:
     def _compile(
         self, executor: concurrent.futures.Executor, state: Any, reporter: ProgressReporter
     ) -> None:
-        """Starts to compile the steps for every batch shape, in the order of their first use.
+        """Starts compiling the steps for every batch shape, in the order of their first use.
 
-        Returns when the program of the first step is ready. The others are compiled while the
-        training runs.
+        Returns when the first step's program is ready. The other programs are compiled in the
+        background during training.
         """
         step, steps_per_epoch = self._global_step(state), self.train_split.steps
         jobs = [
@@ -334,12 +334,12 @@ class _TrainingLoop:
                 reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
 
     def _saved_part(self, state: Any) -> Any:
-        """Returns one copy of the part of the state that changes during training."""
+        """Returns a single copy of the state without the frozen parameters."""
         changing = {name: value for name, value in state.items() if name != "frozen"}
         return self.partitioner.get_state(changing)
 
     def _global_step(self, state: Any) -> int:
-        # All seeds are at the same step.
+        # All seeds have the same step.
         return int(np.ravel(self.partitioner.get_state(state["step"]))[0])
 
     def _save_latest(self, state: Any, progress: TrainProgress, step: int) -> None:
@@ -366,12 +366,13 @@ class _TrainingLoop:
             is_last = step % steps_per_epoch == 0
             stop = should_stop(self.stop_event)
             save = stop or (options.save_every and step % options.save_every == 0)
-            # Reading the metrics waits for the devices, so most steps do not. But the metrics are
-            # read before every save: a state whose loss is not finite is never saved.
+            # Reading metrics waits for the devices, so most steps do not read them. They are read
+            # before every save, so that a state with a non-finite loss is never saved.
             if len(pending_metrics) == options.log_every or is_last or save:
                 self._write_metrics(pending_metrics, step, writer)
                 pending_metrics = []
-            # After the last step, `run` validates and saves; a stop then ends the next epoch.
+            # After the epoch's last step, `run` validates and saves. If a stop was requested, the
+            # next epoch ends after its first step.
             if save and not is_last:
                 self._save_latest(state, progress, step)
             if stop and not is_last:
@@ -385,7 +386,7 @@ class _TrainingLoop:
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _write_metrics(self, pending_metrics: list[Any], step: int, writer: MetricWriter) -> None:
-        """Fetches the pending metrics, checks that they are finite, and writes their means."""
+        """Writes the means of the pending metrics, after checking that they are finite."""
         read_metrics = jax.device_get(pending_metrics)
         means = {
             name: np.mean([step_metrics[name] for step_metrics in read_metrics], axis=0)
@@ -395,14 +396,14 @@ class _TrainingLoop:
         if not_finite:
             raise TrainingDivergedError(
                 f"{self.workdir}: {', '.join(not_finite)} not finite between steps "
-                f"{step - len(read_metrics)} and {step}; the last good state is kept. Try a "
+                f"{step - len(read_metrics)} and {step}; the last good checkpoint is kept. Try a "
                 "smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
         writer(step, {**scalars, "learning_rate": float(self.schedule(step - 1))})
 
     def _scalars(self, prefix: str, values: dict[str, np.ndarray]) -> dict[str, float]:
-        """Returns the mean over seeds of each value, and with several seeds each seed's value."""
+        """Returns each value's mean over the seeds and, with several seeds, its value per seed."""
         scalars = {f"{prefix}/{name}": float(np.mean(value)) for name, value in values.items()}
         if len(self.seeds) > 1:
             per_seed = multi_seed.unstack_seeds(values, len(self.seeds))
@@ -416,7 +417,7 @@ class _TrainingLoop:
     def _validate(
         self, state: Any, progress: TrainProgress, writer: MetricWriter, reporter: ProgressReporter
     ) -> None:
-        """Scores the validation split at the end of an epoch; saves the best and latest states."""
+        """Scores the validation split after an epoch, and saves the best and latest checkpoints."""
         step = self._global_step(state)
         values = self._validation_scores(state)
         writer(step, self._scalars("validation", values))
@@ -436,17 +437,18 @@ class _TrainingLoop:
     def _save_best(
         self, state: Any, step: int, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves the parameters and scores of improved seeds; the others keep what is saved."""
+        """Saves the parameters and scores of improved seeds; other seeds keep the saved ones."""
         single_copy = self._saved_part(state)
         params = self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = self.checkpoints.restore(BEST, params)
-            # Every seed improves on its initial -1 in the first epoch, so a best checkpoint exists.
+            # The first epoch improves on every seed's initial score of -1, so a best checkpoint
+            # must exist.
             if previous is None:
                 raise InputError(
-                    f"{self.workdir}: the best checkpoint is missing, and the training needs it to "
-                    "resume"
+                    f"{self.workdir}: the best checkpoint is missing; training cannot resume "
+                    "without it"
                 )
             previous_params, previous_values = previous
             params = multi_seed.select_seeds(improved, params, previous_params)
@@ -460,10 +462,10 @@ class _TrainingLoop:
     def _warn_of_one_class(
         self, num_predicted_classes: np.ndarray, reporter: ProgressReporter
     ) -> None:
-        """Warns once if a seed predicts a single class for several epochs.
+        """Warns if a seed has predicted a single class for several epochs.
 
         Args:
-          num_predicted_classes: Number of classes each seed predicts on the validation split, [S].
+          num_predicted_classes: Number of classes that each seed predicted in validation, [S].
           reporter: Reporter that prints the warning.
         """
         self.num_one_class_epochs = np.where(
@@ -473,12 +475,12 @@ class _TrainingLoop:
         if len(collapsed) and len(self.task.class_names) > 1:
             reporter.print(
                 f"WARNING: seed {', '.join(str(self.seeds[index]) for index in collapsed)} has "
-                f"predicted one class for all of validation in {_ONE_CLASS_EPOCHS} epochs; try "
+                f"predicted a single class in validation for {_ONE_CLASS_EPOCHS} epochs; try "
                 "config.data.standardize=speech,text, or another config.optimizer.learning_rate"
             )
 
     def _validation_scores(self, state: Any) -> dict[str, Any]:
-        """Returns the validation scores by name, with several seeds as arrays [S]."""
+        """Returns the validation scores by name; with several seeds, they are arrays [S]."""
         sums: Any = None
         batches = self.validation_split.batches()
         for batch in prefetch_to_device(batches, self.partitioner.put_batch):
@@ -499,14 +501,14 @@ class _TrainingLoop:
 
 
 def _format_scores(values: Sequence[float] | np.ndarray, digits: int) -> str:
-    """Formats one score, or the mean and standard deviation of several."""
+    """Formats a score, or the mean and standard deviation of several scores."""
     mean, deviation = metrics.mean_and_deviation(values)
     return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 @contextlib.contextmanager
 def _background_executor() -> Iterator[concurrent.futures.Executor]:
-    """Yields an executor whose unfinished work is abandoned at the end."""
+    """Yields an executor; jobs that have not started by the end are canceled."""
     executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
     try:
         yield executor
@@ -516,9 +518,9 @@ def _background_executor() -> Iterator[concurrent.futures.Executor]:
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets, if this process is the only one of the job."""
+    """Yields an event that SIGTERM sets, if the job has a single process."""
     event = threading.Event()
-    # With several processes, JAX handles the signal, and a handler here would replace its own.
+    # With several processes, JAX handles the signal. A handler here would replace JAX's handler.
     is_single_process = jax.process_count() == 1
     if not is_single_process or threading.current_thread() is not threading.main_thread():
         yield event

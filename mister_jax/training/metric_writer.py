@@ -16,14 +16,14 @@ from mister_jax.io import write_text
 
 
 class MetricWriter:
-    """Appends scalars to `workdir/metrics.jsonl` and to a TensorBoard event file next to it.
+    """Appends scalars to `metrics.jsonl` and a TensorBoard event file in the work directory.
 
-    Only process 0 writes. A resumed run repeats the steps after its checkpoint, so lines of those
-    steps are removed from `metrics.jsonl`, and TensorBoard hides them.
+    Only process 0 writes. A resumed run repeats the steps after its checkpoint, so their old values
+    are removed from `metrics.jsonl` and hidden in TensorBoard.
 
     Args:
       workdir: Work directory of the training run.
-      step: Step of the checkpoint that the run resumes from, 0 for a new run.
+      step: Step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
@@ -51,12 +51,12 @@ class MetricWriter:
     def _read_lines(self) -> Iterable[str]:
         if not self._path.exists():
             return []
-        # A killed run may have cut the last line short, even inside a UTF-8 character.
+        # If the run was killed, the last line may be cut off, even within a UTF-8 character.
         return self._path.read_bytes().decode(errors="replace").split("\n")
 
 
 def _step_of_line(line: str) -> float:
-    """Returns the step of a line of `metrics.jsonl`, or infinity if the line is damaged."""
+    """Returns the step in a line of `metrics.jsonl`, or infinity if the line is damaged."""
     try:
         return float(json.loads(line)["step"])
     except (KeyError, TypeError, ValueError):
@@ -64,18 +64,18 @@ def _step_of_line(line: str) -> float:
 
 
 def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
-    # tensorboardX imports PyTorch if it is installed, which takes seconds.
+    # If PyTorch is installed, tensorboardX imports it, which takes seconds.
     from tensorboardX import SummaryWriter, record_writer
 
-    # tensorboardX itself needs google-cloud-storage for gs://. epath, which writes all other files
-    # of the run, does not.
+    # For gs:// paths, tensorboardX needs google-cloud-storage. epath, which writes all other files
+    # of a run, does not.
     bucket = SimpleNamespace(open=_BucketEvents, directory_check=lambda path: None)
     record_writer.register_writer_factory("gs", bucket)
     return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
 
 
 class _BucketEvents:
-    """An event file in a bucket. Buckets cannot append, so each flush uploads the whole file."""
+    """Event file in a bucket; each flush uploads the whole file, because buckets cannot append."""
 
     def __init__(self, path: str):
         self._path = epath.Path(path)

@@ -1,7 +1,7 @@
-"""The training step and the validation step.
+"""Training step and evaluation step.
 
-Both are pure functions of arrays, independent of configs, files and datasets, so that training,
-benchmarks and ahead-of-time compilation for TPUs run the same program.
+Both are pure functions of arrays and do not depend on configs, files or datasets. Training,
+benchmarks and ahead-of-time compilation for TPUs therefore use the same steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 
 
 class SupportsTraining(Protocol):
-    """What the training step needs from a task."""
+    """Part of the task interface that the training step needs."""
 
     def init(self, key: jax.Array) -> nnx.Module:
         """Returns the model with initial parameters."""
@@ -31,11 +31,11 @@ class SupportsTraining(Protocol):
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the batch's loss, and of each part of the loss."""
+        """Returns this device's share of the batch's loss and of the losses that it combines."""
 
 
 class SupportsEval(Protocol):
-    """What the validation step needs from a task."""
+    """Part of the task interface that the evaluation step needs."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns this device's share of sums over a batch."""
@@ -43,26 +43,26 @@ class SupportsEval(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ModelTemplate:
-    """Creates the model, or the tree of its trained parameters, from a training state.
+    """Rebuilds the model, or the tree of its trained parameters, from a training state.
 
     Attributes:
       graph: Graph definition of the model.
-      vectors: Layout of the trained parameters, if the state stores them as vectors.
+      vectors: Conversion of the trained parameters, if the state stores them as vectors.
     """
 
     graph: Any
     vectors: ParamVectors | None = None
 
     def to_tree(self, params: Any) -> Any:
-        """Returns the tree of a state's "params", or of an average of them."""
+        """Returns the parameter tree for a state's "params" or their average."""
         return params if self.vectors is None else self.vectors.unflatten(params)
 
     def from_tree(self, tree: Any) -> Any:
-        """Returns a tree of parameters or gradients in the form of a state's "params"."""
+        """Converts a tree of parameters or gradients to the form of a state's "params"."""
         return tree if self.vectors is None else self.vectors.flatten(tree)
 
     def merge(self, params: Any, frozen: Any) -> Any:
-        """Returns the model of a state's "params" and "frozen"."""
+        """Returns the model with a state's "params" and "frozen"."""
         return nnx.merge(self.graph, self.to_tree(params), frozen)
 
 
@@ -75,16 +75,16 @@ def initial_state(
     make_model: Callable[[jax.Array], nnx.Module] | None = None,
     as_vectors: bool = False,
 ) -> tuple[ModelTemplate, dict[str, Any]]:
-    """Creates the model's template and the training state before the first step.
+    """Creates the model template and the initial training state.
 
     Args:
       task: Task whose `init` creates the model.
       optimizer: Optimizer.
-      seed: Seed of all randomness in training, or a key made from it.
-      trainable: NNX filter of the trained parameters.
-      make_model: Creates the model from a key, instead of the task's `init`.
+      seed: Seed or key for all randomness in training.
+      trainable: NNX filter for the trained parameters.
+      make_model: Function that creates the model from a key; by default the task's `init`.
       as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
-        compile faster with it, but sharding rules, which name parameters, do not apply.
+        then compile faster, but sharding rules cannot apply, because they match parameter names.
     """
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     init_key, train_key = jax.random.split(key)
@@ -111,16 +111,16 @@ def make_train_step(
     """Creates the training step, a pure function of `(state, batch, axis_name)`.
 
     The state is `{step, params, frozen, opt_state, key}`. The key and the frozen parameters never
-    change; each step folds its number into the key. The step returns the new state and global
-    metrics: the loss, its parts, and the norm of the gradient.
+    change; each step folds its number into the key. The training step returns the new state and
+    metrics of the global batch: the loss, the losses that it combines, and the gradient norm.
 
     Args:
       task: Task that defines the loss. With accumulation, the loss must be a weighted sum over
         rows, and the batch must contain the row weights.
-      template: Template of the model.
+      template: Model template.
       optimizer: Optimizer.
-      accumulation: Number of parts that a device's rows are divided into. The model processes the
-        parts one after another, so only one part's activations are in memory at a time.
+      accumulation: Number of parts into which each device splits its rows. The parts run one after
+        another, so that only one part's activations are in memory at a time.
     """
 
     def step(state, batch, axis_name):
@@ -164,7 +164,7 @@ def make_train_step(
 
 
 def make_eval_step(task: SupportsEval, template: ModelTemplate) -> EvalFn:
-    """Creates the function that returns the task's sums over a batch of the validation split."""
+    """Creates the evaluation step, which returns the task's `eval_sums` for the global batch."""
 
     def eval_step(state, batch, axis_name):
         params = params_for_evaluation(state["params"], state["opt_state"])

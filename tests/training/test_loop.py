@@ -62,7 +62,7 @@ def test_predicting_one_class_for_several_epochs_warns_once(tiny_data_dir, tmp_p
     train(make_tiny_config(tmp_path, **changes), tmp_path / "run")
     assert read_metric_records(tmp_path / "run")[-1]["validation/predicted_classes"] == 1
     printed = capsys.readouterr().out
-    assert printed.count("WARNING: seed 0 has predicted one class") == 1
+    assert printed.count("WARNING: seed 0 has predicted a single class") == 1
 
 
 def test_the_seed_determines_the_parameters(tiny_data_dir, finished_workdir, tmp_path):
@@ -131,7 +131,7 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
         ({"num_seeds": 0}, "num_seeds=0; allowed: 1 or more"),
         (
             {"num_seeds": 2, "task": "text_encoder"},
-            "num_seeds=2; allowed for the task text_encoder",
+            "num_seeds=2; the task text_encoder supports only 1",
         ),
         ({"data.seed": -1}, "data.seed=-1"),
     ],
