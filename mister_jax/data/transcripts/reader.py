@@ -195,19 +195,18 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
     """Returns the segments with a length, sorted by start."""
     checked = []
     for segment in segments:
-        times = (segment.start, segment.end)
-        if not all(map(math.isfinite, times)):
+        if not (math.isfinite(segment.start) and math.isfinite(segment.end)):
             raise InputError(
-                f"has a segment from {times[0]} to {times[1]} s: {segment.text[:40]!r}"
+                f"has a segment from {segment.start} to {segment.end} s: {segment.text[:40]!r}"
             )
-        if segment.end <= segment.start:
+        # Milliseconds become seconds with rounding errors, such as 2.7600000000000002.
+        start, end = round(segment.start, 6), round(segment.end, 6)
+        if end <= start:
             notes.leave_out("end not after start")
-        elif segment.end <= 0:
+        elif end <= 0:
             notes.leave_out("before the beginning of the recording")
         else:
-            if segment.start < 0:
+            if start < 0:
                 notes.add("segments that start before 0 start at 0")
-            # Milliseconds become seconds with rounding errors, such as 2.7600000000000002.
-            start, end = round(max(segment.start, 0.0), 6), round(segment.end, 6)
-            checked.append(dataclasses.replace(segment, start=start, end=end))
+            checked.append(dataclasses.replace(segment, start=max(start, 0.0), end=end))
     return sorted(checked, key=lambda segment: segment.start)

@@ -1,0 +1,259 @@
+"""Makes utterances of the segments of a transcript.
+
+Subtitles, intervals and recognized words are not utterances: a sentence may run over several cues,
+and a segment may hold several sentences.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from mister_jax.data.transcripts.segments import Segment, Word
+from mister_jax.errors import InputError
+
+_ABBREVIATIONS = (
+    *("mr", "mrs", "ms", "dr", "prof", "st", "gen", "col", "capt", "lt", "sgt", "rev", "vs", "fig"),
+    *("vol", "nr", "hr", "fr", "mme", "mlle", "sra", "cf", "bzw"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UtteranceRules:
+    """Rules of `make_utterances`.
+
+    Attributes:
+      max_gap: Longest silence in seconds between two segments of a sentence.
+      max_seconds: Longest utterance that joins make. Longer segments are split where possible.
+      min_seconds: Shortest utterance that splits make.
+      sentence_ends: Characters that end a sentence.
+      closing: Quotation marks and brackets that may follow the end of a sentence.
+      abbreviations: Words in lower case whose period does not end a sentence. Initials, such as
+        "J." and "U.S.", need not be listed.
+    """
+
+    max_gap: float = 0.8
+    max_seconds: float = 20.0
+    min_seconds: float = 0.3
+    sentence_ends: str = ".!?…。！？؟।۔"  # noqa: RUF001
+    closing: str = "\"'”’»›)]}」』"  # noqa: RUF001
+    abbreviations: tuple[str, ...] = _ABBREVIATIONS
+
+    def __post_init__(self) -> None:
+        for name in ("max_gap", "max_seconds", "min_seconds"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}; allowed: seconds from 0")
+        if self.min_seconds >= self.max_seconds:
+            raise InputError(
+                f"min_seconds={self.min_seconds} is not below max_seconds={self.max_seconds}"
+            )
+
+
+def make_utterances(
+    segments: Sequence[Segment], rules: UtteranceRules | None = None
+) -> tuple[Segment, ...]:
+    """Splits segments at the ends of sentences, then joins the segments of each sentence.
+
+    A segment with word times is split at each end of a sentence, and at its longest pauses while a
+    part is longer than `max_seconds`. A segment without word times is only split if it is longer
+    than `max_seconds`, into as few parts as possible, at the ends of sentences; the time of a split
+    is then estimated from the number of characters before it.
+
+    A segment that does not end a sentence is joined with the next segment of the same speaker and
+    channel, if their labels are equal, the gap between them is at most `max_gap`, and both last at
+    most `max_seconds`. Segments of other speakers may lie between them. Segments without text are
+    neither split nor joined.
+
+    Returns:
+      The utterances in the order of their start. Those of different speakers may overlap.
+    """
+    rules = rules or UtteranceRules()
+    utterances: list[Segment] = []
+    last: dict[tuple, int] = {}
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        for part in _split(segment, rules):
+            voice = (part.speaker, part.channel)
+            previous = last.get(voice)
+            if previous is not None and _belongs(utterances[previous], part, rules):
+                utterances[previous] = _join(utterances[previous], part)
+            else:
+                last[voice] = len(utterances)
+                utterances.append(part)
+    return tuple(sorted(utterances, key=lambda utterance: utterance.start))
+
+
+def ends_sentence(text: str, following: str, rules: UtteranceRules) -> bool:
+    """Returns whether a sentence ends between a text and the text that follows it."""
+    bare = text.rstrip().rstrip(rules.closing)
+    if not bare or bare[-1] not in rules.sentence_ends:
+        return False
+    continues = following.lstrip("-–—.…" + rules.closing + " ")[:1].islower()  # noqa: RUF001
+    is_ellipsis = bare.endswith(("...", "…"))
+    is_quoted = len(bare) < len(text.rstrip())
+    if is_ellipsis or is_quoted:
+        return not continues  # "Stop!" he said.
+    if bare[-1] != ".":
+        return True
+    word = bare.split()[-1].strip(rules.closing + "“‘«([{„")[:-1].lower()  # noqa: RUF001
+    is_initial = re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word) and word != "i"
+    # Some recognizers write all words in lower case.
+    is_mixed_case = any(map(str.isupper, text))
+    return not (is_initial or word in rules.abbreviations or (continues and is_mixed_case))
+
+
+def _belongs(first: Segment, second: Segment, rules: UtteranceRules) -> bool:
+    return (
+        bool(first.text and second.text)
+        and first.label == second.label
+        and second.start - first.end <= rules.max_gap
+        and max(first.end, second.end) - first.start <= rules.max_seconds
+        and not ends_sentence(first.text, second.text, rules)
+    )
+
+
+def _join(first: Segment, second: Segment) -> Segment:
+    # Chinese and Japanese have no spaces between words.
+    has_no_spaces = all("\u3000" <= c <= "\u9fff" for c in (first.text[-1], second.text[0]))
+    return dataclasses.replace(
+        first,
+        end=max(first.end, second.end),
+        text=first.text + ("" if has_no_spaces else " ") + second.text,
+        words=first.words + second.words if first.words and second.words else (),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A place between two parts of a segment.
+
+    Attributes:
+      offset: Number of characters of the text before it.
+      end: End of the part before it in seconds.
+      start: Start of the part after it in seconds.
+      word: Number of words before it.
+    """
+
+    offset: int
+    end: float
+    start: float
+    word: int = 0
+
+
+def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
+    if not segment.text:
+        return [segment]
+    offsets = list(_sentence_offsets(segment.text, rules))
+    if any(word.start is not None for word in segment.words):
+        cuts = [cut for offset in offsets if (cut := _cut_between_words(segment, offset))]
+        parts = _apply(segment, cuts, rules)
+        return [piece for part in parts for piece in _split_at_pauses(part, rules)]
+    duration = segment.end - segment.start
+    if duration <= rules.max_seconds:
+        return [segment]
+    times = [segment.start + duration * offset / len(segment.text) for offset in offsets]
+    cuts, part_start = [], segment.start
+    for offset, time, after in zip(offsets, times, [*times[1:], segment.end], strict=False):
+        # The part before this cut would be too long with the next sentence.
+        if after - part_start > rules.max_seconds:
+            cuts.append(_Cut(offset, time, time))
+            part_start = time
+    return _apply(segment, cuts, rules)
+
+
+def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
+    """Yields the offset behind each sentence but the last."""
+    ends, closing = re.escape(rules.sentence_ends), re.escape(rules.closing)
+    # Full-width marks have no space behind them.
+    pattern = rf"[{ends}]+[{closing}]*(?:\s+|(?<=[。！？」』])(?!$))"  # noqa: RUF001
+    for match in re.finditer(pattern, text):
+        before, after = text[: match.end()], text[match.end() :]
+        if after.strip() and ends_sentence(before, after, rules):
+            yield match.end()
+
+
+def _cut_between_words(segment: Segment, offset: int) -> _Cut | None:
+    """Returns the cut of a segment between the words around an offset of its text.
+
+    Letters are counted, because words and text may differ in spaces and punctuation.
+    """
+    counts = list(itertools.accumulate(_count_letters(word.text) for word in segment.words))
+    total = _count_letters(segment.text)
+    if not total or not counts[-1]:
+        return None
+    before = _count_letters(segment.text[:offset]) * counts[-1] / total
+    index = bisect.bisect_left(counts, before - 0.5) + 1
+    return _cut_at_word(segment, index, offset)
+
+
+def _cut_at_word(segment: Segment, index: int, offset: int) -> _Cut | None:
+    if not 0 < index < len(segment.words):
+        return None
+    last, following = segment.words[index - 1], segment.words[index]
+    start = following.start if following.start is not None else last.end
+    end = last.end if last.end is not None else start
+    if start is None or end is None:
+        return None
+    return _Cut(offset, min(end, start), start, index)
+
+
+def _count_letters(text: str) -> int:
+    return sum(map(str.isalnum, text))
+
+
+def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> list[Segment]:
+    """Returns the parts between cuts, without the cuts that leave too short a part."""
+    kept = [_Cut(0, segment.start, segment.start)]
+    for cut in cuts:
+        is_long = cut.end - kept[-1].start >= rules.min_seconds
+        if is_long and segment.end - cut.start >= rules.min_seconds:
+            kept.append(cut)
+    kept.append(_Cut(len(segment.text), segment.end, segment.end, len(segment.words)))
+    return [
+        dataclasses.replace(
+            segment,
+            start=before.start,
+            end=after.end,
+            text=segment.text[before.offset : after.offset].strip(),
+            words=segment.words[before.word : after.word],
+        )
+        for before, after in itertools.pairwise(kept)
+    ]
+
+
+def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
+    """Splits a segment at its longest pause until all parts last at most `max_seconds`."""
+    if segment.end - segment.start <= rules.max_seconds:
+        return [segment]
+    middle = (segment.start + segment.end) / 2
+    offsets = _word_offsets(segment.text, segment.words)
+    cuts = [
+        cut for index, offset in enumerate(offsets) if (cut := _cut_at_word(segment, index, offset))
+    ]
+    # Pauses of equal length, such as none, are split near the middle.
+    cuts.sort(key=lambda cut: (round(cut.start - cut.end, 2), -abs(cut.start - middle)))
+    while cuts:
+        parts = _apply(segment, [cuts.pop()], rules)
+        if len(parts) > 1 and all(part.text for part in parts):
+            return [piece for part in parts for piece in _split_at_pauses(part, rules)]
+    return [segment]
+
+
+def _word_offsets(text: str, words: Sequence[Word]) -> list[int]:
+    """Returns the offset of each word in the text, by the letters before it."""
+    letters = [offset for offset, character in enumerate(text) if character.isalnum()]
+    total = sum(_count_letters(word.text) for word in words) or 1
+    counts = itertools.accumulate((_count_letters(word.text) for word in words), initial=0)
+    offsets = []
+    for count, _ in zip(counts, words, strict=False):
+        position = round(count * len(letters) / total)
+        offset = letters[position] if position < len(letters) else len(text)
+        # Opening marks belong to the word behind them.
+        while offset and not text[offset - 1].isspace() and not text[offset - 1].isalnum():
+            offset -= 1
+        offsets.append(offset)
+    return offsets
