@@ -1,4 +1,4 @@
-"""Attention of the encoders."""
+"""Attention for the encoders, in a form that depends on the platform."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mister_jax.nn import attention
 from mister_jax.nn.dropout import Dropout
 
 MAX_CPU_SCORES = 2**22
-"""Number of scores, 16 MiB, that are computed at once on a CPU; more would exceed its caches."""
+"""Maximum number of scores (16 MiB) that a CPU computes at once; more would exceed its caches."""
 
 MAX_TPU_SCORES = 2**22
-"""Number of scores of one example, 16 MiB, up to which a TPU computes all heads at once."""
+"""Maximum number of scores per example (16 MiB) for which a TPU computes all heads at once."""
 
-# The sum of two of them is finite.
+# Less than half of the maximum, so that adding a bias cannot give infinity.
 _MASKED = -0.4 * float(jnp.finfo(jnp.float32).max)
 
 Bias = jax.Array | tuple[jax.Array, ...] | None
-"""Bias added to the scores, or factors whose product is that bias; each is 4D."""
+"""Bias added to the scores, or factors whose product is the bias; all are 4D."""
 
 
 def dot_product_attention(
@@ -39,18 +39,18 @@ def dot_product_attention(
 ) -> jax.Array:
     """Computes `mister_jax.nn.dot_product_attention` in the form that is fastest on the platform.
 
-    Without dropout, CPUs and, if inputs are long, TPUs have forms of their own.
+    Without dropout, CPUs have a separate form, and TPUs have one for long inputs.
 
     Args:
       query: Queries, [B, T, K, head_dim].
       key: Keys, [B, S, G, head_dim], where G divides K.
       value: Values, [B, S, G, head_dim].
-      mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. The result of
-        a query without any key is finite but has no meaning.
+      mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. If a query may
+        not attend to any key, its result is finite but meaningless.
       bias: Bias added to the scores, broadcastable to [B, K, T, S], or a tuple of its factors.
-      dropout: Dropout of the attention weights.
-      is_causal: Whether a query may only attend to keys at its position or before.
-      deterministic: Whether dropout is off.
+      dropout: Dropout layer for the attention weights.
+      is_causal: Whether a query may attend only to keys at its position or before it.
+      deterministic: Whether to disable dropout.
       **options: Further options of `mister_jax.nn.dot_product_attention`.
 
     Returns:
@@ -76,14 +76,14 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # On CPUs, the gradient is faster in the default form unless clips are long, and so is a
-        # product of factors, which would be stored.
+        # On CPUs, the default form is faster for gradients, unless clips are long. It is also
+        # faster for a product of factors, which the CPU form would store.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
             forms["cpu"] = attention_on_cpu
         if math.prod(query.shape[1:3]) * key.shape[1] > MAX_TPU_SCORES:
             forms["tpu"] = functools.partial(attention_on_tpu, is_causal=is_causal)
-    # Not `jax.default_backend()`: a program may be compiled for a TPU on a CPU.
+    # `jax.default_backend()` would be wrong for a program that a CPU compiles for a TPU.
     return jax.lax.platform_dependent(*inputs, **forms, default=default)
 
 
@@ -98,11 +98,11 @@ def attention_on_cpu(
     mask: jax.Array,
     factors: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Computes `dot_product_attention` without dropout, in the form that is fastest on CPUs.
+    """Computes `dot_product_attention` without dropout in the form that is fastest on CPUs.
 
-    XLA gives a softmax between two matrix products to its CPU library as one call if heads come
-    before positions, the mask is a float summand, and the second product is normalized instead of
-    the weights.
+    XLA compiles matrix product, softmax and matrix product to one call of its CPU library. This
+    needs heads before positions, a float mask that is added to the scores, and a normalization
+    after the second product.
     """
     batch_size, num_queries, num_heads, head_dim = query.shape
     summand, bias = jnp.where(mask, 0.0, _MASKED), _product(factors)
@@ -123,7 +123,7 @@ def attention_on_cpu(
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, summand: jax.Array) -> jax.Array:
-    """Attends with scaled queries [..., T, head_dim]; returns [..., T, head_dim]."""
+    """Computes attention for scaled queries [..., T, head_dim]; returns [..., T, head_dim]."""
     scores = jnp.einsum("...td,...sd->...ts", query, key, preferred_element_type=jnp.float32)
     scores = scores + summand
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -142,14 +142,14 @@ def attention_on_tpu(
 ) -> jax.Array:
     """Computes `dot_product_attention` without dropout, one key head after the other.
 
-    The scores of all heads of long inputs exceed a TPU's on-chip memory, and to store and load them
-    takes longer than the matrix products. Those of one head stay on the chip. Heads that are
+    For long inputs, the scores of all heads exceed a TPU's on-chip memory. Storing and loading them
+    takes longer than the matrix products. The scores of one head stay on the chip. Heads that are
     sharded over devices are gathered first.
     """
     summands = (mask, *factors)
     is_per_head = [summand.shape[1] > 1 for summand in summands]
 
-    # The backward pass recomputes the scores instead of storing those of all heads.
+    # The backward pass recomputes the scores, because storing them for all heads takes too long.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(inputs: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         (query, key, value), per_head = inputs

@@ -1,7 +1,7 @@
-"""Audio inside the prompt of a language model, for SALMONN and Qwen2-Audio.
+"""Audio in a language model's prompt, for SALMONN and Qwen2-Audio.
 
-A prompt holds a placeholder token, which is replaced with the vectors of the clip. Shape letters:
-B clips, P tokens of the prompt, A audio vectors, N = P - 1 + A, D hidden size.
+The clip's vectors replace a placeholder token in the prompt. Shape letters: B clips, P prompt
+tokens, A audio vectors, N = P - 1 + A, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class AudioPromptOutput:
     """Output of a speech LLM.
 
     Attributes:
-      hidden_states: Hidden states of the last layer, [B, N, D], meaningless outside `mask`.
-      mask: Positions of the prompt and the audio, [B, N] bool; padding follows them.
+      hidden_states: Hidden states of the last layer, [B, N, D]; meaningless outside `mask`.
+      mask: Positions of the prompt and the audio, [B, N] bool; the padding follows.
       audio_mask: Positions of the audio, [B, N] bool.
     """
 
@@ -41,19 +41,19 @@ def splice_audio(
     audio: jax.Array,
     audio_lengths: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Replaces the placeholder of each prompt with the vectors of its clip.
+    """Replaces each prompt's placeholder with the vectors of its clip.
 
     Args:
       prompt: Embedded tokens, [B, P, D], padded on either side.
       prompt_mask: Valid tokens, [B, P] bool.
-      is_placeholder: Position of the placeholder, at most one per prompt, [B, P] bool. A prompt
-        without a placeholder gets no audio.
+      is_placeholder: Whether a token is the placeholder, [B, P] bool; at most one per prompt. A
+        prompt without a placeholder gets no audio.
       audio: Audio vectors, [B, A, D] with A > 0.
-      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
+      audio_lengths: Number of valid vectors at the start of each clip, [B] int.
 
     Returns:
-      Sequence [B, N, D], padded with zeros on the right; its mask [B, N] bool; and the mask of its
-      audio [B, N] bool.
+      Sequences, [B, N, D], zero-padded on the right; their mask, [B, N] bool; and the mask of their
+      audio, [B, N] bool.
     """
     num_tokens = prompt.shape[1]
     sizes = jnp.where(is_placeholder, audio_lengths[:, None], 1) * prompt_mask  # [B, P]
@@ -72,10 +72,10 @@ def splice_audio(
 
 
 class SpeechLLM(nnx.Module):
-    """Language model that reads clips inside its prompt, without the head.
+    """Language model, without its head, that reads a clip in its prompt.
 
-    Subclasses create `decoder`, the language model. The token `placeholder` in their config stands
-    for the audio and need not be in the vocabulary.
+    Subclasses create the language model, `decoder`. The token `placeholder` in their config stands
+    for the audio; it need not be in the vocabulary.
     """
 
     config: Any
@@ -84,7 +84,7 @@ class SpeechLLM(nnx.Module):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns audio vectors [B, A, D] of clips, and the number of valid ones of each [B]."""
+        """Returns the audio vectors of each clip, [B, A, D], and how many are valid, [B]."""
         raise NotImplementedError
 
     def __call__(
@@ -100,12 +100,12 @@ class SpeechLLM(nnx.Module):
         """Encodes clips, each with its prompt.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S], each clip at the start of its
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S], each clip at the start of its
             row.
           lengths: Number of samples in each clip, [B] int.
           prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
           prompt_mask: Valid tokens, [B, P] bool.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
@@ -120,12 +120,12 @@ class SpeechLLM(nnx.Module):
 
 
 class PromptedSpeech(nnx.Module):
-    """Speech LLM with one fixed prompt, called like the other speech encoders.
+    """Speech LLM with a fixed prompt and the interface of the other speech encoders.
 
     Args:
       model: Speech LLM.
-      prompt: Tokens of the prompt with one placeholder.
-      pool_over_prompt: Whether the returned mask covers all positions instead of the audio alone.
+      prompt: Prompt tokens with one placeholder.
+      pool_over_prompt: Whether the returned mask covers all positions instead of only the audio.
     """
 
     def __init__(self, model: Any, prompt: Sequence[int], *, pool_over_prompt: bool = False):
@@ -140,12 +140,12 @@ class PromptedSpeech(nnx.Module):
         """Encodes clips.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S].
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S].
           lengths: Number of samples in each clip, [B] int.
           **options: Further arguments of the model's call.
 
         Returns:
-          Hidden states [B, N, D], and the mask of the positions to pool [B, N] bool.
+          Hidden states, [B, N, D], and the positions to pool over, [B, N] bool.
         """
         prompt = jnp.broadcast_to(jnp.array(self.prompt), (len(waveform), len(self.prompt)))
         output = self.model(waveform, lengths, prompt, jnp.ones(prompt.shape, bool), **options)

@@ -1,6 +1,6 @@
-"""Augmentation of training speech: gain, noise, speed, and masks on spectrograms.
+"""Augmentation of training speech: gain, noise, speed and spectrogram masks.
 
-Each clip has its own key, so that its augmentation depends neither on the batch nor on padding.
+There is one key per clip, so that a clip's augmentation does not depend on the batch or on padding.
 Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
@@ -43,7 +43,7 @@ def add_noise(
     low: float = 5.0,
     high: float = 30.0,
 ) -> jax.Array:
-    """Adds white noise with a random signal-to-noise ratio to each clip.
+    """Adds white noise at a random signal-to-noise ratio to each clip.
 
     Args:
       waveform: Waveforms, [B, S].
@@ -74,7 +74,7 @@ def change_speed(
     low: float = 0.9,
     high: float = 1.1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Changes the speed of each clip, and with it the pitch, by linear interpolation.
+    """Changes the speed, and therefore the pitch, of each clip by linear interpolation.
 
     Args:
       waveform: Waveforms, [B, S].
@@ -84,7 +84,7 @@ def change_speed(
       high: Maximum speed.
 
     Returns:
-      Waveforms [B, S / low, rounded up], with zeros in the padding; and the new lengths [B].
+      Waveforms, [B, ceil(S / low)], with zeros in the padding, and the new lengths, [B].
     """
     speed = _uniform(keys, low, high)[:, None]
     num_samples = waveform.shape[1]
@@ -110,7 +110,7 @@ def mask_spectrogram(
     num_bin_masks: int = 2,
     max_bins: int = 15,
 ) -> jax.Array:
-    """Replaces random stretches of time and frequency with the clip's mean.
+    """Replaces random intervals of time and frequency with the clip's mean.
 
     This is SpecAugment (arXiv 1904.08779) without time warping.
 
@@ -120,7 +120,7 @@ def mask_spectrogram(
       keys: Typed keys, one per clip, [B].
       num_time_masks: Number of time masks.
       max_frames: Maximum length of a time mask in frames.
-      max_frame_share: Maximum length of a time mask as a share of the clip's frames.
+      max_frame_share: Maximum length of a time mask as a fraction of the clip's frames.
       num_bin_masks: Number of frequency masks.
       max_bins: Maximum width of a frequency mask in mel bins.
 
@@ -135,7 +135,7 @@ def mask_spectrogram(
     def random_stretches(
         key: jax.Array, size: jax.Array, number: int, max_length: jax.Array, positions: jax.Array
     ) -> jax.Array:
-        """Returns which of the positions are in one of `number` stretches within `size`."""
+        """Returns which positions are in one of `number` random intervals within `size`."""
         length_key, start_key = jax.random.split(key)
         lengths = jax.random.uniform(length_key, (number,)) * (max_length + 1)
         lengths = jnp.minimum(lengths.astype(jnp.int32), max_length)
@@ -145,7 +145,7 @@ def mask_spectrogram(
         return ((positions >= starts) & (positions < ends)).any(0)
 
     def masked_cells(key: jax.Array, count: jax.Array) -> jax.Array:
-        """Returns which cells of one clip are masked, [F, M]."""
+        """Returns which cells of a clip's spectrogram are masked, [F, M]."""
         time_key, bin_key = jax.random.split(key)
         _, num_frames, num_bins = spectrogram.shape
         longest = jnp.minimum(max_frames, (max_frame_share * count).astype(jnp.int32))

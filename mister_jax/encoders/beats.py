@@ -1,8 +1,8 @@
 """BEATs: a transformer over 16 x 16 patches of a mel filter bank (arXiv 2212.09058).
 
-It maps the standardized filter bank of `compute_fbank` to one vector per patch. The classifier of
-the fine-tuned checkpoints is not implemented. Shape letters: B clips, S samples, F frames,
-N tokens (one per patch, ordered by time, then by frequency), D hidden size, K heads, L layers.
+It maps the standardized filter bank from `compute_fbank` to one vector per patch. The classifier in
+the fine-tuned checkpoints is not implemented. Shape letters: B clips, S samples, F frames, N tokens
+(one per patch, ordered by time, then by frequency), D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.scanned_layers import Remat
 
-# Supported values of the options in a checkpoint's `cfg` that change the architecture.
+# Supported values of the architecture options in a checkpoint's `cfg`.
 _FIXED_FIELDS = {
     "layer_norm_first": False,
     "conv_bias": False,
@@ -35,7 +35,7 @@ _FIXED_FIELDS = {
     "deep_norm": True,
     "activation_fn": "gelu",
 }
-# Field of `BeatsConfig` -> its name in a checkpoint's `cfg`.
+# Maps the fields of `BeatsConfig` to their names in a checkpoint's `cfg`.
 _FIELDS = {
     "hidden_size": "encoder_embed_dim",
     "num_layers": "encoder_layers",
@@ -52,24 +52,24 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class BeatsConfig:
-    """Sizes of `Beats`; the defaults are those of all released BEATs.
+    """Config of `Beats`; the defaults match all released BEATs models.
 
     Attributes:
       hidden_size: Hidden size D.
       num_layers: Number of layers L.
       num_heads: Number of heads K; divides `hidden_size`.
       mlp_dim: Hidden size of the feed-forward blocks.
-      num_mel_bins: Number of mel bins of the filter bank; a multiple of `patch_size`.
+      num_mel_bins: Number of mel bins in the filter bank; a multiple of `patch_size`.
       patch_size: Size of a square patch, both in frames and in mel bins.
-      patch_dim: Size of a patch's embedding before it is projected to D.
+      patch_dim: Size of a patch's embedding before the projection to D.
       position_kernel: Kernel size of the positional convolution.
-      position_groups: Groups of the positional convolution; divides `hidden_size`.
+      position_groups: Number of groups of the positional convolution; divides `hidden_size`.
       num_buckets: Total number of relative-position buckets for both directions.
       max_distance: Distance beyond which positions share the last bucket of their direction.
       layer_norm_epsilon: Epsilon of all LayerNorms.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
-      dtype: Type of the computation; attention scores and gates are float32.
-      param_dtype: Type of the parameters.
+      remat: Rematerialization policy; see `mister_jax.nn.ScannedLayers`.
+      dtype: Computation dtype; attention scores and gates are float32.
+      param_dtype: Parameter dtype.
     """
 
     hidden_size: int = 768
@@ -100,17 +100,17 @@ class BeatsConfig:
 
     @classmethod
     def iter3_plus(cls, **changes: Any) -> BeatsConfig:
-        """Returns the config of BEATs iter3+ (90 M parameters), with `changes`."""
+        """Returns the config of BEATs iter3+ (90M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def from_checkpoint(cls, cfg: Mapping[str, Any], **changes: Any) -> BeatsConfig:
-        """Reads the `cfg` of a released checkpoint.
+        """Creates a config from the `cfg` in a released checkpoint.
 
-        Its rates of dropout and layer drop are not read, since the model is used frozen.
+        Dropout and layer-drop rates are ignored, because the model is always frozen.
 
         Raises:
-          InputError: A field is missing, or has a value that no released model has.
+          InputError: A field is missing, or its value is not supported.
         """
         missing = sorted({*_FIXED_FIELDS, *_FIELDS.values()} - set(cfg))
         if missing:
@@ -126,11 +126,11 @@ class BeatsConfig:
 
     @property
     def patches_per_step(self) -> int:
-        """Number of patches that cover the same frames."""
+        """Number of patches per time step, which cover the same frames."""
         return self.num_mel_bins // self.patch_size
 
     def num_tokens(self, num_frames: Any) -> Any:
-        """Returns the number of tokens N of a clip of F frames, for an int or an array."""
+        """Returns the number of tokens N in a clip with F frames, for an int or an array."""
         return num_frames // self.patch_size * self.patches_per_step
 
 
@@ -140,11 +140,11 @@ FBANK_STD = 6.55582
 
 
 def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
-    """Computes the standardized filter bank that `Beats` reads.
+    """Computes the standardized filter bank that `Beats` takes as input.
 
     Args:
-      waveform: Mono audio at 16 kHz with full scale 1, [B, S].
-      config: Config of the model.
+      waveform: Mono 16 kHz audio in [-1, 1], [B, S].
+      config: Model config.
 
     Returns:
       Filter bank, [B, F, num_mel_bins] float32. Each frame depends only on its own 400 samples.
@@ -156,8 +156,8 @@ def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
 class GatedAttention(nnx.Module):
     """Attention with a relative position bias that is gated per query and head.
 
-    The gate depends on the projected query (arXiv 2212.09058); in WavLM it depends on the layer's
-    input.
+    The gate depends on the projected query (arXiv 2212.09058). WavLM's gate depends on the layer's
+    input instead.
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
@@ -177,7 +177,7 @@ class GatedAttention(nnx.Module):
         Args:
           x: Input, [B, N, D].
           mask: Keys that may be attended to, [B, N] bool.
-          position_bias: Bias of each query and key, [K, N, N] float32.
+          position_bias: Bias for each query and key, [K, N, N] float32.
 
         Returns:
           Output, [B, N, D].
@@ -199,7 +199,7 @@ class GatedAttention(nnx.Module):
 
 
 class BeatsLayer(nnx.Module):
-    """Attention and a feed-forward block, each followed by a scaled residual and a LayerNorm."""
+    """Attention and an MLP, each followed by a scaled residual connection and a LayerNorm."""
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"rngs": rngs}
@@ -214,7 +214,7 @@ class BeatsLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, position_bias: jax.Array, **_: Any
     ) -> jax.Array:
-        """Transforms x [B, N, D]; there is no dropout."""
+        """Transforms x, [B, N, D], without dropout."""
         attended = self.attention(x, mask, position_bias)
         x = self.attention_norm(self.residual_scale * x + attended)
         hidden = gelu(self.mlp_in(x))
@@ -225,8 +225,8 @@ class Beats(nnx.Module):
     """BEATs encoder.
 
     Args:
-      config: Sizes of the model.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):
@@ -260,14 +260,14 @@ class Beats(nnx.Module):
 
         Args:
           fbank: Filter bank from `compute_fbank`, [B, F, num_mel_bins]; frames after the last
-            complete patch are dropped.
+            complete patch are ignored.
           token_mask: Valid tokens, [B, N] bool, with N = `config.num_tokens(F)`.
 
         Returns:
-          Hidden states, [B, N, D]; finite but without meaning at masked tokens.
+          Hidden states, [B, N, D]; finite but meaningless at masked tokens.
 
         Raises:
-          ValueError: The mask has another shape.
+          ValueError: The mask has a wrong shape.
         """
         config = self.config
         batch_size, num_frames, _ = fbank.shape
@@ -281,14 +281,14 @@ class Beats(nnx.Module):
         patches = fbank[:, : num_steps * size].reshape(batch_size, num_steps, size, -1, size)
         patches = patches.swapaxes(2, 3).reshape(batch_size, num_tokens, size * size)
         valid = token_mask[..., None]
-        # The input is masked as well, because gradients through non-finite padding would be NaN.
+        # The input is masked too, because gradients through non-finite padding would be NaN.
         x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
         x = jnp.where(valid, self.projection(x), 0)  # [B, N, D]
         x = self.norm(x + gelu(self.position_convolution(x)))
         return self.layers(x, token_mask, self.relative_bias(num_tokens))[0]
 
     def relative_bias(self, num_tokens: int) -> jax.Array:
-        """Returns the ungated bias, [K, N, N] (query, key) float32."""
+        """Returns the bias before the gate for each query and key, [K, N, N] float32."""
         return relative_bias(self.position_bias, self.config, num_tokens)
 
 
@@ -297,9 +297,9 @@ IGNORED = (
     # Copies of the first layer's position bias.
     r"(^|\.)encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
 )
-"""Patterns of the tensors that `Beats` does not need: the classifier and duplicates."""
+"""Patterns for tensors that `Beats` does not need: the classifier and duplicates."""
 
-# Module of a layer -> name in the checkpoint.
+# Maps a layer's modules to their names in a checkpoint.
 _LINEARS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -313,7 +313,7 @@ _NORMS = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_nor
 
 
 def key_table(config: BeatsConfig) -> keys.KeyTable:
-    """Returns the tensor names in a checkpoint's `model` for each parameter of a `Beats`."""
+    """Returns the tensor names in a checkpoint's `model` for each parameter of `Beats`."""
     size, num_layers = config.patch_size, config.num_layers
 
     def flatten_patches(weights: list[np.ndarray]) -> np.ndarray:

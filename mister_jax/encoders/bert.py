@@ -1,8 +1,9 @@
-"""BERT and RoBERTa: bidirectional transformers over text with a LayerNorm after each block.
+"""BERT and RoBERTa (arXiv 1810.04805, 1907.11692).
 
-arXiv 1810.04805 and 1907.11692; MiniLM (arXiv 2002.10957) and XLM-RoBERTa have the same
-architecture. The output is one hidden state per token; poolers and language-model heads are not
-implemented. Shape letters: B sequences, N tokens, D hidden size, K heads, L layers.
+They are bidirectional transformers over text with a LayerNorm after each block. MiniLM
+(arXiv 2002.10957) and XLM-RoBERTa have the same architecture. The output is one hidden state per
+token; poolers and language-model heads are not implemented. Shape letters: B sequences, N tokens,
+D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from mister_jax.nn.dropout import KeySource
 from mister_jax.nn.lora import add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
 
-# Model type -> padding token, for a config.json without `pad_token_id`.
+# Padding token by model type, for a config.json without `pad_token_id`.
 _PADDING_TOKENS = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
-# Supported values of the options that change the architecture.
+# Supported values of the architecture options.
 _HUGGINGFACE_FIXED = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
 }
-# Field of `BertConfig` -> its name in a config.json, and the default of transformers or, if it is
-# required, the type.
+# Maps the fields of `BertConfig` to their names in a config.json, and to their defaults in
+# transformers or, if they are required, their types.
 _SIZES: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", int),
     "hidden_size": ("hidden_size", int),
@@ -54,19 +55,19 @@ _LARGE = {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 1
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig(hf_config.EncoderConfig):
-    """Sizes and options of `Bert`; the defaults are those of BERT-base, uncased.
+    """Config of `Bert`; the defaults match BERT-base, uncased.
 
     Attributes:
-      vocab_size: Number of rows of the token embedding.
-      num_positions: Number of rows of the position embedding.
-      num_token_types: Number of rows of the token type embedding.
-      position_offset: Row of the position embedding for the first token. In RoBERTa it is the id of
-        the padding token plus 1, so the first rows are unused.
+      vocab_size: Number of rows in the token embedding.
+      num_positions: Number of rows in the position embedding.
+      num_token_types: Number of rows in the token-type embedding.
+      position_offset: Row in the position embedding for the first token. In RoBERTa, this is the ID
+        of the padding token plus 1, so the rows before it are unused.
       layer_norm_epsilon: Epsilon of the LayerNorms.
       dropout: Dropout rate on the embeddings and each block's output.
 
-    Targets of LoRA are "query", "key" and "value" of the attention, "attention/out", and "mlp_in"
-    and "mlp_out" of the feed-forward block.
+    The LoRA targets are "query", "key", "value" and "attention/out" in the attention, and "mlp_in"
+    and "mlp_out" in the MLP.
     """
 
     vocab_size: int = 30522
@@ -91,17 +92,17 @@ class BertConfig(hf_config.EncoderConfig):
 
     @classmethod
     def bert_base(cls, **changes: Any) -> BertConfig:
-        """Returns the config of BERT-base, uncased (110 M parameters), with `changes`."""
+        """Returns the config of BERT-base, uncased (110M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
     def bert_large(cls, **changes: Any) -> BertConfig:
-        """Returns the config of BERT-large, uncased (335 M parameters), with `changes`."""
+        """Returns the config of BERT-large, uncased (335M parameters), with `changes`."""
         return cls(**{**_LARGE, **changes})
 
     @classmethod
     def roberta_base(cls, **changes: Any) -> BertConfig:
-        """Returns the config of RoBERTa-base (125 M parameters), with `changes`."""
+        """Returns the config of RoBERTa-base (125M parameters), with `changes`."""
         fields = {
             "vocab_size": 50265,
             "num_positions": 514,
@@ -113,21 +114,21 @@ class BertConfig(hf_config.EncoderConfig):
 
     @classmethod
     def roberta_large(cls, **changes: Any) -> BertConfig:
-        """Returns the config of RoBERTa-large (355 M parameters), with `changes`."""
+        """Returns the config of RoBERTa-large (355M parameters), with `changes`."""
         return cls.roberta_base(**{**_LARGE, **changes})
 
     @classmethod
     def minilm_l6(cls, **changes: Any) -> BertConfig:
-        """Returns the config of MiniLM-L6-H384, uncased (23 M parameters), with `changes`."""
+        """Returns the config of MiniLM-L6-H384, uncased (23M parameters), with `changes`."""
         sizes = {"hidden_size": 384, "mlp_dim": 1536, "num_layers": 6}
         return cls(**{**sizes, **changes})
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
-        """Reads a config.json of model type "bert", "roberta" or "xlm-roberta", with `changes`.
+        """Reads a config.json with model type "bert", "roberta" or "xlm-roberta", with `changes`.
 
         Raises:
-          InputError: A field is missing, or has a value that this architecture does not support.
+          InputError: A field is missing, or its value is not supported.
         """
         model_type = config.get("model_type")
         if model_type not in _PADDING_TOKENS:
@@ -141,7 +142,7 @@ class BertConfig(hf_config.EncoderConfig):
         return hf_config.make_config(cls, fields | changes)
 
     def to_huggingface(self) -> dict[str, Any]:
-        """Returns the config.json of this model, for `from_huggingface` and transformers."""
+        """Returns this model's config.json, for `from_huggingface` and transformers."""
         config = {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0}
         if self.position_offset:
             config = {
@@ -159,11 +160,11 @@ class BertConfig(hf_config.EncoderConfig):
 
 
 class Bert(nnx.Module):
-    """Encoder from tokens to hidden states.
+    """BERT encoder, from tokens to hidden states.
 
     Args:
-      config: Sizes and options.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
@@ -185,7 +186,7 @@ class Bert(nnx.Module):
             add_lora(self, config.lora, rngs=rngs)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """Returns the token embeddings [B, N, D] of tokens [B, N] int."""
+        """Returns the token embeddings, [B, N, D], for tokens, [B, N] int."""
         return self.token_embedding(input_ids)
 
     def __call__(
@@ -203,32 +204,32 @@ class Bert(nnx.Module):
     ) -> Any:
         """Encodes a batch of sequences.
 
-        A token attends to all tokens of its sequence, or segment. Outputs in padding are finite but
-        have no meaning, and no output depends on the content of the padding.
+        A token attends to all tokens in its sequence. Outputs in padding are finite but
+        meaningless, and the padding's content does not affect any output.
 
         Args:
-          input_ids: Tokens, [B, N] int.
-          attention_mask: Whether a position holds a token, [B, N] bool; padding may be on either
-            side. All true by default.
+          input_ids: Token IDs, [B, N] int.
+          attention_mask: Whether a position has a token, [B, N] bool; padding may be on either
+            side. All True by default.
           token_type_ids: Token types, [B, N] int; 0 by default.
-          embeddings: Token embeddings [B, N, D], instead of `input_ids`.
-          positions: Positions counted from 0, without the config's offset, [B, N] int. By default
-            the number of tokens before in the sequence, or segment, so that padding on either side
-            gives the same positions.
-          segment_ids: Number that changes from each sequence of a row to the next, [B, N] int, for
-            several sequences packed in a row.
-          deterministic: Whether dropout is off.
+          embeddings: Token embeddings, [B, N, D], instead of `input_ids`.
+          positions: Positions counted from 0, without the config's offset, [B, N] int. By default,
+            the number of tokens before each token in its sequence, which does not depend on the
+            padding.
+          segment_ids: Sequence number of each token, [B, N] int, for rows that pack several
+            sequences. Adjacent sequences must have different numbers.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
-          output_hidden_states: Whether to return all hidden states too.
+          output_hidden_states: Whether to also return all hidden states.
 
         Returns:
-          Hidden states of the last layer, [B, N, D]. With `output_hidden_states` also all hidden
+          Hidden states of the last layer, [B, N, D]. With `output_hidden_states`, also all hidden
           states, [L + 1, B, N, D]: the normalized embeddings and the output of each layer.
 
         Raises:
           ValueError: Neither or both of `input_ids` and `embeddings` are given, or a sequence is
-            too long. If `positions` or `segment_ids` are traced, the outputs of a sequence that is
-            too long are not finite instead.
+            too long. If `positions` or `segment_ids` are traced, a sequence that is too long gets
+            non-finite outputs instead.
         """
         if (input_ids is None) == (embeddings is None):
             raise ValueError("Bert: pass either input_ids or embeddings")
@@ -264,7 +265,7 @@ class Bert(nnx.Module):
 
 
 def _check_positions(positions: jax.Array, mask: jax.Array, config: BertConfig) -> None:
-    """Raises ValueError if a token's position has no row in the embedding, unless traced."""
+    """Raises ValueError if a position has no row in the embedding; ignores traced positions."""
     if isinstance(positions, jax.core.Tracer):
         return
     last = int(jnp.where(mask, positions, 0).max())
@@ -274,21 +275,21 @@ def _check_positions(positions: jax.Array, mask: jax.Array, config: BertConfig) 
 
 NAME_RULES = NameRules(
     prefixes=("", "bert.", "roberta."),
-    # Checkpoints converted from TensorFlow, such as BERT-base, have the names on the left.
+    # Checkpoints converted from TensorFlow, such as BERT-base, use the names on the left.
     renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
-    # Old versions of transformers saved the indices.
+    # Old versions of transformers saved these index buffers.
     unused=(r"^pooler\.", r"^embeddings\.(position_ids|token_type_ids)$"),
     heads=(r"^(cls|lm_head|classifier|qa_outputs)\.",),
 )
-"""Variants of the tensor names in checkpoints."""
+"""Variants of tensor names in checkpoints."""
 
-# Module -> its name in a checkpoint.
+# Maps modules to their names in a checkpoint.
 _EMBEDDINGS = {
     "token_embedding": "word_embeddings",
     "position_embedding": "position_embeddings",
     "token_type_embedding": "token_type_embeddings",
 }
-# Module of a layer -> its name in a checkpoint.
+# Maps a layer's modules to their names in a checkpoint.
 _PROJECTIONS = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
@@ -301,7 +302,7 @@ _NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.La
 
 
 def key_table(config: BertConfig) -> KeyTable:
-    """Returns the tensor names of the bare model for each parameter of a `Bert`."""
+    """Returns the bare model's tensor names for each parameter of `Bert`."""
     table = norm("embedding_norm", "embeddings.LayerNorm")
     for module, name in _EMBEDDINGS.items():
         table[f"{module}/embedding"] = parameter(f"embeddings.{name}.weight")

@@ -1,9 +1,9 @@
 """Decoder-only transformers used as encoders: Llama 2 and 3, Qwen2 and 2.5, Vicuna.
 
-They share one architecture: rotary positions, grouped-query attention, SwiGLU and RMSNorm
-(arXiv 2302.13971, 2407.21783, 2407.10671). The output is hidden states; the language-model head,
-the key-value cache and generation are not implemented. Shape letters: B sequences, N tokens,
-D hidden size, K query heads, G key and value heads, L layers.
+They have the same architecture: rotary position embedding, grouped-query attention, SwiGLU and
+RMSNorm (arXiv 2302.13971, 2407.21783, 2407.10671). The output is one hidden state per token; the
+language-model head, the key-value cache and generation are not implemented. Shape letters:
+B sequences, N tokens, D hidden size, K query heads, G key and value heads, L layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import positions_and_segment_mask
 from mister_jax.nn.scanned_layers import SAVED_WITH_MLP, ScannedLayers
 
-# Field of `DecoderConfig` -> its name in a config.json and the default of transformers.
+# Maps the fields of `DecoderConfig` to their names in a config.json and defaults in transformers.
 _LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 32000),
     "hidden_size": ("hidden_size", 4096),
@@ -43,7 +43,7 @@ _QWEN2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 151936),
     "mlp_dim": ("intermediate_size", 22016),
 }
-# Supported values of the options that change the architecture.
+# Supported values of the architecture options.
 _FIXED_FIELDS = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -54,7 +54,7 @@ _FIXED_FIELDS = {
 }
 
 _SIZES = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
-# Preset -> values of `_SIZES`.
+# Values of `_SIZES` by preset.
 _PRESETS = {
     "llama_3_1_8b": (128256, 4096, 14336, 32, 32, 8, 128),
     "llama_3_2_1b": (128256, 2048, 8192, 16, 32, 8, 64),
@@ -70,16 +70,16 @@ def _preset_sizes(name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of slow rotations for long contexts, as in Llama 3.1 (`rope_type` "llama3").
+    """Scaling of low RoPE frequencies for long contexts, as in Llama 3.1 (`rope_type` "llama3").
 
-    Rotations whose wavelength is above `original_positions / low_frequency_factor` are slowed by
-    `factor`, those below `original_positions / high_frequency_factor` are kept, and those between
-    are interpolated.
+    Frequencies with a wavelength above `original_positions / low_frequency_factor` are divided by
+    `factor`. Frequencies with a wavelength below `original_positions / high_frequency_factor` stay
+    the same. The scale is interpolated between the two.
 
     Attributes:
-      factor: Factor of the slow rotations' wavelengths, at least 1.
-      low_frequency_factor: Number of turns in the original context below which a rotation is slow.
-      high_frequency_factor: Number of turns above which a rotation is fast.
+      factor: Divisor of the low frequencies, at least 1.
+      low_frequency_factor: Number of turns in the original context below which a frequency is low.
+      high_frequency_factor: Number of turns above which a frequency is high.
       original_positions: Context length before scaling.
     """
 
@@ -97,21 +97,21 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(hf_config.EncoderConfig):
-    """Sizes and options of `Decoder`.
+    """Config of `Decoder`.
 
     Attributes:
-      vocab_size: Number of rows of the embedding.
+      vocab_size: Number of rows in the token embedding.
       num_heads: Number of query heads K.
-      num_key_value_heads: Number of key and value heads G, each shared by K / G query heads;
-        divides K.
-      head_dim: Size of a head, even.
-      query_key_value_bias: Whether these three projections have a bias, as in Qwen2.
-      rope_theta: Base of the rotations' wavelengths.
-      rope_scaling: Scaling of the rotations, or None.
+      num_key_value_heads: Number of key and value heads G; divides K. K / G query heads share each
+        of them.
+      head_dim: Size of a head; must be even.
+      query_key_value_bias: Whether the query, key and value projections have a bias, as in Qwen2.
+      rope_theta: Base of the RoPE wavelengths.
+      rope_scaling: Scaling of the RoPE frequencies, or None.
       norm_epsilon: Epsilon of the RMSNorms.
 
-    Targets of LoRA are "query", "key", "value" and "out" of the attention and "gate", "up" and
-    "down" of the SwiGLU.
+    The LoRA targets are "query", "key", "value" and "out" in the attention, and "gate", "up" and
+    "down" in the MLP.
     """
 
     vocab_size: int
@@ -165,12 +165,12 @@ class DecoderConfig(hf_config.EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
-        """Reads a config.json of model type "llama" or "qwen2", with `changes`.
+        """Reads a config.json with model type "llama" or "qwen2", with `changes`.
 
-        Absent fields have the default values of transformers.
+        Missing fields have the defaults of transformers.
 
         Raises:
-          InputError: A field has a value that this architecture does not support.
+          InputError: The value of a field is not supported.
         """
         model_type = config.get("model_type")
         if model_type not in ("llama", "qwen2"):
@@ -202,16 +202,15 @@ def _check_window(config: Mapping[str, Any], num_layers: int) -> None:
         raise hf_config.unsupported("layer_types", layer_types, "full_attention in all layers")
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return
-    # Without layer types, the layers from `max_window_layers` on have a window.
+    # Without layer types, all layers from `max_window_layers` on have a window.
     if not layer_types and config.get("max_window_layers", 28) < num_layers:
         raise hf_config.unsupported("use_sliding_window", True, False)
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the fields of the rotations from a config.json.
+    """Reads the RoPE fields from a config.json.
 
-    transformers 5 writes them to `rope_parameters`, older versions to `rope_scaling` and
-    `rope_theta`.
+    transformers 5 writes `rope_parameters`; older versions write `rope_scaling` and `rope_theta`.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
@@ -223,7 +222,7 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise hf_config.unsupported(f"{name}.rope_type", rope_type, "default, llama3")
-    # In the order of precedence of transformers, the last source wins.
+    # Later sources override earlier ones, as in transformers.
     positions = "original_max_position_embeddings"
     sources = (
         {positions: config.get("max_position_embeddings"), "rope_theta": config.get("rope_theta")},
@@ -251,13 +250,7 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Returns the rotation angle per position of each pair of dimensions of a head.
-
-    `theta` is the base of the wavelengths.
-
-    Returns:
-      Angles in radians, [head_dim / 2] float32.
-    """
+    """Returns the RoPE frequencies, in radians per position, [head_dim / 2] float32."""
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if scaling is not None:
         turns = scaling.original_positions * frequencies / (2 * np.pi)
@@ -268,7 +261,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
 
 def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates x [B, N, heads, head_dim] by its positions (arXiv 2104.09864), in float32."""
+    """Applies RoPE (arXiv 2104.09864) to x, [B, N, heads, head_dim], in float32."""
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cosine - second * sine, second * cosine + first * sine]
@@ -292,7 +285,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, rotation: Rotation, **options: Any
     ) -> jax.Array:
-        """Transforms x [B, N, D], with mask [B, 1, N, N] bool that leaves each query a key."""
+        """Transforms x, [B, N, D]; the mask, [B, 1, N, N] bool, must allow each query a key."""
 
         def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*x.shape[:2], -1, self.head_dim)
@@ -309,7 +302,7 @@ class GroupedQueryAttention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Feed-forward block down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """MLP that computes down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"use_bias": False, "rngs": rngs}
@@ -318,7 +311,7 @@ class SwiGLU(nnx.Module):
         self.down = LoRALinear(config.mlp_dim, config.hidden_size, **options)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
-        """Transforms x [B, N, D]."""
+        """Transforms x, [B, N, D]."""
         gate = checkpoint_name(self.gate(x, **options), SAVED_WITH_MLP)  # [B, N, mlp_dim]
         up = checkpoint_name(self.up(x, **options), SAVED_WITH_MLP)
         hidden = jax.nn.silu(gate) * up
@@ -326,7 +319,7 @@ class SwiGLU(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and SwiGLU, each with an RMSNorm before it and a residual."""
+    """Attention and SwiGLU, each with a preceding RMSNorm and a residual connection."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         options = dtypes(config) | {"epsilon": config.norm_epsilon, "rngs": rngs}
@@ -344,7 +337,7 @@ class DecoderLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Transforms x [B, N, D], with mask [B, 1, N, N] (query, key) bool."""
+        """Transforms x, [B, N, D]; the mask says which key a query attends to, [B, 1, N, N]."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         x = x + self.attention(self.attention_norm(x), mask, rotation, **options)
         return x + self.mlp(self.mlp_norm(x), **options)
@@ -354,8 +347,8 @@ class Decoder(nnx.Module):
     """Decoder-only transformer that returns the hidden states of whole sequences.
 
     Args:
-      config: Sizes and options.
-      rngs: Source of the initial parameters.
+      config: Model config.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -374,7 +367,7 @@ class Decoder(nnx.Module):
             add_lora(self, config.lora, rngs=rngs)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """Returns the embeddings [B, N, D] of tokens [B, N] int."""
+        """Returns the token embeddings, [B, N, D], for tokens, [B, N] int."""
         return self.embedding(input_ids).astype(self.config.dtype)
 
     def __call__(
@@ -391,26 +384,26 @@ class Decoder(nnx.Module):
     ) -> Any:
         """Encodes a batch of sequences.
 
-        A token attends to itself and the tokens before it in its sequence, or segment. Outputs in
-        padding are finite but have no meaning, and no output depends on the content of the padding.
+        A token attends to itself and to the tokens before it in its sequence. Outputs in padding
+        are finite but meaningless, and the padding's content does not affect any output.
 
         Args:
-          input_ids: Tokens, [B, N] int.
-          attention_mask: Whether a position holds a token, [B, N] bool; padding may be on either
-            side. All true by default.
-          embeddings: Token embeddings [B, N, D], instead of `input_ids`.
-          positions: Positions, [B, N] int. By default the number of tokens before in the sequence,
-            or segment, so that padding on either side gives the same positions.
-          segment_ids: Number that changes from each sequence of a row to the next, [B, N] int, for
-            several sequences packed in a row.
-          deterministic: Whether dropout is off.
+          input_ids: Token IDs, [B, N] int.
+          attention_mask: Whether a position has a token, [B, N] bool; padding may be on either
+            side. All True by default.
+          embeddings: Token embeddings, [B, N, D], instead of `input_ids`.
+          positions: Positions, [B, N] int. By default, the number of tokens before each token in
+            its sequence, which does not depend on the padding.
+          segment_ids: Sequence number of each token, [B, N] int, for rows that pack several
+            sequences. Adjacent sequences must have different numbers.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
-          output_hidden_states: Whether to return all hidden states too.
+          output_hidden_states: Whether to also return all hidden states.
 
         Returns:
           Hidden states of the last layer after the final norm, [B, N, D]. With
-          `output_hidden_states` also all hidden states, [L + 1, B, N, D]: the embeddings and the
-          output of each layer, the last one normalized, as in transformers.
+          `output_hidden_states`, also all hidden states, [L + 1, B, N, D]: the embeddings and the
+          output of each layer. As in transformers, the last output is normalized.
 
         Raises:
           ValueError: Neither or both of `input_ids` and `embeddings` are given.
@@ -443,15 +436,15 @@ class Decoder(nnx.Module):
 
 
 NAME_RULES = NameRules(
-    # Question-answering models call their backbone "transformer".
+    # Question-answering models name their backbone "transformer".
     prefixes=("model.", "", "transformer."),
     # Old versions of transformers saved the rotary frequencies.
     unused=(r"(^|\.)rotary_emb\.inv_freq$",),
     heads=(r"^(lm_head|score|qa_outputs)\.",),
 )
-"""Variants of the tensor names in checkpoints."""
+"""Variants of tensor names in checkpoints."""
 
-# Module of a layer -> its name in a checkpoint.
+# Maps a layer's modules to their names in a checkpoint.
 _PROJECTIONS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -466,10 +459,10 @@ _BIASES = ("attention/query", "attention/key", "attention/value")
 
 
 def key_table(config: DecoderConfig, prefix: str = "") -> KeyTable:
-    """Returns the tensor names for each parameter of a `Decoder`.
+    """Returns the tensor names for each parameter of `Decoder`.
 
     Args:
-      config: Config of the decoder.
+      config: Decoder config.
       prefix: Prefix of all names: "" for the bare model, "model." with a language-model head.
     """
     layer = f"{prefix}layers.{{}}"

@@ -41,12 +41,12 @@ class EncoderConfig:
 
     Attributes:
       lora: Low-rank paths, or None.
-      remat: Rematerialization, see `mister_jax.nn.ScannedLayers`.
+      remat: Rematerialization policy; see `mister_jax.nn.ScannedLayers`.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
         dropout.
-      dtype: Type of the computation; rotations, softmaxes, gates, statistics of norms and
+      dtype: Computation dtype; rotations, softmaxes, gates, statistics of norms and
         spectrograms are float32.
-      param_dtype: Type of the parameters; low-rank paths are float32.
+      param_dtype: Parameter dtype; low-rank paths are float32.
     """
 
     lora: LoRAConfig | None = None

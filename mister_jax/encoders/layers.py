@@ -18,10 +18,10 @@ class SelfAttention(nnx.Module):
     """Scaled dot-product self-attention (arXiv 1706.03762) with LoRA on any of the projections.
 
     Args:
-      config: Config of the model.
+      config: Model config.
       key_bias: Whether the key projection has a bias. It has no effect on the result but is part
         of some checkpoints.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: Any, *, key_bias: bool = True, rngs: nnx.Rngs):
@@ -73,12 +73,12 @@ class TransformerLayer(nnx.Module):
     """Self-attention and a feed-forward block; the subclasses differ in the place of the norms.
 
     Args:
-      config: Config of the model.
+      config: Model config.
       epsilon: Epsilon of the LayerNorms.
       activation_dropout: Dropout rate in the feed-forward block.
       key_bias: Whether the key projection has a bias.
       gate: Module from the attention's input and `bias` to the summand of the scores, or None.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(

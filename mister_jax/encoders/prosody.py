@@ -90,7 +90,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
     """Computes the prosodic features of clips.
 
     Args:
-      waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
+      waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is not read.
       lengths: Number of samples in each clip, [B] int.
 
     Returns:

@@ -153,7 +153,7 @@ class Qwen2Audio(SpeechLLM):
 
     Args:
       config: Configs of the parts.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: Qwen2AudioConfig, *, rngs: nnx.Rngs):

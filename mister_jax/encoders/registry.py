@@ -142,7 +142,7 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
 
     Args:
       hf_config: Content of the encoder's config.json.
-      rngs: Source of the parameters.
+      rngs: RNGs for parameter initialization.
       **changes: Further fields of the architecture's config.
 
     Raises:

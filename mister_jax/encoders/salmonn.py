@@ -52,8 +52,8 @@ class QFormerConfig:
       stride: Number of frames from the start of one window to the start of the next.
       layer_norm_epsilon: Epsilon of the layers' LayerNorms.
       input_norm_epsilon: Epsilon of the LayerNorms of the inputs.
-      dtype: Type of the computation.
-      param_dtype: Type of the parameters.
+      dtype: Computation dtype.
+      param_dtype: Parameter dtype.
     """
 
     hidden_size: int = 768
@@ -230,7 +230,7 @@ class WindowQFormer(nnx.Module):
       sound_dim: Feature size of BEATs' output tokens.
       out_dim: Size D of the speech tokens.
       config: Sizes of the Q-Former.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class Salmonn(SpeechLLM):
 
     Args:
       config: Configs of the parts.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: SalmonnConfig, *, rngs: nnx.Rngs):

@@ -133,7 +133,7 @@ def make_speech_encoder(
 
     Args:
       backbone_config: Config from `read_backbone_config`.
-      rngs: Source of the parameters.
+      rngs: RNGs for parameter initialization.
       pool_over_prompt: Whether the mask of a speech LLM includes its prompt.
       **changes: Further fields of the architecture's config.
 

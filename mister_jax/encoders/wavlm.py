@@ -146,17 +146,17 @@ class WavLMConfig(hf_config.EncoderConfig):
 
     @classmethod
     def wav2vec2_base(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of wav2vec 2.0 Base (94 M parameters), with `changes`."""
+        """Returns the config of wav2vec 2.0 Base (94M parameters), with `changes`."""
         return cls(**{"num_buckets": 0, "normalize": True, **changes})
 
     @classmethod
     def hubert_base(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of HuBERT Base (94 M parameters), with `changes`."""
+        """Returns the config of HuBERT Base (94M parameters), with `changes`."""
         return cls(**{"num_buckets": 0, "normalize": True, **changes})
 
     @classmethod
     def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of wav2vec 2.0 Large (316 M parameters), with `changes`.
+        """Returns the config of wav2vec 2.0 Large (316M parameters), with `changes`.
 
         This is the model of LibriSpeech, with the norms of the base models. The models of
         Libri-Light and XLS-R have the norms of HuBERT Large.
@@ -165,13 +165,13 @@ class WavLMConfig(hf_config.EncoderConfig):
 
     @classmethod
     def hubert_large(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of HuBERT Large (315 M parameters), with `changes`."""
+        """Returns the config of HuBERT Large (315M parameters), with `changes`."""
         norms = {"conv_norm": "layer", "norm_first": True, "conv_bias": True}
         return cls.hubert_base(**{**_LARGE, **norms, **changes})
 
     @classmethod
     def wavlm_base(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of WavLM Base (94 M parameters), with `changes`."""
+        """Returns the config of WavLM Base (94M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
@@ -181,7 +181,7 @@ class WavLMConfig(hf_config.EncoderConfig):
 
     @classmethod
     def wavlm_large(cls, **changes: Any) -> WavLMConfig:
-        """Returns the config of WavLM Large (315 M parameters), with `changes`."""
+        """Returns the config of WavLM Large (315M parameters), with `changes`."""
         norms = {"conv_norm": "layer", "norm_first": True, "normalize": True}
         return cls(**{**_LARGE, **norms, **changes})
 
@@ -309,7 +309,7 @@ class WavLM(nnx.Module):
 
     Args:
       config: Sizes and options.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
@@ -371,9 +371,9 @@ class WavLM(nnx.Module):
         reference includes padding in the statistics of the group norm.)
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S]; padding is not read.
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is not read.
           lengths: Number of samples in each clip, [B] int.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
           output_hidden_states: Whether to return all hidden states too.
 

@@ -90,32 +90,32 @@ class WhisperConfig(EncoderConfig):
 
     @classmethod
     def tiny(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper tiny (8 M parameters), with `changes`."""
+        """Returns the config of Whisper tiny (8M parameters), with `changes`."""
         return cls._with_sizes(384, 4, 6, **changes)
 
     @classmethod
     def base(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper base (21 M parameters), with `changes`."""
+        """Returns the config of Whisper base (21M parameters), with `changes`."""
         return cls._with_sizes(512, 6, 8, **changes)
 
     @classmethod
     def small(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper small (88 M parameters), with `changes`."""
+        """Returns the config of Whisper small (88M parameters), with `changes`."""
         return cls._with_sizes(768, 12, 12, **changes)
 
     @classmethod
     def medium(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper medium (307 M parameters), with `changes`."""
+        """Returns the config of Whisper medium (307M parameters), with `changes`."""
         return cls._with_sizes(1024, 24, 16, **changes)
 
     @classmethod
     def large_v2(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper large-v2 (637 M parameters), with `changes`."""
+        """Returns the config of Whisper large-v2 (637M parameters), with `changes`."""
         return cls._with_sizes(1280, 32, 20, **changes)
 
     @classmethod
     def large_v3(cls, **changes: Any) -> WhisperConfig:
-        """Returns the config of Whisper large-v3 (637 M parameters), with `changes`."""
+        """Returns the config of Whisper large-v3 (637M parameters), with `changes`."""
         return cls(**changes)
 
     @classmethod
@@ -157,7 +157,7 @@ class Whisper(nnx.Module):
 
     Args:
       config: Sizes and options.
-      rngs: Source of the initial parameters.
+      rngs: RNGs for parameter initialization.
     """
 
     def __init__(self, config: WhisperConfig, *, rngs: nnx.Rngs):
@@ -199,10 +199,10 @@ class Whisper(nnx.Module):
         """Encodes clips.
 
         Args:
-          waveform: Mono audio at 16 kHz with full scale 1, [B, S]. Padding is not read. Clips
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S]. Padding is not read. Clips
             longer than `max_positions` times 20 ms are truncated.
           lengths: Number of samples in each clip, [B] int.
-          deterministic: Whether dropout is off.
+          deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
           output_hidden_states: Whether to return all hidden states too.
 
