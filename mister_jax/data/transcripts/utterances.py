@@ -20,6 +20,8 @@ _ABBREVIATIONS = (
     *("mr", "mrs", "ms", "dr", "prof", "st", "gen", "col", "capt", "lt", "sgt", "rev", "vs", "fig"),
     *("vol", "nr", "hr", "fr", "mme", "mlle", "sra", "cf", "bzw"),
 )
+# Abbreviations that end a sentence unless a word in lower case follows.
+_MAY_END_SENTENCE = ("etc", "inc", "ltd", "co", "corp", "jr", "sr", "usw", "approx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,8 @@ def ends_sentence(text: str, following: str, rules: UtteranceRules) -> bool:
         return True
     word = bare.split()[-1].strip(rules.closing + "“‘«([{„")[:-1].lower()  # noqa: RUF001
     is_initial = re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word) and word != "i"
-    # Some recognizers write all words in lower case.
-    is_mixed_case = any(map(str.isupper, text))
-    return not (is_initial or word in rules.abbreviations or (continues and is_mixed_case))
+    is_abbreviation = is_initial or word in rules.abbreviations
+    return not (is_abbreviation or (continues and word in _MAY_END_SENTENCE))
 
 
 def _belongs(first: Segment, second: Segment, rules: UtteranceRules) -> bool:
