@@ -31,7 +31,7 @@ mister-jax evaluate --workdir="$folder/run" --split=test --report
 echo "6/6 predicting a test dialogue from its recordings and texts"
 grep '"dialogue": "test_0"' "$data/synthetic_recordings/manifest.jsonl" \
   > "$data/synthetic_recordings/dialogue.jsonl"
-mister-jax predict --workdir="$folder/run" \
+mister-jax predict --model="$folder/run" \
   --manifest="$data/synthetic_recordings/dialogue.jsonl" --output="$folder/dialogue.jsonl"
 echo "report:      $folder/run/report.html"
 echo "metrics:     $folder/run/metrics.json, predictions.jsonl, metrics.jsonl"

@@ -1,17 +1,27 @@
 """Predicts the emotions of recordings and texts with a trained work directory.
 
-mister-jax predict --workdir=DIR --audio=1.wav --text="Hello?" --audio=2.wav --text="You!"
-mister-jax predict --workdir=DIR --text="Hello?" --text="You again!"     # no recordings
-mister-jax predict --workdir=DIR --manifest=my.jsonl --output=out.jsonl
-mister-jax predict --workdir=DIR --corpus=meld --source=MELD.Raw --output=out.jsonl
+mister-jax predict --model=RUN --recording=call.mp3 --output=call.html
+mister-jax predict --model=RUN --recording=call.mp3 --transcript=call.srt --output=call.csv
+mister-jax predict --model=RUN --recording=FOLDER --output="out/{name}.html" --output=all.jsonl
+mister-jax predict --model=RUN --audio=1.wav --text="Hello?" --audio=2.wav --text="You!"
+mister-jax predict --model=RUN --text="Hello?" --text="You again!"
+mister-jax predict --model=RUN --manifest=my.jsonl --output=out.jsonl
+mister-jax predict --model=RUN --corpus=meld --source=MELD.Raw --output=out.jsonl
 
-Pass the recordings and texts of a dialogue in the order of its utterances; an empty value is a
-missing one. The output has one row per utterance, in JSON Lines or CSV depending on its ending. The
-exit status is 1 if none of the recordings is usable.
+A --recording is an entire conversation. Its utterances come from --transcript, else from a
+transcript of the same name beside it, else from speech recognition, else from voice activity
+detection. --audio and --text are the recordings and texts of single utterances, in the order of
+their dialogue; an empty value is a missing one.
+
+The ending of --output chooses the format: .jsonl and .csv have one row per utterance. For
+recordings there are also .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
+.eaf (ELAN). The exit status is 1 if none of the recordings is usable.
 """
 
 from __future__ import annotations
 
+import collections
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +29,38 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from mister_jax.cli.app import required_workdir
+from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError, require_extra
 
 if TYPE_CHECKING:
     from mister_jax.data.corpus import Corpus, Utterance
+    from mister_jax.inference.recognizer import EmotionRecognizer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a training of MiSTER-E")
+_MODEL = flags.DEFINE_string("model", None, "work directory of a trained MiSTER-E")
+_RECORDING = flags.DEFINE_multi_string(
+    "recording", [], "audio or video file of a conversation, or a folder of them; may be repeated"
+)
+_TRANSCRIPT = flags.DEFINE_string("transcript", None, "transcript of the --recording")
+_SEARCH = flags.DEFINE_bool(
+    "search_transcript", True, "use a transcript of the same name beside the recording"
+)
+_TIER = flags.DEFINE_string("tier", None, "tiers of the transcript, separated by commas")
+_SPEAKER = flags.DEFINE_string("speaker", None, "only utterances of this speaker of the transcript")
+_RECOGNIZER = flags.DEFINE_string(
+    "recognizer", None, "Whisper checkpoint: a size such as small, a Hub name, or a folder"
+)
+_LANGUAGE = flags.DEFINE_string("language", None, "language for Whisper, such as en; else detected")
+_NO_TEXT = flags.DEFINE_bool("no_text", False, "find utterances by voice activity, without text")
+_CHANNELS = flags.DEFINE_string(
+    "channels", "mix", "channels of --recording: mix, left, right, an index, or split"
+)
+_JOIN_GAP = flags.DEFINE_float(
+    "join_gap", UtteranceRules.max_gap, "seconds between segments of one sentence", lower_bound=0
+)
+_UTTERANCE_SECONDS = flags.DEFINE_float(
+    "utterance_seconds", UtteranceRules.max_seconds, "seconds of a joined utterance", lower_bound=1
+)
+_EMBED_AUDIO = flags.DEFINE_bool("embed_audio", False, "store the audio in the .html file")
 _MANIFEST = flags.DEFINE_string("manifest", None, ".jsonl or .csv file, see mister-jax prepare")
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld or mosi, with --source")
 _SOURCE = flags.DEFINE_string("source", None, "folder of the corpus")
@@ -35,7 +71,9 @@ _TEXT = flags.DEFINE_multi_string("text", [], "text of an utterance; may be repe
 _CHANNEL = flags.DEFINE_string(
     "audio_channel", "mix", "channel of --audio to read: mix, left, right, or an index from 0"
 )
-_OUTPUT = flags.DEFINE_string("output", None, "file to write, .jsonl or .csv")
+_OUTPUT = flags.DEFINE_multi_string(
+    "output", [], "file to write, {name} is the recording's name; may be repeated"
+)
 _NEW_PATH = (
     "new path of the encoder if it has moved; adapter=PATH for its adapter, whisper=PATH, "
     "beats=PATH and vicuna=PATH for SALMONN's parts; may be repeated"
@@ -48,25 +86,24 @@ _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower
 
 def main() -> int:
     """Runs `mister-jax predict`."""
-    workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
+    workdir = required_workdir(_MODEL, "a directory that `mister-jax train` has written")
+    if _RECORDING.value:
+        return _predict_recordings(workdir)
     from rich.console import Console
 
     from mister_jax.console import prediction_table
     from mister_jax.inference.prediction_files import check_predictions_path, write_predictions
-    from mister_jax.inference.recognizer import is_unusable, load, summarize_notes
+    from mister_jax.inference.recognizer import is_unusable, summarize_notes
 
+    _check_flags_of_recordings()
     corpus = _read_corpus()
     utterances = [utterance for _, utterance in corpus.utterances()]
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
-    if _OUTPUT.value:
-        check_predictions_path(_OUTPUT.value)
-    elif len(dialogues) > 1:
+    for path in _OUTPUT.value:
+        check_predictions_path(path)
+    if len(dialogues) > 1 and not _OUTPUT.value:
         raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
-    recognizer = load(
-        workdir,
-        speech_encoder=_new_paths(_SPEECH_ENCODER.value),
-        text_encoder=_new_paths(_TEXT_ENCODER.value),
-    )
+    recognizer = _load(workdir)
     rows_by_dialogue = recognizer.predict_dialogues(
         [[_recognizer_input(it) for it in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
@@ -82,16 +119,127 @@ def main() -> int:
         print(f"recordings: {num_recordings}" + (f", of these {notes}" if notes else ""))
     for note in corpus.notes:
         print(f"note: {note}")
-    if _OUTPUT.value:
-        write_predictions(_OUTPUT.value, _output_rows(corpus, predictions))
-        print(
-            f"written to {_OUTPUT.value}: utterances {len(utterances)}, dialogues {len(dialogues)}"
-        )
+    for path in _OUTPUT.value:
+        write_predictions(path, _output_rows(corpus, predictions))
+        print(f"written to {path}: utterances {len(utterances)}, dialogues {len(dialogues)}")
     num_unusable = sum(any(map(is_unusable, row["notes"])) for row in predictions)
     if num_unusable and num_unusable == num_recordings:
         print(f"error: none of {num_recordings} recordings could be used", file=sys.stderr)
         return 1
     return 0
+
+
+def _load(workdir: str) -> EmotionRecognizer:
+    from mister_jax.inference.recognizer import load
+
+    return load(
+        workdir,
+        speech_encoder=_new_paths(_SPEECH_ENCODER.value),
+        text_encoder=_new_paths(_TEXT_ENCODER.value),
+    )
+
+
+def _check_flags_of_recordings() -> None:
+    """Checks that no flag of --recording is set without it."""
+    for flag in (_TRANSCRIPT, _TIER, _SPEAKER, _RECOGNIZER, _LANGUAGE, _NO_TEXT, _EMBED_AUDIO):
+        if flag.value:
+            raise InputError(f"--{flag.name}: needs --recording")
+
+
+def _predict_recordings(workdir: str) -> int:
+    """Predicts the conversations of --recording, one after the other."""
+    from rich.console import Console
+
+    from mister_jax.console import ProgressReporter, prediction_table
+    from mister_jax.inference.prediction_files import write_predictions
+    from mister_jax.inference.recognizer import is_unusable, summarize_notes
+    from mister_jax.inference.recordings import list_recordings
+    from mister_jax.inference.speech_recognition import detect_voice_activity
+
+    if _MANIFEST.value or _CORPUS.value or _AUDIO.value or _TEXT.value:
+        raise InputError("--recording excludes --audio, --text, --manifest and --corpus")
+    recordings = list_recordings(_RECORDING.value)
+    if _TRANSCRIPT.value and len(recordings) > 1:
+        raise InputError(
+            f"--transcript with {len(recordings)} recordings; needed: one --recording, or "
+            "transcripts of the same names beside the recordings"
+        )
+    outputs = _outputs_by_recording(recordings)
+    recognizer = _load(workdir)
+    options = {
+        "transcript": _TRANSCRIPT.value,
+        "search_transcript": _SEARCH.value and not _NO_TEXT.value,
+        "tier": _TIER.value,
+        "speaker": _SPEAKER.value,
+        "recognizer": detect_voice_activity if _NO_TEXT.value else _RECOGNIZER.value,
+        "language": _LANGUAGE.value,
+        "channels": _CHANNELS.value,
+        "rules": UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
+    }
+    is_single = len(recordings) == 1
+    all_rows: list[dict[str, Any]] = []
+    num_used = 0
+    with ProgressReporter(len(recordings), unit="recordings", quiet=is_single) as reporter:
+        for recording in recordings:
+            try:
+                utterances = recognizer.find_utterances(recording, quiet=not is_single, **options)
+                rows = recognizer.predict_utterances(
+                    utterances, max_seconds=_SECONDS.value, quiet=not is_single
+                )
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            finally:
+                reporter.advance(pathlib.Path(recording).name)
+            all_rows += rows
+            num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
+            if is_single:
+                Console().print(prediction_table([row["text"] for row in rows], rows))
+            notes = summarize_notes(rows)
+            print(
+                f"{recording}: utterances {len(rows)} from {utterances.origin}"
+                + (f", of these {notes}" if notes else "")
+            )
+            for note in utterances.notes:
+                print(f"note: {note}")
+            for path in outputs[recording]:
+                write_predictions(path, rows, embed_audio=_EMBED_AUDIO.value)
+                print(f"written to {path}")
+    for path in outputs[""] if all_rows else ():
+        write_predictions(path, all_rows, embed_audio=_EMBED_AUDIO.value)
+        print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
+    if num_used == len(recordings):
+        return 0
+    if not is_single:
+        print(f"error: {len(recordings) - num_used} of {len(recordings)} not used", file=sys.stderr)
+    return 1
+
+
+def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the files to write for each recording, and by "" those with all rows."""
+    from mister_jax.inference.prediction_files import ROW_FORMATS, check_predictions_path
+
+    outputs: dict[str, list[str]] = {"": [], **{recording: [] for recording in recordings}}
+    for pattern in _OUTPUT.value:
+        if "{name}" in pattern:
+            for recording in recordings:
+                outputs[recording].append(pattern.replace("{name}", pathlib.Path(recording).stem))
+        elif len(recordings) > 1 and pathlib.Path(pattern).suffix not in ROW_FORMATS:
+            raise InputError(
+                f"--output={pattern}: one file for {len(recordings)} recordings; allowed: "
+                f"{', '.join(ROW_FORMATS)}, or {{name}} in the name for a file per recording"
+            )
+        else:
+            outputs[""].append(pattern)
+    paths = [path for paths in outputs.values() for path in paths]
+    for path in paths:
+        check_predictions_path(path)
+    repeated = [path for path, count in collections.Counter(paths).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"--output: {repeated[0]} for two recordings of the same name; predict them separately"
+        )
+    return outputs
 
 
 def _new_paths(values: Sequence[str]) -> dict[str, str] | None:

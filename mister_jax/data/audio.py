@@ -185,6 +185,46 @@ def container_seconds(source: Source) -> float | None:
         return reader.container_seconds
 
 
+def decoded_seconds(source: Source) -> float:
+    """Returns the exact length of a recording, which is decoded for it.
+
+    Raises:
+        AudioError: The recording cannot be read.
+    """
+    return sum(len(block.samples) for block in stream_blocks(source)) / SAMPLE_RATE
+
+
+def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0) -> Iterator[Clip]:
+    """Decodes a recording of any length in one pass, in blocks of equal length.
+
+    It ends where nothing more can be decoded. `Clip.damaged` marks the last block if that is not
+    the end of the recording.
+
+    Args:
+        source: Path or content of a file, see `decode`.
+        channel: Channel to read.
+        seconds: Seconds of each block.
+
+    Raises:
+        AudioError: The first block cannot be decoded.
+    """
+    # A container may state no length or a wrong one, so more blocks are requested than needed.
+    total_seconds = 2 * (container_seconds(source) or 0) + 48 * 3600
+    requests = (
+        DecodeRequest(source, index * seconds, (index + 1) * seconds, channel)
+        for index in range(math.ceil(total_seconds / seconds))
+    )
+    for index, clip in enumerate(stream_cuts(requests)):
+        if isinstance(clip, Clip):
+            yield clip
+        elif index == 0:
+            raise clip
+        else:
+            if clip.reason is Reason.DAMAGED:
+                yield Clip(np.zeros(0, np.int16), 0.0, damaged=True)
+            return
+
+
 def num_channels(source: Source) -> int:
     """Returns the number of channels of a recording.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,20 @@ from mister_jax.data.pipeline import padded_batch
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.inference import utterance_inputs
+from mister_jax.inference.recordings import RecordingUtterances, find_utterances
+from mister_jax.inference.speech_recognition import detect_voice_activity
 from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, Utterance
 from mister_jax.predictor import Predictor, prediction_rows
 from mister_jax.workdir import read_config
 
 # Experts that read each modality. An encoder is loaded only if one of its experts is enabled.
 _EXPERTS_BY_MODALITY = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
+
+# Seconds of speech that are held in memory at a time: 38 MB of int16.
+_MAX_GROUP_SECONDS = 1200.0
+
+MAX_CONTEXT = 128
+"""Number of utterances of a recording that are predicted in one context, see `_sections`."""
 
 NewPaths = str | Mapping[str, str] | None
 """New path of an encoder that has moved, or of its parts by name: "encoder", "adapter", "whisper",
@@ -118,25 +127,59 @@ class EmotionRecognizer:
         Raises:
           InputError: A dialogue, an utterance or a number of seconds cannot be used.
         """
+        checked = utterance_inputs.check_utterances(dialogues)
+        rows = iter(
+            self._predict(
+                checked,
+                _consecutive_ranges(map(len, dialogues)),
+                max_seconds=max_seconds,
+                num_workers=num_workers,
+                quiet=quiet,
+            )
+        )
+        return [[next(rows) for _ in dialogue] for dialogue in dialogues]
+
+    def _predict(
+        self,
+        utterances: Sequence[CheckedUtterance],
+        dialogues: Sequence[np.ndarray],
+        *,
+        max_seconds: float,
+        num_workers: int = 0,
+        quiet: bool,
+    ) -> list[dict[str, Any]]:
+        """Predicts utterances in the context of the dialogues that hold them.
+
+        Args:
+          utterances: All utterances.
+          dialogues: Indices of the utterances in each dialogue. An utterance may be in several.
+          max_seconds: Seconds of each utterance's speech to read.
+          num_workers: Number of processes that decode files.
+          quiet: Whether to show no progress.
+
+        Returns:
+          The prediction and the notes of each utterance of each dialogue.
+        """
         check_seconds(max_seconds)
-        utterances = utterance_inputs.check_utterances(dialogues)
         if not utterances:
             return []
-        clips, notes = self._decode(utterances, max_seconds, num_workers, quiet)
-        speech, speech_present = self._encode("speech", clips, quiet)
+        speech, speech_present, notes = self._encode_speech(
+            utterances, max_seconds, num_workers, quiet
+        )
         text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
             split="test",  # DialogueFeatures requires one of the splits.
             class_names=self.class_names,
             dialogue_ids=tuple(map(str, range(len(dialogues)))),
-            lengths=np.array([len(dialogue) for dialogue in dialogues]),
-            utterance_ids=np.arange(len(utterances)).astype(str),
-            speech=speech,
-            text=text,
-            speech_present=speech_present,
-            text_present=text_present,
-            label=np.full(len(utterances), UNLABELED, np.int32),
+            lengths=np.array(list(map(len, dialogues))),
+            utterance_ids=indices.astype(str),
+            speech=speech[indices],
+            text=text[indices],
+            speech_present=speech_present[indices],
+            text_present=text_present[indices],
+            label=np.full(len(indices), UNLABELED, np.int32),
         )
         # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
         num_shards = self._predictor.partitioner.num_shards
@@ -144,33 +187,151 @@ class EmotionRecognizer:
         batches = (padded_batch(features, *planned) for planned in plan)
         outputs = self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
         predictions = prediction_rows(self.class_names, outputs)
-        rows = (
-            {**row, "notes": utterance_notes}
-            for row, utterance_notes in zip(predictions, notes, strict=True)
-        )
-        return [[next(rows) for _ in dialogue] for dialogue in dialogues]
+        return [
+            {**row, "notes": notes[index]} for index, row in zip(indices, predictions, strict=True)
+        ]
 
-    def _decode(
+    def predict_recording(
+        self,
+        recording: str | os.PathLike[str],
+        *,
+        max_seconds: float = 60.0,
+        quiet: bool = True,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Predicts the emotion of every utterance of a recording, as one conversation.
+
+        recognizer.predict_recording("call.mp3")
+        recognizer.predict_recording("call.mp3", transcript="call.srt", channels="split")
+
+        Args:
+          recording: Audio or video file in any format that FFmpeg reads.
+          max_seconds: Seconds of each utterance's speech to read.
+          quiet: Whether to show no progress.
+          **options: Options of `recordings.find_utterances`, such as `transcript`.
+
+        Returns:
+          For each utterance a dict with "recording", "utterance", "start" and "end" in seconds,
+          "speaker", "text", "label" (that of the transcript), "emotion", "probabilities",
+          "experts", "gate" and "notes".
+
+        Raises:
+          InputError: The recording or its transcript cannot be used, or there is nothing that the
+            model reads.
+        """
+        utterances = self.find_utterances(recording, quiet=quiet, **options)
+        return self.predict_utterances(utterances, max_seconds=max_seconds, quiet=quiet)
+
+    def find_utterances(
+        self, recording: str | os.PathLike[str], **options: Any
+    ) -> RecordingUtterances:
+        """Finds the utterances of a recording, see `recordings.find_utterances`.
+
+        By default, speech is recognized only if the model reads text.
+        """
+        reads_text = "text" in self._encoders
+        if not reads_text and options.get("recognizer") is None:
+            options["recognizer"] = detect_voice_activity
+        utterances = find_utterances(recording, **options)
+        if "speech" not in self._encoders and not any(it.text for it in utterances.segments):
+            raise InputError(
+                f"{utterances.recording}: no text from {utterances.origin}, and the model reads "
+                "only text; needed: a transcript or a speech recognizer"
+            )
+        return utterances
+
+    def predict_utterances(
+        self, utterances: RecordingUtterances, *, max_seconds: float = 60.0, quiet: bool = True
+    ) -> list[dict[str, Any]]:
+        """Predicts the utterances that `find_utterances` returns, see `predict_recording`."""
+        recording = utterances.recording
+        inputs = [
+            {
+                "text": segment.text,
+                "audio": recording,
+                "audio_start": segment.start,
+                "audio_end": segment.end,
+                "audio_channel": segment.channel,
+            }
+            for segment in utterances.segments
+        ]
+        sections = list(_sections(len(inputs)))
+        windows = [np.arange(first, stop) for _, (first, stop) in sections]
+        window_rows = iter(
+            self._predict(
+                utterance_inputs.check_utterances([inputs]),
+                windows,
+                max_seconds=max_seconds,
+                quiet=quiet,
+            )
+        )
+        rows = []
+        for (begin, end), (first, stop) in sections:
+            rows += [next(window_rows) for _ in range(first, stop)][begin - first : end - first]
+        predictions = []
+        for number, (segment, notes, row) in enumerate(
+            zip(utterances.segments, utterances.segment_notes, rows, strict=True), start=1
+        ):
+            predictions.append(
+                {
+                    "recording": recording,
+                    "utterance": str(number),
+                    "start": round(segment.start, 3),
+                    "end": round(segment.end, 3),
+                    "speaker": segment.speaker,
+                    "text": segment.text,
+                    "label": segment.label,
+                    **row,
+                    "notes": [*(f"{utterance_inputs.NOTE}: {it}" for it in notes), *row["notes"]],
+                }
+            )
+        return predictions
+
+    def _encode_speech(
         self,
         utterances: Sequence[CheckedUtterance],
         max_seconds: float,
         num_workers: int,
         quiet: bool,
-    ) -> tuple[list[np.ndarray], list[list[str]]]:
-        """Returns the samples [S] of each utterance, empty without speech, and its notes."""
+    ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+        """Returns speech features [N, F], which of them are present [N], and notes.
+
+        Speech is decoded and encoded in groups of `_MAX_GROUP_SECONDS`, so memory does not grow
+        with the length of a recording.
+        """
+        num_utterances = len(utterances)
+        features = np.zeros((num_utterances, self._feature_dims["speech"]), np.float32)
+        present = np.zeros(num_utterances, bool)
+        notes: list[list[str]] = [[] for _ in utterances]
         if "speech" not in self._encoders:
             if any(utterance.speech is not None for utterance in utterances):
                 logging.warning("speech is not used: the model has no speech encoder")
-            return [np.zeros(0, np.int16)] * len(utterances), [[] for _ in utterances]
-        clips, notes = utterance_inputs.decode_speech(utterances, max_seconds, num_workers, quiet)
-        max_samples = self._encoders["speech"].input.max_samples
-        for clip, utterance_notes in zip(clips, notes, strict=True):
-            if max_samples is not None and len(clip) > max_samples:
-                seconds, limit = len(clip) / SAMPLE_RATE, max_samples / SAMPLE_RATE
-                utterance_notes.append(
-                    f"{utterance_inputs.CUT}: {seconds:.1f} s, of which it reads {limit:g} s"
+            return features, present, notes
+        order = utterance_inputs.reading_order(utterances)
+        decoded = utterance_inputs.decode_speech(
+            [utterances[index] for index in order], max_seconds, num_workers, quiet
+        )
+        group: dict[int, np.ndarray] = {}
+        num_samples = 0
+        for index, (clip, clip_notes) in zip(order, decoded, strict=True):
+            group[index] = clip
+            num_samples += len(clip)
+            notes[index] = clip_notes + self._length_notes(clip)
+            if num_samples >= _MAX_GROUP_SECONDS * SAMPLE_RATE or index == order[-1]:
+                indices = list(group)
+                features[indices], present[indices] = self._encode(
+                    "speech", list(group.values()), quiet
                 )
-        return clips, notes
+                group, num_samples = {}, 0
+        return features, present, notes
+
+    def _length_notes(self, clip: np.ndarray) -> list[str]:
+        """Returns a note if the speech encoder does not read all of a clip [S]."""
+        max_samples = self._encoders["speech"].input.max_samples
+        if max_samples is None or len(clip) <= max_samples:
+            return []
+        seconds, limit = len(clip) / SAMPLE_RATE, max_samples / SAMPLE_RATE
+        return [f"{utterance_inputs.CUT}: {seconds:.1f} s, of which it reads {limit:g} s"]
 
     def _encode(
         self, modality: str, items: Sequence[Any], quiet: bool
@@ -196,6 +357,28 @@ class EmotionRecognizer:
                 f"{modality} encoder: features of width {features.shape[1]}; the model takes {dim}"
             )
         return features, present
+
+
+def _consecutive_ranges(lengths: Iterable[int]) -> list[np.ndarray]:
+    """Returns ranges of the given lengths, each of which starts where the one before ends."""
+    ends = np.cumsum(list(lengths))
+    return np.split(np.arange(ends[-1]), ends[:-1]) if len(ends) else []
+
+
+def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yields sections of a long conversation, each with the window that is its context.
+
+    Models are trained on dialogues of up to about a hundred utterances, and attention over all
+    utterances takes quadratic memory. So conversations longer than `MAX_CONTEXT` are predicted in
+    sections, each in the context of a quarter of `MAX_CONTEXT` before and after it.
+    """
+    if num_utterances <= MAX_CONTEXT:
+        yield (0, num_utterances), (0, num_utterances)
+        return
+    margin = MAX_CONTEXT // 4
+    for begin in range(0, num_utterances, MAX_CONTEXT // 2):
+        end = min(begin + MAX_CONTEXT // 2, num_utterances)
+        yield (begin, end), (max(0, begin - margin), min(num_utterances, end + margin))
 
 
 def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,44 +72,59 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
 
 def decode_speech(
     utterances: Sequence[CheckedUtterance], max_seconds: float, num_workers: int, quiet: bool
-) -> tuple[list[np.ndarray], list[list[str]]]:
+) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Decodes the speech of utterances, see `EmotionRecognizer.predict_dialogues`.
 
-    Returns:
-      Samples [S] int16 of each utterance, empty if it has no usable speech, and its notes.
+    Yields:
+      For each utterance its samples [S] int16, empty if it has no usable speech, and its notes.
     """
     max_samples = round(max_seconds * audio.SAMPLE_RATE)
     requests = [it.speech for it in utterances if isinstance(it.speech, audio.DecodeRequest)]
     decoded = audio.decode_many(requests, num_workers=num_workers, max_seconds=max_seconds)
-    clips, notes = [], []
     failures: list[audio.AudioError] = []
     quiet = quiet or not requests
-    with ProgressReporter(len(requests), unit="recordings", quiet=quiet) as reporter:
+    with ProgressReporter(len(requests), unit="utterances", quiet=quiet) as reporter:
         for utterance in utterances:
-            samples, utterance_notes = np.zeros(0, np.int16), list(utterance.notes)
+            samples, notes = np.zeros(0, np.int16), list(utterance.notes)
             if isinstance(utterance.speech, np.ndarray):
                 samples = utterance.speech[:max_samples]
                 if len(utterance.speech) > max_samples:
                     seconds = len(utterance.speech) / audio.SAMPLE_RATE
-                    utterance_notes.append(_capped_note(seconds, max_seconds))
+                    notes.append(_capped_note(seconds, max_seconds))
             elif utterance.speech is not None:
                 clip = next(decoded)
-                reporter.advance("decoding")
+                reporter.advance("reading speech")
                 if isinstance(clip, audio.AudioError):
                     failures.append(clip)
-                    utterance_notes.append(f"{UNUSABLE}: {clip}")
+                    notes.append(f"{UNUSABLE}: {clip}")
                 else:
                     samples = clip.samples
-                    utterance_notes += _clip_notes(clip, max_seconds)
+                    notes += _clip_notes(clip, max_seconds)
             if len(samples) and not is_audible(samples):
-                utterance_notes.append(f"{SILENT}: predicted without speech")
-            clips.append(samples)
-            notes.append(utterance_notes)
+                notes.append(f"{SILENT}: predicted without speech")
+            yield samples, notes
     for failure in failures[:_MAX_WARNINGS]:
         logging.warning("%s; its utterance is predicted without speech", failure)
     if len(failures) > _MAX_WARNINGS:
         logging.warning("%d of %d recordings cannot be used", len(failures), len(requests))
-    return clips, notes
+
+
+def reading_order(utterances: Sequence[CheckedUtterance]) -> list[int]:
+    """Returns the indices of the utterances in an order that reads each recording once.
+
+    The cuts of one channel of a recording follow each other, sorted by their start.
+    """
+    sources: dict[Any, int] = {}
+
+    def key(index: int) -> tuple[int, str, float]:
+        speech = utterances[index].speech
+        if not isinstance(speech, audio.DecodeRequest):
+            return (-1, "", 0.0)
+        # Recordings stay in the order of their first utterance.
+        position = sources.setdefault(speech.source, len(sources))
+        return (position, str(speech.channel), speech.start or 0.0)
+
+    return sorted(range(len(utterances)), key=key)
 
 
 def _read_fields(

@@ -54,7 +54,7 @@ def test_results_hold_each_split_once(finished_workdir, results_folder, tiny_dat
 def test_scores_agree_with_the_predictions(results_folder):
     for split, scores in read_metrics(results_folder).items():
         pairs = [
-            (row["label"], row["predicted"])
+            (row["label"], row["emotion"])
             for row in read_predictions(results_folder, split)
             if row["label"] is not None
         ]
@@ -144,7 +144,7 @@ def test_probabilities_sum_to_1_and_missing_experts_have_no_weight(results_folde
     for row, has_speech in zip(rows, features.speech_present, strict=True):
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert sum(row["gate"].values()) == pytest.approx(1, abs=1e-5)
-        assert max(row["probabilities"], key=row["probabilities"].get) == row["predicted"]
+        assert max(row["probabilities"], key=row["probabilities"].get) == row["emotion"]
         assert (row["experts"]["speech"] is not None) == has_speech
         assert (row["gate"]["speech"] > 0) == has_speech
 

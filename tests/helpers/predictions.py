@@ -15,7 +15,7 @@ def assert_predictions_close(rows, expected):
     """Checks that two lists of `prediction_rows` are equal up to rounding."""
     assert len(rows) == len(expected)
     for row, expected_row in zip(rows, expected, strict=True):
-        for field in ("predicted", "experts"):
+        for field in ("emotion", "experts"):
             assert row[field] == expected_row[field]
         for field in ("probabilities", "gate"):
             # The small models of the tests are saturated and magnify the rounding of features.

@@ -14,9 +14,7 @@ def predict(workdir, bert_folder):
     """Returns a function that runs the command on the work directory."""
 
     def run(*flags):
-        return run_script(
-            "predict", f"--workdir={workdir}", f"--text_encoder={bert_folder}", *flags
-        )
+        return run_script("predict", f"--model={workdir}", f"--text_encoder={bert_folder}", *flags)
 
     return run
 
@@ -50,6 +48,6 @@ def test_without_a_usable_recording_the_output_is_written_and_the_status_is_1(pr
         first, second = csv.DictReader(file)
     assert (first["utterance"], second["start"]) == ("0", "1.0")
     assert (second["metadata.duration"], second["metadata.speaker"]) == ("1", "x")
-    assert second["predicted"] in ("angry", "calm")
-    assert float(second[f"probabilities.{second['predicted']}"]) >= 0.5
+    assert second["emotion"] in ("angry", "calm")
+    assert float(second[f"probabilities.{second['emotion']}"]) >= 0.5
     assert second["notes"].startswith("unusable: ") and "no such file" in second["notes"]

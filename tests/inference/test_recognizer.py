@@ -122,7 +122,7 @@ def test_experts_without_their_modality_do_not_vote(recognizer, dialogues, tmp_p
 
 def test_dialogues_of_one_utterance_and_no_dialogues(recognizer):
     (row,) = recognizer.predict([{"text": "i am glad"}])
-    assert set(row) == {"predicted", "probabilities", "gate", "experts", "notes"}
+    assert set(row) == {"emotion", "probabilities", "gate", "experts", "notes"}
     assert row["experts"]["speech"] is None
     assert recognizer.predict_dialogues([]) == []
 

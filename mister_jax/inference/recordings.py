@@ -1,0 +1,257 @@
+"""Finds the utterances of a recording: by a transcript, speech recognition or voice activity."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mister_jax.data import audio
+from mister_jax.data.audio_source import MIX, AudioError, Channel, check_channel, existing_path
+from mister_jax.data.transcripts.reader import find_transcript, read_transcript
+from mister_jax.data.transcripts.segments import Segment
+from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
+from mister_jax.errors import InputError
+from mister_jax.inference.speech_recognition import (
+    SpeechRecognizer,
+    detect_voice_activity,
+    load_recognizer,
+    recognize_speech,
+)
+
+SPLIT = "split"
+"""Reads every channel on its own, each with one speaker, as one conversation."""
+
+RECORDING_SUFFIXES = (
+    *(".aac", ".aif", ".aiff", ".amr", ".au", ".flac", ".m4a", ".m4b", ".mp2", ".mp3", ".oga"),
+    *(".ogg", ".opus", ".sph", ".wav", ".wma", ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov"),
+    *(".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
+)
+"""Extensions of the files in a folder that are recordings."""
+
+# Text that is spoken faster than this does not belong to its times. Fast speech has about 25
+# characters per second.
+MAX_CHARACTERS_PER_SECOND = 40.0
+# Seconds after the end of a recording that are not worth a note.
+_END_TOLERANCE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingUtterances:
+    """The utterances of a recording, in the order of their start.
+
+    Attributes:
+      recording: Path of the recording.
+      segments: Times, texts, speakers and channels.
+      origin: Where they come from, such as "transcript call.srt (SRT)".
+      notes: Notes on the recording and its transcript.
+      segment_notes: Notes on each segment.
+    """
+
+    recording: str
+    segments: tuple[Segment, ...]
+    origin: str
+    notes: tuple[str, ...]
+    segment_notes: tuple[tuple[str, ...], ...]
+
+
+def find_utterances(
+    recording: str | os.PathLike[str],
+    *,
+    transcript: str | os.PathLike[str] | Sequence[Segment] | None = None,
+    search_transcript: bool = True,
+    tier: str | None = None,
+    speaker: str | None = None,
+    recognizer: str | os.PathLike[str] | SpeechRecognizer | None = None,
+    language: str | None = None,
+    channels: Channel = MIX,
+    rules: UtteranceRules | None = None,
+    quiet: bool = True,
+) -> RecordingUtterances:
+    """Finds the utterances of a recording.
+
+    They come from the first of these that exists: the given transcript, a transcript of the same
+    name beside the recording, speech recognition, voice activity detection.
+
+    Args:
+      recording: Audio or video file that FFmpeg reads.
+      transcript: File in a format of `read_transcript`, or segments.
+      search_transcript: Whether to look for a transcript beside the recording.
+      tier: Tier of an annotation, see `read_transcript`.
+      speaker: Speaker whose segments are used; None uses all.
+      recognizer: Whisper checkpoint, see `WhisperRecognizer`, or a function from samples to
+        segments, such as `detect_voice_activity`, which finds utterances without text. By default
+        Whisper if its default checkpoint can be loaded, else voice activity detection.
+      language: Code of the language for Whisper; None detects it.
+      channels: "mix", "left", "right", an index, or "split", which reads one speaker per channel.
+      rules: Rules by which segments are joined and split. A recognizer's segments without text
+        stay as they are.
+      quiet: Whether to show no progress.
+
+    Raises:
+      InputError: The recording or the transcript cannot be read, they do not belong together, or
+        there is no speech.
+    """
+    source = existing_path(recording)
+    name = os.fspath(recording)
+    seconds = audio.container_seconds(source)
+    indices = _channel_indices(source, channels)
+    notes: tuple[str, ...] = ()
+    if transcript is None and search_transcript:
+        transcript = find_transcript(source)
+    if transcript is None:
+        if tier is not None:
+            raise InputError(f"--tier={tier}: {name} has no transcript; needed: --transcript")
+        function = load_recognizer(recognizer, language)
+        segments, notes = _recognize(source, function, indices, quiet)
+        is_voice_activity = function is detect_voice_activity
+        origin = "voice activity detection" if is_voice_activity else "speech recognition"
+        if not segments:
+            raise InputError(f"{name}: no speech found by {origin}; needed: a recording of speech")
+    else:
+        if isinstance(transcript, str | os.PathLike):
+            contents = read_transcript(
+                transcript, tier=tier, speaker=speaker, recording=pathlib.Path(source).stem
+            )
+            segments, notes = contents.segments, contents.notes
+            origin = f"transcript {os.fspath(transcript)} ({contents.format})"
+        else:
+            segments, origin = tuple(sorted(transcript, key=lambda it: it.start)), "given segments"
+        if not segments:
+            raise InputError(f"{name}: no segments in its {origin}; needed: at least one")
+        seconds = _check_belongs_to_recording(name, source, origin, segments, seconds)
+        if len(indices) > 1:
+            segments = _assign_channels(source, segments, indices)
+    if any(segment.text for segment in segments):
+        segments = make_utterances(segments, rules or UtteranceRules())
+    if len(indices) == 1:
+        # The channel of a transcript's segment is used only if the channels are split.
+        segments = tuple(dataclasses.replace(it, channel=indices[0]) for it in segments)
+    segment_notes = tuple(_timing_notes(segment, seconds) for segment in segments)
+    return RecordingUtterances(name, tuple(segments), origin, notes, segment_notes)
+
+
+def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Returns the recordings that paths name; a folder stands for those in it, sorted by name.
+
+    Raises:
+      InputError: A folder has no recordings, or a recording is named twice.
+    """
+    recordings = []
+    for path in paths:
+        folder = pathlib.Path(path)
+        if not folder.is_dir():
+            recordings.append(os.fspath(path))
+            continue
+        files = sorted(it for it in folder.iterdir() if it.suffix.lower() in RECORDING_SUFFIXES)
+        if not files:
+            raise InputError(
+                f"{folder}: no recordings; needed: files with extension "
+                f"{', '.join(RECORDING_SUFFIXES)}"
+            )
+        recordings += map(str, files)
+    if len(set(recordings)) < len(recordings):
+        raise InputError("a recording is given twice; needed: each one once")
+    return recordings
+
+
+def _channel_indices(source: str, channels: Channel) -> tuple[Channel, ...]:
+    if channels != SPLIT:
+        try:
+            return (check_channel(channels),)
+        except ValueError as error:
+            raise InputError(f"--channels={error}, or {SPLIT}") from error
+    count = audio.num_channels(source)
+    if count < 2:
+        raise InputError(f"{source}: one channel; needed for --channels=split: at least two")
+    return tuple(range(count))
+
+
+def _recognize(
+    source: str, recognizer: SpeechRecognizer, channels: Sequence[Channel], quiet: bool
+) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+    """Returns the segments that a recognizer finds in some channels, and notes on damage."""
+    segments: list[Segment] = []
+    notes: tuple[str, ...] = ()
+    for channel in channels:
+        speech = recognize_speech(source, recognizer, channel=channel, quiet=quiet)
+        if speech.damage:
+            notes = (f"{speech.damage}; only speech that could be decoded is used",)
+        is_split = len(channels) > 1
+        segments += (
+            dataclasses.replace(
+                segment,
+                channel=channel,
+                speaker=segment.speaker or (_channel_name(channel) if is_split else None),
+            )
+            for segment in speech.segments
+        )
+    return tuple(sorted(segments, key=lambda segment: segment.start)), notes
+
+
+def _channel_name(channel: Channel) -> str:
+    return {0: "left", 1: "right"}.get(int(channel), f"channel {channel}")
+
+
+def _check_belongs_to_recording(
+    name: str, source: str, origin: str, segments: Sequence[Segment], seconds: float | None
+) -> float | None:
+    """Returns the length of the recording; raises if most segments start after its end."""
+
+    def num_late(length: float) -> int:
+        return sum(segment.start >= length for segment in segments)
+
+    if seconds is None or not num_late(seconds):
+        return seconds
+    # The length that a container states may be an estimate, so measure it.
+    seconds = audio.decoded_seconds(source)
+    if 2 * num_late(seconds) > len(segments):
+        end = max(segment.end for segment in segments)
+        raise InputError(
+            f"{name}: {seconds:.1f} s long, but its {origin} ends at {end:.1f} s and "
+            f"{num_late(seconds)} of {len(segments)} segments start after the recording; needed: "
+            "the transcript of this recording"
+        )
+    return seconds
+
+
+def _assign_channels(
+    source: str, segments: Sequence[Segment], channels: Sequence[Channel]
+) -> tuple[Segment, ...]:
+    """Gives each segment a channel: its own, or the one in which its speaker is loudest."""
+    unassigned = [index for index, it in enumerate(segments) if it.channel not in channels]
+    powers: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(len(channels)))
+    speakers = {index: segments[index].speaker or f"segment {index}" for index in unassigned}
+    for position, channel in enumerate(channels):
+        requests = [
+            audio.DecodeRequest(source, segments[index].start, segments[index].end, channel)
+            for index in unassigned
+        ]
+        for index, clip in zip(unassigned, audio.stream_cuts(requests), strict=True):
+            if not isinstance(clip, AudioError):
+                squares = np.square(clip.samples.astype(np.float32))
+                powers[speakers[index]][position] += float(squares.sum())
+    return tuple(
+        dataclasses.replace(segment, channel=channels[int(powers[speakers[index]].argmax())])
+        if index in speakers
+        else segment
+        for index, segment in enumerate(segments)
+    )
+
+
+def _timing_notes(segment: Segment, seconds: float | None) -> tuple[str, ...]:
+    """Returns notes on times that do not fit the recording or the text."""
+    notes = []
+    duration = segment.end - segment.start
+    if seconds is not None and segment.end > seconds + _END_TOLERANCE:
+        notes.append(f"ends {segment.end - seconds:.1f} s after the recording")
+    if len(segment.text) > MAX_CHARACTERS_PER_SECOND * duration:
+        notes.append(
+            f"{len(segment.text)} characters in {duration:.1f} s; speech has at most "
+            f"{MAX_CHARACTERS_PER_SECOND:g} per second"
+        )
+    return tuple(notes)

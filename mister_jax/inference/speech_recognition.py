@@ -1,0 +1,250 @@
+"""Finds the speech of a recording without a transcript: speech recognition and voice activity.
+
+A recognizer is any function from samples to timed segments, so that other recognizers can be
+plugged in:
+
+    def recognizer(samples: np.ndarray) -> Sequence[Segment]: ...
+
+It gets float32 samples [S] at 16 kHz with full scale 1, and the times of its segments are seconds
+from the first sample. Pieces of long recordings are passed one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from etils import epy
+
+from mister_jax.console import ProgressReporter
+from mister_jax.data import SAMPLE_RATE, audio
+from mister_jax.data.audio_source import MIX, Channel, Source
+from mister_jax.data.transcripts.segments import Segment, Word
+from mister_jax.errors import InputError, require_extra
+
+with epy.lazy_imports():
+    from faster_whisper import WhisperModel, vad
+
+SpeechRecognizer = Callable[[np.ndarray], Sequence[Segment]]
+"""Function from float32 samples [S] at 16 kHz to segments."""
+
+DEFAULT_MODEL = "small"
+"""Whisper checkpoint that is used if no other one is chosen."""
+
+# Settings of Silero's voice activity detector for conversations: a segment ends at a pause of 0.3 s
+# and lasts at most 15 s.
+_VAD_OPTIONS = {
+    "min_speech_duration_ms": 250,
+    "min_silence_duration_ms": 300,
+    "max_speech_duration_s": 15.0,
+    "speech_pad_ms": 200,
+}
+
+# A recognizer gets pieces of at most this length in seconds: 38 MB of float32.
+_PIECE_SECONDS = 600.0
+# Pieces end at the quietest time within their last seconds, so that few words are cut.
+_SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
+
+
+def detect_voice_activity(samples: np.ndarray) -> list[Segment]:
+    """Returns the segments with speech, without text, by Silero's detector.
+
+    Args:
+      samples: Samples [S] float32 at 16 kHz, full scale 1.
+
+    Raises:
+      MissingExtraError: The extra `asr` is not installed.
+    """
+    require_extra("asr", "voice activity detection")
+    spans = vad.get_speech_timestamps(samples, vad.VadOptions(**_VAD_OPTIONS))
+    return [Segment(span["start"] / SAMPLE_RATE, span["end"] / SAMPLE_RATE) for span in spans]
+
+
+class WhisperRecognizer:
+    """Transcribes speech with Whisper on CTranslate2, with the times of words.
+
+    Args:
+      model: Name of a checkpoint such as "small" or "large-v3", a repository on the Hugging Face
+        Hub, or a folder in CTranslate2's format.
+      language: Code of the language, such as "en"; None detects it.
+      local_files_only: Whether to use only checkpoints that have been downloaded before.
+
+    Raises:
+      MissingExtraError: The extra `asr` is not installed.
+      InputError: The checkpoint cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        language: str | None = None,
+        local_files_only: bool = False,
+    ):
+        require_extra("asr", "speech recognition")
+        try:
+            self._model = WhisperModel(os.fspath(model), local_files_only=local_files_only)
+        except Exception as error:  # CTranslate2, tokenizers and the Hub raise many types.
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"speech recognizer {os.fspath(model)}: cannot be loaded ({reason}); allowed: a "
+                "Whisper checkpoint for CTranslate2 on the Hub or in a folder"
+            ) from error
+        if language is not None and language not in self._model.supported_languages:
+            raise InputError(
+                f"language {language!r}; allowed: {', '.join(self._model.supported_languages)}"
+            )
+        self._language = language
+
+    def __call__(self, samples: np.ndarray) -> list[Segment]:
+        """Returns the segments of samples [S] float32 at 16 kHz."""
+        segments, _ = self._model.transcribe(
+            samples,
+            language=self._language,
+            word_timestamps=True,
+            # Whisper invents text for silence, and repeats text that it is conditioned on.
+            vad_filter=True,
+            vad_parameters=_VAD_OPTIONS,
+            condition_on_previous_text=False,
+        )
+        return [
+            Segment(
+                segment.start,
+                segment.end,
+                segment.text.strip(),
+                words=tuple(
+                    Word(word.word.strip(), word.start, word.end) for word in segment.words or ()
+                ),
+            )
+            for segment in segments
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecognizedSpeech:
+    """The speech of a recording.
+
+    Attributes:
+      segments: Segments in the order of their start.
+      seconds: Length of the recording in seconds.
+      damage: Why the recording could not be read to its end, or empty.
+    """
+
+    segments: tuple[Segment, ...]
+    seconds: float
+    damage: str = ""
+
+
+def recognize_speech(
+    source: Source,
+    recognizer: SpeechRecognizer,
+    *,
+    channel: Channel = MIX,
+    quiet: bool = True,
+) -> RecognizedSpeech:
+    """Applies a recognizer to a recording of any length, in bounded memory.
+
+    Args:
+      source: Path or content of the recording.
+      recognizer: Function from samples to segments. Its segments are clipped to the piece it gets.
+      channel: Channel to read.
+      quiet: Whether to show no progress.
+
+    Raises:
+      AudioError: The recording cannot be read.
+      InputError: A segment of the recognizer has no finite times.
+    """
+    segments: list[Segment] = []
+    seconds, damage = 0.0, ""
+    total = math.ceil(audio.container_seconds(source) or 0)
+    with ProgressReporter(total, unit="seconds", quiet=quiet) as reporter:
+        for offset, samples, piece_damage in _pieces(source, channel):
+            damage = damage or piece_damage
+            piece_seconds = len(samples) / SAMPLE_RATE
+            seconds = offset + piece_seconds
+            found = [_check_segment(it, piece_seconds) for it in recognizer(samples)]
+            segments += (_shift(it, offset) for it in found if it.end > it.start)
+            reporter.advance("recognizing speech", amount=round(piece_seconds))
+    segments.sort(key=lambda segment: segment.start)
+    return RecognizedSpeech(tuple(segments), seconds, damage)
+
+
+def _check_segment(segment: Segment, piece_seconds: float) -> Segment:
+    if not (math.isfinite(segment.start) and math.isfinite(segment.end)):
+        raise InputError(f"the recognizer returned {segment}; needed: finite times in seconds")
+    start, end = (min(max(time, 0.0), piece_seconds) for time in (segment.start, segment.end))
+    return dataclasses.replace(segment, start=start, end=end)
+
+
+def _shift(segment: Segment, offset: float) -> Segment:
+    def later(time: float | None) -> float | None:
+        return None if time is None else time + offset
+
+    words = tuple(Word(it.text, later(it.start), later(it.end)) for it in segment.words)
+    return dataclasses.replace(
+        segment, start=segment.start + offset, end=segment.end + offset, words=words
+    )
+
+
+def _pieces(source: Source, channel: Channel) -> Iterator[tuple[float, np.ndarray, str]]:
+    """Yields the offset in seconds, the float32 samples and the damage of consecutive pieces."""
+    piece_size = round(_PIECE_SECONDS * SAMPLE_RATE)
+    buffered, offset, damage = np.zeros(0, np.int16), 0, ""
+    for block in audio.stream_blocks(source, channel):
+        if block.damaged and not damage:
+            damage = f"damaged after {(offset + len(buffered)) / SAMPLE_RATE:.0f} s"
+        buffered = np.concatenate([buffered, block.samples])
+        while len(buffered) > piece_size:
+            cut = _quietest_index(buffered[:piece_size])
+            yield offset / SAMPLE_RATE, _to_float(buffered[:cut]), damage
+            buffered, offset = buffered[cut:], offset + cut
+    if len(buffered):
+        yield offset / SAMPLE_RATE, _to_float(buffered), damage
+
+
+def _quietest_index(samples: np.ndarray) -> int:
+    """Returns the middle of the pause with the least power at the end of a piece."""
+    size = round(_PAUSE_SECONDS * SAMPLE_RATE)
+    tail = samples[-round(_SEARCH_SECONDS * SAMPLE_RATE) :]
+    frames = tail[: len(tail) // size * size].reshape(-1, size).astype(np.float32)
+    quietest = int(np.argmin(np.mean(np.square(frames), axis=1)))
+    return len(samples) - len(tail) + quietest * size + size // 2
+
+
+def _to_float(samples: np.ndarray) -> np.ndarray:
+    return samples.astype(np.float32) / audio.FULL_SCALE
+
+
+def load_recognizer(
+    recognizer: str | os.PathLike[str] | SpeechRecognizer | None, language: str | None = None
+) -> SpeechRecognizer:
+    """Returns the recognizer of a user's choice. Checkpoints stay loaded.
+
+    Args:
+      recognizer: A function; a checkpoint, see `WhisperRecognizer`; or None for the default
+        checkpoint if it can be loaded, else `detect_voice_activity`.
+      language: Code of the language for Whisper.
+
+    Raises:
+      MissingExtraError: The extra `asr` is not installed.
+      InputError: The named checkpoint cannot be loaded.
+    """
+    if callable(recognizer):
+        return recognizer
+    if recognizer is not None:
+        return _load_whisper(os.fspath(recognizer), language)
+    try:
+        return _load_whisper(DEFAULT_MODEL, language)
+    except InputError as error:
+        logging.warning("%s; utterances have no text", error)
+        return detect_voice_activity
+
+
+@functools.cache
+def _load_whisper(model: str, language: str | None) -> WhisperRecognizer:
+    return WhisperRecognizer(model, language=language)

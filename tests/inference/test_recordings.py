@@ -1,0 +1,250 @@
+"""`predict_recording`: from one recording to the emotions of its utterances."""
+
+import numpy as np
+import pytest
+
+from mister_jax.data import audio
+from mister_jax.data.audio import encode_wav
+from mister_jax.data.audio_source import AudioError
+from mister_jax.data.transcripts.segments import Segment, Word
+from mister_jax.data.transcripts.utterances import UtteranceRules
+from mister_jax.errors import InputError
+from mister_jax.inference import recognizer as recognizer_module
+from mister_jax.inference import speech_recognition
+from mister_jax.inference.recordings import find_utterances, list_recordings
+from mister_jax.inference.speech_recognition import recognize_speech
+from tests.helpers.predictions import assert_predictions_close
+
+RATE = audio.SAMPLE_RATE
+TURNS = [(0.5, 1.2, "so happy."), (1.5, 2.25, "we are mad."), (2.0, 2.8, "glad today.")]
+
+
+def voice(seconds: float, hertz: float, seed: int = 0) -> np.ndarray:
+    """Returns a harmonic sound with a little noise, [S] int16."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    noise = np.random.default_rng(seed).normal(size=len(time))
+    sound = sum(np.sin(2 * np.pi * hertz * order * time) / order for order in (1, 2, 3))
+    return (3000 * sound + 200 * noise).astype(np.int16)
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * RATE), np.int16)
+
+
+@pytest.fixture
+def recording(tmp_path):
+    """A recording of 3 s."""
+    path = tmp_path / "call.wav"
+    encode_wav(path, voice(3.0, 150))
+    return path
+
+
+@pytest.fixture
+def srt(recording):
+    """The transcript `TURNS` beside the recording."""
+    path = recording.with_suffix(".srt")
+    cues = (
+        f"{number}\n00:00:0{start:.3f} --> 00:00:0{end:.3f}\n{text}\n"
+        for number, (start, end, text) in enumerate(TURNS, start=1)
+    )
+    path.write_text("\n".join(cues).replace(".", ",").replace("y,", "y.").replace("d,", "d."))
+    return path
+
+
+def loud_segments(samples):
+    """A recognizer that transcribes each loud part, with a time for each word."""
+    is_loud = np.abs(samples).reshape(-1, RATE // 10).max(axis=1) > 0.05
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_loud, [0]]))) / 10
+    return [
+        Segment(start, end, "so mad", words=(Word("so", start), Word("mad", None, end)))
+        for start, end in edges.reshape(-1, 2)
+    ]
+
+
+def test_predictions_equal_those_of_the_cuts_and_texts(recognizer, recording, srt):
+    rows = recognizer.predict_recording(recording)
+    assert [(row["start"], row["end"], row["text"]) for row in rows] == TURNS
+    assert [row["utterance"] for row in rows] == ["1", "2", "3"]
+    assert {row["recording"] for row in rows} == {str(recording)}
+    assert set(rows[0]) >= {"speaker", "label", "emotion", "probabilities", "experts", "gate"}
+    expected = recognizer.predict(
+        [
+            {"audio": recording, "audio_start": start, "audio_end": end, "text": text}
+            for start, end, text in TURNS
+        ]
+    )
+    assert_predictions_close(rows, expected)
+
+
+def test_the_transcript_beside_a_recording_can_be_ignored(recording, srt):
+    found = find_utterances(recording)
+    assert found.origin == f"transcript {srt} (SRT)"
+    found = find_utterances(recording, search_transcript=False, recognizer=loud_segments)
+    assert found.origin == "speech recognition"
+    assert [(it.start, it.end, it.text) for it in found.segments] == [(0.0, 3.0, "so mad")]
+
+
+def test_segments_of_other_programs_are_used(recognizer, recording):
+    segments = [Segment(start, end, text) for start, end, text in TURNS]
+    rows = recognizer.predict_recording(recording, transcript=segments[::-1])
+    assert [(row["start"], row["end"], row["text"]) for row in rows] == TURNS
+
+
+def test_split_channels_equal_each_channel_alone(recognizer, tmp_path):
+    left = np.concatenate([silence(0.5), voice(1.0, 120), silence(1.5), voice(0.5, 130)])
+    right = np.concatenate([silence(1.7), voice(1.0, 230), silence(0.8)])
+    encode_wav(tmp_path / "stereo.wav", np.stack([left, right], axis=1))
+    encode_wav(tmp_path / "left.wav", left)
+    encode_wav(tmp_path / "right.wav", right)
+    options = {"recognizer": loud_segments}
+    found = find_utterances(tmp_path / "stereo.wav", channels="split", **options)
+    assert [(it.start, it.speaker) for it in found.segments] == [
+        (0.5, "left"),
+        (1.7, "right"),
+        (3.0, "left"),
+    ]
+    rows = recognizer.predict_utterances(found)
+    alone = [
+        {"audio": tmp_path / f"{it.speaker}.wav", "audio_start": it.start, "audio_end": it.end}
+        | {"text": it.text}
+        for it in found.segments
+    ]
+    assert_predictions_close(rows, recognizer.predict(alone))
+    mixed = recognizer.predict_recording(tmp_path / "stereo.wav", **options)
+    assert [row["speaker"] for row in mixed] == [None] * len(mixed)
+
+
+def test_speakers_of_a_transcript_get_the_channel_in_which_they_are_loudest(tmp_path):
+    left = np.concatenate([voice(1.0, 120), silence(1.0), voice(1.0, 120)])
+    right = np.concatenate([silence(1.0), voice(1.0, 230), silence(1.0)])
+    encode_wav(tmp_path / "stereo.wav", np.stack([left, right], axis=1))
+    segments = [
+        Segment(0, 1, "so.", "Ann"),
+        Segment(1, 2, "mad.", "Bob"),
+        Segment(2, 3, "we.", "Ann"),
+    ]
+    found = find_utterances(tmp_path / "stereo.wav", transcript=segments, channels="split")
+    assert [(it.speaker, it.channel) for it in found.segments] == [
+        ("Ann", 0),
+        ("Bob", 1),
+        ("Ann", 0),
+    ]
+
+
+def test_segments_of_pieces_have_the_times_of_the_recording(tmp_path, monkeypatch):
+    monkeypatch.setattr(speech_recognition, "_PIECE_SECONDS", 4.0)
+    monkeypatch.setattr(speech_recognition, "_SEARCH_SECONDS", 2.0)
+    path = tmp_path / "long.wav"
+    encode_wav(path, np.tile(np.concatenate([voice(0.9, 150), silence(0.6)]), 10))
+    lengths = []
+
+    def recognizer(samples):
+        lengths.append(len(samples) / RATE)
+        padded = np.pad(samples, (0, -len(samples) % (RATE // 10)))
+        return loud_segments(padded)
+
+    speech = recognize_speech(path, recognizer)
+    assert len(lengths) > 3 and max(lengths) <= 4
+    assert speech.seconds == pytest.approx(15) == sum(lengths)
+    assert len(speech.segments) == 10, "no segment is cut at the end of a piece"
+    for number, segment in enumerate(speech.segments):
+        assert segment.start == pytest.approx(1.5 * number, abs=0.11)
+        assert segment.end == pytest.approx(1.5 * number + 0.9, abs=0.11)
+        assert segment.words[0].start == segment.start and segment.words[1].end == segment.end
+
+
+def test_long_conversations_are_predicted_in_overlapping_sections(
+    recognizer, recording, monkeypatch
+):
+    segments = [
+        Segment(0.01 * n, 0.01 * n + 0.5, "so mad and glad."[: 3 + n % 9]) for n in range(50)
+    ]
+    options = {"transcript": segments, "rules": UtteranceRules(max_gap=0.0)}
+    expected = recognizer.predict_recording(recording, **options)
+    monkeypatch.setattr(recognizer_module, "MAX_CONTEXT", 16)
+    rows = recognizer.predict_recording(recording, **options)
+    assert [row["start"] for row in rows] == [row["start"] for row in expected]
+    assert_predictions_close(
+        rows[:4], recognizer.predict_recording(recording, transcript=segments[:12])[:4]
+    )
+    window = recognizer.predict_recording(recording, transcript=segments[4:20])
+    assert_predictions_close(rows[8:16], window[4:12])
+
+
+def test_memory_does_not_grow_with_the_length_of_speech(recognizer, recording, srt, monkeypatch):
+    expected = recognizer.predict_recording(recording)
+    monkeypatch.setattr(recognizer_module, "_MAX_GROUP_SECONDS", 1.0)
+    assert_predictions_close(recognizer.predict_recording(recording), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transcript": "missing.srt"}, "missing.srt"),
+        ({"transcript": []}, "no segments"),
+        ({"transcript": [Segment(5, 6, "a"), Segment(7, 8, "b")]}, "transcript of this recording"),
+        ({"recognizer": lambda samples: []}, "no speech found by speech recognition"),
+        ({"recognizer": lambda samples: [Segment(0, float("nan"))]}, "needed: finite times"),
+        ({"channels": "split"}, "one channel; needed for --channels=split"),
+        ({"channels": "center"}, "allowed: mix, left, right"),
+        ({"tier": "words", "recognizer": loud_segments}, "has no transcript"),
+    ],
+)
+def test_unusable_transcripts_and_channels_are_one_line(recognizer, recording, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        recognizer.predict_recording(recording, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_recording_and_one_without_audio_are_one_line(recognizer, tmp_path):
+    (tmp_path / "text.mp3").write_text("no sound")
+    for name in ("missing.mp3", "text.mp3"):
+        with pytest.raises(AudioError, match=name):
+            recognizer.predict_recording(tmp_path / name)
+
+
+def test_times_that_do_not_fit_are_noted_and_kept(recognizer, recording):
+    segments = [
+        Segment(0, 1, "so " * 20 + "mad."),
+        Segment(2, 5, "glad."),
+        Segment(2.5, 2.9, "so."),
+    ]
+    rows = recognizer.predict_recording(recording, transcript=segments)
+    first, second, third = (row["notes"] for row in rows)
+    assert "64 characters in 1.0 s" in first[0]
+    assert "ends 2.0 s after the recording" in second[0]
+    assert third == []
+
+
+def test_the_good_part_of_a_damaged_recording_is_used(tmp_path):
+    path = tmp_path / "broken.wav"
+    encode_wav(path, np.concatenate([voice(2.0, 150), silence(0.5)]))
+    path.write_bytes(path.read_bytes()[:-20_000])
+    found = find_utterances(path, recognizer=lambda samples: [Segment(0.1, 1.5)])
+    assert [(it.start, it.end) for it in found.segments] == [(0.1, 1.5)]
+    assert any("damaged" in note for note in found.notes)
+
+
+def test_a_folder_stands_for_its_recordings(tmp_path):
+    with pytest.raises(InputError, match="no recordings"):
+        list_recordings([tmp_path])
+    for name in ("b.WAV", "a.mp4", "notes.txt", "a.srt"):
+        (tmp_path / name).touch()
+    assert list_recordings([tmp_path]) == [str(tmp_path / "a.mp4"), str(tmp_path / "b.WAV")]
+    with pytest.raises(InputError, match="given twice"):
+        list_recordings([tmp_path / "a.mp4", tmp_path])
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded") as error:
+        speech_recognition.load_recognizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_weights_utterances_come_from_voice_activity(monkeypatch, recording):
+    def fail(*_args, **_options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(speech_recognition, "WhisperModel", fail)
+    recognizer = speech_recognition.load_recognizer(None)
+    assert recognizer is speech_recognition.detect_voice_activity
