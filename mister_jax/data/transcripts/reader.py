@@ -88,6 +88,9 @@ def read_transcript(
                 raise InputError(f"is {detected.name}, which has no {option.replace('_', ' ')}s")
         transcript = detected.read(selection, notes)
         segments = keep_speaker(_checked(transcript.segments, notes), speaker)
+        if not segments:
+            reasons = "; ".join(notes.messages())
+            raise InputError(f"is {transcript.format} without segments ({reasons or 'none'})")
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return dataclasses.replace(transcript, segments=tuple(segments), notes=notes.messages())

@@ -89,7 +89,7 @@ def _read_webvtt(text: str, selection: Selection, notes: Notes) -> Transcript:
     segments: list[Segment] = []
     previous_line = ""
     # Comments may contain commented-out cues.
-    text = re.sub(r"(?<=\n)[ \t]*\n(?:NOTE|STYLE|REGION)\b(?:.*\S.*\n?)*", "\n", text)
+    text = re.sub(r"(?<=\n)[ \t]*\n(?:NOTE|STYLE|REGION)\b.*(?:\n.*\S.*)*", "\n", text)
     for cue in _cues(text):
         lines = list(cue.lines)
         lines = lines[: next((i for i, line in enumerate(lines) if not line), len(lines))]

@@ -1,0 +1,263 @@
+"""Subtitles: every cue with its times, without markup, numbers, identifiers and comments."""
+
+import builtins
+
+import pysubs2
+import pytest
+
+from mister_jax.data.transcripts.segments import Word
+from mister_jax.errors import InputError, MissingExtraError
+
+SRT = """1
+00:00:05,000 --> 00:00:06,000
+Later.
+
+2
+00:00:01,000 --> 00:00:05,500
+Earlier,
+overlapping.
+
+3
+100:00:00,500 --> 100:00:01,000
+Past 99 hours
+"""
+
+
+def test_cues_are_sorted_and_hours_may_exceed_99(read, times):
+    transcript = read("a.srt", SRT)
+    assert transcript.format == "SRT" and transcript.notes == ()
+    assert times(transcript) == [
+        (1.0, 5.5, "Earlier, overlapping."),
+        (5.0, 6.0, "Later."),
+        (360000.5, 360001.0, "Past 99 hours"),
+    ]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_newlines_and_encodings_change_nothing(read, encoding, newline):
+    text = SRT.replace("Later.", "Später ♥").replace("\n", newline)
+    transcript = read("a.srt", text, encoding)
+    assert transcript == read("b.srt", SRT.replace("Later.", "Später ♥"))
+    assert transcript.segments[1].text == "Später ♥"
+
+
+def test_text_that_is_not_utf8_is_windows_1252(read):
+    transcript = read("a.srt", SRT.replace("Later.", "“Café” 5 €"), "cp1252")
+    assert transcript.segments[1].text == "“Café” 5 €"
+    assert transcript.notes == ("read as Windows-1252 because it is not UTF-8",)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n"])
+def test_the_end_of_the_file_does_not_matter(read, times, end):
+    content = "1\n00:00:01,000 --> 00:00:02,000\nOne\n2\n00:00:02,000 --> 00:00:03,000\n2001"
+    assert times(read("a.srt", content + end)) == [(1, 2, "One"), (2, 3, "2001")]
+
+
+def test_numbers_in_texts_are_kept_if_cues_have_no_numbers(read, times):
+    content = "00:01,000 --> 00:02,000\nIn\n1999\n\n00:02,000 --> 00:03,000\nB"
+    assert times(read("a.srt", content)) == [(1, 2, "In 1999"), (2, 3, "B")]
+
+
+def test_blank_lines_inside_an_srt_cue_do_not_end_it(read, times):
+    content = "1\n00:00:01,000 --> 00:00:02,000\nOne\n\nmore\n\n2\n00:00:02,000 --> 00:00:03,000\nB"
+    assert times(read("a.srt", content)) == [(1, 2, "One more"), (2, 3, "B")]
+
+
+def test_markup_music_and_dashes_are_removed(read, times):
+    transcript = read(
+        "a.srt",
+        """1
+00:00:01.0 --> 00:00:02.0  X1:40 X2:600
+<font color="#fff"><i>Hello</i></font> {\\an8}&amp; goodbye <b
+
+2
+00:00:02,000 --> 00:00:03,000
+♪♪
+
+3
+00:00:03,000 --> 00:00:04,000
+♪ Sing 2 < 3 ♪
+
+4
+00:00:04,000 --> 00:00:05,000
+- Who?
+- Me - you.
+
+5
+00:00:05,000 --> 00:00:06,000
+""",
+    )
+    assert times(transcript) == [
+        (1, 2, "Hello & goodbye <b"),
+        (3, 4, "Sing 2 < 3"),
+        (4, 5, "Who? Me - you."),
+    ]
+    assert transcript.notes == ("left out 2 segments: without text",)
+
+
+def test_impossible_times_are_left_out_or_clipped(read, times):
+    content = "".join(
+        f"{number}\n{start} --> {end}\ntext {number}\n\n"
+        for number, (start, end) in enumerate(
+            [
+                ("00:00:03,000", "00:00:02,000"),
+                ("00:00:04,000", "00:00:04,000"),
+                ("-00:00:01,000", "00:00:00,500"),
+                ("-00:00:02,000", "-00:00:01,000"),
+            ],
+            1,
+        )
+    )
+    transcript = read("a.srt", content)
+    assert times(transcript) == [(0, 0.5, "text 3")]
+    assert transcript.notes == (
+        "segments that start before 0 start at 0",
+        "left out 2 segments: end not after start",
+        "left out 1 segment: before the beginning of the recording",
+    )
+
+
+WEBVTT = """WEBVTT - A title
+
+STYLE
+::cue { color: red }
+
+REGION
+id:top
+
+NOTE 00:00:00.000 --> 00:00:01.000
+a comment
+
+intro
+00:01.000 --> 00:02.500 line:0 position:50%
+<v.loud Mary &amp; Jo>Hi</v> <c.red>there</c>
+second line
+
+NOTE one line
+
+1:00:00.000 --> 1:00:01.000
+<v A>One.</v>
+<v B>Two.
+
+NOTE
+1:00:01.000 --> 1:00:02.000
+Commented out
+
+100:00:00.000 --> 100:00:01.000
+Late"""
+
+
+def test_webvtt_has_voices_settings_and_comments(read):
+    transcript = read("a.vtt", WEBVTT)
+    assert transcript.format == "WebVTT" and transcript.notes == ()
+    assert [(s.start, s.end, s.text, s.speaker) for s in transcript.segments] == [
+        (1, 2.5, "Hi there second line", "Mary & Jo"),
+        (3600, 3601, "One.", "A"),
+        (3600, 3601, "Two.", "B"),
+        (360000, 360001, "Late", None),
+    ]
+
+
+def test_captions_that_roll_up_are_not_repeated(read, times):
+    transcript = read(
+        "a.vtt",
+        """WEBVTT
+Kind: captions
+
+00:00:00.160 --> 00:00:02.550 align:start
+\x20
+well<00:00:00.480><c> hello</c>
+
+00:00:02.550 --> 00:00:02.560 align:start
+well hello
+\x20
+
+00:00:02.560 --> 00:00:05.000 align:start
+well hello
+hello<00:00:02.800><c> you</c>
+
+00:00:05.000 --> 00:00:06.000 align:start
+hello you
+[Music]
+""",
+    )
+    assert times(transcript) == [
+        (0.16, 2.55, "well hello"),
+        (2.56, 5.0, "hello you"),
+        (5, 6, "[Music]"),
+    ]
+    assert transcript.segments[0].words == (Word("well", 0.16, 0.48), Word("hello", 0.48, 2.55))
+    assert transcript.notes == ("left out 1 segment: repeats the text above",)
+
+
+ASS = """[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize
+Style: Default,Arial,20
+
+[Events]
+Format: Start, End, Name, Text
+Comment: 0:00:00.00,0:00:01.00,Anna,not spoken
+Dialogue: 0:00:01.00,0:00:02.50,Anna,{\\i1}Hi,{\\i0} you\\Nthere\\hnow{a comment}
+Dialogue: 0:00:01.00,0:00:02.50,Anna,{\\b1}Hi,{\\b0} you\\Nthere\\hnow
+Dialogue: 0:00:01.00,0:00:02.50,,{\\p1}m 0 0 l 100 100{\\p0}
+Dialogue: 100:00:00.00,100:00:01.00,,Late"""
+
+
+def test_ass_has_names_and_its_own_order_of_fields(read):
+    transcript = read("a.ass", ASS.replace("{a comment}", ""))
+    assert transcript.format == "ASS"
+    assert [(s.start, s.end, s.text, s.speaker) for s in transcript.segments] == [
+        (1, 2.5, "Hi, you there now", "Anna"),
+        (360000, 360001, "Late", None),
+    ]
+    assert transcript.notes == ("left out 1 segment: drawing",)
+
+
+def test_a_damaged_event_is_an_error(read):
+    with pytest.raises(InputError, match=r"a\.ass: the event 'Dialogue: x,y.*cannot be read$"):
+        read("a.ass", ASS + "\nDialogue: x,y,,z")
+
+
+@pytest.mark.parametrize("name", ["srt", "vtt", "ass", "ssa", "ttml"])
+def test_what_pysubs2_writes_is_read(tmp_path, read, times, name):
+    subtitles = pysubs2.SSAFile()
+    texts = [(500, 1500, "One, two"), (1200, 2010, r"{\i1}Three{\i0}\Nfour"), (5000, 6000, "Fünf.")]
+    for start, end, text in texts:
+        subtitles.append(pysubs2.SSAEvent(start=start, end=end, text=text))
+    expected = [(0.5, 1.5, "One, two"), (1.2, 2.01, "Three four"), (5, 6, "Fünf.")]
+    assert times(read(f"a.{name}", subtitles.to_string(name))) == expected
+
+
+def test_sami_is_read(read, times):
+    content = (
+        "<SAMI><BODY><SYNC Start=1000><P Class=EN>Hello<br>you</P></SYNC>"
+        "<SYNC Start=2000><P Class=EN>&nbsp;</P></SYNC></BODY></SAMI>"
+    )
+    assert times(read("a.smi", content)) == [(1, 2, "Hello you")]
+
+
+def test_times_that_pysubs2_cannot_read_are_an_error(read):
+    paragraph = '<body><div><p begin="9t" end="99t">a</p></div></body>'
+    content = f'<tt xmlns="http://www.w3.org/ns/ttml">{paragraph}</tt>'
+    with pytest.raises(InputError, match=r"^\S+a\.ttml: pysubs2 cannot read this TTML \(.*9t\)$"):
+        read("a.ttml", content)
+
+
+def test_only_formats_that_need_pysubs2_ask_for_it(read, monkeypatch):
+    real_import = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name == "pysubs2":
+            raise ModuleNotFoundError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    assert read("a.srt", SRT) and read("a.vtt", WEBVTT)
+    with pytest.raises(
+        MissingExtraError, match=r'pysubs2; .* pip install "mister_jax\[predict\]"$'
+    ):
+        read("a.ass", ASS)
