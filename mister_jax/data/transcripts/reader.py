@@ -112,7 +112,8 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     """Returns the transcript beside a recording, or None.
 
     The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any of `SUFFIXES` in
-    upper or lower case. The extension that comes first there is preferred, then the shorter name.
+    upper or lower case. The extension that comes first there is preferred, then `x.srt`, then
+    `x.wav.srt`, then the shorter name.
     JSON, CSV and TSV files that are not transcripts are skipped.
     """
     path = pathlib.Path(existing_path(recording))
@@ -125,14 +126,19 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
         if found.suffix.lower() == path.suffix.lower() and len(_normalized(found.stem)) > len(stem)
     }
     candidates = [
-        (SUFFIXES.index(found.suffix.lower()), len(name), name)
+        (
+            SUFFIXES.index(found.suffix.lower()),
+            _normalized(found.stem) not in (stem, _normalized(path.name)),
+            len(name),
+            name,
+        )
         for name, found in names.items()
         if name.startswith(f"{stem}.")
         and found.suffix.lower() in SUFFIXES
         and not any(name.startswith(f"{other}.") for other in others)
         and found.is_file()
     ]
-    for _, _, name in sorted(candidates):
+    for *_, name in sorted(candidates):
         if names[name].suffix.lower() in (".json", ".csv", ".tsv"):
             try:
                 detect_format(names[name])
@@ -173,7 +179,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
             raise InputError("is not a file")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise InputError(f"has {size / 2**20:.0f} MB; a transcript has {MAX_BYTES >> 20} MB")
+            raise InputError(f"has {size} bytes; allowed: at most {MAX_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -61,13 +62,11 @@ class _Cue:
 def _cues(text: str) -> Iterator[_Cue]:
     """Yields the cues with all lines between two timing lines."""
     timings = list(_TIMING.finditer(text))
-    ends = [timing.start() for timing in timings[1:]] + [len(text)]
-    for timing, end in zip(timings, ends, strict=True):
-        lines = text[timing.end() : end].split("\n")[1:]
-        # The last line is the empty string before the next timing line.
-        lines = lines if end == len(text) else lines[:-1]
-        start_seconds, end_seconds = map(parse_seconds, timing.groups())
-        yield _Cue(start_seconds, end_seconds, tuple(lines))
+    for timing, following in itertools.zip_longest(timings, timings[1:]):
+        end = following.start() if following else len(text)
+        # Without the line break before the next timing line.
+        lines = text[timing.end() : end].removesuffix("\n").split("\n")[1:]
+        yield _Cue(*map(parse_seconds, timing.groups()), tuple(lines))
 
 
 def _read_srt(text: str, selection: Selection, notes: Notes) -> Transcript:
