@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from mister_jax.data.audio_source import existing_path
 from mister_jax.data.transcripts.annotations import detect_annotations
 from mister_jax.data.transcripts.parsing import DetectedFormat, Notes, Selection, keep_speaker
-from mister_jax.data.transcripts.segments import Segment, Transcript
+from mister_jax.data.transcripts.segments import Segment, Transcript, Word
 from mister_jax.data.transcripts.speech_json import detect_json
 from mister_jax.data.transcripts.subtitles import detect_subtitles
 from mister_jax.data.transcripts.tables import detect_table
@@ -210,6 +210,9 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
             )
         # Milliseconds become seconds with rounding errors, such as 2.7600000000000002.
         start, end = round(segment.start, 6), round(segment.end, 6)
+        words = tuple(
+            Word(word.text, _rounded(word.start), _rounded(word.end)) for word in segment.words
+        )
         if end <= start:
             notes.leave_out("end not after start")
         elif end <= 0:
@@ -217,5 +220,10 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
         else:
             if start < 0:
                 notes.add("segments that start before 0 start at 0")
-            checked.append(dataclasses.replace(segment, start=max(start, 0.0), end=end))
+            start = max(start, 0.0)
+            checked.append(dataclasses.replace(segment, start=start, end=end, words=words))
     return sorted(checked, key=lambda segment: segment.start)
+
+
+def _rounded(time: float | None) -> float | None:
+    return round(time, 6) if time is not None and math.isfinite(time) else None

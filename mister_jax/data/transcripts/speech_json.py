@@ -263,11 +263,12 @@ def _turns(
 
 
 def _records(data: Record, *path: str) -> list:
-    """Returns the list at a path of keys, or an empty list."""
+    """Returns the list of objects at a path of keys, or an empty list."""
     value: Any = data
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, list) else []
+    is_list = isinstance(value, list) and all(isinstance(record, Mapping) for record in value)
+    return value if is_list else []
 
 
 def _read_whisper(data: Record, notes: Notes) -> Iterator[Segment]:
