@@ -1,8 +1,8 @@
-"""Front ends of speech encoders: from waveforms to spectrograms.
+"""Front ends of speech encoders, which compute spectrograms from waveforms.
 
-Whisper's log-mel spectrogram, Kaldi's filter bank and the normalization of wav2vec 2.0, all in JAX
-and without weights. Waveforms are mono at 16 kHz with full scale 1, each clip at the start of its
-row. Padding, even NaN, changes no result. Shape letters: B clips, S samples, F frames, M mel bins.
+This module has Whisper's log-mel spectrogram, Kaldi's filter bank and wav2vec 2.0's normalization.
+Waveforms are mono, at 16 kHz and in [-1, 1], with padding after each clip. Padding, even NaN, does
+not change any result. Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _PRE_EMPHASIS = 0.97
 
 
 def split_frames(waveform: jax.Array, size: int, step: int, num_frames: int) -> jax.Array:
-    """Splits waveforms into overlapping frames, by static slices instead of a gather.
+    """Splits waveforms into overlapping frames with static slices instead of a gather.
 
     Args:
-      waveform: Waveforms, [B, S]; padded with zeros if the frames need more samples.
+      waveform: Waveforms, [B, S]; zero-padded if the frames need more samples.
       size: Number of samples per frame.
       step: Number of samples from the start of one frame to the start of the next.
       num_frames: Number of frames F.
@@ -46,7 +46,7 @@ def split_frames(waveform: jax.Array, size: int, step: int, num_frames: int) -> 
 
 @jax.jit
 def normalize(waveform: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Normalizes each clip to zero mean and unit variance, as for wav2vec 2.0.
+    """Normalizes each clip to zero mean and unit variance, as wav2vec 2.0 expects.
 
     Args:
       waveform: Waveforms, [B, S].
@@ -77,11 +77,11 @@ def _triangular_filters(points: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def slaney_filters(num_mel_bins: int) -> np.ndarray:
     """Returns Whisper's mel filters for a 400-point spectrum, [201, M] float32.
 
-    They are triangles of unit area on Slaney's scale, which is linear up to 1 kHz and logarithmic
-    above, from 0 to 8 kHz.
+    The filters are triangles with unit area from 0 to 8 kHz on Slaney's mel scale, which is linear
+    up to 1 kHz and logarithmic above.
     """
     top = SAMPLE_RATE / 2
-    step = np.log(6.4) / 27  # Above 1 kHz, which is 15 on the scale.
+    step = np.log(6.4) / 27  # Logarithmic step above 1 kHz, which is 15 on the mel scale.
     edges = np.linspace(0, 15 + np.log(top / 1000) / step, num_mel_bins + 2)
     edges = np.where(edges < 15, edges * 200 / 3, 1000 * np.exp((edges - 15) * step))
     filters = _triangular_filters(np.linspace(0, top, FRAME_SIZE // 2 + 1), edges)
@@ -92,8 +92,8 @@ def slaney_filters(num_mel_bins: int) -> np.ndarray:
 def kaldi_filters(num_mel_bins: int, low: float = 20.0, high: float = 8000.0) -> np.ndarray:
     """Returns Kaldi's mel filters for a 512-point spectrum, [257, M] float32.
 
-    They are triangles of height 1 on the scale ln(1 + f / 700). The last frequency is not used, and
-    a narrow filter may cover no frequency at all. `low` and `high` are in Hz.
+    The filters are triangles with height 1 on the scale ln(1 + f / 700), from `low` to `high` Hz.
+    The last frequency is not used, and a narrow filter may be zero at all frequencies.
     """
     edges = np.linspace(np.log1p(low / 700), np.log1p(high / 700), num_mel_bins + 2)
     frequencies = np.arange(_FBANK_FFT_SIZE // 2) * (SAMPLE_RATE / _FBANK_FFT_SIZE)
@@ -110,7 +110,7 @@ def _apply_filters(power: jax.Array, filters: np.ndarray) -> jax.Array:
 
 
 def log_mel_lengths(lengths: jax.Array) -> jax.Array:
-    """Returns the number of `log_mel` frames centered within clips of `lengths` [B] samples."""
+    """Returns the number of `log_mel` frames whose center is in the clip, for `lengths` samples."""
     return -(-lengths // FRAME_STEP)
 
 
@@ -125,21 +125,20 @@ def log_mel(
 ) -> jax.Array:
     """Computes Whisper's log-mel spectrogram (arXiv 2212.04356) of clips padded with silence.
 
-    This is log10 of the mel power, limited to 8 below the clip's maximum, plus 4, divided by 4.
-    With `num_frames`, later frames are not computed, and the others have the same values as
-    without it.
+    The log10 of the mel power is clipped from below at the clip's maximum - 8, and x is then
+    scaled to (x + 4) / 4.
 
     Args:
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
-      num_mel_bins: Number of mel bins M, 80 or, from large-v3 on, 128.
-      num_frames: Number of frames F to compute, by default all. It should cover the clips and the
-        two frames after them that overlap their last samples; otherwise the values are right only
-        if the omitted frames do not contain the maximum.
-      window_frames: Frames of the padded clip; longer clips are truncated.
+      num_mel_bins: Number of mel bins M, 80 or, since large-v3, 128.
+      num_frames: Number of frames F to compute; all by default. It should cover the clips and two
+        more frames, which overlap their last samples. Otherwise the values are correct only if the
+        omitted frames do not contain the maximum.
+      window_frames: Number of frames in a padded clip; longer clips are truncated.
 
     Returns:
-      Spectrograms, [B, F, M] float32. Frames after a clip hold its minimum, the value of silence.
+      Spectrograms, [B, F, M] float32. Frames after a clip have its minimum, the value of silence.
     """
     num_frames = window_frames if num_frames is None else min(num_frames, window_frames)
     window, half = window_frames * FRAME_STEP, FRAME_SIZE // 2
@@ -158,7 +157,7 @@ def log_mel(
 
 
 def kaldi_fbank_lengths(lengths: jax.Array) -> jax.Array:
-    """Returns the number of `kaldi_fbank` frames within clips of `lengths` [B] samples."""
+    """Returns the number of `kaldi_fbank` frames in clips of `lengths` [B] samples."""
     return jnp.maximum(0, (lengths - FRAME_SIZE) // FRAME_STEP + 1)
 
 
@@ -166,25 +165,25 @@ def kaldi_fbank_lengths(lengths: jax.Array) -> jax.Array:
 def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
     """Computes Kaldi's log-mel filter bank.
 
-    The frames are 25 ms long and start every 10 ms; none extends beyond the end of the waveform.
-    Each frame is centered to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a
-    Povey window. The mel filters are applied to its 512-point power spectrum, and the natural
-    logarithm is taken after clipping the result from below at float32's epsilon. Dither is not
-    added, and there is no energy feature.
+    The frames are 25 ms long and start every 10 ms, as long as they fit into the waveform. Each
+    frame is shifted to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a Povey
+    window. The mel filters are applied to its 512-point power spectrum. The result is clipped from
+    below at float32's epsilon before the natural logarithm. Dither and the energy feature are not
+    implemented.
 
     Args:
       waveform: Waveforms, [B, S]. Kaldi's full scale is 2^15; scale the input if a model expects
-        that.
+        this.
       num_mel_bins: Number of mel bins M, from 20 Hz to 8 kHz.
 
     Returns:
       Filter banks, [B, F, M] float32, with F = 1 + (S - 400) // 160, at least 1. A frame depends
-      only on its own 400 samples; `kaldi_fbank_lengths` returns how many frames are valid.
+      only on its 400 samples; `kaldi_fbank_lengths` returns how many frames are valid.
     """
     num_frames = max(0, waveform.shape[1] - FRAME_SIZE) // FRAME_STEP + 1
     frames = split_frames(waveform.astype(jnp.float32), FRAME_SIZE, FRAME_STEP, num_frames)
     frames = frames - frames.mean(-1, keepdims=True)  # [B, F, 400]
-    # The first sample of a frame precedes itself.
+    # Kaldi uses the first sample of a frame as its own predecessor.
     previous = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     frames = frames - _PRE_EMPHASIS * previous
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME_SIZE) / (FRAME_SIZE - 1))

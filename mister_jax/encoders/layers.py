@@ -1,4 +1,4 @@
-"""Layers that several encoders share."""
+"""Layers shared by several encoders."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mister_jax.nn.lora import LoRALinear
 
 
 class SelfAttention(nnx.Module):
-    """Scaled dot-product self-attention (arXiv 1706.03762) with LoRA on any of the projections.
+    """Self-attention (arXiv 1706.03762) whose projections support LoRA.
 
     Args:
       config: Model config.
-      key_bias: Whether the key projection has a bias. It has no effect on the result but is part
-        of some checkpoints.
+      key_bias: Whether the key projection has a bias. The bias has no effect on the result, but
+        some checkpoints contain it.
       rngs: RNGs for parameter initialization.
     """
 
@@ -41,16 +41,16 @@ class SelfAttention(nnx.Module):
         bias: jax.Array | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Attends from every position to the positions that the mask allows.
+        """Computes attention over the positions that the mask allows.
 
         Args:
           x: Finite input, [B, N, D].
           mask: Whether a query may attend to a key, [B, 1, N or 1, N] (query, key) bool.
           bias: Bias added to the scores, [B, K, N, N] (query, key); none by default.
-          **options: `deterministic` and `rngs` of dropout.
+          **options: Dropout arguments `deterministic` and `rngs`.
 
         Returns:
-          Output, [B, N, D]. For a query without any key it is finite but has no meaning.
+          Output, [B, N, D]. For a query without any key, it is finite but meaningless.
         """
 
         def split_heads(projected: jax.Array) -> jax.Array:
@@ -70,14 +70,15 @@ class SelfAttention(nnx.Module):
 
 
 class TransformerLayer(nnx.Module):
-    """Self-attention and a feed-forward block; the subclasses differ in the place of the norms.
+    """Base class of layers with self-attention and an MLP; subclasses place the LayerNorms.
 
     Args:
       config: Model config.
       epsilon: Epsilon of the LayerNorms.
-      activation_dropout: Dropout rate in the feed-forward block.
+      activation_dropout: Dropout rate inside the MLP.
       key_bias: Whether the key projection has a bias.
-      gate: Module from the attention's input and `bias` to the summand of the scores, or None.
+      gate: Module that computes the bias of the scores from the attention's input and `bias`, or
+        None.
       rngs: RNGs for parameter initialization.
     """
 
@@ -104,59 +105,59 @@ class TransformerLayer(nnx.Module):
     def attend(
         self, x: jax.Array, mask: jax.Array, bias: jax.Array | None = None, **options: Any
     ) -> jax.Array:
-        """Returns the attention's residual, [B, N, D]; see `SelfAttention`."""
+        """Computes the attention block, [B, N, D], without its residual connection."""
         if self.gate is not None:
             bias = self.gate(x, bias, **options)
         return self.dropout(self.attention(x, mask, bias, **options), **options)
 
     def feed_forward(self, x: jax.Array, **options: Any) -> jax.Array:
-        """Returns the feed-forward block's residual, [B, N, D]."""
+        """Computes the MLP, [B, N, D], without its residual connection."""
         hidden = self.activation_dropout(gelu(self.mlp_in(x, **options)), **options)
         return self.dropout(self.mlp_out(hidden, **options), **options)
 
 
 class PostNormLayer(TransformerLayer):
-    """Layer with a LayerNorm after each residual."""
+    """Layer with a LayerNorm after each residual connection."""
 
     def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
-        """Transforms x [B, N, D]; the inputs are the mask and bias of `attend`."""
+        """Transforms x, [B, N, D]; `inputs` are the mask and bias of `attend`."""
         x = self.attention_norm(x + self.attend(x, *inputs, **options))
         return self.mlp_norm(x + self.feed_forward(x, **options))
 
 
 class PreNormLayer(TransformerLayer):
-    """Layer with a LayerNorm before each block."""
+    """Layer with a LayerNorm before the attention and before the MLP."""
 
     def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> jax.Array:
-        """Transforms x [B, N, D]; the inputs are the mask and bias of `attend`."""
+        """Transforms x, [B, N, D]; `inputs` are the mask and bias of `attend`."""
         x = x + self.attend(self.attention_norm(x), *inputs, **options)
         return x + self.feed_forward(self.mlp_norm(x), **options)
 
 
 def dtypes(config: Any) -> dict[str, Any]:
-    """Returns the `dtype` and `param_dtype` of a config as arguments of a layer."""
+    """Returns a config's `dtype` and `param_dtype` as keyword arguments of a layer."""
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def embedding(num_rows: int, config: Any, rngs: nnx.Rngs) -> nnx.Embed:
-    """Creates an embedding of a config's hidden size that computes in its parameters' type.
+    """Creates an embedding that returns vectors of the hidden size in `param_dtype`.
 
-    Casting the whole table would cost more than casting the rows that are looked up.
+    The caller casts these vectors, which is cheaper than casting the whole table.
     """
     dtype = jnp.dtype(config.param_dtype)
     return nnx.Embed(num_rows, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Computes the exact GELU, x times the standard normal distribution function, in float32."""
-    # `jax.nn.gelu` computes erfc, which takes several times as long as erf on CPUs and TPUs.
+    """Computes the exact GELU in float32: x times the standard normal CDF."""
+    # `jax.nn.gelu` uses erfc, which takes several times as long as erf on CPUs and TPUs.
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
 def layer_norm(size: int, epsilon: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Creates a LayerNorm with a config's types."""
-    # The fast variance loses precision where a few dimensions are far larger than the others.
+    """Creates a LayerNorm with a config's dtypes."""
+    # The fast variance loses precision if a few dimensions are far larger than the others.
     return nnx.LayerNorm(
         size, epsilon=epsilon, use_fast_variance=False, rngs=rngs, **dtypes(config)
     )
@@ -165,20 +166,21 @@ def layer_norm(size: int, epsilon: float, config: Any, rngs: nnx.Rngs) -> nnx.La
 def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
     """Returns the bucket of each relative position, as in T5 (arXiv 1910.10683).
 
-    Small distances have a bucket each; larger distances share logarithmically growing buckets.
+    Each small distance has a separate bucket; larger distances share buckets whose sizes grow
+    logarithmically.
 
     Args:
-      offsets: Position of the key minus that of the query, integers.
+      offsets: Key positions minus query positions, integers.
       num_buckets: Number of buckets; the upper half is for keys after the query.
       max_distance: Distance beyond which all positions share the last bucket of their half.
 
     Returns:
-      Buckets, integers from 0 to num_buckets - 1 in the shape of `offsets`.
+      Buckets, integers from 0 to num_buckets - 1 with the shape of `offsets`.
     """
     half = num_buckets // 2
     num_exact = half // 2
     distance = np.abs(offsets)
-    # float32 as in the reference, because the rounding decides at some of the edges.
+    # float32 as in the reference, because rounding decides the bucket at some edges.
     scaled = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(num_exact))
     scaled = scaled / np.float32(np.log(max_distance / num_exact)) * np.float32(half - num_exact)
     far = np.minimum(num_exact + scaled.astype(np.int32), half - 1)
@@ -186,23 +188,23 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
 
 
 def relative_bias(embedding: nnx.Embed, config: Any, length: int) -> jax.Array:
-    """Returns the ungated bias of each query and key, [K, N, N] float32, for N = `length`."""
-    # Offsets key - query in the order 0 ... N - 1, -N ... -1.
+    """Returns the bias before the gate for each query and key, [K, N, N], with N = `length`."""
+    # Offsets (key - query) in the order 0 ... N - 1, -N ... -1.
     offsets = np.fft.ifftshift(np.arange(-length, length))
     buckets = position_buckets(offsets, config.num_buckets, config.max_distance)
     table = embedding.embedding[...].astype(jnp.float32)[buckets].T  # [K, 2N]
-    # Repeat the table, of 2N offsets, and cut the result into rows of 2N - 1. Each row then starts
-    # one offset earlier than the row above it, as the bias of the next query must.
+    # Repeat the table of 2N offsets and split the result into rows of 2N - 1. Each row then starts
+    # one offset earlier than the previous row, as required for the bias of the next query.
     rows = jnp.tile(table, length)[:, : length * (2 * length - 1)]
     return rows.reshape(-1, length, 2 * length - 1)[..., :length]
 
 
 def relative_gate(projected: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the gate of the bias for each query and head, [B, K, N, 1] float32.
+    """Returns the gate of the position bias for each query and head, [B, K, N, 1] float32.
 
     Args:
-      projected: Projected input of each head, [B, N, K, 8].
-      scale: Scale of each head, [K].
+      projected: Projected input per head, [B, N, K, 8].
+      scale: Scale per head, [K].
     """
     gates = projected.astype(jnp.float32)
     gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(-1))  # [B, N, K, 2]

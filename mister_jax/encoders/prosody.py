@@ -1,29 +1,30 @@
-"""Prosody: a speech encoder without weights, with one vector of named features per clip.
+"""Prosody: a speech encoder without weights that computes named features of each clip.
 
-The features describe how something was said: pitch, loudness, voice quality and rhythm. Frames are
-centered every 10 ms. A frame is *sounding* if it is at most 40 dB below the clip's loudest frame,
-and *voiced* if it is sounding and periodic. The features, in the order of `FEATURE_NAMES`:
+The features describe how something was said: pitch, loudness, voice quality and rhythm. There is a
+frame every 10 ms. A frame is *sounding* if it is at most 40 dB below the clip's loudest frame, and
+*voiced* if it is sounding and periodic. The features, in the order of `FEATURE_NAMES`, are:
 
-- `pitch_*` over voiced frames, in octaves above 55 Hz (YIN, 55 to 500 Hz), and `energy_*` over
-  sounding frames, log10 of the mean square above 1e-10 of full scale (1 is 10 dB, 0 is digital
-  silence): `mean`, `deviation` (standard deviation), percentiles `p10`, `p50`, `p90` and their
-  `range`, `slope` (per second), `rise` (mean of the last third of the frames minus that of the
-  first third), `change` (mean absolute difference of neighboring frames); and `energy_maximum`.
+- Statistics of two contours: `pitch_*` over voiced frames, in octaves above 55 Hz (estimated with
+  YIN, 55 to 500 Hz), and `energy_*` over sounding frames, the log10 of the mean square relative to
+  1e-10 of full scale (0 is digital silence, and 1 corresponds to 10 dB). The statistics are `mean`,
+  `deviation` (standard deviation), percentiles `p10`, `p50`, `p90`, `range` (p90 - p10), `slope`
+  (per second), `rise` (mean of the last third of the frames minus mean of the first third) and
+  `change` (mean absolute difference of neighboring frames). `energy_maximum` follows them.
 - `mean`, `deviation` and `change` over sounding frames of: `periodicity` (0 for noise, 1 for
-  periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85 %) of the
-  power spectrum (octaves above 1 kHz), `flatness` (log10 of geometric over arithmetic mean), `tilt`
-  (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the power below over that above
-  1 kHz), `hammarberg` (log10 of the largest peak below over that above 2 kHz), and `mfcc_1` to
-  `mfcc_13`.
-- `flux_mean` and `flux_deviation`: distance between the spectra of neighboring frames, from 0 to
-  sqrt 2.
-- `duration` (log10 of seconds), `sounding` and `voiced` (shares of all frames), `voiced_rate`
+  periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85%) of the
+  power spectrum (octaves above 1 kHz), `flatness` (log10 of the ratio of geometric and arithmetic
+  mean), `tilt` (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the ratio of the
+  power below and above 1 kHz), `hammarberg` (log10 of the ratio of the largest peaks below and
+  above 2 kHz), and `mfcc_1` to `mfcc_13`.
+- `flux_mean` and `flux_deviation`: statistics of the distance between the spectra of neighboring
+  frames, from 0 to sqrt 2.
+- `duration` (log10 of seconds), `sounding` and `voiced` (fractions of all frames), `voiced_rate`
   (voiced segments per second), `voiced_length` (mean in seconds), `pause_rate` and `pause_length`
-  (of silent segments between sounding ones), `peak_rate` (peaks of loudness per second, about the
-  syllable rate).
+  (for silent segments between sounding segments), `peak_rate` (loudness peaks per second, close to
+  the syllable rate).
 
-All features except `energy_mean`, `energy_p10`, `energy_p50`, `energy_p90` and `energy_maximum` are
-independent of the recording's level. Shape letters: B clips, S samples, F frames, P features.
+Only `energy_mean`, `energy_p10`, `energy_p50`, `energy_p90` and `energy_maximum` depend on the
+recording's level. Shape letters: B clips, S samples, F frames, P features.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ _MIN_LAG = int(frontends.SAMPLE_RATE / _MAX_PITCH)
 _MAX_LAG = int(frontends.SAMPLE_RATE / _MIN_PITCH)
 _PITCH_FRAME_SIZE = 800  # samples
 _NUM_LAGS = 300
-_PERIOD_THRESHOLD = 0.15  # The first lag with a dip of the difference below it is the period.
-_VOICED_THRESHOLD = 0.35  # Maximum difference of a voiced frame.
-_SOUNDING_RANGE = 4.0  # log10 of power below the loudest frame
-_MIN_POWER = 1e-10  # of full scale
-_MIN_PEAK = 1e-5  # of full scale; quieter clips count as that loud
+_PERIOD_THRESHOLD = 0.15  # The period is the first lag where the difference dips below this value.
+_VOICED_THRESHOLD = 0.35  # Maximum difference in a voiced frame.
+_SOUNDING_RANGE = 4.0  # log10 of power, relative to the loudest frame
+_MIN_POWER = 1e-10  # relative to full scale
+_MIN_PEAK = 1e-5  # relative to full scale; the level of quieter clips is computed with this peak
 _NUM_MEL_BINS = 40
-_PEAK_RADIUS = 6  # frames on either side that a peak of loudness must exceed
-_PEAK_HEIGHT = 0.2  # log10 of power by which it must exceed the lowest of them
+_PEAK_RADIUS = 6  # Number of frames on either side of a loudness peak that must not exceed it.
+_PEAK_HEIGHT = 0.2  # log10 of power by which a peak must exceed the lowest of these frames.
 
 
 @jax.jit
@@ -90,12 +91,12 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
     """Computes the prosodic features of clips.
 
     Args:
-      waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is not read.
+      waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is ignored.
       lengths: Number of samples in each clip, [B] int.
 
     Returns:
-      Features [B, P] float32 in the order of `FEATURE_NAMES`, finite for every finite clip and 0
-      where there is nothing to measure; and whether a clip has any sample [B] bool.
+      Features, [B, P] float32, in the order of `FEATURE_NAMES`, and whether a clip has any samples,
+      [B] bool. The features of a finite clip are finite; a feature without frames to measure is 0.
     """
     lengths = jnp.minimum(lengths, waveform.shape[1])
     x, peak = _scale_to_unit_peak(waveform, lengths)
@@ -138,7 +139,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
 
 def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns clips [B, S > 0] without their mean and with a peak of 1, and the peaks [B, 1]."""
+    """Scales clips to zero mean and a peak of 1; returns [B, S > 0] and the peaks, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 
@@ -152,21 +153,21 @@ def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Ar
     x = x / input_peak
     mean = x.sum(1, keepdims=True) / jnp.maximum(lengths, 1)[:, None]
     x = jnp.where(mask, x - mean, 0)
-    # The rounding errors of a constant signal count as silence.
+    # Rounding errors of a constant signal count as silence.
     x = jnp.where(jnp.abs(x).max(1, keepdims=True) > 1e-6, x, 0)
     centered_peak = peak(x)
     return x / centered_peak, input_peak * centered_peak
 
 
 def _centered_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
-    """Returns frames [B, F, size] centered at every 160th sample, with zeros beyond the ends."""
+    """Returns frames, [B, F, size], centered at every 160th sample and zero-padded at the ends."""
     return frontends.split_frames(
         jnp.pad(x, ((0, 0), (size // 2, 0))), size, frontends.FRAME_STEP, num_frames
     )
 
 
 def _low_pass(x: jax.Array) -> jax.Array:
-    """Filters x [B, S] to below 1.5 kHz, where a resolution of one sample suffices for lags."""
+    """Applies a 1.5 kHz low-pass filter to x, [B, S], so that lags need no subsample resolution."""
     time = np.arange(-32, 33)
     taps = np.sinc(time * 3000 / frontends.SAMPLE_RATE) * np.hanning(67)[1:-1]
     taps = (taps / taps.sum()).astype(np.float32)
@@ -185,13 +186,13 @@ def _estimate_pitch(
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates the pitch with YIN (de Cheveigne and Kawahara, JASA 111, 2002).
 
-    Returns the pitch in octaves above 55 Hz, and the normalized difference at the period, [B, F]
-    each. The difference is 0 for periodic frames and 1 for noise or silence.
+    Returns the pitch in octaves above 55 Hz and the normalized difference at the period, both
+    [B, F]. The difference is 0 for periodic frames and 1 for noise or silence.
     """
     x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     frames = _centered_frames(x, _PITCH_FRAME_SIZE, num_frames)  # [B, F, 800]
     window = _PITCH_FRAME_SIZE - _NUM_LAGS
-    # At the maximum lag the window ends with the frame, so that nothing wraps around.
+    # At the maximum lag, the window ends at the frame's end, so the FFT does not wrap around.
     start = jnp.where(np.arange(_PITCH_FRAME_SIZE) < window, frames, 0)
     spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(frames)
     product = jnp.fft.irfft(spectrum, _PITCH_FRAME_SIZE)[..., :_NUM_LAGS]
@@ -200,7 +201,7 @@ def _estimate_pitch(
     difference = jnp.maximum(energy[..., :1] + energy - 2 * product, 0)[..., 1:]  # lags 1 to 299
     total = jnp.cumsum(difference, axis=-1)
     lag = np.arange(1, _NUM_LAGS, dtype=np.float32)
-    # The rounding errors of an almost silent frame are no period.
+    # Rounding errors in an almost silent frame must not count as a period.
     audible = total > 1e-6 * running_energy[..., -1:] + 1e-20
     normalized = jnp.where(audible, difference * lag / jnp.where(audible, total, 1), 1)
 
@@ -225,11 +226,11 @@ def _estimate_pitch(
 
 
 def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns features [B, F] by name, and square roots of the shares of power [B, F, 201]."""
+    """Returns features by name, [B, F], and square roots of the normalized power, [B, F, 201]."""
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]
     power = spectrum.real**2 + spectrum.imag**2
-    # Far below any sounding frame; it only keeps the features of silent frames finite.
+    # This is far below any sounding frame and only keeps the features of silent frames finite.
     power = power + 1e-8
     shares = power / power.sum(-1, keepdims=True)
     frequency = np.linspace(0, frontends.SAMPLE_RATE / 2, power.shape[-1]).astype(np.float32)
@@ -269,25 +270,25 @@ def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Arr
 
 
 def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean over the frames of the mask [B, F, ...], 0 if there are none; [B, ...]."""
+    """Returns the mean over the frames in the mask, [B, ...]; 0 without frames."""
     return jnp.where(mask, x, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
 def _mean_and_deviation(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and standard deviation over the frames of the mask [B, F, ...]."""
+    """Returns the mean and the standard deviation over the frames in the mask."""
     mean = _masked_mean(x, mask)
     return mean, jnp.sqrt(_masked_mean((x - mean[:, None]) ** 2, mask))
 
 
 def _mean_change(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean absolute difference of neighbors that are both in the mask [B, F, ...]."""
+    """Returns the mean absolute difference of neighboring frames that are both in the mask."""
     return _masked_mean(jnp.abs(jnp.diff(x, axis=1)), mask[:, 1:] & mask[:, :-1])
 
 
 def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, ...]) -> jax.Array:
-    """Returns percentiles over the frames of the mask [B, F, ...], 0 if there are none.
+    """Returns linearly interpolated percentiles over the frames in the mask, 0 without frames.
 
-    They are interpolated linearly; the result is [B, number of fractions, ...].
+    The shape of the result is [B, number of fractions, ...].
     """
     sorted_values = jnp.sort(jnp.where(mask, x, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(1, keepdims=True) - 1, 0)
@@ -300,7 +301,7 @@ def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, .
 
 
 def _contour_statistics(x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Returns `_CONTOUR_STATISTICS` of x over the frames of the mask [B, F, ...], each [B, ...]."""
+    """Returns the `_CONTOUR_STATISTICS` of x over the frames in the mask, [B, ...] each."""
     mean, deviation = _mean_and_deviation(x, mask)
     p10, p50, p90 = jnp.moveaxis(_masked_percentiles(x, mask, (0.1, 0.5, 0.9)), 1, 0)
     time = (jnp.arange(x.shape[1]) / _FRAME_RATE).reshape(1, -1, *(1,) * (x.ndim - 2))
@@ -323,7 +324,7 @@ def _contour_statistics(x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
 
 
 def _count_segments(mask: jax.Array) -> jax.Array:
-    """Returns the number of segments of consecutive frames in the mask [B, F], [B]."""
+    """Counts the segments of consecutive frames in a mask, [B, F]; returns [B]."""
     return (mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))).sum(1)
 
 
@@ -334,7 +335,7 @@ def _rhythm_features(
     voiced: jax.Array,
     lengths: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Computes durations and rates from frames [B, F]; `lengths` [B] are in samples."""
+    """Computes durations and rates from frame masks, [B, F], and `lengths`, [B], in samples."""
     count = jnp.maximum(valid.sum(1), 1)
     seconds = count / _FRAME_RATE
     num_sounding = jnp.cumsum(sounding, axis=1)

@@ -1,8 +1,8 @@
 """Qwen2-Audio: the Qwen language model with a Whisper-like audio tower (arXiv 2407.10759).
 
-It maps waveforms and prompts to the last hidden states of the language model, without its head.
-Shape letters: B clips, S samples, P tokens of the prompt, A audio vectors of 40 ms, N = P - 1 + A,
-D hidden size of the language model.
+It maps waveforms and prompts to the language model's last hidden states. The language-model head is
+not implemented. Shape letters: B clips, S samples, P prompt tokens, A audio vectors (40 ms each),
+N = P - 1 + A, D hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRALinear
 
-# Defaults of transformers for absent fields of a config.json.
+# Defaults in transformers for fields that are missing in a config.json.
 _AUDIO_DEFAULTS = {
     "model_type": "qwen2_audio_encoder",
     "num_mel_bins": 128,
@@ -45,10 +45,10 @@ _PLACEHOLDER = 151646  # <|AUDIO|>
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2AudioConfig:
-    """Configs of the parts of `Qwen2Audio`.
+    """Config of `Qwen2Audio`.
 
     Attributes:
-      tower: Config of the audio encoder, with `trim`; its positions limit the length of a clip.
+      tower: Config of the audio tower, with `trim`; its positions limit the clip length.
       decoder: Config of the language model.
       placeholder: Token that stands for the audio in a prompt.
     """
@@ -65,8 +65,8 @@ class Qwen2AudioConfig:
     def qwen2_audio_7b(cls, **changes: Any) -> Qwen2AudioConfig:
         """Returns the config of Qwen2-Audio-7B and -7B-Instruct (8.4 billion parameters).
 
-        The `changes` are fields of the language model's config, such as `lora` or `remat`. Those in
-        `SHARED_OPTIONS` apply to the tower as well.
+        The `changes` apply to the language model's config, for example `lora` or `remat`. Changes
+        named in `SHARED_OPTIONS` also apply to the tower's config.
         """
         sizes = {"vocab_size": 156032, "query_key_value_bias": True}
         shared = select_options(changes, *SHARED_OPTIONS)
@@ -80,13 +80,13 @@ class Qwen2AudioConfig:
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Qwen2AudioConfig:
-        """Reads a `config.json` of model type "qwen2_audio".
+        """Reads a `config.json` with model type "qwen2_audio".
 
-        Absent fields have the default values of transformers. `tower` holds further fields of the
-        tower's config, such as `mask_spectrogram`. For the `changes`, see `qwen2_audio_7b`.
+        Missing fields have the defaults of transformers. `tower` has further fields of the tower's
+        config, such as `mask_spectrogram`. For the `changes`, see `qwen2_audio_7b`.
 
         Raises:
-          InputError: A field has a value that this architecture does not support.
+          InputError: The value of a field is not supported.
         """
         if config.get("model_type") != "qwen2_audio":
             raise unsupported("model_type", config.get("model_type"), "'qwen2_audio'")
@@ -114,12 +114,12 @@ class Qwen2AudioConfig:
 
     @property
     def max_samples(self) -> int:
-        """Maximum samples of a clip; longer clips are truncated."""
+        """Maximum number of samples in a clip; longer clips are truncated."""
         return self.tower.max_samples
 
 
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of one part of a config.json, with defaults for the absent ones."""
+    """Returns a nested object of a config.json, with defaults for missing fields."""
     part = config.get(name) or {}
     if not isinstance(part, Mapping):
         raise unsupported(name, part, "a JSON object")
@@ -127,19 +127,19 @@ def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> 
 
 
 class AudioTower(Whisper):
-    """Whisper's encoder with pairs of positions averaged before the last LayerNorm.
+    """Whisper encoder that averages pairs of positions before the last LayerNorm.
 
-    Attention excludes the padding, so that padding does not change the result.
+    Its attention ignores padding, so padding does not change the result.
     """
 
     def __call__(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips as `Whisper` does.
+        """Encodes clips; for the arguments, see `Whisper`.
 
         Returns:
-          Vectors of 40 ms [B, A, hidden_size of the tower], and the number of valid vectors of
-          each clip [B] int. A vector is valid if both of its positions are in the clip.
+          Vectors, [B, A, hidden_size of the tower], and the number of valid vectors per clip, [B]
+          int. A vector is valid if both of its positions are in the clip.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         x, mask, _ = self._encode(mel, mel_lengths, **options)
@@ -152,7 +152,7 @@ class Qwen2Audio(SpeechLLM):
     """Qwen2-Audio without the language-model head.
 
     Args:
-      config: Configs of the parts.
+      config: Model config.
       rngs: RNGs for parameter initialization.
     """
 
@@ -171,13 +171,13 @@ class Qwen2Audio(SpeechLLM):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips by the tower."""
+        """Encodes clips with the tower; see `SpeechLLM.encode_audio`."""
         vectors, audio_lengths = self.tower(waveform, lengths, **options)
         return self.projection(vectors, **options), audio_lengths
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list[int]:
-    """Returns the tokens of a prompt, such as the default in `registry.ARCHITECTURES`.
+    """Tokenizes a prompt, such as the default in `registry.ARCHITECTURES`.
 
     Raises:
       InputError: The prompt does not have exactly one placeholder.
@@ -193,18 +193,18 @@ def prompt_tokens(tokenizer: Any, prompt: str, config: Qwen2AudioConfig) -> list
 
 NAME_RULES = NameRules(
     prefixes=("", "model."),
-    # transformers 5 names its modules `language_model.layers`; released checkpoints and
-    # transformers 4 have `language_model.model.layers`.
+    # transformers 5 names the modules `language_model.layers`; released checkpoints and
+    # transformers 4 use `language_model.model.layers`.
     renamed={r"^(model\.)?language_model\.(?!model\.|lm_head\.)": r"\1language_model.model."},
     unused=decoder.NAME_RULES.unused,
     heads=(r"^(language_model\.)?lm_head\.",),
     module_names={r"^language_model\.model\.": "language_model."},
 )
-"""Variants of the tensor names."""
+"""Variants of tensor names in checkpoints."""
 
 
 def key_table(config: Qwen2AudioConfig) -> KeyTable:
-    """Returns the tensor names of a released checkpoint for each parameter of a `Qwen2Audio`."""
+    """Returns the tensor names in a released checkpoint for each parameter of `Qwen2Audio`."""
     table = linear("projection", "multi_modal_projector.linear")
     for path, source in whisper.key_table(config.tower).items():
         names = tuple(f"audio_tower.{name.removeprefix('encoder.')}" for name in source.names)

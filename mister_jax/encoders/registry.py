@@ -1,7 +1,7 @@
-"""The supported encoders: how each model type is created, loaded and saved.
+"""Registry of the supported encoders, with functions to create, load and save them.
 
-`ARCHITECTURES` maps the `model_type` of a config.json to its config, module, checkpoint names and
-processor. To add an architecture, write these and add an entry.
+`ARCHITECTURES` maps the `model_type` in a config.json to the config class, module class, checkpoint
+names and processor. To add an architecture, write these and add an entry.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How to create, load and save the encoders of a model type.
+    """Entry of the registry: classes and names for one model type.
 
     Attributes:
       config: Config class with `from_huggingface`.
       module: Module class, called as `module(config, rngs=...)`.
-      key_table: Function from a config to the key table with the names of the bare backbone.
-      name_rules: Variants of the tensor names in checkpoints and adapters.
+      key_table: Function that returns the key table for a config, with the bare backbone's names.
+      name_rules: Variants of tensor names in checkpoints and adapters.
       processor: Name of the class in transformers that prepares the module's input: a tokenizer,
-        or a feature extractor for speech. A name, because access to the class imports PyTorch
-        where it is installed.
-      modality: Kind of input, "text" or "speech".
+        or a feature extractor for speech. This is a name, because accessing the class would import
+        PyTorch if it is installed.
+      modality: Input modality, "text" or "speech".
       needs_cls_token: Whether the tokenizer must add a token at the start of a text.
-      prompt: Default prompt of a module that encodes clips within a prompt.
-      prompt_tokens: Tokenizes the prompt; a function from (tokenizer, prompt, config) to tokens.
+      prompt: Default prompt of a speech LLM.
+      prompt_tokens: Function of (tokenizer, prompt, config) that returns the prompt's tokens.
     """
 
     config: Any
@@ -76,7 +76,6 @@ _SPEECH: dict[str, Any] = {"processor": "AutoFeatureExtractor", "modality": "spe
 _WAV2VEC2 = Architecture(
     wavlm.WavLMConfig, wavlm.WavLM, wavlm.key_table, wavlm.NAME_RULES, **_SPEECH
 )
-# `model_type` of a config.json -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -104,15 +103,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 def find_architecture(
     hf_config: Mapping[str, Any], where: str | os.PathLike[str], modality: str | None = None
 ) -> Architecture:
-    """Returns the entry of `ARCHITECTURES` for the content of a config.json.
+    """Returns the entry of `ARCHITECTURES` for a config.json.
 
     Args:
-      hf_config: Content of the file.
-      where: Location of the file, for errors.
+      hf_config: Content of the config.json.
+      where: Location of the config.json, for error messages.
       modality: Required modality, "text" or "speech"; None allows both.
 
     Raises:
-      InputError: The architecture is not supported, or has another modality.
+      InputError: The architecture is not supported, or has the wrong modality.
     """
     model_type = hf_config.get("model_type")
     if model_type not in ARCHITECTURES:
@@ -128,7 +127,7 @@ def find_architecture(
 
 
 def find_modality(name_or_folder: str | os.PathLike[str]) -> str:
-    """Returns "text" or "speech", the input of an encoder in a folder or on the Hugging Face Hub.
+    """Returns an encoder's modality, "text" or "speech".
 
     Raises:
       InputError: The encoder cannot be downloaded or read, or its architecture is not supported.
@@ -138,7 +137,7 @@ def find_modality(name_or_folder: str | os.PathLike[str]) -> str:
 
 
 def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
-    """Creates an encoder with random parameters. Reads no files and can be traced.
+    """Creates an encoder with random parameters; reads no files, so that JAX can trace it.
 
     Args:
       hf_config: Content of the encoder's config.json.
@@ -165,17 +164,17 @@ def load_pretrained(
     """Loads an encoder and its tokenizer or feature extractor.
 
     Args:
-      name_or_folder: Folder, which needs no network, or name of a model on the Hugging Face Hub.
+      name_or_folder: Folder, or model name on the Hugging Face Hub. A folder needs no network.
       revision: Branch, tag or commit of the model on the Hub.
-      hf_config: Content of the model's config.json; read from its folder by default.
+      hf_config: Content of the model's config.json; by default read from its folder.
       **options: Further arguments of `load_module`.
 
     Returns:
-      The module and its tokenizer, or for speech its feature extractor.
+      Encoder, and its tokenizer or, for speech, its feature extractor.
 
     Raises:
-      InputError: The model cannot be downloaded or read or is not supported, its weights, tokenizer
-        or adapter do not fit it, or it does not support a type or the low-rank paths.
+      InputError: The model cannot be downloaded or read, is not supported, or does not match its
+        weights, tokenizer, adapter or options.
     """
     folder = fetch(name_or_folder, revision=revision)
     hf_config = read_config(folder) if hf_config is None else hf_config
@@ -198,15 +197,15 @@ def load_module(
 
     Args:
       folder: Folder of the model.
-      hf_config: Content of the folder's config.json; read from the folder by default.
-      mesh: Mesh to place the parameters on; by default the first device.
+      hf_config: Content of the folder's config.json; by default read from the folder.
+      mesh: Mesh on which the parameters are placed; by default, they are on the first device.
       adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
-      seed: Seed of new low-rank paths.
+      seed: Seed for new low-rank paths.
       **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
         `lora`.
 
     Raises:
-      InputError: The architecture is not supported, or weights or an adapter do not fit it.
+      InputError: The architecture is not supported, or does not match the weights or the adapter.
     """
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config
@@ -225,8 +224,8 @@ def load_module(
     shardings = None if mesh is None else parameter_shardings(module, mesh)
     checkpoint = Checkpoint.open(folder)
     load_backbone(module, table, checkpoint, architecture.name_rules, shardings=shardings)
-    # Variables that no checkpoint holds, such as low-rank paths, are initialized as in a new
-    # module. The compiler drops the rest, so that no parameter is allocated twice.
+    # Variables that are not in the checkpoint, such as low-rank paths, are initialized as in a new
+    # module. The compiler drops all others, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
     replicated = None if mesh is None else NamedSharding(mesh, P())
     if jax.tree.leaves(nnx.state(module, others)):
@@ -256,10 +255,10 @@ def _check_dtypes(changes: Mapping[str, Any]) -> None:
 def _warn_of_other_base_model(
     adapter: str | os.PathLike[str], folder: pathlib.Path, hf_config: Mapping[str, Any]
 ) -> None:
-    """Warns if an adapter was trained on a base model whose name differs from the encoder's.
+    """Warns if the name of an adapter's base model does not match the encoder.
 
-    Only the last part of the name is compared, with each part of the encoder's path, and with the
-    model's name in a folder of the Hub's cache, so that a copy of the same model is recognized.
+    To recognize copies of the same model, the last part of the name may match any part of the
+    encoder's path, of the name stored in its config, or a model name in the Hub's cache.
     """
     base_model = read_base_model(adapter)
     name = _alphanumeric(pathlib.PurePath(base_model or "").name)
@@ -267,7 +266,7 @@ def _warn_of_other_base_model(
     parts = (*folder.resolve().parts, *stored_name.parts)
     if name and name not in {_alphanumeric(part.rpartition("--")[2]) for part in parts}:
         logging.warning(
-            "%s: trained on %s; the encoder is %s. The result is wrong unless both are the same",
+            "%s: trained on %s, but the encoder is %s. Results are wrong unless they are the same",
             adapter,
             base_model,
             folder,
@@ -284,17 +283,17 @@ def load_processor(
     *,
     hf_config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Loads the tokenizer of a folder, or for speech its feature extractor.
+    """Loads a model's tokenizer or, for speech, its feature extractor.
 
     Args:
       folder: Folder of the model.
       module_config: Config of the module that reads the tokens.
-      hf_config: Content of the folder's config.json; read from the folder by default.
+      hf_config: Content of the folder's config.json; by default read from the folder.
 
     Raises:
-      InputError: Files are missing, or contradict the module's vocabulary or config.json.
+      InputError: Files are missing, or do not match the module's vocabulary or config.json.
     """
-    import transformers  # Prosody and merged features do without it.
+    import transformers  # Not needed for prosody and merged features.
 
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config
@@ -302,7 +301,7 @@ def load_processor(
     processor_class = getattr(transformers, architecture.processor)
     try:
         processor = processor_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # Each tokenizer and file format raises its own types.
+    except Exception as error:  # The exception type depends on the tokenizer and file format.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{folder}: no readable tokenizer or processor ({reason})") from error
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -323,16 +322,16 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
 ) -> None:
-    """Writes a folder that `load_pretrained` and transformers can read, with the same outputs.
+    """Saves an encoder in a folder that `load_pretrained` and transformers can read.
 
     In the files, LoRA is merged into the kernels and int8 kernels are dequantized. The module
-    itself is not changed.
+    itself does not change.
 
     Args:
       module: Encoder with a `config`.
       hf_config: Content of its config.json, from `read_config` or `to_huggingface`.
-      folder: Folder to write; created if it is missing.
-      tokenizer: Tokenizer or feature extractor to save as well.
+      folder: Output folder; created if missing.
+      tokenizer: Tokenizer or feature extractor to save too.
 
     Raises:
       InputError: The architecture is not supported, or the folder cannot be written.

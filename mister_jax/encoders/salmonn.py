@@ -1,9 +1,9 @@
 """SALMONN: Whisper and BEATs, connected to Vicuna by a window-level Q-Former (arXiv 2310.13289).
 
-It maps waveforms and prompts to the last hidden states of the language model, without its head.
-Clips last from 1 s to 30 s: shorter ones are padded with silence, longer ones are truncated.
-Whisper always encodes 30 s, so that every clip gives 88 tokens. Shape letters: B clips, S samples,
-T frames of Whisper (20 ms), P tokens of the prompt, W windows, Q queries of a window, A speech
+It maps waveforms and prompts to the language model's last hidden states. The language-model head is
+not implemented. Clips last from 1 s to 30 s: shorter clips are padded with silence, longer clips
+are truncated. Whisper always encodes 30 s, so every clip gives 88 tokens. Shape letters: B clips,
+S samples, T Whisper frames (20 ms), P prompt tokens, W windows, Q queries per window, A speech
 tokens, N = P - 1 + A, D hidden size of the language model.
 """
 
@@ -40,18 +40,18 @@ from mister_jax.nn.masking import length_mask
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """Sizes of `WindowQFormer`; the defaults are SALMONN's.
+    """Config of `WindowQFormer`; the defaults match SALMONN.
 
     Attributes:
       hidden_size: Size of the queries.
       num_layers: Number of layers.
       num_heads: Number of attention heads; divides `hidden_size`.
-      mlp_dim: Hidden size of the feed-forward blocks.
+      mlp_dim: Hidden size of the MLPs.
       num_queries: Number of queries Q per window.
       window: Number of frames per window.
       stride: Number of frames from the start of one window to the start of the next.
-      layer_norm_epsilon: Epsilon of the layers' LayerNorms.
-      input_norm_epsilon: Epsilon of the LayerNorms of the inputs.
+      layer_norm_epsilon: Epsilon of the LayerNorms in the layers.
+      input_norm_epsilon: Epsilon of the LayerNorms on the inputs.
       dtype: Computation dtype.
       param_dtype: Parameter dtype.
     """
@@ -73,18 +73,17 @@ class QFormerConfig:
             raise invalid_field(self, "hidden_size", f"multiples of num_heads={self.num_heads}")
 
     def num_tokens(self, num_frames: int) -> int:
-        """Returns the number of tokens A for T frames; an incomplete last window gives none."""
+        """Returns the number of tokens A for T frames; an incomplete last window is ignored."""
         return self.num_queries * max(0, (num_frames - self.window) // self.stride + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SalmonnConfig:
-    """Configs of the parts of `Salmonn`.
+    """Config of `Salmonn`.
 
     Attributes:
-      whisper: Config of the speech encoder, without `trim`; its positions limit the length of a
-        clip.
-      beats: Config of the encoder of other sounds.
+      whisper: Config of the speech encoder, without `trim`; its positions limit the clip length.
+      beats: Config of the encoder for other sounds.
       qformer: Config of the Q-Former between the encoders and the language model.
       decoder: Config of the language model, with LoRA.
       min_samples: Length to which shorter clips are padded with silence.
@@ -108,8 +107,8 @@ class SalmonnConfig:
     def salmonn_7b(cls, **changes: Any) -> SalmonnConfig:
         """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
 
-        The `changes` are fields of the language model's config, such as `remat`. The types apply to
-        all parts, and `attention_implementation` to Whisper as well.
+        The `changes` apply to the language model's config, for example `remat`. `dtype` and
+        `param_dtype` apply to all parts, and `attention_implementation` also to Whisper.
         """
         types = select_options(changes, *TYPE_OPTIONS)
         shared = select_options(changes, *SHARED_OPTIONS)
@@ -123,7 +122,7 @@ class SalmonnConfig:
 
     @classmethod
     def salmonn_13b(cls, **changes: Any) -> SalmonnConfig:
-        """Returns the config of SALMONN-13B: that of `salmonn_7b` with Vicuna 13B v1.1."""
+        """Returns the config of SALMONN-13B, which is `salmonn_7b` with Vicuna 13B v1.1."""
         sizes: dict[str, Any] = {
             "hidden_size": 5120,
             "mlp_dim": 13824,
@@ -142,16 +141,17 @@ class SalmonnConfig:
         tower: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> SalmonnConfig:
-        """Reads the configs of the four checkpoints, as `speech.read_backbone_config` returns them.
+        """Creates a config from the configs of the four checkpoints.
 
         Args:
-          backbone_config: "whisper" and "vicuna" (contents of their config.json files), "beats"
-            (the `cfg` in its checkpoint) and "qformer" (fields of `QFormerConfig`).
+          backbone_config: Result of `speech.read_backbone_config`, with "whisper" and "vicuna"
+            (contents of their config.json files), "beats" (the `cfg` in its checkpoint) and
+            "qformer" (fields of `QFormerConfig`).
           tower: Further fields of Whisper's config, such as `mask_spectrogram`.
-          **changes: As for `salmonn_7b`, but `attention_implementation` is the decoder's.
+          **changes: As in `salmonn_7b`, but `attention_implementation` applies only to the decoder.
 
         Raises:
-          InputError: A field has a value that the architectures do not support.
+          InputError: The value of a field is not supported.
         """
         types = select_options(changes, *TYPE_OPTIONS)
         whisper = dict(tower or {}) | types | {"trim": False}
@@ -167,7 +167,7 @@ class SalmonnConfig:
 
     @property
     def max_samples(self) -> int:
-        """Maximum samples of a clip; longer clips are truncated."""
+        """Maximum number of samples in a clip; longer clips are truncated."""
         return self.whisper.max_samples
 
     @property
@@ -177,7 +177,7 @@ class SalmonnConfig:
 
 
 class PostNormAttention(nnx.Module):
-    """Attention to all keys, followed by a residual and a LayerNorm."""
+    """Attention over all keys, followed by a residual connection and a LayerNorm."""
 
     def __init__(self, key_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
@@ -190,7 +190,7 @@ class PostNormAttention(nnx.Module):
         self.norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
     def __call__(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """Transforms queries x [B, Q, hidden_size] by attention to keys [B, T, key_dim]."""
+        """Transforms queries x, [B, Q, hidden_size], by attention to `keys`, [B, T, key_dim]."""
 
         def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*projected.shape[:2], self.num_heads, -1)
@@ -202,7 +202,7 @@ class PostNormAttention(nnx.Module):
 
 
 class QFormerLayer(nnx.Module):
-    """Self-attention of the queries, cross-attention to a window, and a feed-forward block."""
+    """Self-attention over the queries, cross-attention to a window, and an MLP."""
 
     def __init__(self, frame_dim: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         hidden_size = config.hidden_size
@@ -214,22 +214,19 @@ class QFormerLayer(nnx.Module):
         self.mlp_norm = nnx.LayerNorm(hidden_size, epsilon=config.layer_norm_epsilon, **options)
 
     def __call__(self, x: jax.Array, frames: jax.Array, **_: Any) -> jax.Array:
-        """Transforms queries x [B W, Q, hidden_size] of windows [B W, window, frame_dim].
-
-        There is no dropout.
-        """
+        """Transforms queries x, [B W, Q, hidden_size], for windows, [B W, window, frame_dim]."""
         x = self.cross_attention(self.attention(x, x), frames)
         return self.mlp_norm(x + self.mlp_out(gelu(self.mlp_in(x))))
 
 
 class WindowQFormer(nnx.Module):
-    """Q-Former that applies the same queries to each window of both encoders' frames.
+    """Q-Former that applies the same queries to each window of the two encoders' outputs.
 
     Args:
       speech_dim: Feature size of Whisper's output frames.
       sound_dim: Feature size of BEATs' output tokens.
       out_dim: Size D of the speech tokens.
-      config: Sizes of the Q-Former.
+      config: Q-Former config.
       rngs: RNGs for parameter initialization.
     """
 
@@ -262,12 +259,12 @@ class WindowQFormer(nnx.Module):
     def __call__(self, speech: jax.Array, sound: jax.Array, sound_mask: jax.Array) -> jax.Array:
         """Computes the speech tokens of clips.
 
-        The shorter of the two inputs is padded with zeros, which are attended to.
+        The shorter of the two inputs is zero-padded. The queries also attend to the zeros.
 
         Args:
-          speech: Whisper's frames, [B, T, speech_dim].
-          sound: BEATs' tokens, [B, T', sound_dim]; token n is combined with frame n.
-          sound_mask: Valid tokens, [B, T'] bool; the others become zeros.
+          speech: Frames from Whisper, [B, T, speech_dim].
+          sound: Tokens from BEATs, [B, T', sound_dim]; token n is combined with frame n.
+          sound_mask: Valid tokens, [B, T'] bool; other tokens are replaced with zeros.
 
         Returns:
           Speech tokens, [B, A, D].
@@ -296,7 +293,7 @@ class Salmonn(SpeechLLM):
     """SALMONN without the language-model head.
 
     Args:
-      config: Configs of the parts.
+      config: Model config.
       rngs: RNGs for parameter initialization.
     """
 
@@ -316,7 +313,7 @@ class Salmonn(SpeechLLM):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips by both encoders and the Q-Former; all have equally many vectors."""
+        """Encodes clips with both encoders and the Q-Former; all clips get A valid vectors."""
         config = self.config
         valid = length_mask(lengths, waveform.shape[1])
         waveform = jnp.where(valid, waveform, 0)[:, : config.max_samples]
@@ -327,8 +324,8 @@ class Salmonn(SpeechLLM):
 
         speech, _ = self.whisper(waveform, lengths, **options)  # [B, T, hidden_size of Whisper]
         fbank = beats_encoder.compute_fbank(waveform, config.beats)
-        # The mask of a clip does not depend on its batch. It equals that of the official code for a
-        # batch of one clip.
+        # A clip's mask does not depend on its batch: it equals the mask that the official code
+        # computes for a batch of one clip.
         num_tokens = config.beats.num_tokens(frontends.kaldi_fbank_lengths(lengths))
         token_mask = length_mask(num_tokens, config.beats.num_tokens(fbank.shape[1]))
         tokens = self.qformer(speech, self.beats(fbank, token_mask), token_mask)  # [B, A, D]
@@ -336,12 +333,12 @@ class Salmonn(SpeechLLM):
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[int]:
-    """Returns the tokens of an instruction in SALMONN's template.
+    """Tokenizes an instruction in SALMONN's prompt template.
 
-    The texts before and after the speech are tokenized separately, as in training.
+    As in training, the texts before and after the speech are tokenized separately.
 
     Raises:
-      InputError: The tokenizer has no token for the start of a text.
+      InputError: The tokenizer has no beginning-of-text token.
     """
     if tokenizer.bos_token_id is None:
         raise InputError(
@@ -356,8 +353,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[in
 
 
 PREFIX = "model."
-"""Prefix of the parameters in the files of SALMONN and BEATs."""
-# Further tensors of SALMONN's file: training state, buffers and copies of parameters.
+"""Prefix of parameter names in the SALMONN and BEATs checkpoints."""
+# Further tensors in SALMONN's checkpoint: training state, buffers and copies of parameters.
 _IGNORED = (
     r"^(optimizer|scaler|config)\.",
     r"\.position_ids$",
@@ -366,9 +363,9 @@ _IGNORED = (
 )
 _LLM_LAYER = "llama_model.base_model.model.model.layers.{}"
 _QFORMER_LAYER = "speech_Qformer.bert.encoder.layer.{}"
-_HEAD_DIM = 64  # The Q-Former has BERT's layers. No tensor holds the number of heads.
+_HEAD_DIM = 64  # As in BERT; the number of heads is not stored in the checkpoint.
 
-# Module of the Q-Former, or of one of its layers -> official name.
+# Maps the Q-Former's modules, and below the modules of its layers, to their official names.
 _NORMS = {
     "speech_norm": "ln_speech",
     "sound_norm": "ln_audio",
@@ -395,7 +392,7 @@ _LORA = {"query": "q_proj", "value": "v_proj"}
 
 
 def key_table(config: SalmonnConfig) -> KeyTable:
-    """Returns the tensor names of SALMONN's file for the `TRAINED_PARAMS` of a `Salmonn`."""
+    """Returns the tensor names in SALMONN's checkpoint for the `TRAINED_PARAMS` of `Salmonn`."""
     num_layers = config.qformer.num_layers
     table = {
         "qformer/queries": Source(
@@ -421,19 +418,19 @@ def key_table(config: SalmonnConfig) -> KeyTable:
 
 
 def read_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Reads the sizes of the trained parameters from SALMONN's file.
+    """Reads the sizes of the trained parameters from SALMONN's checkpoint.
 
     Returns:
-      Fields of the `QFormerConfig` under "qformer", and the rank of the LoRA under "lora_rank".
+      "qformer" (fields of `QFormerConfig`) and "lora_rank" (rank of the LoRA).
 
     Raises:
-      InputError: The file is no checkpoint of SALMONN.
+      InputError: The file is not a SALMONN checkpoint.
     """
 
     def shape(name: str) -> tuple[int, ...]:
         name = f"{PREFIX}{name}"
         if name not in checkpoint:
-            raise InputError(f"{checkpoint.path}: not a checkpoint of SALMONN: no tensor {name}")
+            raise InputError(f"{checkpoint.path}: not a SALMONN checkpoint: no tensor {name}")
         return tuple(checkpoint[name].shape)
 
     _, num_queries, hidden_size = shape("speech_query_tokens")
@@ -460,19 +457,19 @@ def load_salmonn(
     salmonn: Mapping[str, Tensor],
     shardings: Any = None,
 ) -> Salmonn:
-    """Fills a `Salmonn` from the checkpoints of its parts; see `load_params`.
+    """Fills the parameters of `Salmonn` from the checkpoints of its parts; see `load_params`.
 
     Args:
-      module: Concrete module, or an abstract one from `nnx.eval_shape`, with LoRA on queries and
+      module: Concrete module, or abstract module from `nnx.eval_shape`, with LoRA on queries and
         values.
-      whisper: Whisper in the format of transformers, with or without a head.
-      beats: BEATs as released, with the prefix "model.".
-      vicuna: Vicuna in the format of transformers, with or without a head.
-      salmonn: SALMONN as released, with the prefix "model.".
-      shardings: One sharding for all parameters, or a tree of them for the module.
+      whisper: Whisper checkpoint in the transformers format, with or without a head.
+      beats: BEATs checkpoint as released, with the prefix "model.".
+      vicuna: Vicuna checkpoint in the transformers format, with or without a head.
+      salmonn: SALMONN checkpoint as released, with the prefix "model.".
+      shardings: Sharding for all parameters, or a tree of shardings for the module.
 
     Raises:
-      InputError: Tensors of a checkpoint are missing, surplus, misshapen or not finite.
+      InputError: Tensors of a checkpoint are missing, unexpected, misshapen or not finite.
       ValueError: The module has LoRA on layers other than queries and values.
     """
     config = module.config
@@ -501,9 +498,9 @@ def load_salmonn(
 
 
 def _is_inside(part: str) -> Callable[[tuple[Any, ...], Any], bool]:
-    """Returns the NNX filter of a part's variables."""
+    """Returns an NNX filter for the variables of a part."""
     return lambda path, _: path[0] == part
 
 
 TRAINED_PARAMS = nnx.Any(_is_inside("qformer"), nnx.LoRAParam)
-"""NNX filter of the parameters in SALMONN's file, which `key_table` describes."""
+"""NNX filter for the parameters in SALMONN's checkpoint; `key_table` maps their names."""

@@ -1,7 +1,7 @@
-"""One interface to all speech encoders: waveforms in, hidden states out.
+"""Common interface to all speech encoders, from waveforms to hidden states.
 
-Most encoders are one folder in the layout of the Hugging Face libraries. SALMONN is four
-checkpoints: its own and those of Whisper, BEATs and Vicuna.
+Most encoders are a folder in the Hugging Face layout. SALMONN needs four checkpoints: SALMONN's
+trained parameters, Whisper, BEATs and Vicuna.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
 
 SALMONN = "salmonn"
-"""The `model_type` in the backbone config of SALMONN."""
+"""The `model_type` in SALMONN's backbone config."""
 PROMPT_TOKENS = "prompt_tokens"
-"""Field of a speech LLM's backbone config with the tokens of its prompt."""
+"""Field for the prompt's tokens in a speech LLM's backbone config."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
-"""Limits of an utterance's length for encoders that have no limit themselves."""
+"""Limits for `max_seconds`; an encoder may have a smaller maximum."""
 
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
-_SALMONN_LORA_ALPHA = 32.0  # All released checkpoints use it. No tensor holds it.
+_SALMONN_LORA_ALPHA = 32.0  # Not stored in the checkpoint; the same for all released models.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class SpeechFiles:
     """Locations of a speech encoder's files.
 
     Attributes:
-      name: Folder, or name on the Hugging Face Hub; for SALMONN its own checkpoint, a path that
+      name: Folder, or name on the Hugging Face Hub. For SALMONN, its checkpoint, a path that
         `Checkpoint.open` accepts.
-      whisper: Whisper, a folder or name; only for SALMONN, like the following.
-      beats: Checkpoint of BEATs, a file as released, or a folder whose config.json holds its `cfg`.
-      vicuna: Vicuna with its tokenizer, a folder or name.
+      whisper: Folder or name of Whisper; only for SALMONN, like the next two fields.
+      beats: BEATs checkpoint: a released file, or a folder whose config.json contains its `cfg`.
+      vicuna: Folder or name of Vicuna with its tokenizer.
     """
 
     name: str
@@ -71,19 +71,19 @@ class SpeechFiles:
 
 
 def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
-    """Reads the config of a speech encoder, from which it can be created without its files.
+    """Reads a speech encoder's config, which suffices to create the encoder without its files.
 
     Args:
       files: Locations of the files.
-      prompt: Prompt of a speech LLM; by default its usual question.
+      prompt: Prompt of a speech LLM; by default, the prompt for its architecture.
 
     Returns:
-      JSON values: the content of config.json, or for SALMONN the configs of its parts; for a speech
-      LLM also the tokens of the prompt.
+      JSON values: the content of config.json or, for SALMONN, the configs of its parts, and for a
+      speech LLM the prompt's tokens.
 
     Raises:
-      InputError: A file cannot be read, the encoder is a text encoder, or a prompt is given to an
-        encoder that has none.
+      InputError: A file cannot be read, the encoder is a text encoder, or a prompt is given for an
+        encoder that has no prompt.
     """
     if files.is_salmonn:
         backbone_config = _read_salmonn_config(files)
@@ -96,7 +96,7 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
     architecture = registry.find_architecture(backbone_config, files.name, "speech")
     if architecture.prompt_tokens is None:
         if prompt:
-            raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is no LLM")
+            raise InputError(f"{files.name}: prompt {prompt!r}; allowed: none, it is not an LLM")
         return backbone_config
     config = architecture.config.from_huggingface(backbone_config)
     tokenizer = registry.load_processor(folder, config, hf_config=backbone_config)
@@ -129,7 +129,7 @@ def make_speech_encoder(
     pool_over_prompt: bool = False,
     **changes: Any,
 ) -> nnx.Module:
-    """Creates a speech encoder with random parameters. Reads no files, so it can be traced.
+    """Creates a speech encoder with random parameters; reads no files, so that JAX can trace it.
 
     Args:
       backbone_config: Config from `read_backbone_config`.
@@ -138,7 +138,8 @@ def make_speech_encoder(
       **changes: Further fields of the architecture's config.
 
     Returns:
-      Module from waveforms [B, S] and lengths [B] to hidden states [B, N, D] and their mask [B, N].
+      Module that maps waveforms, [B, S], and lengths, [B], to hidden states, [B, N, D], and their
+      mask, [B, N].
     """
     if backbone_config.get("model_type") == SALMONN:
         config = SalmonnConfig.from_parts(backbone_config, **changes)
@@ -158,19 +159,19 @@ def load_speech_encoder(
     adapter: str | None = None,
     **changes: Any,
 ) -> nnx.Module:
-    """Loads the speech encoder that `make_speech_encoder` creates, with its weights.
+    """Creates a speech encoder, like `make_speech_encoder`, and loads its weights.
 
     Args:
       files: Locations of the files.
       backbone_config: Config from `read_backbone_config`.
-      mesh: Mesh to place the parameters on; by default the first device.
-      seed: Seed for initializing LoRA parameters that no checkpoint contains.
+      mesh: Mesh on which the parameters are placed; by default, they are on the first device.
+      seed: Seed for LoRA parameters that are not in a checkpoint.
       pool_over_prompt: Whether the mask of a speech LLM includes its prompt.
       adapter: Folder of a `peft` adapter; not for SALMONN.
       **changes: Further fields of the architecture's config.
 
     Raises:
-      InputError: Weights or an adapter do not fit the encoder.
+      InputError: The weights or the adapter do not match the encoder.
     """
     if not files.is_salmonn:
         folder = hub.fetch(files.name)
@@ -179,7 +180,7 @@ def load_speech_encoder(
         )
         return _with_prompt(module, backbone_config, pool_over_prompt)
     if adapter:
-        raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which has its own")
+        raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which already has LoRA")
     config = SalmonnConfig.from_parts(backbone_config, **changes)
     module = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
     salmonn.load_salmonn(
@@ -196,19 +197,19 @@ def load_speech_encoder(
 def _with_prompt(
     module: nnx.Module, backbone_config: Mapping[str, Any], pool_over_prompt: bool
 ) -> nnx.Module:
-    """Returns a speech LLM with its fixed prompt, and any other module unchanged."""
+    """Adds the fixed prompt to a speech LLM; returns any other module unchanged."""
     if not is_llm(backbone_config):
         return module
     return PromptedSpeech(module, backbone_config[PROMPT_TOKENS], pool_over_prompt=pool_over_prompt)
 
 
 def trim_kwargs(backbone_config: Mapping[str, Any], trim: bool) -> dict[str, bool]:
-    """Returns the config change that sets `WhisperConfig.trim`, empty for other encoders."""
+    """Returns the config change that sets `WhisperConfig.trim`; empty for other encoders."""
     return {"trim": trim} if backbone_config["model_type"] == "whisper" else {}
 
 
 def trainable_paths(backbone_config: Mapping[str, Any]) -> dict[str, LoRAConfig]:
-    """Returns the config change that adds SALMONN's trained LoRA, empty for other encoders."""
+    """Returns the config change that adds SALMONN's trained LoRA; empty for other encoders."""
     if backbone_config["model_type"] != SALMONN:
         return {}
     rank = backbone_config["lora_rank"]
@@ -216,7 +217,7 @@ def trainable_paths(backbone_config: Mapping[str, Any]) -> dict[str, LoRAConfig]
 
 
 def check_spectrogram(backbone_config: Mapping[str, Any]) -> None:
-    """Raises ValueError if an encoder reads the waveform instead of a log-mel spectrogram."""
+    """Raises ValueError if an encoder's input is not a log-mel spectrogram."""
     if backbone_config["model_type"] not in _WITH_SPECTROGRAM:
         raise ValueError(
             f"mask_spectrogram: model_type {backbone_config['model_type']!r} has no spectrogram; "
@@ -231,22 +232,22 @@ def has_fixed_input_length(module: Any) -> bool:
 
 
 def max_seconds(module: Any) -> float | None:
-    """Returns the seconds of audio that an encoder has positions for, None without a limit."""
+    """Returns an encoder's maximum clip length in seconds, or None if it has no limit."""
     max_samples = getattr(module.config, "max_samples", None)
     return None if max_samples is None else max_samples / frontends.SAMPLE_RATE
 
 
 def check_seconds(seconds: float, module: Any = None, *, name: str = "max_seconds") -> None:
-    """Checks the length to which clips are cut.
+    """Checks the length to which clips are truncated.
 
     Args:
-      seconds: Length of a clip in seconds.
-      module: Encoder of the clips, if known; may hold shapes in place of arrays.
-      name: Name of the option, used in the error message.
+      seconds: Clip length in seconds.
+      module: Encoder with arrays or shapes, if known.
+      name: Name of the option, for the error message.
 
     Raises:
       InputError: The length is not between `SHORTEST_SECONDS` and `LONGEST_SECONDS`, or exceeds the
-        encoder's positions.
+        encoder's maximum.
     """
     limit = None if module is None else max_seconds(module)
     longest, reason = (LONGEST_SECONDS, "") if limit is None else (limit, ", the encoder's limit")

@@ -1,4 +1,4 @@
-"""Checks that tokenizers belong to their models, and encodes texts."""
+"""Text tokenization, and checks that a tokenizer matches its model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from absl import logging
 from mister_jax.encoders.hf_config import CONFIG_FILE
 from mister_jax.errors import InputError
 
-# Files that can hold a vocabulary. Without any, transformers creates an empty tokenizer.
+# Files with a vocabulary. If a folder has none, transformers creates an empty tokenizer.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model")
 
 
@@ -24,24 +24,24 @@ def check_tokenizer(
     vocab_size: int | None = None,
     needs_cls_token: bool = False,
 ) -> None:
-    """Checks that a tokenizer belongs to the model in its folder.
+    """Checks that a tokenizer matches the model in its folder.
 
     Args:
-      tokenizer: Tokenizer of transformers.
-      folder: Folder that it was loaded from.
+      tokenizer: Tokenizer from transformers.
+      folder: Folder of the tokenizer.
       hf_config: Content of the folder's config.json.
-      vocab_size: Number of rows of the model's embedding; None to skip this check.
+      vocab_size: Number of rows in the model's embedding; None skips this check.
       needs_cls_token: Whether the model needs a token at the start of a text.
 
     Raises:
-      InputError: The folder has no vocabulary, or the tokenizer contradicts the model.
+      InputError: The folder has no vocabulary, or the tokenizer does not match the model.
     """
     if not any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer; allowed: {', '.join(_VOCABULARY_FILES)}")
     max_id = max(tokenizer.get_vocab().values(), default=-1)
     problem = _special_token_mismatch(tokenizer, {**hf_config, **hf_config.get("text_config", {})})
     if vocab_size is not None and max_id >= vocab_size:
-        problem = f"token ids go up to {max_id}; allowed: below {vocab_size}"
+        problem = f"the largest token ID is {max_id}; allowed: below {vocab_size}"
     elif not problem and needs_cls_token and tokenizer.cls_token_id is None:
         problem = "it has no token at the start of a text (cls_token), which BERT models need"
     if problem:
@@ -49,11 +49,11 @@ def check_tokenizer(
 
 
 def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
-    """Describes how special tokens differ between a tokenizer and a config.json, "" if they agree.
+    """Describes a conflict between the special tokens of a tokenizer and a config.json, else "".
 
-    A smaller vocabulary is allowed, since many models have spare rows. A different special token of
-    the same tokenizer is allowed too: chat models end a text and an answer with different tokens,
-    and the config of multilingual MiniLM has the padding token of BERT.
+    A smaller vocabulary is allowed, because many models have spare rows. The config.json may also
+    name a different special token of the same tokenizer: chat models end a text and an answer with
+    different tokens, and multilingual MiniLM's config has BERT's padding token.
     """
     vocabulary = set(tokenizer.get_vocab().values())
     added = tokenizer.added_tokens_decoder.items()
@@ -67,7 +67,7 @@ def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
             continue
         if token_id is not None:
             return f"its {name} token is {token_id}; {CONFIG_FILE} has {name}_token_id={value}"
-        if name != "pad":  # A padding token may have been added to the model alone.
+        if name != "pad":  # A padding token may have been added only to the model.
             return f"it has {len(vocabulary)} tokens; {CONFIG_FILE} has {name}_token_id={value}"
     return ""
 
@@ -75,19 +75,20 @@ def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str = ""
 ) -> list[np.ndarray]:
-    """Encodes texts as token ids.
+    """Encodes texts as token IDs.
 
-    The tokenizer adds the special tokens of its model. If it adds none at the end, as with most
-    decoders, its end-of-text token is appended, because only the last token attends to all others.
+    The tokenizer adds the model's special tokens. If it adds none at the end, as with most
+    decoders, the end-of-text token is appended, because only the last token attends to the whole
+    text.
 
     Args:
-      tokenizer: Tokenizer of transformers.
-      texts: Texts, none empty.
+      tokenizer: Tokenizer from transformers.
+      texts: Non-empty texts.
       max_tokens: Maximum number of tokens; longer texts are truncated and a message is logged.
-      where: Origin of the texts, for the log.
+      where: Origin of the texts, for the log message.
 
     Returns:
-      Token ids of each text, [n] int32 with 1 <= n <= `max_tokens`.
+      Token IDs of each text, [n] int32 with 1 <= n <= `max_tokens`.
 
     Raises:
       InputError: `max_tokens` leaves no room for text, or a text has no tokens.
@@ -122,5 +123,5 @@ def check_max_tokens(encoder: Any, max_tokens: int) -> None:
     max_length = getattr(encoder.config, "max_length", None)
     if max_length is not None and max_tokens > max_length:
         raise InputError(
-            f"max_tokens={max_tokens}; allowed: at most {max_length}, the encoder's positions"
+            f"max_tokens={max_tokens}; allowed: at most {max_length}, the encoder's limit"
         )

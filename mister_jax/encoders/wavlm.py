@@ -1,9 +1,9 @@
 """wav2vec 2.0, HuBERT and WavLM: speech encoders with one vector per 20 ms of audio.
 
-They share one architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
-waveform, a positional convolution and a transformer, in WavLM with gated relative positions. Heads
-and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames of
-20 ms, C convolution channels, D hidden size, K heads, L layers.
+They have the same architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
+waveform, a positional convolution and a transformer. WavLM adds a gated relative position bias.
+Heads and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames
+of 20 ms, C convolution channels, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mister_jax.nn.dropout import Dropout, KeySource
 from mister_jax.nn.lora import LoRALinear, add_lora
 from mister_jax.nn.masking import length_mask
 
-# Field of `WavLMConfig` -> its name in a config.json and the default of transformers.
+# Maps the fields of `WavLMConfig` to their names in a config.json and defaults in transformers.
 _FIELDS: dict[str, tuple[str, Any]] = {
     "hidden_size": ("hidden_size", 768),
     "num_layers": ("num_hidden_layers", 12),
@@ -58,7 +58,7 @@ _WAVLM_FIELDS: dict[str, tuple[str, Any]] = {
     "num_buckets": ("num_buckets", 320),
     "max_distance": ("max_bucket_distance", 800),
 }
-# Supported values of the options that change the architecture.
+# Supported values of the architecture options.
 _FIXED_FIELDS = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -72,32 +72,32 @@ _MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 @dataclasses.dataclass(frozen=True)
 class WavLMConfig(hf_config.EncoderConfig):
-    """Sizes and options of `WavLM`; the defaults are those of WavLM Base.
+    """Config of `WavLM`; the defaults match WavLM Base.
 
     Attributes:
-      conv_dims: Channels C of each convolution over the waveform.
-      conv_kernels: Kernel size of each convolution, in steps of the previous one.
-      conv_strides: Stride of each convolution, in steps of the previous one.
+      conv_dims: Number of channels C of each convolution over the waveform.
+      conv_kernels: Kernel size of each convolution.
+      conv_strides: Stride of each convolution.
       conv_bias: Whether the convolutions have a bias.
-      conv_norm: Norm of the convolutions: "group" normalizes each channel of the first one
-        over time, "layer" each step of all of them over the channels.
-      projection_norm: Whether a LayerNorm precedes the projection of the convolutions to D.
+      conv_norm: Norm of the convolutions: "group" normalizes each channel of the first
+        convolution over time; "layer" normalizes each step of all convolutions over the channels.
+      projection_norm: Whether a LayerNorm precedes the projection from C to D.
       position_kernel: Kernel size of the positional convolution.
-      position_groups: Groups of the positional convolution; divides `hidden_size`.
-      num_buckets: Total number of relative-position buckets for both directions. 0 disables
-        relative positions; of the supported models, only WavLM uses them.
+      position_groups: Number of groups of the positional convolution; divides `hidden_size`.
+      num_buckets: Total number of relative-position buckets for both directions. 0 disables the
+        relative position bias, which only WavLM has.
       max_distance: Distance beyond which positions share the last bucket of their direction.
-      norm_first: Whether the LayerNorms precede the blocks and one follows the last, as in the
-        large models, instead of following each residual.
-      normalize: Whether the waveform is normalized to zero mean and unit variance. Must be as in
-        training, which a model's feature extractor records (`do_normalize`).
+      norm_first: Whether a LayerNorm precedes each block, with one more after the last layer, as
+        in the large models. Otherwise, a LayerNorm follows each residual connection.
+      normalize: Whether the waveform is normalized to zero mean and unit variance. It must be as in
+        training; the model's feature extractor has this value as `do_normalize`.
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       projection_dropout: Dropout rate on the projected output of the convolutions.
 
-    Targets of LoRA are "query", "key", "value" and "out" of the attention, "mlp_in" and "mlp_out"
-    of the feed-forward blocks, "/projection" of the convolutions, and "gate/projection" of WavLM's
-    relative positions.
+    The LoRA targets are "query", "key", "value" and "out" in the attention, "mlp_in" and "mlp_out"
+    in the MLP, "/projection" after the convolutions, and "gate/projection" in WavLM's relative
+    position bias.
     """
 
     hidden_size: int = 768
@@ -135,8 +135,8 @@ class WavLMConfig(hf_config.EncoderConfig):
         if not equally_many or not all(min(sizes, default=0) > 0 for sizes in convolutions):
             raise ValueError(
                 f"WavLMConfig.conv_dims={self.conv_dims}, conv_kernels={self.conv_kernels}, "
-                f"conv_strides={self.conv_strides}; allowed: equally many positive sizes, at least "
-                "one"
+                f"conv_strides={self.conv_strides}; allowed: the same number of positive sizes, at "
+                "least one"
             )
         if self.conv_norm not in ("group", "layer"):
             raise invalid_field(self, "conv_norm", "'group' and 'layer'")
@@ -158,8 +158,8 @@ class WavLMConfig(hf_config.EncoderConfig):
     def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of wav2vec 2.0 Large (316M parameters), with `changes`.
 
-        This is the model of LibriSpeech, with the norms of the base models. The models of
-        Libri-Light and XLS-R have the norms of HuBERT Large.
+        This is the LibriSpeech model, whose norms are as in the base models. The Libri-Light and
+        XLS-R models have norms as in HuBERT Large.
         """
         return cls.wav2vec2_base(**{**_LARGE, **changes})
 
@@ -187,14 +187,13 @@ class WavLMConfig(hf_config.EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:
-        """Reads a `config.json` of model type "wav2vec2", "hubert" or "wavlm", with `changes`.
+        """Reads a `config.json` with model type "wav2vec2", "hubert" or "wavlm", with `changes`.
 
-        Absent fields have the default values of transformers. Whether the waveform is normalized
-        is stored with the feature extractor; `read_config` adds its `do_normalize`. Without
-        it, the value is that of the published models.
+        Missing fields have the defaults of transformers. `do_normalize`, which `read_config` adds
+        from the feature extractor, defaults to the value of the published models.
 
         Raises:
-          InputError: A field has a value that this architecture does not support.
+          InputError: The value of a field is not supported.
         """
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
@@ -209,7 +208,7 @@ class WavLMConfig(hf_config.EncoderConfig):
         return hf_config.make_config(cls, fields | changes)
 
     def num_frames(self, num_samples: Any) -> Any:
-        """Returns the number of frames N of a clip of S samples, for an int or an array."""
+        """Returns the number of frames N in a clip with S samples, for an int or an array."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples * (num_samples > 0)
@@ -225,7 +224,7 @@ class WavLMConfig(hf_config.EncoderConfig):
 
 
 class MaskedChannelNorm(nnx.Module):
-    """GroupNorm with one channel per group, over the valid steps of each sequence."""
+    """GroupNorm with one channel per group, computed over the valid steps of each sequence."""
 
     def __init__(self, config: WavLMConfig):
         num_channels, param_dtype = config.conv_dims[0], jnp.dtype(config.param_dtype)
@@ -234,7 +233,7 @@ class MaskedChannelNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_channels, param_dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Normalizes x [B, N, C] with the statistics of the steps where mask [B, N] is true."""
+        """Normalizes x, [B, N, C], with statistics over the steps in the mask, [B, N]."""
         x, mask = x.astype(jnp.float32), mask[..., None]
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         centered = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
@@ -244,7 +243,7 @@ class MaskedChannelNorm(nnx.Module):
 
 
 class WaveformEncoder(nnx.Module):
-    """Convolutions over the waveform, each followed by GELU, with the norms of the config."""
+    """Convolutions over the waveform, each followed by an optional norm and GELU."""
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = dtypes(config)
@@ -274,7 +273,7 @@ class WaveformEncoder(nnx.Module):
         )
 
     def __call__(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Encodes waveform [B, S], zero from `lengths` [B] on; returns [B, N, C]."""
+        """Encodes waveforms, [B, S], that are zero after `lengths`, [B]; returns [B, N, C]."""
         x = waveform[..., None]
         for index, convolution in enumerate(self.convolutions):
             x = convolution(x)
@@ -299,16 +298,16 @@ class GatedBias(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.num_heads, options["param_dtype"]))
 
     def __call__(self, x: jax.Array, position_bias: jax.Array, **options: Any) -> jax.Array:
-        """Returns the gated bias [B, K, N, N] for x [B, N, D] and a bias [K, N, N] float32."""
+        """Returns the gated bias, [B, K, N, N], for x, [B, N, D], and a bias, [K, N, N] float32."""
         heads = x.reshape(*x.shape[:2], self.num_heads, -1)  # [B, N, K, head_dim]
         return relative_gate(self.projection(heads, **options), self.scale[...]) * position_bias
 
 
 class WavLM(nnx.Module):
-    """Encoder of wav2vec 2.0, HuBERT and WavLM.
+    """Encoder for wav2vec 2.0, HuBERT and WavLM.
 
     Args:
-      config: Sizes and options.
+      config: Model config.
       rngs: RNGs for parameter initialization.
     """
 
@@ -367,21 +366,21 @@ class WavLM(nnx.Module):
     ) -> Any:
         """Encodes clips.
 
-        The result for a clip equals that of the reference for this clip alone. (In a batch, the
-        reference includes padding in the statistics of the group norm.)
+        The result for a clip does not depend on the batch. It equals the reference's result for a
+        batch of one clip. In larger batches, the reference's group norm includes the padding.
 
         Args:
-          waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is not read.
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is ignored.
           lengths: Number of samples in each clip, [B] int.
           deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
-          output_hidden_states: Whether to return all hidden states too.
+          output_hidden_states: Whether to also return all hidden states.
 
         Returns:
-          Hidden states [B, N, D], and a mask of the clip's frames [B, N] bool. N is
-          `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has no frame.
-          With `output_hidden_states` also all hidden states, [L + 1, B, N, D]: the input of the
-          first layer and the output of each layer, before the last LayerNorm of the large models.
+          Hidden states, [B, N, D], and the mask of valid frames, [B, N] bool. N is
+          `config.num_frames(S)`, at least 1; a clip shorter than `config.frame_size` has no valid
+          frame. With `output_hidden_states`, also all hidden states, [L + 1, B, N, D]: the input of
+          the first layer and the output of each layer, before the large models' last LayerNorm.
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         config = self.config
@@ -413,7 +412,7 @@ class WavLM(nnx.Module):
         return last, mask, jnp.concatenate([x[None], layers])
 
     def relative_bias(self, num_frames: int) -> jax.Array | None:
-        """Returns the ungated bias, [K, N, N] (query, key) float32, or None without buckets."""
+        """Returns the bias before the gate, [K, N, N] float32, or None without buckets."""
         if self.position_bias is None:
             return None
         return relative_bias(self.position_bias, self.config, num_frames)
@@ -421,7 +420,7 @@ class WavLM(nnx.Module):
 
 NAME_RULES = keys.NameRules(
     prefixes=("", "wav2vec2.", "hubert.", "wavlm."),
-    # Newer files spell the gain and the direction of weight normalization differently.
+    # Newer checkpoints have these names for the gain and direction of weight normalization.
     renamed={
         r"parametrizations\.weight\.original0$": "weight_g",
         r"parametrizations\.weight\.original1$": "weight_v",
@@ -432,13 +431,13 @@ NAME_RULES = keys.NameRules(
         r"^(lm_head|classifier|projector|layer_weights|objective|tdnn)\b",
     ),
 )
-"""Variants of the tensor names in wav2vec 2.0 and HuBERT."""
+"""Variants of tensor names in wav2vec 2.0 and HuBERT checkpoints."""
 WAVLM_NAME_RULES = dataclasses.replace(
     NAME_RULES, lora_bypassed=(r"\.attention\.(q_proj|k_proj|v_proj|out_proj)$",)
 )
-"""Variants of the tensor names in WavLM."""
+"""Variants of tensor names in WavLM checkpoints."""
 
-# Module of a layer -> name in transformers.
+# Maps a layer's modules to their names in transformers.
 _LINEARS = {
     "attention/query": "attention.q_proj",
     "attention/key": "attention.k_proj",
@@ -451,7 +450,7 @@ _NORMS = {"attention_norm": "layer_norm", "mlp_norm": "final_layer_norm"}
 
 
 def key_table(config: WavLMConfig) -> keys.KeyTable:
-    """Returns the tensor names of a `Wav2Vec2Model`, `HubertModel` or `WavLMModel`."""
+    """Returns the tensor names in `Wav2Vec2Model`, `HubertModel` or `WavLMModel`."""
     num_layers = config.num_layers
     table = {
         **keys.linear("projection", "feature_projection.projection"),

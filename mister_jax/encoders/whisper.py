@@ -1,8 +1,8 @@
-"""Whisper's encoder (arXiv 2212.04356), with one vector per 20 ms of a clip of up to 30 s.
+"""Whisper's encoder (arXiv 2212.04356), which computes one vector per 20 ms for clips up to 30 s.
 
-The decoder is not implemented. Whisper was trained on clips padded to 30 s with silence, and
-attends to the silence like to speech. Shape letters: B clips, S samples, F frames of 10 ms,
-M mel bins, N positions of 20 ms, D hidden size, K heads, L layers.
+The decoder is not implemented. Whisper was trained on clips padded to 30 s with silence, and its
+attention includes the silence. Shape letters: B clips, S samples, F frames of 10 ms, M mel bins,
+N positions of 20 ms, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mister_jax.nn.masking import length_mask
 
 SAMPLES_PER_POSITION = 2 * frontends.FRAME_STEP
 
-# Field of `WhisperConfig` -> its name in a config.json and the default of transformers.
+# Maps the fields of `WhisperConfig` to their names in a config.json and defaults in transformers.
 _FIELDS: dict[str, tuple[str, Any]] = {
     "num_mel_bins": ("num_mel_bins", 80),
     "hidden_size": ("d_model", 384),
@@ -44,23 +44,23 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig(EncoderConfig):
-    """Sizes and options of `Whisper`; the default sizes are those of large-v3.
+    """Config of `Whisper`; the default sizes match large-v3.
 
     Attributes:
       num_mel_bins: Number of mel bins M.
-      hidden_size: Hidden size D, even.
-      max_positions: Positions N of the padded clip, 1500 for 30 s.
-      trim: Whether to cut the padding down to the longest clip of the batch and to mask the rest of
-        it in attention, so that time and memory follow the audio. Otherwise clips are padded to
-        `max_positions` and attention includes the padding, as in the reference. The outputs differ:
-        by 0.3 to 0.6 of their standard deviation for a tiny model with random weights and clips of
-        a fifth to a half of the window. Train and extract with the same choice.
+      hidden_size: Hidden size D; must be even.
+      max_positions: Number of positions in a padded clip, 1500 for 30 s.
+      trim: Whether to pad clips only to the longest clip in the batch and to mask this padding in
+        attention, which saves time and memory. Otherwise, as in the reference, clips are padded to
+        `max_positions` and attention includes the padding. The outputs differ, so use the same
+        value in training and extraction. For a tiny model with random weights and clips of a fifth
+        to a half of the window, they differ by 0.3 to 0.6 of their standard deviation.
       dropout: Dropout rate on the transformer's input and each block's output.
-      mask_spectrogram: Whether to mask stretches of time and of mel bins in training, see
+      mask_spectrogram: Whether to mask time steps and mel bins in training; see
         `augment.mask_spectrogram`.
 
-    Targets of LoRA are "query", "key", "value" and "out" of the attention, and "mlp_in" and
-    "mlp_out" of the feed-forward blocks.
+    The LoRA targets are "query", "key", "value" and "out" in the attention, and "mlp_in" and
+    "mlp_out" in the MLP.
     """
 
     num_mel_bins: int = 128
@@ -85,7 +85,7 @@ class WhisperConfig(EncoderConfig):
 
     @property
     def max_samples(self) -> int:
-        """Maximum samples of a clip; longer clips are truncated."""
+        """Maximum number of samples in a clip; longer clips are truncated."""
         return self.max_positions * SAMPLES_PER_POSITION
 
     @classmethod
@@ -133,12 +133,12 @@ class WhisperConfig(EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
-        """Reads the encoder's part of a `config.json` of model type "whisper", with `changes`.
+        """Reads the encoder's fields in a `config.json` with model type "whisper", with `changes`.
 
-        Absent fields have the default values of transformers.
+        Missing fields have the defaults of transformers.
 
         Raises:
-          InputError: A field has a value that this architecture does not support.
+          InputError: The value of a field is not supported.
         """
         check_fixed(config, {"model_type": "whisper", "activation_function": "gelu"})
         fields = read_fields(config, _FIELDS)
@@ -153,10 +153,10 @@ def _sinusoids(num_positions: int, hidden_size: int) -> np.ndarray:
 
 
 class Whisper(nnx.Module):
-    """Whisper's encoder.
+    """Whisper encoder.
 
     Args:
-      config: Sizes and options.
+      config: Model config.
       rngs: RNGs for parameter initialization.
     """
 
@@ -199,19 +199,18 @@ class Whisper(nnx.Module):
         """Encodes clips.
 
         Args:
-          waveform: Mono 16 kHz audio in [-1, 1], [B, S]. Padding is not read. Clips
-            longer than `max_positions` times 20 ms are truncated.
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is ignored. Clips longer than
+            `config.max_samples` are truncated.
           lengths: Number of samples in each clip, [B] int.
           deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
-          output_hidden_states: Whether to return all hidden states too.
+          output_hidden_states: Whether to also return all hidden states.
 
         Returns:
-          Hidden states [B, N, D], and a mask of the clip's positions [B, N] bool. N is
-          `max_positions`. With `trim`, it is only as large as S samples need, up to
-          `max_positions`.
-          With `output_hidden_states` also all hidden states, [L + 1, B, N, D]: the input of the
-          first layer and the output of each layer, before the last LayerNorm.
+          Hidden states, [B, N, D], and the mask of valid positions, [B, N] bool. N is
+          `max_positions`, or with `trim` the number of positions for S samples. With
+          `output_hidden_states`, also all hidden states, [L + 1, B, N, D]: the input of the first
+          layer and the output of each layer, before the last LayerNorm.
         """
         mel, mel_lengths = self.mel(waveform, lengths)
         x, mask, layers = self._encode(
@@ -226,14 +225,14 @@ class Whisper(nnx.Module):
         return (x, mask) if layers is None else (x, mask, layers[:, :, :num_positions])
 
     def num_positions(self, num_samples: int) -> int:
-        """Returns the number of positions N of a batch of S samples."""
+        """Returns the number of positions N for waveforms with S samples."""
         if not self.config.trim:
             return self.config.max_positions
         num_positions = max(1, -(-num_samples // SAMPLES_PER_POSITION))
         return min(num_positions, self.config.max_positions)
 
     def mel(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Computes the input of `from_mel`: spectrograms [B, F, M] and their lengths [B]."""
+        """Computes the input of `from_mel`: spectrograms, [B, F, M], and their lengths, [B]."""
         # The receptive field of a clip's last position includes two frames after the clip.
         num_frames = 2 * self.num_positions(waveform.shape[1]) + 2
         mel = frontends.log_mel(
@@ -252,12 +251,12 @@ class Whisper(nnx.Module):
 
         Args:
           mel: Spectrograms from `frontends.log_mel`, [B, F, M], with F even and at most twice
-            `max_positions`. Padding is read, so it must be silence.
-          lengths: Frames of each clip, [B] int.
-          **options: `deterministic` and `rngs` of dropout.
+            `max_positions`. Padding affects the result, so it must be silence.
+          lengths: Number of frames in each clip, [B] int.
+          **options: Dropout arguments `deterministic` and `rngs`.
 
         Returns:
-          Hidden states [B, F / 2, D], and a mask of the clip's positions [B, F / 2] bool.
+          Hidden states, [B, F / 2, D], and the mask of valid positions, [B, F / 2] bool.
         """
         x, mask, _ = self._encode(mel, lengths, **options)
         return self.norm(x), mask
@@ -269,7 +268,7 @@ class Whisper(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Masks parts of the spectrograms in training, if the config says so."""
+        """Masks parts of the spectrograms in training if the config enables it."""
         if deterministic or not self.config.mask_spectrogram:
             return mel
         if rngs is None:
@@ -288,14 +287,14 @@ class Whisper(nnx.Module):
         output_hidden_states: bool = False,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Returns the last layer's output, the mask, and if requested all layers' outputs."""
+        """Returns the last layer's output, the mask and, if requested, all hidden states."""
         num_frames, max_frames = mel.shape[1], 2 * self.config.max_positions
         if num_frames % 2 or num_frames > max_frames:
             raise ValueError(f"{num_frames} frames; allowed: an even number up to {max_frames}")
         mel = self._augment(mel, lengths, **options)
         x = gelu(self.convolution(mel))
         x = gelu(self.strided_convolution(x))  # [B, N, D]
-        # The positions are a parameter because checkpoints contain them, but they are not trained;
+        # The positions are a parameter because checkpoints contain them, but they are not trained.
         # `optim` excludes them from weight decay.
         positions = jax.lax.stop_gradient(self.positions[: x.shape[1]]).astype(x.dtype)
         x = self.dropout(x + positions, **options)
@@ -310,12 +309,12 @@ class Whisper(nnx.Module):
 NAME_RULES = NameRules(
     prefixes=("", "model."),
     unused=(r"^decoder\.",),
-    # `WhisperForAudioClassification` stores its encoder without a prefix.
+    # `WhisperForAudioClassification` saves its encoder without a prefix.
     heads=(r"^proj_out\.", r"^(classifier|projector|layer_weights)\b"),
 )
-"""Variants of the tensor names."""
+"""Variants of tensor names in checkpoints."""
 
-# Module of a layer -> name in transformers.
+# Maps a layer's modules to their names in transformers.
 _LINEARS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -328,7 +327,7 @@ _NORMS = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_nor
 
 
 def key_table(config: WhisperConfig) -> KeyTable:
-    """Returns the tensor names of a `WhisperModel` for each parameter of a `Whisper`."""
+    """Returns the tensor names in `WhisperModel` for each parameter of `Whisper`."""
     table = {
         "positions": parameter("encoder.embed_positions.weight"),
         **conv("convolution", "encoder.conv1"),

@@ -209,7 +209,7 @@ def test_an_adapter_of_another_base_model_is_warned_of(
     (tmp_path / folder_name).mkdir()
     encoder_folder = shutil.copytree(folder, tmp_path / folder_name / "main")
     registry.load_module(encoder_folder, adapter=tmp_path / "adapter")
-    message = f"trained on {base}; the encoder is {encoder_folder}"
+    message = f"trained on {base}, but the encoder is {encoder_folder}"
     assert [message in line for line in lines] == [True] * warns
     if warns:
         edit_config(encoder_folder, _name_or_path=base)
@@ -352,7 +352,7 @@ def test_a_damaged_or_missing_config_is_rejected(copy):
 
 def test_a_tokenizer_with_too_many_tokens_is_rejected(copy):
     write_tokenizer(copy, [*WORDS, *map(str, range(20))])
-    assert_rejected(copy, "does not belong", "token ids go up to 29; allowed: below 24")
+    assert_rejected(copy, "does not belong", "the largest token ID is 29; allowed: below 24")
 
 
 def test_a_tokenizer_with_other_special_tokens_is_rejected(copy):

@@ -145,7 +145,7 @@ def test_unusable_files_of_salmonn_raise_a_one_line_error(
         assert "\n" not in str(error.value)
 
     check_error("gone: no such file or folder", name=str(tmp_path / "gone"))
-    check_error("not a checkpoint of SALMONN: no tensor", name=salmonn_options["beats"])
+    check_error("not a SALMONN checkpoint: no tensor", name=salmonn_options["beats"])
     copy = shutil.copytree(salmonn_options["beats"], tmp_path / "beats")
     (copy / "config.json").unlink()
     check_error("config.json: cannot be read", beats=str(copy))

@@ -190,7 +190,7 @@ def test_checkpoints_load_with_and_without_a_head(prefix):
         ({"hidden_size": "8"}, "hidden_size='8'"),
         ({"do_normalize": "false"}, "do_normalize='false'; allowed: true or false"),
         ({"do_stable_layer_norm": 1}, "do_stable_layer_norm=1"),
-        ({"conv_stride": [5, 2]}, "allowed: equally many positive sizes"),
+        ({"conv_stride": [5, 2]}, "allowed: the same number of positive sizes"),
         ({"conv_stride": [5, 2, 2.5]}, "conv_stride"),
         ({"feat_extract_norm": "batch"}, "allowed: 'group' and 'layer'"),
         ({"num_attention_heads": 3}, "num_heads=3; allowed: divisors of hidden_size=8"),

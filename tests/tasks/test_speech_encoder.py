@@ -276,7 +276,7 @@ def test_accumulation_does_not_change_a_step(task, batch):
         ({"encoder.options.max_seconds": float("nan")}, "options: max_seconds=nan; allowed: 0.1"),
         ({"encoder.options.crop_seconds": float("inf")}, "options: crop_seconds=inf; allowed: 0.1"),
         ({"encoder.options.tower": "high"}, "tower 'high'; allowed: frozen, lora, full"),
-        ({"encoder.options.prompt": "Well?"}, "prompt 'Well.'; allowed: none, it is no LLM"),
+        ({"encoder.options.prompt": "Well?"}, "prompt 'Well.'; allowed: none, it is not an LLM"),
         ({"encoder.options.vicuna": "here"}, r"allowed: all three \(SALMONN\), or none"),
         (
             {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},

@@ -268,7 +268,7 @@ def enlarge_vocabulary(folder, _):
         (use_other_weights, "another architecture: .* missing: embeddings.* surplus"),
         (lose_a_shard, "1 of .* shards missing"),
         (truncate_weights, "truncated"),
-        (enlarge_vocabulary, "does not belong to the model: .* up to 119; allowed: below"),
+        (enlarge_vocabulary, "does not belong to the model: .* ID is 119; allowed: below"),
     ],
 )
 def test_a_damaged_backbone_is_named(
