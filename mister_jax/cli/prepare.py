@@ -4,6 +4,7 @@ mister-jax prepare --corpus=meld --source=MELD.Raw --data_dir=DIR [--config=text
 mister-jax prepare --corpus=iemocap --source=IEMOCAP_full_release --config=six_session1
 mister-jax prepare --corpus=mosi --source=CMU-MOSI
 mister-jax prepare --corpus=manifest --source=my.jsonl --name=my_calls --labels=calm,angry
+mister-jax prepare --corpus=transcripts --source=FOLDER --label_tier=emotion
 mister-jax prepare --corpus=synthetic                # synthetic recordings and transcripts
 mister-jax prepare --corpus=features --source=features.npz --name=my_features
 mister-jax prepare --corpus=synthetic_features
@@ -29,6 +30,10 @@ _RELEASED_FLAGS = ("source", "config", *_DECODING_FLAGS)
 CORPUS_FLAGS = {
     **dict.fromkeys(CORPORA, _RELEASED_FLAGS),
     "manifest": ("source", "name", "labels", "map_labels", "group_by", "seed", *_DECODING_FLAGS),
+    "transcripts": (
+        *("source", "name", "labels", "map_labels", "group_by", "seed", "tier", "label_tier"),
+        *("label_column", "label_suffix", "audio_channel", *_DECODING_FLAGS),
+    ),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
     "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
     "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
@@ -45,6 +50,15 @@ _MAP_LABELS = flags.DEFINE_list(
 )
 _GROUP_BY = flags.DEFINE_string(
     "group_by", "", "column whose values random splits keep apart; speaker by default"
+)
+_TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts, separated by commas")
+_LABEL_TIER = flags.DEFINE_string("label_tier", None, "tier of the transcripts with the emotions")
+_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "column of the transcripts with emotions")
+_LABEL_SUFFIX = flags.DEFINE_bool(
+    "label_suffix", False, "the emotion ends the text of a transcript in brackets, as in [happy]"
+)
+_CHANNEL = flags.DEFINE_string(
+    "audio_channel", "mix", "channel of the recordings of transcripts: mix, left, right, an index"
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
@@ -143,6 +157,8 @@ def _detail(entry: Mapping[str, Any]) -> str:
     detail = f"{entry['seconds']:.1f} s"
     if "annotated_seconds" in entry:
         detail += f", annotated {entry['annotated_seconds']:.1f} s"
+    if "characters" in entry:
+        detail += f", text of {entry['characters']} characters"
     return ", ".join([detail, *entry.get("changed", ())])
 
 
@@ -161,6 +177,7 @@ def _check_flags(use: str, allowed: Sequence[str]) -> None:
 
 def _preparation(corpus: str) -> PrepareOptions:
     from mister_jax.data.builder import DecodingOptions
+    from mister_jax.data.corpora.transcripts import TranscriptOptions
     from mister_jax.data.prepare import PrepareOptions
 
     return PrepareOptions(
@@ -176,6 +193,13 @@ def _preparation(corpus: str) -> PrepareOptions:
         num_dialogues=_num_dialogues(),
         decoding=DecodingOptions(_WORKERS.value, _SECONDS.value, _BEAM_OPTIONS.value is not None),
         beam_options=_beam_options(_BEAM_OPTIONS.value or "{}"),
+        transcripts=TranscriptOptions(
+            _TIER.value,
+            _LABEL_TIER.value,
+            _LABEL_COLUMN.value,
+            _LABEL_SUFFIX.value,
+            _CHANNEL.value,
+        ),
         partial=_PARTIAL.value,
         overwrite=_OVERWRITE.value,
     )

@@ -1,4 +1,4 @@
-"""Names a recording and a channel of it, and checks that the recording can be read."""
+"""Types and checks for the source and the channel of a recording."""
 
 import contextlib
 import enum
@@ -19,6 +19,13 @@ Channel = str | int
 MIX = "mix"
 NAMED_CHANNELS = {"left": 0, "right": 1}
 
+RECORDING_SUFFIXES = (
+    *(".aac", ".aif", ".aiff", ".amr", ".au", ".flac", ".m4a", ".m4b", ".mp2", ".mp3", ".oga"),
+    *(".ogg", ".opus", ".sph", ".wav", ".wma", ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov"),
+    *(".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
+)
+"""Extensions of the files in a folder that are recordings."""
+
 
 class Reason(enum.StrEnum):
     """Why a recording cannot be used."""
@@ -36,10 +43,10 @@ class Reason(enum.StrEnum):
 
 
 class AudioError(InputError):
-    """A recording cannot be used; `detail` is a message of FFmpeg or of the operating system."""
+    """Reports an unusable recording. `detail` is FFmpeg's or the operating system's message."""
 
     def __init__(self, reason: Reason, source: str, detail: str = "") -> None:
-        super().__init__(reason, source, detail)  # The arguments with which pickle calls this.
+        super().__init__(reason, source, detail)  # Pickle calls `__init__` with these arguments.
         self.reason = reason
         self.source = source
         self.detail = " ".join(detail.split())
@@ -49,7 +56,7 @@ class AudioError(InputError):
 
 
 def check_channel(channel: Any) -> Channel:
-    """Returns a channel for `decode`. An index may be passed as text.
+    """Returns a valid channel, and converts an index that is passed as text.
 
     Raises:
         ValueError: The value is not a channel.
@@ -64,7 +71,7 @@ def check_channel(channel: Any) -> Channel:
 
 
 def existing_path(path: str | os.PathLike[str]) -> str:
-    """Returns the path of an existing file, whatever the Unicode form of its names.
+    """Finds an existing file whose path may use another Unicode normalization.
 
     macOS decomposes accented letters in file names (NFD), while most other systems compose them
     (NFC). If no such file exists in either form, the path is returned unchanged.
@@ -86,15 +93,15 @@ def existing_path(path: str | os.PathLike[str]) -> str:
 
 
 def source_name(source: Source) -> str:
-    """Returns the path of a recording, or its size if it is in memory."""
+    """Returns a recording's path, or its size if it is in memory."""
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
 
 
 def check_readable(source: Source, name: str) -> None:
-    """Checks a recording before FFmpeg opens it, which gives better errors.
+    """Checks a recording before FFmpeg opens it, because FFmpeg's errors are less specific.
 
     Raises:
-        AudioError: It is missing, empty, not a regular file, or may not be read.
+        AudioError: The recording is missing, empty, not a regular file, or not readable.
     """
     if isinstance(source, bytes):
         if not source:
@@ -118,5 +125,5 @@ def check_readable(source: Source, name: str) -> None:
 
 
 def error_message(error: Exception) -> str:
-    """Returns the message of an error without the name of the file."""
+    """Returns an error's message without the file name."""
     return getattr(error, "strerror", None) or str(error)

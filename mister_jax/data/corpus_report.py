@@ -1,4 +1,4 @@
-"""The report on a prepared corpus: what was written, and which recordings have issues."""
+"""Reports the contents of a prepared corpus and the issues of its recordings."""
 
 import collections
 import json
@@ -12,18 +12,21 @@ from mister_jax.data import audio
 from mister_jax.data.audio_source import source_name
 from mister_jax.data.clips import is_audible
 from mister_jax.data.corpus import Corpus, Utterance
+from mister_jax.data.timing import END_TOLERANCE, is_too_fast
 
 RECORDING_ISSUES: Mapping[str, tuple[str, ...]] = {
     "capped": ("seconds",),
     "damaged": ("seconds",),
     "silent": ("seconds",),
     "length_mismatch": ("seconds", "annotated_seconds"),
+    "past_end": ("seconds", "annotated_seconds"),
+    "fast_text": ("seconds", "characters"),
     "changed": ("seconds", "changed"),
 }
-"""Issues that a report lists, and the facts that it states about each recording."""
+"""Maps each issue in a report to the facts that the report states about an affected recording."""
 
-# A recording's length does not match its annotation if the difference exceeds both of these: the
-# seconds, and the fraction of the annotated length.
+# A recording's length does not match its annotation if the difference exceeds both this number of
+# seconds and this fraction of the annotated length.
 _MISMATCH_SECONDS, _MISMATCH_FRACTION = 1.0, 0.5
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -32,7 +35,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 def recording_facts(
     utterance: Utterance, clip: audio.Clip | audio.AudioError | None
 ) -> dict[str, Any] | None:
-    """Returns facts about the recording of an utterance as JSON values, None if it has none."""
+    """Returns facts about an utterance's recording as JSON values, or None without a recording."""
     if utterance.recording is None or clip is None:
         return None
     path = source_name(utterance.recording.source)
@@ -47,6 +50,9 @@ def recording_facts(
         "damaged": clip.damaged,
         "silent": not is_audible(clip.samples),
         "length_mismatch": False,
+        "past_end": False,
+        "fast_text": is_too_fast(utterance.text, clip.seconds),
+        "characters": len(utterance.text),
         "changed": list(clip.notes),
     }
     if utterance.start is not None and utterance.end is not None:
@@ -54,27 +60,34 @@ def recording_facts(
         tolerance = max(_MISMATCH_SECONDS, _MISMATCH_FRACTION * annotated)
         facts["length_mismatch"] = abs(clip.seconds - annotated) > tolerance
         facts["annotated_seconds"] = annotated
+    start, end = utterance.recording.start, utterance.recording.end
+    if end is not None:
+        facts["annotated_seconds"] = end - (start or 0.0)
+        facts["past_end"] = clip.seconds < facts["annotated_seconds"] - END_TOLERANCE
     return facts
 
 
 def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
     """Returns the report on a corpus as JSON values.
 
-    `facts_dir` has JSON files of `recording_facts` in a subfolder for each split.
+    `facts_dir` has one subfolder per split with JSON files of `recording_facts`.
 
     Returns:
         A dict with these entries:
 
-        - `splits`: For each split the number of dialogues, utterances, each class, unlabeled
-          utterances, utterances without speech, without text and with a text that occurs in
-          training; the hours of speech; and the minimum, mean and maximum length of a dialogue.
-        - `missing`: Utterances whose recording cannot be used, with file and reason.
+        - `splits`: For each split, the number of dialogues, utterances, utterances per class,
+          unlabeled utterances, and utterances without speech, without text, and with a text that
+          also occurs in the training split; the hours of speech; and the minimum, mean and maximum
+          dialogue length.
+        - `missing`: Utterances with an unusable recording, with file and reason.
         - `capped`: Recordings that are longer than `max_seconds`.
-        - `damaged`: Recordings that could be decoded only in part.
+        - `damaged`: Recordings that could not be fully decoded.
         - `silent`: Recordings without audible sound.
         - `length_mismatch`: Recordings whose length differs much from `end` - `start`.
+        - `past_end`: Utterances that end after their recording.
+        - `fast_text`: Utterances with more text than can be spoken in their time.
         - `changed`: Recordings that were changed (gaps filled, scaled, a channel dropped).
-        - `notes`: Notes of the reader, and a line for each kind of change with its count.
+        - `notes`: The reader's notes, and one line per kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
     train_texts = {turn.text for split, turn in corpus.utterances() if split == "train"}
@@ -117,7 +130,7 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
 
 
 def _count_changes(changed: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each kind of change: its count, and the first recording as an example."""
+    """Returns one line per kind of change, with its count and the first recording as an example."""
     examples: dict[str, str] = {}
     counts: collections.Counter[str] = collections.Counter()
     for entry in changed:

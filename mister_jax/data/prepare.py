@@ -1,4 +1,4 @@
-"""Prepares a corpus as a dialogue dataset, the stage that `mister-jax prepare` runs."""
+"""Converts corpora to dialogue datasets, for `mister-jax prepare`."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ from mister_jax.data.audio_source import existing_path, source_name
 from mister_jax.data.builder import CorpusConfig, DecodingOptions, DialogueBuilder
 from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.data.corpora.registry import CORPORA, builder_class
+from mister_jax.data.corpora.transcripts import TranscriptOptions, read_transcripts
 from mister_jax.data.corpus import Corpus
 from mister_jax.data.corpus_report import make_report
 from mister_jax.data.lazy import tfds
@@ -26,12 +27,12 @@ from mister_jax.errors import InputError
 from mister_jax.io import write_json
 
 _MAX_SORT_BYTES = 64 * 2**20
-# At most one in this many recordings may be unusable.
+# At most one in this many recordings per split may be unusable.
 _UNUSABLE_LIMIT = 10
 
 
 class Manifest(DialogueBuilder):
-    """TFDS builder of user dialogues that a manifest lists."""
+    """TFDS builder for user dialogues that a manifest lists."""
 
     DESCRIPTION: ClassVar[str] = "Dialogues of recordings and transcripts, as listed in a manifest."
     LICENSE: ClassVar[str] = "The license of the recordings."
@@ -42,7 +43,8 @@ class PrepareOptions:
     """Corpus to prepare, and options.
 
     Attributes:
-        corpus: Name of the corpus: one of `registry.CORPORA`, "manifest" or "synthetic".
+        corpus: Name of the corpus: one of `registry.CORPORA`, "manifest", "transcripts" or
+            "synthetic".
         source: Folder of the corpus, or path of the manifest; for "synthetic" the folder to write
             the recordings to. If None, "meld" with the config "text" is downloaded, and "synthetic"
             writes to a folder next to the dataset.
@@ -55,6 +57,7 @@ class PrepareOptions:
         seed: Seed of a manifest's random split, and of the synthetic corpus.
         num_dialogues: Number of dialogues of the synthetic corpus by split; its default if empty.
         beam_options: Options of the Beam pipeline.
+        transcripts: How the corpus "transcripts" is read.
         partial: Whether to allow an incomplete corpus.
     """
 
@@ -70,43 +73,45 @@ class PrepareOptions:
     num_dialogues: Mapping[str, int] = dataclasses.field(default_factory=dict)
     decoding: DecodingOptions = dataclasses.field(default_factory=DecodingOptions)
     beam_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    transcripts: TranscriptOptions = dataclasses.field(default_factory=TranscriptOptions)
     partial: bool = False
     overwrite: bool = False
 
 
 def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
-    """Reads and checks a corpus, then writes it as a dataset, atomically.
+    """Reads and checks a corpus, then writes it to a dataset, atomically.
 
-    A corpus is rejected as incomplete if more than one in ten recordings of a split cannot be used.
-    Corpora have single broken clips as released (2 of MELD's 13,708), which the report lists. More
-    than that indicates an interrupted copy, an archive that was not unpacked, or a wrong path.
-    Missing and empty files are detected before decoding, broken files after it.
+    Released corpora contain a few broken clips (2 of MELD's 13,708), and the report lists them. If
+    more than one in ten recordings in a split are unusable, the corpus is rejected as incomplete:
+    a copy may have been interrupted, an archive not unpacked, or a path wrong. Missing and empty
+    files are detected before decoding, and broken files after it.
 
     Returns:
         The report, see `corpus_report.make_report`. It is also written to the dataset's directory.
 
     Raises:
         InputError: The input cannot be used, the dataset exists or cannot be written, or Beam is
-            not installed or does not know an option; no partial dataset remains.
+            not installed or does not have an option. No partial dataset remains.
     """
     if options.corpus in CORPORA:
         return _prepare_released(options)
-    if options.corpus not in ("manifest", "synthetic"):
-        allowed = ", ".join((*CORPORA, "manifest", "synthetic"))
+    if options.corpus not in ("manifest", "transcripts", "synthetic"):
+        allowed = ", ".join((*CORPORA, "manifest", "transcripts", "synthetic"))
         raise InputError(f"corpus {options.corpus!r}; allowed: {allowed}")
     if options.config:
         raise InputError(f"{options.corpus} has no configs, got {options.config!r}")
     if options.corpus == "synthetic":
         return _prepare_synthetic(options)
     if options.source is None:
-        raise InputError("--source is needed with --corpus=manifest: a .jsonl or .csv file")
+        needed = "a .jsonl or .csv file" if options.corpus == "manifest" else "a folder"
+        raise InputError(f"--source is needed with --corpus={options.corpus}: {needed}")
     return _prepare_manifest(options)
 
 
 def read_released(
     corpus: str, source: epath.PathLike | None, config: str = "", *, partial: bool = False
 ) -> Corpus:
-    """Reads and checks a corpus of `registry.CORPORA` without decoding recordings.
+    """Reads and checks a corpus in `registry.CORPORA` without decoding recordings.
 
     Raises:
         InputError: The corpus cannot be used.
@@ -155,7 +160,10 @@ def _prepare_manifest(
     name = options.name or _dataset_name(path)
     dataset = f"manifest/{name}"
     _check_not_existing(dataset, options)
-    corpus = read_manifest(
+    read = read_manifest
+    if options.corpus == "transcripts":
+        read = functools.partial(read_transcripts, options=options.transcripts)
+    corpus = read(
         path,
         labels=options.labels,
         label_map=options.label_map,
@@ -165,16 +173,17 @@ def _prepare_manifest(
     if not corpus.class_names:
         columns = dict.fromkeys(name for _, turn in corpus.utterances() for name in turn.metadata)
         extra = f" (extra columns: {', '.join(columns)})" if columns else ""
-        raise InputError(
-            f"{path}: label: no row has one{extra}; needed: a column label, or --labels=A,B,..."
-        )
+        needed = "a column label, or --labels=A,B,..."
+        if options.corpus == "transcripts":
+            needed = "--label_tier, --label_column, --label_suffix, or --labels=A,B,..."
+        raise InputError(f"{path}: label: no row has one{extra}; needed: {needed}")
     corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
     config = CorpusConfig(name=name)
     return _write(options, Manifest, corpus, dataset, config, str(path), reference_scores)
 
 
 def _dataset_name(manifest: pathlib.Path) -> str:
-    """Returns the name of a manifest file as a dataset name."""
+    """Makes a dataset name from a manifest's file name."""
     name = manifest.stem.lower().replace("-", "_").replace(" ", "_")
     try:
         dataset_directory(f"manifest/{name}", None)
@@ -204,7 +213,7 @@ def _prepare_synthetic(options: PrepareOptions) -> dict[str, Any]:
 
 
 def _check_not_existing(dataset: str, options: PrepareOptions) -> None:
-    """Raises InputError if the dataset exists, before its corpus is read."""
+    """Raises InputError if the dataset exists and must not be replaced."""
     recover(dataset, options.data_dir)
     directory = dataset_directory(dataset, options.data_dir)
     if directory.exists() and not options.overwrite:
@@ -222,7 +231,7 @@ def _write(
     source: str,
     reference_scores: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes a corpus as a dataset and returns the report."""
+    """Writes a corpus to a dataset and returns the report."""
     decoding = options.decoding
     tfds_options: dict[str, Any] = {}
     if decoding.beam:
@@ -262,7 +271,7 @@ def _write(
 
 
 def _parse_beam_options(options: Mapping[str, Any]) -> Any:
-    """Returns the pipeline options of Beam; checks them, because Beam ignores unknown options."""
+    """Checks and returns Beam's pipeline options. Beam itself ignores unknown options."""
     try:
         import apache_beam  # noqa: F401
         from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -295,9 +304,9 @@ def _parse_beam_options(options: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _limit_sort_memory() -> Iterator[None]:
-    """Makes TFDS sort examples on disk earlier, so that memory does not grow with the corpus.
+    """Reduces TFDS's sort buffer, so that large corpora are sorted on disk and not in memory.
 
-    TFDS has no option for the size of this buffer, which is 1 GB, so its constant is replaced.
+    TFDS has no option for the buffer's size of 1 GB, so this replaces its constant.
     """
     default = shuffle.MAX_MEM_BUFFER_SIZE
     shuffle.MAX_MEM_BUFFER_SIZE = _MAX_SORT_BYTES
@@ -308,11 +317,11 @@ def _limit_sort_memory() -> Iterator[None]:
 
 
 def _check_files(corpus: Corpus) -> None:
-    """Raises InputError if too many recordings of a split are missing or empty."""
+    """Raises InputError if too many recordings in a split are missing or empty."""
 
     @functools.cache
     def find_problem(path: str) -> str:
-        # An impossible path raises ValueError or OSError; the decoder reports it later.
+        # An invalid path raises ValueError or OSError here, and the decoder reports it later.
         with contextlib.suppress(OSError, ValueError):
             if epath.Path(existing_path(path)).stat().length > 0:
                 return ""
@@ -322,7 +331,7 @@ def _check_files(corpus: Corpus) -> None:
 
 
 def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
-    """Raises InputError if too many recordings of a split could not be decoded."""
+    """Raises InputError if too many recordings in a split could not be decoded."""
     problems = {
         entry["utterance"]: f"{entry['file']}: {entry['reason']}" for entry in report["missing"]
     }
@@ -330,9 +339,10 @@ def _check_decoded(corpus: Corpus, report: Mapping[str, Any]) -> None:
 
 
 def _check_usable(corpus: Corpus, what: str, find_problem: Callable[[str, str], str]) -> None:
-    """Raises InputError if too many recordings of a split have a problem, which `what` states.
+    """Raises InputError if too many recordings in a split are unusable.
 
-    `find_problem` is a function of utterance id and path; it returns "" for a usable recording.
+    `what` describes the problem in the message. `find_problem` returns the problem for an
+    utterance id and a path, or "" for a usable recording.
     """
     for split, dialogues in corpus.splits.items():
         problems = [

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from mister_jax.data import audio
-from mister_jax.data.audio_source import MIX, AudioError, Channel, check_channel, existing_path
+from mister_jax.data.audio_source import (
+    MIX,
+    RECORDING_SUFFIXES,
+    AudioError,
+    Channel,
+    check_channel,
+    existing_path,
+)
+from mister_jax.data.timing import END_TOLERANCE, MAX_CHARACTERS_PER_SECOND, is_too_fast
 from mister_jax.data.transcripts.reader import find_transcript, read_transcript
 from mister_jax.data.transcripts.segments import Segment
 from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
@@ -25,19 +33,6 @@ from mister_jax.inference.speech_recognition import (
 
 SPLIT = "split"
 """Reads every channel on its own, each with one speaker, as one conversation."""
-
-RECORDING_SUFFIXES = (
-    *(".aac", ".aif", ".aiff", ".amr", ".au", ".flac", ".m4a", ".m4b", ".mp2", ".mp3", ".oga"),
-    *(".ogg", ".opus", ".sph", ".wav", ".wma", ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov"),
-    *(".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
-)
-"""Extensions of the files in a folder that are recordings."""
-
-# Text that is spoken faster than this does not belong to its times. Fast speech has about 25
-# characters per second.
-MAX_CHARACTERS_PER_SECOND = 40.0
-# Seconds after the end of a recording that are not worth a note.
-_END_TOLERANCE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +242,9 @@ def _timing_notes(segment: Segment, seconds: float | None) -> tuple[str, ...]:
     """Returns notes on times that do not fit the recording or the text."""
     notes = []
     duration = segment.end - segment.start
-    if seconds is not None and segment.end > seconds + _END_TOLERANCE:
+    if seconds is not None and segment.end > seconds + END_TOLERANCE:
         notes.append(f"ends {segment.end - seconds:.1f} s after the recording")
-    if len(segment.text) > MAX_CHARACTERS_PER_SECOND * duration:
+    if is_too_fast(segment.text, duration):
         notes.append(
             f"{len(segment.text)} characters in {duration:.1f} s; speech has at most "
             f"{MAX_CHARACTERS_PER_SECOND:g} per second"

@@ -116,6 +116,8 @@ def test_the_report_lists_recordings_with_issues(tmp_path):
         "damaged": [],
         "silent": ["d/silent"],
         "length_mismatch": ["d/longer"],
+        "past_end": [],
+        "fast_text": [],
         "changed": ["d/opposite"],
     }
     assert report["length_mismatch"][0]["annotated_seconds"] == 2
@@ -293,7 +295,10 @@ def test_tfds_sorts_in_small_buckets():
 
 def test_impossible_options_are_rejected(manifest, tmp_path):
     for preparation, message in [
-        (PrepareOptions("tv"), "corpus 'tv'; allowed: iemocap, meld, mosi, manifest, synthetic"),
+        (
+            PrepareOptions("tv"),
+            "corpus 'tv'; allowed: iemocap, meld, mosi, manifest, transcripts, synthetic",
+        ),
         (
             PrepareOptions("meld", config="video", data_dir=tmp_path),
             "config 'video' of meld; allowed",

@@ -90,12 +90,50 @@ def read_manifest(
         raise InputError(f"{path}: {reason}; needed: a manifest, {' or '.join(_FORMATS)}")
     if path.suffix not in _FORMATS:
         raise InputError(f"{path}: {path.suffix or 'no suffix'}; allowed: {', '.join(_FORMATS)}")
-    for name in labels:
-        if not name or [name.strip()] != name.splitlines() or labels.count(name) > 1:
-            raise InputError(f"labels: {name!r}; allowed: unique names of one line")
     rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
     if not rows:
         raise InputError(f"{path}: no rows; at least one utterance is needed")
+    return corpus_from_rows(
+        rows,
+        path,
+        labels=labels,
+        label_map=label_map,
+        check_labels=check_labels,
+        group_by=group_by,
+        seed=seed,
+        fractions=fractions,
+    )
+
+
+def corpus_from_rows(
+    rows: Sequence["Row"],
+    source: pathlib.Path,
+    *,
+    labels: Sequence[str] = (),
+    label_map: Mapping[str, str] | None = None,
+    check_labels: bool = True,
+    group_by: str = "",
+    seed: int = 0,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+) -> Corpus:
+    """Makes a corpus of the rows of a manifest; see `read_manifest`.
+
+    Args:
+        rows: At least one row.
+        source: Path of the manifest, whose name becomes that of the corpus.
+        labels: Class names in their order.
+        label_map: Map from names in the rows to class names.
+        check_labels: Whether to reject labels that look like mistakes.
+        group_by: Column whose values random splits keep apart.
+        seed: Seed of the random split.
+        fractions: Fractions of the dialogues in the three splits.
+
+    Raises:
+        InputError: A row or a label is invalid.
+    """
+    for name in labels:
+        if not name or [name.strip()] != name.splitlines() or labels.count(name) > 1:
+            raise InputError(f"labels: {name!r}; allowed: unique names of one line")
     intervals = audio_intervals(rows)
     notes = []
     cut = [
@@ -130,14 +168,14 @@ def read_manifest(
             {name: len(dialogue.utterances) for name, dialogue in dialogues.items()},
             groups,
             name=group_by or DEFAULT_GROUP,
-            source=str(path),
+            source=str(source),
             explicit=bool(group_by),
             seed=seed,
             fractions=fractions,
         )
         notes.append(note)
     return Corpus(
-        path.stem,
+        source.stem,
         tuple(labels or sorted({turn.label for turn in utterances if turn.label is not None})),
         {
             split: [dialogue for name, dialogue in dialogues.items() if splits[name] == split]
@@ -148,13 +186,18 @@ def read_manifest(
     )
 
 
-class _Row(Fields):
-    """Row of a manifest, without its absent fields."""
+class Row(Fields):
+    """Row of a manifest, without its absent fields.
 
-    def __init__(self, path: pathlib.Path, line_number: int, values: Mapping[str, Any]) -> None:
-        super().__init__(f"{path}: row at line {line_number}", values)
-        self.folder = path.parent
-        self.line_number = line_number
+    Args:
+        location: Origin of the row, the beginning of every error message.
+        folder: Folder to which paths of recordings are relative.
+        values: Fields by name.
+    """
+
+    def __init__(self, location: str, folder: pathlib.Path, values: Mapping[str, Any]) -> None:
+        super().__init__(location, values)
+        self.folder = folder
 
     def metadata(self) -> dict[str, str]:
         """Returns the fields that no model reads: extra columns, and the speaker."""
@@ -200,7 +243,7 @@ class _Row(Fields):
 
 
 def _check_labels(
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     utterances: Sequence[Utterance],
     labels: Sequence[str],
     label_map: Mapping[str, str],
@@ -225,7 +268,7 @@ def _check_labels(
 
 
 def _groups(
-    rows: Sequence[_Row], utterances: Sequence[Utterance], group_by: str
+    rows: Sequence[Row], utterances: Sequence[Utterance], group_by: str
 ) -> dict[str, set[str]]:
     """Returns for each dialogue the values of a column, `speaker` if `group_by` is empty."""
     groups: dict[str, set[str]] = collections.defaultdict(set)
@@ -239,18 +282,18 @@ def _groups(
 
 
 def _dialogues(
-    rows: Sequence[_Row], utterances: Sequence[Utterance]
+    rows: Sequence[Row], utterances: Sequence[Utterance]
 ) -> tuple[dict[str, Dialogue], dict[str, str]]:
     """Returns the dialogues by id, and their splits if the rows have any."""
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
     ordering_field: dict[str, str] = {}
-    rows_by_id: dict[str, _Row] = {}
+    rows_by_id: dict[str, Row] = {}
     first = rows[0]
     for row, utterance in zip(rows, utterances, strict=True):
         other = rows_by_id.setdefault(utterance.id, row)
         if other is not row:
-            message = f"repeats the row at line {other.line_number}; needed: unique ids"
+            message = f"repeats the {other.location.rpartition(': ')[2]}; needed: unique ids"
             row.fail("utterance", message)
         dialogue, split = row.id("dialogue"), row.split()
         field = "start" if row.number("order") is None else "order"
@@ -275,7 +318,7 @@ def _dialogues(
     return dialogues, {name: split for name, split in splits.items() if split}
 
 
-def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
+def _jsonl(path: pathlib.Path) -> Iterator[Row]:
     # Not splitlines, because JSON text may contain other line separators of Unicode.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -293,14 +336,16 @@ def _jsonl(path: pathlib.Path) -> Iterator[_Row]:
             if name in values:
                 Fields(row, {}).fail(repr(name), "repeated; needed: unique fields")
             values[name] = value
-        yield _Row(path, number, {key: value for key, value in values.items() if value is not None})
+        yield Row(
+            row, path.parent, {key: value for key, value in values.items() if value is not None}
+        )
 
 
 class _JsonPairs(list):
     """Fields of a JSON object, including repeated ones."""
 
 
-def _csv(path: pathlib.Path) -> Iterator[_Row]:
+def _csv(path: pathlib.Path) -> Iterator[Row]:
     text = read_text(path)
     delimiter = _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -325,7 +370,7 @@ def _csv(path: pathlib.Path) -> Iterator[_Row]:
                     f"{_DELIMITERS[delimiter]}, as in the header)"
                 )
             fields = {name: value for name, value in zip(header, values, strict=True) if value}
-            yield _Row(path, reader.line_num, fields)
+            yield Row(f"{path}: row at line {reader.line_num}", path.parent, fields)
     except csv.Error as error:
         raise InputError(f"{path}: row at line {reader.line_num}: not CSV ({error})") from error
 

@@ -1,0 +1,161 @@
+"""Reads a folder of recordings with transcripts, such as one's own ELAN or Praat annotations.
+
+Each recording is a dialogue, and each utterance of its transcript is a row of a manifest. Labels
+come from a tier, a column, or the end of the text, as in "Hello! [happy]".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mister_jax.data.audio_source import RECORDING_SUFFIXES
+from mister_jax.data.corpora.manifest.reader import Row, corpus_from_rows
+from mister_jax.data.corpus import Corpus, existing_directory
+from mister_jax.data.transcripts.reader import SUFFIXES, find_transcript, read_transcript
+from mister_jax.data.transcripts.segments import Segment
+from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
+from mister_jax.errors import InputError
+
+_LABEL_SUFFIX = re.compile(r"\s*[\[({<](?P<label>[^\[\](){}<>]+)[\])}>]\s*$")
+_MAX_LISTED = 5  # files that a note names
+
+
+@dataclasses.dataclass(frozen=True)
+class TranscriptOptions:
+    """How the transcripts of a folder are read.
+
+    Attributes:
+      tier: Tier of the utterances, or several separated by commas; see `read_transcript`.
+      label_tier: Tier with the emotions.
+      label_column: Column of a table with the emotions.
+      label_suffix: Whether the emotion is at the end of the text in brackets.
+      channel: Channel of the recordings to read.
+      rules: Rules by which segments become utterances.
+    """
+
+    tier: str | None = None
+    label_tier: str | None = None
+    label_column: str | None = None
+    label_suffix: bool = False
+    channel: str = "mix"
+    rules: UtteranceRules = dataclasses.field(default_factory=UtteranceRules)
+
+
+def read_transcripts(
+    source: str | pathlib.Path, options: TranscriptOptions, **manifest_options: Any
+) -> Corpus:
+    """Reads the recordings and transcripts of a folder and its subfolders.
+
+    A recording without a transcript, and a transcript without a recording, are left out and listed
+    in the notes.
+
+    Args:
+      source: Folder of the recordings; transcripts are beside them, see `find_transcript`.
+      options: How transcripts are read.
+      **manifest_options: Options of `corpus_from_rows`, such as `labels`.
+
+    Raises:
+      InputError: There is no recording with a transcript, or a transcript cannot be read.
+    """
+    folder = existing_directory(source, needed="a folder of recordings with transcripts")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    recordings = [path for path in files if path.suffix.lower() in RECORDING_SUFFIXES]
+    if not recordings:
+        raise InputError(
+            f"{folder}: no recordings; needed: files such as call.wav with a transcript call.srt"
+        )
+    pairs = [(path, find_transcript(path)) for path in recordings]
+    used = {transcript for _, transcript in pairs if transcript is not None}
+    if not used:
+        raise InputError(
+            f"{folder}: {len(recordings)} recordings without a transcript; needed: files of the "
+            "same name such as call.srt, call.TextGrid or call.eaf"
+        )
+    rows: list[Row] = []
+    notes: list[str] = []
+    for recording, transcript in pairs:
+        if transcript is not None:
+            rows += _rows(folder, recording, transcript, options, notes)
+    without_transcript = [path for path, transcript in pairs if transcript is None]
+    stems = {recording.with_suffix("") for recording in recordings}
+    without_recording = [
+        path
+        for path in files
+        if path.suffix.lower() in SUFFIXES and path not in used and not _is_beside(path, stems)
+    ]
+    for what, paths in (
+        ("recordings without transcript", without_transcript),
+        ("transcripts without recording", without_recording),
+    ):
+        if paths:
+            names = ", ".join(str(path.relative_to(folder)) for path in paths[:_MAX_LISTED])
+            more = ", ..." if len(paths) > _MAX_LISTED else ""
+            notes.append(f"{len(paths)} {what} are left out: {names}{more}")
+    corpus = corpus_from_rows(rows, folder, **manifest_options)
+    return dataclasses.replace(corpus, notes=(*notes, *corpus.notes))
+
+
+def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
+    """Returns whether a file belongs to a recording that has another, preferred transcript."""
+    parts = transcript.name.split(".")
+    names = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return any(
+        transcript.with_name(name) in stems or transcript.with_name(name).with_suffix("") in stems
+        for name in names
+    )
+
+
+def _rows(
+    folder: pathlib.Path,
+    recording: pathlib.Path,
+    transcript: pathlib.Path,
+    options: TranscriptOptions,
+    notes: list[str],
+) -> Iterator[Row]:
+    """Yields the utterances of a recording as rows of a manifest, and adds notes."""
+    name = str(recording.relative_to(folder).with_suffix(""))
+    contents = read_transcript(
+        transcript,
+        tier=options.tier,
+        label_tier=options.label_tier,
+        label_column=options.label_column,
+        recording=recording.stem,
+    )
+    notes += (f"{transcript.relative_to(folder)}: {note}" for note in contents.notes)
+    segments: Sequence[Segment] = contents.segments
+    if options.label_suffix:
+        segments = [_split_label(segment) for segment in segments]
+    for number, segment in enumerate(make_utterances(segments, options.rules), start=1):
+        channel = options.channel if segment.channel is None else segment.channel
+        values = {
+            "dialogue": name,
+            "utterance": number,
+            "order": number,
+            "start": segment.start,
+            "end": segment.end,
+            "audio": recording.name,
+            "audio_start": segment.start,
+            "audio_end": segment.end,
+            "audio_channel": channel,
+            "text": segment.text or None,
+            "label": segment.label,
+            "speaker": segment.speaker,
+        }
+        yield Row(
+            f"{transcript}: utterance at {segment.start:.2f} s",
+            recording.parent,
+            {field: value for field, value in values.items() if value is not None},
+        )
+
+
+def _split_label(segment: Segment) -> Segment:
+    """Moves the label from the end of a segment's text to its field."""
+    match = _LABEL_SUFFIX.search(segment.text)
+    if match is None:
+        return segment
+    label = match["label"].strip()
+    return dataclasses.replace(segment, text=segment.text[: match.start()], label=label, words=())

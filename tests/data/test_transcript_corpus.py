@@ -1,0 +1,171 @@
+"""`--corpus=transcripts`: a dialogue dataset of a folder of recordings with transcripts."""
+
+import numpy as np
+import pytest
+
+from mister_jax.data.audio import SAMPLE_RATE, encode_wav
+from mister_jax.data.builder import DecodingOptions
+from mister_jax.data.corpora.transcripts import TranscriptOptions, read_transcripts
+from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.prepare import PrepareOptions, prepare_corpus
+from mister_jax.errors import InputError
+
+TEXTS = ("Hello there.", "You again!", "Goodbye.")
+LABELS = ("joy", "anger", "joy")
+TIMES = ((0.0, 0.9), (1.0, 1.75), (2.0, 3.0))
+
+
+def write_recording(path, seconds=3.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(round(seconds * SAMPLE_RATE))
+    encode_wav(path, (5000 * np.sin(time / (20 + len(path.stem)))).astype(np.int16))
+
+
+def text_grid() -> str:
+    """Returns a TextGrid with the tiers `words` and `emotion`."""
+    tiers = []
+    for name, values in (("words", TEXTS), ("emotion", LABELS)):
+        intervals = "".join(
+            f'{start}\n{end}\n"{value}"\n'
+            for (start, end), value in zip(TIMES, values, strict=True)
+        )
+        tiers.append(f'"IntervalTier"\n"{name}"\n0\n3\n{len(TIMES)}\n{intervals}')
+    return 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n3\n<exists>\n2\n' + "".join(
+        tiers
+    )
+
+
+def srt(texts=TEXTS) -> str:
+    cues = (
+        f"{number}\n00:00:{start:06.3f} --> 00:00:{end:06.3f}\n{text}\n\n"
+        for number, ((start, end), text) in enumerate(zip(TIMES, texts, strict=True), start=1)
+    )
+    return "".join(cues)
+
+
+def csv() -> str:
+    rows = zip(TIMES, TEXTS, LABELS, strict=True)
+    return "start,end,text,mood\n" + "".join(
+        f"{a},{b},{text},{label}\n" for (a, b), text, label in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "options"),
+    [
+        (".TextGrid", text_grid(), {"label_tier": "emotion"}),
+        (".csv", csv(), {"label_column": "mood"}),
+        (
+            ".srt",
+            srt([f"{text} [{label}]" for text, label in zip(TEXTS, LABELS, strict=True)]),
+            {"label_suffix": True},
+        ),
+    ],
+)
+def test_labels_come_from_a_tier_a_column_or_the_text(tmp_path, suffix, content, options):
+    for name in ("a/call 1", "call 2", "call 3"):
+        write_recording(tmp_path / f"{name}.wav")
+        (tmp_path / f"{name}{suffix}").write_text(content)
+    corpus = read_transcripts(tmp_path, TranscriptOptions(**options))
+    assert corpus.class_names == ("anger", "joy")
+    dialogues = {dialogue.id: dialogue for _, dialogue in corpus.dialogues()}
+    assert sorted(dialogues) == ["a/call 1", "call 2", "call 3"]
+    utterances = dialogues["a/call 1"].utterances
+    assert tuple(it.text for it in utterances) == TEXTS
+    assert tuple(it.label for it in utterances) == LABELS
+    assert tuple((it.recording.start, it.recording.end) for it in utterances) == TIMES
+    assert str(utterances[0].recording.source) == str(tmp_path / "a" / "call 1.wav")
+
+
+def test_the_report_lists_recordings_and_transcripts_without_the_other(tmp_path):
+    source = tmp_path / "calls"
+    for name in ("one", "two", "three", "alone"):
+        write_recording(source / f"{name}.wav")
+    for name in ("one", "two", "three", "lost"):
+        (source / f"{name}.csv").write_text(csv())
+    (source / "one.srt").write_text(srt())  # A CSV file is not preferred to subtitles.
+    (source / "one.srt").unlink()
+    report = prepare_corpus(
+        PrepareOptions(
+            "transcripts",
+            source,
+            tmp_path / "data",
+            transcripts=TranscriptOptions(label_column="mood"),
+            decoding=DecodingOptions(0),
+        )
+    )
+    assert "1 recordings without transcript are left out: alone.wav" in report["notes"]
+    assert "1 transcripts without recording are left out: lost.csv" in report["notes"]
+    dataset = DialogueDataset("manifest/calls", tmp_path / "data")
+    turns = [
+        turn
+        for split in ("train", "validation", "test")
+        for dialogue in dataset.dialogues(split)
+        for turn in dialogue.utterances
+    ]
+    assert len(turns) == 9
+    lengths = [len(turn.audio) / SAMPLE_RATE for turn in turns[:3]]
+    assert lengths == [end - start for start, end in TIMES]
+
+
+def test_times_that_do_not_fit_are_reported_and_kept(tmp_path):
+    source = tmp_path / "calls"
+    for name in ("one", "two", "three"):
+        write_recording(source / f"{name}.wav", seconds=2.3)
+        texts = (TEXTS[0] * 10, *TEXTS[1:])
+        rows = zip(TIMES, texts, LABELS, strict=True)
+        lines = (f"{a},{b},{text},{label}\n" for (a, b), text, label in rows)
+        (source / f"{name}.csv").write_text("start,end,text,label\n" + "".join(lines))
+    report = prepare_corpus(
+        PrepareOptions("transcripts", source, tmp_path / "data", decoding=DecodingOptions(0))
+    )
+    assert sorted(entry["utterance"] for entry in report["past_end"]) == [
+        "one/3",
+        "three/3",
+        "two/3",
+    ]
+    assert report["past_end"][0]["seconds"] == pytest.approx(0.3)
+    assert report["past_end"][0]["annotated_seconds"] == 1.0
+    assert sorted(entry["utterance"] for entry in report["fast_text"]) == [
+        "one/1",
+        "three/1",
+        "two/1",
+    ]
+    assert report["fast_text"][0]["characters"] == 120
+    assert sum(split["utterances"] for split in report["splits"].values()) == 9
+
+
+def test_a_second_transcript_of_a_recording_is_not_lost(tmp_path):
+    write_recording(tmp_path / "one.wav")
+    (tmp_path / "one.csv").write_text(csv())
+    (tmp_path / "one.srt").write_text(srt())
+    corpus = read_transcripts(tmp_path, TranscriptOptions(), fractions=(1, 0, 0))
+    assert not any("without recording" in note for note in corpus.notes)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ({}, {}, "no recordings; needed"),
+        ({"a.wav": None}, {}, "1 recordings without a transcript"),
+        ({"a.wav": None, "a.TextGrid": text_grid()}, {}, "tiers: words .3., emotion .3."),
+        ({"a.wav": None, "a.srt": srt()}, {"label_tier": "emotion"}, "which has no label tiers"),
+        ({"a.wav": None, "a.csv": csv()}, {"label_column": "feeling"}, "columns: start, end"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, files, options, message):
+    for name, content in files.items():
+        if content is None:
+            write_recording(tmp_path / name)
+        else:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_transcripts(tmp_path, TranscriptOptions(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_without_labels_the_flags_that_find_them_are_named(tmp_path):
+    write_recording(tmp_path / "one.wav")
+    (tmp_path / "one.srt").write_text(srt())
+    with pytest.raises(InputError, match="--label_tier, --label_column, --label_suffix"):
+        prepare_corpus(PrepareOptions("transcripts", tmp_path, tmp_path / "data", name="calls"))
