@@ -66,7 +66,7 @@ def _cues(text: str) -> Iterator[_Cue]:
         end = following.start() if following else len(text)
         # Without the line break before the next timing line.
         lines = text[timing.end() : end].removesuffix("\n").split("\n")[1:]
-        yield _Cue(*map(parse_seconds, timing.groups()), tuple(lines))
+        yield _Cue(parse_seconds(timing[1]), parse_seconds(timing[2]), tuple(lines))
 
 
 def _read_srt(text: str, selection: Selection, notes: Notes) -> Transcript:

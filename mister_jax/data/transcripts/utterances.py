@@ -101,8 +101,12 @@ def ends_sentence(text: str, following: str, rules: UtteranceRules) -> bool:
         return not continues  # "Stop!" he said.
     if bare[-1] != ".":
         return True
-    word = bare.split()[-1].strip(rules.closing + "“‘«([{„")[:-1].lower()  # noqa: RUF001
-    is_initial = re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word) and word != "i"
+    word = bare.split()[-1].strip(rules.closing + "“‘«([{„")[:-1]  # noqa: RUF001
+    # "J." and "U.S.", but not "So do I."
+    is_initial = re.fullmatch(r"(?:[^\W\d_]\.)+[^\W\d_]|[^\W\d_]", word) and (
+        "." in word or (word.isupper() and word != "I")
+    )
+    word = word.lower()
     is_abbreviation = is_initial or word in rules.abbreviations
     return not (is_abbreviation or (continues and word in _MAY_END_SENTENCE))
 
