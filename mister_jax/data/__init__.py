@@ -1,13 +1,13 @@
-"""Datasets of dialogues, from corpora on disk to batches.
+"""Dialogue datasets, from corpora on disk to batches.
 
 - `corpora` reads corpora and manifests; `registry` lists the released corpora.
-- `prepare` writes a corpus as a dialogue dataset, which `dialogues` reads.
+- `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads it.
 - `features` stores and loads utterance vectors, `npz` imports them, `synthetic` generates them.
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, and `pipeline` turns a split into padded arrays.
 
-This is the only package that uses TensorFlow. The modules that write corpora (`prepare`, `builder`
-and `corpora`) import it, the others load it when a dataset is read or written.
+No other package uses TensorFlow. `prepare`, `builder` and `corpora` import it; the other modules
+import it on first use.
 """
 
 from mister_jax.errors import require_extra

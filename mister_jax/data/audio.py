@@ -1,8 +1,11 @@
-"""Decodes recordings of any format to 16 kHz mono samples, with the FFmpeg libraries of PyAV.
+"""Decodes recordings of any format to 16 kHz mono samples, with PyAV's FFmpeg libraries.
 
-`decode` reads one recording or a cut of it, `decode_many` reads many in parallel processes,
-`stream_cuts` reads the cuts of a long one, and `encode_wav` writes samples. Every problem with a
-recording is an `AudioError`.
+- `decode` reads one recording or a cut of it.
+- `decode_many` reads many recordings in parallel processes.
+- `stream_cuts` reads the cuts of a long recording.
+- `encode_wav` writes samples.
+
+All problems with recordings are reported as `AudioError`.
 """
 
 import collections
@@ -36,7 +39,7 @@ from mister_jax.data.workers import WorkerCrashError, ordered_map
 # Index after the last sample of a recording whose length is unknown.
 _END = sys.maxsize
 
-# Seconds of audio that one call of a worker returns at most: 38 MB of int16.
+# Maximum seconds of audio that one call of a worker returns: 38 MB of int16.
 _MAX_GROUP_SECONDS = 1200.0
 
 
@@ -45,8 +48,9 @@ class Clip:
     """A decoded recording, or a cut of it.
 
     Attributes:
-        samples: Mono samples [N] int16 at `SAMPLE_RATE`, truncated to `max_seconds` if `capped`.
+        samples: Mono samples [N] int16 at `SAMPLE_RATE`.
         seconds: Length of the recording or cut before it was capped.
+        capped: Whether the samples are truncated to `max_seconds`.
         damaged: Whether a part could not be decoded.
         notes: Short notes for the user, such as "2.0 s missing".
     """
@@ -60,7 +64,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRequest:
-    """A recording or a cut of it. The fields are the arguments of `decode`."""
+    """A recording or a cut to decode. The fields are the arguments of `decode`."""
 
     source: Source
     start: float | None = None
@@ -78,26 +82,28 @@ def decode(
 ) -> Clip:
     """Decodes the audio of a recording to `SAMPLE_RATE` and one channel.
 
-    Channels with a position (left, center, ...) are mixed with FFmpeg's weights: stereo is
-    averaged, and 5.1 weights the center, where films put speech, most and the bass not at all.
-    Channels without a position are averaged. The weights add up to 1, so a mix does not clip. If
-    channels cancel each other out, the strongest one is used. FFmpeg chooses among several audio
-    streams. Frames that cannot be decoded become silence if time stamps reveal them, otherwise they
-    are dropped. Samples far beyond full scale are scaled to the peak. `Clip.notes` reports all of
-    this.
+    Channels with a position (left, center, ...) are mixed with FFmpeg's weights. For example,
+    stereo channels are averaged. In 5.1, the center channel, which holds speech in films, has the
+    largest weight, and the bass channel has weight 0. Channels without a position are averaged. The
+    weights add up to 1, so a mix does not clip. If channels cancel each other out, the strongest
+    channel is used.
+
+    FFmpeg chooses among several audio streams. If time stamps reveal that frames could not be
+    decoded, silence replaces them; otherwise they are dropped. If the peak is far above full scale,
+    the samples are scaled so that the peak is at full scale. `Clip.notes` reports these changes.
 
     Args:
         source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
         start: Start of the cut in seconds from the beginning of the container, by default 0.
-        end: End of the cut in seconds; the end of the recording if None or later than that. The
-            cut equals that part of the decoded recording to the sample, except for the noise that
-            AAC decoders synthesize.
+        end: End of the cut in seconds; by default, the end of the recording. A cut has exactly the
+            samples of that part of the decoded recording, except for the noise that AAC decoders
+            synthesize.
         channel: "mix", "left", "right", or the index of a channel.
         max_seconds: Maximum seconds to keep.
 
     Raises:
         AudioError: The recording yields no samples; `Reason` lists the possible reasons.
-        ValueError: `max_seconds` is not positive, or `channel` is not a channel.
+        ValueError: `max_seconds` is not positive, or `channel` is invalid.
     """
     _check_max_seconds(max_seconds)
     request = DecodeRequest(source, start, end, check_channel(channel))
@@ -115,9 +121,9 @@ def decode_many(
 ) -> Iterator[Clip | AudioError]:
     """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
-    Consecutive cuts of one recording are decoded in one pass. Memory does not grow with the number
-    of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes, and each
-    clip is yielded as soon as it is complete.
+    Consecutive cuts from one recording are decoded in one pass. Memory does not grow with the
+    number of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes, and
+    each clip is yielded as soon as it is complete.
 
     Raises:
         ValueError: `num_workers` is negative or `max_seconds` not positive.
@@ -143,14 +149,14 @@ def decode_many(
 def stream_cuts(
     requests: Iterable[DecodeRequest], max_seconds: float | None = None
 ) -> Iterator[Clip | AudioError]:
-    """Decodes cuts of one channel of one recording in a single pass, in the order of their start.
+    """Decodes sorted cuts of a recording in a single pass, and yields each when it is complete.
 
-    Unlike `decode_many`, it holds only the cuts that have not been read yet, so a recording of any
-    length takes little memory and is decoded once.
+    Memory does not grow with the length of the recording, because only cuts that have not been
+    yielded are held.
 
     Args:
         requests: Cuts with equal `source` and `channel`, sorted by `start`.
-        max_seconds: Maximum seconds to keep of each cut.
+        max_seconds: Maximum seconds to keep from each cut.
 
     Raises:
         ValueError: `max_seconds` is not positive, or the cuts are not sorted.
@@ -169,14 +175,15 @@ def stream_cuts(
             unread.discard(id(next(completed)))
         if cut.canceled_by is None:
             result = cut.result()
-        else:  # This is rare, so the cut is read once more.
+        else:
+            # Channels rarely cancel out, so reading the cut once more is cheap on average.
             (result,) = _decode_cuts((cut.request,), max_seconds)
-        cut.restart()  # releases its samples
+        cut.restart()  # Frees the samples.
         yield result
 
 
 def container_seconds(source: Source) -> float | None:
-    """Returns the length of a recording according to its container, or None if it states none.
+    """Returns a recording's length in seconds as stated in its container, or None if missing.
 
     Raises:
         AudioError: The recording cannot be read.
@@ -186,7 +193,7 @@ def container_seconds(source: Source) -> float | None:
 
 
 def decoded_seconds(source: Source) -> float:
-    """Returns the exact length of a recording, which is decoded for it.
+    """Decodes a recording to find its exact length in seconds.
 
     Raises:
         AudioError: The recording cannot be read.
@@ -195,20 +202,20 @@ def decoded_seconds(source: Source) -> float:
 
 
 def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0) -> Iterator[Clip]:
-    """Decodes a recording of any length in one pass, in blocks of equal length.
+    """Decodes a recording of any length in one pass, and yields blocks of equal length.
 
-    It ends where nothing more can be decoded. `Clip.damaged` marks the last block if that is not
-    the end of the recording.
+    The blocks end where nothing more can be decoded. `Clip.damaged` of the last block is true if
+    that is before the end of the recording.
 
     Args:
         source: Path or content of a file, see `decode`.
         channel: Channel to read.
-        seconds: Seconds of each block.
+        seconds: Length of each block in seconds.
 
     Raises:
         AudioError: The first block cannot be decoded.
     """
-    # A container may state no length or a wrong one, so more blocks are requested than needed.
+    # A container's length may be missing or wrong, so more blocks are requested than needed.
     total_seconds = 2 * (container_seconds(source) or 0) + 48 * 3600
     requests = (
         DecodeRequest(source, index * seconds, (index + 1) * seconds, channel)
@@ -226,7 +233,7 @@ def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0)
 
 
 def num_channels(source: Source) -> int:
-    """Returns the number of channels of a recording.
+    """Returns the number of channels in a recording.
 
     Raises:
         AudioError: The recording cannot be read.
@@ -251,7 +258,7 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
 
 
 def _group_by_pass(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
-    """Groups consecutive cuts that one pass through a channel of a recording can read."""
+    """Groups consecutive requests that one pass through a channel of a recording can read."""
     group: list[DecodeRequest] = []
     for request in requests:
         if group and not _follows(group[-1], request):
@@ -273,7 +280,7 @@ def _follows(request: DecodeRequest, later: DecodeRequest) -> bool:
 def _group_by_recording(
     requests: Iterable[DecodeRequest], max_seconds: float | None
 ) -> Iterator[list[DecodeRequest]]:
-    """Groups consecutive cuts of one recording, up to `_MAX_GROUP_SECONDS` of audio."""
+    """Groups consecutive requests for one recording, up to `_MAX_GROUP_SECONDS` of audio."""
     group: list[DecodeRequest] = []
     seconds = 0.0
     for request in requests:
@@ -295,7 +302,7 @@ def _group_by_recording(
 def _decode_one_by_one(
     group: Sequence[DecodeRequest], decode_group: Callable[[Sequence[DecodeRequest]], Any]
 ) -> Iterator[Clip | AudioError]:
-    """Decodes the requests of a group that crashed separately, so that not all of them fail."""
+    """Decodes the requests of a crashed group separately, so that not all of them fail."""
     results = ordered_map(decode_group, [[request] for request in group], num_workers=1)
     for request, result in zip(group, results, strict=True):
         if isinstance(result, WorkerCrashError):
@@ -307,7 +314,7 @@ def _decode_one_by_one(
 def _decode_cuts(
     requests: Sequence[DecodeRequest], max_seconds: float | None
 ) -> list[Clip | AudioError]:
-    """Decodes cuts of one recording, in one pass per requested channel."""
+    """Decodes cuts from one recording, in one pass per requested channel."""
     cuts = [_Cut(request, max_seconds) for request in requests]
     by_channel: dict[Channel, list[_Cut]] = collections.defaultdict(list)
     for cut in cuts:
@@ -326,13 +333,13 @@ def _decode_cuts(
 
 
 def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
-    """Reads cuts of one channel of a recording in a single pass."""
+    """Reads cuts from one channel in a single pass."""
     for _ in _completed_cuts(cuts, channel):
         pass
 
 
 def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"]:
-    """Reads cuts of one channel in a single pass, and yields each when it is complete."""
+    """Reads cuts from one channel in a single pass, and yields each when it is complete."""
     source = cuts[0].request.source
     try:
         reader = AudioReader(source, channel)
@@ -379,13 +386,13 @@ def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"
 
 
 class _Cut:
-    """A cut of a recording while it is decoded. All indices are at `SAMPLE_RATE`.
+    """A cut that is being decoded. All indices are at `SAMPLE_RATE`.
 
     Attributes:
         first: Index of the first sample.
         stop: Index after the last sample.
         position: Index after the last sample that was decoded.
-        canceled_by: Strongest channel if the channels cancel out, else None.
+        canceled_by: Index of the strongest channel if the channels cancel out, else None.
     """
 
     def __init__(self, request: DecodeRequest, max_seconds: float | None) -> None:
@@ -404,7 +411,7 @@ class _Cut:
         self.restart()
 
     def restart(self, note: str = "") -> None:
-        """Discards everything that was decoded."""
+        """Discards all decoded samples and findings."""
         self._notes = [note] if note else []
         self.position = 0
         self.canceled_by: int | None = None
@@ -413,7 +420,10 @@ class _Cut:
         self._is_damaged = False
 
     def add(self, begin: int, chunk: np.ndarray) -> None:
-        """Adds the overlap with a chunk [n], int16 or float32, that begins at an index."""
+        """Adds the part of a chunk [n], int16 or float32, that is in the cut.
+
+        `begin` is the index of the chunk's first sample.
+        """
         part = chunk[max(0, self.first - begin) : max(0, self._capped_stop - begin)]
         if len(part):  # An empty view would keep its chunk in memory.
             self._chunks.append(part)
@@ -453,7 +463,7 @@ class _Cut:
 
 
 def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
-    """Concatenates chunks, int16 or float32, to int16; also returns a note on the scaling."""
+    """Concatenates int16 or float32 chunks to int16, and returns them with a note on scaling."""
     if not any(chunk.dtype.kind == "f" for chunk in chunks):
         return np.concatenate(chunks), ""
     floats = [
@@ -465,7 +475,7 @@ def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
     if peak > MAX_PEAK * FULL_SCALE:
         raise ValueError(f"float samples of up to {peak:g}")
     if peak > MAX_PEAK:
-        # Float recordings in integer range cannot be recognized by their header.
+        # Some float recordings use the range of int16, which their header does not reveal.
         integers, note = float_to_int16(samples / FULL_SCALE)
         return integers, note or f"floats of up to {peak:g} read as integers of 16 bits"
     return float_to_int16(samples)

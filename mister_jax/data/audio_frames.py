@@ -13,8 +13,9 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 
 SAMPLE_RATE = 16_000
 
-# Peaks relative to a full scale of 1. Lossy codecs overshoot it slightly, which is clipped. Float
-# recordings may exceed it by about 10 dB; above the second bound (+40 dB) full scale cannot be 1.
+# Peaks relative to a full scale of 1. Lossy codecs can overshoot full scale by up to 1 dB, and that
+# overshoot is clipped. Float recordings may exceed it by about 10 dB. If a peak is above +40 dB,
+# the samples use another full scale.
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 
@@ -51,7 +52,7 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
-    """Resamples frames, whose formats may differ, to `SAMPLE_RATE` and mixes their channels.
+    """Resamples frames to `SAMPLE_RATE` and mixes their channels. Their formats may differ.
 
     Yields:
         Samples [n], int16, or float32 if they exceed full scale.
@@ -62,7 +63,8 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
         gain = _mix_gain(layout) if is_float else 1.0
         for frame in itertools.chain(group, [None]):
             for out in resampler.resample(frame):
-                if out is None:  # Flushing a resampler that passes frames through gives None.
+                # A resampler with nothing to convert returns None when it is flushed.
+                if out is None:
                     continue
                 samples = out.to_ndarray()[0]
                 if is_float:
@@ -74,7 +76,7 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
 
 @functools.cache
 def _mix_gain(layout: str) -> np.float32:
-    """Returns the factor that makes the mixing weights of floats add up to 1, as for integers."""
+    """Returns the factor that makes FFmpeg's mixing weights for floats add up to 1."""
     channels = av.AudioLayout(layout).nb_channels
     ones = av.AudioFrame.from_ndarray(np.ones((1, channels), np.float32), "flt", layout)
     ones.sample_rate = SAMPLE_RATE
@@ -90,7 +92,7 @@ def _format(frame: "av.AudioFrame") -> tuple[str, str, int]:
 def merge_frames(
     frames: "Iterable[tuple[int, av.AudioFrame]]",
 ) -> "Iterator[tuple[int, av.AudioFrame]]":
-    """Merges consecutive frames with positions to `BLOCK_SECONDS`, which is faster to process."""
+    """Merges consecutive frames into blocks of `BLOCK_SECONDS`, which are faster to process."""
     for (_, layout, rate), group in itertools.groupby(frames, lambda pair: _format(pair[1])):
         start, size = 0, 0
         blocks: list[np.ndarray] = []
@@ -135,7 +137,7 @@ def skip_samples(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.
 
 
 def make_frame(samples: np.ndarray, like: "av.AudioFrame", layout: str) -> "av.AudioFrame":
-    """Returns a frame of samples with the format and rate of another frame."""
+    """Makes a frame from samples, with the format and rate of another frame."""
     frame = av.AudioFrame.from_ndarray(samples, format=like.format.name, layout=layout)
     frame.sample_rate = like.sample_rate
     return frame

@@ -1,7 +1,7 @@
-"""Reads one channel of a recording as a gapless stream of samples by the player's clock.
+"""Reads one channel of a recording as a gapless stream of samples.
 
-Times are seconds from the beginning of the container, as in a player. Audio that starts later is
-preceded by silence, and gaps between time stamps are filled with silence.
+Times are seconds from the beginning of the container, as media players display them. Silence fills
+the time before the first sample and the gaps between time stamps.
 """
 
 import io
@@ -44,26 +44,26 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 # because they round time stamps (Matroska) or estimate them (MP3 with a variable bit rate).
 _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 
-# Seconds before a cut where decoding and resampling begin. The output of a decoder depends on some
+# Decoding and resampling begin this many seconds before a cut. A decoder's output depends on some
 # earlier frames, and the resampler's filter is a few ms long.
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
-# Differences in seconds between time stamps and the number of samples that are ignored as rounding
-# or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
+# If a time stamp differs from the number of decoded samples by fewer seconds, the difference is
+# ignored as rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
-# A longer gap in seconds is not a pause but a reset clock, as in concatenated recordings.
+# Gaps of more seconds are taken for a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
-# If two cuts are further apart, in seconds, seeking is faster than decoding.
+# If two cuts are more seconds apart, seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
 # Channels cancel out if the power of their mix relative to the strongest one is below -26 dB.
 _CANCELED_RATIO = 10 ** (-26 / 10)
 _POWER_BIN = 0.25  # seconds over which the power of channels is summed
 _POWER_STRIDE = 7  # power is measured on every seventh sample
-_MAX_POWER_SAMPLE = 2.0**31  # larger floats are clipped for the power
+_MAX_POWER_SAMPLE = 2.0**31  # larger floats are clipped before the power is computed
 
 
 class AudioReader:
-    """An open recording, from which one channel is read. All indices are at `SAMPLE_RATE`.
+    """Reads one channel of an open recording. All indices are at `SAMPLE_RATE`.
 
     Raises:
         AudioError: The recording cannot be read or has no audio.
@@ -73,11 +73,11 @@ class AudioReader:
         self._name = source_name(source)
         self._source = source if isinstance(source, bytes) else existing_path(source)
         self._channel = channel
-        # FFmpeg's message about damage by the index where it occurred.
+        # Maps the index of each damaged place to FFmpeg's message.
         self._damage: dict[int, str] = {}
         self._gaps: set[tuple[int, int]] = set()
         self._clock_resets: list[str] = []
-        # Sums of squares by `_POWER_BIN` [C + 1]: those of each channel, then that of their mean.
+        # Maps each `_POWER_BIN` to sums of squares [C + 1], one per channel and one for their mean.
         self._powers: dict[int, np.ndarray] = {}
         self._position = 0  # index of the frame that is being decoded
         check_readable(self._source, self._name)
@@ -140,12 +140,12 @@ class AudioReader:
         return is_seekable and target - current > _MIN_SEEK_SECONDS * SAMPLE_RATE
 
     def damage(self, first: int, stop: int) -> str:
-        """Returns the message about the first damage in an interval, empty if there is none."""
+        """Returns the message about the first damage in an interval, or an empty string."""
         messages = (text for index, text in self._damage.items() if first <= index <= stop)
         return next(messages, "")
 
     def notes(self, first: int, stop: int) -> list[str]:
-        """Returns notes for the user on an interval, such as "2.0 s missing"."""
+        """Returns notes for the user about an interval, such as "2.0 s missing"."""
         gaps = [(begin, min(end, stop) - max(begin, first)) for begin, end in self._gaps]
         late = sum(max(0, size) for begin, size in gaps if begin == 0)
         missing = sum(max(0, size) for begin, size in gaps if begin > 0)
@@ -169,7 +169,7 @@ class AudioReader:
         return strongest if mix < _CANCELED_RATIO * channels[strongest] else None
 
     def chunks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the samples from an index on, or from earlier, in consecutive chunks.
+        """Yields consecutive chunks of samples, starting at index `first` or earlier.
 
         Yields:
             The index of the chunk's first sample and the chunk [n], int16, or float32 if it exceeds
@@ -180,8 +180,8 @@ class AudioReader:
         position, frame = next(frames, (0, None))
         if frame is None:
             return
-        # Resampling begins where a sample of the recording coincides with one at the new rate, so
-        # that the result equals that of resampling the entire recording.
+        # Resampling begins where an input sample and an output sample coincide, so that the result
+        # equals resampling the entire recording.
         rate = frame.sample_rate
         common = rate // math.gcd(rate, SAMPLE_RATE)
         begin = common * max(int(lead * rate) // common, -(-position // common))
@@ -192,7 +192,10 @@ class AudioReader:
             index += len(chunk)
 
     def _frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields gapless frames of the channel, from a time on, with positions at their rate."""
+        """Yields gapless frames of the channel, starting at `lead` seconds or earlier.
+
+        Positions count samples at the frame's rate.
+        """
         num_seconds = 0.0
         for position, frame in merge_frames(self._timed_frames(lead)):
             num_seconds = (position + frame.samples) / frame.sample_rate
@@ -210,7 +213,7 @@ class AudioReader:
             self._note_damage(f"{self._header.missing_seconds:.1f} s are missing at its end")
 
     def _timed_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields decoded frames by the container's clock, with gaps filled with silence."""
+        """Yields decoded frames at the times of their time stamps, with gaps filled by silence."""
         if self._container is None:
             yield from self._pcm_frames(lead)
             return
@@ -235,7 +238,7 @@ class AudioReader:
                 if time is None:
                     raise AudioError(Reason.DAMAGED, self._name, "no time stamps")
                 if time > lead:
-                    # The target was passed: there is a gap, or the seek index is coarse.
+                    # Seeking went too far, because of a gap or a coarse seek index.
                     self._open()
                     yield from self._timed_frames(0.0)
                     return
@@ -262,7 +265,8 @@ class AudioReader:
                     yield position, silence
                     position += silence.samples
             elif gap < -_TIME_TOLERANCE * rate and -gap <= filled * rate:
-                # Packets after a late one catch up. Audio whose time has passed is dropped.
+                # After a late packet, time stamps fall back. Silence already fills the time of this
+                # audio, so the audio is dropped.
                 filled -= min(-gap, frame.samples) / rate
                 for rest in skip_samples(-gap, iter([frame])):
                     yield position, rest
@@ -275,7 +279,7 @@ class AudioReader:
             position += frame.samples
 
     def _origin(self) -> float | None:
-        """Returns the container's start time in seconds, or None to start at the first frame."""
+        """Returns the container's start time in seconds, or None to use that of the first frame."""
         has_other_streams = any(
             stream.type in ("audio", "video")
             and stream.index != self._stream.index
@@ -367,7 +371,7 @@ class AudioReader:
         return frame
 
     def _add_power(self, planes: np.ndarray, rate: int, seconds: float) -> None:
-        """Adds the power of channels [C, n] and of their mean to the bin of their time."""
+        """Adds the power of channels [C, n] and of their mean to the bin at `seconds`."""
         strided = planes[:, ::_POWER_STRIDE]
         if planes.dtype.kind == "f":
             strided = np.clip(strided, -_MAX_POWER_SAMPLE, _MAX_POWER_SAMPLE)

@@ -1,12 +1,11 @@
-"""Batch planning: which items share a batch, and the length that they are padded to.
+"""Plans batches: which items share a batch, and the length that they are padded to.
 
-Every batch of this library is planned here, in one of three ways:
-
-- `BatchPlan` plans the epochs of training or evaluation: few shapes, little padding.
-- `plan_inference_batches` plans single requests: later requests reuse the compiled programs.
+- `BatchPlan` plans epochs of training or evaluation, with few shapes and little padding.
+- `plan_inference_batches` plans a single request, so that later requests reuse the compiled
+  programs.
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
-Plans depend on lengths only. `pipeline` and `utterances` turn them into arrays.
+Plans depend only on lengths. `pipeline` and `utterances` turn them into arrays.
 """
 
 import dataclasses
@@ -21,12 +20,12 @@ DEFAULT_NUM_BUCKETS = 7
 _INFERENCE_BATCH_SIZE = 8
 _MIN_INFERENCE_LENGTH = 8
 
-# Compiling one more program costs about as much time as computing this fraction of a batch.
+# Compiling one more program takes about as long as computing this fraction of a batch.
 _COMPILE_COST = 0.25
 
-
-# Compiling a step takes about as long as training so many parameters on one position. Measured on
-# two CPU cores with MiSTER-E's default sizes: 5 s, and 0.08 ms per position of 0.5 M parameters.
+# Compile time of a training step, in units of the time that training takes per position and
+# parameter. On two CPU cores with MiSTER-E's default sizes, compiling takes 5 s, and a position
+# takes 0.08 ms with 0.5 M parameters.
 _STEP_COMPILE_COST = 3e10
 
 
@@ -34,7 +33,7 @@ def bucket_cost(num_params: int, epochs: int) -> float:
     """Returns the padded positions per epoch that take as long as compiling one more step.
 
     Args:
-        num_params: Number of parameters of the model, of all seeds that train together.
+        num_params: Number of model parameters, summed over the seeds that train together.
         epochs: Number of times that the batches are computed.
     """
     return _STEP_COMPILE_COST / num_params / epochs
@@ -71,7 +70,7 @@ def length_buckets(
         num_buckets: Maximum number of buckets. Fewer are used if more would not reduce padding.
         batch_size: Maximum number of items in a batch, see `BatchPlan`.
         multiple_of: The number of rows is a multiple of this, see `BatchPlan`.
-        bucket_cost: Number of padded positions that each additional bucket must save.
+        bucket_cost: Number of positions that each additional bucket must save.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
@@ -84,15 +83,15 @@ def length_buckets(
     if min(num_buckets, batch_size, multiple_of) < 1:
         raise ValueError(f"{num_buckets=}, {batch_size=}, {multiple_of=}; all must be at least 1")
     values, counts = np.unique(lengths, return_counts=True)  # [V]
-    num_shorter = np.concatenate([[0], np.cumsum(counts)])  # [V + 1] items shorter than value v
+    num_shorter = np.concatenate([[0], np.cumsum(counts)])  # [V + 1] items shorter than values[v]
 
-    # positions[i, j]: number of positions, with padding, if values i to j - 1 share a bucket.
+    # positions[i, j]: number of positions, including padding, if values[i:j] share a bucket.
     num_batches, num_rows = _batches_and_rows(
         num_shorter - num_shorter[:, None], batch_size, multiple_of
     )
     positions = np.concatenate([[0], values]) * (num_batches * num_rows).astype(float)
     positions[np.tril_indices(len(positions))] = np.inf
-    # best[j]: smallest number of positions that holds all values below index j.
+    # best[j]: smallest number of positions for the items with lengths in values[:j].
     best = np.full(len(positions), np.inf)
     best[0] = 0
     starts, totals = [], []
@@ -113,25 +112,24 @@ def length_buckets(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Plan of the batches of every epoch.
+    """Plans the batches of each epoch.
 
-    The items of a bucket are spread evenly over the fewest batches that hold them, so there is no
-    small batch at the end. All batches of a bucket have one shape, with an empty row where the
-    items do not divide evenly, so a training run compiles one program per bucket.
+    The items of a bucket are spread evenly over as few batches as possible, so the last batch is
+    not small. All batches of a bucket have one shape, and empty rows fill the batches that have
+    fewer items, so training compiles one program per bucket.
 
-    `multiple_of` adds empty rows and moves no item, so training takes the same steps on any number
-    of devices.
+    `multiple_of` only adds empty rows, so training takes the same steps on any number of devices.
 
     Attributes:
         lengths: Length of each item, [M] int.
         batch_size: Maximum number of items in a global batch.
         num_buckets: Maximum number of padded lengths.
-        bucket_cost: Number of padded positions that one more padded length must save in an epoch.
-        multiple_of: The number of rows is a multiple of this, usually the number of devices;
-            batches are filled up with empty rows.
-        fitted_to: Value of `multiple_of` for which the buckets have the least padding. Set it to
-            the number of devices where it does not matter which items share a batch, for example
-            in an evaluation.
+        bucket_cost: Number of positions that each additional padded length must save per epoch.
+        multiple_of: Divisor of the number of rows, usually the number of devices. Batches are
+            filled up with empty rows.
+        fitted_to: Value of `multiple_of` for which the buckets are chosen to have the least
+            padding. Set it to the number of devices if the grouping of items into batches does not
+            affect the result, for example in evaluation.
 
     Raises:
         ValueError: There are no lengths, or an argument is below 1.
@@ -166,13 +164,13 @@ class BatchPlan:
         return [np.flatnonzero(bucket == index) for index in range(len(self.boundaries))]
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[PlannedBatch]:
-        """Plans the batches of one epoch; each item is in exactly one.
+        """Plans the batches of one epoch. Each item is in exactly one batch.
 
         Args:
             seed: Seed of the shuffle, at least 0.
             epoch: Index of the epoch, from 0.
-            shuffle: Whether to permute the items within buckets, and the batches. Without it, the
-                plan is the same in every epoch, and short batches come first.
+            shuffle: Whether to permute the items within each bucket and the order of the batches.
+                If False, all epochs have the same plan, and batches are in order of their length.
         """
         generator = np.random.default_rng([seed, epoch])
         planned = []
@@ -190,7 +188,7 @@ class BatchPlan:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Distinct (rows, padded length) of the batches, in ascending order."""
+        """Distinct pairs of row count and padded length, in ascending order."""
         return tuple(sorted({(len(rows), length) for rows, length in self._unshuffled_epoch}))
 
     @property
@@ -210,13 +208,11 @@ class BatchPlan:
 
 
 def plan_inference_batches(lengths: np.ndarray, *, num_shards: int) -> Iterator[PlannedBatch]:
-    """Plans the batches of a request.
-
-    Lengths are padded to powers of 2, so that later requests reuse the compiled programs.
+    """Plans the batches of a request, with lengths padded to powers of 2.
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
-        num_shards: The number of rows in each batch is a multiple of this.
+        num_shards: Divisor of the number of rows in each batch.
     """
     padded = np.maximum(_MIN_INFERENCE_LENGTH, 2 ** np.ceil(np.log2(lengths)).astype(int))
     for padded_length in np.unique(padded):
@@ -243,11 +239,11 @@ def plan_budgeted_batches(
             item gets a separate batch.
         length_steps: Lengths that items are padded to, ascending.
         max_length: Length of the longest item; no item is padded beyond it.
-        num_shards: The number of rows in each batch is a multiple of this.
+        num_shards: Divisor of the number of rows in each batch.
 
     Yields:
-        Batches. All batches of one padded length have the same number of rows, except for the last
-        few items.
+        Batches. Those with equal padded length have the same number of rows, except for the last
+        few batches.
     """
     steps = np.append(np.array(length_steps, int), max_length)
     padded_lengths = np.minimum(steps[np.searchsorted(steps[:-1], lengths)], max_length)
@@ -257,9 +253,9 @@ def plan_budgeted_batches(
         num_rows = max(1, budget // padded_length) * num_shards
         end = start + num_rows
         if end > len(lengths):
-            # The remaining items do not fill a batch. Those that fit a shorter step wait for it if
-            # that saves enough padding to pay for one more program. The others get a small batch
-            # of a power of 2 per device, a shape that is likely to occur again.
+            # The remaining items do not fill a batch. Items that fit a shorter step are left for
+            # the next batch if that saves more padding than one more program costs. The others
+            # get a batch whose rows per device are a power of 2, a shape that is likely to recur.
             saved = np.cumsum(padded_length - padded_lengths[start:])
             end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
             rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()
@@ -276,7 +272,7 @@ def _fill_up(members: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _batches_and_rows(num_items: Any, batch_size: int, multiple_of: int) -> tuple[Any, Any]:
-    """Returns the number of batches of a bucket with so many items, and the rows of each."""
+    """Returns the number of batches for a bucket, and the number of rows in each batch."""
     num_batches = np.maximum(_ceil_div(num_items, batch_size), 1)
     return num_batches, _ceil_div(_ceil_div(num_items, num_batches), multiple_of) * multiple_of
 

@@ -1,4 +1,4 @@
-"""TFDS builder of dialogue datasets: audio at 16 kHz, text, labels and presence flags.
+"""TFDS builder for dialogue datasets with 16 kHz audio, text, labels and presence flags.
 
 `DialogueBuilder` is the base class of the builders in `corpora`. `prepare` runs a builder, and
 `dialogues` reads the datasets.
@@ -24,7 +24,7 @@ from mister_jax.data.schema import UNLABELED
 from mister_jax.data.storage import VERSION
 from mister_jax.errors import InputError
 
-# TFDS distributes examples to the buckets of its disk sort by the upper bits of 128-bit keys.
+# TFDS sorts examples on disk, in buckets by the upper bits of their 128-bit keys.
 _NUM_KEYS = 2**128
 
 
@@ -34,8 +34,8 @@ class DecodingOptions:
 
     Attributes:
         num_workers: Number of processes; 0 decodes in this process.
-        max_seconds: Maximum number of seconds to keep of an utterance.
-        beam: Whether to decode in the workers of an Apache Beam pipeline instead.
+        max_seconds: Maximum number of seconds to keep from each utterance.
+        beam: Whether the workers of an Apache Beam pipeline decode, instead of `num_workers`.
 
     Raises:
         InputError: `max_seconds` is not a positive number.
@@ -52,7 +52,7 @@ class DecodingOptions:
 
 @dataclasses.dataclass(eq=False)
 class CorpusConfig(tfds.core.BuilderConfig):
-    """Variant of a corpus.
+    """Configuration of a corpus variant.
 
     Attributes:
         options: Arguments of the corpus's reader.
@@ -64,14 +64,14 @@ class CorpusConfig(tfds.core.BuilderConfig):
 class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder whose examples are dialogues.
 
-    A subclass for each corpus names its reader, its variants in `BUILDER_CONFIGS`, its origin and
-    its license.
+    Each corpus has a subclass that defines its reader, variants (`BUILDER_CONFIGS`), origin and
+    license.
 
     Args:
         corpus: Corpus to write.
         decoding: Options for decoding recordings.
-        on_utterance: Function called after each utterance that this process decodes.
-        facts_dir: Folder for a file per dialogue with facts about its recordings.
+        on_utterance: Function to call after each utterance that this process decodes.
+        facts_dir: Folder for files with facts about the recordings, one per dialogue.
         **options: Arguments of the TFDS builder.
     """
 
@@ -84,7 +84,8 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
     HOMEPAGE: ClassVar[str] = ""
 
     read: ClassVar[Callable[..., Corpus]]
-    """Function of the folder of the corpus, the options of a config, and `partial`."""
+    """Function that reads the corpus. Its arguments are a folder, a config's options and `partial`.
+    """
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     @staticmethod
     def download(dl_manager: tfds.download.DownloadManager, **options: Any) -> pathlib.Path | None:
-        """Downloads a variant of the corpus; returns its folder, or None if users must get it."""
+        """Downloads a corpus variant and returns its folder, or None if it cannot be downloaded."""
         return None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -164,7 +165,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 def evenly_spaced_keys(count: int) -> list[int]:
     """Returns ascending example keys that fill all buckets of TFDS's disk sort evenly.
 
-    Small keys would all fall into the first bucket, which TFDS then sorts in memory.
+    Consecutive small keys would all be in the first bucket, and TFDS sorts each bucket in memory.
     """
     return [index * (_NUM_KEYS // count) for index in range(count)]
 
@@ -175,7 +176,7 @@ def _decode_dialogues(
     max_seconds: float,
     on_utterance: Callable[[], None] = lambda: None,
 ) -> Iterator[list[audio.Clip | audio.AudioError | None]]:
-    """Yields the clips of each dialogue; all recordings share one pool of workers."""
+    """Yields the clips of each dialogue. One pool of workers decodes all recordings."""
     requests = (
         utterance.recording
         for dialogue in dialogues
@@ -194,7 +195,7 @@ def _decode_dialogues(
 def _decode_example(
     max_seconds: float, make_example: Callable[..., Any], key: int, dialogue: Dialogue
 ) -> tuple[int, dict[str, Any]]:
-    """Returns the example of a dialogue, and decodes its recordings in this process."""
+    """Decodes a dialogue's recordings in this process, and returns its key and example."""
     (clips,) = _decode_dialogues([dialogue], 0, max_seconds)
     return key, make_example(dialogue, clips)
 
@@ -207,7 +208,7 @@ def _make_example(
     scored: bool,
     facts_dir: str,
 ) -> dict[str, Any]:
-    """Returns the example of a dialogue, and writes facts about its recordings to `facts_dir`."""
+    """Returns a dialogue's example, and writes facts about its recordings to `facts_dir`."""
     utterances: list[dict[str, Any]] = []
     for utterance, clip in zip(dialogue.utterances, clips, strict=True):
         label = UNLABELED if utterance.label is None else class_names.index(utterance.label)

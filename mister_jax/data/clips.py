@@ -1,4 +1,4 @@
-"""Recordings of single utterances and their batches, the input of speech encoders."""
+"""Loads utterance recordings and makes batches of them for speech encoders."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,30 +14,30 @@ from mister_jax.data.dialogues import StoredUtterance
 from mister_jax.data.utterances import Batch, Utterances, load_utterances, utterance_batches
 
 LENGTH_STEP = SAMPLE_RATE // 10
-"""Samples per length step: batches are padded to a multiple of it."""
+"""Number of samples whose multiples are the padded lengths of batches."""
 
 MIN_AUDIBLE_SAMPLES = SAMPLE_RATE // 40
-"""Samples of the shortest audible clip, 25 ms: one frame of every encoder."""
+"""Samples in the shortest audible clip: 25 ms, one frame of every encoder."""
 
 MIN_AUDIBLE_RMS = 2**15 * 10 ** (-80 / 20)
-"""Root mean square of the softest audible frame: 3.3 steps of int16, 80 dB below full scale.
+"""Root mean square of the softest audible frame: 3.3 steps of int16, or 80 dB below full scale.
 
-It is above the dither and rounding of a silent recording, up to one step each (-90 dB), and far
-below the softest speech (-60 dB).
+The dither and rounding errors in a silent recording are up to one step each (-90 dB). The softest
+speech is at -60 dB.
 """
 
 
 def is_audible(clip: np.ndarray) -> bool:
-    """Returns whether any frame of a clip [S] reaches `MIN_AUDIBLE_RMS`.
+    """Returns whether any frame in a clip [S] reaches `MIN_AUDIBLE_RMS`.
 
-    Single frames are checked because silence around a sound lowers the level of the entire clip.
-    The mean of a frame is subtracted, so a constant is silent.
+    Frames are checked separately because silence around a sound lowers the clip's overall level.
+    Each frame's mean is subtracted, so a constant signal is silent.
     """
     if len(clip) < MIN_AUDIBLE_SAMPLES:
         return False
     end = len(clip) // MIN_AUDIBLE_SAMPLES * MIN_AUDIBLE_SAMPLES
     frames = [*clip[:end].reshape(-1, MIN_AUDIBLE_SAMPLES), clip[-MIN_AUDIBLE_SAMPLES:]]
-    # The first few frames decide for most clips.
+    # `any` stops at the first audible frame, which is early in most clips.
     return any(frame.std(dtype=np.float32) >= MIN_AUDIBLE_RMS for frame in frames)
 
 
@@ -50,9 +50,9 @@ def truncate(clip: np.ndarray, max_samples: int | None = None) -> np.ndarray:
 def load_clips(
     name: str, split: str, data_dir: epath.PathLike | None, max_samples: int | None = None
 ) -> Utterances:
-    """Reads the audible recordings of a split, the first `max_samples` samples of each.
+    """Loads up to `max_samples` samples of each audible recording in a split into memory.
 
-    All samples are held in memory, 115 MB per hour. The number of skipped recordings is logged.
+    An hour takes 115 MB. The numbers of skipped and truncated recordings are logged.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -91,7 +91,7 @@ def load_clips(
 
 
 def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Returns lengths [N] int in `LENGTH_STEP`, rounded up, of `sizes` [N] up to `max_samples`."""
+    """Converts `sizes` [N] in samples, capped at `max_samples`, to `LENGTH_STEP`, rounded up."""
     return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 
@@ -99,7 +99,8 @@ def pad_clips(clips: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndar
     """Pads or truncates B clips [S] int16 to a common length.
 
     Returns:
-        The samples [B, length] int16, zero on the right, and the lengths of the clips [B] int32.
+        The samples [B, length] int16, padded with zeros on the right, and the clip lengths [B]
+        int32.
     """
     waveform = np.zeros((len(clips), length), np.int16)
     for row, clip in enumerate(clips):
@@ -117,14 +118,14 @@ def clip_batches(
     shuffle: bool = True,
     **options: Any,
 ) -> Iterator[Batch]:
-    """Returns the batches of one epoch.
+    """Returns an iterator over the batches of one epoch.
 
-    The plan is for `lengths_in_steps(clips.sizes, max_samples)`. Longer clips are truncated, or
-    with `shuffle` cropped at a random position that depends on `seed` and `epoch`. The other
-    options are those of `utterance_batches`.
+    `plan` must be made for `lengths_in_steps(clips.sizes, max_samples)`. Clips with more than
+    `max_samples` are truncated. With `shuffle`, they are cropped at a random position that depends
+    on `seed` and `epoch`. `options` are passed to `utterance_batches`.
 
     Returns:
-        An iterator over the dicts of `utterance_batches` with
+        An iterator over the dicts of `utterance_batches` with these additional entries:
 
         - `waveform` [B, S] int16, zero in padding
         - `lengths` [B] int32

@@ -1,7 +1,7 @@
-"""A corpus before decoding: dialogues, utterances, labels and the paths of recordings.
+"""Corpora before decoding: dialogues, utterances, labels and paths to recordings.
 
 The modules in `corpora` read a `Corpus` from the files that its authors released, and
-`prepare` writes it as a dataset. This module does not need TensorFlow.
+`prepare` writes it to a dataset. This module does not need TensorFlow.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ class Utterance:
     Attributes:
         id: Unique in the corpus.
         text: Transcript; empty if missing.
-        recording: Where the audio is, in a file that need not exist; None if missing.
-        label: Name of the class; None if the utterance is only context.
-        score: Sentiment in [-3, 3], in corpora with scores.
+        recording: File and time range of the audio; None if missing. The file may not exist.
+        label: Name of the class; None if the utterance is unlabeled context.
+        score: Sentiment from -3 to 3; None if the utterance has no score.
         start, end: Seconds from the beginning of the dialogue; None if unknown.
         metadata: Extra columns of a manifest by name; no model reads them.
     """
@@ -40,7 +40,7 @@ class Utterance:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """Dialogue, with its utterances in the order in which they were spoken."""
+    """Dialogue with utterances in spoken order."""
 
     id: str
     utterances: tuple[Utterance, ...]
@@ -115,7 +115,12 @@ class Corpus:
 def check_sizes(
     corpus: Corpus, released: Mapping[str, tuple[int, int]], *, partial: bool
 ) -> Corpus:
-    """Checks the number of dialogues and utterances by split, or in "total".
+    """Compares the number of dialogues and utterances with the released corpus.
+
+    Args:
+        corpus: Corpus to check.
+        released: Number of dialogues and utterances by split, or for "total".
+        partial: Whether an incomplete corpus is allowed.
 
     Returns:
         The corpus, with a note if it is incomplete.
@@ -142,10 +147,10 @@ def check_sizes(
 
 
 def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path:
-    """Returns the folder of a corpus.
+    """Returns the path of an existing folder.
 
     Raises:
-        InputError: The folder does not exist; `needed` says what it should contain.
+        InputError: The folder does not exist. The message says what is `needed`.
     """
     path = pathlib.Path(existing_path(pathlib.Path(path).expanduser()))
     if not path.is_dir():
@@ -154,9 +159,9 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Returns the path of a file or folder in a folder or one level below it, or None.
+    """Finds a file or folder by name in `root` and its subfolders; returns None if it is missing.
 
-    Folders that archive programs add, such as `__MACOSX`, are not searched.
+    The search skips hidden subfolders and `__MACOSX`, which archive programs add.
     """
     folders = sorted(
         child
@@ -168,7 +173,7 @@ def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Returns the text of a file.
+    """Reads a UTF-8 text file.
 
     Raises:
         InputError: The file cannot be read, or is not UTF-8.

@@ -36,11 +36,12 @@ def write_features(
 ) -> "DatasetBuilder":
     """Stores splits as a feature dataset, atomically.
 
-    All splits have the same dimensions, dtypes and class names, and either all or none have scores.
-    `load_features` merges `metadata`, JSON values about the whole dataset, with that of a split.
+    All splits must have the same dimensions, dtypes and class names, and either all or none must
+    have scores. `metadata` holds JSON values about the whole dataset. `load_features` merges it
+    with the metadata of a split.
 
     Returns:
-        The TFDS builder of the dataset.
+        The dataset's TFDS builder.
 
     Raises:
         InputError: The name is not allowed, the dataset exists, or the directory cannot be written.
@@ -67,7 +68,7 @@ def write_features(
 
 
 def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str, ...]:
-    """Returns the splits of a dataset that are not empty.
+    """Returns the names of a dataset's nonempty splits.
 
     Raises:
         InputError: The dataset does not exist.
@@ -78,7 +79,7 @@ def split_names(name: str, data_dir: epath.PathLike | None = None) -> tuple[str,
 def load_features(
     name: str, split: str, data_dir: epath.PathLike | None = None
 ) -> DialogueFeatures:
-    """Reads one split of a feature dataset into memory.
+    """Loads a split of a feature dataset into memory.
 
     Returns:
         The split in stored order, with the metadata of the dataset and of the split.
@@ -147,7 +148,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     if unknown:
         raise ValueError(f"splits {sorted(unknown)}; allowed: {', '.join(SPLITS)}")
     ((class_names, speech_dim, text_dim, speech_dtype, text_dtype, scored, has_metadata),) = specs
-    # Bytes take half the space of float lists for float16, and are written many times faster.
+    # Bytes are written many times faster than float lists, and take half the space for float16.
     utterance = {
         "utterance": tfds.features.Text(),
         "label": tfds.features.ClassLabel(names=class_names),
@@ -166,7 +167,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
 
 
 def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the keys and examples of a split for TFDS."""
+    """Yields a split's keys and examples for TFDS."""
     columns = {
         "utterance": features.utterance_ids,
         "label": features.label,

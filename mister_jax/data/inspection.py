@@ -1,4 +1,4 @@
-"""Summarizes a dataset as numbers and text, which `evaluation.figures` plots."""
+"""Summarizes datasets for `evaluation.figures`."""
 
 import dataclasses
 
@@ -19,9 +19,9 @@ class DatasetSummary:
     Attributes:
         name: Name of the dataset.
         directory: Directory of the dataset.
-        class_counts: Number of utterances by split and class name, or `unlabeled`.
+        class_counts: Number of utterances by split and class name or "unlabeled".
         lengths: Number of utterances in each dialogue [M] by split.
-        seconds: Length of each recording [N] by split; empty for features.
+        seconds: Length of each recording [N] in seconds by split; empty for features.
         first_dialogue: One line per utterance of the first dialogue.
     """
 
@@ -34,7 +34,7 @@ class DatasetSummary:
 
 
 def inspect_dataset(name: str, data_dir: epath.PathLike | None = None) -> DatasetSummary:
-    """Reads a dataset of dialogues or features and returns its summary.
+    """Reads and summarizes a dialogue or feature dataset.
 
     Raises:
         InputError: The dataset does not exist.
@@ -60,8 +60,8 @@ def inspect_dataset(name: str, data_dir: epath.PathLike | None = None) -> Datase
 
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, int, str]]]
-"""Labels, lengths and seconds of a split; and id, label and details of each utterance of its first
-dialogue."""
+"""Labels, dialogue lengths and recording seconds of a split, and the id, label and details of each
+utterance in its first dialogue."""
 
 
 def _read_dialogues(name: str, split: str, data_dir: epath.PathLike | None) -> Part:

@@ -1,4 +1,4 @@
-"""Checks of labels: the range of scores, and class names that look like mistakes."""
+"""Checks labels: the range of scores, and class names that look like mistakes."""
 
 import collections
 import shlex
@@ -12,12 +12,14 @@ _PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "<na>", "unknown", "")
 
 
 def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """Returns class names that look like spellings of another name or of a missing value.
+    """Finds class names that look like misspellings of other names, or like missing values.
+
+    The comparison ignores case, spaces, hyphens and underscores. The most frequent spelling of a
+    name is taken as correct, and a lower-case spelling wins a tie.
 
     Returns:
-        For each suspicious name: the name, the problem, and the correct name, which is empty for an
-        unlabeled utterance. Spellings are compared without case, spaces, hyphens and underscores.
-        The most frequent spelling is correct; among equally frequent ones, the lower-case one.
+        A tuple for each suspicious name: the name, the problem, and the correct name, which is
+        empty if the name looks like a missing value.
     """
     spellings = collections.defaultdict(list)
     for name in sorted(counts, key=lambda name: (-counts[name], name != name.lower(), name)):
@@ -34,5 +36,5 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
 
 
 def map_labels_flag(pairs: Iterable[tuple[str, str]]) -> str:
-    """Returns the flag `--map_labels` for pairs of old and new names."""
+    """Formats pairs of old and new names as a `--map_labels` flag."""
     return "--map_labels=" + shlex.quote(",".join(f"{old}={new}" for old, new in pairs))

@@ -1,7 +1,7 @@
 """TensorFlow and TensorFlow Datasets, imported on first use.
 
-Every module of `mister_jax.data` imports `tf` and `tfds` from here, so that it can be imported
-without TensorFlow, and so that TensorFlow is always quiet and leaves accelerator memory to JAX.
+All modules in `mister_jax.data` import `tf` and `tfds` from here. They can therefore be imported
+without TensorFlow, and TensorFlow always logs little and leaves accelerator memory to JAX.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from mister_jax.errors import require_extra
 
 __all__ = ["tf", "tfds"]
 
-# TensorFlow reads these when it is imported. The second one silences a message about oneDNN that
-# ignores the log level; TensorFlow only reads and batches data here.
+# TensorFlow reads these variables when it is imported. Disabling oneDNN suppresses a message that
+# ignores the log level, and costs nothing because TensorFlow only reads data here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -1,4 +1,4 @@
-"""Reads utterance features from NumPy archives, with checks of every array."""
+"""Reads and checks utterance features in NumPy archives."""
 
 import collections
 import hashlib
@@ -21,10 +21,10 @@ _NEEDED = (
     f"optional: {', '.join(_OPTIONAL)}"
 )
 
-# Features of any unit are smaller. The squares of larger values overflow in float32.
+# No plausible feature is larger. Squares of values above about 1.8e19 overflow in float32.
 _MAX_FEATURE = 1e15
 
-# Allowed letters of NumPy's `dtype.kind`, and their meaning.
+# Allowed values of NumPy's `dtype.kind` for each array, and their description.
 _ID = ("USiu", "text or integers")
 _KINDS = {
     **dict.fromkeys(("utterance", "dialogue"), _ID),
@@ -49,21 +49,20 @@ def read_npz(
     - `class_names` [C]: Text.
     - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
     - `position` [N]: Numbers that order the utterances of a dialogue.
-    - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances of a
+    - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances in a
       dialogue. By default, dialogues are split at random.
-    - `speaker` [N], optional: Text or integers. Random splits keep speakers apart; no model reads
-      them.
-    - `score` [N], optional: Floats from -3 to 3, NaN where there is none.
-    - `speech_present`, `text_present` [N], optional: False where an utterance lacks the modality;
-      its features are ignored and become zero. All true by default.
+    - `speaker` [N], optional: Text or integers. No model reads them.
+    - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
+    - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; its
+      features are then replaced by zeros. All true by default.
 
-    Other arrays are ignored. Random splits keep apart the values of the array `group_by`, by
-    default `speaker` if the file contains it.
+    Other arrays are ignored. A random split puts all dialogues with the same value in the array
+    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it.
 
     Returns:
-        The splits that have utterances. Dialogues are in the order of their first rows, utterances
-        in the order of their positions. The metadata contains the origin of the features, and
-        `notes` for the user.
+        The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
+        order of their positions. The metadata contains the features' origin, and `notes` for the
+        user.
 
     Raises:
         InputError: The file or one of its rows cannot be used.
@@ -122,7 +121,7 @@ def read_npz(
 
 
 class _Archive:
-    """Arrays of an npz file, with checks whose errors name file, array and row."""
+    """Arrays in an npz file. The errors of all checks state file, array and row."""
 
     def __init__(self, path: pathlib.Path, extra_arrays: Sequence[str]) -> None:
         self.path = path
@@ -138,7 +137,7 @@ class _Archive:
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
         try:
-            # The file is opened here, because NumPy does not close a damaged archive.
+            # NumPy would not close a damaged archive that it opens itself.
             file = self.path.open("rb")
         except PermissionError as error:
             raise InputError(f"{self.path}: no permission to read it") from error
@@ -168,19 +167,19 @@ class _Archive:
         return arrays
 
     def fail(self, name: str, message: str) -> NoReturn:
-        """Raises an InputError of one line about the array `name`."""
+        """Raises a one-line InputError about the array `name`."""
         # Ids and names from the file may contain line breaks.
         raise InputError(f"{self.path}: {name}: {' '.join(message.splitlines())}")
 
     def check(self, name: str, is_valid: np.ndarray, message: str, values: np.ndarray) -> None:
-        """Raises an InputError about the first row where `is_valid` [N] is false."""
+        """Raises an InputError about the first row for which `is_valid` [N] is false."""
         for row in np.flatnonzero(~is_valid):
             self.fail(
                 name, f"row {row} (utterance {self.utterance[row]}): {values[row]!s}: {message}"
             )
 
     def array(self, name: str, kind: tuple[str, str] | None = None) -> np.ndarray:
-        """Returns an array after checks, ids and text as `str`; its kind is that in `_KINDS`."""
+        """Checks and returns an array, with ids and text as `str`. `kind` replaces `_KINDS`."""
         array = self.arrays[name]
         letters, meaning = kind or _KINDS[name]
         ndim = 2 if name in MODALITIES and kind is None else 1
@@ -201,9 +200,9 @@ class _Archive:
         return strings
 
     def modality(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns features [N, D], zero where absent, and presence [N].
+        """Returns a modality's features [N, D], zero if absent, and its presence flags [N] bool.
 
-        A modality that the file lacks has one dimension of zeros and is absent everywhere.
+        If the file lacks the modality, D is 1 and all flags are false.
         """
         if name not in self.arrays:
             rows = len(self.utterance)
@@ -247,8 +246,8 @@ class _Archive:
         label = self.array("label")
         counts.update(names[index] for index in label[(label >= 0) & (label < len(names))])
         for name, problem, fix in suspicious_labels(counts):
-            # Without a fix, the name only looks like a missing label, such as "none". That is
-            # allowed, because `class_names` lists the classes explicitly.
+            # Names that look like a missing label, such as "none", have no fix. They are allowed
+            # because `class_names` lists the classes explicitly.
             if fix:
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
@@ -256,7 +255,10 @@ class _Archive:
     def splits(
         self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
     ) -> tuple[np.ndarray, list[str]]:
-        """Returns the split of each utterance [N] of the dialogues `ids` [M], and notes."""
+        """Returns each utterance's split [N] and notes for the user.
+
+        `ids` [M] are the dialogues' ids, and `dialogue` [N] has each utterance's index into them.
+        """
         group_name = group_by or "speaker"
         groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
         if group_name in self.arrays:
@@ -282,7 +284,7 @@ class _Archive:
     def check_dialogues(
         self, order: np.ndarray, dialogue: np.ndarray, position: np.ndarray, split: np.ndarray
     ) -> None:
-        """Raises InputError if a dialogue has two splits or two utterances of the same position.
+        """Raises InputError if a dialogue has two splits or two utterances with equal positions.
 
         `order` [N] sorts the rows by dialogue and position. The other arrays [N] are columns.
         """

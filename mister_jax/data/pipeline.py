@@ -1,7 +1,7 @@
-"""Batches of dialogue features for the models, made by tf.data.
+"""Makes batches of dialogue features with tf.data.
 
-A batch is a pure function of the features, the plan, and (seed, epoch, step, process). A run that
-is stopped and resumed, or that uses another number of processes, sees the same batches.
+A batch is a pure function of the features, the plan, and (seed, epoch, step, process). A run gets
+the same batches if it is stopped and resumed, or uses another number of processes.
 """
 
 import collections
@@ -40,39 +40,39 @@ def batches(
     process_count: int = 1,
     prefetch: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns the batches of one epoch.
+    """Returns an iterator over the batches of one epoch.
 
-    Each process gets its contiguous share of the rows of every global batch, at the same T. B and T
-    differ between batches and take the values of `plan.shapes`.
+    Each process gets a contiguous block of rows from each global batch. B and T differ between
+    batches and take the values of `plan.shapes`.
 
     Args:
         features: Features of the split.
         plan: Plan for `features.lengths`.
         seed: Seed of the shuffle, combined with `epoch`.
         epoch: Index of the epoch, from 0.
-        start_step: Number of batches to skip; they cost nothing.
+        start_step: Number of batches to skip. Skipped batches are not computed.
         shuffle: Whether to shuffle, see `BatchPlan.epoch`.
         process_index: Index of this process.
         process_count: Number of processes, a divisor of `plan.multiple_of`.
-        prefetch: Number of batches prepared ahead.
+        prefetch: Number of batches to prepare in advance.
 
     Returns:
-        An iterator over dicts. Padding is zero, false or -1.
+        An iterator over dicts with these entries. Padding is zero, false or -1.
 
         - `speech` [B, T, Ds] float32
         - `text` [B, T, Dt] float32
         - `mask` [B, T] bool, true for an utterance
         - `speech_present` [B, T] bool
         - `text_present` [B, T] bool
-        - `label` [B, T] int32, -1 where unlabeled
+        - `label` [B, T] int32, -1 if unlabeled
         - `row` [B] int32, index of the dialogue in the split, -1 for an empty row
 
     Raises:
-        ValueError: The plan is for other dialogues, the rows do not divide evenly among the
+        ValueError: The plan was made for other lengths, the rows do not divide evenly among the
             processes, or `start_step` is past the end.
     """
     if not np.array_equal(plan.lengths, features.lengths):
-        raise ValueError("the plan was made for other dialogue lengths than those of features")
+        raise ValueError("plan and features have different dialogue lengths")
     if plan.multiple_of % process_count or not 0 <= process_index < process_count:
         raise ValueError(
             f"process {process_index} of {process_count}; batches have a multiple of "
@@ -101,9 +101,10 @@ def batches(
 def prefetch_to_device(
     iterator: Iterable[Item], put: Callable[[Item], Result], size: int = 2
 ) -> Iterator[Result]:
-    """Puts `size` items on their devices ahead of use, so that transfers overlap with computation.
+    """Transfers items to devices before they are used, so that transfers overlap with computation.
 
-    `put` starts a transfer and returns at once, as `jax.device_put` does.
+    `put` must start a transfer and return at once, as `jax.device_put` does. Up to `size` items are
+    transferred in advance.
     """
     on_device: collections.deque[Result] = collections.deque()
     for item in iterator:
@@ -116,11 +117,11 @@ def prefetch_to_device(
 def padded_batch(
     features: DialogueFeatures, rows: np.ndarray, padded_length: int
 ) -> dict[str, np.ndarray]:
-    """Returns the batch of the dialogues `rows` [B] (-1: empty), padded to T, see `batches`."""
+    """Makes a batch from dialogues `rows` [B] (-1: empty), padded to T. See `batches`."""
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     positions = np.arange(padded_length)
     mask = positions < lengths[:, None]  # [B, T]
-    utterances = (features.offsets[rows][:, None] + positions)[mask]  # Rows of the flat arrays.
+    utterances = (features.offsets[rows][:, None] + positions)[mask]  # rows of the flat arrays
 
     def pad(values: np.ndarray, field: str, fill: int = 0) -> np.ndarray:
         array: np.ndarray = np.full(mask.shape + values.shape[1:], fill, _BATCH_DTYPES[field])

@@ -40,25 +40,27 @@ class Manifest(DialogueBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """Corpus to prepare, and options.
+    """Options of `prepare_corpus`.
 
     Attributes:
-        corpus: Name of the corpus: one of `registry.CORPORA`, "manifest", "transcripts" or
+        corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts" or
             "synthetic".
-        source: Folder of the corpus, or path of the manifest; for "synthetic" the folder to write
-            the recordings to. If None, "meld" with the config "text" is downloaded, and "synthetic"
-            writes to a folder next to the dataset.
-        data_dir: Directory of all datasets; the default of TFDS if None.
-        config: Config of the corpus; its first config if empty.
-        name: Name of a manifest's dataset `manifest/NAME`; the name of the file if empty.
-        labels: Class names of a manifest in their order; the sorted names in the file if empty.
+        source: Folder of the corpus, path of the manifest, or for "synthetic", folder to write
+            recordings to. If None, "meld" with config "text" is downloaded, and "synthetic" writes
+            to a folder next to the dataset.
+        data_dir: Directory of all datasets; TFDS's default if None.
+        config: Name of the corpus's config; its first config if empty.
+        name: Name in a manifest's dataset `manifest/NAME`; the file's name if empty.
+        labels: Ordered class names of a manifest; the sorted names in the file if empty.
         label_map: Map from names in a manifest to class names, see `read_manifest`.
-        group_by: Column of a manifest whose values random splits keep apart.
-        seed: Seed of a manifest's random split, and of the synthetic corpus.
-        num_dialogues: Number of dialogues of the synthetic corpus by split; its default if empty.
+        group_by: Column of a manifest. Random splits put dialogues with equal values in one split.
+        seed: Seed for a manifest's random split, and for the synthetic corpus.
+        num_dialogues: Number of dialogues in the synthetic corpus by split; its default if empty.
+        decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
-        transcripts: How the corpus "transcripts" is read.
+        transcripts: Options for reading the corpus "transcripts".
         partial: Whether to allow an incomplete corpus.
+        overwrite: Whether to replace an existing dataset.
     """
 
     corpus: str

@@ -1,4 +1,4 @@
-"""A split of dialogue features in memory, and the names of splits and modalities."""
+"""Dialogue features in memory, and the names of splits and modalities."""
 
 import dataclasses
 import functools
@@ -12,11 +12,11 @@ SPLITS = ("train", "validation", "test")
 MODALITIES = ("speech", "text")
 
 UNLABELED = -1
-"""Label of an utterance that is only context: no loss and no metric counts it."""
+"""Label of context utterances, which losses and metrics exclude."""
 
 
 def fingerprint(*values: Any) -> str:
-    """Returns a hash of arrays or lists of texts, as 16 hexadecimal digits."""
+    """Returns a hash of arrays or lists of strings, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for value in values:
         array = np.ascontiguousarray(value)
@@ -27,26 +27,27 @@ def fingerprint(*values: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DialogueFeatures:
-    """One split of a dataset: the feature vectors of its utterances, dialogue after dialogue.
+    """Feature vectors of all utterances in one split.
 
-    M dialogues have N utterances in total. Arrays over utterances are flat and in dialogue order:
-    dialogue `m` has the rows `offsets[m]:offsets[m + 1]`.
+    The split has M dialogues with N utterances in total. Utterance arrays are flat and in dialogue
+    order: dialogue `m` has the rows `offsets[m]:offsets[m + 1]`.
 
     Attributes:
+        name: Name of the dataset.
         split: One of `SPLITS`.
+        class_names: Names of the C classes.
         dialogue_ids: Ids of the M dialogues.
-        lengths: Number of utterances of each dialogue, [M] int, at least 1.
+        lengths: Number of utterances in each dialogue, [M] int, at least 1.
         utterance_ids: Ids of the utterances, [N] str.
-        speech: Speech features as stored, [N, Ds] float16 or float32, zero where absent.
-        text: Text features as stored, [N, Dt] float16 or float32, zero where absent.
+        speech: Speech features as stored, [N, Ds] float16 or float32, zero if absent.
+        text: Text features as stored, [N, Dt] float16 or float32, zero if absent.
         speech_present: Whether the utterance has speech, [N] bool.
         text_present: Whether the utterance has text, [N] bool.
         label: Index of the class or `UNLABELED`, [N] int32.
-        score: Sentiment scores, [N] float32, NaN where there is none; None for a dataset without
-            scores.
+        score: Sentiment scores, [N] float32, NaN if missing; None for a dataset without scores.
         metadata: Origin of the features, as JSON values.
-        utterance_metadata: JSON objects of extra columns of a manifest, [N] str, which are copied
-            to predictions and which no model reads; None if there are none.
+        utterance_metadata: JSON objects with a manifest's extra columns, [N] str, or None. No model
+            reads them, and predictions include them.
 
     Raises:
         ValueError: The shapes of the arrays do not match.
@@ -83,7 +84,7 @@ class DialogueFeatures:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """Row of the first utterance of each dialogue, and N at the end, [M + 1] int64."""
+        """Row of each dialogue's first utterance, followed by N, [M + 1] int64."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     @property
@@ -98,7 +99,7 @@ class DialogueFeatures:
 
     @property
     def class_counts(self) -> np.ndarray:
-        """Number of labeled utterances of each class, [C] int64."""
+        """Number of utterances per class, [C] int64."""
         return np.bincount(self.label[self.label != UNLABELED], minlength=len(self.class_names))
 
     def fingerprint(self) -> str:
@@ -116,7 +117,7 @@ class DialogueFeatures:
         )
 
     def summary(self) -> dict[str, str]:
-        """Returns the rows of a table that describes the split."""
+        """Returns the labels and values of a table that describes the split."""
         lengths = self.lengths
         return {
             "dialogues": f"{len(lengths)}",

@@ -1,7 +1,7 @@
-"""The guard that keeps training from opening the test split.
+"""Keeps training from opening the test split.
 
-`training.loop.train` runs under `training_splits_only`. All functions of this package that open a
-split of a dataset call `check_split_allowed` first.
+`training.loop.train` runs under `training_splits_only`. All functions in this package call
+`check_split_allowed` before they open a split.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _is_training = contextvars.ContextVar("is_training", default=False)
 
 @contextlib.contextmanager
 def training_splits_only() -> Iterator[None]:
-    """Makes opening any split but `TRAINING_SPLITS` an error; also a function decorator."""
+    """Raises an error if a split outside `TRAINING_SPLITS` is opened. Also works as a decorator."""
     token = _is_training.set(True)
     try:
         yield
@@ -24,7 +24,7 @@ def training_splits_only() -> Iterator[None]:
 
 
 def check_split_allowed(split: str) -> None:
-    """Raises RuntimeError if training opens a split that it must not see.
+    """Raises RuntimeError if training opens a split outside `TRAINING_SPLITS`.
 
     Args:
         split: Name of the split that is about to be opened.

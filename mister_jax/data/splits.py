@@ -1,4 +1,4 @@
-"""Random splits of dialogues that keep groups, such as speakers, apart."""
+"""Splits dialogues at random so that no group, such as a speaker, is in two splits."""
 
 import collections
 from collections.abc import Mapping, Sequence, Set
@@ -9,7 +9,7 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
-"""Default fractions of the dialogues in training, validation and test."""
+"""Default fractions of dialogues for training, validation and test."""
 
 
 def random_splits(
@@ -24,22 +24,22 @@ def random_splits(
 ) -> tuple[dict[str, str], str]:
     """Assigns dialogues to splits at random.
 
-    Dialogues that have a group in common are connected and get the same split. In conversational
-    corpora, groups often connect all dialogues. If there are fewer connected components than
-    splits, dialogues are assigned one by one, and the note says so.
+    Dialogues with a common group are connected and get the same split. In conversational corpora,
+    groups often connect all dialogues. If there are fewer connected components than splits,
+    dialogues are assigned one by one, and the note reports it.
 
     Args:
-        dialogues: Number of utterances of each dialogue.
+        dialogues: Number of utterances in each dialogue.
         groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
-        name: Name of a group for messages, for example "speaker".
+        name: Kind of group for messages, for example "speaker".
         source: Origin of the dialogues, for messages.
         explicit: Whether to raise an error if the groups connect too many dialogues.
         seed: Seed of the random split.
-        fractions: Fractions of the dialogues in training, validation and test. Each split with a
+        fractions: Fractions of dialogues for training, validation and test. Each split with a
             positive fraction gets at least one component if there are enough.
 
     Returns:
-        The split of each dialogue, and a note for the user that says how it was chosen.
+        The split of each dialogue, and a note that tells the user how the splits were chosen.
 
     Raises:
         InputError: The fractions are invalid, or the groups connect too many dialogues and
@@ -76,12 +76,12 @@ def random_splits(
 
 
 def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name: str) -> str:
-    """Returns a warning if groups are in training and in another split, otherwise an empty text.
+    """Returns a warning if groups are in training and in another split, or an empty string.
 
     Args:
         groups: Groups of each dialogue.
         splits: Split of each dialogue.
-        name: Name of a group, for example "speaker".
+        name: Kind of group for the message, for example "speaker".
     """
     splits_of_group: dict[str, set[str]] = collections.defaultdict(set)
     for dialogue, members in groups.items():
@@ -99,7 +99,7 @@ def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name
 def _connected_components(
     dialogues: Sequence[str], groups: Mapping[str, Set[str]]
 ) -> list[list[str]]:
-    """Returns lists of dialogues; dialogues that share a group are in the same list."""
+    """Returns lists of dialogues such that dialogues with a common group are in the same list."""
     parent = {dialogue: dialogue for dialogue in dialogues}
 
     def root(dialogue: str) -> str:
@@ -121,7 +121,7 @@ def _connected_components(
 def _assign(
     components: Sequence[Sequence[str]], seed: int, fractions: np.ndarray
 ) -> dict[str, str]:
-    """Assigns each component to the split that misses most dialogues, large components first."""
+    """Assigns each component to the split that lacks most dialogues, large components first."""
     sizes = np.array([len(component) for component in components])
     shuffled = np.random.default_rng(seed).permutation(len(components))
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]

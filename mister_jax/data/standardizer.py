@@ -1,4 +1,4 @@
-"""Standardization of features, and the rule that decides which features need it."""
+"""Standardizes features, and decides which features need it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mister_jax.errors import InputError
 
 AUTO, NONE = "auto", "none"
 
-# The dimensions of neural embeddings have deviations within a factor of 6 of each other (RoBERTa,
-# MiniLM, wav2vec 2.0, CNN features). Those of physical measurements (prosody) differ 30-fold and
-# more.
+# Standard deviations differ by at most a factor of 6 among the dimensions of neural embeddings
+# (RoBERTa, MiniLM, wav2vec 2.0, CNN features), and by 30 and more among physical measurements
+# (prosody).
 _MAX_DEVIATION_RATIO = 10.0
 _MAX_OUTLIER_RATIO = 100.0
 _SCALE_RANGE = (0.01, 10.0)
@@ -23,14 +23,14 @@ _SCALE_RANGE = (0.01, 10.0)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Standardizer:
-    """Standardizes features by the mean and deviation [D] float32 of each dimension."""
+    """Standardizes features with a mean and a standard deviation per dimension, [D] float32."""
 
     mean: np.ndarray
     deviation: np.ndarray
 
     @classmethod
     def fit(cls, vectors: np.ndarray) -> Standardizer:
-        """Returns the standardizer that maps vectors [N, D] to mean 0 and deviation 1."""
+        """Returns the standardizer that maps vectors [N, D] to mean 0 and standard deviation 1."""
         vectors = vectors.astype(np.float64)
         deviation = np.where(_is_constant(vectors), 1, vectors.std(0))
         return cls(vectors.mean(0).astype(np.float32), deviation.astype(np.float32))
@@ -47,11 +47,11 @@ def choose_standardizers(
 
     Args:
         features: Training split.
-        choice: "auto", which decides for each modality by `why_standardize`; "none"; or names of
-            modalities, also as a text separated by commas.
+        choice: "auto", which uses `why_standardize` for each modality; "none"; or names of
+            modalities as a list or a comma-separated string.
 
     Returns:
-        Standardizers by modality, and notes for the user with the reasons of "auto".
+        Standardizers by modality, and notes that tell the user why "auto" chose them.
 
     Raises:
         InputError: The choice is unknown, or no utterance of the split has a chosen modality.
@@ -83,11 +83,11 @@ def choose_standardizers(
 
 
 def why_standardize(vectors: np.ndarray) -> str:
-    """Returns the reason to standardize vectors [N, D], empty if there is none.
+    """Returns the reason to standardize vectors [N, D], or an empty string.
 
     Vectors need standardization if the scales of their dimensions differ much, as in features with
-    physical units (Hz, decibels, fractions), or if their common scale is far from 1. Constant
-    dimensions do not count.
+    physical units (Hz, decibels, fractions), or if their median scale is far from 1. Constant
+    dimensions are ignored.
     """
     vectors = vectors.astype(np.float64)
     vectors = vectors[:, ~_is_constant(vectors)] if len(vectors) else vectors[:, :0]
@@ -106,5 +106,5 @@ def why_standardize(vectors: np.ndarray) -> str:
 
 
 def _is_constant(vectors: np.ndarray) -> np.ndarray:
-    """Returns which dimensions of vectors [N, D] float64 do not vary."""
+    """Returns whether each dimension is constant in vectors [N, D] float64, [D] bool."""
     return vectors.std(0) < 1e-6 * np.maximum(1, np.abs(vectors).max(0))

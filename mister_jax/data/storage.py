@@ -1,4 +1,4 @@
-"""Dataset paths, and atomic writes of datasets and directories."""
+"""Finds, opens and atomically writes datasets and directories."""
 
 import contextlib
 import io
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 VERSION = "1.0.0"
 
 REPORT = "report.json"
-"""File in the directory of a dialogue dataset, see `corpus_report.make_report`."""
+"""File in a dialogue dataset's directory that contains `corpus_report.make_report`."""
 
-# No dataset has this name.
+# Name for the old directory while it is replaced. No dataset can have this name.
 _REPLACED = ".replaced"
 
 
 def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
-    """Returns the directory of a dataset `DATASET` or `DATASET/CONFIG`, which need not exist.
+    """Returns the directory of a dataset `DATASET` or `DATASET/CONFIG`, which may not exist.
 
     Raises:
         InputError: The name is not allowed.
@@ -65,12 +65,12 @@ def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder"
 
 
 def utterance_fields(builder: "DatasetBuilder") -> dict[str, Any]:
-    """Returns the TFDS features of an utterance, none if the dataset has no utterances."""
+    """Returns the TFDS features of an utterance, or an empty dict without utterances."""
     return getattr(dict(builder.info.features.items()).get("utterances"), "feature", {})
 
 
 def split_sizes(builder: "DatasetBuilder") -> dict[str, int]:
-    """Returns the number of dialogues of each split that is not empty."""
+    """Returns the number of dialogues in each split that is not empty."""
     splits = builder.info.splits
     return {name: split.num_examples for name, split in splits.items() if split.num_examples}
 
@@ -92,7 +92,7 @@ def check_split(builder: "DatasetBuilder", split: str) -> None:
 def atomic_dataset(
     name: str, data_dir: epath.PathLike | None, *, overwrite: bool
 ) -> Iterator[epath.Path]:
-    """Yields a temporary `data_dir` for a dataset, and moves the dataset from there on success.
+    """Yields a temporary `data_dir` for a dataset, and moves the dataset into place on success.
 
     Raises:
         InputError: The dataset exists, or the directory cannot be written.
@@ -108,14 +108,13 @@ def atomic_dataset(
 def atomic_directory(
     directory: epath.Path, root: epath.Path, *, overwrite: bool
 ) -> Iterator[epath.Path]:
-    """Writes a directory to a temporary place and moves it into position on success.
+    """Yields a temporary folder, and moves a directory from it into place on success.
 
-    If the body fails, the directory does not change. If the process is killed, its temporary place
+    If the body fails, `directory` does not change. If the process is killed, the temporary folder
     remains until the next call, see `recover_directory`.
 
     Yields:
-        The temporary place, a folder in `root`, which contains `directory` at any depth. The path
-        `directory.relative_to(root)` in it becomes `directory`.
+        A temporary folder in `root`. The body must write to `directory.relative_to(root)` in it.
 
     Raises:
         InputError: The directory exists or cannot be written.
@@ -140,17 +139,17 @@ def atomic_directory(
 
 
 def recover(name: str, data_dir: epath.PathLike | None) -> None:
-    """Recovers a dataset from killed writers, see `recover_directory`."""
+    """Cleans up after killed writers of a dataset, see `recover_directory`."""
     directory = dataset_directory(name, data_dir)
-    with contextlib.suppress(OSError):  # A reader may lack the permission to write.
+    with contextlib.suppress(OSError):  # Readers may lack write permission.
         recover_directory(directory, _root(data_dir))
 
 
 def recover_directory(directory: epath.Path, root: epath.Path) -> None:
-    """Removes what killed calls of `atomic_directory` on this machine have left.
+    """Removes temporary folders of killed `atomic_directory` calls on this machine.
 
-    A process may have been killed after it had put the old directory aside and before the new one
-    was in position. Then the old directory is restored.
+    If a process was killed between moving the old directory away and moving the new one into place,
+    the old directory is restored.
     """
     if not root.exists():
         return
@@ -158,7 +157,7 @@ def recover_directory(directory: epath.Path, root: epath.Path) -> None:
     for path in root.iterdir():
         process = path.name.removeprefix(prefix).partition(".")[0]
         if path.name.startswith(prefix) and process.isdigit() and not _is_alive(int(process)):
-            with contextlib.suppress(FileNotFoundError):  # Another process recovers it too.
+            with contextlib.suppress(FileNotFoundError):  # Another process may do the same.
                 _rollback(path, directory)
 
 
@@ -176,7 +175,7 @@ def _rollback(temporary: epath.Path, directory: epath.Path) -> None:
 
 @contextlib.contextmanager
 def silence_tfds() -> Iterator[None]:
-    """Hides the messages of TFDS, which show progress and temporary paths."""
+    """Hides TFDS's messages, which show progress bars and temporary paths."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     discarded = io.StringIO()

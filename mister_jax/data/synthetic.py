@@ -1,14 +1,14 @@
-"""Synthetic conversations of feature vectors whose best possible scores are known.
+"""Generates synthetic dialogues of feature vectors, for which the Bayes classifier is known.
 
-Emotions follow a Markov chain along a dialogue. The speech and text features of an utterance are
-Gaussian around a mean of its emotion, so the exact posterior is known, see `dialogue_process`. The
-task has these parts by design:
+Emotions follow a Markov chain along a dialogue. An utterance's speech and text features are
+Gaussian around the mean of its emotion, so the exact posterior is known, see `dialogue_process`.
+The task rewards each part of a multimodal dialogue model:
 
-- Speech separates odd from even emotions well and the others badly; text separates the pairs
-  (0, 1), (2, 3), ... well and the emotions of a pair badly. Only both together identify an emotion.
-- Emotions last, so context helps.
-- Some utterances are uninformative in one modality without a mark, so a gate helps.
-- Some utterances lack a modality, with a mark.
+- Speech separates odd from even emotions well, and other emotions poorly. Text separates the pairs
+  (0, 1), (2, 3), ... well, and the emotions within a pair poorly. A model needs both modalities.
+- Emotions tend to persist, so context helps.
+- Some utterances have one uninformative modality, which is not flagged, so a gate helps.
+- Some utterances lack one modality, which is flagged.
 """
 
 import dataclasses
@@ -29,16 +29,17 @@ from mister_jax.data.schema import DialogueFeatures
 DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 200, "validation": 40, "test": 60}
 
 MIN_LENGTH, MAX_LENGTH = 2, 30
-"""Range of the number of utterances of a dialogue."""
+"""Minimum and maximum number of utterances in a dialogue."""
 
-# Length of the component of a mean that separates emotions well, and of the one that separates them
-# badly. The noise has standard deviation 1 in every direction.
+# Lengths of the two components of a mean: the strong one separates groups of emotions well, and the
+# weak one separates emotions within a group poorly. The noise has standard deviation 1 in every
+# direction.
 _STRONG, _WEAK = 2.0, 0.8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmotionProcess(ConversationProcess):
-    """Process that generates dialogues of feature vectors.
+    """Random process that generates dialogues of feature vectors.
 
     Attributes:
         speech_mean: Mean speech features of each emotion, [C, Ds].
@@ -69,8 +70,8 @@ class EmotionProcess(ConversationProcess):
 
         Returns:
             A tuple of the labels [T] int32, speech [T, Ds] and text [T, Dt] float32, and the
-            presence of speech and text, each [T] bool; and the uninformative modality of each
-            utterance, [T]: "speech", "text" or "".
+            presence of speech and text, each [T] bool; and each utterance's uninformative modality,
+            [T], which is "speech", "text" or "".
         """
         label, uninformative, speech_present, text_present = self.sample_labels_and_flags(
             length, generator
@@ -99,13 +100,13 @@ def emotion_process(
     """Draws the means and the Markov chain of a process.
 
     Args:
-        seed: Seed, at least 0; it determines the process.
+        seed: Seed of the process, at least 0.
         num_classes: Number of emotions C, at least 2.
         speech_dim: Dimension Ds of the speech features.
         text_dim: Dimension Dt of the text features.
         stay_probability: Probability that the emotion does not change, see `emotion_chain`.
-        uninformative_share: Probability of uninformative speech, and of uninformative text, at
-            most 0.5.
+        uninformative_share: Probability that speech is uninformative, and also the probability that
+            text is; at most 0.5.
         missing_share: Probability that an utterance lacks one modality.
 
     Raises:
@@ -131,10 +132,10 @@ def generate_features(
     num_dialogues: Mapping[str, int] = DEFAULT_NUM_DIALOGUES,
     **options: Any,
 ) -> dict[str, DialogueFeatures]:
-    """Generates splits of synthetic dialogues, which depend only on the arguments.
+    """Generates splits of synthetic dialogues. Equal arguments give equal dialogues.
 
-    The metadata of a split contains its `reference_scores`, and under `uninformative` the
-    uninformative modality of each utterance ("speech", "text" or ""), which no model may see.
+    A split's metadata contains `reference_scores`, and each utterance's uninformative modality
+    ("speech", "text" or "") under `uninformative`. Models must not read them.
 
     Args:
         seed: Seed, at least 0.
@@ -198,7 +199,7 @@ def _draw_directions(count: int, dim: int, generator: np.random.Generator) -> np
 
 
 def _draw_means(group: np.ndarray, dim: int, generator: np.random.Generator) -> np.ndarray:
-    """Draws means [C, dim] that are far apart between the groups [C] and close within one."""
+    """Draws means [C, dim] that are far apart between groups and close within each `group` [C]."""
     group_directions = _draw_directions(int(group.max()) + 1, dim, generator)
     return _STRONG * group_directions[group] + _WEAK * _draw_directions(len(group), dim, generator)
 
@@ -206,6 +207,6 @@ def _draw_means(group: np.ndarray, dim: int, generator: np.random.Generator) -> 
 def _draw_features(
     mean: np.ndarray, neutral: np.ndarray, uninformative: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Draws features [T, D] float32 around `mean` [T, D], or `neutral` [D] if uninformative [T]."""
+    """Draws features [T, D] float32 around `mean`, or around `neutral` [D] if uninformative."""
     center = np.where(uninformative[:, None], neutral, mean)
     return (center + generator.normal(size=mean.shape)).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Single utterances without their dialogues, the input of encoders.
+"""Loads single utterances without their dialogues, and makes batches of them for encoders.
 
-`clips` adds what is specific to speech.
+`clips` contains the functions that are specific to speech.
 """
 
 import dataclasses
@@ -18,18 +18,17 @@ from mister_jax.data.schema import UNLABELED, fingerprint
 Batch = dict[str, np.ndarray]
 
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
-"""Function that maps texts to the token ids [n] int32 of each."""
+"""Function that returns the token ids [n] int32 of each text."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Utterances:
-    """The N utterances of a split that have a modality, in the order of the dataset.
+    """The N utterances of a split that have a certain modality, in stored order.
 
     Attributes:
         dialogue_ids: Dialogue id of each utterance.
         utterance_ids: Ids of the utterances, [N] str.
-        items: N arrays that are not empty: token ids [n] int32, or samples [s] int16 at
-            `SAMPLE_RATE`.
+        items: N nonempty arrays: token ids [n] int32, or samples [s] int16 at `SAMPLE_RATE`.
         label: Index of the class or `UNLABELED`, [N] int32.
         score: Sentiment scores, [N] float32; None for a dataset without scores.
     """
@@ -56,11 +55,11 @@ class Utterances:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Number of tokens or samples of each utterance, [N] int."""
+        """Number of tokens or samples in each utterance, [N] int."""
         return np.array([len(item) for item in self.items], int)
 
     def take(self, rows: np.ndarray) -> "Utterances":
-        """Returns the utterances of some rows."""
+        """Selects utterances by row."""
         return dataclasses.replace(
             self,
             dialogue_ids=tuple(self.dialogue_ids[row] for row in rows),
@@ -77,7 +76,7 @@ class Utterances:
         )
 
     def labeled(self) -> "Utterances":
-        """Returns the utterances with a label."""
+        """Returns the utterances that have a label."""
         return self.take(np.flatnonzero(self.label != UNLABELED))
 
 
@@ -87,13 +86,13 @@ def load_utterances(
     data_dir: epath.PathLike | None,
     item: Callable[[StoredUtterance], Any],
 ) -> Utterances:
-    """Loads the utterances of a split of a dialogue dataset, except those whose `item` is None.
+    """Loads the utterances of a split from a dialogue dataset, except those whose `item` is None.
 
     Raises:
         InputError: The dataset or split does not exist.
     """
     dataset = DialogueDataset(name, data_dir)
-    # Keeping the turns themselves would keep all recordings of the split in memory.
+    # The turns are not kept, because they hold all recordings of the split.
     rows = [
         (dialogue.id, turn.id, value, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
@@ -129,17 +128,17 @@ def utterance_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Returns the batches of one epoch; each process gets its share of the rows.
+    """Returns an iterator over the batches of one epoch. Each process gets its share of the rows.
 
-    `pad_items` pads B items, empty for an empty row, to a length of the plan. It returns the arrays
-    that `fields` names. The other options are those of `pipeline.batches`.
+    `pad_items` pads B items to a length and returns two arrays. `fields` are the arrays' names. The
+    item of an empty row is empty. The other options are those of `pipeline.batches`.
 
     Returns:
-        An iterator over dicts with the arrays of `pad_items` and
+        An iterator over dicts with the arrays of `pad_items` and these entries:
 
-        - `label` [B] int32, -1 where unlabeled
+        - `label` [B] int32, -1 if unlabeled
         - `weight` [B] float32: 1 / (number of labeled rows in the global batch) for a labeled row,
-          0 for the others
+          0 for other rows
         - `row` [B] int32, index of the utterance, -1 for an empty row
     """
     planned = plan.epoch(seed, epoch, shuffle=shuffle)
@@ -164,7 +163,7 @@ def utterance_batches(
 def load_tokens(
     name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
 ) -> Utterances:
-    """Loads and tokenizes the utterances that have text, from one split of a dialogue dataset.
+    """Loads and tokenizes the utterances with text in a split of a dialogue dataset.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -176,7 +175,7 @@ def load_tokens(
 
 
 def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token ids [B, N] int32, zero-padded on the right, and their mask [B, N] bool."""
+    """Pads token ids on the right to [B, N] int32, and returns them with their mask [B, N] bool."""
     ids = np.zeros((len(tokens), length), np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, values in enumerate(tokens):
@@ -186,11 +185,12 @@ def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
 
 
 def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Batch]:
-    """Returns the batches of one epoch; the plan is for `tokens.sizes`.
+    """Returns an iterator over the batches of one epoch.
+
+    `plan` must be made for `tokens.sizes`. `options` are passed to `utterance_batches`.
 
     Returns:
-        An iterator over dicts with the arrays of `utterance_batches`, which has the other options,
-        and
+        An iterator over the dicts of `utterance_batches` with these additional entries:
 
         - `input_ids` [B, N] int32, zero in padding
         - `mask` [B, N] bool

@@ -1,8 +1,8 @@
 """Reads the header and the integer samples of WAV files.
 
-FFmpeg assumes that the size of a sample is its number of valid bits, so it decodes 24 valid bits in
-a 32-bit container to noise. `pcm_blocks` uses the size of the container. The file format is that of
-Microsoft's "Multiple channel audio data and WAVE files" and of EBU Tech 3306 (RF64).
+FFmpeg derives the size of a sample from its number of valid bits, so it decodes 24 valid bits in a
+32-bit container to noise. `pcm_blocks` uses the container's size. Microsoft's "Multiple channel
+audio data and WAVE files" and EBU Tech 3306 (RF64) specify the file format.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _PCM, _EXTENSIBLE = 0x0001, 0xFFFE
 _MAX_CHUNKS = 1000
 _MAX_RATE = 1_000_000
 
-# A size of at least this value means "until the end of the file". Programs that write to a pipe use
-# it, because they do not know the length in advance.
+# Sizes of at least this value mean "until the end of the file". Programs that write to a pipe use
+# them, because they do not know the length in advance.
 _OPEN_SIZE = 0x7FFF_0000
 
 
 @dataclasses.dataclass(frozen=True)
 class WavHeader:
-    """The header of a WAV file.
+    """Header of a WAV file.
 
     Attributes:
         codec: Format tag; in the extensible format, the tag of the subformat.
@@ -52,15 +52,16 @@ class WavHeader:
 
     @property
     def container_bytes(self) -> int:
-        """Bytes per sample of one channel."""
+        """Bytes per sample and channel."""
         return self.block_align // max(1, self.channels)
 
     @property
     def is_pcm(self) -> bool:
         """Whether `pcm_blocks` can read the samples.
 
-        It leaves 8-bit samples, which are unsigned, and more than two channels, whose layout FFmpeg
-        knows, to FFmpeg, unless FFmpeg would misread their containers.
+        FFmpeg reads 8-bit samples, which are unsigned, and files with more than two channels,
+        because it knows their layout. `pcm_blocks` still reads the latter if their containers have
+        padding bytes, which FFmpeg would misread.
         """
         has_padding_bytes = (self.valid_bits + 7) // 8 < self.container_bytes
         return (
@@ -75,7 +76,7 @@ class WavHeader:
 
     @property
     def seconds(self) -> float:
-        """Seconds of sound that the file contains, if its samples are integers."""
+        """Seconds of sound in a file with integer samples."""
         num_bytes = self.file_size - self.data_start
         if self.data_size is not None:
             num_bytes = min(num_bytes, self.data_size)
@@ -83,7 +84,7 @@ class WavHeader:
 
     @property
     def missing_seconds(self) -> float:
-        """Seconds of sound that the header promises but the file does not contain."""
+        """Seconds of sound that the header states but the file does not contain."""
         byte_rate = self.rate * self.block_align if self.codec == _PCM else self.byte_rate
         if self.data_size is None or byte_rate <= 0:
             return 0.0
@@ -91,7 +92,7 @@ class WavHeader:
 
 
 def read_header(source: str | os.PathLike[str] | bytes) -> WavHeader | None:
-    """Returns the header of a WAV file, None if it is none with the chunks `fmt ` and `data`."""
+    """Returns a WAV file's header, or None if the file is not WAV or lacks `fmt ` or `data`."""
     with _open(source) as file:
         return _read_header(file)
 
@@ -148,7 +149,7 @@ def _read_header(file: BinaryIO) -> WavHeader | None:
 def pcm_blocks(
     source: str | os.PathLike[str] | bytes, header: WavHeader, first: int, size: int
 ) -> Iterator[np.ndarray]:
-    """Reads the integer samples of a WAV file whose `is_pcm` is true, from an index on.
+    """Reads the integer samples of a WAV file from index `first` on. `header.is_pcm` must be true.
 
     Yields:
         Blocks [size, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if
@@ -167,7 +168,7 @@ def pcm_blocks(
                 dtype = f"<i{header.container_bytes}"
                 yield np.frombuffer(block, dtype).reshape(-1, header.channels)
                 continue
-            # Bytes are little-endian, so these are the three highest bytes of 32-bit samples.
+            # Bytes are little-endian, so index 1 to 3 are the highest bytes of 32-bit samples.
             wide = np.zeros((len(block) // 3, 4), np.uint8)
             wide[:, 1:] = np.frombuffer(block, np.uint8).reshape(-1, 3)
             yield wide.view("<i4").reshape(-1, header.channels)

@@ -1,9 +1,8 @@
-"""Maps a function over items in parallel processes, in order, and survives crashes of processes.
+"""Maps a function over items in parallel processes, in order, and survives process crashes.
 
-When a process of `concurrent.futures` or loky is killed, all pending calls fail and nothing says
-which item was the cause, and their processes run the user's main program again or import JAX with
-the packages of the function. The processes here run this file and import only the function's
-module.
+If a worker of `concurrent.futures` or loky is killed, all pending calls fail, and the error does
+not name the item that caused it. Their workers also rerun the user's main program, or import JAX
+with the function's packages. The workers here run this file and import only the function's module.
 """
 
 import collections
@@ -25,11 +24,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 QUEUED_PER_WORKER = 4
-"""Items per worker that are started before the first result is consumed."""
+"""Maximum number of items per worker that are submitted and not yet yielded."""
 
 
 class WorkerCrashError(Exception):
-    """A worker process ended before it returned a result."""
+    """Reports that a worker process ended before it returned a result."""
 
 
 def ordered_map(
@@ -37,18 +36,18 @@ def ordered_map(
 ) -> Iterator[R | WorkerCrashError]:
     """Applies a function to items in parallel processes.
 
-    At most `QUEUED_PER_WORKER * num_workers` items are taken ahead of the results, so memory does
-    not grow with their number.
+    At most `QUEUED_PER_WORKER * num_workers` items are read in advance, so memory does not grow
+    with the number of items.
 
     Args:
         function: Function that can be imported by name, or a `functools.partial` of one.
         items: Items to process. Items and results must be picklable.
-        num_workers: Number of processes; with 0 the function runs in this process.
+        num_workers: Number of processes. If 0, the function runs in this process.
 
     Yields:
-        The results in the order of the items. If a process crashes (killed, out of memory, a fault
-        in a C library), its item's result is a `WorkerCrashError`, which is not raised, and the
-        other items are not affected. An exception that the function raises is raised here too.
+        The results in the order of the items. If a worker crashes (killed, out of memory, a fault
+        in a C library), it yields a `WorkerCrashError` for the worker's item and continues with the
+        other items. An exception that the function raises is raised here.
 
     Raises:
         ValueError: `num_workers` is negative.
@@ -77,7 +76,7 @@ def _parallel_map(
         finally:
             idle.put(worker)
 
-    # One thread per worker waits for results, so workers keep running while the caller is busy.
+    # One thread per worker waits for results, so workers continue while the caller is busy.
     threads = concurrent.futures.ThreadPoolExecutor(num_workers, "ordered_map")
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
@@ -123,12 +122,12 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[Any]:
         self.process = subprocess.Popen(
-            # With -P the modules beside this file do not hide others of the same name.
+            # Without -P, modules next to this file would shadow modules with the same names.
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        with contextlib.suppress(OSError):  # If the process died, the call reports it.
+        with contextlib.suppress(OSError):  # If the process has died, the next call reports it.
             _write(self.process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
         return self.process
 
@@ -149,8 +148,8 @@ def _write(stream: Any, message: bytes) -> None:
 
 
 def _serve() -> None:
-    """Serves the calls on standard input until it is closed."""
-    # Ctrl-C reaches all processes of a terminal; the parent process ends the workers.
+    """Runs the calls that arrive on standard input until it is closed."""
+    # Ctrl-C reaches all processes of a terminal, but only the parent process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     calls = sys.stdin.buffer
     # The function's own output must not mix with the results.

@@ -91,7 +91,7 @@ def test_the_rows_of_all_processes_form_the_global_batch():
 def test_a_plan_for_other_dialogues_or_processes_is_rejected():
     features = dialogues()
     plan = BatchPlan(features.lengths, 4, multiple_of=2)
-    with pytest.raises(ValueError, match="other dialogue lengths"):
+    with pytest.raises(ValueError, match="different dialogue lengths"):
         batches(features, BatchPlan(LENGTHS[::-1].copy(), 4), seed=0, epoch=0)
     with pytest.raises(ValueError, match="a multiple of 2 rows"):
         batches(features, plan, seed=0, epoch=0, process_count=3)

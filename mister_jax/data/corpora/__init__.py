@@ -1,1 +1,1 @@
-"""Readers of the supported corpora, a module for each; `registry` lists the released ones."""
+"""Corpus readers, with one module per corpus. `registry` lists the released corpora."""

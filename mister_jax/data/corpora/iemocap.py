@@ -1,4 +1,4 @@
-"""IEMOCAP: dialogues of ten actors in pairs, with six or four emotions.
+"""Reads IEMOCAP: dialogues of ten actors in pairs, with six or four emotions.
 
 See doi 10.1007/s10579-008-9076-6.
 """
@@ -26,9 +26,9 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
     "six": {**_FOUR, "exc": "excited", "fru": "frustrated"},
     "four": {**_FOUR, "exc": "happy"},
 }
-"""Name of the class of each label. Utterances with other labels are unlabeled."""
+"""Maps labels to class names. Utterances with other labels are unlabeled."""
 
-# No consensus, other, surprise, fear, disgust.
+# The labels after the six classes mean no consensus, other, surprise, fear and disgust.
 _LABELS = (*CLASSES["six"], "xxx", "oth", "sur", "fea", "dis")
 
 VALIDATION = ("session1", "cosmic12")
@@ -42,7 +42,7 @@ COSMIC12 = frozenset(_COSMIC12.split())
 """Validation dialogues of COSMIC (arXiv 2010.02795). Their speakers also occur in training."""
 
 RELEASED = (151, 10_039)
-"""Number of dialogues and annotated utterances of all sessions."""
+"""Number of dialogues and annotated utterances in all sessions."""
 
 LAYOUT = (
     "IEMOCAP_full_release, with Session1 to Session5, each with dialog/EmoEvaluation, "
@@ -60,14 +60,14 @@ def read_iemocap(
     validation: str = "session1",
     partial: bool = False,
 ) -> Corpus:
-    """Reads the annotation of IEMOCAP and locates the recordings.
+    """Reads the annotations of IEMOCAP and locates its recordings.
 
     Args:
         source: Folder that contains `Session1` to `Session5`.
-        classes: "six", or "four" with excited merged into happy. Utterances of other emotions are
+        classes: "six", or "four" with excited merged into happy. Utterances with other emotions are
             unlabeled.
         validation: "session1", whose speakers are not in training, or "cosmic12", see `COSMIC12`.
-            Session 5 is the test split.
+            Session 5 is always the test split.
         partial: Whether to allow a corpus whose size differs from the released one.
 
     Raises:
@@ -177,7 +177,7 @@ def _seconds(value: str, location: str) -> float:
 
 
 class Iemocap(DialogueBuilder):
-    """TFDS builder of IEMOCAP."""
+    """TFDS builder for IEMOCAP."""
 
     read = staticmethod(read_iemocap)
     BUILDER_CONFIGS: ClassVar = [

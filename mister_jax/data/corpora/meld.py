@@ -1,6 +1,6 @@
-"""MELD: dialogues from a television series, with seven emotions (arXiv 1810.02508).
+"""Reads MELD: dialogues from a television series, with seven emotions (arXiv 1810.02508).
 
-The release has three CSV files, and a video clip for each of their rows.
+The release contains three CSV files, and one video clip for each of their rows.
 """
 
 import csv
@@ -28,19 +28,19 @@ from mister_jax.data.lazy import tfds
 from mister_jax.data.storage import atomic_directory
 from mister_jax.errors import InputError
 
-# No checksums of these files are published, and the branch may change. Instead, `read_meld` checks
-# the published numbers of dialogues and utterances.
+# MELD publishes no checksums of these files, and the branch may change. Therefore, `read_meld`
+# checks the published numbers of dialogues and utterances.
 _URL = "https://raw.githubusercontent.com/declare-lab/MELD/master/data/MELD"
 
 _TIMEOUT_SECONDS = 10.0
 
-# Folders where TFDS stores unfinished downloads.
+# Folders in which TFDS stores unfinished downloads.
 _UNFINISHED = "*/*.tmp.*"
 
 CLASS_NAMES = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")
 
 RELEASED = {"train": (1038, 9989), "validation": (114, 1109), "test": (280, 2610)}
-"""Number of dialogues and utterances of each split."""
+"""Number of dialogues and utterances in each split."""
 
 CSV_FILES = {
     "train": "train_sent_emo.csv",
@@ -58,7 +58,8 @@ _COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", 
 _TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
 _CLIP = re.compile(r"dia\d+_utt\d+\.mp4")
 
-# Characters of U+0080 to U+009F, read as bytes of cp1252, where five bytes are undefined.
+# Maps the control characters U+0080 to U+009F to those that the same bytes encode in cp1252, which
+# leaves five of the bytes undefined.
 _WINDOWS = {
     code: character
     for code in range(0x80, 0xA0)
@@ -73,12 +74,12 @@ def read_meld(
     corrected_test_clips: bool = False,
     partial: bool = False,
 ) -> Corpus:
-    """Reads the annotation of MELD and locates the clips.
+    """Reads the annotations of MELD and locates its clips.
 
     Args:
-        source: Folder that contains the CSV files and the folders of clips, at most one level deep.
+        source: Folder that contains the CSV files and the clip folders, at most one level deep.
         clips: Whether to use the clips; without them, all speech is missing.
-        corrected_test_clips: Whether to prefer the corrected version of a test clip,
+        corrected_test_clips: Whether to use the corrected version of a test clip,
             `final_videos_testdia*`, if it exists.
         partial: Whether to allow a corpus whose size differs from the released one.
 
@@ -111,7 +112,7 @@ def read_meld(
 def _read_split(
     path: pathlib.Path, split: str, folder: pathlib.Path | None, corrected: bool
 ) -> tuple[list[Dialogue], set[str]]:
-    """Returns the dialogues of a CSV file and the names of their clips."""
+    """Returns the dialogues in a CSV file and the names of their clips."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     dialogues: dict[int, dict[int, Utterance]] = {}
     used = set()
@@ -206,7 +207,7 @@ def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
 
 
 def _check_reachable(url: str) -> None:
-    """Raises an error unless the server confirms within the timeout that a file exists."""
+    """Raises an error if the server does not confirm within the timeout that a file exists."""
     errors: list[Exception] = [TimeoutError(f"no answer within {_TIMEOUT_SECONDS:g} s")]
 
     def request_head() -> None:
@@ -226,7 +227,7 @@ def _check_reachable(url: str) -> None:
 
 
 class Meld(DialogueBuilder):
-    """TFDS builder of MELD."""
+    """TFDS builder for MELD."""
 
     read = staticmethod(read_meld)
     BUILDER_CONFIGS: ClassVar = [

@@ -1,8 +1,8 @@
-"""CMU-MOSI: opinions on films, each video a monologue with sentiment scores (arXiv 1606.06259).
+"""Reads CMU-MOSI: video monologues about films, with sentiment scores (arXiv 1606.06259).
 
-The release has recordings and transcripts of segments, and the opinion labels of the SDK. Classes
-are those of the paper, [-3, 0) and [0, 3]. The score is stored too; `metrics.binary_sentiment`
-computes the other binary labels from it.
+The release contains recordings and transcripts of segments, and the SDK contains opinion labels.
+The two classes are scores in [-3, 0) and [0, 3], as in the paper. The score is stored too, and
+`metrics.binary_sentiment` computes other binary labels from it.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ from mister_jax.errors import InputError
 CLASS_NAMES = ("negative", "non_negative")
 
 RELEASED = {"train": (52, 1284), "validation": (10, 229), "test": (31, 686)}
-"""Number of videos and segments of each split."""
+"""Number of videos and segments in each split."""
 
 AUDIO, TRANSCRIPTS = "Raw/Audio/WAV_16000/Segmented", "Raw/Transcript/Segmented"
 LABELS = "CMU_MOSI_Opinion_Labels.csd"
@@ -59,13 +59,13 @@ VIDEOS: Mapping[str, str] = {
     for split, videos in (("train", _TRAIN), ("validation", _VALIDATION), ("test", _TEST))
     for video in videos.split()
 }
-"""The standard split of the SDK: the split of each video."""
+"""Maps each video to its split in the SDK."""
 
 _SEGMENT = re.compile(r"(\d+)_DELIM_(.*)")
 
 
 def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
-    """Reads the labels and transcripts of CMU-MOSI and locates the recordings.
+    """Reads the labels and transcripts of CMU-MOSI and locates its recordings.
 
     Args:
         source: Folder that contains `Raw` and the labels.
@@ -114,7 +114,7 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
 
 def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns for each video the scores [n] and the intervals [n, 2] in seconds of its segments."""
+    """Returns the scores [n] and intervals [n, 2] in seconds of each video's segments."""
     import h5py
 
     opinions = {}
@@ -163,7 +163,7 @@ def _transcript(path: pathlib.Path) -> dict[int, str]:
 
 
 class Mosi(DialogueBuilder):
-    """TFDS builder of CMU-MOSI."""
+    """TFDS builder for CMU-MOSI."""
 
     read = staticmethod(read_mosi)
     BUILDER_CONFIGS: ClassVar = [

@@ -18,7 +18,7 @@ CORPORA: Mapping[str, str] = {
     "meld": "mister_jax.data.corpora.meld.Meld",
     "mosi": "mister_jax.data.corpora.mosi.Mosi",
 }
-"""Names of the corpora and their builders, which need TensorFlow and so are imported on use."""
+"""Maps corpora to their builders, which are imported on use because they need TensorFlow."""
 
 
 def builder_class(name: str) -> "type[DialogueBuilder]":

@@ -19,8 +19,8 @@ class _Emotion(NamedTuple):
     things: str
 
 
-# Speech separates the calm, the loud and the shrill (tendencies as in Juslin & Laukka 2003,
-# doi:10.1037/0033-2909.129.5.770); words separate the negative, the positive and the neutral.
+# Speech separates calm, loud and shrill emotions (tendencies as in Juslin & Laukka 2003,
+# doi:10.1037/0033-2909.129.5.770). Words separate negative, positive and neutral emotions.
 _EMOTIONS: Mapping[str, _Emotion] = {
     "neutral": _Emotion(
         (-0.6, -0.5, -0.2, -0.5),
@@ -59,13 +59,13 @@ _EMOTIONS: Mapping[str, _Emotion] = {
     ),
 }
 
-# Emotions that share words.
+# Groups of emotions that share words.
 _VALENCES = (("neutral",), ("joy", "surprise"), ("sadness", "anger", "fear", "disgust"))
 
-# Probability that a word is emotional, and probabilities of the list it is drawn from: the
-# emotion's own list, that of an emotion of the same valence, or any. Neutral speakers use fewer
-# emotional words, from any list.
+# Probability that a word is emotional. Neutral speakers use fewer emotional words, from any list.
 _EMOTIONAL, _EMOTIONAL_IF_NEUTRAL = 0.75, 0.12
+# Probabilities that an emotional word is from the list of the same emotion, of an emotion with the
+# same valence, or of any emotion.
 _SAME_EMOTION, _SAME_VALENCE, _ANY = 0.4, 0.5, 0.1
 
 _TEMPLATES = (
@@ -82,15 +82,15 @@ _TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SpokenDialogueProcess(ConversationProcess):
-    """The process that generates speaking styles and words.
+    """Random process that generates speaking styles and words.
 
     Attributes:
         style_mean: Mean pitch, loudness, tempo and brightness of each emotion [C, 4], in standard
-            deviations. Uninformative speech has the style of the first emotion.
+            deviations. Uninformative speech has the mean of the first emotion.
         words: V words.
-        is_feeling: Whether each word is a feeling, not a thing, [V] bool.
-        word_probability: Probability of each word among those of its kind [C, V].
-        neutral_probability: The same for uninformative text [V].
+        is_feeling: Whether each word is a feeling (true) or a thing (false), [V] bool.
+        word_probability: Probability of each word among the words of its kind, [C, V].
+        neutral_probability: Word probabilities for uninformative text, [V].
     """
 
     style_mean: np.ndarray
@@ -100,17 +100,17 @@ class SpokenDialogueProcess(ConversationProcess):
     neutral_probability: np.ndarray
 
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `ConversationProcess`; speech is speaking styles [T, 4]."""
+        """See `ConversationProcess`. `speech` contains speaking styles [T, 4]."""
         density = gaussian_log_density(speech, self.style_mean)
         return density, density[:, :1]
 
     def text_log_density(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `ConversationProcess`; text is the number of occurrences of each word [T, V]."""
+        """See `ConversationProcess`. `text` contains the count of each word [T, V]."""
 
         def log_density(probability: np.ndarray) -> np.ndarray:
             with np.errstate(divide="ignore"):
                 log_probability = np.log(probability)  # [C, V]
-            # Impossible words have -inf here, which times zero occurrences would be NaN.
+            # Impossible words have log probability -inf, and -inf times a count of 0 would be NaN.
             counted = np.where(text[:, None] > 0, log_probability, 0.0)  # [T, C, V]
             return np.sum(text[:, None] * counted, axis=-1)
 
@@ -119,14 +119,14 @@ class SpokenDialogueProcess(ConversationProcess):
     def sample_style(
         self, label: np.ndarray, uninformative: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
-        """Draws speaking styles [T, 4], in standard deviations, of emotions `label` [T]."""
+        """Draws speaking styles [T, 4], in standard deviations, for emotions `label` [T]."""
         mean = np.where(uninformative[:, None], self.style_mean[0], self.style_mean[label])
         return mean + generator.normal(size=mean.shape)
 
     def sample_sentence(
         self, label: int, uninformative: bool, generator: np.random.Generator
     ) -> tuple[str, np.ndarray]:
-        """Draws a sentence, and returns it with the number of occurrences of each word [V] int."""
+        """Draws a sentence, and returns it with the count of each word [V] int."""
         probability = self.neutral_probability if uninformative else self.word_probability[label]
         sentence = _TEMPLATES[generator.integers(len(_TEMPLATES))]
         count = np.zeros(len(self.words), np.int64)
@@ -148,9 +148,9 @@ def make_spoken_dialogue_process(
     uninformative_share: float = 0.1,
     missing_share: float = 0.05,
 ) -> SpokenDialogueProcess:
-    """Draws the emotion chain of a process.
+    """Draws the Markov chain of a process.
 
-    The number of emotions is 2 to 7, see `class_names`. The other options are those of
+    `num_classes` is 2 to 7, see `class_names`. The other options are those of
     `dialogue_process.emotion_chain` and `dialogue_process.ConversationProcess`.
 
     Raises:
@@ -186,7 +186,7 @@ def make_spoken_dialogue_process(
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Returns the first of neutral, joy, sadness, anger, surprise, fear and disgust.
+    """Returns the first classes from neutral, joy, sadness, anger, surprise, fear and disgust.
 
     Raises:
         ValueError: The number of classes is not 2 to 7.
@@ -197,9 +197,9 @@ def class_names(num_classes: int) -> tuple[str, ...]:
 
 
 def _list_shares(names: Sequence[str]) -> np.ndarray:
-    """Returns how often each emotion uses each emotion's words [C + 1, C].
+    """Returns the probability that an emotion (row) uses another emotion's words, [C + 1, C].
 
-    The last row is that of uninformative text.
+    The last row is for uninformative text.
     """
     neutral, *emotional = np.eye(len(names))
     uniform = np.mean(emotional, axis=0)

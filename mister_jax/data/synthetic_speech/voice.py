@@ -6,8 +6,8 @@ import numpy as np
 
 from mister_jax.data.audio import SAMPLE_RATE
 
-# Value of an average style, and how much one standard deviation adds. Pitch and tempo are
-# perceived in octaves, so those are base-2 logarithms.
+# Means and standard deviations of the style's dimensions. Pitch and tempo are base-2 logarithms,
+# because they are perceived in octaves.
 PITCH_OCTAVE = (math.log2(165.0), 0.2)  # Hz
 LEVEL = (-28.0, 2.5)  # dB relative to full scale, root mean square
 TEMPO_OCTAVE = (math.log2(4.5), 0.2)  # syllables per second
@@ -15,8 +15,8 @@ TILT = (-10.0, 2.0)  # dB per octave of the voice source
 
 _MIN_SECONDS, _MAX_SECONDS = 1.0, 3.0
 
-# Formants of five vowels in Hz (after Peterson & Barney 1952), their bandwidths in Hz, and the gain
-# at their peaks.
+# Formants of five vowels in Hz (after Peterson & Barney 1952), bandwidths of the formants in Hz,
+# and gain at their peaks.
 _VOWELS = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
 )
@@ -24,14 +24,14 @@ _BANDWIDTHS = np.array([60, 90, 130])
 _PEAK = 6.0
 
 MIN_FORMANT_SCALE, MAX_FORMANT_SCALE = 0.88, 1.14
-"""Range of a speaker's formants relative to `_VOWELS`, which depends on the vocal tract length."""
+"""Range of the ratio between a speaker's formants and `_VOWELS`. It models vocal tract length."""
 
 _BREATH = 0.01  # relative to the voice, root mean square
 _ROOM_NOISE = 8.0  # root mean square, 72 dB below full scale
 
 
 def physical_style(style: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns pitch in Hz, level in dB, syllables per second and tilt in dB per octave of a style.
+    """Converts a style to pitch in Hz, level in dB, syllables per second and tilt in dB/octave.
 
     Args:
         style: Pitch, loudness, tempo and brightness in standard deviations [4].
@@ -51,13 +51,13 @@ def synthesize(
     """Synthesizes an utterance in a speaking style [4], with all formants scaled.
 
     Returns:
-        Samples [S] int16 at `SAMPLE_RATE`. The geometric mean pitch, the root mean square and the
-        mean syllable rate are those of the style.
+        Samples [S] int16 at `SAMPLE_RATE`. Their geometric mean pitch, root mean square and mean
+        syllable rate match the style.
     """
     pitch, level, tempo, tilt = physical_style(style)
     seconds = generator.uniform(_MIN_SECONDS, _MAX_SECONDS)
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    # A fractional syllable index. Syllables differ in length, and the last one may be cut short.
+    # Fractional syllable index. Syllables differ in length, and the last one may be cut short.
     syllable = tempo * time
     syllable += 0.1 * np.sin(2 * np.pi * (syllable / 2.3 + generator.uniform()))
     syllable = np.maximum(syllable - syllable[0], 0)
@@ -79,7 +79,7 @@ def synthesize(
 
 
 def _harmonics(frequency: np.ndarray, tilt: float) -> np.ndarray:
-    """Returns the sum of all harmonics [S] of a frequency [S] in Hz, with a tilt in dB/octave."""
+    """Sums all harmonics of a frequency [S] in Hz to samples [S], with a tilt in dB/octave."""
     angle = np.cumsum(2 * np.pi * frequency / SAMPLE_RATE)
     fundamental = np.exp(1j * (angle % (2 * np.pi))).astype(np.complex64)
     harmonic = fundamental.copy()
@@ -91,11 +91,11 @@ def _harmonics(frequency: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _apply_formants(source: np.ndarray, syllable: np.ndarray, formants: np.ndarray) -> np.ndarray:
-    """Filters a source [S] by formants that glide from syllable to syllable.
+    """Filters a source [S] with formants that glide from syllable to syllable.
 
     `syllable` [S] is the fractional index of each sample into `formants` [syllables, 3] in Hz.
     """
-    hop, frame_size = 256, 512  # Hann windows of twice the hop add up to 1.
+    hop, frame_size = 256, 512  # Hann windows whose size is twice the hop add up to 1.
     count = -(-len(source) // hop) + 1
     padded = np.zeros((count + 1) * hop)
     padded[hop : hop + len(source)] = source
@@ -109,11 +109,11 @@ def _apply_formants(source: np.ndarray, syllable: np.ndarray, formants: np.ndarr
     )
     bins = np.fft.rfftfreq(2 * frame_size, 1 / SAMPLE_RATE)
     distance = bins - frame_formants[..., None]  # [frames, 3, bins]
-    # The gain between peaks is 1, so the tilt of the source remains audible.
+    # The gain far from the peaks is 1, so the source's tilt remains audible.
     gain = np.prod(1 + _PEAK / (1 + (distance / _BANDWIDTHS[:, None]) ** 2), axis=1)
     spectrum = np.fft.rfft(frames, 2 * frame_size) * gain
 
-    # The filter has zero phase, so each frame's response extends to both sides of it.
+    # The filter has zero phase, so its response extends before and after each frame.
     response = np.roll(np.fft.irfft(spectrum), frame_size // 2, axis=1)
     total = np.zeros((count + 3) * hop)
     for part in range(4):

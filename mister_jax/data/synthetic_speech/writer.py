@@ -33,7 +33,7 @@ ARGUMENTS = "arguments.json"
 DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 120, "validation": 30, "test": 40}
 
 MIN_LENGTH, MAX_LENGTH = 4, 14
-"""Utterances of a dialogue."""
+"""Minimum and maximum number of utterances in a dialogue."""
 
 
 def write_speech_corpus(
@@ -46,24 +46,24 @@ def write_speech_corpus(
     log: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> pathlib.Path:
-    """Writes a corpus of dialogues of 4 to 14 utterances of 1 to 3 s, atomically.
+    """Writes a corpus atomically. Dialogues have 4 to 14 utterances, which last 1 to 3 s.
 
-    The directory contains
+    The directory contains these files:
 
-    - `manifest.jsonl`, which `mister_jax.data.corpora.manifest` reads: one row per utterance,
-      without `audio` or `text` where that modality is missing;
-    - `audio/DIALOGUE/UTTERANCE.wav`, 16 kHz, mono, 16 bits;
-    - `truth.jsonl`, which no model may see: for each row of the manifest the `uninformative` and
-      the `missing` modality, the physical values of the speaking style, and the drawn words;
-    - `reference_scores.json`: the scores of `dialogue_process.reference_scores` for each split;
-    - `arguments.json`: the arguments that determine the other files.
+    - `manifest.jsonl`: One row per utterance, which lacks `audio` or `text` if that modality is
+      missing. `mister_jax.data.corpora.manifest` reads this file.
+    - `audio/DIALOGUE/UTTERANCE.wav`: Recordings at 16 kHz, mono, 16 bits.
+    - `truth.jsonl`: The `uninformative` and the `missing` modality, the physical values of the
+      speaking style, and the drawn words for each row of the manifest. Models must not read it.
+    - `reference_scores.json`: The scores of `dialogue_process.reference_scores` for each split.
+    - `arguments.json`: The arguments that determine the other files.
 
-    The same arguments give the same bytes on the same kind of machine, with any `num_workers`. A
-    dialogue does not depend on the number of dialogues.
+    Equal arguments give equal bytes on machines of the same kind, with any `num_workers`. The
+    number of dialogues does not affect the contents of a dialogue.
 
-    An existing corpus with the same arguments is reused, and `log` is called with a line. With
-    `overwrite`, any synthetic speech corpus is replaced. With `num_workers=0`, this process
-    synthesizes. The options are those of `make_spoken_dialogue_process`.
+    If a corpus with equal arguments exists, it is reused, and a line is passed to `log`. With
+    `overwrite`, any existing synthetic speech corpus is replaced. With `num_workers=0`, this
+    process synthesizes. `options` are passed to `make_spoken_dialogue_process`.
 
     Returns:
         The path of the manifest.
@@ -119,7 +119,11 @@ def write_speech_corpus(
 
 
 def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite: bool) -> bool:
-    """Returns whether a directory is the requested corpus; raises if it may not be replaced."""
+    """Returns whether a directory contains the requested corpus.
+
+    Raises:
+        InputError: The directory contains something else that must not be replaced.
+    """
     if not all((directory / name).is_file() for name in (MANIFEST, TRUTH, SCORES)):
         raise InputError(f"{directory}: not a synthetic speech corpus, so it is not overwritten")
     if overwrite:
@@ -144,7 +148,7 @@ def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite:
 def _sample_dialogue(
     process: SpokenDialogueProcess, seed: int, split: str, index: int
 ) -> tuple[tuple[np.ndarray, ...], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the input of `reference_scores`, and the rows of the manifest and of the truth."""
+    """Draws a dialogue: its input for `reference_scores`, and its manifest and truth rows."""
     generator = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     length = int(generator.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True))
     label, uninformative, speech_present, text_present = process.sample_labels_and_flags(
@@ -187,7 +191,7 @@ def _sample_dialogue(
 
 
 def _write_recordings(task: tuple[list[pathlib.Path | None], np.ndarray, list[int]]) -> None:
-    """Writes the recordings of a dialogue: paths, None where missing; styles [T, 4]; and seed."""
+    """Writes a dialogue's recordings, given paths (None if missing), styles [T, 4] and a seed."""
     paths, style, seed = task
     generator = np.random.default_rng(seed)
     # Two speakers take turns.

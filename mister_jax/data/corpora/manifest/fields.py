@@ -1,4 +1,4 @@
-"""Checked fields of an utterance, shared by manifests and `mister-jax predict`."""
+"""Checks the fields of utterances, for manifests and `mister-jax predict`."""
 
 import collections
 import difflib
@@ -30,12 +30,12 @@ FIELDS = (
     "split",
     "speaker",
 )
-"""Names of the fields of an utterance; `reader` describes them."""
+"""Names of an utterance's fields, which `reader` describes."""
 
 Interval = tuple[float | None, float | None]
 """Start and end in seconds; None means the beginning or the end of a recording."""
 
-_MISSPELLING_CUTOFF = 0.8  # Similarity of difflib: 0.8 for "lable", 0.9 for "audio_strat".
+_MISSPELLING_CUTOFF = 0.8  # difflib's similarity: 0.8 for "lable", 0.9 for "audio_strat"
 
 # Null characters, and surrogates, which UTF-8 cannot encode.
 _INVALID = re.compile("[\0\ud800-\udfff]")
@@ -45,13 +45,13 @@ _MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 class Fields:
-    """Fields of one utterance, with a method for each type of field.
+    """Fields of one utterance, with a method per type of field.
 
-    A method raises an `InputError` that names location and field if the value is not allowed.
-    Fields that are None, and texts that contain only white space, count as absent.
+    If a value is invalid, the methods raise an `InputError` that names location and field. None and
+    text that contains only white space count as absent.
 
     Args:
-        location: Origin of the fields, the beginning of every error message.
+        location: Location of the fields, with which all error messages begin.
         values: Values by field name. Numbers may be text, as in a CSV file.
     """
 
@@ -60,7 +60,7 @@ class Fields:
         self.values = values
 
     def fail(self, field: str, message: str) -> NoReturn:
-        """Raises an `InputError` of one line about a field."""
+        """Raises a one-line `InputError` about a field."""
         # Values may contain line breaks.
         raise InputError(f"{self.location}: {' '.join(f'{field}: {message}'.split())}")
 
@@ -76,7 +76,7 @@ class Fields:
         return value.strip() or None
 
     def line(self, field: str) -> str | None:
-        """Returns a text of one line, or None if it is absent."""
+        """Returns a single line of text, or None if it is absent."""
         value = self.text(field)
         if value is not None and len(value.splitlines()) != 1:
             self.fail(field, f"{value!r}; allowed: one line")
@@ -114,14 +114,14 @@ class Fields:
         return value
 
     def interval(self, start_field: str, end_field: str) -> Interval:
-        """Returns two times in seconds, None if absent; the second must be later than the first."""
+        """Returns two times in seconds, None if absent. The end must be later than the start."""
         start, end = self.number(start_field, minimum=0), self.number(end_field, minimum=0)
         if end is not None and end <= (start or 0):
             self.fail(end_field, f"{end:g}; allowed: more than {start_field}")
         return start, end
 
     def channel(self) -> str | int:
-        """Returns `audio_channel`, "mix" if absent."""
+        """Returns `audio_channel`, or "mix" if it is absent."""
         value = self.values.get("audio_channel")
         if value is None or value == "":
             return "mix"
@@ -131,7 +131,7 @@ class Fields:
             self.fail("audio_channel", str(error))
 
     def audio_interval(self) -> Interval:
-        """Returns `audio_start` and `audio_end`, which need `audio`."""
+        """Returns `audio_start` and `audio_end`, which are only allowed together with `audio`."""
         start, end = self.interval("audio_start", "audio_end")
         if self.line("audio") is None and (start is not None or end is not None):
             self.fail("audio", "missing; audio_start and audio_end refer to it")
@@ -139,16 +139,16 @@ class Fields:
 
 
 def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
-    """Returns, for each utterance, the interval of the recording that it is cut from.
+    """Returns the interval to cut from each utterance's recording.
 
-    This is `audio_start` to `audio_end`. If these are absent and several utterances have the same
-    recording, it is `start` to `end`. If these are absent too, each of these utterances would
-    contain the speech of the others, which is an error.
+    The interval is `audio_start` to `audio_end`. If these are absent and several utterances have
+    the same recording, it is `start` to `end`.
 
     Raises:
-        InputError: Several utterances would use the same complete recording.
+        InputError: Several utterances have the same recording and no interval, so each would
+            contain the speech of the others.
     """
-    # The same file may have several spellings.
+    # Different spellings may refer to the same file.
     paths = [
         path and unicodedata.normalize("NFC", os.path.normpath(path))
         for path in (row.line("audio") for row in rows)
@@ -174,10 +174,10 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
 
 
 def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
-    """Checks the name of a column that is not in `FIELDS`; `names` are all columns of the row.
+    """Checks the name of a column that is not in `FIELDS`. `names` are all columns of the row.
 
     Raises:
-        InputError: The name is not printable, or looks like a misspelled field that is absent.
+        InputError: The name is not printable, or looks like a misspelling of an absent field.
     """
     if not name.isprintable():
         row.fail(repr(name), "invalid name; allowed: printable text of one line")

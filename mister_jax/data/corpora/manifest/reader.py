@@ -3,21 +3,21 @@
     {"dialogue": "call 7", "utterance": 1, "order": 1, "audio": "call7/1.wav", "text": "Hello?"}
     {"dialogue": "call 7", "utterance": 2, "order": 2, "text": "You again!", "label": "anger"}
 
-Fields, which are absent if they are missing, null or empty:
+A row has these fields. A field is absent if it is missing, null or empty.
 
 - `dialogue`, `utterance`: Ids, text or whole numbers. Utterance ids are unique in a dialogue.
-- `order`: A number that orders the utterances of a dialogue.
+- `order`: A number that orders the utterances in a dialogue.
 - `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
-  utterances. If several rows have the same recording, they also select the part of it.
-- `audio`: An audio or video file, relative to the folder of the manifest.
-- `audio_start`, `audio_end`: Start and end of the utterance in seconds into that file, if its
-  clock differs from that of `start` and `end`.
+  utterances. If several rows have the same recording, `start` and `end` also cut it.
+- `audio`: An audio or video file, relative to the manifest's folder.
+- `audio_start`, `audio_end`: Start and end of the utterance in seconds from the beginning of
+  `audio`, if these differ from `start` and `end`.
 - `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
 - `label`: The emotion; rows without a label are context. `score`: The sentiment, -3 to 3.
-- `split`: `train`, `validation` or `test`, the same for all rows of a dialogue. If no row has a
-  split, dialogues are split at random, by `speaker` if the rows have one.
-- `speaker`: The speaker. Random splits keep speakers apart; no model reads this field.
+- `split`: `train`, `validation` or `test`, the same for all rows in a dialogue. If no row has a
+  split, dialogues are split at random.
+- `speaker`: The speaker. Random splits put each speaker into one split. No model reads this field.
 
 Extra columns are kept as metadata: they are copied to the output, and no model reads them.
 """
@@ -48,7 +48,7 @@ from mister_jax.errors import InputError
 _FORMATS = (".jsonl", ".csv", ".tsv")
 
 DEFAULT_GROUP = "speaker"
-"""Column whose values random splits keep apart by default, if it is present."""
+"""Column by which random splits group dialogues by default, if it is present."""
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -66,23 +66,23 @@ def read_manifest(
     """Reads and checks a manifest.
 
     Args:
-        source: Path of the file, `.jsonl`, `.csv` or `.tsv` in UTF-8. The separator of a CSV file
+        source: Path of the file, `.jsonl`, `.csv` or `.tsv` in UTF-8. The separator in a CSV file
             may be a comma, a semicolon, a tab or a bar.
-        labels: Class names in their order; by default the sorted names in the file.
-        label_map: Map from names in the file to class names; an empty class name makes the row
-            unlabeled. A name that is mapped to itself may look like a mistake.
-        check_labels: Whether to reject labels that look like mistakes, for training.
-        group_by: Column whose values random splits keep apart, `speaker` or an extra column. By
-            default `speaker` if the manifest has that column.
+        labels: Ordered class names; by default the sorted names in the file.
+        label_map: Map from names in the file to class names. An empty class name makes a row
+            unlabeled. Map a name to itself to allow it although it looks like a mistake.
+        check_labels: Whether to reject labels that look like mistakes.
+        group_by: Column, `speaker` or an extra column. Random splits put dialogues with equal
+            values into one split. By default `speaker` if the manifest has that column.
         seed: Seed of the random split.
-        fractions: Fractions of the dialogues in the three splits.
+        fractions: Fractions of dialogues for the three splits.
 
     Returns:
         The corpus. Utterance ids are `DIALOGUE/UTTERANCE`; dialogues are in the order of their
         first rows.
 
     Raises:
-        InputError: The file or a row is invalid; the message names file, row and field.
+        InputError: The file or a row is invalid. The message names file, row and field.
     """
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
@@ -213,7 +213,7 @@ class Row(Fields):
         return metadata
 
     def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
-        """Returns the utterance of the row, which is an interval of a recording."""
+        """Returns the row's utterance, with an interval of its recording."""
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.line("audio")
         if text is None and audio is None:
@@ -270,7 +270,7 @@ def _check_labels(
 def _groups(
     rows: Sequence[Row], utterances: Sequence[Utterance], group_by: str
 ) -> dict[str, set[str]]:
-    """Returns for each dialogue the values of a column, `speaker` if `group_by` is empty."""
+    """Returns each dialogue's values in the column `group_by`, by default `speaker`."""
     groups: dict[str, set[str]] = collections.defaultdict(set)
     for row, utterance in zip(rows, utterances, strict=True):
         value = utterance.metadata.get(group_by or DEFAULT_GROUP)
@@ -319,7 +319,7 @@ def _dialogues(
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[Row]:
-    # Not splitlines, because JSON text may contain other line separators of Unicode.
+    # JSON text may contain Unicode line separators, at which splitlines would split it.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -376,7 +376,7 @@ def _csv(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _delimiter(text: str) -> str:
-    """Returns the separator for which the header has the largest number of known fields."""
+    """Returns the separator that splits the header into the largest number of known fields."""
     line = text.partition("\n")[0]
     num_fields = {
         delimiter: len({name.strip().strip('"') for name in line.split(delimiter)} & {*FIELDS})
