@@ -111,7 +111,8 @@ def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator
     for segment in segments:
         covered, text = 0.0, None
         # Intervals of a tier do not overlap, so their ends are sorted too.
-        for label in labels[bisect.bisect_right(ends, segment.start) :]:
+        for index in range(bisect.bisect_right(ends, segment.start), len(labels)):
+            label = labels[index]
             if label.start >= segment.end:
                 break
             overlap = min(label.end, segment.end) - max(label.start, segment.start)
@@ -183,12 +184,12 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
         intervals |= _aligned_intervals(tier, slots)
     references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in root.iterfind("TIER")}
     # The annotations of a tier may refer to those of a later tier in the file.
-    remaining = [tier for tier, found in references.items() if found]
+    remaining = [tier for tier, annotations in references.items() if annotations]
     while remaining:
         ready = [
             tier
             for tier in remaining
-            if any(found.get("ANNOTATION_REF") in intervals for found in references[tier])
+            if any(child.get("ANNOTATION_REF") in intervals for child in references[tier])
         ]
         if not ready:
             break

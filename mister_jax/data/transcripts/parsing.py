@@ -54,7 +54,7 @@ class Notes:
 
 @dataclasses.dataclass(frozen=True)
 class DetectedFormat:
-    """A format that a file was found to have.
+    """The format of a file, detected from its content.
 
     Attributes:
       name: Name of the format.

@@ -118,25 +118,25 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     """
     path = pathlib.Path(existing_path(recording))
     stem = _normalized(path.stem)
-    names = {_normalized(found.name): found for found in path.parent.iterdir()}
+    names = {_normalized(file.name): file for file in path.parent.iterdir()}
     # `x.1.srt` belongs to `x.1.wav` if there is one.
     others = {
-        _normalized(found.stem)
-        for found in names.values()
-        if found.suffix.lower() == path.suffix.lower() and len(_normalized(found.stem)) > len(stem)
+        _normalized(file.stem)
+        for file in names.values()
+        if file.suffix.lower() == path.suffix.lower() and len(_normalized(file.stem)) > len(stem)
     }
     candidates = [
         (
-            SUFFIXES.index(found.suffix.lower()),
-            _normalized(found.stem) not in (stem, _normalized(path.name)),
+            SUFFIXES.index(file.suffix.lower()),
+            _normalized(file.stem) not in (stem, _normalized(path.name)),
             len(name),
             name,
         )
-        for name, found in names.items()
+        for name, file in names.items()
         if name.startswith(f"{stem}.")
-        and found.suffix.lower() in SUFFIXES
+        and file.suffix.lower() in SUFFIXES
         and not any(name.startswith(f"{other}.") for other in others)
-        and found.is_file()
+        and file.is_file()
     ]
     for *_, name in sorted(candidates):
         if names[name].suffix.lower() in (".json", ".csv", ".tsv"):

@@ -301,8 +301,8 @@ def _read_amazon(data: Record, notes: Notes) -> Iterator[Segment]:
         for segment in segments:
             words = [by_id[id_] for id_ in segment.get("items", ()) if id_ in by_id]
             joined = [word for turn in _turns(words, _AMAZON_ITEM, notes) for word in turn.words]
-            for found in _segments([segment], _AMAZON_SEGMENT, notes):
-                yield dataclasses.replace(found, words=tuple(joined))
+            for timed in _segments([segment], _AMAZON_SEGMENT, notes):
+                yield dataclasses.replace(timed, words=tuple(joined))
         return
     channels = _records(results, "channel_labels", "channels")
     for channel in channels:

@@ -89,11 +89,11 @@ def _read_webvtt(text: str, selection: Selection, notes: Notes) -> Transcript:
     previous_line = ""
     # Comments may contain commented-out cues.
     text = re.sub(r"(?<=\n)[ \t]*\n(?:NOTE|STYLE|REGION)\b.*(?:\n.*\S.*)*", "\n", text)
+    # Captions that roll up, as those of YouTube, repeat the line above.
+    roll_up = bool(_WORD_TIME.search(text))
     for cue in _cues(text):
-        lines = list(cue.lines)
-        lines = lines[: next((i for i, line in enumerate(lines) if not line), len(lines))]
-        if _WORD_TIME.search(text):
-            # Captions that roll up, as those of YouTube, repeat the line above.
+        lines = list(itertools.takewhile(bool, cue.lines))
+        if roll_up:
             repeats = bool(lines) and _plain(lines[0]) == previous_line != ""
             previous_line = _plain(lines[-1]) if lines and _plain(lines[-1]) else previous_line
             if repeats:

@@ -103,8 +103,8 @@ def ends_sentence(text: str, following: str, rules: UtteranceRules) -> bool:
         return True
     word = bare.split()[-1].strip(rules.closing + "“‘«([{„")[:-1]  # noqa: RUF001
     # "J." and "U.S.", but not "So do I."
-    is_initial = re.fullmatch(r"(?:[^\W\d_]\.)+[^\W\d_]|[^\W\d_]", word) and (
-        "." in word or (word.isupper() and word != "I")
+    is_initial = re.fullmatch(r"(?:[^\W\d_]\.)+[^\W\d_]", word) or (
+        len(word) == 1 and word.isupper() and word != "I"
     )
     word = word.lower()
     is_abbreviation = is_initial or word in rules.abbreviations
@@ -154,7 +154,7 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
         return [segment]
     offsets = list(_sentence_offsets(segment.text, rules))
     if any(word.start is not None for word in segment.words):
-        cuts = [cut for offset in offsets if (cut := _cut_between_words(segment, offset))]
+        cuts = _cuts_between_words(segment, offsets)
         parts = _apply(segment, cuts, rules)
         return [piece for part in parts for piece in _split_at_pauses(part, rules)]
     duration = segment.end - segment.start
@@ -176,23 +176,29 @@ def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
     # Full-width marks have no space behind them.
     pattern = rf"[{ends}]+[{closing}]*(?:\s+|(?<=[。！？」』])(?!$))"  # noqa: RUF001
     for match in re.finditer(pattern, text):
-        before, after = text[: match.end()], text[match.end() :]
+        # The last word and the first letter decide.
+        before = text[max(match.end() - 100, 0) : match.end()]
+        after = text[match.end() : match.end() + 100]
         if after.strip() and ends_sentence(before, after, rules):
             yield match.end()
 
 
-def _cut_between_words(segment: Segment, offset: int) -> _Cut | None:
-    """Returns the cut of a segment between the words around an offset of its text.
+def _cuts_between_words(segment: Segment, offsets: Sequence[int]) -> list[_Cut]:
+    """Returns the cuts of a segment between the words around offsets of its text.
 
     Letters are counted, because words and text may differ in spaces and punctuation.
     """
-    counts = list(itertools.accumulate(_count_letters(word.text) for word in segment.words))
-    total = _count_letters(segment.text)
-    if not total or not counts[-1]:
-        return None
-    before = _count_letters(segment.text[:offset]) * counts[-1] / total
-    index = bisect.bisect_left(counts, before - 0.5) + 1
-    return _cut_at_word(segment, index, offset)
+    letters = [0, *itertools.accumulate(map(str.isalnum, segment.text))]
+    word_letters = list(itertools.accumulate(_count_letters(word.text) for word in segment.words))
+    if not letters[-1] or not word_letters[-1]:
+        return []
+    cuts = []
+    for offset in offsets:
+        before = letters[offset] * word_letters[-1] / letters[-1]
+        index = bisect.bisect_left(word_letters, before - 0.5) + 1
+        if cut := _cut_at_word(segment, index, offset):
+            cuts.append(cut)
+    return cuts
 
 
 def _cut_at_word(segment: Segment, index: int, offset: int) -> _Cut | None:
