@@ -1,8 +1,8 @@
-"""Key tables and name rules: which tensors of a checkpoint are which parameters of a module.
+"""Key tables and name rules, which map the tensors of a checkpoint to the parameters of a module.
 
-An architecture has one key table, which is plain data with the tensor names of the bare backbone.
-A task model stores the same tensors under a prefix and adds a head. `NameRules` describes these
-variants, for checkpoints and adapters. `params.load_params` and `params.save_params` apply a table.
+Each architecture has a key table with the tensor names of the bare backbone. A task model stores
+the same tensors under a prefix and adds a head. `NameRules` describes such variants in checkpoints
+and adapters. `params.load_params` and `params.save_params` apply a key table.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from mister_jax.convert.safetensors import Checkpoint, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors of one parameter.
+    """Tensors from which a parameter is loaded.
 
     Attributes:
-      names: Tensor names; several with `stacked`, one per layer, or with `combine`.
-      axes: Permutation of each tensor's axes when it is loaded, as for `np.transpose`: (1, 0) for
-        the weight of a PyTorch Linear, (2, 1, 0) for that of a Conv1d.
+      names: Tensor names. There are several with `stacked` (one per layer) or `combine`.
+      axes: Permutation of each tensor's axes on loading, as in `np.transpose`: (1, 0) for the
+        weight of a PyTorch Linear, (2, 1, 0) for the weight of a Conv1d.
       stacked: Whether the values of all layers are stacked along a new leading axis L; the names
         are ordered by layer.
-      combine: Function from the tensors (of one layer) to the value, for anything but a plain
-        permutation: fused projections, weight normalization. It reads whole tensors.
-      split: Inverse of `combine`; without it the parameter cannot be saved.
+      combine: Function that computes the value (of one layer) from its tensors, if a permutation is
+        not enough, for example for fused projections or weight normalization. It gets whole
+        tensors.
+      split: Inverse of `combine`; without it, the parameter cannot be saved.
     """
 
     names: tuple[str, ...]
@@ -46,26 +47,26 @@ class Source:
 
 
 KeyTable = Mapping[str, Source]
-"""Tensors of each parameter, by the parameter's "/"-joined path in `nnx.state(module)`."""
+"""Source of each parameter, by the parameter's "/"-joined path in `nnx.state(module)`."""
 
 
 def layer_names(pattern: str, num_layers: int) -> tuple[str, ...]:
-    """Returns the names of all layers, from a pattern with `{}` for the layer number."""
+    """Returns one name per layer from a pattern with `{}` for the layer number."""
     return tuple(pattern.format(layer) for layer in range(num_layers))
 
 
 def parameter(name: str, num_layers: int = 0, axes: tuple[int, ...] | None = None) -> Source:
-    """Returns the source of one tensor, or with `num_layers` of one tensor per layer."""
+    """Returns a source with one tensor or, with `num_layers`, one tensor per layer."""
     names = layer_names(name, num_layers) if num_layers else (name,)
     return Source(names, axes, stacked=num_layers > 0)
 
 
 def linear(path: str, name: str, num_layers: int = 0, *, bias: bool = True) -> dict[str, Source]:
-    """Returns the key-table entries of a PyTorch Linear.
+    """Returns the key-table entries for a PyTorch Linear.
 
     Args:
       path: Path of the module.
-      name: Name of the PyTorch layer; with `num_layers` a pattern with `{}` for the layer number.
+      name: Name of the PyTorch layer; with `num_layers`, a pattern with `{}` for the layer number.
       num_layers: Number of layers whose parameters are stacked; 0 for a single layer.
       bias: Whether the layer has a bias.
     """
@@ -73,12 +74,12 @@ def linear(path: str, name: str, num_layers: int = 0, *, bias: bool = True) -> d
 
 
 def conv(path: str, name: str, *, bias: bool = True) -> dict[str, Source]:
-    """Returns the key-table entries of a PyTorch Conv1d; see `linear`."""
+    """Returns the key-table entries for a PyTorch Conv1d; see `linear`."""
     return _layer(path, "kernel", name, 0, bias, axes=(2, 1, 0))
 
 
 def norm(path: str, name: str, num_layers: int = 0, *, bias: bool = True) -> dict[str, Source]:
-    """Returns the key-table entries of a PyTorch norm; see `linear`. An RMSNorm has no bias."""
+    """Returns the key-table entries for a PyTorch LayerNorm or RMSNorm; see `linear`."""
     return _layer(path, "scale", name, num_layers, bias)
 
 
@@ -97,7 +98,7 @@ def _layer(
 
 
 def weight_norm_conv(path: str, name: str) -> dict[str, Source]:
-    """Returns the key-table entries of a Conv1d under `torch.nn.utils.weight_norm` with dim=2."""
+    """Returns the key-table entries for a Conv1d with `torch.nn.utils.weight_norm`, dim=2."""
     kernel = Source(
         (f"{name}.weight_g", f"{name}.weight_v"),
         combine=_merge_weight_norm,
@@ -107,14 +108,14 @@ def weight_norm_conv(path: str, name: str) -> dict[str, Source]:
 
 
 def _merge_weight_norm(tensors: list[np.ndarray]) -> np.ndarray:
-    """Returns the kernel [K, in, out] of a gain [1, 1, K] and a direction [out, in, K]."""
+    """Returns the kernel, [K, in, out], for a gain, [1, 1, K], and a direction, [out, in, K]."""
     gain, direction = (tensor.astype(np.float64) for tensor in tensors)
     length = np.sqrt((direction**2).sum((0, 1), keepdims=True))
     return (gain * direction / length).transpose(2, 1, 0).astype(tensors[1].dtype)
 
 
 def _split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
-    """Returns a gain and a direction of a kernel: its norm at each position, and the kernel."""
+    """Splits a kernel into a gain (its norm at each position) and a direction (the kernel)."""
     direction = kernel.transpose(2, 1, 0)
     gain = np.sqrt((direction.astype(np.float64) ** 2).sum((0, 1), keepdims=True))
     return [gain.astype(kernel.dtype), direction]
@@ -122,21 +123,21 @@ def _split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class NameRules:
-    """How the tensor names of an architecture vary between files.
+    """Variants of an architecture's tensor names in checkpoints and adapters.
+
+    All attributes except `prefixes` have regular expressions.
 
     Attributes:
       prefixes: Prefixes of the backbone's names, "" for the bare model. Files are written with the
-        first.
-      renamed: Regular expressions of alternative spellings and their replacements, which give the
-        spelling of the key table.
-      unused: Regular expressions of backbone tensors, without the prefix, that the module does not
-        need.
-      heads: Regular expressions of head tensors beside a backbone without a prefix. Beside a
-        backbone with a prefix, every other tensor belongs to the head.
-      module_names: Regular expressions of names in the key table and their replacements, which
-        give the module's name in transformers where files spell it differently.
-      lora_bypassed: Regular expressions of modules whose weights transformers reads without
-        calling the module, so a `peft` LoRA adapter has no effect there.
+        first prefix.
+      renamed: Replacements that convert alternative names to the names in the key table.
+      unused: Backbone tensors, without the prefix, that the module does not need.
+      heads: Head tensors in a checkpoint whose backbone has no prefix. If the backbone has a
+        prefix, all tensors without it belong to the head.
+      module_names: Replacements that convert names in the key table to module names in
+        transformers, if these differ.
+      lora_bypassed: Modules whose weights transformers uses without calling the module, so that a
+        `peft` LoRA adapter has no effect on them.
     """
 
     prefixes: tuple[str, ...] = ("",)
@@ -147,11 +148,11 @@ class NameRules:
     lora_bypassed: tuple[str, ...] = ()
 
     def table_name(self, name: str) -> str:
-        """Converts a tensor name in a file to the key table's spelling; keeps the prefix."""
+        """Converts a tensor name in a file to the name in the key table; keeps the prefix."""
         return _substitute(self.renamed, name)
 
     def module_name(self, name: str) -> str:
-        """Returns the name in transformers of a module in the key table."""
+        """Converts a module name in the key table to the name in transformers."""
         return _substitute(self.module_names, name)
 
     def bypasses_lora(self, module_name: str) -> bool:
@@ -161,7 +162,7 @@ class NameRules:
 
 @dataclasses.dataclass(frozen=True)
 class SplitCheckpoint:
-    """The parts of a checkpoint; a module does not need the `unused` tensors of the backbone."""
+    """Parts of a checkpoint; the module does not need the backbone's `unused` tensors."""
 
     prefix: str
     backbone: Checkpoint
@@ -174,14 +175,14 @@ def split_checkpoint(
 ) -> SplitCheckpoint:
     """Splits a checkpoint into backbone and head.
 
-    The prefix is the one under which the most expected names exist. If there is none, no tensor is
-    taken for the head because of its prefix, so that the error can list all of them.
+    The backbone's prefix is the prefix with the most expected names. If no expected name is found,
+    tensors do not count as head tensors because of their prefix, so that an error can list them.
 
     Args:
       checkpoint: Checkpoint or adapter.
       rules: Name rules of the architecture.
       expected: Tensor names of the bare backbone.
-      root: Prefix before that of the backbone, such as "base_model.model.".
+      root: Prefix before the backbone's prefix, such as "base_model.model.".
     """
     tensors = {
         root + rules.table_name(name.removeprefix(root)) if name.startswith(root) else name: tensor

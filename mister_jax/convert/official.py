@@ -1,8 +1,8 @@
-"""Converts the released MiSTER-E weights (PyTorch, stage 2) to a `MisterE`.
+"""Converts the released MiSTER-E weights (PyTorch, stage 2) to a `MisterE` model.
 
-The official attention applies two linear projections in a row, without anything in between: to
-queries, keys and values, and to the output. `MisterE` has one projection for each pair, whose
-weights are the products of both.
+The official attention applies two linear layers in a row to the queries, keys and values, and two
+to the output. In `MisterE`, one layer replaces each pair; its kernel is the product of the two
+kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
 
-# Official names of the stacked blocks of a co-attention layer, in this order: query, key and value
-# projections, attention, output projection, LayerNorm. The first stream is speech, the second text.
+# Official names in a co-attention layer's stacked blocks: query, key and value projections,
+# attention, output projection and LayerNorm. The first row is speech, the second row is text.
 _BLOCKS = {
     "cross_attention": (
         ("audq", "asrk", "asrv", "aud", "audio", "a"),
@@ -39,7 +39,7 @@ _BLOCKS = {
     ),
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
-# Parameter of a GRU layer -> official name, axes of each direction, axis of the directions.
+# For each parameter of a GRU layer: official name, axes of each direction, axis of the directions.
 _GRU = {
     "input_kernel": ("weight_ih", (1, 0), 1),
     "recurrent_kernel": ("weight_hh", (1, 0), 0),
@@ -56,7 +56,7 @@ _LINEARS = {
     "gate/mlp_in": "gate.0",
     "gate/mlp_out": "gate.2",
 }
-# The bias of the keys has no effect on an attention.
+# A key bias has no effect on attention.
 _UNUSED = r"fusion\.units\.\d+\.fc_(asrk|audk)(_s)?\.bias"
 _ALLOWED = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
 
@@ -66,21 +66,20 @@ Arrays = Mapping[str, np.ndarray]
 def load_mister_e(
     source: Mapping[str, Any] | str | pathlib.Path, *, attention_heads: int = 3, **changes: Any
 ) -> MisterE:
-    """Creates a `MisterE` from an official `state_dict`, with the sizes of its weights.
+    """Creates a `MisterE` model from an official `state_dict`.
+
+    The sizes are read from the weights. The outputs equal those of the official model.
 
     Args:
-      source: Mapping of official names to arrays, or a file: `.npz`, `.safetensors`, or with
-        PyTorch installed `.pth`.
-      attention_heads: Number of attention heads, which the weights do not show; 3 in the released
-        model.
+      source: Mapping from official names to arrays, or a `.npz`, `.safetensors` or, if PyTorch is
+        installed, `.pth` file.
+      attention_heads: Number of attention heads, which cannot be read from the weights; 3 in the
+        released model.
       **changes: Further fields of `MisterEConfig`, such as dropout rates or `dtype`.
 
-    Returns:
-      The model, whose outputs equal the official ones.
-
     Raises:
-      InputError: The file cannot be read, or weights are missing, surplus or misshapen; one line
-        names all of them.
+      InputError: The file cannot be read, or weights are missing, unexpected or mismatched. The
+        one-line message names all of them.
     """
     weights = _read(source)
     convolutions = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
@@ -129,7 +128,7 @@ def _read(source: Mapping[str, Any] | str | pathlib.Path) -> Arrays:
 
 def _read_npz(path: pathlib.Path) -> Arrays:
     try:
-        # Opened here, because NumPy does not close a damaged archive.
+        # The file is opened here, because NumPy does not close a damaged archive.
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)
             if not isinstance(content, np.lib.npyio.NpzFile):
@@ -144,12 +143,12 @@ def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Returns one more than the largest index that matches the pattern; 1 without a match."""
+    """Returns the largest index that matches the pattern plus 1; 1 without a match."""
     return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
 
 
 def _key_table(kernels: list[str], gru_layers: int, fusion_layers: int) -> dict[str, Source]:
-    """Returns the key table of a model with these convolutions and numbers of layers."""
+    """Returns the key table for a model with the given convolutions and numbers of layers."""
     table: dict[str, Source] = {}
     for path, name in _LINEARS.items():
         table |= linear(path, name)
@@ -179,7 +178,7 @@ def _key_table(kernels: list[str], gru_layers: int, fusion_layers: int) -> dict[
 def _attention(
     unit: str, query: str, key: str, value: str, attention: str, out: str, norm_name: str
 ) -> dict[str, Source]:
-    """Returns the key table of an attention block, in which pairs of projections are merged."""
+    """Returns the key table for an attention block, which merges pairs of projections."""
     query, key, value, out = (f"{unit}.fc_{name}" for name in (query, key, value, out))
     attention = f"{unit}.multihead_attn_{attention}"
     weight, bias = f"{attention}.in_proj_weight", f"{attention}.in_proj_bias"
@@ -197,10 +196,11 @@ def _attention(
 
 
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
-    """Returns the concatenated kernels of linear layers, each merged with the layer after it.
+    """Returns the source of one or more merged kernels, concatenated along the outputs.
 
-    The layer after `first[i]` is the third of `second` with index `thirds[i]`, such as the query
-    part of an attention's input projection, or all of `second` if the index is None.
+    Layer `first[i]` is merged with the layer after it. That layer is third number `thirds[i]` of
+    `second`, for example the query part of an attention's input projection. If the number is None,
+    it is all of `second`.
     """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:
@@ -214,7 +214,7 @@ def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...])
 
 
 def _bias(first: str, weight: str, bias: str, third: int | None) -> Source:
-    """Returns the bias of a linear layer merged with the layer after it, as in `_kernel`."""
+    """Returns the source of a merged bias; see `_kernel`."""
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:
         inner, kernel, outer = (tensor.astype(np.float64) for tensor in tensors)
@@ -228,14 +228,15 @@ def _third(value: np.ndarray, index: int | None) -> np.ndarray:
 
 
 def _check_names(weights: Arrays, table: Mapping[str, Source]) -> None:
-    """Raises InputError with the missing and surplus weights, and wrong numbers of axes."""
+    """Raises InputError if weights are missing, unexpected or have a wrong number of axes."""
     expected = {name for source in table.values() for name in source.names}
-    # The table has no biases of keys, but every linear layer has a bias.
+    # The table omits the key biases, but every linear layer in the file has a bias.
     expected |= {re.sub("weight$", "bias", name) for name in expected if ".fc_" in name}
-    missing, surplus = sorted(expected - set(weights)), sorted(set(weights) - expected)
-    if missing or surplus:
+    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or unexpected:
         raise InputError(
-            f"official weights: {len(missing)} missing {missing}, {len(surplus)} surplus {surplus}"
+            f"official weights: {len(missing)} missing {missing}, {len(unexpected)} unexpected "
+            f"{unexpected}"
         )
     wrong = [
         f"{name} {weights[name].shape} instead of {_num_axes(name)} axes"
@@ -243,7 +244,7 @@ def _check_names(weights: Arrays, table: Mapping[str, Source]) -> None:
         if weights[name].ndim != _num_axes(name)
     ]
     if wrong:
-        raise InputError(f"official weights: {len(wrong)} misshapen: {'; '.join(wrong)}")
+        raise InputError(f"official weights: {len(wrong)} mismatched: {'; '.join(wrong)}")
 
 
 def _num_axes(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Loads the parameters of a module from a checkpoint and saves them, as a key table says."""
+"""Loads a module's parameters from a checkpoint, and saves them, with a key table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mister_jax.errors import InputError
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 Index = tuple[slice, ...]
-_MAX_NAMES = 3  # Number of tensors, or layers, that a message lists.
+_MAX_NAMES = 3  # Maximum number of tensors, or of layers per tensor, that a message lists.
 _ALIGNMENT = 64  # bytes
 _CHUNK_SIZE = 1 << 16  # values
 
@@ -43,33 +43,34 @@ def load_params(
     dtype: DTypeLike | None = None,
     skip: Any = nnx.LoRAParam,
 ) -> AnyModule:
-    """Fills the parameters of a module from a checkpoint.
+    """Fills a module's parameters from a checkpoint.
 
-    Tensors are read, cast and placed one after another (stacked parameters layer by layer), and
-    only the slices that devices of this process need. Beyond the placed values, host memory stays
-    below twice the size of the largest tensor, in the file or as a layer of it is placed; results
-    of `combine` come on top. A checkpoint whose tensors do not fit changes nothing. Values that are
-    not finite are detected as they are read, when earlier parameters are already filled.
+    Tensors (or the layers of stacked parameters) are read, cast and placed one after another. Only
+    the slices that this process's devices need are read. In addition to the placed values, this
+    needs less host memory than twice the largest tensor, or layer, and the results of `combine`.
+
+    If tensors do not match the module, nothing changes. Non-finite values are detected when they
+    are read; earlier parameters are already filled at that time.
 
     Args:
-      module: Concrete module, or an abstract one from `nnx.eval_shape`, which allocates nothing.
-      table: Key table of all parameters of the module that are not skipped.
-      checkpoint: `Checkpoint`, or plain mapping of names to arrays.
-      ignore: Regular expressions of tensors that may be surplus.
+      module: Concrete module, or abstract module from `nnx.eval_shape`, which uses no memory.
+      table: Key table of all parameters in the module that are not skipped.
+      checkpoint: `Checkpoint`, or mapping from names to arrays.
+      ignore: Regular expressions for additional tensors in the checkpoint that are allowed.
       prefix: Prefix of all the table's names in the checkpoint, such as "model.".
-      shardings: One `jax.sharding.Sharding` for all parameters, or a tree of them like the pure
-        dictionary of the parameters, as from `parallel.sharding.shardings`. By default, a concrete
-        parameter keeps its sharding, and others are placed on the first device.
-      dtype: Type of the floating-point parameters; by default that of the module.
-      skip: Filter of variables that have no source and keep their values.
+      shardings: `jax.sharding.Sharding` for all parameters, or a tree of shardings like the pure
+        dictionary of the parameters, for example from `parallel.sharding.shardings`. By default,
+        concrete parameters keep their shardings, and abstract ones are placed on the first device.
+      dtype: Dtype of the floating-point parameters; by default that of the module.
+      skip: NNX filter for variables that have no source and keep their values.
 
     Returns:
       The module.
 
     Raises:
-      InputError: Tensors are missing, surplus, misshapen or not finite; one line with the count
-        and the first names.
-      ValueError: The table does not fit the module.
+      InputError: Tensors are missing, unexpected, mismatched or not finite. The one-line message
+        has their number and the first names.
+      ValueError: The table does not match the module.
     """
     state, sources, params = _match_params(module, table, prefix, skip)
     _check_tensors(params, sources, checkpoint, ignore)
@@ -97,15 +98,16 @@ def load_backbone(
     rules: NameRules,
     **options: Any,
 ) -> Checkpoint:
-    """Fills a module from a bare backbone or a task model, whose ignored head is logged.
+    """Fills a module from a checkpoint of a bare backbone or a task model.
 
-    The table has the names of the bare backbone. The further options are those of `load_params`.
+    The head of a task model is ignored, and a message is logged. The table has the names of the
+    bare backbone. For the further arguments, see `load_params`.
 
     Returns:
-      The tensors of the head, still in their file.
+      Tensors of the head, which have not been read yet.
 
     Raises:
-      InputError: Tensors of the backbone are missing, surplus, misshapen or not finite.
+      InputError: Tensors of the backbone are missing, unexpected, mismatched or not finite.
     """
     expected = [name for source in table.values() for name in source.names]
     parts = split_checkpoint(checkpoint, rules, expected)
@@ -116,7 +118,7 @@ def load_backbone(
 
 @functools.cache  # A file that is read several times is reported once.
 def log_ignored(path: pathlib.Path, names: tuple[str, ...], part: str) -> None:
-    """Logs once that tensors of a file, which are a part of the model, are ignored, if any."""
+    """Logs that a file's tensors for `part` of the model are ignored, if there are any."""
     if names:
         count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
         logging.info("%s: ignored %s (%s): %s", path, part, count, summarize(names))
@@ -125,12 +127,12 @@ def log_ignored(path: pathlib.Path, names: tuple[str, ...], part: str) -> None:
 def save_params(
     module: nnx.Module, table: KeyTable, *, prefix: str = "", skip: Any = nnx.LoRAParam
 ) -> Mapping[str, Tensor]:
-    """Returns the tensors of a module's parameters by name; the arguments are as in `load_params`.
+    """Returns a module's parameters as tensors by name; for the arguments, see `load_params`.
 
     A tensor is copied to the host when it is sliced.
 
     Raises:
-      ValueError: The table does not fit the module, or has a `combine` without `split`.
+      ValueError: The table does not match the module, or has a `combine` without `split`.
     """
     tensors: dict[str, Tensor] = {}
     _, sources, params = _match_params(module, table, prefix, skip)
@@ -149,7 +151,7 @@ def save_params(
 
 @dataclasses.dataclass(frozen=True)
 class _SavedTensor:
-    """Tensor of a parameter; on the host only while it is sliced."""
+    """Tensor of a parameter, copied to the host each time it is sliced."""
 
     read: Callable[[], np.ndarray]
     shape: tuple[int, ...]
@@ -169,7 +171,7 @@ def _read_saved(source: Source, value: jax.Array, layer: int, part: int) -> np.n
 
 
 def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
-    """Splits the value of one layer into its tensors."""
+    """Splits a layer's value into its tensors."""
     parts = source.split(value) if source.split else [value]
     if source.axes is not None:
         parts = [part.transpose(np.argsort(source.axes)) for part in parts]
@@ -177,21 +179,21 @@ def _split(source: Source, value: np.ndarray) -> list[np.ndarray]:
 
 
 def _combine(source: Source, tensors: list[np.ndarray]) -> np.ndarray:
-    """Returns the value of one layer from its tensors."""
+    """Computes a layer's value from its tensors."""
     if source.axes is not None:
         tensors = [tensor.transpose(source.axes) for tensor in tensors]
     return source.combine(tensors) if source.combine else tensors[0]
 
 
 def _placeholder(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an array that takes no memory, to compute shapes with."""
+    """Returns an array for shape computations that uses no memory."""
     return np.broadcast_to(np.float32(1), shape)
 
 
 def _match_params(
     module: nnx.Module, table: KeyTable, prefix: str, skip: Any
 ) -> tuple[nnx.State, dict[str, Source], dict[str, nnx.Param]]:
-    """Returns the parameters of the table as a state, and their sources and variables by path."""
+    """Returns the parameters in the table as a state, and their sources and variables by path."""
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
     params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     unmapped, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
@@ -210,7 +212,7 @@ def _match_params(
 
 
 def _names_by_layer(source: Source, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """Returns the names of each layer's tensors; a source that is not stacked is one layer."""
+    """Returns the names of each layer's tensors; an unstacked source counts as one layer."""
     num_layers = shape[0] if source.stacked else 1
     size, remainder = divmod(len(source.names), num_layers)
     if remainder or not size or (size > 1 and not source.combine):
@@ -224,36 +226,36 @@ def _check_tensors(
     checkpoint: Mapping[str, Tensor],
     ignore: Sequence[str],
 ) -> None:
-    """Raises InputError with the missing, surplus and misshapen tensors."""
+    """Raises InputError if tensors are missing, unexpected or mismatched."""
     expected = {name for source in sources.values() for name in source.names}
     missing = [name for name in sorted(expected) if name not in checkpoint]
-    surplus = [
+    unexpected = [
         name
         for name in sorted(set(checkpoint) - expected)
         if not any(re.search(pattern, name) for pattern in ignore)
     ]
-    misshapen = [
+    mismatched = [
         f"{'+'.join(names)} {'+'.join(_format_shape(checkpoint[name].shape) for name in names)}"
         f" instead of {expected_shape}"
         for path, source in sources.items()
-        for names, expected_shape in _misshapen(source, params[path].shape, checkpoint)
+        for names, expected_shape in _mismatched(source, params[path].shape, checkpoint)
     ]
-    problems = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
+    problems = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     parts = [
         f"{len(names)} {kind}: {summarize(names)}" for kind, names in problems.items() if names
     ]
     if parts:
-        reason = "tensors do not fit"
-        if len(expected) - len(missing) < min(len(missing), len(surplus)):
+        reason = "tensors do not match the model"
+        if len(expected) - len(missing) < min(len(missing), len(unexpected)):
             reason = "weights of another architecture"
         where = getattr(checkpoint, "path", "weights")
         raise InputError(f"{where}: {reason}: {'; '.join(parts)}")
 
 
-def _misshapen(
+def _mismatched(
     source: Source, shape: tuple[int, ...], checkpoint: Mapping[str, Tensor]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields existing tensors that do not give the shape, and the shape that they should have."""
+    """Yields tensors with the wrong shape, and the expected shape."""
     names_by_layer = _names_by_layer(source, shape)
     shape = shape[1:] if source.stacked else shape
     for names in names_by_layer:
@@ -262,7 +264,7 @@ def _misshapen(
         tensors = [_placeholder(checkpoint[name].shape) for name in names]
         try:
             tensor_shape = _combine(source, tensors).shape
-        except ValueError:  # NumPy raises it for incompatible axes or sizes.
+        except ValueError:  # The axes or sizes are incompatible.
             tensor_shape = None
         if tensor_shape == shape:
             continue
@@ -278,7 +280,7 @@ def _format_shape(shape: tuple[int, ...]) -> str:
 
 
 def summarize(names: Iterable[str]) -> str:
-    """Returns the first few names; names that differ only in their layer number count as one."""
+    """Lists the first few names; names that differ only in the layer number are listed as one."""
     layers_by_name: dict[tuple[str, str], list[str]] = {}
     for name in names:
         match = re.match(r"(.*?\.)(\d+)(\..*)", name)
@@ -296,7 +298,7 @@ def summarize(names: Iterable[str]) -> str:
 def _read(
     source: Source, checkpoint: Mapping[str, Tensor], names: tuple[str, ...], index: Index
 ) -> np.ndarray:
-    """Reads a slice of the value of one layer."""
+    """Reads a slice of a layer's value."""
     if source.combine:
         return _combine(source, [checkpoint[name][...] for name in names])[index]
     if source.axes is None:
@@ -314,9 +316,10 @@ def _place(
     sharding: Sharding,
     buffers: dict[Any, np.ndarray],
 ) -> jax.Array:
-    """Places the value of one layer on its devices, each of which receives only its slice.
+    """Places a layer's value on the devices, each of which gets only its slice.
 
-    Slices are written to `buffers`, over those of the previous layer. Devices may read them later.
+    Slices are written to `buffers`, over the slices of the previous layer. The devices may still
+    read the buffers after this function has returned.
     """
     filled = set()
 
@@ -327,7 +330,7 @@ def _place(
             value = _read(source, checkpoint, names, index)
             if bounds not in buffers:
                 buffers[bounds] = _empty_aligned(value.shape, dtype)
-            # The only copy, which transposes and casts out of the mapped file.
+            # This is the only copy. It reads the mapped file, transposes and casts.
             with np.errstate(over="ignore"):  # Overflow is reported below.
                 np.copyto(buffers[bounds], value, casting="unsafe")
             if not _all_finite(buffers[bounds]):
@@ -338,15 +341,15 @@ def _place(
             filled.add(bounds)
         return buffers[bounds]
 
-    # Waiting keeps the host from reading ahead of the copies to the devices.
+    # Wait, so that the host does not read the next tensor before this one is copied.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read_slice))
 
 
 def _all_finite(value: np.ndarray) -> bool:
-    """Returns whether all values are finite; works in chunks that stay in the CPU's cache."""
+    """Returns whether all values are finite; works in chunks that fit into the CPU's cache."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return True
-    # Only NaN and infinity have an exponent whose bits are all ones.
+    # Only NaN and infinity have an exponent with all bits set.
     bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
     exponent = np.asarray(np.inf, value.dtype).view(bits.dtype)
     return all(
@@ -356,7 +359,7 @@ def _all_finite(value: np.ndarray) -> bool:
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialized array whose alignment lets CPU devices use it without a copy."""
+    """Returns an uninitialized array, aligned so that CPU devices can use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
@@ -370,7 +373,7 @@ def _place_stack(
     dtype: np.dtype,
     sharding: Sharding,
 ) -> jax.Array:
-    """Places a stacked value on its devices and fills it layer by layer."""
+    """Allocates a stacked value on the devices and fills it layer by layer."""
     layer_sharding = sharding
     if isinstance(sharding, NamedSharding):
         layer_sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))

@@ -1,7 +1,7 @@
-"""Reads and writes LoRA adapters of the `peft` library.
+"""Reads and writes LoRA adapters in the format of the `peft` library.
 
-Their tensors have the names of the PyTorch model's modules, which the architecture's key table and
-`NameRules` map to layers.
+Their tensors are named after the modules of the PyTorch model. The architecture's key table and
+`NameRules` map these names to layers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 _PREFIX = "base_model.model."
 _ONLY_LORA = nnx.Not(nnx.LoRAParam)
 _MATRICES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-_LINEAR_AXES = (1, 0)  # `Source.axes` of the weight of a PyTorch Linear
-# Options that change what an adapter computes and are not supported. Options that only add tensors
-# are reported with these tensors.
+_LINEAR_AXES = (1, 0)  # `Source.axes` for the weight of a PyTorch Linear
+# Unsupported options that change what an adapter computes. Options that only add tensors need no
+# check, because unexpected tensors raise an error.
 _UNSUPPORTED_OPTIONS = (
     "use_dora",
     "use_qalora",
@@ -52,26 +52,25 @@ _UNSUPPORTED_OPTIONS = (
     "monteclora_config",
     "velora_config",
 )
-# Other initializations change the weights of the base model.
+# All other initializations change the base model's weights.
 _INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def read_lora_config(
     folder: str | os.PathLike[str], table: KeyTable, rules: NameRules | None = None
 ) -> LoRAConfig:
-    """Reads the adapted layers of an adapter and the shape of its low-rank paths.
+    """Reads an adapter's LoRA config.
+
+    Create the module with this config, or pass it to `add_lora`, before calling `load_adapter`.
 
     Args:
       folder: Folder of the adapter.
       table: Key table of the module, with the names of the bare backbone.
-      rules: Name rules of the architecture; by default names must be those of the table.
-
-    Returns:
-      The config to create the module with, or to pass to `add_lora`, before `load_adapter`.
+      rules: Name rules of the architecture; by default, names must match the table.
 
     Raises:
-      InputError: Files are missing or damaged, an option changes what LoRA computes, or the adapter
-        adapts none of the module's layers.
+      InputError: Files are missing or damaged, an option is not supported, or the adapter has no
+        LoRA for the module's layers.
     """
     folder = pathlib.Path(folder)
     options = _read_options(folder / CONFIG_FILE)
@@ -85,8 +84,8 @@ def read_lora_config(
     }
     if not adapted:
         raise InputError(
-            f"{parts.backbone.path}: has LoRA for none of the model's modules; allowed: names such "
-            f"as {next(iter(modules.values()))[0]}{lora_a}"
+            f"{parts.backbone.path}: has no LoRA for the model's modules; allowed: names such as "
+            f"{next(iter(modules.values()))[0]}{lora_a}"
         )
     try:
         return LoRAConfig(
@@ -101,7 +100,7 @@ def read_lora_config(
 
 
 def read_base_model(folder: str | os.PathLike[str]) -> str | None:
-    """Returns the name or folder of the model that an adapter was trained on, if it is stored.
+    """Returns the name or folder of an adapter's base model, or None if it is not stored.
 
     Raises:
       InputError: The adapter's config is missing, damaged or not supported.
@@ -116,14 +115,14 @@ def load_adapter(
     table: KeyTable,
     rules: NameRules | None = None,
 ) -> AnyModule:
-    """Fills the low-rank paths of a module from an adapter, and returns the module.
+    """Fills a module's low-rank paths from an adapter, and returns the module.
 
-    Tensors of a head, and of parts that the module does not have, are ignored and logged. The
-    module has the LoRA of `read_lora_config`, whose arguments are the same.
+    The module must have the LoRA config from `read_lora_config`, which takes the same arguments.
+    Tensors of a head, or of parts that the module does not have, are ignored and logged.
 
     Raises:
-      InputError: `read_lora_config` raises it, the scale differs from the module's, or tensors are
-        missing, surplus, misshapen or not finite.
+      InputError: The adapter cannot be read (see `read_lora_config`), its scale differs from the
+        module's scale, or tensors are missing, unexpected, mismatched or not finite.
     """
     folder = pathlib.Path(folder)
     config = read_lora_config(folder, table, rules)
@@ -131,8 +130,8 @@ def load_adapter(
     if scales != {config.scale}:
         formula = "lora_alpha / sqrt(r)" if config.use_rslora else "lora_alpha / r"
         raise InputError(
-            f"{folder / CONFIG_FILE}: {formula} = {config.scale:g}; allowed: that of the module's "
-            f"LoRA, {', '.join(f'{scale:g}' for scale in scales) or 'which has none'}"
+            f"{folder / CONFIG_FILE}: {formula} = {config.scale:g}; allowed: the scale of the "
+            f"module's LoRA, {', '.join(f'{scale:g}' for scale in scales) or 'which has none'}"
         )
     parts = _read_tensors(folder, table, rules)
     sources = _lora_table(module, table, lambda name: parts.prefix + name)
@@ -150,18 +149,18 @@ def save_adapter(
     *,
     base_model: str | None = None,
 ) -> None:
-    """Writes the LoRA layers of a module as a `peft` adapter for the same base model.
+    """Saves a module's LoRA as a `peft` adapter.
 
     Args:
-      module: Module whose LoRA has one rank, alpha and dropout everywhere.
-      folder: Folder to write; created if it is missing.
-      table: Key table of the module, with the names of the PyTorch model the adapter is for.
-      rules: Name rules of the architecture; by default modules have the names of the table.
+      module: Module whose LoRA layers all have the same rank, alpha and dropout rate.
+      folder: Output folder; created if missing.
+      table: Key table of the module, with the names in the PyTorch model.
+      rules: Name rules of the architecture; by default, modules have the names in the table.
       base_model: Name or folder of the base model.
 
     Raises:
       InputError: The folder cannot be written, or `peft` would not apply the LoRA of a layer.
-      ValueError: The module has no LoRA, or LoRA that one adapter cannot hold.
+      ValueError: The module has no LoRA, or its LoRA configs differ between layers.
     """
     rules = rules or NameRules()
     configs = {path: layer.lora for path, layer in linear_layers(module) if layer.lora}
@@ -225,14 +224,14 @@ def _read_options(path: pathlib.Path) -> dict[str, Any]:
             raise InputError(f"{path}: {field}={options[field]!r}; allowed: {values}")
     for field in _UNSUPPORTED_OPTIONS:
         if options.get(field):
-            raise InputError(f"{path}: {field}={options[field]!r} is not supported; leave it out")
+            raise InputError(f"{path}: {field}={options[field]!r} is not supported; remove it")
     return options
 
 
 def _read_tensors(
     folder: pathlib.Path, table: KeyTable, rules: NameRules | None
 ) -> SplitCheckpoint:
-    """Opens the tensors of an adapter, under a prefix and the names of the key table."""
+    """Opens an adapter's tensors; their names become a prefix and the names in the key table."""
     torch_file = folder / TORCH_WEIGHTS_FILE
     use_torch = torch_file.exists() and not (folder / WEIGHTS_FILE).exists()
     checkpoint = Checkpoint.open(torch_file if use_torch else folder / WEIGHTS_FILE)
@@ -243,7 +242,7 @@ def _read_tensors(
 
 
 def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
-    """Returns the names of the PyTorch Linears of each layer, one per stacked layer."""
+    """Returns the names of the PyTorch Linears for each layer path, one per stacked layer."""
     return {
         path.removesuffix("/kernel"): tuple(
             prefix + name.removesuffix(".weight") for name in source.names
@@ -256,7 +255,7 @@ def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
 def _lora_table(
     module: nnx.Module, table: KeyTable, rename: Callable[[str], str]
 ) -> dict[str, Source]:
-    """Returns the key table of a module's low-rank paths, with renamed modules."""
+    """Returns the key table for a module's low-rank paths, with renamed modules."""
     modules = _modules(table, "")
     layers = [path for path, layer in linear_layers(module) if layer.lora]
     unmapped = [path for path in layers if path not in modules]
@@ -276,10 +275,10 @@ def _lora_table(
 def _shortest_suffixes(
     chosen: Collection[str], others: Collection[str], separator: str
 ) -> set[str]:
-    """Returns the shortest suffix of each chosen name that no name in `others` ends with.
+    """Returns, for each chosen name, the shortest suffix that no name in `others` ends with.
 
-    A suffix consists of whole parts between separators. If every suffix is taken, the result is the
-    whole name with a leading separator.
+    A suffix starts after a separator. If every suffix is taken, the result is the whole name with a
+    leading separator.
     """
 
     def suffixes(name: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""Reads and writes checkpoints in the safetensors format, slice by slice and without PyTorch.
+"""Reads and writes safetensors checkpoints slice by slice and without PyTorch.
 
-The layout is that of the Hugging Face libraries: `model.safetensors`, or shards with
-`model.safetensors.index.json`. PyTorch files are read too, if PyTorch is installed.
+As in the Hugging Face libraries, a checkpoint is `model.safetensors`, or shards with an index
+`model.safetensors.index.json`. If PyTorch is installed, PyTorch files can be read too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LENGTH_BYTES = 8  # A file starts with the length of the header, little-endian.
+_LENGTH_BYTES = 8  # A file starts with the header's length, little-endian.
 _MAX_HEADER_BYTES = 100_000_000
 _ALLOWED = (
     "a folder with model.safetensors or model.safetensors.index.json, a .safetensors file, or "
@@ -49,7 +49,7 @@ _ALLOWED = (
 
 
 class Tensor(Protocol):
-    """Array with shape and type that may still be in a file and is read by slicing."""
+    """Array that is read by slicing and may still be in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ class Tensor(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the tensor."""
+        """Dtype of the tensor."""
 
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
@@ -66,19 +66,19 @@ class Tensor(Protocol):
 class FileTensor:
     """Tensor in a safetensors file; slicing it returns a view that reads only this slice.
 
-    A view maps the file and so holds a file descriptor; copy values that are kept.
+    A view maps the file and keeps a file descriptor open, so copy values that you keep.
     """
 
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int  # of the data in the file, in bytes
+    offset: int  # position of the data in the file, in bytes
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)[index]
         try:
-            # Mapped at each read, because a checkpoint has thousands of tensors.
+            # Map the file only while it is read, because a checkpoint has thousands of tensors.
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.file}: cannot be read ({error})") from error
@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
       path: File or folder, for error messages.
       tensors: Tensors by name.
-      metadata: Further content of the file; of a PyTorch file, everything but tensors.
+      metadata: Metadata in the file; for a PyTorch file, everything except tensors.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Reads the names, shapes and types of a checkpoint.
+        """Opens a checkpoint and reads the names, shapes and dtypes of its tensors.
 
         Args:
-          path: Folder in the layout of the Hugging Face libraries, `.safetensors` file, index
-            (`.safetensors.index.json`), or PyTorch file. Nested mappings of a PyTorch file give
-            dotted names: {"model": {"weight": ...}} has "model.weight".
+          path: Folder in the Hugging Face layout, `.safetensors` file, index
+            (`.safetensors.index.json`), or PyTorch file. Nested mappings in a PyTorch file become
+            dotted names: {"model": {"weight": ...}} becomes "model.weight".
 
         Raises:
           InputError: The file does not exist, is damaged or truncated, or has an unknown format.
@@ -145,14 +145,14 @@ def save_tensors(
     *,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Writes tensors in the layout of the Hugging Face libraries, one tensor in memory at a time.
+    """Saves tensors in the Hugging Face layout, with one tensor in memory at a time.
 
-    Each file is written atomically, the index last. Weights of an earlier save are removed.
+    Each file is written atomically; the index is last. Weights of an earlier save are removed.
 
     Args:
-      directory: Folder to write; created if it is missing.
+      directory: Output folder; created if missing.
       tensors: Arrays, a `Checkpoint`, or the result of `save_params`.
-      max_shard_size: Maximum size of a file in bytes. Larger tensors get their own shard.
+      max_shard_size: Maximum size of a file in bytes. A larger tensor gets a separate shard.
 
     Raises:
       InputError: The format does not support a dtype, or a file cannot be written.
@@ -189,7 +189,7 @@ def save_tensors(
             }
             write_atomically(directory / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
             files.append(INDEX_FILE)
-        # Readers might load weights of an earlier save instead of the new ones.
+        # Otherwise readers might load weights of an earlier save.
         for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
             for path in directory.glob(pattern):
                 if path.name not in files:
@@ -205,7 +205,7 @@ def _find_file(directory: pathlib.Path) -> pathlib.Path:
     torch_files = sorted(file.name for file in directory.iterdir() if file.suffix in TORCH_SUFFIXES)
     if torch_files:
         raise InputError(
-            f"{directory}: has weights in the format of PyTorch only ({', '.join(torch_files)}); "
+            f"{directory}: has weights only in PyTorch's format ({', '.join(torch_files)}); "
             "where PyTorch is installed, convert them to safetensors with "
             f"transformers.AutoModel.from_pretrained({str(directory)!r})"
             f".save_pretrained({str(directory)!r})"
@@ -214,7 +214,7 @@ def _find_file(directory: pathlib.Path) -> pathlib.Path:
 
 
 def parse_json_object(data: bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parses a JSON object from the file, or part of a file, that errors name.
+    """Parses a JSON object; `where` names the file in error messages.
 
     Raises:
       InputError: The text is not a JSON object.
@@ -229,7 +229,7 @@ def parse_json_object(data: bytes, where: str | os.PathLike[str]) -> dict[str, A
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors and metadata of one safetensors file."""
+    """Returns the tensors and the metadata in a safetensors file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -239,7 +239,7 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]
                 raise InputError(f"{path}: not a safetensors file, or its header is damaged")
             if size < start:
                 raise InputError(
-                    f"{path}: truncated, the header alone has {start} bytes and the file {size}"
+                    f"{path}: truncated: the header has {start} bytes, but the file has only {size}"
                 )
             header = parse_json_object(file.read(length), f"{path}: header")
     except OSError as error:
@@ -252,12 +252,12 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         end = max(end, tensor_end)
     if size != end:
         problem = "truncated" if size < end else "damaged"
-        raise InputError(f"{path}: {problem}, it must have {end} bytes and has {size}")
+        raise InputError(f"{path}: {problem}: it has {size} bytes instead of {end}")
     return tensors, metadata
 
 
 def _read_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> tuple[FileTensor, int]:
-    """Returns one tensor of a header, and the position in the file where its data end."""
+    """Returns the tensor for a header entry, and the end of its data in the file."""
     damaged = InputError(f"{path}: the header is damaged at tensor {name}: {entry}")
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -288,7 +288,7 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"{path}: the index is damaged (no weight_map of tensors to files)")
     files = sorted(set(weight_map.values()))
-    # All shards must be in the folder of the index.
+    # All shards must be in the same folder as the index.
     missing = [
         file
         for file in files
@@ -304,7 +304,7 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors of a PyTorch file under dotted names, and its further content."""
+    """Returns the tensors in a PyTorch file, with dotted names, and all other content."""
     try:
         import torch
     except ImportError as error:
@@ -313,10 +313,10 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "convert the file to .safetensors"
         ) from error
     try:
-        # Only the newer of the two formats of PyTorch, a zip archive, can be mapped.
+        # Only PyTorch's newer file format, a zip archive, can be mapped.
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch.load raises many types for a damaged file.
+    except Exception as error:  # torch.load raises many exception types for a damaged file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file ({reason})") from error
     if not isinstance(content, Mapping):
@@ -324,7 +324,7 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
 
     def collect_tensors(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Adds the tensors of a mapping to `tensors` and returns its further content."""
+        """Adds the tensors in a mapping to `tensors` and returns all other content."""
         metadata: dict[str, Any] = {}
         for name, value in mapping.items():
             if torch.is_tensor(value):
@@ -340,7 +340,7 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    """Returns an array that shares the memory of a PyTorch tensor, which may be a mapped file."""
+    """Returns an array that shares a PyTorch tensor's memory, which may be a mapped file."""
     tensor = tensor.detach()
     if str(tensor.dtype) == "torch.bfloat16":
         import torch
@@ -354,7 +354,7 @@ def _num_bytes(tensor: Tensor) -> int:
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
-    """Divides the tensors, in their order, into shards."""
+    """Divides the tensors into shards without changing their order."""
     shards: list[dict[str, Tensor]] = [{}]
     shard_bytes = 0
     for name, tensor in tensors.items():
@@ -369,7 +369,7 @@ def _shards(tensors: Mapping[str, Tensor], max_shard_size: int) -> list[dict[str
 def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # Larger types come first, as in the safetensors library, so that all data are aligned.
+    # Larger dtypes come first, as in the safetensors library, so that all data are aligned.
     order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
     for name in order:
         tensor, begin = tensors[name], end
@@ -392,7 +392,7 @@ def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that other processes never see incomplete."""
+    """Writes a file atomically, so that other processes never see it incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
     partial.replace(path)

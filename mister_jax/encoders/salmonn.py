@@ -469,7 +469,7 @@ def load_salmonn(
       shardings: Sharding for all parameters, or a tree of shardings for the module.
 
     Raises:
-      InputError: Tensors of a checkpoint are missing, unexpected, misshapen or not finite.
+      InputError: Tensors of a checkpoint are missing, unexpected, mismatched or not finite.
       ValueError: The module has LoRA on layers other than queries and values.
     """
     config = module.config

@@ -256,20 +256,20 @@ def error_message(source, **options):
     return message
 
 
-def test_all_missing_and_surplus_weights_are_named(golden):
+def test_all_missing_and_unexpected_weights_are_named(golden):
     weights = dict(golden["param"])
     missing = ["gate.0.bias", "text_self.rnn_1.weight_hh_l1_reverse", "fusion.fc.weight"]
-    surplus = ["speaker.weight", "fusion.units.0.fc_other.bias"]
+    unexpected = ["speaker.weight", "fusion.units.0.fc_other.bias"]
     for name in missing:
         del weights[name]
-    message = error_message({**weights, **dict.fromkeys(surplus, np.zeros(1))})
+    message = error_message({**weights, **dict.fromkeys(unexpected, np.zeros(1))})
     assert "3 missing" in message
-    assert "2 surplus" in message
-    for name in missing + surplus:
+    assert "2 unexpected" in message
+    for name in missing + unexpected:
         assert name in message
 
 
-def test_all_misshapen_weights_are_named(golden):
+def test_all_mismatched_weights_are_named(golden):
     weights = dict(golden["param"])
     wrong = {
         "gate.0.bias": weights["gate.0.bias"][:-1],
@@ -277,7 +277,7 @@ def test_all_misshapen_weights_are_named(golden):
         "fusion.bn.weight": weights["fusion.bn.weight"][:-1],
     }
     message = error_message(weights | wrong)
-    assert "3 misshapen" in message
+    assert "3 mismatched" in message
     for name, value in wrong.items():
         assert f"{name} {list(value.shape)} instead of {list(weights[name].shape)}" in message
 

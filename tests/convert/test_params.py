@@ -227,14 +227,14 @@ def test_errors_name_only_the_first_of_many_tensors():
     others = {f"x{number}.{layer}": np.zeros(2) for number in range(9) for layer in range(9)}
     assert error_message(others) == (
         "weights: weights of another architecture: 45 missing: a.{0,1,...,8}.weight, "
-        "b.{0,1,...,8}.weight, c.{0,1,...,8}.weight, ...; 81 surplus: x0.0, x0.1, x0.2, ..."
+        "b.{0,1,...,8}.weight, c.{0,1,...,8}.weight, ...; 81 unexpected: x0.0, x0.1, x0.2, ..."
     )
     complete = {name: np.zeros(2) for source in table.values() for name in source.names}
     del complete["a.0.weight"]
     assert error_message({**complete, **others}).startswith(
-        "weights: tensors do not fit: 1 missing: a.0.we"
+        "weights: tensors do not match the model: 1 missing: a.0.we"
     )
-    assert error_message({}).startswith("weights: tensors do not fit: 45 missing")
+    assert error_message({}).startswith("weights: tensors do not match the model: 45 missing")
 
 
 def test_low_rank_paths_are_not_changed():
@@ -274,8 +274,8 @@ def test_one_error_names_all_mismatches_and_nothing_changes():
     message = str(error.value)
     assert "\n" not in message
     assert "2 missing: head.weight, layer.0.bias;" in message
-    assert "2 surplus: extra.{0,1}.bias;" in message
-    assert "3 misshapen" in message
+    assert "2 unexpected: extra.{0,1}.bias;" in message
+    assert "3 mismatched" in message
     assert "layer.{1,2}.weight [8, 16] instead of [16, 8]" in message
     assert "head.first+head.second [13]+[12] instead of shapes that combine to [24]" in message
     assert isinstance(module.head.kernel.get_value(), jax.ShapeDtypeStruct)

@@ -199,8 +199,8 @@ def test_one_error_names_all_mismatched_tensors(golden, write):
         load_adapter(decoder, write(tensors), golden.table)
     for expected in (
         f"missing: {first}q_proj.lora_B.weight",
-        f"surplus: {first}k_proj.lora_A.weight",
-        f"misshapen: {first}v_proj.lora_A.weight",
+        f"unexpected: {first}k_proj.lora_A.weight",
+        f"mismatched: {first}v_proj.lora_A.weight",
         "adapter_model.safetensors",
     ):
         assert expected in str(error.value)
@@ -265,7 +265,7 @@ def test_lora_of_unused_modules_is_ignored_and_of_unknown_modules_rejected(golde
     rules = dataclasses.replace(NAME_RULES, unused=(r"^other\.",))
     others = {f"{PREFIX}other.0.{suffix}": value for suffix, value in pair.items()}
     load_adapter(golden.decoder(LORA), write(tensors | others), golden.table, rules)
-    with pytest.raises(InputError, match=r"surplus: base_model\.model\.other\.0\.lora_A"):
+    with pytest.raises(InputError, match=r"unexpected: base_model\.model\.other\.0\.lora_A"):
         load_adapter(golden.decoder(LORA), write(tensors | others), golden.table)
 
 
@@ -286,7 +286,7 @@ def test_the_base_model_is_read(golden, write):
 def test_adapters_of_other_models_are_rejected(golden, write):
     folder = write(renamed(golden.group("lora/"), "self_attn", "attention"))
     with pytest.raises(
-        InputError, match=r"LoRA for none of the model's modules; allowed: .*q_proj"
+        InputError, match=r"no LoRA for the model's modules; allowed: .*q_proj"
     ):
         read_lora_config(folder, golden.table)
 

@@ -189,11 +189,11 @@ def test_saved_weights_can_be_loaded(model, weights, golden):
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_missing_and_surplus_tensors_raise_an_error_that_names_them(cfg, weights):
+def test_missing_and_unexpected_tensors_raise_an_error_that_names_them(cfg, weights):
     config = BeatsConfig.from_checkpoint(cfg)
-    tensors = dict(weights, surplus=np.zeros(2, np.float32))
+    tensors = dict(weights, unexpected=np.zeros(2, np.float32))
     del tensors["encoder.pos_conv.0.weight_g"]
-    with pytest.raises(InputError, match=r"missing: encoder\.pos_conv\.0\.weight_g.*surplus"):
+    with pytest.raises(InputError, match=r"missing: encoder\.pos_conv\.0\.weight_g.*unexpected"):
         load_params(
             nnx.eval_shape(lambda: Beats(config, rngs=nnx.Rngs(0))),
             beats.key_table(config),

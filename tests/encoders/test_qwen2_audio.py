@@ -187,10 +187,12 @@ def test_saved_weights_equal_the_loaded_weights(model, config, golden):
         np.testing.assert_array_equal(tensor[...], golden["param"][name], err_msg=name)
 
 
-def test_missing_and_surplus_tensors_raise_an_error_that_names_them(config, golden):
-    weights = dict(golden["param"], surplus=np.zeros(2, np.float32))
+def test_missing_and_unexpected_tensors_raise_an_error_that_names_them(config, golden):
+    weights = dict(golden["param"], unexpected=np.zeros(2, np.float32))
     del weights["multi_modal_projector.linear.bias"]
-    with pytest.raises(InputError, match=r"missing: multi_modal_projector\.linear\.bias.*surplus"):
+    with pytest.raises(
+        InputError, match=r"missing: multi_modal_projector\.linear\.bias.*unexpected"
+    ):
         load(config, weights)
 
 

@@ -310,7 +310,7 @@ def test_weights_of_another_architecture_are_rejected(copy):
     message = assert_rejected(
         copy,
         "weights of another architecture: 37 missing: embeddings.LayerNorm.bias",
-        "surplus: em",
+        "unexpected: em",
     )
     assert len(message) < 500
 

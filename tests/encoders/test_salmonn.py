@@ -269,7 +269,7 @@ def test_unfit_tensors_raise_an_error_that_names_them(config, checkpoints):
         salmonn.load_salmonn(abstract(config), **{**checkpoints, part: tensors})
 
     lora = f"model.{LLM}.layers.1.self_attn.v_proj.lora_B.default.weight"
-    wrong = {lora: None, "model.ln_speech.bias": None, "model.surplus": np.zeros(1)}
+    wrong = {lora: None, "model.ln_speech.bias": None, "model.unexpected": np.zeros(1)}
     with pytest.raises(InputError) as error:
         load("salmonn", **wrong)
     for name in wrong:

@@ -265,7 +265,7 @@ def enlarge_vocabulary(folder, _):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (use_other_weights, "another architecture: .* missing: embeddings.* surplus"),
+        (use_other_weights, "another architecture: .* missing: embeddings.* unexpected"),
         (lose_a_shard, "1 of .* shards missing"),
         (truncate_weights, "truncated"),
         (enlarge_vocabulary, "does not belong to the model: .* ID is 119; allowed: below"),
