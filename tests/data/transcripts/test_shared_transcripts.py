@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared re
 
 QUESTION = "Dis-moi, est-ce que l'avion vole ?"
 MARY = (4, 0.31542, 1.518254, "mary", "barrel")
-WHISPER = "transcripts/whisper/punctuations.mp3"
+WHISPER = "transcripts/whisper/punctuations.mp3"  # codespell:ignore punctuations
 # File, options, format, number of segments, first start, last end, first and last text.
 FILES = [
     ("conversation/pyannote_sample.rttm", {}, "RTTM", 10, 6.69, 30.0, "", ""),
@@ -129,7 +129,7 @@ def test_googles_turns_are_those_of_its_rttm():
         ("transcripts/eaf/abui_1.wav", "abui_1.eaf"),
         ("transcripts/textgrid/mary.wav", "mary.TextGrid"),
         ("transcripts/textgrid/bobby.wav", None),
-        (WHISPER, "punctuations.mp3.vtt"),
+        (WHISPER, "punctuations.mp3.vtt"),  # codespell:ignore punctuations
         ("transcripts/whisper/radio_short.mp3", "radio_short.mp3.words.json"),
     ],
 )
