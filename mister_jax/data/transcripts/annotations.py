@@ -42,7 +42,7 @@ def detect_annotations(text: str) -> DetectedFormat | None:
     return None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Tier:
     """A tier with intervals, of which some may have no text.
 
@@ -258,7 +258,8 @@ def _referring_intervals(
     return times
 
 
-_BULLET = re.compile("\x15\\s*(\\d+)_(\\d+)\\s*\x15?")
+# Older files name the media too: %snd:"file"_100_200.
+_BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
 _UNINTELLIGIBLE = re.compile(r"(?<!\S)(?:xxx?|yyy?|www)(?!\w)")
 # Codes of CHAT and what is left of them, in the order of their removal.
 _CHAT_CODES = tuple(

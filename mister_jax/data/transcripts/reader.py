@@ -31,12 +31,12 @@ FORMATS = (
 
 SUFFIXES = (
     *(".eaf", ".textgrid", ".cha", ".json", ".vtt", ".srt", ".ass", ".ssa", ".ttml", ".dfxp"),
-    *(".smi", ".stm", ".tsv", ".csv", ".rttm", ".ctm"),
+    *(".smi", ".stm", ".tsv", ".csv", ".ctm", ".rttm"),
 )
 """Extensions of transcripts beside a recording, preferred first.
 
 Annotations by hand come first, then JSON files, which often have the times of words, then
-subtitles and tables. RTTM has no text, and CTM no sentences.
+subtitles and tables. CTM has no sentences, and RTTM no text.
 """
 
 # Byte order marks. Those of UTF-32 begin with those of UTF-16.
@@ -118,33 +118,33 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     """
     path = pathlib.Path(existing_path(recording))
     stem = _normalized(path.stem)
-    names = {_normalized(file.name): file for file in path.parent.iterdir()}
-    # `x.1.srt` belongs to `x.1.wav` if there is one.
-    others = {
-        _normalized(file.stem)
-        for file in names.values()
-        if file.suffix.lower() == path.suffix.lower() and len(_normalized(file.stem)) > len(stem)
-    }
-    candidates = [
-        (
-            SUFFIXES.index(file.suffix.lower()),
-            _normalized(file.stem) not in (stem, _normalized(path.name)),
-            len(name),
-            name,
-        )
-        for name, file in names.items()
-        if name.startswith(f"{stem}.")
-        and file.suffix.lower() in SUFFIXES
-        and not any(name.startswith(f"{other}.") for other in others)
-        and file.is_file()
+    try:
+        files = {_normalized(file.name): file for file in path.parent.iterdir()}
+    except OSError:
+        return None
+    files = {name: file for name, file in files.items() if name.startswith(f"{stem}.")}
+    # `x.1.srt` belongs to `x.1.wav` if there is such a recording.
+    longer_stems = [
+        name.removesuffix(path.suffix)
+        for name in files
+        if name.endswith(path.suffix) and name != _normalized(path.name)
     ]
+    candidates = []
+    for name in files:
+        suffix = pathlib.PurePath(name).suffix
+        is_other = any(name.startswith(f"{longer}.") for longer in longer_stems)
+        if suffix.lower() in SUFFIXES and not is_other:
+            is_variant = name.removesuffix(suffix) not in (stem, _normalized(path.name))
+            candidates.append((SUFFIXES.index(suffix.lower()), is_variant, len(name), name))
     for *_, name in sorted(candidates):
-        if names[name].suffix.lower() in (".json", ".csv", ".tsv"):
+        file = files[name]
+        if file.suffix.lower() in (".json", ".csv", ".tsv"):
             try:
-                detect_format(names[name])
+                detect_format(file)
             except InputError:
                 continue
-        return names[name]
+        if file.is_file():
+            return file
     return None
 
 

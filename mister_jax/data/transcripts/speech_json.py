@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -113,7 +114,8 @@ def detect_json(text: str) -> DetectedFormat | None:
     try:
         data = _load(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):  # ASS begins with "[Script Info]".
+        # ASS begins with "[Script Info]", and MicroDVD with "{0}{25}".
+        if not re.match(r'\s*\{\s*["}]', text):
             return None
         raise InputError(f"is damaged JSON ({one_line(str(error))})") from None
     if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
@@ -452,4 +454,6 @@ _FORMATS: tuple[
     ("AssemblyAI JSON", _is_assemblyai, _read_assemblyai),
     ("JSON with words", _has_items("words"), _read_words),
     ("batchalign JSON", _has_items("content"), _read_batchalign),
+    # A recording without speech.
+    ("Whisper JSON", lambda data: data.get("segments") == [], _read_whisper),
 )

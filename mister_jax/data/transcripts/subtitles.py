@@ -32,7 +32,8 @@ _VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]*)>")
 _WORD_TIME = re.compile(rf"<({_TIME})>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
-_LEADING_DASH = re.compile(r"^[-–—]\s+", re.MULTILINE)  # noqa: RUF001
+# Marks of a change of the speaker.
+_NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)", re.MULTILINE)  # noqa: RUF001
 
 
 def detect_subtitles(text: str) -> DetectedFormat | None:
@@ -179,7 +180,7 @@ def _plain(text: str) -> str:
     text = html.unescape(_TAG.sub("", text))
     # Zero-width spaces and direction marks would count as text.
     text = re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", text))
-    return one_line(_LEADING_DASH.sub("", text))
+    return one_line(_NEW_SPEAKER.sub("", text))
 
 
 def _import_pysubs2(name: str) -> Any:

@@ -266,7 +266,7 @@ CHAT = """@UTF8
 *CHI:\tno bullet here .
 %emo:\tsad
 *DAD:\t&=coughs . \x152500_2600\x15
-*DAD:\txxx . \x152600_2700\x15
+*DAD:\txxx . \x15%snd:"a b"_2600_2700\x15
 *CHI:\t+" first part \x152700_3000\x15 second part +/. \x153000_3500\x15
 *CHI:\tbackwards . \x153600_3600\x15
 @End

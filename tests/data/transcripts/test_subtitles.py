@@ -82,7 +82,7 @@ def test_markup_music_and_dashes_are_removed(read, times):
 4
 00:00:04,000 --> 00:00:05,000
 - Who?
-- Me - you.
+&gt;&gt; Me - you.
 
 5
 00:00:05,000 --> 00:00:06,000

@@ -22,6 +22,8 @@ SRT = "1\n00:00:01,000 --> 00:00:02,000\nHi\n"
         (b"\xff\xfe\x00", "no supported transcript, but damaged UTF-16"),
         (b'{"segments": [', "is damaged JSON"),
         (b'{"a": 1, "b": 2}', "is JSON with a, b, which is no transcript that is read"),
+        (b'{"text": "", "segments": []}', "is Whisper JSON without segments"),
+        (b"{0}{25}Hi", "text that begins '{0}"),
         (b"[1, 2]", "is JSON with a list, which"),
         (b"WEBVTT\n", "is WebVTT without segments"),
         (SRT.replace("02,", "00,").encode(), r"without segments \(left out 1 segment: end not"),
@@ -80,7 +82,7 @@ def test_transcripts_beside_a_recording_are_found_in_order(tmp_path):
     touch(tmp_path, "x.wav", "x.txt", "xy.srt", "x", "x.wav.bak")
     assert found(tmp_path) is None
     for name in (
-        *("x.ctm", "x.rttm", "x.csv", "x.tsv", "x.stm", "x.ssa", "x.ass", "x.en.srt", "x.wav.srt"),
+        *("x.rttm", "x.ctm", "x.csv", "x.tsv", "x.stm", "x.ssa", "x.ass", "x.en.srt", "x.wav.srt"),
         *("x.SRT", "x.vtt", "x.wav.words.json", "x.json", "x.cha", "x.textgrid", "x.EAF"),
     ):
         touch(tmp_path, name)
@@ -99,6 +101,7 @@ def test_transcripts_of_other_recordings_are_not_taken(tmp_path):
     touch(tmp_path, "x.wav", "x.1.wav", "x.1.srt", "x.1.de.vtt")
     assert found(tmp_path) is None
     assert found(tmp_path, "x.1.wav") == "x.1.de.vtt"
+    assert found(tmp_path, "missing/x.wav") is None
 
 
 def test_names_may_be_composed_or_decomposed(tmp_path):
