@@ -1,9 +1,9 @@
 r"""Reads annotations of linguists: Praat TextGrid, ELAN EAF, CHAT.
 
 The three formats are read here and not by praatio, pympi-ling and pylangacq. praatio fails on
-TextGrids with comments and on labels such as "item [1]". pympi-ling rejects ELAN files whose time
-slots have no value. pylangacq rejects a whole file for one bad time, and drops words that were
-spoken and then repeated.
+TextGrids with comments and on labels such as "item [1]". pympi-ling gives no times to annotations
+whose time slots have no value. pylangacq rejects a whole file for one wrong time, and drops words
+that a speaker repeats.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _read_textgrid(text: str, selection: Selection, notes: Notes) -> Transcript:
                 points.append(name)
                 for _ in range(size):
                     number(), string()
-    except (StopIteration, RuntimeError, ValueError):
+    except (StopIteration, OverflowError, ValueError):
         raise InputError("is damaged: this TextGrid ends before its last interval") from None
     return Transcript("Praat TextGrid", tuple(_select(tiers, points, selection)))
 
@@ -175,14 +175,22 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
     header = root.find("HEADER")
     units = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
     scale = _EAF_UNITS.get(units, 1e-3)
+    tiers_of_file = root.findall("TIER")
     slots: dict[str, float] = {}
-    for slot in root.iterfind("TIME_ORDER/TIME_SLOT"):
-        if (value := slot.get("TIME_VALUE")) is not None:
-            slots[slot.get("TIME_SLOT_ID", "")] = scale * float(value)
+    try:
+        for slot in root.iterfind("TIME_ORDER/TIME_SLOT"):
+            if (value := slot.get("TIME_VALUE")) is not None:
+                slots[slot.get("TIME_SLOT_ID", "")] = scale * float(value)
+    except ValueError:
+        raise InputError(f"is damaged: the time slot {value!r} of this EAF is no number") from None
+    for tier in tiers_of_file:
+        _interpolate(tier, slots)
     intervals: dict[str, tuple[float, float]] = {}
-    for tier in root.iterfind("TIER"):
-        intervals |= _aligned_intervals(tier, slots)
-    references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in root.iterfind("TIER")}
+    for annotation in root.iter("ALIGNABLE_ANNOTATION"):
+        start, end = (annotation.get(f"TIME_SLOT_REF{side}", "") for side in (1, 2))
+        if start in slots and end in slots:
+            intervals[annotation.get("ANNOTATION_ID", "")] = (slots[start], slots[end])
+    references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in tiers_of_file}
     # The annotations of a tier may refer to those of a later tier in the file.
     remaining = [tier for tier, annotations in references.items() if annotations]
     while remaining:
@@ -197,9 +205,9 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
             intervals |= _referring_intervals(references[tier], intervals)
         remaining = [tier for tier in remaining if tier not in ready]
     tiers = []
-    for tier in root.iterfind("TIER"):
+    for tier in tiers_of_file:
         tiers.append(_Tier(tier.get("TIER_ID", ""), [], tier.get("PARTICIPANT") or None))
-        for annotation in _annotations_of(tier):
+        for annotation in tier.iterfind("ANNOTATION/*"):
             value = one_line(annotation.findtext("ANNOTATION_VALUE") or "")
             times = intervals.get(annotation.get("ANNOTATION_ID", ""))
             if times is not None:
@@ -209,21 +217,20 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
     return Transcript("ELAN EAF", tuple(_select(tiers, (), selection)))
 
 
-def _annotations_of(tier: ET.Element) -> Iterator[ET.Element]:
-    for annotation in tier.iterfind("ANNOTATION"):
-        yield from annotation
+def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
+    """Adds the times of slots without value that the annotations of a tier share.
 
+    The annotations divide the time between the next slots with values evenly, as ELAN shows them.
 
-def _aligned_intervals(tier: ET.Element, slots: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Returns the times of a tier's alignable annotations by id.
-
-    Annotations that share time slots without value divide the time between the next slots with
-    values evenly, as ELAN shows them.
+    Args:
+      tier: Tier of an EAF.
+      slots: Seconds of the time slots; slots are added.
     """
-    annotations = list(tier.iter("ALIGNABLE_ANNOTATION"))
-    bounds = [(a.get("TIME_SLOT_REF1", ""), a.get("TIME_SLOT_REF2", "")) for a in annotations]
+    bounds = [
+        (annotation.get("TIME_SLOT_REF1", ""), annotation.get("TIME_SLOT_REF2", ""))
+        for annotation in tier.iter("ALIGNABLE_ANNOTATION")
+    ]
     next_slot = dict(bounds)
-    values = dict(slots)
     for start, end in bounds:
         if start not in slots or end in slots:
             continue
@@ -233,12 +240,7 @@ def _aligned_intervals(tier: ET.Element, slots: dict[str, float]) -> dict[str, t
         if chain[-1] in slots:
             step = (slots[chain[-1]] - slots[start]) / len(chain)
             for position, slot in enumerate(chain[:-1], 1):
-                values[slot] = slots[start] + step * position
-    return {
-        annotation.get("ANNOTATION_ID", ""): (values[start], values[end])
-        for annotation, (start, end) in zip(annotations, bounds, strict=True)
-        if start in values and end in values
-    }
+                slots[slot] = slots[start] + step * position
 
 
 def _referring_intervals(
@@ -260,7 +262,7 @@ def _referring_intervals(
 
 # Older files name the media too: %snd:"file"_100_200.
 _BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
-_UNINTELLIGIBLE = re.compile(r"(?<!\S)(?:xxx?|yyy?|www)(?!\w)")
+_UNINTELLIGIBLE = re.compile(r"(?<![^\s<])(?:xxx?|yyy?|www)(?!\w)")
 # Codes of CHAT and what is left of them, in the order of their removal.
 _CHAT_CODES = tuple(
     (re.compile(pattern), replacement)

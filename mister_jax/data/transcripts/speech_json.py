@@ -34,6 +34,7 @@ class _Keys:
 
     Attributes:
       scale: Seconds of a unit of time.
+      default_start: Start of a record that has only an end.
       words: Key of the words of a segment.
       word: Keys of the words; None if they are the keys of the segment.
     """
@@ -45,6 +46,7 @@ class _Keys:
     speaker: tuple[str, ...] = ("speaker",)
     channel: tuple[str, ...] = ("channel",)
     scale: float = 1.0
+    default_start: float | None = None
     words: str = "words"
     word: _Keys | None = None
 
@@ -83,6 +85,7 @@ _GOOGLE_WORD = _Keys(
     start=("startTime", "start_time", "startOffset", "start_offset"),
     end=("endTime", "end_time", "endOffset", "end_offset"),
     speaker=("speakerTag", "speaker_tag", "speakerLabel", "speaker_label"),
+    default_start=0.0,  # Google's libraries leave out zeros.
 )
 _AZURE_WORD = _Keys(
     text=("displayText", "word"),
@@ -187,6 +190,8 @@ def _times(record: Record, keys: _Keys) -> tuple[float | None, float | None]:
     start = _seconds(_first(record, keys.start), keys.scale)
     end = _seconds(_first(record, keys.end), keys.scale)
     duration = _seconds(_first(record, keys.duration), keys.scale)
+    if start is None and end is not None:
+        start = keys.default_start
     if start is not None and end is None and duration is not None:
         end = start + duration
     return start, end

@@ -235,7 +235,21 @@ def test_the_only_tier_with_text_needs_no_name(read, times):
         read("a.eaf", EAF)
 
 
+def test_children_share_interpolated_time_slots(read, times):
+    child = (
+        '<TIER TIER_ID="words"><ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="w1" '
+        'TIME_SLOT_REF1="ts2" TIME_SLOT_REF2="ts9"><ANNOTATION_VALUE>this</ANNOTATION_VALUE>'
+        "</ALIGNABLE_ANNOTATION></ANNOTATION><ANNOTATION><ALIGNABLE_ANNOTATION "
+        'ANNOTATION_ID="w2" TIME_SLOT_REF1="ts9" TIME_SLOT_REF2="ts3"><ANNOTATION_VALUE>is'
+        "</ANNOTATION_VALUE></ALIGNABLE_ANNOTATION></ANNOTATION></TIER>"
+    )
+    content = EAF.replace("</ANNOTATION_DOCUMENT>", child + "</ANNOTATION_DOCUMENT>")
+    assert times(read("a.eaf", content, tier="words")) == [(2, 2.5, "this"), (2.5, 3, "is")]
+
+
 def test_damaged_xml_is_an_error(read):
+    with pytest.raises(InputError, match=r"the time slot 'soon' of this EAF is no number"):
+        read("a.eaf", EAF.replace('"4000"', '"soon"'))
     with pytest.raises(InputError, match=r"this EAF is not XML "):
         read("a.eaf", EAF[:900])
 

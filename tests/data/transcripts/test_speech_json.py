@@ -400,6 +400,12 @@ def test_google_results_with_speakers_need_not_be_repeated(read, times):
     ]
 
 
+def test_google_leaves_out_zeros(read, times):
+    words = [{"word": "Hi", "endTime": "1s"}, {"word": "you", "startTime": "1s", "endTime": "2s"}]
+    results = [{"alternatives": [{"words": words}]}]
+    assert times(read("a.json", json.dumps({"results": results}))) == [(0, 2, "Hi you")]
+
+
 def test_google_results_without_words_follow_each_other(read, times):
     results = [
         {"alternatives": [{"transcript": "Hi."}], "resultEndTime": "1.5s"},
