@@ -116,17 +116,17 @@ def corpus_from_rows(
     seed: int = 0,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> Corpus:
-    """Makes a corpus of the rows of a manifest; see `read_manifest`.
+    """Makes a corpus from the rows of a manifest, see `read_manifest`.
 
     Args:
-        rows: At least one row.
-        source: Path of the manifest, whose name becomes that of the corpus.
-        labels: Class names in their order.
+        rows: Rows, at least one.
+        source: Path of the manifest. The file's name becomes the corpus's name.
+        labels: Ordered class names.
         label_map: Map from names in the rows to class names.
         check_labels: Whether to reject labels that look like mistakes.
-        group_by: Column whose values random splits keep apart.
+        group_by: Column by which random splits group dialogues.
         seed: Seed of the random split.
-        fractions: Fractions of the dialogues in the three splits.
+        fractions: Fractions of dialogues for the three splits.
 
     Raises:
         InputError: A row or a label is invalid.
