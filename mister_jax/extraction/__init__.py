@@ -1,4 +1,4 @@
-"""Feature extraction: encodes the utterances of a dialogue dataset, between the two stages."""
+"""Encodes dialogue datasets to feature datasets, between the two training stages."""
 
 from mister_jax.extraction.encoder import Encoder, encode_utterances
 from mister_jax.extraction.feature_dataset import extract_features, merge_features

@@ -1,4 +1,4 @@
-"""Utterance encoders, which encode many utterances in batches of a budget, sorted by length."""
+"""Encodes utterances, sorted by length, in batches of limited size."""
 
 from __future__ import annotations
 
@@ -29,33 +29,43 @@ _ITEMS_PER_FILE = 2048  # a killed run repeats at most this many
 
 
 class Input(Protocol):
-    """Turns utterances of one modality into items, which are arrays, and items into batches."""
+    """Converts utterances of one modality to items, which are arrays, and items to batches.
 
-    modality: str  # "speech" or "text"
-    unit: str  # of budgets and speeds
-    budget: int  # default number of units in a batch on each device, including padding
-    steps_per_unit: int  # length steps per unit
-    length_steps: tuple[int, ...]  # that batches are padded to, besides `max_length`
-    max_length: int  # in steps, of the longest item that a batch holds
-    max_samples: int | None  # read from a clip; None if unlimited or for text
+    Attributes:
+      modality: "speech" or "text".
+      unit: Unit of budgets and speeds.
+      budget: Default number of units in a batch on each device, including padding.
+      steps_per_unit: Number of length steps per unit.
+      length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
+      max_length: Maximum length of an item in a batch, in steps.
+      max_samples: Maximum samples to read from a clip; None if unlimited, and for text.
+    """
+
+    modality: str
+    unit: str
+    budget: int
+    steps_per_unit: int
+    length_steps: tuple[int, ...]
+    max_length: int
+    max_samples: int | None
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        """Loads the utterances of a split of a dialogue dataset."""
+        """Loads the utterances of a split from a dialogue dataset."""
 
     def items(self, utterances: Sequence[Any]) -> list[np.ndarray]:
-        """Returns an item for each utterance, empty if there is nothing to encode."""
+        """Returns an item for each utterance. It is empty if there is nothing to encode."""
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Splits an item into parts that a batch can hold, whose features are averaged."""
+        """Splits an item into windows that fit into a batch. Their features are averaged."""
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the length of each item in steps, [N] int; a unit has `steps_per_unit` steps."""
+        """Returns the length of each item in steps, [N] int."""
 
     def num_units(self, items: Sequence[np.ndarray]) -> float:
         """Returns the total number of units in items."""
 
     def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """Returns items, which may be empty, padded to a length in steps."""
+        """Pads items, which may be empty, to a length in steps, and returns the batch."""
 
 
 class Encoder:
@@ -64,12 +74,12 @@ class Encoder:
     Args:
       input_: Input of the encoder.
       partitioner: Partitioner of batches and parameters.
-      metadata: JSON values that the features depend on. `kind`, `name` and `options` tell
-        `encoder_from_metadata` how to load the encoder; the others detect changes to its files.
-      encode: Function from a batch of the input to features [B, F] float32 on the devices.
+      metadata: JSON values that determine the features. `encoder_from_metadata` loads the encoder
+        from `kind`, `name` and `options`. The other values reveal changes to its files.
+      encode: Function that encodes a batch of the input to features [B, F] float32 on the devices.
 
     Attributes:
-      oom_hint: How to reduce the memory that an extraction takes.
+      oom_hint: Advice to the user on how to use less memory.
     """
 
     def __init__(
@@ -93,7 +103,7 @@ class Encoder:
         return self.input.modality
 
     def __call__(self, batch: dict[str, Any]) -> jax.Array:
-        """Encodes a batch of the input on the devices to features [B, F] float32."""
+        """Encodes a batch on the devices to features [B, F] float32."""
         return self._encode(batch)
 
 
@@ -105,13 +115,13 @@ def encode_utterances(
     Args:
       encoder: Encoder of the utterances.
       utterances: N texts, or clips [S] int16 at 16 kHz, of any length.
-      budget: Tokens or seconds of audio in a batch on each device, including padding; by default
-        that of the encoder's input.
-      quiet: Whether to show no progress.
+      budget: Tokens or seconds of audio in a batch on each device, including padding;
+        `encoder.input.budget` by default.
+      quiet: Whether to hide progress.
 
     Returns:
-      Features [N, F] float32, zero where nothing is present; and presence [N] bool. Empty texts and
-      clips that are silent or shorter than a frame are not present.
+      Features [N, F] float32, zero if absent; and presence flags [N] bool. Empty texts, silent
+      clips and clips that are shorter than a frame are absent.
 
     Raises:
       InputError: No utterance is present, so F is unknown, or a batch does not fit in the devices'
@@ -136,10 +146,10 @@ def encode_items(
     quiet: bool = False,
     resume_dir: epath.Path | None = None,
 ) -> np.ndarray:
-    """Encodes N >= 1 items of the encoder's input, none of which is empty, to features [N, F].
+    """Encodes N >= 1 nonempty items to features [N, F].
 
-    If an item is split into windows, its feature is their mean, weighted by their lengths. The
-    features are saved in `resume_dir` as they are computed.
+    The features of an item that is split into windows are the windows' mean, weighted by length.
+    Features are saved in `resume_dir` as they are computed.
 
     Raises:
       InputError: The folder cannot be written, or a batch does not fit in the devices' memory.
@@ -167,7 +177,7 @@ def _encode_windows(
     resume_dir: epath.Path | None,
 ) -> np.ndarray:
     """Encodes windows to features [N, F] in several parts, see `encode_items`."""
-    # The longest windows come first, so that an extraction that runs out of memory fails at once.
+    # The longest windows come first, so that running out of memory happens at once.
     order = np.argsort(-encoder.input.lengths(windows), kind="stable")
     parts: list[np.ndarray] = []
     if resume_dir is not None:
@@ -222,7 +232,7 @@ def _encode_part(
 
     features: np.ndarray | None = None
     start, num_units = time.perf_counter(), 0.0
-    # One batch is computed while the features of the previous one are fetched.
+    # A batch is computed while the features of the previous batch are fetched.
     pending: list[tuple[np.ndarray, jax.Array]] = []
 
     def fetch_oldest() -> None:
@@ -257,7 +267,7 @@ def compile_encoder(
     module: nnx.Module,
     encode: Callable[[Any, dict[str, Any]], jax.Array],
 ) -> Callable[[dict[str, Any]], jax.Array]:
-    """Compiles `encode(module, batch)` for all devices, and binds the module's parameters to it."""
+    """Compiles `encode(module, batch)` for all devices, and binds the module's parameters."""
     graph, params = nnx.split(module)
 
     def step(params: Any, batch: dict[str, Any], _axis_name: str | None) -> jax.Array:
@@ -271,7 +281,7 @@ def pretrained_metadata(
 ) -> dict[str, Any]:
     """Returns the metadata of a pretrained encoder, see `Encoder`.
 
-    `files` is the fingerprint of the encoder's files, and `adapter` a folder or empty.
+    `files` is the fingerprint of the encoder's files. `adapter` is a folder, or empty.
     """
     if adapter:
         options = {**options, "adapter": absolute_path(adapter)}
@@ -280,7 +290,7 @@ def pretrained_metadata(
 
 
 def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
-    """Explains running out of device memory while an encoder is loaded, see `explain_oom`."""
+    """Explains out-of-memory errors that occur while an encoder is loaded, see `explain_oom`."""
     hint = "devices with more memory, or more of them"
     if dtype != "bfloat16":
         hint = f"extraction with --dtype=bfloat16, or {hint}"
@@ -288,6 +298,6 @@ def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager
 
 
 def absolute_path(name: epath.PathLike) -> str:
-    """Returns the absolute path of an existing file, or a name on the Hub unchanged."""
+    """Returns the absolute path of an existing file. Names on the Hub are returned unchanged."""
     path = pathlib.Path(name)
     return str(path.absolute()) if path.exists() else os.fspath(name)

@@ -1,4 +1,4 @@
-"""Writes feature datasets: extracted with one encoder, or merged from two of them."""
+"""Writes feature datasets, by extraction with an encoder or by merging two feature datasets."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def extract_features(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Any:
-    """Writes the features of all splits of a dialogue dataset.
+    """Extracts features from all splits of a dialogue dataset, and writes a feature dataset.
 
     An interrupted extraction resumes if encoder, dataset and budget are the same.
 
     Args:
       encoder: Encoder of text or speech.
       dataset: Name of the dialogue dataset.
-      output: Name of the feature dataset; its other modality is missing, see `merge_features`.
-      data_dir: Directory that holds datasets.
-      budget: Maximum number of tokens, or seconds of audio, that each device processes in a batch,
-        including padding; `encoder.input.budget` by default.
-      overwrite: Whether to replace a dataset of this name.
-      quiet: Whether to show no progress.
+      output: Name of the feature dataset. It lacks the other modality, see `merge_features`.
+      data_dir: Directory of the datasets.
+      budget: Maximum number of tokens or seconds of audio in a batch on each device, including
+        padding; `encoder.input.budget` by default.
+      overwrite: Whether to replace an existing dataset.
+      quiet: Whether to hide progress.
 
     Returns:
-      The TFDS builder of the features; None in all processes but the first.
+      The feature dataset's TFDS builder in process 0, None in other processes.
 
     Raises:
       InputError: The dataset does not exist or a split lacks the modality, the output exists or
@@ -61,7 +61,7 @@ def extract_features(
     root, prefix = target.parent.parent, f".extracting.{output}."
     splits = {}
     for split in source.splits:
-        # Load one split at a time, because all recordings of a split are held in memory.
+        # Splits are loaded one at a time, because all recordings of a split are held in memory.
         utterances = encoder.input.load(dataset, split, data_dir)
         if not utterances.items:
             raise InputError(
@@ -77,20 +77,20 @@ def extract_features(
         )
         features = dict(zip(utterances.utterance_ids.tolist(), encoded, strict=True))
         splits[split] = _dialogue_features(source, split, encoder.modality, features)
-    # Processes read partial results until all of them are done.
+    # Partial results may be deleted only after all processes have read them.
     multihost_utils.sync_global_devices("extracted")
     if jax.process_index() != 0:
         return None
     builder = data.write_features(
         splits, output, data_dir, metadata={encoder.modality: metadata}, overwrite=overwrite
     )
-    for resume_dir in root.glob(f"{prefix}*"):  # including those of other encoders
+    for resume_dir in root.glob(f"{prefix}*"):  # including partial results of other encoders
         resume_dir.rmtree()
     return builder
 
 
 def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str:
-    """Returns a hash of everything that the features of a split depend on."""
+    """Returns a hash of everything that a split's features depend on."""
     digest = hashlib.sha256(json.dumps([metadata, split], sort_keys=True).encode())
     digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:
@@ -142,21 +142,21 @@ def merge_features(
     *,
     overwrite: bool = False,
 ) -> Any:
-    """Writes a dataset with the speech of one feature dataset and the text of another.
+    """Merges the speech of one feature dataset and the text of another into a new dataset.
 
     Args:
-      speech: Dataset to take the speech from.
-      text: Dataset to take the text and the order of dialogues and utterances from. Both datasets
-        have the same utterances with the same labels.
+      speech: Name of the dataset with the speech.
+      text: Name of the dataset with the text, which also determines the order of dialogues and
+        utterances. Both datasets must have the same utterances with the same labels.
       output: Name of the merged dataset.
-      data_dir: Directory that holds datasets.
-      overwrite: Whether to replace a dataset of this name.
+      data_dir: Directory of the datasets.
+      overwrite: Whether to replace an existing dataset.
 
     Returns:
-      The TFDS builder of the merged dataset; None in all processes but the first.
+      The merged dataset's TFDS builder in process 0, None in other processes.
 
     Raises:
-      InputError: The datasets have different utterances or labels, or lack the modality.
+      InputError: The datasets have different utterances or labels, or lack their modality.
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:
@@ -193,7 +193,7 @@ def _merge_split(
             f"{where}: {len(differences)} labels differ, the first is that of utterance "
             f"{text.utterance_ids[differences[0]]}"
         )
-    # Either dataset may itself be merged, with metadata of a modality that is not used here.
+    # Each dataset may be a merged one, with metadata of a modality that is not used here.
     metadata = {**speech.metadata, **text.metadata}
     for modality, features in (("speech", speech), ("text", text)):
         metadata.pop(modality, None)

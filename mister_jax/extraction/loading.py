@@ -22,11 +22,11 @@ from mister_jax.tasks.text_encoder import TextEncoderTask
 
 _SALMONN_PARTS = ("whisper", "beats", "vicuna")
 ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
-"""Options that are paths of further files."""
+"""Encoder options that are paths to additional files."""
 
 
 class TunedEncoder(Encoder):
-    """A fine-tuned encoder with its best parameters, which returns the features of its head.
+    """A fine-tuned encoder with its best parameters. Its head's first layer computes the features.
 
     Raises:
       InputError: The directory is not the work directory of a fine-tuned encoder, or has no best
@@ -61,7 +61,7 @@ class TunedEncoder(Encoder):
         )
 
 
-# Maps `kind` in the metadata to a function that creates the encoder from `name` and `options`.
+# Maps `kind` in the metadata to a function of `name` and `options` that creates the encoder.
 _CONSTRUCTORS: dict[str, Callable[..., Encoder]] = {
     "tuned": TunedEncoder,
     "text": PretrainedText,
@@ -76,7 +76,7 @@ def load_encoder(name: str, **options: Any) -> Encoder:
     Args:
       name: Folder, name on the Hugging Face Hub, or "prosody".
       **options: Arguments of `PretrainedText`, `PretrainedSpeech` or `ProsodyEncoder`. `dtype` also
-        sets the dtype of the parameters.
+        sets `param_dtype`.
 
     Raises:
       InputError: The encoder or adapter cannot be loaded, or an option does not apply to it.
@@ -86,10 +86,10 @@ def load_encoder(name: str, **options: Any) -> Encoder:
     if name == PROSODY:
         kind = PROSODY
     elif any(options.get(part) for part in _SALMONN_PARTS):
-        kind = "speech"  # SALMONN's own checkpoint has no config.json.
+        kind = "speech"  # SALMONN's checkpoint has no config.json, which `find_modality` reads.
     else:
         kind = registry.find_modality(name)
-    allowed = list(inspect.signature(_CONSTRUCTORS[kind]).parameters)[1:]  # without the name
+    allowed = list(inspect.signature(_CONSTRUCTORS[kind]).parameters)[1:]  # without `name`
     if "param_dtype" in allowed:
         allowed.remove("param_dtype")
     unsupported = [option for option in options if option not in allowed]
@@ -104,9 +104,9 @@ def load_encoder(name: str, **options: Any) -> Encoder:
 
 
 def encoder_from_metadata(metadata: Mapping[str, Any]) -> Encoder:
-    """Loads the encoder that extracted the features of a dataset.
+    """Loads the encoder that extracted a dataset's features.
 
-    The metadata are those of the dataset's modality, which include `Encoder.metadata`.
+    `metadata` is the dataset's metadata for one modality, which includes `Encoder.metadata`.
 
     Raises:
       InputError: The encoder cannot be loaded, or has changed since the extraction.
@@ -132,12 +132,12 @@ def encoder_from_metadata(metadata: Mapping[str, Any]) -> Encoder:
 
 
 def with_new_paths(metadata: Mapping[str, Any], new_paths: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the metadata of an encoder whose files have moved.
+    """Returns an encoder's metadata with new paths, for an encoder whose files have moved.
 
     Args:
       metadata: Metadata that includes `Encoder.metadata`.
-      new_paths: New paths by part: "encoder", "adapter", or "whisper", "beats" and "vicuna" of
-        SALMONN.
+      new_paths: New paths by part: "encoder", "adapter", or SALMONN's "whisper", "beats" and
+        "vicuna".
 
     Raises:
       InputError: The encoder has no such part.

@@ -1,4 +1,4 @@
-"""Pretrained speech encoders and prosody: samples as input, one vector per utterance."""
+"""Encodes speech with pretrained encoders or as prosody, to one vector per utterance."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ PROSODY = "prosody"
 """Name of `ProsodyEncoder`."""
 
 SECONDS_BUDGET = 120
-CPU_SECONDS_BUDGET = 30  # the activations of a layer stay in the cache
+CPU_SECONDS_BUDGET = 30  # small enough that a layer's activations stay in the cache
 
-# In tenths of a second. Few different lengths mean few compiled programs, at the cost of padding.
+# Padded lengths in tenths of a second. Fewer lengths need fewer compiled programs but more padding.
 _LENGTHS = (
     *(5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800),
     *(1000, 1500, 2000, 3000, 4500, 6000, 9000, 12000, 18000, 24000, 36000),
 )
 
 _FULL_SCALE = 2**15
-_CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # for which prosody is computed at a time on a CPU
+_CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # samples per chunk for prosody on a CPU
 
 
 class SpeechInput:
-    """Clips of speech, see `Input`. A length step is a tenth of a second.
+    """Converts speech clips to items and batches, see `Input`. A length step is 0.1 s.
 
     Args:
-      max_seconds: Seconds of a clip that a batch holds. Longer clips are truncated.
-      pads_to_max: Pad all clips to `max_seconds`, for encoders whose cost does not depend on it.
-      split: Split longer clips into windows of equal length instead of truncating them.
+      max_seconds: Maximum seconds of a clip in a batch. Longer clips are truncated.
+      pads_to_max: Whether to pad all clips to `max_seconds`, as encoders with a fixed length need.
+      split: Whether to split longer clips into windows of equal length, instead of truncating them.
     """
 
     modality, unit, steps_per_unit = "speech", "s of audio", 10
@@ -77,12 +77,12 @@ class SpeechInput:
         return [clips.truncate(clip, self.max_samples) for clip in utterances]
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Splits a clip into windows of equal length, without silent ones."""
+        """Splits a clip into windows of equal length, and drops silent windows."""
         windows = np.array_split(item, max(1, -(-len(item) // self._window_samples)))
         return [window for window in windows if clips.is_audible(window)] or windows
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the lengths of clips in tenths of a second [N] int."""
+        """Returns the lengths of clips in tenths of a second, [N] int."""
         sizes = np.array([len(clip) for clip in items], int)
         return clips.lengths_in_steps(sizes, self._window_samples)
 
@@ -97,20 +97,20 @@ class SpeechInput:
 
 
 class PretrainedSpeech(Encoder):
-    """A pretrained speech encoder. A feature is the mean of the last hidden states.
+    """A pretrained speech encoder. Features are the mean over time of the last hidden states.
 
     Args:
       name: Folder, or name on the Hugging Face Hub.
       max_seconds: Maximum seconds of an utterance. By default unlimited, or the fixed window of
         Whisper, Qwen2-Audio and SALMONN.
-      windows: Encode longer utterances in windows of equal length and average their features, for
-        encoders with a fixed window.
-      whisper: Whisper of SALMONN, see `SpeechFiles`.
-      beats: BEATs of SALMONN.
-      vicuna: Vicuna of SALMONN.
+      windows: For encoders with a fixed window, whether to encode longer utterances in windows of
+        equal length and average their features.
+      whisper: SALMONN's Whisper, see `SpeechFiles`.
+      beats: SALMONN's BEATs.
+      vicuna: SALMONN's Vicuna.
       trim: Whether Whisper encodes only the length of each clip, see `WhisperConfig`.
-      prompt: Prompt that a speech LLM gets with every clip; the default prompt of the LLM if empty.
-        Only hidden states of audio positions are averaged.
+      prompt: Prompt for a speech LLM; the LLM's default prompt if empty. The mean covers only audio
+        positions.
       adapter: Folder of a PEFT adapter to load; none if empty.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the parameters.
@@ -142,7 +142,7 @@ class PretrainedSpeech(Encoder):
         if not trim and not trim_kwargs:
             raise InputError(f"{name}: trim=False; allowed: True, it is not Whisper")
         changes = {**dtypes, **trim_kwargs, **speech.trainable_paths(backbone_config)}
-        # Options are checked before the weights are read, which may take minutes.
+        # Options are checked first, because reading the weights may take minutes.
         shapes = nnx.eval_shape(
             lambda: speech.make_speech_encoder(backbone_config, rngs=nnx.Rngs(0), **changes)
         )
@@ -180,7 +180,7 @@ class PretrainedSpeech(Encoder):
 
 
 class ProsodyEncoder(Encoder):
-    """The named features of `encoders.prosody`, which needs no weights.
+    """Computes the features of `encoders.prosody`, which needs no weights.
 
     Args:
       max_seconds: Maximum seconds of an utterance; unlimited by default.
@@ -203,8 +203,8 @@ class ProsodyEncoder(Encoder):
             inputs = batch["waveform"], batch["lengths"]
             if not on_one_cpu:
                 return features(inputs)
-            # Overlapping frames are much larger than the samples. A few clips at a time fit in the
-            # cache of a CPU, and encoding them is 1.5 times as fast.
+            # Overlapping frames are much larger than the samples. Chunks of a few clips fit in a
+            # CPU's cache, which makes encoding 1.5 times as fast.
             rows, samples = batch["waveform"].shape
             max_clips = max(1, _CPU_CHUNK_SAMPLES // samples)
             num_clips = max(count for count in range(1, max_clips + 1) if rows % count == 0)

@@ -1,4 +1,4 @@
-"""Pretrained text encoders: tokens as input, mean hidden states as features."""
+"""Encodes text with pretrained encoders, to one vector per utterance."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 
 TOKEN_BUDGET = 4096
-CPU_TOKEN_BUDGET = 1024  # the activations of a layer stay in the cache
+CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the cache
 
-# Few different lengths mean few compiled programs, at the cost of padding. On a CPU, compiling is
-# cheap, and padding costs as much as tokens.
+# Padded lengths in tokens. Fewer lengths need fewer compiled programs but more padding. On a CPU,
+# compiling is cheap, and padding takes as long as tokens.
 _LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 
 
 class TextInput:
-    """Texts as tokens, see `Input`. A length step is one token.
+    """Converts texts to tokens and batches, see `Input`. A length step is one token.
 
     Args:
-      encode: Function that returns the token ids of each text; `where` names their source for logs.
-      max_tokens: Maximum number of tokens of a text.
+      encode: Function that returns the token ids of each text. Its argument `where` names the
+        texts' source for logs.
+      max_tokens: Maximum number of tokens per text.
     """
 
     modality, unit, steps_per_unit = "text", "tokens", 1
@@ -52,7 +53,7 @@ class TextInput:
         self.length_steps: tuple[int, ...] = _CPU_LENGTHS if on_cpu else _LENGTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:
-        """Loads the texts of a split as tokens."""
+        """Loads and tokenizes the texts of a split."""
         encode = functools.partial(self._encode, where=f"dataset {dataset}, split {split}")
         return load_tokens(dataset, split, data_dir, encode)
 
@@ -65,11 +66,11 @@ class TextInput:
         return items
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Returns the item itself, as longer texts are truncated."""
+        """Returns the item unchanged, because longer texts are truncated."""
         return [item]
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the numbers of tokens [N] int."""
+        """Returns the number of tokens in each text, [N] int."""
         return np.array([len(tokens) for tokens in items], int)
 
     def num_units(self, items: Sequence[np.ndarray]) -> float:
@@ -83,11 +84,11 @@ class TextInput:
 
 
 class PretrainedText(Encoder):
-    """A pretrained text encoder. A feature is the mean of the last hidden states.
+    """A pretrained text encoder. Features are the mean over tokens of the last hidden states.
 
     Args:
       name: Folder, or name on the Hugging Face Hub.
-      max_tokens: Maximum number of tokens of an utterance.
+      max_tokens: Maximum number of tokens per utterance.
       adapter: Folder of a PEFT adapter to load; none if empty.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the parameters.
