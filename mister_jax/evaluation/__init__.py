@@ -1,4 +1,4 @@
-"""Evaluation: scores, missing-modality study, ablation, figures and the HTML report."""
+"""Evaluates models: scores, missing-modality study, ablation study, figures and HTML report."""
 
 from mister_jax.errors import require_extra
 

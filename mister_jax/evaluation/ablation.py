@@ -1,7 +1,7 @@
-"""The ablation study: trains variants of one config and compares their scores in a table.
+"""Runs an ablation study, which trains variants of a config and compares their scores.
 
-Each variant trains in its own work directory inside the study's. The best epoch of each seed and
-the best variant are selected on validation. Test scores are reported, but select nothing.
+Each variant trains in a subfolder of the study's work directory. Validation scores select the best
+epoch of each seed, and the best variant. Test scores are only reported.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ _ROW_FILE = "ablation.json"  # exists in the work directory of each completed va
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One variant of the study, a row of its table.
+    """One variant in the study, and a row in its table.
 
     Attributes:
       name: Name of the variant and of its work directory.
       change: Short description of the difference from the first variant.
+      config: Config to train.
     """
 
     name: str
@@ -55,19 +56,19 @@ def run_ablation(
 ) -> list[dict[str, Any]] | None:
     """Trains and scores variants, and writes `ablation.md`, `ablation.csv` and `ablation.png`.
 
-    Completed variants are not run again, and interrupted ones resume. The table lists all completed
-    variants, including those of earlier calls.
+    Completed variants are skipped, and interrupted variants resume. The table lists all completed
+    variants, including variants from earlier calls.
 
     Args:
-      variants: Variants of the study, in the order of the table.
+      variants: Variants in the study, in the order of the table.
       workdir: Work directory of the study, created if it does not exist.
       names: Names of the variants to run; all if empty.
-      quiet: Whether to show no progress.
+      quiet: Whether to hide progress.
 
     Returns:
       The rows of the table, or None if SIGTERM interrupted the study. A row has "variant",
-      "change", "seeds", and for each of `SPLITS` the "mean" and "deviation" of the scores over the
-      seeds, and the scores of their "ensemble".
+      "change" and "seeds", and for each of `SPLITS` the scores' "mean" and "deviation" over the
+      seeds, and the scores of the seeds' "ensemble".
 
     Raises:
       InputError: A name is unknown, a config is invalid, or the directory belongs to a study with
@@ -109,7 +110,7 @@ def _print(line: str, quiet: bool) -> None:
 
 
 def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str, Any] | None:
-    """Trains a variant and scores it; returns None if SIGTERM interrupted training."""
+    """Trains and scores a variant. Returns None if SIGTERM interrupted training."""
     if not train(variant.config, workdir, quiet=quiet).finished:
         return None
     seeds = config_seeds(variant.config)
@@ -124,7 +125,7 @@ def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str
 
 
 def _write_table(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
-    """Writes the files of the study and returns the rows of the completed variants."""
+    """Writes the study's files and returns the rows of the completed variants."""
     paths = [workdir / variant.name / _ROW_FILE for variant in variants]
     rows = [read_json(path) for path in paths if path.exists()]
     if rows and jax.process_index() == 0:
@@ -140,7 +141,7 @@ def _write_table(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[
 
 
 def _selection_score(row: Mapping[str, Any], split: str) -> tuple[float, float]:
-    """Returns mean and standard deviation of the score that selects the best variant."""
+    """Returns the mean and standard deviation of the score that selects the best variant."""
     return row[split]["mean"][_SELECTION_SCORE], row[split]["deviation"][_SELECTION_SCORE]
 
 
@@ -150,7 +151,7 @@ def _mean_and_deviation(row: Mapping[str, Any], split: str) -> str:
 
 
 def ablation_markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
-    """Returns the weighted F1 of each variant as Markdown, the best on validation in bold."""
+    """Returns a Markdown table with each variant's weighted F1. The best variant is bold."""
     seeds = ", ".join(map(str, rows[0]["seeds"]))
     best = max(rows, key=lambda row: _selection_score(row, "validation")[0])["variant"]
     lines = [
@@ -170,7 +171,7 @@ def ablation_markdown(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
 
 
 def ablation_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns every score of both splits as CSV, one variant per row."""
+    """Returns all scores on both splits as CSV, one variant per row."""
     columns = [
         (split, score, kind)
         for split in SPLITS

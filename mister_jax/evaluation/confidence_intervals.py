@@ -1,8 +1,8 @@
-"""95% confidence intervals of scores, from a bootstrap over dialogues.
+"""Computes 95% confidence intervals of scores, with a bootstrap over dialogues.
 
-The utterances of a dialogue are not independent, so whole dialogues are resampled: each of R
-resamples draws M dialogues, with replacement, from the M labeled dialogues of a split. The interval
-of a score reaches from the 2.5% to the 97.5% quantile of its resampled values.
+The utterances in a dialogue are not independent, so whole dialogues are resampled. Each of R
+resamples draws M dialogues, with replacement, from the M labeled dialogues in a split. A score's
+interval reaches from the 2.5% to the 97.5% quantile of its resampled values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A score on the whole split and the ends of its confidence interval, None without one."""
+    """A score on the whole split, and the ends of its confidence interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -30,11 +30,11 @@ class Estimate:
 
     @classmethod
     def from_resamples(cls, value: Any, resampled: np.ndarray) -> Estimate:
-        """Returns the estimate with the percentile interval of the resampled values.
+        """Computes a percentile interval from resampled values.
 
         Args:
           value: Value on the whole split.
-          resampled: Values of the resamples, [R]. There is no interval if R is 0 or all are NaN.
+          resampled: Values on the resamples, [R]. If R is 0 or all are NaN, the interval is None.
         """
         if not np.isfinite(resampled).any():
             return cls(float(value))
@@ -44,18 +44,18 @@ class Estimate:
 
 
 class DialogueBootstrap:
-    """Computes scores of one split on the whole split and on each resample.
+    """Computes scores on a whole split and on each resample.
 
-    All scores share the same resamples, so their differences have intervals, too.
+    All scores use the same resamples, so differences between scores have intervals too.
 
     Args:
-      predictions: Predictions of a split with at least one label.
+      predictions: Predictions for a split with at least one label.
       num_resamples: Number of resamples R.
       seed: Random seed of the resamples.
 
     Attributes:
       dialogues: Indices of the M dialogues with at least one label, [M] int.
-      num_resamples: Number of resamples R, 0 for a single dialogue: all its resamples are equal.
+      num_resamples: Number of resamples R; 0 if M is 1, because all resamples would be equal.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class DialogueBootstrap:
         draws = np.random.default_rng(seed).multinomial(
             num_dialogues, np.full(num_dialogues, 1 / num_dialogues), size=self.num_resamples
         )
-        # How often each resample contains each dialogue, [R, M]; float, so that BLAS multiplies it.
+        # How often each resample contains each dialogue, [R, M]. BLAS only multiplies floats.
         self._weights = draws.astype(float)
 
     def count(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the labeled utterances of each cell, such as a bin or a confusion matrix entry.
+        """Counts the labeled utterances per cell. A cell is a bin or a confusion matrix entry.
 
         Args:
-          cells: Cell of each labeled utterance, [n] int, -1 for utterances to leave out.
+          cells: Cell of each labeled utterance, [n] int, -1 for excluded utterances.
           num_cells: Number of cells.
 
         Returns:
@@ -90,7 +90,7 @@ class DialogueBootstrap:
         return counts.sum(0), self._weights @ counts
 
     def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes confusion matrices of predictions, [N] int, -1 for utterances to leave out.
+        """Computes confusion matrices for predictions, [N] int, -1 for excluded utterances.
 
         Returns:
           Counts on the whole split, [C, C], and on the resamples, [R, C, C].
@@ -104,10 +104,10 @@ class DialogueBootstrap:
         return counts.reshape(shape), resampled.reshape(-1, *shape)
 
     def scores(self, predicted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns each of `metrics.confusion_scores` on the whole split and on the resamples.
+        """Computes `metrics.confusion_scores` on the whole split and on the resamples.
 
         Args:
-          predicted: Predicted classes, [N] int, -1 for utterances to leave out.
+          predicted: Predicted classes, [N] int, -1 for excluded utterances.
         """
         counts, resampled_counts = self.confusion(predicted)
         scores = metrics.confusion_scores(counts)

@@ -1,4 +1,4 @@
-"""Figures as PNG files: confusion matrices, missing modalities, ablations and datasets."""
+"""Plots confusion matrices, missing modalities, ablations and datasets as PNG files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mister_jax.io import write_png
 def plot_confusion(
     counts: Mapping[str, np.ndarray], class_names: Sequence[str], path: epath.PathLike
 ) -> None:
-    """Plots confusion matrices [C, C] by title side by side as a PNG file; rows are labels."""
+    """Plots titled confusion matrices [C, C] side by side as a PNG file. Rows are labels."""
     from matplotlib.figure import Figure
 
     size = 2.5 + 0.55 * len(class_names)
@@ -36,11 +36,11 @@ def plot_confusion(
 def missing_modality_lines(
     study: Mapping[str, Any],
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Groups the points of a missing-modality study by what was dropped.
+    """Groups the points of a missing-modality study by the dropped modalities.
 
     Returns:
-      For each of "speech", "text" and "both" that was dropped, the (share of utterances, mean,
-      standard deviation) of its points, sorted by share.
+      Points by "speech", "text" or "both". A point is the share of utterances that lost the
+      modality, and the mean and standard deviation of weighted F1. Points are sorted by share.
     """
     lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
     for point in study["points"]:
@@ -71,7 +71,7 @@ def plot_missing_modality(study: Mapping[str, Any], path: epath.PathLike) -> Non
 def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
-    """Plots (mean, standard deviation) by series and group as grouped bars, in a PNG file."""
+    """Plots means and standard deviations by series and group as grouped bars, in a PNG file."""
     from matplotlib.figure import Figure
 
     groups = list(next(iter(values.values())))
@@ -97,7 +97,7 @@ def plot_dataset(
 ) -> None:
     """Plots the classes, dialogue lengths and recording durations of each split as a PNG file.
 
-    The panel of durations is left out if there are no recordings.
+    Without recordings, the panel of durations is omitted.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The missing-modality study: scores when utterances lose their speech or their text."""
+"""Runs the missing-modality study, which scores utterances that lose their speech or text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mister_jax.predictor import Predictor
 
 MISSING_MODALITY = "missing_modality"
 MISSING_MODALITY_AS_ZEROS = "missing_modality_as_zeros"
-"""Names of a study's files, without their endings."""
+"""Names of a study's files, without file extensions."""
 
 _REPORT_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _REPORT_DRAWS = 3
@@ -43,8 +43,8 @@ def drop_modalities(
       drop_speech: Probability that an utterance loses its speech.
       drop_text: Probability that an utterance loses its text.
       seed: Seed of the draw.
-      zero_fill_values: Vector [D] or number that replaces a dropped modality, by modality. By
-        default a dropped modality is flagged as missing; with replacements it is not.
+      zero_fill_values: Maps each modality to the vector [D] or number that replaces its dropped
+        features, which are then not flagged as missing. By default, dropped modalities are flagged.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
     changes = {}
@@ -74,25 +74,26 @@ def missing_modality_study(
 ) -> list[dict[str, float]]:
     """Scores a split with modalities missing at given rates.
 
-    The rates of the two modalities are paired; a single rate is paired with all rates of the other.
-    Writes `missing_modality.json` and `.png`, or `missing_modality_as_zeros` with `as_zeros`.
+    `drop_speech` and `drop_text` are paired. A single rate is paired with all rates of the other
+    modality. Writes `missing_modality.json` and `missing_modality.png`, or with `as_zeros`,
+    `missing_modality_as_zeros.json` and `missing_modality_as_zeros.png`.
 
     Args:
       workdir: Work directory of a training run.
       split: Split of the dataset.
       drop_speech: Probabilities that an utterance loses its speech.
       drop_text: Probabilities that an utterance loses its text.
-      as_zeros: Whether dropped features become zeros that are not flagged as missing, as in the
-        paper's study. By default a dropped modality is flagged as missing.
-      draws: Number of random draws for each pair of rates.
-      dataset: Another dataset than the training's.
+      as_zeros: Whether to replace dropped features by zeros and not flag them as missing, as in the
+        paper's study. By default, dropped modalities are flagged.
+      draws: Number of random draws per pair of rates.
+      dataset: Dataset to score; by default the training dataset.
       data_dir: Directory of the dataset.
       output: Folder of the files; the work directory by default.
-      quiet: Whether to show no progress.
+      quiet: Whether to hide progress.
 
     Returns:
-      For each pair of rates "drop_speech", "drop_text", "weighted_f1" (mean of the draws) and
-      "deviation".
+      A dict per pair of rates with "drop_speech", "drop_text", "weighted_f1" (mean over draws and
+      seeds) and "deviation".
 
     Raises:
       InputError: A rate is outside [0, 1], or the lists cannot be paired.
@@ -114,7 +115,7 @@ def missing_modality_study(
 def study_for_report(
     predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
 ) -> dict[str, Any] | None:
-    """Returns the study in `output` if it is about these predictions, or else runs a new one.
+    """Returns the study in `output` if it matches checkpoint and split, otherwise runs a new study.
 
     The result is None if the split does not have both modalities.
     """
@@ -163,9 +164,9 @@ def _run_study(
     *,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Returns the content of `missing_modality.json` for pairs of rates of speech and text.
+    """Returns the content of `missing_modality.json` for pairs of speech and text rates.
 
-    Each seed is scored alone; means and deviations are over draws and seeds.
+    Seeds are scored separately. Means and deviations are over draws and seeds.
     """
 
     def weighted_f1_per_seed(seen: DialogueFeatures) -> list[float]:
@@ -197,7 +198,7 @@ def _run_study(
 
 
 def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
-    """Returns what identifies the predictions a study is about."""
+    """Returns the entries that identify the predictions of a study."""
     return {
         "dataset": features.name,
         "split": features.split,

@@ -35,26 +35,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
 
-    The files collect all splits evaluated so far; results of this split replace earlier ones. The
-    test split of a dataset other than the one used in training is named "DATASET/test" in
-    `metrics.json`.
+    The files contain the results for all evaluated splits. New results replace earlier results for
+    the same split. In `metrics.json`, the test split of a dataset that was not used in training is
+    named "DATASET/test".
 
     Args:
       workdir: Work directory of a training run.
       split: Split of the dataset.
-      dataset: Dataset to score instead of the one used in training; must have the same classes and
-        feature sizes.
-      data_dir: Directory of the dataset; by default the one used in training.
+      dataset: Dataset to score; by default the training dataset. It must have the same classes and
+        feature sizes as the training dataset.
+      data_dir: Directory of the dataset; by default the directory used in training.
       output: Folder of the files; the work directory by default.
       report: Whether to write `report.html` for this split, with a missing-modality study.
-      quiet: Whether to show no progress.
+      quiet: Whether to hide progress.
 
     Returns:
-      The scores of the split as in `metrics.json`: `score_predictions` with "dataset", "checkpoint"
-      (the "epoch" of the parameters), and "seeds" if there are several.
+      The split's scores as in `metrics.json`: `score_predictions` with "dataset", "checkpoint" (the
+      parameters' "epoch"), and "seeds" if there are several.
 
     Raises:
-      InputError: The work directory, the dataset, or existing results in the folder are not usable.
+      InputError: The work directory, the dataset, or existing results in the folder are unusable.
     """
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
@@ -108,10 +108,10 @@ def evaluate(
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:
-    """Yields the lines of `predictions.jsonl` in the order of the split."""
+    """Yields a split's rows in `predictions.jsonl` in stored order."""
     names = features.class_names
     dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
-    # Utterances of stage 1 have no further columns.
+    # `Utterances`, the data of encoders, have no extra columns.
     metadata = getattr(features, "utterance_metadata", None)
     rows = prediction_rows(names, predictions)
     for index, (dialogue, row) in enumerate(zip(dialogues, rows, strict=True)):

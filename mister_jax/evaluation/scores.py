@@ -1,4 +1,4 @@
-"""Scores of predictions against labels."""
+"""Scores predictions against labels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mister_jax.predictor import Predictions
 
 
 def score_predictions(features: DialogueFeatures, predictions: Predictions) -> dict[str, Any]:
-    """Computes the scores of predictions, and those of each expert.
+    """Scores the predictions of the model and of each expert.
 
     Args:
       features: Features with labels.
-      predictions: Arrays of a `Predictor`.
+      predictions: Arrays that a `Predictor` returns.
 
     Returns:
       `metrics.classification_scores` with "confusion", "calibration_error", and for MiSTER-E
-      "mean_gate" and "experts". "sentiment" is added if the utterances have scores and the classes
-      are negative and positive (see `metrics.positive_class`).
+      "mean_gate" and "experts". If the utterances have scores and the classes are negative and
+      positive (see `metrics.positive_class`), "sentiment" is added.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0

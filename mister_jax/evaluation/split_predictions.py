@@ -1,4 +1,4 @@
-"""The labels and predictions of one split, as arrays over its utterances."""
+"""Collects a split's labels and predictions as arrays over utterances."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ import numpy as np
 from mister_jax.models import EXPERTS
 
 NO_VOTE = -1
-"""The vote of an expert whose modality is missing."""
+"""Vote of an expert whose modality is missing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """One split with its labels and predictions.
+    """Labels and predictions for one split.
 
     Attributes:
+      dataset: Name of the dataset.
+      split: Name of the split.
       class_names: Names of the C emotions.
       dialogue_ids: Ids of the M dialogues, in order of first appearance.
-      dialogue_index: Index of the dialogue of each of N utterances, [N] int.
+      dialogue_index: Index of each utterance's dialogue, [N] int.
       utterance_ids: Ids of the utterances, [N] str.
       label: True classes, [N] int, -1 for unlabeled utterances.
       predicted: Predicted classes, [N] int.
       probabilities: Class probabilities, [N, C].
-      experts: Names of the E experts, empty if the model has fewer than two.
-      votes: Class predicted by each expert, [N, E] int, `NO_VOTE` if its modality is missing.
-      gate: Gate weights, [N, E], or None if the model does not learn them.
+      experts: Names of the E experts; empty if the model has fewer than two experts.
+      votes: Class that each expert predicts, [N, E] int, `NO_VOTE` if its modality is missing.
+      gate: Gate weights, [N, E]; None if the model does not learn them.
     """
 
     dataset: str
@@ -48,9 +50,9 @@ class SplitPredictions:
     def from_features(
         cls, features: Any, predictions: Mapping[str, np.ndarray]
     ) -> SplitPredictions:
-        """Combines `DialogueFeatures` or `Utterances` of a split with `Predictor`'s predictions."""
+        """Combines `DialogueFeatures` or `Utterances` with the predictions of a `Predictor`."""
         names = np.repeat(np.array(features.dialogue_ids, str), features.lengths)
-        # `Utterances` list a dialogue id once per utterance, in any order.
+        # `Utterances` have one dialogue id per utterance, and may interleave dialogues.
         ids, first, index = np.unique(names, return_index=True, return_inverse=True)
         order = np.argsort(first)
         experts, votes, gate = _expert_outputs(predictions)
@@ -71,21 +73,21 @@ class SplitPredictions:
 
     @property
     def labeled(self) -> np.ndarray:
-        """Whether each utterance has a label, [N] bool."""
+        """Whether the utterance has a label, [N] bool."""
         return self.label >= 0
 
     @property
     def wrong(self) -> np.ndarray:
-        """Whether each utterance is labeled and its prediction is wrong, [N] bool."""
+        """Whether the utterance has a label that differs from the prediction, [N] bool."""
         return self.labeled & (self.label != self.predicted)
 
 
 def _expert_outputs(
     predictions: Mapping[str, np.ndarray],
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """Returns the names, votes and gate weights of the experts in use.
+    """Returns the names, votes and gate weights of the experts that are present in the split.
 
-    A single expert is the model itself, so it is not listed.
+    A single expert is equal to the model, so it is not listed.
     """
     no_experts = (), np.zeros((len(predictions["probabilities"]), 0), int), None
     if "gate" not in predictions:
@@ -97,7 +99,8 @@ def _expert_outputs(
     present = present[:, in_use]
     gate = predictions["gate"][:, in_use]
     votes = np.where(present, predictions["expert_probabilities"][:, in_use].argmax(-1), NO_VOTE)
-    # Fixed weights, such as an even mixture, depend only on which experts are present.
+    # Weights that depend only on which experts are present, such as an even mixture, are not
+    # learned.
     is_learned = any(
         np.ptp(gate[(present == pattern).all(1)], axis=0).max() > 1e-4
         for pattern in np.unique(present, axis=0)

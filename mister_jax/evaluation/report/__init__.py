@@ -1,4 +1,4 @@
-"""The HTML report of an evaluation, one file that opens without a network."""
+"""Writes evaluation reports as self-contained HTML files."""
 
 from mister_jax.evaluation.report.experiment import Experiment
 from mister_jax.evaluation.report.page import read_utterance_texts, report_html, write_report

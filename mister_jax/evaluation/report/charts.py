@@ -1,4 +1,4 @@
-"""Draws the charts of a report as SVG and HTML; colors and fonts come from `style.css`."""
+"""Draws the charts in a report as SVG and HTML. `style.css` defines colors and fonts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report.elements import coordinate, element
 from mister_jax.evaluation.report.statistics import CalibrationBin
 
-# The charts are about as wide as a phone, so that their text is not scaled down there.
+# Charts are about as wide as a phone's screen, so that phones do not scale their text down.
 _WIDTH, _HEIGHT = 360, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 348, 30, 252
 
 
 def whisker(score: Estimate, color: str, mark: float | None = None) -> str:
-    """Draws a score between 0 and 1 as a dot on its interval, and a dashed line at the mark.
+    """Draws a score from 0 to 1 as a dot on its interval, with a dashed line at `mark`.
 
-    It is hidden from screen readers, since the table shows the same numbers. The color is a CSS
-    class.
+    `color` is a CSS class. Screen readers skip the drawing, because the table has its numbers.
     """
     width, height = 160, 22
 
@@ -47,7 +46,7 @@ def whisker(score: Estimate, color: str, mark: float | None = None) -> str:
 
 
 def stacked_bar(names: Sequence[str], shares: np.ndarray) -> str:
-    """Draws shares that add up to 1 as one bar, labeled in percent."""
+    """Draws shares that add up to 1 as a bar with labels in percent."""
     percent = [100 * float(share) for share in shares]
     label = ", ".join(f"{name} {value:.0f}%" for name, value in zip(names, percent, strict=True))
     parts = [
@@ -63,7 +62,7 @@ def stacked_bar(names: Sequence[str], shares: np.ndarray) -> str:
 
 
 def calibration_curve(bins: Sequence[CalibrationBin]) -> str:
-    """Draws accuracy over confidence, the diagonal, and the size of each bin."""
+    """Draws accuracy over confidence, the diagonal, and the number of utterances in each bin."""
     axes = _Axes(0, 1)
     parts = axes.frame("confidence", "accuracy")
     largest = max(part.utterances for part in bins)
@@ -131,7 +130,7 @@ def missing_modality_curve(study: Mapping[str, Any]) -> str:
 
 
 class _Axes:
-    """A plot area whose x axis shows shares, and whose y axis reaches from `low` to `high`."""
+    """Plot area with shares on the x axis, and values from `low` to `high` on the y axis."""
 
     def __init__(self, low: float, high: float):
         self.low, self.high = low, high

@@ -1,4 +1,4 @@
-"""Builds HTML elements: tags with escaped attributes, tables, legends and formatted scores."""
+"""Builds HTML elements, tables, legends and formatted scores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mister_jax.evaluation.confidence_intervals import Estimate
 
 
 def element(name: str, content: str = "", **attributes: Any) -> str:
-    """Returns an HTML or SVG element with this tag and content.
+    """Returns an HTML or SVG element with tag `name`.
 
-    Attributes are escaped. Underscores become hyphens, and `class_` becomes `class`. Floats are
-    coordinates and get one decimal.
+    In attribute names, underscores become hyphens, and `class_` becomes `class`. Attribute values
+    are escaped, and floats are rounded to one decimal.
     """
     text = ""
     for key, value in attributes.items():
@@ -23,14 +23,14 @@ def element(name: str, content: str = "", **attributes: Any) -> str:
 
 
 def coordinate(value: float) -> str:
-    """Returns a number with at most one decimal."""
+    """Formats a number with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
-    """Returns a table of HTML cells, whose label is for screen readers.
+    """Returns a table of HTML cells, with a label for screen readers.
 
-    The first cell of a row is its heading. A table that is too wide scrolls sideways.
+    The first cell in a row is its heading. Wide tables scroll sideways.
     """
     headings = "".join(element("th", cell, scope="col") for cell in head)
     body = "".join(
@@ -51,12 +51,12 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], class_
 
 
 def details(title: str, content: str) -> str:
-    """Returns content that is folded away below a title."""
+    """Returns content that is collapsed below a title."""
     return element("details", element("summary", escape(title)) + content)
 
 
 def legend(swatches: Iterable[tuple[str, str]], **attributes: Any) -> str:
-    """Returns a legend from the CSS class of the color and the text of each entry."""
+    """Returns a legend. Each entry has a CSS class, which sets the color, and a text."""
     items = "".join(element("li", swatch(color) + escape(text)) for color, text in swatches)
     return element("ul", items, class_="legend", **attributes)
 
@@ -67,12 +67,12 @@ def expert_legend(experts: Sequence[str]) -> str:
 
 
 def swatch(color: str) -> str:
-    """Returns a square of the color of a CSS class."""
+    """Returns a square in the color of a CSS class."""
     return element("span", class_=f"swatch {color}", aria_hidden="true")
 
 
 def estimate_cell(estimate: Estimate | None, *, signed: bool = False) -> str:
-    """Returns an estimate with its interval below it, or a dash; a difference is signed."""
+    """Formats an estimate with its interval below, or a dash for None. `signed` adds plus signs."""
     if estimate is None:
         return element("span", "&ndash;", class_="none")
 

@@ -1,4 +1,4 @@
-"""The header of a report: config, checkpoint, versions and date of the training run."""
+"""Renders a report's header: config, checkpoint, versions and date of the training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import flatten, read_json
 from mister_jax.workdir import read_config
 
-# Local paths are private and say nothing about the experiment.
+# Local paths are private and do not affect the experiment.
 _HIDDEN_FIELDS = ("data.data_dir",)
 
 
@@ -29,9 +29,10 @@ class Experiment:
 
     Attributes:
       name: Name of the work directory.
+      config: Config of the training run.
       epochs: Best epoch of each seed, counted from 1.
       versions: Versions of packages, and the device.
-      date: When the checkpoint was saved, None if unknown.
+      date: Date when the checkpoint was saved; None if unknown.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Experiment:
 
     @classmethod
     def from_workdir(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
-        """Reads the experiment of a work directory, given the "checkpoint" of `evaluate`'s result.
+        """Reads the experiment in a work directory, given "checkpoint" in the result of `evaluate`.
 
         Raises:
           InputError: The folder is not a work directory.
@@ -60,10 +61,10 @@ class Experiment:
 
 
 def _checkpoint_date(folder: epath.Path) -> str | None:
-    """Returns when the newest checkpoint was saved, from metadata that survive copying."""
+    """Reads the newest checkpoint's date from its metadata, because copying changes file dates."""
     newest = 0
     for path in folder.glob("*/_CHECKPOINT_METADATA"):
-        with contextlib.suppress(InputError):  # The checkpoint can be read without its metadata.
+        with contextlib.suppress(InputError):  # Unreadable metadata must not prevent a report.
             newest = max(newest, read_json(path).get("commit_timestamp_nsecs") or 0)
     if not newest:
         return None
@@ -71,7 +72,7 @@ def _checkpoint_date(folder: epath.Path) -> str | None:
 
 
 def render_header(predictions: SplitPredictions, experiment: Experiment) -> str:
-    """Renders the dataset, the split, facts about the training run, and its config."""
+    """Renders the dataset, the split, and facts about the training run with its config."""
     config = flatten(experiment.config)
     facts = "".join(
         element("dt", escape(name)) + element("dd", escape(value))

@@ -1,4 +1,4 @@
-"""Assembles the report: one HTML file from `template.html`, `style.css` and `script.js`."""
+"""Assembles the report, an HTML file, from `template.html`, `style.css` and `script.js`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def write_report(
     """Writes `report.html` into an existing folder and returns its path.
 
     Args:
-      output: Folder of the page.
+      output: Folder of the report.
       features: `DialogueFeatures` or `Utterances` of the split.
-      predictions: Predictions as returned by `Predictor`.
-      scores: Scores as returned by `evaluate`; this and the rest as in `report_html`.
+      predictions: Predictions that `Predictor` returned.
+      scores: Scores, see `report_html`.
       experiment: Training run that is evaluated.
       texts: Transcripts by utterance id, see `read_utterance_texts`.
-      study: Content of `missing_modality.json`.
+      study: Content of `missing_modality.json`; its section is omitted if None.
     """
     path = epath.Path(output) / "report.html"
     split = SplitPredictions.from_features(features, predictions)
@@ -62,12 +62,12 @@ def report_html(
     """Returns the report as HTML.
 
     Args:
-      predictions: Predictions of the split.
-      scores: Scores as returned by `evaluate`; only "reference_scores", "sentiment" and "seeds" are
-        read, if they are present.
+      predictions: Predictions for the split.
+      scores: Scores that `evaluate` returned, of which "reference_scores", "sentiment" and "seeds"
+        are used if present.
       experiment: Training run that is evaluated.
       texts: Transcripts by utterance id.
-      study: Content of `missing_modality.json`; the section is left out if None.
+      study: Content of `missing_modality.json`; its section is omitted if None.
     """
     content = _sections(predictions, scores, study)
     headings = {title: id_ for title, (id_, _) in content.items()} | {"Dialogues": "dialogues"}
@@ -102,7 +102,7 @@ def report_html(
 def _sections(
     predictions: SplitPredictions, scores: Mapping[str, Any], study: Mapping[str, Any] | None
 ) -> dict[str, tuple[str, str]]:
-    """Returns the id and HTML of each section that there are data for, by title."""
+    """Returns the id and HTML of each section by title. Sections without data are omitted."""
     content = {}
     if predictions.labeled.any():
         bootstrap = DialogueBootstrap(predictions)
@@ -124,16 +124,16 @@ def _sections(
 
 
 def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> dict[str, str]:
-    """Reads the transcripts of a split from the dialogue dataset that its features came from.
+    """Reads a split's transcripts from the dialogue dataset from which features were extracted.
 
     Returns:
-      Transcripts by utterance id, empty if the dataset is not available.
+      Transcripts by utterance id; empty if the dataset is not available.
     """
     source = features.metadata.get("text")
     name = source.get("dataset") if isinstance(source, Mapping) else None
     try:
         dialogues = DialogueDataset(name or features.name, data_dir).dialogues(features.split)
-    except InputError:  # Texts are optional in a report.
+    except InputError:  # Transcripts are optional in a report.
         return {}
     utterances = (utterance for dialogue in dialogues for utterance in dialogue.utterances)
     return {utterance.id: utterance.text for utterance in utterances if utterance.text_present}
@@ -142,7 +142,7 @@ def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) 
 def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> dict[str, Any]:
     """Returns the data of the dialogue view as columns over utterances.
 
-    Probabilities and gate weights are integers in thousandths, which keeps the page small.
+    Probabilities and gate weights are integers in thousandths, to keep the report small.
     """
     # `Utterances` may interleave the utterances of several dialogues.
     order = np.argsort(predictions.dialogue_index, kind="stable")
@@ -169,7 +169,7 @@ def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> di
 
 
 def embedded_json(value: Any) -> str:
-    """Returns compact JSON without characters that could end a `script` element."""
+    """Returns compact JSON, with characters escaped that could end a `script` element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -37,7 +37,7 @@ def render_scores(
     bootstrap: DialogueBootstrap,
     seeds: Mapping[str, Any] | None,
 ) -> str:
-    """Renders the scores of the models, the evaluated one first, and of its seeds if several."""
+    """Renders the scores of models, with the evaluated model first, and of its seeds if several."""
     figures = []
     for key, score in models[0].scores.items():
         number = element("strong", f"{score.value:.3f}")
@@ -135,7 +135,7 @@ def render_classes(predictions: SplitPredictions, bootstrap: DialogueBootstrap) 
 
 
 def render_confusion(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
-    """Renders the confusion matrix with the share of each row."""
+    """Renders the confusion matrix with counts and their share in each row."""
     counts, _ = bootstrap.confusion(predictions.predicted)
     names = [escape(name) for name in predictions.class_names]
     rows = []
@@ -150,7 +150,7 @@ def render_confusion(predictions: SplitPredictions, bootstrap: DialogueBootstrap
                 element("div", f"{count}{percent}", class_=class_, style=f"--share:{share:.1f}%")
             )
         rows.append((name, *cells, f"{support:,}"))
-    lead = "Counts, with the share of their row below. Framed cells are correct predictions."
+    lead = "Each cell shows a count and its share of the row. Framed cells are correct predictions."
     class_ = "confusion" if len(names) <= _MAX_WIDE_CLASSES else "confusion narrow"
     return element("p", lead, class_="note") + table(
         "Confusion matrix: true emotions as rows, predicted emotions as columns",
@@ -161,12 +161,12 @@ def render_confusion(predictions: SplitPredictions, bootstrap: DialogueBootstrap
 
 
 def render_gate(predictions: SplitPredictions) -> str:
-    """Renders the mean gate weights by emotion, for correct and for wrong predictions."""
+    """Renders the mean gate weights by emotion, for correct and wrong predictions."""
     rows = []
     previous = None
     for emotion, outcome, count, weights in statistics.mean_gates(predictions):
         title = "all emotions" if emotion is None else emotion
-        # The second row of an emotion shows its title to screen readers only.
+        # In an emotion's second row, the title is visible only to screen readers.
         class_ = "hidden" if title == previous else "first"
         bar = charts.stacked_bar(predictions.experts, weights)
         rows.append((element("span", escape(title), class_=class_), outcome, f"{count:,}", bar))

@@ -1,4 +1,4 @@
-"""The numbers of a report: scores with intervals, calibration, and mean gate weights."""
+"""Computes the numbers in a report: scores with intervals, calibration and mean gate weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ScoredModel:
     Attributes:
       name: "model", the name of an expert, "majority", or the name of a reference.
       kind: "model", "expert", "majority" or "reference".
-      scores: The scores of `metrics.SCORE_NAMES` that are available, by name.
-      utterances: Number of scored utterances, None if unknown.
-      difference: Weighted F1 minus that of the evaluated model on the same utterances, None for
-        that model itself and for references.
+      scores: Available scores by name, see `metrics.SCORE_NAMES`.
+      utterances: Number of scored utterances; None if unknown.
+      difference: Weighted F1 minus the evaluated model's weighted F1 on the same utterances; None
+        for the evaluated model and for references.
     """
 
     name: str
@@ -40,7 +40,7 @@ def score_models(
 ) -> list[ScoredModel]:
     """Scores the model, each expert alone and the majority class, and appends the references.
 
-    The predictions have at least one label.
+    The split must have at least one label.
     """
     label = predictions.label[predictions.labeled]
     majority = np.bincount(label, minlength=len(predictions.class_names)).argmax()
@@ -55,7 +55,7 @@ def score_models(
         scores = bootstrap.scores(predicted)
         difference = None
         if kind != "model":
-            # Compare on the utterances that the expert votes on.
+            # The model is scored on the utterances for which the expert votes.
             same = np.where(predicted >= 0, predictions.predicted, NO_VOTE)
             value, resampled = scores["weighted_f1"]
             model_value, model_resampled = bootstrap.scores(same)["weighted_f1"]
@@ -72,7 +72,7 @@ def score_models(
 def class_scores(
     predictions: SplitPredictions, bootstrap: DialogueBootstrap
 ) -> dict[str, dict[str, Any]]:
-    """Returns "precision", "recall" and "f1" as `Estimate`, and "support", of each class."""
+    """Returns each class's "precision", "recall" and "f1" as `Estimate`, and its "support"."""
     scores = bootstrap.scores(predictions.predicted)
     rows: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(predictions.class_names):
@@ -85,7 +85,7 @@ def class_scores(
 
 
 class CalibrationBin(NamedTuple):
-    """The utterances with a confidence from `low` to `high`, and their mean confidence."""
+    """Number, mean confidence and accuracy of utterances with confidence from `low` to `high`."""
 
     low: float
     high: float
@@ -97,7 +97,7 @@ class CalibrationBin(NamedTuple):
 def calibration(
     predictions: SplitPredictions, bootstrap: DialogueBootstrap
 ) -> tuple[float, list[CalibrationBin]]:
-    """Returns the expected calibration error and the bins that are not empty."""
+    """Computes the expected calibration error and the nonempty bins."""
     labeled = predictions.labeled
     confidence = predictions.probabilities[labeled].max(-1)
     correct = ~predictions.wrong[labeled]
@@ -121,17 +121,23 @@ def calibration(
 
 
 class MeanGate(NamedTuple):
-    """Mean gate weights [E] of the utterances of one emotion that are "correct" or "wrong"."""
+    """Mean gate weights for one emotion and outcome.
+
+    Attributes:
+      emotion: True emotion; None for all emotions.
+      outcome: "correct" or "wrong".
+      utterances: Number of utterances.
+      weights: Mean gate weights, [E].
+    """
 
     emotion: str | None
-    """True emotion, None for all emotions."""
     outcome: str
     utterances: int
     weights: np.ndarray
 
 
 def mean_gates(predictions: SplitPredictions) -> list[MeanGate]:
-    """Returns the mean gate weights by emotion and outcome, without empty groups."""
+    """Computes the mean gate weights by emotion and outcome. Empty groups are omitted."""
     assert predictions.gate is not None
     groups: dict[str | None, np.ndarray] = {None: predictions.labeled}
     for index, name in enumerate(predictions.class_names):
