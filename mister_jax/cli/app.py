@@ -1,4 +1,4 @@
-"""Parses the flags of a subcommand, runs it, and turns user errors into one line on stderr."""
+"""Parses a subcommand's flags, runs it, and prints user errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from absl import app, flags
 from mister_jax.errors import InputError, MissingExtraError
 
 STOPPED_BY_SIGTERM = 128 + 15
-"""Exit status after SIGTERM, by the convention of shells: the work is not finished."""
+"""Exit status of unfinished work after SIGTERM, by the shells' convention."""
 _STOPPED_BY_CTRL_C = 128 + 2
 
 
 def run(module: ModuleType) -> None:
-    """Parses the command line and runs the `main` of a subcommand's module.
+    """Parses the command line and runs `main` in a subcommand's module.
 
-    The result of `main`, if any, is the exit status. Wrong flags, an `InputError`, an unwritable
-    place and a missing JAX platform exit with one line on stderr and status 2, Ctrl-C with status
-    130. Other exceptions are bugs and keep their traceback.
+    The exit status is the result of `main`, or 0 for None. Invalid flags, an `InputError`, an
+    unwritable path and a missing JAX platform exit with one line on stderr and status 2, and Ctrl-C
+    exits with status 130. Other exceptions are bugs and keep their traceback.
     """
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")
     if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
@@ -58,7 +58,7 @@ def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
     """Returns the value of a `--workdir` flag.
 
     Raises:
-      InputError: The flag is not set; the message ends with `meaning`.
+      InputError: The flag is not set. The message ends with `meaning`.
     """
     if not flag.value:
         raise InputError(f"--{flag.name} is needed: {meaning}")
@@ -66,7 +66,7 @@ def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
 
 
 def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
-    # JAX logs every kind of device that is missing, at INFO level.
+    # At level INFO, JAX logs each kind of device that is missing.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
         if len(arguments) > 1:
@@ -77,12 +77,12 @@ def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         message = f"{error.filename}: {error.strerror}; choose a path that can be written"
     except (AssertionError, RuntimeError) as error:
-        # Only errors from where JAX starts the platforms of JAX_PLATFORMS.
+        # xla_bridge.py initializes the platforms in JAX_PLATFORMS. Other errors are bugs.
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             raise
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split()) or "no device found"
-        message = f"no devices of JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
+        message = f"no devices for JAX_PLATFORMS={platforms} ({reason}); allowed: cpu, or unset it"
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return _STOPPED_BY_CTRL_C
@@ -91,7 +91,7 @@ def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
 
 
 def _help(module: ModuleType) -> str:
-    """Returns the docstring of a subcommand and its flags, then those of a multi-process job."""
+    """Returns a subcommand's docstring and flags, followed by the flags for multi-process jobs."""
     names = [module.__name__]
     for declaring in (module, *vars(module).values()):
         is_shared = isinstance(declaring, ModuleType) and declaring.__name__ not in names
@@ -104,7 +104,7 @@ def _help(module: ModuleType) -> str:
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         arguments = _resolve_packaged_configs(arguments)
-        # config_flags looks for overrides such as --config.seed=1 in sys.argv.
+        # config_flags reads overrides such as --config.seed=1 from sys.argv.
         sys.argv = arguments
         return flags.FLAGS(arguments)
     except InputError as error:
@@ -116,8 +116,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
-    """Replaces the name of a packaged config, as in --config=fusion:mosi_features, by its path."""
-    # Only a flag of ml_collections takes packaged configs: predict's --config is another.
+    """Replaces a packaged config's name, such as fusion in --config=fusion:meld, by its path."""
+    # Other subcommands have a --config flag that does not name packaged configs.
     is_config_file = "config" in flags.FLAGS and (
         type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
     )
@@ -146,7 +146,7 @@ def _packaged_config_path(name: str) -> pathlib.Path:
     }
     if name not in paths:
         raise InputError(
-            f"--config={name}: no packaged config of this name; allowed: {', '.join(paths)}, or "
+            f"--config={name}: no packaged config with this name; allowed: {', '.join(paths)}, or "
             "the path of a Python file"
         )
     return paths[name]
@@ -155,20 +155,20 @@ def _packaged_config_path(name: str) -> pathlib.Path:
 def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
     """Describes in one line why flags could not be parsed.
 
-    Errors in a config file arrive wrapped in others, with their traceback in the message. The error
-    that was raised first says what is wrong.
+    ml_collections wraps errors in a config file in other errors, with tracebacks in the message.
+    The root cause describes the problem.
     """
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     root_cause = chain[-1]
     if not isinstance(root_cause, InputError):
-        # ml_collections also wraps its own error about an unknown field.
+        # ml_collections also wraps its error about an unknown field.
         root_cause = next((link for link in chain[::-1] if "Did you mean" in str(link)), error)
     reason = root_cause.args[0] if isinstance(root_cause, KeyError) else root_cause
     message = " ".join(str(reason).partition("Traceback")[0].split()) or type(root_cause).__name__
     if "failure to load" in message and "[Errno" in message:
-        # An override of a config whose file is missing.
+        # The command line overrides a field of a config whose file is missing.
         names = (argument.partition("=")[0] for argument in arguments if argument.startswith("-"))
         flag = next(name.lstrip("-").partition(".")[0] for name in names if "." in name)
         return _missing_config(flag, message)
@@ -179,21 +179,21 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
 
 
 def _missing_config(flag: str, message: str) -> str:
-    """Returns the error for a config file that cannot be opened, from ml_collections' message."""
+    """Makes the error for a config file that cannot be opened from ml_collections' message."""
     reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
     return f"--{flag}: {reason}; needed: a Python file, its path from the current folder"
 
 
 def _find_override(message: str, arguments: list[str]) -> str:
     """Returns the argument, such as --config.model.widht, that sets an unknown field."""
-    # ml_collections says: 'widht' Did you mean "width" instead of "widht"?
+    # The message of ml_collections is: 'widht' Did you mean "width" instead of "widht"?
     field = message.partition(" Did you mean")[0].strip("'\"")
     names = [argument.partition("=")[0] for argument in arguments]
     return next((name for name in names if "." in name and field in name.split(".")), "")
 
 
 def _allowed_fields(override: str, arguments: list[str]) -> str:
-    """Lists the fields of the config section in which an override sets an unknown one."""
+    """Lists the fields of the config section in which an override sets an unknown field."""
     from ml_collections import ConfigDict, config_flags
 
     flag, *path = override.lstrip("-").split(".")

@@ -1,4 +1,4 @@
-"""Measures speed and memory; the benchmarks are in a checkout of the project, not in the wheel."""
+"""Runs `benchmarks.cli` from a checkout, because the wheel does not contain the benchmarks."""
 
 import pathlib
 import sys

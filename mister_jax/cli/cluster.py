@@ -1,7 +1,7 @@
-r"""Flags and start-up of a command that runs as several processes.
+r"""Defines the flags and start-up of commands that run as several processes.
 
 Every process runs the same command with the same flags. On Cloud TPU, GKE, Slurm and Open MPI, JAX
-detects the other processes, so `--distributed` is enough. Elsewhere, flags or environment variables
+detects the other processes, so `--distributed` is enough. Otherwise, flags or environment variables
 describe the job:
 
     mister-jax train ... --distributed --coordinator=HOST:PORT --num_processes=2 \
@@ -40,7 +40,7 @@ _JOB_FLAGS = {
 _JOB_FLAG_NAMES = ", ".join(f"--{flag.name}" for flag in _JOB_FLAGS.values())
 
 HEARTBEAT_TIMEOUT = 40
-"""Seconds without a heartbeat after which JAX ends all other processes."""
+"""Seconds without a heartbeat from a process after which JAX ends the other processes."""
 
 # A finished process waits this many seconds for process 0, which may still be writing.
 _SHUTDOWN_TIMEOUT = 3600
@@ -49,11 +49,12 @@ _SHUTDOWN_TIMEOUT = 3600
 def distributed(
     main: Callable[[], int | None], *, saves_on_sigterm: bool = False
 ) -> Callable[[], int | None]:
-    """Wraps a command's `main` so that it honors `--distributed`.
+    """Wraps a command's `main` so that it supports `--distributed`.
 
-    A process that fails exits at once. JAX would make it wait for the other processes, which wait
-    for it. JAX ends the others after `HEARTBEAT_TIMEOUT`. With `saves_on_sigterm`, `main` asks JAX
-    if any process received SIGTERM; otherwise the signal ends the process that receives it.
+    A failed process exits at once, because JAX would otherwise make it wait for the other
+    processes, which wait for it. JAX then ends the other processes after `HEARTBEAT_TIMEOUT`. Set
+    `saves_on_sigterm` if `main` asks JAX whether any process received SIGTERM. Otherwise, SIGTERM
+    ends the process that receives it.
     """
 
     def distributed_main() -> int | None:
@@ -89,11 +90,11 @@ def distributed(
 def initialize(*, saves_on_sigterm: bool = False) -> None:
     """Connects to the other processes of the job. Call it before any JAX computation.
 
-    Without `--distributed` it does nothing. Afterwards only process 0 writes to stdout.
+    It does nothing without `--distributed`. After this call, only process 0 writes to stdout.
 
     Raises:
-      InputError: The flags contradict each other, JAX detects no cluster, or some process does
-        not connect in time.
+      InputError: The flags contradict each other, JAX detects no cluster, or a process does not
+        connect in time.
     """
     if not _DISTRIBUTED.value:
         job_flags = [flag.name for flag in _JOB_FLAGS.values() if flag.value is not None]
@@ -112,11 +113,11 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
             "process_id": process.process_id,
         }
     jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
-    # When the job breaks, JAX prints a line that says so and calls abort(). Python's stack traces
-    # of all threads would follow and hide that line.
+    # When another process fails, JAX prints a line and calls abort(). Without this, Python would
+    # then print the stack traces of all threads and hide that line.
     faulthandler.disable()
     try:
-        # JAX cannot name the missing processes of a cluster that it detects.
+        # On a cluster that JAX detects, nothing reports which processes are missing.
         with log_while_waiting(lambda: "waiting for the other processes of the job"):
             jax.distributed.initialize(
                 **job,
@@ -135,7 +136,7 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
 
 
 def _process_from_flags() -> Process | None:
-    """Returns this process as flags and environment describe it; None if they do not."""
+    """Returns the process that flags and environment describe, or None if they are not set."""
     values = [
         flag.value if flag.value is not None else os.environ.get(variable, "")
         for variable, flag in _JOB_FLAGS.items()

@@ -13,18 +13,18 @@ from mister_jax.cli import cluster
 from mister_jax.cli.app import required_workdir
 from mister_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a training")
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a training run")
 _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
-_DATASET = flags.DEFINE_string("dataset", None, "another dataset than the training's")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the dataset; as in the training")
+_DATASET = flags.DEFINE_string("dataset", None, "dataset; by default the training dataset")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the dataset; as in training")
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
 _REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, figures, dialogues")
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DROP_AS_ZEROS = flags.DEFINE_bool(
-    "drop_as_zeros", False, "replace dropped features by zeros without a flag, as in the paper"
+    "drop_as_zeros", False, "replace dropped features by unflagged zeros, as in the paper"
 )
-_DRAWS = flags.DEFINE_integer("draws", 5, "random draws for each rate", lower_bound=1)
+_DRAWS = flags.DEFINE_integer("draws", 5, "random draws per rate", lower_bound=1)
 
 
 def _evaluate() -> None:
@@ -42,7 +42,7 @@ def _evaluate() -> None:
 
 
 def _run_missing_modality_study(workdir: str, options: dict[str, Any]) -> list[str]:
-    """Runs the study, prints its table and returns the names of its files."""
+    """Runs the study, prints a table and returns the names of the files."""
     drop_speech, drop_text = _read_rates(_DROP_SPEECH), _read_rates(_DROP_TEXT)
     from rich.console import Console
 
@@ -69,7 +69,7 @@ def _run_missing_modality_study(workdir: str, options: dict[str, Any]) -> list[s
 
 
 def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
-    """Scores the split, prints its table and returns the names of the files."""
+    """Scores the split, prints a table and returns the names of the files."""
     from rich.console import Console
 
     from mister_jax.console import score_table

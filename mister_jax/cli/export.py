@@ -1,4 +1,4 @@
-"""Exports the fine-tuned encoder of a work directory for transformers or peft.
+"""Exports the fine-tuned encoder in a work directory for transformers or peft.
 
 mister-jax export --workdir=DIR --output=FOLDER
 mister-jax export --workdir=DIR --output=FOLDER --adapter     # only the LoRA adapter

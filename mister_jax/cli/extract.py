@@ -1,4 +1,4 @@
-r"""Extracts features of a dataset with an encoder, as a dataset that MiSTER-E trains on.
+r"""Extracts features from a dialogue dataset with an encoder, for training MiSTER-E.
 
 mister-jax extract --workdir=DIR --dataset=meld/text --output=meld_tuned
 mister-jax extract --encoder=NAME_OR_FOLDER --dataset=meld/text --output=meld_frozen
@@ -23,35 +23,35 @@ _ENCODER = flags.DEFINE_string(
     None,
     "pretrained encoder: prosody, minilm, a folder, or a name on the Hugging Face Hub",
 )
-_DATASET = flags.DEFINE_string("dataset", None, "dataset of dialogues")
-_SPEECH = flags.DEFINE_string("speech", None, "dataset of features to take the speech from")
-_TEXT = flags.DEFINE_string("text", None, "dataset of features to take the text from")
-_OUTPUT = flags.DEFINE_string("output", None, "name of the dataset of features")
+_DATASET = flags.DEFINE_string("dataset", None, "dialogue dataset")
+_SPEECH = flags.DEFINE_string("speech", None, "feature dataset from which to take the speech")
+_TEXT = flags.DEFINE_string("text", None, "feature dataset from which to take the text")
+_OUTPUT = flags.DEFINE_string("output", None, "name of the feature dataset to write")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _BUDGET = flags.DEFINE_integer(
-    "budget", None, "tokens, or seconds of audio, in a batch on each device", lower_bound=1
+    "budget", None, "tokens or seconds of audio in a batch on each device", lower_bound=1
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")
 _ENCODER_OPTIONS = (
     flags.DEFINE_integer(
-        "max_tokens", 128, "maximum tokens per utterance of a text --encoder", lower_bound=3
+        "max_tokens", 128, "maximum tokens per utterance for a text --encoder", lower_bound=3
     ),
     flags.DEFINE_float(
         "max_seconds",
         None,
-        "seconds of an utterance that a speech --encoder reads; by default all of it, or the fixed "
+        "maximum seconds per utterance for a speech --encoder; by default unlimited, or the fixed "
         "window of Whisper, Qwen2-Audio and SALMONN",
     ),
     flags.DEFINE_bool(
-        "windows", False, "encode speech beyond a fixed window in several windows and average them"
+        "windows", False, "encode speech beyond a fixed window as several windows and average them"
     ),
     flags.DEFINE_string("whisper", "", "SALMONN's Whisper: a folder or a name on the Hub"),
     flags.DEFINE_string("beats", "", "SALMONN's BEATs: a file"),
     flags.DEFINE_string("vicuna", "", "SALMONN's Vicuna: a folder or a name on the Hub"),
     flags.DEFINE_bool(
-        "trim", True, "encode only the length of each clip with Whisper, not always 30 s"
+        "trim", True, "encode only the length of each clip with Whisper instead of 30 s"
     ),
-    flags.DEFINE_string("prompt", "", "prompt of a speech LLM"),
+    flags.DEFINE_string("prompt", "", "prompt for a speech LLM"),
     flags.DEFINE_string("adapter", None, "folder of a peft adapter for the --encoder"),
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "dtype of the --encoder's computation"
@@ -84,7 +84,7 @@ def _extract() -> None:
 
 
 def _check_flags() -> str:
-    """Returns the flag that names the source of the features, after checking all flags."""
+    """Checks all flags, and returns the name of the flag that sets the source of the features."""
     sources = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
     chosen = [name for name, value in sources.items() if value]
     if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):

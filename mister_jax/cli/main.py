@@ -1,4 +1,4 @@
-"""Entry point of `mister-jax` and of the scripts in `launch/`; imports only what they need."""
+"""Entry point of `mister-jax` and of the scripts in `launch/`, with few imports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import sys
 import mister_jax
 from mister_jax.errors import InputError, MissingExtraError, require_extra
 
-# Subcommand -> the extra it needs, and what it does.
+# Maps each subcommand to the extra that it needs, and to its description.
 SUBCOMMANDS = {
     "prepare": ("train", "Prepare a dataset from a corpus, a manifest or feature files."),
-    "extract": ("train", "Extract features of a dataset with an encoder."),
-    "train": ("train", "Train MiSTER-E or an encoder as a config describes."),
+    "extract": ("train", "Extract features from a dataset with an encoder."),
+    "train": ("train", "Train MiSTER-E or an encoder with a config."),
     "evaluate": ("train", "Score a trained work directory on a split and write a report."),
     "ablate": ("train", "Compare variants of MiSTER-E."),
     "predict": ("predict", "Predict the emotions of recordings and texts."),
@@ -35,7 +35,7 @@ subcommands:
 
 
 def main(subcommand: str | None = None) -> None:
-    """Runs a subcommand, by default that of the command line, and exits with its status."""
+    """Runs a subcommand and exits with its status. By default, the command line names it."""
     arguments = sys.argv[1:]
     if subcommand is None:
         subcommand, arguments = _read_subcommand(arguments)
@@ -69,8 +69,8 @@ def _fail(message: str) -> None:
 
 
 def _set_environment() -> None:
-    """Caches compiled programs on disk if the home directory is writable, and leaves out Keras."""
-    # TensorFlow only reads datasets here. With Keras 3, its import takes 2 s and 100 MB more.
+    """Configures JAX's compilation cache, if the home directory is writable, and TensorFlow."""
+    # TensorFlow only reads datasets here. Importing it without Keras 3 saves 2 s and 100 MB.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     with contextlib.suppress(OSError, RuntimeError):
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

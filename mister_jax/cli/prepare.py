@@ -1,4 +1,4 @@
-"""Prepares a dataset from a corpus, a manifest or feature files, and shows what a dataset holds.
+"""Prepares a dataset from a corpus, a manifest or feature files, or shows a dataset's contents.
 
 mister-jax prepare --corpus=meld --source=MELD.Raw --data_dir=DIR [--config=text]
 mister-jax prepare --corpus=iemocap --source=IEMOCAP_full_release --config=six_session1
@@ -38,45 +38,49 @@ CORPUS_FLAGS = {
     "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
     "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
 }
-"""Flags that each corpus uses; any other flag is an error."""
+"""Flags that each corpus allows."""
 
 _CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join(CORPUS_FLAGS)}")
-_SOURCE = flags.DEFINE_string("source", None, "folder of the corpus, manifest, or npz of features")
+_SOURCE = flags.DEFINE_string("source", None, "corpus folder, manifest, or npz file of features")
 _CONFIG = flags.DEFINE_string("config", "", "config of a released corpus; by default its first one")
-_NAME = flags.DEFINE_string("name", "", "name of the dataset of a manifest or of features")
-_LABELS = flags.DEFINE_list("labels", [], "class names of a manifest, in their order")
+_NAME = flags.DEFINE_string("name", "", "name of the dataset to write")
+_LABELS = flags.DEFINE_list("labels", [], "ordered class names of a manifest")
 _MAP_LABELS = flags.DEFINE_list(
-    "map_labels", [], "OLD=NEW,... class names of a manifest; OLD= makes its rows unlabeled"
+    "map_labels", [], "new class names for a manifest, OLD=NEW,...; OLD= removes the label"
 )
 _GROUP_BY = flags.DEFINE_string(
-    "group_by", "", "column whose values random splits keep apart; speaker by default"
+    "group_by",
+    "",
+    "keep rows with equal values in this column in one random split; by default speaker",
 )
 _TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts, separated by commas")
-_LABEL_TIER = flags.DEFINE_string("label_tier", None, "tier of the transcripts with the emotions")
-_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "column of the transcripts with emotions")
+_LABEL_TIER = flags.DEFINE_string("label_tier", None, "tier with the emotions in transcripts")
+_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "column with the emotions in transcripts")
 _LABEL_SUFFIX = flags.DEFINE_bool(
-    "label_suffix", False, "the emotion ends the text of a transcript in brackets, as in [happy]"
+    "label_suffix", False, "read emotions from the end of transcript texts, such as [happy]"
 )
 _CHANNEL = flags.DEFINE_string(
-    "audio_channel", "mix", "channel of the recordings of transcripts: mix, left, right, an index"
+    "audio_channel", "mix", "channel of transcribed recordings: mix, left, right, or an index"
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a dataset of this name")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")
 _PARTIAL = flags.DEFINE_bool("partial", False, "allow an incomplete corpus")
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "seed of synthetic corpora and random splits", lower_bound=0
+    "seed", 0, "seed for synthetic corpora and random splits", lower_bound=0
 )
 _NUM_DIALOGUES = flags.DEFINE_list(
-    "num_dialogues", [], "size of a synthetic corpus: train,validation,test"
+    "num_dialogues", [], "dialogues in a synthetic corpus: train,validation,test"
 )
 _WORKERS = flags.DEFINE_integer("num_workers", 2, "processes that decode recordings", lower_bound=0)
-_SECONDS = flags.DEFINE_float("max_seconds", 60, "seconds of an utterance to keep", lower_bound=0.1)
+_SECONDS = flags.DEFINE_float(
+    "max_seconds", 60, "maximum seconds to keep per utterance", lower_bound=0.1
+)
 _BEAM_OPTIONS = flags.DEFINE_string(
     "beam_options", None, "JSON object of Apache Beam options; decodes with Beam"
 )
-_INSPECT = flags.DEFINE_string("inspect", None, "show the contents of the dataset of this name")
+_INSPECT = flags.DEFINE_string("inspect", None, "name of a dataset whose contents to show")
 
-_MAX_PRINTED = 5  # recordings of each kind
+_MAX_PRINTED = 5  # recordings per kind of issue
 
 
 def main() -> None:
@@ -151,7 +155,7 @@ def _inspect(name: str) -> None:
 
 
 def _detail(entry: Mapping[str, Any]) -> str:
-    """Returns what the report says about a recording, in one line."""
+    """Formats a recording's entry in the report as one line."""
     if "reason" in entry:
         return str(entry["reason"])
     detail = f"{entry['seconds']:.1f} s"
@@ -168,7 +172,7 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 
 def _check_flags(use: str, allowed: Sequence[str]) -> None:
-    """Raises InputError if a flag is set that has no effect in this use."""
+    """Raises InputError if a flag is set that is not allowed with the flag in `use`."""
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         if flag.present and flag.name not in allowed:
             names = ", ".join(f"--{name}" for name in allowed)
@@ -206,7 +210,7 @@ def _preparation(corpus: str) -> PrepareOptions:
 
 
 def _num_dialogues() -> dict[str, int]:
-    """Returns the number of dialogues by split, empty if the flag is not set."""
+    """Returns the number of dialogues by split, or an empty dict if the flag is not set."""
     counts = _NUM_DIALOGUES.value
     if len(counts) not in (0, 3) or not all(map(str.isdecimal, counts)):
         raise InputError(f"--num_dialogues={','.join(counts)}; allowed: three numbers")

@@ -1,9 +1,10 @@
-"""Waits until all processes of a job run and agree on its size.
+"""Waits until all processes of a job have started and agree on the number of processes.
 
-`jax.distributed.initialize` waits as well. But when a process is missing, it aborts with a C++
-stack trace that names no process, and it does not notice that processes disagree on their number.
-So each process first sends "PROCESS_ID NUM_PROCESSES" to process 0, on the port that JAX uses
-afterwards. When all have reported, or something is wrong, process 0 answers "ok" or the error.
+`jax.distributed.initialize` also waits for all processes. However, if a process is missing, it
+aborts with a C++ stack trace that does not name the process, and it does not detect that processes
+disagree on their number. Therefore, each process first sends "PROCESS_ID NUM_PROCESSES" to process
+0, on the port that JAX uses afterwards. Once all processes have reported, process 0 answers "ok".
+If a problem occurs, it answers with the error.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from mister_jax.errors import InputError
 # Seconds to wait for a line on an open connection.
 _READ_TIMEOUT = 10.0
 
-# Seconds before the first message about missing processes, and between later ones.
+# Seconds before the first message about missing processes, and between later messages.
 _FIRST_MESSAGE, _NEXT_MESSAGE = 10.0, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One process of a job. Host and port are those of process 0; `process_id` counts from 0."""
+    """A process in a job. `host` and `port` are the address of process 0."""
 
     host: str
     port: int
@@ -34,7 +35,7 @@ class Process:
 
 
 def wait_for_all_processes(process: Process, timeout: float) -> None:
-    """Waits until all processes of the job have started, for at most `timeout` seconds.
+    """Waits at most `timeout` seconds until all processes of the job have started.
 
     Raises:
       InputError: A process is missing, or two processes contradict each other. All running
@@ -47,7 +48,7 @@ def wait_for_all_processes(process: Process, timeout: float) -> None:
 
 @contextlib.contextmanager
 def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
-    """Prints a message to stderr after ten seconds in the block, then once a minute."""
+    """Prints a message to stderr if the block takes ten seconds, and then once a minute."""
     done = threading.Event()
     start = time.monotonic()
 
@@ -68,7 +69,7 @@ def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _coordinate(process: Process, timeout: float) -> str:
-    """Collects the reports of all other processes and sends each the error; returns it, too."""
+    """Collects the reports of all other processes, and sends each of them the returned error."""
     deadline = time.monotonic() + timeout
     reported: dict[int, socket.socket] = {}
 
@@ -102,7 +103,7 @@ def _coordinate(process: Process, timeout: float) -> str:
                 )
             elif index in reported:
                 problem = f"two processes have --process_id={index}"
-            # A process that contradicts another needs the answer, too.
+            # A process that contradicts another process also needs the answer.
             reported[-1 if problem else index] = connection
         for connection in reported.values():
             with contextlib.suppress(OSError):
@@ -111,20 +112,20 @@ def _coordinate(process: Process, timeout: float) -> str:
 
 
 def _report(process: Process, timeout: float) -> str:
-    """Reports this process to process 0; returns the error that process 0 sends, "" for none."""
+    """Reports this process to process 0, and returns the error that it sends, or ""."""
     deadline = time.monotonic() + timeout
     address = (process.host, process.port)
     coordinator = f"process 0 at {process.host}:{process.port}"
     with log_while_waiting(lambda: f"waiting for {coordinator}, or for processes it needs"):
         while (remaining := deadline - time.monotonic()) > 0:
-            # An OSError means that process 0 does not listen yet.
+            # An OSError means that process 0 is not listening yet.
             with (
                 contextlib.suppress(OSError),
                 socket.create_connection(address, remaining) as connection,
             ):
                 connection.sendall(f"{process.process_id} {process.num_processes}\n".encode())
-                # Process 0 may have started later. It names the missing processes at its own
-                # deadline, so wait for that.
+                # Process 0 may have started later than this process. It names the missing processes
+                # at its deadline, so this process waits until then.
                 if answer := _read_line(connection, timeout + _READ_TIMEOUT):
                     return answer.removeprefix("ok")
             time.sleep(0.2)
@@ -132,7 +133,7 @@ def _report(process: Process, timeout: float) -> str:
 
 
 def _read_line(connection: socket.socket, timeout: float) -> str:
-    """Returns the next line without its end; "" if none arrives in time."""
+    """Reads a line, and returns it without its line end, or "" if none arrives in time."""
     connection.settimeout(timeout)
     try:
         return connection.makefile().readline().strip()

@@ -1,11 +1,12 @@
-"""Trains MiSTER-E or an encoder as a config describes; run it again to resume.
+"""Trains MiSTER-E or an encoder with a config. Run it again to resume.
 
 mister-jax train --config=fusion:mosi_features --workdir=DIR
 mister-jax train --config=fusion:mosi_features --workdir=DIR --config.num_seeds=5
 mister-jax train --config=my_config.py --workdir=DIR
 
---config is a packaged config (demo, fusion, speech_encoder, text_encoder) or the path of a Python
-file, with its argument after a colon. --config.FIELD=VALUE changes a field.
+--config is the name of a packaged config (demo, fusion, speech_encoder, text_encoder) or the path
+of a Python file. A colon separates it from the config's argument. --config.FIELD=VALUE changes a
+field.
 """
 
 from absl import flags

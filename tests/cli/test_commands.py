@@ -76,7 +76,7 @@ WRONG_USES = {
         "": "--config is needed: a packaged config, such as fusion:mosi_features, or the path",
         "configs/fusion.py:x": "argument 'configs/fusion.py:x'; allowed: flags, --name=value",
         "--config=configs/fusion.py:x": "--workdir is needed",
-        "--config=fuson:x": "--config=fuson: no packaged config of this name; allowed: demo, fusi",
+        "--config=fuson:x": "--config=fuson: no packaged config with this name; allowed: demo, fu",
         "--config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
         "--config=fusion.py:x --config.seed=1": (
             "error: --config: No such file or directory: 'fusion.py'; needed: a Python file, its "
@@ -106,7 +106,7 @@ WRONG_USES = {
     },
     "evaluate": {
         "": "--workdir is needed: a directory that `mister-jax train` has written",
-        "--workdir=DIR": "config.json: no such file; the workdir must be one that",
+        "--workdir=DIR": "config.json: no such file; the workdir must be a directory that",
         "--workdir=DIR/old": "DIR/old: written by an older version of mister_jax; train it again",
         "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
         "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros requires --drop_speech",
@@ -236,5 +236,5 @@ def test_an_unavailable_platform_exits_with_a_one_line_error():
         text=True,
     )
     assert process.returncode == 2
-    assert process.stderr.startswith("error: no devices of JAX_PLATFORMS=cuda")
+    assert process.stderr.startswith("error: no devices for JAX_PLATFORMS=cuda")
     assert process.stderr.count("\n") == 1
