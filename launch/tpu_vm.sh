@@ -11,10 +11,10 @@
 #     mister-jax train --distributed --config=fusion:meld_features \
 #     --config.data.data_dir=gs://BUCKET/data --workdir=gs://BUCKET/run
 #
-# The script creates a queued resource, or reuses the one with this name, and waits until it is
-# active. It copies the repository to all workers, installs it, starts the command on each worker
-# and prints the output of worker 0. If the slice is preempted, the script creates it again and
-# restarts the command, which resumes from its workdir. Keep data and workdir on gs://.
+# The script creates a queued resource, or reuses an existing resource with this name, and waits
+# until it is active. It copies the repository to all workers, installs it, starts the command on
+# each worker and prints the output of worker 0. If the slice is preempted, the script creates it
+# again and restarts the command, which resumes from its workdir. Keep data and workdir on gs://.
 #
 # If you stop this script, the command keeps running. Start the script again to see its output.
 #
@@ -83,7 +83,7 @@ place=(--zone="$zone")
 archive="${TMPDIR:-/tmp}/mister_jax.$$.tar.gz"
 trap 'rm -f "$archive"' EXIT
 
-exec 3>&1 # --dry-run prints here, also from within $(...).
+exec 3>&1 # --dry-run prints to this descriptor, even from within $(...).
 
 # Runs a command, or prints it with --dry-run.
 run() {
@@ -99,7 +99,7 @@ log() {
   echo "$(date +%T) $1" >&2
 }
 
-# What state() and status() print with --dry-run, where every command succeeds.
+# With --dry-run, state() and status() print these values.
 dry_state=""
 dry_status=""
 
@@ -129,7 +129,7 @@ on_workers() {
     --command="$command"
 }
 
-# Prints the exit status of the command on worker 0, "running", or nothing without a command.
+# Prints the command's exit status on worker 0, "running", or nothing without a command.
 status() {
   on_workers 0 status 2>/dev/null | tail -n 1
   if "$dry_run"; then echo "$dry_status"; fi
@@ -161,7 +161,7 @@ wait_until_active() {
 }
 
 install() {
-  # The working tree without ignored and deleted files.
+  # The archive contains the working tree without ignored and deleted files.
   run bash -c 'git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null |
     tar -czf "$0" -T -' "$archive" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name":mister_jax.tar.gz "${place[@]}" --quiet \
@@ -171,7 +171,7 @@ install() {
     on_workers all install "$python"
 }
 
-# Runs the command until it finishes; returns its exit status.
+# Runs the command until it finishes, and returns its exit status.
 supervise() {
   local result
   while true; do

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs one command in the background of a TPU worker. tpu_vm.sh calls it over SSH; the command
-# keeps running when the connection closes.
+# Runs a command in the background on a TPU worker. tpu_vm.sh calls this script over SSH. The
+# command keeps running when the connection closes.
 #
 #   tpu_worker.sh install PYTHON_VERSION   installs the project into .venv
 #   tpu_worker.sh start COMMAND...         starts the command
-#   tpu_worker.sh status                   prints its exit status, "running", or nothing without one
-#   tpu_worker.sh follow                   prints its output until it ends
+#   tpu_worker.sh status                   prints the command's exit status, "running", or nothing
+#   tpu_worker.sh follow                   prints the command's output until it ends
 #   tpu_worker.sh stop                     sends SIGTERM, and SIGKILL a minute later
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +20,7 @@ task="${1:-}"
 shift || true
 case "$task" in
   install)
-    # The Python of TPU VM images is too old for this project.
+    # Python on TPU VM images is too old for this project.
     python3 -m pip install --quiet --user uv
     python3 -m uv python install --quiet "$1"
     PYTHON="$(python3 -m uv python find "$1")" bash -c "source launch/install.sh train,tpu"
@@ -31,8 +31,8 @@ case "$task" in
     echo "$!" >.run/process
     ;;
   run)
-    # `stop` signals the whole process group. The command saves and exits; this shell outlives
-    # SIGTERM to record the exit status.
+    # `stop` signals the whole process group. The command saves and exits. This shell ignores
+    # SIGTERM, so that it can record the exit status.
     trap : TERM
     PYTHON=.venv/bin/python source launch/install.sh train,tpu
     source launch/malloc.sh
@@ -44,7 +44,7 @@ case "$task" in
     if running; then
       echo running
     elif [ -n "$process" ]; then
-      cat .run/status 2>/dev/null || echo 137 # SIGKILL left no status
+      cat .run/status 2>/dev/null || echo 137 # No status is recorded after SIGKILL.
     fi
     ;;
   follow)
