@@ -292,8 +292,8 @@ def gate_responsibility(
     1994). Higher values favor the best expert.
 
     The loss has a gradient with respect to `gate` but not to `expert_logits`, because the targets
-    are constants. In `MisterE`, it still trains the experts, through the gate's input. With the
-    mixtures "mean" and "majority", the weights are constants, so the loss trains nothing.
+    are constants. In `MisterE`, the loss still trains the experts, through the gate's input. With
+    the mixtures "mean" and "majority", the gate weights are constants, so the loss trains nothing.
 
     Args:
       gate: Expert weights, [..., E]; they sum to 1 over E and are zero for missing experts.
@@ -329,7 +329,7 @@ def _gate_responsibility(
     present: jax.Array,
     axis_name: str | None,
 ) -> jax.Array:
-    """Computes `gate_responsibility` from the labels' sharpness * log p, [..., E]."""
+    """Computes `gate_responsibility` from sharpness * log p(label), [..., E]."""
     responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
     # The lower bound keeps the logarithm finite. It is far below the weights that a gate learns.

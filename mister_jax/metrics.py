@@ -1,6 +1,6 @@
 """Classification scores, computed from confusion counts.
 
-The devices count confusions, and the host computes scores from the sum of the counts.
+The devices compute confusion matrices, and the host computes scores from their sum.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def confusion_counts(
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divides; the result is 0 where the denominator is 0."""
+    """Divides two arrays; the result is 0 where the denominator is 0."""
     zeros = np.zeros(np.broadcast_shapes(numerator.shape, denominator.shape))
     return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
@@ -142,7 +142,7 @@ def positive_class(class_names: Sequence[str]) -> int | None:
 
 
 def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Computes binary scores for CMU-MOSI under the three conventions in use.
+    """Computes binary sentiment scores for CMU-MOSI under three common conventions.
 
     The conventions turn a sentiment score into one of two classes: "negative_nonnegative" (< 0 or
     >= 0), "negative_positive_without_zero" (< 0 or > 0, ignoring scores of 0), and

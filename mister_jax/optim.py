@@ -35,7 +35,7 @@ class OptimizerConfig:
       name: "adam" or "adamw".
       learning_rate: Learning rate after the warmup.
       schedule: "constant", or "cosine", which decays to zero by the last step.
-      warmup_fraction: Share of all steps in which the learning rate rises linearly from zero.
+      warmup_fraction: Fraction of the steps in which the learning rate rises linearly from zero.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Constant added to the square root of the second moment.
@@ -124,7 +124,7 @@ def _weight_decay_mask(params: Any) -> Any:
     """Returns which parameters, or which vectors from `ParamVectors`, get weight decay."""
     if isinstance(params, dict) and params.keys() <= {_DECAYED, _NOT_DECAYED}:
         return {name: name == _DECAYED for name in params}
-    # The number of axes is not enough: a GRU's biases and the scales of stacked layers have two.
+    # Names are checked too, because a GRU's biases and the scales of stacked layers have two axes.
     return jax.tree_util.tree_map_with_path(
         lambda path, value: (
             value.ndim > 1 and not _NO_WEIGHT_DECAY.search(jax.tree_util.keystr(path))
@@ -167,7 +167,7 @@ class ParamVectors:
         }
 
     def unflatten(self, vectors: dict[str, jax.Array]) -> Any:
-        """Returns the tree of parameters for vectors; both may have leading axes."""
+        """Converts vectors, which may have leading axes, back to the tree of parameters."""
         offsets = dict.fromkeys(vectors, 0)
         leaves = []
         for name, shape in zip(self._names, self._shapes, strict=True):

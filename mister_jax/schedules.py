@@ -19,7 +19,7 @@ def learning_rate_schedule(
       total_steps: Number of training steps, including the warmup.
       name: Schedule after the warmup: "constant", or "cosine", which decays to zero at
         `total_steps`.
-      warmup_fraction: Share of the steps used for the warmup, 0 <= fraction < 1.
+      warmup_fraction: Fraction of the steps used for the warmup, 0 <= fraction < 1.
     """
     warmup_steps = round(warmup_fraction * total_steps)
     if name == "cosine":

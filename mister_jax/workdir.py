@@ -86,7 +86,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     path = config_path(workdir)
     if not path.exists():
         raise InputError(
-            f"{path}: no such file; the workdir must be one that `mister-jax train` has written"
+            f"{path}: no such file; the workdir must be a directory that `mister-jax train` has "
+            "written"
         )
     try:
         return ConfigDict(read_json(path))

@@ -176,7 +176,7 @@ def split_checkpoint(
     """Splits a checkpoint into backbone and head.
 
     The backbone's prefix is the prefix with the most expected names. If no expected name is found,
-    tensors do not count as head tensors because of their prefix, so that an error can list them.
+    the prefix is not used to recognize head tensors, so that an error can list all tensors.
 
     Args:
       checkpoint: Checkpoint or adapter.

@@ -58,7 +58,7 @@ _LINEARS = {
 }
 # A key bias has no effect on attention.
 _UNUSED = r"fusion\.units\.\d+\.fc_(asrk|audk)(_s)?\.bias"
-_ALLOWED = "a mapping of arrays, .npz, .safetensors, or .pth with PyTorch installed"
+_ALLOWED = "a mapping of arrays, .npz, .safetensors or, if PyTorch is installed, .pth"
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -198,9 +198,9 @@ def _attention(
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
     """Returns the source of one or more merged kernels, concatenated along the outputs.
 
-    Layer `first[i]` is merged with the layer after it. That layer is third number `thirds[i]` of
-    `second`, for example the query part of an attention's input projection. If the number is None,
-    it is all of `second`.
+    Each layer in `first` is merged with the layer after it. The weight of that layer is one third
+    of `second`, with index `thirds[i]`, because an attention's input projection has a query, a key
+    and a value part. If the index is None, it is all of `second`.
     """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:

@@ -46,11 +46,11 @@ def load_params(
     """Fills a module's parameters from a checkpoint.
 
     Tensors (or the layers of stacked parameters) are read, cast and placed one after another. Only
-    the slices that this process's devices need are read. In addition to the placed values, this
-    needs less host memory than twice the largest tensor, or layer, and the results of `combine`.
+    the slices that this process's devices need are read. Beyond the placed values, the host memory
+    used is less than twice the size of the largest tensor (or layer), plus results of `combine`.
 
-    If tensors do not match the module, nothing changes. Non-finite values are detected when they
-    are read; earlier parameters are already filled at that time.
+    If tensors do not match the module, nothing changes. Non-finite values raise an error only when
+    they are read, after earlier parameters have been filled.
 
     Args:
       module: Concrete module, or abstract module from `nnx.eval_shape`, which uses no memory.

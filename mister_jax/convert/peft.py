@@ -166,7 +166,9 @@ def save_adapter(
     configs = {path: layer.lora for path, layer in linear_layers(module) if layer.lora}
     shapes = {(lora.rank, lora.alpha, lora.dropout, lora.use_rslora) for lora in configs.values()}
     if len(shapes) != 1:
-        raise ValueError(f"LoRA shapes {shapes}; allowed: one (rank, alpha, dropout, use_rslora)")
+        raise ValueError(
+            f"LoRA of layers {shapes}; allowed: the same (rank, alpha, dropout, use_rslora)"
+        )
     ((rank, alpha, dropout, use_rslora),) = shapes
     modules = {
         path: [rules.module_name(name) for name in names]
@@ -231,7 +233,7 @@ def _read_options(path: pathlib.Path) -> dict[str, Any]:
 def _read_tensors(
     folder: pathlib.Path, table: KeyTable, rules: NameRules | None
 ) -> SplitCheckpoint:
-    """Opens an adapter's tensors; their names become a prefix and the names in the key table."""
+    """Opens an adapter's tensors and renames them to a prefix plus the names in the key table."""
     torch_file = folder / TORCH_WEIGHTS_FILE
     use_torch = torch_file.exists() and not (folder / WEIGHTS_FILE).exists()
     checkpoint = Checkpoint.open(torch_file if use_torch else folder / WEIGHTS_FILE)

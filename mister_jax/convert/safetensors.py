@@ -43,8 +43,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8  # A file starts with the header's length, little-endian.
 _MAX_HEADER_BYTES = 100_000_000
 _ALLOWED = (
-    "a folder with model.safetensors or model.safetensors.index.json, a .safetensors file, or "
-    f"with PyTorch installed a file with suffix {', '.join(TORCH_SUFFIXES)}"
+    "a folder with model.safetensors or model.safetensors.index.json, a .safetensors file, or, if "
+    f"PyTorch is installed, a file with suffix {', '.join(TORCH_SUFFIXES)}"
 )
 
 
@@ -86,7 +86,7 @@ class FileTensor:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """Tensors of a checkpoint by name, each read when it is sliced.
+    """Mapping from names to the tensors of a checkpoint, which are read when they are sliced.
 
     Args:
       path: File or folder, for error messages.
@@ -206,7 +206,7 @@ def _find_file(directory: pathlib.Path) -> pathlib.Path:
     if torch_files:
         raise InputError(
             f"{directory}: has weights only in PyTorch's format ({', '.join(torch_files)}); "
-            "where PyTorch is installed, convert them to safetensors with "
+            "on a machine with PyTorch, convert them to safetensors with "
             f"transformers.AutoModel.from_pretrained({str(directory)!r})"
             f".save_pretrained({str(directory)!r})"
         )
@@ -286,7 +286,7 @@ def _read_index(path: pathlib.Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
-        raise InputError(f"{path}: the index is damaged (no weight_map of tensors to files)")
+        raise InputError(f"{path}: the index is damaged (no weight_map from tensors to files)")
     files = sorted(set(weight_map.values()))
     # All shards must be in the same folder as the index.
     missing = [

@@ -83,7 +83,7 @@ def dot_product_attention(
             forms["cpu"] = attention_on_cpu
         if math.prod(query.shape[1:3]) * key.shape[1] > MAX_TPU_SCORES:
             forms["tpu"] = functools.partial(attention_on_tpu, is_causal=is_causal)
-    # `jax.default_backend()` would be wrong for a program that a CPU compiles for a TPU.
+    # `jax.default_backend()` would be wrong if a CPU host compiles the program for a TPU.
     return jax.lax.platform_dependent(*inputs, **forms, default=default)
 
 
@@ -100,9 +100,9 @@ def attention_on_cpu(
 ) -> jax.Array:
     """Computes `dot_product_attention` without dropout in the form that is fastest on CPUs.
 
-    XLA compiles matrix product, softmax and matrix product to one call of its CPU library. This
-    needs heads before positions, a float mask that is added to the scores, and a normalization
-    after the second product.
+    XLA can compile two matrix products with a softmax between them to one call of its CPU library.
+    For this, heads must come before positions, the mask must be added to the scores as a float, and
+    the weights must be normalized after the second product.
     """
     batch_size, num_queries, num_heads, head_dim = query.shape
     summand, bias = jnp.where(mask, 0.0, _MASKED), _product(factors)

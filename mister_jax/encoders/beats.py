@@ -126,7 +126,7 @@ class BeatsConfig:
 
     @property
     def patches_per_step(self) -> int:
-        """Number of patches per time step, which cover the same frames."""
+        """Number of patches per time step."""
         return self.num_mel_bins // self.patch_size
 
     def num_tokens(self, num_frames: Any) -> Any:

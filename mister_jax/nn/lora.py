@@ -157,10 +157,10 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
     unknown = [target for target, paths in matches.items() if not paths]
     if unknown:
         names = sorted({path.rpartition("/")[2] for path in layers})
-        allowed = f"allowed are {names}" if names else f"{type(module).__name__} has none"
+        allowed = f"allowed: {names}" if names else f"{type(module).__name__} has none"
         raise ValueError(
-            f"LoRA targets {unknown}: no such layers; {allowed} of mister_jax.nn.lora.LoRALinear, "
-            "the only type that add_lora adapts"
+            f"LoRA targets {unknown}: no such layers of type mister_jax.nn.lora.LoRALinear; "
+            f"{allowed}"
         )
     for path in sorted(set().union(*matches.values())):
         layer = layers[path]

@@ -42,9 +42,9 @@ def should_stop(stop_event: threading.Event) -> bool:
     A SIGTERM to one process stops all processes after the same step. All processes must call this
     function after every step.
     """
-    # JAX signals the stop at the number after the last one that it has seen, which is 1 before the
-    # first call. If a resumed run passed its step numbers, which do not start at 1, a SIGTERM
-    # before its first step would never stop it.
+    # After a SIGTERM, JAX stops at the number that follows the largest number it has seen so far,
+    # or at 1 if it has seen none. A resumed run's step numbers do not start at 1, so with these a
+    # SIGTERM before the first step would never stop the run.
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

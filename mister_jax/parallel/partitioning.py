@@ -44,11 +44,11 @@ class ParallelConfig:
 
     def __post_init__(self):
         if self.backend not in ("jit", "pmap"):
-            raise ValueError(f"ParallelConfig.backend={self.backend!r}: allowed are 'jit', 'pmap'")
+            raise ValueError(f"ParallelConfig.backend={self.backend!r}; allowed: 'jit', 'pmap'")
         if self.model_parallelism < 1 or (self.backend == "pmap" and self.model_parallelism > 1):
             raise ValueError(
-                f"ParallelConfig.model_parallelism={self.model_parallelism}: must be at least 1, "
-                "and 1 with backend='pmap'"
+                f"ParallelConfig.model_parallelism={self.model_parallelism}; allowed: at least 1, "
+                "and only 1 with backend='pmap'"
             )
 
 
@@ -117,7 +117,7 @@ class Partitioner(Protocol):
         """Returns a function that runs the step on all devices and donates the state's buffers."""
 
     def compile_eval(self, function: EvalFn) -> CompiledStep:
-        """Returns a function that evaluates a batch on all devices and leaves the state as is."""
+        """Returns a function that evaluates a batch on all devices without changing the state."""
 
 
 class JitPartitioner:
@@ -275,11 +275,11 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
     """
     if config.backend == "pmap":
         return PmapPartitioner()
-    # If a copy of the parameters spanned several processes, they would need the same rows.
+    # If several processes shared a copy of the parameters, they would have to load the same rows.
     if jax.local_device_count() % config.model_parallelism:
         raise InputError(
-            f"config.parallel.model_parallelism={config.model_parallelism}; allowed are divisors "
-            f"of the {jax.local_device_count()} devices of a process"
+            f"config.parallel.model_parallelism={config.model_parallelism}; allowed: divisors of "
+            f"{jax.local_device_count()}, the number of devices per process"
         )
     return JitPartitioner(data_mesh(config.model_parallelism), rules)
 

@@ -31,7 +31,7 @@ def dataclass_from_config(
     allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(other_fields))  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(allowed))
     if unknown:
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        raise InputError(f"{where}: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     try:
         return cls(**fields, **other_fields)
     except (TypeError, ValueError) as error:

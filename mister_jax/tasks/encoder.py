@@ -136,7 +136,7 @@ class EncoderTask:
         raise NotImplementedError
 
     def batched(self, utterances: Any, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances with a multiple of `num_shards` rows."""
         raise NotImplementedError
 
     def _check_backbone(self, backbone: Any) -> None:
@@ -235,7 +235,7 @@ class EncoderTask:
         labeled = utterances.labeled()
         if not len(labeled.label):
             raise InputError(
-                f"dataset {labeled.name}, split {name}: no utterance with a label can be read"
+                f"dataset {labeled.name}, split {name}: no labeled utterance can be read"
             )
         return self.batched(labeled, num_shards=num_shards, shuffle=shuffle)
 

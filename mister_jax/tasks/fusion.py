@@ -47,8 +47,7 @@ class LossConfig:
         if self.gamma < 0 or self.temperature <= 0 or self.sharpness < 0:
             raise ValueError(
                 f"gamma {self.gamma}, temperature {self.temperature}, sharpness "
-                f"{self.sharpness}; allowed are gamma and sharpness of 0 or more and a positive "
-                "temperature"
+                f"{self.sharpness}; allowed: gamma and sharpness of 0 or more, positive temperature"
             )
 
 
@@ -118,7 +117,7 @@ class FusionTask:
             )
         if config.train.get("accumulation", 1) != 1:
             raise InputError(
-                f"config.train.accumulation={config.train.accumulation}; allowed is 1, because the "
+                f"config.train.accumulation={config.train.accumulation}; allowed: 1, because the "
                 "contrastive loss compares all rows of a batch"
             )
 
@@ -208,7 +207,7 @@ class FusionTask:
         shuffle: bool = False,
         epochs: int = 1,
     ) -> FeatureSplit:
-        """Returns batches of dialogues; their numbers of rows are multiples of `num_shards`.
+        """Returns batches of dialogues with a multiple of `num_shards` rows.
 
         If the config does not set the number of length buckets, a bucket is added only if it saves
         more time in `epochs` epochs than its program takes to compile.

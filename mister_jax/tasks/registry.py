@@ -23,6 +23,6 @@ def task_class(config: ConfigDict) -> Any:
       InputError: The task's name is unknown.
     """
     if config.task not in TASKS:
-        raise InputError(f"config.task={config.task!r}; allowed are {', '.join(TASKS)}")
+        raise InputError(f"config.task={config.task!r}; allowed: {', '.join(TASKS)}")
     module, name = TASKS[config.task]
     return getattr(importlib.import_module(module), name)

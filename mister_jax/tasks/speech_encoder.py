@@ -71,7 +71,9 @@ class SpeechEncoderOptions(EncoderOptions):
             raise ValueError("tower=full trains the kernels and quantize freezes them; choose one")
         # SALMONN's LoRA is part of its checkpoint, and its Whisper is in a separate file.
         if self.files.is_salmonn and (self.full or self.tower == "lora"):
-            raise ValueError("full and tower=lora are not for SALMONN; allowed: tower=frozen, full")
+            raise ValueError(
+                "SALMONN does not support full=True or tower=lora; allowed: tower=frozen, full"
+            )
 
     def check_seconds(self, backbone: Any = None) -> None:
         """Raises InputError if a maximum clip length is invalid or too long for the backbone."""
@@ -193,7 +195,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._check_classes(clips)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances with a multiple of `num_shards` rows."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
         plan = self._plan(

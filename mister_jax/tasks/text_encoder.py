@@ -73,7 +73,7 @@ class TextEncoderTask(EncoderTask):
         return self._check_classes(utterances)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances; their numbers of rows are multiples of `num_shards`."""
+        """Returns batches of utterances with a multiple of `num_shards` rows."""
         plan = self._plan(utterances.sizes, num_shards, shuffle=shuffle)
         make_batches = functools.partial(token_batches, utterances, plan)
         return Split(utterances, plan, make_batches, self._seed, shuffle)

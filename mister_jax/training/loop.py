@@ -395,7 +395,7 @@ class _TrainingLoop:
         not_finite = [name for name, value in means.items() if not np.isfinite(value).all()]
         if not_finite:
             raise TrainingDivergedError(
-                f"{self.workdir}: {', '.join(not_finite)} not finite between steps "
+                f"{self.workdir}: non-finite {', '.join(not_finite)} between steps "
                 f"{step - len(read_metrics)} and {step}; the last good checkpoint is kept. Try a "
                 "smaller config.optimizer.learning_rate or clip_norm"
             )

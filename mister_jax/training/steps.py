@@ -62,7 +62,7 @@ class ModelTemplate:
         return tree if self.vectors is None else self.vectors.flatten(tree)
 
     def merge(self, params: Any, frozen: Any) -> Any:
-        """Returns the model with a state's "params" and "frozen"."""
+        """Builds the model from a state's "params" and "frozen"."""
         return nnx.merge(self.graph, self.to_tree(params), frozen)
 
 

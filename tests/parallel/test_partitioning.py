@@ -168,7 +168,7 @@ def test_a_mesh_needs_a_divisor_of_the_devices():
 
 
 def test_a_partitioner_needs_a_divisor_of_the_devices_per_process():
-    with pytest.raises(InputError, match="model_parallelism=3; allowed are divisors of the 8"):
+    with pytest.raises(InputError, match="model_parallelism=3; allowed: divisors of 8"):
         make_partitioner(ParallelConfig(model_parallelism=3))
 
 

@@ -224,7 +224,7 @@ def test_int8_kernels_train_almost_like_float_kernels(
         ({"encoder.options.full": False, "encoder.lora.rank": 0}, "rank=0"),
         (
             {"encoder.options.full": False, "encoder.lora.targets": ("wise",)},
-            r"LoRA targets \['wise'\]: no such layers; allowed are .*'query'",
+            r"LoRA targets \['wise'\]: no such layers .*; allowed: .*'query'",
         ),
         ({"head.pooling": "max"}, "'max'; allowed: statistics, mean, last"),
         ({"loss.gamma": -1.0}, "gamma=-1.0"),
