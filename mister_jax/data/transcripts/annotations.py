@@ -73,7 +73,7 @@ def _select(tiers: Sequence[_Tier], points: Sequence[str], selection: Selection)
     else:
         chosen = [tier for tier in tiers if tier.filled and tier not in label_tiers]
         if len(chosen) > 1:
-            raise InputError(f"has several tiers; choose one with tier=NAME; tiers: {listed}")
+            raise InputError(f"has several tiers; choose one with --tier=NAME; tiers: {listed}")
     if not any(tier.filled for tier in chosen):
         raise InputError(f"has no intervals with text in its tiers; tiers: {listed}")
     if len(label_tiers) not in (0, 1, len(chosen)):
@@ -123,8 +123,8 @@ def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator
         yield dataclasses.replace(segment, label=text if is_half else None)
 
 
-# Praat reads free-standing numbers, strings and flags; all else is comment. Therefore the long
-# and the short form are the same to it.
+# Praat reads free-standing numbers, strings and flags, and ignores everything else. Therefore one
+# reader fits the long and the short form.
 _PRAAT_TOKEN = re.compile(
     r'(?<!\S)(?:"((?:[^"]|"")*)"|(<\w+>)|([-+]?[\d.]+(?:[eE][-+]?\d+)?)|!.*)(?!\S)'
 )
@@ -263,7 +263,7 @@ def _referring_intervals(
 # Older files name the media too: %snd:"file"_100_200.
 _BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
 _UNINTELLIGIBLE = re.compile(r"(?<![^\s<])(?:xxx?|yyy?|www)(?!\w)")
-# Codes of CHAT and what is left of them, in the order of their removal.
+# Codes of CHAT and their replacements, in the order of the replacements.
 _CHAT_CODES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (

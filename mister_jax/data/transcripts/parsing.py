@@ -27,7 +27,7 @@ class Selection:
 
 
 class Notes:
-    """Counts the segments that are left out or changed, and words a note for each reason."""
+    """Collects the notes of a transcript and counts the segments that are left out."""
 
     def __init__(self) -> None:
         self._left_out: collections.Counter[str] = collections.Counter()

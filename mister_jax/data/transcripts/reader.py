@@ -12,7 +12,13 @@ from collections.abc import Sequence
 
 from mister_jax.data.audio_source import existing_path
 from mister_jax.data.transcripts.annotations import detect_annotations
-from mister_jax.data.transcripts.parsing import DetectedFormat, Notes, Selection, keep_speaker
+from mister_jax.data.transcripts.parsing import (
+    DetectedFormat,
+    Notes,
+    Selection,
+    keep_speaker,
+    one_line,
+)
 from mister_jax.data.transcripts.segments import Segment, Transcript, Word
 from mister_jax.data.transcripts.speech_json import detect_json
 from mister_jax.data.transcripts.subtitles import detect_subtitles
@@ -89,10 +95,9 @@ def read_transcript(
         transcript = detected.read(selection, notes)
         segments = keep_speaker(_checked(transcript.segments, notes), speaker)
         if not segments:
-            reasons = "; ".join(notes.messages())
-            raise InputError(f"is {transcript.format} without segments ({reasons or 'none'})")
+            raise InputError("; ".join((f"is {detected.name} without segments", *notes.messages())))
     except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+        raise InputError(f"{name}: {one_line(str(error))}") from None
     return dataclasses.replace(transcript, segments=tuple(segments), notes=notes.messages())
 
 

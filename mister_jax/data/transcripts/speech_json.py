@@ -23,14 +23,14 @@ from mister_jax.data.transcripts.segments import Segment, Transcript, Word
 from mister_jax.errors import InputError
 
 MAX_PAUSE = 1.0
-"""Seconds between two words of a speaker that begin a new segment, if a file has only words."""
+"""Pause in seconds that starts a new segment in a file that has only words."""
 
 Record = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """Keys of a segment or word of a format; the first key that a record has is used.
+    """Keys of the segments or words of a format. The first key that a record has is used.
 
     Attributes:
       scale: Seconds of a unit of time.

@@ -117,11 +117,12 @@ def _read_rttm(rows: list[list[str]], selection: Selection, notes: Notes) -> Tra
     turns, channels = _of_recording(turns, 1, selection.recording)
     segments = []
     for row, channel in zip(turns, channels, strict=True):
-        start = parse_seconds(row[3])
+        try:
+            start, duration = map(parse_seconds, row[3:5])
+        except ValueError:
+            raise InputError(f"the line {' '.join(row)!r} of this RTTM has no times") from None
         speaker = None if row[7] == "<NA>" else row[7]
-        segments.append(
-            Segment(start, start + parse_seconds(row[4]), speaker=speaker, channel=channel)
-        )
+        segments.append(Segment(start, start + duration, speaker=speaker, channel=channel))
     return Transcript("RTTM", tuple(segments), has_text=False)
 
 

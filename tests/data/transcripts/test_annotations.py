@@ -113,7 +113,7 @@ def test_several_tiers_need_a_choice(read):
     with pytest.raises(InputError) as raised:
         read("a.TextGrid", LONG)
     assert str(raised.value).endswith(
-        "a.TextGrid: has several tiers; choose one with tier=NAME; tiers: "
+        "a.TextGrid: has several tiers; choose one with --tier=NAME; tiers: "
         'anna "A" (1) (2), empty (0), '
         "emotion (2); tiers of points, which have no length: points"
     )

@@ -99,7 +99,7 @@ def test_real_files_are_read(expected):
 def test_tiers_and_recordings_must_be_chosen():
     folder = SHARED / "transcripts/textgrid"
     for name, tiers in (("bobby_words", r"word \(4\), phrase \(1\)"), ("mary", r"phone \(14\)")):
-        with pytest.raises(InputError, match=f"choose one with tier=NAME; tiers: {tiers}"):
+        with pytest.raises(InputError, match=f"choose one with --tier=NAME; tiers: {tiers}"):
             read_transcript(folder / f"{name}.TextGrid")
     with pytest.raises(InputError, match="choose one with recording=NAME: tst00, tst01"):
         read_transcript(SHARED / "conversation/ami_debug.test.rttm")

@@ -82,6 +82,10 @@ def test_a_recording_is_selected(read, content):
 def test_rttm_without_turns_is_an_error(read):
     with pytest.raises(InputError, match="no SPEAKER lines"):
         read("a", RTTM.splitlines()[0])
+    with pytest.raises(
+        InputError, match=r"the line 'SPEAKER call 1 x 1\.00 .*' of this RTTM has no"
+    ):
+        read("a", RTTM.replace("0.50", "x"))
 
 
 ROWS = [

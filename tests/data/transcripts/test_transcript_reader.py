@@ -26,7 +26,10 @@ SRT = "1\n00:00:01,000 --> 00:00:02,000\nHi\n"
         (b"{0}{25}Hi", "text that begins '{0}"),
         (b"[1, 2]", "is JSON with a list, which"),
         (b"WEBVTT\n", "is WebVTT without segments"),
-        (SRT.replace("02,", "00,").encode(), r"without segments \(left out 1 segment: end not"),
+        (
+            SRT.replace("02,", "00,").encode(),
+            "is SRT without segments; left out 1 segment: end not",
+        ),
     ],
 )
 def test_other_files_are_errors_in_one_line(read, content, message):
