@@ -113,7 +113,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """Returns a table of the points of a `missing_modality_study`."""
+    """Returns a table of points from `missing_modality_study`."""
     table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
     for point in points:
         score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"

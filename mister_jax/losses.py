@@ -339,7 +339,7 @@ def _gate_responsibility(
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the losses that `mister_e` adds; the defaults match the released code.
+    """Weights of the losses in `mister_e`; the defaults match the released code.
 
     Attributes:
       mixture: Weight of the focal loss of the mixture.

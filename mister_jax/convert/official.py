@@ -143,7 +143,7 @@ def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Returns the largest index that matches the pattern plus 1; 1 without a match."""
+    """Returns 1 plus the largest index that matches the pattern, or 1 without a match."""
     return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
 
 

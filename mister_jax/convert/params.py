@@ -69,7 +69,7 @@ def load_params(
 
     Raises:
       InputError: Tensors are missing, unexpected, mismatched or not finite. The one-line message
-        has their number and the first names.
+        contains their number and the first names.
       ValueError: The table does not match the module.
     """
     state, sources, params = _match_params(module, table, prefix, skip)

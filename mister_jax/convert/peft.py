@@ -117,7 +117,7 @@ def load_adapter(
 ) -> AnyModule:
     """Fills a module's low-rank paths from an adapter, and returns the module.
 
-    The module must have the LoRA config from `read_lora_config`, which takes the same arguments.
+    The module must have the LoRA config that `read_lora_config` returns for the same arguments.
     Tensors of a head, or of parts that the module does not have, are ignored and logged.
 
     Raises:

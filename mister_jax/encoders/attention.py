@@ -18,7 +18,7 @@ MAX_CPU_SCORES = 2**22
 MAX_TPU_SCORES = 2**22
 """Maximum number of scores per example (16 MiB) for which a TPU computes all heads at once."""
 
-# Less than half of the maximum, so that adding a bias cannot give infinity.
+# Less than half of float32's maximum, so that the sum of two such values is finite.
 _MASKED = -0.4 * float(jnp.finfo(jnp.float32).max)
 
 Bias = jax.Array | tuple[jax.Array, ...] | None

@@ -147,7 +147,7 @@ def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
       config: Model config.
 
     Returns:
-      Filter bank, [B, F, num_mel_bins] float32. Each frame depends only on its own 400 samples.
+      Filter bank, [B, F, num_mel_bins] float32. Each frame depends only on its 400 samples.
     """
     fbank = frontends.kaldi_fbank(waveform * 2.0**15, num_mel_bins=config.num_mel_bins)
     return (fbank - FBANK_MEAN) / (2 * FBANK_STD)

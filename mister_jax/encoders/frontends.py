@@ -125,8 +125,8 @@ def log_mel(
 ) -> jax.Array:
     """Computes Whisper's log-mel spectrogram (arXiv 2212.04356) of clips padded with silence.
 
-    The log10 of the mel power is clipped from below at the clip's maximum - 8, and x is then
-    scaled to (x + 4) / 4.
+    The log10 of the mel power, x, is clipped from below at the clip's maximum - 8 and scaled to
+    (x + 4) / 4.
 
     Args:
       waveform: Waveforms, [B, S].

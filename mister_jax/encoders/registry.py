@@ -257,8 +257,8 @@ def _warn_of_other_base_model(
 ) -> None:
     """Warns if the name of an adapter's base model does not match the encoder.
 
-    To recognize copies of the same model, the last part of the name may match any part of the
-    encoder's path, of the name stored in its config, or a model name in the Hub's cache.
+    Only the last part of the name is compared, with all parts of the encoder's path and of the name
+    in its config. This recognizes copies of a model, and folders in the Hub's cache.
     """
     base_model = read_base_model(adapter)
     name = _alphanumeric(pathlib.PurePath(base_model or "").name)

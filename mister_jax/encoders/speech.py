@@ -78,8 +78,8 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
       prompt: Prompt of a speech LLM; by default, the prompt for its architecture.
 
     Returns:
-      JSON values: the content of config.json or, for SALMONN, the configs of its parts, and for a
-      speech LLM the prompt's tokens.
+      JSON values: the content of config.json or, for SALMONN, the configs of its parts; for speech
+      LLMs, also the prompt's tokens.
 
     Raises:
       InputError: A file cannot be read, the encoder is a text encoder, or a prompt is given for an

@@ -225,7 +225,7 @@ class AttentionBlock(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Attends from x [B, T, F] to key [B, S, F] where key_mask [B, S]; returns [B, T, F]."""
+        """Transforms x, [B, T, F], by attention to keys, [B, S, F], in the mask, [B, S]."""
         attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
         return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
 

@@ -135,9 +135,9 @@ class LoRALinear(nnx.Module):
 def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyModule:
     """Adds a low-rank path to the target layers.
 
-    The first matrix is uniform within 1 / sqrt(in) of 0. The second matrix is zero, so the outputs
-    do not change. Existing low-rank paths of the target layers are replaced. The module may come
-    from `nnx.eval_shape`.
+    The first matrix is uniform in [-1 / sqrt(in), 1 / sqrt(in)]. The second matrix is zero, so the
+    outputs do not change. Existing low-rank paths of the target layers are replaced. The module may
+    come from `nnx.eval_shape`.
 
     Args:
       module: Module with `LoRALinear` layers; changed in place.

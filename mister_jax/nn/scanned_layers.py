@@ -113,7 +113,8 @@ class ScannedLayers(nnx.Module):
         def run_layer(x: jax.Array, scanned: Any) -> tuple[jax.Array, jax.Array | None]:
             layer_params, index = scanned
             layer = nnx.merge(graph, constrain_params(layer_params))
-            options = {"deterministic": deterministic, "rngs": _layer_rngs(key, index)}
+            layer_rngs = None if key is None else rngs_from_key(fold_in(key, index))
+            options = {"deterministic": deterministic, "rngs": layer_rngs}
             x = constrain_activations(layer(constrain_activations(x), *inputs, **options))
             return x, x if output_hidden_states else None
 
@@ -121,7 +122,3 @@ class ScannedLayers(nnx.Module):
             policy = _REMAT_POLICIES[self.remat]
             run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
         return jax.lax.scan(run_layer, x, (params, jnp.arange(self.num_layers)))
-
-
-def _layer_rngs(key: jax.Array | None, index: jax.Array) -> KeySource | None:
-    return None if key is None else rngs_from_key(fold_in(key, index))

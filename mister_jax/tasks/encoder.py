@@ -140,7 +140,7 @@ class EncoderTask:
         raise NotImplementedError
 
     def _check_backbone(self, backbone: Any) -> None:
-        """Raises ValueError if the options do not fit the backbone."""
+        """Raises ValueError if the options do not match the backbone."""
 
     def _train_utterances(self, split: str) -> Any:
         """Loads the utterances of a split for training."""
@@ -165,7 +165,7 @@ class EncoderTask:
 
     def description(self) -> dict[str, Any]:
         """Returns the JSON values that `restore` needs in addition to the config."""
-        # As text, because a ConfigDict may change the type of a number in the config.json.
+        # A string keeps the backbone's config.json on one line of model.json.
         backbone_config = json.dumps(self._backbone_config)
         return {"class_names": list(self.class_names), "backbone": backbone_config}
 
@@ -201,7 +201,7 @@ class EncoderTask:
         )
 
     def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
-        """Loads the pretrained backbone; `seed` initializes parameters that no checkpoint has."""
+        """Loads the pretrained backbone; `seed` initializes parameters not in the checkpoint."""
         return registry.load_module(
             self.folder,
             hf_config=self._backbone_config,

@@ -426,7 +426,7 @@ class _TrainingLoop:
         improved = progress.complete_epoch(scores, self.options)
         if improved.any():
             self._save_best(state, step, improved, {"epoch": progress.epoch, **values})
-        self._save_latest(state, progress, step)
+        if progress.finished: self._save_latest(state, progress, step)
         if not reporter.console.is_terminal or progress.finished:
             reporter.print(
                 f"epoch {progress.epoch}/{self.options.epochs}: validation weighted F1 "
@@ -437,7 +437,7 @@ class _TrainingLoop:
     def _save_best(
         self, state: Any, step: int, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves the parameters and scores of improved seeds; other seeds keep the saved ones."""
+        """Saves the parameters and scores of improved seeds; other seeds keep their saved ones."""
         single_copy = self._saved_part(state)
         params = self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
