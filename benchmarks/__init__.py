@@ -1,5 +1,5 @@
-"""Performance measurements of MiSTER-E, its encoders and the preparation of a corpus.
+"""Benchmarks for MiSTER-E, its encoders and the preparation of corpora.
 
-They need a checkout of the project but no dataset: inputs are random. `mister-jax benchmark` runs
-`benchmarks.cli`.
+`mister-jax benchmark` runs `benchmarks.cli` in a checkout of the project. Only `--training` needs a
+dataset; other inputs are random.
 """

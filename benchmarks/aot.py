@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation for TPUs that this machine does not have, and predictions from it.
+"""Compiles programs ahead of time for TPUs that this machine lacks, and predicts their performance.
 
-It needs libtpu, and a process in which JAX runs on the CPU. Nothing is allocated or run, so all
-results are predictions. Over several topologies the rows of a batch grow with the number of chips
-(weak scaling).
+This needs libtpu, and a process in which JAX runs on the CPU. Programs are not run, so all results
+are predictions. The number of rows in a batch is proportional to the number of chips (weak
+scaling).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mister_jax.parallel.sharding import shardings
 
 Log = Callable[[str], None]
 
-# libtpu reads these at start-up. Without the first three it looks for TPUs of this machine, without
-# the last only one process may use it at a time.
+# libtpu reads these variables at start-up. Without the first three, it searches this machine for
+# TPUs. Without the last, only one process can use it at a time.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -37,13 +37,21 @@ _LIBTPU_ENVIRONMENT = {
 
 
 class Chip(NamedTuple):
-    """Peak performance of one chip."""
+    """Peak performance of one chip.
 
-    flops: float  # bfloat16 operations per second
-    memory: float  # bytes
-    bandwidth: float  # bytes per second between chip and memory
-    interconnect: float  # bytes per second received in a collective; a ring uses two TPU links
-    cycles: float | None = None  # of a TensorCore per second; None where XLA estimates none
+    Attributes:
+      flops: bfloat16 operations per second.
+      memory: Memory in bytes.
+      bandwidth: Bytes per second between chip and memory.
+      interconnect: Bytes per second received in a collective. A ring uses two TPU links.
+      cycles: TensorCore cycles per second; None if XLA does not estimate cycles for this chip.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+    cycles: float | None = None
 
 
 def _cycles(flops: float, matrix_units: int) -> float:
@@ -51,9 +59,9 @@ def _cycles(flops: float, matrix_units: int) -> float:
 
 
 # Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets for A100, H100
-# and H200 (SXM), without sparsity. The rate of one TPU link is a chip's documented bidirectional
-# bandwidth divided by its number of ports (4 in a 2D torus, 6 in a 3D torus), one way; NVLink is
-# one way, too.
+# and H200 (SXM), without sparsity. All interconnect rates are for one direction. A TPU link's rate is
+# the chip's documented bidirectional bandwidth divided by its number of ports (4 in a 2D torus, 6 in
+# a 3D torus).
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 2 * 50e9, _cycles(275e12, 8)),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 2 * 50e9, _cycles(197e12, 4)),  # v5e
@@ -64,11 +72,13 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
-"""Chips by the device kind that JAX reports."""
+"""Chips by JAX's name for the device kind."""
 
 
 def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
-    """Returns the abstract devices of topologies such as "v5e:2x2,4x4", two with the same chips.
+    """Returns the abstract devices of topologies, for example of "v5e:2x2,4x4".
+
+    A topology without a chip name, such as "4x4", has the chip of the previous topology.
 
     Raises:
       InputError: libtpu is missing, or a topology is unknown.
@@ -92,7 +102,7 @@ def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
 
 
 def abstract_state(initialize: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Returns the template and the shapes of the state that `initialize` would create."""
+    """Returns the template and the abstract state that `initialize` would create."""
     template: Any = None
 
     def initial_state() -> Any:
@@ -105,7 +115,7 @@ def abstract_state(initialize: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]
 
 
 def shard_shapes(partitioner: JitPartitioner, state: Any, batch: Any) -> tuple[Any, Any]:
-    """Adds the partitioner's shardings to the shapes of a state and a global batch."""
+    """Adds the partitioner's shardings to an abstract state and an abstract global batch."""
 
     def with_sharding(value: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
@@ -122,13 +132,13 @@ def compile_ahead(
 ) -> Row:
     """Compiles a step for abstract devices and predicts memory and time per device.
 
-    State and batch are shapes. `model_flops` are those of the model on the batch, without
-    recomputation.
+    `state` and `batch` are abstract arrays. `model_flops` is the model's FLOPs for the batch,
+    without recomputation.
 
     Returns:
-      Memory and work per device, and predicted times if the chip is one of `CHIPS`. "fits" is None
-      for any other chip. If XLA rejects the program because it needs too much memory, the row only
-      has "fits", which is False, and the reason.
+      A row with memory and work per device, and predicted times if the chip is in `CHIPS`. For
+      other chips, "fits" is None. If XLA rejects the program because it needs too much memory,
+      "fits" is False, and "reason" replaces all results.
 
     Raises:
       InputError: Compilation fails for a reason other than memory.
@@ -143,7 +153,7 @@ def compile_ahead(
     traced = step.function.trace(*shard_shapes(partitioner, state, batch))
     try:
         with warnings.catch_warnings():
-            # JAX's cache stores a program for abstract devices, but cannot load it.
+            # JAX's cache stores programs for abstract devices, but cannot load them.
             warnings.filterwarnings("ignore", "Error .* persistent compilation cache", UserWarning)
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -174,8 +184,8 @@ def compile_ahead(
 def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
     """Predicts the run time of a program from its arithmetic, memory and interconnect times.
 
-    The program takes at least as long as the slowest of these. XLA's estimate in cycles also
-    includes stalls within the core; it is not available for some chips.
+    The program takes at least as long as the slowest of these. XLA's estimate in cycles, which is
+    missing for some chips, also includes stalls within the core.
     """
     schedule = analyze_schedule(compiled.as_text())
     received = schedule.blocking_bytes + schedule.overlapped_bytes
@@ -202,7 +212,7 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 
 
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
-    """Adds to each row the predicted time of the first row divided by that of the row, if known.
+    """Adds the predicted time of the first row divided by the row's time to each row, if known.
 
     The rows are results of `compile_ahead` for one program with equal work per device.
     """

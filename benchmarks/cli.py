@@ -1,4 +1,4 @@
-"""Measures speed and memory, on random data except for `--training`.
+"""Measures speed and memory, with random data except for `--training`.
 
 MiSTER-E on dialogues:
 
@@ -16,7 +16,7 @@ Extraction with an encoder's weights, and the preparation of recordings:
     mister-jax benchmark --encoder=FOLDER --throughput --torch --onnx
     mister-jax benchmark --prepare=5000
 
-A whole training of the default recipe, from the start of the command to the score on test:
+A complete training run with the default recipe, from the start of the command to the test score:
 
     mister-jax benchmark --training=DATASET --torch
 """
@@ -64,11 +64,11 @@ _AOT = flags.DEFINE_string("aot", None, "TPU topologies to compile for, such as 
 _ENCODER = flags.DEFINE_string(
     "encoder",
     None,
-    f"encoder to measure: {', '.join(encoders.ENCODERS)}; with --throughput a folder or a name on "
+    f"encoder to measure: {', '.join(encoders.ENCODERS)}; with --throughput, a folder or a name on "
     "the Hugging Face Hub",
 )
 _SEQUENCE = flags.DEFINE_integer("sequence", 128, "tokens per text for --encoder")
-_ROWS = flags.DEFINE_integer("rows", 0, "utterances per device for --encoder; 0 for its default")
+_ROWS = flags.DEFINE_integer("rows", 0, "utterances per device for --encoder; 0 is its default")
 _REMAT = flags.DEFINE_enum(
     "remat", "full", get_args(Remat), "activations that --encoder recomputes, see nn.ScannedLayers"
 )
@@ -78,10 +78,14 @@ _MODEL_PARALLELISM = flags.DEFINE_integer(
 _RANDOM = flags.DEFINE_bool("random", False, "run --encoder with random parameters")
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "measure extraction with --encoder")
 _TEXTS = flags.DEFINE_string(
-    "texts", None, "file for --throughput with a text per line; random texts by default"
+    "texts", None, "file for --throughput with one text per line; random texts by default"
 )
-_PREPARE = flags.DEFINE_integer("prepare", None, "utterances of a corpus to prepare")
-_TRAINING = flags.DEFINE_string("training", None, "dataset of features for a whole training")
+_PREPARE = flags.DEFINE_integer(
+    "prepare", None, "measure the preparation of a corpus with this number of utterances"
+)
+_TRAINING = flags.DEFINE_string(
+    "training", None, "measure a complete training run on this feature dataset"
+)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "directory of the dataset of --training; by default TFDS's"
 )
@@ -91,8 +95,8 @@ _ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
 def main() -> int:
-    """Runs the measurement that the flags select; returns 1 if a program does not fit a TPU."""
-    # Compile times are measured.
+    """Runs the selected benchmark. Returns 1 if a program does not fit into a TPU's memory."""
+    # Compile times are measured, so no program may come from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     fields: dict[str, Any] = {flag.name: flag.value for flag in _CONFIG_FLAGS}
     config = BenchmarkConfig(**fields)
@@ -101,7 +105,7 @@ def main() -> int:
     if config.devices > 1:
         jax.config.update("jax_num_cpu_devices", config.devices)
     if _TORCH.value:
-        # JAX and PyTorch share the memory of an accelerator.
+        # JAX must not reserve memory of the accelerator that PyTorch needs.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections = _measure(config)
     settings = {} if _ENCODER.value or _PREPARE.value or _TRAINING.value else fields
@@ -116,7 +120,7 @@ def main() -> int:
 
 
 def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
-    """Returns the rows of the selected measurement by title."""
+    """Runs the selected benchmark and returns its rows by title."""
     log = Console(stderr=True, highlight=False).print
     if _ONNX.value and not _THROUGHPUT.value:
         raise InputError("--onnx needs --encoder=FOLDER --throughput")
@@ -172,25 +176,25 @@ def measure_fusion(
     topologies: str | None = None,
     log: fusion.aot.Log = lambda line: None,
 ) -> dict[str, list[Row]]:
-    """Measures MiSTER-E, by default inference and a training step; returns rows by title.
+    """Measures MiSTER-E, by default inference and a training step, and returns rows by title.
 
     Args:
       config: Model, batch and devices.
-      lengths: One of `LENGTHS`, to measure an epoch.
+      lengths: Key of `LENGTHS`, to measure an epoch.
       parts_alone: Whether to measure the parts of a training step.
-      compare: Whether to measure PyTorch as well.
-      topologies: TPU topologies to compile for, see `aot.tpu_topologies`; excludes the rest.
-      log: Receives a line before each long step.
+      compare: Whether to also measure PyTorch.
+      topologies: TPU topologies to compile for, see `aot.tpu_topologies`. Excludes other options.
+      log: Function called with a message before each long step.
 
     Raises:
-      InputError: The options exclude each other, or need what this machine does not have.
+      InputError: The options exclude each other, or this machine lacks devices or packages.
     """
     if topologies and (lengths or parts_alone or compare):
         raise InputError(f"--aot={topologies} excludes --lengths, --parts and --torch")
     if topologies:
         rows = fusion.compile_for_tpus(config, topologies, log)
         return {f"training step, {PREDICTED}": rows}
-    select_devices(config)  # Too few devices should be an error at once.
+    select_devices(config)  # Raises an error at once if there are too few devices.
     peak = matmul_peak(config)
     sections: dict[str, list[Row]] = {}
     if lengths:

@@ -1,4 +1,4 @@
-"""Configuration of the measurements of MiSTER-E."""
+"""Configures the benchmarks of MiSTER-E."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRESETS: dict[str, Callable[..., MisterEConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Model, batch and devices of a measurement; see the flags of `benchmarks.cli`."""
+    """Model, batch and devices of a benchmark. `benchmarks.cli` describes the flags."""
 
     preset: str = "paper"
     speech_dim: int = 2048

@@ -1,4 +1,4 @@
-"""Random dialogues with realistic lengths."""
+"""Creates random dialogues with realistic lengths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Batch = dict[str, np.ndarray]
 
 
 def iemocap_like_lengths() -> np.ndarray:
-    """Returns lengths [120] like those of IEMOCAP's training dialogues: mean 49, maximum 110.
+    """Returns lengths [120] that resemble IEMOCAP's training dialogues: mean 49, maximum 110.
 
-    They are quantiles of a normal distribution, except for the longest, in a fixed random order.
-    With a standard deviation of 16, padding takes about 31 % of a batch of 8, as in the corpus.
+    The lengths are quantiles of a normal distribution in a fixed random order. The longest is set
+    to the maximum. With a standard deviation of 16, about 31% of a batch of 8 is padding, as in the
+    corpus.
     """
     count, shortest, longest = 120, 8, 110
     normal = statistics.NormalDist(49, 16)
@@ -31,18 +32,18 @@ LENGTHS: dict[str, Callable[[], np.ndarray]] = {"iemocap": iemocap_like_lengths}
 
 
 def released_epoch(lengths: np.ndarray, batch_size: int) -> list[PlannedBatch]:
-    """Plans an epoch like the released code: random order, padded to the longest of each batch."""
+    """Plans an epoch as the released code does, in random order, with padding to the longest."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [PlannedBatch(rows, int(lengths[rows].max())) for rows in batches]
 
 
 def make_batch(config: MisterEConfig, lengths: np.ndarray, num_utterances: int) -> Batch:
-    """Creates a batch like those of `data.batches`, with random vectors and labels.
+    """Creates a batch with the fields of `data.batches`, and random vectors and labels.
 
     Args:
       config: Config of the model.
-      lengths: Utterances of each dialogue, [B] int; 0 for an empty row.
+      lengths: Number of utterances in each dialogue, [B] int; 0 for an empty row.
       num_utterances: Padded length T.
     """
     random = np.random.default_rng(0)

@@ -1,8 +1,7 @@
-"""The large utterance encoders at full size, with random parameters or abstract shapes.
+"""Benchmarks large utterance encoders at full size, with random or abstract parameters.
 
-Stage 1 runs two programs: a step of LoRA fine-tuning, and the extraction of features for stage 2.
-`compile_for_tpus` compiles them for TPUs, `measure_encoder` times them on the devices of this
-machine.
+Stage 1 has two programs: a LoRA fine-tuning step, and the extraction of features for stage 2.
+`compile_for_tpus` compiles them for TPUs, and `measure_encoder` times them on this machine.
 """
 
 from __future__ import annotations
@@ -49,18 +48,24 @@ _OPTIMIZER = make_optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), to
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """LoRA fine-tuning of an encoder, as `make_train_step` needs it."""
+    """LoRA fine-tuning of an encoder, a task for `make_train_step`.
+
+    Attributes:
+      config: Config of the encoder.
+      default_rows: Number of rows per device that uses an accelerator well.
+      init: Function of a key that creates the model.
+      apply: Function that runs the model on a batch.
+      inputs: Function of the number of rows that returns random inputs without padding.
+    """
 
     config: Any
     default_rows: int
-    """Rows per device that use an accelerator well."""
     init: Callable[[jax.Array], nnx.Module]
     apply: Callable[..., UtteranceOutput]
     inputs: Callable[[int], Batch]
-    """Returns random inputs without padding, given the number of rows."""
 
     def batch(self, num_rows: int) -> Batch:
-        """Returns a batch of random inputs and labels."""
+        """Returns a batch of random inputs with labels."""
         return {
             **self.inputs(num_rows),
             "label": np.arange(num_rows, dtype=np.int32) % _NUM_CLASSES,
@@ -80,7 +85,7 @@ class Tuning:
 
 
 def text_tuning(config: DecoderConfig, length: int) -> Tuning:
-    """Returns the fine-tuning of a decoder on texts of `length` tokens."""
+    """Makes the fine-tuning of a decoder on texts with `length` tokens."""
 
     def init(key: jax.Array) -> TextUtterance:
         rngs = nnx.Rngs(key)
@@ -99,7 +104,7 @@ def text_tuning(config: DecoderConfig, length: int) -> Tuning:
 
 
 def speech_tuning(model_class: Callable[..., nnx.Module], config: Any) -> Tuning:
-    """Returns the fine-tuning of a speech LLM on clips of 30 s in a prompt of 16 tokens."""
+    """Makes the fine-tuning of a speech LLM on 30 s clips in a prompt of 16 tokens."""
     num_samples = 30 * SAMPLE_RATE
 
     def init(key: jax.Array) -> SpeechUtterance:
@@ -135,13 +140,13 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
     ),
     "salmonn_7b": lambda _, **options: speech_tuning(Salmonn, SalmonnConfig.salmonn_7b(**options)),
 }
-"""Encoder name -> function of the tokens per text, and of options of the language model."""
+"""Maps encoders to functions of the tokens per text and options of the language model."""
 
 
 def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
-    """Creates the tuning of one of `ENCODERS` in bfloat16, with `length` tokens per text.
+    """Makes the fine-tuning of an encoder in `ENCODERS`, in bfloat16 and with `length` tokens.
 
-    The options are fields of the language model's config.
+    `options` are fields of the language model's config.
 
     Raises:
       InputError: The encoder is unknown, or the length is not positive.
@@ -154,7 +159,7 @@ def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
 
 
 def step_functions(tuning: Tuning, template: ModelTemplate) -> tuple[Step, EvalFn]:
-    """Returns the fine-tuning step and extraction, functions of state, batch and axis name."""
+    """Returns the fine-tuning step and extraction, both functions of state, batch and axis name."""
 
     def extract(state: Any, batch: Any, axis_name: str | None) -> jax.Array:
         model = template.merge(state["params"], state["frozen"])
@@ -164,7 +169,7 @@ def step_functions(tuning: Tuning, template: ModelTemplate) -> tuple[Step, EvalF
 
 
 def initialize(tuning: Tuning) -> tuple[Any, Any]:
-    """Returns the template and initial training state."""
+    """Returns the model's template and the initial training state."""
     trainable = nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, nnx.PathContains("head")))
     return initial_state(tuning, _OPTIMIZER, seed=0, trainable=trainable)
 
@@ -183,7 +188,7 @@ def model_flops(encoder: str, length: int) -> dict[str, float]:
 
 
 def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
-    """Returns the shapes of a batch."""
+    """Returns an abstract batch."""
     return {
         name: jax.ShapeDtypeStruct((num_rows, *value.shape[1:]), value.dtype)
         for name, value in tuning.batch(1).items()
@@ -193,7 +198,7 @@ def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
 def compile_programs(
     tuning: Tuning, partitioner: JitPartitioner
 ) -> dict[str, tuple[CompiledStep, Any]]:
-    """Returns both programs by name, each with the shapes of the state that it takes."""
+    """Returns both programs by name, each with its abstract input state."""
     template, state = aot.abstract_state(lambda: initialize(tuning))
     step, extract = step_functions(tuning, template)
     return {
@@ -207,7 +212,9 @@ def _model_state(state: Any) -> Any:
 
 
 def make_partitioner(devices: Sequence[jax.Device], model_parallelism: int) -> JitPartitioner:
-    """Creates the partitioner of an encoder; a group of devices shares the work on its rows.
+    """Makes the partitioner of an encoder.
+
+    `model_parallelism` is the number of devices that share the work on their rows.
 
     Raises:
       InputError: `model_parallelism` does not divide the number of devices.
@@ -238,20 +245,21 @@ def compile_for_tpus(
 ) -> dict[str, list[Row]]:
     """Compiles both programs for TPUs.
 
-    Each chip stores a part of every kernel, which is gathered for each layer (FSDP). With model
-    parallelism, several chips compute a layer with a part of its kernels and exchange activations.
+    Each chip stores a part of every kernel, and layers gather their kernels (FSDP). With model
+    parallelism, each chip in a group uses a part of a layer's kernels, and the chips exchange
+    activations.
 
     Args:
-      encoder: One of `ENCODERS`.
+      encoder: Key of `ENCODERS`.
       names: Topologies, see `aot.tpu_topologies`.
       length: Tokens per text.
-      rows: Rows per device; 0 for the default of the encoder.
+      rows: Rows per device; 0 for the encoder's default.
       remat: Rematerialization in the language model, see `mister_jax.nn.ScannedLayers`.
       model_parallelism: Number of chips that share the work on their rows.
-      log: Receives a line before each compilation.
+      log: Function called with a message before each compilation.
 
     Returns:
-      For each program, a row per topology; see `aot.compile_ahead`.
+      Rows by program, with one row per topology, see `aot.compile_ahead`.
 
     Raises:
       InputError: The encoder or a topology is unknown, the devices cannot share the rows, or a
@@ -287,7 +295,7 @@ def compile_for_tpus(
 def measure_encoder(
     encoder: str, *, length: int = 128, rows: int = 0, remat: Remat = "full", steps: int = 3
 ) -> list[Row]:
-    """Times both programs with random parameters on this machine; see `compile_for_tpus`.
+    """Times both programs with random parameters on this machine, see `compile_for_tpus`.
 
     Raises:
       InputError: The encoder is unknown, or the devices run out of memory.
@@ -302,7 +310,7 @@ def measure_encoder(
     state_shardings = shardings(state_shapes, partitioner.mesh, partitioner.rules)
     with explain_oom(encoder, f"batches of {num_rows} rows", "a smaller --rows"):
         batch = partitioner.put_batch(tuning.batch(num_rows))
-        # Under jit each device creates its own part; no device needs to hold the whole state.
+        # Under jit, each device creates only its part of the state.
         state = jax.jit(lambda: initialize(tuning)[1], out_shardings=state_shardings)()
 
         def tuning_step() -> Any:

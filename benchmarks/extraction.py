@@ -1,9 +1,9 @@
-"""Extraction of features, compared with the same encoder in transformers on PyTorch.
+"""Benchmarks feature extraction against the same encoder in PyTorch and ONNX Runtime.
 
-All map texts or clips to the mean of the last hidden states. PyTorch reads one utterance at a time,
-like the released MiSTER-E, and also batches of utterances sorted by length. So does ONNX Runtime,
-with a text encoder that PyTorch exports. Whisper of this library runs trimmed to the clips, and
-padded to 30 s like PyTorch's.
+All libraries compute the mean of the last hidden states. PyTorch (with transformers) and ONNX
+Runtime (with a text encoder that PyTorch exports) encode one utterance at a time, as the released
+MiSTER-E does, and batches of utterances sorted by length. This library runs Whisper both trimmed to
+the clips' lengths and padded to 30 s, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mister_jax.data import SAMPLE_RATE
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.errors import InputError
 
-# Words per utterance in MELD (13,708 utterances): quantiles.
+# Quantiles of the number of words per utterance in MELD (13,708 utterances).
 _QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 _WORDS_PER_TEXT = (1, 1, 3, 6, 11, 17, 20, 26, 69)
 _VOCABULARY = """
@@ -32,33 +32,32 @@ want like go come get see tell look good right just really never thing time guy 
 and but or because with about from this that my your the a
 """
 _CLIP_SECONDS = (1.0, 5.0)
-_FRAME = 320  # Samples per position of Whisper's encoder.
+_FRAME = 320  # samples per position of Whisper's encoder
 
-# For each modality: the number of utterances; the batch sizes that the other libraries are measured
-# with, and the number of batches for each; and the unit of throughput besides utterances, with its
-# size in tokens or seconds.
-_COUNT = {"text": 2000, "speech": 64}
+_COUNT = {"text": 2000, "speech": 64}  # utterances
+# Batch sizes for the other libraries, and number of batches per size.
 _BATCH_SIZES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
 _NUM_BATCHES = {"text": 200, "speech": 8}
+# Additional unit of throughput, and its size in tokens or seconds.
 _UNITS = {"text": ("tokens", 1), "speech": ("audio_hours", 3600)}
 
 
 def meld_like_texts(count: int) -> list[str]:
-    """Returns texts of random words with lengths like those of MELD's utterances."""
+    """Returns texts of random words whose lengths are distributed as in MELD."""
     random, vocabulary = np.random.default_rng(0), _VOCABULARY.split()
     lengths = np.interp(random.random(count), _QUANTILES, _WORDS_PER_TEXT).round().astype(int)
     return [f"{' '.join(random.choice(vocabulary, length))}." for length in lengths]
 
 
 def noise_clips(count: int) -> list[np.ndarray]:
-    """Returns clips [S] int16 of noise, 1 to 5 seconds each."""
+    """Returns clips [S] int16 with 1 to 5 seconds of noise."""
     random = np.random.default_rng(0)
     lengths = (random.uniform(*_CLIP_SECONDS, count) * SAMPLE_RATE).astype(int)
     return [random.normal(0, 2**12, length).astype(np.int16) for length in lengths]
 
 
 def read_texts(path: str | pathlib.Path) -> list[str]:
-    """Returns the lines of a file that are not empty.
+    """Returns the nonempty lines of a file.
 
     Raises:
       InputError: The file cannot be read, or has no text.
@@ -74,7 +73,7 @@ def read_texts(path: str | pathlib.Path) -> list[str]:
 
 
 class _TorchEncoder:
-    """An encoder of transformers on PyTorch."""
+    """An encoder from transformers, in PyTorch."""
 
     def __init__(self, folder: pathlib.Path, dtype: str):
         require_torch()
@@ -95,7 +94,7 @@ class _TorchEncoder:
         raise NotImplementedError
 
     def features(self, utterances: Sequence[Any], batch_size: int) -> np.ndarray:
-        """Returns features [N, D] float32, computed in batches sorted by length."""
+        """Computes features [N, D] float32 in batches sorted by length."""
         order = np.arange(len(utterances))
         if batch_size > 1:
             order = np.argsort(self._lengths(utterances), kind="stable")
@@ -130,7 +129,7 @@ class _TorchText(_TorchEncoder):
 
 
 class _OnnxText(_TorchText):
-    """A text encoder in float32, exported to ONNX and run by ONNX Runtime on the CPU."""
+    """A float32 text encoder that is exported to ONNX and runs in ONNX Runtime on the CPU."""
 
     def __init__(self, folder: pathlib.Path, max_tokens: int):
         require_onnx()
@@ -141,7 +140,7 @@ class _OnnxText(_TorchText):
         inputs = dict(self._tokenizer(["one", "two words"], padding=True, return_tensors="pt"))
         dynamic = self._torch.export.Dim.DYNAMIC
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's exporter uses what PyTorch deprecates.
+            warnings.simplefilter("ignore")  # PyTorch's exporter uses deprecated functions.
             program = self._torch.onnx.export(
                 self._model.cpu(),
                 kwargs=inputs,
@@ -161,7 +160,7 @@ class _OnnxText(_TorchText):
 
 
 class _TorchWhisper(_TorchEncoder):
-    """Pads clips to 30 s, as transformers' Whisper requires; the mask has the clip only."""
+    """Whisper in transformers, which needs clips padded to 30 s. The mask excludes padding."""
 
     def __init__(self, folder: pathlib.Path, dtype: str):
         super().__init__(folder, dtype)
@@ -213,14 +212,14 @@ def measure_extraction(
     """Times extraction from utterances to features.
 
     Args:
-      name: Encoder: a folder, or a name on the Hugging Face Hub.
-      texts: Texts for a text encoder; random by default. A speech encoder reads noise.
+      name: Folder of the encoder, or its name on the Hugging Face Hub.
+      texts: Texts for a text encoder; random by default. Speech encoders encode noise.
       max_tokens: Maximum tokens per text.
-      dtype: Type of parameters and computation.
-      compare: Whether to measure PyTorch as well; its rows come after those of this library.
-      onnx: Whether to measure ONNX Runtime as well; its rows come last.
+      dtype: Dtype of parameters and computation.
+      compare: Whether to also measure PyTorch. Its rows follow the rows of this library.
+      onnx: Whether to also measure ONNX Runtime. Its rows come last.
       rounds: Number of timed passes over all utterances.
-      log: Receives a line before each long step.
+      log: Function called with a message before each long step.
 
     Raises:
       InputError: The encoder cannot be loaded, or a library is missing.

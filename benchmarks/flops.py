@@ -9,11 +9,11 @@ from jax.extend import core
 
 
 def program_flops(jaxpr: Any) -> float:
-    """Counts the operations of the matrix products and convolutions of a program.
+    """Counts the operations in a program's matrix products and convolutions.
 
-    A multiplication and its addition are two operations. Other operations are not counted. XLA's
-    cost analysis counts the body of a scan once; here it counts as often as it runs, and so does
-    what the backward pass recomputes. Of two branches, the more expensive one counts.
+    A multiply-add is two operations. Other operations are not counted. Unlike in XLA's cost
+    analysis, the body of a scan counts as often as it runs. Recomputation in the backward pass
+    counts too. Of several branches, only the most expensive branch counts.
 
     Args:
       jaxpr: Jaxpr of the program.

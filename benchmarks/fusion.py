@@ -1,6 +1,6 @@
-"""MiSTER-E: inference and training steps, epochs, and steps compiled for TPUs.
+"""Benchmarks MiSTER-E: inference and training steps, epochs, and steps compiled for TPUs.
 
-PyTorch runs the reference model of the tests.
+The comparison with PyTorch uses the tests' reference model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mister_jax.training.steps import ModelTemplate, initial_state, make_train_s
 
 
 class BenchmarkTask:
-    """MiSTER-E with its default loss, as `make_train_step` needs it.
+    """MiSTER-E with its default loss, a task for `make_train_step`.
 
     Args:
       config: Config of the model.
@@ -41,11 +41,11 @@ class BenchmarkTask:
         self.config = config
 
     def init(self, key: jax.Array) -> MisterE:
-        """Returns the model with random parameters."""
+        """Creates the model with random parameters."""
         return MisterE(self.config, rngs=nnx.Rngs(key))
 
     def loss(self, model, batch, key, axis_name):
-        """Returns the loss and its parts, with dropout."""
+        """Computes the loss and its parts, with dropout."""
         return mister_e_loss(model, batch, key, axis_name)
 
 
@@ -67,7 +67,7 @@ def step_functions(config: MisterEConfig, template: ModelTemplate) -> tuple[Step
 
 
 def step_flops(config: MisterEConfig, num_dialogues: int, length: int) -> tuple[float, float]:
-    """Returns the FLOPs of a training step and of inference; padding counts as utterances."""
+    """Returns the FLOPs of a training step and of inference, including padding."""
     template, state = aot.abstract_state(lambda: initialize(config))
     batch = abstract_batch(config, num_dialogues, length)
     train, infer = (
@@ -78,7 +78,7 @@ def step_flops(config: MisterEConfig, num_dialogues: int, length: int) -> tuple[
 
 
 def abstract_batch(config: MisterEConfig, num_dialogues: int, length: int) -> Any:
-    """Returns the shapes of a batch."""
+    """Returns an abstract batch."""
     return {
         name: jax.ShapeDtypeStruct((num_dialogues, *value.shape[1:]), value.dtype)
         for name, value in make_batch(config, np.array([length]), length).items()
@@ -86,7 +86,7 @@ def abstract_batch(config: MisterEConfig, num_dialogues: int, length: int) -> An
 
 
 class JaxMisterE:
-    """MiSTER-E of this library on the configured devices."""
+    """MiSTER-E from this library on the configured devices."""
 
     name = "mister_jax"
 
@@ -105,26 +105,26 @@ class JaxMisterE:
         self.wait = jax.block_until_ready
 
     def put(self, batches: Iterable[Batch]) -> Iterator[Any]:
-        """Yields batches on the devices."""
+        """Transfers batches to the devices."""
         return prefetch_to_device(batches, self._partitioner.put_batch)
 
     def train(self, batch: Any) -> Any:
-        """Trains on a batch that is on the devices; returns what to wait for."""
+        """Trains on a batch from `put`, and returns arrays to wait for."""
         self._state, metrics = self._train(self._state, batch)
         return metrics, self._state["step"]
 
     def infer(self, batch: Any) -> Any:
-        """Runs the model on a batch that is on the devices; returns what to wait for."""
+        """Runs the model on a batch from `put`, and returns arrays to wait for."""
         return self._infer(self._state, batch)
 
     def peak_memory(self) -> float | None:
-        """Returns the peak memory of one device so far in MiB, if the device reports it."""
+        """Returns the peak memory of a device so far in MiB, or None if it does not report it."""
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak is None else peak / 2**20
 
 
 class TorchMisterE:
-    """MiSTER-E of the PyTorch reference; its methods are those of `JaxMisterE`.
+    """MiSTER-E from the PyTorch reference, with the methods of `JaxMisterE`.
 
     Raises:
       InputError: PyTorch is missing, or the reference does not support the config.
@@ -143,7 +143,7 @@ class TorchMisterE:
 
         from tests.reference import torch_mister_e
 
-        # JAX uses TF32 by default, too.
+        # JAX also uses TF32 by default.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self._torch, self._loss = torch, torch_mister_e.loss
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,7 +153,7 @@ class TorchMisterE:
         )
 
     def put(self, batches: Iterable[Batch]) -> Iterator[Any]:
-        """Yields speech, text and labels on the device."""
+        """Transfers speech, text and labels to the device."""
         for batch in batches:
             # The reference treats padding as utterances, so padding needs a label.
             label = np.maximum(batch["label"], 0).astype(np.int64)
@@ -182,7 +182,7 @@ class TorchMisterE:
             self._torch.cuda.synchronize()
 
     def peak_memory(self) -> float | None:
-        """Returns the peak memory of the GPU so far in MiB; None on CPU."""
+        """Returns the peak memory of the GPU so far in MiB, or None on a CPU."""
         if self._device.type != "cuda":
             return None
         return self._torch.cuda.max_memory_allocated() / 2**20
@@ -192,13 +192,13 @@ Library = JaxMisterE | TorchMisterE
 
 
 def _libraries(config: BenchmarkConfig, compare: bool) -> list[Library]:
-    # PyTorch first: if it is missing, the error comes at once.
+    # TorchMisterE is created first, so that an error about a missing PyTorch is raised at once.
     torch = [TorchMisterE(config)] if compare else []
     return [JaxMisterE(config), *torch]
 
 
 def repeated_epoch(library: Library, batches: Sequence[Batch]) -> Run:
-    """Returns a run that trains on each batch, which comes from the host."""
+    """Returns a run that transfers each batch from the host and trains on it."""
 
     def epoch() -> Any:
         result = None
@@ -215,7 +215,7 @@ def measure_steps(config: BenchmarkConfig, peak: float, compare: bool = False) -
     Args:
       config: Model, batch and devices.
       peak: Result of `matmul_peak`.
-      compare: Whether to measure PyTorch as well.
+      compare: Whether to also measure PyTorch.
     """
     check_divisible(config, config.devices)
     libraries = {library.name: library for library in _libraries(config, compare)}
@@ -243,14 +243,14 @@ def measure_epoch(
 ) -> list[Row]:
     """Measures a training epoch.
 
-    This library batches by `BatchPlan`, PyTorch by `released_epoch`. Without a comparison, the row
-    of PyTorch has its padding only.
+    This library makes batches with `BatchPlan`, and PyTorch with `released_epoch`. Without
+    `compare`, the row for PyTorch only contains its padding.
 
     Args:
       config: Model, batch size and devices.
-      lengths: Utterances of each dialogue.
+      lengths: Number of utterances in each dialogue.
       peak: Result of `matmul_peak`.
-      compare: Whether to measure PyTorch as well.
+      compare: Whether to also measure PyTorch.
     """
     model, num_utterances = config.model, int(lengths.sum())
     plan = BatchPlan(lengths, config.batch_size, multiple_of=config.devices)
@@ -313,12 +313,12 @@ def _timing_row(
 def compile_for_tpus(
     config: BenchmarkConfig, names: str, log: aot.Log = lambda line: None
 ) -> list[Row]:
-    """Compiles the training step for TPUs, with the rows of a batch on all chips.
+    """Compiles the training step for TPUs, with a batch's rows divided among all chips.
 
     Args:
-      config: Model and batch of the first topology; devices and steps are ignored.
+      config: Model, and batch for the first topology. Devices and steps are ignored.
       names: Topologies, see `aot.tpu_topologies`.
-      log: Receives a line before each compilation.
+      log: Function called with a message before each compilation.
 
     Returns:
       A row per topology, see `aot.compile_ahead` and `aot.add_scaling_efficiency`.

@@ -1,8 +1,8 @@
-"""Reads the work of a program that XLA compiled for TPUs from its text (HLO).
+"""Computes the work of a program that XLA compiled for TPUs from its text (HLO).
 
-XLA's cost analysis counts the body of a loop once, counts on-chip memory like device memory and
-does not include communication. The text of the scheduled program has trip counts, memory spaces and
-collectives. JAX offers no structured access to them.
+XLA's cost analysis counts the body of a loop once, does not distinguish on-chip memory from device
+memory, and omits communication. The text of the scheduled program contains trip counts, memory
+spaces and collectives, for which JAX has no API.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GROUP_LISTS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_COUNTS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _GROUP_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
-# Bytes that a device receives in a ring, divided by the bytes of the result, for g devices.
+# Ratio of the bytes that a device receives to the bytes of the result, in a ring of g devices.
 _RECEIVED = {
     "all-gather": lambda g: (g - 1) / g,
     "all-reduce": lambda g: 2 * (g - 1) / g,
@@ -40,7 +40,7 @@ _RECEIVED = {
 _COLLECTIVES = (*_RECEIVED, "collective-permute")
 
 
-# Operations that touch no memory, or whose memory is that of the instructions they call.
+# Operations that access no memory, or only through the instructions that they call.
 _FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
     *("get-tuple-element", "tuple", "bitcast", "optimization-barrier", "after-all"),
@@ -59,19 +59,26 @@ class _Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Work of one device in a run of a program."""
+    """Work of one device in a run of a program.
 
-    cycles: float  # sum of XLA's estimates of all instructions, without communication
-    memory_bytes: float  # read from and written to device memory, with those received
-    blocking_bytes: float  # received while the core waits
-    overlapped_bytes: float  # received during computation
+    Attributes:
+      cycles: Sum of XLA's estimates for all instructions, without communication.
+      memory_bytes: Bytes read from and written to device memory, including received bytes.
+      blocking_bytes: Bytes received while the core waits.
+      overlapped_bytes: Bytes received during computation.
+    """
+
+    cycles: float
+    memory_bytes: float
+    blocking_bytes: float
+    overlapped_bytes: float
 
 
 def analyze_schedule(text: str) -> Schedule:
-    """Analyzes the text of a program compiled for TPUs, `Compiled.as_text()`.
+    """Analyzes `Compiled.as_text()`, the text of a program compiled for TPUs.
 
     Raises:
-      ValueError: The text is not as expected, for example a loop without a constant trip count.
+      ValueError: The text cannot be analyzed, for example because a trip count is not constant.
     """
     computations, entry = _parse(text)
     num_runs: Counter[str] = Counter()
@@ -89,21 +96,21 @@ def analyze_schedule(text: str) -> Schedule:
     visit(entry, 1)
     fused = _fused_computations(computations)
     cycles = memory = blocking = overlapped = 0.0
-    # One collective can be split over several fusions that share a channel: one starts it, one ends
-    # it, and those between may be in a loop. Maps each channel to the smallest number of runs and
-    # the largest number of bytes among its fusions.
+    # A collective can be split over several fusions that share a channel. One fusion starts it, one
+    # ends it, and the fusions between may be in a loop. `chained` maps each channel to the smallest
+    # number of runs and the largest number of bytes among its fusions.
     chained: dict[str, tuple[int, float]] = {}
     for name, runs in num_runs.items():
         if name not in fused:
             memory += runs * _memory_bytes(computations[name], computations)
         for instruction in computations[name]:
             estimate = _CYCLES.search(instruction.rest)
-            if estimate is not None and int(estimate[1]) < 2**62:  # More stands for "unknown".
+            if estimate is not None and int(estimate[1]) < 2**62:  # Larger values mean "unknown".
                 cycles += runs * float(estimate[1])
             received = _received_bytes(instruction)
             channel = _CHANNEL.search(instruction.rest)
             if "all-reduce-scatter" in name:
-                blocking += runs * received / 2  # Each device keeps a part of the sums only.
+                blocking += runs * received / 2  # Each device receives only a part of the sums.
             elif instruction.operation.endswith("-start"):
                 overlapped += runs * received
             elif "fus" in name and channel is not None:
@@ -116,7 +123,7 @@ def analyze_schedule(text: str) -> Schedule:
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Returns the instructions of each computation, and the name of the entry computation."""
+    """Returns each computation's instructions, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     instructions: list[_Instruction] = []
     entry = ""
@@ -137,7 +144,7 @@ def _search(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _trip_count(condition: list[_Instruction]) -> int:
-    """Returns the trip count of a loop that counts from 0 to the one constant of its condition."""
+    """Returns the trip count of a loop, which is the only constant in its condition."""
     limits = [line.rest for line in condition if line.operation == "constant"]
     if len(limits) != 1:
         raise ValueError(f"a loop's condition has {len(limits)} constants; needed: 1")
@@ -145,7 +152,7 @@ def _trip_count(condition: list[_Instruction]) -> int:
 
 
 def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]:
-    """Returns the computations whose intermediate values are in no memory."""
+    """Returns the fused computations, whose intermediate values are not stored in memory."""
     return {
         called
         for instructions in computations.values()
@@ -158,10 +165,7 @@ def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]
 def _memory_bytes(
     instructions: list[_Instruction], computations: dict[str, list[_Instruction]]
 ) -> float:
-    """Returns how many bytes of device memory one run of a computation reads and writes.
-
-    Collectives are not included.
-    """
+    """Returns the bytes of device memory that a computation accesses, except in collectives."""
     shapes = {instruction.name: instruction.shape for instruction in instructions}
     total = 0.0
     for instruction in instructions:
@@ -185,7 +189,7 @@ def _memory_bytes(
             total += _device_bytes(shape) + is_read * _num_bytes(shape)
         else:
             total += _device_bytes(shape)
-            if not operation.endswith("-start"):  # Its result includes its operands.
+            if not operation.endswith("-start"):  # The result of a start includes the operands.
                 total += sum(map(_device_bytes, operands))
     return total
 
@@ -195,7 +199,7 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 
 def _parameters(body: list[_Instruction]) -> list[_Instruction]:
-    """Returns the parameters of a computation in the order of the operands."""
+    """Returns a computation's parameters in the order of the operands."""
     parameters = [instruction for instruction in body if instruction.operation == "parameter"]
     return sorted(parameters, key=lambda parameter: int(parameter.rest.partition(")")[0]))
 
@@ -205,7 +209,7 @@ def _bytes_read(
     body: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> float:
-    """Returns how many bytes of a parameter a fusion reads; fewer than all if it reads slices."""
+    """Returns how many bytes of a parameter a fusion reads, which may be only slices of it."""
     total = 0.0
     for user in body:
         operands = _operands(user)
@@ -220,14 +224,14 @@ def _bytes_read(
             parameter = _parameters(inner)[operands.index(value.name)]
             total += _bytes_read(parameter, inner, computations)
         elif user.operation == "dynamic-update-slice" and operands[0] == value.name:
-            continue  # It is updated in place.
+            continue  # The operand is updated in place.
         elif user.operation not in ("tuple", "custom-call", *_COLLECTIVES):
             return _num_bytes(value.shape)
     return min(total, _num_bytes(value.shape))
 
 
 def _bytes_written(fusion: _Instruction, body: list[_Instruction]) -> float:
-    """Returns the bytes of device memory that a fusion writes, without results of collectives."""
+    """Returns the bytes of device memory that a fusion writes, except results of collectives."""
     by_name = {instruction.name: instruction for instruction in body}
     root = body[-1]
     results = _operands(root) if root.operation in ("tuple", "custom-call") else [root.name]
@@ -251,10 +255,10 @@ def _bytes_written(fusion: _Instruction, body: list[_Instruction]) -> float:
 
 
 def _received_bytes(instruction: _Instruction) -> float:
-    """Returns the bytes that a device receives in a collective; 0 for another instruction."""
+    """Returns the bytes that a device receives in a collective, or 0 for other instructions."""
     operation = instruction.operation.removesuffix("-start")
     if operation == "collective-permute":
-        # The asynchronous form returns what it sends along with what it receives.
+        # The result of the asynchronous form contains both the sent and the received array.
         return _num_bytes(instruction.shape) / (1 if instruction.operation == operation else 2)
     if operation not in _RECEIVED:
         return 0.0
@@ -278,12 +282,12 @@ def _num_bytes(shape: str) -> float:
 
 
 def _device_bytes(shape: str) -> float:
-    """Returns the bytes of an array or tuple that are in device memory, not on the chip."""
+    """Returns the bytes of an array or tuple in device memory, without on-chip memory."""
     arrays = _ARRAY.finditer(shape)
     return sum(_array_bytes(array) for array in arrays if not _ON_CHIP.search(array[4] or ""))
 
 
 def _array_bytes(array: re.Match[str]) -> float:
     _, bits, sizes, _ = array.groups()
-    # "pred" has no number of bits.
+    # "pred", the only type without a number of bits, has 8.
     return int(bits or 8) / 8 * math.prod(int(size) for size in sizes.split(",") if size)

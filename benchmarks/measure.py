@@ -1,8 +1,8 @@
-"""Timing.
+"""Times functions fairly.
 
-Candidates first run twice, which compiles them, and then take turns (A B A B), so that a machine
-that slows down slows all of them. Each run waits for its results. A candidate that finishes faster
-than `SHORTEST_RUN` repeats until it has filled that time.
+Each candidate first runs twice to compile. Then candidates take turns (A B A B), so that changes in
+the machine's speed affect all of them. Each run waits for its results. A candidate that takes less
+than `SHORTEST_RUN` is called repeatedly in each run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mister_jax.errors import InputError
 SHORTEST_RUN = 0.05  # seconds
 
 Run = Callable[[int], None]
-"""Does something the given number of times and waits for the result."""
+"""Function that calls a candidate the given number of times and waits for the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the first run, which includes compilation, and of each timed run."""
+    """Seconds of the first run, which includes compilation, and of each timed run, per call."""
 
     first: float
     seconds: tuple[float, ...]
@@ -41,12 +41,12 @@ class Timing:
 
     @property
     def compile_seconds(self) -> float:
-        """Time of the first run beyond the median."""
+        """Seconds that the first run took longer than the median."""
         return max(0.0, self.first - self.median)
 
 
 def time_runs(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-    """Times candidates, which take turns as described in the module docstring."""
+    """Times candidates in turns, see the module docstring."""
 
     def timed(run: Run, repeats: int = 1) -> float:
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def time_runs(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
 
 
 def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> Run:
-    """Returns a run that makes the calls and waits for the result of the last one."""
+    """Returns a run that calls a function and waits for the result of the last call."""
 
     def run(repeats: int) -> None:
         result = None
@@ -77,7 +77,7 @@ def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_unt
 
 
 def matmul_peak(config: BenchmarkConfig) -> float:
-    """Measures the FLOP/s of a large matrix product in the config's dtype, on all its devices."""
+    """Measures the FLOP/s of a large matrix product in the config's dtype, for all devices."""
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(config.dtype))
@@ -95,7 +95,7 @@ def require_torch() -> None:
 
 
 def require_onnx() -> None:
-    """Raises `InputError` if a library is not installed that `--onnx` needs."""
+    """Raises `InputError` if a library that `--onnx` needs is not installed."""
     names = "torch", "onnx", "onnxruntime", "onnxscript"
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Times the parts of MiSTER-E's training step, each compiled alone."""
+"""Times the separately compiled parts of MiSTER-E's training step."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TRAINING_STEP = "training step"
 
 
 class Part(NamedTuple):
-    """A part of the model: a function of variables, which need a gradient, and constants."""
+    """A part of the model, a function of variables, which need a gradient, and constants."""
 
     function: Callable[[Any, Any], Any]
     variables: Any
     constants: Any = ()
 
     def forward_and_backward(self) -> tuple[Callable, tuple[Any, ...]]:
-        """Returns a function for the output and all gradients, and the arguments of its call."""
+        """Returns a function that computes the output and all gradients, and its arguments."""
 
         def both(variables: Any, constants: Any, cotangent: Any) -> Any:
             output, pullback = jax.vjp(lambda value: self.function(value, constants), variables)
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
-    """Returns the parts of the model that have gradients, on a batch of full dialogues."""
+    """Returns the parts of the model that have gradients, for a batch without padding."""
     sizes, shape = config.model, (config.batch_size, config.length)
     model = MisterE(sizes, rngs=nnx.Rngs(0))
     batch = make_batch(sizes, np.full(config.batch_size, config.length), config.length)
@@ -67,7 +67,7 @@ def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
     experts = (model.speech, model.text)
     convolution_graph, convolution_params = split([expert.convolution for expert in experts])
     gru_graph, gru_params = split([expert.gru for expert in experts])
-    for expert in experts:  # The skip connection and the classifier remain.
+    for expert in experts:  # Keeps only the skip connection and the classifier.
         expert.convolution = expert.gru = None
     head_graph, head_params = split(experts)
     cross_modal_graph, cross_modal_params = split(model.fusion)
@@ -120,7 +120,7 @@ def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
 
 
 def _repeated_update(config: BenchmarkConfig) -> Run:
-    """Returns a run of the optimizer."""
+    """Returns a run that updates the parameters with the optimizer."""
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
     _, state = initialize(config.model)
     gradient = jax.tree.map(lambda value: jnp.full_like(value, 1e-3), state["params"])
@@ -141,10 +141,11 @@ def _repeated_update(config: BenchmarkConfig) -> Run:
 
 
 def measure_parts(config: BenchmarkConfig, peak: float) -> list[Row]:
-    """Times forward and backward pass of each part on one device, and the whole training step.
+    """Times each part's forward and backward pass on one device, and the whole training step.
 
-    XLA cannot fuse across parts that are compiled alone, so their sum shows where the time goes but
-    is not the time of the step. `peak` is the result of `matmul_peak`.
+    XLA cannot fuse operations across separately compiled parts. Therefore, the parts' times show
+    where time is spent, but do not add up to the step's time. `peak` is the result of
+    `matmul_peak`.
 
     Raises:
       InputError: The config has more than one device.

@@ -1,4 +1,4 @@
-"""Measures how fast a corpus of synthetic recordings is prepared, and in how much memory."""
+"""Measures the speed and memory of preparing a corpus of synthetic recordings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.errors import InputError
 
-# Runs a command and prints the peak memory of its largest process. It runs in a separate process,
-# because RUSAGE_CHILDREN of this process includes the memory that a child inherits before it execs.
+# Script that runs a command and prints the peak memory of its largest process. This process cannot
+# measure it, because RUSAGE_CHILDREN includes the memory that a child inherits before it execs.
 _RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -29,17 +29,18 @@ sys.exit(status)
 def measure_preparation(
     num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a corpus with a fourth of the utterances, and one with about all.
+    """Prepares a corpus with about `num_utterances`, and a corpus with a fourth of them.
 
     Returns:
-      A row for each corpus, and one for their difference, from which the start of the command
-      cancels out. Memory is that of the largest process.
+      A row for each corpus, and a row for their difference, in which the command's startup cancels
+      out. Memory is the peak memory of the largest process.
 
     Raises:
       InputError: There are too few utterances, or the preparation fails.
     """
     mean_length = (MIN_LENGTH + MAX_LENGTH) / 2
-    minimum = round(4 * len(SPLITS) * mean_length)  # A fourth has a dialogue in each split.
+    # The smaller corpus needs a dialogue in each split.
+    minimum = round(4 * len(SPLITS) * mean_length)
     if num_utterances < minimum:
         raise InputError(f"--prepare={num_utterances}; allowed: {minimum} utterances or more")
     rows = []
@@ -98,6 +99,6 @@ def _audio_seconds(path: pathlib.Path) -> float:
 
 
 def _with_rate(row: Row) -> Row:
-    # The difference of two small corpora may be within noise, even negative.
+    # For two small corpora, noise can make the difference negative.
     rate = row["audio_hours"] * 3600 / row["seconds"] if row["seconds"] > 0 else None
     return {**row, "audio_seconds_per_second": rate}

@@ -1,4 +1,4 @@
-"""Results of a measurement, shown as tables and written as JSON."""
+"""Shows benchmark results as tables, and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREDICTED = "predicted from XLA's analyses and the chips' data sheets"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Results of a measurement, as rows by title; a value is None where it does not apply."""
+    """Results of a benchmark, as rows by title. Values that do not apply are None."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]
@@ -32,11 +32,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether all programs fit into the memory of their devices, where that is known."""
+        """Whether no program is known to exceed the memory of its devices."""
         return all(row.get("fits") is not False for rows in self.sections.values() for row in rows)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes everything as JSON; the rows form one list and name their section."""
+        """Writes the report as JSON, with one list of rows that name their section."""
         rows = [{"section": title, **row} for title, rows in self.sections.items() for row in rows]
         value = {"settings": self.settings, "environment": self.environment, "rows": rows}
         try:
@@ -45,14 +45,14 @@ class Report:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
     def tables(self) -> list[Table]:
-        """Returns a table of settings and environment, and a table per section."""
+        """Returns a table of settings and environment, and one table per section."""
         settings = {name: value for name, value in self.settings.items() if value}
         titled = {"": [settings | self.environment], **self.sections}
         return [_table(title, rows) for title, rows in titled.items()]
 
 
 def environment() -> dict[str, Any]:
-    """Returns the machine, the versions and the peak memory of this process."""
+    """Returns the machine, package versions and the peak memory of this process."""
     device: Any = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {
@@ -71,7 +71,7 @@ def environment() -> dict[str, Any]:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    """Returns a table with a column per value, or a line per value if there are few rows."""
+    """Returns a table with one column per value, or one line per value if there are few rows."""
     names = [
         name
         for name in dict.fromkeys(name for row in rows for name in row)

@@ -1,10 +1,11 @@
-"""Trains MiSTER-E in plain PyTorch, which `benchmarks.training` compares with `mister-jax train`.
+"""Trains MiSTER-E in plain PyTorch, for the comparison with `mister-jax train`.
 
     python benchmarks/torch_training.py CONFIG.json DATA.npz RESULT.json
 
-It does what a script without this library does: eager modules, batches of random dialogues padded
-to the longest one, a validation after each epoch, and the best parameters in memory. It imports
-neither JAX nor TensorFlow, because their startup time would be counted as PyTorch's.
+`benchmarks.training` runs this script. It is a typical PyTorch script: eager modules, batches of
+random dialogues padded to the longest dialogue, validation after each epoch, and the best
+parameters in memory. It does not import JAX or TensorFlow, because their startup time would count
+as PyTorch's.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Output:
 
 
 class ContextExpert(nn.Module):
-    """Expert of one modality: convolutions, a bidirectional GRU and a skip connection."""
+    """Expert for one modality: convolutions, a bidirectional GRU and a skip connection."""
 
     def __init__(self, feature_dim: int, config: Any):
         super().__init__()
@@ -69,7 +70,7 @@ class ContextExpert(nn.Module):
         self.classifier = nn.Linear(context_dim, config.num_classes)
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Returns logits [B, T, C] of vectors [B, T, D] of dialogues of `lengths` [B]."""
+        """Computes logits [B, T, C] from vectors [B, T, D] and dialogue lengths [B]."""
         channels = x.transpose(1, 2)  # [B, D, T]
         branches = [functional.relu(convolution(channels)) for convolution in self.convolutions]
         hidden = self.dropout(torch.stack(branches).sum(0).transpose(1, 2))  # [B, T, H]
@@ -94,7 +95,7 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(fusion_dim, eps=config.layer_norm_epsilon)
 
     def forward(self, x: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-        """Attends from x [B, T, F] to key [B, S, F] where key_mask [B, S]."""
+        """Attends from `x` [B, T, F] to the positions of `key` [B, S, F] in `key_mask` [B, S]."""
 
         def split_heads(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, K, T, D]
@@ -110,7 +111,7 @@ class AttentionBlock(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """Speech and text attend to each other, then each to itself."""
+    """Layer in which speech and text attend to each other, and then to themselves."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -136,7 +137,7 @@ class CoAttentionLayer(nn.Module):
 
 
 class CrossModalExpert(nn.Module):
-    """Fusion expert: co-attention between speech and text, and a classifier on both."""
+    """Fusion expert: co-attention between speech and text, followed by a classifier on both."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -158,7 +159,7 @@ class CrossModalExpert(nn.Module):
         speech_present: torch.Tensor,
         text_present: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns logits [B, T, C] and the representations of speech and text [B, T, F]."""
+        """Computes logits [B, T, C] and representations of speech and text, each [B, T, F]."""
         speech_stream, text_stream = self.speech_in(speech), self.text_in(text)
         for layer in self.layers:
             speech_stream, text_stream = layer(
@@ -172,11 +173,11 @@ class CrossModalExpert(nn.Module):
 
 
 class TorchMisterE(nn.Module):
-    """MiSTER-E with masks: three experts and the gate.
+    """MiSTER-E with masks, three experts and a gate.
 
     Args:
-      config: Sizes and dropout rates with the names of `mister_jax.models.MisterEConfig`. All
-        experts, convolutions and a GRU are enabled; the fusion expert has no GRU.
+      config: Sizes and dropout rates, named as in `mister_jax.models.MisterEConfig`. All experts,
+        convolutions and the GRU are enabled. The fusion expert has no GRU.
     """
 
     def __init__(self, config: Any):
@@ -206,9 +207,9 @@ class TorchMisterE(nn.Module):
         Args:
           speech: Speech vectors, [B, T, D].
           text: Text vectors, [B, T, D].
-          speech_present: Utterances with speech, [B, T] bool; False for padding.
-          text_present: Utterances with text, [B, T] bool; False for padding.
-          lengths: Utterances of each dialogue, [B] int, on the CPU.
+          speech_present: Whether the utterance has speech, [B, T] bool; False for padding.
+          text_present: Whether the utterance has text, [B, T] bool; False for padding.
+          lengths: Number of utterances in each dialogue, [B] int, on the CPU.
         """
         if self.training and self.modality_dropout:
             kept = torch.rand(2, *speech_present.shape, device=speech.device)
@@ -225,7 +226,7 @@ class TorchMisterE(nn.Module):
         present = torch.stack(
             [speech_present, text_present, speech_present | text_present], dim=-1
         )  # [B, T, E]
-        # An utterance without both modalities is classified from its context by all experts.
+        # If an utterance lacks both modalities, all experts classify it from its context.
         present = present | ~present.any(-1, keepdim=True)
         scores = self.gate((expert_logits * present[..., None]).flatten(2)) / self.temperature
         gate = scores.masked_fill(~present, -torch.inf).softmax(-1)
@@ -247,7 +248,7 @@ def compute_loss(output: Output, label: torch.Tensor, config: Any) -> torch.Tens
     Args:
       output: Output of `TorchMisterE`.
       label: Class of each utterance, [B, T] int64; -1 if unlabeled or padding.
-      config: `gamma`, `temperature` and `weights` of the loss.
+      config: Loss config with `gamma`, `temperature` and `weights`.
     """
     weights, labeled = config.weights, label >= 0
     logits = torch.cat([output.logits[:, :, None], output.expert_logits], dim=2)
@@ -292,14 +293,14 @@ def _agreement(log_p: torch.Tensor, present: torch.Tensor, labeled: torch.Tensor
 
 
 def load_dialogues(arrays: Mapping[str, np.ndarray], split: str) -> Any:
-    """Returns the tensors [T, ...] of each dialogue of a split."""
+    """Returns the tensors [T, ...] of each dialogue in a split."""
     lengths = arrays[f"{split}/lengths"].tolist()
     fields = {name: torch.from_numpy(arrays[f"{split}/{name}"]).split(lengths) for name in _FIELDS}
     return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
 
 def collate(dialogues: list[Batch]) -> Batch:
-    """Pads dialogues to the longest one."""
+    """Pads dialogues to the longest dialogue and stacks them."""
     batch = {
         name: pad_sequence(
             [dialogue[name] for dialogue in dialogues],
@@ -314,7 +315,7 @@ def collate(dialogues: list[Batch]) -> Batch:
 def make_optimizer(
     model: nn.Module, config: Any, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Returns AdamW, without weight decay of biases and scales, and its cosine schedule."""
+    """Makes AdamW, without weight decay for biases and scales, and its cosine schedule."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [value for value in parameters if value.ndim > 1]},
@@ -339,7 +340,7 @@ def make_optimizer(
 
 @torch.no_grad()
 def update_average(averaged: nn.Module, model: nn.Module, decay: float, num_updates: int) -> None:
-    """Updates the moving average of the parameters, see `mister_jax.optim.average_parameters`."""
+    """Updates the parameters' moving average, see `mister_jax.optim.average_parameters`."""
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     for average, value in zip(averaged.parameters(), model.parameters(), strict=True):
         average.lerp_(value, 1 - decay)
@@ -347,7 +348,7 @@ def update_average(averaged: nn.Module, model: nn.Module, decay: float, num_upda
 
 @torch.no_grad()
 def weighted_f1(model: TorchMisterE, loader: Any, num_classes: int, device: str) -> float:
-    """Returns the weighted F1 of a model in evaluation mode on all labeled utterances."""
+    """Computes the weighted F1 of a model in evaluation mode on all labeled utterances."""
     confusion = torch.zeros(num_classes, num_classes)
     for batch in loader:
         logits = _apply(model, batch, device).logits.cpu()
@@ -365,12 +366,15 @@ def _apply(model: TorchMisterE, batch: Batch, device: str) -> Output:
 
 
 def train(config: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Trains, keeps the best epoch on validation and scores the test split.
+    """Trains, selects the best epoch on validation and scores the test split.
 
     Returns:
-      "steps", the number of steps; "trained", the `time.monotonic` at the end of training; "ends",
-      the `time.monotonic` at the end of the first, middle and last step, by step; and
-      "weighted_f1", the score on the test split.
+      A dict with these entries. Times are values of `time.monotonic`.
+
+      - "steps": Number of steps.
+      - "ends": End times of the first, middle and last step, by step.
+      - "trained": End time of training.
+      - "weighted_f1": Score on the test split.
     """
     torch.manual_seed(config["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"

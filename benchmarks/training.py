@@ -1,10 +1,10 @@
-"""Measures a whole training run, from the start of the command to the score on the test split.
+"""Measures a complete training run, from the start of the command to the test score.
 
-This library runs `mister-jax train` and `mister-jax evaluate`, PyTorch runs
-`benchmarks/torch_training.py`, with its default number of threads and with one: its threads wait
-for each other after every operation, which costs more than it saves if the model is small or other
-programs run. The runs take place one at a time, in new processes and without compiled programs from
-earlier runs.
+This library runs `mister-jax train` and `mister-jax evaluate`. PyTorch runs
+`benchmarks/torch_training.py`, with its default number of threads and with one thread. PyTorch's
+threads wait for each other after every operation, so one thread can be faster if the model is small
+or other programs are running. Runs are sequential, in new processes and with an empty compilation
+cache.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from mister_jax.tasks.fusion import FusionTask
 
 Log = Callable[[str], None]
 
-# Runs commands one after the other and prints their times and the peak memory of the largest one.
-# It runs in a separate process, because RUSAGE_CHILDREN of this process includes the memory that a
-# child inherits before it execs. time.monotonic() is the same clock in all processes.
+# Script that runs commands one after the other, and prints their times and the peak memory of the
+# largest command. This process cannot measure it, because RUSAGE_CHILDREN includes the memory that
+# a child inherits before it execs. All processes share the clock of time.monotonic().
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -51,8 +51,8 @@ cpu = usage.ru_utime + usage.ru_stime
 print(json.dumps({"start": start, "ends": ends, "cpu": cpu, "memory": usage.ru_maxrss}))
 """
 
-# Runs `mister-jax train` and writes when the first, the middle and the last step ended. It waits
-# for the devices at these steps only, because the training itself runs ahead of them.
+# Script that runs `mister-jax train` and records when the first, middle and last step ended. It
+# waits for the devices only at these steps, because training dispatches steps ahead of the devices.
 _TRAIN = """
 import functools, json, pathlib, sys, time
 import jax
@@ -90,28 +90,28 @@ def measure_training(
     changes: Mapping[str, Any] | None = None,
     log: Log = lambda line: None,
 ) -> list[Row]:
-    """Trains the default recipe on a dataset of dialogue features and scores its test split.
+    """Trains on a dataset of dialogue features with the default recipe, and scores its test split.
 
     Args:
       dataset: Name of the dataset.
-      data_dir: Directory of the dataset; by default that of TFDS.
-      compare: Whether to measure PyTorch as well, with its default number of threads and with one.
-      changes: Changed fields of the config by their path, such as "train.epochs".
-      log: Receives a line before each training run.
+      data_dir: Directory of the dataset; TFDS's default if None.
+      compare: Whether to also measure PyTorch, with its default number of threads and with one.
+      changes: Overrides of config fields by path, such as "train.epochs".
+      log: Function called with a message before each training run.
 
     Returns:
-      A row per run. Times in seconds start with the command; steps per second are those of the
-      last half of the steps, with the validations between them. CPU seconds are those of all
-      threads. The load average is that of the last minute before the command.
+      A row per run. Times are seconds since the start of the command. Steps per second are measured
+      over the second half of the steps, including validation. CPU seconds are summed over threads.
+      The load average covers the last minute before the command.
 
     Raises:
       InputError: The dataset cannot be used, PyTorch is missing, or a command fails.
     """
     if "," in dataset:
-        raise InputError(f"--training={dataset}; allowed: a dataset, without variants")
+        raise InputError(f"--training={dataset}; allowed: the name of a dataset, without variants")
     if compare:
         require_torch()
-        # Loads PyTorch's files into the disk cache, where this process has already put JAX's.
+        # Loads PyTorch's files into the disk cache, because JAX's files are already in it.
         importlib.import_module("torch")
     changes = {"data.data_dir": data_dir or "", **(changes or {})}
     config = fusion.get_config(dataset)
@@ -182,7 +182,7 @@ def torch_config(config: ConfigDict, task: FusionTask) -> dict[str, Any]:
 
 
 def _export(task: FusionTask) -> dict[str, np.ndarray]:
-    """Returns the standardized features and the labels of all splits, by SPLIT/FIELD."""
+    """Returns the standardized features and labels of all splits by "SPLIT/FIELD"."""
     arrays: dict[str, np.ndarray] = {}
     for split in SPLITS:
         features = task.features(split)
@@ -202,12 +202,12 @@ def _run(
     folder: pathlib.Path,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs commands with an empty compilation cache; returns times, memory and load average."""
+    """Runs commands with an empty compilation cache. Returns times, memory and load average."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         load_average = os.getloadavg()[0]
         result = subprocess.run(
             [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(commands)],
-            # As `mister-jax` sets them before it imports JAX, except for the cache directory.
+            # `mister-jax` sets the same variables, except for the cache directory.
             env={
                 **os.environ,
                 **(environment or {}),
@@ -221,7 +221,7 @@ def _run(
         )
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"a training failed: {reason}")
+        raise InputError(f"a training run failed: {reason}")
     return {**json.loads(result.stdout), "load_average": load_average}
 
 

@@ -149,7 +149,7 @@ def test_steps_import_no_heavy_libraries(tmp_path):
         ("--encoder=llama_3_1_8b", "needs one of --aot, --random, --throughput"),
         ("--onnx", "--onnx needs --encoder=FOLDER --throughput"),
         ("--data_dir=data", "--data_dir=data needs --training=DATASET"),
-        ("--training=mosi_features,paper", "allowed: a dataset, without variants"),
+        ("--training=mosi_features,paper", "allowed: the name of a dataset, without variants"),
     ],
 )
 def test_invalid_flags_exit_with_a_one_line_error(flag, message):

@@ -57,7 +57,7 @@ def test_variants_are_refused():
 
 
 def test_failure_of_a_command_is_reported(tiny_dir):
-    with pytest.raises(InputError, match=r"a training failed: error: .*learning_rate"):
+    with pytest.raises(InputError, match=r"a training run failed: error: .*learning_rate"):
         measure_training("tiny", tiny_dir, changes={"optimizer.learning_rate": -1.0})
 
 
