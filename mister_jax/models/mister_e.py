@@ -194,7 +194,7 @@ class MisterE(nnx.Module):
     def _present_experts(self, speech_present: jax.Array, text_present: jax.Array) -> jax.Array:
         """Returns which enabled experts have their modality, [B, T, E].
 
-        If an utterance has neither modality, all its enabled experts count as present.
+        If no enabled expert has its modality, all enabled experts count as present.
         """
         present = jnp.stack([speech_present, text_present, speech_present | text_present], axis=-1)
         enabled = jnp.array([name in self.config.experts for name in EXPERTS])
