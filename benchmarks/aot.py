@@ -59,9 +59,9 @@ def _cycles(flops: float, matrix_units: int) -> float:
 
 
 # Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets for A100, H100
-# and H200 (SXM), without sparsity. All interconnect rates are for one direction. A TPU link's rate
-# is the chip's documented bidirectional bandwidth divided by its number of ports (4 in a 2D torus, 6
-# in a 3D torus).
+# and H200 (SXM), without sparsity. All interconnect rates are for one direction. The rate of a TPU
+# link is a chip's documented bidirectional bandwidth divided by its number of ports, which is 4 in
+# a 2D torus and 6 in a 3D torus.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 2 * 50e9, _cycles(275e12, 8)),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 2 * 50e9, _cycles(197e12, 4)),  # v5e

@@ -151,8 +151,8 @@ def stream_cuts(
 ) -> Iterator[Clip | AudioError]:
     """Decodes sorted cuts of a recording in a single pass, and yields each when it is complete.
 
-    Memory does not grow with the length of the recording, because only cuts that have not been
-    yielded are held.
+    A cut's samples are freed after it is yielded, so memory does not grow with the length of the
+    recording.
 
     Args:
         requests: Cuts with equal `source` and `channel`, sorted by `start`.

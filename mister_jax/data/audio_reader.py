@@ -55,7 +55,7 @@ _TIME_TOLERANCE = 0.05
 _MAX_GAP = 3600.0
 # If two cuts are more seconds apart, seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
-# Channels cancel out if the power of their mix relative to the strongest one is below -26 dB.
+# Channels cancel out if the power of their mix is 26 dB below that of the strongest channel.
 _CANCELED_RATIO = 10 ** (-26 / 10)
 _POWER_BIN = 0.25  # seconds over which the power of channels is summed
 _POWER_STRIDE = 7  # power is measured on every seventh sample
@@ -279,7 +279,7 @@ class AudioReader:
             position += frame.samples
 
     def _origin(self) -> float | None:
-        """Returns the container's start time in seconds, or None to use that of the first frame."""
+        """Returns the time of the container's start, or None if it starts at the first frame."""
         has_other_streams = any(
             stream.type in ("audio", "video")
             and stream.index != self._stream.index
@@ -361,8 +361,8 @@ class AudioReader:
         if num_channels == 1:
             return frame
         self._add_power(planes, frame.sample_rate, seconds)
-        # For channels without a position, FFmpeg would guess a layout from their number and, for
-        # example, drop the third of three channels as a subwoofer's.
+        # For channels without a position, FFmpeg would guess a layout from their number. For
+        # example, it would drop the third of three channels because it might be a subwoofer.
         if num_channels > 2 and frame.layout.channels[0].name == "NONE":
             mean = planes.mean(axis=0, dtype=np.float64)
             if samples.dtype.kind != "f":

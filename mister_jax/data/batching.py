@@ -23,9 +23,9 @@ _MIN_INFERENCE_LENGTH = 8
 # Compiling one more program takes about as long as computing this fraction of a batch.
 _COMPILE_COST = 0.25
 
-# Compile time of a training step, in units of the time that training takes per position and
-# parameter. On two CPU cores with MiSTER-E's default sizes, compiling takes 5 s, and a position
-# takes 0.08 ms with 0.5 M parameters.
+# Compile time of a training step, divided by the training time per position and parameter. On two
+# CPU cores with MiSTER-E's default sizes, compiling takes 5 s, and training takes 0.08 ms per
+# position with 0.5 M parameters.
 _STEP_COMPILE_COST = 3e10
 
 
@@ -61,9 +61,9 @@ def length_buckets(
 ) -> tuple[int, ...]:
     """Finds the bucket boundaries with the fewest padded positions.
 
-    An item goes into the first bucket that is long enough and is padded to its boundary. The
-    minimum is exact, by dynamic programming over the distinct lengths, and counts the empty rows
-    that fill up batches.
+    Each item is padded to the smallest boundary that is not below its length. Dynamic programming
+    over the distinct lengths finds the exact minimum, which includes empty rows that fill up
+    batches.
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
@@ -242,8 +242,8 @@ def plan_budgeted_batches(
         num_shards: Divisor of the number of rows in each batch.
 
     Yields:
-        Batches. Those with equal padded length have the same number of rows, except for the last
-        few batches.
+        Planned batches. All batches with the same padded length have the same number of rows,
+        except for the last few batches.
     """
     steps = np.append(np.array(length_steps, int), max_length)
     padded_lengths = np.minimum(steps[np.searchsorted(steps[:-1], lengths)], max_length)

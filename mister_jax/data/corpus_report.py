@@ -75,10 +75,10 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
     Returns:
         A dict with these entries:
 
-        - `splits`: For each split, the number of dialogues, utterances, utterances per class,
-          unlabeled utterances, and utterances without speech, without text, and with a text that
-          also occurs in the training split; the hours of speech; and the minimum, mean and maximum
-          dialogue length.
+        - `splits`: For each split, the number of dialogues, utterances and utterances per class;
+          the number of utterances that are unlabeled, lack speech, lack text, or have a text that
+          also occurs in training; the hours of speech; and the minimum, mean and maximum dialogue
+          length.
         - `missing`: Utterances with an unusable recording, with file and reason.
         - `capped`: Recordings that are longer than `max_seconds`.
         - `damaged`: Recordings that could not be fully decoded.

@@ -26,8 +26,8 @@ class ConversationProcess:
     Attributes:
         initial: Distribution of the first emotion, [C].
         transition: Distribution of the next emotion given each emotion, [C, C].
-        uninformative_share: Probability that an utterance's speech is uninformative, and also the
-            probability that its text is. Both are never uninformative in one utterance.
+        uninformative_share: Probability that an utterance's speech is uninformative. Text has the
+            same probability. Speech and text of one utterance are never both uninformative.
         missing_share: Probability that an utterance lacks one modality. Speech and text are missing
             equally often.
 

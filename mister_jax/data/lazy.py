@@ -1,7 +1,7 @@
 """TensorFlow and TensorFlow Datasets, imported on first use.
 
-All modules in `mister_jax.data` import `tf` and `tfds` from here. They can therefore be imported
-without TensorFlow, and TensorFlow always logs little and leaves accelerator memory to JAX.
+All modules in `mister_jax.data` import `tf` and `tfds` from here, so they can be imported without
+TensorFlow. This module configures TensorFlow to log little and leave accelerator memory to JAX.
 """
 
 import contextlib

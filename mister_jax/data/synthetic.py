@@ -105,8 +105,8 @@ def emotion_process(
         speech_dim: Dimension Ds of the speech features.
         text_dim: Dimension Dt of the text features.
         stay_probability: Probability that the emotion does not change, see `emotion_chain`.
-        uninformative_share: Probability that speech is uninformative, and also the probability that
-            text is; at most 0.5.
+        uninformative_share: Probability that speech is uninformative, at most 0.5. Text has the
+            same probability.
         missing_share: Probability that an utterance lacks one modality.
 
     Raises:

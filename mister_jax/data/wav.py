@@ -59,9 +59,9 @@ class WavHeader:
     def is_pcm(self) -> bool:
         """Whether `pcm_blocks` can read the samples.
 
-        FFmpeg reads 8-bit samples, which are unsigned, and files with more than two channels,
-        because it knows their layout. `pcm_blocks` still reads the latter if their containers have
-        padding bytes, which FFmpeg would misread.
+        It is false for files that FFmpeg should read: 8-bit samples, which are unsigned, and more
+        than two channels, whose layout only FFmpeg knows. However, if containers have padding
+        bytes, which FFmpeg would misread, any number of channels is allowed.
         """
         has_padding_bytes = (self.valid_bits + 7) // 8 < self.container_bytes
         return (

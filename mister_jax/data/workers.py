@@ -1,8 +1,9 @@
 """Maps a function over items in parallel processes, in order, and survives process crashes.
 
 If a worker of `concurrent.futures` or loky is killed, all pending calls fail, and the error does
-not name the item that caused it. Their workers also rerun the user's main program, or import JAX
-with the function's packages. The workers here run this file and import only the function's module.
+not name the item that caused it. Workers of these libraries also rerun the user's main program, or
+import JAX with the function's packages. Workers in this module run this file and import only the
+function's module.
 """
 
 import collections

@@ -50,8 +50,8 @@ def evaluate(
       quiet: Whether to hide progress.
 
     Returns:
-      The split's scores as in `metrics.json`: `score_predictions` with "dataset", "checkpoint" (the
-      parameters' "epoch"), and "seeds" if there are several.
+      The split's scores as in `metrics.json`: the result of `score_predictions`, "dataset",
+      "checkpoint" (the parameters' "epoch"), and "seeds" if there are several.
 
     Raises:
       InputError: The work directory, the dataset, or existing results in the folder are unusable.

@@ -20,9 +20,9 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       predictions: Arrays that a `Predictor` returns.
 
     Returns:
-      `metrics.classification_scores` with "confusion", "calibration_error", and for MiSTER-E
-      "mean_gate" and "experts". If the utterances have scores and the classes are negative and
-      positive (see `metrics.positive_class`), "sentiment" is added.
+      The result of `metrics.classification_scores`, "confusion", "calibration_error", and for
+      MiSTER-E "mean_gate" and "experts". If the utterances have scores and the classes are negative
+      and positive (see `metrics.positive_class`), "sentiment" is added.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0

@@ -58,8 +58,8 @@ _COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", 
 _TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
 _CLIP = re.compile(r"dia\d+_utt\d+\.mp4")
 
-# Maps the control characters U+0080 to U+009F to those that the same bytes encode in cp1252, which
-# leaves five of the bytes undefined.
+# Maps the control characters U+0080 to U+009F to the characters that cp1252 encodes with the same
+# bytes. Five of these bytes are undefined in cp1252.
 _WINDOWS = {
     code: character
     for code in range(0x80, 0xA0)

@@ -186,7 +186,7 @@ def make_spoken_dialogue_process(
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Returns the first classes from neutral, joy, sadness, anger, surprise, fear and disgust.
+    """Returns the first names of neutral, joy, sadness, anger, surprise, fear and disgust.
 
     Raises:
         ValueError: The number of classes is not 2 to 7.

@@ -1,4 +1,4 @@
-"""Synthesizes meaningless syllables in a speaking style: harmonics, formants and breath."""
+"""Synthesizes meaningless syllables in a speaking style from harmonics, formants and breath."""
 
 import math
 
