@@ -426,7 +426,7 @@ class _TrainingLoop:
         improved = progress.complete_epoch(scores, self.options)
         if improved.any():
             self._save_best(state, step, improved, {"epoch": progress.epoch, **values})
-        if progress.finished: self._save_latest(state, progress, step)
+        self._save_latest(state, progress, step)
         if not reporter.console.is_terminal or progress.finished:
             reporter.print(
                 f"epoch {progress.epoch}/{self.options.epochs}: validation weighted F1 "
