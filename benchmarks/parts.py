@@ -29,7 +29,7 @@ TRAINING_STEP = "training step"
 
 
 class Part(NamedTuple):
-    """A part of the model, a function of variables, which need a gradient, and constants."""
+    """Part of the model, as a function of constants and of variables that need a gradient."""
 
     function: Callable[[Any, Any], Any]
     variables: Any

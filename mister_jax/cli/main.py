@@ -35,7 +35,7 @@ subcommands:
 
 
 def main(subcommand: str | None = None) -> None:
-    """Runs a subcommand and exits with its status. By default, the command line names it."""
+    """Runs a subcommand, which the command line names by default, and exits with its status."""
     arguments = sys.argv[1:]
     if subcommand is None:
         subcommand, arguments = _read_subcommand(arguments)

@@ -152,7 +152,8 @@ def _read_split(
                 end=_seconds(row["EndTime"], f"{location}: EndTime"),
             )
     except csv.Error as error:
-        location = f"{path}: line {max(1, reader.line_num)}"  # 0 if the first line has no end.
+        # `line_num` is 0 if the first line has no end.
+        location = f"{path}: line {max(1, reader.line_num)}"
         raise InputError(f"{location}: not CSV ({error}); needed: closed quotes") from error
     return [
         Dialogue(f"{split}_dia{dialogue}", tuple(turns[number] for number in sorted(turns)))

@@ -382,4 +382,4 @@ def _delimiter(text: str) -> str:
         delimiter: len({name.strip().strip('"') for name in line.split(delimiter)} & {*FIELDS})
         for delimiter in _DELIMITERS
     }
-    return max(num_fields, key=num_fields.__getitem__)  # A comma if there is a tie.
+    return max(num_fields, key=num_fields.__getitem__)  # A comma, the first key, wins a tie.
