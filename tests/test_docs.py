@@ -14,10 +14,12 @@ import shlex
 
 import numpy as np
 import pytest
+from praatio.textgrid import IntervalTier, Textgrid
 
 from mister_jax.cli.main import SUBCOMMANDS
 from mister_jax.data.audio import encode_wav
 from tests.helpers.commands import run_commands
+from tests.helpers.speech import synthesize_speech
 from tests.helpers.tiny_datasets import write_manifest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,6 +35,7 @@ SMALL_FLAGS = {
     ("prepare", "--corpus=synthetic_features"): ["--num_dialogues=8,2,2"],
     ("prepare", "--corpus=synthetic"): ["--num_workers=0"],
     ("prepare", "--corpus=manifest"): ["--num_workers=0"],
+    ("prepare", "--corpus=transcripts"): ["--num_workers=0"],
     ("train", ""): (
         small_training := [
             "--config.train.epochs=1",
@@ -113,7 +116,7 @@ def small_flags(arguments):
 
 
 def write_inputs(folder):
-    """Writes the files that the examples read: a manifest, its recordings and a feature file."""
+    """Writes the files that the examples read: manifest, recordings, transcripts, features."""
     random = np.random.default_rng(0)
     for name in ("1.wav", "2.wav"):
         encode_wav(folder / name, random.integers(-8000, 8000, 8000).astype(np.int16))
@@ -132,6 +135,19 @@ def write_inputs(folder):
         for utterance in (1, 2)
     ]
     write_manifest(folder / "my.jsonl", rows)
+    for name in ("call.wav", "calls/1.wav", "calls/2.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        encode_wav(folder / name, synthesize_speech(1.0))
+    (folder / "call.wav").rename(folder / "call.mp3")  # FFmpeg reads the content.
+    (folder / "call.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nYou again?\n")
+    (folder / "annotated").mkdir()
+    for name in ("a", "b", "c"):
+        encode_wav(folder / "annotated" / f"{name}.wav", synthesize_speech(1.0))
+        tiers = [IntervalTier("words", [(0, 0.9, "Me.")]), IntervalTier("emotion", [(0, 1, "joy")])]
+        grid = Textgrid(0, 1)
+        for tier in tiers:
+            grid.addTier(tier)
+        grid.save(str(folder / "annotated" / f"{name}.TextGrid"), "long_textgrid", True)
     num_utterances = 24
     np.savez(
         folder / "features.npz",

@@ -14,6 +14,7 @@ from mister_jax.inference import speech_recognition
 from mister_jax.inference.recordings import find_utterances, list_recordings
 from mister_jax.inference.speech_recognition import recognize_speech
 from tests.helpers.predictions import assert_predictions_close
+from tests.helpers.speech import synthesize_speech
 
 RATE = audio.SAMPLE_RATE
 TURNS = [(0.5, 1.2, "so happy."), (1.5, 2.25, "we are mad."), (2.0, 2.8, "glad today.")]
@@ -214,6 +215,50 @@ def test_times_that_do_not_fit_are_noted_and_kept(recognizer, recording):
     assert "64 characters in 1.0 s" in first[0]
     assert "ends 2.0 s after the recording" in second[0]
     assert third == []
+
+
+def test_voice_activity_is_found_offline(recognizer, tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(
+        path,
+        np.concatenate(
+            [silence(0.5), synthesize_speech(2.0), silence(1.0), synthesize_speech(1.5)]
+        ),
+    )
+    rows = recognizer.predict_recording(path, recognizer=speech_recognition.detect_voice_activity)
+    times = [(row["start"], row["end"]) for row in rows]
+    np.testing.assert_allclose(times, [(0.5, 2.5), (3.5, 5.0)], atol=0.3)
+    assert [row["text"] for row in rows] == ["", ""]
+    assert all(row["experts"]["speech"] and not row["experts"]["text"] for row in rows)
+
+
+class PocketSphinx:
+    """A recognizer of another package, with a model of English in its wheel."""
+
+    def __init__(self):
+        self._decoder = pytest.importorskip("pocketsphinx").Decoder(samprate=RATE, loglevel="FATAL")
+
+    def __call__(self, samples):
+        self._decoder.start_utt()
+        pcm = np.rint(32767 * samples).astype("<i2")
+        self._decoder.process_raw(pcm.tobytes(), full_utt=True)
+        self._decoder.end_utt()
+        words = [
+            Word(it.word.partition("(")[0], it.start_frame / 100, (it.end_frame + 1) / 100)
+            for it in self._decoder.seg()
+            if it.word[0] not in "<["
+        ]
+        text = " ".join(word.text for word in words)
+        return [Segment(words[0].start, words[-1].end, text, words=tuple(words))] if words else []
+
+
+def test_a_recognizer_of_another_package_can_be_used(recognizer, tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(path, np.concatenate([silence(0.5), synthesize_speech(2.0), silence(0.5)]))
+    rows = recognizer.predict_recording(path, recognizer=PocketSphinx())
+    assert rows and all(row["text"] for row in rows)
+    assert 0 <= rows[0]["start"] < rows[-1]["end"] <= 3
+    assert all(row["experts"]["text"] and row["experts"]["fusion"] for row in rows)
 
 
 def test_the_good_part_of_a_damaged_recording_is_used(tmp_path):
