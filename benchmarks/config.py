@@ -42,7 +42,7 @@ def select_devices(config: BenchmarkConfig) -> list[jax.Device]:
     """Returns the first `config.devices` devices.
 
     Raises:
-      InputError: There are fewer devices.
+      InputError: There are fewer than `config.devices` devices.
     """
     devices = jax.devices()
     if len(devices) < config.devices:

@@ -24,7 +24,7 @@ def _ablate() -> int:
     config = required_config(_CONFIG)
     workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
     if config.task != "fusion":
-        raise InputError(f"config.task={config.task!r}; allowed is 'fusion'")
+        raise InputError(f"config.task={config.task!r}; allowed: 'fusion'")
     import jax
     from etils import epath
 

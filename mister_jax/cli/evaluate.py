@@ -85,7 +85,7 @@ def _read_rates(flag: flags.FlagHolder) -> list[float]:
     try:
         return [float(rate) for rate in flag.value] or [0.0]
     except ValueError as error:
-        raise InputError(f"--{flag.name}={','.join(flag.value)}; allowed are numbers") from error
+        raise InputError(f"--{flag.name}={','.join(flag.value)}; allowed: numbers") from error
 
 
 main = cluster.distributed(_evaluate)

@@ -90,18 +90,17 @@ def _check_flags() -> str:
     if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):
         raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
     if not _OUTPUT.value:
-        raise InputError("--output is needed: a name for the dataset of features")
+        raise InputError("--output is needed: a name for the feature dataset")
     (source,) = chosen
     if source != "encoder" and (options := _set_flags(_ENCODER_OPTIONS)):
         raise InputError(
-            f"--{', --'.join(options)}: with --encoder alone; a tuned one is used as it was trained"
+            f"--{', --'.join(options)}: allowed only with --encoder; a fine-tuned encoder keeps "
+            "its training options"
         )
     if source == "speech" and (options := _set_flags(_DATASET_OPTIONS)):
-        raise InputError(
-            f"--{', --'.join(options)}: not with --speech and --text, which name the datasets"
-        )
+        raise InputError(f"--{', --'.join(options)}: not allowed with --speech and --text")
     if source != "speech" and not _DATASET.value:
-        raise InputError("--dataset is needed: a dataset of dialogues, see mister-jax prepare")
+        raise InputError("--dataset is needed: a dialogue dataset, see mister-jax prepare")
     return source
 
 

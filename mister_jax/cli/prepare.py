@@ -42,7 +42,7 @@ CORPUS_FLAGS = {
 
 _CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join(CORPUS_FLAGS)}")
 _SOURCE = flags.DEFINE_string("source", None, "corpus folder, manifest, or npz file of features")
-_CONFIG = flags.DEFINE_string("config", "", "config of a released corpus; by default its first one")
+_CONFIG = flags.DEFINE_string("config", "", "config of a released corpus; by default the first")
 _NAME = flags.DEFINE_string("name", "", "name of the dataset to write")
 _LABELS = flags.DEFINE_list("labels", [], "ordered class names of a manifest")
 _MAP_LABELS = flags.DEFINE_list(

@@ -178,7 +178,7 @@ def _prepare_manifest(
         needed = "a column label, or --labels=A,B,..."
         if options.corpus == "transcripts":
             needed = "--label_tier, --label_column, --label_suffix, or --labels=A,B,..."
-        raise InputError(f"{path}: label: no row has one{extra}; needed: {needed}")
+        raise InputError(f"{path}: no row has a label{extra}; needed: {needed}")
     corpus = dataclasses.replace(corpus, notes=(*corpus.notes, *notes))
     config = CorpusConfig(name=name)
     return _write(options, Manifest, corpus, dataset, config, str(path), reference_scores)

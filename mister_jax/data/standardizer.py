@@ -99,7 +99,7 @@ def why_standardize(vectors: np.ndarray) -> str:
     if high > _MAX_DEVIATION_RATIO * low:
         return f"whose dimensions differ {high / low:.0f}-fold in scale"
     if deviation.max() > _MAX_OUTLIER_RATIO * median:
-        return f"one of whose dimensions is {deviation.max() / median:.0f} times as wide as most"
+        return f"with a dimension whose scale is {deviation.max() / median:.0f} times the median"
     if not _SCALE_RANGE[0] <= scale <= _SCALE_RANGE[1]:
         return f"whose values are around {scale:.2g}"
     return ""

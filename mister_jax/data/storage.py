@@ -124,7 +124,7 @@ def atomic_directory(
         temporary.mkdir(parents=True)
         recover_directory(directory, root)
         if directory.exists() and not overwrite:
-            raise InputError(f"{directory}: exists; allowed: another one, or --overwrite")
+            raise InputError(f"{directory}: exists; allowed: another directory, or --overwrite")
         yield temporary
         directory.parent.mkdir(parents=True, exist_ok=True)
         if directory.exists():

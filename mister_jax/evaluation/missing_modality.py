@@ -102,7 +102,9 @@ def missing_modality_study(
     predictor = Predictor(workdir, data_dir)
     features = predictor.task.features(split, dataset)
     if not isinstance(features, DialogueFeatures):
-        raise InputError(f"{workdir}: the work directory of an encoder; needed: one of MiSTER-E")
+        raise InputError(
+            f"{workdir}: the work directory of an encoder; needed: a work directory of MiSTER-E"
+        )
     zero_fill_values = predictor.task.zero_fill_values() if as_zeros else None
     study = _run_study(predictor, features, pairs, draws, zero_fill_values, quiet=quiet)
     if jax.process_index() == 0:
@@ -148,9 +150,9 @@ def _pair_rates(
     columns = []
     for name, rates in (("drop_speech", drop_speech), ("drop_text", drop_text)):
         if len(rates) not in (1, count):
-            raise InputError(f"{name} has {len(rates)} rates; allowed are 1 or {count}")
+            raise InputError(f"{name} has {len(rates)} rates; allowed: 1 or {count}")
         if any(not 0 <= rate <= 1 for rate in rates):
-            raise InputError(f"{name}={list(rates)}; allowed are 0 <= rate <= 1")
+            raise InputError(f"{name}={list(rates)}; allowed: rates from 0 to 1")
         columns.append(list(rates) * (count if len(rates) == 1 else 1))
     return list(zip(*columns, strict=True))
 

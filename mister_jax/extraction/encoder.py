@@ -130,7 +130,7 @@ def encode_utterances(
     items = encoder.input.items(utterances)
     present = np.array([len(item) > 0 for item in items], bool)
     if not present.any():
-        raise InputError(f"{len(items)} utterances: none has {encoder.modality}; needed: one")
+        raise InputError(f"no {encoder.modality} in {len(items)} utterances; needed: at least one")
     encoded = encode_items(encoder, [item for item in items if len(item)], budget, quiet=quiet)
     features = np.zeros((len(items), encoded.shape[1]), np.float32)
     features[present] = encoded

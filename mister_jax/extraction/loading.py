@@ -43,7 +43,7 @@ class TunedEncoder(Encoder):
             input_ = SpeechInput(task.options.max_seconds, pads_to_max=task.pads_to_max)
         else:
             raise InputError(
-                f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder"
+                f"{workdir}: a work directory of MiSTER-E; needed: the work directory of an encoder"
             )
         metadata = {
             "kind": "tuned",

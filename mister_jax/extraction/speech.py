@@ -140,7 +140,7 @@ class PretrainedSpeech(Encoder):
         backbone_config = speech.read_backbone_config(files, prompt)
         trim_kwargs = speech.trim_kwargs(backbone_config, trim)
         if not trim and not trim_kwargs:
-            raise InputError(f"{name}: trim=False; allowed: True, it is not Whisper")
+            raise InputError(f"{name}: trim=False; allowed only for Whisper")
         changes = {**dtypes, **trim_kwargs, **speech.trainable_paths(backbone_config)}
         # Options are checked first, because reading the weights may take minutes.
         shapes = nnx.eval_shape(
@@ -148,7 +148,7 @@ class PretrainedSpeech(Encoder):
         )
         window_seconds = speech.max_seconds(shapes)
         if windows and window_seconds is None:
-            raise InputError(f"{name}: windows; allowed for encoders with a fixed window")
+            raise InputError(f"{name}: windows=True; allowed only for encoders with a fixed window")
         if max_seconds is not None:
             speech.check_seconds(max_seconds, shapes)
         with explain_load_oom(name, dtype):

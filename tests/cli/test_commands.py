@@ -59,12 +59,12 @@ WRONG_USES = {
     },
     "extract": {
         "--output=x": "one of --workdir, --encoder, or --speech with --text is needed",
-        "--workdir=DIR": "--output is needed: a name for the dataset of features",
-        "--output=x --workdir=DIR --adapter=DIR": "--adapter: with --encoder alone",
+        "--workdir=DIR": "--output is needed: a name for the feature dataset",
+        "--output=x --workdir=DIR --adapter=DIR": "--adapter: allowed only with --encoder",
         "--workdir=DIR --output=x --dataset=d --max_seconds=1 --trim=false --prompt=hello": (
-            "--max_seconds, --trim, --prompt: with --encoder alone; a tuned one is used as it was"
+            "--max_seconds, --trim, --prompt: allowed only with --encoder; a fine-tuned encoder"
         ),
-        "--speech=a --text=b --output=x --budget=5": "--budget: not with --speech and --text",
+        "--speech=a --text=b --output=x --budget=5": "--budget: not allowed with --speech and --t",
         "--encoder=prosody --output=x --dataset=d --max_tokens=5 --dtype=bfloat16": (
             "prosody: max_tokens, dtype; allowed for an encoder of this kind (prosody): max_seconds"
         ),
@@ -108,7 +108,7 @@ WRONG_USES = {
         "": "--workdir is needed: a directory that `mister-jax train` has written",
         "--workdir=DIR": "config.json: no such file; the workdir must be a directory that",
         "--workdir=DIR/old": "DIR/old: written by an older version of mister_jax; train it again",
-        "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed are numbers",
+        "--workdir=DIR/ready --drop_speech=half": "--drop_speech=half; allowed: numbers",
         "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros requires --drop_speech",
         "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; available: none",
         "--workdir=DIR/ready --report=maybe": "--report=maybe",

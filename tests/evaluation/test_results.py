@@ -234,8 +234,8 @@ def test_a_study_with_zeros_has_files_of_its_own(finished_workdir, tiny_data_dir
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_speech": [1.5]}, r"drop_speech=\[1.5\]; allowed are 0 <= rate <= 1"),
-        ({"drop_speech": [0.1, 0.2], "drop_text": [0.1, 0.2, 0.3]}, "2 rates; allowed are 1 or 3"),
+        ({"drop_speech": [1.5]}, r"drop_speech=\[1.5\]; allowed: rates from 0 to 1"),
+        ({"drop_speech": [0.1, 0.2], "drop_text": [0.1, 0.2, 0.3]}, "2 rates; allowed: 1 or 3"),
     ],
 )
 def test_unusable_drop_rates_are_refused(finished_workdir, options, message):

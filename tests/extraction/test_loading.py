@@ -99,5 +99,5 @@ def test_salmonn_is_loaded_from_released_files(salmonn_options, tmp_path, monkey
     waveform, lengths = pad_clips(make_clips()[:3], 16_000)
     expected = masked_mean(*module(waveform.astype(np.float32) / 2**15, lengths))
     np.testing.assert_allclose(features, expected, atol=1e-4)
-    with pytest.raises(InputError, match="trim=False; allowed: True, it is not Whisper"):
+    with pytest.raises(InputError, match="trim=False; allowed only for Whisper"):
         extraction.load_encoder(salmonn_options["name"], max_seconds=1.0, trim=False, **options)

@@ -133,7 +133,7 @@ def test_evaluation_scores_utterances_with_text_and_a_label(lora_workdir, result
 
 
 def test_an_encoder_has_no_missing_modality_study(lora_workdir):
-    with pytest.raises(InputError, match="directory of an encoder; needed: one of MiSTER-E"):
+    with pytest.raises(InputError, match="directory of an encoder; needed: a work directory of"):
         missing_modality_study(lora_workdir, "test", drop_text=[0.5], quiet=True)
 
 

@@ -68,7 +68,7 @@ def read_iemocap(
             unlabeled.
         validation: "session1", whose speakers are not in training, or "cosmic12", see `COSMIC12`.
             Session 5 is always the test split.
-        partial: Whether to allow a corpus whose size differs from the released one.
+        partial: Whether to allow a corpus whose size differs from the release.
 
     Raises:
         InputError: A file is missing or a line cannot be used.

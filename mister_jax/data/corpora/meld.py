@@ -81,7 +81,7 @@ def read_meld(
         clips: Whether to use the clips; without them, all speech is missing.
         corrected_test_clips: Whether to use the corrected version of a test clip,
             `final_videos_testdia*`, if it exists.
-        partial: Whether to allow a corpus whose size differs from the released one.
+        partial: Whether to allow a corpus whose size differs from the release.
 
     Raises:
         InputError: A file is missing or a row cannot be used.

@@ -69,7 +69,7 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
     Args:
         source: Folder that contains `Raw` and the labels.
-        partial: Whether to allow a corpus whose size differs from the released one.
+        partial: Whether to allow a corpus whose size differs from the release.
 
     Raises:
         InputError: A file is missing or cannot be used.

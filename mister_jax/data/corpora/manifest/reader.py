@@ -133,7 +133,7 @@ def corpus_from_rows(
     """
     for name in labels:
         if not name or [name.strip()] != name.splitlines() or labels.count(name) > 1:
-            raise InputError(f"labels: {name!r}; allowed: unique names of one line")
+            raise InputError(f"labels: {name!r}; allowed: unique one-line names")
     intervals = audio_intervals(rows)
     notes = []
     cut = [
