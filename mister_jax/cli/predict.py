@@ -276,7 +276,7 @@ def _read_corpus() -> Corpus:
     chosen = [name for name, value in sources.items() if value]
     if len(chosen) != 1:
         raise InputError(
-            "one of --manifest, --corpus with --source, or --audio and --text is needed"
+            "needed: one of --recording, --manifest, --corpus with --source, or --audio and --text"
         )
     if chosen == ["manifest"]:
         # All dialogues are in one split, in the order of the file.

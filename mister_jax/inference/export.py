@@ -1,4 +1,4 @@
-"""Exports the encoder of a stage-1 work directory for transformers or `peft`."""
+"""Exports a fine-tuned encoder for transformers or `peft`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def export_encoder(
     config = read_config(workdir)
     if config.task == "fusion":
         read_model_description(workdir)  # Raises if an older version wrote the work directory.
-        raise InputError(f"{workdir}: the work directory of MiSTER-E; needed: one of an encoder")
+        raise InputError(
+            f"{workdir}: the work directory of a MiSTER-E model; needed: that of an encoder"
+        )
     if config.encoder.options.get("vicuna"):
         raise InputError(
-            f"{workdir}: SALMONN is four checkpoints and no model of transformers; allowed: "
-            "encoders of one folder"
+            f"{workdir}: SALMONN consists of four checkpoints, and transformers has no such model; "
+            "allowed: encoders with one checkpoint"
         )
     target = pathlib.Path(output).resolve()
     if target.exists():
@@ -59,7 +61,7 @@ def export_encoder(
     task = predictor.task
     if target == task.folder.resolve():
         raise InputError(
-            f"{output}: the encoder that the training started from; needed: another folder"
+            f"{output}: the encoder from which training started; needed: another folder"
         )
     (model,) = predictor.models()
     encoder = model.backbone
@@ -76,7 +78,7 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
         raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
     is_model = (target / hf_config.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
     if not is_model and not (target / peft.CONFIG_FILE).exists():
-        raise InputError(f"{target}: holds no model; allowed with --overwrite: one that does")
+        raise InputError(f"{target}: not a model; --overwrite only replaces a folder with a model")
 
 
 def _write_model(folder: pathlib.Path, task: Any, encoder: Any) -> None:
@@ -91,8 +93,8 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
     whole = task.options.full or getattr(task.options, "tower", "") == "full"
     if whole or not any(layer.lora for _, layer in linear_layers(encoder)):
         raise InputError(
-            f"{name}: trained by more or less than low-rank paths, and an adapter holds only "
-            "these; allowed: without --adapter"
+            f"{name}: not only LoRA weights were trained, and an adapter holds only these; "
+            "allowed: an export without --adapter"
         )
     architecture = registry.find_architecture(
         hf_config.read_config(task.folder), task.folder / hf_config.CONFIG_FILE

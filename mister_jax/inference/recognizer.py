@@ -53,8 +53,8 @@ class EmotionRecognizer:
       text_encoder: New path of the text encoder.
 
     Raises:
-      InputError: The directory holds no training of MiSTER-E, or one whose features were not
-        extracted by encoders; or an encoder cannot be loaded or has changed.
+      InputError: The directory holds no MiSTER-E model, the model's features were not extracted by
+        encoders, or an encoder cannot be loaded or has changed.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class EmotionRecognizer:
     ):
         if read_config(workdir).task != "fusion":
             raise InputError(
-                f"{workdir}: the work directory of an encoder; needed: one of MiSTER-E"
+                f"{workdir}: the work directory of an encoder; needed: that of a MiSTER-E model"
             )
         self._predictor = Predictor(workdir)
         task = self._predictor.task
@@ -88,7 +88,7 @@ class EmotionRecognizer:
         if not self._encoders:
             raise InputError(
                 f"{workdir}: trained on ready-made features, so recordings and texts cannot be "
-                "read; needed: a training on a dataset from mister-jax extract"
+                "read; needed: a model trained on features from mister-jax extract"
             )
 
     def predict(

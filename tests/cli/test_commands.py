@@ -114,20 +114,20 @@ WRONG_USES = {
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
     },
     "predict": {
-        "--text=hello": "--workdir is needed",
-        "--workdir=DIR/ready": "one of --manifest, --corpus with --source, or --audio and",
-        "--workdir=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
-        "--workdir=DIR/encoder --text=hello": "the work directory of an encoder; needed: one",
-        "--workdir=DIR/ready --text=hello": "ready-made features, so recordings and texts",
-        "--workdir=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
+        "--text=hello": "--model is needed",
+        "--model=DIR/ready": "needed: one of --recording, --manifest, --corpus with",
+        "--model=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
+        "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: that",
+        "--model=DIR/ready --text=hello": "ready-made features, so recordings and texts",
+        "--model=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
             "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
         ),
-        "--workdir=DIR/ready --text=a --text=b --audio=c.wav": (
+        "--model=DIR/ready --text=a --text=b --audio=c.wav": (
             "1 of --audio and 2 of --text; pass as many of each"
         ),
-        "--workdir=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
-        "--workdir=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
-        "--workdir=DIR/ready --text=a --output=DIR/no/out.jsonl": (
+        "--model=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
+        "--model=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
+        "--model=DIR/ready --text=a --output=DIR/no/out.jsonl": (
             "needed: a file in an existing folder"
         ),
     },
@@ -136,7 +136,7 @@ WRONG_USES = {
         "--workdir=DIR": "--output is needed: a folder that does not exist yet",
         "--workdir=DIR/ready --output=DIR/new": "the work directory of MiSTER-E; needed: one of an",
         "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
-        "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: holds no model; allo",
+        "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: not a model; --overwr",
     },
     "benchmark": {
         "--encoder=bert": "--encoder=bert needs one of --aot, --random, --throughput",

@@ -32,7 +32,7 @@ def write_tiny_dataset(data_dir, num_dialogues):
 
 
 def make_tiny_config(data_dir, argument="tiny", **changes):
-    """Returns the config of a training of two epochs that takes a second."""
+    """Returns a config that trains for two epochs, which takes a second."""
     config = fusion.get_config(argument)
     config.data.data_dir = str(data_dir)
     config.data.num_buckets = 1

@@ -198,9 +198,9 @@ def test_only_an_earlier_export_can_be_overwritten(workdirs, tmp_path):
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
     (tmp_path / "other").mkdir()
     for folder, message in (
-        (tmp_path / "other", "holds no model"),
-        (workdir, "holds no model"),
-        (base, "the encoder that the training started from"),
+        (tmp_path / "other", "not a model"),
+        (workdir, "not a model"),
+        (base, "the encoder from which training started"),
     ):
         with pytest.raises(InputError, match=message):
             export_encoder(workdir, folder, overwrite=True)
@@ -221,7 +221,7 @@ def test_an_export_that_fails_keeps_the_earlier_one(workdirs, tmp_path, monkeypa
 
 
 def test_an_encoder_without_lora_is_not_exported_as_an_adapter(workdirs, tmp_path):
-    with pytest.raises(InputError, match="more or less than low-rank paths"):
+    with pytest.raises(InputError, match="not only LoRA weights were trained"):
         export_encoder(workdirs("bert")[1], tmp_path / "new", adapter=True)
     assert not list(tmp_path.iterdir())
 
@@ -238,7 +238,7 @@ def test_an_adapter_that_peft_would_ignore_is_not_exported(workdirs, expected, t
 
 def test_salmonn_is_not_exported(tmp_path):
     write_json(tmp_path / "config.json", speech_encoder.get_config("any,salmonn_7b").to_dict())
-    with pytest.raises(InputError, match="SALMONN is four checkpoints"):
+    with pytest.raises(InputError, match="SALMONN consists of four checkpoints"):
         export_encoder(tmp_path, tmp_path / "new")
 
 

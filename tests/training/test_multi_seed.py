@@ -28,14 +28,14 @@ SEEDS = (3, 4)
 
 
 def make_seeds_config(tiny_data_dir, **changes):
-    """Returns the config of a training of all seeds in one program."""
+    """Returns a config that trains all seeds in one program."""
     changes = {"seed": SEEDS[0], "num_seeds": len(SEEDS), **changes}
     return make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
 
 
 @pytest.fixture(scope="module")
 def joint_workdir(tiny_data_dir, tmp_path_factory):
-    """The work directory of a training of all seeds in one program."""
+    """The work directory of a run that trains all seeds in one program."""
     workdir = tmp_path_factory.mktemp("joint") / "run"
     assert train(make_seeds_config(tiny_data_dir), workdir, quiet=True).finished
     return workdir

@@ -81,7 +81,7 @@ STEPS_PER_EPOCH = 3
 
 
 def two_bucket_config(tiny_data_dir, **changes):
-    """Returns the config of a training with batches of two lengths."""
+    """Returns a config whose batches have two lengths."""
     return make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2, **changes})
 
 
