@@ -1,6 +1,7 @@
 """`predict_recording`: from one recording to the emotions of its utterances."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -383,3 +384,39 @@ def test_a_wrong_use_is_one_line_and_writes_nothing(results, calls, flags):
     assert BAD_COMMANDS[flags] in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not list(calls.glob("one.*"))
+
+
+class FakeWhisperModel:
+    """Stands in for `faster_whisper.WhisperModel`, whose weights are not available offline."""
+
+    supported_languages = ("de", "en")
+
+    def __init__(self, model, **options):
+        self.calls = []
+
+    def transcribe(self, samples, **options):
+        assert samples.dtype == np.float32 and np.abs(samples).max() <= 1
+        assert options["word_timestamps"] and options["vad_filter"]
+        self.calls.append(options["language"])
+        words = [
+            types.SimpleNamespace(word=" So", start=0.5, end=0.7),
+            types.SimpleNamespace(word=" mad.", start=0.7, end=1.0),
+            types.SimpleNamespace(word=" Glad!", start=1.2, end=1.9),
+        ]
+        segment = types.SimpleNamespace(start=0.5, end=1.9, text=" So mad. Glad!", words=words)
+        return iter([segment]), None
+
+
+def test_whisper_segments_are_split_at_sentences_by_the_times_of_words(
+    recognizer, recording, monkeypatch
+):
+    monkeypatch.setattr(speech_recognition, "WhisperModel", FakeWhisperModel)
+    whisper = speech_recognition.WhisperRecognizer("tiny", language="en")
+    rows = recognizer.predict_recording(recording, recognizer=whisper)
+    assert [(row["start"], row["end"], row["text"]) for row in rows] == [
+        (0.5, 1.0, "So mad."),
+        (1.2, 1.9, "Glad!"),
+    ]
+    assert whisper._model.calls == ["en"]
+    with pytest.raises(InputError, match="language 'xx'; allowed: de, en"):
+        speech_recognition.WhisperRecognizer("tiny", language="xx")
