@@ -1,4 +1,4 @@
-"""Writes predictions to JSON Lines or CSV files."""
+"""Writes predictions to tables, subtitles, annotation files and web pages."""
 
 from __future__ import annotations
 
@@ -11,22 +11,38 @@ from typing import Any
 from etils import epath
 
 from mister_jax.errors import InputError
+from mister_jax.inference.timeline import annotations, subtitles
+from mister_jax.inference.timeline.rows import check_timeline_rows
 from mister_jax.io import flatten, write_text
 
 Row = Mapping[str, Any]
 
 
-def write_predictions(path: epath.PathLike, rows: Sequence[Row]) -> None:
+def write_predictions(
+    path: epath.PathLike, rows: Sequence[Row], *, embed_audio: bool = False
+) -> None:
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
     In a CSV file, nested values have their own columns, such as `probabilities.anger`, and lists
-    are joined by semicolons.
+    are joined by semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
+    take the rows of one recording, see `EmotionRecognizer.predict_recording`.
+
+    Args:
+      path: File to write.
+      rows: Predictions.
+      embed_audio: Whether a web page contains the audio. Otherwise it links the recording.
 
     Raises:
-      InputError: See `check_predictions_path`.
+      InputError: See `check_predictions_path`; or the format needs the rows of one recording with
+        "start" and "end".
     """
     check_predictions_path(path)
-    write_text(path, FORMATS[epath.Path(path).suffix](rows))
+    extension = _extension(path)
+    if extension in ROW_FORMATS:
+        text = ROW_FORMATS[extension](rows)
+    else:
+        text = TIMELINE_FORMATS[extension](path, check_timeline_rows(path, rows), embed_audio)
+    write_text(path, text)
 
 
 def check_predictions_path(path: epath.PathLike) -> None:
@@ -37,7 +53,7 @@ def check_predictions_path(path: epath.PathLike) -> None:
         does not exist.
     """
     path = epath.Path(path)
-    if path.suffix not in FORMATS:
+    if _extension(path) not in FORMATS:
         raise InputError(
             f"{path}: output with extension {path.suffix or '(none)'}; allowed: "
             f"{', '.join(FORMATS)}"
@@ -45,6 +61,12 @@ def check_predictions_path(path: epath.PathLike) -> None:
     absolute = path.absolute()
     if absolute.is_dir() or not absolute.parent.is_dir():
         raise InputError(f"{path}; needed: a file in an existing folder")
+
+
+def _extension(path: epath.PathLike) -> str:
+    """Returns the extension as in `FORMATS`: Praat accepts .textgrid for .TextGrid."""
+    suffix = epath.Path(path).suffix
+    return ".TextGrid" if suffix.lower() == ".textgrid" else suffix
 
 
 def _to_json_lines(rows: Sequence[Row]) -> str:
@@ -67,5 +89,16 @@ def _to_csv(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
-FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}
-"""Formatter of each file extension."""
+ROW_FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}
+"""Formatter of each extension of tables, which take any rows."""
+
+TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], bool], str]] = {
+    ".srt": lambda _, rows, __: subtitles.to_srt(rows),
+    ".vtt": lambda _, rows, __: subtitles.to_vtt(rows),
+    ".TextGrid": lambda _, rows, __: annotations.to_textgrid(rows),
+    ".eaf": lambda path, rows, _: annotations.to_eaf(path, rows),
+}
+"""Formatter of each extension of timelines, which take the sorted rows of one recording."""
+
+FORMATS = (*ROW_FORMATS, *TIMELINE_FORMATS)
+"""Extensions that `write_predictions` accepts."""

@@ -1,0 +1,1 @@
+"""Emotion timelines of recordings: subtitles, annotation files and an interactive web page."""

@@ -1,0 +1,63 @@
+"""Checks and prepares the prediction rows of one recording."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mister_jax.errors import InputError
+
+Row = Mapping[str, Any]
+
+# Characters that XML 1.0 forbids, even when escaped. Lone surrogates cannot be encoded in UTF-8.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
+def check_timeline_rows(path: epath.PathLike, rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows in the order of their start.
+
+    Args:
+      path: Output file, for error messages.
+      rows: Prediction rows, see `EmotionRecognizer.predict_recording`.
+
+    Raises:
+      InputError: There are no rows, a row has no times, or the rows are of several recordings.
+    """
+    recordings = {row.get("recording") for row in rows}
+    if len(recordings) > 1:
+        raise InputError(f"{path}: rows of {len(recordings)} recordings; needed: one recording")
+    has_times = all(
+        row.get("start") is not None and row.get("end") is not None and row["end"] > row["start"]
+        for row in rows
+    )
+    if not rows or not has_times:
+        raise InputError(f"{path}: needed: utterances of one recording, with start and end")
+    return sorted(rows, key=lambda row: (row["start"], row["end"]))
+
+
+def milliseconds(row: Row) -> tuple[int, int]:
+    """Returns the start and end of an utterance, at least one millisecond apart."""
+    start = round(1000 * row["start"])
+    return start, max(start + 1, round(1000 * row["end"]))
+
+
+def one_line(text: object) -> str:
+    """Returns a text with single spaces and without characters that no format can store."""
+    return " ".join(_FORBIDDEN.sub("\ufffd", "" if text is None else str(text)).split())
+
+
+def recording_seconds(rows: Sequence[Row]) -> float:
+    """Returns the length of the recording, or the last end if the recording is not available."""
+    last_end = max(row["end"] for row in rows)
+    if not rows[0].get("recording"):
+        return last_end
+    from mister_jax.data.audio import container_seconds
+    from mister_jax.data.audio_source import AudioError
+
+    try:
+        return max(last_end, container_seconds(rows[0]["recording"]) or 0.0)
+    except AudioError:
+        return last_end
