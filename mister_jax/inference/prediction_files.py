@@ -11,8 +11,9 @@ from typing import Any
 from etils import epath
 
 from mister_jax.errors import InputError
-from mister_jax.inference.timeline import annotations, subtitles
+from mister_jax.inference.timeline.annotations import to_eaf, to_textgrid
 from mister_jax.inference.timeline.rows import check_timeline_rows
+from mister_jax.inference.timeline.subtitles import to_srt, to_vtt
 from mister_jax.io import flatten, write_text
 
 Row = Mapping[str, Any]
@@ -69,6 +70,13 @@ def _extension(path: epath.PathLike) -> str:
     return ".TextGrid" if suffix.lower() == ".textgrid" else suffix
 
 
+def _to_html(path: epath.PathLike, rows: Sequence[Row], embed_audio: bool) -> str:
+    # The other formats do not need PyAV.
+    from mister_jax.inference.timeline.page import timeline_html
+
+    return timeline_html(path, rows, embed_audio=embed_audio)
+
+
 def _to_json_lines(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -93,10 +101,11 @@ ROW_FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lin
 """Formatter of each extension of tables, which take any rows."""
 
 TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], bool], str]] = {
-    ".srt": lambda _, rows, __: subtitles.to_srt(rows),
-    ".vtt": lambda _, rows, __: subtitles.to_vtt(rows),
-    ".TextGrid": lambda _, rows, __: annotations.to_textgrid(rows),
-    ".eaf": lambda path, rows, _: annotations.to_eaf(path, rows),
+    ".srt": lambda _, rows, __: to_srt(rows),
+    ".vtt": lambda _, rows, __: to_vtt(rows),
+    ".TextGrid": lambda _, rows, __: to_textgrid(rows),
+    ".eaf": lambda path, rows, _: to_eaf(path, rows),
+    ".html": _to_html,
 }
 """Formatter of each extension of timelines, which take the sorted rows of one recording."""
 
