@@ -1,14 +1,22 @@
 """Tests timelines: each format is read back by the library of its field."""
 
+import base64
 import html
+import json
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 
+from mister_jax.data import audio
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.transcripts.reader import read_transcript
 from mister_jax.errors import InputError
 from mister_jax.inference.prediction_files import FORMATS, check_predictions_path, write_predictions
+from mister_jax.inference.timeline.palette import emotion_colors
+from mister_jax.inference.timeline.waveform import waveform_peaks
 
 CLASSES = ("anger", "joy", "neutral")
 INJECTION = "</script><img src=x onerror=\"document.title='broken'\"> & --> \"quoted\" 'x' \u2028 ü"
@@ -180,3 +188,165 @@ def test_timelines_need_the_times_of_one_recording(tmp_path, extension):
 def test_output_extension_is_checked(tmp_path):
     with pytest.raises(InputError, match=r"\.txt; allowed: \.jsonl, \.csv, \.srt, \.vtt, \.TextG"):
         check_predictions_path(tmp_path / "call.txt")
+
+
+def write_page(tmp_path, rows, **options):
+    """Writes a page with a recording of 6 s, in which the second half is louder."""
+    recording = tmp_path / "call #1.wav"
+    samples = np.sin(np.arange(16_000 * 6) / 10) * np.repeat([4000, 8000], 16_000 * 3)
+    encode_wav(recording, samples.astype(np.int16))
+    path = tmp_path / "call.html"
+    write_predictions(path, [row | {"recording": str(recording)} for row in rows], **options)
+    return path
+
+
+def page_data(text):
+    return json.loads(re.search(r'id="timeline-data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_page_has_the_data_of_the_rows(tmp_path, rows):
+    text = write_page(tmp_path, rows[:4]).read_text()
+    data = page_data(text)
+    assert data["start"] == [0.0, 1.5, 2.0, 3.9] and data["end"] == [1.2345, 4.0, 3.25, 5.0]
+    assert data["text"] == [one_line(row["text"]) for row in rows[:4]]
+    assert [data["classes"][it] for it in data["emotion"]] == [it["emotion"] for it in rows[:4]]
+    assert data["speakers"] == ["A", "B <b>"] and data["speaker"] == [0, 0, 1, 0]
+    # The text expert never votes, so it is disabled in the model.
+    assert data["experts"] == ["speech", "fusion"] and data["gate"] == [[250] * 4, [750] * 4]
+    assert data["probabilities"][:3] == [150, 700, 150]
+    assert data["duration"] == 6.0 and data["source"] == "./call%20%231.wav"
+    # Only the page's own script runs, and nothing is loaded from a network.
+    assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", text)
+    assert "<img" not in text and text.count("</script>") == 3
+
+
+def test_page_waveform_follows_the_loudness(tmp_path, rows):
+    data = page_data(write_page(tmp_path, rows[:4]).read_text())
+    low, high = np.frombuffer(base64.b64decode(data["peaks"]), np.int8).reshape(2, -1)
+    assert len(low) * data["binSeconds"] == 6.0
+    assert high.max() == 127 and abs(high[:299].max() - 64) <= 1 and abs(low[:299].min() + 64) <= 1
+
+
+def test_long_recordings_have_longer_bins(tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(path, (np.arange(16_000) % 320 - 160).astype(np.int16))
+    waveform = waveform_peaks(path, max_bins=30)
+    assert len(waveform.low) == 25 and waveform.bin_seconds == 0.04
+    assert set(waveform.low) == {-127} and set(waveform.high) == {126}
+
+
+def test_page_embeds_audio(tmp_path, rows):
+    text = write_page(tmp_path, rows[:4], embed_audio=True).read_text()
+    encoded = base64.b64decode(re.search(r'id="audio-data">([^<]*)<', text)[1])
+    assert "source" not in page_data(text)
+    decoded = audio.decode(encoded).samples
+    assert abs(len(decoded) / 16_000 - 6) < 0.08
+    assert np.abs(decoded[52_000:90_000]).max() > 1.7 * np.abs(decoded[:44_000]).max()
+
+
+def test_page_without_its_recording(tmp_path, rows):
+    missing = [row | {"recording": str(tmp_path / "missing.wav")} for row in rows]
+    path = tmp_path / "call.html"
+    write_predictions(path, missing)
+    data = page_data(path.read_text())
+    assert data["peaks"] == "" and data["duration"] == 3662.5
+    with pytest.raises(InputError, match=r"missing\.wav: no such file"):
+        write_predictions(path, missing, embed_audio=True)
+
+
+def test_colors_are_different_and_familiar():
+    colors = emotion_colors(("joy", "anger", "neutral", "sadness", "x", "y", "fear", "surprise"))
+    assert len(set(colors.values())) == 8
+    assert colors["neutral"] == emotion_colors(["neutral"])["neutral"]
+    assert len(emotion_colors([f"class {number}" for number in range(20)])) == 20
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+WALK = """
+const out = {errors: window.failures, seen: []};
+const find = (id) => document.getElementById(id);
+const rows = () => [...document.querySelectorAll("#rows > tr")];
+const press = (key) => document.body.dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+const note = (what) => out.seen.push([what, find("time").textContent,
+  rows().findIndex((row) => row.getAttribute("aria-current"))]);
+const click = (id, share) => {
+  const box = find(id).getBoundingClientRect();
+  find(id).dispatchEvent(new MouseEvent(
+    "click", {bubbles: true, clientX: box.left + share * box.width, clientY: box.top + 5}));
+};
+const walk = () => {
+  out.title = document.title;
+  out.text = rows()[1].querySelector(".words").textContent;
+  out.seconds = find("audio").duration;
+  note("start");
+  press("ArrowDown"); note("down");
+  press("ArrowRight"); note("right");
+  press("ArrowUp"); note("up");
+  click("detail", .75); note("detail");
+  click("overview", .5); note("overview");
+  out.audio = find("audio").currentTime;
+  rows()[0].querySelector("button").click(); note("button");
+  find("speaker").value = "1"; find("speaker").dispatchEvent(new Event("change")); note("speaker");
+  press("ArrowDown"); note("down of the speaker");
+  out.hidden = rows().map((row) => row.hidden);
+  out.totals = find("totals").rows[0].textContent;
+  press("+"); press("0"); press(" ");
+  const pixels = find("detail").getContext("2d").getImageData(0, 0, 300, 100).data;
+  out.painted = new Set(pixels).size > 4;
+  out.playing = !find("audio").paused;
+  out.wide = document.documentElement.scrollWidth > window.innerWidth;
+  document.body.innerHTML = "";
+  document.body.append(Object.assign(document.createElement("pre"),
+    {id: "result", textContent: JSON.stringify(out)}));
+};
+const wait = (rest) => find("audio").readyState > 0 || !rest ? requestAnimationFrame(walk)
+  : setTimeout(() => wait(rest - 1), 50);
+wait(50);
+"""
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("embed_audio", [False, True])
+def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
+    path = write_page(tmp_path, rows[:4], embed_audio=embed_audio)
+    # The policy of the page allows its own script only, so allow the test script, too.
+    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text())
+    watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
+    text = text.replace("<head>", f"<head><script>{watch}</script>", 1)
+    path.write_text(text.replace("</body>", f"<script>{WALK}</script></body>"))
+    dom = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900",
+            "--virtual-time-budget=8000", "--dump-dom", path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout  # fmt: skip
+    result = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert result, dom[-2000:]
+    outcome = json.loads(html.unescape(result[1]))
+    assert outcome["errors"] == []
+    assert outcome["text"] == one_line(INJECTION) and outcome["title"] == "call #1.wav: emotions"
+    assert outcome["seen"] == [
+        ["start", "0:00.0 / 0:06", 0],
+        ["down", "0:01.5 / 0:06", 1],
+        ["right", "0:02.0 / 0:06", 2],
+        ["up", "0:01.5 / 0:06", 1],
+        ["detail", "0:04.5 / 0:06", 3],
+        ["overview", "0:03.0 / 0:06", 2],
+        ["button", "0:00.0 / 0:06", 0],
+        ["speaker", "0:00.0 / 0:06", -1],
+        ["down of the speaker", "0:02.0 / 0:06", 2],
+    ]
+    assert outcome["hidden"] == [True, True, False, True]
+    assert outcome["totals"].endswith("0:01 (100%)")
+    assert outcome["painted"] and not outcome["wide"]
+    assert abs(outcome["seconds"] - 6) < 0.1 and outcome["audio"] == 3.0

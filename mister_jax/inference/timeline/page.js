@@ -100,7 +100,8 @@
       low = Math.min(low, bytes[bin]);
       high = Math.max(high, bytes[numBins + bin]);
     }
-    return [low / 127, high / 127];
+    // Speech is mostly far below the peak, so the quiet parts are raised.
+    return [-((-low / 127) ** .7), (high / 127) ** .7];
   }
 
   function readColors() {
@@ -210,7 +211,11 @@
         context.lineWidth = 1.5;
         context.strokeRect(left + .75, top + .75, Math.max(1, size - 1.5), lane - 4.5);
       }
-      const name = fit(context, data.classes[data.emotion[row]], size - 10);
+      const speaker = data.speakers[data.speaker[row]];
+      const emotion = data.classes[data.emotion[row]];
+      const full = speaker === undefined ? emotion : `${emotion} · ${speaker}`;
+      const name = context.measureText(full).width <= size - 10 ? full
+        : fit(context, emotion, size - 10);
       context.fillStyle = colors.ink;
       if (name) context.fillText(name, left + 7, top + lane / 2 - 1);
     }
@@ -376,6 +381,7 @@
       const bar = make("span", "bar");
       bar.style.background = emotionColor(c);
       bar.style.width = `${100 * share / highest}%`;
+      bar.hidden = share === 0;
       cell.append(bar);
       line.append(head, cell, make("td", "", text));
       body.append(line);
@@ -409,7 +415,7 @@
     const box = find("current");
     box.replaceChildren();
     if (current < 0) {
-      box.append(make("p", "meta", "None yet"));
+      box.append(make("p", "meta", "Before the first utterance"));
       return;
     }
     const speaker = data.speaker[current];
@@ -510,7 +516,10 @@
   }
   function toggle() {
     if (find("play").disabled) return;
-    if (audio.paused) audio.play().catch(showProblem);
+    if (audio.paused) audio.play().catch((error) => {
+      // A pause right after a start aborts it.
+      if (error.name !== "AbortError") showProblem();
+    });
     else audio.pause();
   }
   function openAudio() {
@@ -519,7 +528,6 @@
     audio.addEventListener("loadedmetadata", () => { audio.currentTime = time; });
     const show = () => {
       find("play").textContent = audio.paused ? "Play" : "Pause";
-      find("play").setAttribute("aria-pressed", String(!audio.paused));
       if (!audio.paused) requestAnimationFrame(tick);
     };
     const tick = () => {
