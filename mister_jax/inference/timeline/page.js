@@ -135,7 +135,8 @@
       while (next < rows.length && data.start[rows[next]] < to) active.push(rows[next++]);
       active = active.filter((row) => data.end[row] > from);
       const row = active[active.length - 1];
-      const [low, high] = peaksBetween(from, to);
+      // Without a waveform, utterances are blocks.
+      const [low, high] = numBins ? peaksBetween(from, to) : row === undefined ? [0, 0] : [-.5, .5];
       context.fillStyle = row === undefined ? colors.silence : colors.emotions[data.emotion[row]];
       const middle = top + height / 2;
       const [above, below] = [Math.max(.5, high * height / 2), Math.max(.5, -low * height / 2)];
