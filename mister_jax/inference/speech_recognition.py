@@ -50,6 +50,10 @@ _PIECE_SECONDS = 600.0
 # Pieces end at the quietest time within their last seconds, so that few words are cut.
 _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 
+# A recording that ends before this fraction of the length in its header is truncated. The length of
+# an MP3 file with a variable bit rate may be an estimate.
+_TRUNCATED_FRACTION = 0.9
+
 
 def detect_voice_activity(samples: np.ndarray) -> list[Segment]:
     """Returns the segments with speech, without text, by Silero's detector.
@@ -161,8 +165,8 @@ def recognize_speech(
     """
     segments: list[Segment] = []
     seconds, damage = 0.0, ""
-    total = math.ceil(audio.container_seconds(source) or 0)
-    with ProgressReporter(total, unit="seconds", quiet=quiet) as reporter:
+    stated_seconds = audio.container_seconds(source) or 0.0
+    with ProgressReporter(math.ceil(stated_seconds), unit="seconds", quiet=quiet) as reporter:
         for offset, samples, piece_damage in _pieces(source, channel):
             damage = damage or piece_damage
             piece_seconds = len(samples) / SAMPLE_RATE
@@ -170,6 +174,8 @@ def recognize_speech(
             found = [_check_segment(it, piece_seconds) for it in recognizer(samples)]
             segments += (_shift(it, offset) for it in found if it.end > it.start)
             reporter.advance("recognizing speech", amount=round(piece_seconds))
+    if not damage and seconds < _TRUNCATED_FRACTION * stated_seconds:
+        damage = f"ends at {seconds:.0f} s of the {stated_seconds:.0f} s that its header states"
     segments.sort(key=lambda segment: segment.start)
     return RecognizedSpeech(tuple(segments), seconds, damage)
 
