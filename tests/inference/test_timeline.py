@@ -261,6 +261,20 @@ def test_colors_are_different_and_familiar():
     assert len(emotion_colors([f"class {number}" for number in range(20)])) == 20
 
 
+@pytest.mark.parametrize(("shade", "background"), [("light", "#fdfcfa"), ("dark", "#15171b")])
+def test_colors_contrast_with_the_background(shade, background):
+    def luminance(color):
+        channels = np.array([int(color[index : index + 2], 16) for index in (1, 3, 5)]) / 255
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    for color in emotion_colors([f"class {number}" for number in range(8)]).values():
+        low, high = sorted(map(luminance, (getattr(color, shade), background)))
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -302,9 +316,9 @@ const walk = () => {
   document.body.append(Object.assign(document.createElement("pre"),
     {id: "result", textContent: JSON.stringify(out)}));
 };
-const wait = (rest) => find("audio").readyState > 0 || !rest ? requestAnimationFrame(walk)
-  : setTimeout(() => wait(rest - 1), 50);
-wait(50);
+const wait = (rest) => setTimeout(() =>
+  find("audio").readyState > 0 || !rest ? walk() : wait(rest - 1), 50);
+wait(80);
 """
 
 

@@ -270,15 +270,15 @@
       find("smoothing").textContent = "Probability of each emotion over time, a mean weighted by "
         + `a Gaussian with a standard deviation of ${sigma.toFixed(1)} s.`;
     }
-    const y = (value) => 6 + (1 - value) * (height - 12);
-    context.lineWidth = 1;
-    context.fillStyle = colors.muted;
+    const highest = points.reduce((top, it) => it ? Math.max(top, ...it) : top, 0);
+    const limit = [.25, .5, 1].find((value) => value >= highest) || 1;
+    const y = (value) => 6 + (1 - value / limit) * (height - 12);
     context.textBaseline = "bottom";
-    for (const value of [0, .5, 1]) {
+    for (const value of [0, limit / 2, limit]) {
       context.fillStyle = colors.rule;
       context.fillRect(0, Math.round(y(value)), width, 1);
       context.fillStyle = colors.muted;
-      if (value < 1) context.fillText(`${100 * value}%`, 2, y(value) - 1);
+      if (value < limit) context.fillText(`${100 * value}%`, 2, y(value) - 1);
     }
     context.lineWidth = 2;
     context.lineJoin = "round";
@@ -504,6 +504,13 @@
       item.append(line, name);
       find("legend").append(item);
     });
+    for (const name of data.gate ? data.experts : []) {
+      const item = make("li");
+      const swatch = make("span", "swatch");
+      swatch.style.background = `var(--${name}, var(--muted))`;
+      item.append(swatch, `${name} expert`);
+      find("experts-legend").append(item);
+    }
   }
 
   // Audio

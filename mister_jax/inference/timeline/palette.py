@@ -13,17 +13,18 @@ class Color(NamedTuple):
     dark: str
 
 
-# Paul Tol's "bright" scheme and an orange. On each background, the shade has a contrast of at
-# least 3 to 1.
+# The hues of Paul Tol's "bright" scheme and an orange, in shades that stay apart with protanopia,
+# deuteranopia and tritanopia: the CIE 1976 difference of any two colors is at least 20. The
+# contrast with the background is at least 3 to 1.
 _COLORS = {
-    "grey": Color("#808080", "#bbbbbb"),
-    "yellow": Color("#a08800", "#e0cf4f"),
-    "red": Color("#dd4055", "#f27f8d"),
-    "blue": Color("#2f5f9e", "#6a9be0"),
-    "green": Color("#228833", "#4fb865"),
-    "purple": Color("#aa3377", "#d467a6"),
-    "cyan": Color("#1f93bb", "#66ccee"),
-    "orange": Color("#c85a00", "#f0a050"),
+    "grey": Color("#919191", "#cccccc"),
+    "yellow": Color("#d17d03", "#fdd932"),
+    "red": Color("#ff1e4c", "#d56e82"),
+    "blue": Color("#322f94", "#8687f2"),
+    "green": Color("#039a58", "#4f9b48"),
+    "purple": Color("#9b488e", "#f249ab"),
+    "cyan": Color("#1c68e2", "#69d1ff"),
+    "orange": Color("#972a01", "#e4a940"),
 }
 _USUAL = {
     "grey": ("neutral", "calm", "other"),
