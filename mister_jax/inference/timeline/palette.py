@@ -17,7 +17,7 @@ class Color(NamedTuple):
 # deuteranopia and tritanopia: the CIE 1976 difference of any two colors is at least 20. The
 # contrast with the background is at least 3 to 1.
 _COLORS = {
-    "grey": Color("#919191", "#cccccc"),
+    "gray": Color("#919191", "#cccccc"),
     "yellow": Color("#d17d03", "#fdd932"),
     "red": Color("#ff1e4c", "#d56e82"),
     "blue": Color("#322f94", "#8687f2"),
@@ -27,7 +27,7 @@ _COLORS = {
     "orange": Color("#972a01", "#e4a940"),
 }
 _USUAL = {
-    "grey": ("neutral", "calm", "other"),
+    "gray": ("neutral", "calm", "other"),
     "yellow": ("joy", "happiness", "happy", "positive"),
     "red": ("anger", "angry", "negative"),
     "blue": ("sadness", "sad"),
@@ -47,7 +47,7 @@ def emotion_colors(classes: Sequence[str]) -> dict[str, Color]:
             if color in free and name.lower() in names:
                 colors[name] = free.pop(color)
     for index, name in enumerate(name for name in classes if name not in colors):
-        # Grey suggests the absence of emotion, so it comes last.
-        rest = sorted(free, key="grey".__eq__) or list(_COLORS)
+        # Gray suggests the absence of emotion, so it comes last.
+        rest = sorted(free, key="gray".__eq__) or list(_COLORS)
         colors[name] = _COLORS[rest[index % len(rest)]]
     return {name: colors[name] for name in classes}
