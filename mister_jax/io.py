@@ -90,3 +90,11 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where}: damaged ({error}); needed: a JSON object") from error
     return value
+
+
+def embedded_json(value: Any) -> str:
+    """Returns compact JSON, with characters escaped that could end a `script` element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

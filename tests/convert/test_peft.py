@@ -285,9 +285,7 @@ def test_the_base_model_is_read(golden, write):
 
 def test_adapters_of_other_models_are_rejected(golden, write):
     folder = write(renamed(golden.group("lora/"), "self_attn", "attention"))
-    with pytest.raises(
-        InputError, match=r"no LoRA for the model's modules; allowed: .*q_proj"
-    ):
+    with pytest.raises(InputError, match=r"no LoRA for the model's modules; allowed: .*q_proj"):
         read_lora_config(folder, golden.table)
 
 

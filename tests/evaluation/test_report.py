@@ -19,10 +19,11 @@ from mister_jax.evaluation.report import (
     report_html,
     write_report,
 )
-from mister_jax.evaluation.report.page import dialogue_data, embedded_json
+from mister_jax.evaluation.report.page import dialogue_data
 from mister_jax.evaluation.report.statistics import calibration, mean_gates, score_models
 from mister_jax.evaluation.scores import score_predictions
 from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.io import embedded_json
 
 CLASSES = ("anger", "joy", "neutral")
 EXPERIMENT = Experiment(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import string
 from collections.abc import Mapping
 from html import escape
@@ -21,7 +20,7 @@ from mister_jax.evaluation.report import sections, statistics
 from mister_jax.evaluation.report.elements import element, expert_legend
 from mister_jax.evaluation.report.experiment import Experiment, render_header
 from mister_jax.evaluation.split_predictions import SplitPredictions
-from mister_jax.io import write_text
+from mister_jax.io import embedded_json, write_text
 
 _FOLDER = epath.resource_path("mister_jax") / "evaluation" / "report"
 
@@ -166,14 +165,6 @@ def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> di
         "votes": predictions.votes[order].T.tolist(),
         "gate": None if gate is None else thousandths(gate).T.tolist(),
     }
-
-
-def embedded_json(value: Any) -> str:
-    """Returns compact JSON, with characters escaped that could end a `script` element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _dialogues_lead(predictions: SplitPredictions, *, has_texts: bool) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import pathlib
 import string
@@ -22,6 +21,7 @@ from mister_jax.data.audio_source import AudioError
 from mister_jax.inference.timeline.palette import emotion_colors
 from mister_jax.inference.timeline.rows import Row, one_line
 from mister_jax.inference.timeline.waveform import Mp3Encoder, Waveform, waveform_peaks
+from mister_jax.io import embedded_json
 
 _FOLDER = epath.resource_path("mister_jax") / "inference" / "timeline"
 
@@ -55,7 +55,7 @@ def timeline_html(path: epath.PathLike, rows: Sequence[Row], *, embed_audio: boo
         style=_color_rules(data["classes"]) + (_FOLDER / "page.css").read_text(),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=_embedded_json(data),
+        data=embedded_json(data),
         audio=base64.b64encode(encoder.finish()).decode() if encoder else "",
         version=escape(mister_jax.__version__),
     )
@@ -126,11 +126,3 @@ def _color_rules(classes: Sequence[str]) -> str:
         f":root {{{variables('light')}}}\n"
         f"@media screen and (prefers-color-scheme: dark) {{ :root {{{variables('dark')}}} }}\n"
     )
-
-
-def _embedded_json(value: Any) -> str:
-    """Returns compact JSON, with characters escaped that could end a `script` element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
