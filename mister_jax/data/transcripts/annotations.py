@@ -182,7 +182,7 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
             if (value := slot.get("TIME_VALUE")) is not None:
                 slots[slot.get("TIME_SLOT_ID", "")] = scale * float(value)
     except ValueError:
-        raise InputError(f"is damaged: the time slot {value!r} of this EAF is no number") from None
+        raise InputError(f"is damaged: the time slot {value!r} of this EAF is not a number") from None
     for tier in tiers_of_file:
         _interpolate(tier, slots)
     intervals: dict[str, tuple[float, float]] = {}

@@ -72,7 +72,7 @@ def read_transcript(
         speaker. A file with one tier that is not empty needs no name.
       speaker: Speaker whose segments are read; the default is all.
       label_tier: Tier with the emotions of a TextGrid, EAF or CHAT. A segment gets the label of the
-        interval that covers the most of it, if that is half of it or more.
+        interval that covers most of it, if it covers at least half.
       label_column: Column with the emotions of a CSV or TSV; by default `label` or `emotion`.
       recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
         CSV or TSV that has several recordings.

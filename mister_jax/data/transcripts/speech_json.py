@@ -110,7 +110,7 @@ def detect_json(text: str) -> DetectedFormat | None:
     """Returns the format of a JSON file, or None if the text is not JSON.
 
     Raises:
-      InputError: The text is JSON, but not a transcript of a format that is read.
+      InputError: The text is JSON, but not a supported transcript.
     """
     if text.lstrip()[:1] not in ("{", "["):
         return None
@@ -131,7 +131,7 @@ def detect_json(text: str) -> DetectedFormat | None:
             if fits(data):
                 return DetectedFormat(name, functools.partial(_read, data, name, read))
     keys = ", ".join(list(data)[:8]) if isinstance(data, dict) else f"a {type(data).__name__}"
-    raise InputError(f"is JSON with {keys or 'no keys'}, which is no transcript that is read")
+    raise InputError(f"is JSON with {keys or 'no keys'}, which is not a supported transcript")
 
 
 def _load(text: str) -> Any:

@@ -248,7 +248,7 @@ def test_children_share_interpolated_time_slots(read, times):
 
 
 def test_damaged_xml_is_an_error(read):
-    with pytest.raises(InputError, match=r"the time slot 'soon' of this EAF is no number"):
+    with pytest.raises(InputError, match=r"the time slot 'soon' of this EAF is not a number"):
         read("a.eaf", EAF.replace('"4000"', '"soon"'))
     with pytest.raises(InputError, match=r"this EAF is not XML "):
         read("a.eaf", EAF[:900])

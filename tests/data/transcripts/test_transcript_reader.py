@@ -21,7 +21,7 @@ SRT = "1\n00:00:01,000 --> 00:00:02,000\nHi\n"
         (b"\x00\x00", "no supported transcript, but binary data"),
         (b"\xff\xfe\x00", "no supported transcript, but damaged UTF-16"),
         (b'{"segments": [', "is damaged JSON"),
-        (b'{"a": 1, "b": 2}', "is JSON with a, b, which is no transcript that is read"),
+        (b'{"a": 1, "b": 2}', "is JSON with a, b, which is not a supported transcript"),
         (b'{"text": "", "segments": []}', "is Whisper JSON without segments"),
         (b"{0}{25}Hi", "text that begins '{0}"),
         (b"[1, 2]", "is JSON with a list, which"),
