@@ -134,7 +134,7 @@ WRONG_USES = {
     "export": {
         "": "--workdir is needed: a directory that `mister-jax train` has written",
         "--workdir=DIR": "--output is needed: a folder that does not exist yet",
-        "--workdir=DIR/ready --output=DIR/new": "the work directory of MiSTER-E; needed: one of an",
+        "--workdir=DIR/ready --output=DIR/new": "the work directory of a MiSTER-E model; needed: that",
         "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
         "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: not a model; --overwr",
     },
