@@ -59,7 +59,7 @@ SUCCESSES = {
 
 # Error message of each wrong use.
 WRONG_USES = {
-    "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, synthetic, features",
+    "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, transcripts",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",
     "--corpus=features --config=six --labels=a,b": (
         "--config cannot be used with --corpus=features; allowed: --corpus, --source, --name,"
@@ -119,7 +119,7 @@ def test_the_output_describes_the_dataset(successes, corpora):
     assert table_row(output, "anger") == ["4", "0", "1"]
     assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in output
     assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in output
-    assert "recordings: 1 missing, 1 capped\n" in output
+    assert "recordings: 1 missing, 1 capped, 12 fast_text\n" in output
     assert output.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
 
 
