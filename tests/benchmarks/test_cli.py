@@ -14,6 +14,7 @@ from benchmarks.config import BenchmarkConfig
 from benchmarks.report import Report, environment
 from mister_jax.errors import InputError
 from tests.benchmarks.conftest import TINY
+from tests.helpers.commands import run_commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -138,23 +139,31 @@ def test_steps_import_no_heavy_libraries(tmp_path):
     assert written["settings"]["preset"] == "tiny"
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--preset=huge", "value should be one of <paper|small>"),
-        ("--dtype=float8", "value should be one of <float32|bfloat16>"),
-        ("--backend=xmap", "value should be one of <jit|pmap>"),
-        ("--lengths=novel", "value should be one of <iemocap>"),
-        ("--steps=0", "0 is not a positive integer"),
-        ("--encoder=llama_3_1_8b", "needs one of --aot, --random, --throughput"),
-        ("--onnx", "--onnx needs --encoder=FOLDER --throughput"),
-        ("--data_dir=data", "--data_dir=data needs --training=DATASET"),
-        ("--training=mosi_features,paper", "allowed: the name of a dataset, without variants"),
-    ],
-)
-def test_invalid_flags_exit_with_a_one_line_error(flag, message):
-    result = run_command(flag)
-    assert result.returncode == 2
+INVALID_FLAGS = {
+    "--preset=huge": "value should be one of <paper|small>",
+    "--dtype=float8": "value should be one of <float32|bfloat16>",
+    "--backend=xmap": "value should be one of <jit|pmap>",
+    "--lengths=novel": "value should be one of <iemocap>",
+    "--steps=0": "0 is not a positive integer",
+    "--encoder=llama_3_1_8b": "needs one of --aot, --random, --throughput",
+    "--onnx": "--onnx needs --encoder=FOLDER --throughput",
+    "--data_dir=data": "--data_dir=data needs --training=DATASET",
+    "--training=mosi_features,paper": "allowed: the name of a dataset, without variants",
+}
+
+
+@pytest.fixture(scope="module")
+def invalid_flag_results(tmp_path_factory):
+    """The result of the command with each invalid flag."""
+    commands = [f"launch.benchmark {flag}" for flag in INVALID_FLAGS]
+    results = run_commands(commands, tmp_path_factory.mktemp("commands"))
+    return dict(zip(INVALID_FLAGS, results, strict=True))
+
+
+@pytest.mark.parametrize(("flag", "message"), INVALID_FLAGS.items())
+def test_invalid_flags_exit_with_a_one_line_error(invalid_flag_results, flag, message):
+    result = invalid_flag_results[flag]
+    assert result.status == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
 

@@ -10,32 +10,23 @@ import pytest
 from mister_jax import data, errors
 from mister_jax.cli.main import SUBCOMMANDS, main
 from mister_jax.configs import text_encoder
-from tests.helpers.commands import REPOSITORY, run_commands, run_script
+from tests.helpers.commands import REPOSITORY, run_commands
 from tests.helpers.training import write_untrained_workdir
 
 
 def test_scripts_take_features_to_scores(tmp_path):
-    prepared = run_script(
-        "prepare",
-        "--corpus=synthetic_features",
-        f"--data_dir={tmp_path}",
-        "--num_dialogues=20,5,6",
+    scripts = (
+        "prepare --corpus=synthetic_features --data_dir=DIR --num_dialogues=20,5,6",
+        "train --config=configs/fusion.py:synthetic_features,no_kl --workdir=DIR/run "
+        "--config.data.data_dir=DIR --config.data.num_buckets=1 --config.model.context_dim=8 "
+        "--config.model.fusion_dim=8 --config.train.epochs=1",
+        "evaluate --workdir=DIR/run --split=test",
     )
-    assert prepared.status == 0, prepared.stderr
-    trained = run_script(
-        "train",
-        "--config=configs/fusion.py:synthetic_features,no_kl",
-        f"--workdir={tmp_path}/run",
-        f"--config.data.data_dir={tmp_path}",
-        "--config.data.num_buckets=1",
-        "--config.model.context_dim=8",
-        "--config.model.fusion_dim=8",
-        "--config.train.epochs=1",
-    )
-    assert trained.status == 0, trained.stderr
+    results = run_commands([f"launch.{script}" for script in scripts], tmp_path)
+    for result in results:
+        assert result.status == 0, result.stderr
+    _, trained, evaluated = results
     assert "epoch 1/1: validation weighted F1" in trained.stdout
-    evaluated = run_script("evaluate", f"--workdir={tmp_path}/run", "--split=test")
-    assert evaluated.status == 0, evaluated.stderr
     assert "bayes" in evaluated.stdout and "written to" in evaluated.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["test"]["weighted_f1"] <= 1
@@ -134,7 +125,9 @@ WRONG_USES = {
     "export": {
         "": "--workdir is needed: a directory that `mister-jax train` has written",
         "--workdir=DIR": "--output is needed: a folder that does not exist yet",
-        "--workdir=DIR/ready --output=DIR/new": "the work directory of a MiSTER-E model; needed: that",
+        "--workdir=DIR/ready --output=DIR/new": (
+            "the work directory of a MiSTER-E model; needed: that"
+        ),
         "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
         "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: not a model; --overwr",
     },

@@ -16,14 +16,20 @@ from typing import NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
-_SLOW_IMPORTS = (
+SLOW_IMPORTS = (
     "matplotlib.pyplot",
+    "tensorflow_datasets",
     "tensorflow",
-    "benchmarks",
-    "mister_jax.cli.app",
+    "orbax.checkpoint",
+    "tensorboardX",
+    "transformers.models.auto.tokenization_auto",
+    "av",
     "mister_jax.data.prepare",
     "mister_jax.inference.recognizer",
+    "mister_jax.training.loop",
+    "mister_jax.cli.app",
 )
+"""Modules that a process imports before it forks others."""
 
 
 class CommandResult(NamedTuple):
@@ -89,7 +95,7 @@ def run_commands(
 
 def _run_commands_from_stdin() -> None:
     """Reads the arguments of all commands and prints a `CommandResult` for each, as JSON."""
-    for name in _SLOW_IMPORTS:
+    for name in ("benchmarks", *SLOW_IMPORTS):
         importlib.import_module(name)
     for arguments in json.load(sys.stdin):
         print(json.dumps(_fork(arguments)), flush=True)
