@@ -23,6 +23,7 @@ from mister_jax.evaluation.results import evaluate
 from mister_jax.extraction import PretrainedText, extract_features
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
+from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.ports import free_port
 from tests.helpers.training import make_tiny_config, read_metric_records
 
@@ -103,7 +104,7 @@ def run_job(tmp_path_factory):
     processes.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_distributed", "tensorflow_datasets"])
+    context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
     folder = tmp_path_factory.mktemp("logs")
 
     def start(work, *arguments):

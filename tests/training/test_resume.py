@@ -21,6 +21,7 @@ from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.training import loop
 from mister_jax.training.loop import train
+from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.training import (
     assert_same_bits,
     assert_same_checkpoint,
@@ -107,9 +108,7 @@ def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
 def train_in_subprocess():
     """Runs `train_and_signal` in a separate process and returns its exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.training.test_resume", "tensorflow", "tensorflow_datasets"]
-    )
+    context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
 
     def run(tiny_data_dir, workdir, sent_signal=None, **changes):
         arguments = (tiny_data_dir, workdir, sent_signal, changes)
