@@ -9,7 +9,7 @@ LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8 and al
 and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned.
 
 Hardware: two CPU cores for MiniLM. LLMs need eight TPU v5e or four TPU v5p chips according to XLA's
-memory analysis. From their size, one GPU with 80 GB should also suffice. No LLM was trained.
+memory analysis. Judging by their size, one GPU with 80 GB should also suffice. No LLM was trained.
 
 Result: weighted F1 of the text expert (`fusion:NAME,text_only`) on MELD's text, one seed:
 

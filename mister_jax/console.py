@@ -148,7 +148,10 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
         place = _clock(row["start"]) if "start" in row else str(number)
         table.add_row(place, escape(emotion), probability, "\n".join(lines))
     if len(experts) > 1:
-        table.caption = "below each text: the prediction and the gate weight of each expert"
+        table.caption = (
+            "below each text: the prediction and the gate weight of each expert; the gate weighs "
+            "logits, so a confident expert can outweigh a larger weight"
+        )
     return table
 
 

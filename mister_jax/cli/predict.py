@@ -80,7 +80,9 @@ _NEW_PATH = (
 )
 _SPEECH_ENCODER = flags.DEFINE_multi_string("speech_encoder", [], _NEW_PATH)
 _TEXT_ENCODER = flags.DEFINE_multi_string("text_encoder", [], _NEW_PATH)
-_SECONDS = flags.DEFINE_float("max_seconds", 60, "seconds of a recording to read", lower_bound=0.1)
+_SECONDS = flags.DEFINE_float(
+    "max_seconds", 60, "seconds of each utterance's speech to read", lower_bound=0.1
+)
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
 _MAX_PRINTED = 40  # utterances of a recording

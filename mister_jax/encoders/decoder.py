@@ -79,7 +79,7 @@ class RopeScaling:
     Attributes:
       factor: Divisor of the low frequencies, at least 1.
       low_frequency_factor: Number of turns in the original context below which a frequency is low.
-      high_frequency_factor: Number of turns above which a frequency is high.
+      high_frequency_factor: A frequency with more turns than this in the original context is high.
       original_positions: Context length before scaling.
     """
 

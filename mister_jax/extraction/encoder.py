@@ -38,7 +38,7 @@ class Input(Protocol):
       steps_per_unit: Number of length steps per unit.
       length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
       max_length: Maximum length of an item in a batch, in steps.
-      max_samples: Maximum samples to read from a clip; None if unlimited, and for text.
+      max_samples: Maximum samples to read from a clip; None for no limit, and always None for text.
     """
 
     modality: str

@@ -28,7 +28,8 @@ from mister_jax.data.transcripts.segments import Segment, Word
 from mister_jax.errors import InputError, require_extra
 
 with epy.lazy_imports():
-    from faster_whisper import WhisperModel, vad
+    import faster_whisper
+    from faster_whisper import vad
 
 SpeechRecognizer = Callable[[np.ndarray], Sequence[Segment]]
 """Function from float32 samples [S] at 16 kHz to segments."""
@@ -92,7 +93,9 @@ class WhisperRecognizer:
     ):
         require_extra("asr", "speech recognition")
         try:
-            self._model = WhisperModel(os.fspath(model), local_files_only=local_files_only)
+            self._model = faster_whisper.WhisperModel(
+                os.fspath(model), local_files_only=local_files_only
+            )
         except Exception as error:  # CTranslate2, tokenizers and the Hub raise many types.
             reason = " ".join(str(error).split())[:200]
             raise InputError(

@@ -50,7 +50,7 @@ def dot_product_attention(
       max_length: Maximum T and S for which padding does not change which weights are dropped. This
         needs one dropout key per example. By default, padding changes them.
       is_causal: Whether a query may attend only to keys at its position or before it.
-      implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
+      implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       deterministic: Whether to disable dropout.
       rngs: Source of dropout keys.
 
@@ -87,7 +87,7 @@ class MultiHeadAttention(nnx.Module):
       attention_dim: Total size of all heads.
       num_heads: Number of heads K; must divide `attention_dim`.
       dropout: Dropout rate of the attention weights.
-      implementation: Implementation of `jax.nn.dot_product_attention`, used without dropout.
+      implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       dtype: Computation dtype; the softmax is float32.
       param_dtype: Parameter dtype.
       rngs: RNGs for parameter initialization.

@@ -61,7 +61,7 @@ class PerExampleRngs:
 
 
 def rngs_from_key(key: jax.Array) -> KeySource:
-    """Returns a stream of dropout keys derived from one key, [], or one key per example, [B]."""
+    """Returns a stream of dropout keys. `key` is a single key, [], or one key per example, [B]."""
     return PerExampleRngs(key) if key.shape else nnx.Rngs(dropout=key)
 
 

@@ -130,7 +130,7 @@ class Task(Protocol):
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the batch's loss and of the losses that it combines."""
+        """Returns this device's share of the batch's loss and of each of its terms."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns this device's share of `classification_sums` for a batch."""

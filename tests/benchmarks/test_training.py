@@ -52,7 +52,7 @@ def test_commands_are_timed(tiny_dir):
 
 
 def test_variants_are_refused():
-    with pytest.raises(InputError, match="--training=tiny,paper; allowed: a dataset"):
+    with pytest.raises(InputError, match="--training=tiny,paper; allowed: the name of a dataset"):
         measure_training("tiny,paper")
 
 

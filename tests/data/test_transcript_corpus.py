@@ -77,6 +77,16 @@ def test_labels_come_from_a_tier_a_column_or_the_text(tmp_path, suffix, content,
     assert str(utterances[0].recording.source) == str(tmp_path / "a" / "call 1.wav")
 
 
+def test_a_folder_may_have_several_formats(tmp_path):
+    for name, content in {"a.TextGrid": text_grid(), "b.csv": csv(), "c.srt": srt()}.items():
+        write_recording(tmp_path / f"{name[0]}.wav")
+        (tmp_path / name).write_text(content)
+    options = TranscriptOptions(label_tier="emotion", label_column="mood")
+    dialogues = {it.id: it for _, it in read_transcripts(tmp_path, options).dialogues()}
+    labels = {name: tuple(it.label for it in dialogues[name].utterances) for name in "abc"}
+    assert labels == {"a": LABELS, "b": LABELS, "c": (None, None, None)}
+
+
 def test_the_report_lists_recordings_and_transcripts_without_the_other(tmp_path):
     source = tmp_path / "calls"
     for name in ("one", "two", "three", "alone"):
@@ -149,7 +159,11 @@ def test_a_second_transcript_of_a_recording_is_not_lost(tmp_path):
         ({}, {}, "no recordings; needed"),
         ({"a.wav": None}, {}, "1 recordings without a transcript"),
         ({"a.wav": None, "a.TextGrid": text_grid()}, {}, "tiers: words .3., emotion .3."),
-        ({"a.wav": None, "a.srt": srt()}, {"label_tier": "emotion"}, "which has no label tiers"),
+        (
+            {"a.wav": None, "a.srt": srt()},
+            {"label_tier": "emotion"},
+            "SRT has no label tiers; leave out --label_tier",
+        ),
         ({"a.wav": None, "a.csv": csv()}, {"label_column": "feeling"}, "columns: start, end"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import types
 
+import faster_whisper
 import numpy as np
 import pytest
 
@@ -287,14 +288,15 @@ def test_a_folder_stands_for_its_recordings(tmp_path):
 def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot be loaded") as error:
         speech_recognition.load_recognizer(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert str(tmp_path) in message and "model.bin" in message and "\n" not in message
 
 
 def test_without_weights_utterances_come_from_voice_activity(monkeypatch, recording):
     def fail(*_args, **_options):
         raise OSError("no network")
 
-    monkeypatch.setattr(speech_recognition, "WhisperModel", fail)
+    monkeypatch.setattr(faster_whisper, "WhisperModel", fail)
     recognizer = speech_recognition.load_recognizer(None)
     assert recognizer is speech_recognition.detect_voice_activity
 
@@ -410,7 +412,7 @@ class FakeWhisperModel:
 def test_whisper_segments_are_split_at_sentences_by_the_times_of_words(
     recognizer, recording, monkeypatch
 ):
-    monkeypatch.setattr(speech_recognition, "WhisperModel", FakeWhisperModel)
+    monkeypatch.setattr(faster_whisper, "WhisperModel", FakeWhisperModel)
     whisper = speech_recognition.WhisperRecognizer("tiny", language="en")
     rows = recognizer.predict_recording(recording, recognizer=whisper)
     assert [(row["start"], row["end"], row["text"]) for row in rows] == [

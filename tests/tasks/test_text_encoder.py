@@ -293,7 +293,7 @@ def test_a_speech_encoder_is_refused(whisper_folder, spoken_dir, tmp_path):
 def test_a_dataset_without_labels_in_a_split_is_named(task, monkeypatch):
     utterances = task.features("validation")
     monkeypatch.setattr(task, "features", lambda _: utterances.take(np.arange(0)))
-    with pytest.raises(InputError, match="spoken, split validation: no utterance"):
+    with pytest.raises(InputError, match="spoken, split validation: no labeled utterance"):
         task.split("validation", num_shards=1, shuffle=False)
 
 

@@ -124,6 +124,8 @@ def _rows(
         label_tier=options.label_tier,
         label_column=options.label_column,
         recording=recording.stem,
+        # Several sources of labels are for folders with several formats.
+        strict=sum(map(bool, (options.label_tier, options.label_column, options.label_suffix))) < 2,
     )
     notes += (f"{transcript.relative_to(folder)}: {note}" for note in contents.notes)
     segments: Sequence[Segment] = contents.segments

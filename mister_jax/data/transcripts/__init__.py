@@ -1,1 +1,4 @@
-"""Transcripts of recordings: formats, and the rules that make utterances of their segments."""
+"""Transcripts of recordings.
+
+`reader` lists the formats, and `utterances` has the rules that join and split segments.
+"""

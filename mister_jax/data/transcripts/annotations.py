@@ -182,7 +182,9 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
             if (value := slot.get("TIME_VALUE")) is not None:
                 slots[slot.get("TIME_SLOT_ID", "")] = scale * float(value)
     except ValueError:
-        raise InputError(f"is damaged: the time slot {value!r} of this EAF is not a number") from None
+        raise InputError(
+            f"is damaged: the time slot {value!r} of this EAF is not a number"
+        ) from None
     for tier in tiers_of_file:
         _interpolate(tier, slots)
     intervals: dict[str, tuple[float, float]] = {}
@@ -271,7 +273,8 @@ _CHAT_CODES = tuple(
         # Codes of retracings, errors, overlaps and comments. The words that they are about stay.
         (r"\[[^\]]*\]", " "),
         (r"[<>⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°▁▔☺♋⁇∙≡ˈˌ]", ""),
-        # Events, such as &=laughs, fragments, words of others; then fillers, such as &-um.
+        # Removes events (&=laughs), fragments (&+w) and words of others (&*MOT:yes). The next rule
+        # keeps the words of fillers (&-um).
         (r"(?<!\S)&[=+~*{}]\S*", " "),
         (r"(?<!\S)&-?", ""),
         # Omitted words.

@@ -29,9 +29,9 @@ MAX_BYTES = 200 * 2**20
 """Size of the largest file that is read."""
 
 FORMATS = (
-    "SRT, WebVTT, ASS, SSA, TTML, SAMI, JSON of Whisper, Amazon Transcribe, Google, Azure, "
-    "Deepgram, AssemblyAI and batchalign, Praat TextGrid, ELAN EAF, CHAT, STM, CTM, RTTM, CSV and "
-    "TSV with start and end"
+    "SRT, WebVTT, ASS, SSA, TTML, SAMI, JSON of Whisper and WhisperX, Amazon Transcribe, Google, "
+    "Azure, Deepgram, AssemblyAI and batchalign, Praat TextGrid, ELAN EAF, CHAT, STM, CTM, RTTM, "
+    "CSV and TSV with start and end"
 )
 """The supported formats, for messages."""
 
@@ -63,6 +63,7 @@ def read_transcript(
     label_tier: str | None = None,
     label_column: str | None = None,
     recording: str | None = None,
+    strict: bool = True,
 ) -> Transcript:
     """Reads a transcript; its content tells the format.
 
@@ -76,6 +77,7 @@ def read_transcript(
       label_column: Column with the emotions of a CSV or TSV; by default `label` or `emotion`.
       recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
         CSV or TSV that has several recordings.
+      strict: Whether an option that the format does not have is an error; otherwise it is ignored.
 
     Returns:
       The segments in the order of their start. All end after they start, and none starts before 0.
@@ -90,8 +92,12 @@ def read_transcript(
     try:
         detected = _detect(existing_path(path), notes)
         for option in ("tier", "label_tier", "label_column"):
-            if getattr(selection, option) is not None and option not in detected.options:
-                raise InputError(f"is {detected.name}, which has no {option.replace('_', ' ')}s")
+            if getattr(selection, option) is None or option in detected.options:
+                continue
+            if strict:
+                what = option.replace("_", " ")
+                raise InputError(f"{detected.name} has no {what}s; leave out --{option}")
+            selection = dataclasses.replace(selection, **{option: None})
         transcript = detected.read(selection, notes)
         segments = keep_speaker(_checked(transcript.segments, notes), speaker)
         if not segments:

@@ -165,7 +165,7 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row]) -> str:
 
 
 def _split_tiers(rows: Sequence[Row]) -> list[_Tiers]:
-    """Splits sorted rows by speaker, and where utterances of a speaker overlap."""
+    """Splits sorted rows into tiers: one per speaker, more if their utterances overlap."""
     by_speaker: dict[str, list[list[Row]]] = {}
     for row in rows:
         lanes = by_speaker.setdefault(one_line(row.get("speaker")), [])

@@ -121,7 +121,7 @@ def test_several_tiers_need_a_choice(read):
         read("a.TextGrid", LONG, tier="points")
     with pytest.raises(InputError, match=r"no intervals with text in its tiers; tiers: anna"):
         read("a.TextGrid", LONG, tier="empty")
-    with pytest.raises(InputError, match="is SRT, which has no tiers"):
+    with pytest.raises(InputError, match="SRT has no tiers; leave out --tier"):
         read("a.srt", "00:01,000 --> 00:02,000\na", tier="a")
 
 
@@ -311,7 +311,7 @@ def test_chat_has_speakers_and_no_tiers(read):
         read("a.cha", CHAT, speaker="BOB")
     with pytest.raises(InputError, match=r"no tier '%mood'; tiers: %wor \(1\), %emo \(2\)"):
         read("a.cha", CHAT, label_tier="mood")
-    with pytest.raises(InputError, match="is CHAT, which has no tiers"):
+    with pytest.raises(InputError, match="CHAT has no tiers; leave out --tier"):
         read("a.cha", CHAT, tier="CHI")
 
 

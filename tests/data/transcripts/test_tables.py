@@ -146,7 +146,7 @@ def test_the_column_of_labels_can_be_chosen(read):
         read("a.csv", table, label_column="none")
     with pytest.raises(InputError, match="no header"):
         read("a.csv", "a,0,1\n", label_column="none")
-    with pytest.raises(InputError, match=r"is SRT, which has no label columns$"):
+    with pytest.raises(InputError, match=r"SRT has no label columns; leave out --label_column$"):
         read("a.srt", "00:01,000 --> 00:02,000\na", label_column="mood")
 
 
