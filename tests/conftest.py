@@ -52,7 +52,8 @@ def pytest_configure(config):
     # Compilation would take two thirds of the time, here and in the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    flags = "--xla_cpu_use_fusion_emitters=false"
+    # The programs are small: splitting them to compile the parts in parallel takes longer.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
@@ -79,6 +80,12 @@ def pytest_sessionfinish(exitstatus):
         # Runs after multiprocessing has deleted its own folders inside, at priority -100.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
         multiprocessing.util.Finalize(None, remove, exitpriority=-200)
+
+
+def pytest_collection_finish():
+    # The objects of imported modules stay, so garbage collection need not visit them.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
