@@ -273,7 +273,7 @@ _CHAT_CODES = tuple(
         # Codes of retracings, errors, overlaps and comments. The words that they are about stay.
         (r"\[[^\]]*\]", " "),
         (r"[<>⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°▁▔☺♋⁇∙≡ˈˌ]", ""),
-        # Removes events (&=laughs), fragments (&+w) and words of others (&*MOT:yes). The next rule
+        # Removes events (&=laughs), fragments (&+w) and words of others (&*CHI:yes). The next rule
         # keeps the words of fillers (&-um).
         (r"(?<!\S)&[=+~*{}]\S*", " "),
         (r"(?<!\S)&-?", ""),
