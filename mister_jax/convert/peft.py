@@ -167,7 +167,8 @@ def save_adapter(
     shapes = {(lora.rank, lora.alpha, lora.dropout, lora.use_rslora) for lora in configs.values()}
     if len(shapes) != 1:
         raise ValueError(
-            f"LoRA of layers {shapes}; allowed: the same (rank, alpha, dropout, use_rslora)"
+            f"layers with (rank, alpha, dropout, use_rslora) {sorted(shapes)}; needed: LoRA in at "
+            "least one layer, with equal values in all"
         )
     ((rank, alpha, dropout, use_rslora),) = shapes
     modules = {

@@ -39,7 +39,7 @@ def test_a_model_is_downloaded_once(tmp_path, monkeypatch):
         (lambda: errors.HFValidationError("bad name"), "cannot be downloaded .*bad name"),
         (lambda: TimeoutError(), "cannot be downloaded .*TimeoutError"),
         (lambda: hub_error(errors.RepositoryNotFoundError), "no such model on the Hugging Face"),
-        (lambda: hub_error(errors.GatedRepoError), "granted on request; request it at https://hug"),
+        (lambda: hub_error(errors.GatedRepoError), "a gated model; request access at https://hug"),
         (lambda: hub_error(errors.RevisionNotFoundError), "no revision 'v1'"),
     ],
 )
