@@ -110,7 +110,7 @@ def test_parameters_and_their_average_can_be_donated_together():
 
 def test_average_needs_the_parameters():
     average = optim.average_parameters(0.9)
-    with pytest.raises(ValueError, match="needs the parameters"):
+    with pytest.raises(ValueError, match="needs params"):
         average.update(GRADIENTS, average.init(PARAMS))
 
 
@@ -164,5 +164,5 @@ def test_vectors_with_leading_axes_give_parameters_with_leading_axes():
 
 
 def test_parameters_of_several_types_have_no_vectors():
-    with pytest.raises(ValueError, match="one type"):
+    with pytest.raises(ValueError, match="the same dtype"):
         optim.ParamVectors({"a": jnp.zeros(2), "b": jnp.zeros(2, jnp.bfloat16)})

@@ -201,12 +201,12 @@ def _check_belongs_to_recording(
     def num_late(length: float) -> int:
         return sum(segment.start >= length for segment in segments)
 
-    if seconds is None or not num_late(seconds):
+    end = max(segment.end for segment in segments)
+    if seconds is not None and end <= seconds + END_TOLERANCE:
         return seconds
-    # The length that a container states may be an estimate, so measure it.
+    # A container may state no length or an estimate, so measure it.
     seconds = audio.decoded_seconds(source)
     if 2 * num_late(seconds) > len(segments):
-        end = max(segment.end for segment in segments)
         raise InputError(
             f"{name}: {seconds:.1f} s long, but its {origin} ends at {end:.1f} s and "
             f"{num_late(seconds)} of {len(segments)} segments start after the recording; needed: "
