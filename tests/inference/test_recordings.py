@@ -10,11 +10,13 @@ import pytest
 from mister_jax.data import audio
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.audio_source import AudioError
+from mister_jax.data.transcripts.reader import find_transcript
 from mister_jax.data.transcripts.segments import Segment, Word
 from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError
 from mister_jax.inference import recognizer as recognizer_module
 from mister_jax.inference import speech_recognition
+from mister_jax.inference.prediction_files import write_predictions
 from mister_jax.inference.recordings import find_utterances, list_recordings
 from mister_jax.inference.speech_recognition import recognize_speech
 from tests.helpers.commands import run_commands
@@ -88,6 +90,16 @@ def test_the_transcript_beside_a_recording_can_be_ignored(recording, srt):
     found = find_utterances(recording, search_transcript=False, recognizer=loud_segments)
     assert found.origin == "speech recognition"
     assert [(it.start, it.end, it.text) for it in found.segments] == [(0.0, 3.0, "so mad")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "srt", "vtt", "eaf"])
+def test_an_output_beside_the_recording_is_not_taken_for_a_transcript(
+    recognizer, recording, srt, ending
+):
+    rows = recognizer.predict_recording(recording)
+    srt.unlink()
+    write_predictions(recording.with_suffix(f".{ending}"), rows)
+    assert find_transcript(recording) is None
 
 
 def test_segments_of_other_programs_are_used(recognizer, recording):

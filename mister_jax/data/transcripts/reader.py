@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -125,7 +126,8 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any of `SUFFIXES` in
     upper or lower case. The extension that comes first there is preferred, then `x.srt`, then
     `x.wav.srt`, then the shorter name.
-    JSON, CSV and TSV files that are not transcripts are skipped.
+    Skipped are JSON, CSV and TSV files that are not transcripts, and subtitles, CSV and EAF files
+    that `mister-jax predict` has written.
     """
     path = pathlib.Path(existing_path(recording))
     stem = _normalized(path.stem)
@@ -149,6 +151,8 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
             candidates.append((SUFFIXES.index(suffix.lower()), is_variant, len(name), name))
     for *_, name in sorted(candidates):
         file = files[name]
+        if _is_prediction(file):
+            continue
         if file.suffix.lower() in (".json", ".csv", ".tsv"):
             try:
                 detect_format(file)
@@ -157,6 +161,25 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
         if file.is_file():
             return file
     return None
+
+
+def _is_prediction(path: pathlib.Path) -> bool:
+    """Returns whether `mister-jax predict` has written a file beside its recording."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(100_000)
+    except OSError:
+        return False
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return ",probabilities." in text.partition("\n")[0]
+    if suffix == ".vtt":
+        return bool(re.match(r"WEBVTT\n\nSTYLE\n::cue\(\.", text)) and "<c." in text
+    if suffix == ".srt":
+        # The first line of every cue is the emotion in brackets and the text.
+        texts = re.findall(r"-->.*\n(.+)", text)
+        return bool(texts) and all(re.match(r"\[[^\]]+\] \S", line) for line in texts)
+    return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
 
 
 def _normalized(name: str) -> str:
