@@ -20,8 +20,12 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a text file atomically."""
     path = epath.Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

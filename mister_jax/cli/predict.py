@@ -21,6 +21,7 @@ recordings there are also .html (a page with player and waveform), .srt, .vtt, .
 from __future__ import annotations
 
 import collections
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from mister_jax.errors import InputError, require_extra
 if TYPE_CHECKING:
     from mister_jax.data.corpus import Corpus, Utterance
     from mister_jax.inference.recognizer import EmotionRecognizer
+    from mister_jax.inference.recordings import RecordingUtterances
 
 _MODEL = flags.DEFINE_string("model", None, "work directory of a trained MiSTER-E")
 _RECORDING = flags.DEFINE_multi_string(
@@ -91,6 +93,7 @@ _MAX_PRINTED = 40  # utterances of a recording
 def main() -> int:
     """Runs `mister-jax predict`."""
     workdir = required_workdir(_MODEL, "a directory that `mister-jax train` has written")
+    _check_flags()
     if _RECORDING.value:
         return _predict_recordings(workdir)
     from rich.console import Console
@@ -99,7 +102,6 @@ def main() -> int:
     from mister_jax.inference.prediction_files import check_predictions_path, write_predictions
     from mister_jax.inference.recognizer import is_unusable, summarize_notes
 
-    _check_flags_of_recordings()
     corpus = _read_corpus()
     utterances = [utterance for _, utterance in corpus.utterances()]
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
@@ -143,11 +145,27 @@ def _load(workdir: str) -> EmotionRecognizer:
     )
 
 
-def _check_flags_of_recordings() -> None:
-    """Checks that no flag of --recording is set without it."""
-    for flag in (_TRANSCRIPT, _TIER, _SPEAKER, _RECOGNIZER, _LANGUAGE, _NO_TEXT, _EMBED_AUDIO):
-        if flag.value:
-            raise InputError(f"--{flag.name}: needs --recording")
+_RECORDING_FLAGS = (
+    *(_TRANSCRIPT, _SEARCH, _TIER, _SPEAKER, _RECOGNIZER, _LANGUAGE, _NO_TEXT, _CHANNELS),
+    *(_JOIN_GAP, _UTTERANCE_SECONDS, _EMBED_AUDIO),
+)
+_UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
+
+
+def _check_flags() -> None:
+    """Checks that no flag is set that has no effect."""
+    if not _RECORDING.value:
+        for flag in _RECORDING_FLAGS:
+            if flag.present:
+                raise InputError(f"--{flag.name}: needs --recording")
+        return
+    for flag in _UTTERANCE_FLAGS:
+        if flag.present:
+            raise InputError(f"--{flag.name}: cannot be used with --recording")
+    if _NO_TEXT.value and (_TRANSCRIPT.value or _RECOGNIZER.value):
+        raise InputError("--no_text: cannot be used with --transcript or --recognizer")
+    if _EMBED_AUDIO.value and not any(path.endswith(".html") for path in _OUTPUT.value):
+        raise InputError("--embed_audio: needs an --output of the format .html")
 
 
 def _predict_recordings(workdir: str) -> int:
@@ -187,9 +205,12 @@ def _predict_recordings(workdir: str) -> int:
         for recording in recordings:
             try:
                 utterances = recognizer.find_utterances(recording, quiet=not is_single, **options)
+                _check_not_overwritten(utterances, [*outputs[recording], *outputs[""]])
                 rows = recognizer.predict_utterances(
                     utterances, max_seconds=_SECONDS.value, quiet=not is_single
                 )
+                for path in outputs[recording]:
+                    write_predictions(path, rows, embed_audio=_EMBED_AUDIO.value)
             except InputError as error:
                 if is_single:
                     raise
@@ -212,7 +233,6 @@ def _predict_recordings(workdir: str) -> int:
             for note in utterances.notes:
                 print(f"note: {note}")
             for path in outputs[recording]:
-                write_predictions(path, rows, embed_audio=_EMBED_AUDIO.value)
                 print(f"written to {path}")
     if all_rows:
         for path in outputs[""]:
@@ -220,9 +240,19 @@ def _predict_recordings(workdir: str) -> int:
             print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
         return 0
-    if not is_single:
-        print(f"error: {len(recordings) - num_used} of {len(recordings)} not used", file=sys.stderr)
+    num_unusable = len(recordings) - num_used
+    print(
+        f"error: {num_unusable} of {len(recordings)} recordings could not be used", file=sys.stderr
+    )
     return 1
+
+
+def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[str]) -> None:
+    """Checks that no output replaces the recording or its transcript."""
+    for path in outputs:
+        for source in (utterances.recording, utterances.transcript):
+            if source is not None and os.path.realpath(path) == os.path.realpath(source):
+                raise InputError(f"--output={path}: would replace {source}; needed: another file")
 
 
 def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:

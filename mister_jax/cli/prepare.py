@@ -60,7 +60,9 @@ _LABEL_SUFFIX = flags.DEFINE_bool(
     "label_suffix", False, "read emotions from the end of transcript texts, such as [happy]"
 )
 _CHANNEL = flags.DEFINE_string(
-    "audio_channel", "mix", "channel of transcribed recordings: mix, left, right, or an index"
+    "audio_channel",
+    "mix",
+    "channel of transcribed recordings: mix, left, right, an index, or split",
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")

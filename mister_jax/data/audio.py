@@ -42,6 +42,9 @@ _END = sys.maxsize
 # Maximum seconds of audio that one call of a worker returns: 38 MB of int16.
 _MAX_GROUP_SECONDS = 1200.0
 
+# Length in seconds of the longest recording that `stream_blocks` reads: 30 days.
+_MAX_SECONDS = 30 * 24 * 3600.0
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
@@ -192,6 +195,16 @@ def container_seconds(source: Source) -> float | None:
         return reader.container_seconds
 
 
+def missing_seconds(source: Source) -> float:
+    """Returns the seconds that a truncated WAV file states but does not contain.
+
+    Raises:
+        AudioError: The recording cannot be read.
+    """
+    with contextlib.closing(AudioReader(source, MIX)) as reader:
+        return reader.missing_seconds
+
+
 def decoded_seconds(source: Source) -> float:
     """Decodes a recording to find its exact length in seconds.
 
@@ -216,7 +229,7 @@ def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0)
         AudioError: The first block cannot be decoded.
     """
     # A container's length may be missing or wrong, so more blocks are requested than needed.
-    total_seconds = 2 * (container_seconds(source) or 0) + 48 * 3600
+    total_seconds = min(2 * (container_seconds(source) or 0) + 48 * 3600, _MAX_SECONDS)
     requests = (
         DecodeRequest(source, index * seconds, (index + 1) * seconds, channel)
         for index in range(math.ceil(total_seconds / seconds))

@@ -127,6 +127,11 @@ class AudioReader:
         return None if duration is None else duration / av.time_base
 
     @property
+    def missing_seconds(self) -> float:
+        """Seconds that a truncated WAV file states but does not contain."""
+        return 0.0 if self._header is None else self._header.missing_seconds
+
+    @property
     def num_channels(self) -> int:
         """Number of channels of the recording."""
         if self._container is None:

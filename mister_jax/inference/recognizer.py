@@ -277,7 +277,7 @@ class EmotionRecognizer:
                     "recording": recording,
                     "utterance": str(number),
                     "start": round(segment.start, 3),
-                    "end": round(segment.end, 3),
+                    "end": max(round(segment.end, 3), round(segment.start + 0.001, 3)),
                     "speaker": segment.speaker,
                     "text": segment.text,
                     "label": segment.label,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from mister_jax.data import audio
 from mister_jax.data.audio_source import (
     MIX,
+    NAMED_CHANNELS,
     RECORDING_SUFFIXES,
     AudioError,
     Channel,
@@ -34,6 +36,8 @@ from mister_jax.inference.speech_recognition import (
 SPLIT = "split"
 """Reads every channel on its own, each with one speaker, as one conversation."""
 
+_LOUDNESS_SECONDS = 60.0  # of a segment that are compared between channels
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordingUtterances:
@@ -43,6 +47,7 @@ class RecordingUtterances:
       recording: Path of the recording.
       segments: Times, texts, speakers and channels.
       origin: Where they come from, such as "transcript call.srt (SRT)".
+      transcript: Path of the transcript, or None.
       notes: Notes on the recording and its transcript.
       segment_notes: Notes on each segment.
     """
@@ -50,6 +55,7 @@ class RecordingUtterances:
     recording: str
     segments: tuple[Segment, ...]
     origin: str
+    transcript: str | None
     notes: tuple[str, ...]
     segment_notes: tuple[tuple[str, ...], ...]
 
@@ -116,10 +122,11 @@ def find_utterances(
             segments, notes = contents.segments, contents.notes
             origin = f"transcript {os.fspath(transcript)} ({contents.format})"
         else:
-            segments, origin = tuple(sorted(transcript, key=lambda it: it.start)), "given segments"
+            segments, origin = _check_given(name, transcript), "given segments"
         if not segments:
             raise InputError(f"{name}: no segments in its {origin}; needed: at least one")
-        seconds = _check_belongs_to_recording(name, source, origin, segments, seconds)
+        seconds, truncated = _check_belongs_to_recording(name, source, origin, segments, seconds)
+        notes += truncated
         if len(indices) > 1:
             segments = _assign_channels(source, segments, indices)
     if any(segment.text for segment in segments):
@@ -128,7 +135,19 @@ def find_utterances(
         # The channel of a transcript's segment is used only if the channels are split.
         segments = tuple(dataclasses.replace(it, channel=indices[0]) for it in segments)
     segment_notes = tuple(_timing_notes(segment, seconds) for segment in segments)
-    return RecordingUtterances(name, tuple(segments), origin, notes, segment_notes)
+    is_path = isinstance(transcript, str | os.PathLike)
+    path = os.fspath(transcript) if is_path else None  # type: ignore[arg-type]
+    return RecordingUtterances(name, tuple(segments), origin, path, notes, segment_notes)
+
+
+def _check_given(name: str, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Returns segments sorted by their start."""
+    for segment in segments:
+        if not -math.inf < segment.start < segment.end < math.inf:
+            raise InputError(
+                f"{name}: {segment}; needed: finite times, and the end after the start"
+            )
+    return tuple(sorted(segments, key=lambda segment: segment.start))
 
 
 def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -143,7 +162,13 @@ def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
         if not folder.is_dir():
             recordings.append(os.fspath(path))
             continue
-        files = sorted(it for it in folder.iterdir() if it.suffix.lower() in RECORDING_SUFFIXES)
+        files = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in RECORDING_SUFFIXES
+            and path.is_file()
+            and not path.name.startswith(".")
+        )
         if not files:
             raise InputError(
                 f"{folder}: no recordings; needed: files with extension "
@@ -158,9 +183,14 @@ def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 def _channel_indices(source: str, channels: Channel) -> tuple[Channel, ...]:
     if channels != SPLIT:
         try:
-            return (check_channel(channels),)
+            channel = check_channel(channels)
         except ValueError as error:
             raise InputError(f"--channels={error}, or {SPLIT}") from error
+        index = NAMED_CHANNELS.get(str(channel), channel)
+        count = audio.num_channels(source)
+        if isinstance(index, int) and index >= count:
+            raise InputError(f"--channels={channels}: {source} has {count} channels")
+        return (channel,)
     count = audio.num_channels(source)
     if count < 2:
         raise InputError(f"{source}: one channel; needed for --channels=split: at least two")
@@ -195,30 +225,41 @@ def _channel_name(channel: Channel) -> str:
 
 def _check_belongs_to_recording(
     name: str, source: str, origin: str, segments: Sequence[Segment], seconds: float | None
-) -> float | None:
-    """Returns the length of the recording; raises if most segments start after its end."""
+) -> tuple[float, tuple[str, ...]]:
+    """Returns the recording's length, and a note if it is truncated.
+
+    Raises:
+      InputError: Most segments start after the end of the recording.
+    """
 
     def num_late(length: float) -> int:
         return sum(segment.start >= length for segment in segments)
 
     end = max(segment.end for segment in segments)
     if seconds is not None and end <= seconds + END_TOLERANCE:
-        return seconds
+        return seconds, ()
     # A container may state no length or an estimate, so measure it.
-    seconds = audio.decoded_seconds(source)
-    if 2 * num_late(seconds) > len(segments):
+    decoded_seconds = audio.decoded_seconds(source)
+    # The transcript of a truncated recording fits the length that its header states.
+    full_seconds = max(decoded_seconds, (seconds or 0.0) + audio.missing_seconds(source))
+    late = num_late(full_seconds)
+    if 2 * late > len(segments):
         raise InputError(
-            f"{name}: {seconds:.1f} s long, but its {origin} ends at {end:.1f} s and "
-            f"{num_late(seconds)} of {len(segments)} segments start after the recording; needed: "
-            "the transcript of this recording"
+            f"{name}: {full_seconds:.1f} s long, but its {origin} ends at {end:.1f} s and {late} "
+            f"of {len(segments)} segments start after the recording; needed: the transcript of "
+            "this recording"
         )
-    return seconds
+    return decoded_seconds, (f"the recording ends at {decoded_seconds:.1f} s, its {origin} later",)
 
 
 def _assign_channels(
     source: str, segments: Sequence[Segment], channels: Sequence[Channel]
 ) -> tuple[Segment, ...]:
     """Gives each segment a channel: its own, or the one in which its speaker is loudest."""
+    segments = [
+        dataclasses.replace(it, channel=NAMED_CHANNELS.get(str(it.channel), it.channel))
+        for it in segments
+    ]
     unassigned = [index for index, it in enumerate(segments) if it.channel not in channels]
     powers: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(len(channels)))
     speakers = {index: segments[index].speaker or f"segment {index}" for index in unassigned}
@@ -227,10 +268,15 @@ def _assign_channels(
             audio.DecodeRequest(source, segments[index].start, segments[index].end, channel)
             for index in unassigned
         ]
-        for index, clip in zip(unassigned, audio.stream_cuts(requests), strict=True):
+        for index, clip in zip(
+            unassigned, audio.stream_cuts(requests, _LOUDNESS_SECONDS), strict=True
+        ):
             if not isinstance(clip, AudioError):
                 squares = np.square(clip.samples.astype(np.float32))
                 powers[speakers[index]][position] += float(squares.sum())
+    # A channel may be louder than the others as a whole.
+    totals = np.maximum(sum(powers.values(), np.zeros(len(channels))), 1.0)
+    powers = {speaker: power / totals for speaker, power in powers.items()}
     return tuple(
         dataclasses.replace(segment, channel=channels[int(powers[speakers[index]].argmax())])
         if index in speakers

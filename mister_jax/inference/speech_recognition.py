@@ -70,6 +70,10 @@ def detect_voice_activity(samples: np.ndarray) -> list[Segment]:
     return [Segment(span["start"] / SAMPLE_RATE, span["end"] / SAMPLE_RATE) for span in spans]
 
 
+class CheckpointError(InputError):
+    """A checkpoint of a recognizer cannot be loaded."""
+
+
 class WhisperRecognizer:
     """Transcribes speech with Whisper on CTranslate2, with the times of words.
 
@@ -81,7 +85,8 @@ class WhisperRecognizer:
 
     Raises:
       MissingExtraError: The extra `asr` is not installed.
-      InputError: The checkpoint cannot be loaded.
+      CheckpointError: The checkpoint cannot be loaded.
+      InputError: The language is unknown.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class WhisperRecognizer:
             )
         except Exception as error:  # CTranslate2, tokenizers and the Hub raise many types.
             reason = " ".join(str(error).split())[:200]
-            raise InputError(
+            raise CheckpointError(
                 f"speech recognizer {os.fspath(model)}: cannot be loaded ({reason}); allowed: a "
                 "Whisper checkpoint for CTranslate2 on the Hub or in a folder"
             ) from error
@@ -206,7 +211,9 @@ def _pieces(source: Source, channel: Channel) -> Iterator[tuple[float, np.ndarra
     buffered, offset, damage = np.zeros(0, np.int16), 0, ""
     for block in audio.stream_blocks(source, channel):
         if block.damaged and not damage:
-            damage = f"damaged after {(offset + len(buffered)) / SAMPLE_RATE:.0f} s"
+            begin = (offset + len(buffered)) / SAMPLE_RATE
+            end = begin + max(1.0, block.seconds)
+            damage = f"damaged between {begin:.0f} and {end:.0f} s"
         buffered = np.concatenate([buffered, block.samples])
         while len(buffered) > piece_size:
             cut = _quietest_index(buffered[:piece_size])
@@ -249,7 +256,7 @@ def load_recognizer(
         return _load_whisper(os.fspath(recognizer), language)
     try:
         return _load_whisper(DEFAULT_MODEL, language)
-    except InputError as error:
+    except CheckpointError as error:
         logging.warning("%s; utterances have no text", error)
         return detect_voice_activity
 

@@ -205,6 +205,9 @@ def test_memory_does_not_grow_with_the_length_of_speech(recognizer, recording, s
         ({"recognizer": lambda samples: [Segment(0, float("nan"))]}, "needed: finite times"),
         ({"channels": "split"}, "one channel; needed for --channels=split"),
         ({"channels": "center"}, "allowed: mix, left, right"),
+        ({"channels": "right"}, "has 1 channels"),
+        ({"transcript": [Segment(2, 1, "a")]}, "the end after the start"),
+        ({"transcript": [Segment(float("nan"), 1, "a")]}, "needed: finite times"),
         ({"tier": "words", "recognizer": loud_segments}, "has no transcript"),
     ],
 )
@@ -276,6 +279,41 @@ def test_a_recognizer_of_another_package_can_be_used(recognizer, tmp_path):
     assert rows and all(row["text"] for row in rows)
     assert 0 <= rows[0]["start"] < rows[-1]["end"] <= 3
     assert all(row["experts"]["text"] and row["experts"]["fusion"] for row in rows)
+
+
+def test_a_truncated_recording_is_used_with_its_transcript(tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(path, voice(6.0, 150))
+    path.write_bytes(path.read_bytes()[: 2 * 2 * RATE])
+    segments = [Segment(start, start + 0.5, "so mad.") for start in range(6)]
+    found = find_utterances(path, transcript=segments)
+    assert len(found.segments) == 6
+    assert "the recording ends at 2.0 s" in found.notes[0]
+    assert [bool(notes) for notes in found.segment_notes] == [False] * 2 + [True] * 4
+
+
+def test_a_segment_shorter_than_a_millisecond_has_a_length(recognizer, recording, tmp_path):
+    rows = recognizer.predict_recording(recording, transcript=[Segment(1.0, 1.0003, "mad.")])
+    assert rows[0]["end"] > rows[0]["start"]
+    write_predictions(tmp_path / "call.srt", rows)
+
+
+def test_channels_of_segments_are_kept_and_loud_channels_do_not_win(tmp_path):
+    left = np.concatenate([voice(1.0, 120), voice(1.0, 120) // 4])
+    right = np.concatenate([voice(1.0, 230) // 40, voice(1.0, 230) // 10])
+    encode_wav(tmp_path / "stereo.wav", np.stack([left, right], axis=1))
+    segments = [Segment(0, 1, "so.", "Ann"), Segment(1, 2, "mad.", "Bob")]
+    found = find_utterances(tmp_path / "stereo.wav", transcript=segments, channels="split")
+    assert [it.channel for it in found.segments] == [0, 1]
+    segments = [Segment(0, 1, "so.", "Ann", channel="right")]
+    found = find_utterances(tmp_path / "stereo.wav", transcript=segments, channels="split")
+    assert [it.channel for it in found.segments] == [1]
+
+
+def test_an_unknown_language_is_an_error_without_a_checkpoint_too(monkeypatch):
+    monkeypatch.setattr(faster_whisper, "WhisperModel", FakeWhisperModel)
+    with pytest.raises(InputError, match="language 'xx'; allowed: de, en"):
+        speech_recognition.load_recognizer(None, "xx")
 
 
 def test_the_good_part_of_a_damaged_recording_is_used(tmp_path):
@@ -360,6 +398,12 @@ BAD_COMMANDS = {
     ("--recording=first.wav", "--output=one.doc"): "output with extension .doc; allowed: .jsonl",
     ("--recording=first.wav", "--recognizer=nowhere", "--nosearch_transcript"): "cannot be loaded",
     ("--recording=first.wav", "--channels=split"): "one channel; needed for --channels=split",
+    ("--recording=first.wav", "--output=first.srt"): "--output=first.srt: would replace",
+    ("--recording=first.wav", "--output=first.wav.srt", "--channels=9"): "has 1 channels",
+    ("--recording=first.wav", "--audio_channel=left"): "cannot be used with --recording",
+    ("--audio=first.wav", "--channels=left"): "--channels: needs --recording",
+    ("--recording=first.wav", "--no_text", "--transcript=first.srt"): "--no_text: cannot be used",
+    ("--recording=first.wav", "--embed_audio", "--output=one.csv"): "--embed_audio: needs",
 }
 
 
@@ -397,7 +441,8 @@ def test_a_wrong_use_is_one_line_and_writes_nothing(results, calls, flags):
     assert result.status == 2, result.stdout
     assert BAD_COMMANDS[flags] in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
-    assert not list(calls.glob("one.*"))
+    assert not list(calls.glob("one.*")) and not (calls / "first.wav.srt").exists()
+    assert "[" not in (calls / "first.srt").read_text(), "the transcript is unchanged"
 
 
 class FakeWhisperModel:

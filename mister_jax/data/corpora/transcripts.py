@@ -33,7 +33,7 @@ class TranscriptOptions:
       label_tier: Tier with the emotions.
       label_column: Column of a table with the emotions.
       label_suffix: Whether the emotion is at the end of the text in brackets.
-      channel: Channel of the recordings to read.
+      channel: Channel of the recordings to read, or "split" for the channels of the transcript.
       rules: Rules by which segments become utterances.
     """
 
@@ -132,7 +132,9 @@ def _rows(
     if options.label_suffix:
         segments = [_split_label(segment) for segment in segments]
     for number, segment in enumerate(make_utterances(segments, options.rules), start=1):
-        channel = options.channel if segment.channel is None else segment.channel
+        channel: Any = options.channel
+        if channel == "split":
+            channel = "mix" if segment.channel is None else segment.channel
         values = {
             "dialogue": name,
             "utterance": number,

@@ -10,6 +10,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from mister_jax.data.audio_source import existing_path
 from mister_jax.data.transcripts.annotations import detect_annotations
@@ -45,6 +46,9 @@ SUFFIXES = (
 Annotations by hand come first, then JSON files, which often have the times of words, then
 subtitles and tables. CTM has no sentences, and RTTM no text.
 """
+
+# Control characters, lone surrogates, and code points that are no characters.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 # Byte order marks. Those of UTF-32 begin with those of UTF-16.
 _MARKS = (
@@ -255,8 +259,23 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
             if start < 0:
                 notes.add("segments that start before 0 start at 0")
             start = max(start, 0.0)
-            checked.append(dataclasses.replace(segment, start=start, end=end, words=words))
+            checked.append(
+                dataclasses.replace(
+                    segment,
+                    start=start,
+                    end=end,
+                    words=words,
+                    text=_storable(segment.text),
+                    speaker=_storable(segment.speaker),
+                    label=_storable(segment.label),
+                )
+            )
     return sorted(checked, key=lambda segment: segment.start)
+
+
+def _storable(text: Any) -> Any:
+    """Returns a text without characters that UTF-8 or XML cannot store, or None."""
+    return None if text is None else _FORBIDDEN.sub("\ufffd", text)
 
 
 def _rounded(time: float | None) -> float | None:
