@@ -212,7 +212,7 @@ class EmotionRecognizer:
 
         Returns:
           For each utterance a dict with "recording", "utterance", "start" and "end" in seconds,
-          "speaker", "text", "label" (that of the transcript), "emotion", "probabilities",
+          "speaker", "text", "label" (annotated in the transcript), "emotion", "probabilities",
           "experts", "gate" and "notes".
 
         Raises:

@@ -1,4 +1,4 @@
-"""Finds the utterances of a recording: by a transcript, speech recognition or voice activity."""
+"""Finds a recording's utterances with a transcript, speech recognition or voice activity."""
 
 from __future__ import annotations
 

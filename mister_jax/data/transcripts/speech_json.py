@@ -443,7 +443,7 @@ def _is_google(data: Record) -> bool:
     return any("alternatives" in result for result in _records(data, "results"))
 
 
-# Name of each format, whether a file has it, and its reader. The first format that fits is used.
+# Name, detector and reader of each format. The first format whose detector returns true is used.
 _FORMATS: tuple[
     tuple[str, Callable[[Record], bool], Callable[[Record, Notes], Iterable[Segment]]], ...
 ] = (

@@ -1,4 +1,4 @@
-"""STM, CTM, RTTM, CSV and TSV: fields told apart by content, units, channels and recordings."""
+"""Reading STM, CTM, RTTM, CSV and TSV: detection by content, units, channels and recordings."""
 
 import csv
 import io
