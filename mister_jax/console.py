@@ -156,10 +156,12 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _clock(seconds: float) -> str:
-    """Returns a time such as 3:07 or 1:02:45."""
-    minutes, rest = divmod(int(seconds), 60)
+    """Returns a time such as 3:07.2 or 1:02:45.0."""
+    # The page of a recording rounds down, too.
+    minutes, tenths = divmod(int(10 * seconds + 1e-6), 600)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    rest = f"{tenths // 10:02}.{tenths % 10}"
+    return f"{hours}:{minutes:02}:{rest}" if hours else f"{minutes}:{rest}"
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:

@@ -201,6 +201,7 @@ def _predict_recordings(workdir: str) -> int:
     is_single = len(recordings) == 1
     all_rows: list[dict[str, Any]] = []
     num_used = 0
+    timeline_options: dict[str, Any] = {}
     with ProgressReporter(len(recordings), unit="recordings", quiet=is_single) as reporter:
         for recording in recordings:
             try:
@@ -209,8 +210,13 @@ def _predict_recordings(workdir: str) -> int:
                 rows = recognizer.predict_utterances(
                     utterances, max_seconds=_SECONDS.value, quiet=not is_single
                 )
+                timeline_options = {
+                    "embed_audio": _EMBED_AUDIO.value,
+                    "transcript": utterances.transcript,
+                    "channels": _CHANNELS.value,
+                }
                 for path in outputs[recording]:
-                    write_predictions(path, rows, embed_audio=_EMBED_AUDIO.value)
+                    write_predictions(path, rows, **timeline_options)
             except InputError as error:
                 if is_single:
                     raise
@@ -236,7 +242,8 @@ def _predict_recordings(workdir: str) -> int:
                 print(f"written to {path}")
     if all_rows:
         for path in outputs[""]:
-            write_predictions(path, all_rows, embed_audio=_EMBED_AUDIO.value)
+            # A timeline has one recording, see `_outputs_by_recording`.
+            write_predictions(path, all_rows, **timeline_options)
             print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
         return 0

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from mister_jax.data.audio_source import MIX, Channel
+from mister_jax.data.transcripts.annotations import Annotation
+from mister_jax.data.transcripts.reader import read_annotation
 from mister_jax.errors import InputError
-from mister_jax.inference.timeline.annotations import to_eaf, to_textgrid
+from mister_jax.inference.timeline.eaf import to_eaf
 from mister_jax.inference.timeline.rows import check_timeline_rows
 from mister_jax.inference.timeline.subtitles import to_srt, to_vtt
+from mister_jax.inference.timeline.textgrid import to_textgrid
 from mister_jax.io import flatten, write_text
 
 Row = Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class TimelineOptions:
+    """Options of timelines, see `write_predictions`."""
+
+    embed_audio: bool
+    transcript: str | os.PathLike[str] | None
+    channels: Channel
+
+
 def write_predictions(
-    path: epath.PathLike, rows: Sequence[Row], *, embed_audio: bool = False
+    path: epath.PathLike,
+    rows: Sequence[Row],
+    *,
+    embed_audio: bool = False,
+    transcript: str | os.PathLike[str] | None = None,
+    channels: Channel = MIX,
 ) -> None:
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
@@ -32,6 +52,10 @@ def write_predictions(
       path: File to write.
       rows: Predictions.
       embed_audio: Whether a web page contains the audio. Otherwise it links the recording.
+      transcript: Transcript of the recording. If it is an EAF or TextGrid, the tiers of emotions of
+        an EAF or TextGrid are added to its tiers. Other formats do not use it.
+      channels: Channels that were predicted, see `find_utterances`. A web page shows them, and
+        embeds them. Those of "split" are mixed.
 
     Raises:
       InputError: See `check_predictions_path`; or the format needs the rows of one recording with
@@ -42,7 +66,8 @@ def write_predictions(
     if extension in ROW_FORMATS:
         text = ROW_FORMATS[extension](rows)
     else:
-        text = TIMELINE_FORMATS[extension](path, check_timeline_rows(path, rows), embed_audio)
+        options = TimelineOptions(embed_audio, transcript, channels)
+        text = TIMELINE_FORMATS[extension](path, check_timeline_rows(path, rows), options)
     write_text(path, text)
 
 
@@ -70,11 +95,23 @@ def _extension(path: epath.PathLike) -> str:
     return ".TextGrid" if suffix.lower() == ".textgrid" else suffix
 
 
-def _to_html(path: epath.PathLike, rows: Sequence[Row], embed_audio: bool) -> str:
+def _to_html(path: epath.PathLike, rows: Sequence[Row], options: TimelineOptions) -> str:
     # The other formats do not need PyAV.
     from mister_jax.inference.timeline.page import timeline_html
 
-    return timeline_html(path, rows, embed_audio=embed_audio)
+    return timeline_html(path, rows, embed_audio=options.embed_audio, channels=options.channels)
+
+
+def _to_textgrid(_: epath.PathLike, rows: Sequence[Row], options: TimelineOptions) -> str:
+    return to_textgrid(rows, _annotation(options))
+
+
+def _to_eaf(path: epath.PathLike, rows: Sequence[Row], options: TimelineOptions) -> str:
+    return to_eaf(path, rows, _annotation(options))
+
+
+def _annotation(options: TimelineOptions) -> Annotation | None:
+    return None if options.transcript is None else read_annotation(options.transcript)
 
 
 def _to_json_lines(rows: Sequence[Row]) -> str:
@@ -100,11 +137,11 @@ def _to_csv(rows: Sequence[Row]) -> str:
 ROW_FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}
 """Formatter of each extension of tables, which take any rows."""
 
-TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], bool], str]] = {
+TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], TimelineOptions], str]] = {
     ".srt": lambda _, rows, __: to_srt(rows),
     ".vtt": lambda _, rows, __: to_vtt(rows),
-    ".TextGrid": lambda _, rows, __: to_textgrid(rows),
-    ".eaf": lambda path, rows, _: to_eaf(path, rows),
+    ".TextGrid": _to_textgrid,
+    ".eaf": _to_eaf,
     ".html": _to_html,
 }
 """Formatter of each extension of timelines, which take the sorted rows of one recording."""

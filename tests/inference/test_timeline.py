@@ -6,13 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 
 from mister_jax.data import audio
 from mister_jax.data.audio import encode_wav
-from mister_jax.data.transcripts.reader import read_transcript
+from mister_jax.data.transcripts.reader import read_annotation, read_transcript
 from mister_jax.errors import InputError
 from mister_jax.inference.prediction_files import FORMATS, check_predictions_path, write_predictions
 from mister_jax.inference.timeline.palette import emotion_colors
@@ -170,6 +171,213 @@ def test_textgrid_is_as_long_as_the_recording(tmp_path):
     ]  # fmt: skip
 
 
+def emotion_row(number, start, end, **values):
+    return make_row(number, start, end, recording="call.wav", **values)
+
+
+GIVEN_GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+-1
+5.5
+<exists>
+4
+"IntervalTier" "emotion" -1 5.5 3
+-1 0.1234 ""
+0.1234 2.00049 "say ""hi""
+twice"
+2.00049 5.5 "  "
+"TextTier" "bells" -1 5.5 2
+1.5 "ding"
+2.5 ""
+"IntervalTier" "phones" 0 5 2
+0 0.5 "a"
+0.75 5 "b"
+"IntervalTier" "empty" -1 5.5 1
+-1 5.5 ""
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_praatio_reads_the_given_textgrid_and_the_emotions(tmp_path, encoding):
+    textgrid = pytest.importorskip("praatio.textgrid")
+    given = tmp_path / "given.TextGrid"
+    given.write_text(GIVEN_GRID, encoding=encoding)
+    rows = [emotion_row(1, 0.123, 2.0), emotion_row(2, 1.5, 5.501), emotion_row(3, 3.0, 4.0)]
+    path = tmp_path / "out.TextGrid"
+    write_predictions(path, rows, transcript=given)
+    text = path.read_text()
+    assert "xmin = -1.0\nxmax = 5.5\n" in text and "size = 6\n" in text
+    assert 'text = "say ""hi""\ntwice"' in text and 'text = "  "' in text
+    # praatio changes tiers whose starts and ends differ, so it reads the given file, too.
+    options = {"includeEmptyIntervals": True, "reportingMode": "silence"}
+    plain = tmp_path / "plain.TextGrid"
+    content = GIVEN_GRID.replace("0 5 2\n", "0 5.5 2\n").replace('5 "b', '5.5 "b')
+    # praatio needs one token per line, and no negative times.
+    content = content.replace("-1", "0")
+    plain.write_text(re.sub('(?<=[0-9"]) (?=[-0-9"])', "\n", content))
+    out = tmp_path / "wide.TextGrid"
+    write_predictions(out, rows, transcript=plain)
+    before, after = (textgrid.openTextgrid(str(it), **options) for it in (plain, out))
+    assert after.tierNames == (*before.tierNames, "emotion 2", "emotion 3")
+    for name in before.tierNames:
+        assert after.getTier(name) == before.getTier(name), name
+    # Emotions share the boundaries of their texts, although their times were rounded.
+    assert [tuple(it) for it in after.getTier("emotion 2").entries] == [
+        (0, 0.1234, ""), (0.1234, 2.00049, rows[0]["emotion"]), (2.00049, 3, ""),
+        (3, 4, rows[2]["emotion"]), (4, 5.5, ""),
+    ]  # fmt: skip
+    assert [tuple(it) for it in after.getTier("emotion 3").entries] == [
+        (0, 1.5, ""), (1.5, 5.5, rows[1]["emotion"])
+    ]  # fmt: skip
+    annotation = read_annotation(path)
+    phones = annotation.tiers[2]
+    assert phones.span == (0, 5) and [it.start for it in phones.intervals] == [0, 0.75]
+    assert [tier.is_points for tier in annotation.tiers] == [False, True, *[False] * 4]
+
+
+GIVEN_EAF = """<?xml version="1.0" encoding="UTF-8"?>
+<ANNOTATION_DOCUMENT xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" AUTHOR="Ann" DATE="2020-01-01T00:00:00+00:00" FORMAT="3.0" VERSION="3.0" xsi:noNamespaceSchemaLocation="http://www.mpi.nl/tools/elan/EAFv3.0.xsd">
+<HEADER MEDIA_FILE="" TIME_UNITS="milliseconds">
+<MEDIA_DESCRIPTOR MEDIA_URL="file:///old/call.mp4" MIME_TYPE="video/mp4" RELATIVE_MEDIA_URL="./media/call.mp4"/>
+<MEDIA_DESCRIPTOR MEDIA_URL="file:///old/call.wav" MIME_TYPE="audio/x-wav" RELATIVE_MEDIA_URL="../call.wav" EXTRACTED_FROM="file:///old/call.mp4"/>
+<LINKED_FILE_DESCRIPTOR LINK_URL="file:///old/pitch.csv" MIME_TYPE="unknown" RELATIVE_LINK_URL="./pitch.csv"/>
+<PROPERTY NAME="lastUsedAnnotationId">4</PROPERTY>
+</HEADER>
+<TIME_ORDER>
+<TIME_SLOT TIME_SLOT_ID="ts1" TIME_VALUE="1000"/>
+<TIME_SLOT TIME_SLOT_ID="ts2"/>
+<TIME_SLOT TIME_SLOT_ID="ts3" TIME_VALUE="4000"/>
+</TIME_ORDER>
+<TIER TIER_ID="Ann" PARTICIPANT="Ann" ANNOTATOR="me" LINGUISTIC_TYPE_REF="emotion" LANG_REF="eng">
+<ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a1" TIME_SLOT_REF1="ts1" TIME_SLOT_REF2="ts2"><ANNOTATION_VALUE>one &amp; "two"</ANNOTATION_VALUE></ALIGNABLE_ANNOTATION></ANNOTATION>
+<ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a2" TIME_SLOT_REF1="ts2" TIME_SLOT_REF2="ts3"><ANNOTATION_VALUE> three
+four </ANNOTATION_VALUE></ALIGNABLE_ANNOTATION></ANNOTATION>
+</TIER>
+<TIER TIER_ID="Ann emotion" PARENT_REF="Ann" LINGUISTIC_TYPE_REF="label">
+<ANNOTATION><REF_ANNOTATION ANNOTATION_ID="a3" ANNOTATION_REF="a1" CVE_REF="cveid_0"><ANNOTATION_VALUE>joy</ANNOTATION_VALUE></REF_ANNOTATION></ANNOTATION>
+</TIER>
+<LINGUISTIC_TYPE LINGUISTIC_TYPE_ID="emotion" TIME_ALIGNABLE="true" GRAPHIC_REFERENCES="false"/>
+<LINGUISTIC_TYPE LINGUISTIC_TYPE_ID="label" TIME_ALIGNABLE="false" GRAPHIC_REFERENCES="false" CONSTRAINTS="Symbolic_Association" CONTROLLED_VOCABULARY_REF="moods"/>
+<LANGUAGE LANG_ID="eng" LANG_LABEL="English"/>
+<CONSTRAINT STEREOTYPE="Symbolic_Association" DESCRIPTION="1-1 association with a parent annotation"/>
+<CONTROLLED_VOCABULARY CV_ID="moods"><DESCRIPTION LANG_REF="eng"/><CV_ENTRY_ML CVE_ID="cveid_0"><CVE_VALUE LANG_REF="eng">joy</CVE_VALUE></CV_ENTRY_ML></CONTROLLED_VOCABULARY>
+</ANNOTATION_DOCUMENT>
+"""  # noqa: E501
+
+
+def test_pympi_reads_the_given_eaf_and_the_emotions(tmp_path):
+    elan = pytest.importorskip("pympi.Elan")
+    for folder in ("given", "out"):
+        (tmp_path / folder).mkdir()
+    given = tmp_path / "given" / "a.eaf"
+    given.write_text(GIVEN_EAF, encoding="utf-8")
+    recording = str(tmp_path / "call.wav")
+    rows = [make_row(1, 1, 2.5, speaker="Ann"), make_row(2, 2.5, 4, speaker="Ann")]
+    rows = [row | {"recording": recording} for row in [*rows, make_row(3, 3.9, 4.5)]]
+    path = tmp_path / "out" / "a.eaf"
+    write_predictions(path, rows, transcript=given)
+    before, after = elan.Eaf(str(given)), elan.Eaf(str(path))
+    names = list(before.get_tier_names())
+    assert list(after.get_tier_names()) == [*names, "Ann emotion 2", "emotion"]
+    for name in names:
+        assert after.tiers[name][:3] == before.tiers[name][:3], name
+    slots = {key: after.timeslots[key] for key in before.timeslots}
+    assert slots == before.timeslots
+    for part in ("constraints", "controlled_vocabularies", "languages", "licenses", "adocument"):
+        assert getattr(after, part) == getattr(before, part), part
+    assert set(after.linguistic_types) == {"emotion", "label", "emotion 2"}
+    assert after.linguistic_types["label"] == before.linguistic_types["label"]
+    assert sorted(after.get_annotation_data_for_tier("Ann emotion 2")) == [
+        (1000, 2500, rows[0]["emotion"]), (2500, 4000, rows[1]["emotion"])
+    ]  # fmt: skip
+    assert after.get_parameters_for_tier("Ann emotion 2")["PARTICIPANT"] == "Ann"
+    # Links are relative to the new file, and the recording is linked already.
+    assert [it["RELATIVE_MEDIA_URL"] for it in after.media_descriptors] == [
+        "../given/media/call.mp4", "../call.wav"
+    ]  # fmt: skip
+    assert after.linked_file_descriptors[0]["RELATIVE_LINK_URL"] == "../given/pitch.csv"
+    root = ET.parse(path).getroot()
+    ids = [
+        value
+        for element in root.iter()
+        for key, value in element.items()
+        if key in ("ANNOTATION_ID", "TIME_SLOT_ID")
+    ]
+    assert len(set(ids)) == len(ids)
+    last = max(int(re.sub(r"\D", "", it)) for it in ids)
+    assert root.findtext("HEADER/PROPERTY") == str(last)
+    assert [it.get("TIME_VALUE") for it in root.find("TIME_ORDER")] == [
+        "1000", None, "1000", "2500", "2500", "3900", "4000", "4000", "4500"
+    ]  # fmt: skip
+    order = [it.tag for it in root]
+    assert order == sorted(
+        order, key=[*dict.fromkeys(it.tag for it in ET.fromstring(GIVEN_EAF))].index
+    )
+
+
+def test_pympi_reads_the_emotions_in_units_of_the_given_eaf(tmp_path):
+    elan = pytest.importorskip("pympi.Elan")
+    given, path = tmp_path / "a.eaf", tmp_path / "b.eaf"
+    content = GIVEN_EAF.replace("milliseconds", "PAL-frames").replace("4000", "2000")
+    given.write_text(re.sub("<MEDIA_DESC.*|<PROPERTY.*", "", content))
+    write_predictions(path, [emotion_row(1, 40.01, 80.0)], transcript=given)
+    document = elan.Eaf(str(path))
+    assert [it[:2] for it in document.get_annotation_data_for_tier("emotion")] == [(1000, 2000)]
+    assert [it["RELATIVE_MEDIA_URL"] for it in document.media_descriptors] != []
+
+
+def summary(annotation):
+    return [
+        (tier.name, [(it.start, it.end, it.text) for it in tier.filled])
+        for tier in annotation.tiers
+    ]
+
+
+def test_an_eaf_becomes_a_textgrid_and_a_textgrid_an_eaf(tmp_path):
+    given = tmp_path / "a.eaf"
+    overlapping = (
+        '<TIER TIER_ID="two"><ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a8" '
+        'TIME_SLOT_REF1="ts1" TIME_SLOT_REF2="ts3"/></ANNOTATION><ANNOTATION>'
+        '<ALIGNABLE_ANNOTATION ANNOTATION_ID="a9" TIME_SLOT_REF1="ts1" TIME_SLOT_REF2="ts3"/>'
+        "</ANNOTATION></TIER><LINGUISTIC_TYPE "
+    )
+    given.write_text(GIVEN_EAF.replace("<LINGUISTIC_TYPE ", overlapping, 1), encoding="utf-8")
+    rows = [emotion_row(1, 1, 2.5), emotion_row(2, 3, 6)]
+    write_predictions(tmp_path / "a.TextGrid", rows, transcript=given)
+    grid = read_annotation(tmp_path / "a.TextGrid")
+    assert summary(grid) == [
+        ("Ann", [(1, 2.5, 'one & "two"'), (2.5, 4, "three four")]),
+        ("Ann emotion", [(1, 2.5, "joy")]),
+        ("two", []),
+        ("two 2", []),
+        ("emotion", [(1, 2.5, rows[0]["emotion"]), (3, 6, rows[1]["emotion"])]),
+    ]  # fmt: skip
+    assert {tier.span for tier in grid.tiers} == {(0, 6)}
+    assert grid.tiers[0].intervals[2].text == " three\nfour "
+
+    (tmp_path / "b.TextGrid").write_text(GIVEN_GRID.replace("-1", "0"))
+    write_predictions(tmp_path / "b.eaf", rows, transcript=tmp_path / "b.TextGrid")
+    document = read_annotation(tmp_path / "b.eaf")
+    assert summary(document) == [
+        ("emotion", [(0.123, 2.0, 'say "hi" twice')]),
+        ("phones", [(0, 0.5, "a"), (0.75, 5, "b")]),
+        ("empty", []),
+        ("emotion 2", [(1, 2.5, rows[0]["emotion"]), (3, 6, rows[1]["emotion"])]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("extension", TEXT_FORMATS)
+def test_a_transcript_of_another_format_changes_nothing(tmp_path, extension):
+    given = tmp_path / "a.srt"
+    given.write_text("1\n00:00:01,000 --> 00:00:02,000\na\n")
+    path, expected = tmp_path / f"b{extension}", tmp_path / f"c{extension}"
+    write_predictions(path, [emotion_row(1, 1, 2)], transcript=given)
+    write_predictions(expected, [emotion_row(1, 1, 2)])
+    texts = (re.sub("DATE=.* FORMAT", "FORMAT", it.read_text()) for it in (path, expected))
+    assert len(set(texts)) == 1
+
+
 TIMELINES = [extension for extension in FORMATS if extension not in (".jsonl", ".csv")]
 
 
@@ -244,6 +452,26 @@ def test_page_embeds_audio(tmp_path, rows):
     assert np.abs(decoded[52_000:90_000]).max() > 1.7 * np.abs(decoded[:44_000]).max()
 
 
+@pytest.mark.parametrize(
+    ("channels", "peak", "shown"),
+    [
+        ("left", 8000, "left channel"),
+        ("1", 2000, "channel 1"),
+        ("split", 5000, "mix of the channels"),
+    ],
+)
+def test_page_shows_and_embeds_the_predicted_channel(tmp_path, channels, peak, shown):
+    tone = 4000 * np.sin(np.arange(16_000) / 10)
+    path = tmp_path / "call.wav"
+    encode_wav(path, np.stack([2 * tone, tone / 2], axis=1).astype(np.int16))
+    rows = [make_row(1, 0, 1, recording=str(path))]
+    write_predictions(tmp_path / "a.html", rows, embed_audio=True, channels=channels)
+    text = (tmp_path / "a.html").read_text()
+    assert page_data(text)["channel"] == shown
+    encoded = base64.b64decode(re.search(r'id="audio-data">([^<]*)<', text)[1])
+    assert abs(np.abs(audio.decode(encoded).samples[4000:12_000]).max() - peak) < 0.1 * peak
+
+
 def test_page_without_its_recording(tmp_path, rows):
     missing = [row | {"recording": str(tmp_path / "missing.wav")} for row in rows]
     path = tmp_path / "call.html"
@@ -307,6 +535,12 @@ const walk = () => {
   press("ArrowDown"); note("down of the speaker");
   out.hidden = rows().map((row) => row.hidden);
   out.totals = find("totals").rows[0].textContent;
+  const list = find("scroll");
+  list.focus();
+  out.focused = document.activeElement === list;
+  const scroll = new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true, cancelable: true});
+  list.dispatchEvent(scroll);
+  out.scrolls = !scroll.defaultPrevented;
   press("+"); press("0"); press(" ");
   const pixels = find("detail").getContext("2d").getImageData(0, 0, 300, 100).data;
   out.painted = new Set(pixels).size > 4;
@@ -361,6 +595,7 @@ def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
         ["down of the speaker", "0:02.0 / 0:06", 2],
     ]
     assert outcome["hidden"] == [True, True, False, True]
-    assert outcome["totals"].endswith("0:01 (100%)")
+    assert outcome["totals"].endswith("0:01.2 (100%)")
+    assert outcome["focused"] and outcome["scrolls"]
     assert outcome["painted"] and not outcome["wide"]
     assert abs(outcome["seconds"] - 6) < 0.1 and abs(outcome["audio"] - 3.06) < 0.05

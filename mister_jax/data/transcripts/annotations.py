@@ -43,24 +43,73 @@ def detect_annotations(text: str) -> DetectedFormat | None:
 
 
 @dataclasses.dataclass(eq=False)
-class _Tier:
-    """A tier with intervals, of which some may have no text.
+class Tier:
+    """A tier of an annotation.
 
     Attributes:
+      name: Name of the tier.
+      intervals: Intervals with texts as in the file, which may be empty or have several lines. A
+        point is an interval without length.
       participant: Speaker of the tier, if the format names one.
+      is_points: Whether this is a tier of points.
+      span: Start and end of the tier, if the format states them.
+      num_untimed: Number of texts whose times are unknown.
     """
 
     name: str
     intervals: list[Segment]
     participant: str | None = None
+    is_points: bool = False
+    span: tuple[float, float] | None = None
+    num_untimed: int = 0
 
-    @property
+    @functools.cached_property
     def filled(self) -> list[Segment]:
-        return [interval for interval in self.intervals if interval.text]
+        """Intervals with text, each on one line."""
+        return [
+            dataclasses.replace(interval, text=text)
+            for interval in self.intervals
+            if (text := one_line(interval.text))
+        ]
 
 
-def _select(tiers: Sequence[_Tier], points: Sequence[str], selection: Selection) -> list[Segment]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Annotation:
+    """A TextGrid or EAF as in the file.
+
+    Attributes:
+      path: Path of the file.
+      tiers: Its tiers.
+      span: Start and end of a TextGrid.
+      document: Root of an EAF.
+    """
+
+    path: str
+    tiers: tuple[Tier, ...]
+    span: tuple[float, float] | None = None
+    document: ET.Element | None = None
+
+
+def parse_annotation(path: str, text: str) -> Annotation | None:
+    """Returns the tiers of a TextGrid or EAF, or None if the text has another format.
+
+    Raises:
+      InputError: The file is damaged.
+    """
+    detected = detect_annotations(text)
+    if detected is None or "tier" not in detected.options:
+        return None
+    if detected.name == "ELAN EAF":
+        document = _parse_xml(text)
+        return Annotation(path, tuple(_eaf_tiers(document)), document=document)
+    span, tiers = _parse_textgrid(text)
+    return Annotation(path, tuple(tiers), span)
+
+
+def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
     """Returns the intervals of the selected tiers, with their labels and speakers."""
+    points = [tier.name for tier in all_tiers if tier.is_points]
+    tiers = [tier for tier in all_tiers if not tier.is_points]
     counts = collections.Counter({tier.name: 0 for tier in tiers})
     for tier in tiers:
         counts[tier.name] += len(tier.filled)
@@ -89,7 +138,7 @@ def _select(tiers: Sequence[_Tier], points: Sequence[str], selection: Selection)
     return segments
 
 
-def _named(tiers: Sequence[_Tier], names: str | None, listed: str) -> list[_Tier]:
+def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
     """Returns the tiers of a comma-separated list of names."""
     if names is None:
         return []
@@ -132,6 +181,12 @@ _PRAAT_COMMENT = re.compile(r'(?<!\S)("(?:[^"]|"")*")(?!\S)|(?<!\S)!.*')
 
 
 def _read_textgrid(text: str, selection: Selection, notes: Notes) -> Transcript:
+    _, tiers = _parse_textgrid(text)
+    return Transcript("Praat TextGrid", tuple(_select(tiers, selection)))
+
+
+def _parse_textgrid(text: str) -> tuple[tuple[float, float], list[Tier]]:
+    """Returns the start and end of a TextGrid, and its tiers."""
     # A comment may contain quotes, and a string exclamation marks.
     text = _PRAAT_COMMENT.sub(lambda match: match[1] or "", text)
     tokens = iter(_PRAAT_TOKEN.findall(text))
@@ -142,39 +197,55 @@ def _read_textgrid(text: str, selection: Selection, notes: Notes) -> Transcript:
     def number() -> float:
         return float(next(token[2] for token in tokens if token[2]))
 
-    tiers, points = [], []
+    def point() -> Segment:
+        time = number()
+        return Segment(time, time, string())
+
+    tiers = []
     try:
         while string() != "TextGrid":
             pass
-        number(), number()  # Start and end of the TextGrid.
+        span = number(), number()
         for _ in range(int(number())):
-            kind, name = string(), string()
-            number(), number()
-            size = int(number())
-            if kind == "IntervalTier":
-                intervals = [Segment(number(), number(), one_line(string())) for _ in range(size)]
-                tiers.append(_Tier(name, intervals))
-            else:
-                points.append(name)
-                for _ in range(size):
-                    number(), string()
+            is_points = string() != "IntervalTier"
+            name, tier_span, size = string(), (number(), number()), int(number())
+            intervals = [
+                point() if is_points else Segment(number(), number(), string()) for _ in range(size)
+            ]
+            tiers.append(Tier(name, intervals, is_points=is_points, span=tier_span))
     except (StopIteration, OverflowError, ValueError):
         raise InputError("is damaged: this TextGrid ends before its last interval") from None
-    return Transcript("Praat TextGrid", tuple(_select(tiers, points, selection)))
+    return span, tiers
 
 
 _EAF_UNITS = {"milliseconds": 1e-3, "PAL-frames": 0.04, "PAL-50-frames": 0.02}
 _EAF_UNITS |= {"NTSC-frames": 1001 / 30000}
 
 
+def eaf_unit(document: ET.Element) -> float:
+    """Returns the seconds of a unit of time of an EAF."""
+    header = document.find("HEADER")
+    units = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
+    return _EAF_UNITS.get(units, 1e-3)
+
+
 def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
+    tiers = _eaf_tiers(_parse_xml(text))
+    for tier in tiers:
+        notes.leave_out(f"without times, in tier {tier.name}", tier.num_untimed)
+    return Transcript("ELAN EAF", tuple(_select(tiers, selection)))
+
+
+def _parse_xml(text: str) -> ET.Element:
     try:
-        root = ET.fromstring(text)
+        return ET.fromstring(text)
     except ET.ParseError as error:
         raise InputError(f"is damaged: this EAF is not XML ({error})") from None
-    header = root.find("HEADER")
-    units = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
-    scale = _EAF_UNITS.get(units, 1e-3)
+
+
+def _eaf_tiers(root: ET.Element) -> list[Tier]:
+    """Returns the tiers of an EAF with the times that ELAN shows."""
+    scale = eaf_unit(root)
     tiers_of_file = root.findall("TIER")
     slots: dict[str, float] = {}
     try:
@@ -208,15 +279,15 @@ def _read_eaf(text: str, selection: Selection, notes: Notes) -> Transcript:
         remaining = [tier for tier in remaining if tier not in ready]
     tiers = []
     for tier in tiers_of_file:
-        tiers.append(_Tier(tier.get("TIER_ID", ""), [], tier.get("PARTICIPANT") or None))
+        tiers.append(Tier(tier.get("TIER_ID", ""), [], tier.get("PARTICIPANT") or None))
         for annotation in tier.iterfind("ANNOTATION/*"):
-            value = one_line(annotation.findtext("ANNOTATION_VALUE") or "")
+            value = annotation.findtext("ANNOTATION_VALUE") or ""
             times = intervals.get(annotation.get("ANNOTATION_ID", ""))
             if times is not None:
                 tiers[-1].intervals.append(Segment(*times, value))
-            elif value:
-                notes.leave_out(f"without times, in tier {tiers[-1].name}")
-    return Transcript("ELAN EAF", tuple(_select(tiers, (), selection)))
+            else:
+                tiers[-1].num_untimed += bool(one_line(value))
+    return tiers
 
 
 def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:

@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mister_jax.data.audio_source import existing_path
-from mister_jax.data.transcripts.annotations import detect_annotations
+from mister_jax.data.transcripts.annotations import (
+    Annotation,
+    detect_annotations,
+    parse_annotation,
+)
 from mister_jax.data.transcripts.parsing import (
     DetectedFormat,
     Notes,
@@ -122,6 +126,20 @@ def detect_format(path: str | os.PathLike[str]) -> str:
         return _detect(existing_path(path), Notes()).name
     except InputError as error:
         raise InputError(f"{os.fspath(path)}: {error}") from None
+
+
+def read_annotation(path: str | os.PathLike[str]) -> Annotation | None:
+    """Reads all tiers of a TextGrid or EAF as they are, or returns None for another format.
+
+    Raises:
+      InputError: The file cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        text = _decode(_read_bytes(pathlib.Path(existing_path(path))), Notes())
+        return parse_annotation(name, text)
+    except InputError as error:
+        raise InputError(f"{name}: {one_line(str(error))}") from None
 
 
 def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:

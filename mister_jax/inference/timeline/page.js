@@ -446,7 +446,7 @@
       if (isShown(row)) seconds[data.emotion[row]] += data.end[row] - data.start[row];
     const total = seconds.reduce((sum, it) => sum + it, 0) || 1;
     const entries = seconds.map((share, c) => ({
-      c, share, text: `${clock(share)} (${Math.round(100 * share / total)}%)`,
+      c, share, text: `${clock(share, share < 60 ? 1 : 0)} (${Math.round(100 * share / total)}%)`,
     }));
     bars(entries.sort((a, b) => b.share - a.share), find("totals"));
   }
@@ -587,6 +587,8 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const name = event.target.localName;
     if (name === "select" || (name === "button" && event.key === " ")) return;
+    // The focused list of utterances scrolls.
+    if (event.target === find("scroll") && event.key !== " ") return;
     const actions = {
       " ": toggle, "+": () => zoom(.5), "=": () => zoom(.5), "-": () => zoom(2),
       "0": () => setView(0, data.duration),
@@ -600,7 +602,8 @@
   }
 
   find("facts").textContent = [clock(data.duration), plural(numRows, "utterance"),
-    ...data.speakers.length ? [plural(data.speakers.length, "speaker")] : []].join(" · ");
+    ...data.speakers.length ? [plural(data.speakers.length, "speaker")] : [],
+    ...data.channel ? [data.channel] : []].join(" · ");
   if (data.speakers.length > 1) {
     find("speaker-filter").hidden = false;
     ["All", ...data.speakers].forEach((name, index) =>

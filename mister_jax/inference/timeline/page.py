@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 import mister_jax
-from mister_jax.data.audio_source import AudioError
+from mister_jax.data.audio_source import MIX, AudioError, Channel, check_channel
 from mister_jax.inference.timeline.palette import emotion_colors
 from mister_jax.inference.timeline.rows import Row, one_line
 from mister_jax.inference.timeline.waveform import Mp3Encoder, Waveform, waveform_peaks
@@ -26,27 +26,39 @@ from mister_jax.io import embedded_json
 _FOLDER = epath.resource_path("mister_jax") / "inference" / "timeline"
 
 
-def timeline_html(path: epath.PathLike, rows: Sequence[Row], *, embed_audio: bool = False) -> str:
+def timeline_html(
+    path: epath.PathLike,
+    rows: Sequence[Row],
+    *,
+    embed_audio: bool = False,
+    channels: Channel = MIX,
+) -> str:
     """Returns a page that plays a recording and shows its emotions. It needs no network.
 
     Args:
       path: File that will contain the page; it links the recording relative to this file.
       rows: Rows of one recording in the order of their start.
       embed_audio: Whether the page contains the audio as MP3, 14 MB per hour.
+      channels: Channel to show and embed; "split" shows the mix.
 
     Raises:
       AudioError: The audio to embed cannot be read.
     """
     recording = rows[0].get("recording") or ""
     encoder = Mp3Encoder() if embed_audio else None
+    channel = MIX if channels == "split" else check_channel(channels)
     try:
-        waveform = waveform_peaks(recording, mp3=encoder)
+        waveform = waveform_peaks(recording, channel, mp3=encoder)
     except AudioError as error:
         if embed_audio:
             raise
         logging.warning("%s: the page has no waveform: %s", path, error)
         waveform = Waveform(np.zeros(0, np.int8), np.zeros(0, np.int8), 1.0)
     data = timeline_data(rows, waveform)
+    if channels == "split":
+        data["channel"] = "mix of the channels"
+    elif channel != MIX:
+        data["channel"] = f"channel {channel}" if isinstance(channel, int) else f"{channel} channel"
     if not embed_audio and recording:
         data["source"] = _relative_url(path, recording)
     script = (_FOLDER / "page.js").read_text()

@@ -44,9 +44,14 @@ def milliseconds(row: Row) -> tuple[int, int]:
     return start, max(start + 1, round(1000 * row["end"]))
 
 
+def storable(text: str) -> str:
+    """Returns a text without characters that XML and UTF-8 cannot store."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
 def one_line(text: object) -> str:
     """Returns a text with single spaces and without characters that no format can store."""
-    return " ".join(_FORBIDDEN.sub("\ufffd", "" if text is None else str(text)).split())
+    return " ".join(storable("" if text is None else str(text)).split())
 
 
 def recording_seconds(rows: Sequence[Row]) -> float:

@@ -1,0 +1,116 @@
+"""Arranges predictions as tiers of annotations.
+
+Every speaker has a tier of texts, named after the speaker, and a tier of emotions, such as "Ann"
+and "Ann emotion". Without speakers, the tiers are "text" and "emotion". Intervals of a tier must
+not overlap, so overlapping utterances of a speaker go to further tiers, such as "Ann 2".
+
+If the transcript is an annotation, its tiers are kept as they are. The tiers of emotions are added
+to them, with names that the annotation does not use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from mister_jax.data.transcripts.annotations import Tier
+from mister_jax.inference.timeline.rows import Row, milliseconds, one_line
+
+Interval = tuple[float, float, str]
+"""Start, end and text."""
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TierPair:
+    """A tier of texts and the tier of their emotions.
+
+    Attributes:
+      text_name: Name of the tier of texts.
+      emotion_name: Name of the tier of emotions.
+      speaker: Speaker, empty if unknown.
+      rows: Rows in the order of their start, which do not overlap.
+    """
+
+    text_name: str
+    emotion_name: str
+    speaker: str
+    rows: list[Row]
+
+
+def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list[TierPair]:
+    """Splits sorted rows into tiers: one per speaker, more if their utterances overlap.
+
+    Args:
+      rows: Rows of one recording in the order of their start.
+      given: Names of the tiers of the transcript, which has the texts. Then only the names of the
+        tiers of emotions are unique.
+    """
+    by_speaker: dict[str, list[Row]] = {}
+    for row in rows:
+        by_speaker.setdefault(one_line(row.get("speaker")), []).append(row)
+    tiers: list[TierPair] = []
+    names = set(given or ())
+    for speaker, speaker_rows in by_speaker.items():
+        for lane in split_overlaps(speaker_rows, milliseconds):
+            # A speaker may have the name of another tier, such as "Ann 2".
+            for number in itertools.count(1):
+                suffix = f" {number}" if number > 1 else ""
+                pair = (speaker or "text") + suffix, f"{speaker} emotion{suffix}".strip()
+                new_names = pair if given is None else pair[1:]
+                if names.isdisjoint(new_names):
+                    break
+            names.update(new_names)
+            tiers.append(TierPair(*pair, speaker, lane))
+    return tiers
+
+
+def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
+    """Returns the times of rows in seconds, rounded to milliseconds, and their texts of a key."""
+    intervals = []
+    for row in rows:
+        start, end = milliseconds(row)
+        intervals.append((start / 1000, end / 1000, one_line(row.get(key))))
+    return intervals
+
+
+def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Interval]]]:
+    """Yields the tiers of intervals of another format: the tier, a name, and its intervals.
+
+    Intervals that overlap others of their tier go to further tiers, such as "Ann 2".
+    """
+    tiers = [tier for tier in given if not tier.is_points]
+    names = {tier.name for tier in tiers}
+    for tier in tiers:
+        intervals = sorted((it.start, it.end, it.text) for it in tier.intervals)
+        intervals = [(start, end, text) for start, end, text in intervals if end > start]
+        lanes = split_overlaps(intervals, lambda interval: interval[:2])
+        yield tier, tier.name, lanes[0] if lanes else []
+        for lane in lanes[1:]:
+            name = unique_name(tier.name, names)
+            names.add(name)
+            yield tier, name, lane
+
+
+def unique_name(name: str, used: Collection[str]) -> str:
+    """Returns the name, followed by a number if it is used."""
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    return next(it for it in itertools.chain([name], numbered) if it not in used)
+
+
+def split_overlaps(
+    items: Iterable[_T], times: Callable[[_T], tuple[float, float]]
+) -> list[list[_T]]:
+    """Divides items in the order of their start into lists without overlaps."""
+    lanes: list[list[_T]] = []
+    for item in items:
+        start, _ = times(item)
+        lane = next((it for it in lanes if times(it[-1])[1] <= start), None)
+        if lane is None:
+            lanes.append([item])
+        else:
+            lane.append(item)
+    return lanes
