@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -278,8 +279,33 @@ def _records(data: Record, *path: str) -> list:
     return value if is_list else []
 
 
-def _read_whisper(data: Record, notes: Notes) -> Iterator[Segment]:
-    return _segments(data["segments"], _WHISPER, notes)
+def _read_whisper(data: Record, notes: Notes) -> Iterable[Segment]:
+    segments = list(_segments(data["segments"], _WHISPER, notes))
+    # OpenAI's verbose JSON lists the words beside the segments.
+    words = [word for record in _records(data, "words") if (word := _word(record, _WORD)).text]
+    if any(segment.words for segment in segments):
+        return segments
+    return _with_words(segments, words)
+
+
+def _with_words(segments: Sequence[Segment], words: Sequence[Word]) -> list[Segment]:
+    """Gives each word to the segment that contains its middle, or to the nearest segment."""
+    segments = sorted(segments, key=lambda segment: segment.start)
+    starts = [segment.start for segment in segments]
+    words_by_segment = collections.defaultdict(list)
+    for word in words:
+        if word.start is None or not segments:
+            continue
+        middle = word.start if word.end is None else (word.start + word.end) / 2
+        index = max(bisect.bisect_right(starts, middle) - 1, 0)
+        is_last = index + 1 == len(segments)
+        if not is_last and middle - segments[index].end > starts[index + 1] - middle:
+            index += 1
+        words_by_segment[index].append(word)
+    return [
+        dataclasses.replace(segment, words=tuple(words_by_segment[index]))
+        for index, segment in enumerate(segments)
+    ]
 
 
 def _read_words(data: Record, notes: Notes) -> Iterator[Segment]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mister_jax.data.transcripts.segments import Segment, Word
+from mister_jax.data.transcripts.utterances import make_utterances
 from mister_jax.errors import InputError
 
 HELLO = (Word("Hello,", 0.5, 0.9), Word("you.", 1.0, 1.5))
@@ -447,3 +448,28 @@ def test_damaged_files_are_errors_in_one_line(read, value):
                         read("a.json", json.dumps(content | {key: value}))
                     except InputError as error:
                         assert "\n" not in str(error)
+
+
+def test_words_beside_segments_are_given_to_them_by_time(read):
+    words = [("One", 0.0, 0.5), ("Two", 1.0, 1.6), ("three", 1.8, 2.1), ("Four", 2.9, 3.3)]
+    content = {
+        "task": "transcribe",
+        "segments": [
+            {"id": 0, "start": 0.0, "end": 2.0, "text": " One. Two three!"},
+            {"id": 1, "start": 2.0, "end": 2.5, "text": " Hm."},
+            {"id": 2, "start": 3.0, "end": 4.0, "text": " Four."},
+        ],
+        "words": [{"word": word, "start": start, "end": end} for word, start, end in words],
+    }
+    segments = read("a.json", json.dumps(content)).segments
+    # "Four" begins before its segment, in a pause.
+    assert [[word.text for word in it.words] for it in segments] == [
+        ["One", "Two", "three"], [], ["Four"]
+    ]  # fmt: skip
+    utterances = make_utterances(segments)
+    assert [(it.start, it.end, it.text) for it in utterances] == [
+        (0.0, 0.5, "One."), (1.0, 2.0, "Two three!"), (2.0, 2.5, "Hm."), (3.0, 4.0, "Four.")
+    ]  # fmt: skip
+    content["segments"][0]["words"] = [{"word": "own", "start": 0.0, "end": 2.0}]
+    segments = read("a.json", json.dumps(content)).segments
+    assert [[word.text for word in it.words] for it in segments] == [["own"], [], []]
