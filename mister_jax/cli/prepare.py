@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from mister_jax.data.corpora.registry import CORPORA
+from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ CORPUS_FLAGS = {
     "manifest": ("source", "name", "labels", "map_labels", "group_by", "seed", *_DECODING_FLAGS),
     "transcripts": (
         *("source", "name", "labels", "map_labels", "group_by", "seed", "tier", "label_tier"),
-        *("label_column", "label_suffix", "audio_channel", *_DECODING_FLAGS),
+        *("label_column", "label_suffix", "audio_channel"),
+        *("join_gap", "utterance_seconds", *_DECODING_FLAGS),
     ),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
     "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
@@ -63,6 +65,12 @@ _CHANNEL = flags.DEFINE_string(
     "audio_channel",
     "mix",
     "channel of transcribed recordings: mix, left, right, an index, or split",
+)
+_JOIN_GAP = flags.DEFINE_float(
+    "join_gap", UtteranceRules.max_gap, "seconds between segments of one sentence", lower_bound=0
+)
+_UTTERANCE_SECONDS = flags.DEFINE_float(
+    "utterance_seconds", UtteranceRules.max_seconds, "seconds of a joined utterance", lower_bound=1
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")
@@ -207,6 +215,7 @@ def _preparation(corpus: str) -> PrepareOptions:
             _LABEL_COLUMN.value,
             _LABEL_SUFFIX.value,
             _CHANNEL.value,
+            UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
         ),
         partial=_PARTIAL.value,
         overwrite=_OVERWRITE.value,

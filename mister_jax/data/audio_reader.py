@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,11 @@ class AudioReader:
         first_bin, last_bin = (
             int(index / SAMPLE_RATE / _POWER_BIN) for index in (first, max(first, stop - 1))
         )
-        powers = [power for index, power in self._powers.items() if first_bin <= index <= last_bin]
+        # A recording may have thousands of cuts and bins, so only the bins of the cut are visited.
+        bins: Iterable[int] = range(first_bin, last_bin + 1)
+        if last_bin - first_bin >= len(self._powers):
+            bins = (index for index in self._powers if first_bin <= index <= last_bin)
+        powers = [self._powers[index] for index in bins if index in self._powers]
         if not powers:
             return None
         *channels, mix = np.sum(powers, axis=0)

@@ -21,7 +21,7 @@ from mister_jax.data.audio_source import (
     check_channel,
     existing_path,
 )
-from mister_jax.data.timing import END_TOLERANCE, MAX_CHARACTERS_PER_SECOND, is_too_fast
+from mister_jax.data.timing import END_TOLERANCE, is_too_fast, max_characters_per_second
 from mister_jax.data.transcripts.reader import find_transcript, read_transcript
 from mister_jax.data.transcripts.segments import Segment
 from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
@@ -294,6 +294,6 @@ def _timing_notes(segment: Segment, seconds: float | None) -> tuple[str, ...]:
     if is_too_fast(segment.text, duration):
         notes.append(
             f"{len(segment.text)} characters in {duration:.1f} s; speech has at most "
-            f"{MAX_CHARACTERS_PER_SECOND:g} per second"
+            f"{max_characters_per_second(segment.text):.0f} per second"
         )
     return tuple(notes)

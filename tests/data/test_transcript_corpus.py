@@ -1,5 +1,8 @@
 """`--corpus=transcripts`: a dialogue dataset of a folder of recordings with transcripts."""
 
+import json
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from mister_jax.data.corpora.transcripts import TranscriptOptions, read_transcri
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.prepare import PrepareOptions, prepare_corpus
 from mister_jax.errors import InputError
+from tests.helpers.commands import run_commands
 
 TEXTS = ("Hello there.", "You again!", "Goodbye.")
 LABELS = ("joy", "anger", "joy")
@@ -183,3 +187,55 @@ def test_without_labels_the_flags_that_find_them_are_named(tmp_path):
     (tmp_path / "one.srt").write_text(srt())
     with pytest.raises(InputError, match="--label_tier, --label_column, --label_suffix"):
         prepare_corpus(PrepareOptions("transcripts", tmp_path, tmp_path / "data", name="calls"))
+
+
+def test_a_transcript_of_two_recordings_is_an_error_that_names_all_three(tmp_path):
+    for name in ("call.wav", "call.flac"):
+        write_recording(tmp_path / name)
+    (tmp_path / "call.csv").write_text(csv())
+    with pytest.raises(
+        InputError, match=r"call\.csv: the transcript of call\.flac and call\.wav; needed: one"
+    ):
+        read_transcripts(tmp_path, TranscriptOptions())
+    (tmp_path / "call.csv").rename(tmp_path / "call.wav.csv")
+    (tmp_path / "call.flac.csv").write_text(csv())
+    corpus = read_transcripts(tmp_path, TranscriptOptions(label_column="mood"), fractions=(1, 0, 0))
+    assert [it.id for it in corpus.splits["train"]] == ["call.flac", "call.wav"]
+
+
+def test_spaces_around_the_name_of_a_recording_are_kept(tmp_path):
+    options = TranscriptOptions(label_column="mood")
+    for name in (" call", "call"):
+        write_recording(tmp_path / f"{name}.wav")
+        (tmp_path / f"{name}.csv").write_text(csv())
+    dialogues = read_transcripts(tmp_path, options, fractions=(1, 0, 0)).splits["train"]
+    assert {it.utterances[0].recording.source for it in dialogues} == {
+        str(tmp_path / " call.wav"), str(tmp_path / "call.wav")
+    }  # fmt: skip
+    assert len({it.id for it in dialogues}) == 2
+
+
+def test_the_rules_of_utterances_can_be_changed(tmp_path):
+    write_recording(tmp_path / "one.wav")
+    (tmp_path / "one.srt").write_text(srt(["Hello", "there.", "You [joy]"]))
+    prepare = ["prepare", "--corpus=transcripts", "--source=.", "--label_suffix", "--name=calls"]
+    flags = [["--data_dir=a"], ["--data_dir=b", "--join_gap=0.05"]]
+    commands = [*(prepare + it for it in flags), ["prepare", "--corpus=meld", "--join_gap=1"]]
+    results = run_commands(commands, tmp_path, working_directory=tmp_path)
+    for result, folder, count in zip(results[:2], "ab", (2, 3), strict=True):
+        assert result.status == 0, result.stderr
+        (report,) = (tmp_path / folder).rglob("report.json")
+        assert json.loads(report.read_text())["splits"]["train"]["utterances"] == count
+    assert "--join_gap cannot be used with --corpus=meld" in results[2].stderr
+
+
+def test_each_folder_is_listed_once(tmp_path, monkeypatch):
+    for number in range(20):
+        write_recording(tmp_path / f"{number}.wav", 0.1)
+        (tmp_path / f"{number}.csv").write_text("start,end,text,label\n0,0.1,a,joy\n")
+    listed = []
+    iterdir = pathlib.Path.iterdir
+    monkeypatch.setattr(pathlib.Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
+    corpus = read_transcripts(tmp_path, TranscriptOptions(), fractions=(1, 0, 0))
+    assert len(corpus.splits["train"]) == 20
+    assert listed.count(tmp_path) <= 1

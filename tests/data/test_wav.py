@@ -6,7 +6,15 @@ import struct
 import numpy as np
 import pytest
 
-from mister_jax.data.audio import SAMPLE_RATE, AudioError, DecodeRequest, decode, decode_many
+from mister_jax.data.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    DecodeRequest,
+    decode,
+    decode_many,
+    encode_wav,
+)
+from mister_jax.data.audio_reader import AudioReader
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 
@@ -176,3 +184,36 @@ def test_documentation_lists_containers():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for bits, container, extensible in CONTAINERS:
         assert f"| {bits} | {container} | {'extensible' if extensible else 'plain'} |\n" in page
+
+
+def test_the_channels_of_a_cut_are_compared_in_its_bins_only(tmp_path):
+    visited = []
+
+    class Bins(dict):
+        def __iter__(self):
+            visited.extend(range(len(self)))
+            return super().__iter__()
+
+        def items(self):
+            visited.extend(range(len(self)))
+            return super().items()
+
+        def __getitem__(self, index):
+            visited.append(index)
+            return super().__getitem__(index)
+
+    path = tmp_path / "call.wav"
+    encode_wav(path, np.zeros((16_000, 2), np.int16))
+    reader = AudioReader(path, "mix")
+    # One channel alone until 500 s, then channels that cancel out.
+    reader._powers = Bins(
+        {
+            index: np.array([0.0, 9.0, 4.0] if index < 2000 else [5.0, 6.0, 0.0])
+            for index in range(4000)
+        }
+    )
+    assert reader.canceled_by(0, 16_000) is None
+    assert reader.canceled_by(999 * 16_000, 1000 * 16_000) == 1
+    assert reader.canceled_by(2000 * 16_000, 2001 * 16_000) is None
+    assert len(visited) < 20
+    assert reader.canceled_by(600 * 16_000, 2**63) == 1

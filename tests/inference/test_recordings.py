@@ -237,6 +237,11 @@ def test_times_that_do_not_fit_are_noted_and_kept(recognizer, recording):
     assert third == []
 
 
+def test_the_note_on_fast_text_states_the_limit_of_its_script(recording):
+    found = find_utterances(recording, transcript=[Segment(0, 1, "我们今天要去北京" * 2)])
+    assert "16 characters in 1.0 s; speech has at most 13 per second" in found.segment_notes[0][0]
+
+
 def test_voice_activity_is_found_offline(recognizer, tmp_path):
     path = tmp_path / "call.wav"
     encode_wav(

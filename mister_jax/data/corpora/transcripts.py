@@ -6,16 +6,18 @@ come from a tier, a column, or the end of the text, as in "Hello! [happy]".
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mister_jax.data.audio_source import RECORDING_SUFFIXES
 from mister_jax.data.corpora.manifest.reader import Row, corpus_from_rows
 from mister_jax.data.corpus import Corpus, existing_directory
-from mister_jax.data.transcripts.reader import SUFFIXES, find_transcript, read_transcript
+from mister_jax.data.transcripts.reader import SUFFIXES, TranscriptFinder, read_transcript
 from mister_jax.data.transcripts.segments import Segment
 from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
 from mister_jax.errors import InputError
@@ -68,8 +70,18 @@ def read_transcripts(
         raise InputError(
             f"{folder}: no recordings; needed: files such as call.wav with a transcript call.srt"
         )
-    pairs = [(path, find_transcript(path)) for path in recordings]
-    used = {transcript for _, transcript in pairs if transcript is not None}
+    finder = TranscriptFinder()
+    pairs = [(path, finder.find(path)) for path in recordings]
+    used: dict[pathlib.Path, pathlib.Path] = {}
+    for recording, transcript in pairs:
+        if (
+            transcript is not None
+            and (other := used.setdefault(transcript, recording)) != recording
+        ):
+            raise InputError(
+                f"{transcript}: the transcript of {other.name} and {recording.name}; needed: one "
+                f"recording for each transcript, such as {recording.name}{transcript.suffix}"
+            )
     if not used:
         raise InputError(
             f"{folder}: {len(recordings)} recordings without a transcript; needed: files of the "
@@ -77,9 +89,9 @@ def read_transcripts(
         )
     rows: list[Row] = []
     notes: list[str] = []
-    for recording, transcript in pairs:
-        if transcript is not None:
-            rows += _rows(folder, recording, transcript, options, notes)
+    names = _dialogue_names(folder, used.values())
+    for transcript, recording in used.items():
+        rows += _rows(names[recording], folder, recording, transcript, options, notes)
     without_transcript = [path for path, transcript in pairs if transcript is None]
     stems = {recording.with_suffix("") for recording in recordings}
     without_recording = [
@@ -92,9 +104,9 @@ def read_transcripts(
         ("transcripts without recording", without_recording),
     ):
         if paths:
-            names = ", ".join(str(path.relative_to(folder)) for path in paths[:_MAX_LISTED])
+            listed = ", ".join(str(path.relative_to(folder)) for path in paths[:_MAX_LISTED])
             more = ", ..." if len(paths) > _MAX_LISTED else ""
-            notes.append(f"{len(paths)} {what} are left out: {names}{more}")
+            notes.append(f"{len(paths)} {what} are left out: {listed}{more}")
     corpus = corpus_from_rows(rows, folder, **manifest_options)
     return dataclasses.replace(corpus, notes=(*notes, *corpus.notes))
 
@@ -109,7 +121,24 @@ def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
     )
 
 
+def _dialogue_names(
+    folder: pathlib.Path, recordings: Iterable[pathlib.Path]
+) -> dict[pathlib.Path, str]:
+    """Returns an id for each recording: its path without extension if that is unique."""
+    paths = {recording: recording.relative_to(folder) for recording in recordings}
+    # Ids have no white space around them, but file names may.
+    stems = {recording: str(path.with_suffix("")).strip() for recording, path in paths.items()}
+    counts = collections.Counter(stems.values())
+    names: dict[str, pathlib.Path] = {}
+    for recording, path in paths.items():
+        name = stems[recording] if counts[stems[recording]] == 1 else str(path).strip()
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        names[next(it for it in itertools.chain([name], numbered) if it not in names)] = recording
+    return {recording: name for name, recording in names.items()}
+
+
 def _rows(
+    name: str,
     folder: pathlib.Path,
     recording: pathlib.Path,
     transcript: pathlib.Path,
@@ -117,7 +146,6 @@ def _rows(
     notes: list[str],
 ) -> Iterator[Row]:
     """Yields the utterances of a recording as rows of a manifest, and adds notes."""
-    name = str(recording.relative_to(folder).with_suffix(""))
     contents = read_transcript(
         transcript,
         tier=options.tier,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -151,38 +153,61 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     Skipped are JSON, CSV and TSV files that are not transcripts, and subtitles, CSV and EAF files
     that `mister-jax predict` has written.
     """
-    path = pathlib.Path(existing_path(recording))
-    stem = _normalized(path.stem)
-    try:
-        files = {_normalized(file.name): file for file in path.parent.iterdir()}
-    except OSError:
-        return None
-    files = {name: file for name, file in files.items() if name.startswith(f"{stem}.")}
-    # `x.1.srt` belongs to `x.1.wav` if there is such a recording.
-    longer_stems = [
-        name.removesuffix(path.suffix)
-        for name in files
-        if name.endswith(path.suffix) and name != _normalized(path.name)
-    ]
-    candidates = []
-    for name in files:
-        suffix = pathlib.PurePath(name).suffix
-        is_other = any(name.startswith(f"{longer}.") for longer in longer_stems)
-        if suffix.lower() in SUFFIXES and not is_other:
-            is_variant = name.removesuffix(suffix) not in (stem, _normalized(path.name))
-            candidates.append((SUFFIXES.index(suffix.lower()), is_variant, len(name), name))
-    for *_, name in sorted(candidates):
-        file = files[name]
-        if _is_prediction(file):
-            continue
-        if file.suffix.lower() in (".json", ".csv", ".tsv"):
+    return TranscriptFinder().find(recording)
+
+
+class TranscriptFinder:
+    """Finds the transcripts of many recordings, see `find_transcript`. Lists each folder once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[pathlib.Path, list[tuple[str, pathlib.Path]]] = {}
+
+    def find(self, recording: str | os.PathLike[str]) -> pathlib.Path | None:
+        """Returns the transcript beside a recording, or None."""
+        path = pathlib.Path(existing_path(recording))
+        stem = _normalized(path.stem)
+        files = self._files_with_prefix(path.parent, f"{stem}.")
+        # `x.1.srt` belongs to `x.1.wav` if there is such a recording.
+        longer_stems = [
+            name.removesuffix(path.suffix)
+            for name in files
+            if name.endswith(path.suffix) and name != _normalized(path.name)
+        ]
+        candidates = []
+        for name in files:
+            suffix = pathlib.PurePath(name).suffix
+            is_other = any(name.startswith(f"{longer}.") for longer in longer_stems)
+            if suffix.lower() in SUFFIXES and not is_other:
+                is_variant = name.removesuffix(suffix) not in (stem, _normalized(path.name))
+                candidates.append((SUFFIXES.index(suffix.lower()), is_variant, len(name), name))
+        return next(
+            (files[name] for *_, name in sorted(candidates) if _is_transcript(files[name])), None
+        )
+
+    def _files_with_prefix(self, folder: pathlib.Path, prefix: str) -> dict[str, pathlib.Path]:
+        """Returns files of a folder by their normalized names."""
+        if folder not in self._folders:
             try:
-                detect_format(file)
-            except InputError:
-                continue
-        if file.is_file():
-            return file
-    return None
+                self._folders[folder] = sorted(
+                    (_normalized(it.name), it) for it in folder.iterdir()
+                )
+            except OSError:
+                self._folders[folder] = []
+        names = self._folders[folder]
+        start = bisect.bisect_left(names, prefix, key=lambda it: it[0])
+        rest = itertools.islice(names, start, None)
+        return dict(itertools.takewhile(lambda it: it[0].startswith(prefix), rest))
+
+
+def _is_transcript(path: pathlib.Path) -> bool:
+    if _is_prediction(path):
+        return False
+    if path.suffix.lower() in (".json", ".csv", ".tsv"):
+        try:
+            detect_format(path)
+        except InputError:
+            return False
+    return path.is_file()
 
 
 def _is_prediction(path: pathlib.Path) -> bool:

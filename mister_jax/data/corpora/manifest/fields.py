@@ -82,6 +82,10 @@ class Fields:
             self.fail(field, f"{value!r}; allowed: one line")
         return value
 
+    def audio_path(self) -> str | None:
+        """Returns the path in `audio`, or None if it is absent."""
+        return self.line("audio")
+
     def id(self, field: str) -> str:
         """Returns a required id as text."""
         value = self.values.get(field)
@@ -133,7 +137,7 @@ class Fields:
     def audio_interval(self) -> Interval:
         """Returns `audio_start` and `audio_end`, which are only allowed together with `audio`."""
         start, end = self.interval("audio_start", "audio_end")
-        if self.line("audio") is None and (start is not None or end is not None):
+        if self.audio_path() is None and (start is not None or end is not None):
             self.fail("audio", "missing; audio_start and audio_end refer to it")
         return start, end
 
@@ -151,7 +155,7 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     # Different spellings may refer to the same file.
     paths = [
         path and unicodedata.normalize("NFC", os.path.normpath(path))
-        for path in (row.line("audio") for row in rows)
+        for path in (row.audio_path() for row in rows)
     ]
     channels = [(path, row.channel()) for path, row in zip(paths, rows, strict=True)]
     num_path_rows = collections.Counter(paths)

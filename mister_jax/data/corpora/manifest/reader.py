@@ -9,7 +9,8 @@ A row has these fields. A field is absent if it is missing, null or empty.
 - `order`: A number that orders the utterances in a dialogue.
 - `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
   utterances. If several rows have the same recording, `start` and `end` also cut it.
-- `audio`: An audio or video file, relative to the manifest's folder.
+- `audio`: An audio or video file, relative to the manifest's folder. White space around its name
+  is ignored if there is no such file.
 - `audio_start`, `audio_end`: Start and end of the utterance in seconds from the beginning of
   `audio`, if these differ from `start` and `end`.
 - `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
@@ -137,7 +138,7 @@ def corpus_from_rows(
     intervals = audio_intervals(rows)
     notes = []
     cut = [
-        row.line("audio")
+        row.audio_path()
         for row, interval in zip(rows, intervals, strict=True)
         if interval != row.audio_interval()
     ]
@@ -199,6 +200,17 @@ class Row(Fields):
         super().__init__(location, values)
         self.folder = folder
 
+    def audio_path(self) -> str | None:
+        """Returns the path in `audio`, or None if it is absent.
+
+        White space around it is part of the name if there is such a file.
+        """
+        path = self.line("audio")
+        exact = self.values.get("audio")
+        if path is not None and path != exact and (self.folder / str(exact)).is_file():
+            return str(exact)
+        return path
+
     def metadata(self) -> dict[str, str]:
         """Returns the fields that no model reads: extra columns, and the speaker."""
         metadata = {}
@@ -215,7 +227,7 @@ class Row(Fields):
     def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
         """Returns the row's utterance, with an interval of its recording."""
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
-        text, audio = self.text("text"), self.line("audio")
+        text, audio = self.text("text"), self.audio_path()
         if text is None and audio is None:
             self.fail("audio", "missing, and text too; needed: one of them")
         start, end = self.interval("start", "end")
