@@ -115,9 +115,29 @@ class WhisperRecognizer:
 
     def __call__(self, samples: np.ndarray) -> list[Segment]:
         """Returns the segments of samples [S] float32 at 16 kHz."""
-        segments, _ = self._model.transcribe(
+        return self._transcribe(samples, self._language)[0]
+
+    def for_recording(self) -> SpeechRecognizer:
+        """Returns a recognizer of the pieces of a recording, which have one language.
+
+        The language is detected in the first piece with speech.
+        """
+        language = self._language
+
+        def transcribe(samples: np.ndarray) -> list[Segment]:
+            nonlocal language
+            segments, piece_language = self._transcribe(samples, language)
+            if segments:
+                language = piece_language
+            return segments
+
+        return transcribe
+
+    def _transcribe(self, samples: np.ndarray, language: str | None) -> tuple[list[Segment], str]:
+        """Returns the segments of samples, and their language."""
+        segments, info = self._model.transcribe(
             samples,
-            language=self._language,
+            language=language,
             word_timestamps=True,
             # Whisper invents text for silence, and repeats text that it is conditioned on.
             vad_filter=True,
@@ -134,7 +154,7 @@ class WhisperRecognizer:
                 ),
             )
             for segment in segments
-        ]
+        ], info.language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +191,8 @@ def recognize_speech(
       AudioError: The recording cannot be read.
       InputError: A segment of the recognizer has no finite times.
     """
+    if isinstance(recognizer, WhisperRecognizer):
+        recognizer = recognizer.for_recording()
     segments: list[Segment] = []
     seconds, damage = 0.0, ""
     stated_seconds = audio.container_seconds(source) or 0.0

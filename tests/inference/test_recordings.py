@@ -7,6 +7,7 @@ import faster_whisper
 import numpy as np
 import pytest
 
+from mister_jax.console import prediction_table
 from mister_jax.data import audio
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.audio_source import AudioError
@@ -488,7 +489,9 @@ class FakeWhisperModel:
             types.SimpleNamespace(word=" Glad!", start=1.2, end=1.9),
         ]
         segment = types.SimpleNamespace(start=0.5, end=1.9, text=" So mad. Glad!", words=words)
-        return iter([segment]), None
+        is_silent = not samples.any()
+        language = options["language"] or ("en" if is_silent else "de")
+        return iter([] if is_silent else [segment]), types.SimpleNamespace(language=language)
 
 
 def test_whisper_segments_are_split_at_sentences_by_the_times_of_words(
@@ -504,3 +507,31 @@ def test_whisper_segments_are_split_at_sentences_by_the_times_of_words(
     assert whisper._model.calls == ["en"]
     with pytest.raises(InputError, match="language 'xx'; allowed: de, en"):
         speech_recognition.WhisperRecognizer("tiny", language="xx")
+
+
+def test_whisper_detects_the_language_of_a_recording_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(faster_whisper, "WhisperModel", FakeWhisperModel)
+    monkeypatch.setattr(speech_recognition, "_PIECE_SECONDS", 2.0)
+    monkeypatch.setattr(speech_recognition, "_SEARCH_SECONDS", 0.6)
+    path = tmp_path / "call.wav"
+    encode_wav(path, np.concatenate([silence(2.0), voice(4.0, 150)]))
+    whisper = speech_recognition.WhisperRecognizer("tiny")
+    recognize_speech(path, whisper)
+    calls = whisper._model.calls
+    # The first piece is silent, so its language is not used.
+    assert calls[:2] == [None, None] and len(calls) > 3 and set(calls[2:]) == {"de"}
+    calls.clear()
+    recognize_speech(path, whisper)
+    assert calls[:2] == [None, None], "another recording may have another language"
+    whisper(voice(1.0, 150))
+    assert calls[-1] is None
+    whisper = speech_recognition.WhisperRecognizer("tiny", language="en")
+    recognize_speech(path, whisper)
+    assert set(whisper._model.calls) == {"en"}
+
+
+def test_the_table_of_a_recording_distinguishes_times_within_a_second():
+    row = {"emotion": "joy", "probabilities": {"joy": 1.0}, "gate": {}, "experts": {}}
+    rows = [row | {"start": start} for start in (0.25, 0.9, 61.2, 3661.2)]
+    table = prediction_table(["a"] * 4, rows)
+    assert list(table.columns[0].cells) == ["0:00.2", "0:00.9", "1:01.2", "1:01:01.2"]
