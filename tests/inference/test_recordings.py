@@ -523,7 +523,7 @@ def test_whisper_detects_the_language_of_a_recording_once(tmp_path, monkeypatch)
     calls.clear()
     recognize_speech(path, whisper)
     assert calls[:2] == [None, None], "another recording may have another language"
-    whisper(voice(1.0, 150))
+    whisper(voice(1.0, 150).astype(np.float32) / audio.FULL_SCALE)
     assert calls[-1] is None
     whisper = speech_recognition.WhisperRecognizer("tiny", language="en")
     recognize_speech(path, whisper)
