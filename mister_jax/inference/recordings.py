@@ -37,6 +37,7 @@ SPLIT = "split"
 """Reads every channel on its own, each with one speaker, as one conversation."""
 
 _LOUDNESS_SECONDS = 60.0  # of a segment that are compared between channels
+_MIN_SHARE_RATIO = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,15 +275,31 @@ def _assign_channels(
             if not isinstance(clip, AudioError):
                 squares = np.square(clip.samples.astype(np.float32))
                 powers[speakers[index]][position] += float(squares.sum())
-    # A channel may be louder than the others as a whole.
     totals = np.maximum(sum(powers.values(), np.zeros(len(channels))), 1.0)
-    powers = {speaker: power / totals for speaker, power in powers.items()}
+    by_speaker = {
+        speaker: channels[_loudest(power, power / totals)] for speaker, power in powers.items()
+    }
     return tuple(
-        dataclasses.replace(segment, channel=channels[int(powers[speakers[index]].argmax())])
+        dataclasses.replace(segment, channel=by_speaker[speakers[index]])
         if index in speakers
         else segment
         for index, segment in enumerate(segments)
     )
+
+
+def _loudest(power: np.ndarray, share: np.ndarray) -> int:
+    """Returns the position of a speaker's channel.
+
+    A channel may be louder than the others as a whole, so the speaker's share of its power decides.
+    If all speakers are in one channel and the others have crosstalk, the shares are almost equal,
+    and the power decides.
+
+    Args:
+      power: Power of the speaker in each channel.
+      share: Part of the power of all speakers in each channel.
+    """
+    second, first = np.sort(share)[-2:]
+    return int((share if first > _MIN_SHARE_RATIO * second else power).argmax())
 
 
 def _timing_notes(segment: Segment, seconds: float | None) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """`predict_recording`: from one recording to the emotions of its utterances."""
 
 import json
+import tracemalloc
 import types
+import wave
 
 import faster_whisper
 import numpy as np
@@ -20,6 +22,7 @@ from mister_jax.inference import speech_recognition
 from mister_jax.inference.prediction_files import write_predictions
 from mister_jax.inference.recordings import find_utterances, list_recordings
 from mister_jax.inference.speech_recognition import recognize_speech
+from mister_jax.inference.timeline.waveform import waveform_peaks
 from tests.helpers.commands import run_commands
 from tests.helpers.predictions import assert_predictions_close
 from tests.helpers.speech import synthesize_speech
@@ -314,6 +317,68 @@ def test_channels_of_segments_are_kept_and_loud_channels_do_not_win(tmp_path):
     segments = [Segment(0, 1, "so.", "Ann", channel="right")]
     found = find_utterances(tmp_path / "stereo.wav", transcript=segments, channels="split")
     assert [it.channel for it in found.segments] == [1]
+
+
+def conversation(*turns, crosstalk):
+    """Returns stereo samples in which each channel has some of the other, and the turns."""
+    channels = np.zeros((max(round(end * RATE) for _, end, *_ in turns), 2))
+    for start, end, channel, loudness in turns:
+        sound = loudness * voice(end - start, 120 if channel == 0 else 190).astype(float)
+        channels[round(start * RATE) : round(end * RATE), channel] += sound
+    return (channels + crosstalk * channels[:, ::-1]).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        # Both speakers, of whom one speaks longer, also at the same time.
+        [(0, 1, 0, 1), (1, 2, 1, 1), (2, 3, 0, 1), (2.5, 3.5, 1, 1), (4, 9, 0, 1)],
+        # One is quieter than the crosstalk of the other.
+        [(0, 2, 0, 1), (2, 4, 1, 0.2)],
+        # All in one channel, while the other has crosstalk only.
+        [(0, 1, 1, 1), (1, 2, 1, 1)],
+        [(0, 1, 0, 1), (1, 2, 0, 1)],
+    ],
+)
+@pytest.mark.parametrize("has_speakers", [True, False])
+def test_crosstalk_does_not_change_the_channels_of_speakers(tmp_path, turns, has_speakers):
+    path = tmp_path / "stereo.wav"
+    encode_wav(path, conversation(*turns, crosstalk=0.3))
+    if not has_speakers:  # Without them, turns at the same time have the same sound.
+        turns = [turn for turn in turns if turn[:2] not in ((2, 3), (2.5, 3.5))]
+    segments = [
+        Segment(start, end, "so mad.", f"speaker {channel}" if has_speakers else None)
+        for start, end, channel, _ in turns
+    ]
+    found = find_utterances(path, transcript=segments, channels="split")
+    assert [it.channel for it in found.segments] == [channel for _, _, channel, _ in turns]
+
+
+def test_long_recordings_are_read_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(speech_recognition, "_PIECE_SECONDS", 60.0)
+    minutes = 30
+    path = tmp_path / "long.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        for minute in range(minutes):
+            file.writeframes(voice(60.0, 100 + minute).tobytes())
+    pieces = []
+
+    def recognizer(samples):
+        pieces.append(len(samples))
+        return [Segment(0.0, 1.0, "so mad.")]
+
+    segments = [Segment(second, second + 1.0, "so.") for second in range(0, 60 * minutes, 2)]
+    tracemalloc.start()
+    try:
+        find_utterances(path, recognizer=recognizer)
+        find_utterances(path, transcript=[*segments, Segment(60 * minutes, 60 * minutes + 9)])
+        waveform_peaks(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(pieces) == minutes * 60 * RATE and len(pieces) >= minutes
+    assert peak < 20e6, "the samples are 58 MB"
 
 
 def test_an_unknown_language_is_an_error_without_a_checkpoint_too(monkeypatch):
