@@ -514,3 +514,14 @@ def test_the_documentation_lists_all_fields():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "your_own_data.md").read_text()
     for field in reader.FIELDS:
         assert f"`{field}`" in page
+
+
+def test_spaces_around_a_path_belong_to_it_only_if_there_is_such_a_file(tmp_path):
+    path = tmp_path / "my.csv"
+    path.write_text("dialogue,utterance,order,audio\n1,1,1, a.wav\n1,2,2, b.wav \n")
+    for name in (" a.wav", "a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    (dialogue,) = read_manifest(path, fractions=(1, 0, 0)).splits["train"]
+    assert [it.recording.source for it in dialogue.utterances] == [
+        str(tmp_path / " a.wav"), str(tmp_path / "b.wav")
+    ]  # fmt: skip
