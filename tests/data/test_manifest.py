@@ -521,7 +521,7 @@ def test_spaces_around_a_path_belong_to_it_only_if_there_is_such_a_file(tmp_path
     path.write_text("dialogue,utterance,order,audio\n1,1,1, a.wav\n1,2,2, b.wav \n")
     for name in (" a.wav", "a.wav", "b.wav"):
         (tmp_path / name).touch()
-    (dialogue,) = read_manifest(path, fractions=(1, 0, 0)).splits["train"]
+    (dialogue,) = reader.read_manifest(path, fractions=(1, 0, 0)).splits["train"]
     assert [it.recording.source for it in dialogue.utterances] == [
         str(tmp_path / " a.wav"), str(tmp_path / "b.wav")
     ]  # fmt: skip
