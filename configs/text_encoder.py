@@ -6,7 +6,8 @@ DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare
 of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
 
 LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8 and alpha 32, on queries
-and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned.
+and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned, except
+`minilm_lora`, the text encoder of the packaged model `meld-text`, which is fine-tuned with LoRA.
 
 Hardware: two CPU cores for MiniLM. LLMs need eight TPU v5e or four TPU v5p chips according to XLA's
 memory analysis. Judging by their size, one GPU with 80 GB should also suffice. No LLM was trained.
@@ -45,7 +46,9 @@ SMALL = {
     "bert_base": "google-bert/bert-base-uncased",
     "minilm_l6": "sentence-transformers/all-MiniLM-L6-v2",
 }
-ENCODERS = LLMS | SMALL
+# Small encoders with LoRA in all layers, whose fine-tuned weights take a few megabytes.
+ADAPTED = {"minilm_lora": "minilm"}
+ENCODERS = LLMS | SMALL | ADAPTED
 
 
 def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
@@ -73,7 +76,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
             "options": config_from_dataclass(
                 TextEncoderOptions,
                 name=ENCODERS[encoder],
-                full=not large,
+                full=encoder in SMALL,
                 dtype=dtype,
                 param_dtype=dtype,
                 remat="full" if large else "none",
@@ -105,4 +108,9 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
         }
     )
     config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
+    if encoder in ADAPTED:
+        config.encoder.lora.alpha = 16.0
+        config.encoder.lora.targets = ("query", "key", "value", "out", "mlp_in", "mlp_out")
+        config.head.feature_dim = 256
+        config.optimizer.learning_rate = 5e-4
     return config

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_FULLY_HASHED, _BLOCK, _NUM_BLOCKS = 2**26, 2**16, 64  # sizes in bytes, see `hash_file`
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -39,6 +43,25 @@ def write_png(path: epath.PathLike, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     epath.Path(path).write_bytes(buffer.getvalue())
+
+
+def hash_file(path: epath.PathLike) -> str:
+    """Returns a hash of a file's size and content, as 16 hexadecimal digits.
+
+    Of files larger than 64 MiB, 64 blocks of 64 KiB are read, so checkpoints of many gigabytes take
+    milliseconds. Training changes all weights, so retrained weights have another hash.
+    """
+    path = pathlib.Path(path)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= _FULLY_HASHED:
+            digest.update(file.read())
+        else:
+            for index in range(_NUM_BLOCKS):
+                file.seek(index * (size - _BLOCK) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prediction with the best parameters from a work directory."""
+"""Prediction with the best parameters of a training run, from its work directory or a bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mister_jax import multi_seed
+from mister_jax import bundle, multi_seed
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.console import ProgressReporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
@@ -31,43 +31,50 @@ _OOM_HINT = "devices with more memory, or more of them"
 
 
 class Predictor:
-    """Runs the trained model of a work directory, with its best parameters, on all devices.
-
-    With several seeds, the predictions are averaged by `multi_seed.ensemble`.
+    """Runs a trained model with its best parameters on all devices.
 
     Args:
-      workdir: Work directory of a training run.
+      model: Work directory of a training run, or a bundle.
       data_dir: Directory of the datasets; by default the directory used in training.
 
+    Attributes:
+      folder: Work directory or bundle.
+      config: Config of the training run.
+      task: Restored task.
+      params: Parameters of each seed: "trained" and "frozen".
+      progress: Progress of training at the best parameters.
+
     Raises:
-      InputError: The directory is not a work directory, it has no best checkpoint, or the
-        parameters do not fit in the devices' memory.
+      InputError: The folder is neither a work directory with a best checkpoint nor a complete
+        bundle, or the parameters do not fit in the devices' memory.
     """
 
-    def __init__(self, workdir: epath.PathLike, data_dir: str | None = None):
-        workdir = epath.Path(workdir)
-        config = read_config(workdir)
+    def __init__(self, model: epath.PathLike, data_dir: str | None = None):
+        self.folder = epath.Path(model)
+        opened = bundle.read_bundle(self.folder) if bundle.is_bundle(self.folder) else None
+        self.config = opened.config if opened else read_config(self.folder)
         if data_dir:
-            config.data.data_dir = data_dir
-        self.data_dir: str | None = config.data.data_dir or None
-        description = read_model_description(workdir)
+            self.config.data.data_dir = data_dir
+        self.data_dir: str | None = self.config.data.data_dir or None
+        description = opened.description if opened else read_model_description(self.folder)
         try:
-            self.task = task_class(config).restore(config, description)
-        except (KeyError, TypeError) as error:
+            self.task = task_class(self.config).restore(self.config, description)
+        except (AttributeError, KeyError, TypeError) as error:
+            damaged = bundle.CONFIG_FILE if opened else "model.json"
             raise InputError(
-                f"{workdir / 'model.json'}: damaged ({error!r}); needed: a file that training has "
-                "written"
+                f"{self.folder / damaged}: damaged ({error!r}); needed: a file that training or "
+                "export has written"
             ) from error
-        self.seeds = config_seeds(config)
+        self.seeds = config_seeds(self.config)
         self.partitioner = JitPartitioner(data_mesh(), self.task.sharding_rules)
-        self.params, self.progress = self._load_params(workdir, config.seed)
+        self.params, self.progress = self._load_params(opened)
 
         def predict(params, batch, _axis_name):
             return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
 
         self._predict = self.partitioner.compile_eval(predict)
 
-    def _load_params(self, workdir: epath.Path, seed: int) -> tuple[list[Any], dict[str, Any]]:
+    def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:
         """Returns the parameters of each seed, and the progress saved with them."""
         abstract_model = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
         self._graph, params, frozen = split_params(abstract_model, self.task.trainable)
@@ -80,20 +87,27 @@ class Predictor:
             shardings(params, self.partitioner.mesh, self.task.sharding_rules),
         )
         work = f"the model's parameters on {jax.device_count()} devices"
-        explain = functools.partial(explain_oom, str(workdir), work, _OOM_HINT)
-        with Checkpoints(workdir, read_only=True) as checkpoints, explain():
-            restored = checkpoints.restore(BEST, like)
-        if restored is None:
-            raise InputError(
-                f"{workdir}: no best checkpoint yet; train until the end of the first epoch"
-            )
-        params, progress = restored
-        if jax.tree.leaves(frozen):  # Checkpoints do not contain frozen parameters.
+        explain = functools.partial(explain_oom, str(self.folder), work, _OOM_HINT)
+        with explain():
+            if opened:
+                params, progress = opened.load_params(like), opened.progress
+            else:
+                params, progress = self._restore(like)
+        if jax.tree.leaves(frozen):  # Neither checkpoints nor bundles contain frozen parameters.
             with explain():
-                model = self.task.load(jax.random.key(seed), self.partitioner)
+                model = self.task.load(jax.random.key(self.config.seed), self.partitioner)
                 frozen = self.partitioner.put_state(split_params(model, self.task.trainable)[2])
         per_seed = multi_seed.unstack_seeds(params, len(self.seeds))
         return [{"trained": trained, "frozen": frozen} for trained in per_seed], progress
+
+    def _restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        with Checkpoints(self.folder, read_only=True) as checkpoints:
+            restored = checkpoints.restore(BEST, like)
+        if restored is None:
+            raise InputError(
+                f"{self.folder}: no best checkpoint yet; train until the end of the first epoch"
+            )
+        return restored
 
     def _merge(self, params: Mapping[str, Any]) -> Any:
         return nnx.merge(self._graph, params["trained"], params["frozen"])

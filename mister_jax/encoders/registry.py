@@ -157,15 +157,13 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
 def load_pretrained(
     name_or_folder: str | os.PathLike[str],
     *,
-    revision: str | None = None,
     hf_config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nnx.Module, Any]:
     """Loads an encoder and its tokenizer or feature extractor.
 
     Args:
-      name_or_folder: Folder, or model name on the Hugging Face Hub. A folder needs no network.
-      revision: Branch, tag or commit of the model on the Hub.
+      name_or_folder: Folder, or model name on the Hugging Face Hub, see `hub.fetch`.
       hf_config: Content of the model's config.json; by default read from its folder.
       **options: Further arguments of `load_module`.
 
@@ -176,7 +174,7 @@ def load_pretrained(
       InputError: The model cannot be downloaded or read, is not supported, or does not match its
         weights, tokenizer, adapter or options.
     """
-    folder = fetch(name_or_folder, revision=revision)
+    folder = fetch(name_or_folder)
     hf_config = read_config(folder) if hf_config is None else hf_config
     module = load_module(folder, hf_config=hf_config, **options)
     return module, load_processor(folder, getattr(module, "config", None), hf_config=hf_config)

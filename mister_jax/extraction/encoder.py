@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -284,9 +282,9 @@ def pretrained_metadata(
     `files` is the fingerprint of the encoder's files. `adapter` is a folder, or empty.
     """
     if adapter:
-        options = {**options, "adapter": absolute_path(adapter)}
+        options = {**options, "adapter": hub.pinned_name(adapter)}
         files = f"{files} {hub.fingerprint(adapter)}"
-    return {"kind": kind, "name": absolute_path(name), "options": options, "files": files}
+    return {"kind": kind, "name": hub.pinned_name(name), "options": options, "files": files}
 
 
 def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
@@ -295,9 +293,3 @@ def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager
     if dtype != "bfloat16":
         hint = f"extraction with --dtype=bfloat16, or {hint}"
     return explain_oom(name, "the encoder's parameters", hint)
-
-
-def absolute_path(name: epath.PathLike) -> str:
-    """Returns the absolute path of an existing file. Names on the Hub are returned unchanged."""
-    path = pathlib.Path(name)
-    return str(path.absolute()) if path.exists() else os.fspath(name)

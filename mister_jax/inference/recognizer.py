@@ -5,28 +5,30 @@ from __future__ import annotations
 import collections
 import math
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
+from huggingface_hub import ModelHubMixin
 
 from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE, UNLABELED, DialogueFeatures
 from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.pipeline import padded_batch
+from mister_jax.data.schema import MODALITIES
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.inference import utterance_inputs
+from mister_jax.inference.export import write_model
 from mister_jax.inference.recordings import RecordingUtterances, find_utterances
 from mister_jax.inference.speech_recognition import detect_voice_activity
 from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, Utterance
 from mister_jax.predictor import Predictor, prediction_rows
-from mister_jax.workdir import read_config
-
-# Experts that read each modality. An encoder is loaded only if one of its experts is enabled.
-_EXPERTS_BY_MODALITY = {"speech": ("speech", "fusion"), "text": ("text", "fusion")}
+from mister_jax.pretrained import DEFAULT_MODEL, find_model
+from mister_jax.tasks.fusion import FusionTask
 
 # Seconds of speech that are held in memory at a time: 38 MB of int16.
 _MAX_GROUP_SECONDS = 1200.0
@@ -39,57 +41,84 @@ NewPaths = str | Mapping[str, str] | None
 "beats", "vicuna"."""
 
 
-class EmotionRecognizer:
-    """The encoders and the model of a run of MiSTER-E, loaded once.
+class EmotionRecognizer(ModelHubMixin):
+    """The encoders and the model of MiSTER-E, loaded once.
 
-    The run's dataset is not needed: its work directory records which encoders extracted the
-    features.
+    The dataset of the training run is not needed: the run and its exported bundle record which
+    encoders extracted the features.
+
+    `save_pretrained(FOLDER)` and `push_to_hub("OWNER/NAME")` write a bundle, see
+    `huggingface_hub.ModelHubMixin`.
 
     Args:
-      workdir: Work directory of a run trained on features from `mister-jax extract`.
+      model: Work directory of a run trained on features from `mister-jax extract`, bundle from
+        `mister-jax export`, name of a model in this package, or name on the Hugging Face Hub, see
+        `pretrained.find_model`.
       speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder,
         or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
         that have moved, see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
 
     Raises:
-      InputError: The directory holds no MiSTER-E model, the model's features were not extracted by
-        encoders, or an encoder cannot be loaded or has changed.
+      InputError: There is no such MiSTER-E model, it is damaged, its features were not extracted
+        by encoders, or an encoder cannot be loaded or has changed.
     """
 
     def __init__(
         self,
-        workdir: epath.PathLike,
+        model: epath.PathLike = DEFAULT_MODEL,
         *,
         speech_encoder: NewPaths = None,
         text_encoder: NewPaths = None,
     ):
-        if read_config(workdir).task != "fusion":
-            raise InputError(
-                f"{workdir}: the work directory of an encoder; needed: that of a MiSTER-E model"
-            )
-        self._predictor = Predictor(workdir)
+        self._predictor = Predictor(find_model(model))
         task = self._predictor.task
+        if not isinstance(task, FusionTask):
+            raise InputError(
+                f"{model}: the work directory of an encoder; needed: that of a MiSTER-E model"
+            )
         self.class_names: tuple[str, ...] = task.class_names
         self._feature_dims = {"speech": task.model.speech_dim, "text": task.model.text_dim}
         new_paths = {"speech": _by_part(speech_encoder), "text": _by_part(text_encoder)}
         self._encoders: dict[str, Any] = {}
-        for modality, experts in _EXPERTS_BY_MODALITY.items():
-            if modality in task.encoders and set(experts) & set(task.model.experts):
+        for modality in MODALITIES:
+            if modality in task.encoders and modality in task.used_modalities:
                 metadata = extraction.with_new_paths(task.encoders[modality], new_paths[modality])
                 encoder = extraction.encoder_from_metadata(metadata)
                 encoder.oom_hint = "shorter utterances, or devices with more memory"
                 self._encoders[modality] = encoder
             elif new_paths[modality]:
                 raise InputError(
-                    f"--{modality}_encoder={', '.join(new_paths[modality].values())}: {workdir} "
+                    f"--{modality}_encoder={', '.join(new_paths[modality].values())}: {model} "
                     f"uses no {modality} encoder; leave it out"
                 )
         if not self._encoders:
             raise InputError(
-                f"{workdir}: trained on ready-made features, so recordings and texts cannot be "
+                f"{model}: trained on ready-made features, so recordings and texts cannot be "
                 "read; needed: a model trained on features from mister-jax extract"
             )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, model: epath.PathLike = DEFAULT_MODEL, *, revision: str | None = None, **options: Any
+    ) -> EmotionRecognizer:
+        """Loads a recognizer.
+
+        Args:
+          model: See `EmotionRecognizer`.
+          revision: Branch, tag or commit of a model on the Hugging Face Hub.
+          **options: Further arguments of `EmotionRecognizer`.
+        """
+        return cls(f"{model}@{revision}" if revision else model, **options)
+
+    def _save_pretrained(self, save_directory: pathlib.Path) -> None:
+        """Writes a bundle, see `save_pretrained` of `huggingface_hub.ModelHubMixin`."""
+        write_model(self._predictor, pathlib.Path(save_directory))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that the recognizer reads."""
+        return tuple(self._encoders)
 
     def predict(
         self, utterances: Sequence[Utterance], *, max_seconds: float = 60.0, quiet: bool = True
@@ -381,18 +410,13 @@ def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int,
         yield (begin, end), (max(0, begin - margin), min(num_utterances, end + margin))
 
 
-def load(
-    workdir: epath.PathLike,
-    *,
-    speech_encoder: NewPaths = None,
-    text_encoder: NewPaths = None,
-) -> EmotionRecognizer:
-    """Loads the `EmotionRecognizer` of a work directory, with the same arguments.
+def load(model: epath.PathLike = DEFAULT_MODEL, **options: Any) -> EmotionRecognizer:
+    """Loads an `EmotionRecognizer`, with the same arguments.
 
     recognizer = load("RUN")
     recognizer.predict([{"audio": "1.wav", "text": "Hello?"}, {"text": "You again!"}])
     """
-    return EmotionRecognizer(workdir, speech_encoder=speech_encoder, text_encoder=text_encoder)
+    return EmotionRecognizer(model, **options)
 
 
 def summarize_notes(rows: Iterable[Mapping[str, Any]]) -> str:

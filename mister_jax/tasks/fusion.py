@@ -238,6 +238,13 @@ class FusionTask:
         params = nnx.eval_shape(lambda: nnx.state(self.init(jax.random.key(0)), nnx.Param))
         return self._num_seeds * sum(leaf.size for leaf in jax.tree.leaves(params))
 
+    @property
+    def used_modalities(self) -> tuple[str, ...]:
+        """Modalities that an enabled expert reads."""
+        return tuple(
+            modality for modality in MODALITIES if {modality, "fusion"} & set(self.model.experts)
+        )
+
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
         """Returns, by modality, the value that standardization maps to zero: a vector [D] or 0."""
         return {

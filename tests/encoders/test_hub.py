@@ -26,7 +26,7 @@ def test_a_model_is_downloaded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for _ in range(2):
-        assert hub.fetch("someone/tiny-bert", revision="v1") == tmp_path
+        assert hub.fetch("someone/tiny-bert@v1") == tmp_path
     assert request["name"] == "someone/tiny-bert" and request["revision"] == "v1"
     assert "config.json" in request["allow_patterns"]
 
@@ -49,7 +49,7 @@ def test_a_name_that_cannot_be_downloaded_is_rejected(monkeypatch, error, messag
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=f"^someone/model: .*{message}") as raised:
-        hub.fetch("someone/model", revision="v1")
+        hub.fetch("someone/model@v1")
     assert "\n" not in str(raised.value)
 
 

@@ -117,7 +117,7 @@ def test_a_model_on_the_hub_is_loaded_by_its_name(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    module, _ = registry.load_pretrained("someone/tiny-bert", revision="v2")
+    module, _ = registry.load_pretrained("someone/tiny-bert@v2")
     assert isinstance(module, Bert) and revisions == ["v2"]
 
 

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from mister_jax import MisterE, MisterEConfig, data
+from mister_jax import MisterE, MisterEConfig, data, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints
 from mister_jax.configs import fusion
 from mister_jax.losses import LossWeights
@@ -44,15 +44,20 @@ def make_tiny_config(data_dir, argument="tiny", **changes):
     return config
 
 
-def write_untrained_workdir(workdir, data_dir, dataset):
+def write_untrained_workdir(workdir, data_dir, dataset, num_seeds=1):
     """Writes a work directory of MiSTER-E whose best parameters are the initial ones."""
     config = fusion.get_config(dataset)
+    config.num_seeds = num_seeds
     config.data.data_dir = str(data_dir)
     config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
     task = FusionTask.from_data(config)
-    params = initial_state(task, optax.sgd(0.1), seed=3)[1]["params"]
-    write_description(workdir, config, task.description(), params, {})
+    per_seed = [
+        initial_state(task, optax.sgd(0.1), seed=3 + number)[1]["params"]
+        for number in range(num_seeds)
+    ]
+    write_description(workdir, config, task.description(), per_seed[0], {})
     with Checkpoints(workdir) as checkpoints:
+        params = multi_seed.stack_seeds(per_seed)
         checkpoints.save(BEST, 1, params, {"epoch": 1, "weighted_f1": 0.5})
     return workdir
 
