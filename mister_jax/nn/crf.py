@@ -43,6 +43,8 @@ class ConditionalRandomField(nnx.Module):
         steps = transition + unary[:, :, None, :]  # B T C C
         first = jnp.broadcast_to(unary[:, :1, None, :], steps[:, :1].shape)
         forward_steps = jnp.concatenate([first, steps[:, 1:]], axis=1)
+        if not jax.core.is_constant_dim(steps.shape[1]):
+            return jax.nn.log_softmax(sum(_scan_messages(forward_steps)))
         forward = jax.lax.associative_scan(_log_matmul, forward_steps, axis=1)[:, :, 0]  # B T C
         # Product of all steps after t, summed over the class of the last utterance.
         suffix = jax.lax.associative_scan(
@@ -50,6 +52,33 @@ class ConditionalRandomField(nnx.Module):
         )
         backward = jnp.pad(jax.nn.logsumexp(suffix, axis=-1), ((0, 0), (0, 1), (0, 0)))
         return jax.nn.log_softmax(forward + backward)
+
+
+def _scan_messages(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes the messages in both directions one utterance after the other.
+
+    Associative scans need a constant T, but programs are also exported for any T.
+
+    Args:
+      steps: Score of the step to each utterance, [B, T, C, C]; all rows of the first are equal.
+
+    Returns:
+      Forward and backward messages, [B, T, C].
+    """
+    num_classes = steps.shape[-1]
+
+    def move_forward(message: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        message = jax.nn.logsumexp(message[:, :, None] + step, axis=1)
+        return message, message
+
+    def move_backward(message: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.nn.logsumexp(step + message[:, None, :], axis=2), message
+
+    steps = steps.swapaxes(0, 1)  # T B C C
+    start = jnp.full(steps.shape[1:3], -jnp.log(num_classes))
+    _, forward = jax.lax.scan(move_forward, start, steps)
+    _, backward = jax.lax.scan(move_backward, jnp.zeros_like(start), steps, reverse=True)
+    return forward.swapaxes(0, 1), backward.swapaxes(0, 1)
 
 
 def _log_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
