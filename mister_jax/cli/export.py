@@ -1,6 +1,7 @@
 """Exports a model as a folder to share, or a fine-tuned encoder for transformers or peft.
 
 mister-jax export --model=RUN --output=FOLDER                # MiSTER-E with its encoders
+mister-jax export --model=RUN --output=FOLDER --format=stablehlo    # MiSTER-E, for JAX alone
 mister-jax export --model=TUNED --output=FOLDER              # encoder, for transformers
 mister-jax export --model=TUNED --output=FOLDER --adapter    # only its LoRA adapter, for peft
 """
@@ -17,6 +18,9 @@ _ADAPTER = flags.DEFINE_bool(
 )
 _INCLUDE = flags.DEFINE_bool(
     "include_encoders", False, "copy encoders from the Hugging Face Hub, so that none is downloaded"
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", "bundle", ["bundle", "stablehlo"], "format of a MiSTER-E model"
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing export")
 
@@ -35,7 +39,11 @@ def main() -> None:
         if flag.value and not allowed:
             kind = "an encoder" if is_encoder else "a MiSTER-E model"
             raise InputError(f"--{flag.name}: cannot be used with {model}, {kind}")
-    if is_encoder:
+    if _FORMAT.value == "stablehlo":
+        from mister_jax.inference.portable import export_program
+
+        export_program(model, _OUTPUT.value)
+    elif is_encoder:
         export_encoder(model, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
     else:
         export_model(

@@ -43,7 +43,7 @@ class ConditionalRandomField(nnx.Module):
         steps = transition + unary[:, :, None, :]  # B T C C
         first = jnp.broadcast_to(unary[:, :1, None, :], steps[:, :1].shape)
         forward_steps = jnp.concatenate([first, steps[:, 1:]], axis=1)
-        if not jax.core.is_constant_dim(steps.shape[1]):
+        if not isinstance(steps.shape[1], int):
             return jax.nn.log_softmax(sum(_scan_messages(forward_steps)))
         forward = jax.lax.associative_scan(_log_matmul, forward_steps, axis=1)[:, :, 0]  # B T C
         # Product of all steps after t, summed over the class of the last utterance.

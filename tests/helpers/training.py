@@ -44,12 +44,16 @@ def make_tiny_config(data_dir, argument="tiny", **changes):
     return config
 
 
-def write_untrained_workdir(workdir, data_dir, dataset, num_seeds=1):
-    """Writes a work directory of MiSTER-E whose best parameters are the initial ones."""
+def write_untrained_workdir(workdir, data_dir, dataset, num_seeds=1, **changes):
+    """Writes a work directory of MiSTER-E whose best parameters are the initial ones.
+
+    `changes` are fields of the model's config.
+    """
     config = fusion.get_config(dataset)
     config.num_seeds = num_seeds
     config.data.data_dir = str(data_dir)
     config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
+    config.model.update(changes)
     task = FusionTask.from_data(config)
     per_seed = [
         initial_state(task, optax.sgd(0.1), seed=3 + number)[1]["params"]
