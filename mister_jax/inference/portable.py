@@ -1,4 +1,4 @@
-"""Exports MiSTER-E as a StableHLO program that runs where only JAX is installed."""
+"""Exports MiSTER-E as a StableHLO program that needs only JAX and flatbuffers to run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _README = """\
 # A MiSTER-E model as a StableHLO program
 
 The program takes the speech and text vectors of a batch of dialogues. It runs on CPU, GPU and TPU
-wherever `jax` is installed. `config.json` has the names of the classes and experts, and the shapes
+wherever `jax` and `flatbuffers` are installed. `config.json` has the names of the classes and experts, and the shapes
 of inputs and outputs.
 
 ```python
