@@ -90,11 +90,16 @@ def write_model(
     description["encoders"] = encoders
     _write_bundle(predictor, folder, predictor.config, description)
     metrics = predictor.folder / "metrics.json"
+    # The dataset from which features were extracted has a more telling name than their own dataset.
+    dataset = next(
+        (metadata["dataset"] for metadata in encoders.values() if "dataset" in metadata),
+        predictor.config.data.name,
+    )
     card = model_card(
         name or folder.name,
         class_names=predictor.task.class_names,
         encoders=encoders,
-        dataset=predictor.config.data.name,
+        dataset=dataset,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(predictor.params[0]["trained"])),
         progress=predictor.progress,
         scores=read_json(metrics) if metrics.exists() else {},

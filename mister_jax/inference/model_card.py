@@ -92,7 +92,8 @@ def model_card(
     sections = [
         f"# {name}",
         "Recognizes the emotion of every utterance in a conversation, in the context of the whole "
-        "conversation, with [MiSTER-E](https://arxiv.org/abs/2602.23300) in mister_jax.",
+        "conversation, with [MiSTER-E](https://arxiv.org/abs/2602.23300) in mister_jax. It reads "
+        f"{' and '.join(encoders)}{' only' if len(encoders) == 1 else ''}.",
         _table(("", ""), rows),
         "## Use",
         _USE,

@@ -142,7 +142,7 @@ assert not loaded, loaded
 
 def test_the_model_card_has_the_metadata_of_the_hub(bundle_folder):
     card = ModelCard.load(bundle_folder / "README.md")
-    assert card.data.library_name == "mister_jax" and card.data.datasets == ["both"]
+    assert card.data.library_name == "mister_jax" and card.data.datasets == ["manifest/calls"]
     assert {(it.metric_type, it.metric_value) for it in card.data.eval_results} == {
         ("weighted_f1", 0.5),
         ("macro_f1", 0.4),
