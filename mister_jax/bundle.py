@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mister_jax.calibration import Calibration
 from mister_jax.convert.safetensors import SINGLE_FILE, Checkpoint, save_tensors
 from mister_jax.errors import InputError
 from mister_jax.io import hash_file, read_json, write_json
@@ -46,12 +47,14 @@ class Bundle:
       config: Experiment config of the training run, without the directory of its datasets.
       description: Model description, see `workdir.read_model_description`.
       progress: Progress of training at the exported parameters.
+      calibration: Calibration of the probabilities, if it was fitted.
     """
 
     folder: pathlib.Path
     config: ConfigDict
     description: dict[str, Any]
     progress: dict[str, Any]
+    calibration: Calibration | None
 
     def load_params(self, like: Any) -> Any:
         """Reads the parameters.
@@ -144,7 +147,10 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
             f"{path}: {len(class_names)} class names for a model of {num_classes} classes; needed: "
             "as many class names as classes"
         )
-    return Bundle(folder, config, description, progress)
+    calibration = content.get("calibration")
+    if calibration is not None:
+        calibration = Calibration.from_json(calibration, path, len(class_names))
+    return Bundle(folder, config, description, progress, calibration)
 
 
 def write_bundle(
@@ -153,6 +159,7 @@ def write_bundle(
     description: Mapping[str, Any],
     params: Any,
     progress: Mapping[str, Any],
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes the weights and the config of a bundle.
 
@@ -162,6 +169,7 @@ def write_bundle(
       description: Model description, see `workdir.read_model_description`.
       params: Tree of the trained parameters.
       progress: Progress of training at these parameters.
+      calibration: Calibration of the probabilities.
     """
     tensors = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _named_leaves(params)}
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
@@ -175,6 +183,7 @@ def write_bundle(
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "model": description,
         "progress": progress,
+        "calibration": None if calibration is None else calibration.to_json(),
         "experiment": experiment,
         # The card is left out, because its owner may edit it.
         "files": {

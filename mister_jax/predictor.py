@@ -12,6 +12,7 @@ from etils import epath
 from flax import nnx
 
 from mister_jax import bundle, multi_seed
+from mister_jax.calibration import read_calibration
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.console import ProgressReporter
 from mister_jax.data import DialogueFeatures, prefetch_to_device
@@ -36,6 +37,7 @@ class Predictor:
     Args:
       model: Work directory of a training run, or a bundle.
       data_dir: Directory of the datasets; by default the directory used in training.
+      calibrate: Whether to calibrate the probabilities, if the model has a calibration.
 
     Attributes:
       folder: Work directory or bundle.
@@ -43,13 +45,16 @@ class Predictor:
       task: Restored task.
       params: Parameters of each seed: "trained" and "frozen".
       progress: Progress of training at the best parameters.
+      calibration: Calibration of the model, also if it is not applied; None if it was not fitted.
 
     Raises:
       InputError: The folder is neither a work directory with a best checkpoint nor a complete
         bundle, or the parameters do not fit in the devices' memory.
     """
 
-    def __init__(self, model: epath.PathLike, data_dir: str | None = None):
+    def __init__(
+        self, model: epath.PathLike, data_dir: str | None = None, *, calibrate: bool = True
+    ):
         self.folder = epath.Path(model)
         opened = bundle.read_bundle(self.folder) if bundle.is_bundle(self.folder) else None
         self.config = opened.config if opened else read_config(self.folder)
@@ -68,6 +73,12 @@ class Predictor:
         self.seeds = config_seeds(self.config)
         self.partitioner = JitPartitioner(data_mesh(), self.task.sharding_rules)
         self.params, self.progress = self._load_params(opened)
+        if opened:
+            self.calibration = opened.calibration
+        else:
+            num_classes = len(self.task.class_names)
+            self.calibration = read_calibration(self.folder, self.progress, num_classes)
+        self._calibrate = calibrate
 
         def predict(params, batch, _axis_name):
             return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
@@ -117,7 +128,10 @@ class Predictor:
         return [self._merge(params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Returns the task's predictions for a batch on the devices, and the batch's "row"."""
+        """Returns the task's predictions for a batch on the devices, and the batch's "row".
+
+        Probabilities are not calibrated.
+        """
         return multi_seed.ensemble(self.predict_batch_per_seed(batch))
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -135,12 +149,22 @@ class Predictor:
           Arrays in the order of the utterances: "probabilities" [N, C] and, for MiSTER-E, "gate"
           [N, E], "expert_probabilities" [N, E, C], "expert_present" [N, E].
         """
-        return multi_seed.ensemble(self.predict_per_seed(features, quiet=quiet))
+        return self.combine_seeds(self.predict_per_seed(features, quiet=quiet))
+
+    def combine_seeds(self, per_seed: Sequence[Predictions]) -> Predictions:
+        """Averages the predictions of the seeds, and calibrates "probabilities".
+
+        The experts' probabilities are not calibrated: the calibration was fitted on the mixture.
+        """
+        predictions = multi_seed.ensemble(per_seed)
+        if self._calibrate and self.calibration is not None:
+            predictions["probabilities"] = self.calibration(predictions["probabilities"])
+        return predictions
 
     def predict_per_seed(
         self, features: DialogueFeatures, *, quiet: bool = False
     ) -> list[Predictions]:
-        """Returns each seed's predictions for every utterance in a split."""
+        """Returns each seed's predictions for every utterance in a split, not calibrated."""
         split = self.task.batched(features, num_shards=self.partitioner.num_shards)
         return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
 
@@ -154,7 +178,7 @@ class Predictor:
     ) -> Predictions:
         """Predicts every utterance in a split from batches that the caller has prepared."""
         per_seed = self._predict_batches(batches, num_batches, features, quiet=quiet)
-        return multi_seed.ensemble(per_seed)
+        return self.combine_seeds(per_seed)
 
     def _predict_batches(
         self,

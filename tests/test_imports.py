@@ -26,7 +26,7 @@ LAYERS = (
     ("predictor", "pretrained"),
     ("tasks",),
     ("bundle", "data", "encoders", "losses", "multi_seed", "workdir"),
-    ("console", "convert", "optim"),
+    ("calibration", "console", "convert", "optim"),
     ("checkpoint", "io", "metrics", "models", "parallel", "schedules"),
     ("nn",),
     ("config_checks", "errors"),

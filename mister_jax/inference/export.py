@@ -111,7 +111,9 @@ def _write_bundle(
     predictor: Predictor, folder: pathlib.Path, config: ConfigDict, description: dict[str, Any]
 ) -> None:
     params = stack_seeds([seed_params["trained"] for seed_params in predictor.params])
-    bundle.write_bundle(folder, config, description, params, predictor.progress)
+    bundle.write_bundle(
+        folder, config, description, params, predictor.progress, predictor.calibration
+    )
 
 
 def _write_encoder(

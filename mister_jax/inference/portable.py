@@ -28,8 +28,8 @@ _README = """\
 # A MiSTER-E model as a StableHLO program
 
 The program takes the speech and text vectors of a batch of dialogues. It runs on CPU, GPU and TPU
-wherever `jax` and `flatbuffers` are installed. `config.json` has the names of the classes and experts, and the shapes
-of inputs and outputs.
+wherever `jax` and `flatbuffers` are installed. `config.json` has the names of the classes and
+experts, and the shapes of inputs and outputs.
 
 ```python
 import json, pathlib
@@ -52,8 +52,8 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
     """Writes a program with MiSTER-E's parameters for any number and length of dialogues.
 
     The program takes raw features, which it standardizes as in training. Several seeds are
-    averaged. Encoders are not included: their fastest kernels depend on the length of the input, so
-    they cannot be exported for any length.
+    averaged, and probabilities are calibrated if the model is. Encoders are not included: their
+    fastest kernels depend on the length of the input, so they cannot be exported for any length.
 
     Args:
       model: See `pretrained.find_model`.
@@ -98,6 +98,8 @@ def _export(predictor: Predictor) -> jax.export.Exported:
         batch = dict(zip(_INPUTS, inputs, strict=True))
         outputs = [task.predict(nnx.merge(graph, state), batch) for graph, state in seeds]
         averaged = jax.tree.map(lambda *values: sum(values) / len(values), *outputs)
+        if predictor.calibration is not None:
+            averaged["probabilities"] = predictor.calibration(averaged["probabilities"])
         return {**averaged, "expert_present": outputs[0]["expert_present"]}
 
     size = jax.export.symbolic_shape("batch, length")

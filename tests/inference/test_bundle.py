@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, constants
 
 import mister_jax
 from mister_jax import EmotionRecognizer, bundle, extraction
+from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
 from mister_jax.inference.export import export_model
@@ -127,6 +128,33 @@ def test_a_bundle_of_several_seeds_averages_them(calls_dir, tmp_path):
     expected, actual = Predictor(run)(features), Predictor(tmp_path / "bundle")(features)
     for name, values in expected.items():
         np.testing.assert_array_equal(actual[name], values)
+
+
+@pytest.mark.parametrize("bias", [None, (0.5, -0.5)])
+def test_a_bundle_holds_the_calibration(workdir, calls_dir, tmp_path, bias):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    write_calibration(run, Calibration(2.0, bias), Predictor(run).progress)
+    export_model(run, tmp_path / "bundle")
+    shutil.rmtree(run)
+    features = mister_jax.data.load_features("both", "test", calls_dir)
+    predictor = Predictor(tmp_path / "bundle")
+    assert predictor.calibration == Calibration(2.0, bias)
+    uncalibrated = Predictor(workdir)(features)
+    for calibrate in (False, True):
+        actual = Predictor(tmp_path / "bundle", calibrate=calibrate)(features)
+        for name, values in uncalibrated.items():
+            if calibrate and name == "probabilities":
+                values = predictor.calibration(values)
+            np.testing.assert_array_equal(actual[name], values)
+
+
+def test_a_damaged_calibration_of_a_bundle_is_explained_in_one_line(folder):
+    content = json.loads((folder / "config.json").read_text())
+    for damaged in (3, {"temperature": -1, "bias": None}, {"temperature": 1, "bias": [0, 0, 0]}):
+        write_json(folder / "config.json", content | {"calibration": damaged})
+        with pytest.raises(InputError, match=r"config.json: (damaged )?calibration") as error:
+            Predictor(folder)
+        assert "\n" not in str(error.value)
 
 
 def test_loading_a_bundle_needs_neither_orbax_nor_tensorflow(bundle_folder):

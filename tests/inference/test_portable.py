@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mister_jax import data
+from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.errors import InputError
 from mister_jax.inference.portable import export_program
 from mister_jax.predictor import Predictor
@@ -44,6 +45,8 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
     run = write_untrained_workdir(
         tmp_path / "run", calls_dir, "both", num_seeds=num_seeds, **changes
     )
+    if num_seeds == 2:
+        write_calibration(run, Calibration(0.5, (0.2, -0.2)), Predictor(run).progress)
     export_program(run, tmp_path / "program")
     config = json.loads((tmp_path / "program" / "config.json").read_text())
     assert config["class_names"] == ["angry", "calm"]
