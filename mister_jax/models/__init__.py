@@ -3,7 +3,7 @@
 from mister_jax.models.config import EXPERTS, MisterEConfig
 from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_context_experts
 from mister_jax.models.gate import Gate
-from mister_jax.models.mister_e import MisterE, MisterEOutput
+from mister_jax.models.mister_e import MisterE, MisterEOutput, MisterEState
 from mister_jax.models.utterance import (
     SpeechUtterance,
     TextUtterance,
@@ -20,6 +20,7 @@ __all__ = [
     "MisterE",
     "MisterEConfig",
     "MisterEOutput",
+    "MisterEState",
     "SpeechUtterance",
     "TextUtterance",
     "UtteranceConfig",

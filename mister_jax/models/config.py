@@ -28,6 +28,10 @@ class MisterEConfig:
       num_classes: Number of classes C.
       speech_dim: Size D of the speech vectors.
       text_dim: Size D of the text vectors.
+      causal: Whether an utterance is predicted from the utterances up to it only, so that live
+        dialogues can be predicted with `MisterE.step`: the GRUs have one direction, of the full
+        size; the convolutions cover the last utterances; attention reaches back
+        `attention_window` utterances; and the CRF filters. False in the released model.
       context_dim: Size H of the context networks; each direction of their GRU has size H / 2.
       kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
       gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
@@ -37,6 +41,9 @@ class MisterEConfig:
         cross-modal expert the order of the utterances; 0 in the released model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
+      attention_window: Number of utterances that causal attention reaches back, including the
+        utterance itself, so that the time per utterance does not grow with the dialogue; unused
+        without `causal`.
       gate_dim: Hidden size of the gate.
       gate_temperature: Temperature of the gate's softmax.
       gate_reads_contexts: Whether the gate reads the contexts of the speech and the text expert in
@@ -63,6 +70,7 @@ class MisterEConfig:
     num_classes: int = 6
     speech_dim: int = 2048
     text_dim: int = 2048
+    causal: bool = False
     context_dim: int = 1024
     kernel_sizes: tuple[int, ...] = (1, 3, 5)
     gru_layers: int = 3
@@ -71,6 +79,7 @@ class MisterEConfig:
     fusion_gru_layers: int = 0
     attention_dim: int = 120
     attention_heads: int = 3
+    attention_window: int = 64
     gate_dim: int = 10
     gate_temperature: float = 2.0
     gate_reads_contexts: bool = False
@@ -90,14 +99,14 @@ class MisterEConfig:
 
     def __post_init__(self):
         fields = [field.name for field in dataclasses.fields(self)]
-        check_at_least(self, 1, "num_classes", "attention_heads")
+        check_at_least(self, 1, "num_classes", "attention_heads", "attention_window")
         check_at_least(self, 1, *(name for name in fields if name.endswith("_dim")))
         check_at_least(self, 0, *(name for name in fields if name.endswith("_layers")))
         check_rates(self, *(name for name in fields if name.endswith("_dropout")))
         check_multiple(self, "attention_dim", "attention_heads")
-        if self.context_dim % 2:
+        if self.context_dim % 2 and not self.causal:
             raise invalid_field(self, "context_dim", "even numbers")
-        if self.fusion_gru_layers and self.fusion_dim % 2:
+        if self.fusion_gru_layers and self.fusion_dim % 2 and not self.causal:
             raise invalid_field(self, "fusion_dim", "even numbers with fusion_gru_layers")
         if not self.gate_temperature > 0:  # also rejects NaN
             raise invalid_field(self, "gate_temperature", "positive numbers")

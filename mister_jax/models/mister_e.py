@@ -11,6 +11,7 @@ Shape letters: B dialogues, T utterances, D feature size, H context size, F fusi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,6 +58,11 @@ class MisterEOutput:
     text_present: jax.Array
 
 
+MisterEState = dict[str, Any]
+"""State of a causal `MisterE` between utterances: a tree of arrays by enabled part
+("speech", "text", "fusion", "crf"). Its size does not depend on the number of utterances."""
+
+
 class MisterE(nnx.Module):
     """Gated mixture of a speech, a text and a cross-modal expert.
 
@@ -81,7 +87,9 @@ class MisterE(nnx.Module):
         has_gate = config.mixture == "gate" and len(config.experts) > 1
         self.gate = nnx.data(Gate(config, rngs=rngs) if has_gate else None)
         self.crf = nnx.data(
-            ConditionalRandomField(config.num_classes, param_dtype=jnp.dtype(config.param_dtype))
+            ConditionalRandomField(
+                config.num_classes, causal=config.causal, param_dtype=jnp.dtype(config.param_dtype)
+            )
             if config.crf
             else None
         )
@@ -129,30 +137,112 @@ class MisterE(nnx.Module):
             speech_present, text_present = drop_modalities(
                 speech_present, text_present, self.config.modality_dropout, rngs
             )
-        dtype = jnp.dtype(self.config.dtype)
-        speech = jnp.where(speech_present[..., None], speech, 0).astype(dtype)
-        text = jnp.where(text_present[..., None], text, 0).astype(dtype)
+        speech, text = self._present_vectors(speech, text, speech_present, text_present)
         speech, text = self.input_dropout(speech, **options), self.input_dropout(text, **options)
-
-        logits, contexts, representations = self._apply_experts(
-            speech, text, speech_present, text_present, mask, **options
-        )
-        expert_logits = jnp.stack([logits[name] for name in EXPERTS], axis=2)  # B T E C
-        present = self._present_experts(speech_present, text_present)  # B T E
-        mixture_logits, gate = self._mix(
-            expert_logits, present, contexts["speech"], contexts["text"]
+        output = self._combine(
+            self._apply_experts(speech, text, speech_present, text_present, mask, **options),
+            speech_present,
+            text_present,
+            mask,
         )
         if self.crf is not None:
-            mixture_logits = self.crf(mixture_logits, mask)
+            output = dataclasses.replace(output, logits=self.crf(output.logits, mask))
+        return output
+
+    def initial_state(self, batch_size: int) -> MisterEState:
+        """Returns the state before the first utterance of a batch of dialogues.
+
+        Raises:
+          ValueError: The model is not causal.
+        """
+        if not self.config.causal:
+            raise ValueError("MisterEConfig.causal=False; steps need a causal model")
+        parts = {"speech": self.speech, "text": self.text, "fusion": self.fusion, "crf": self.crf}
+        return {
+            name: part.initial_state(batch_size) for name, part in parts.items() if part is not None
+        }
+
+    def step(
+        self,
+        state: MisterEState,
+        speech: jax.Array,
+        text: jax.Array,
+        speech_present: jax.Array,
+        text_present: jax.Array,
+    ) -> tuple[MisterEState, MisterEOutput]:
+        """Predicts the next utterance of each dialogue in a batch; only for a causal model.
+
+        The outputs are equal to those of a call with all utterances. The time does not depend on
+        the number of earlier utterances.
+
+        Args:
+          state: State after the last utterance.
+          speech: Speech vectors, [B, D]; ignored where speech is missing.
+          text: Text vectors, [B, D]; ignored where text is missing.
+          speech_present: Whether the utterances have speech, [B] bool.
+          text_present: Whether the utterances have text, [B] bool.
+
+        Returns:
+          The new state, and the output for these utterances, with T = 1.
+        """
+        speech, text = self._present_vectors(speech, text, speech_present, text_present)
+        new_state, outputs = {}, {}
+        for name, expert, inputs in (
+            ("speech", self.speech, (speech,)),
+            ("text", self.text, (text,)),
+            ("fusion", self.fusion, (speech, text, speech_present, text_present)),
+        ):
+            if expert is not None:
+                new_state[name], expert_outputs = expert.step(state[name], *inputs)
+                outputs[name] = tuple(x[:, None] for x in expert_outputs)
+        mask = jnp.ones((*speech_present.shape, 1), bool)
+        output = self._combine(outputs, speech_present[:, None], text_present[:, None], mask)
+        if self.crf is not None:
+            new_state["crf"], logits = self.crf.step(state["crf"], output.logits[:, 0])
+            output = dataclasses.replace(output, logits=logits[:, None])
+        return new_state, output
+
+    def _present_vectors(
+        self,
+        speech: jax.Array,
+        text: jax.Array,
+        speech_present: jax.Array,
+        text_present: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the vectors in the computation dtype, with zeros for missing ones."""
+        dtype = jnp.dtype(self.config.dtype)
+        return (
+            jnp.where(speech_present[..., None], speech, 0).astype(dtype),
+            jnp.where(text_present[..., None], text, 0).astype(dtype),
+        )
+
+    def _combine(
+        self,
+        outputs: Mapping[str, tuple[jax.Array, ...]],
+        speech_present: jax.Array,
+        text_present: jax.Array,
+        mask: jax.Array,
+    ) -> MisterEOutput:
+        """Combines the outputs of the enabled experts; the CRF is not applied."""
+        no_logits = jnp.zeros((*mask.shape, self.config.num_classes), jnp.float32)
+        no_vectors = jnp.zeros((*mask.shape, 0), jnp.dtype(self.config.dtype))
+        speech_logits, speech_context = outputs.get("speech", (no_logits, no_vectors))
+        text_logits, text_context = outputs.get("text", (no_logits, no_vectors))
+        fusion_logits, speech_repr, text_repr = outputs.get(
+            "fusion", (no_logits, no_vectors, no_vectors)
+        )
+        expert_logits = jnp.stack([speech_logits, text_logits, fusion_logits], axis=2)  # B T E C
+        present = self._present_experts(speech_present, text_present)  # B T E
+        mixture_logits, gate = self._mix(expert_logits, present, speech_context, text_context)
         return MisterEOutput(
             logits=mixture_logits,
             expert_logits=expert_logits,
             gate=gate,
             expert_present=present & mask[..., None],
-            speech_context=contexts["speech"],
-            text_context=contexts["text"],
-            speech_repr=representations["speech"],
-            text_repr=representations["text"],
+            speech_context=speech_context,
+            text_context=text_context,
+            speech_repr=speech_repr,
+            text_repr=text_repr,
             speech_present=speech_present,
             text_present=text_present,
         )
@@ -165,31 +255,25 @@ class MisterE(nnx.Module):
         text_present: jax.Array,
         mask: jax.Array,
         **options: Any,
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
-        """Returns logits by expert, and contexts and fusion representations by modality."""
-        no_logits = jnp.zeros((*mask.shape, self.config.num_classes), jnp.float32)
-        no_vectors = jnp.zeros((*mask.shape, 0), jnp.dtype(self.config.dtype))
-        logits = dict.fromkeys(EXPERTS, no_logits)
-        contexts = dict.fromkeys(("speech", "text"), no_vectors)
-        representations = dict(contexts)
+    ) -> dict[str, tuple[jax.Array, ...]]:
+        """Returns the outputs of the enabled experts."""
         enabled = {
             name: (expert, x)
             for name, expert, x in (("speech", self.speech, speech), ("text", self.text, text))
             if expert is not None
         }
-        outputs = apply_context_experts(
+        context_outputs = apply_context_experts(
             tuple(expert for expert, _ in enabled.values()),
             tuple(x for _, x in enabled.values()),
             mask,
             **options,
         )
-        for name, (expert_logits, context) in zip(enabled, outputs, strict=True):
-            logits[name], contexts[name] = expert_logits, context
+        outputs: dict[str, tuple[jax.Array, ...]] = dict(zip(enabled, context_outputs, strict=True))
         if self.fusion is not None:
-            logits["fusion"], representations["speech"], representations["text"] = self.fusion(
+            outputs["fusion"] = self.fusion(
                 speech, text, speech_present, text_present, mask, **options
             )
-        return logits, contexts, representations
+        return outputs
 
     def _present_experts(self, speech_present: jax.Array, text_present: jax.Array) -> jax.Array:
         """Returns which enabled experts have their modality, [B, T, E].

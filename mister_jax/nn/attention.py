@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -77,6 +78,22 @@ def dot_product_attention(
     return jnp.einsum("bkts,bskd->btkd", weights.astype(value.dtype), value)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """Last W keys and values of an attention with a window, oldest first.
+
+    Attributes:
+      key: Keys, [B, W, attention_dim].
+      value: Values, [B, W, attention_dim].
+      mask: Keys that may be attended to, [B, W] bool.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head scaled dot-product attention (arXiv 1706.03762).
 
@@ -86,6 +103,8 @@ class MultiHeadAttention(nnx.Module):
       out_dim: Output size.
       attention_dim: Total size of all heads.
       num_heads: Number of heads K; must divide `attention_dim`.
+      window: Number W of keys that a query at position t may attend to, those at positions t - W +
+        1 to t; by default, all keys.
       dropout: Dropout rate of the attention weights.
       implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       dtype: Computation dtype; the softmax is float32.
@@ -104,6 +123,7 @@ class MultiHeadAttention(nnx.Module):
         *,
         attention_dim: int,
         num_heads: int,
+        window: int | None = None,
         dropout: float = 0.0,
         implementation: Implementation | None = None,
         dtype: DTypeLike = jnp.float32,
@@ -115,6 +135,7 @@ class MultiHeadAttention(nnx.Module):
                 f"attention_dim={attention_dim}; allowed: a multiple of num_heads={num_heads}"
             )
         self.num_heads = num_heads
+        self.window = window
         self.implementation = implementation
         self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -139,7 +160,7 @@ class MultiHeadAttention(nnx.Module):
         Args:
           query: Input of the query projection, [B, T, query_dim].
           key: Input of the key and value projections, [B, S, key_dim].
-          key_mask: Keys that may be attended to, [B, S] bool. If an example has no such key, the
+          key_mask: Keys that may be attended to, [B, S] bool. If a query has no such key, the
             attended value is zero.
           deterministic: Whether to disable dropout.
           rngs: Source of dropout keys.
@@ -147,25 +168,75 @@ class MultiHeadAttention(nnx.Module):
         Returns:
           Output, [B, T, out_dim].
         """
+        k, v = self._keys_and_values(key, key_mask)
+        mask = key_mask[:, None, None, :]  # B 1 1 S
+        if self.window is not None:
+            distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])  # T S
+            mask = mask & (distance >= 0) & (distance < self.window)
+        return self._attend(query, k, v, mask, deterministic=deterministic, rngs=rngs)
+
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """Returns the state before the first `step`.
+
+        Raises:
+          ValueError: The attention has no window.
+        """
+        if self.window is None:
+            raise ValueError("window=None; steps need a window")
+        shape = (batch_size, self.window)
+        zeros = jnp.zeros((*shape, self.query.out_features), self.query.dtype)
+        return AttentionState(zeros, zeros, jnp.zeros(shape, bool))
+
+    def step(
+        self, state: AttentionState, query: jax.Array, key: jax.Array, key_mask: jax.Array
+    ) -> tuple[AttentionState, jax.Array]:
+        """Computes the output for the next query, which follows its key.
+
+        Args:
+          state: State after the last step.
+          query: Input of the query projection, [B, query_dim].
+          key: Input of the key and value projections, [B, key_dim].
+          key_mask: Whether the key may be attended to, [B] bool.
+
+        Returns:
+          The new state, and the output, [B, out_dim], which is equal to that of a call with all
+          queries and keys.
+        """
+        mask = key_mask[:, None]  # B 1
+        new = AttentionState(*self._keys_and_values(key[:, None], mask), mask)
+        state = jax.tree.map(
+            lambda past, value: jnp.concatenate([past[:, 1:], value], axis=1), state, new
+        )
+        mask = state.mask[:, None, None, :]
+        return state, self._attend(query[:, None], state.key, state.value, mask)[:, 0]
+
+    def _keys_and_values(self, key: jax.Array, key_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projects keys, [B, S, key_dim], to keys and values, [B, S, attention_dim]."""
+        # A zero attention weight does not cancel NaN or infinity in a masked value.
+        key = jnp.where(key_mask[..., None], key, 0)
+        k, v = jnp.split(self.key_value(key), 2, axis=-1)
+        return k, v + self.value_bias.astype(v.dtype)
+
+    def _attend(
+        self, query: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, **options: Any
+    ) -> jax.Array:
+        """Attends to keys and values; the mask is broadcastable to [B, 1, T, S]."""
 
         def split_heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-        # A zero attention weight does not cancel NaN or infinity in a masked value.
-        key = jnp.where(key_mask[..., None], key, 0)
-        k, v = jnp.split(self.key_value(key), 2, axis=-1)
         attended = dot_product_attention(
             split_heads(self.query(query)),  # B T K head_dim
             split_heads(k),  # B S K head_dim
-            split_heads(v + self.value_bias.astype(v.dtype)),
-            mask=key_mask[:, None, None, :],
+            split_heads(v),
+            mask=mask,
             dropout=self.dropout,
             max_length=_MAX_LENGTH,
             implementation=self.implementation,
-            deterministic=deterministic,
-            rngs=rngs,
+            **options,
         )
-        attended = jnp.where(key_mask.any(-1)[:, None, None, None], attended, 0)
+        has_key = mask.any(-1).swapaxes(1, 2)[..., None]  # B T 1 1
+        attended = jnp.where(has_key, attended, 0)
         return self.out(attended.reshape(*attended.shape[:2], -1))
 
 
@@ -176,6 +247,7 @@ class AttentionBlock(nnx.Module):
       dim: Size F of the streams.
       attention_dim: Total size of all heads.
       num_heads: Number of heads.
+      window: Number of keys that a query may attend to; see `MultiHeadAttention`.
       attention_dropout: Dropout rate of the attention weights.
       dropout: Dropout rate of the attention's output.
       epsilon: Epsilon of the LayerNorm.
@@ -191,6 +263,7 @@ class AttentionBlock(nnx.Module):
         *,
         attention_dim: int,
         num_heads: int,
+        window: int | None,
         attention_dropout: float,
         dropout: float,
         epsilon: float,
@@ -205,6 +278,7 @@ class AttentionBlock(nnx.Module):
             dim,
             attention_dim=attention_dim,
             num_heads=num_heads,
+            window=window,
             dropout=attention_dropout,
             implementation=implementation,
             dtype=dtype,
@@ -229,6 +303,31 @@ class AttentionBlock(nnx.Module):
         attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
         return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
 
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """Returns the state before the first `step`."""
+        return self.attention.initial_state(batch_size)
+
+    def step(
+        self, state: AttentionState, x: jax.Array, key: jax.Array, key_mask: jax.Array
+    ) -> tuple[AttentionState, jax.Array]:
+        """Transforms the next x, [B, F], by attention to its key, [B, F], and earlier keys."""
+        state, attended = self.attention.step(state, x, key, key_mask)
+        return state, self.norm(x + attended)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CoAttentionState:
+    """State of a `CoAttentionLayer` with a window; both streams are stacked.
+
+    Attributes:
+      cross_attention: State of the cross-attention, arrays [2, B, ...].
+      self_attention: State of the self-attention, arrays [2, B, ...].
+    """
+
+    cross_attention: AttentionState
+    self_attention: AttentionState
+
 
 class CoAttentionLayer(nnx.Module):
     """Cross-attention between two streams, followed by self-attention within each stream.
@@ -241,6 +340,7 @@ class CoAttentionLayer(nnx.Module):
       dim: Size F of both streams.
       attention_dim: Total size of all heads.
       num_heads: Number of heads.
+      window: Number of keys that a query may attend to; see `MultiHeadAttention`.
       attention_dropout: Dropout rate of the attention weights.
       dropout: Dropout rate of each attention's output.
       epsilon: Epsilon of the LayerNorms.
@@ -256,6 +356,7 @@ class CoAttentionLayer(nnx.Module):
         *,
         attention_dim: int,
         num_heads: int,
+        window: int | None = None,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
         epsilon: float = 1e-6,
@@ -269,6 +370,7 @@ class CoAttentionLayer(nnx.Module):
                 dim,
                 attention_dim=attention_dim,
                 num_heads=num_heads,
+                window=window,
                 attention_dropout=attention_dropout,
                 dropout=dropout,
                 epsilon=epsilon,
@@ -310,3 +412,40 @@ class CoAttentionLayer(nnx.Module):
         crossed = self.cross_attention(streams, streams[::-1], masks[::-1], **options)
         first, second = self.self_attention(crossed, crossed, masks, **options)
         return first, second
+
+    def initial_state(self, batch_size: int) -> CoAttentionState:
+        """Returns the state before the first `step`."""
+        return CoAttentionState(
+            self.cross_attention.initial_state(batch_size),
+            self.self_attention.initial_state(batch_size),
+        )
+
+    def step(
+        self,
+        state: CoAttentionState,
+        first: jax.Array,
+        second: jax.Array,
+        first_mask: jax.Array,
+        second_mask: jax.Array,
+    ) -> tuple[CoAttentionState, tuple[jax.Array, jax.Array]]:
+        """Updates the next position of both streams.
+
+        Args:
+          state: State after the last step.
+          first: Next position of the first stream, [B, F].
+          second: Next position of the second stream, [B, F].
+          first_mask: Whether this position of the first stream may be attended to, [B] bool.
+          second_mask: Whether this position of the second stream may be attended to, [B] bool.
+
+        Returns:
+          The new state, and the position of the new streams, [B, F] each.
+        """
+        streams = jnp.stack([first, second])  # 2 B F
+        masks = jnp.stack([first_mask, second_mask])  # 2 B
+        cross_state, crossed = self.cross_attention.step(
+            state.cross_attention, streams, streams[::-1], masks[::-1]
+        )
+        self_state, (first, second) = self.self_attention.step(
+            state.self_attention, crossed, crossed, masks
+        )
+        return CoAttentionState(cross_state, self_state), (first, second)

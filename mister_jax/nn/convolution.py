@@ -25,6 +25,7 @@ class ParallelConvolution(nnx.Module):
       in_dim: Input size I.
       out_dim: Output size O.
       kernel_sizes: Odd numbers of taps; a kernel of size k covers (k - 1) / 2 steps on each side.
+      causal: Whether a kernel of size k covers the last k steps instead.
       dtype: Computation dtype.
       param_dtype: Parameter dtype.
       rngs: RNGs for parameter initialization.
@@ -39,12 +40,14 @@ class ParallelConvolution(nnx.Module):
         out_dim: int,
         kernel_sizes: Sequence[int] = (1, 3, 5),
         *,
+        causal: bool = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if not kernel_sizes or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
             raise ValueError(f"kernel_sizes={tuple(kernel_sizes)}; allowed: odd sizes >= 1")
+        self.causal = causal
         self.dtype = dtype
         initializer = nnx.initializers.lecun_normal(in_axis=(0, 1))
         self.kernels = nnx.List(
@@ -70,9 +73,40 @@ class ParallelConvolution(nnx.Module):
             start=jnp.zeros((), self.dtype),
         )
 
+    def initial_state(self, batch_size: int) -> jax.Array:
+        """Returns the state before the first `step`: the inputs of the last steps, [B, S, I].
+
+        Raises:
+          ValueError: The convolutions are not causal.
+        """
+        if not self.causal:
+            raise ValueError("causal=False; steps need causal convolutions")
+        in_dim = self.kernels[0].shape[0]
+        num_past = max(kernel.shape[1] for kernel in self.kernels) - 1
+        return jnp.zeros((batch_size, num_past, in_dim), self.dtype)
+
+    def step(self, state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Applies the convolutions to the next step.
+
+        Args:
+          state: State after the last step.
+          x: Input of this step, [B, I].
+
+        Returns:
+          The new state, and the sum of the convolutions, [B, O].
+        """
+        inputs = jnp.concatenate([state, x[:, None].astype(self.dtype)], axis=1)
+        output = jnp.zeros((), self.dtype)
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            taps = kernel[...].astype(self.dtype)  # I S O
+            convolved = jnp.einsum("bsi,iso->bo", inputs[:, -taps.shape[1] :], taps)
+            output += jax.nn.relu(convolved + bias[...].astype(self.dtype))
+        return inputs[:, 1:], output
+
     def _branch(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         time, size = x.shape[1], kernel.shape[1]
         taps = jnp.einsum("bti,iso->btso", x, kernel.astype(self.dtype))
-        taps = jnp.pad(taps, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0)))
+        padding = (size - 1, 0) if self.causal else (size // 2, size // 2)
+        taps = jnp.pad(taps, ((0, 0), padding, (0, 0), (0, 0)))
         convolved = sum(taps[:, tap : tap + time, tap] for tap in range(size))  # B T O
         return jax.nn.relu(convolved + bias.astype(self.dtype))

@@ -57,27 +57,45 @@ def _grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
 
 
+def _cell(
+    state: jax.Array, gate: jax.Array, kernel: jax.Array, bias_n: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Computes one step of G recurrences.
+
+    Args:
+      state: States, [G, B, H] float32.
+      gate: Input projections of this step, [G, B, 3H] float32.
+      kernel: Recurrent kernels, [G, H, 3H].
+      bias_n: Recurrent biases of gate n, [G, H].
+
+    Returns:
+      The new states, and reset gate, update gate, candidate and its recurrent product, [G, B, H].
+    """
+    hidden_dim = state.shape[-1]
+    recurrent = _grouped_matmul(state.astype(kernel.dtype), kernel)  # G B 3H
+    reset, update = jnp.split(
+        jax.nn.sigmoid(gate[..., : 2 * hidden_dim] + recurrent[..., : 2 * hidden_dim]),
+        2,
+        axis=-1,
+    )
+    recurrent_n = recurrent[..., 2 * hidden_dim :] + bias_n[:, None]
+    new = jnp.tanh(gate[..., 2 * hidden_dim :] + reset * recurrent_n)
+    return new + update * (state - new), (reset, update, new, recurrent_n)
+
+
 def _scan(
     gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the states of all steps, [T, G, B, H], and the residuals for the backward pass."""
-    hidden_dim = gates.shape[-1] // 3
 
     def step(state, inputs):
         gate, valid = inputs
-        recurrent = _grouped_matmul(state.astype(kernel.dtype), kernel)  # G B 3H
-        reset, update = jnp.split(
-            jax.nn.sigmoid(gate[..., : 2 * hidden_dim] + recurrent[..., : 2 * hidden_dim]),
-            2,
-            axis=-1,
-        )
-        recurrent_n = recurrent[..., 2 * hidden_dim :] + bias_n[:, None]
-        new = jnp.tanh(gate[..., 2 * hidden_dim :] + reset * recurrent_n)
-        next_state = jnp.where(valid, new + update * (state - new), state)  # G B H
-        return next_state, (next_state, state, reset, update, new, recurrent_n)
+        new_state, residuals = _cell(state, gate, kernel, bias_n)
+        next_state = jnp.where(valid, new_state, state)  # G B H
+        return next_state, (next_state, state, *residuals)
 
     gates = gates.astype(jnp.float32)
-    initial_state = jnp.zeros_like(gates[0, ..., :hidden_dim])
+    initial_state = jnp.zeros_like(gates[0, ..., : gates.shape[-1] // 3])
     _, (states, *residuals) = jax.lax.scan(step, initial_state, (gates, mask[..., None]))
     return states, tuple(residuals)
 
@@ -190,6 +208,23 @@ class GRULayer(nnx.Module):
         bias = self.input_bias[...].at[:, :split].add(self.recurrent_bias[:, :split])
         return (gates + bias).transpose(1, 2, 0, 3)
 
+    def step(self, state: jax.Array, x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """Computes the next step of the forward direction.
+
+        Args:
+          state: State after the last step, [B, H] float32.
+          x: Input of this step, [B, I].
+          dtype: Dtype of the matrix products.
+
+        Returns:
+          The new state, and the output, [B, H].
+        """
+        (gate,) = self.project(x[:, None], dtype)  # 1 B 3H
+        kernel = self.recurrent_kernel[...].astype(dtype)
+        bias_n = self.recurrent_bias[:, 2 * state.shape[-1] :]
+        (new_state,), _ = _cell(state[None], gate, kernel, bias_n)
+        return new_state, new_state.astype(dtype)
+
 
 class GRU(nnx.Module):
     """Multi-layer GRU over padded sequences.
@@ -263,6 +298,33 @@ class GRU(nnx.Module):
         """
         (outputs,) = run_grus((self,), (x,), mask, deterministic=deterministic, rngs=rngs)
         return outputs
+
+    def initial_state(self, batch_size: int) -> list[jax.Array]:
+        """Returns the state before the first `step`: one array [B, H] per layer.
+
+        Raises:
+          ValueError: The GRU is bidirectional.
+        """
+        directions, hidden_dim, _ = self.layers[0].recurrent_kernel.shape
+        if directions > 1:
+            raise ValueError("bidirectional=True; steps need a GRU with one direction")
+        return [jnp.zeros((batch_size, hidden_dim), jnp.float32) for _ in self.layers]
+
+    def step(self, state: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Runs the layers for the next step.
+
+        Args:
+          state: State after the last step.
+          x: Input of this step, [B, I].
+
+        Returns:
+          The new state, and the output of the last layer, [B, H].
+        """
+        new_state = []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            layer_state, x = layer.step(layer_state, x, self.dtype)
+            new_state.append(layer_state)
+        return new_state, x
 
 
 def run_grus(

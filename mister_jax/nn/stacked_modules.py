@@ -23,14 +23,13 @@ class StackedModules(nnx.Module):
 
     Args:
       make_module: Function that creates one module from its `rngs`. The module is called as
-        `module(*inputs, deterministic=..., rngs=...)`.
+        `module(*inputs, deterministic=..., rngs=...)`. For steps, it also has the methods
+        `initial_state(batch_size)` and `step(state, *inputs)`.
       num_modules: Number of modules M.
       rngs: RNGs for parameter initialization.
     """
 
-    def __init__(
-        self, make_module: Callable[[nnx.Rngs], nnx.Module], num_modules: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, make_module: Callable[[nnx.Rngs], Any], num_modules: int, *, rngs: nnx.Rngs):
         self.num_modules = num_modules
         keys = jax.random.split(rngs.params(), num_modules)
         self.stack = nnx.vmap(lambda key: make_module(nnx.Rngs(key)))(keys)
@@ -59,3 +58,27 @@ class StackedModules(nnx.Module):
             return module(*inputs, deterministic=deterministic, rngs=module_rngs)
 
         return jax.vmap(apply_one)(nnx.as_pure(params), keys, *inputs)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Returns the states of all modules before the first `step`, [M, ...]."""
+        state = self.stack.initial_state(batch_size)
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (self.num_modules, *leaf.shape)), state
+        )
+
+    def step(self, state: Any, *inputs: jax.Array) -> tuple[Any, Any]:
+        """Applies the `step` of each module to its state and its inputs.
+
+        Args:
+          state: States of the modules, [M, ...].
+          *inputs: Arguments of the modules, [M, ...].
+
+        Returns:
+          The new states and the outputs of the modules, [M, ...].
+        """
+        graph, params = nnx.split(self.stack)
+
+        def step_one(params: Any, state: Any, *inputs: jax.Array) -> tuple[Any, Any]:
+            return nnx.merge(graph, params).step(state, *inputs)
+
+        return jax.vmap(step_one)(nnx.as_pure(params), state, *inputs)
