@@ -83,7 +83,12 @@ class Predictor:
         def predict(params, batch, _axis_name):
             return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
 
+        def predict_step(params_and_state, batch, _axis_name):
+            params, state = params_and_state
+            return self.task.predict_step(self._merge(params), state, batch)
+
         self._predict = self.partitioner.compile_eval(predict)
+        self._predict_step = self.partitioner.compile_eval(predict_step)
 
     def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:
         """Returns the parameters of each seed, and the progress saved with them."""
@@ -137,6 +142,36 @@ class Predictor:
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
         """Returns the result of `predict_batch` for each seed."""
         return [self._predict(params, batch) for params in self.params]
+
+    def initial_states(self, batch_size: int = 1) -> list[Any]:
+        """Returns the state of each seed's causal model before the first utterance."""
+        states = [model.initial_state(batch_size) for model in self.models()]
+        # With the sharding of later states, so that all steps run the same program.
+        return jax.device_put(states, self.partitioner.replicated)
+
+    def predict_step(
+        self, states: Sequence[Any], batch: Mapping[str, np.ndarray]
+    ) -> tuple[list[Any], Predictions]:
+        """Predicts the next utterance of each dialogue with a causal model.
+
+        Args:
+          states: State of each seed after the last utterance.
+          batch: See `FusionTask.predict_step`.
+
+        Returns:
+          The new states, and arrays like those of a call, in the order of the dialogues.
+        """
+        with explain_oom("prediction", f"utterances on {jax.device_count()} devices", _OOM_HINT):
+            results = [
+                self._predict_step((params, state), batch)
+                for params, state in zip(self.params, states, strict=True)
+            ]
+            per_seed = jax.device_get([predictions for _, predictions in results])
+        predictions = multi_seed.ensemble(per_seed)
+        # The outputs of a step have a single utterance, T = 1.
+        return [state for state, _ in results], {
+            name: values[:, 0] for name, values in predictions.items()
+        }
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance in a split.
@@ -197,6 +232,17 @@ class Predictor:
                     _scatter(outputs, features, seed_predictions)
                 reporter.advance("predicting")
         return predictions
+
+
+def read_task_name(model: epath.PathLike) -> str:
+    """Returns the name of the task of a work directory or bundle, without loading the model.
+
+    Raises:
+      InputError: The folder is neither a work directory nor a complete bundle.
+    """
+    if bundle.is_bundle(model):
+        return str(bundle.read_bundle(model).config.task)
+    return str(read_config(model).task)
 
 
 def _scatter(

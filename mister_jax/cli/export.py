@@ -31,20 +31,19 @@ def main() -> None:
     if not _OUTPUT.value:
         raise InputError("--output is needed: a folder that does not exist yet")
     from mister_jax.inference.export import export_encoder, export_model
-    from mister_jax.workdir import read_config, read_model_description
+    from mister_jax.predictor import read_task_name
 
-    is_encoder = read_config(model).get("task") != "fusion"
-    read_model_description(model)  # Raises if an older version wrote the work directory.
-    for flag, allowed in ((_ADAPTER, is_encoder), (_INCLUDE, not is_encoder)):
-        if flag.value and not allowed:
+    is_encoder = read_task_name(model) != "fusion"
+    for flag, for_encoders in ((_ADAPTER, True), (_INCLUDE, False), (_FORMAT, False)):
+        if flag.present and for_encoders != is_encoder:
             kind = "an encoder" if is_encoder else "a MiSTER-E model"
             raise InputError(f"--{flag.name}: cannot be used with {model}, {kind}")
-    if _FORMAT.value == "stablehlo":
+    if is_encoder:
+        export_encoder(model, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
+    elif _FORMAT.value == "stablehlo":
         from mister_jax.inference.portable import export_program
 
         export_program(model, _OUTPUT.value)
-    elif is_encoder:
-        export_encoder(model, _OUTPUT.value, adapter=_ADAPTER.value, overwrite=_OVERWRITE.value)
     else:
         export_model(
             model,

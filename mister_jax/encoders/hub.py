@@ -115,8 +115,8 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
         )
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{name}: a gated model; request access at https://huggingface.co/{name} and log in "
-            "with `hf auth login`"
+            f"{repo_id}: a gated model; request access at https://huggingface.co/{repo_id} and log "
+            "in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{repo_id}: no revision {revision!r} on the Hugging Face Hub") from error

@@ -17,8 +17,7 @@ from mister_jax.errors import InputError
 from mister_jax.io import write_json, write_text
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictor
-from mister_jax.pretrained import find_model
-from mister_jax.tasks.fusion import FusionTask
+from mister_jax.pretrained import load_mister_e
 
 PROGRAM_FILE, CONFIG_FILE = "model.stablehlo", "config.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -65,12 +64,8 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
     target = epath.Path(output).resolve()
     if target.exists():
         raise InputError(f"{target}: exists; allowed: another --output")
-    predictor = Predictor(find_model(model))
+    predictor = load_mister_e(model)
     task = predictor.task
-    if not isinstance(task, FusionTask):
-        raise InputError(
-            f"{model}: the work directory of an encoder; needed: that of a MiSTER-E model"
-        )
     exported = _export(predictor)
     dims = {"speech_dim": task.model.speech_dim, "text_dim": task.model.text_dim}
     config = {

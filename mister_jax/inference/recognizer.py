@@ -25,10 +25,10 @@ from mister_jax.inference import utterance_inputs
 from mister_jax.inference.export import write_model
 from mister_jax.inference.recordings import RecordingUtterances, find_utterances
 from mister_jax.inference.speech_recognition import detect_voice_activity
+from mister_jax.inference.streaming import DialogueStream
 from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, Utterance
-from mister_jax.predictor import Predictor, prediction_rows
-from mister_jax.pretrained import DEFAULT_MODEL, find_model
-from mister_jax.tasks.fusion import FusionTask
+from mister_jax.predictor import prediction_rows
+from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 
 # Seconds of speech that are held in memory at a time: 38 MB of int16.
 _MAX_GROUP_SECONDS = 1200.0
@@ -71,12 +71,8 @@ class EmotionRecognizer(ModelHubMixin):
         speech_encoder: NewPaths = None,
         text_encoder: NewPaths = None,
     ):
-        self._predictor = Predictor(find_model(model))
+        self._predictor = load_mister_e(model)
         task = self._predictor.task
-        if not isinstance(task, FusionTask):
-            raise InputError(
-                f"{model}: the work directory of an encoder; needed: that of a MiSTER-E model"
-            )
         self.class_names: tuple[str, ...] = task.class_names
         self._feature_dims = {"speech": task.model.speech_dim, "text": task.model.text_dim}
         new_paths = {"speech": _by_part(speech_encoder), "text": _by_part(text_encoder)}
@@ -92,6 +88,7 @@ class EmotionRecognizer(ModelHubMixin):
                     f"--{modality}_encoder={', '.join(new_paths[modality].values())}: {model} "
                     f"uses no {modality} encoder; leave it out"
                 )
+        self._warned_of_window = False
         if not self._encoders:
             raise InputError(
                 f"{model}: trained on ready-made features, so recordings and texts cannot be "
@@ -192,10 +189,7 @@ class EmotionRecognizer(ModelHubMixin):
         check_seconds(max_seconds)
         if not utterances:
             return []
-        speech, speech_present, notes = self._encode_speech(
-            utterances, max_seconds, num_workers, quiet
-        )
-        text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
         indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
@@ -204,10 +198,7 @@ class EmotionRecognizer(ModelHubMixin):
             dialogue_ids=tuple(map(str, range(len(dialogues)))),
             lengths=np.array(list(map(len, dialogues))),
             utterance_ids=indices.astype(str),
-            speech=speech[indices],
-            text=text[indices],
-            speech_present=speech_present[indices],
-            text_present=text_present[indices],
+            **{name: values[indices] for name, values in encoded.items()},
             label=np.full(len(indices), UNLABELED, np.int32),
         )
         # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
@@ -315,6 +306,64 @@ class EmotionRecognizer(ModelHubMixin):
                 }
             )
         return predictions
+
+    def stream(self, *, window: int = 32, max_seconds: float = 60.0) -> DialogueStream:
+        """Returns a stream that predicts a live dialogue, one utterance at a time.
+
+        stream = recognizer.stream()
+        stream.predict({"text": "Hello?"})
+        stream.predict({"text": "You again!", "audio": "2.wav"})
+
+        With a causal model, each prediction is equal to that of `predict` for the dialogue up to
+        this utterance, at a constant time per utterance. Other models predict the last of the
+        utterances in a window, which they read again for every utterance; a warning says so.
+
+        Args:
+          window: Number of utterances in the window of a model that is not causal.
+          max_seconds: Seconds of each utterance's speech to read.
+
+        Raises:
+          InputError: `window` or `max_seconds` is out of range.
+        """
+        check_seconds(max_seconds)
+        if window < 1:
+            raise InputError(f"window={window}; allowed: at least 1")
+
+        def encode(utterance: Utterance) -> tuple[dict[str, np.ndarray], list[str]]:
+            checked = utterance_inputs.check_utterance(utterance)
+            encoded, (notes,) = self._encode_utterances([checked], max_seconds, 0, quiet=True)
+            return encoded, notes
+
+        stream = DialogueStream(self._predictor, encode, window)
+        if not stream.is_exact and not self._warned_of_window:
+            self._warned_of_window = True
+            logging.warning(
+                "the model is not causal, so a stream predicts each utterance from the last %d "
+                "utterances, which it reads again; for exact predictions at once, train a model "
+                "with --config.model.causal=True",
+                window,
+            )
+        return stream
+
+    def _encode_utterances(
+        self,
+        utterances: Sequence[CheckedUtterance],
+        max_seconds: float,
+        num_workers: int,
+        quiet: bool,
+    ) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+        """Returns the features of N utterances by name, [N, ...], and notes on each recording."""
+        speech, speech_present, notes = self._encode_speech(
+            utterances, max_seconds, num_workers, quiet
+        )
+        text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        features = {
+            "speech": speech,
+            "text": text,
+            "speech_present": speech_present,
+            "text_present": text_present,
+        }
+        return features, notes
 
     def _encode_speech(
         self,

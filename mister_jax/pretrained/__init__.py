@@ -13,6 +13,7 @@ from etils import epath
 from mister_jax import bundle
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
+from mister_jax.predictor import Predictor, read_task_name
 
 DEFAULT_MODEL = "meld-text"
 """Model of texts in English with the seven emotions of MELD."""
@@ -55,3 +56,20 @@ def find_model(name: epath.PathLike) -> epath.Path:
             "has written"
         )
     return downloaded
+
+
+def load_mister_e(name: epath.PathLike) -> Predictor:
+    """Loads a MiSTER-E model.
+
+    Args:
+      name: See `find_model`.
+
+    Raises:
+      InputError: There is no such model, it is damaged, or it is an encoder.
+    """
+    folder = find_model(name)
+    if read_task_name(folder) != "fusion":
+        raise InputError(
+            f"{name}: the work directory of an encoder; needed: that of a MiSTER-E model"
+        )
+    return Predictor(folder)

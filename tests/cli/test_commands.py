@@ -105,7 +105,7 @@ WRONG_USES = {
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
     },
     "predict": {
-        "--text=hello": "--model is needed",
+        "--model=DIR/nowhere --text=hello": "DIR/nowhere: no such folder; allowed: a dir",
         "--model=DIR/ready": "needed: one of --recording, --manifest, --corpus with",
         "--model=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
         "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: that",
@@ -123,13 +123,13 @@ WRONG_USES = {
         ),
     },
     "export": {
-        "": "--workdir is needed: a directory that `mister-jax train` has written",
-        "--workdir=DIR": "--output is needed: a folder that does not exist yet",
-        "--workdir=DIR/ready --output=DIR/new": (
-            "the work directory of a MiSTER-E model; needed: that"
-        ),
-        "--workdir=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
-        "--workdir=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: not a model; --overwr",
+        "": "--model is needed: a directory that `mister-jax train` has written",
+        "--model=DIR": "--output is needed: a folder that does not exist yet",
+        "--model=DIR/ready --output=DIR/new --adapter": "--adapter: cannot be used with DIR/ready",
+        "--model=DIR/encoder --output=DIR/new --format=stablehlo": "--format: cannot be used with",
+        "--model=DIR/encoder --output=DIR/empty": "DIR/empty: exists; allowed: another --out",
+        "--model=DIR/encoder --output=DIR/empty --overwrite": "DIR/empty: not a model; --overwr",
+        "--model=DIR/old --output=DIR/new": "DIR/old: written by an older version of mister_jax",
     },
     "benchmark": {
         "--encoder=bert": "--encoder=bert needs one of --aot, --random, --throughput",
