@@ -16,6 +16,9 @@ import numpy as np
 SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
 """Scores for a whole split."""
 
+CALIBRATION_SCORES = ("calibration_error", "brier_score", "negative_log_likelihood")
+"""Scores of probabilities; lower is better."""
+
 SENTIMENT_CONVENTIONS = (
     "negative_nonnegative",
     "negative_positive_without_zero",
@@ -203,6 +206,43 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
         "confidence": mean_confidence,
         "accuracy": accuracy,
     }
+
+
+def brier_scores(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Returns the Brier score of each utterance: the squared distance from the true class, 0 to 2.
+
+    Args:
+      probabilities: Class probabilities, [N, C].
+      label: True classes, [N] int.
+    """
+    return ((probabilities - np.eye(probabilities.shape[-1])[label]) ** 2).sum(-1)
+
+
+def risk_coverage(
+    confidence: np.ndarray, correct: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Computes the risk-coverage curve of a classifier that abstains where it is uncertain.
+
+    The classifier keeps the share of utterances (coverage) on which it is most confident; the risk
+    is the share of wrong predictions among them (arXiv 1705.08500).
+
+    Args:
+      confidence: Probability of the predicted class, [N], with N of at least 1.
+      correct: Whether the prediction is correct, [N] bool.
+
+    Returns:
+      Coverage and risk at each distinct confidence, in the order of coverage, and the area under
+      the curve: the mean risk over all numbers of kept utterances, where utterances of the same
+      confidence are in random order.
+    """
+    values, index = np.unique(-np.asarray(confidence, float), return_inverse=True)
+    count = np.bincount(index, minlength=len(values))
+    wrong = np.bincount(index, ~np.asarray(correct, bool), len(values))
+    kept = count.cumsum()
+    expected_wrong = np.repeat(wrong / count, count).cumsum()
+    numbers = np.arange(1, kept[-1] + 1)
+    area = (expected_wrong / numbers).mean()
+    return kept / kept[-1], wrong.cumsum() / kept, float(area)
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 mister-jax evaluate --workdir=DIR --split=test
 mister-jax evaluate --workdir=DIR --split=test --report
+mister-jax evaluate --workdir=DIR --split=test --fit_calibration=bias
 mister-jax evaluate --workdir=DIR --split=test --drop_speech=0.1,0.3,0.5
 """
 
@@ -19,6 +20,13 @@ _DATASET = flags.DEFINE_string("dataset", None, "dataset; by default the trainin
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the dataset; as in training")
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
 _REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, figures, dialogues")
+_CALIBRATE = flags.DEFINE_bool("calibrate", True, "calibrate the probabilities")
+_FIT = flags.DEFINE_enum(
+    "fit_calibration",
+    None,
+    ["temperature", "bias"],
+    "fit the calibration on validation again: a temperature, or also a bias per class",
+)
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DROP_AS_ZEROS = flags.DEFINE_bool(
@@ -32,6 +40,10 @@ def _evaluate() -> None:
     has_rates = bool(_DROP_SPEECH.value or _DROP_TEXT.value)
     if _DROP_AS_ZEROS.value and not has_rates:
         raise InputError("--drop_as_zeros requires --drop_speech or --drop_text")
+    if _FIT.value and not _CALIBRATE.value:
+        raise InputError("--fit_calibration: cannot be used with --nocalibrate")
+    if has_rates and not _REPORT.value and _FIT.value:
+        raise InputError("--fit_calibration: with --drop_speech or --drop_text, needs --report")
     files = []
     options = {"dataset": _DATASET.value, "data_dir": _DATA_DIR.value, "output": _OUTPUT.value}
     if has_rates:
@@ -75,7 +87,14 @@ def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
     from mister_jax.console import score_table
     from mister_jax.evaluation.results import evaluate
 
-    scores = evaluate(workdir, _SPLIT.value, report=_REPORT.value, **options)
+    scores = evaluate(
+        workdir,
+        _SPLIT.value,
+        report=_REPORT.value,
+        calibrate=_CALIBRATE.value,
+        fit_calibration=_FIT.value,
+        **options,
+    )
     Console().print(score_table(_SPLIT.value, scores))
     files = ["metrics.json", "predictions.jsonl", "confusion.png"]
     return [*files, "report.html"] if _REPORT.value else files

@@ -42,6 +42,10 @@ class Estimate:
         low, high = np.nanquantile(resampled, [tail, 1 - tail])
         return cls(float(value), float(low), float(high))
 
+    def to_json(self) -> dict[str, float | None]:
+        """Returns the value and the ends of the interval by name."""
+        return dataclasses.asdict(self)
+
 
 class DialogueBootstrap:
     """Computes scores on a whole split and on each resample.
@@ -88,6 +92,19 @@ class DialogueBootstrap:
         shape = (len(self.dialogues), num_cells)
         counts = np.bincount(flat, minlength=math.prod(shape)).reshape(shape)
         return counts.sum(0), self._weights @ counts
+
+    def sums(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums values over the labeled utterances.
+
+        Args:
+          values: Values of each labeled utterance, [n, K].
+
+        Returns:
+          Sums on the whole split, [K], and on the resamples, [R, K].
+        """
+        sums = np.zeros((len(self.dialogues), values.shape[1]))
+        np.add.at(sums, self._dialogue, values)
+        return sums.sum(0), self._weights @ sums
 
     def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Computes confusion matrices for predictions, [N] int, -1 for excluded utterances.

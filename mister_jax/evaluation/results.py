@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,22 @@ from absl import logging
 from etils import epath
 
 from mister_jax import metrics, multi_seed
+from mister_jax.calibration import CALIBRATION_FILE
 from mister_jax.data import DialogueFeatures
+from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
+from mister_jax.evaluation.calibration import (
+    CALIBRATION_SPLIT,
+    fit_on_validation,
+    summarize_calibration,
+)
 from mister_jax.evaluation.missing_modality import study_for_report, write_study
 from mister_jax.evaluation.report import Experiment, read_utterance_texts, write_report
 from mister_jax.evaluation.scores import score_predictions
+from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
+from mister_jax.tasks.fusion import FusionTask
 from mister_jax.workdir import read_config
 
 
@@ -31,6 +40,8 @@ def evaluate(
     data_dir: str | None = None,
     output: epath.PathLike | None = None,
     report: bool = False,
+    calibrate: bool = True,
+    fit_calibration: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
@@ -38,6 +49,10 @@ def evaluate(
     The files contain the results for all evaluated splits. New results replace earlier results for
     the same split. In `metrics.json`, the test split of a dataset that was not used in training is
     named "DATASET/test".
+
+    The first evaluation of a MiSTER-E model fits a temperature on the validation split of the
+    training dataset and writes it to `calibration.json` in the work directory, where predictions
+    and later evaluations read it.
 
     Args:
       workdir: Work directory of a training run.
@@ -47,16 +62,21 @@ def evaluate(
       data_dir: Directory of the dataset; by default the directory used in training.
       output: Folder of the files; the work directory by default.
       report: Whether to write `report.html` for this split, with a missing-modality study.
+      calibrate: Whether to calibrate the probabilities.
+      fit_calibration: Fits the calibration again: "temperature", or "bias" for a temperature and a
+        bias per class. By default, it is fitted only if there is none for the best parameters.
       quiet: Whether to hide progress.
 
     Returns:
       The split's scores as in `metrics.json`: the result of `score_predictions`, "dataset",
-      "checkpoint" (the parameters' "epoch"), and "seeds" if there are several.
+      "checkpoint" (the parameters' "epoch"), "calibration" if there are labels (the result of
+      `summarize_calibration`), and "seeds" if there are several. Scores of single seeds are not
+      calibrated.
 
     Raises:
       InputError: The work directory, the dataset, or existing results in the folder are unusable.
     """
-    predictor = Predictor(workdir, data_dir)
+    predictor = Predictor(workdir, data_dir, calibrate=calibrate)
     features = predictor.task.features(split, dataset)
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
@@ -76,11 +96,21 @@ def evaluate(
             ", ".join(features.class_names),
         )
     per_seed = predictor.predict_per_seed(features, quiet=quiet)
-    predictions = multi_seed.ensemble(per_seed)
+    if fit_calibration or calibrate:
+        validation = per_seed if key == CALIBRATION_SPLIT else None
+        _fit_calibration(predictor, validation, fit_calibration, quiet=quiet)
+    predictions = predictor.combine_seeds(per_seed)
     scores = score_predictions(features, predictions)
     if len(per_seed) > 1:
         seed_scores = [score_predictions(features, of_seed) for of_seed in per_seed]
         scores["seeds"] = multi_seed.summarize_seeds(predictor.seeds, seed_scores)
+    if (features.label >= 0).any():
+        is_calibrated = calibrate and predictor.calibration is not None
+        scores["calibration"] = summarize_calibration(
+            predictor,
+            SplitPredictions.from_features(features, multi_seed.ensemble(per_seed)),
+            SplitPredictions.from_features(features, predictions) if is_calibrated else None,
+        )
     scores |= {"dataset": features.name, "checkpoint": {"epoch": predictor.progress["epoch"]}}
     study = study_for_report(predictor, features, output, quiet=quiet) if report else None
     if jax.process_index() == 0:
@@ -105,6 +135,40 @@ def evaluate(
             texts = read_utterance_texts(features, predictor.data_dir)
             write_report(output, features, predictions, scores, experiment, texts, study)
     return scores
+
+
+def _fit_calibration(
+    predictor: Predictor,
+    validation: Sequence[Predictions] | None,
+    kind: str | None,
+    *,
+    quiet: bool,
+) -> None:
+    """Fits the calibration if the kind is given, or if MiSTER-E has none yet.
+
+    Args:
+      predictor: Predictor of the work directory, which is changed.
+      validation: Predictions of each seed for the validation split, if already computed.
+      kind: See `evaluate`.
+      quiet: Whether to hide progress.
+    """
+    if kind not in (None, "temperature", "bias"):
+        raise InputError(f"fit_calibration={kind!r}; allowed: 'temperature', 'bias'")
+    is_fusion = isinstance(predictor.task, FusionTask)
+    if kind is None and (predictor.calibration is not None or not is_fusion):
+        return
+    if not is_fusion:
+        raise InputError(
+            f"{predictor.folder}: the work directory of an encoder, which is not calibrated; "
+            "needed: a work directory of MiSTER-E"
+        )
+    try:
+        fit_on_validation(predictor, validation, with_bias=kind == "bias", quiet=quiet)
+    except (InputError, OSError) as error:
+        if kind is not None:
+            raise
+        # The dataset may be gone, and the work directory may be read-only.
+        logging.warning("%s is not written: %s", predictor.folder / CALIBRATION_FILE, error)
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:

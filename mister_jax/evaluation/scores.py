@@ -20,9 +20,10 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       predictions: Arrays that a `Predictor` returns.
 
     Returns:
-      The result of `metrics.classification_scores`, "confusion", "calibration_error", and for
-      MiSTER-E "mean_gate" and "experts". If the utterances have scores and the classes are negative
-      and positive (see `metrics.positive_class`), "sentiment" is added.
+      The result of `metrics.classification_scores`, "confusion", "calibration_error",
+      "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate" and "experts". If the
+      utterances have scores and the classes are negative and positive (see
+      `metrics.positive_class`), "sentiment" is added.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
@@ -35,9 +36,12 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
     counts = confusion(predicted, labeled)
     scores = metrics.classification_scores(counts, features.class_names)
     scores["confusion"] = counts.tolist()
-    confidence = predictions["probabilities"][labeled].max(-1)
-    calibration = metrics.calibration(confidence, (predicted == features.label)[labeled])
-    scores["calibration_error"] = calibration["error"]
+    probabilities, label = predictions["probabilities"][labeled], features.label[labeled]
+    confidence, correct = probabilities.max(-1), predicted[labeled] == label
+    scores["calibration_error"] = metrics.calibration(confidence, correct)["error"]
+    if labeled.any():
+        scores["brier_score"] = float(metrics.brier_scores(probabilities, label).mean())
+        scores["area_under_risk_coverage"] = metrics.risk_coverage(confidence, correct)[2]
     if "gate" in predictions:
         scores["mean_gate"], scores["experts"] = {}, {}
         for index, name in enumerate(EXPERTS):

@@ -1,0 +1,130 @@
+"""Fits a model's calibration on the validation split, and scores probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mister_jax import metrics
+from mister_jax.calibration import fit_calibration, negative_log_likelihood, write_calibration
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
+from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.predictor import Predictions, Predictor
+
+CALIBRATION_SPLIT = "validation"
+
+
+def fit_on_validation(
+    predictor: Predictor,
+    per_seed: Sequence[Predictions] | None = None,
+    *,
+    with_bias: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Fits the calibration of a work directory, writes it, and sets that of the predictor.
+
+    Args:
+      predictor: Predictor of the work directory.
+      per_seed: Predictions of each seed for the validation split, if already computed.
+      with_bias: Whether to fit a bias per class in addition to the temperature.
+      quiet: Whether to hide progress.
+
+    Raises:
+      InputError: The validation split of the training dataset is not available.
+    """
+    features = predictor.task.features(CALIBRATION_SPLIT)
+    if per_seed is None:
+        per_seed = predictor.predict_per_seed(features, quiet=quiet)
+    predictor.calibration = None
+    probabilities = predictor.combine_seeds(per_seed)["probabilities"]
+    calibration = fit_calibration(probabilities, features.label, with_bias=with_bias)
+    if calibration is None:
+        logging.warning(
+            "dataset %s: no utterance of %s has a label, so there is no calibration",
+            features.name,
+            CALIBRATION_SPLIT,
+        )
+        return
+    predictor.calibration = calibration
+    if jax.process_index() == 0:
+        write_calibration(predictor.folder, calibration, predictor.progress)
+
+
+def calibration_scores(
+    predictions: SplitPredictions, bootstrap: DialogueBootstrap
+) -> dict[str, Estimate]:
+    """Scores the probabilities of the labeled utterances; lower scores are better.
+
+    Resampling adds noise to the bins' accuracies, which raises the calibration error. So the
+    interval of a small error may be above the error.
+
+    Args:
+      predictions: Predictions for a split with at least one label.
+      bootstrap: Bootstrap over the dialogues of the same split.
+
+    Returns:
+      The `metrics.CALIBRATION_SCORES` with their intervals.
+    """
+    labeled = predictions.labeled
+    probabilities, label = predictions.probabilities[labeled], predictions.label[labeled]
+    confidence = probabilities.max(-1).astype(float)
+    correct = ~predictions.wrong[labeled]
+    bins = metrics.calibration(confidence, correct)
+    in_bin = np.eye(len(bins["count"]))[bins["bin"]]  # n, bins
+    columns = np.column_stack(
+        [
+            np.ones(len(label)),
+            metrics.brier_scores(probabilities, label),
+            negative_log_likelihood(probabilities, label),
+            in_bin * (correct - confidence)[:, None],
+        ]
+    )
+    sums = bootstrap.sums(columns)
+
+    def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+        total = sums[..., 0]
+        return {
+            "calibration_error": np.abs(sums[..., 3:]).sum(-1) / total,
+            "brier_score": sums[..., 1] / total,
+            "negative_log_likelihood": sums[..., 2] / total,
+        }
+
+    whole, resampled = map(scores, sums)
+    return {
+        name: Estimate.from_resamples(whole[name], resampled[name])
+        for name in metrics.CALIBRATION_SCORES
+    }
+
+
+def summarize_calibration(
+    predictor: Predictor, uncalibrated: SplitPredictions, calibrated: SplitPredictions | None
+) -> dict[str, Any]:
+    """Returns the JSON values of a calibration and its scores before and after.
+
+    Args:
+      predictor: Predictor of the predictions.
+      uncalibrated: Predictions for a split with at least one label.
+      calibrated: Calibrated predictions; None if they were not calibrated.
+
+    Returns:
+      "uncalibrated" and, if given, "calibrated": by score "value", "low" and "high". With
+      "calibrated", also "temperature" and "bias" (by class, or None).
+    """
+    bootstrap = DialogueBootstrap(uncalibrated)
+    summary: dict[str, Any] = {}
+    if calibrated is not None and predictor.calibration is not None:
+        bias = predictor.calibration.bias
+        summary = {
+            "temperature": predictor.calibration.temperature,
+            "bias": bias and dict(zip(uncalibrated.class_names, bias, strict=True)),
+        }
+    versions = {"uncalibrated": uncalibrated, "calibrated": calibrated}
+    for name, predictions in versions.items():
+        if predictions is not None:
+            scores = calibration_scores(predictions, bootstrap)
+            summary[name] = {key: estimate.to_json() for key, estimate in scores.items()}
+    return summary
