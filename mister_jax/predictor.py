@@ -150,7 +150,7 @@ class Predictor:
         return jax.device_put(states, self.partitioner.replicated)
 
     def predict_step(
-        self, states: Sequence[Any], batch: Mapping[str, np.ndarray]
+        self, states: Sequence[Any], batch: dict[str, np.ndarray]
     ) -> tuple[list[Any], Predictions]:
         """Predicts the next utterance of each dialogue with a causal model.
 

@@ -8,12 +8,15 @@ mister-jax predict --model=RUN --audio=1.wav --text="Hello?" --audio=2.wav --tex
 mister-jax predict --model=OWNER/NAME --text="Hello?" --text="You again!"
 mister-jax predict --model=RUN --manifest=my.jsonl --output=out.jsonl
 mister-jax predict --model=RUN --corpus=meld --source=MELD.Raw --output=out.jsonl
+mister-jax predict --model=RUN --follow < utterances.jsonl   # one answer per line, while it is live
 
 --model is the work directory of a training run, a folder from mister-jax export, or a name on the
 Hugging Face Hub. A --recording is an entire conversation. Its utterances come from --transcript,
 else from a transcript of the same name beside it, else from speech recognition, else from voice
 activity detection. --audio and --text are the recordings and texts of single utterances, in the
-order of their dialogue; an empty value is a missing one.
+order of their dialogue; an empty value is a missing one. With --follow, each line of standard input
+is a JSON object with the fields of a manifest, such as {"dialogue": "7", "text": "Hello?"}, and is
+answered at once by a JSON line on standard output.
 
 The ending of --output chooses the format: .jsonl and .csv have one row per utterance. For
 recordings there are also .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
@@ -23,6 +26,7 @@ recordings there are also .html (a page with player and waveform), .srt, .vtt, .
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pathlib
 import sys
@@ -79,6 +83,9 @@ _TEXT = flags.DEFINE_multi_string("text", [], "text of an utterance; may be repe
 _CHANNEL = flags.DEFINE_string(
     "audio_channel", "mix", "channel of --audio to read: mix, left, right, or an index from 0"
 )
+_FOLLOW = flags.DEFINE_bool(
+    "follow", False, "answer utterances in JSON lines from standard input, line by line"
+)
 _OUTPUT = flags.DEFINE_multi_string(
     "output", [], "file to write, {name} is the recording's name; may be repeated"
 )
@@ -99,6 +106,8 @@ _MAX_PRINTED = 40  # utterances of a recording
 def main() -> int:
     """Runs `mister-jax predict`."""
     _check_flags()
+    if _FOLLOW.value:
+        return _follow()
     if _RECORDING.value:
         return _predict_recordings()
     from rich.console import Console
@@ -162,6 +171,10 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 
 def _check_flags() -> None:
     """Checks that no flag is set that has no effect."""
+    if _FOLLOW.value:
+        for source in (_RECORDING, _MANIFEST, _CORPUS, _AUDIO, _TEXT, _OUTPUT, *_UTTERANCE_FLAGS):
+            if source.present:
+                raise InputError(f"--{source.name}: cannot be used with --follow")
     if not _RECORDING.value:
         for flag in _RECORDING_FLAGS:
             if flag.present:
@@ -174,6 +187,16 @@ def _check_flags() -> None:
         raise InputError("--no_text: cannot be used with --transcript or --recognizer")
     if _EMBED_AUDIO.value and not any(path.endswith(".html") for path in _OUTPUT.value):
         raise InputError("--embed_audio: needs an --output of the format .html")
+
+
+def _follow() -> int:
+    """Answers the utterances of standard input until it ends."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # Standard output has the answers only.
+        from mister_jax.inference.follow import follow
+
+        follow(_load(), sys.stdin.buffer, answers, max_seconds=_SECONDS.value)
+    return 0
 
 
 def _predict_recordings() -> int:

@@ -70,6 +70,17 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
     ]
 
 
+def check_utterance(utterance: Utterance) -> CheckedUtterance:
+    """Checks a single utterance; its "start" and "end" do not cut its recording.
+
+    Raises:
+      InputError: The utterance has a field that cannot be used.
+    """
+    row, samples = _read_fields(utterance, "utterance")
+    (interval,) = fields.audio_intervals([row])
+    return _check_utterance(row, samples, interval)
+
+
 def decode_speech(
     utterances: Sequence[CheckedUtterance], max_seconds: float, num_workers: int, quiet: bool
 ) -> Iterator[tuple[np.ndarray, list[str]]]:

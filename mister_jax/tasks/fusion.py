@@ -19,7 +19,7 @@ from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
-from mister_jax.models import MisterE, MisterEConfig, MisterEOutput
+from mister_jax.models import MisterE, MisterEConfig, MisterEOutput, MisterEState
 from mister_jax.nn import PerExampleRngs
 from mister_jax.parallel.partitioning import Partitioner, first_row_index
 from mister_jax.parallel.sharding import ShardingRules
@@ -273,19 +273,41 @@ class FusionTask:
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
         """Returns the mixture's and the experts' probabilities, and the gate weights."""
-        output = apply_to_batch(model, self._standardize(batch))
-        return {
-            "probabilities": jax.nn.softmax(output.logits),  # [B, T, C]
-            "gate": output.gate,  # [B, T, E]
-            "expert_probabilities": jax.nn.softmax(output.expert_logits),  # [B, T, E, C]
-            "expert_present": output.expert_present,  # [B, T, E]
-        }
+        return _predictions(apply_to_batch(model, self._standardize(batch)))
+
+    def predict_step(
+        self, model: MisterE, state: MisterEState, batch: Batch
+    ) -> tuple[MisterEState, dict[str, jax.Array]]:
+        """Predicts the next utterance of each dialogue with a causal model.
+
+        Args:
+          model: Causal model.
+          state: State of the model after the last utterance.
+          batch: "speech" [B, D], "text" [B, D], "speech_present" [B] and "text_present" [B].
+
+        Returns:
+          The new state, and the result of `predict` with T = 1.
+        """
+        batch = self._standardize(batch)
+        state, output = model.step(
+            state, batch["speech"], batch["text"], batch["speech_present"], batch["text_present"]
+        )
+        return state, _predictions(output)
 
     def _standardize(self, batch: Batch) -> Batch:
         standardized = {
             name: standardizer(batch[name]) for name, standardizer in self.standardizers.items()
         }
         return {**batch, **standardized}
+
+
+def _predictions(output: MisterEOutput) -> dict[str, jax.Array]:
+    return {
+        "probabilities": jax.nn.softmax(output.logits),  # [B, T, C]
+        "gate": output.gate,  # [B, T, E]
+        "expert_probabilities": jax.nn.softmax(output.expert_logits),  # [B, T, E, C]
+        "expert_present": output.expert_present,  # [B, T, E]
+    }
 
 
 def apply_to_batch(model: MisterE, batch: Batch, **options: Any) -> MisterEOutput:

@@ -40,12 +40,13 @@ class CommandResult(NamedTuple):
     stderr: str
 
 
-def run_script(name: str, *flags: str) -> CommandResult:
-    """Runs one script of `launch/` in a new Python process."""
+def run_script(name: str, *flags: str, stdin: str = "") -> CommandResult:
+    """Runs one script of `launch/` in a new Python process, with `stdin` as standard input."""
     process = subprocess.run(
         [sys.executable, "-m", f"launch.{name}", *flags],
         cwd=REPOSITORY,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "120"},
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=300,

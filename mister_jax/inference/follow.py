@@ -1,0 +1,94 @@
+"""Answers utterances in JSON lines, one prediction per line, while dialogues are live."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from absl import logging
+
+from mister_jax.data.corpora.manifest.fields import Fields
+from mister_jax.errors import InputError
+from mister_jax.inference.recognizer import EmotionRecognizer
+from mister_jax.inference.streaming import DialogueStream
+
+MAX_DIALOGUES = 1000
+"""Number of dialogues that are kept at a time."""
+
+_IDS = ("dialogue", "utterance")
+
+
+def follow(
+    recognizer: EmotionRecognizer,
+    lines: Iterable[bytes],
+    answers: TextIO,
+    *,
+    max_seconds: float = 60.0,
+    max_dialogues: int = MAX_DIALOGUES,
+) -> None:
+    """Answers each line with one JSON line, before it reads the next line.
+
+    An input line is an object with the fields of a manifest, such as "text" and "audio". Its answer
+    has the same "dialogue" and "utterance", and the prediction. Lines with the same "dialogue" are
+    one dialogue; lines without one are another. The answer to a line that cannot be used is
+    {"error": ..., "line": ...} with the number of the line, and its dialogue continues without it.
+
+    Args:
+      recognizer: Recognizer.
+      lines: Lines in UTF-8.
+      answers: Text file for the answers.
+      max_seconds: Seconds of each utterance's speech to read.
+      max_dialogues: Number of dialogues to keep. For a further one, the dialogue whose last
+        utterance is the oldest is dropped; if it continues, it starts anew.
+    """
+    streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
+    for number, line in enumerate(lines, start=1):
+        try:
+            answer = _answer(recognizer, streams, line, max_seconds)
+        except InputError as error:
+            answer = {"error": str(error), "line": number}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if len(streams) > max_dialogues:
+            dropped, _ = streams.popitem(last=False)
+            logging.warning(
+                "dialogue %s is dropped, because %d others are newer",
+                json.dumps(dropped),
+                max_dialogues,
+            )
+
+
+def _answer(
+    recognizer: EmotionRecognizer,
+    streams: OrderedDict[str | None, DialogueStream],
+    line: bytes,
+    max_seconds: float,
+) -> dict[str, Any]:
+    utterance = _read_utterance(line)
+    row = Fields("utterance", utterance)
+    ids = {name: row.id(name) for name in _IDS if utterance.get(name) is not None}
+    path = row.audio_path()
+    # Path.is_file raises an OSError for a name that is too long.
+    if path is not None and not os.path.isfile(path):  # noqa: PTH113
+        row.fail("audio", f"{path!r}: no such file")
+    dialogue = ids.get("dialogue")
+    stream = streams.get(dialogue) or recognizer.stream(max_seconds=max_seconds)
+    prediction = stream.predict(utterance)
+    # Only now, because an unusable utterance must neither start nor renew a dialogue.
+    streams[dialogue] = stream
+    streams.move_to_end(dialogue)
+    return {**{name: utterance[name] for name in ids}, **prediction}
+
+
+def _read_utterance(line: bytes) -> dict[str, Any]:
+    try:
+        utterance = json.loads(line)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError.
+        reason = " ".join(str(error).split())
+        raise InputError(f"no JSON: {reason}; needed: an object in one line of UTF-8") from error
+    if not isinstance(utterance, dict):
+        raise InputError(f"{type(utterance).__name__}; needed: a JSON object with text or audio")
+    return utterance
