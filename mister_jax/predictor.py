@@ -159,7 +159,7 @@ class Predictor:
           batch: See `FusionTask.predict_step`.
 
         Returns:
-          The new states, and arrays like those of a call, in the order of the dialogues.
+          The new states, and the arrays that a call returns, in the order of the dialogues.
         """
         with explain_oom("prediction", f"utterances on {jax.device_count()} devices", _OOM_HINT):
             results = [
@@ -167,11 +167,9 @@ class Predictor:
                 for params, state in zip(self.params, states, strict=True)
             ]
             per_seed = jax.device_get([predictions for _, predictions in results])
-        predictions = multi_seed.ensemble(per_seed)
         # The outputs of a step have a single utterance, T = 1.
-        return [state for state, _ in results], {
-            name: values[:, 0] for name, values in predictions.items()
-        }
+        per_seed = [{name: values[:, 0] for name, values in it.items()} for it in per_seed]
+        return [state for state, _ in results], self.combine_seeds(per_seed)
 
     def __call__(self, features: DialogueFeatures, *, quiet: bool = False) -> Predictions:
         """Predicts every utterance in a split.
