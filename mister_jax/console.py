@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mister_jax.metrics import SCORE_NAMES
+from mister_jax.metrics import CALIBRATION_SCORES, SCORE_NAMES
 
 
 class ProgressReporter:
@@ -103,6 +103,16 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     table.add_section()
     for name, row in baselines.items():
         table.add_row(f"weighted f1: {name}", "", "", f"{row['weighted_f1']:.3f}", "")
+    calibration = scores.get("calibration", {})
+    versions = [calibration[key] for key in ("uncalibrated", "calibrated") if key in calibration]
+    if versions:
+        table.add_section()
+        if len(versions) > 1:
+            table.caption = "A -> B: before and after calibration"
+        for key in CALIBRATION_SCORES:
+            name = key.replace("_", " ").replace("brier", "Brier")
+            values = " -> ".join(f"{version[key]['value']:.3f}" for version in versions)
+            table.add_row(name, "", "", values, "")
     if seeds:
         table.add_section()
         for seed, row in seeds["of_each"].items():

@@ -1,5 +1,7 @@
 """Scores, compared with scikit-learn and with values computed by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,40 @@ def test_calibration_bins_and_error_equal_values_computed_by_hand():
     assert calibration["count"].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
     assert calibration["error"] == pytest.approx((2 * abs(0.5 - 0.575) + 2 * abs(1 - 0.975)) / 4)
     assert metrics.calibration(np.zeros(0), np.zeros(0, bool))["error"] == 0
+
+
+def test_brier_scores_equal_values_computed_by_hand():
+    probabilities = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], np.float32)
+    assert metrics.brier_scores(probabilities, np.array([0, 0, 0])).tolist() == [0, 0.5, 2]
+
+
+def test_the_risk_coverage_curve_equals_values_computed_by_hand():
+    confidence = np.array([0.9, 0.6, 0.8, 0.7])
+    coverage, risk, area = metrics.risk_coverage(confidence, np.array([True, False, False, True]))
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
+    assert risk.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert area == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+
+
+def test_equal_confidences_are_kept_together_and_have_the_area_of_a_random_order():
+    correct = np.array([True, False, True, False, False])
+    coverage, risk, area = metrics.risk_coverage(np.full(5, 0.5), correct)
+    assert coverage.tolist() == [1] and risk.tolist() == [0.6]
+    assert area == pytest.approx(0.6)
+    confidence = np.array([0.9, 0.5, 0.5, 0.5, 0.2])
+    areas = [
+        metrics.risk_coverage(confidence - 1e-6 * np.array([0, *order, 0]), correct)[2]
+        for order in itertools.permutations(range(3))
+    ]
+    assert metrics.risk_coverage(confidence, correct)[2] == pytest.approx(np.mean(areas))
+
+
+def test_perfect_confidences_have_the_smallest_area():
+    random = np.random.default_rng(0)
+    correct = random.random(50) < 0.7
+    best = metrics.risk_coverage(correct, correct)[2]
+    assert 0 < best < metrics.risk_coverage(random.random(50), correct)[2]
+    assert best < metrics.risk_coverage(~correct, correct)[2]
 
 
 @pytest.mark.parametrize(

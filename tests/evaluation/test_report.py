@@ -9,9 +9,11 @@ import subprocess
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from mister_jax import data, metrics
 from mister_jax.data.utterances import Utterances
+from mister_jax.evaluation.calibration import calibration_scores
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
 from mister_jax.evaluation.report import (
     Experiment,
@@ -20,7 +22,13 @@ from mister_jax.evaluation.report import (
     write_report,
 )
 from mister_jax.evaluation.report.page import dialogue_data
-from mister_jax.evaluation.report.statistics import calibration, mean_gates, score_models
+from mister_jax.evaluation.report.statistics import (
+    abstention,
+    calibration,
+    mean_gates,
+    risk_coverage,
+    score_models,
+)
 from mister_jax.evaluation.scores import score_predictions
 from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import embedded_json
@@ -217,6 +225,57 @@ def test_calibration_bins_have_intervals():
         assert part.accuracy.low <= part.accuracy.value <= part.accuracy.high
 
 
+def test_calibration_scores_have_intervals_and_equal_their_definitions():
+    features, predictions = make_split(40)
+    split = SplitPredictions.from_features(features, predictions)
+    scores = calibration_scores(split, DialogueBootstrap(split))
+    expected = score_predictions(features, predictions)
+    assert tuple(scores) == metrics.CALIBRATION_SCORES
+    for name in ("calibration_error", "brier_score"):
+        assert scores[name].value == pytest.approx(expected[name], rel=1e-6)
+    labeled = features.label >= 0
+    nll = sklearn.metrics.log_loss(
+        features.label[labeled], predictions["probabilities"][labeled], labels=[0, 1, 2]
+    )
+    assert scores["negative_log_likelihood"].value == pytest.approx(nll, rel=1e-5)
+    for name in ("brier_score", "negative_log_likelihood"):
+        assert scores[name].low < scores[name].value < scores[name].high
+
+
+def test_page_shows_scores_before_and_after_calibration():
+    features, predictions = make_split()
+    estimate = {"value": 0.125, "low": 0.0625, "high": None}
+    summary = {
+        version: dict.fromkeys(metrics.CALIBRATION_SCORES, estimate)
+        for version in ("uncalibrated", "calibrated")
+    }
+    split = SplitPredictions.from_features(features, predictions)
+    for bias, text in ((None, "temperature 1.250."), ({"<joy>": 0.5}, "biases: &lt;joy&gt; +0.50")):
+        scores = {"calibration": {"temperature": 1.25, "bias": bias, **summary}}
+        page = report_html(split, scores, EXPERIMENT)
+        assert text in page and "not calibrated" not in page
+    scores = {"calibration": {"uncalibrated": summary["uncalibrated"]}}
+    assert "not calibrated" in report_html(split, scores, EXPERIMENT)
+
+
+def test_fewer_utterances_are_kept_above_higher_confidences():
+    features, predictions = make_split(30)
+    split = SplitPredictions.from_features(features, predictions)
+    rows = abstention(split, DialogueBootstrap(split))
+    assert rows[0].min_confidence == 0 and rows[0].coverage.value == 1
+    for row in rows[1:]:
+        kept = (predictions["probabilities"].max(-1) >= row.min_confidence) & split.labeled
+        assert row.coverage.value == pytest.approx(kept.sum() / split.labeled.sum())
+        assert row.accuracy.value == pytest.approx(1 - split.wrong[kept].mean())
+        assert row.coverage.low <= row.coverage.value <= row.coverage.high
+    assert (np.diff([row.coverage.value for row in rows]) <= 0).all()
+    curve = risk_coverage(split)
+    assert curve.error == pytest.approx(split.wrong.sum() / split.labeled.sum())
+    assert curve.best_area < curve.area < curve.error
+    page = Page(render(features, predictions))
+    assert "abstention" in page.ids
+
+
 def test_mean_gate_is_grouped_by_class_and_outcome():
     features, predictions = make_split()
     split = SplitPredictions.from_features(features, predictions)
@@ -298,7 +357,7 @@ def test_a_split_without_labels_still_shows_its_dialogues():
     features, predictions = make_split(unlabeled=1.1)
     page = Page(report_html(SplitPredictions.from_features(features, predictions), {}, EXPERIMENT))
     assert "dialogues" in page.ids
-    assert not {"scores", "confusion", "calibration", "gate"} & page.ids
+    assert not {"scores", "confusion", "calibration", "abstention", "gate"} & page.ids
 
 
 def test_single_utterances_are_grouped_by_dialogue():

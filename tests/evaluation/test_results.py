@@ -3,14 +3,22 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
 from mister_jax import data
+from mister_jax.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    fit_calibration,
+    write_calibration,
+)
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
+from mister_jax.evaluation.calibration import fit_on_validation
 from mister_jax.evaluation.missing_modality import drop_modalities, missing_modality_study
 from mister_jax.evaluation.results import evaluate
 from mister_jax.evaluation.scores import score_predictions
@@ -135,6 +143,99 @@ def test_a_workdir_of_another_version_is_refused(finished_workdir, tmp_path):
         with pytest.raises(InputError, match="written by an older version of mister_jax") as error:
             evaluate(tmp_path, "test", quiet=True)
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run(finished_workdir, tmp_path):
+    """A finished run without calibration, which the test may change."""
+    folder = shutil.copytree(finished_workdir, tmp_path / "run")
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+    return folder
+
+
+def read_probabilities(folder, split="test"):
+    rows = read_predictions(folder, split)
+    return np.array([list(row["probabilities"].values()) for row in rows])
+
+
+@pytest.mark.parametrize("first_split", ["validation", "test"])
+def test_the_first_evaluation_fits_the_temperature_on_validation(run, first_split):
+    evaluate(run, first_split, quiet=True)
+    calibration = Predictor(run).calibration
+    uncalibrated = Predictor(run, calibrate=False)
+    validation = uncalibrated.task.features("validation")
+    probabilities = uncalibrated(validation, quiet=True)["probabilities"]
+    assert calibration == fit_calibration(probabilities, validation.label)
+    assert calibration.bias is None and calibration.temperature != 1
+    written = (run / CALIBRATION_FILE).read_text()
+    for split in ("validation", "test"):
+        summary = evaluate(run, split, quiet=True)["calibration"]
+        assert summary["temperature"] == calibration.temperature
+        assert set(summary["calibrated"]) == set(summary["uncalibrated"])
+    assert (run / CALIBRATION_FILE).read_text() == written
+    summary = read_metrics(run)["validation"]["calibration"]
+    before, after = (
+        summary[version]["negative_log_likelihood"] for version in ("uncalibrated", "calibrated")
+    )
+    assert after["value"] < before["value"] and after["low"] <= after["value"] <= after["high"]
+
+
+def test_calibration_is_applied_to_predictions_and_can_be_switched_off(run):
+    scores = evaluate(run, "test", calibrate=False, quiet=True)
+    assert not (run / CALIBRATION_FILE).exists()
+    assert list(scores["calibration"]) == ["uncalibrated"]
+    before = read_probabilities(run)
+    calibrated = evaluate(run, "test", quiet=True)
+    after = read_probabilities(run)
+    expected = Predictor(run).calibration(before)
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3
+    assert calibrated["weighted_f1"] == scores["weighted_f1"]
+    assert calibrated["calibration"]["uncalibrated"] == scores["calibration"]["uncalibrated"]
+    value = calibrated["calibration"]["calibrated"]["brier_score"]["value"]
+    assert calibrated["brier_score"] == pytest.approx(value)
+    evaluate(run, "test", calibrate=False, quiet=True)
+    np.testing.assert_array_equal(read_probabilities(run), before)
+
+
+def test_biases_are_fitted_on_request(run):
+    scores = evaluate(run, "test", fit_calibration="bias", quiet=True)
+    assert list(scores["calibration"]["bias"]) == list(scores["per_class"])
+    assert Predictor(run).calibration.bias is not None
+    evaluate(run, "validation", fit_calibration="temperature", quiet=True)
+    assert Predictor(run).calibration.bias is None
+    with pytest.raises(InputError, match="fit_calibration='warm'; allowed: 'temperature', 'bias'"):
+        evaluate(run, "test", fit_calibration="warm", quiet=True)
+
+
+def test_a_calibration_of_other_parameters_is_fitted_again(run):
+    write_calibration(run, Calibration(9.0), {"epoch": 77})
+    assert Predictor(run).calibration is None
+    assert evaluate(run, "test", quiet=True)["calibration"]["temperature"] != 9.0
+
+
+def test_without_validation_data_the_evaluation_is_not_calibrated(
+    run, tiny_data_dir, tmp_path, caplog
+):
+    test = data.load_features("tiny", "test", tiny_data_dir)
+    other = dataclasses.replace(test, name="elsewhere")
+    data.write_features({"test": other}, "elsewhere", tmp_path / "data")
+    options = {"dataset": "elsewhere", "data_dir": str(tmp_path / "data"), "quiet": True}
+    scores = evaluate(run, "test", output=tmp_path / "results", **options)
+    assert list(scores["calibration"]) == ["uncalibrated"]
+    assert f"{CALIBRATION_FILE} is not written" in caplog.text
+    with pytest.raises(InputError, match="tiny"):
+        evaluate(run, "test", fit_calibration="temperature", **options)
+
+
+def test_without_labels_in_validation_there_is_no_calibration(run, monkeypatch, caplog):
+    predictor = Predictor(run)
+    validation = predictor.task.features("validation")
+    unlabeled = dataclasses.replace(validation, label=np.full_like(validation.label, -1))
+    monkeypatch.setattr(predictor.task, "features", lambda split: unlabeled)
+    fit_on_validation(predictor, quiet=True)
+    assert predictor.calibration is None and not (run / CALIBRATION_FILE).exists()
+    assert "no utterance of validation has a label" in caplog.text
 
 
 def test_probabilities_sum_to_1_and_missing_experts_have_no_weight(results_folder, tiny_data_dir):

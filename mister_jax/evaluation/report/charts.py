@@ -16,6 +16,7 @@ from mister_jax.evaluation.report.statistics import CalibrationBin
 
 # Charts are about as wide as a phone's screen, so that phones do not scale their text down.
 _WIDTH, _HEIGHT = 360, 300
+_MAX_POINTS = 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 348, 30, 252
 
 
@@ -93,6 +94,22 @@ def calibration_curve(bins: Sequence[CalibrationBin]) -> str:
         )
         parts.append(axes.dot(part.confidence, part.accuracy.value, label))
     return _chart("Accuracy over confidence; the table below has the numbers", parts)
+
+
+def risk_coverage_curve(coverage: np.ndarray, risk: np.ndarray) -> str:
+    """Draws the share of wrong predictions over the share of utterances that are kept."""
+    error = float(risk[-1])
+    axes = _Axes(0, min(1.0, math.ceil(max(float(risk.max()), 0.1) * 10) / 10))
+    parts = axes.frame("share of utterances that are kept", "share of wrong predictions")
+    parts.append(_line("mark", _LEFT, axes.y(error), _RIGHT, axes.y(error)))
+    shown = np.unique(np.linspace(0, len(risk) - 1, _MAX_POINTS).round().astype(int))
+    points = [(float(coverage[index]), float(risk[index])) for index in shown]
+    parts.append(axes.polyline(points))
+    parts.append(axes.dot(1.0, error, f"all utterances: {error:.3f}"))
+    return _chart(
+        "Share of wrong predictions over the share of kept utterances; the table has the numbers",
+        parts,
+    )
 
 
 def missing_modality_curve(study: Mapping[str, Any]) -> str:

@@ -62,8 +62,8 @@ def report_html(
 
     Args:
       predictions: Predictions for the split.
-      scores: Scores that `evaluate` returned, of which "reference_scores", "sentiment" and "seeds"
-        are used if present.
+      scores: Scores that `evaluate` returned, of which "reference_scores", "sentiment",
+        "calibration" and "seeds" are used if present.
       experiment: Training run that is evaluated.
       texts: Transcripts by utterance id.
       study: Content of `missing_modality.json`; its section is omitted if None.
@@ -116,7 +116,11 @@ def _sections(
         content["Confusion"] = "confusion", sections.render_confusion(predictions, bootstrap)
         if predictions.gate is not None:
             content["Gate"] = "gate", sections.render_gate(predictions)
-        content["Calibration"] = "calibration", sections.render_calibration(predictions, bootstrap)
+        summary = scores.get("calibration", {})
+        html = sections.render_calibration(predictions, bootstrap, summary)
+        content["Calibration"] = "calibration", html
+        html = sections.render_abstention(predictions, bootstrap)
+        content["Abstention"] = "abstention", html
     if study is not None:
         content["Missing modalities"] = "missing", sections.render_missing_modality(study)
     return content

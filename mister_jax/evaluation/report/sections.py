@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report import charts, statistics
 from mister_jax.evaluation.report.elements import (
@@ -20,7 +20,7 @@ from mister_jax.evaluation.report.elements import (
 )
 from mister_jax.evaluation.report.statistics import ScoredModel
 from mister_jax.evaluation.split_predictions import SplitPredictions
-from mister_jax.metrics import SCORE_NAMES
+from mister_jax.metrics import CALIBRATION_SCORES, SCORE_NAMES
 
 _SCORE_TITLES = {
     "weighted_f1": "Weighted F1",
@@ -183,8 +183,16 @@ def render_gate(predictions: SplitPredictions) -> str:
     )
 
 
-def render_calibration(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
-    """Renders the expected calibration error and the calibration curve."""
+def render_calibration(
+    predictions: SplitPredictions, bootstrap: DialogueBootstrap, summary: Mapping[str, Any]
+) -> str:
+    """Renders the expected calibration error, the calibration curve, and the calibration's scores.
+
+    Args:
+      predictions: Predictions for the split.
+      bootstrap: Bootstrap over their dialogues.
+      summary: Scores before and after calibration, see `evaluation.calibration`; may be empty.
+    """
     error, bins = statistics.calibration(predictions, bootstrap)
     rows = [
         (
@@ -211,6 +219,60 @@ def render_calibration(predictions: SplitPredictions, bootstrap: DialogueBootstr
             element("p", lead),
             element("figure", charts.calibration_curve(bins)),
             details("Bins as a table", table("Calibration", head, rows)),
+            _calibration_scores(summary) if summary else "",
+        )
+    )
+
+
+def _calibration_scores(summary: Mapping[str, Any]) -> str:
+    """Renders the scores of the probabilities before and after calibration."""
+    versions = [name for name in ("uncalibrated", "calibrated") if name in summary]
+    rows = [
+        (
+            name.replace("_", " ").replace("brier", "Brier"),
+            *(estimate_cell(Estimate(**summary[version][name])) for version in versions),
+        )
+        for name in CALIBRATION_SCORES
+    ]
+    if "temperature" in summary:
+        note = f"Calibrated on validation with temperature {summary['temperature']:.3f}"
+        if summary["bias"]:
+            biases = (f"{name} {value:+.2f}" for name, value in summary["bias"].items())
+            note += f" and biases: {', '.join(biases)}"
+        note += ". The figure and all other sections show calibrated probabilities."
+    else:
+        note = "The probabilities are not calibrated."
+    return table("Scores of the probabilities", ("lower is better", *versions), rows) + element(
+        "p", escape(note), class_="note"
+    )
+
+
+def render_abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
+    """Renders the risk-coverage curve and the scores of utterances above minimum confidences."""
+    curve = statistics.risk_coverage(predictions)
+    rows = [
+        (
+            f"{row.min_confidence:g}" if row.min_confidence else "all utterances",
+            estimate_cell(row.coverage),
+            estimate_cell(row.accuracy),
+            estimate_cell(row.weighted_f1),
+        )
+        for row in statistics.abstention(predictions, bootstrap)
+    ]
+    lead = (
+        "Share of wrong predictions if only the most confident predictions are kept. The area "
+        f"under the curve is {element('strong', f'{curve.area:.3f}')}; it would be "
+        f"{curve.error:.3f} with random confidences (dashed) and {curve.best_area:.3f} if all "
+        "correct predictions were more confident than all wrong ones."
+    )
+    note = "<code>mister-jax predict --min_confidence</code> marks the others as uncertain."
+    head = ("minimum confidence", "kept", "accuracy", "weighted F1")
+    return "".join(
+        (
+            element("p", lead),
+            element("figure", charts.risk_coverage_curve(curve.coverage, curve.risk)),
+            table("Scores of the predictions above a minimum confidence", head, rows),
+            element("p", note, class_="note"),
         )
     )
 

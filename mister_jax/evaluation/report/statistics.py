@@ -12,6 +12,8 @@ from mister_jax import metrics
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 
+_MIN_CONFIDENCES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoredModel:
@@ -118,6 +120,64 @@ def calibration(
         for index, count in enumerate(curve["count"])
         if count
     ]
+
+
+class RiskCoverage(NamedTuple):
+    """Risk-coverage curve: coverage and risk, [K], and areas under curves.
+
+    `area` is the area for the model, and `best_area` for confidences that separate the correct from
+    the wrong predictions. With random confidences, the area is `error`, the share of wrong
+    predictions.
+    """
+
+    coverage: np.ndarray
+    risk: np.ndarray
+    error: float
+    area: float
+    best_area: float
+
+
+def risk_coverage(predictions: SplitPredictions) -> RiskCoverage:
+    """Computes the risk-coverage curve of the labeled utterances, see `metrics.risk_coverage`."""
+    labeled = predictions.labeled
+    correct = ~predictions.wrong[labeled]
+    confidence = predictions.probabilities[labeled].max(-1)
+    coverage, risk, area = metrics.risk_coverage(confidence, correct)
+    _, _, best_area = metrics.risk_coverage(correct, correct)
+    return RiskCoverage(coverage, risk, float(1 - correct.mean()), area, best_area)
+
+
+class KeptUtterances(NamedTuple):
+    """Scores of the utterances whose confidence is at least `min_confidence`."""
+
+    min_confidence: float
+    coverage: Estimate
+    accuracy: Estimate
+    weighted_f1: Estimate
+
+
+def abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> list[KeptUtterances]:
+    """Scores the labeled utterances that minimum confidences keep: all, and fewer and fewer."""
+    confidence = predictions.probabilities.max(-1)
+    total = bootstrap.scores(predictions.predicted)["utterances"]
+    rows: list[KeptUtterances] = []
+    for threshold in _MIN_CONFIDENCES:
+        kept = np.where(confidence >= threshold, predictions.predicted, NO_VOTE)
+        scores = bootstrap.scores(kept)
+        if not scores["utterances"][0]:
+            break  # The higher thresholds keep nothing, either.
+        count, resampled_count = scores["utterances"]
+        coverage = Estimate.from_resamples(count / total[0], resampled_count / total[1])
+        accuracy, weighted_f1 = (
+            # A resample may keep nothing.
+            Estimate.from_resamples(value, np.where(resampled_count > 0, resampled, np.nan))
+            for value, resampled in (scores["accuracy"], scores["weighted_f1"])
+        )
+        row = KeptUtterances(threshold, coverage, accuracy, weighted_f1)
+        if rows and row.coverage.value == 1:
+            continue
+        rows.append(row)
+    return rows
 
 
 class MeanGate(NamedTuple):
