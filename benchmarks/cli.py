@@ -16,6 +16,10 @@ Extraction with an encoder's weights, and the preparation of recordings:
     mister-jax benchmark --encoder=FOLDER --throughput --torch --onnx
     mister-jax benchmark --prepare=5000
 
+The prediction of a recording, with its transcript and by voice activity:
+
+    mister-jax benchmark --recording=call.wav --model=RUN --repeat=100
+
 A complete training run with the default recipe, from the start of the command to the test score:
 
     mister-jax benchmark --training=DATASET --torch
@@ -28,7 +32,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from benchmarks import encoders, fusion, parts, preparation, training
+from benchmarks import encoders, fusion, parts, preparation, recordings, training
 from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
 from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
@@ -89,8 +93,22 @@ _TRAINING = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "directory of the dataset of --training; by default TFDS's"
 )
+_RECORDING = flags.DEFINE_string(
+    "recording", None, "measure the prediction of this recording; needs --model"
+)
+_MODEL = flags.DEFINE_string("model", None, "work directory or bundle that reads --recording")
+_TRANSCRIPT = flags.DEFINE_string(
+    "transcript", None, "transcript of --recording; by default the one beside it"
+)
+_REFERENCE = flags.DEFINE_string(
+    "reference", None, "RTTM with the speech of --recording; by default the one beside it"
+)
+_REPEAT = flags.DEFINE_integer(
+    "repeat", 1, "number of times that --recording is concatenated", lower_bound=1
+)
 _JSON = flags.DEFINE_string("json", None, "JSON file to write")
 
+_OF_RECORDING = (_MODEL, _TRANSCRIPT, _REFERENCE, _REPEAT)
 _ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
@@ -108,7 +126,8 @@ def main() -> int:
         # JAX must not reserve memory of the accelerator that PyTorch needs.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections = _measure(config)
-    settings = {} if _ENCODER.value or _PREPARE.value or _TRAINING.value else fields
+    others = (_ENCODER, _PREPARE, _TRAINING, _RECORDING)
+    settings = {} if any(flag.value for flag in others) else fields
     own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
     settings |= {flag.name: flag.value for flag in own_flags if flag.present}
     report = Report(settings, environment(), sections)
@@ -126,6 +145,21 @@ def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
         raise InputError("--onnx needs --encoder=FOLDER --throughput")
     if _DATA_DIR.value and not _TRAINING.value:
         raise InputError(f"--data_dir={_DATA_DIR.value} needs --training=DATASET")
+    for flag in _OF_RECORDING:
+        if flag.present and not _RECORDING.value:
+            raise InputError(f"--{flag.name}={flag.value} needs --recording=FILE")
+    if _RECORDING.value:
+        if not _MODEL.value:
+            raise InputError(f"--recording={_RECORDING.value} needs --model=RUN")
+        rows = recordings.measure_recording(
+            _RECORDING.value,
+            _MODEL.value,
+            transcript=_TRANSCRIPT.value,
+            reference=_REFERENCE.value,
+            repeat=_REPEAT.value,
+            log=log,
+        )
+        return {"recording": rows}
     if _TRAINING.value:
         rows = training.measure_training(
             _TRAINING.value, _DATA_DIR.value, compare=_TORCH.value, log=log

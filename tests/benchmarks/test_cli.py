@@ -148,6 +148,8 @@ INVALID_FLAGS = {
     "--encoder=llama_3_1_8b": "needs one of --aot, --random, --throughput",
     "--onnx": "--onnx needs --encoder=FOLDER --throughput",
     "--data_dir=data": "--data_dir=data needs --training=DATASET",
+    "--recording=a.wav": "--recording=a.wav needs --model=RUN",
+    "--repeat=2": "--repeat=2 needs --recording=FILE",
     "--training=mosi_features,paper": "allowed: the name of a dataset, without variants",
 }
 
