@@ -1,0 +1,82 @@
+"""Classification checkpoints: heads, padding and errors, without PyTorch."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mister_jax.encoders.classification import load_classifier, placeholder_names
+from mister_jax.errors import InputError
+
+NAMES = {"0": "joy", "1": "anger", "2": "sadness"}
+
+
+def write_checkpoint(bert_folder, folder, *, num_classes=3, head=True, **fields):
+    """Writes a BERT with a random head."""
+    shutil.copytree(bert_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"id2label": NAMES} | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {f"bert.{name.removeprefix('bert.')}": value for name, value in tensors.items()}
+    random, dim = np.random.default_rng(0), config["hidden_size"]
+    if head:
+        tensors |= {
+            "bert.pooler.dense.weight": random.normal(size=(dim, dim)).astype(np.float32),
+            "bert.pooler.dense.bias": random.normal(size=dim).astype(np.float32),
+            "classifier.weight": random.normal(size=(num_classes, dim)).astype(np.float32),
+            "classifier.bias": random.normal(size=num_classes).astype(np.float32),
+        }
+    save_file(tensors, folder / "model.safetensors")
+    return folder, tensors
+
+
+def test_head_of_bert_is_applied_to_the_first_token(bert_folder, tmp_path):
+    folder, tensors = write_checkpoint(bert_folder, tmp_path / "bert")
+    classifier = load_classifier(folder)
+    assert classifier.class_names == ("joy", "anger", "sadness")
+    tokens = np.array([[2, 5, 3, 0]])
+    mask = tokens > 0
+    first = np.asarray(classifier.module(tokens, mask))[:, 0]
+    pooled = np.tanh(
+        first @ tensors["bert.pooler.dense.weight"].T + tensors["bert.pooler.dense.bias"]
+    )
+    expected = pooled @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+    np.testing.assert_allclose(classifier.logits(tokens, mask), expected, atol=1e-5)
+    on_left = np.array([[0, 0, 2, 5, 3]])
+    np.testing.assert_allclose(classifier.logits(on_left, on_left > 0), expected, atol=1e-5)
+    probabilities = classifier.probabilities(tokens, mask)
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-6)
+
+
+def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
+    folder, _ = write_checkpoint(
+        bert_folder, tmp_path / "bert", problem_type="multi_label_classification"
+    )
+    classifier = load_classifier(folder)
+    tokens = np.array([[2, 5, 3]])
+    logits = np.asarray(classifier.logits(tokens, tokens > 0))
+    probabilities = classifier.probabilities(tokens, tokens > 0)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": False}, "no classification head"),
+        ({"num_classes": 1}, "a regression; needed: a classifier"),
+        ({"problem_type": "regression"}, "a regression; needed: a classifier"),
+        ({"num_classes": 2}, "id2label has 3 entries; needed: 2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; allowed"),
+    ],
+)
+def test_unusable_checkpoint_is_a_one_line_error(bert_folder, tmp_path, options, message):
+    folder, _ = write_checkpoint(bert_folder, tmp_path / "bert", **options)
+    with pytest.raises(InputError, match=message) as error:
+        load_classifier(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_placeholder_names_are_found():
+    assert placeholder_names(("LABEL_0", "joy", "LABEL_12")) == ["LABEL_0", "LABEL_12"]
