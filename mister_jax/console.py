@@ -156,12 +156,17 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
         emotion = row["emotion"]
         probability = f"{row['probabilities'][emotion]:.2f}"
         place = _clock(row["start"]) if "start" in row else str(number)
-        table.add_row(place, escape(emotion), probability, "\n".join(lines))
+        mark = "?" if row.get("uncertain") else ""
+        table.add_row(place, escape(emotion) + mark, probability, "\n".join(lines))
+    captions = []
+    if any(row.get("uncertain") for row in rows):
+        captions.append("?: uncertain, the probability is below the minimum confidence")
     if len(experts) > 1:
-        table.caption = (
+        captions.append(
             "below each text: the prediction and the gate weight of each expert; the gate weighs "
             "logits, so a confident expert can outweigh a larger weight"
         )
+    table.caption = "\n".join(captions) or None
     return table
 
 

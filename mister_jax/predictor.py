@@ -258,23 +258,34 @@ def _scatter(
                 predictions[name][start : start + length] = value[:length]
 
 
-def prediction_rows(class_names: Sequence[str], predictions: Predictions) -> Iterator[dict]:
+def check_min_confidence(min_confidence: float | None) -> None:
+    """Raises InputError if a minimum confidence is not a probability."""
+    if min_confidence is not None and not 0 <= min_confidence <= 1:
+        raise InputError(f"min_confidence={min_confidence}; allowed: 0 to 1")
+
+
+def prediction_rows(
+    class_names: Sequence[str], predictions: Predictions, min_confidence: float | None = None
+) -> Iterator[dict]:
     """Yields the prediction for each utterance as JSON values.
 
     Args:
       class_names: Names of the classes.
       predictions: Result of a `Predictor`.
+      min_confidence: Probability below which a prediction is uncertain.
 
     Yields:
-      A dict with "emotion" (the predicted class) and "probabilities" (by class). For MiSTER-E, it
+      A dict with "emotion" (the predicted class), "uncertain" (whether its probability is below
+      `min_confidence`, if that is given) and "probabilities" (by class). For MiSTER-E, it
       also has "gate" (weights by expert) and "experts" (each expert's prediction, or None if the
       utterance lacks the expert's modality).
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
-        row: dict[str, Any] = {
-            "emotion": class_names[probabilities.argmax()],
-            "probabilities": _round(class_names, probabilities),
-        }
+        row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}
+        rounded = _round(class_names, probabilities)
+        if min_confidence is not None:
+            row["uncertain"] = rounded[row["emotion"]] < min_confidence
+        row["probabilities"] = rounded
         if "gate" in predictions:
             present = predictions["expert_present"][index]
             choices = predictions["expert_probabilities"][index].argmax(-1)

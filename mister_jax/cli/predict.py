@@ -98,6 +98,14 @@ _TEXT_ENCODER = flags.DEFINE_multi_string("text_encoder", [], _NEW_PATH)
 _SECONDS = flags.DEFINE_float(
     "max_seconds", 60, "seconds of each utterance's speech to read", lower_bound=0.1
 )
+_MIN_CONFIDENCE = flags.DEFINE_float(
+    "min_confidence",
+    None,
+    "mark emotions whose probability is lower as uncertain",
+    lower_bound=0,
+    upper_bound=1,
+)
+_CALIBRATE = flags.DEFINE_bool("calibrate", True, "calibrate the probabilities, see evaluate")
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
 _MAX_PRINTED = 40  # utterances of a recording
@@ -127,6 +135,7 @@ def main() -> int:
     rows_by_dialogue = recognizer.predict_dialogues(
         [[_recognizer_input(it) for it in dialogue.utterances] for dialogue in dialogues],
         max_seconds=_SECONDS.value,
+        min_confidence=_MIN_CONFIDENCE.value,
         num_workers=_WORKERS.value,
         quiet=False,
     )
@@ -159,6 +168,7 @@ def _load() -> EmotionRecognizer:
         _MODEL.value or DEFAULT_MODEL,
         speech_encoder=_new_paths(_SPEECH_ENCODER.value),
         text_encoder=_new_paths(_TEXT_ENCODER.value),
+        calibrate=_CALIBRATE.value,
     )
 
 
@@ -195,7 +205,13 @@ def _follow() -> int:
     with contextlib.redirect_stdout(sys.stderr):  # Standard output has the answers only.
         from mister_jax.inference.follow import follow
 
-        follow(_load(), sys.stdin.buffer, answers, max_seconds=_SECONDS.value)
+        follow(
+            _load(),
+            sys.stdin.buffer,
+            answers,
+            max_seconds=_SECONDS.value,
+            min_confidence=_MIN_CONFIDENCE.value,
+        )
     return 0
 
 
@@ -239,7 +255,10 @@ def _predict_recordings() -> int:
                 utterances = recognizer.find_utterances(recording, quiet=not is_single, **options)
                 _check_not_overwritten(utterances, [*outputs[recording], *outputs[""]])
                 rows = recognizer.predict_utterances(
-                    utterances, max_seconds=_SECONDS.value, quiet=not is_single
+                    utterances,
+                    max_seconds=_SECONDS.value,
+                    min_confidence=_MIN_CONFIDENCE.value,
+                    quiet=not is_single,
                 )
                 timeline_options = {
                     "embed_audio": _EMBED_AUDIO.value,

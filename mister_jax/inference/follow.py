@@ -27,6 +27,7 @@ def follow(
     answers: TextIO,
     *,
     max_seconds: float = 60.0,
+    min_confidence: float | None = None,
     max_dialogues: int = MAX_DIALOGUES,
 ) -> None:
     """Answers each line with one JSON line, before it reads the next line.
@@ -41,13 +42,15 @@ def follow(
       lines: Lines in UTF-8.
       answers: Text file for the answers.
       max_seconds: Seconds of each utterance's speech to read.
+      min_confidence: Probability below which predictions are marked as "uncertain".
       max_dialogues: Number of dialogues to keep. For a further one, the dialogue whose last
         utterance is the oldest is dropped; if it continues, it starts anew.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
+    options = {"max_seconds": max_seconds, "min_confidence": min_confidence}
     for number, line in enumerate(lines, start=1):
         try:
-            answer = _answer(recognizer, streams, line, max_seconds)
+            answer = _answer(recognizer, streams, line, options)
         except InputError as error:
             answer = {"error": str(error), "line": number}
         answers.write(json.dumps(answer) + "\n")
@@ -65,7 +68,7 @@ def _answer(
     recognizer: EmotionRecognizer,
     streams: OrderedDict[str | None, DialogueStream],
     line: bytes,
-    max_seconds: float,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     utterance = _read_utterance(line)
     row = Fields("utterance", utterance)
@@ -75,7 +78,7 @@ def _answer(
     if path is not None and not os.path.isfile(path):  # noqa: PTH113
         row.fail("audio", f"{path!r}: no such file")
     dialogue = ids.get("dialogue")
-    stream = streams.get(dialogue) or recognizer.stream(max_seconds=max_seconds)
+    stream = streams.get(dialogue) or recognizer.stream(**options)
     prediction = stream.predict(utterance)
     # Only now, because an unusable utterance must neither start nor renew a dialogue.
     streams[dialogue] = stream

@@ -27,7 +27,7 @@ from mister_jax.inference.recordings import RecordingUtterances, find_utterances
 from mister_jax.inference.speech_recognition import detect_voice_activity
 from mister_jax.inference.streaming import DialogueStream
 from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, Utterance
-from mister_jax.predictor import prediction_rows
+from mister_jax.predictor import check_min_confidence, prediction_rows
 from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 
 # Seconds of speech that are held in memory at a time: 38 MB of int16.
@@ -58,6 +58,7 @@ class EmotionRecognizer(ModelHubMixin):
         or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
         that have moved, see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
+      calibrate: Whether to calibrate the probabilities, if the model has a calibration.
 
     Raises:
       InputError: There is no such MiSTER-E model, it is damaged, its features were not extracted
@@ -70,8 +71,9 @@ class EmotionRecognizer(ModelHubMixin):
         *,
         speech_encoder: NewPaths = None,
         text_encoder: NewPaths = None,
+        calibrate: bool = True,
     ):
-        self._predictor = load_mister_e(model)
+        self._predictor = load_mister_e(model, calibrate=calibrate)
         task = self._predictor.task
         self.class_names: tuple[str, ...] = task.class_names
         self._feature_dims = {"speech": task.model.speech_dim, "text": task.model.text_dim}
@@ -118,10 +120,17 @@ class EmotionRecognizer(ModelHubMixin):
         return tuple(self._encoders)
 
     def predict(
-        self, utterances: Sequence[Utterance], *, max_seconds: float = 60.0, quiet: bool = True
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        max_seconds: float = 60.0,
+        min_confidence: float | None = None,
+        quiet: bool = True,
     ) -> list[dict[str, Any]]:
         """Predicts the utterances of one dialogue, see `predict_dialogues`."""
-        (rows,) = self.predict_dialogues([utterances], max_seconds=max_seconds, quiet=quiet)
+        (rows,) = self.predict_dialogues(
+            [utterances], max_seconds=max_seconds, min_confidence=min_confidence, quiet=quiet
+        )
         return rows
 
     def predict_dialogues(
@@ -129,6 +138,7 @@ class EmotionRecognizer(ModelHubMixin):
         dialogues: Sequence[Sequence[Utterance]],
         *,
         max_seconds: float = 60.0,
+        min_confidence: float | None = None,
         num_workers: int = 0,
         quiet: bool = True,
     ) -> list[list[dict[str, Any]]]:
@@ -143,6 +153,7 @@ class EmotionRecognizer(ModelHubMixin):
             are allowed and do not affect the prediction. An unusable file is logged, and its
             utterance is predicted without speech.
           max_seconds: Seconds of each utterance's speech to read.
+          min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.
           quiet: Whether to show no progress.
 
@@ -151,7 +162,8 @@ class EmotionRecognizer(ModelHubMixin):
           a list of texts that start with a kind, such as "capped: ...".
 
         Raises:
-          InputError: A dialogue, an utterance or a number of seconds cannot be used.
+          InputError: A dialogue, an utterance, a number of seconds or `min_confidence` cannot be
+            used.
         """
         checked = utterance_inputs.check_utterances(dialogues)
         rows = iter(
@@ -159,6 +171,7 @@ class EmotionRecognizer(ModelHubMixin):
                 checked,
                 _consecutive_ranges(map(len, dialogues)),
                 max_seconds=max_seconds,
+                min_confidence=min_confidence,
                 num_workers=num_workers,
                 quiet=quiet,
             )
@@ -171,6 +184,7 @@ class EmotionRecognizer(ModelHubMixin):
         dialogues: Sequence[np.ndarray],
         *,
         max_seconds: float,
+        min_confidence: float | None = None,
         num_workers: int = 0,
         quiet: bool,
     ) -> list[dict[str, Any]]:
@@ -180,6 +194,7 @@ class EmotionRecognizer(ModelHubMixin):
           utterances: All utterances.
           dialogues: Indices of the utterances in each dialogue. An utterance may be in several.
           max_seconds: Seconds of each utterance's speech to read.
+          min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files.
           quiet: Whether to show no progress.
 
@@ -187,6 +202,7 @@ class EmotionRecognizer(ModelHubMixin):
           The prediction and the notes of each utterance of each dialogue.
         """
         check_seconds(max_seconds)
+        check_min_confidence(min_confidence)
         if not utterances:
             return []
         encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
@@ -206,7 +222,7 @@ class EmotionRecognizer(ModelHubMixin):
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, *planned) for planned in plan)
         outputs = self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
-        predictions = prediction_rows(self.class_names, outputs)
+        predictions = prediction_rows(self.class_names, outputs, min_confidence)
         return [
             {**row, "notes": notes[index]} for index, row in zip(indices, predictions, strict=True)
         ]
@@ -216,6 +232,7 @@ class EmotionRecognizer(ModelHubMixin):
         recording: str | os.PathLike[str],
         *,
         max_seconds: float = 60.0,
+        min_confidence: float | None = None,
         quiet: bool = True,
         **options: Any,
     ) -> list[dict[str, Any]]:
@@ -227,6 +244,7 @@ class EmotionRecognizer(ModelHubMixin):
         Args:
           recording: Audio or video file in any format that FFmpeg reads.
           max_seconds: Seconds of each utterance's speech to read.
+          min_confidence: Probability below which predictions are marked as "uncertain".
           quiet: Whether to show no progress.
           **options: Options of `recordings.find_utterances`, such as `transcript`.
 
@@ -240,7 +258,9 @@ class EmotionRecognizer(ModelHubMixin):
             model reads.
         """
         utterances = self.find_utterances(recording, quiet=quiet, **options)
-        return self.predict_utterances(utterances, max_seconds=max_seconds, quiet=quiet)
+        return self.predict_utterances(
+            utterances, max_seconds=max_seconds, min_confidence=min_confidence, quiet=quiet
+        )
 
     def find_utterances(
         self, recording: str | os.PathLike[str], **options: Any
@@ -261,7 +281,12 @@ class EmotionRecognizer(ModelHubMixin):
         return utterances
 
     def predict_utterances(
-        self, utterances: RecordingUtterances, *, max_seconds: float = 60.0, quiet: bool = True
+        self,
+        utterances: RecordingUtterances,
+        *,
+        max_seconds: float = 60.0,
+        min_confidence: float | None = None,
+        quiet: bool = True,
     ) -> list[dict[str, Any]]:
         """Predicts the utterances that `find_utterances` returns, see `predict_recording`."""
         recording = utterances.recording
@@ -282,6 +307,7 @@ class EmotionRecognizer(ModelHubMixin):
                 utterance_inputs.check_utterances([inputs]),
                 windows,
                 max_seconds=max_seconds,
+                min_confidence=min_confidence,
                 quiet=quiet,
             )
         )
@@ -307,7 +333,9 @@ class EmotionRecognizer(ModelHubMixin):
             )
         return predictions
 
-    def stream(self, *, window: int = 32, max_seconds: float = 60.0) -> DialogueStream:
+    def stream(
+        self, *, window: int = 32, max_seconds: float = 60.0, min_confidence: float | None = None
+    ) -> DialogueStream:
         """Returns a stream that predicts a live dialogue, one utterance at a time.
 
         stream = recognizer.stream()
@@ -321,11 +349,13 @@ class EmotionRecognizer(ModelHubMixin):
         Args:
           window: Number of utterances in the window of a model that is not causal.
           max_seconds: Seconds of each utterance's speech to read.
+          min_confidence: Probability below which predictions are marked as "uncertain".
 
         Raises:
-          InputError: `window` or `max_seconds` is out of range.
+          InputError: `window`, `max_seconds` or `min_confidence` is out of range.
         """
         check_seconds(max_seconds)
+        check_min_confidence(min_confidence)
         if window < 1:
             raise InputError(f"window={window}; allowed: at least 1")
 
@@ -334,7 +364,7 @@ class EmotionRecognizer(ModelHubMixin):
             encoded, (notes,) = self._encode_utterances([checked], max_seconds, 0, quiet=True)
             return encoded, notes
 
-        stream = DialogueStream(self._predictor, encode, window)
+        stream = DialogueStream(self._predictor, encode, window, min_confidence)
         if not stream.is_exact and not self._warned_of_window:
             self._warned_of_window = True
             logging.warning(

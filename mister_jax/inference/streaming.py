@@ -24,6 +24,7 @@ class DialogueStream:
       predictor: Predictor of a MiSTER-E model.
       encode: Function that returns the features of an utterance and notes on its recording.
       window: Number of utterances that a model that is not causal reads again for every utterance.
+      min_confidence: Probability below which predictions are marked as "uncertain".
 
     Attributes:
       is_exact: Whether the model is causal, so that the predictions depend on the whole dialogue
@@ -36,10 +37,12 @@ class DialogueStream:
         predictor: Predictor,
         encode: Callable[[Utterance], tuple[Features, list[str]]],
         window: int = 32,
+        min_confidence: float | None = None,
     ):
         self._predictor = predictor
         self._encode = encode
         self._window = window
+        self._min_confidence = min_confidence
         self.is_exact: bool = predictor.task.model.causal
         self.reset()
 
@@ -81,7 +84,8 @@ class DialogueStream:
             predictions = self._predict_last(recent)
             self._recent = recent
         self.num_utterances += 1
-        (row,) = prediction_rows(self._predictor.task.class_names, predictions)
+        class_names = self._predictor.task.class_names
+        (row,) = prediction_rows(class_names, predictions, self._min_confidence)
         return row
 
     def _predict_last(self, recent: list[Features]) -> Predictions:

@@ -58,11 +58,12 @@ def find_model(name: epath.PathLike) -> epath.Path:
     return downloaded
 
 
-def load_mister_e(name: epath.PathLike) -> Predictor:
+def load_mister_e(name: epath.PathLike, *, calibrate: bool = True) -> Predictor:
     """Loads a MiSTER-E model.
 
     Args:
       name: See `find_model`.
+      calibrate: Whether to calibrate the probabilities, if the model has a calibration.
 
     Raises:
       InputError: There is no such model, it is damaged, or it is an encoder.
@@ -72,4 +73,4 @@ def load_mister_e(name: epath.PathLike) -> Predictor:
         raise InputError(
             f"{name}: the work directory of an encoder; needed: that of a MiSTER-E model"
         )
-    return Predictor(folder)
+    return Predictor(folder, calibrate=calibrate)

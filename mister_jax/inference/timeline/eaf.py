@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from mister_jax.data.transcripts.annotations import Annotation, eaf_unit
-from mister_jax.inference.timeline.rows import Row, one_line, storable
+from mister_jax.inference.timeline.rows import Row, one_line, shown_emotion, storable
 from mister_jax.inference.timeline.tiers import (
     Interval,
     interval_tiers,
@@ -80,7 +80,8 @@ def _add_texts_and_emotions(document: _Document, rows: Sequence[Row]) -> None:
         )
         parents = document.annotate(texts, row_intervals(pair.rows, "text"))
         document.refer(
-            emotions, [(it, row["emotion"]) for it, row in zip(parents, pair.rows, strict=True)]
+            emotions,
+            [(it, shown_emotion(row)) for it, row in zip(parents, pair.rows, strict=True)],
         )
 
 

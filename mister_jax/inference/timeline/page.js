@@ -29,6 +29,8 @@
   const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
   const percent = (thousandths) => `${Math.round(thousandths / 10)}%`;
   const probability = (row, c) => data.probabilities[row * numClasses + c];
+  const isUncertain = (row) => Boolean(data.uncertain && data.uncertain[row]);
+  const emotionName = (row) => data.classes[data.emotion[row]] + (isUncertain(row) ? "?" : "");
   const emotionColor = (c) => `var(--emotion-${c})`;
 
   function clock(seconds, digits = 0) {
@@ -203,7 +205,7 @@
       const top = waveHeight + 4 + lanes[row] * lane;
       const size = Math.max(1, right - left - 1);
       context.fillStyle = colors.emotions[data.emotion[row]];
-      context.globalAlpha = .26;
+      context.globalAlpha = isUncertain(row) ? .1 : .26;
       context.fillRect(left, top, size, lane - 3);
       context.globalAlpha = 1;
       context.fillRect(left, top, Math.min(3, size), lane - 3);
@@ -213,7 +215,7 @@
         context.strokeRect(left + .75, top + .75, Math.max(1, size - 1.5), lane - 4.5);
       }
       const speaker = data.speakers[data.speaker[row]];
-      const emotion = data.classes[data.emotion[row]];
+      const emotion = emotionName(row);
       const full = speaker === undefined ? emotion : `${emotion} · ${speaker}`;
       const name = context.measureText(full).width <= size - 10 ? full
         : fit(context, emotion, size - 10);
@@ -423,9 +425,11 @@
     box.append(make("p", "meta", `${clock(data.start[current], 1)} to ${clock(data.end[current], 1)}`
       + (speaker < 0 ? "" : `, ${data.speakers[speaker]}`)));
     if (data.text[current]) box.append(make("p", "quote", data.text[current]));
-    const verdict = data.classes[data.emotion[current]];
     const label = data.label[current];
-    box.append(make("p", "verdict", verdict + (label ? ` (annotated: ${label})` : "")));
+    const remarks = [...isUncertain(current) ? ["uncertain"] : [],
+      ...label ? [`annotated: ${label}`] : []];
+    box.append(make("p", "verdict",
+      emotionName(current) + (remarks.length ? ` (${remarks.join(", ")})` : "")));
     const table = make("table", "bars", undefined, { "aria-label": "Probabilities" });
     bars(data.classes.map((_, c) => ({
       c, share: probability(current, c), text: percent(probability(current, c)),
@@ -470,7 +474,9 @@
       const emotion = cell("emotion");
       const swatch = make("span", "swatch");
       swatch.style.background = emotionColor(data.emotion[row]);
-      emotion.append(swatch, data.classes[data.emotion[row]],
+      if (isUncertain(row)) swatch.style.opacity = .4;
+      emotion.append(swatch, emotionName(row),
+        ...isUncertain(row) ? [make("span", "hidden", " (uncertain)")] : [],
         make("span", "aside", ` ${percent(probability(row, data.emotion[row]))}`));
       line.append(emotion, cell("words", data.text[row]));
       if (data.experts.length) {
@@ -564,7 +570,7 @@
     canvas.addEventListener("mousemove", (event) => {
       const seconds = position(event);
       const names = rowsBetween(seconds, seconds + 1e-6).map((row) =>
-        `${data.classes[data.emotion[row]]} ${percent(probability(row, data.emotion[row]))}`
+        `${emotionName(row)} ${percent(probability(row, data.emotion[row]))}`
         + (data.speaker[row] < 0 ? "" : `, ${data.speakers[data.speaker[row]]}`)
         + (data.text[row] ? `: ${data.text[row]}` : ""));
       canvas.title = [clock(seconds, 1), ...names].join("\n");
@@ -603,6 +609,7 @@
 
   find("facts").textContent = [clock(data.duration), plural(numRows, "utterance"),
     ...data.speakers.length ? [plural(data.speakers.length, "speaker")] : [],
+    ...data.uncertain ? [`${data.uncertain.filter(Boolean).length} uncertain, marked with “?”`] : [],
     ...data.channel ? [data.channel] : []].join(" · ");
   if (data.speakers.length > 1) {
     find("speaker-filter").hidden = false;

@@ -91,6 +91,7 @@ def timeline_data(rows: Sequence[Row], waveform: Waveform) -> dict[str, Any]:
         [round(1000 * (row.get("gate") or {}).get(name, 0.0)) for row in rows] for name in experts
     ]
     last_end = max(row["end"] for row in rows)
+    has_uncertain = any("uncertain" in row for row in rows)
     return {
         "name": one_line(pathlib.PurePath(rows[0].get("recording") or "recording").name),
         "duration": max(last_end, len(waveform.low) * waveform.bin_seconds),
@@ -104,6 +105,7 @@ def timeline_data(rows: Sequence[Row], waveform: Waveform) -> dict[str, Any]:
         ],
         "text": [one_line(row.get("text")) for row in rows],
         "emotion": [index[row["emotion"]] for row in rows],
+        "uncertain": [bool(row.get("uncertain")) for row in rows] if has_uncertain else None,
         "probabilities": [
             round(1000 * row["probabilities"].get(name, 0.0)) for row in rows for name in classes
         ],

@@ -54,6 +54,11 @@ def one_line(text: object) -> str:
     return " ".join(storable("" if text is None else str(text)).split())
 
 
+def shown_emotion(row: Row) -> str:
+    """Returns the emotion of a row, with a question mark if it is uncertain."""
+    return one_line(row["emotion"]) + ("?" if row.get("uncertain") else "")
+
+
 def recording_seconds(rows: Sequence[Row]) -> float:
     """Returns the length of the recording, or the last end if the recording is not available."""
     last_end = max(row["end"] for row in rows)

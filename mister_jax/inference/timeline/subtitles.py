@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from html import escape
 
 from mister_jax.inference.timeline.palette import emotion_colors
-from mister_jax.inference.timeline.rows import Row, milliseconds, one_line
+from mister_jax.inference.timeline.rows import Row, milliseconds, one_line, shown_emotion
 
 
 def to_srt(rows: Sequence[Row]) -> str:
-    """Returns SRT subtitles such as "[joy] Ann: We won!".
+    """Returns SRT subtitles such as "[joy] Ann: We won!", or "[joy?]" if the emotion is uncertain.
 
     SRT has no escapes, so a text is stored as it is, but for arrows, which look like times.
     """
@@ -19,7 +19,7 @@ def to_srt(rows: Sequence[Row]) -> str:
     for number, row in enumerate(rows, start=1):
         start, end = (_timestamp(time, ",") for time in milliseconds(row))
         speaker = one_line(row.get("speaker"))
-        words = [f"[{one_line(row['emotion'])}]", f"{speaker}:" if speaker else ""]
+        words = [f"[{shown_emotion(row)}]", f"{speaker}:" if speaker else ""]
         line = " ".join(filter(None, [*words, one_line(row.get("text"))]))
         cues.append(f"{number}\n{start} --> {end}\n{line.replace('-->', '→')}\n")
     return "\n".join(cues)
@@ -38,7 +38,7 @@ def to_vtt(rows: Sequence[Row]) -> str:
     for number, row in enumerate(rows, start=1):
         start, end = (_timestamp(time, ".") for time in milliseconds(row))
         emotion, speaker = one_line(row["emotion"]), one_line(row.get("speaker"))
-        text = _escape(f"[{emotion}] {one_line(row.get('text'))}".rstrip())
+        text = _escape(f"[{shown_emotion(row)}] {one_line(row.get('text'))}".rstrip())
         payload = f"<c.{classes[emotion]}>{text}</c>"
         if speaker:
             payload = f"<v {_escape(speaker)}>{payload}</v>"

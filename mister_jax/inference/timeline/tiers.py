@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from mister_jax.data.transcripts.annotations import Tier
-from mister_jax.inference.timeline.rows import Row, milliseconds, one_line
+from mister_jax.inference.timeline.rows import Row, milliseconds, one_line, shown_emotion
 
 Interval = tuple[float, float, str]
 """Start, end and text."""
@@ -69,11 +69,15 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
 
 
 def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
-    """Returns the times of rows in seconds, rounded to milliseconds, and their texts of a key."""
+    """Returns the times of rows in seconds, rounded to milliseconds, and their texts of a key.
+
+    The texts of "emotion" have a question mark if it is uncertain.
+    """
     intervals = []
     for row in rows:
         start, end = milliseconds(row)
-        intervals.append((start / 1000, end / 1000, one_line(row.get(key))))
+        text = shown_emotion(row) if key == "emotion" else one_line(row.get(key))
+        intervals.append((start / 1000, end / 1000, text))
     return intervals
 
 
