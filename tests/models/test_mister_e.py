@@ -34,6 +34,7 @@ VARIANTS = [
     {"kernel_sizes": ()},
     {"experts": ("fusion",), "fusion_gru_layers": 1},
     {"crf": True, **SHALLOW},
+    {"causal": True, "crf": True, "kernel_sizes": (3,), "gru_layers": 0},
     {"gate_reads_contexts": True, **SHALLOW},
     {"gate_reads_contexts": True, "experts": ("text", "fusion"), **SHALLOW},
     *(

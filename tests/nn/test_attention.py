@@ -238,3 +238,29 @@ def test_attention_equals_pytorch():
         np.testing.assert_allclose(
             outputs[row], module.out(jnp.asarray(mixed[row].detach().numpy())), atol=1e-5
         )
+
+
+def test_a_window_is_the_last_keys_up_to_the_query():
+    module = attention()
+    windowed = MultiHeadAttention(
+        5, 4, 7, attention_dim=6, num_heads=NUM_HEADS, window=3, rngs=nnx.Rngs(0)
+    )
+    nnx.update(windowed, nnx.state(module))
+    random = np.random.default_rng(0)
+    query, key = (random.normal(size=(2, 6, dim)).astype(np.float32) for dim in (5, 4))
+    key_mask = np.array([[True] * 6, [False, True, False, False, False, True]])
+    output = windowed(query, key, key_mask)
+    no_key = module.out(jnp.zeros(6))
+    for dialogue, position in np.ndindex(2, 6):
+        keys = slice(max(0, position - 2), position + 1)
+        expected = no_key
+        if key_mask[dialogue, keys].any():
+            (expected,) = numpy_attention(
+                module,
+                query[dialogue, position : position + 1],
+                key[dialogue, keys],
+                key_mask[dialogue, keys],
+            )
+        np.testing.assert_allclose(output[dialogue, position], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="steps need a window"):
+        module.initial_state(1)

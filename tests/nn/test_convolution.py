@@ -72,3 +72,18 @@ def test_equals_pytorch():
         masked = torch.tensor(np.where(MASK[..., None], x, 0)).transpose(1, 2)
         expected = expected + torch.relu(reference(masked)).transpose(1, 2).detach().numpy()
     np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)
+
+
+def test_causal_convolutions_cover_the_last_steps():
+    centered, x = convolution_and_input()
+    causal = ParallelConvolution(3, 4, SIZES, causal=True, rngs=nnx.Rngs(0))
+    nnx.update(causal, nnx.state(centered))
+    # A kernel of size k that covers the last k steps is centered on (k - 1) / 2 steps before.
+    expected = 0
+    for size, kernel, bias in zip(SIZES, causal.kernels, causal.biases, strict=True):
+        padded = jnp.pad(jnp.where(MASK[..., None], x, 0), ((0, 0), (size - 1, 0), (0, 0)))
+        windows = jnp.stack([padded[:, tap : tap + 7] for tap in range(size)], axis=2)
+        expected += jax.nn.relu(jnp.einsum("btsi,iso->bto", windows, kernel[...]) + bias[...])
+    np.testing.assert_allclose(causal(x, MASK), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="steps need causal convolutions"):
+        centered.initial_state(1)

@@ -104,3 +104,17 @@ def test_long_dialogues_and_huge_logits_stay_finite():
     assert np.isfinite(total)
     for leaf in jax.tree.leaves(gradients):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
+
+
+def test_marginals_of_a_causal_crf_depend_on_the_utterances_so_far():
+    module, (logits, mask) = crf(), dialogues([6])
+    causal = ConditionalRandomField(CLASSES, causal=True)
+    causal.transition[...] = module.transition[...]
+    transition = np.asarray(module.transition[...], np.float64)
+    expected = [
+        enumerate_marginals(logits[0, :stop].astype(np.float64), transition)[-1]
+        for stop in range(1, 7)
+    ]
+    np.testing.assert_allclose(np.exp(causal(logits, mask)[0]), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="steps need a causal CRF"):
+        module.initial_state(1)

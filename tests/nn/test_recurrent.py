@@ -223,3 +223,19 @@ def test_three_layers_equal_pytorch_on_packed_sequences():
         for name, value in in_our_layout(index, lambda parameter: parameter.grad).items():
             gradient = gradients["layers"][index][name][...]
             np.testing.assert_allclose(gradient, value, atol=1e-4, err_msg=f"layer {index} {name}")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_of_a_unidirectional_gru_equal_its_scan(dtype):
+    gru = GRU(5, 4, 2, bidirectional=False, dtype=dtype, rngs=nnx.Rngs(0))
+    x = inputs(5)
+    expected = gru(x, np.ones_like(MASK))
+    state = gru.initial_state(len(x))
+    for position in range(x.shape[1]):
+        state, output = gru.step(state, x[:, position])
+        assert output.dtype == dtype
+        np.testing.assert_allclose(
+            output.astype(np.float32), expected[:, position].astype(np.float32), atol=1e-5
+        )
+    with pytest.raises(ValueError, match="steps need a GRU with one direction"):
+        GRU(5, 4, rngs=nnx.Rngs(0)).initial_state(1)
