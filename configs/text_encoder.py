@@ -109,8 +109,8 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
     )
     config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
     if encoder in ADAPTED:
-        config.encoder.lora.rank = 16
+        config.encoder.lora.alpha = 16.0
         config.encoder.lora.targets = ("query", "key", "value", "out", "mlp_in", "mlp_out")
-        config.head.update({"feature_dim": 256, "pooling": "mean"})
+        config.head.feature_dim = 256
         config.optimizer.learning_rate = 5e-4
     return config

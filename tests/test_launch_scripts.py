@@ -1,5 +1,6 @@
 """Cluster scripts, with a fake `gcloud`, `srun` and `scontrol` that answer from files."""
 
+import json
 import os
 import pathlib
 import shlex
@@ -254,3 +255,21 @@ def test_gke_jobset_runs_the_command_on_every_host():
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert container["command"] == ["bash", "-c", "exec python -m launch.train --distributed"]
     assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_the_seed_with_the_best_validation_score_becomes_meld_text(fake_commands, tmp_path):
+    folder = fake_commands(("mister-jax",))
+    work = tmp_path / "work"
+    # The seed with the best test score is not the one with the best validation score.
+    for seed, validation, test in ((0, 0.5, 0.7), (1, 0.6, 0.5), (2, 0.55, 0.8)):
+        scores = {"validation": {"weighted_f1": validation}, "test": {"weighted_f1": test}}
+        (work / f"run_{seed}").mkdir(parents=True)
+        (work / f"run_{seed}" / "metrics.json").write_text(json.dumps(scores))
+    result, calls = run(LAUNCH / "meld_text.sh", "CSV", str(work), folder=folder)
+    assert result.returncode == 0, result.stderr
+    assert (
+        calls[-1] == f"mister-jax export --model={work}/run_1 --output={work}/meld-text --overwrite"
+    )
+    assert sum(" train " in call for call in calls) == 6
+    usage, _ = run(LAUNCH / "meld_text.sh", folder=folder)
+    assert usage.returncode == 2 and "meld_text.sh CSV_FOLDER WORK [SEED...]" in usage.stderr
