@@ -10,6 +10,31 @@ MIN_SCORE, MAX_SCORE = -3.0, 3.0
 _PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "<na>", "unknown", "")
 """Names that programs write for a missing label."""
 
+EMOTION_SYNONYMS = {
+    "anger": ("ang", "angry"),
+    "disgust": ("dis", "disgusted"),
+    "excitement": ("exc", "excited"),
+    "fear": ("fea", "fearful"),
+    "joy": ("hap", "happy", "happiness"),
+    "neutral": ("neu",),
+    "sadness": ("sad",),
+    "surprise": ("sur", "surprised"),
+}
+"""Names of emotions in published models, by the name under which models are compared."""
+
+_EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for other in others}
+
+
+def emotion_name(label: str) -> str:
+    """Returns the name of `EMOTION_SYNONYMS` for a label; an unknown label stays as it is.
+
+    The comparison ignores case and spaces around the label.
+    """
+    normalized = label.strip().casefold()
+    if normalized in EMOTION_SYNONYMS:
+        return normalized
+    return _EMOTION_NAMES.get(normalized, label)
+
 
 def suspicious_labels(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """Finds class names that look like misspellings of other names, or like missing values.

@@ -136,8 +136,8 @@ class Classifier:
         else:
             x, mask = result[:2]
         if weights is not None:
-            # As in transformers 5, the last state is that before the encoder's last LayerNorm, which
-            # large models have. transformers 4 took the state after it.
+            # As in transformers 5, the last state is that before the final LayerNorm of large
+            # models. transformers 4 took the state after it.
             x = jnp.einsum("l,lbnd->bnd", jax.nn.softmax(weights), result[2])
         return self._head.function(params, x.astype(jnp.float32), mask)
 
