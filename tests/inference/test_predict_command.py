@@ -2,9 +2,12 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
+from mister_jax.calibration import Calibration, write_calibration
+from mister_jax.predictor import Predictor
 from tests.helpers.commands import run_script
 from tests.helpers.predictions import assert_predictions_close, write_call
 
@@ -35,6 +38,37 @@ def test_the_output_has_the_inputs_and_predictions(
     predictions = recognizer.predict_dialogues(dialogues)
     # The first two dialogues are those of training and validation.
     assert_predictions_close(rows[3:], [row for dialogue in predictions for row in dialogue])
+
+
+def test_predictions_below_the_minimum_confidence_are_uncertain(
+    workdir, bert_folder, recognizer, tmp_path
+):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    write_calibration(run, Calibration(0.25), Predictor(run).progress)
+    texts = ["so mad", "glad", "we are happy"]
+    expected = recognizer.predict([{"text": text} for text in texts])
+    confidence = [row["probabilities"][row["emotion"]] for row in expected]
+    limit = (min(confidence) + max(confidence)) / 2
+    flags = [f"--model={run}", f"--text_encoder={bert_folder}", f"--min_confidence={limit}"]
+    flags += [f"--text={text}" for text in texts]
+    output = tmp_path / "out.jsonl"
+    result = run_script("predict", *flags, "--nocalibrate", f"--output={output}")
+    assert result.status == 0, result.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert_predictions_close(rows, expected)
+    assert [row["uncertain"] for row in rows] == [value < limit for value in confidence]
+    marked = rows[confidence.index(min(confidence))]
+    assert f"{marked['emotion']}? " in result.stdout and "?: uncertain" in result.stdout
+    result = run_script("predict", *flags, f"--output={output}")
+    assert result.status == 0, result.stderr
+    calibrated = [json.loads(line) for line in output.read_text().splitlines()]
+    for row, before in zip(calibrated, expected, strict=True):
+        assert row["probabilities"][row["emotion"]] > before["probabilities"][before["emotion"]]
+        assert row["experts"] == before["experts"] and row["emotion"] == before["emotion"]
+        is_uncertain = row["probabilities"][row["emotion"]] < limit
+        assert row["uncertain"] == is_uncertain
+    result = run_script("predict", "--min_confidence=50", "--text=glad")
+    assert result.status == 2 and "min_confidence=50" in result.stderr
 
 
 def test_without_a_usable_recording_the_output_is_written_and_the_status_is_1(predict, tmp_path):

@@ -269,6 +269,24 @@ def test_the_prediction_table_fits_80_columns(recognizer):
     assert f"text {choice} {rows[0]['gate']['text']:.0%}" in joined
 
 
+def test_uncertain_predictions_are_marked_on_request(recognizer):
+    utterances = [{"text": "so mad"}, {"text": "glad"}]
+    rows = recognizer.predict(utterances)
+    assert not any("uncertain" in row for row in rows)
+    for limit in (0.0, rows[0]["probabilities"][rows[0]["emotion"]], 1.0):
+        marked = recognizer.predict(utterances, min_confidence=limit)
+        assert [row.pop("uncertain") for row in marked] == [
+            row["probabilities"][row["emotion"]] < limit for row in rows
+        ]
+        assert marked == rows
+        stream = recognizer.stream(min_confidence=limit)
+        answer = stream.predict(utterances[0])
+        assert answer["uncertain"] == (answer["probabilities"][answer["emotion"]] < limit)
+    for limit in (-0.1, 50, float("nan")):
+        with pytest.raises(InputError, match=r"min_confidence=.*; allowed: 0 to 1"):
+            recognizer.predict(utterances, min_confidence=limit)
+
+
 def test_importing_the_library_does_not_import_inference():
     assert callable(mister_jax.load) and "load" in mister_jax.__all__
     code = "import sys, mister_jax; print('mister_jax.inference.recognizer' in sys.modules)"

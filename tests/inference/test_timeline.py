@@ -91,6 +91,21 @@ def test_webvtt_has_voices_and_colored_classes(tmp_path, rows):
     assert "<v B &lt;b&gt;>" in text
 
 
+@pytest.mark.parametrize("extension", TEXT_FORMATS)
+def test_uncertain_emotions_have_a_question_mark(tmp_path, extension):
+    path = tmp_path / f"call{extension}"
+    marked = [make_row(number, number, number + 1, uncertain=number == 1) for number in range(3)]
+    write_predictions(path, marked)
+    with_mark = path.read_text()
+    write_predictions(path, [make_row(number, number, number + 1) for number in range(3)])
+    plain = path.read_text()
+    assert f"{CLASSES[1]}?" not in plain
+    without_mark = with_mark.replace(f"{CLASSES[1]}?", CLASSES[1])
+    date = re.compile('DATE="[^"]*"')
+    assert with_mark.count(f"{CLASSES[1]}?") == 1
+    assert date.sub("", without_mark) == date.sub("", plain)
+
+
 def test_praatio_reads_textgrid(tmp_path, rows):
     textgrid = pytest.importorskip("praatio.textgrid")
     path = tmp_path / "call.TextGrid"
@@ -428,6 +443,14 @@ def test_page_has_the_data_of_the_rows(tmp_path, rows):
     assert "<img" not in text and text.count("</script>") == 3
 
 
+def test_page_marks_uncertain_emotions(tmp_path, rows):
+    assert page_data(write_page(tmp_path, rows[:4]).read_text())["uncertain"] is None
+    marked = [row | {"uncertain": index == 2} for index, row in enumerate(rows[:4])]
+    data = page_data(write_page(tmp_path, marked).read_text())
+    assert data["uncertain"] == [False, False, True, False]
+    assert data["classes"] == list(CLASSES)
+
+
 def test_page_waveform_follows_the_loudness(tmp_path, rows):
     data = page_data(write_page(tmp_path, rows[:4]).read_text())
     low, high = np.frombuffer(base64.b64decode(data["peaks"]), np.int8).reshape(2, -1)
@@ -523,8 +546,11 @@ const walk = () => {
   out.title = document.title;
   out.text = rows()[1].querySelector(".words").textContent;
   out.seconds = find("audio").duration;
+  out.emotions = rows().map((row) => row.querySelector(".emotion").textContent);
+  out.facts = find("facts").textContent;
   note("start");
   press("ArrowDown"); note("down");
+  out.verdict = document.querySelector(".verdict").textContent;
   press("ArrowRight"); note("right");
   press("ArrowUp"); note("up");
   click("detail", .76); note("detail");
@@ -560,6 +586,7 @@ wait(80);
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("embed_audio", [False, True])
 def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
+    rows[1]["uncertain"] = True
     path = write_page(tmp_path, rows[:4], embed_audio=embed_audio)
     # The policy of the page allows its own script only, so allow the test script, too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text())
@@ -583,6 +610,9 @@ def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
     outcome = json.loads(html.unescape(result[1]))
     assert outcome["errors"] == []
     assert outcome["text"] == one_line(INJECTION) and outcome["title"] == "call #1.wav: emotions"
+    assert outcome["emotions"] == ["joy 70%", "neutral? (uncertain) 70%", "anger 70%", "joy 70%"]
+    assert outcome["verdict"] == "neutral? (uncertain)"
+    assert "1 uncertain, marked with “?”" in outcome["facts"]
     assert outcome["seen"] == [
         ["start", "0:00.0 / 0:06", 0],
         ["down", "0:01.5 / 0:06", 1],
