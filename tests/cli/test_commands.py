@@ -30,6 +30,8 @@ def test_scripts_take_features_to_scores(tmp_path):
     assert "bayes" in evaluated.stdout and "written to" in evaluated.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["test"]["weighted_f1"] <= 1
+    assert "Brier score" in evaluated.stdout and " -> " in evaluated.stdout
+    assert json.loads((tmp_path / "run" / "calibration.json").read_text())["temperature"] > 0
 
 
 # Subcommand -> its flags -> a part of the error. DIR stands for a folder with:
@@ -103,6 +105,8 @@ WRONG_USES = {
         "--workdir=DIR/ready --drop_as_zeros": "--drop_as_zeros requires --drop_speech",
         "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; available: none",
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
+        "--workdir=DIR/ready --nocalibrate --fit_calibration=bias": "cannot be used with --nocal",
+        "--workdir=DIR/ready --drop_text=0.5 --fit_calibration=bias": "needs --report",
     },
     "predict": {
         "--model=DIR/nowhere --text=hello": "DIR/nowhere: no such folder; allowed: a dir",

@@ -78,13 +78,16 @@ def test_evaluation_reports_each_seed_the_mean_and_the_ensemble(
     joint_workdir, separate_workdirs, tmp_path
 ):
     seed_scores = evaluate(joint_workdir, "test", output=tmp_path, quiet=True)["seeds"]
-    predictors = [Predictor(workdir) for workdir in separate_workdirs]
+    predictors = [Predictor(workdir, calibrate=False) for workdir in separate_workdirs]
     features = predictors[0].task.features("test")
     separate = [predictor(features, quiet=True) for predictor in predictors]
-    ensemble = Predictor(joint_workdir)(features, quiet=True)
+    ensemble = Predictor(joint_workdir, calibrate=False)(features, quiet=True)
     mean = np.mean([predictions["probabilities"] for predictions in separate], axis=0)
     np.testing.assert_allclose(ensemble["probabilities"], mean, atol=1e-5)
     np.testing.assert_allclose(ensemble["gate"].sum(-1), 1, atol=1e-5)
+    joint = Predictor(joint_workdir)  # The evaluation has fitted the calibration of the mean.
+    calibrated = joint(features, quiet=True)["probabilities"]
+    np.testing.assert_allclose(calibrated, joint.calibration(mean), atol=1e-5)
     separate_f1 = [
         evaluate(workdir, "test", output=tmp_path, quiet=True)["weighted_f1"]
         for workdir in separate_workdirs
