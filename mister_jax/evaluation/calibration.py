@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,14 @@ def calibration_scores(
     Returns:
       The `metrics.CALIBRATION_SCORES` with their intervals.
     """
+    scores = _resampled_scores(predictions, bootstrap)
+    return {name: Estimate.from_resamples(*score) for name, score in scores.items()}
+
+
+def _resampled_scores(
+    predictions: SplitPredictions, bootstrap: DialogueBootstrap
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the `metrics.CALIBRATION_SCORES` on the whole split and on the resamples, [R]."""
     labeled = predictions.labeled
     probabilities, label = predictions.probabilities[labeled], predictions.label[labeled]
     confidence = probabilities.max(-1).astype(float)
@@ -94,10 +102,7 @@ def calibration_scores(
         }
 
     whole, resampled = map(scores, sums)
-    return {
-        name: Estimate.from_resamples(whole[name], resampled[name])
-        for name in metrics.CALIBRATION_SCORES
-    }
+    return {name: (whole[name], resampled[name]) for name in metrics.CALIBRATION_SCORES}
 
 
 def summarize_calibration(
@@ -111,8 +116,8 @@ def summarize_calibration(
       calibrated: Calibrated predictions; None if they were not calibrated.
 
     Returns:
-      "uncalibrated" and, if given, "calibrated": by score "value", "low" and "high". With
-      "calibrated", also "temperature" and "bias" (by class, or None).
+      "uncalibrated" and, if given, "calibrated" and their "difference": by score "value", "low" and
+      "high". With "calibrated", also "temperature" and "bias" (by class, or None).
     """
     bootstrap = DialogueBootstrap(uncalibrated)
     summary: dict[str, Any] = {}
@@ -122,9 +127,38 @@ def summarize_calibration(
             "temperature": predictor.calibration.temperature,
             "bias": bias and dict(zip(uncalibrated.class_names, bias, strict=True)),
         }
-    versions = {"uncalibrated": uncalibrated, "calibrated": calibrated}
-    for name, predictions in versions.items():
-        if predictions is not None:
-            scores = calibration_scores(predictions, bootstrap)
-            summary[name] = {key: estimate.to_json() for key, estimate in scores.items()}
+    versions = {"uncalibrated": _resampled_scores(uncalibrated, bootstrap)}
+    if calibrated is not None:
+        before, after = versions["uncalibrated"], _resampled_scores(calibrated, bootstrap)
+        versions["calibrated"] = after
+        # On the same resamples.
+        versions["difference"] = {
+            key: (after[key][0] - before[key][0], after[key][1] - before[key][1]) for key in after
+        }
+    for name, scores in versions.items():
+        summary[name] = {
+            key: Estimate.from_resamples(*score).to_json() for key, score in scores.items()
+        }
     return summary
+
+
+def warn_if_worse(features: Any, summary: Mapping[str, Any]) -> None:
+    """Logs a warning if calibration makes the likelihood of a split worse.
+
+    Args:
+      features: Features of the split.
+      summary: Result of `summarize_calibration`.
+    """
+    name = "negative_log_likelihood"
+    low = summary["difference"][name]["low"] if "difference" in summary else None
+    if low is not None and low > 0:
+        before, after = (summary[it][name]["value"] for it in ("uncalibrated", "calibrated"))
+        logging.warning(
+            "dataset %s, split %s: calibration makes the probabilities worse (negative log "
+            "likelihood %.3f -> %.3f), because validation differs from this split; --calibrate="
+            "false switches it off",
+            features.name,
+            features.split,
+            before,
+            after,
+        )

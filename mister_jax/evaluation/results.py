@@ -21,6 +21,7 @@ from mister_jax.evaluation.calibration import (
     CALIBRATION_SPLIT,
     fit_on_validation,
     summarize_calibration,
+    warn_if_worse,
 )
 from mister_jax.evaluation.missing_modality import study_for_report, write_study
 from mister_jax.evaluation.report import Experiment, read_utterance_texts, write_report
@@ -111,6 +112,7 @@ def evaluate(
             SplitPredictions.from_features(features, multi_seed.ensemble(per_seed)),
             SplitPredictions.from_features(features, predictions) if is_calibrated else None,
         )
+        warn_if_worse(features, scores["calibration"])
     scores |= {"dataset": features.name, "checkpoint": {"epoch": predictor.progress["epoch"]}}
     study = study_for_report(predictor, features, output, quiet=quiet) if report else None
     if jax.process_index() == 0:

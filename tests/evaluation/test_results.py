@@ -171,12 +171,15 @@ def test_the_first_evaluation_fits_the_temperature_on_validation(run, first_spli
     for split in ("validation", "test"):
         summary = evaluate(run, split, quiet=True)["calibration"]
         assert summary["temperature"] == calibration.temperature
-        assert set(summary["calibrated"]) == set(summary["uncalibrated"])
+        assert summary["calibrated"].keys() == summary["uncalibrated"].keys()
     assert (run / CALIBRATION_FILE).read_text() == written
     summary = read_metrics(run)["validation"]["calibration"]
     before, after = (
         summary[version]["negative_log_likelihood"] for version in ("uncalibrated", "calibrated")
     )
+    difference = summary["difference"]["negative_log_likelihood"]
+    assert difference["value"] == pytest.approx(after["value"] - before["value"])
+    assert difference["low"] <= difference["value"] <= difference["high"]
     assert after["value"] < before["value"] and after["low"] <= after["value"] <= after["high"]
 
 
@@ -196,6 +199,15 @@ def test_calibration_is_applied_to_predictions_and_can_be_switched_off(run):
     assert calibrated["brier_score"] == pytest.approx(value)
     evaluate(run, "test", calibrate=False, quiet=True)
     np.testing.assert_array_equal(read_probabilities(run), before)
+
+
+def test_a_calibration_that_makes_a_split_worse_is_reported(run, caplog):
+    evaluate(run, "validation", quiet=True)
+    assert "makes the probabilities worse" not in caplog.text
+    write_calibration(run, Calibration(0.05), Predictor(run).progress)
+    scores = evaluate(run, "test", quiet=True)
+    assert scores["calibration"]["difference"]["negative_log_likelihood"]["low"] > 0
+    assert "dataset tiny, split test: calibration makes the probabilities worse" in caplog.text
 
 
 def test_biases_are_fitted_on_request(run):

@@ -28,6 +28,7 @@ _SCORE_TITLES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
 }
+_VERSIONS = ("uncalibrated", "calibrated", "difference")
 _MAX_WIDE_CLASSES = 10  # Confusion matrices with more classes get narrow columns.
 
 
@@ -226,11 +227,14 @@ def render_calibration(
 
 def _calibration_scores(summary: Mapping[str, Any]) -> str:
     """Renders the scores of the probabilities before and after calibration."""
-    versions = [name for name in ("uncalibrated", "calibrated") if name in summary]
+    versions = [name for name in _VERSIONS if name in summary]
     rows = [
         (
             name.replace("_", " ").replace("brier", "Brier"),
-            *(estimate_cell(Estimate(**summary[version][name])) for version in versions),
+            *(
+                estimate_cell(Estimate(**summary[version][name]), signed=version == "difference")
+                for version in versions
+            ),
         )
         for name in CALIBRATION_SCORES
     ]
