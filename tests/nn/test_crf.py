@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mister_jax.nn import ConditionalRandomField
 
@@ -118,3 +119,10 @@ def test_marginals_of_a_causal_crf_depend_on_the_utterances_so_far():
     np.testing.assert_allclose(np.exp(causal(logits, mask)[0]), expected, atol=1e-6)
     with pytest.raises(ValueError, match="steps need a causal CRF"):
         module.initial_state(1)
+
+
+def test_a_causal_crf_runs_on_several_devices():
+    module, (logits, mask) = ConditionalRandomField(CLASSES, causal=True), dialogues([4, 2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(module, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(sharded)(logits, mask), module(logits, mask), atol=1e-6)
