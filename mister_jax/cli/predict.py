@@ -205,13 +205,18 @@ def _follow() -> int:
     with contextlib.redirect_stdout(sys.stderr):  # Standard output has the answers only.
         from mister_jax.inference.follow import follow
 
-        follow(
-            _load(),
-            sys.stdin.buffer,
-            answers,
-            max_seconds=_SECONDS.value,
-            min_confidence=_MIN_CONFIDENCE.value,
-        )
+        recognizer = _load()
+        try:
+            follow(
+                recognizer,
+                sys.stdin.buffer,
+                answers,
+                max_seconds=_SECONDS.value,
+                min_confidence=_MIN_CONFIDENCE.value,
+            )
+        except BrokenPipeError:  # The reader of the answers has ended.
+            # Python flushes standard output when it exits, which would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
     return 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mister_jax
+from mister_jax.calibration import Calibration
 from mister_jax.errors import InputError
 from mister_jax.inference.follow import follow
 from tests.helpers.commands import run_script
@@ -53,6 +54,14 @@ def test_a_stream_of_a_causal_model_predicts_as_from_the_whole_dialogue(
         assert_predictions_close(rows, causal_recognizer.predict(dialogue))
         assert stream.num_utterances == len(dialogue)
         stream.reset()
+
+
+def test_a_stream_is_calibrated(causal_recognizer, monkeypatch):
+    (uncalibrated,) = causal_recognizer.predict([{"text": "so mad"}])
+    monkeypatch.setattr(causal_recognizer._predictor, "calibration", Calibration(0.1))
+    expected = causal_recognizer.predict([{"text": "so mad"}])
+    assert expected[0]["probabilities"] != uncalibrated["probabilities"]
+    assert_predictions_close([causal_recognizer.stream().predict({"text": "so mad"})], expected)
 
 
 def test_all_utterances_of_a_stream_run_one_program(causal_recognizer):
