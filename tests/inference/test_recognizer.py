@@ -251,7 +251,8 @@ def test_further_columns_reach_the_scored_predictions_but_no_model(workdir, call
     assert without.fingerprint() == features.fingerprint()
     split = Predictor(workdir).task.batched(features, num_shards=1)
     assert not any("metadata" in name for name in next(split.batches()))
-    evaluate(workdir, "test", output=tmp_path, quiet=True)
+    # Other tests share the work directory, in which a calibration would be stored.
+    evaluate(workdir, "test", output=tmp_path, calibrate=False, quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row.get("metadata") for row in rows[:4]] == [{"room": "r2"}, None, None, {"room": "r3"}]
 
