@@ -1,9 +1,9 @@
 """BERT and RoBERTa (arXiv 1810.04805, 1907.11692).
 
 They are bidirectional transformers over text with a LayerNorm after each block. MiniLM
-(arXiv 2002.10957) and XLM-RoBERTa have the same architecture. The output is one hidden state per
-token; poolers and language-model heads are not implemented. Shape letters: B sequences, N tokens,
-D hidden size, K heads, L layers.
+(arXiv 2002.10957) and XLM-RoBERTa have the same architecture; DistilBERT has no token types, see
+`distilbert`. The output is one hidden state per token; poolers and language-model heads are not
+implemented. Shape letters: B sequences, N tokens, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BertConfig(hf_config.EncoderConfig):
     Attributes:
       vocab_size: Number of rows in the token embedding.
       num_positions: Number of rows in the position embedding.
-      num_token_types: Number of rows in the token-type embedding.
+      num_token_types: Number of rows in the token-type embedding; 0 for a model without it.
       position_offset: Row in the position embedding for the first token. In RoBERTa, this is the ID
         of the padding token plus 1, so the rows before it are unused.
       layer_norm_epsilon: Epsilon of the LayerNorms.
@@ -83,7 +83,8 @@ class BertConfig(hf_config.EncoderConfig):
     attention_dropout: float = 0.1
 
     def __post_init__(self):
-        check_at_least(self, 1, *_SIZES)
+        check_at_least(self, 1, *(name for name in _SIZES if name != "num_token_types"))
+        check_at_least(self, 0, "num_token_types")
         check_rates(self, "dropout", "attention_dropout")
         check_multiple(self, "hidden_size", "num_heads")
         if not 0 <= self.position_offset < self.num_positions:
@@ -171,7 +172,8 @@ class Bert(nnx.Module):
         self.config = config
         self.token_embedding = embedding(config.vocab_size, config, rngs)
         self.position_embedding = embedding(config.num_positions, config, rngs)
-        self.token_type_embedding = embedding(config.num_token_types, config, rngs)
+        if config.num_token_types:
+            self.token_type_embedding = embedding(config.num_token_types, config, rngs)
         self.embedding_norm = layer_norm(
             config.hidden_size, config.layer_norm_epsilon, config, rngs
         )
@@ -211,7 +213,8 @@ class Bert(nnx.Module):
           input_ids: Token IDs, [B, N] int.
           attention_mask: Whether a position has a token, [B, N] bool; padding may be on either
             side. All True by default.
-          token_type_ids: Token types, [B, N] int; 0 by default.
+          token_type_ids: Token types, [B, N] int; 0 by default. Ignored by a model without token
+            types.
           embeddings: Token embeddings, [B, N, D], instead of `input_ids`.
           positions: Positions counted from 0, without the config's offset, [B, N] int. By default,
             the number of tokens before each token in its sequence, which does not depend on the
@@ -246,8 +249,6 @@ class Bert(nnx.Module):
                 raise ValueError(f"{shape[1]} tokens; allowed: at most {config.max_length}")
             _check_positions(default_positions if positions is None else positions, mask, config)
         positions = default_positions if positions is None else positions
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros(shape, int)
         if embeddings is None:
             embeddings = self.embed(jnp.where(mask, inputs, 0))
 
@@ -255,7 +256,9 @@ class Bert(nnx.Module):
             return table(jnp.where(mask, index, 0)).astype(config.dtype)
 
         x = jnp.where(mask[..., None], embeddings, 0).astype(config.dtype)  # [B, N, D]
-        x = x + look_up(self.token_type_embedding, token_type_ids)
+        if config.num_token_types:
+            types = jnp.zeros(shape, int) if token_type_ids is None else token_type_ids
+            x = x + look_up(self.token_type_embedding, types)
         x = x + look_up(self.position_embedding, positions + config.position_offset)
         x = self.dropout(self.embedding_norm(x), **options)
         last, outputs = self.layers(
@@ -305,6 +308,8 @@ def key_table(config: BertConfig) -> KeyTable:
     """Returns the bare model's tensor names for each parameter of `Bert`."""
     table = norm("embedding_norm", "embeddings.LayerNorm")
     for module, name in _EMBEDDINGS.items():
+        if module == "token_type_embedding" and not config.num_token_types:
+            continue
         table[f"{module}/embedding"] = parameter(f"embeddings.{name}.weight")
     for module, name in _PROJECTIONS.items():
         table |= linear(f"layers/layers/{module}", f"encoder.layer.{{}}.{name}", config.num_layers)

@@ -40,6 +40,11 @@ def _first_token_mlp(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array
     return _linear(params, "classifier.out_proj", hidden)
 
 
+def _first_token_relu(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(_linear(params, "pre_classifier", _first(x, mask)))
+    return _linear(params, "classifier", hidden)
+
+
 def _last_token(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return _linear(params, "score", x[jnp.arange(len(x)), last])
@@ -49,6 +54,11 @@ def _mean_of_frames(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
     projected = _linear(params, "projector", x)
     total = jnp.where(mask[..., None], projected, 0).sum(1)
     return _linear(params, "classifier", total / jnp.maximum(mask.sum(1), 1)[:, None])
+
+
+def _mean_of_window(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
+    # Includes the silence after the clip.
+    return _linear(params, "classifier", _linear(params, "projector", x).mean(1))
 
 
 def _linear(params: Params, name: str, x: jax.Array) -> jax.Array:
@@ -63,10 +73,20 @@ def _first(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """A kind of head: its function and the shapes of its tensors, in D, P (projection) and C."""
+    """A kind of head.
+
+    Attributes:
+      function: Function of (parameters, hidden states, mask) that returns the logits.
+      shapes: Shapes of the tensors, in D, P (projection) and C.
+      sums_normalized: Whether a weighted sum of the layers has the last state after the encoder's
+        final LayerNorm, if it has one.
+      options: Fields of the encoder's config that the head needs.
+    """
 
     function: Callable[[Params, jax.Array, jax.Array], jax.Array]
     shapes: Mapping[str, str]
+    sums_normalized: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _shapes(**layers: str) -> dict[str, str]:
@@ -80,14 +100,18 @@ def _shapes(**layers: str) -> dict[str, str]:
 
 _BERT = _Head(_first_token_pooler, _shapes(bert__pooler__dense="DD", classifier="CD"))
 _ROBERTA = _Head(_first_token_mlp, _shapes(classifier__dense="DD", classifier__out_proj="CD"))
+_DISTILBERT = _Head(_first_token_relu, _shapes(pre_classifier="DD", classifier="CD"))
 _DECODER = _Head(_last_token, {"score.weight": "CD"})
 _SPEECH = _Head(_mean_of_frames, _shapes(projector="PD", classifier="CP"))
+_WHISPER = _Head(_mean_of_window, _SPEECH.shapes, sums_normalized=True, options={"trim": False})
 _HEADS = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "distilbert": _DISTILBERT,
     "llama": _DECODER,
     "qwen2": _DECODER,
+    "whisper": _WHISPER,
     "wav2vec2": _SPEECH,
     "hubert": _SPEECH,
     "wavlm": _SPEECH,
@@ -137,8 +161,9 @@ class Classifier:
             x, mask = result[:2]
         if weights is not None:
             # As in transformers 5, the last state is that before the final LayerNorm of large
-            # models. transformers 4 took the state after it.
-            x = jnp.einsum("l,lbnd->bnd", jax.nn.softmax(weights), result[2])
+            # models except Whisper. transformers 4 took the state after it.
+            states = result[2].at[-1].set(x) if self._head.sums_normalized else result[2]
+            x = jnp.einsum("l,lbnd->bnd", jax.nn.softmax(weights), states)
         return self._head.function(params, x.astype(jnp.float32), mask)
 
     def probabilities(self, inputs: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -152,7 +177,8 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
 
     Args:
       name_or_folder: Folder, or model name on the Hugging Face Hub, see `hub.fetch`.
-      **changes: Further arguments of `registry.load_module`.
+      **changes: Further arguments of `registry.load_module`. Whisper is always run on clips padded
+        to 30 s, as its heads were trained.
 
     Raises:
       InputError: The checkpoint cannot be read, has no classification head, is a regression, or is
@@ -160,7 +186,7 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
     """
     folder = fetch(name_or_folder)
     hf_config = read_config(folder)
-    modality = find_architecture(hf_config, folder / CONFIG_FILE).modality
+    architecture = find_architecture(hf_config, folder / CONFIG_FILE)
     model_type = hf_config["model_type"]
     if model_type not in _HEADS:
         raise InputError(
@@ -168,15 +194,19 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
             f"{', '.join(_HEADS)}"
         )
     head = _HEADS[model_type]
-    params = _read_head(Checkpoint.open(folder), head, hf_config, folder)
+    try:
+        config = architecture.config.from_huggingface(hf_config)
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from error
+    params = _read_head(Checkpoint.open(folder), head, hf_config, config, folder)
     output = "score.weight" if head is _DECODER else [*head.shapes][-2]
     class_names = _class_names(hf_config, len(params[output]), folder)
-    module = load_module(folder, hf_config=hf_config, **changes)
+    module = load_module(folder, hf_config=hf_config, **(changes | dict(head.options)))
     return Classifier(
         module,
         head,
         params,
-        modality=modality,
+        modality=architecture.modality,
         class_names=class_names,
         multi_label=hf_config.get("problem_type") == "multi_label_classification",
     )
@@ -188,10 +218,14 @@ def placeholder_names(class_names: tuple[str, ...]) -> list[str]:
 
 
 def _read_head(
-    checkpoint: Checkpoint, head: _Head, hf_config: Mapping[str, Any], folder: os.PathLike[str]
+    checkpoint: Checkpoint,
+    head: _Head,
+    hf_config: Mapping[str, Any],
+    config: Any,
+    folder: os.PathLike[str],
 ) -> dict[str, jax.Array]:
     shapes = dict(head.shapes)
-    if head is _SPEECH and hf_config.get("use_weighted_layer_sum"):
+    if "projector.weight" in shapes and hf_config.get("use_weighted_layer_sum"):
         shapes["layer_weights"] = "L"
     missing = [name for name in shapes if name not in checkpoint]
     if missing:
@@ -200,7 +234,7 @@ def _read_head(
             "a checkpoint for sequence or audio classification"
         )
     params = {name: np.asarray(checkpoint[name][...], np.float32) for name in shapes}
-    sizes = {"D": hf_config["hidden_size"], "L": hf_config["num_hidden_layers"] + 1}
+    sizes = {"D": config.hidden_size, "L": config.num_layers + 1}
     for name, letters in shapes.items():
         shape = params[name].shape
         expected = tuple(

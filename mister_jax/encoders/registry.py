@@ -24,7 +24,7 @@ from mister_jax.convert.key_table import KeyTable, NameRules
 from mister_jax.convert.params import load_backbone, save_params
 from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save_tensors
-from mister_jax.encoders import bert, decoder, qwen2_audio, wavlm, whisper
+from mister_jax.encoders import bert, decoder, distilbert, qwen2_audio, wavlm, whisper
 from mister_jax.encoders.hf_config import CONFIG_FILE, read_config
 from mister_jax.encoders.hub import fetch
 from mister_jax.encoders.tokenization import check_tokenizer
@@ -69,6 +69,13 @@ class Architecture:
 _BERT = Architecture(
     bert.BertConfig, bert.Bert, bert.key_table, bert.NAME_RULES, needs_cls_token=True
 )
+_DISTILBERT = Architecture(
+    distilbert.DistilBertConfig,
+    bert.Bert,
+    distilbert.key_table,
+    distilbert.NAME_RULES,
+    needs_cls_token=True,
+)
 _DECODER = Architecture(
     decoder.DecoderConfig, decoder.Decoder, decoder.key_table, decoder.NAME_RULES
 )
@@ -80,6 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
     "llama": _DECODER,
     "qwen2": _DECODER,
     "whisper": Architecture(

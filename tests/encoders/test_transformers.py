@@ -51,6 +51,9 @@ TASK_MODELS = {
     ),
     "roberta": tuple(f"RobertaFor{task}" for task in _TEXT_TASKS.split()),
     "xlm-roberta": tuple(f"XLMRobertaFor{task}" for task in _TEXT_TASKS.split()),
+    "distilbert": tuple(
+        f"DistilBertFor{task}" for task in _TEXT_TASKS.split() if task != "CausalLM"
+    ),
     "llama": tuple(f"LlamaFor{task}" for task in _DECODER_TASKS.split()),
     "qwen2": tuple(f"Qwen2For{task}" for task in _DECODER_TASKS.split()),
     "whisper": ("WhisperForAudioClassification", "WhisperForConditionalGeneration"),
@@ -71,6 +74,7 @@ ADAPTERS = {
     "bert": (("BertForSequenceClassification", ("query", "value")),),
     "roberta": (("RobertaForSequenceClassification", ("query", "value")),),
     "xlm-roberta": (("XLMRobertaForTokenClassification", ("query", "output.dense")),),
+    "distilbert": (("DistilBertForSequenceClassification", ("q_lin", "v_lin", "lin1")),),
     "llama": (
         ("LlamaForCausalLM", ("q_proj", "v_proj")),
         ("LlamaForSequenceClassification", ("q_proj", "down_proj")),
@@ -159,6 +163,14 @@ CONFIGS = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "distilbert": {
+        "vocab_size": 24,
+        "dim": 16,
+        "hidden_dim": 20,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_position_embeddings": 16,
+    },
     "llama": _DECODER,
     "qwen2": _DECODER,
     "whisper": _WHISPER,
@@ -184,7 +196,7 @@ CLIP = (np.random.default_rng(0).normal(size=(1, LENGTH)) * 0.1 + 0.03).astype(n
 IDS = np.array([[2, 5, 6, 7, 8, 9, 3], [2, 5, 6, 8, 3, 0, 0]])
 MASK = IDS != 0
 PROMPT = np.array([[3, 4, _PLACEHOLDER, 5, 6]])
-TEXT = ("bert", "roberta", "xlm-roberta", "llama", "qwen2")
+TEXT = ("bert", "roberta", "xlm-roberta", "distilbert", "llama", "qwen2")
 
 
 def modeling(model_type):
@@ -393,7 +405,7 @@ def test_adapters_of_task_models_are_read(model_type, case, tmp_path):
     class_name, targets = case
     model = torch_model(model_type, class_name)
     model.save_pretrained(tmp_path / "base")
-    heads = {"classifier", "score", "qa_outputs", "projector"}
+    heads = {"classifier", "score", "qa_outputs", "projector", "pre_classifier"}
     heads &= {name for name, _ in model.named_children()}
     model = random_adapter(model, target_modules=list(targets), modules_to_save=sorted(heads))
     model.save_pretrained(tmp_path / "adapter")
