@@ -6,6 +6,7 @@ mister-jax predict --model=RUN --recording=call.mp3 --transcript=call.srt --outp
 mister-jax predict --model=RUN --recording=FOLDER --output="out/{name}.html" --output=all.jsonl
 mister-jax predict --model=RUN --audio=1.wav --text="Hello?" --audio=2.wav --text="You!"
 mister-jax predict --model=OWNER/NAME --text="Hello?" --text="You again!"
+mister-jax predict --text_model=OWNER/NAME --speech_model=OWNER/OTHER --recording=call.mp3
 mister-jax predict --model=RUN --manifest=my.jsonl --output=out.jsonl
 mister-jax predict --model=RUN --corpus=meld --source=MELD.Raw --output=out.jsonl
 mister-jax predict --model=RUN --follow < utterances.jsonl   # one answer per line, while it is live
@@ -95,6 +96,15 @@ _NEW_PATH = (
 )
 _SPEECH_ENCODER = flags.DEFINE_multi_string("speech_encoder", [], _NEW_PATH)
 _TEXT_ENCODER = flags.DEFINE_multi_string("text_encoder", [], _NEW_PATH)
+_TEXT_MODEL = flags.DEFINE_string(
+    "text_model", None, "published text classifier: a folder, or a name on the Hugging Face Hub"
+)
+_SPEECH_MODEL = flags.DEFINE_string("speech_model", None, "published audio classifier")
+_TEXT_WEIGHT = flags.DEFINE_float("text_weight", 1, "weight of --text_model", lower_bound=0)
+_SPEECH_WEIGHT = flags.DEFINE_float("speech_weight", 1, "weight of --speech_model", lower_bound=0)
+_MAP_LABELS = flags.DEFINE_multi_string(
+    "map_labels", [], "LABEL=EMOTION, name of a label of the published models; may be repeated"
+)
 _SECONDS = flags.DEFINE_float(
     "max_seconds", 60, "seconds of each utterance's speech to read", lower_bound=0.1
 )
@@ -159,6 +169,8 @@ def main() -> int:
 
 
 def _load() -> EmotionRecognizer:
+    if _TEXT_MODEL.value or _SPEECH_MODEL.value:
+        return _load_published()
     from mister_jax.inference.recognizer import load
     from mister_jax.pretrained import DEFAULT_MODEL
 
@@ -172,6 +184,26 @@ def _load() -> EmotionRecognizer:
     )
 
 
+def _load_published() -> EmotionRecognizer:
+    from mister_jax.inference.recognizer import EmotionRecognizer
+
+    map_labels = {}
+    for value in _MAP_LABELS.value:
+        label, separator, emotion = value.partition("=")
+        if not label or not separator or not emotion:
+            raise InputError(f"--map_labels={value}; needed: LABEL=EMOTION")
+        map_labels[label] = emotion
+    return EmotionRecognizer.from_models(
+        text=_TEXT_MODEL.value,
+        speech=_SPEECH_MODEL.value,
+        text_weight=_TEXT_WEIGHT.value,
+        speech_weight=_SPEECH_WEIGHT.value,
+        map_labels=map_labels,
+    )
+
+
+_PUBLISHED_FLAGS = (_TEXT_WEIGHT, _SPEECH_WEIGHT, _MAP_LABELS)
+_TRAINED_FLAGS = (_MODEL, _SPEECH_ENCODER, _TEXT_ENCODER, _CALIBRATE)
 _RECORDING_FLAGS = (
     *(_TRANSCRIPT, _SEARCH, _TIER, _SPEAKER, _RECOGNIZER, _LANGUAGE, _NO_TEXT, _CHANNELS),
     *(_JOIN_GAP, _UTTERANCE_SECONDS, _EMBED_AUDIO),
@@ -181,6 +213,12 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 
 def _check_flags() -> None:
     """Checks that no flag is set that has no effect."""
+    is_published = bool(_TEXT_MODEL.value or _SPEECH_MODEL.value)
+    for flag in _TRAINED_FLAGS if is_published else _PUBLISHED_FLAGS:
+        if flag.present and is_published:
+            raise InputError(f"--{flag.name}: cannot be used with --text_model or --speech_model")
+        if flag.present:
+            raise InputError(f"--{flag.name}: needs --text_model or --speech_model")
     if _FOLLOW.value:
         for source in (_RECORDING, _MANIFEST, _CORPUS, _AUDIO, _TEXT, _OUTPUT, *_UTTERANCE_FLAGS):
             if source.present:

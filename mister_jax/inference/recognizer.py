@@ -110,6 +110,18 @@ class EmotionRecognizer(ModelHubMixin):
         """
         return cls(f"{model}@{revision}" if revision else model, **options)
 
+    @staticmethod
+    def from_models(
+        *, text: str | None = None, speech: str | None = None, **options: Any
+    ) -> EmotionRecognizer:
+        """Combines published text and speech classifiers; see `published.PublishedModels`.
+
+        recognizer = EmotionRecognizer.from_models(text="OWNER/TEXT", speech="OWNER/SPEECH")
+        """
+        from mister_jax.inference.published import PublishedModels
+
+        return PublishedModels(text=text, speech=speech, **options)
+
     def _save_pretrained(self, save_directory: pathlib.Path) -> None:
         """Writes a bundle, see `save_pretrained` of `huggingface_hub.ModelHubMixin`."""
         write_model(self._predictor, pathlib.Path(save_directory))
@@ -201,8 +213,7 @@ class EmotionRecognizer(ModelHubMixin):
         Returns:
           The prediction and the notes of each utterance of each dialogue.
         """
-        check_seconds(max_seconds)
-        check_min_confidence(min_confidence)
+        self._check_options(max_seconds, min_confidence)
         if not utterances:
             return []
         encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
@@ -374,6 +385,10 @@ class EmotionRecognizer(ModelHubMixin):
                 window,
             )
         return stream
+
+    def _check_options(self, max_seconds: float, min_confidence: float | None) -> None:
+        check_seconds(max_seconds)
+        check_min_confidence(min_confidence)
 
     def _encode_utterances(
         self,

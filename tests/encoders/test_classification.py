@@ -1,39 +1,15 @@
 """Classification checkpoints: heads, padding and errors, without PyTorch."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from mister_jax.encoders.classification import load_classifier, placeholder_names
 from mister_jax.errors import InputError
-
-NAMES = {"0": "joy", "1": "anger", "2": "sadness"}
-
-
-def write_checkpoint(bert_folder, folder, *, num_classes=3, head=True, **fields):
-    """Writes a BERT with a random head."""
-    shutil.copytree(bert_folder, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"id2label": NAMES} | fields
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {f"bert.{name.removeprefix('bert.')}": value for name, value in tensors.items()}
-    random, dim = np.random.default_rng(0), config["hidden_size"]
-    if head:
-        tensors |= {
-            "bert.pooler.dense.weight": random.normal(size=(dim, dim)).astype(np.float32),
-            "bert.pooler.dense.bias": random.normal(size=dim).astype(np.float32),
-            "classifier.weight": random.normal(size=(num_classes, dim)).astype(np.float32),
-            "classifier.bias": random.normal(size=num_classes).astype(np.float32),
-        }
-    save_file(tensors, folder / "model.safetensors")
-    return folder, tensors
+from tests.helpers.classifiers import write_text_classifier
 
 
 def test_head_of_bert_is_applied_to_the_first_token(bert_folder, tmp_path):
-    folder, tensors = write_checkpoint(bert_folder, tmp_path / "bert")
+    folder, tensors = write_text_classifier(bert_folder, tmp_path / "bert")
     classifier = load_classifier(folder)
     assert classifier.class_names == ("joy", "anger", "sadness")
     tokens = np.array([[2, 5, 3, 0]])
@@ -51,7 +27,7 @@ def test_head_of_bert_is_applied_to_the_first_token(bert_folder, tmp_path):
 
 
 def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
-    folder, _ = write_checkpoint(
+    folder, _ = write_text_classifier(
         bert_folder, tmp_path / "bert", problem_type="multi_label_classification"
     )
     classifier = load_classifier(folder)
@@ -72,7 +48,7 @@ def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
     ],
 )
 def test_unusable_checkpoint_is_a_one_line_error(bert_folder, tmp_path, options, message):
-    folder, _ = write_checkpoint(bert_folder, tmp_path / "bert", **options)
+    folder, _ = write_text_classifier(bert_folder, tmp_path / "bert", **options)
     with pytest.raises(InputError, match=message) as error:
         load_classifier(folder)
     assert "\n" not in str(error.value)
