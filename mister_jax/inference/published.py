@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,24 +24,17 @@ from mister_jax.errors import InputError
 from mister_jax.extraction.encoder import Encoder, compile_encoder
 from mister_jax.extraction.speech import SpeechInput
 from mister_jax.extraction.text import TextInput
-from mister_jax.inference.recognizer import EmotionRecognizer
-from mister_jax.inference.streaming import DialogueStream
-from mister_jax.inference.utterance_inputs import NOTE, CheckedUtterance
 from mister_jax.models import EXPERTS
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
-from mister_jax.predictor import Predictions, prediction_rows
+from mister_jax.predictor import Predictions
 
 _FULL_SCALE = 2**15
 _MAX_TOKENS = 512
-_NOTHING_TO_READ = f"{NOTE}: neither speech nor text, so all emotions are equally likely"
 
 
-class PublishedModels(EmotionRecognizer):
-    """A text classifier, a speech classifier, or both, as an `EmotionRecognizer`.
-
-    Rows have the same keys as those of MiSTER-E: "experts" are the emotions of the models, and
-    "gate" their weights. Unlike MiSTER-E, the models do not read the context of an utterance.
+class PublishedModels:
+    """A text classifier, a speech classifier, or both; see `EmotionRecognizer.from_models`.
 
     Labels are compared by the names of `data.labels.EMOTION_SYNONYMS`. If a model gives several
     labels the same name, their probabilities are added. If a model gives each label a probability
@@ -58,6 +50,8 @@ class PublishedModels(EmotionRecognizer):
 
     Attributes:
       class_names: Emotions of the only model, or those that both models know.
+      encoders: Encoder of each modality, whose features are the probabilities of its labels.
+      feature_dims: Number of labels of each modality, 1 without a model.
 
     Raises:
       InputError: A model cannot be loaded or is not of its modality, the weights or labels cannot
@@ -88,10 +82,10 @@ class PublishedModels(EmotionRecognizer):
         labels = {modality: it.class_names for modality, it in classifiers.items()}
         emotions = _name_emotions(labels, used, map_labels or {})
         self.class_names = _shared_emotions(emotions)
-        self._feature_dims = {
+        self.feature_dims = {
             modality: len(labels[modality]) if modality in labels else 1 for modality in names
         }
-        self._encoders = {
+        self.encoders = {
             modality: _make_encoder(it, used[modality]) for modality, it in classifiers.items()
         }
         # Matrices [labels of the model, C] that add the probabilities of labels of one name.
@@ -103,45 +97,17 @@ class PublishedModels(EmotionRecognizer):
             for modality, names_of_model in emotions.items()
         }
 
-    def _save_pretrained(self, save_directory: pathlib.Path) -> None:
-        raise InputError(
-            f"{save_directory}: published models cannot be saved as one; name them when you predict"
-        )
+    def combine(self, encoded: Mapping[str, np.ndarray]) -> Predictions:
+        """Averages the models' probabilities.
 
-    def stream(self, **options: Any) -> DialogueStream:
-        """Raises InputError, because these models read every utterance by itself."""
-        raise InputError(
-            "published models read utterances without their context; call predict for each one"
-        )
+        Args:
+          encoded: Probabilities of the labels, "speech" and "text", [N, labels], and which
+            utterances have them, "speech_present" and "text_present", [N] bool.
 
-    def _predict(
-        self,
-        utterances: Sequence[CheckedUtterance],
-        dialogues: Sequence[np.ndarray],
-        *,
-        max_seconds: float,
-        min_confidence: float | None = None,
-        num_workers: int = 0,
-        quiet: bool,
-    ) -> list[dict[str, Any]]:
-        self._check_options(max_seconds, min_confidence)
-        if not utterances:
-            return []
-        encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
-        outputs = self._combine(encoded)
-        rows = []
-        for row, present, row_notes in zip(
-            prediction_rows(self.class_names, outputs, min_confidence),
-            outputs["expert_present"],
-            notes,
-            strict=True,
-        ):
-            unread = [] if present.any() else [_NOTHING_TO_READ]
-            rows.append({**row, "notes": [*row_notes, *unread]})
-        return [rows[index] for index in np.concatenate(dialogues)]
-
-    def _combine(self, encoded: Mapping[str, np.ndarray]) -> Predictions:
-        """Averages the models' probabilities; see `tasks.fusion.FusionTask.predict`."""
+        Returns:
+          The arrays of `FusionTask.predict` without the axis of dialogues. Without speech and text,
+          all emotions are equally likely.
+        """
         num_utterances, num_classes = len(encoded["text"]), len(self.class_names)
         probabilities = np.full(
             (num_utterances, len(EXPERTS), num_classes), 1 / num_classes, np.float32

@@ -23,6 +23,7 @@ from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.inference import utterance_inputs
 from mister_jax.inference.export import write_model
+from mister_jax.inference.published import PublishedModels
 from mister_jax.inference.recordings import RecordingUtterances, find_utterances
 from mister_jax.inference.speech_recognition import detect_voice_activity
 from mister_jax.inference.streaming import DialogueStream
@@ -114,13 +115,22 @@ class EmotionRecognizer(ModelHubMixin):
     def from_models(
         *, text: str | None = None, speech: str | None = None, **options: Any
     ) -> EmotionRecognizer:
-        """Combines published text and speech classifiers; see `published.PublishedModels`.
+        """Combines published text and speech classifiers, without training.
 
         recognizer = EmotionRecognizer.from_models(text="OWNER/TEXT", speech="OWNER/SPEECH")
-        """
-        from mister_jax.inference.published import PublishedModels
 
-        return PublishedModels(text=text, speech=speech, **options)
+        Rows have the same keys as those of MiSTER-E: "experts" are the emotions of the models, and
+        "gate" their weights. Unlike MiSTER-E, the models do not read the context of an utterance.
+
+        Args:
+          text: Checkpoint for sequence classification, a folder or a name on the Hub.
+          speech: Checkpoint for audio classification.
+          **options: Further arguments of `published.PublishedModels`.
+
+        Raises:
+          InputError: See `published.PublishedModels`.
+        """
+        return _PublishedRecognizer(PublishedModels(text=text, speech=speech, **options))
 
     def _save_pretrained(self, save_directory: pathlib.Path) -> None:
         """Writes a bundle, see `save_pretrained` of `huggingface_hub.ModelHubMixin`."""
@@ -217,6 +227,20 @@ class EmotionRecognizer(ModelHubMixin):
         if not utterances:
             return []
         encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
+        rows = self._predict_encoded(encoded, dialogues, min_confidence, quiet)
+        return [
+            {**row, "notes": notes[index]}
+            for index, row in zip(np.concatenate(dialogues), rows, strict=True)
+        ]
+
+    def _predict_encoded(
+        self,
+        encoded: Mapping[str, np.ndarray],
+        dialogues: Sequence[np.ndarray],
+        min_confidence: float | None,
+        quiet: bool,
+    ) -> list[dict[str, Any]]:
+        """Predicts encoded utterances, see `_predict`; the rows have no notes yet."""
         indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
@@ -233,10 +257,7 @@ class EmotionRecognizer(ModelHubMixin):
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, *planned) for planned in plan)
         outputs = self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
-        predictions = prediction_rows(self.class_names, outputs, min_confidence)
-        return [
-            {**row, "notes": notes[index]} for index, row in zip(indices, predictions, strict=True)
-        ]
+        return list(prediction_rows(self.class_names, outputs, min_confidence))
 
     def predict_recording(
         self,
@@ -480,6 +501,40 @@ class EmotionRecognizer(ModelHubMixin):
                 f"{modality} encoder: features of width {features.shape[1]}; the model takes {dim}"
             )
         return features, present
+
+
+class _PublishedRecognizer(EmotionRecognizer):
+    """Recognizer with `PublishedModels` instead of MiSTER-E."""
+
+    def __init__(self, models: PublishedModels):
+        self._models = models
+        self.class_names = models.class_names
+        self._encoders = dict(models.encoders)
+        self._feature_dims = models.feature_dims
+
+    def _save_pretrained(self, save_directory: pathlib.Path) -> None:
+        raise InputError(
+            f"{save_directory}: published models cannot be saved as one model; name them for each "
+            "prediction"
+        )
+
+    def stream(self, **options: Any) -> DialogueStream:
+        """Raises InputError, because the models read every utterance by itself."""
+        raise InputError(
+            "published models read utterances without their context, so they have no stream; "
+            "predict each utterance when it comes"
+        )
+
+    def _predict_encoded(
+        self,
+        encoded: Mapping[str, np.ndarray],
+        dialogues: Sequence[np.ndarray],
+        min_confidence: float | None,
+        quiet: bool,
+    ) -> list[dict[str, Any]]:
+        outputs = self._models.combine(encoded)
+        rows = list(prediction_rows(self.class_names, outputs, min_confidence))
+        return [rows[index] for index in np.concatenate(dialogues)]
 
 
 def _consecutive_ranges(lengths: Iterable[int]) -> list[np.ndarray]:
