@@ -151,7 +151,7 @@ def test_unusable_models_are_explained_in_one_line(
 
 def test_a_recording_is_predicted_by_published_models(text_model, speech_model, clip, tmp_path):
     encode_wav(tmp_path / "call.wav", np.tile(clip, 4))
-    (tmp_path / "call.csv").write_text("start,end,text\n0,0.5,so mad\n0.6,1.5,so happy\n")
+    (tmp_path / "call.csv").write_text("start,end,text\n0,0.5,so mad.\n0.6,1.5,so happy.\n")
     models = [f"--text_model={text_model}", f"--speech_model={speech_model}"]
     command = ["predict", *models, f"--recording={tmp_path / 'call.wav'}"]
     good, misplaced, wrong, mapped = run_commands(
