@@ -49,7 +49,7 @@ import sys
 scores = json.loads(pathlib.Path(sys.argv[1]).read_text())
 print(*(f"{scores[split]['weighted_f1']:.4f}" for split in ("validation", "test")), sys.argv[2])
 PYTHON
-  done | tee /dev/stderr | sort | tail -n 1 | cut -d ' ' -f 3
+  done | tee -a /dev/stderr | sort | tail -n 1 | cut -d ' ' -f 3
 )
 echo "above: weighted F1 on validation, on test, and seed; exporting seed $best" >&2
 mister-jax export --model="$work/run_$best" --output="$work/meld-text" --overwrite
