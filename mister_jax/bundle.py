@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -108,7 +109,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     Raises:
       InputError: The bundle is damaged or incomplete, or a newer version has written it.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(os.path.normpath(pathlib.Path(folder).absolute()))
     path = folder / CONFIG_FILE
     content = read_json(path)
     if content.get("format") != FORMAT:
@@ -118,7 +119,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
             f"format {FORMAT}"
         )
     try:
-        files = content["files"]
+        files = {str(name): str(expected) for name, expected in content["files"].items()}
         experiment, description, progress = (
             content[name] for name in ("experiment", "model", "progress")
         )
@@ -129,6 +130,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
             _resolve_paths(experiment["encoder"]["options"], folder)
         config = ConfigDict(experiment)
         num_classes = description.get("model", {}).get("num_classes")
+        class_names = tuple(description["class_names"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: damaged ({error!r}); needed: a file that mister-jax export has written"
@@ -141,7 +143,6 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
             raise InputError(
                 f"{file}: has changed since the bundle was written; copy or export it again"
             )
-    class_names = description.get("class_names", ())
     if num_classes is not None and num_classes != len(class_names):
         raise InputError(
             f"{path}: {len(class_names)} class names for a model of {num_classes} classes; needed: "
@@ -204,7 +205,10 @@ def _resolve_paths(values: dict[str, Any], folder: pathlib.Path) -> None:
     """Replaces paths in the bundle by absolute paths."""
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(_IN_BUNDLE):
-            values[name] = str((folder / value).absolute())
+            path = pathlib.Path(os.path.normpath((folder / value).absolute()))
+            if not path.is_relative_to(folder.absolute()):
+                raise ValueError(f"{value} is outside the bundle")
+            values[name] = str(path)
 
 
 def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -50,6 +50,8 @@ def export_model(
     target = pathlib.Path(output).resolve()
     if target.exists():
         _check_replaceable(target, overwrite)
+    if target.is_relative_to(pathlib.Path(model).resolve()):
+        raise InputError(f"{output}: in the folder of the model; needed: another folder")
     predictor = Predictor(model)
     where = epath.Path(target)
     with atomic_directory(where, where.parent, overwrite=overwrite) as place:
@@ -78,6 +80,11 @@ def write_model(
       InputError: An encoder is missing or the folder cannot be written.
     """
     if bundle.is_bundle(predictor.folder):
+        if include_encoders:
+            raise InputError(
+                f"{predictor.folder}: a bundle, which is copied as it is; include encoders when "
+                "you export its run"
+            )
         shutil.copytree(predictor.folder, folder, dirs_exist_ok=True)
         return
     description = dict(predictor.task.description())

@@ -51,7 +51,7 @@ def follow(
     for number, line in enumerate(lines, start=1):
         try:
             answer = _answer(recognizer, streams, line, options)
-        except InputError as error:
+        except (InputError, OSError) as error:
             answer = {"error": str(error), "line": number}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

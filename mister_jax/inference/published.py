@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,8 @@ class PublishedModels:
         used = {modality: name for modality, name in names.items() if name}
         if not used:
             raise InputError("no models; needed: a text model, a speech model, or both")
-        if min(weights.values()) < 0 or not sum(weights[modality] for modality in used):
+        total = sum(weights[modality] for modality in used)
+        if min(weights.values()) < 0 or not 0 < total < math.inf:  # also rejects NaN
             raise InputError(
                 f"text_weight={text_weight}, speech_weight={speech_weight}; allowed: 0 or more, "
                 "and more than 0 for one of the models"
@@ -160,7 +162,7 @@ def _name_emotions(
                 f"with --map_labels={unnamed[0]}=EMOTION and so on, see its model card"
             )
     return {
-        modality: [map_labels.get(label) or emotion_name(label) for label in names]
+        modality: [emotion_name(map_labels.get(label, label)) for label in names]
         for modality, names in labels.items()
     }
 

@@ -210,6 +210,10 @@ def edit_config(folder, change):
     write_json(folder / "config.json", content)
 
 
+def leave_bundle(content):
+    content["model"]["encoders"]["text"]["name"] = "./../secret"
+
+
 def rename_class(content):
     content["model"]["class_names"].append("new")
 
@@ -236,6 +240,11 @@ def widen_model(content):
             lambda it: edit_config(it, lambda content: content.pop("model")),
             "config.json: damaged .KeyError",
         ),
+        (
+            lambda it: edit_config(it, lambda content: content.update(files=[1])),
+            "config.json: damaged .AttributeError",
+        ),
+        (lambda it: edit_config(it, leave_bundle), "./../secret is outside the bundle"),
         (lambda it: (it / "config.json").write_text("{"), "config.json: damaged"),
     ],
 )
@@ -254,6 +263,14 @@ def test_an_encoder_that_has_changed_is_an_error(folder):
     edit_config(folder, lambda content: content["files"].update({name: hash_file(vocabulary)}))
     with pytest.raises(InputError, match="the encoder has changed since the features were"):
         EmotionRecognizer.from_pretrained(folder)
+
+
+def test_a_bundle_is_not_written_into_its_model_or_changed_on_the_way(folder):
+    with pytest.raises(InputError, match="in the folder of the model; needed: another folder"):
+        export_model(folder, folder / "copy")
+    with pytest.raises(InputError, match="a bundle, which is copied as it is"):
+        export_model(folder, folder.parent / "copy", include_encoders=True)
+    assert not (folder.parent / "copy").exists() and not (folder / "copy").exists()
 
 
 def test_models_that_are_no_bundles_are_explained(bert_folder, tmp_path, monkeypatch):

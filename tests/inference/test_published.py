@@ -109,6 +109,7 @@ def test_independent_probabilities_are_divided_by_their_sum(bert_folder, tmp_pat
         ({"text": "SPEECH"}, "text_model=.*wav2vec2: a speech model"),
         ({"text": "TEXT", "text_weight": -1}, "text_weight=-1, .*allowed: 0 or more"),
         ({"text": "TEXT", "text_weight": 0}, "more than 0 for one of the models"),
+        ({"text": "TEXT", "text_weight": float("nan")}, "more than 0 for one of the models"),
         (
             {"text": "TEXT", "map_labels": {"love": "joy"}},
             "no model has this label; allowed: anger",

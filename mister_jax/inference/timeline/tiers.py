@@ -87,14 +87,14 @@ def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Inte
     Intervals that overlap others of their tier go to further tiers, such as "Ann 2".
     """
     tiers = [tier for tier in given if not tier.is_points]
-    names = {tier.name for tier in tiers}
+    names: set[str] = set()  # A TextGrid may repeat names.
+    given_names = {tier.name for tier in tiers}
     for tier in tiers:
         intervals = sorted((it.start, it.end, it.text) for it in tier.intervals)
         intervals = [(start, end, text) for start, end, text in intervals if end > start]
         lanes = split_overlaps(intervals, lambda interval: interval[:2])
-        yield tier, tier.name, lanes[0] if lanes else []
-        for lane in lanes[1:]:
-            name = unique_name(tier.name, names)
+        for number, lane in enumerate(lanes or [[]]):
+            name = unique_name(tier.name, names if number == 0 else names | given_names)
             names.add(name)
             yield tier, name, lane
 
