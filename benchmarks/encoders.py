@@ -295,7 +295,7 @@ def compile_for_tpus(
 def measure_encoder(
     encoder: str, *, length: int = 128, rows: int = 0, remat: Remat = "full", steps: int = 3
 ) -> list[Row]:
-    """Times both programs with random parameters on this machine, see `compile_for_tpus`.
+    """Times both programs of `compile_for_tpus` with random parameters on this machine.
 
     Raises:
       InputError: The encoder is unknown, or the devices run out of memory.

@@ -252,7 +252,7 @@ def _follow() -> int:
                 max_seconds=_SECONDS.value,
                 min_confidence=_MIN_CONFIDENCE.value,
             )
-        except BrokenPipeError:  # The reader of the answers has ended.
+        except BrokenPipeError:  # The process that reads the answers has exited.
             # Python flushes standard output when it exits, which would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
     return 0

@@ -89,8 +89,8 @@ class WavLMConfig(hf_config.EncoderConfig):
       max_distance: Distance beyond which positions share the last bucket of their direction.
       norm_first: Whether a LayerNorm precedes each block, with one more after the last layer, as
         in the large models. Otherwise, a LayerNorm follows each residual connection.
-      normalize: Whether the waveform is normalized to zero mean and unit variance. It must be as in
-        training; the model's feature extractor has this value as `do_normalize`.
+      normalize: Whether the waveform is normalized to zero mean and unit variance. Must match
+        training; the config of the feature extractor stores it as `do_normalize`.
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       projection_dropout: Dropout rate on the projected output of the convolutions.

@@ -66,9 +66,9 @@ def run_ablation(
       quiet: Whether to hide progress.
 
     Returns:
-      The rows of the table, or None if SIGTERM interrupted the study. A row has "variant",
-      "change" and "seeds", and for each of `SPLITS` the scores' "mean" and "deviation" over the
-      seeds, and the scores of the seeds' "ensemble".
+      The rows of the table, or None if SIGTERM interrupted the study. Each row has
+      "variant", "change" and "seeds". For each split in `SPLITS`, it also has the "mean" and the
+      "deviation" of the scores over the seeds, and the scores of the "ensemble" of the seeds.
 
     Raises:
       InputError: A name is unknown, a config is invalid, or the directory belongs to a study with

@@ -126,7 +126,7 @@ def _write_bundle(
 def _write_encoder(
     metadata: Mapping[str, Any], folder: pathlib.Path, modality: str, include: bool
 ) -> dict[str, Any]:
-    """Copies the files of an encoder to a bundle, and returns its metadata for the bundle."""
+    """Copies an encoder to a bundle or pins its commit, and returns its metadata for the bundle."""
     if metadata["kind"] == "tuned":
         return _write_tuned_encoder(metadata, folder, modality, include)
     parts = {"encoder": metadata["name"], **_parts(metadata["options"])}

@@ -53,8 +53,9 @@ def write_speech_corpus(
     - `manifest.jsonl`: One row per utterance, which lacks `audio` or `text` if that modality is
       missing. `mister_jax.data.corpora.manifest` reads this file.
     - `audio/DIALOGUE/UTTERANCE.wav`: Recordings at 16 kHz, mono, 16 bits.
-    - `truth.jsonl`: The `uninformative` and the `missing` modality, the physical values of the
-      speaking style, and the drawn words for each row of the manifest. Models must not read it.
+    - `truth.jsonl`: For each row of the manifest, which modality is `uninformative` and which is
+      `missing`, the physical values of the speaking style, and the sampled words. Models must not
+      read it.
     - `reference_scores.json`: The scores of `dialogue_process.reference_scores` for each split.
     - `arguments.json`: The arguments that determine the other files.
 

@@ -333,7 +333,7 @@ def _referring_intervals(
     return times
 
 
-# Older files name the media too: %snd:"file"_100_200.
+# In older files, the time bullet also contains the name of the media file: %snd:"file"_100_200.
 _BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
 _UNINTELLIGIBLE = re.compile(r"(?<![^\s<])(?:xxx?|yyy?|www)(?!\w)")
 # Codes of CHAT and their replacements, in the order of the replacements.
@@ -357,8 +357,9 @@ _CHAT_CODES = tuple(
         (r"\+\.\.\.?(\??)", r" ...\1"),
         (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
-        # Word forms, such as wug@n; long vowels and breaks; compounds.
+        # Markers of special forms, such as wug@n.
         (r"@\S+", ""),
+        # Lengthened vowels (:), pauses within words (^), and compounds joined by +, then by _.
         (r"(?<=\w)[:^]+(?=\w|\s|$)|(?<!\S)\^|(?<=\w)\+(?=\w)", ""),
         (r"(?<=\w)_(?=\w)", " "),
         (_UNINTELLIGIBLE.pattern, " "),

@@ -90,7 +90,7 @@ def _read_webvtt(text: str, selection: Selection, notes: Notes) -> Transcript:
     previous_line = ""
     # Comments may contain commented-out cues.
     text = re.sub(r"(?<=\n)[ \t]*\n(?:NOTE|STYLE|REGION)\b.*(?:\n.*\S.*)*", "\n", text)
-    # Captions that roll up, as those of YouTube, repeat the line above.
+    # Roll-up captions, such as those of YouTube, repeat the previous line.
     roll_up = bool(_WORD_TIME.search(text))
     for cue in _cues(text):
         lines = list(itertools.takewhile(bool, cue.lines))

@@ -178,7 +178,9 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
 
 
 def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
-    """Checks the name of a column that is not in `FIELDS`. `names` are all columns of the row.
+    """Checks the name of a column that is not in `FIELDS`.
+
+    `names` holds the names of all columns of the row.
 
     Raises:
         InputError: The name is not printable, or looks like a misspelling of an absent field.
