@@ -110,6 +110,10 @@ WRONG_USES = {
     },
     "predict": {
         "--model=DIR/nowhere --text=hello": "DIR/nowhere: no such folder; allowed: a dir",
+        "--text_model=DIR/empty --text=a": "DIR/empty/config.json: cannot be read",
+        "--text_model=DIR/empty --model=DIR/ready --text=a": "--model: cannot be used with --text",
+        "--text_model=DIR/empty --map_labels=joy --text=a": "--map_labels=joy; needed: LABEL=EMOT",
+        "--text_weight=2 --text=a": "--text_weight: needs --text_model or --speech_model",
         "--model=DIR/ready": "needed: one of --recording, --manifest, --corpus with",
         "--model=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
         "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: that",

@@ -17,7 +17,7 @@ from mister_jax.errors import InputError
 from mister_jax.inference.export import export_model
 from mister_jax.io import hash_file, write_json
 from mister_jax.predictor import Predictor
-from tests.helpers.commands import REPOSITORY, run_commands
+from tests.helpers.commands import REPOSITORY
 from tests.helpers.encoder_workdirs import write_text_workdir
 from tests.helpers.training import write_untrained_workdir
 
@@ -304,12 +304,14 @@ def test_an_encoder_on_the_hub_is_stored_by_commit_or_copied(
     assert not names
 
 
-def test_the_export_command_writes_a_bundle_once(workdir, tmp_path):
-    export = ["export", f"--model={workdir}", f"--output={tmp_path / 'bundle'}"]
-    first, again, overwritten, wrong = run_commands(
-        [export, export, [*export, "--overwrite"], [*export, "--overwrite", "--adapter"]], tmp_path
-    )
-    assert first.status == overwritten.status == 0
-    assert again.status == 2 and "bundle: exists; allowed: another --output" in again.stderr
-    assert wrong.status == 2 and "--adapter: cannot be used with" in wrong.stderr
-    assert bundle.is_bundle(tmp_path / "bundle")
+def test_an_existing_bundle_is_replaced_only_on_request(workdir, tmp_path):
+    export_model(workdir, tmp_path / "bundle")
+    with pytest.raises(InputError, match="bundle: exists; allowed: another --output"):
+        export_model(workdir, tmp_path / "bundle")
+    (tmp_path / "bundle" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="bundle: not a model"):
+        export_model(workdir, tmp_path / "bundle", overwrite=True)
+    (tmp_path / "bundle" / "model.safetensors").touch()
+    export_model(workdir, tmp_path / "bundle", overwrite=True)
+    bundle.read_bundle(tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -1,7 +1,5 @@
 """Published classifiers as experts."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,6 @@ from mister_jax import EmotionRecognizer
 from mister_jax.data.audio import encode_wav
 from mister_jax.errors import InputError
 from tests.helpers.classifiers import write_speech_classifier, write_text_classifier
-from tests.helpers.commands import run_commands
 
 UTTERANCES = [{"text": "i am so happy"}, {"text": "you are mad"}, {"text": "we are glad today"}]
 
@@ -153,27 +150,10 @@ def test_unusable_models_are_explained_in_one_line(
 def test_a_recording_is_predicted_by_published_models(text_model, speech_model, clip, tmp_path):
     encode_wav(tmp_path / "call.wav", np.tile(clip, 4))
     (tmp_path / "call.csv").write_text("start,end,text\n0,0.5,so mad.\n0.6,1.5,so happy.\n")
-    models = [f"--text_model={text_model}", f"--speech_model={speech_model}"]
-    command = ["predict", *models, f"--recording={tmp_path / 'call.wav'}"]
-    good, misplaced, wrong, mapped = run_commands(
-        [
-            [*command, f"--output={tmp_path / 'out.jsonl'}"],
-            [*command, "--model=RUN"],
-            [*command, "--map_labels=joy"],
-            ["predict", "--text=a", "--text_weight=2"],
-        ],
-        tmp_path,
-    )
-    assert good.status == 0, good.stderr
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["start"] for row in rows] == [0, 0.6] and set(rows[0]["probabilities"]) == {
-        "anger",
-        "joy",
-        "sadness",
-    }
-    assert "--model: cannot be used with --text_model or --speech_model" in misplaced.stderr
-    assert "--map_labels=joy; needed: LABEL=EMOTION" in wrong.stderr
-    assert "--text_weight: needs --text_model or --speech_model" in mapped.stderr
+    recognizer = EmotionRecognizer.from_models(text=text_model, speech=speech_model)
+    rows = recognizer.predict_recording(tmp_path / "call.wav")
+    assert [row["start"] for row in rows] == [0, 0.6]
+    assert set(rows[0]["probabilities"]) == {"anger", "joy", "sadness"}
 
 
 @pytest.mark.parity
