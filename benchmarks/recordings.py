@@ -1,6 +1,6 @@
 """Measures the prediction of one recording: speed, memory, and how well utterances cover speech.
 
-Each row is measured in a process of its own, so that its memory is not affected by the others.
+Each row is measured in a new process, so the memory of one does not affect the others.
 """
 
 from __future__ import annotations

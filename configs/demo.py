@@ -3,7 +3,7 @@
     bash launch/demo.sh
     mister-jax train --config=demo --workdir=DIR    # on the dataset `demo`
 
-Hardware: two CPU cores; `launch/demo.sh` takes 7 minutes including the installation.
+Hardware: two CPU cores; `launch/demo.sh` takes about 5 minutes including the installation.
 
 Result, weighted F1, mean +- standard deviation of three seeds (480 training dialogues):
 

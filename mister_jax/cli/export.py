@@ -17,7 +17,7 @@ _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "write only the LoRA adapter of an encoder, for peft and the same base model"
 )
 _INCLUDE = flags.DEFINE_bool(
-    "include_encoders", False, "copy encoders from the Hugging Face Hub, so that none is downloaded"
+    "include_encoders", False, "also copy encoders from the Hugging Face Hub into the folder"
 )
 _FORMAT = flags.DEFINE_enum(
     "format", "bundle", ["bundle", "stablehlo"], "format of a MiSTER-E model"

@@ -214,6 +214,8 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 def _check_flags() -> None:
     """Checks that no flag is set that has no effect."""
     is_published = bool(_TEXT_MODEL.value or _SPEECH_MODEL.value)
+    if is_published and _FOLLOW.value:
+        raise InputError("--follow: cannot be used with --text_model or --speech_model")
     for flag in _TRAINED_FLAGS if is_published else _PUBLISHED_FLAGS:
         if flag.present and is_published:
             raise InputError(f"--{flag.name}: cannot be used with --text_model or --speech_model")

@@ -125,7 +125,7 @@ class Classifier:
       module: Encoder.
       modality: "text" or "speech".
       class_names: Names in the order of the logits, as in the checkpoint.
-      multi_label: Whether each class has a probability of its own, by a sigmoid, as in GoEmotions.
+      multi_label: Whether classes are independent, each with a sigmoid, as in GoEmotions.
     """
 
     def __init__(

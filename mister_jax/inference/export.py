@@ -62,7 +62,6 @@ def write_model(
     predictor: Predictor,
     folder: pathlib.Path,
     *,
-    name: str = "",
     include_encoders: bool = False,
 ) -> None:
     """Writes a bundle with a MiSTER-E model, its encoders and its model card.
@@ -72,8 +71,7 @@ def write_model(
 
     Args:
       predictor: Predictor of a MiSTER-E model.
-      folder: Folder to write.
-      name: Name of the model in its card, by default the folder's name.
+      folder: Folder to write; the model in the card is named after it.
       include_encoders: Whether to copy encoders from the Hub too, so that no download is needed.
 
     Raises:
@@ -103,7 +101,7 @@ def write_model(
         predictor.config.data.name,
     )
     card = model_card(
-        name or folder.name,
+        folder.name,
         class_names=predictor.task.class_names,
         encoders=encoders,
         dataset=dataset,

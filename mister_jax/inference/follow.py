@@ -44,7 +44,7 @@ def follow(
       max_seconds: Seconds of each utterance's speech to read.
       min_confidence: Probability below which predictions are marked as "uncertain".
       max_dialogues: Number of dialogues to keep. For a further one, the dialogue whose last
-        utterance is the oldest is dropped; if it continues, it starts anew.
+        utterance is the oldest is dropped; if it continues, it starts over.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
     options = {"max_seconds": max_seconds, "min_confidence": min_confidence}

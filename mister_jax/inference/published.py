@@ -38,8 +38,8 @@ class PublishedModels:
     """A text classifier, a speech classifier, or both; see `EmotionRecognizer.from_models`.
 
     Labels are compared by the names of `data.labels.EMOTION_SYNONYMS`. If a model gives several
-    labels the same name, their probabilities are added. If a model gives each label a probability
-    of its own, these are divided by their sum.
+    labels the same name, their probabilities are added. The probabilities of
+    a model with independent labels are divided by their sum.
 
     Args:
       text: Checkpoint for sequence classification, a folder or a name on the Hugging Face Hub, see

@@ -112,6 +112,7 @@ WRONG_USES = {
         "--model=DIR/nowhere --text=hello": "DIR/nowhere: no such folder; allowed: a dir",
         "--text_model=DIR/empty --text=a": "DIR/empty/config.json: cannot be read",
         "--text_model=DIR/empty --model=DIR/ready --text=a": "--model: cannot be used with --text",
+        "--text_model=DIR/empty --follow": "--follow: cannot be used with --text_model or --sp",
         "--text_model=DIR/empty --map_labels=joy --text=a": "--map_labels=joy; needed: LABEL=EMOT",
         "--text_weight=2 --text=a": "--text_weight: needs --text_model or --speech_model",
         "--model=DIR/ready": "needed: one of --recording, --manifest, --corpus with",

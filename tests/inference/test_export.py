@@ -16,6 +16,7 @@ from mister_jax.errors import InputError
 from mister_jax.inference.export import export_encoder
 from mister_jax.io import write_json
 from mister_jax.predictor import Predictor
+from tests.helpers.classifiers import WAV2VEC2_CONFIG
 from tests.helpers.encoder_workdirs import write_speech_workdir, write_text_workdir
 
 TEXT_KINDS = ("bert", "llama", "int8")
@@ -29,18 +30,7 @@ LENGTHS = np.array([12_800, 6400])
 def wavlm_folder(tmp_path_factory):
     """A tiny WavLM with random weights."""
     folder = tmp_path_factory.mktemp("tiny_wavlm")
-    config = {
-        "model_type": "wavlm",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "conv_dim": [4],
-        "conv_kernel": [400],
-        "conv_stride": [320],
-        "num_conv_pos_embeddings": 4,
-        "num_conv_pos_embedding_groups": 2,
-    }
+    config = WAV2VEC2_CONFIG | {"model_type": "wavlm"}
     registry.save_pretrained(registry.create_module(config, rngs=nnx.Rngs(0)), config, folder)
     return folder
 
