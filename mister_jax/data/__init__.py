@@ -2,7 +2,8 @@
 
 - `corpora` reads corpora and manifests; `registry` lists the released corpora.
 - `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads it.
-- `features` stores and loads utterance vectors, `npz` imports them, `synthetic` generates them.
+- `features` stores and loads utterance vectors, `feature_files` imports and exports them, and
+  `synthetic` generates them.
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, and `pipeline` turns a split into padded arrays.
 
@@ -16,8 +17,8 @@ require_extra("predict", "mister_jax.data")
 
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
+from mister_jax.data.feature_files import read_npz
 from mister_jax.data.features import load_features, split_names, write_features
-from mister_jax.data.npz import read_npz
 from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.storage import dataset_directory

@@ -1,24 +1,22 @@
-"""Reads and checks utterance features in NumPy archives."""
+"""Checks the utterance features of a file, and groups them into dialogues and splits."""
 
 import collections
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
-from etils import epath
 
 from mister_jax.data.labels import MAX_SCORE, MIN_SCORE, suspicious_labels
 from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.splits import overlap_note, random_splits
 from mister_jax.errors import InputError
 
-_REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
-_OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
-_NEEDED = (
-    f"needed: {', '.join(_REQUIRED)}, and {' or '.join(MODALITIES)}; "
-    f"optional: {', '.join(_OPTIONAL)}"
+REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
+OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
+NEEDED = (
+    f"needed: {', '.join(REQUIRED)}, and {' or '.join(MODALITIES)}; optional: {', '.join(OPTIONAL)}"
 )
 
 # No plausible feature is larger. Squares of values above about 1.8e19 overflow in float32.
@@ -36,96 +34,19 @@ _KINDS = {
 }
 
 
-def read_npz(
-    path: epath.PathLike, *, group_by: str = "", seed: int = 0
-) -> dict[str, DialogueFeatures]:
-    """Reads and checks the utterance features of a NumPy archive.
+class FeatureTable:
+    """Arrays with one row per utterance, as `read_npz` describes them.
 
-    The archive contains one row per utterance, in any order, in these arrays:
+    The errors of all checks state file, array and row.
 
-    - `speech` [N, Ds], `text` [N, Dt]: Floats; at least one of them. float16 is kept, other dtypes
-      become float32.
-    - `label` [N]: Integers, -1 for an unlabeled utterance, otherwise an index into `class_names`.
-    - `class_names` [C]: Text.
-    - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
-    - `position` [N]: Numbers that order the utterances of a dialogue.
-    - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances in a
-      dialogue. By default, dialogues are split at random.
-    - `speaker` [N], optional: Text or integers. No model reads them.
-    - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
-    - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; its
-      features are then replaced by zeros. All true by default.
-
-    Other arrays are ignored. A random split puts all dialogues with the same value in the array
-    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it.
-
-    Returns:
-        The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
-        order of their positions. The metadata contains the features' origin, and `notes` for the
-        user.
-
-    Raises:
-        InputError: The file or one of its rows cannot be used.
+    Args:
+        path: File that the arrays come from.
+        arrays: Arrays by name.
     """
-    archive = _Archive(pathlib.Path(path), (group_by,) if group_by else ())
-    class_names = archive.class_names()
-    position = archive.array("position")
-    archive.check("position", np.isfinite(position), "not finite", position)
-    label = archive.array("label")
-    allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
-    archive.check("label", (label >= UNLABELED) & (label < len(class_names)), allowed, label)
-    score = archive.array("score") if "score" in archive.arrays else None
-    if score is not None:
-        score = score.astype(np.float32)
-        valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
-        allowed = f"allowed: {MIN_SCORE:g} to {MAX_SCORE:g}, or NaN for no score"
-        archive.check("score", valid, allowed, score)
-    speech, speech_present = archive.modality("speech")
-    text, text_present = archive.modality("text")
 
-    # Dialogues are numbered in the order of their first rows; sorting by number keeps that order.
-    ids, first_rows, inverse = np.unique(
-        archive.array("dialogue"), return_index=True, return_inverse=True
-    )
-    by_first_row = np.argsort(first_rows)
-    ids, dialogue = ids[by_first_row], np.argsort(by_first_row)[inverse]
-    split, notes = archive.splits(ids, dialogue, group_by, seed)
-    order = np.lexsort((position, dialogue))
-    archive.check_dialogues(order, ids[dialogue], position, split)
-
-    with archive.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata = {"source": archive.path.name, "sha256": sha256, "notes": notes}
-    splits = {}
-    for name in SPLITS:
-        rows = order[split[order] == name]
-        if len(rows) == 0:
-            continue
-        members, lengths = np.unique(dialogue[rows], return_counts=True)
-        splits[name] = DialogueFeatures(
-            name=archive.path.stem,
-            split=name,
-            class_names=class_names,
-            dialogue_ids=tuple(ids[members].tolist()),
-            lengths=lengths,
-            utterance_ids=archive.utterance[rows],
-            speech=speech[rows],
-            text=text[rows],
-            speech_present=speech_present[rows],
-            text_present=text_present[rows],
-            label=label[rows].astype(np.int32),
-            score=None if score is None else score[rows],
-            metadata=dict(metadata),
-        )
-    return splits
-
-
-class _Archive:
-    """Arrays in an npz file. The errors of all checks state file, array and row."""
-
-    def __init__(self, path: pathlib.Path, extra_arrays: Sequence[str]) -> None:
+    def __init__(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         self.path = path
-        self.arrays = self._read(extra_arrays)
+        self.arrays = arrays
         self.utterance = self.array("utterance")
         if len(self.utterance) == 0:
             self.fail("utterance", "no rows; at least one utterance is needed")
@@ -133,38 +54,78 @@ class _Archive:
         is_first = first_rows[inverse] == np.arange(len(self.utterance))
         self.check("utterance", is_first, "repeated; utterance ids must be unique", self.utterance)
 
-    def _read(self, extra_arrays: Sequence[str]) -> dict[str, np.ndarray]:
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file")
-        try:
-            # NumPy would not close a damaged archive that it opens itself.
-            file = self.path.open("rb")
-        except PermissionError as error:
-            raise InputError(f"{self.path}: no permission to read it") from error
-        with file:
-            # zipfile, zlib and NumPy raise many types of errors for a damaged file.
-            try:
-                archive = np.load(file, allow_pickle=False)
-            except Exception as error:
-                raise InputError(f"{self.path}: not an npz file, or damaged; {_NEEDED}") from error
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{self.path}: a single array; needed: an npz file. {_NEEDED}")
-            missing = [name for name in (*_REQUIRED, *extra_arrays) if name not in archive.files]
-            if not any(name in archive.files for name in MODALITIES):
-                missing.append(" or ".join(MODALITIES))
-            if missing:
-                raise InputError(f"{self.path}: no array {', '.join(missing)}; {_NEEDED}")
-            arrays = {}
-            for name in (*_REQUIRED, *MODALITIES, *_OPTIONAL, *extra_arrays):
-                try:
-                    if name in archive.files:
-                        arrays[name] = archive[name]
-                except Exception as error:
-                    raise InputError(
-                        f"{self.path}: {name}: damaged, or an array of Python objects; "
-                        "allowed: arrays of numbers, booleans or text"
-                    ) from error
-        return arrays
+    def splits(
+        self,
+        *,
+        group_by: str = "",
+        seed: int = 0,
+        notes: Sequence[str] = (),
+        utterance_metadata: np.ndarray | None = None,
+    ) -> dict[str, DialogueFeatures]:
+        """Checks all arrays, and returns the nonempty splits.
+
+        Args:
+            group_by: Array whose values stay in one split of a random split; by default `speaker`.
+            seed: Seed of the random split of a table without `split`.
+            notes: Notes for the user, for the metadata.
+            utterance_metadata: JSON objects, [N] str, see `DialogueFeatures`.
+
+        Raises:
+            InputError: A row cannot be used.
+        """
+        class_names = self.class_names()
+        position = self.array("position")
+        self.check("position", np.isfinite(position), "not finite", position)
+        label = self.array("label")
+        allowed = f"allowed: -1 (unlabeled) and 0 to {len(class_names) - 1}"
+        self.check("label", (label >= UNLABELED) & (label < len(class_names)), allowed, label)
+        score = self.array("score") if "score" in self.arrays else None
+        if score is not None:
+            score = score.astype(np.float32)
+            valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
+            allowed = f"allowed: {MIN_SCORE:g} to {MAX_SCORE:g}, or NaN for no score"
+            self.check("score", valid, allowed, score)
+        speech, speech_present = self.modality("speech")
+        text, text_present = self.modality("text")
+
+        # Dialogues are numbered in the order of their first rows, which sorting by number keeps.
+        ids, first_rows, inverse = np.unique(
+            self.array("dialogue"), return_index=True, return_inverse=True
+        )
+        by_first_row = np.argsort(first_rows)
+        ids, dialogue = ids[by_first_row], np.argsort(by_first_row)[inverse]
+        split, split_notes = self._split_rows(ids, dialogue, group_by, seed)
+        order = np.lexsort((position, dialogue))
+        self.check_dialogues(order, ids[dialogue], position, split)
+
+        metadata = {
+            "source": self.path.name,
+            "sha256": _sha256(self.path),
+            "notes": [*notes, *split_notes],
+        }
+        splits = {}
+        for name in SPLITS:
+            rows = order[split[order] == name]
+            if len(rows) == 0:
+                continue
+            members, lengths = np.unique(dialogue[rows], return_counts=True)
+            splits[name] = DialogueFeatures(
+                name=self.path.stem,
+                split=name,
+                class_names=class_names,
+                dialogue_ids=tuple(ids[members].tolist()),
+                lengths=lengths,
+                utterance_ids=self.utterance[rows],
+                speech=speech[rows],
+                text=text[rows],
+                speech_present=speech_present[rows],
+                text_present=text_present[rows],
+                label=label[rows].astype(np.int32),
+                score=None if score is None else score[rows],
+                metadata=dict(metadata),
+                utterance_metadata=None if utterance_metadata is None else utterance_metadata[rows],
+            )
+        return splits
 
     def fail(self, name: str, message: str) -> NoReturn:
         """Raises a one-line InputError about the array `name`."""
@@ -252,7 +213,7 @@ class _Archive:
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
 
-    def splits(
+    def _split_rows(
         self, ids: np.ndarray, dialogue: np.ndarray, group_by: str, seed: int
     ) -> tuple[np.ndarray, list[str]]:
         """Returns each utterance's split [N] and notes for the user.
@@ -297,3 +258,12 @@ class _Archive:
         )
         is_valid[after] = ~(same_dialogue & (split[before] != split[after]))
         self.check("split", is_valid, "another row of its dialogue has another split", split)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, or of all files of a folder."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
