@@ -1,0 +1,96 @@
+"""Finds recordings in a folder whose layout differs from the paths in a corpus's metadata."""
+
+import collections
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+from mister_jax.data.audio_source import RECORDING_SUFFIXES
+from mister_jax.errors import InputError
+
+
+def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the recordings in a folder and its subfolders, sorted, and follows links to folders.
+
+    Hidden files and folders, and `__MACOSX`, which archive programs add, are skipped.
+    """
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        # A link to a parent folder would be an endless loop.
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_junk(name) and os.path.realpath(f"{parent}/{name}") not in visited
+        )
+        for name in sorted(files):
+            path = pathlib.Path(parent, name)
+            if not _is_junk(name) and path.suffix.lower() in RECORDING_SUFFIXES:
+                yield path
+
+
+def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pathlib.Path]:
+    """Finds the recordings with given paths in a folder of any layout.
+
+    The last components of a path identify its recording: for `downloads/urdu/Sad/SF1_S01.wav`,
+    `Sad/SF1_S01.flac` or `SF1_S01.flac` is found. Extensions may differ. Components that also end
+    another path identify no recording: `neutral/239.wav` of a missing speaker is not taken from
+    another speaker.
+
+    Args:
+        folder: Folder of the recordings.
+        paths: Paths in the metadata, with `/` between components.
+
+    Returns:
+        The file of each path that has a recording.
+
+    Raises:
+        InputError: Several files match a path equally well.
+    """
+    keys = {path: _key(path) for path in paths}
+    num_paths = collections.Counter(
+        key[start:] for key in set(keys.values()) for start in range(len(key))
+    )
+    files = collections.defaultdict(list)
+    for file in list_recordings(folder):
+        key = _key(file.relative_to(folder).as_posix())
+        files[key[-1]].append((key, file))
+    recordings = {}
+    for path, key in keys.items():
+        matches = [(_num_common(key, other), file) for other, file in files.get(key[-1], ())]
+        num_common = max((count for count, _ in matches), default=0)
+        if not num_common or num_paths[key[-num_common:]] > 1:
+            continue
+        best = [file for count, file in matches if count == num_common]
+        if len(best) > 1:
+            best = [file for file in best if file.suffix == pathlib.Path(path).suffix] or best
+        if len(best) > 1:
+            raise InputError(
+                f"{path}: {best[0]} or {best[1]}; needed: one file, or a folder that contains one"
+            )
+        recordings[path] = best[0]
+    return recordings
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _key(path: str) -> tuple[str, ...]:
+    """Returns the components of a path without its extension."""
+    suffix = pathlib.PurePosixPath(path).suffix
+    if suffix.lower() in RECORDING_SUFFIXES:
+        path = path.removesuffix(suffix)
+    # macOS decomposes accented letters in file names.
+    return tuple(unicodedata.normalize("NFC", path).replace("\\", "/").split("/"))
+
+
+def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Returns the number of equal components at the end of two paths."""
+    count = 0
+    for left, right in zip(reversed(first), reversed(second), strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
