@@ -67,6 +67,13 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
             missing.append(" or ".join(MODALITIES))
         if missing:
             raise InputError(f"{path}: no array {', '.join(missing)}; {NEEDED}")
+        assert archive.zip is not None
+        try:
+            # Opening compares the two copies of a name, so damage cannot hide an optional array.
+            for member in archive.zip.namelist():
+                archive.zip.open(member).close()
+        except Exception as error:
+            raise InputError(f"{path}: damaged; {NEEDED}") from error
         arrays = {}
         for name in (*REQUIRED, *MODALITIES, *OPTIONAL, *extra_arrays):
             try:
