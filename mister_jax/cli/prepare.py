@@ -3,6 +3,11 @@
 mister-jax prepare --corpus=meld --source=MELD.Raw --data_dir=DIR [--config=text]
 mister-jax prepare --corpus=iemocap --source=IEMOCAP_full_release --config=six_session1
 mister-jax prepare --corpus=mosi --source=CMU-MOSI
+mister-jax prepare --corpus=mosei --source=CMU-MOSEI
+mister-jax prepare --corpus=emorynlp --source=emotion-detection
+mister-jax prepare --corpus=emobox --source=EmoBox/data/urdu --audio_root=URDU-Dataset --fold=1
+mister-jax prepare --corpus=folder --source=wav --pattern=emodb
+mister-jax prepare --corpus=folder --source=wav --pattern={speaker}_{emotion}_{sentence}.wav
 mister-jax prepare --corpus=manifest --source=my.jsonl --name=my_calls --labels=calm,angry
 mister-jax prepare --corpus=transcripts --source=FOLDER --label_tier=emotion
 mister-jax prepare --corpus=synthetic                # synthetic recordings and transcripts
@@ -36,6 +41,11 @@ CORPUS_FLAGS = {
         *("label_column", "label_suffix", "audio_channel"),
         *("join_gap", "utterance_seconds", *_DECODING_FLAGS),
     ),
+    "folder": (
+        *("source", "pattern", "name", "labels", "map_labels", "group_by", "seed"),
+        *_DECODING_FLAGS,
+    ),
+    "emobox": ("source", "audio_root", "fold", "name", "map_labels", "seed", *_DECODING_FLAGS),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
     "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
     "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
@@ -55,6 +65,13 @@ _GROUP_BY = flags.DEFINE_string(
     "",
     "keep rows with equal values in this column in one random split; by default speaker",
 )
+_PATTERN = flags.DEFINE_string(
+    "pattern", "", "pattern of the paths in a folder, such as {speaker}_{emotion}.wav, or a preset"
+)
+_AUDIO_ROOT = flags.DEFINE_string(
+    "audio_root", None, "folder of EmoBox's recordings; by default the one that contains downloads"
+)
+_FOLD = flags.DEFINE_integer("fold", None, "fold of EmoBox; by default the first", lower_bound=1)
 _TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts, separated by commas")
 _LABEL_TIER = flags.DEFINE_string("label_tier", None, "tier with the emotions in transcripts")
 _LABEL_COLUMN = flags.DEFINE_string("label_column", None, "column with the emotions in transcripts")
@@ -205,6 +222,9 @@ def _preparation(corpus: str) -> PrepareOptions:
         labels=tuple(_LABELS.value),
         label_map=_label_map(),
         group_by=_GROUP_BY.value,
+        pattern=_PATTERN.value,
+        audio_root=_AUDIO_ROOT.value,
+        fold=_FOLD.value,
         seed=_SEED.value,
         num_dialogues=_num_dialogues(),
         decoding=DecodingOptions(_WORKERS.value, _SECONDS.value, _BEAM_OPTIONS.value is not None),

@@ -15,6 +15,8 @@ from tensorflow_datasets.core import shuffle
 from mister_jax.console import ProgressReporter
 from mister_jax.data.audio_source import existing_path, source_name
 from mister_jax.data.builder import CorpusConfig, DecodingOptions, DialogueBuilder
+from mister_jax.data.corpora import emobox
+from mister_jax.data.corpora.folder import read_folder
 from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.data.corpora.registry import CORPORA, builder_class
 from mister_jax.data.corpora.transcripts import TranscriptOptions, read_transcripts
@@ -31,6 +33,15 @@ _MAX_SORT_BYTES = 64 * 2**20
 _UNUSABLE_LIMIT = 10
 
 
+_SOURCES = {
+    "manifest": "a .jsonl or .csv file",
+    "transcripts": "a folder",
+    "folder": "a folder of recordings",
+    "emobox": emobox.LAYOUT,
+}
+"""What --source must be for the corpora that are not in `CORPORA`."""
+
+
 class Manifest(DialogueBuilder):
     """TFDS builder for user dialogues that a manifest lists."""
 
@@ -43,8 +54,8 @@ class PrepareOptions:
     """Options of `prepare_corpus`.
 
     Attributes:
-        corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts" or
-            "synthetic".
+        corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts",
+            "folder", "emobox" or "synthetic".
         source: Folder of the corpus, path of the manifest, or for "synthetic", folder to write
             recordings to. If None, "meld" with config "text" is downloaded, and "synthetic" writes
             to a folder next to the dataset.
@@ -54,7 +65,11 @@ class PrepareOptions:
         labels: Ordered class names of a manifest; the sorted names in the file if empty.
         label_map: Map from names in a manifest to class names, see `read_manifest`.
         group_by: Column of a manifest. Random splits put dialogues with equal values in one split.
-        seed: Seed for a manifest's random split, and for the synthetic corpus.
+        pattern: Pattern of the paths in the corpus "folder", see `read_folder`.
+        audio_root: Folder of the recordings of the corpus "emobox", see `read_emobox`.
+        fold: Fold of the corpus "emobox"; the first if None.
+        seed: Seed for a manifest's random split, for the validation set of "emobox", and for the
+            synthetic corpus.
         num_dialogues: Number of dialogues in the synthetic corpus by split; its default if empty.
         decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
@@ -71,6 +86,9 @@ class PrepareOptions:
     labels: Sequence[str] = ()
     label_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
     group_by: str = ""
+    pattern: str = ""
+    audio_root: epath.PathLike | None = None
+    fold: int | None = None
     seed: int = 0
     num_dialogues: Mapping[str, int] = dataclasses.field(default_factory=dict)
     decoding: DecodingOptions = dataclasses.field(default_factory=DecodingOptions)
@@ -97,16 +115,18 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
     """
     if options.corpus in CORPORA:
         return _prepare_released(options)
-    if options.corpus not in ("manifest", "transcripts", "synthetic"):
-        allowed = ", ".join((*CORPORA, "manifest", "transcripts", "synthetic"))
+    if options.corpus not in (*_SOURCES, "synthetic"):
+        allowed = ", ".join((*CORPORA, *_SOURCES, "synthetic"))
         raise InputError(f"corpus {options.corpus!r}; allowed: {allowed}")
     if options.config:
         raise InputError(f"{options.corpus} has no configs, got {options.config!r}")
     if options.corpus == "synthetic":
         return _prepare_synthetic(options)
     if options.source is None:
-        needed = "a .jsonl or .csv file" if options.corpus == "manifest" else "a folder"
+        needed = _SOURCES[options.corpus]
         raise InputError(f"--source is needed with --corpus={options.corpus}: {needed}")
+    if options.corpus == "emobox":
+        return _prepare_emobox(options)
     return _prepare_manifest(options)
 
 
@@ -162,9 +182,11 @@ def _prepare_manifest(
     name = options.name or _dataset_name(path)
     dataset = f"manifest/{name}"
     _check_not_existing(dataset, options)
-    read = read_manifest
+    read: Callable[..., Corpus] = read_manifest
     if options.corpus == "transcripts":
         read = functools.partial(read_transcripts, options=options.transcripts)
+    elif options.corpus == "folder":
+        read = functools.partial(read_folder, pattern=options.pattern)
     corpus = read(
         path,
         labels=options.labels,
@@ -184,11 +206,29 @@ def _prepare_manifest(
     return _write(options, Manifest, corpus, dataset, config, str(path), reference_scores)
 
 
-def _dataset_name(manifest: pathlib.Path) -> str:
+def _prepare_emobox(options: PrepareOptions) -> dict[str, Any]:
+    assert options.source is not None
+    path = pathlib.Path(options.source).expanduser()
+    name = options.name or _dataset_name(
+        path.with_name(emobox.dataset_name(path, options.fold)), "emobox"
+    )
+    dataset = f"emobox/{name}"
+    _check_not_existing(dataset, options)
+    corpus = emobox.read_emobox(
+        path,
+        audio_root=None if options.audio_root is None else pathlib.Path(options.audio_root),
+        fold=options.fold,
+        seed=options.seed,
+        label_map=options.label_map,
+    )
+    return _write(options, emobox.Emobox, corpus, dataset, CorpusConfig(name=name), str(path))
+
+
+def _dataset_name(manifest: pathlib.Path, corpus: str = "manifest") -> str:
     """Makes a dataset name from a manifest's file name."""
     name = manifest.stem.lower().replace("-", "_").replace(" ", "_")
     try:
-        dataset_directory(f"manifest/{name}", None)
+        dataset_directory(f"{corpus}/{name}", None)
     except InputError as error:
         raise InputError(f"{manifest}: {error}; --name=NAME sets another name") from error
     return name

@@ -10,9 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-
 from mister_jax.data.builder import CorpusConfig, DialogueBuilder
+from mister_jax.data.corpora.cmu_sdk import read_sequence
 from mister_jax.data.corpus import (
     Corpus,
     DecodeRequest,
@@ -81,7 +80,8 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
         missing = LABELS if labels is None else TRANSCRIPTS
         raise InputError(f"{root}: no {missing}; needed: {LAYOUT}")
     splits: dict[str, list[Dialogue]] = {split: [] for split in SPLITS}
-    for video, (scores, intervals) in sorted(_opinions(labels).items()):
+    for video, (features, intervals) in sorted(read_sequence(labels, 1).items()):
+        scores = features[:, 0]
         if video not in VIDEOS:
             raise InputError(f"{labels}: video {video!r} is in no split of the corpus")
         path = transcripts / f"{video}.annotprocessed"
@@ -111,40 +111,6 @@ def read_mosi(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
         splits[VIDEOS[video]].append(Dialogue(video, tuple(utterances)))
     corpus = Corpus("mosi", CLASS_NAMES, splits, scored=True)
     return check_sizes(corpus, RELEASED, partial=partial)
-
-
-def _opinions(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the scores [n] and intervals [n, 2] in seconds of each video's segments."""
-    import h5py
-
-    opinions = {}
-    try:
-        with h5py.File(path, "r") as file:
-            tables = [
-                group["data"]
-                for group in file.values()
-                if isinstance(group, h5py.Group) and isinstance(group.get("data"), h5py.Group)
-            ]
-            if len(tables) != 1:
-                raise InputError(f"{path}: {len(tables)} tables; needed: one that contains `data`")
-            for video, values in tables[0].items():
-                if not isinstance(values, h5py.Group):
-                    raise InputError(
-                        f"{path}: {video}: not a group; needed: a group with features and intervals"
-                    )
-                scores = np.asarray(values["features"], float)
-                intervals = np.asarray(values["intervals"], float)
-                if scores.shape != (len(intervals), 1) or intervals.shape != (len(scores), 2):
-                    raise InputError(
-                        f"{path}: {video}: features {scores.shape}, intervals {intervals.shape}; "
-                        "needed: [n, 1] and [n, 2]"
-                    )
-                opinions[video] = scores[:, 0], intervals
-    except InputError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a label file of the SDK, or damaged ({error})") from error
-    return opinions
 
 
 def _transcript(path: pathlib.Path) -> dict[int, str]:

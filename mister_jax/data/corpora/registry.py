@@ -17,6 +17,8 @@ CORPORA: Mapping[str, str] = {
     "iemocap": "mister_jax.data.corpora.iemocap.Iemocap",
     "meld": "mister_jax.data.corpora.meld.Meld",
     "mosi": "mister_jax.data.corpora.mosi.Mosi",
+    "mosei": "mister_jax.data.corpora.mosei.Mosei",
+    "emorynlp": "mister_jax.data.corpora.emorynlp.Emorynlp",
 }
 """Maps corpora to their builders, which are imported on use because they need TensorFlow."""
 

@@ -1,0 +1,295 @@
+"""Reads a folder of recordings whose paths contain the emotion, as acted corpora do.
+
+A pattern describes the paths: `{speaker}_{emotion}_{sentence}.wav` reads `EB0_anger_12.wav`.
+
+- `{emotion}` is required. `{speaker}`, `{dialogue}`, `{utterance}`, `{order}`, `{text}` and
+  `{split}` are the fields of a manifest. Other names become metadata.
+- `{emotion:1}` has one character. `{_}` is ignored, and so is `*`, which may be empty.
+- `{emotion}/{speaker}_*.wav` reads the folder of a recording too. A pattern describes the end of
+  the path, so further folders may precede it.
+- `.*` at the end, or no extension, allows all recordings.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mister_jax.data.audio_source import RECORDING_SUFFIXES
+from mister_jax.data.corpora.manifest.fields import FIELDS
+from mister_jax.data.corpora.manifest.reader import Row, corpus_from_rows
+from mister_jax.data.corpora.recording_finder import list_recordings
+from mister_jax.data.corpus import Corpus, existing_directory
+from mister_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Pattern of a corpus.
+
+    Attributes:
+        pattern: Pattern of its recordings' paths.
+        emotions: Class names by code; empty if the paths contain the names.
+    """
+
+    pattern: str
+    emotions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "nemo": Preset("{speaker}_{emotion}_{sentence}.wav"),
+    "emodb": Preset(
+        "{speaker:2}{sentence:3}{emotion:1}{version:1}.wav",
+        {
+            "W": "anger",
+            "L": "boredom",
+            "E": "disgust",
+            "A": "fear",
+            "F": "happiness",
+            "T": "sadness",
+            "N": "neutral",
+        },
+    ),
+    "ravdess": Preset(
+        "{modality:2}-{channel:2}-{emotion:2}-{intensity:2}-{sentence:2}-{repetition:2}-"
+        "{speaker:2}.*",
+        {
+            "01": "neutral",
+            "02": "calm",
+            "03": "happy",
+            "04": "sad",
+            "05": "angry",
+            "06": "fearful",
+            "07": "disgust",
+            "08": "surprised",
+        },
+    ),
+    "cremad": Preset(
+        "{speaker:4}_{sentence:3}_{emotion:3}_{intensity}.*",
+        {
+            "ANG": "anger",
+            "DIS": "disgust",
+            "FEA": "fear",
+            "HAP": "happy",
+            "NEU": "neutral",
+            "SAD": "sad",
+        },
+    ),
+}
+"""Patterns of released corpora: nEMO, EmoDB, RAVDESS and CREMA-D."""
+
+_FIELDS = ("emotion", "speaker", "dialogue", "utterance", "order", "text", "split")
+_RESERVED = tuple(name for name in (*FIELDS, "label") if name not in _FIELDS)
+_SPLIT_NAMES = {
+    "training": "train",
+    "trn": "train",
+    "dev": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "eval": "test",
+    "tst": "test",
+}
+
+_TOKEN = re.compile(r"\{(?P<name>[^{}:]*)(?::(?P<width>[^{}]*))?\}|(?P<star>\*)|(?P<brace>[{}])")
+
+# At most one in this many recordings may not match the pattern.
+_UNMATCHED_LIMIT = 10
+_MAX_LISTED = 5  # files that a note names
+
+
+class PathPattern:
+    """Pattern that reads fields from the paths of recordings.
+
+    Args:
+        pattern: The pattern.
+
+    Raises:
+        InputError: The pattern is invalid, or ambiguous for all paths.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        suffix = pathlib.PurePosixPath(pattern).suffix
+        self._any_suffix = suffix.lower() not in RECORDING_SUFFIXES
+        pattern = pattern.removesuffix(".*")
+        self.num_components = pattern.count("/") + 1
+        self.names: list[str] = []
+        # A path is read twice, with fields as short and as long as possible. If both readings are
+        # the same, there is no other.
+        shortest, longest = "", ""
+        position, after_open_field = 0, False
+        for token in _TOKEN.finditer(pattern):
+            literal = pattern[position : token.start()]
+            after_open_field = after_open_field and not literal
+            position = token.end()
+            if token["brace"]:
+                self._fail(f"{token['brace']!r} without its pair", "names in braces")
+            width = self._width(token)
+            if width is None and after_open_field:
+                self._fail(
+                    f"ambiguous at {token[0]!r}, which follows a field of any length",
+                    "a character between them, or a length such as {emotion:1}",
+                )
+            after_open_field = width is None
+            group = "(?:" if token["star"] else self._group(token["name"])
+            text = re.escape(literal) + group + "[^/]"
+            times = "*" if token["star"] else "+"
+            shortest += text + (f"{times}?)" if width is None else f"{{{width}}})")
+            longest += text + (f"{times})" if width is None else f"{{{width}}})")
+        if "emotion" not in self.names:
+            self._fail("no {emotion}", "{emotion}, as in {speaker}_{emotion}_{sentence}.wav")
+        end = re.escape(pattern[position:])
+        self._shortest, self._longest = re.compile(shortest + end), re.compile(longest + end)
+
+    def fields(self, path: pathlib.PurePosixPath) -> dict[str, str] | None:
+        """Returns the fields of a path, or None if it does not match the pattern.
+
+        Raises:
+            InputError: The path can be read in several ways.
+        """
+        stem = path.with_suffix("") if self._any_suffix else path
+        end = "/".join(stem.parts[-self.num_components :])
+        shortest = self._shortest.fullmatch(end)
+        longest = self._longest.fullmatch(end)
+        if shortest is None or longest is None:
+            return None
+        if shortest.groupdict() != longest.groupdict():
+            readings = " or ".join(
+                ", ".join(f"{name}={value}" for name, value in match.groupdict().items())
+                for match in (shortest, longest)
+            )
+            raise InputError(
+                f"{path}: --pattern={self.pattern} is ambiguous ({readings}); needed: lengths such "
+                "as {emotion:3}, or other characters between the fields"
+            )
+        return shortest.groupdict()
+
+    def _group(self, name: str) -> str:
+        """Returns the beginning of the regular expression of a field."""
+        if name == "_":
+            return "(?:"
+        if not name.isidentifier():
+            self._fail(f"field {name!r}", "names of letters, digits and _")
+        if name in _RESERVED:
+            self._fail(f"field {name!r}", f"{', '.join(_FIELDS)}, or a new name")
+        if name in self.names:
+            self._fail(f"field {name!r} is repeated", "each name once")
+        self.names.append(name)
+        return f"(?P<{name}>"
+
+    def _width(self, token: re.Match[str]) -> int | None:
+        width = token["width"]
+        if width is None:
+            return None
+        if not width.isdecimal() or int(width) == 0:
+            self._fail(f"length {width!r}", "a number of characters, such as {emotion:1}")
+        return int(width)
+
+    def _fail(self, problem: str, needed: str) -> None:
+        raise InputError(f"--pattern={self.pattern}: {problem}; needed: {needed}")
+
+
+def read_folder(
+    source: str | pathlib.Path,
+    pattern: str,
+    *,
+    label_map: Mapping[str, str] | None = None,
+    **manifest_options: Any,
+) -> Corpus:
+    """Reads the recordings of a folder and its subfolders.
+
+    Each recording is a dialogue of one utterance, unless the pattern contains `{dialogue}`.
+    Recordings that do not match the pattern are left out and listed in the notes.
+
+    Args:
+        source: Folder of the recordings.
+        pattern: Pattern of their paths, or the name of one of `PRESETS`.
+        label_map: Map from emotions in the paths to class names. For a preset, it maps the preset's
+            class names.
+        **manifest_options: Other options of `corpus_from_rows`, such as `labels` and `group_by`.
+
+    Raises:
+        InputError: The pattern is invalid or ambiguous, more than one in ten recordings do not
+            match it, or a field is invalid.
+    """
+    preset = PRESETS.get(pattern) or Preset(pattern)
+    if preset.pattern == pattern and "{" not in pattern:
+        raise InputError(
+            f"--pattern={pattern}; allowed: {', '.join(PRESETS)}, or a pattern with {{emotion}}, "
+            "such as {speaker}_{emotion}_{sentence}.wav"
+        )
+    reader = PathPattern(preset.pattern)
+    folder = existing_directory(source, needed="a folder of recordings")
+    paths = [
+        pathlib.PurePosixPath(path.relative_to(folder).as_posix())
+        for path in list_recordings(folder)
+    ]
+    if not paths:
+        raise InputError(f"{folder}: no recordings; needed: files such as EB0_anger_12.wav")
+    paths.sort(key=_natural_key)
+    rows: list[Row] = []
+    unmatched = []
+    for path in paths:
+        fields = reader.fields(path)
+        if fields is None:
+            unmatched.append(str(path))
+        else:
+            rows.append(_row(folder, path, fields, preset, number=len(rows) + 1))
+    if _UNMATCHED_LIMIT * len(unmatched) > len(paths):
+        raise InputError(
+            f"{folder}: {len(unmatched)} of {len(paths)} recordings do not match "
+            f"--pattern={preset.pattern}, for example {unmatched[0]}; allowed: one in ten"
+        )
+    notes = []
+    if unmatched:
+        more = ", ..." if len(unmatched) > _MAX_LISTED else ""
+        notes.append(
+            f"{len(unmatched)} recordings do not match the pattern and are left out: "
+            f"{', '.join(unmatched[:_MAX_LISTED])}{more}"
+        )
+    copies = collections.Counter(
+        (path.name, (folder / path).stat().st_size) for path in paths
+    ).values()
+    if num_copies := sum(count - 1 for count in copies):
+        notes.append(
+            f"WARNING: {num_copies} recordings have the name and size of another recording; an "
+            "archive may contain all recordings twice"
+        )
+    corpus = corpus_from_rows(rows, folder, label_map=label_map, **manifest_options)
+    return dataclasses.replace(corpus, notes=(*notes, *corpus.notes))
+
+
+def _row(
+    folder: pathlib.Path,
+    path: pathlib.PurePosixPath,
+    fields: dict[str, str],
+    preset: Preset,
+    number: int,
+) -> Row:
+    """Returns a recording as a row of a manifest."""
+    row_fields: dict[str, Any] = {
+        "dialogue": str(path.with_suffix("")),
+        "utterance": path.stem,
+        "order": number,
+        "audio": str(path),
+        **fields,
+    }
+    row = Row(f"{folder}: {path}", folder, row_fields)
+    emotion = row_fields.pop("emotion")
+    if preset.emotions and emotion not in preset.emotions:
+        row.fail("emotion", f"{emotion!r}; allowed: {', '.join(preset.emotions)}")
+    row_fields["label"] = preset.emotions.get(emotion, emotion)
+    if "split" in fields:
+        split = fields["split"].lower()
+        row_fields["split"] = _SPLIT_NAMES.get(split, split)
+    if "text" in fields:
+        row_fields["text"] = fields["text"].replace("_", " ")
+    return row
+
+
+def _natural_key(path: pathlib.PurePosixPath) -> list[tuple[bool, int, str]]:
+    """Returns a key that sorts `turn_2.wav` before `turn_10.wav`."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
