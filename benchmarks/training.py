@@ -129,8 +129,9 @@ def measure_training(
 def _measure_jax(
     config: ConfigDict, task: FusionTask, changes: Mapping[str, Any], folder: pathlib.Path
 ) -> Row:
-    split = task.split("train", num_shards=jax.device_count(), shuffle=True)
-    num_steps = config.train.epochs * split.steps
+    epochs = config.train.epochs
+    split = task.split("train", num_shards=jax.device_count(), shuffle=True, epochs=epochs)
+    num_steps = epochs * split.steps
     times, workdir = folder / "times.json", folder / "workdir"
     commands = [
         [

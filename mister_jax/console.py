@@ -59,6 +59,14 @@ class ProgressReporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
+def format_seconds(seconds: float) -> str:
+    """Formats an expected time, such as "45 s", "12 min" or "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def parameter_table(params: Any) -> str:
     """Returns a text table with the path, shape, dtype and size of each parameter, and a total."""
     rows = [("parameter", "shape", "dtype", "count")]

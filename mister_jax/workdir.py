@@ -19,13 +19,24 @@ from ml_collections import ConfigDict
 from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
 from mister_jax.io import flatten, read_json, write_json, write_text
+from mister_jax.moved_paths import find_moved, find_moved_encoder, location
 
 FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
-# Config fields that a resumed run may change, because they do not affect the parameters.
-_MUTABLE_ON_RESUME = ("data.data_dir", "train.log_every", "train.save_every", "parallel")
+# Config fields that a resumed run may change, because they do not affect the parameters, or only
+# determine how long training continues. `check_config` allows only more epochs.
+_MUTABLE_ON_RESUME = (
+    "data.data_dir",
+    "train.epochs",
+    "train.patience",
+    "train.log_every",
+    "train.save_every",
+    "parallel",
+)
+# Config fields that are paths, beside the directory of the datasets.
+_ENCODER_PATHS = ("name", "whisper", "beats", "vicuna")
 _PACKAGES = (
     "mister_jax",
     "jax",
@@ -57,7 +68,8 @@ def write_description(
       config: Experiment config.
       model: Result of the task's `description()`.
       params: Parameters of one seed.
-      data: Fingerprint of each split, and the training split's "steps_per_epoch".
+      data: Fingerprint of each split, and the training split's "steps_per_epoch" and
+        "planned_epochs".
     """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +83,7 @@ def write_description(
     }
     write_json(workdir / _VERSIONS, versions)
     write_text(workdir / "parameters.txt", parameter_table(params))
-    write_json(workdir / _MODEL, {"format": FORMAT, **model})
+    write_json(workdir / _MODEL, {"format": FORMAT, "location": location(workdir), **model})
     write_json(workdir / _DATA, data)
     # The config is last: a work directory that has one is complete.
     write_json(config_path(workdir), _to_json(config))
@@ -79,6 +91,10 @@ def write_description(
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
     """Reads the config of a work directory.
+
+    If the datasets or encoders have moved together with the work directory, the config has their
+    new paths. If the directory of the datasets no longer exists, it is replaced by TFDS's default
+    directory, so that the dataset is found by its name.
 
     Raises:
       InputError: The config is missing or damaged.
@@ -90,15 +106,32 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
             "written"
         )
     try:
-        return ConfigDict(read_json(path))
+        return _find_files(ConfigDict(read_json(path)), workdir)
     except InputError:
         raise
     except ValueError as error:  # For example, a field name contains a dot.
         raise InputError(f"{path}: not a readable config ({error})") from error
 
 
+def _find_files(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """Replaces paths in a config that no longer exist; see `read_config`."""
+    model = epath.Path(workdir) / _MODEL
+    stored_location = read_json(model).get("location") if model.exists() else None
+    if stored_location is None:
+        return config
+    data = config.get("data", {})
+    if data.get("data_dir"):
+        data_dir = find_moved(data.data_dir, stored_location, workdir)
+        data.data_dir = data_dir if epath.Path(data_dir).exists() else None
+    options = config.get("encoder", {}).get("options", {})
+    for name in _ENCODER_PATHS:
+        if options.get(name):
+            options[name] = find_moved(options[name], stored_location, workdir)
+    return config
+
+
 def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads the model description of a work directory.
+    """Reads the model description of a work directory, with the present paths of its encoders.
 
     Raises:
       InputError: The description is missing or damaged, or its format is older than `FORMAT`.
@@ -109,20 +142,48 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
             f"{workdir}: written by an older version of mister_jax; train it again, or use the "
             f"version in its {_VERSIONS}"
         )
+    stored_location = description.pop("location", None)
+    if stored_location is not None and "encoders" in description:
+        description["encoders"] = {
+            modality: find_moved_encoder(metadata, stored_location, workdir)
+            for modality, metadata in description["encoders"].items()
+        }
     return description
 
 
 def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Raises InputError if the work directory has another config or is from an older version."""
+    """Checks that a config can resume the run in a work directory, if there is one.
+
+    Raises:
+      InputError: The work directory has another config or more epochs, or is from an older version.
+    """
     if not config_path(workdir).exists():
         return
     read_model_description(workdir)
-    changes = _list_changes(_to_json(read_config(workdir)), _to_json(config))
+    old_config = read_config(workdir)
+    changes = _list_changes(_to_json(old_config), _to_json(config))
     if changes:
         raise InputError(
             f"{workdir}: created with another config ({changes}); use that config, or another "
             "workdir"
         )
+    if config.train.epochs < old_config.train.epochs:
+        raise InputError(
+            f"{workdir}: created with config.train.epochs={old_config.train.epochs}, got "
+            f"{config.train.epochs}; allowed: at least as many, or another workdir"
+        )
+
+
+def read_planned_epochs(workdir: epath.PathLike) -> int | None:
+    """Returns the number of epochs that batches are planned for; None without a work directory.
+
+    It is the number of epochs when training first started. A longer training keeps the batches.
+    """
+    if not config_path(workdir).exists():
+        return None
+    train_data = read_json(epath.Path(workdir) / _DATA).get("train", {})
+    planned_epochs: int | None = train_data.get("planned_epochs")
+    return planned_epochs
 
 
 def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:

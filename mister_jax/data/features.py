@@ -10,17 +10,19 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.lazy import tfds
-from mister_jax.data.schema import SPLITS, DialogueFeatures
+from mister_jax.data.schema import MODALITIES, SPLITS, DialogueFeatures
 from mister_jax.data.storage import (
     VERSION,
     atomic_dataset,
     check_split,
+    dataset_directory,
     open_builder,
     silence_tfds,
     split_sizes,
     utterance_fields,
 )
 from mister_jax.errors import InputError
+from mister_jax.moved_paths import find_moved_encoder, location
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -62,7 +64,13 @@ def write_features(
                 description="Dialogues of utterances as speech and text features.",
                 disable_shuffling=True,
             )
-        all_metadata = tfds.core.MetadataDict({**(metadata or {}), "splits": split_metadata})
+        all_metadata = tfds.core.MetadataDict(
+            {
+                **(metadata or {}),
+                "location": location(dataset_directory(name, data_dir)),
+                "splits": split_metadata,
+            }
+        )
         all_metadata.save_metadata(builder.data_dir)
     return open_builder(name, data_dir)
 
@@ -82,7 +90,8 @@ def load_features(
     """Loads a split of a feature dataset into memory.
 
     Returns:
-        The split in stored order, with the metadata of the dataset and of the split.
+        The split in stored order, with the metadata of the dataset and of the split. Encoders that
+        have moved together with the dataset have their new paths.
 
     Raises:
         InputError: The dataset or split does not exist, or it is not a feature dataset.
@@ -109,7 +118,13 @@ def load_features(
         return np.array([text.decode() for text in concatenate(field)])
 
     metadata = dict(builder.info.metadata or {})
-    split_metadata = metadata.pop("splits", {}).get(split, {})
+    metadata |= metadata.pop("splits", {}).get(split, {})
+    stored_location = metadata.pop("location", None)
+    for modality in MODALITIES:
+        if stored_location and modality in metadata:
+            metadata[modality] = find_moved_encoder(
+                metadata[modality], stored_location, builder.data_dir
+            )
     return DialogueFeatures(
         name=name,
         split=split,
@@ -123,7 +138,7 @@ def load_features(
         text_present=concatenate("text_present"),
         label=concatenate("label").astype(np.int32),
         score=concatenate("score") if "score" in fields else None,
-        metadata={**metadata, **split_metadata},
+        metadata=metadata,
         utterance_metadata=concatenate_text("metadata") if "metadata" in fields else None,
     )
 

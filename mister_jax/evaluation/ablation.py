@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mister_jax import multi_seed
+from mister_jax.console import format_seconds
 from mister_jax.errors import InputError
 from mister_jax.evaluation.figures import plot_grouped_bars
 from mister_jax.evaluation.results import evaluate
@@ -91,8 +92,8 @@ def run_ablation(
     for index, variant in enumerate(pending):
         remaining = ""
         if index:
-            minutes = (time.perf_counter() - started) / index * (len(pending) - index) / 60
-            remaining = f", about {minutes:.0f} min left"
+            seconds = (time.perf_counter() - started) / index * (len(pending) - index)
+            remaining = f", about {format_seconds(seconds)} left"
         title = f"variant {index + 1} of {len(pending)}, {variant.name}: {variant.change}"
         _print(title + remaining, quiet)
         row = _run_variant(variant, workdir / variant.name, quiet)

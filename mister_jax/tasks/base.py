@@ -104,13 +104,14 @@ class Task(Protocol):
           InputError: The dataset does not exist, or does not match the model.
         """
 
-    def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
+    def split(self, name: str, *, num_shards: int, shuffle: bool, epochs: int) -> Split:
         """Loads a split's labeled items in batches for training or validation.
 
         Args:
           name: "train" or "validation".
           num_shards: Divisor of the number of rows in every batch.
           shuffle: Whether to shuffle. Shuffled batches have the same items for any `num_shards`.
+          epochs: Number of epochs for which the batches are planned.
         """
 
     @property

@@ -229,7 +229,7 @@ class EncoderTask:
             )
         return utterances
 
-    def split(self, name: str, *, num_shards: int, shuffle: bool) -> Split:
+    def split(self, name: str, *, num_shards: int, shuffle: bool, epochs: int = 1) -> Split:
         """Loads a split's labeled utterances in batches; see `Task.split`."""
         utterances = self._train_utterances(name) if shuffle else self.features(name)
         labeled = utterances.labeled()

@@ -108,7 +108,7 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
-        self._num_seeds, self._epochs = config.get("num_seeds", 1), config.train.epochs
+        self._num_seeds = config.get("num_seeds", 1)
         if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
@@ -225,12 +225,12 @@ class FusionTask:
         make_batches = functools.partial(batches, features, plan)
         return FeatureSplit(features, plan, make_batches, self._data_seed, shuffle)
 
-    def split(self, name: str, *, num_shards: int, shuffle: bool) -> FeatureSplit:
+    def split(self, name: str, *, num_shards: int, shuffle: bool, epochs: int = 1) -> FeatureSplit:
         """Loads a split in batches; see `Task.split`."""
         features = self.features(name)
         if not (features.label >= 0).any():
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
-        return self.batched(features, num_shards=num_shards, shuffle=shuffle, epochs=self._epochs)
+        return self.batched(features, num_shards=num_shards, shuffle=shuffle, epochs=epochs)
 
     @functools.cached_property
     def _num_params(self) -> int:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
-from mister_jax.console import ProgressReporter
+from mister_jax.console import ProgressReporter, format_seconds
 from mister_jax.data import prefetch_to_device
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
@@ -45,7 +45,16 @@ from mister_jax.tasks.registry import task_class
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
-from mister_jax.workdir import check_config, check_data, config_path, write_description
+from mister_jax.workdir import (
+    check_config,
+    check_data,
+    config_path,
+    read_planned_epochs,
+    write_description,
+)
+
+# Seconds of training from which the expected time is computed.
+_MEASURED_SECONDS = 5.0
 
 # Number of consecutive epochs with a single predicted class before the loop prints a warning.
 _ONE_CLASS_EPOCHS = 3
@@ -113,6 +122,10 @@ class TrainProgress:
         stale_epochs = self.epoch - np.array(self.best_epochs)
         return (stale_epochs < patience) | (patience == 0)
 
+    def is_finished(self, options: TrainConfig) -> bool:
+        """Returns whether the last epoch is complete, or all seeds have stopped early."""
+        return self.epoch >= options.epochs or not self.active_seeds(options.patience).any()
+
     def complete_epoch(self, scores: np.ndarray, options: TrainConfig) -> np.ndarray:
         """Completes an epoch and returns which seeds have a new best score, [S] bool.
 
@@ -127,8 +140,7 @@ class TrainProgress:
         improved = active & (scores >= self.best_scores)
         self.best_scores = np.where(improved, scores, self.best_scores).tolist()
         self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
-        is_last = self.epoch == options.epochs
-        self.finished = is_last or not self.active_seeds(options.patience).any()
+        self.finished = self.is_finished(options)
         return improved
 
 
@@ -142,6 +154,9 @@ def train(
     on_save: OnSave | None = None,
 ) -> TrainProgress:
     """Trains the config's task, from the start or from the latest checkpoint.
+
+    With more `config.train.epochs` than before, a run continues, also if it was finished. The
+    learning rate then follows the schedule of the new number of epochs from this epoch on.
 
     Args:
       config: Experiment config.
@@ -170,10 +185,17 @@ def train(
     task = task_class(config).from_data(config)
     partitioner = make_partitioner(parallel, task.sharding_rules)
     num_shards = partitioner.num_shards
-    train_split = task.split("train", num_shards=num_shards, shuffle=True)
-    validation_split = task.split("validation", num_shards=num_shards, shuffle=False)
+    planned_epochs = read_planned_epochs(workdir) or options.epochs
+    train_split, validation_split = (
+        task.split(name, num_shards=num_shards, shuffle=name == "train", epochs=planned_epochs)
+        for name in ("train", "validation")
+    )
     data_fingerprints = {
-        "train": {"fingerprint": train_split.fingerprint(), "steps_per_epoch": train_split.steps},
+        "train": {
+            "fingerprint": train_split.fingerprint(),
+            "steps_per_epoch": train_split.steps,
+            "planned_epochs": planned_epochs,
+        },
         "validation": {"fingerprint": validation_split.fingerprint()},
     }
     check_data(data_fingerprints, config.data.name, workdir)
@@ -268,6 +290,10 @@ class _TrainingLoop:
     on_step: Callable[[int], None]
     num_one_class_epochs: Any = 0
     """Number of consecutive epochs in which each seed has predicted a single class, [S]."""
+    first_metrics: tuple[int, float] | None = None
+    """Step and time at which this process first read metrics."""
+    has_printed_time: bool = False
+    """Whether this process has printed the expected time."""
 
     def run(self, state: Any, quiet: bool) -> TrainProgress:
         """Trains until the last epoch, early stopping or SIGTERM."""
@@ -279,6 +305,7 @@ class _TrainingLoop:
             saved_state, saved_progress = restored
             state = {**state, **self.partitioner.put_state(saved_state)}
             progress = TrainProgress(**saved_progress)
+        was_finished, progress.finished = progress.finished, progress.is_finished(self.options)
         step = self._global_step(state)
         writer = MetricWriter(self.workdir, step)
         reporter = ProgressReporter(
@@ -287,12 +314,19 @@ class _TrainingLoop:
         with contextlib.closing(writer), reporter, _background_executor() as executor:
             if progress.finished:
                 reporter.print(f"{self.workdir} is finished; nothing to do")
+            elif was_finished:
+                reporter.print(
+                    f"continuing {self.workdir} after {progress.epoch} epochs, until epoch "
+                    f"{self.options.epochs}; the learning rate is now {self.schedule(step):.2g}, "
+                    f"as in a training of {self.options.epochs} epochs"
+                )
             elif restored is not None:
                 reporter.print(f"resuming {self.workdir} at step {step}")
             else:
                 for note in self.task.notes:
                     reporter.print(note)
             if not progress.finished:
+                reporter.print(self._summary())
                 self._compile(executor, state, reporter)
             while not progress.finished:
                 state, stopped = self._train_epoch(state, progress, writer, reporter)
@@ -306,6 +340,16 @@ class _TrainingLoop:
         if progress.finished and jax.process_index() == 0:
             plot_training_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
+
+    def _summary(self) -> str:
+        """Describes the devices and the amount of work."""
+        devices = jax.devices()
+        rows, length = max(self.train_split.shapes, key=math.prod)
+        seeds = f"{len(self.seeds)} seeds, " if len(self.seeds) > 1 else ""
+        return (
+            f"training on {len(devices)} x {devices[0].device_kind}: {seeds}{self.options.epochs} "
+            f"epochs of {self.train_split.steps} steps, batches of up to {rows} x {length}"
+        )
 
     def _compile(
         self, executor: concurrent.futures.Executor, state: Any, reporter: ProgressReporter
@@ -371,6 +415,7 @@ class _TrainingLoop:
             if len(pending_metrics) == options.log_every or is_last or save:
                 self._write_metrics(pending_metrics, step, writer)
                 pending_metrics = []
+                self._print_expected_time(step, reporter)
             # After the epoch's last step, `run` validates and saves. If a stop was requested, the
             # next epoch ends after its first step.
             if save and not is_last:
@@ -401,6 +446,29 @@ class _TrainingLoop:
             )
         scalars = self._scalars("train", means)
         writer(step, {**scalars, "learning_rate": float(self.schedule(step - 1))})
+
+    def _print_expected_time(self, step: int, reporter: ProgressReporter) -> None:
+        """Prints the expected time once, when some steps have been measured.
+
+        It is called when metrics are read, because only then the devices have finished the steps.
+        The first steps are not measured: other programs may still be compiling.
+        """
+        if self.has_printed_time:
+            return
+        if self.first_metrics is None:
+            self.first_metrics = step, time.perf_counter()
+            return
+        first_step, start = self.first_metrics
+        seconds = time.perf_counter() - start
+        if seconds < _MEASURED_SECONDS:
+            return
+        per_step = seconds / (step - first_step)
+        num_steps = self.options.epochs * self.train_split.steps - step
+        reporter.print(
+            f"about {format_seconds(per_step * num_steps)} for the remaining {num_steps} steps, "
+            f"with validation ({per_step:.2g} s per step)"
+        )
+        self.has_printed_time = True
 
     def _scalars(self, prefix: str, values: dict[str, np.ndarray]) -> dict[str, float]:
         """Returns each value's mean over the seeds and, with several seeds, its value per seed."""

@@ -110,6 +110,23 @@ def test_a_moved_bundle_gives_the_same_bits_without_the_run_its_data_and_encoder
     assert has_base_weights == (make_encoder is tuned_with_lora)
 
 
+@pytest.mark.parametrize("make_encoder", [pretrained, tuned_with_lora])
+def test_a_project_that_has_moved_finds_its_data_and_encoders(
+    make_encoder, calls_dir, bert_folder, dialogues, tmp_path
+):
+    project = tmp_path / "project"
+    project.mkdir()
+    run = make_run(project, calls_dir, make_encoder(project, bert_folder))
+    expected = mister_jax.load(run).predict_dialogues(dialogues)
+    moved = shutil.move(project, tmp_path / "elsewhere" / "project")
+    assert mister_jax.load(moved / "run").predict_dialogues(dialogues) == expected
+    predictor = Predictor(moved / "run")
+    assert predictor.data_dir == str(moved / "data")
+    # The dataset knows the encoder's new place too, for a new training.
+    metadata = predictor.task.features("test").metadata["text"]
+    assert metadata["name"].startswith(f"{moved}/")
+
+
 def test_a_recognizer_saves_itself_and_a_loaded_bundle_too(
     recognizer, bundle_folder, dialogues, tmp_path
 ):

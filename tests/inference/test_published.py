@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mister_jax import EmotionRecognizer
+from mister_jax import EmotionRecognizer, extraction
 from mister_jax.data.audio import encode_wav
 from mister_jax.errors import InputError
 from tests.helpers.classifiers import write_speech_classifier, write_text_classifier
@@ -173,3 +173,13 @@ def test_probabilities_equal_the_pipelines_of_transformers(text_model, speech_mo
     names = {"anger": "ang", "neutral": "neu", "joy": "hap", "sadness": "sad"}
     actual = {names[name]: value for name, value in row["probabilities"].items()}
     assert actual == pytest.approx(expected, abs=1e-5)
+
+
+def test_mister_e_trains_on_features_of_the_same_models(text_model, speech_model, clip):
+    # Both encoders are loaded from classifiers, without their heads.
+    for encoder, utterances in (
+        (extraction.load_encoder(text_model, max_tokens=20), ["i am so happy"]),
+        (extraction.load_encoder(speech_model), [clip]),
+    ):
+        features, present = extraction.encode_utterances(encoder, utterances)
+        assert present.all() and np.isfinite(features).all()

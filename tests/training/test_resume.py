@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from mister_jax.checkpoint import BEST, LATEST
 from mister_jax.errors import InputError
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
+from mister_jax.schedules import learning_rate_schedule
 from mister_jax.training import loop
 from mister_jax.training.loop import train
 from tests.helpers.commands import SLOW_IMPORTS
@@ -226,3 +228,44 @@ def test_resuming_with_another_config_is_refused(tiny_data_dir, finished_workdir
     with pytest.raises(InputError, match=r"another config \(seed 0 -> 7\)"):
         train(make_tiny_config(tiny_data_dir, seed=7), finished_workdir, quiet=True)
     assert_same_bits(read_latest_checkpoint(finished_workdir), checkpoint)
+
+
+def test_a_finished_run_continues_with_more_epochs(
+    tiny_data_dir, finished_workdir, tmp_path, capsys
+):
+    workdir = shutil.copytree(finished_workdir, tmp_path / "run")
+    longer = make_tiny_config(
+        tiny_data_dir, **{"train.epochs": 4, "optimizer.schedule": "constant"}
+    )
+    with pytest.raises(InputError, match=r"another config \(optimizer.schedule cosine -> constant"):
+        train(longer, workdir, quiet=True)
+    longer.optimizer.schedule = "cosine"
+    assert train(longer, workdir).epoch == 4
+    output = capsys.readouterr().out
+    assert f"continuing {workdir} after 2 epochs, until epoch 4" in output
+    assert "training on " in output and "4 epochs of 3 steps" in output
+    records = read_metric_records(workdir)
+    # From the third epoch on, the learning rate is that of a training with four epochs.
+    schedule = learning_rate_schedule(
+        longer.optimizer.learning_rate,
+        12,
+        name="cosine",
+        warmup_fraction=longer.optimizer.warmup_fraction,
+    )
+    rates = [record["learning_rate"] for record in records if "learning_rate" in record]
+    assert rates[6:] == pytest.approx([float(schedule(step)) for step in range(6, 12)])
+    with pytest.raises(InputError, match=r"train.epochs=4, got 2; allowed: at least as many"):
+        train(make_tiny_config(tiny_data_dir), workdir, quiet=True)
+
+
+def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(tiny_data_dir, tmp_path):
+    changes = {
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_fraction": 0.0,
+        # The number of length buckets depends on the number of epochs at the start.
+        "data.num_buckets": None,
+    }
+    for workdir, epochs in (("run", 1), ("run", 2), ("whole", 2)):
+        config = make_tiny_config(tiny_data_dir, **changes, **{"train.epochs": epochs})
+        train(config, tmp_path / workdir, quiet=True)
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "whole")
