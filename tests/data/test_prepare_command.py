@@ -10,6 +10,7 @@ import pytest
 from mister_jax.data import load_features
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.corpora import mosi
+from mister_jax.data.dialogues import DialogueDataset
 from tests.helpers.commands import run_commands
 
 
@@ -43,6 +44,22 @@ def corpora(tmp_path_factory) -> pathlib.Path:
     (folder / "mosi" / mosi.TRANSCRIPTS).mkdir(parents=True)
     with h5py.File(folder / "mosi" / mosi.LABELS, "w") as file:
         file["Opinion Segment Labels/data/03bSnISJMiM"] = [0.0]
+    (folder / "wav").mkdir()
+    emobox = {"train": [], "test": []}
+    for number in range(12):
+        name = f"{number:02}a01{'WTN'[number % 3]}a"
+        encode_wav(folder / "wav" / f"{name}.wav", np.arange(3200, dtype=np.int16))
+        row = {
+            "key": f"emodb-{name}",
+            "wav": f"downloads/emodb/wav/{name}.mp3",
+            "emo": "NST"[number % 3],
+        }
+        emobox["test" if number < 3 else "train"].append(json.dumps(row))
+    (folder / "wav" / "._00a01Wa.wav").write_bytes(b"\0\5")
+    (folder / "emodb/fold_2").mkdir(parents=True)
+    for part, lines in emobox.items():
+        (folder / f"emodb/fold_2/emodb_{part}_fold_2.jsonl").write_text("\n".join(lines))
+    (folder / "emodb/label_map.json").write_text('{"N": "Neutral", "S": "Sad", "T": "Angray"}')
     return folder
 
 
@@ -54,12 +71,16 @@ SUCCESSES = {
     "again": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --name=again "
     "--source=DIR/data/synthetic_recordings --num_workers=0",
     "features": "--corpus=synthetic_features --name=made_up --data_dir=DIR/data",
+    "folder": "--corpus=folder --source=DIR/wav --pattern=emodb --map_labels=anger=angry "
+    "--group_by=speaker --data_dir=DIR/data --num_workers=0",
+    "emobox": "--corpus=emobox --source=DIR/emodb --audio_root=DIR/wav --data_dir=DIR/data "
+    "--num_workers=0",
 }
 
 
 # Error message of each wrong use.
 WRONG_USES = {
-    "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, manifest, transcripts",
+    "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, mosei, emorynlp, manifest, transc",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",
     "--corpus=features --config=six --labels=a,b": (
         "--config cannot be used with --corpus=features; allowed: --corpus, --source, --name,"
@@ -78,6 +99,15 @@ WRONG_USES = {
         "calls: test: 1 of 2 recordings cannot be used, for example DIR/4_1.wav: not a format"
     ),
     "--corpus=meld --config=text --source=DIR/meld": "train_sent_emo.csv: line 1: not CSV (unexp",
+    "--corpus=folder --source=DIR/wav": "--pattern=; allowed: nemo, emodb, ravdess, cremad, or a",
+    "--corpus=folder --source=DIR/wav --fold=1": "--fold cannot be used with --corpus=folder; al",
+    "--corpus=emobox": "--source is needed with --corpus=emobox: a corpus's folder in EmoBox/data",
+    "--corpus=emobox --source=DIR/emodb --fold=1": "DIR/emodb has no such fold; allowed: 2",
+    "--corpus=emobox --source=DIR/emodb --audio_root=DIR/mosi": (
+        "emobox/emodb fold 2: train: 6 of 6 recordings are missing or empty, for example "
+    ),
+    "--corpus=emorynlp --source=DIR/wav": "DIR/wav: no emotion-detection-trn.json; needed: a fol",
+    "--corpus=mosei --source=DIR/mosi": "DIR/mosi: no CMU_MOSEI_Labels.csd; needed: a folder th",
     "--corpus=mosi --source=DIR/mosi": "03bSnISJMiM: not a group; needed: a group with features",
 }
 
@@ -121,6 +151,26 @@ def test_the_output_describes_the_dataset(successes, corpora):
     assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in output
     assert "recordings: 1 missing, 1 capped, 12 fast_text\n" in output
     assert output.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
+
+
+def test_a_folder_is_split_by_speaker(successes, corpora):
+    output = successes["folder"]
+    assert table_row(output, "dialogues") == ["10", "1", "1"]
+    assert sum(map(int, table_row(output, "angry"))) == 4
+    assert "note: dialogues split at random, seed 0, in 12 groups that share no speaker\n" in output
+    assert output.endswith(f"written to {corpora}/data/manifest/wav/1.0.0\n")
+
+
+def test_a_fold_of_emobox_is_written_with_its_metadata(successes, corpora):
+    output = successes["emobox"]
+    assert table_row(output, "utterances") == ["6", "3", "3"]
+    assert table_row(output, "Angry")[2] == "1"
+    assert "note: 12 recordings have another extension than in the metadata, for exa" in output
+    assert "recordings: all usable, none changed\n" in output
+    assert output.endswith(f"written to {corpora}/data/emobox/emodb_fold_2/1.0.0\n")
+    dataset = DialogueDataset("emobox/emodb_fold_2", corpora / "data")
+    (utterance,) = next(dataset.dialogues("test")).utterances
+    assert utterance.metadata == {"speaker": "00", "emobox": "emodb", "fold": "2"}
 
 
 def test_an_inspection_writes_a_figure_and_prints_the_first_dialogue(successes, corpora):

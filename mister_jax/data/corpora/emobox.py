@@ -125,9 +125,8 @@ def read_emobox(
     Args:
         source: Folder of the corpus, such as `EmoBox/data/urdu`; or a single metadata file, such as
             a cross-corpus test set in `EmoBox/data/track2`, whose utterances become the test split.
-        audio_root: Folder of the recordings; by default the folder to which the metadata's paths
-            are relative, which contains `downloads`. Its layout and the extensions of the files may
-            differ from the metadata, see `find_recordings`.
+        audio_root: Folder of the recordings; by default `EmoBox/downloads`. Its layout and the
+            extensions of the files may differ from the metadata, see `find_recordings`.
         fold: Number of the fold; by default the first.
         seed: Seed for drawing validation.
         label_map: Map from EmoBox's class names to other names. An empty name makes the utterances
@@ -168,11 +167,15 @@ def read_emobox(
     if "validation" not in items and "train" in items:
         items["train"], items["validation"], note = _draw_validation(items["train"], seed)
         notes.append(note)
-    root = base.parent.parent
-    if audio_root is not None:
-        root = existing_directory(audio_root, needed="the folder of the recordings")
+    # The metadata's paths begin with `downloads`.
+    root = base.resolve().parents[1]
+    folder = existing_directory(
+        root / "downloads" if audio_root is None else audio_root,
+        needed="the folder of the recordings; --audio_root=DIR sets it",
+    )
+    root = root if audio_root is None else folder
     wavs = dict.fromkeys(item.wav for split_items in items.values() for item in split_items)
-    recordings = find_recordings(root, wavs)
+    recordings = find_recordings(folder, wavs)
     changed = [wav for wav, file in recordings.items() if file.suffix != pathlib.Path(wav).suffix]
     if changed:
         notes.append(

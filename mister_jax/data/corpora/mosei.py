@@ -82,25 +82,25 @@ def read_mosei(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
     counts: collections.Counter[str] = collections.Counter()
     for video, (features, intervals) in sorted(sequences.items()):
         if video not in split_of_video:
-            counts["videos with labels are in no split and are left out"] += 1
+            counts["videos with labels that are in no split, left out"] += 1
             continue
         path = transcripts / f"{video}.txt"
         segments = []
         if path.is_file():
             segments = _read_transcript(path, counts)
         else:
-            counts["videos have no transcript"] += 1
+            counts["videos without a transcript"] += 1
         audio = str(root / AUDIO / f"{video}.wav")
         utterances = _utterances(f"{labels}: {video}", video, audio, segments, features, intervals)
-        counts["segments without a label are context"] += sum(
+        counts["segments without a label, kept as context"] += sum(
             utterance.label is None for utterance in utterances
         )
-        counts["labels have no text, because no segment has their times"] += sum(
+        counts["labels without text, because no segment has their times"] += sum(
             not utterance.text for utterance in utterances
         )
         if utterances:
             splits[split_of_video[video]].append(Dialogue(video, utterances))
-    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    notes = [f"{what}: {count}" for what, count in sorted(counts.items()) if count]
     for split, dialogues in splits.items():
         num_videos = sum(other == split for other in split_of_video.values())
         num_missing = num_videos - len(dialogues)
@@ -120,7 +120,7 @@ def _find_folds(root: pathlib.Path) -> pathlib.Path | None:
 def _read_transcript(path: pathlib.Path, counts: collections.Counter[str]) -> list[_Segment]:
     """Returns the segments of a transcript in the order of their times."""
     text, is_utf8 = read_any_text(path)
-    counts["transcripts are not UTF-8 and are read as cp1252"] += not is_utf8
+    counts["transcripts that are not UTF-8, read as cp1252"] += not is_utf8
     segments: dict[int, _Segment] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -139,7 +139,7 @@ def _read_transcript(path: pathlib.Path, counts: collections.Counter[str]) -> li
         if segment.number in segments:
             raise InputError(f"{location}: segment {segment.number} is repeated")
         if segment.end <= segment.start:
-            counts["segments of no length are left out"] += 1
+            counts["segments of no length, left out"] += 1
             continue
         segments[segment.number] = segment
     return sorted(segments.values(), key=lambda segment: (segment.start, segment.end))
