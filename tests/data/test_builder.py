@@ -297,7 +297,8 @@ def test_impossible_options_are_rejected(manifest, tmp_path):
     for preparation, message in [
         (
             PrepareOptions("tv"),
-            "corpus 'tv'; allowed: iemocap, meld, mosi, manifest, transcripts, synthetic",
+            "corpus 'tv'; allowed: iemocap, meld, mosi, mosei, emorynlp, manifest, transcripts, "
+            "folder, emobox, synthetic",
         ),
         (
             PrepareOptions("meld", config="video", data_dir=tmp_path),
