@@ -3,10 +3,11 @@
 import collections
 import json
 import pathlib
+import re
 
 import pytest
 
-from mister_jax.data.corpora.emobox import read_emobox
+from mister_jax.data.corpora.emobox import SPEAKERS, read_emobox
 from mister_jax.errors import InputError
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "real"
@@ -192,24 +193,90 @@ def test_conversations_keep_their_dialogues_and_their_own_validation(tmp_path):
     assert corpus.class_names == ("Joy",)
 
 
-def test_iemocap_divides_sessions_and_warns_about_the_order(tmp_path):
+@pytest.fixture
+def iemocap(tmp_path):
+    """Metadata of three turns in each session; the ids are not in the spoken order."""
     rows = [
         {
             "key": f"iemocap-Ses0{session}F_impro01_{turn}",
-            "wav": f"downloads/iemocap/Session{session}/Ses0{session}F_impro01_{turn}.wav",
+            "wav": f"downloads/iemocap/Session{session}/sentences/wav/Ses0{session}F_impro01/"
+            f"Ses0{session}F_impro01_{turn}.wav",
             "emo": "neu",
         }
         for session in range(1, 6)
         for turn in ("F010", "M009", "F000")
     ]
-    write_part(tmp_path / "iemocap/fold_1/iemocap_train_fold_1", rows[:12])
-    write_part(tmp_path / "iemocap/fold_1/iemocap_test_fold_1", rows[12:])
-    corpus = read_emobox(tmp_path / "iemocap", audio_root=tmp_path)
+    write_part(tmp_path / "data/iemocap/fold_1/iemocap_train_fold_1", rows[:12])
+    write_part(tmp_path / "data/iemocap/fold_1/iemocap_test_fold_1", rows[12:])
+    for row in rows:
+        (tmp_path / row["wav"]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / row["wav"]).touch()
+    return tmp_path
+
+
+def test_validation_of_iemocap_is_a_session(iemocap):
+    corpus = read_emobox(iemocap / "data/iemocap")
     assert corpus.sizes() == {"train": (3, 9), "validation": (1, 3), "test": (1, 3)}
     assert speakers(corpus)["test"] == {"Ses05F", "Ses05M"}
     (dialogue,) = corpus.splits["test"]
     assert [turn.id[-4:] for turn in dialogue.utterances] == ["F000", "M009", "F010"]
-    assert "--corpus=iemocap reads the corpus itself" in corpus.notes[1]
+    assert "WARNING: the turns of a dialogue are sorted by their numbers, which is not" in str(
+        corpus.notes
+    )
+
+
+def test_turns_of_iemocap_are_in_the_spoken_order_if_their_times_are_known(iemocap):
+    for session in range(1, 6):
+        name = f"Ses0{session}F_impro01"
+        folder = iemocap / f"downloads/iemocap/Session{session}/dialog/EmoEvaluation"
+        folder.mkdir(parents=True)
+        lines = [
+            f"[{start} - {start + 0.5}]\t{name}_{turn}\tneu\t[2.5, 2.5, 2.5]\n"
+            for start, turn in ((3.0, "F010"), (2.0, "F000"), (2.5, "M009"), (9.0, "M011"))
+        ]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    corpus = read_emobox(iemocap / "data/iemocap")
+    for _, dialogue in corpus.dialogues():
+        assert [(turn.id[-4:], turn.start, turn.end) for turn in dialogue.utterances] == [
+            ("F000", 2.0, 2.5),
+            ("M009", 2.5, 3.0),
+            ("F010", 3.0, 3.5),
+        ]
+    assert "turns without one of the classes are absent; --corpus=iemocap reads all turns" in (
+        corpus.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wav", "speaker", "group"),
+    [
+        ("ased", "05Angry/a5-06-02-02-45.wav", "45", "45"),
+        ("asvpesd", "Audio/actor_/03-02-13-02-38-116-02-02-02-13.wav", "116", "116"),
+        ("cafe", "CaFE_48k/Peur/Fort/12-P-2-5.wav", "12", "12"),
+        ("casia", "wangzhe/neutral/239.wav", "wangzhe", "wangzhe"),
+        ("cremad", "AudioWAV/1074_IWL_ANG_XX.wav", "1074", "1074"),
+        ("emodb", "wav/03a02Wb.wav", "03", "03"),
+        ("emovdb", "jenie_Amused/amused_85-94_0089.wav", "jenie", "jenie"),
+        ("emovo", "f2/gio-f2-b2.wav", "f2", "f2"),
+        ("enterface", "subject 3/surprise/sentence 4/s_3_su_4.avi", "3", "3"),
+        ("esd", "0001/Neutral/0001_000001.wav", "0001", "0001"),
+        ("iemocap", "Session1/sentences/wav/x/Ses01F_script01_1_M002.wav", "Ses01M", "Ses01"),
+        ("jlcorpus", "JL(wav+txt)/female2_concerned_6b_1.wav", "female2", "female2"),
+        ("mead", "W019/audio/neutral/level_1/020.m4a", "W019", "W019"),
+        ("oreau", "Or\u00e9auFR_02/f/sessj/10a02Ja.wav", "10", "10"),
+        ("polish", "m3.s_trzymaj_5.wav", "m3", "m3"),
+        ("ravdess", "Actor_18/03-01-05-01-02-01-18.wav", "18", "18"),
+        ("savee", "JE_n23.wav", "JE", "JE"),
+        ("shemo", "male/M36S02.wav", "M36", "M36"),
+        ("subesco", "F_10_FAHMEE_S_6_FEAR_5.wav", "F_10", "F_10"),
+        ("tess", "OAF_lid_fear.wav", "OAF", "OAF"),
+        ("turevdb", "Sound Source/Calm/1984_sk_eger.wav", "1984", "1984"),
+        ("urdu", "Neutral/SM20_F8_N012.wav", "SM20", "SM20"),
+    ],
+)
+def test_the_speaker_is_part_of_the_path(name, wav, speaker, group):
+    match = re.search(SPEAKERS[name], f"/downloads/{name}/{wav}")
+    assert ("".join(match.groups()), match[1]) == (speaker, group)
 
 
 def test_a_single_file_is_a_test_set(tmp_path):
@@ -273,6 +340,7 @@ def test_errors_say_what_is_allowed(urdu, tmp_path):
         ([{**row, "emo": None}], "line 2: emo: missing; needed: one of emo, label"),
         ([{**row, "wav": 3}], "line 2: wav: 3; allowed: text"),
         ([{**row, "length": "x"}], "line 2: length: 'x'; allowed: a number"),
+        ([{**row, "key": ["a"]}], r"line 2: key: \['a'\]; allowed: text"),
         ([row, row], "line 4: key: 'urdu-SM9_F1_A1' is repeated; needed: unique keys"),
         ([make_rows(["SF1"])[0]], r"urdu-SF1_F1_A1: in \S+train_fold_2.jsonl and \S+; needed: one"),
         ([3], "line 2: not an object; needed: EmoBox's metadata"),

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mister_jax.data.builder import DialogueBuilder
+from mister_jax.data.corpora.iemocap import read_turns
 from mister_jax.data.corpora.manifest.fields import Fields
 from mister_jax.data.corpora.recording_finder import find_recordings
 from mister_jax.data.corpora.text_files import read_any_text
@@ -182,8 +183,18 @@ def read_emobox(
             f"{len(changed)} recordings have another extension than in the metadata, for example "
             f"{recordings[changed[0]].name} for {pathlib.Path(changed[0]).name}"
         )
+    times: dict[str, tuple[float, float]] = {}
+    if name == "iemocap":
+        times = _iemocap_times(recordings)
+        notes.append(
+            "turns without one of the classes are absent; --corpus=iemocap reads all turns"
+            if len(times) == len(wavs)
+            else "WARNING: the turns of a dialogue are sorted by their numbers, which is not the "
+            "spoken order, because dialog/EmoEvaluation is not beside the recordings"
+        )
+        times = times if len(times) == len(wavs) else {}
     splits = {
-        split: _dialogues(split, items.get(split, ()), root, recordings, metadata)
+        split: _dialogues(split, items.get(split, ()), root, recordings, times, metadata)
         for split in ("train", "validation", "test")
     }
     notes += _speaker_notes(items)
@@ -252,7 +263,7 @@ def _preference(path: pathlib.Path) -> tuple[bool, bool, str]:
     return re.search(r"fold_\d", path.name) is None, path.suffix != ".jsonl", str(path)
 
 
-def _read_entries(path: pathlib.Path) -> list[tuple[str, Any, dict[str, Any]]]:
+def _read_entries(path: pathlib.Path) -> list[tuple[str, str, dict[str, Any]]]:
     """Returns location, key and fields of each utterance in a metadata file."""
     text, _ = read_any_text(path)
     needed = "needed: EmoBox's metadata, one object per utterance"
@@ -284,7 +295,8 @@ def _read_entries(path: pathlib.Path) -> list[tuple[str, Any, dict[str, Any]]]:
     if not entries:
         raise InputError(f"{path}: no utterances; {needed}")
     return [
-        (place, value.get("key") or value.get("wav_filename"), value) for place, value in entries
+        (place, str(value.get("key") or value.get("wav_filename")), value)
+        for place, value in entries
     ]
 
 
@@ -347,12 +359,6 @@ class _MetadataReader:
             raise InputError(
                 f"--map_labels: {unknown[0]!r} is not a class; allowed: "
                 f"{', '.join(sorted(self.classes))}"
-            )
-        if self.name == "iemocap":
-            notes.append(
-                "WARNING: EmoBox has no times, so the turns of a dialogue are sorted by their "
-                "numbers, which is not the spoken order, and turns without one of the classes are "
-                "absent; --corpus=iemocap reads the corpus itself"
             )
         return notes
 
@@ -496,32 +502,62 @@ def _dialogues(
     items: Iterable[_Item],
     root: pathlib.Path,
     recordings: Mapping[str, pathlib.Path],
+    times: Mapping[str, tuple[float, float]],
     metadata: Mapping[str, str],
 ) -> list[Dialogue]:
-    """Returns the dialogues of a split, with the utterances in order."""
+    """Returns the dialogues of a split, with the utterances in order.
+
+    Args:
+        split: Name of the split.
+        items: Utterances of the split.
+        root: Folder of the recordings that are missing.
+        recordings: Files of the paths in the metadata.
+        times: Start and end of the utterances by path, in seconds; empty if unknown.
+        metadata: Metadata of all utterances.
+    """
     turns: dict[str, list[_Item]] = {}
     for item in items:
         turns.setdefault(item.dialogue, []).append(item)
     dialogues = []
     for name, dialogue_items in turns.items():
         single = len(dialogue_items) == 1
-        utterances = tuple(
-            Utterance(
-                id=item.key,
-                recording=DecodeRequest(
-                    str(recordings.get(item.wav, root / item.wav)), item.start, item.end
-                ),
-                label=item.label,
-                start=0.0 if single and item.seconds else None,
-                end=item.seconds if single and item.seconds else None,
-                metadata={**({"speaker": item.speaker} if item.speaker else {}), **metadata},
+        utterances = []
+        for item in sorted(dialogue_items, key=lambda item: (times.get(item.wav, ()), item.order)):
+            start, end = times.get(item.wav, (None, None))
+            if single and item.seconds:
+                start, end = 0.0, item.seconds
+            source = str(recordings.get(item.wav, root / item.wav))
+            utterances.append(
+                Utterance(
+                    id=item.key,
+                    recording=DecodeRequest(source, item.start, item.end),
+                    label=item.label,
+                    start=start,
+                    end=end,
+                    metadata={**({"speaker": item.speaker} if item.speaker else {}), **metadata},
+                )
             )
-            for item in sorted(dialogue_items, key=lambda item: item.order)
-        )
         # MELD numbers the dialogues of each part from 0.
         is_key = single and name == dialogue_items[0].key
-        dialogues.append(Dialogue(name if is_key else f"{split}_{name}", utterances))
+        dialogues.append(Dialogue(name if is_key else f"{split}_{name}", tuple(utterances)))
     return dialogues
+
+
+def _iemocap_times(recordings: Mapping[str, pathlib.Path]) -> dict[str, tuple[float, float]]:
+    """Returns the times of the turns in recordings of IEMOCAP whose annotation is beside them."""
+    turns: dict[pathlib.Path, dict[str, tuple[float, float]]] = {}
+    times = {}
+    for wav, recording in recordings.items():
+        dialogue = recording.parent
+        if dialogue not in turns:
+            # In a session, the folders are sentences/wav/DIALOGUE and dialog/EmoEvaluation.
+            session = dialogue.parent.parent.parent
+            path = session / "dialog" / "EmoEvaluation" / f"{dialogue.name}.txt"
+            read = read_turns(path) if path.is_file() else ()
+            turns[dialogue] = {turn.id: (turn.start, turn.end) for turn in read}
+        if recording.stem in turns[dialogue]:
+            times[wav] = turns[dialogue][recording.stem]
+    return times
 
 
 def _speaker_notes(items: Mapping[str, Sequence[_Item]]) -> list[str]:

@@ -6,7 +6,7 @@ See doi 10.1007/s10579-008-9076-6.
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from mister_jax.data.builder import CorpusConfig, DialogueBuilder
 from mister_jax.data.corpus import (
@@ -51,6 +51,15 @@ LAYOUT = (
 
 _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*")
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
+
+
+class Turn(NamedTuple):
+    """Annotated turn of a dialogue, with times in seconds."""
+
+    id: str
+    label: str
+    start: float
+    end: float
 
 
 def read_iemocap(
@@ -120,7 +129,31 @@ def _read_dialogue(
                 f"{transcript}: line {number}: turn {match[1]} is repeated with another text; "
                 "needed: one text per turn"
             )
-    turns: dict[str, Utterance] = {}
+    turns = {
+        turn.id: Utterance(
+            id=turn.id,
+            text=texts.get(turn.id, ""),
+            recording=DecodeRequest(str(session / "sentences" / "wav" / name / f"{turn.id}.wav")),
+            label=classes.get(turn.label),
+            start=turn.start,
+            end=turn.end,
+        )
+        for turn in read_turns(path)
+    }
+    no_transcript = [turn for turn in turns if turn not in texts]
+    if no_transcript:
+        notes.append(f"{name}: no transcript for {', '.join(no_transcript)}")
+    ordered = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
+    return Dialogue(name, tuple(ordered))
+
+
+def read_turns(path: pathlib.Path) -> list[Turn]:
+    """Reads the turns of a dialogue from its file in `EmoEvaluation`, in the order of the file.
+
+    Raises:
+        InputError: A line cannot be used, or there are no turns.
+    """
+    turns: dict[str, Turn] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         # Other lines contain the labels of single evaluators.
         if not line.startswith("["):
@@ -135,9 +168,9 @@ def _read_dialogue(
         start, end, turn, label = match.groups()
         if not _is_turn(turn):
             continue
-        if turn.rpartition("_")[0] != name:
+        if turn.rpartition("_")[0] != path.stem:
             raise InputError(
-                f"{location}: turn {turn} belongs to another dialogue; needed: {name}_..."
+                f"{location}: turn {turn} belongs to another dialogue; needed: {path.stem}_..."
             )
         if label not in _LABELS:
             raise InputError(f"{location}: label {label!r}; allowed: {', '.join(_LABELS)}")
@@ -146,21 +179,10 @@ def _read_dialogue(
         start_seconds, end_seconds = _seconds(start, location), _seconds(end, location)
         if end_seconds < start_seconds:
             raise InputError(f"{location}: [{start} - {end}]; needed: end >= start")
-        turns[turn] = Utterance(
-            id=turn,
-            text=texts.get(turn, ""),
-            recording=DecodeRequest(str(session / "sentences" / "wav" / name / f"{turn}.wav")),
-            label=classes.get(label),
-            start=start_seconds,
-            end=end_seconds,
-        )
+        turns[turn] = Turn(turn, label, start_seconds, end_seconds)
     if not turns:
         raise InputError(f"{path}: no turns; the file may be truncated")
-    no_transcript = [turn for turn in turns if turn not in texts]
-    if no_transcript:
-        notes.append(f"{name}: no transcript for {', '.join(no_transcript)}")
-    ordered = sorted(turns.values(), key=lambda turn: (turn.start, turn.end))
-    return Dialogue(name, tuple(ordered))
+    return list(turns.values())
 
 
 def _is_turn(name: str) -> bool:
