@@ -1,6 +1,7 @@
 """Folders of recordings whose paths contain the emotion."""
 
 import collections
+import os
 import pathlib
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_pattern_reads_the_fields_of_a_path(pattern, path, fields):
         ("{emotion}_{audio}.wav", "field 'audio'; needed: emotion, speaker, dialogue"),
         ("{emotion}_{a b}.wav", "field 'a b'; needed: names of letters, digits and _"),
         ("{emotion:x}.wav", "length 'x'; needed: a number of characters"),
+        ("{emotion:9999}.wav", "length '9999'; needed: a number of characters"),
         ("{emotion:0}.wav", "length '0'; needed: a number of characters"),
         ("{emotion.wav", "'{' without its pair; needed: names in braces"),
     ],
@@ -155,6 +157,19 @@ def test_splits_are_random_by_speaker_and_unmatched_recordings_are_listed(tmp_pa
     write_files(tmp_path, "another.wav")
     with pytest.raises(InputError, match=r"3 of 27 recordings do not match --pattern=\{speaker\}_"):
         read_folder(tmp_path, pattern)
+
+
+def test_names_that_are_not_utf8_are_listed_or_an_error(tmp_path):
+    write_files(tmp_path, *(f"S{number}_sad_1.wav" for number in range(10)))
+    path = os.fsencode(tmp_path) + b"/caf\xe9.wav"
+    try:
+        pathlib.Path(os.fsdecode(path)).touch()
+    except OSError:
+        pytest.skip("the file system allows only UTF-8")
+    corpus = read_folder(tmp_path, "{speaker}_{emotion}_{_}.wav")
+    assert corpus.notes[0].endswith(r"left out: caf\udce9.wav")
+    with pytest.raises(InputError, match=r"'caf\\udce9'; allowed: text without null or invalid ch"):
+        read_folder(tmp_path, "{emotion}")
 
 
 def test_dialogues_splits_and_texts_in_paths(tmp_path):

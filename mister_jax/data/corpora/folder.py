@@ -183,7 +183,7 @@ class PathPattern:
         width = token["width"]
         if width is None:
             return None
-        if not width.isdecimal() or int(width) == 0:
+        if not re.fullmatch("[1-9][0-9]{0,2}", width):
             self._fail(f"length {width!r}", "a number of characters, such as {emotion:1}")
         return int(width)
 
@@ -234,7 +234,8 @@ def read_folder(
     for path in paths:
         fields = reader.fields(path)
         if fields is None:
-            unmatched.append(str(path))
+            # A name that is not UTF-8 cannot be printed.
+            unmatched.append(str(path).encode(errors="backslashreplace").decode())
         else:
             rows.append(_row(folder, path, fields, preset, number=len(rows) + 1))
     if _UNMATCHED_LIMIT * len(unmatched) > len(paths):
