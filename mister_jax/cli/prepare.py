@@ -69,7 +69,7 @@ _PATTERN = flags.DEFINE_string(
     "pattern", "", "pattern of the paths in a folder, such as {speaker}_{emotion}.wav, or a preset"
 )
 _AUDIO_ROOT = flags.DEFINE_string(
-    "audio_root", None, "folder of EmoBox's recordings; by default the one that contains downloads"
+    "audio_root", None, "folder of EmoBox's recordings; by default EmoBox/downloads"
 )
 _FOLD = flags.DEFINE_integer("fold", None, "fold of EmoBox; by default the first", lower_bound=1)
 _TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts, separated by commas")
