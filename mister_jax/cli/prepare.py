@@ -12,8 +12,10 @@ mister-jax prepare --corpus=manifest --source=my.jsonl --name=my_calls --labels=
 mister-jax prepare --corpus=transcripts --source=FOLDER --label_tier=emotion
 mister-jax prepare --corpus=synthetic                # synthetic recordings and transcripts
 mister-jax prepare --corpus=features --source=features.npz --name=my_features
+mister-jax prepare --corpus=features --source=IEMOCAP_features.pkl --name=my_features
 mister-jax prepare --corpus=synthetic_features
 mister-jax prepare --inspect=meld/text               # a figure, and the first dialogue
+mister-jax prepare --inspect=IEMOCAP_features.pkl    # what a feature file holds
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mister_jax.data.feature_files import FeatureFileSummary
     from mister_jax.data.prepare import PrepareOptions
 
 _DECODING_FLAGS = ("num_workers", "max_seconds", "beam_options", "partial", "overwrite", "data_dir")
@@ -47,16 +52,23 @@ CORPUS_FLAGS = {
     ),
     "emobox": ("source", "audio_root", "fold", "name", "map_labels", "seed", *_DECODING_FLAGS),
     "synthetic": ("source", "name", "seed", "num_dialogues", *_DECODING_FLAGS),
-    "features": ("source", "name", "group_by", "seed", "overwrite", "data_dir"),
+    "features": (
+        *("source", "name", "fields", "labels", "group_by", "seed", "overwrite", "data_dir"),
+    ),
     "synthetic_features": ("name", "seed", "num_dialogues", "overwrite", "data_dir"),
 }
 """Flags that each corpus allows."""
 
 _CORPUS = flags.DEFINE_string("corpus", None, f"one of {', '.join(CORPUS_FLAGS)}")
-_SOURCE = flags.DEFINE_string("source", None, "corpus folder, manifest, or npz file of features")
+_SOURCE = flags.DEFINE_string("source", None, "corpus folder, manifest, or file of features")
 _CONFIG = flags.DEFINE_string("config", "", "config of a released corpus; by default the first")
 _NAME = flags.DEFINE_string("name", "", "name of the dataset to write")
-_LABELS = flags.DEFINE_list("labels", [], "ordered class names of a manifest")
+_LABELS = flags.DEFINE_list(
+    "labels", [], "ordered class names of a manifest, or of the label indices in a feature file"
+)
+_FIELDS = flags.DEFINE_list(
+    "fields", [], "fields of a feature file to use, ROLE=FIELD,... such as text=3,speech=4"
+)
 _MAP_LABELS = flags.DEFINE_list(
     "map_labels", [], "new class names for a manifest, OLD=NEW,...; OLD= removes the label"
 )
@@ -105,7 +117,9 @@ _SECONDS = flags.DEFINE_float(
 _BEAM_OPTIONS = flags.DEFINE_string(
     "beam_options", None, "JSON object of Apache Beam options; decodes with Beam"
 )
-_INSPECT = flags.DEFINE_string("inspect", None, "name of a dataset whose contents to show")
+_INSPECT = flags.DEFINE_string(
+    "inspect", None, "name of a dataset, or a feature file, whose contents to show"
+)
 
 _MAX_PRINTED = 5  # recordings per kind of issue
 
@@ -113,7 +127,6 @@ _MAX_PRINTED = 5  # recordings per kind of issue
 def main() -> None:
     """Runs `mister-jax prepare`."""
     if _INSPECT.value is not None:
-        _check_flags(f"--inspect={_INSPECT.value}", ("inspect", "data_dir"))
         return _inspect(_INSPECT.value)
     corpus = _CORPUS.value or ""
     if corpus not in CORPUS_FLAGS:
@@ -159,9 +172,17 @@ def _prepare_features(corpus: str) -> None:
     if corpus == "synthetic_features":
         splits = data.generate_features(_SEED.value, num_dialogues or DEFAULT_NUM_DIALOGUES)
     elif _SOURCE.value:
-        splits = data.read_npz(_SOURCE.value, group_by=_GROUP_BY.value, seed=_SEED.value)
+        splits = data.read_features(
+            _SOURCE.value,
+            group_by=_GROUP_BY.value,
+            seed=_SEED.value,
+            fields=_fields(),
+            labels=_LABELS.value,
+        )
     else:
-        raise InputError("--source is needed with --corpus=features: an npz file")
+        raise InputError(
+            "--source is needed with --corpus=features: an npz file, or a file of another project"
+        )
     name = _NAME.value or corpus
     builder = data.write_features(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     summaries = {split: features.summary() for split, features in splits.items()}
@@ -171,6 +192,41 @@ def _prepare_features(corpus: str) -> None:
 
 
 def _inspect(name: str) -> None:
+    from mister_jax.data.feature_files import is_feature_file
+
+    is_file = is_feature_file(name)
+    allowed = ("fields", "labels", "seed") if is_file else ("data_dir",)
+    _check_flags(f"--inspect={name}", ("inspect", *allowed))
+    return _inspect_file(name) if is_file else _inspect_dataset(name)
+
+
+def _inspect_file(path: str) -> None:
+    from rich.console import Console
+
+    from mister_jax.console import comparison_table
+    from mister_jax.data.feature_files import summarize_file
+
+    summary = summarize_file(path, seed=_SEED.value, fields=_fields(), labels=_LABELS.value)
+    Console().print(_field_table(summary))
+    if summary.problem:
+        raise InputError(summary.problem)
+    Console().print(comparison_table("splits", summary.splits))
+    _print_notes(summary.notes)
+
+
+def _field_table(summary: FeatureFileSummary) -> Table:
+    import rich.box
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = ("field", "holds", "count", "dim", "first", "used as")
+    table = Table(*columns, title=escape(f"layout: {summary.layout}"), box=rich.box.SIMPLE)
+    for row in summary.fields:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _inspect_dataset(name: str) -> None:
     from mister_jax.data.inspection import inspect_dataset
     from mister_jax.evaluation.figures import plot_dataset
 
@@ -250,6 +306,14 @@ def _num_dialogues() -> dict[str, int]:
     from mister_jax.data import SPLITS
 
     return {split: int(count) for split, count in zip(SPLITS, counts, strict=False)}
+
+
+def _fields() -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in _FIELDS.value]
+    for role, equals, _ in pairs:
+        if not role or not equals:
+            raise InputError(f"--fields={','.join(_FIELDS.value)}; allowed: ROLE=FIELD,...")
+    return {role.strip(): key.strip() for role, _, key in pairs}
 
 
 def _label_map() -> dict[str, str]:

@@ -17,7 +17,7 @@ require_extra("predict", "mister_jax.data")
 
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
-from mister_jax.data.feature_files import read_npz
+from mister_jax.data.feature_files import read_features, read_npz
 from mister_jax.data.features import load_features, split_names, write_features
 from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
@@ -36,6 +36,7 @@ __all__ = [
     "length_buckets",
     "load_features",
     "prefetch_to_device",
+    "read_features",
     "read_npz",
     "split_names",
     "write_features",

@@ -1,5 +1,23 @@
-"""Imports utterance features from files of other programs, and exports them."""
+"""Imports utterance features from files of other programs, and exports them.
+
+- `npz` reads NumPy archives with named arrays.
+- `reader` reads pickles and JSON files of other projects. `dialogue_fields`, `padded_arrays`,
+  `mmsa` and `records` recognize their layouts, and `unpickling` reads pickles without running them.
+- `table` checks what all of them have read.
+"""
 
 from mister_jax.data.feature_files.npz import read_npz
+from mister_jax.data.feature_files.reader import (
+    FeatureFileSummary,
+    is_feature_file,
+    read_features,
+    summarize_file,
+)
 
-__all__ = ["read_npz"]
+__all__ = [
+    "FeatureFileSummary",
+    "is_feature_file",
+    "read_features",
+    "read_npz",
+    "summarize_file",
+]
