@@ -83,7 +83,8 @@ def kind_of(values: Any) -> tuple[str, int] | None:
 
 
 def _kind_of_rows(rows: np.ndarray) -> tuple[str, int]:
-    if np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all():
+    is_one_hot = np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all()
+    if is_one_hot and rows.shape[1] > 1:
         return ONE_HOT, rows.shape[1]
     # Rows of integers are word indices.
     is_whole = rows.dtype.kind in "biu"
