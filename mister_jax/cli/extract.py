@@ -7,8 +7,12 @@ mister-jax extract --encoder=salmonn_7b_v0.pth --whisper=openai/whisper-large-v2
     --beats=FILE --vicuna=FOLDER --dtype=bfloat16 --dataset=meld/clips --output=meld_salmonn
 mister-jax extract --encoder=prosody --dataset=meld/clips --output=meld_prosody
 mister-jax extract --speech=meld_prosody --text=meld_tuned --output=meld_both
+mister-jax extract --speech=meld_prosody --text=meld_tuned --output=meld_both --output=meld.csv
+mister-jax extract --dataset=meld_both --output=meld.npz       # also .csv, .parquet
 """
 
+import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +27,17 @@ _ENCODER = flags.DEFINE_string(
     None,
     "pretrained encoder: prosody, minilm, a folder, or a name on the Hugging Face Hub",
 )
-_DATASET = flags.DEFINE_string("dataset", None, "dialogue dataset")
+_DATASET = flags.DEFINE_string(
+    "dataset", None, "dialogue dataset, or a feature dataset to write to files"
+)
 _SPEECH = flags.DEFINE_string("speech", None, "feature dataset from which to take the speech")
 _TEXT = flags.DEFINE_string("text", None, "feature dataset from which to take the text")
-_OUTPUT = flags.DEFINE_string("output", None, "name of the feature dataset to write")
+_OUTPUT = flags.DEFINE_multi_string(
+    "output",
+    [],
+    "name of the feature dataset to write; may be repeated with files (.npz, .csv, .parquet) to "
+    "write, too",
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _BUDGET = flags.DEFINE_integer(
     "budget", None, "tokens or seconds of audio in a batch on each device", lower_bound=1
@@ -62,10 +73,15 @@ _DATASET_OPTIONS = (_DATASET, _BUDGET)
 
 def _extract() -> None:
     source = _check_flags()
+    output, files = _outputs()
     from mister_jax import extraction
+    from mister_jax.data.feature_files import check_output_file
 
+    for file in files:
+        check_output_file(file, overwrite=_OVERWRITE.value)
+    if source == "dataset":
+        return _export(_DATASET.value or "", files)
     target: dict[str, Any] = {"data_dir": _DATA_DIR.value, "overwrite": _OVERWRITE.value}
-    output = _OUTPUT.value or ""
     if source == "speech":
         speech, text = _SPEECH.value or "", _TEXT.value or ""
         builder = extraction.merge_features(speech, text, output, **target)
@@ -81,12 +97,62 @@ def _extract() -> None:
         )
     if builder is not None:
         print(f"written to {builder.data_dir}")
+        if files:
+            _export(output, files, times_of="" if source == "speech" else dataset)
+    return None
+
+
+def _export(name: str, files: Sequence[pathlib.Path], *, times_of: str = "") -> None:
+    import jax
+
+    from mister_jax import extraction
+
+    if jax.process_index() == 0:
+        extraction.export_features(name, files, _DATA_DIR.value, times_of=times_of)
+        for file in files:
+            print(f"written to {file}")
+
+
+def _outputs() -> tuple[str, list[pathlib.Path]]:
+    """Returns the name of the dataset to write, by default that of the first file, and the files.
+
+    Raises:
+        InputError: There are several names, or the file's name cannot be that of a dataset.
+    """
+    files = [pathlib.Path(output) for output in _OUTPUT.value if _is_file(output)]
+    names = [output for output in _OUTPUT.value if not _is_file(output)]
+    if len(names) > 1:
+        raise InputError(f"--output={names[0]} and --output={names[1]}; allowed: one dataset")
+    if names:
+        return names[0], files
+    name = files[0].stem
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) and not _reads_dataset():
+        raise InputError(
+            f"--output={files[0]}: {name!r} cannot be the name of the feature dataset; add "
+            "--output=NAME with lower-case letters, digits and _"
+        )
+    return name, files
+
+
+def _is_file(output: str) -> bool:
+    """Returns whether an output is a file. Names of datasets contain no dot."""
+    return "." in pathlib.Path(output).name
+
+
+def _reads_dataset() -> bool:
+    """Returns whether the features are those of an existing feature dataset."""
+    return not any(flag.value for flag in (_WORKDIR, _ENCODER, _SPEECH, _TEXT))
 
 
 def _check_flags() -> str:
     """Checks all flags, and returns the name of the flag that sets the source of the features."""
     sources = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
     chosen = [name for name, value in sources.items() if value]
+    writes_files = bool(_OUTPUT.value) and all(map(_is_file, _OUTPUT.value))
+    if _reads_dataset() and _DATASET.value and writes_files:
+        if options := _set_flags((*_ENCODER_OPTIONS, _BUDGET)):
+            raise InputError(f"--{', --'.join(options)}: allowed only with an encoder")
+        return "dataset"
     if len(chosen) != 1 or bool(_SPEECH.value) != bool(_TEXT.value):
         raise InputError("one of --workdir, --encoder, or --speech with --text is needed")
     if not _OUTPUT.value:

@@ -1,7 +1,7 @@
 """Encodes dialogue datasets to feature datasets, between the two training stages."""
 
 from mister_jax.extraction.encoder import Encoder, encode_utterances
-from mister_jax.extraction.feature_dataset import extract_features, merge_features
+from mister_jax.extraction.feature_dataset import export_features, extract_features, merge_features
 from mister_jax.extraction.loading import (
     ENCODER_PARTS,
     TunedEncoder,
@@ -21,6 +21,7 @@ __all__ = [
     "TunedEncoder",
     "encode_utterances",
     "encoder_from_metadata",
+    "export_features",
     "extract_features",
     "load_encoder",
     "merge_features",

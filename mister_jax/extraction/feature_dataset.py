@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from mister_jax import data
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.feature_files import write_feature_file
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 from mister_jax.extraction.encoder import Encoder, encode_items
@@ -132,6 +135,41 @@ def _dialogue_features(
             f"{other}_present": np.zeros(len(turns), bool),
         },
     )
+
+
+def export_features(
+    name: str,
+    files: Sequence[pathlib.Path],
+    data_dir: epath.PathLike | None = None,
+    *,
+    times_of: str = "",
+) -> None:
+    """Writes a feature dataset to npz, CSV or Parquet files, see `write_feature_file`.
+
+    Args:
+      name: Name of the feature dataset.
+      files: Files to write; existing files are replaced.
+      data_dir: Directory of the datasets.
+      times_of: Name of the dialogue dataset from which to take start and end of the utterances.
+
+    Raises:
+      InputError: The dataset does not exist or has no features, or a file cannot be written.
+    """
+    splits = {
+        split: data.load_features(name, split, data_dir)
+        for split in data.split_names(name, data_dir)
+    }
+    times: dict[str, dict[tuple[str, str], float]] = {"start": {}, "end": {}}
+    if times_of:
+        source = DialogueDataset(times_of, data_dir)
+        for split in splits:
+            for dialogue in source.dialogues(split):
+                for turn in dialogue.utterances:
+                    times["start"][split, turn.id] = turn.start
+                    times["end"][split, turn.id] = turn.end
+    are_known = np.isfinite(list(times["start"].values())).any()
+    for path in files:
+        write_feature_file(path, splits, times if are_known else None)
 
 
 def merge_features(

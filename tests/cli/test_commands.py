@@ -53,6 +53,12 @@ WRONG_USES = {
     "extract": {
         "--output=x": "one of --workdir, --encoder, or --speech with --text is needed",
         "--workdir=DIR": "--output is needed: a name for the feature dataset",
+        "--workdir=DIR --dataset=d --output=x --output=y": "--output=x and --output=y; allowed: on",
+        "--encoder=prosody --dataset=d --output=DIR/My-x.csv": (
+            "'My-x' cannot be the name of the feature dataset; add --output=NAME"
+        ),
+        "--dataset=x --output=DIR/x.xlsx": "unknown file type; allowed: .npz, .csv, .parquet",
+        "--dataset=nowhere --output=DIR/x.csv --data_dir=DIR": "no dataset 'nowhere'; available: ",
         "--output=x --workdir=DIR --adapter=DIR": "--adapter: allowed only with --encoder",
         "--workdir=DIR --output=x --dataset=d --max_seconds=1 --trim=false --prompt=hello": (
             "--max_seconds, --trim, --prompt: allowed only with --encoder; a fine-tuned encoder"

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 
 import h5py
 import numpy as np
@@ -38,6 +39,10 @@ def corpora(tmp_path_factory) -> pathlib.Path:
             rows.append(row)
     (folder / "4_1.wav").write_bytes(b"no sound")
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = {f"d{dialogue}": [0, 1] for dialogue in range(5)}
+    vectors = {name: np.full((2, 3), index + 0.5) for index, name in enumerate(labels)}
+    (folder / "other.pkl").write_bytes(pickle.dumps((labels, vectors, vectors)))
+    (folder / "evil.pkl").write_bytes(b"cposix\nsystem\n(Vtrue\ntR.")
     (folder / "meld").mkdir()
     for name in ("train", "dev", "test"):
         (folder / "meld" / f"{name}_sent_emo.csv").write_text('"Sr No.,Utterance\n')
@@ -71,6 +76,9 @@ SUCCESSES = {
     "again": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --name=again "
     "--source=DIR/data/synthetic_recordings --num_workers=0",
     "features": "--corpus=synthetic_features --name=made_up --data_dir=DIR/data",
+    "pickle": "--corpus=features --source=DIR/other.pkl --name=other --data_dir=DIR/data "
+    "--fields=text=2 --labels=calm,angry",
+    "inspect_pickle": "--inspect=DIR/other.pkl --fields=text=2,speech=1 --labels=calm,angry",
     "folder": "--corpus=folder --source=DIR/wav --pattern=emodb --map_labels=anger=angry "
     "--group_by=speaker --data_dir=DIR/data --num_workers=0",
     "emobox": "--corpus=emobox --source=DIR/emodb --audio_root=DIR/wav --data_dir=DIR/data "
@@ -82,6 +90,12 @@ SUCCESSES = {
 WRONG_USES = {
     "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, mosei, emorynlp, manifest, transc",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",
+    "--corpus=features --source=DIR/other.pkl": (
+        "DIR/other.pkl: which fields have the text or speech features? Set --fields=text=1,...; "
+    ),
+    "--corpus=features --source=DIR/evil.pkl": "DIR/evil.pkl: wants to run posix.system; allowed",
+    "--corpus=features --source=DIR/other.pkl --fields=text": "--fields=text; allowed: ROLE=FIELD",
+    "--inspect=DIR/other.pkl --config=six": "--config cannot be used with --inspect=",
     "--corpus=features --config=six --labels=a,b": (
         "--config cannot be used with --corpus=features; allowed: --corpus, --source, --name,"
     ),
@@ -193,6 +207,20 @@ def test_existing_synthetic_recordings_are_reused(successes, corpora):
     assert table_row(successes["again"], "utterances") == table_row(
         successes["synthetic"], "utterances"
     )
+
+
+def test_a_feature_file_of_another_project_becomes_a_dataset(successes, corpora):
+    output = successes["pickle"]
+    assert table_row(output, "dialogues") == ["3", "1", "1"]
+    assert "note: layout unknown, 3 fields: label from 0, text from 2" in output
+    assert load_features("other", "train", corpora / "data").class_names == ("calm", "angry")
+
+
+def test_inspecting_a_feature_file_shows_its_fields_and_their_use(successes):
+    output = successes["inspect_pickle"]
+    for row in ("0 integers 5 dialogues d0: 0 label", "2 features 5 dialogues 3 d0: [3] text"):
+        assert row in [" ".join(line.split()) for line in output.splitlines()]
+    assert table_row(output, "calm") == ["3", "1", "1"]
 
 
 def test_the_output_describes_a_feature_dataset(successes, corpora):

@@ -160,6 +160,29 @@ def test_merge_joins_modalities_by_utterance(speech_dataset, text_dataset, heard
     assert data.load_features("both", "test", heard_dir).metadata["speech"]["kind"] == "prosody"
 
 
+def test_features_are_exported_with_the_times_of_the_utterances(
+    speech_dataset, heard_dir, tmp_path
+):
+    path = tmp_path / "speech.npz"
+    extraction.export_features(speech_dataset, [path], heard_dir, times_of=SPEECH)
+    features = data.load_features(speech_dataset, "test", heard_dir)
+    read = data.read_npz(path)["test"]
+    np.testing.assert_array_equal(read.speech, features.speech)
+    np.testing.assert_array_equal(read.label, features.label)
+    assert read.utterance_ids.tolist() == features.utterance_ids.tolist()
+    turns = [
+        turn
+        for dialogue in DialogueDataset(SPEECH, heard_dir).dialogues("train")
+        for turn in dialogue.utterances
+    ]
+    with np.load(path) as archive:
+        columns = {name: archive[name] for name in ("start", "end") if name in archive.files}
+    times = np.array([(turn.start, turn.end) for turn in turns])
+    assert bool(columns) == np.isfinite(times).any()
+    for name, expected in zip(columns, times.T, strict=False):
+        np.testing.assert_array_equal(columns[name][: len(turns)], expected)
+
+
 def test_mismatched_datasets_are_not_merged(speech_dataset, text_dataset, heard_dir, tmp_path):
     with pytest.raises(InputError, match=f"dataset {text_dataset}: no utterance has speech"):
         extraction.merge_features(text_dataset, speech_dataset, "swapped", heard_dir)

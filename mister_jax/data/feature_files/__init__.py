@@ -4,8 +4,14 @@
 - `reader` reads pickles and JSON files of other projects. `dialogue_fields`, `padded_arrays`,
   `mmsa` and `records` recognize their layouts, and `unpickling` reads pickles without running them.
 - `table` checks what all of them have read.
+- `export` writes npz, CSV and Parquet files.
 """
 
+from mister_jax.data.feature_files.export import (
+    FILE_TYPES,
+    check_output_file,
+    write_feature_file,
+)
 from mister_jax.data.feature_files.npz import read_npz
 from mister_jax.data.feature_files.reader import (
     FeatureFileSummary,
@@ -15,9 +21,12 @@ from mister_jax.data.feature_files.reader import (
 )
 
 __all__ = [
+    "FILE_TYPES",
     "FeatureFileSummary",
+    "check_output_file",
     "is_feature_file",
     "read_features",
     "read_npz",
     "summarize_file",
+    "write_feature_file",
 ]
