@@ -1,6 +1,6 @@
 """Feature datasets: dialogues of utterance vectors, stored with TFDS.
 
-`npz` reads features from NumPy archives, and `pipeline` makes batches of a loaded split.
+`feature_files` reads features from files, and `pipeline` makes batches of a loaded split.
 """
 
 from collections.abc import Iterator, Mapping

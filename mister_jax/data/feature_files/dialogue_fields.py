@@ -319,9 +319,9 @@ class DialogueFields(FeatureSource):
                 self.fail(f"no {what} in the file; {found}")
             questions.append((what, f"{role}={candidates[0]}"))
         if questions:
-            whats = ", the ".join(what for what, _ in questions)
+            missing = ", the ".join(what for what, _ in questions)
             example = ",".join(choice for _, choice in questions)
-            self.fail(f"which fields have the {whats}? Set --fields={example},...; {found}")
+            self.fail(f"which fields have the {missing}? Set --fields={example},...; {found}")
 
     def _labels(self, key: str, dialogue: str, values: Any) -> list[Any]:
         try:
