@@ -1,10 +1,11 @@
 """Reads utterance features from files of other projects, and describes such files."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ def read_features(
 def _import(
     source: FeatureSource, roles: Roles, labels: Sequence[str], group_by: str, seed: int
 ) -> dict[str, DialogueFeatures]:
-    columns = source.columns(roles)
+    with _unexpected_values(source.path, source.layout):
+        columns = source.columns(roles)
     notes = [_field_note(source, roles), *columns.notes]
     class_names, label = _class_names(source, columns, labels, notes)
     arrays: dict[str, np.ndarray] = {
@@ -127,10 +129,24 @@ def open_source(path: pathlib.Path) -> FeatureSource:
     content = read_json(path) if ".json" in path.name else load_pickle(path)
     source: FeatureSource | None
     for open_layout in (open_mmsa, open_padded_arrays, open_records, open_dialogue_fields):
-        source = open_layout(path, content)
+        with _unexpected_values(path, "unknown"):
+            source = open_layout(path, content)
         if source is not None:
             return source
     raise InputError(f"{path}: unknown layout, {_describe(content)}; allowed: {_LAYOUTS}")
+
+
+@contextlib.contextmanager
+def _unexpected_values(path: pathlib.Path, layout: str) -> Iterator[None]:
+    """Raises an InputError for values that no layout has, such as numbers in place of vectors."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: layout {layout}: values of unexpected types or sizes ({shorten(error, 100)})"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -466,6 +466,10 @@ INVALID = {
     "unknown layout, a dict of 5 entries: Ses01F_impro01, ": (SENTENCES, {}),
     "unknown layout, a list of 2 items: int, str; allowed: dicts of dialogues": ([1, "a"], {}),
     "unknown layout, an array [3]": (np.zeros(3), {}),
+    "layout MMSA: values of unexpected types or sizes (": (
+        {"test": mmsa()["test"] | {"audio_lengths": [None, "x"]}},
+        {},
+    ),
 }
 
 
