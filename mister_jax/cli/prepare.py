@@ -21,6 +21,7 @@ mister-jax prepare --inspect=IEMOCAP_features.pkl    # what a feature file holds
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def _prepare_features(corpus: str) -> None:
         splits = data.generate_features(_SEED.value, num_dialogues or DEFAULT_NUM_DIALOGUES)
     elif _SOURCE.value:
         splits = data.read_features(
-            _SOURCE.value,
+            _feature_files(_SOURCE.value),
             group_by=_GROUP_BY.value,
             seed=_SEED.value,
             fields=_fields(),
@@ -194,7 +195,7 @@ def _prepare_features(corpus: str) -> None:
 def _inspect(name: str) -> None:
     from mister_jax.data.feature_files import is_feature_file
 
-    is_file = is_feature_file(name)
+    is_file = is_feature_file(_feature_files(name)[0])
     allowed = ("fields", "labels", "seed") if is_file else ("data_dir",)
     _check_flags(f"--inspect={name}", ("inspect", *allowed))
     return _inspect_file(name) if is_file else _inspect_dataset(name)
@@ -206,7 +207,8 @@ def _inspect_file(path: str) -> None:
     from mister_jax.console import comparison_table
     from mister_jax.data.feature_files import summarize_file
 
-    summary = summarize_file(path, seed=_SEED.value, fields=_fields(), labels=_LABELS.value)
+    files = _feature_files(path)
+    summary = summarize_file(files, seed=_SEED.value, fields=_fields(), labels=_LABELS.value)
     Console().print(_field_table(summary))
     if summary.problem:
         raise InputError(summary.problem)
@@ -306,6 +308,11 @@ def _num_dialogues() -> dict[str, int]:
     from mister_jax.data import SPLITS
 
     return {split: int(count) for split, count in zip(SPLITS, counts, strict=False)}
+
+
+def _feature_files(value: str) -> list[str]:
+    """Returns the paths in a flag, separated by commas."""
+    return [value] if pathlib.Path(value).exists() else value.split(",")
 
 
 def _fields() -> dict[str, str]:

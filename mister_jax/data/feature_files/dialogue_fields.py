@@ -5,6 +5,7 @@ conversations uses it with other fields or another order. The layout is recogniz
 the fields, because all of these files have similar names.
 """
 
+import copy
 import dataclasses
 import itertools
 import pathlib
@@ -247,6 +248,34 @@ class DialogueFields(FeatureSource):
         roles = {role: tuple(keys) for role, keys in entries.items() if role in self.roles}
         super().__init__(path, layout, described, roles, class_names)
         self._fields = fields
+        self._num_files = 1
+
+    def join(self, other: "DialogueFields") -> "DialogueFields":
+        """Returns a source with the fields of both files, such as the two files of M3NET.
+
+        The keys of the other file's fields begin with its number and a colon. Its features replace
+        those of this file, and its splits if only it has a validation split.
+        """
+        prefix = f"{self._num_files + 1}:"
+        roles = dict(self.defaults)
+        adds_validation = "validation" in other.defaults and "validation" not in roles
+        replaced = (*MODALITIES, *(SPLITS if adds_validation else ()))
+        for role, keys in other.defaults.items():
+            if role in replaced or role not in roles:
+                roles[role] = tuple(prefix + key for key in keys)
+        joined = copy.copy(self)
+        joined.defaults = roles
+        joined.layout = f"{self.layout} + {other.layout}"
+        joined.fields = (
+            *self.fields,
+            *(dataclasses.replace(field, key=prefix + field.key) for field in other.fields),
+        )
+        joined._fields = {
+            **self._fields,
+            **{prefix + key: field for key, field in other._fields.items()},
+        }
+        joined._num_files = self._num_files + 1
+        return joined
 
     def columns(self, roles: Roles) -> Columns:
         """Returns the utterances of all dialogues in the splits."""

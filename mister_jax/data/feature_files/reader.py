@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.feature_files.class_order import published_classes
-from mister_jax.data.feature_files.dialogue_fields import open_dialogue_fields
+from mister_jax.data.feature_files.dialogue_fields import DialogueFields, open_dialogue_fields
 from mister_jax.data.feature_files.mmsa import open_mmsa
 from mister_jax.data.feature_files.npz import read_npz
 from mister_jax.data.feature_files.padded_arrays import open_padded_arrays
@@ -38,7 +38,7 @@ _LAYOUTS = (
 
 
 def read_features(
-    path: epath.PathLike,
+    path: epath.PathLike | Sequence[epath.PathLike],
     *,
     group_by: str = "",
     seed: int = 0,
@@ -52,7 +52,8 @@ def read_features(
 
     Args:
         path: An npz file as `read_npz` describes it, a pickle, a JSON file, or a folder with a JSON
-            file for each split.
+            file for each split. Or several pickles with the same dialogues: the features of later
+            ones replace those of earlier ones, and their fields have keys such as "2:3".
         group_by: Values that stay in one split of a random split: an array of an npz file, or
             "speaker".
         seed: Seed of a random split, and of the validation dialogues if the file has none.
@@ -66,13 +67,15 @@ def read_features(
     Raises:
         InputError: The file cannot be used, or a choice is missing.
     """
-    path = pathlib.Path(path)
-    if is_npz(path):
+    paths = _as_paths(path)
+    if is_npz(paths[0]):
         if fields or labels:
             flag = "--fields" if fields else "--labels"
-            raise InputError(f"{path}: {flag} is not used with an npz file, which names its arrays")
-        return read_npz(path, group_by=group_by, seed=seed)
-    source = open_source(path)
+            raise InputError(
+                f"{paths[0]}: {flag} is not used with an npz file, which names its arrays"
+            )
+        return read_npz(paths[0], group_by=group_by, seed=seed)
+    source = _open_sources(paths)
     return _import(source, source.assign(fields or {}), labels, group_by, seed)
 
 
@@ -104,6 +107,25 @@ def _import(
     return FeatureTable(source.path, arrays).splits(
         group_by=group_by, seed=seed, notes=notes, utterance_metadata=_metadata(columns)
     )
+
+
+def _as_paths(path: epath.PathLike | Sequence[epath.PathLike]) -> list[pathlib.Path]:
+    if isinstance(path, str) or not isinstance(path, Sequence):
+        return [pathlib.Path(path)]
+    return [pathlib.Path(part) for part in path]
+
+
+def _open_sources(paths: Sequence[pathlib.Path]) -> FeatureSource:
+    """Opens one file, or several files as one source."""
+    first, *others = (open_source(path) for path in paths)
+    for other in others:
+        if not isinstance(first, DialogueFields) or not isinstance(other, DialogueFields):
+            raise InputError(
+                f"{other.path}: layouts {first.layout} and {other.layout} cannot be joined; import "
+                "each file, and merge the datasets with mister-jax extract"
+            )
+        first = first.join(other)
+    return first
 
 
 def is_npz(path: pathlib.Path) -> bool:
@@ -169,7 +191,7 @@ class FeatureFileSummary:
 
 
 def summarize_file(
-    path: epath.PathLike,
+    path: epath.PathLike | Sequence[epath.PathLike],
     *,
     seed: int = 0,
     fields: Mapping[str, str] | None = None,
@@ -182,12 +204,12 @@ def summarize_file(
     Raises:
         InputError: The file cannot be read, its layout is unknown, or a field does not exist.
     """
-    path = pathlib.Path(path)
-    if is_npz(path):
-        splits = read_features(path, seed=seed, fields=fields, labels=labels)
-        layout, rows = "npz", _npz_fields(path)
+    paths = _as_paths(path)
+    if is_npz(paths[0]):
+        splits = read_features(paths, seed=seed, fields=fields, labels=labels)
+        layout, rows = "npz", _npz_fields(paths[0])
     else:
-        source = open_source(path)
+        source = _open_sources(paths)
         roles = source.assign(fields or {})
         layout = source.layout
         rows = [

@@ -135,6 +135,25 @@ def test_the_layouts_of_published_projects_are_recognized(tmp_path, name):
     assert test.utterance_ids[1] == ("Ses05F_impro01_F001" if has_ids else "Ses05F_impro01_1")
 
 
+def test_two_files_of_one_corpus_are_joined(tmp_path):
+    """M3NET takes text and validation from COSMIC's file, and speech from MMGCN's."""
+    second = write(tmp_path, COSMIC).rename(tmp_path / "roberta.pkl")
+    first = write(tmp_path, IEMOCAP)
+    splits = read_features([first, second])
+    test = splits["test"]
+    np.testing.assert_array_equal(test.speech, joined(SPEECH, TEST).astype(np.float32))
+    expected = np.mean([joined(layer, TEST).astype(np.float32) for layer in LAYERS], axis=0)
+    np.testing.assert_allclose(test.text, expected, rtol=1e-6)
+    assert test.utterance_ids[1] == "Ses05F_impro01_F001"
+    assert splits["validation"].dialogue_ids == (TRAIN[2],)
+    chosen = read_features([first, second], fields={"text": "2:3", "speech": ""})["test"]
+    np.testing.assert_array_equal(chosen.text, joined(LAYERS[1], TEST).astype(np.float32))
+    assert ("2:2", "text") in [(row[0], row[-1]) for row in summarize_file([first, second]).fields]
+    first.write_bytes(pickle.dumps(mmsa()))
+    with pytest.raises(InputError, match=r"layouts MMSA and COSMIC .* cannot be joined"):
+        read_features([first, second])
+
+
 def test_an_imported_file_is_stored_and_loaded(tmp_path):
     splits = read_features(write(tmp_path, IEMOCAP))
     write_features(splits, "imported", tmp_path)
