@@ -125,6 +125,9 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # "auto" standardizes the modalities whose dimensions differ much in scale. Also
             # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",
+            # "shuffle": each dialogue once per epoch. "balanced": dialogues with rare classes more
+            # often.
+            "sampling": "shuffle",
             # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),
         }
@@ -149,6 +152,9 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "gamma": 1.0,
             "temperature": 1.0,
             "sharpness": 1.0,
+            # Also allowed: "balanced", "effective_number", or one number per class: "1,2,0.5".
+            "class_weights": "none",
+            "logit_adjustment": 0.0,
             "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0},
         }
     )
@@ -161,7 +167,16 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
         weight_decay=0.01,
         average_decay=0.98,
     )
-    config.train = ConfigDict({"epochs": 30, "patience": 0, "log_every": 10, "save_every": 0})
+    config.train = ConfigDict(
+        {
+            "epochs": 30,
+            "patience": 0,
+            # Validation score that chooses the epoch: a score of `metrics.SCORE_NAMES`, or "loss".
+            "select_by": "weighted_f1",
+            "log_every": 10,
+            "save_every": 0,
+        }
+    )
     config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})
     for variant in variants:
         if variant not in VARIANTS:

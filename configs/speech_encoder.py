@@ -29,6 +29,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks.config import config_from_dataclass
+from mister_jax.tasks.encoder import EncoderLossConfig
 from mister_jax.tasks.speech_encoder import SpeechEncoderOptions
 
 DATASETS = {
@@ -83,6 +84,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
             "data_dir": "",
             "batch_size": 16,
             "num_buckets": 4,
+            "sampling": "shuffle",
         }
     )
     dtype = "bfloat16" if large else "float32"
@@ -107,7 +109,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         config.encoder.lora.update({"rank": 8, "alpha": 32.0, "dropout": 0.1})
         config.encoder.lora.targets = ("query", "value")
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "mean", "dropout": 0.5})
-    config.loss = ConfigDict({"gamma": 2.0})
+    config.loss = config_from_dataclass(EncoderLossConfig)
     config.optimizer = config_from_dataclass(
         OptimizerConfig,
         name="adamw",
@@ -119,6 +121,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
     config.train = ConfigDict(
         {
             "epochs": 20 if large else 5,
+            "select_by": "weighted_f1",
             "patience": 0,
             "log_every": 10,
             "save_every": 0,

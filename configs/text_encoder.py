@@ -26,6 +26,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks.config import config_from_dataclass
+from mister_jax.tasks.encoder import EncoderLossConfig
 from mister_jax.tasks.text_encoder import TextEncoderOptions
 
 DATASETS = {
@@ -69,6 +70,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
             "data_dir": "",
             "batch_size": 8 if large else 32,
             "num_buckets": 5,
+            "sampling": "shuffle",
         }
     )
     dtype = "bfloat16" if large else "float32"
@@ -88,7 +90,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
         }
     )
     config.head = ConfigDict({"feature_dim": 2048, "pooling": "statistics", "dropout": 0.5})
-    config.loss = ConfigDict({"gamma": 2.0})
+    config.loss = config_from_dataclass(EncoderLossConfig)
     config.optimizer = config_from_dataclass(
         OptimizerConfig,
         name="adamw",
@@ -102,6 +104,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
     config.train = ConfigDict(
         {
             "epochs": 20 if large else 4,
+            "select_by": "weighted_f1",
             "patience": 0,
             "log_every": 10,
             "save_every": 0,

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mister_jax.metrics import CALIBRATION_SCORES, SCORE_NAMES
+from mister_jax.metrics import title as title_of
 
 
 class ProgressReporter:
@@ -102,7 +103,7 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         table.add_row(name, *cells, str(row["support"]))
     table.add_section()
     for key in SCORE_NAMES:
-        table.add_row(key.replace("_", " "), "", "", f"{scores[key]:.3f}", "")
+        table.add_row(title_of(key), "", "", f"{scores[key]:.3f}", "")
     baselines = {"majority class": scores["majority"]}
     baselines |= {f"{name} expert alone": row for name, row in scores.get("experts", {}).items()}
     baselines |= {

@@ -370,6 +370,8 @@ def mister_e(
     temperature: float = 1.0,
     sharpness: float = 1.0,
     experts: tuple[str, ...] = EXPERTS,
+    class_weights: jax.typing.ArrayLike | None = None,
+    logit_adjustment: jax.typing.ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the training loss of MiSTER-E (arXiv 2602.23300).
@@ -390,6 +392,9 @@ def mister_e(
       temperature: Temperature of the contrastive loss.
       sharpness: Sharpness of the gate loss.
       experts: Enabled experts, a subset of ("speech", "text", "fusion").
+      class_weights: Factors of the focal losses of each class, [C]; see `imbalance.class_weights`.
+      logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
+        see `imbalance.logit_adjustment`.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
@@ -405,12 +410,20 @@ def mister_e(
     labeled = mask & (labels >= 0)
     # The losses share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
     logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
-    log_p = jax.nn.log_softmax(jnp.where(labeled[..., None, None], logits, 0))
-    label_log_p = (log_p * jax.nn.one_hot(labels, log_p.shape[-1])[:, :, None]).sum(-1)
+    logits = jnp.where(labeled[..., None, None], logits, 0)
+    log_p = jax.nn.log_softmax(logits)
+    adjusted = log_p
+    if logit_adjustment is not None:
+        adjusted = jax.nn.log_softmax(logits + jnp.asarray(logit_adjustment))
+    one_hot = jax.nn.one_hot(labels, log_p.shape[-1])  # B T C
+    label_log_p = (adjusted * one_hot[:, :, None]).sum(-1)
     present = labeled[..., None] & output.expert_present  # B T E
     counted = jnp.concatenate([labeled[..., None], present], axis=-1)  # B T 1+E
+    per_utterance = _focal(-label_log_p, gamma)
+    if class_weights is not None:
+        per_utterance *= (one_hot @ jnp.asarray(class_weights))[..., None]
     focal_losses = _divide_by_global_count(
-        jnp.where(counted, _focal(-label_log_p, gamma), 0).sum((0, 1)),
+        jnp.where(counted, per_utterance, 0).sum((0, 1)),
         counted.sum((0, 1)),
         axis_name,
     )

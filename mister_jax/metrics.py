@@ -13,8 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "balanced_accuracy")
-"""Scores for a whole split."""
+SCORE_NAMES = ("weighted_f1", "macro_f1", "accuracy", "uar")
+"""Scores for a whole split. UAR is the unweighted average recall, or balanced accuracy."""
+
+_TITLES = {"weighted_f1": "weighted F1", "macro_f1": "macro F1", "uar": "UAR"}
+
+
+def title(score: str) -> str:
+    """Returns a score's name for people, such as "weighted F1" for "weighted_f1"."""
+    return _TITLES.get(score, score.replace("_", " "))
+
 
 CALIBRATION_SCORES = ("calibration_error", "brier_score", "negative_log_likelihood")
 """Scores of probabilities; lower is better."""
@@ -73,14 +81,14 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     total = support.sum(-1)
     recall = _ratio(correct, support)
     f1 = _ratio(2 * correct, support + predicted)
-    # As in scikit-learn, macro F1 averages over classes that occur or are predicted, and balanced
-    # accuracy over classes that occur. The terms of all other classes are 0.
+    # As in scikit-learn, macro F1 averages over classes that occur or are predicted, and UAR over
+    # classes that occur. The terms of all other classes are 0.
     occurs_or_predicted, occurs = support + predicted > 0, support > 0
     return {
         "weighted_f1": _ratio((f1 * support).sum(-1), total),
         "macro_f1": _ratio(f1.sum(-1), occurs_or_predicted.sum(-1)),
         "accuracy": _ratio(correct.sum(-1), total),
-        "balanced_accuracy": _ratio(recall.sum(-1), occurs.sum(-1)),
+        "uar": _ratio(recall.sum(-1), occurs.sum(-1)),
         "utterances": total,
         "precision": _ratio(correct, predicted),
         "recall": recall,

@@ -26,10 +26,10 @@ LAYERS = (
     ("predictor",),
     ("tasks",),
     ("bundle", "data", "encoders", "losses", "multi_seed", "workdir"),
-    ("calibration", "console", "convert", "optim"),
+    ("calibration", "console", "convert", "imbalance", "optim"),
     ("checkpoint", "io", "metrics", "models", "parallel", "schedules"),
     ("nn",),
-    ("config_checks", "errors"),
+    ("config_checks", "errors", "moved_paths"),
 )
 RANK = {part: rank for rank, parts in enumerate(reversed(LAYERS)) for part in parts}
 # A package that only one part may import -> that part.

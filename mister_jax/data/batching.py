@@ -130,6 +130,9 @@ class BatchPlan:
         fitted_to: Value of `multiple_of` for which the buckets are chosen to have the least
             padding. Set it to the number of devices if the grouping of items into batches does not
             affect the result, for example in evaluation.
+        weights: Weight of each item in shuffled epochs, [M], positive. As many items as there are
+            in a bucket are then drawn from it with these weights, with replacement. By default,
+            each item is in exactly one batch.
 
     Raises:
         ValueError: There are no lengths, or an argument is below 1.
@@ -141,6 +144,7 @@ class BatchPlan:
     bucket_cost: float = 0.0
     multiple_of: int = 1
     fitted_to: int = 1
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
@@ -164,7 +168,7 @@ class BatchPlan:
         return [np.flatnonzero(bucket == index) for index in range(len(self.boundaries))]
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[PlannedBatch]:
-        """Plans the batches of one epoch. Each item is in exactly one batch.
+        """Plans the batches of one epoch.
 
         Args:
             seed: Seed of the shuffle, at least 0.
@@ -175,7 +179,10 @@ class BatchPlan:
         generator = np.random.default_rng([seed, epoch])
         planned = []
         for padded_length, members in zip(self.boundaries, self._buckets, strict=True):
-            if shuffle:
+            if shuffle and self.weights is not None:
+                weights = self.weights[members] / self.weights[members].sum()
+                members = generator.choice(members, len(members), p=weights)
+            elif shuffle:
                 members = generator.permutation(members)
             num_batches, num_rows = _batches_and_rows(
                 len(members), self.batch_size, self.multiple_of

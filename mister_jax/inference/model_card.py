@@ -9,7 +9,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mister_jax.bundle import LIBRARY
-from mister_jax.metrics import SCORE_NAMES
+from mister_jax.metrics import SCORE_NAMES, title
 
 _PIPELINE_TAGS: dict[tuple[str, ...], str] = {
     ("speech",): "audio-classification",
@@ -110,7 +110,7 @@ def model_card(
 def _scores_section(split: str, scores: Mapping[str, Any], class_names: Sequence[str]) -> str:
     """Returns the scores on a split and its confusion matrix."""
     summary = [
-        (name.replace("_", " "), f"{scores[name]:.3f}", f"{scores['majority'][name]:.3f}")
+        (title(name), f"{scores[name]:.3f}", f"{scores['majority'][name]:.3f}")
         for name in SCORE_NAMES
     ]
     confusion = [

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mister_jax import losses
-from mister_jax.config_checks import check_dtypes
+from mister_jax import imbalance, losses
+from mister_jax.config_checks import check_at_least, check_dtypes
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import DialogueDataset
 from mister_jax.data.utterances import Utterances
@@ -60,6 +61,25 @@ class EncoderOptions:
         check_dtypes(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderLossConfig:
+    """Hyperparameters of the loss on single utterances.
+
+    Attributes:
+      gamma: Focusing parameter of the focal loss, 0 or more.
+      class_weights: Weights of the classes; see `imbalance.class_weights`.
+      logit_adjustment: Strength of the logit adjustment, 0 or more; see
+        `imbalance.logit_adjustment`.
+    """
+
+    gamma: float = 2.0
+    class_weights: str = "none"
+    logit_adjustment: float = 0.0
+
+    def __post_init__(self):
+        check_at_least(self, 0, "gamma", "logit_adjustment")
+
+
 class EncoderTask:
     """Base class for tasks that train a backbone and a head on labeled utterances.
 
@@ -95,10 +115,11 @@ class EncoderTask:
         self._backbone_config = dict(backbone_config)
         self._data = config.data
         self._seed = config.seed
-        self._gamma = config.loss.gamma
+        self._loss = dataclass_from_config(EncoderLossConfig, config.loss, "config.loss")
+        # Set by `split`, because only training has a loss.
+        self._class_weights: np.ndarray | None = None
+        self._logit_adjustment: np.ndarray | None = None
         self._accumulation = config.train.get("accumulation", 1)
-        if self._gamma < 0:
-            raise InputError(f"config.loss.gamma={self._gamma}; allowed: 0 or more")
         if min(self._data.batch_size, self._data.num_buckets) < 1:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
@@ -210,7 +231,16 @@ class EncoderTask:
             **self._config_changes(),
         )
 
-    def _plan(self, lengths: np.ndarray, num_shards: int, *, shuffle: bool) -> BatchPlan:
+    def _plan(
+        self, lengths: np.ndarray, label: np.ndarray, num_shards: int, *, shuffle: bool
+    ) -> BatchPlan:
+        weights = imbalance.sampling_weights(
+            self._data.get("sampling", "shuffle"),
+            label,
+            np.ones(len(label), int),
+            len(self.class_names),
+            "config.data.sampling",
+        )
         return BatchPlan(
             lengths,
             self._data.batch_size,
@@ -218,6 +248,7 @@ class EncoderTask:
             multiple_of=num_shards * self._accumulation,
             # Training must have the same number of steps on any number of devices.
             fitted_to=self._accumulation * (1 if shuffle else num_shards),
+            weights=weights if shuffle else None,
         )
 
     def _check_classes(self, utterances: Utterances) -> Utterances:
@@ -237,6 +268,12 @@ class EncoderTask:
             raise InputError(
                 f"dataset {labeled.name}, split {name}: no labeled utterance can be read"
             )
+        if name == "train":
+            counts = imbalance.class_counts(labeled.label, len(self.class_names))
+            self._class_weights = imbalance.class_weights(
+                self._loss.class_weights, counts, "config.loss.class_weights"
+            )
+            self._logit_adjustment = imbalance.logit_adjustment(self._loss.logit_adjustment, counts)
         return self.batched(labeled, num_shards=num_shards, shuffle=shuffle)
 
     def _add_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
@@ -267,10 +304,15 @@ class EncoderTask:
         batch = self.augment(batch, fold_in(row_keys, 1))
         rngs = PerExampleRngs(fold_in(row_keys, 0))
         logits = self.apply(model, batch, deterministic=False, rngs=rngs).logits
+        label, weight = batch["label"], batch["weight"]
+        if self._logit_adjustment is not None:
+            logits += self._logit_adjustment
+        if self._class_weights is not None:
+            weight *= jnp.asarray(self._class_weights)[jnp.maximum(label, 0)]
         per_row = losses.focal_per_position(
-            logits, batch["label"], batch["weight"] > 0, gamma=self._gamma
+            logits, label, batch["weight"] > 0, gamma=self._loss.gamma
         )
-        total = (per_row * batch["weight"]).sum()
+        total = (per_row * weight).sum()
         return total, {"focal": total}
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mister_jax import losses
+from mister_jax import imbalance, losses
+from mister_jax.config_checks import check_at_least, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
 from mister_jax.data.pipeline import padded_batch
@@ -35,20 +36,23 @@ class LossConfig:
       gamma: Focusing parameter of the focal loss, 0 or more.
       temperature: Temperature of the contrastive loss, positive.
       sharpness: Sharpness of the gate loss, 0 or more.
+      class_weights: Weights of the classes in the focal losses; see `imbalance.class_weights`.
+      logit_adjustment: Strength of the logit adjustment, 0 or more; see
+        `imbalance.logit_adjustment`.
       weights: Weights of the individual losses.
     """
 
     gamma: float = 3.0
     temperature: float = 1.0
     sharpness: float = 1.0
+    class_weights: str = "none"
+    logit_adjustment: float = 0.0
     weights: losses.LossWeights = dataclasses.field(default_factory=losses.LossWeights)
 
     def __post_init__(self):
-        if self.gamma < 0 or self.temperature <= 0 or self.sharpness < 0:
-            raise ValueError(
-                f"gamma {self.gamma}, temperature {self.temperature}, sharpness "
-                f"{self.sharpness}; allowed: gamma and sharpness of 0 or more, positive temperature"
-            )
+        check_at_least(self, 0, "gamma", "sharpness", "logit_adjustment")
+        if not self.temperature > 0:  # also rejects NaN
+            raise invalid_field(self, "temperature", "positive numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,10 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
+        self._class_counts = None
+        if train_features is not None:
+            self._class_counts = imbalance.class_counts(train_features.label, len(class_names))
+            self._class_weights()  # Raises for unusable weights now, not in the first step.
         self._num_seeds = config.get("num_seeds", 1)
         if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
             raise InputError(
@@ -221,9 +229,27 @@ class FusionTask:
             multiple_of=num_shards,
             # Training must have the same number of steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
+            weights=self._sampling_weights(features) if shuffle else None,
         )
         make_batches = functools.partial(batches, features, plan)
         return FeatureSplit(features, plan, make_batches, self._data_seed, shuffle)
+
+    def _sampling_weights(self, features: DialogueFeatures) -> np.ndarray | None:
+        return imbalance.sampling_weights(
+            self._data.get("sampling", "shuffle"),
+            features.label,
+            features.lengths,
+            len(self.class_names),
+            "config.data.sampling",
+        )
+
+    def _class_weights(self) -> np.ndarray | None:
+        """Returns the weights of the classes in training; None outside of training."""
+        if self._class_counts is None:
+            return None
+        return imbalance.class_weights(
+            self._loss.class_weights, self._class_counts, "config.loss.class_weights"
+        )
 
     def split(self, name: str, *, num_shards: int, shuffle: bool, epochs: int = 1) -> FeatureSplit:
         """Loads a split in batches; see `Task.split`."""
@@ -264,7 +290,18 @@ class FusionTask:
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns this device's share of the loss and of the unweighted losses, with dropout."""
-        return mister_e_loss(model, self._standardize(batch), key, axis_name, self._loss)
+        adjustment = None
+        if self._class_counts is not None:
+            adjustment = imbalance.logit_adjustment(self._loss.logit_adjustment, self._class_counts)
+        return mister_e_loss(
+            model,
+            self._standardize(batch),
+            key,
+            axis_name,
+            self._loss,
+            self._class_weights(),
+            adjustment,
+        )
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
         """Returns the confusion counts and the summed cross-entropy of a batch."""
@@ -328,6 +365,8 @@ def mister_e_loss(
     key: jax.Array,
     axis_name: str | None = None,
     config: LossConfig | None = None,
+    class_weights: np.ndarray | None = None,
+    logit_adjustment: np.ndarray | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes MiSTER-E's training loss for a batch, with dropout.
 
@@ -337,6 +376,8 @@ def mister_e_loss(
       key: Dropout key of the global batch, the same on all devices.
       axis_name: Name of the mapped axis; see `losses`.
       config: Hyperparameters of the loss.
+      class_weights: Weight of each class, [C]; see `losses.mister_e`.
+      logit_adjustment: Adjustment of each class's logit, [C]; see `losses.mister_e`.
 
     Returns:
       This device's share of the weighted sum and of the unweighted losses.
@@ -354,5 +395,7 @@ def mister_e_loss(
         temperature=config.temperature,
         sharpness=config.sharpness,
         experts=model.config.experts,
+        class_weights=class_weights,
+        logit_adjustment=logit_adjustment,
         axis_name=axis_name,
     )

@@ -198,9 +198,8 @@ class SpeechEncoderTask(EncoderTask):
         """Returns batches of utterances with a multiple of `num_shards` rows."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
-        plan = self._plan(
-            lengths_in_steps(utterances.sizes, max_samples), num_shards, shuffle=shuffle
-        )
+        lengths = lengths_in_steps(utterances.sizes, max_samples)
+        plan = self._plan(lengths, utterances.label, num_shards, shuffle=shuffle)
         make_batches = functools.partial(clip_batches, utterances, plan, max_samples=max_samples)
         return Split(utterances, plan, make_batches, self._seed, shuffle)
 

@@ -74,6 +74,6 @@ class TextEncoderTask(EncoderTask):
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
         """Returns batches of utterances with a multiple of `num_shards` rows."""
-        plan = self._plan(utterances.sizes, num_shards, shuffle=shuffle)
+        plan = self._plan(utterances.sizes, utterances.label, num_shards, shuffle=shuffle)
         make_batches = functools.partial(token_batches, utterances, plan)
         return Split(utterances, plan, make_batches, self._seed, shuffle)

@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
+from mister_jax.config_checks import check_choice
 from mister_jax.console import ProgressReporter, format_seconds
 from mister_jax.data import prefetch_to_device
 from mister_jax.data.split_guard import training_splits_only
@@ -64,14 +65,20 @@ class TrainingDivergedError(InputError):
     """Raised if the loss or the gradient is no longer finite."""
 
 
+# Value of `TrainConfig.select_by` for the validation loss.
+_LOSS = "loss"
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length of a training run, and how often it logs and saves.
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without a better validation weighted F1 after which a seed stops
-        early; 0 disables early stopping. Training ends when all seeds have stopped.
+      patience: Number of epochs without a better validation score after which a seed stops early; 0
+        disables early stopping. Training ends when all seeds have stopped.
+      select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
+        "loss" for the lowest cross-entropy.
       log_every: Number of steps between records of the training loss.
       save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
         epoch is always saved.
@@ -81,6 +88,7 @@ class TrainConfig:
 
     epochs: int
     patience: int = 0
+    select_by: str = "weighted_f1"
     log_every: int = 10
     save_every: int = 0
     accumulation: int = 1
@@ -94,6 +102,24 @@ class TrainConfig:
                 f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
                 "save_every at least 0"
             )
+        check_choice(self, "select_by", (*metrics.SCORE_NAMES, _LOSS))
+
+    def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
+        """Returns the validation score that chooses the epoch, [S]; higher is better.
+
+        Args:
+          values: Validation scores and "cross_entropy" by name, [S] or a number.
+        """
+        if self.select_by == _LOSS:
+            return -np.atleast_1d(values["cross_entropy"])
+        return np.atleast_1d(values[self.select_by])
+
+    def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
+        """Formats selection scores, as their mean and deviation if there are several."""
+        mean, deviation = metrics.mean_and_deviation(scores)
+        # The loss is stored with a negative sign, so that higher is better.
+        mean = -mean if self.select_by == _LOSS else mean
+        return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(scores) > 1 else "")
 
 
 @dataclasses.dataclass
@@ -101,7 +127,7 @@ class TrainProgress:
     """Progress of a training run, saved with its state.
 
     Attributes:
-      best_scores: Best validation weighted F1 per seed; -1 before the first validation.
+      best_scores: Best validation score per seed, see `TrainConfig.selection_scores`.
       best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
       epoch: Number of completed epochs.
       finished: Whether training is complete.
@@ -115,7 +141,7 @@ class TrainProgress:
     @classmethod
     def initial(cls, num_seeds: int) -> TrainProgress:
         """Returns the progress before the first step."""
-        return cls([-1.0] * num_seeds, [0] * num_seeds)
+        return cls([0.0] * num_seeds, [0] * num_seeds)
 
     def active_seeds(self, patience: int) -> np.ndarray:
         """Returns which seeds have not stopped early, [S] bool."""
@@ -130,14 +156,15 @@ class TrainProgress:
         """Completes an epoch and returns which seeds have a new best score, [S] bool.
 
         Args:
-          scores: Validation weighted F1 per seed, [S].
+          scores: Validation score per seed, [S]; higher is better.
           options: Number of epochs and patience.
         """
         active = self.active_seeds(options.patience)
         self.epoch += 1
         # If scores are equal, which happens on small validation splits, the later epoch wins: its
         # parameters have had more updates, at a lower learning rate.
-        improved = active & (scores >= self.best_scores)
+        is_first = np.array(self.best_epochs) == 0
+        improved = active & (is_first | (scores >= self.best_scores))
         self.best_scores = np.where(improved, scores, self.best_scores).tolist()
         self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
         self.finished = self.is_finished(options)
@@ -427,7 +454,7 @@ class _TrainingLoop:
     def _headline(self, progress: TrainProgress) -> str:
         best = "no best yet"
         if any(progress.best_epochs):
-            best = f"best {_format_scores(progress.best_scores, 3)}"
+            best = f"best {self.options.describe(progress.best_scores, 3)}"
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _write_metrics(self, pending_metrics: list[Any], step: int, writer: MetricWriter) -> None:
@@ -490,16 +517,17 @@ class _TrainingLoop:
         values = self._validation_scores(state)
         writer(step, self._scalars("validation", values))
         self._warn_of_one_class(np.atleast_1d(values["predicted_classes"]), reporter)
-        scores = np.atleast_1d(values["weighted_f1"])
+        scores = self.options.selection_scores(values)
         improved = progress.complete_epoch(scores, self.options)
         if improved.any():
             self._save_best(state, step, improved, {"epoch": progress.epoch, **values})
         self._save_latest(state, progress, step)
         if not reporter.console.is_terminal or progress.finished:
             reporter.print(
-                f"epoch {progress.epoch}/{self.options.epochs}: validation weighted F1 "
-                f"{_format_scores(scores, 4)}, best {_format_scores(progress.best_scores, 4)} "
-                f"(epoch {', '.join(map(str, progress.best_epochs))})"
+                f"epoch {progress.epoch}/{self.options.epochs}: validation "
+                f"{metrics.title(self.options.select_by)} {self.options.describe(scores, 4)}, best "
+                f"{self.options.describe(progress.best_scores, 4)} (epoch "
+                f"{', '.join(map(str, progress.best_epochs))})"
             )
 
     def _save_best(
@@ -511,8 +539,7 @@ class _TrainingLoop:
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = self.checkpoints.restore(BEST, params)
-            # The first epoch improves on every seed's initial score of -1, so a best checkpoint
-            # must exist.
+            # The first epoch is the best of every seed so far, so a best checkpoint must exist.
             if previous is None:
                 raise InputError(
                     f"{self.workdir}: the best checkpoint is missing; training cannot resume "
@@ -566,12 +593,6 @@ class _TrainingLoop:
                 }
             )
         return multi_seed.stack_seeds(scores_per_seed)
-
-
-def _format_scores(values: Sequence[float] | np.ndarray, digits: int) -> str:
-    """Formats a score, or the mean and standard deviation of several scores."""
-    mean, deviation = metrics.mean_and_deviation(values)
-    return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 @contextlib.contextmanager

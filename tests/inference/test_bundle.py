@@ -27,12 +27,12 @@ SCORES = {
         "weighted_f1": 0.5,
         "macro_f1": 0.4,
         "accuracy": 0.6,
-        "balanced_accuracy": 0.5,
+        "uar": 0.5,
         "majority": {
             "weighted_f1": 0.1,
             "macro_f1": 0.2,
             "accuracy": 0.3,
-            "balanced_accuracy": 0.5,
+            "uar": 0.5,
         },
         "confusion": [[1, 1], [0, 1]],
         "per_class": {
@@ -192,7 +192,7 @@ def test_the_model_card_has_the_metadata_of_the_hub(bundle_folder):
         ("weighted_f1", 0.5),
         ("macro_f1", 0.4),
         ("accuracy", 0.6),
-        ("balanced_accuracy", 0.5),
+        ("uar", 0.5),
     }
     assert "| angry | 1 | 1 | 0.50 | 1.00 |" in card.text and "epoch 1" in card.text
 

@@ -136,5 +136,5 @@ def test_unusable_standardize_options_are_refused(config):
 def test_unusable_loss_options_are_refused(config, option, value):
     changed = config.copy_and_resolve_references()
     changed.loss[option] = value
-    with pytest.raises(InputError, match=rf"{option} {value}\b.*allowed"):
+    with pytest.raises(InputError, match=rf"{option}={value}\b.*allowed"):
         FusionTask.from_data(changed)

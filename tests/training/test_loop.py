@@ -125,7 +125,7 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
         ({"optimizer.name": "sgd"}, "'sgd'; allowed: adam, adamw"),
         ({"optimizer.learning_rate": -1.0}, "learning_rate"),
         ({"parallel.backend": "threads"}, "'threads'; allowed: 'jit', 'pmap'"),
-        ({"loss.gamma": -1.0}, "gamma -1.0"),
+        ({"loss.gamma": -1.0}, "gamma=-1.0"),
         ({"model.attention_dim": 7}, "attention"),
         ({"model.input_dropout": 1.5}, "rate"),
         ({"num_seeds": 0}, "num_seeds=0; allowed: 1 or more"),

@@ -26,7 +26,7 @@ _SCORE_TITLES = {
     "weighted_f1": "Weighted F1",
     "macro_f1": "Macro F1",
     "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
+    "uar": "UAR (unweighted average recall)",
 }
 _VERSIONS = ("uncalibrated", "calibrated", "difference")
 _MAX_WIDE_CLASSES = 10  # Confusion matrices with more classes get narrow columns.
