@@ -128,6 +128,11 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # "shuffle": each dialogue once per epoch. "balanced": dialogues with rare classes more
             # often.
             "sampling": "shuffle",
+            # Replaces the dataset's splits by a fold of a cross-validation: "session", "speaker",
+            # "dialogue:5", or another column of the utterances' metadata; see `data.folds`.
+            "folds": "",
+            "fold": 0,
+            "fold_seed": 0,
             # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),
         }

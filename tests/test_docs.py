@@ -48,6 +48,7 @@ SMALL_FLAGS = {
         ]
     ),
     ("ablate", ""): [*small_training, "--variants=text_only"],
+    ("crossval", ""): [*small_training, "--folds=dialogue:3"],
 }
 
 

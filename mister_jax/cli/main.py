@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "extract": ("train", "Extract features from a dataset with an encoder."),
     "train": ("train", "Train MiSTER-E or an encoder with a config."),
     "evaluate": ("train", "Score a trained work directory on a split and write a report."),
+    "crossval": ("train", "Train and score one model per speaker, session or other fold."),
     "ablate": ("train", "Compare variants of MiSTER-E."),
     "predict": ("predict", "Predict the emotions of recordings and texts."),
     "export": ("predict", "Export a fine-tuned encoder for transformers or peft."),

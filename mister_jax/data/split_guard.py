@@ -23,6 +23,16 @@ def training_splits_only() -> Iterator[None]:
         _is_training.reset(token)
 
 
+@contextlib.contextmanager
+def all_splits_allowed() -> Iterator[None]:
+    """Allows all splits again, for code that checks the splits that it makes from them itself."""
+    token = _is_training.set(False)
+    try:
+        yield
+    finally:
+        _is_training.reset(token)
+
+
 def check_split_allowed(split: str) -> None:
     """Raises RuntimeError if training opens a split outside `TRAINING_SPLITS`.
 

@@ -16,6 +16,7 @@ from mister_jax import imbalance, losses
 from mister_jax.config_checks import check_at_least, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
+from mister_jax.data.folds import load_fold
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
@@ -132,7 +133,7 @@ class FusionTask:
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """Creates the task for the config's dataset, with input sizes from its training split."""
-        train = load_features(config.data.name, "train", config.data.data_dir or None)
+        train = _load_features(config.data, "train")
         model = dataclass_from_config(
             MisterEConfig,
             config.model,
@@ -194,6 +195,8 @@ class FusionTask:
         name = self._data.name if name is None else name
         if (name, split) == (self._data.name, "train") and self._train_features is not None:
             features = self._train_features
+        elif name == self._data.name:
+            features = _load_features(self._data, split)
         else:
             features = load_features(name, split, self._data.data_dir or None)
         for what, value, expected in (
@@ -336,6 +339,16 @@ class FusionTask:
             name: standardizer(batch[name]) for name, standardizer in self.standardizers.items()
         }
         return {**batch, **standardized}
+
+
+def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
+    """Loads a split of the config's dataset, or of the config's fold of it."""
+    data_dir = data.data_dir or None
+    if data.get("folds"):
+        return load_fold(
+            data.name, split, data.folds, data.fold, data_dir, seed=data.get("fold_seed", 0)
+        )
+    return load_features(data.name, split, data_dir)
 
 
 def _predictions(output: MisterEOutput) -> dict[str, jax.Array]:

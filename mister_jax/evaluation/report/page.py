@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import string
 from collections.abc import Mapping
 from html import escape
@@ -14,6 +15,7 @@ from etils import epath
 
 import mister_jax
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.folds import FOLD
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
 from mister_jax.evaluation.report import sections, statistics
@@ -135,7 +137,10 @@ def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) 
     source = features.metadata.get("text")
     name = source.get("dataset") if isinstance(source, Mapping) else None
     try:
-        dialogues = DialogueDataset(name or features.name, data_dir).dialogues(features.split)
+        dataset = DialogueDataset(name or features.name, data_dir)
+        # A fold of a cross-validation has dialogues from all splits.
+        splits = dataset.splits if FOLD in features.metadata else (features.split,)
+        dialogues = itertools.chain.from_iterable([dataset.dialogues(split) for split in splits])
     except InputError:  # Transcripts are optional in a report.
         return {}
     utterances = (utterance for dialogue in dialogues for utterance in dialogue.utterances)

@@ -1,0 +1,6 @@
+"""Cross-validates MiSTER-E, the same as `mister-jax crossval`."""
+
+from mister_jax.cli.main import main
+
+if __name__ == "__main__":
+    main("crossval")

@@ -1,0 +1,53 @@
+"""Trains and scores one model per fold of a dataset, and pools their test predictions.
+
+mister-jax crossval --config=fusion:iemocap --workdir=DIR --folds=session
+mister-jax crossval --config=fusion:my_features --workdir=DIR --folds=speaker:5
+mister-jax crossval --config=fusion:polish_1 --workdir=DIR --datasets=polish_1,polish_2
+
+--folds is the column whose values are held out in turn: dialogue, speaker or session (both also
+for IEMOCAP, from its ids), or a column of a manifest. COLUMN:K makes K folds of the values, with
+about equal classes. --datasets takes each dataset with its own splits as a fold. Run it again to
+resume.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from mister_jax.cli import cluster
+from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
+from mister_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "config of the experiment", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of all folds; created if missing")
+_FOLDS = flags.DEFINE_string("folds", None, "COLUMN or COLUMN:K, such as session or speaker:5")
+_DATASETS = flags.DEFINE_list("datasets", [], "datasets that are one fold each")
+
+
+def _crossval() -> int:
+    config = required_config(_CONFIG)
+    workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
+    if config.task != "fusion":
+        raise InputError(f"config.task={config.task!r}; allowed: 'fusion'")
+    if bool(_FOLDS.value) == bool(_DATASETS.value):
+        raise InputError("one of --folds and --datasets is needed, such as --folds=speaker:5")
+    import jax
+    from etils import epath
+
+    from mister_jax.evaluation import cross_validation
+
+    if _FOLDS.value:
+        folds = cross_validation.folds_of_dataset(config, _FOLDS.value)
+    else:
+        folds = cross_validation.folds_of_datasets(config, _DATASETS.value)
+    if cross_validation.cross_validate(folds, workdir) is None:
+        return STOPPED_BY_SIGTERM
+    if jax.process_index() == 0:
+        folder = epath.Path(workdir)
+        print((folder / "crossval.md").read_text())
+        print(f"written to {folder}: {', '.join(cross_validation.FILES)}")
+    return 0
+
+
+main = cluster.distributed(_crossval, saves_on_sigterm=True)

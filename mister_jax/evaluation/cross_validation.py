@@ -1,0 +1,270 @@
+"""Cross-validation: trains and scores one model per fold, and pools their test predictions.
+
+Each fold trains in a subfolder of the work directory, from which it resumes. Every utterance is in
+the test split of exactly one fold.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mister_jax import metrics
+from mister_jax.console import format_seconds
+from mister_jax.data import UNLABELED
+from mister_jax.data.folds import load_pooled, make_folds
+from mister_jax.errors import InputError
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
+from mister_jax.evaluation.figures import plot_confusion
+from mister_jax.evaluation.results import evaluate
+from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.training.loop import train
+from mister_jax.workdir import check_config
+
+_ROW_FILE = "fold.json"  # exists in the work directory of each completed fold
+FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
+"""Files that `cross_validate` writes."""
+
+_COLUMNS = {
+    "uar": "UA (UAR)",
+    "accuracy": "WA (accuracy)",
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """One fold of a cross-validation.
+
+    Attributes:
+      name: Name of the fold.
+      members: What the test split consists of, such as the name of a speaker.
+      config: Config to train.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    config: ConfigDict
+
+
+def folds_of_dataset(config: ConfigDict, spec: str) -> list[Fold]:
+    """Returns the folds of the config's dataset; `spec` is described in `data.folds.Folds`.
+
+    Raises:
+      InputError: The dataset or the column does not exist, or it has too few values.
+    """
+    pooled = load_pooled(config.data.name, config.data.data_dir or None)
+    folds = make_folds(pooled, spec, config.data.fold_seed)
+    result = []
+    for index, (name, members) in enumerate(zip(folds.names, folds.members, strict=True)):
+        changed = ConfigDict(config.to_dict())
+        changed.data.folds, changed.data.fold = spec, index
+        result.append(Fold(name, members, changed))
+    return result
+
+
+def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Fold]:
+    """Returns one fold for each dataset, with the dataset's own splits, such as EmoBox's folds."""
+    result = []
+    for name in names:
+        changed = ConfigDict(config.to_dict())
+        changed.data.name = name
+        result.append(Fold(name, (name,), changed))
+    return result
+
+
+def cross_validate(
+    folds: Sequence[Fold], workdir: epath.PathLike, *, quiet: bool = False
+) -> dict[str, Any] | None:
+    """Trains and scores a model for each fold, and writes `FILES`.
+
+    Completed folds are skipped, and interrupted folds resume.
+
+    Args:
+      folds: Folds.
+      workdir: Work directory of the cross-validation, created if it does not exist.
+      quiet: Whether to hide progress.
+
+    Returns:
+      "folds", a list of dicts with "fold", "members", "utterances" and the mean of the scores over
+      the seeds; "mean" and "deviation" of these scores over the folds; "pooled", the scores of all
+      test predictions together, with several seeds those of their ensemble; and
+      "pooled_intervals", their confidence intervals. None if SIGTERM interrupted a fold.
+
+    Raises:
+      InputError: A config is invalid, or a fold's directory belongs to another config.
+    """
+    workdir = epath.Path(workdir)
+    folders = [workdir / f"fold_{_folder_name(fold.name)}" for fold in folds]
+    for fold, folder in zip(folds, folders, strict=True):
+        check_config(fold.config, folder)
+    is_complete = [(folder / _ROW_FILE).exists() for folder in folders]
+    num_pending, started, num_done = is_complete.count(False), time.perf_counter(), 0
+    for fold, folder, complete in zip(folds, folders, is_complete, strict=True):
+        if complete:
+            continue
+        remaining = ""
+        if num_done:
+            seconds = (time.perf_counter() - started) / num_done * (num_pending - num_done)
+            remaining = f", about {format_seconds(seconds)} left"
+        members = "" if fold.members == (fold.name,) else f" ({len(fold.members)} groups)"
+        _print(f"fold {fold.name}{members}: {num_done + 1} of {num_pending}{remaining}", quiet)
+        if not train(fold.config, folder, quiet=quiet).finished:
+            return None
+        row = _score(fold, folder)
+        _print(f"fold {fold.name}: {_describe(row)}", quiet)
+        num_done += 1
+    return _summarize(folds, folders, workdir)
+
+
+def _print(line: str, quiet: bool) -> None:
+    if not quiet and jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{title} {row[name]:.3f}" for name, title in _COLUMNS.items())
+
+
+def _folder_name(name: str) -> str:
+    """Returns a fold's name as a part of a path."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _score(fold: Fold, folder: epath.Path) -> dict[str, Any]:
+    """Scores a trained fold on its test split and writes the row of the table."""
+    scores = evaluate(folder, "test", quiet=True)
+    mean = scores["seeds"]["mean"] if "seeds" in scores else scores
+    row = {
+        "fold": fold.name,
+        "members": list(fold.members),
+        "utterances": scores["utterances"],
+        **{name: mean[name] for name in metrics.SCORE_NAMES},
+        "confusion": scores["confusion"],
+        "class_names": list(scores["per_class"]),
+    }
+    if jax.process_index() == 0:
+        write_json(folder / _ROW_FILE, row)
+    return row
+
+
+def _summarize(
+    folds: Sequence[Fold], folders: Sequence[epath.Path], workdir: epath.Path
+) -> dict[str, Any]:
+    """Writes the files of the cross-validation and returns its scores."""
+    rows = [read_json(folder / _ROW_FILE) for folder in folders]
+    class_names = rows[0]["class_names"]
+    if any(row["class_names"] != class_names for row in rows):
+        raise InputError(f"{workdir}: the folds have different classes; needed: the same classes")
+    confusion = np.sum([row.pop("confusion") for row in rows], axis=0)
+    for row in rows:
+        del row["class_names"]
+    over_folds = {
+        name: metrics.mean_and_deviation([row[name] for row in rows])
+        for name in metrics.SCORE_NAMES
+    }
+    predictions = _pool_predictions(folds, folders, class_names)
+    result = {
+        "folds": rows,
+        "mean": {name: mean for name, (mean, _) in over_folds.items()},
+        "deviation": {name: deviation for name, (_, deviation) in over_folds.items()},
+        "pooled": metrics.classification_scores(confusion, class_names),
+        "pooled_intervals": _intervals(predictions, class_names),
+        "confusion": confusion.tolist(),
+    }
+    if jax.process_index() == 0:
+        write_json(workdir / "crossval.json", result)
+        write_text(workdir / "crossval.csv", _csv(rows))
+        write_text(workdir / "crossval.md", markdown(result))
+        lines = "".join((folder / "predictions.jsonl").read_text() for folder in folders)
+        write_text(workdir / "predictions.jsonl", lines)
+        title = f"all folds, weighted F1 {result['pooled']['weighted_f1']:.3f}"
+        plot_confusion({title: confusion}, class_names, workdir / "crossval.png")
+    return result
+
+
+def _pool_predictions(
+    folds: Sequence[Fold], folders: Sequence[epath.Path], class_names: Sequence[str]
+) -> SplitPredictions:
+    """Reads the test predictions of all folds."""
+    index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    index[None] = UNLABELED
+    rows = [
+        {**row, "dialogue": f"{fold.name}/{row['dialogue']}"}
+        for fold, folder in zip(folds, folders, strict=True)
+        for row in read_json_lines(folder / "predictions.jsonl")
+        if row["split"] == "test"
+    ]
+    # Unlabeled utterances are context, and may be in several folds.
+    labeled = [row["utterance"] for row in rows if row["label"] is not None]
+    repeated = len(labeled) - len(set(labeled))
+    if repeated:
+        logging.warning("%d utterances are in the test splits of several folds", repeated)
+    dialogues, dialogue_index = np.unique([row["dialogue"] for row in rows], return_inverse=True)
+    return SplitPredictions(
+        dataset=folds[0].config.data.name,
+        split="test",
+        class_names=tuple(class_names),
+        dialogue_ids=tuple(dialogues.tolist()),
+        dialogue_index=dialogue_index,
+        utterance_ids=np.array([row["utterance"] for row in rows]),
+        label=np.array([index[row["label"]] for row in rows]),
+        predicted=np.array([index[row["emotion"]] for row in rows]),
+        probabilities=np.array([list(row["probabilities"].values()) for row in rows]),
+        experts=(),
+        votes=np.zeros((len(rows), 0), int),
+        gate=None,
+    )
+
+
+def _intervals(
+    predictions: SplitPredictions, class_names: Sequence[str]
+) -> dict[str, dict[str, float | None]]:
+    """Returns the confidence intervals of the pooled scores, over dialogues."""
+    scores = DialogueBootstrap(predictions).scores(predictions.predicted)
+    return {name: Estimate.from_resamples(*scores[name]).to_json() for name in metrics.SCORE_NAMES}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Returns a Markdown table with the scores of each fold, and of all folds."""
+    lines = [
+        f"| fold | utterances | {' | '.join(_COLUMNS.values())} |",
+        f"|---|---{'|---' * len(_COLUMNS)}|",
+    ]
+    for row in result["folds"]:
+        cells = (f"{row[name]:.3f}" for name in _COLUMNS)
+        lines.append(f"| {row['fold']} | {row['utterances']} | {' | '.join(cells)} |")
+    cells = (f"{result['mean'][name]:.3f} ± {result['deviation'][name]:.3f}" for name in _COLUMNS)
+    lines.append(f"| mean ± deviation | | {' | '.join(cells)} |")
+    cells = (_interval_cell(result["pooled_intervals"][name]) for name in _COLUMNS)
+    utterances = result["pooled"]["utterances"]
+    lines.append(f"| pooled | {utterances} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval_cell(estimate: Mapping[str, float | None]) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["fold", "members", "utterances", *metrics.SCORE_NAMES])
+    for row in rows:
+        scores = [row[name] for name in metrics.SCORE_NAMES]
+        writer.writerow([row["fold"], " ".join(row["members"]), row["utterances"], *scores])
+    return file.getvalue()

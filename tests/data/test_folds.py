@@ -1,0 +1,158 @@
+"""Cross-validation folds of feature datasets."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mister_jax import data
+from mister_jax.data.folds import load_fold, load_pooled, make_folds, select_fold
+from mister_jax.data.split_guard import training_splits_only
+from mister_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def make_features(speakers, dialogues=None, utterance_ids=None):
+    """Returns features of utterances with the given speakers, one utterance per dialogue."""
+    total = len(speakers)
+    dialogues = list(range(total)) if dialogues is None else dialogues
+    names, lengths = np.unique(dialogues, return_counts=True)
+    random = np.random.default_rng(0)
+    return data.DialogueFeatures(
+        name="made",
+        split="all",
+        class_names=("calm", "angry"),
+        dialogue_ids=tuple(map(str, names)),
+        lengths=lengths,
+        utterance_ids=np.array(utterance_ids or [f"u{number}" for number in range(total)]),
+        speech=random.normal(size=(total, 3)).astype(np.float32),
+        text=random.normal(size=(total, 2)).astype(np.float32),
+        speech_present=np.ones(total, bool),
+        text_present=np.ones(total, bool),
+        label=(np.arange(total) % 3 == 0).astype(np.int32),
+        utterance_metadata=np.array([json.dumps({"speaker": name}) for name in speakers]),
+    )
+
+
+def members(features, folds, fold, split):
+    return set(select_fold(features, folds, fold, split).utterance_ids.tolist())
+
+
+def test_each_speaker_is_the_test_fold_once_and_never_in_training():
+    speakers = [f"s{number % 5}" for number in range(40)]
+    features = make_features(speakers)
+    folds = make_folds(features, "speaker")
+    assert folds.names == ("s0", "s1", "s2", "s3", "s4")
+    tested = []
+    for fold, name in enumerate(folds.names):
+        splits = {split: members(features, folds, fold, split) for split in SPLITS}
+        assert splits["test"] == {f"u{index}" for index in range(40) if speakers[index] == name}
+        assert len(splits["validation"]) == 8  # The next speaker.
+        assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 40
+        tested += splits["test"]
+    assert sorted(tested) == sorted(features.utterance_ids.tolist())
+
+
+def test_groups_of_values_have_about_equal_classes():
+    random = np.random.default_rng(1)
+    speakers = [f"s{number}" for number in random.zipf(1.3, 600) % 30]
+    features = make_features(speakers)
+    folds = make_folds(features, "speaker:5")
+    counts = np.array(
+        [np.bincount(features.label[folds.index == fold], minlength=2) for fold in range(5)]
+    )
+    largest = max(speakers.count(name) for name in set(speakers))
+    assert (counts.sum(1) <= max(largest, 0.3 * 600)).all()
+    assert (counts > 0).all()
+    values = [set(np.array(speakers)[folds.index == fold]) for fold in range(5)]
+    assert sum(map(len, values)) == len(set.union(*values))
+    assert [set(names) for names in folds.members] == values
+    assert (make_folds(features, "speaker:5").index == folds.index).all()
+
+
+def test_the_other_speaker_of_a_test_dialogue_is_context_without_labels():
+    # Three dialogues of two speakers each.
+    features = make_features(["a", "b", "a", "c", "d", "c", "e", "f"], [0, 0, 0, 1, 1, 1, 2, 2])
+    folds = make_folds(features, "speaker")
+    test = select_fold(features, folds, 0, "test")
+    assert test.utterance_ids.tolist() == ["u0", "u1", "u2"]
+    assert test.label.tolist() == [features.label[0], -1, features.label[2]]
+    # The dialogue's other speaker is the next fold, but has no dialogue without the test speaker.
+    assert members(features, folds, 0, "validation") == {"u3", "u4", "u5"}
+    assert members(features, folds, 0, "train") == {"u6", "u7"}
+
+
+def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
+    ids = [
+        f"Ses0{session}{first}_{part}_{speaker}00{number}"
+        for session in range(1, 6)
+        for first in "FM"
+        for part in ("impro01", "script02_1")
+        for number, speaker in enumerate("FM")
+    ]
+    dialogues = [name.rpartition("_")[0] for name in ids]
+    order = np.argsort(dialogues, kind="stable")
+    ids, dialogues = [ids[index] for index in order], [dialogues[index] for index in order]
+    features = make_features([""] * len(ids), dialogues, ids)
+    features = dataclasses.replace(features, utterance_metadata=None)
+    assert make_folds(features, "session").names == ("01", "02", "03", "04", "05")
+    speakers = make_folds(features, "speaker")
+    assert len(speakers.names) == 10 and speakers.names[:2] == ("01F", "01M")
+    test = select_fold(features, speakers, 1, "test")
+    assert {name.partition("_")[0][:5] for name in test.utterance_ids} == {"Ses01"}
+    assert {name.rpartition("_")[2][0] for name in test.utterance_ids[test.label >= 0]} == {"M"}
+    # The next speaker with dialogues of its own is of session 2.
+    assert {name[:5] for name in members(features, speakers, 1, "validation")} == {"Ses02"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("age", "no such column; allowed: dialogue, speaker"),
+        ("speaker:9", "only 2 values of speaker; allowed: at most as many folds"),
+        ("speaker", "2 folds; needed: at least 3"),
+        ("dialogue:2", "2 folds; needed: at least 3"),
+        ("dialogue:x", "allowed: COLUMN or COLUMN:NUMBER_OF_FOLDS"),
+    ],
+)
+def test_unusable_folds_are_refused(spec, message):
+    features = make_features(["a", "b"] * 4)
+    with pytest.raises(InputError, match=message) as error:
+        make_folds(features, spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fold_that_leaves_no_training_dialogue_is_refused():
+    features = make_features(["a", "b", "b", "c", "a", "c"], [0, 0, 1, 1, 2, 2])
+    folds = make_folds(features, "speaker")
+    with pytest.raises(InputError, match="no dialogue for the train split"):
+        select_fold(features, folds, 0, "train")
+    with pytest.raises(InputError, match="fold 3 of 'speaker'; allowed: 0 to 2"):
+        select_fold(features, folds, 3, "train")
+
+
+def test_a_column_with_missing_values_is_refused():
+    features = make_features(["a", "b", "c"])
+    metadata = features.utterance_metadata.copy()
+    metadata[1] = "{}"
+    with pytest.raises(InputError, match="1 of 3 utterances of dataset made have no value"):
+        make_folds(dataclasses.replace(features, utterance_metadata=metadata), "speaker")
+
+
+def test_folds_of_a_stored_dataset_and_the_guard_of_the_test_split(tiny_data_dir):
+    pooled = load_pooled("tiny", tiny_data_dir)
+    sizes = [data.load_features("tiny", split, tiny_data_dir).lengths.sum() for split in SPLITS]
+    assert pooled.lengths.sum() == sum(sizes) == len(pooled.label)
+    parts = [load_fold("tiny", split, "dialogue:4", 2, tiny_data_dir) for split in SPLITS]
+    assert [part.split for part in parts] == list(SPLITS)
+    ids = [name for part in parts for name in part.dialogue_ids]
+    assert sorted(ids) == sorted(pooled.dialogue_ids)
+    with training_splits_only():
+        load_fold("tiny", "train", "dialogue:4", 2, tiny_data_dir)
+        with pytest.raises(RuntimeError, match="training opens split 'test'"):
+            load_fold("tiny", "test", "dialogue:4", 2, tiny_data_dir)
+        # The guard is on again after the pooled splits have been read.
+        with pytest.raises(RuntimeError, match="training opens split 'test'"):
+            data.load_features("tiny", "test", tiny_data_dir)

@@ -1,0 +1,133 @@
+"""Cross-validation: folds that resume, pooled scores, and no leak of the test fold."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, recall_score
+
+from mister_jax import data
+from mister_jax.data.folds import load_fold, load_pooled
+from mister_jax.errors import InputError
+from mister_jax.evaluation import cross_validation
+from mister_jax.evaluation.cross_validation import (
+    cross_validate,
+    folds_of_dataset,
+    folds_of_datasets,
+)
+from mister_jax.tasks.fusion import FusionTask
+from mister_jax.training.loop import train
+from tests.helpers.training import assert_same_checkpoint, make_tiny_config
+
+SPEC = "dialogue:3"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data_dir):
+    return make_tiny_config(tiny_data_dir, **{"train.epochs": 1, "data.standardize": "speech,text"})
+
+
+@pytest.fixture(scope="module")
+def cross_validation_workdir(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("crossval") / "run"
+    assert cross_validate(folds_of_dataset(config, SPEC), workdir, quiet=True)
+    return workdir
+
+
+def test_pooled_scores_are_those_of_all_test_predictions(cross_validation_workdir, tiny_data_dir):
+    result = json.loads((cross_validation_workdir / "crossval.json").read_text())
+    lines = (cross_validation_workdir / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    pooled = load_pooled("tiny", tiny_data_dir)
+    assert sorted(row["utterance"] for row in rows) == sorted(pooled.utterance_ids.tolist())
+    labeled = [row for row in rows if row["label"] is not None]
+    label, predicted = ([row[key] for row in labeled] for key in ("label", "emotion"))
+    assert result["pooled"]["weighted_f1"] == pytest.approx(
+        f1_score(label, predicted, average="weighted", zero_division=0)
+    )
+    assert result["pooled"]["uar"] == pytest.approx(
+        recall_score(label, predicted, average="macro", zero_division=0)
+    )
+    interval = result["pooled_intervals"]["uar"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    scores = [row["macro_f1"] for row in result["folds"]]
+    assert result["mean"]["macro_f1"] == pytest.approx(np.mean(scores))
+    assert result["deviation"]["macro_f1"] == pytest.approx(np.std(scores, ddof=1))
+    table = (cross_validation_workdir / "crossval.md").read_text()
+    assert "UA (UAR) | WA (accuracy) | macro F1" in table and "| pooled |" in table
+    assert (cross_validation_workdir / "crossval.png").stat().st_size > 1000
+
+
+def test_an_interrupted_cross_validation_continues_with_the_next_fold(
+    config, cross_validation_workdir, tmp_path, monkeypatch
+):
+    trained = []
+
+    def stop_at_second(fold_config, workdir, **options):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        trained.append(workdir.name)
+        return train(fold_config, workdir, **options)
+
+    monkeypatch.setattr(cross_validation, "train", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(folds_of_dataset(config, SPEC), tmp_path, quiet=True)
+    monkeypatch.setattr(cross_validation, "train", train)
+    cross_validate(folds_of_dataset(config, SPEC), tmp_path, quiet=True)
+    result, expected = (
+        json.loads((folder / "crossval.json").read_text())
+        for folder in (tmp_path, cross_validation_workdir)
+    )
+    assert result == expected
+
+
+def test_test_utterances_do_not_reach_training(
+    config, cross_validation_workdir, tiny_data_dir, tmp_path
+):
+    # All that belongs to the test fold changes; training must give the same bits.
+    (tested,) = [fold for fold in folds_of_dataset(config, SPEC) if fold.config.data.fold == 0]
+    tested_ids = load_fold("tiny", "test", SPEC, 0, tiny_data_dir).utterance_ids
+    splits = {}
+    for split in data.SPLITS:
+        features = data.load_features("tiny", split, tiny_data_dir)
+        is_tested = np.isin(features.utterance_ids, tested_ids)
+        splits[split] = dataclasses.replace(
+            features,
+            speech=np.where(is_tested[:, None], 1000 * features.speech, features.speech),
+            text=np.where(is_tested[:, None], 7, features.text).astype(features.text.dtype),
+        )
+    data.write_features(splits, "tiny", tmp_path / "data")
+    changed = tested.config.copy_and_resolve_references()
+    changed.data.data_dir = str(tmp_path / "data")
+    train(changed, tmp_path / "run", quiet=True)
+    assert_same_checkpoint(tmp_path / "run", cross_validation_workdir / "fold_1")
+    standardizers = FusionTask.from_data(changed).standardizers
+    train_split = load_fold("tiny", "train", SPEC, 0, tiny_data_dir)
+    present = train_split.speech[train_split.speech_present]
+    np.testing.assert_allclose(standardizers["speech"].mean, present.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_datasets_with_splits_of_their_own_are_folds(config, tiny_data_dir, tmp_path):
+    splits = {split: data.load_features("tiny", split, tiny_data_dir) for split in data.SPLITS}
+    for name, order in (("first", data.SPLITS), ("second", data.SPLITS[::-1])):
+        parts = {
+            split: dataclasses.replace(splits[source], split=split)
+            for split, source in zip(data.SPLITS, order, strict=True)
+        }
+        data.write_features(parts, name, tmp_path / "data")
+    changed = config.copy_and_resolve_references()
+    changed.data.data_dir = str(tmp_path / "data")
+    result = cross_validate(
+        folds_of_datasets(changed, ["first", "second"]), tmp_path / "run", quiet=True
+    )
+    assert [row["fold"] for row in result["folds"]] == ["first", "second"]
+    counts = [(splits[name].label >= 0).sum() for name in ("test", "train")]
+    assert [row["utterances"] for row in result["folds"]] == counts
+
+
+def test_a_cross_validation_with_another_config_is_refused(config, cross_validation_workdir):
+    changed = config.copy_and_resolve_references()
+    changed.seed = 5
+    with pytest.raises(InputError, match="created with another config"):
+        cross_validate(folds_of_dataset(changed, SPEC), cross_validation_workdir, quiet=True)
