@@ -29,7 +29,8 @@ def _ablate() -> int:
     from etils import epath
 
     from mister_jax.configs.fusion import ABLATIONS, VARIANTS
-    from mister_jax.evaluation.ablation import Variant, run_ablation
+    from mister_jax.evaluation.ablation import run_ablation
+    from mister_jax.evaluation.variants import Variant
 
     def make_variant(name: str) -> Variant:
         changed = ConfigDict(config.to_dict())

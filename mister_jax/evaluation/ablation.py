@@ -7,45 +7,22 @@ epoch of each seed, and the best variant. Test scores are only reported.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
-from mister_jax import multi_seed
-from mister_jax.console import format_seconds
 from mister_jax.errors import InputError
 from mister_jax.evaluation.figures import plot_grouped_bars
-from mister_jax.evaluation.results import evaluate
-from mister_jax.io import read_json, write_json, write_text
+from mister_jax.evaluation.variants import Study, Variant
+from mister_jax.io import write_text
 from mister_jax.metrics import SCORE_NAMES
-from mister_jax.tasks.config import config_seeds
-from mister_jax.training.loop import train
-from mister_jax.workdir import check_config
 
 SPLITS = ("validation", "test")
 _SELECTION_SCORE = "weighted_f1"
 _ROW_FILE = "ablation.json"  # exists in the work directory of each completed variant
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One variant in the study, and a row in its table.
-
-    Attributes:
-      name: Name of the variant and of its work directory.
-      change: Short description of the difference from the first variant.
-      config: Config to train.
-    """
-
-    name: str
-    change: str
-    config: ConfigDict
 
 
 def run_ablation(
@@ -75,62 +52,25 @@ def run_ablation(
       InputError: A name is unknown, a config is invalid, or the directory belongs to a study with
         another config.
     """
-    workdir = epath.Path(workdir)
     allowed = [variant.name for variant in variants]
     unknown = [name for name in names if name not in allowed]
     if unknown:
         raise InputError(f"variants: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-    for variant in variants:
-        check_config(variant.config, workdir / variant.name)
-    pending = [
-        variant
-        for variant in variants
-        if (not names or variant.name in names)
-        and not (workdir / variant.name / _ROW_FILE).exists()
-    ]
-    started = time.perf_counter()
-    for index, variant in enumerate(pending):
-        remaining = ""
-        if index:
-            seconds = (time.perf_counter() - started) / index * (len(pending) - index)
-            remaining = f", about {format_seconds(seconds)} left"
-        title = f"variant {index + 1} of {len(pending)}, {variant.name}: {variant.change}"
-        _print(title + remaining, quiet)
-        row = _run_variant(variant, workdir / variant.name, quiet)
-        if row is None:
-            return None
-        scores = ", ".join(f"{split} {_mean_and_deviation(row, split)}" for split in SPLITS)
-        _print(f"{variant.name}: {scores}", quiet)
-        _write_table(variants, workdir)
-    return _write_table(variants, workdir)
-
-
-def _print(line: str, quiet: bool) -> None:
-    if not quiet and jax.process_index() == 0:
-        print(line, flush=True)
-
-
-def _run_variant(variant: Variant, workdir: epath.Path, quiet: bool) -> dict[str, Any] | None:
-    """Trains and scores a variant. Returns None if SIGTERM interrupted training."""
-    if not train(variant.config, workdir, quiet=quiet).finished:
+    study = Study(variants, workdir, splits=SPLITS, row_file=_ROW_FILE, quiet=quiet)
+    if not study.run(_describe, lambda: _write_table(study), names):
         return None
-    seeds = config_seeds(variant.config)
-    row: dict[str, Any] = {"variant": variant.name, "change": variant.change, "seeds": [*seeds]}
-    for split in SPLITS:
-        scores = evaluate(workdir, split, quiet=True)
-        summary = scores.get("seeds") or multi_seed.summarize_seeds(seeds, [scores])
-        row[split] = {**summary, "ensemble": {name: scores[name] for name in SCORE_NAMES}}
-    if jax.process_index() == 0:
-        write_json(workdir / _ROW_FILE, row)
-    return row
+    return _write_table(study)
 
 
-def _write_table(variants: Sequence[Variant], workdir: epath.Path) -> list[dict[str, Any]]:
+def _describe(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{split} {_mean_and_deviation(row, split)}" for split in SPLITS)
+
+
+def _write_table(study: Study) -> list[dict[str, Any]]:
     """Writes the study's files and returns the rows of the completed variants."""
-    paths = [workdir / variant.name / _ROW_FILE for variant in variants]
-    rows = [read_json(path) for path in paths if path.exists()]
+    rows, workdir = study.rows(), study.workdir
     if rows and jax.process_index() == 0:
-        dataset = variants[0].config.data.name
+        dataset = study.variants[0].config.data.name
         write_text(workdir / "ablation.md", ablation_markdown(rows, dataset))
         write_text(workdir / "ablation.csv", ablation_csv(rows))
         bars = {

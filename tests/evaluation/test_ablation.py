@@ -7,14 +7,14 @@ import pytest
 
 from mister_jax import multi_seed
 from mister_jax.errors import InputError
-from mister_jax.evaluation import ablation
+from mister_jax.evaluation import variants as study_of_variants
 from mister_jax.evaluation.ablation import (
     SPLITS,
-    Variant,
     ablation_csv,
     ablation_markdown,
     run_ablation,
 )
+from mister_jax.evaluation.variants import Variant
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.training.loop import TrainProgress, train
 from tests.helpers.training import make_tiny_config
@@ -44,7 +44,7 @@ def trained_variants(monkeypatch):
         names.append(workdir.name)
         return train(config, workdir, **options)
 
-    monkeypatch.setattr(ablation, "train", recording_train)
+    monkeypatch.setattr(study_of_variants, "train", recording_train)
     return names
 
 
@@ -59,6 +59,10 @@ def test_completed_variants_are_not_run_again(variants, trained_variants, tmp_pa
     table = (tmp_path / "ablation.md").read_text()
     assert all(f"{row['test']['mean']['weighted_f1']:.3f}" in table for row in rows)
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    longer = [Variant(v.name, v.change, v.config.copy_and_resolve_references()) for v in variants]
+    longer[0].config.train.epochs = 2
+    assert run_ablation(longer, tmp_path, quiet=True)[1] == rows[1]
+    assert trained_variants == ["text_only", "default", "default"]
     changed = [Variant(v.name, v.change, v.config.copy_and_resolve_references()) for v in variants]
     changed[0].config.seed = 5
     with pytest.raises(InputError, match=r"another config \(seed 0 -> 5\)"):
@@ -67,7 +71,7 @@ def test_completed_variants_are_not_run_again(variants, trained_variants, tmp_pa
 
 def test_sigterm_stops_the_study(variants, tmp_path, monkeypatch):
     stopped = TrainProgress([-1.0], [0])
-    monkeypatch.setattr(ablation, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr(study_of_variants, "train", lambda *_, **__: stopped)
     assert run_ablation(variants, tmp_path, quiet=True) is None
     assert not (tmp_path / "ablation.md").exists()
 

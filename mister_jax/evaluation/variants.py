@@ -1,0 +1,167 @@
+"""Trains and scores a list of named configs, such as the variants of an ablation or a sweep.
+
+Each variant trains in a subfolder of the study's work directory. A study that runs again skips
+completed variants and resumes the interrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from mister_jax import multi_seed
+from mister_jax.console import format_seconds
+from mister_jax.evaluation.results import evaluate
+from mister_jax.io import read_json, write_json
+from mister_jax.metrics import SCORE_NAMES
+from mister_jax.tasks.config import config_seeds
+from mister_jax.training.loop import train
+from mister_jax.workdir import check_config
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One variant in a study, and a row in its table.
+
+    Attributes:
+      name: Name of the variant and of its work directory.
+      change: Short description of the difference from the other variants.
+      config: Config to train.
+    """
+
+    name: str
+    change: str
+    config: ConfigDict
+
+
+class Study:
+    """Variants that are trained and scored one after the other.
+
+    Args:
+      variants: Variants, in the order of the table.
+      workdir: Work directory of the study, created if it does not exist.
+      splits: Splits on which every variant is scored.
+      row_file: Name of the file with the row of a completed variant, in its work directory.
+      kind: What a variant is called in messages.
+      quiet: Whether to hide progress.
+
+    Raises:
+      InputError: A config is invalid, or a variant's directory belongs to another config.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        workdir: epath.PathLike,
+        *,
+        splits: Sequence[str],
+        row_file: str,
+        kind: str = "variant",
+        quiet: bool = False,
+    ):
+        self.variants = tuple(variants)
+        self.workdir = epath.Path(workdir)
+        self._splits = tuple(splits)
+        self._row_file = row_file
+        self._kind = kind
+        self._quiet = quiet
+        for variant in self.variants:
+            check_config(variant.config, self.folder(variant))
+
+    def folder(self, variant: Variant) -> epath.Path:
+        """Returns the work directory of a variant."""
+        return self.workdir / variant.name
+
+    def run(
+        self,
+        describe: Callable[[Row], str],
+        on_completed: Callable[[], Any],
+        names: Sequence[str] = (),
+    ) -> bool:
+        """Trains and scores all variants that are not complete.
+
+        Args:
+          describe: Describes a row's scores for the progress message.
+          on_completed: Called after each variant.
+          names: Names of the variants to run; all if empty.
+
+        Returns:
+          Whether all variants are complete; False if SIGTERM interrupted the training.
+        """
+        pending = [
+            variant
+            for variant in self.variants
+            if (not names or variant.name in names) and self._read_row(variant) is None
+        ]
+        started = time.perf_counter()
+        for index, variant in enumerate(pending):
+            remaining = ""
+            if index:
+                seconds = (time.perf_counter() - started) / index * (len(pending) - index)
+                remaining = f", about {format_seconds(seconds)} left"
+            title = variant.name + (f": {variant.change}" if variant.change else "")
+            self.print(f"{self._kind} {index + 1} of {len(pending)}, {title}{remaining}")
+            if not train(variant.config, self.folder(variant), quiet=self._quiet).finished:
+                return False
+            row = self._score(variant)
+            self.print(f"{variant.name}: {describe(row)}")
+            on_completed()
+        return True
+
+    def rows(self) -> list[Row]:
+        """Returns the rows of the completed variants, also of earlier runs."""
+        rows = (self._read_row(variant) for variant in self.variants)
+        return [row for row in rows if row is not None]
+
+    def print(self, line: str) -> None:
+        """Prints a line about the progress."""
+        if not self._quiet and jax.process_index() == 0:
+            print(line, flush=True)
+
+    def _read_row(self, variant: Variant) -> Row | None:
+        """Returns the row of a variant, or None if it is missing or from a shorter training."""
+        path = self.folder(variant) / self._row_file
+        if not path.exists():
+            return None
+        row = read_json(path)
+        length = _training_length(variant.config)
+        return row if row.get("length", length) == length else None
+
+    def _score(self, variant: Variant) -> Row:
+        """Scores a trained variant and writes its row."""
+        row: Row = {
+            "variant": variant.name,
+            "change": variant.change,
+            "seeds": [*config_seeds(variant.config)],
+            "length": _training_length(variant.config),
+        }
+        for split in self._splits:
+            row[split] = score_seeds(variant.config, self.folder(variant), split)
+        if jax.process_index() == 0:
+            write_json(self.folder(variant) / self._row_file, row)
+        return row
+
+
+def score_seeds(config: ConfigDict, workdir: epath.PathLike, split: str) -> dict[str, Any]:
+    """Evaluates a work directory on a split.
+
+    Returns:
+      The "mean" and the "deviation" of the scores over the seeds, "of_each" seed, and the scores
+      of the "ensemble" of the seeds.
+    """
+    scores = evaluate(workdir, split, quiet=True)
+    summary = scores.get("seeds") or multi_seed.summarize_seeds(config_seeds(config), [scores])
+    return {**summary, "ensemble": {name: scores[name] for name in SCORE_NAMES}}
+
+
+def _training_length(config: ConfigDict) -> dict[str, int]:
+    """Returns the fields that may change when a finished training continues."""
+    return {"epochs": config.train.epochs, "patience": config.train.get("patience", 0)}
