@@ -178,6 +178,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "patience": 0,
             # Validation score that chooses the epoch: a score of `metrics.SCORE_NAMES`, or "loss".
             "select_by": "weighted_f1",
+            # Work directory or bundle of a model whose parameters training starts from.
+            "init_from": "",
             "log_every": 10,
             "save_every": 0,
         }

@@ -122,6 +122,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
         {
             "epochs": 20 if large else 5,
             "select_by": "weighted_f1",
+            "init_from": "",
             "patience": 0,
             "log_every": 10,
             "save_every": 0,

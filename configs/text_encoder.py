@@ -105,6 +105,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
         {
             "epochs": 20 if large else 4,
             "select_by": "weighted_f1",
+            "init_from": "",
             "patience": 0,
             "log_every": 10,
             "save_every": 0,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from flax import nnx
 from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
@@ -46,6 +47,7 @@ from mister_jax.tasks.registry import task_class
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
+from mister_jax.training.warm_start import InitialParams, copy_params
 from mister_jax.workdir import (
     check_config,
     check_data,
@@ -79,6 +81,9 @@ class TrainConfig:
         disables early stopping. Training ends when all seeds have stopped.
       select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
         "loss" for the lowest cross-entropy.
+      init_from: Work directory, bundle or name on the Hugging Face Hub of a model whose parameters
+        training starts from, where names and shapes are equal; empty for random or pretrained
+        initial parameters. A resumed run does not read it.
       log_every: Number of steps between records of the training loss.
       save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
         epoch is always saved.
@@ -89,6 +94,7 @@ class TrainConfig:
     epochs: int
     patience: int = 0
     select_by: str = "weighted_f1"
+    init_from: str = ""
     log_every: int = 10
     save_every: int = 0
     accumulation: int = 1
@@ -233,7 +239,14 @@ def train(
     rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
     with explain_oom(str(workdir), activity, task.oom_hint):
-        template, state = _initial_states(task, optimizer, seeds, partitioner)
+        start = None
+        # A resumed run replaces the initial parameters anyway, and the model may be gone.
+        if options.init_from and not config_path(workdir).exists():
+            start = InitialParams.load(options.init_from, config.task, len(seeds))
+            note = start.check(nnx.eval_shape(lambda: task.init(jax.random.key(0))), task.trainable)
+            if not quiet and jax.process_index() == 0:
+                print(note, flush=True)
+        template, state = _initial_states(task, optimizer, seeds, partitioner, start)
         if jax.process_index() == 0:
             params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
             params = jax.eval_shape(template.to_tree, params)
@@ -270,20 +283,29 @@ def train(
 
 
 def _initial_states(
-    task: Task, optimizer: optax.GradientTransformation, seeds: Sequence[int], partitioner: Any
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seeds: Sequence[int],
+    partitioner: Any,
+    start: InitialParams | None = None,
 ) -> tuple[ModelTemplate, Any]:
     """Returns the model template and the stacked states of all seeds."""
     template: Any = None
     as_vectors = not task.sharding_rules
 
-    def make_state(key: jax.Array) -> Any:
+    def make_state(key: jax.Array, params: Any) -> Any:
         nonlocal template
+
+        def make_model(key: jax.Array) -> nnx.Module:
+            model = task.load(key, partitioner)
+            return model if params is None else copy_params(model, params, task.trainable)
+
         template, state = initial_state(
             task,
             optimizer,
             key,
             trainable=task.trainable,
-            make_model=lambda key: task.load(key, partitioner),
+            make_model=make_model,
             as_vectors=as_vectors,
         )
         return state
@@ -293,7 +315,10 @@ def _initial_states(
         # so briefly that optimizing it is not worth the compile time.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         make_state = jax.jit(make_state, compiler_options=options)
-    states = [make_state(jax.random.key(seed)) for seed in seeds]
+    states = [
+        make_state(jax.random.key(seed), None if start is None else start.for_seed(index))
+        for index, seed in enumerate(seeds)
+    ]
     return template, multi_seed.stack_seeds(states)
 
 
