@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "train": ("train", "Train MiSTER-E or an encoder with a config."),
     "evaluate": ("train", "Score a trained work directory on a split and write a report."),
     "crossval": ("train", "Train and score one model per speaker, session or other fold."),
+    "sweep": ("train", "Train a grid of hyperparameters and rank the points by validation."),
     "ablate": ("train", "Compare variants of MiSTER-E."),
     "predict": ("predict", "Predict the emotions of recordings and texts."),
     "export": ("predict", "Export a fine-tuned encoder for transformers or peft."),

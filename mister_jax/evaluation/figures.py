@@ -1,4 +1,4 @@
-"""Plots confusion matrices, missing modalities, ablations and datasets as PNG files."""
+"""Plots confusion matrices, missing modalities, studies, comparisons and datasets as PNG files."""
 
 from __future__ import annotations
 
@@ -123,4 +123,136 @@ def plot_dataset(
             if len(values):
                 axes.hist(values, bins, density=True, histtype="step", label=split)
         axes.set(xlabel=unit, ylabel="density", title=title)
+    write_png(path, figure)
+
+
+def plot_sweep(
+    axes: Mapping[str, Sequence[Any]],
+    scores: Mapping[tuple[Any, ...], tuple[float, float]],
+    label: str,
+    path: epath.PathLike,
+) -> None:
+    """Plots the scores of a sweep as a PNG file.
+
+    One varied field is a line, or bars if its values are not numbers. Two fields are a heat map.
+    More fields are bars of the best points.
+
+    Args:
+      axes: Values by field, in the order of the grid.
+      scores: Mean and standard deviation of the score by the values of a point, best first.
+      label: Name of the score.
+      path: Path of the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    varied = [(index, name) for index, name in enumerate(axes) if len(axes[name]) > 1]
+    is_map = len(varied) == 2
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot = figure.subplots()
+    if is_map:
+        (row, row_name), (column, column_name) = varied
+        _plot_heat_map(
+            plot,
+            {(point[row], point[column]): mean for point, (mean, _) in scores.items()},
+            axes[row_name],
+            axes[column_name],
+        )
+        plot.set(xlabel=column_name, ylabel=row_name, title=label)
+        figure.set_size_inches(
+            2.5 + 0.9 * len(axes[column_name]), 1.5 + 0.5 * max(3, len(axes[row_name]))
+        )
+    elif len(varied) == 1 and all(_is_number(value) for value in axes[varied[0][1]]):
+        ((index, name),) = varied
+        line = sorted(
+            (point[index], mean, deviation) for point, (mean, deviation) in scores.items()
+        )
+        values, means, deviations = zip(*line, strict=True)
+        plot.errorbar(values, means, deviations, marker="o", capsize=3)
+        # A linear scale would hide differences between values of different magnitudes.
+        if values[0] > 0 and values[-1] / values[0] >= 8:
+            plot.set_xscale("log")
+        plot.set(xlabel=name, ylabel=label)
+        plot.grid(alpha=0.3)
+    else:
+        best = list(scores.items())[:_MAX_BARS]
+        shown = varied or list(enumerate(axes))[:1]
+        names = [", ".join(f"{name}={point[index]}" for index, name in shown) for point, _ in best]
+        means, deviations = zip(*(score for _, score in best), strict=True)
+        plot.barh(np.arange(len(best)), means, xerr=deviations, capsize=3)
+        plot.set_yticks(np.arange(len(best)), names, fontsize=8)
+        plot.invert_yaxis()
+        plot.set(xlabel=label)
+        plot.grid(axis="x", alpha=0.3)
+        figure.set_size_inches(8, 1.5 + 0.3 * len(best))
+    write_png(path, figure)
+
+
+_MAX_BARS = 30
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plot_heat_map(
+    plot: Any,
+    means: Mapping[tuple[Any, Any], float],
+    row_values: Sequence[Any],
+    column_values: Sequence[Any],
+) -> None:
+    """Plots a value for each pair of a row and a column; pairs without a value are blank."""
+    table = np.array(
+        [[means.get((row, column), np.nan) for column in column_values] for row in row_values]
+    )
+    plot.imshow(table, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
+    for (row, column), mean in np.ndenumerate(table):
+        if np.isfinite(mean):
+            color = "white" if mean < middle else "black"
+            plot.text(column, row, f"{mean:.3f}", ha="center", va="center", color=color, fontsize=8)
+    plot.set_xticks(range(len(column_values)), [str(value) for value in column_values])
+    plot.set_yticks(range(len(row_values)), [str(value) for value in row_values])
+
+
+def plot_differences(
+    differences: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
+    label: str,
+    path: epath.PathLike,
+) -> None:
+    """Plots differences and their intervals by series and row as a PNG file.
+
+    Args:
+      differences: Difference and both ends of its interval, None without an interval, by series
+        and row.
+      label: What the differences are.
+      path: Path of the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(next(iter(differences.values())))
+    figure = Figure(
+        figsize=(7, 1.5 + (0.3 + 0.12 * (len(differences) - 1)) * len(rows)), layout="constrained"
+    )
+    plot = figure.subplots()
+    step = 0.6 / len(differences)
+    for index, (series, values) in enumerate(differences.items()):
+        y = np.arange(len(rows)) + (index - (len(differences) - 1) / 2) * step
+        centers = np.array([values[row][0] for row in rows])
+        # A difference may be outside of the percentile interval of a very small split.
+        below = [
+            max(0, value - (value if low is None else low)) for value, low, _ in values.values()
+        ]
+        above = [
+            max(0, (value if high is None else high) - value) for value, _, high in values.values()
+        ]
+        plot.errorbar(
+            centers, y, xerr=[below, above], fmt="o", capsize=3, markersize=4, label=series
+        )
+    plot.axvline(0, color="gray", linewidth=1)
+    plot.set_yticks(np.arange(len(rows)), rows)
+    plot.invert_yaxis()
+    plot.set(xlabel=label)
+    plot.grid(axis="x", alpha=0.3)
+    if len(differences) > 1:
+        plot.legend()
     write_png(path, figure)

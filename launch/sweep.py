@@ -1,0 +1,6 @@
+"""Sweeps hyperparameters, the same as `mister-jax sweep`."""
+
+from mister_jax.cli.main import main
+
+if __name__ == "__main__":
+    main("sweep")
