@@ -9,7 +9,6 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +24,9 @@ _STOPPED_BY_CTRL_C = 128 + 2
 def run(module: ModuleType) -> None:
     """Parses the command line and runs `main` in a subcommand's module.
 
+    `main` takes no arguments, or the list of all arguments that are not flags if the module has
+    `TAKES_ARGUMENTS = True`.
+
     The exit status is the result of `main`, or 0 for None. Invalid flags, an `InputError`, an
     unwritable path and a missing JAX platform exit with one line on stderr and status 2, and Ctrl-C
     exits with status 130. Other exceptions are bugs and keep their traceback.
@@ -33,7 +35,7 @@ def run(module: ModuleType) -> None:
     if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
         print(_help(module))
         sys.exit(0)
-    app.run(lambda arguments: _run_main(module.main, arguments), flags_parser=_parse_flags)
+    app.run(lambda arguments: _run_main(module, arguments), flags_parser=_parse_flags)
 
 
 def required_config(flag: flags.FlagHolder) -> Any:
@@ -65,13 +67,15 @@ def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
     return flag.value
 
 
-def _run_main(main: Callable[[], int | None], arguments: list[str]) -> int:
+def _run_main(module: ModuleType, arguments: list[str]) -> int:
     # At level INFO, JAX logs each kind of device that is missing.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
+        if getattr(module, "TAKES_ARGUMENTS", False):
+            return module.main(arguments[1:]) or 0
         if len(arguments) > 1:
             raise InputError(f"argument {arguments[1]!r}; allowed: flags, --name=value")
-        return main() or 0
+        return module.main() or 0
     except (InputError, MissingExtraError) as error:
         message = str(error)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:

@@ -1,0 +1,6 @@
+"""Compares the predictions of runs, the same as `mister-jax compare`."""
+
+from mister_jax.cli.main import main
+
+if __name__ == "__main__":
+    main("compare")

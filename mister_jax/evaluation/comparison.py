@@ -1,0 +1,362 @@
+"""Compares the stored predictions of runs on the same utterances.
+
+All differences have paired confidence intervals: each resample draws the same dialogues for both
+runs, see `confidence_intervals`. McNemar's exact test compares the utterances that only one of two
+runs predicts correctly. It treats utterances as independent, which the intervals do not.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import string
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mister_jax.data import load_features
+from mister_jax.data.folds import load_fold
+from mister_jax.errors import InputError
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
+from mister_jax.evaluation.figures import plot_differences
+from mister_jax.evaluation.report import read_utterance_texts
+from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.io import read_json_lines, write_json, write_text
+from mister_jax.metrics import SCORE_NAMES, title
+from mister_jax.workdir import config_path, read_config
+
+FILES = ("comparison.json", "changed_utterances.csv", "comparison.png")
+"""Files that `write_comparison` writes."""
+
+_PREDICTIONS = "predictions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Predictions of several runs for the same labeled utterances, in the same order.
+
+    Attributes:
+      runs: Paths of the runs.
+      predictions: Predictions of each run.
+    """
+
+    runs: tuple[str, ...]
+    predictions: tuple[SplitPredictions, ...]
+
+    @property
+    def letters(self) -> str:
+        """Short names of the runs: "AB" for two."""
+        return string.ascii_uppercase[: len(self.runs)]
+
+    @classmethod
+    def from_runs(
+        cls, runs: Sequence[epath.PathLike], split: str, dataset: str | None = None
+    ) -> Comparison:
+        """Reads the predictions that `evaluate` has stored for a split.
+
+        Args:
+          runs: Two or more work directories, or other folders with results of `evaluate`.
+          split: Name of the split.
+          dataset: Dataset of the predictions; by default each run's training dataset.
+
+        Raises:
+          InputError: A run has no predictions for the split, or the runs differ in their classes,
+            labeled utterances or labels.
+        """
+        if not 2 <= len(runs) <= len(string.ascii_uppercase):
+            raise InputError(
+                f"{len(runs)} runs; needed: 2 to {len(string.ascii_uppercase)} work directories, "
+                "such as `mister-jax compare RUN_A RUN_B`"
+            )
+        paths = [epath.Path(run) for run in runs]
+        first, *others = (_read_rows(path, split, dataset) for path in paths)
+        for path, rows in zip(paths[1:], others, strict=True):
+            _check_same_utterances(paths[0], first, path, rows)
+        class_names = tuple(next(iter(first.values()))["probabilities"])
+        return cls(
+            runs=tuple(map(str, runs)),
+            predictions=tuple(
+                _split_predictions([rows[key] for key in first], [*first], class_names, split)
+                for rows in (first, *others)
+            ),
+        )
+
+
+_Key = tuple[str, str]  # dialogue and utterance
+
+
+def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, dict[str, Any]]:
+    """Reads the labeled rows of a split from a run's stored predictions."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; needed: a work directory of a training run")
+    file = path / _PREDICTIONS
+    rows = read_json_lines(file) if file.exists() else []
+    if dataset is None and config_path(path).exists():
+        dataset = read_config(path).data.name
+    selected = [
+        row
+        for row in rows
+        if row.get("split") == split and dataset in (None, row.get("dataset", dataset))
+    ]
+    if not selected:
+        other_dataset = f" --dataset={dataset}" if rows and dataset else ""
+        raise InputError(
+            f"{path}: split {split!r} is not evaluated; run `mister-jax evaluate "
+            f"--workdir={path} --split={split}{other_dataset}` first"
+        )
+    # A cross-validation may have several datasets, with the same ids.
+    is_prefixed = len({row.get("dataset") for row in selected}) > 1
+    labeled: dict[_Key, dict[str, Any]] = {}
+    for row in selected:
+        if row["label"] is None:
+            continue
+        prefix = f"{row['dataset']}/" if is_prefixed else ""
+        key = (prefix + row["dialogue"], row["utterance"])
+        if key in labeled:
+            raise InputError(f"{file}: utterance {_describe(key)} occurs twice in split {split!r}")
+        labeled[key] = row
+    if not labeled:
+        raise InputError(f"{file}: split {split!r} has no labels; needed: a labeled split")
+    return labeled
+
+
+def _describe(key: _Key) -> str:
+    dialogue, utterance = key
+    return f"{utterance} (dialogue {dialogue})"
+
+
+def _check_same_utterances(
+    first_path: epath.Path,
+    first: Mapping[_Key, Mapping[str, Any]],
+    path: epath.Path,
+    rows: Mapping[_Key, Mapping[str, Any]],
+) -> None:
+    """Checks that two runs have the same labeled utterances, classes and labels."""
+    for these, those, run, other in (
+        (first, rows, path, first_path),
+        (rows, first, first_path, path),
+    ):
+        missing = [key for key in these if key not in those]
+        if missing:
+            raise InputError(
+                f"{run}: no labeled utterance {_describe(missing[0])}, which {other} has; "
+                f"{len(missing)} of {len(these)} are missing; needed: runs on the same utterances"
+            )
+    classes, other_classes = (
+        sorted(next(iter(run.values()))["probabilities"]) for run in (first, rows)
+    )
+    if classes != other_classes:
+        raise InputError(
+            f"{path}: classes {', '.join(other_classes)}; needed: those of {first_path}, "
+            f"{', '.join(classes)}"
+        )
+    changed = [key for key, row in first.items() if row["label"] != rows[key]["label"]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"{path}: label {rows[key]['label']} of utterance {_describe(key)}, in {first_path} "
+            f"{first[key]['label']}; {len(changed)} of {len(first)} labels differ; needed: the "
+            "same labels"
+        )
+
+
+def _split_predictions(
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[_Key],
+    class_names: tuple[str, ...],
+    split: str,
+) -> SplitPredictions:
+    """Collects rows as arrays, in the given order."""
+    index = {name: number for number, name in enumerate(class_names)}
+    dialogues = {dialogue: number for number, dialogue in enumerate(dict(keys))}
+    return SplitPredictions(
+        dataset=rows[0].get("dataset", ""),
+        split=split,
+        class_names=class_names,
+        dialogue_ids=tuple(dialogues),
+        dialogue_index=np.array([dialogues[dialogue] for dialogue, _ in keys]),
+        utterance_ids=np.array([utterance for _, utterance in keys]),
+        label=np.array([index[row["label"]] for row in rows]),
+        predicted=np.array([index[row["emotion"]] for row in rows]),
+        probabilities=np.array(
+            [[row["probabilities"][name] for name in class_names] for row in rows]
+        ),
+        experts=(),
+        votes=np.zeros((len(rows), 0), int),
+        gate=None,
+    )
+
+
+def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> dict[str, Any]:
+    """Compares two runs' predictions for the same utterances.
+
+    Returns:
+      "scores" (by name in `SCORE_NAMES`) and "per_class" (F1 by class, with "support"), each with
+      the value of "first" and "second" and the "difference" (second minus first) with its
+      interval; "utterances", with the numbers of utterances that "both", "only_first",
+      "only_second" or "neither" predict correctly; "mcnemar_p", the p-value of McNemar's exact
+      test; "agreement", the share of equal predictions; and "dialogues", which are sorted by the
+      absolute difference of correct predictions, each with "dialogue", "utterances", "first" and
+      "second".
+    """
+    bootstrap = DialogueBootstrap(first)
+    scores = [bootstrap.scores(run.predicted) for run in (first, second)]
+
+    def difference(name: str, index: Any = ()) -> dict[str, Any]:
+        (value, resampled), (other_value, other_resampled) = (run[name] for run in scores)
+        rows = (slice(None), *index) if index else slice(None)
+        gain = Estimate.from_resamples(
+            other_value[index] - value[index], other_resampled[rows] - resampled[rows]
+        )
+        return {
+            "first": float(value[index]),
+            "second": float(other_value[index]),
+            "difference": gain.to_json(),
+        }
+
+    support = np.bincount(first.label, minlength=len(first.class_names))
+    right, other_right = ~first.wrong, ~second.wrong
+    only_first = int((right & ~other_right).sum())
+    only_second = int((other_right & ~right).sum())
+    return {
+        "scores": {name: difference(name) for name in SCORE_NAMES},
+        "per_class": {
+            name: {"support": int(support[index]), **difference("f1", (index,))}
+            for index, name in enumerate(first.class_names)
+        },
+        "utterances": {
+            "both": int((right & other_right).sum()),
+            "only_first": only_first,
+            "only_second": only_second,
+            "neither": int((~right & ~other_right).sum()),
+        },
+        "mcnemar_p": mcnemar_p(only_first, only_second),
+        "agreement": float((first.predicted == second.predicted).mean()),
+        "dialogues": _dialogues(first, right, other_right),
+    }
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Returns the two-sided p-value of McNemar's exact test.
+
+    Under the null hypothesis, each of the n utterances that only one run predicts correctly is
+    equally likely to be of either run. The smaller count k is then binomial, and p is
+    2 P(X <= k), at most 1.
+    """
+    total = only_first + only_second
+    coefficient = tail = 1
+    for index in range(min(only_first, only_second)):
+        coefficient = coefficient * (total - index) // (index + 1)
+        tail += coefficient
+    # Integers are exact, and their quotient does not overflow.
+    return min(1.0, 2 * tail / 2**total)
+
+
+def _dialogues(
+    predictions: SplitPredictions, right: np.ndarray, other_right: np.ndarray
+) -> list[dict[str, Any]]:
+    """Counts the correct predictions per dialogue, largest differences first."""
+    count = len(predictions.dialogue_ids)
+    totals, first, second = (
+        np.bincount(predictions.dialogue_index, weights=values, minlength=count).astype(int)
+        for values in (np.ones_like(right), right, other_right)
+    )
+    order = np.argsort(-abs(second - first), kind="stable")
+    return [
+        {
+            "dialogue": predictions.dialogue_ids[index],
+            "utterances": int(totals[index]),
+            "first": int(first[index]),
+            "second": int(second[index]),
+        }
+        for index in order
+    ]
+
+
+def write_comparison(
+    comparison: Comparison, results: Sequence[Mapping[str, Any]], output: epath.PathLike
+) -> None:
+    """Writes `FILES`: all results, the utterances whose predictions differ, and a picture.
+
+    Args:
+      comparison: Predictions of the runs.
+      results: Results of `compare_predictions` for the first run and each other run.
+      output: Folder of the files; created if missing.
+    """
+    output = epath.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    runs = dict(zip(comparison.letters, comparison.runs, strict=True))
+    pairs = [
+        {"first": "A", "second": letter, **result}
+        for letter, result in zip(comparison.letters[1:], results, strict=True)
+    ]
+    split = comparison.predictions[0].split
+    write_json(output / FILES[0], {"split": split, "runs": runs, "comparisons": pairs})
+    write_text(output / FILES[1], changed_csv(comparison, _read_texts(comparison)))
+    differences = {}
+    for letter, result in zip(comparison.letters[1:], results, strict=True):
+        rows = {title(name): row["difference"] for name, row in result["scores"].items()}
+        rows |= {f"F1: {name}": row["difference"] for name, row in result["per_class"].items()}
+        differences[f"{letter} - A"] = {
+            name: (row["value"], row["low"], row["high"]) for name, row in rows.items()
+        }
+    label = "difference" if len(results) > 1 else "difference, B - A"
+    plot_differences(differences, f"{label}, with 95% interval", output / FILES[2])
+
+
+def changed_csv(comparison: Comparison, texts: Mapping[str, str]) -> str:
+    """Returns the utterances whose predictions differ between runs as CSV.
+
+    Each run has the columns of its prediction, of the prediction's probability, and of the label's
+    probability.
+    """
+    first = comparison.predictions[0]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [
+        f"{letter}{column}"
+        for letter in comparison.letters
+        for column in ("", "_probability", "_label_probability")
+    ]
+    writer.writerow(["dialogue", "utterance", "text", "label", *columns])
+    changed = np.any(
+        [run.predicted != first.predicted for run in comparison.predictions[1:]], axis=0
+    )
+    for index in np.flatnonzero(changed):
+        label, utterance = first.label[index], str(first.utterance_ids[index])
+        cells: list[Any] = []
+        for run in comparison.predictions:
+            predicted, probabilities = run.predicted[index], run.probabilities[index]
+            cells.append(first.class_names[predicted])
+            cells += (round(float(probabilities[choice]), 6) for choice in (predicted, label))
+        dialogue = first.dialogue_ids[first.dialogue_index[index]]
+        label_name = first.class_names[label]
+        writer.writerow([dialogue, utterance, texts.get(utterance, ""), label_name, *cells])
+    return text.getvalue()
+
+
+def _read_texts(comparison: Comparison) -> dict[str, str]:
+    """Returns the transcripts by utterance id, from the first run whose dataset has them."""
+    for run, predictions in zip(comparison.runs, comparison.predictions, strict=True):
+        if not config_path(run).exists():
+            continue  # Not a work directory, but the results of one.
+        data = read_config(run).data
+        name, split, data_dir = predictions.dataset, predictions.split, data.data_dir or None
+        features: Any
+        try:
+            if data.get("folds"):
+                fold_seed = data.get("fold_seed", 0)
+                features = load_fold(name, split, data.folds, data.fold, data_dir, seed=fold_seed)
+            else:
+                features = load_features(name, split, data_dir)
+        except InputError:
+            # The dataset of an encoder has texts instead of features.
+            features = types.SimpleNamespace(name=name, split=split, metadata={})
+        texts = read_utterance_texts(features, data_dir)
+        if texts:
+            return texts
+    return {}
