@@ -66,8 +66,8 @@ def _print_result(first_run: str, run: str, letter: str, result: Mapping[str, An
         }
 
     scores = {title(name): row for name, row in result["scores"].items()}
-    heading = f"{_SPLIT.value}: A = {first_run}, {letter} = {run}"
-    console.print(comparison_table(heading, cells(scores)))
+    print(f"A: {first_run}\n{letter}: {run}\n")
+    console.print(comparison_table(f"scores on {_SPLIT.value}", cells(scores)))
     classes = result["per_class"]
     support = {"support": {name: str(row["support"]) for name, row in classes.items()}}
     console.print(comparison_table("F1 per class", {**support, **cells(classes)}))

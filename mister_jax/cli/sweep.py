@@ -75,29 +75,32 @@ def _print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     from mister_jax.console import comparison_table
-    from mister_jax.evaluation.sweep import format_score, format_value
+    from mister_jax.evaluation.sweep import Axis, format_score, format_value, short_names
     from mister_jax.metrics import SCORE_NAMES, title
 
     points = {
         f"{rank} best" if rank == 1 else f"{rank}": point
         for rank, point in enumerate(result["points"][:_MAX_ROWS], start=1)
     }
+    axes = [Axis(field, ()) for field in result["fields"]]
     columns = {
-        field.rpartition(".")[2] if len(result["fields"]) > 2 else field: {
-            rank: format_value(point["values"][field]) for rank, point in points.items()
-        }
-        for field in result["fields"]
+        name: {rank: format_value(point["values"][axis.field]) for rank, point in points.items()}
+        for name, axis in zip(short_names(axes), axes, strict=True)
     }
     ranking = result["score"]
-    for name in (ranking, *(name for name in SCORE_NAMES if name != ranking)):
-        columns[title(name)] = {
-            rank: format_score(point["validation"], name) for rank, point in points.items()
+    columns[title(ranking)] = {
+        rank: format_score(point["validation"], ranking) for rank, point in points.items()
+    }
+    if len(result["points"][0]["seeds"]) > 1:
+        columns["ensemble"] = {
+            rank: f"{point['validation']['ensemble'][ranking]:.3f}"
+            for rank, point in points.items()
         }
     console = Console()
     seeds = result["points"][0]["seeds"]
-    heading = f"{result['dataset']}, validation, sorted by {title(ranking)}"
+    heading = f"{result['dataset']}: validation"
     if len(seeds) > 1:
-        heading += f", mean ± standard deviation of {len(seeds)} seeds"
+        heading += f", mean (± standard deviation) of {len(seeds)} seeds"
     console.print(comparison_table(heading, columns))
     hidden = len(result["points"]) - len(points)
     if hidden:

@@ -94,6 +94,7 @@ def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, 
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; needed: a work directory of a training run")
     file = path / _PREDICTIONS
+    dataset_flag = f" --dataset={dataset}" if dataset else ""
     rows = read_json_lines(file) if file.exists() else []
     if dataset is None and config_path(path).exists():
         dataset = read_config(path).data.name
@@ -103,10 +104,9 @@ def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, 
         if row.get("split") == split and dataset in (None, row.get("dataset", dataset))
     ]
     if not selected:
-        other_dataset = f" --dataset={dataset}" if rows and dataset else ""
         raise InputError(
             f"{path}: split {split!r} is not evaluated; run `mister-jax evaluate "
-            f"--workdir={path} --split={split}{other_dataset}` first"
+            f"--workdir={path} --split={split}{dataset_flag}` first"
         )
     # A cross-validation may have several datasets, with the same ids.
     is_prefixed = len({row.get("dataset") for row in selected}) > 1
