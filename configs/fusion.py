@@ -133,6 +133,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "folds": "",
             "fold": 0,
             "fold_seed": 0,
+            # Trains on the validation fold too, for `train.select_by` "last".
+            "validate_on_train": False,
             # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),
         }
@@ -176,7 +178,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
         {
             "epochs": 30,
             "patience": 0,
-            # Validation score that chooses the epoch: a score of `metrics.SCORE_NAMES`, or "loss".
+            # Validation score that chooses the epoch: a score of `metrics.SCORE_NAMES`, "loss", or
+            # "last" for the last epoch.
             "select_by": "weighted_f1",
             # Work directory or bundle of a model whose parameters training starts from.
             "init_from": "",

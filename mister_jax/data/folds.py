@@ -131,6 +131,7 @@ def load_fold(
     data_dir: epath.PathLike | None = None,
     *,
     seed: int = 0,
+    validate_on_train: bool = False,
 ) -> DialogueFeatures:
     """Loads a split of a fold of a feature dataset.
 
@@ -141,6 +142,8 @@ def load_fold(
         fold: Index of the test fold, from 0.
         data_dir: Directory of the datasets.
         seed: See `make_folds`.
+        validate_on_train: Whether the training split has the dialogues of the validation split
+            too, for trainings that do not choose anything on validation.
 
     Returns:
         The dialogues of the split. In the test split, utterances outside the fold are unlabeled
@@ -154,11 +157,17 @@ def load_fold(
     """
     check_split_allowed(split)
     pooled = load_pooled(name, data_dir)
-    return select_fold(pooled, make_folds(pooled, spec, seed), fold, split)
+    folds = make_folds(pooled, spec, seed)
+    return select_fold(pooled, folds, fold, split, validate_on_train=validate_on_train)
 
 
 def select_fold(
-    features: DialogueFeatures, folds: Folds, fold: int, split: str
+    features: DialogueFeatures,
+    folds: Folds,
+    fold: int,
+    split: str,
+    *,
+    validate_on_train: bool = False,
 ) -> DialogueFeatures:
     """Returns a split of a fold; see `load_fold`."""
     num_folds = len(folds.names)
@@ -176,7 +185,8 @@ def select_fold(
         if num_missing and candidate.any():
             validation |= candidate
             num_missing -= 1
-    chosen = {"train": ~test & ~validation, "validation": validation, "test": test}[split]
+    train = ~test if validate_on_train else ~test & ~validation
+    chosen = {"train": train, "validation": validation, "test": test}[split]
     if not chosen.any():
         raise InputError(
             f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: no dialogue for "

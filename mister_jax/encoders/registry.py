@@ -122,11 +122,15 @@ def find_architecture(
       InputError: The architecture is not supported, or has the wrong modality.
     """
     model_type = hf_config.get("model_type")
+    allowed = [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if modality in (None, architecture.modality)
+    ]
     if model_type not in ARCHITECTURES:
-        raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{where}: model_type {model_type!r}; allowed: {', '.join(allowed)}")
     architecture = ARCHITECTURES[model_type]
     if modality not in (None, architecture.modality):
-        allowed = [name for name, other in ARCHITECTURES.items() if other.modality == modality]
         raise InputError(
             f"{where}: model_type {model_type!r} encodes {architecture.modality}; allowed for "
             f"{modality}: {', '.join(allowed)}"

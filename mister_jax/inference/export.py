@@ -53,6 +53,7 @@ def export_model(
     if target.is_relative_to(pathlib.Path(model).resolve()):
         raise InputError(f"{output}: in the folder of the model; needed: another folder")
     predictor = Predictor(model)
+    _check_no_source(target, predictor)
     where = epath.Path(target)
     with atomic_directory(where, where.parent, overwrite=overwrite) as place:
         write_model(predictor, pathlib.Path(place) / target.name, include_encoders=include_encoders)
@@ -237,6 +238,20 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
     is_model = (target / bundle.CONFIG_FILE).exists() and any(target.glob("model*.safetensors"))
     if not is_model and not (target / peft.CONFIG_FILE).exists():
         raise InputError(f"{target}: not a model; --overwrite only replaces a folder with a model")
+
+
+def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
+    """Raises InputError if the target holds the model itself or files of its encoders."""
+    sources = [predictor.folder]
+    for metadata in getattr(predictor.task, "encoders", {}).values():
+        options = metadata.get("options", {})
+        sources += [metadata.get("name"), *(options.get(part) for part in ENCODER_PARTS)]
+    for source in filter(None, sources):
+        # A name on the Hub is no path below the target.
+        if pathlib.Path(source).resolve().is_relative_to(target):
+            raise InputError(
+                f"{target}: holds {source}, which the model needs; allowed: another --output"
+            )
 
 
 def _write_model(folder: pathlib.Path, task: Any, encoder: Any) -> None:

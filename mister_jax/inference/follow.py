@@ -90,8 +90,8 @@ def _read_utterance(line: bytes) -> dict[str, Any]:
     try:
         utterance = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError.
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) if line.strip() else "an empty line"
         raise InputError(f"no JSON: {reason}; needed: an object in one line of UTF-8") from error
     if not isinstance(utterance, dict):
-        raise InputError(f"{type(utterance).__name__}; needed: a JSON object with text or audio")
+        raise InputError(f"{json.dumps(utterance)[:60]}; needed: a JSON object with text or audio")
     return utterance

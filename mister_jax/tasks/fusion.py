@@ -133,6 +133,11 @@ class FusionTask:
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """Creates the task for the config's dataset, with input sizes from its training split."""
+        if config.data.get("validate_on_train") and config.train.get("select_by") != "last":
+            raise InputError(
+                "config.data.validate_on_train needs config.train.select_by=last, because "
+                "validation scores of training dialogues choose nothing"
+            )
         train = _load_features(config.data, "train")
         model = dataclass_from_config(
             MisterEConfig,
@@ -346,7 +351,13 @@ def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
     data_dir = data.data_dir or None
     if data.get("folds"):
         return load_fold(
-            data.name, split, data.folds, data.fold, data_dir, seed=data.get("fold_seed", 0)
+            data.name,
+            split,
+            data.folds,
+            data.fold,
+            data_dir,
+            seed=data.fold_seed,
+            validate_on_train=data.validate_on_train,
         )
     return load_features(data.name, split, data_dir)
 

@@ -67,8 +67,8 @@ class TrainingDivergedError(InputError):
     """Raised if the loss or the gradient is no longer finite."""
 
 
-# Value of `TrainConfig.select_by` for the validation loss.
-_LOSS = "loss"
+# Values of `TrainConfig.select_by` that are not scores.
+_LOSS, _LAST = "loss", "last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ class TrainConfig:
       patience: Number of epochs without a better validation score after which a seed stops early; 0
         disables early stopping. Training ends when all seeds have stopped.
       select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
-        "loss" for the lowest cross-entropy.
+        "loss" for the lowest cross-entropy. With "last", the last epoch is used and validation is
+        only reported.
       init_from: Work directory, bundle or name on the Hugging Face Hub of a model whose parameters
         training starts from, where names and shapes are equal; empty for random or pretrained
         initial parameters. A resumed run does not read it.
@@ -108,7 +109,9 @@ class TrainConfig:
                 f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
                 "save_every at least 0"
             )
-        check_choice(self, "select_by", (*metrics.SCORE_NAMES, _LOSS))
+        check_choice(self, "select_by", (*metrics.SCORE_NAMES, _LOSS, _LAST))
+        if self.select_by == _LAST and self.patience:
+            raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
 
     def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
         """Returns the validation score that chooses the epoch, [S]; higher is better.
@@ -118,6 +121,8 @@ class TrainConfig:
         """
         if self.select_by == _LOSS:
             return -np.atleast_1d(values["cross_entropy"])
+        if self.select_by == _LAST:  # A tie goes to the later epoch.
+            return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
         return np.atleast_1d(values[self.select_by])
 
     def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
@@ -478,7 +483,9 @@ class _TrainingLoop:
 
     def _headline(self, progress: TrainProgress) -> str:
         best = "no best yet"
-        if any(progress.best_epochs):
+        if self.options.select_by == _LAST:
+            best = "last epoch counts"
+        elif any(progress.best_epochs):
             best = f"best {self.options.describe(progress.best_scores, 3)}"
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
@@ -548,12 +555,21 @@ class _TrainingLoop:
             self._save_best(state, step, improved, {"epoch": progress.epoch, **values})
         self._save_latest(state, progress, step)
         if not reporter.console.is_terminal or progress.finished:
-            reporter.print(
-                f"epoch {progress.epoch}/{self.options.epochs}: validation "
-                f"{metrics.title(self.options.select_by)} {self.options.describe(scores, 4)}, best "
-                f"{self.options.describe(progress.best_scores, 4)} (epoch "
-                f"{', '.join(map(str, progress.best_epochs))})"
-            )
+            reporter.print(self._describe_epoch(values, scores, progress))
+
+    def _describe_epoch(
+        self, values: Mapping[str, Any], scores: np.ndarray, progress: TrainProgress
+    ) -> str:
+        options = self.options
+        text = f"epoch {progress.epoch}/{options.epochs}: validation "
+        if options.select_by == _LAST:
+            name = metrics.SCORE_NAMES[0]
+            return f"{text}{metrics.title(name)} {np.mean(values[name]):.4f}"
+        return (
+            f"{text}{metrics.title(options.select_by)} {options.describe(scores, 4)}, best "
+            f"{options.describe(progress.best_scores, 4)} (epoch "
+            f"{', '.join(map(str, progress.best_epochs))})"
+        )
 
     def _save_best(
         self, state: Any, step: int, improved: np.ndarray, values: dict[str, Any]

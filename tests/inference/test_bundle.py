@@ -321,6 +321,13 @@ def test_an_encoder_on_the_hub_is_stored_by_commit_or_copied(
     assert not names
 
 
+def test_an_export_does_not_replace_the_encoder_that_it_copies(calls_dir, bert_folder, tmp_path):
+    run = make_run(tmp_path, calls_dir, pretrained(tmp_path, bert_folder))
+    with pytest.raises(InputError, match=r"bert: holds .*bert, which the model needs"):
+        export_model(run, tmp_path / "bert", overwrite=True)
+    assert (tmp_path / "bert" / "model.safetensors").exists()
+
+
 def test_an_existing_bundle_is_replaced_only_on_request(workdir, tmp_path):
     export_model(workdir, tmp_path / "bundle")
     with pytest.raises(InputError, match="bundle: exists; allowed: another --output"):

@@ -258,8 +258,12 @@ def test_a_finished_run_continues_with_more_epochs(
         train(make_tiny_config(tiny_data_dir), workdir, quiet=True)
 
 
-def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(tiny_data_dir, tmp_path):
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
+    tiny_data_dir, tmp_path, causal
+):
     changes = {
+        "model.causal": causal,
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
         # The number of length buckets depends on the number of epochs at the start.
