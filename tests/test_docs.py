@@ -48,6 +48,7 @@ SMALL_FLAGS = {
         ]
     ),
     ("ablate", ""): [*small_training, "--variants=text_only"],
+    ("sweep", ""): [*small_training, "--random=1"],
     ("crossval", ""): [*small_training, "--folds=dialogue:3"],
 }
 

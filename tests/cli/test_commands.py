@@ -114,6 +114,32 @@ WRONG_USES = {
         "--workdir=DIR/ready --nocalibrate --fit_calibration=bias": "cannot be used with --nocal",
         "--workdir=DIR/ready --drop_text=0.5 --fit_calibration=bias": "needs --report",
     },
+    "compare": {
+        "": "two runs are needed, such as `mister-jax compare RUN_A RUN_B`",
+        "DIR/ready": "two runs are needed, such as",
+        "DIR/nowhere DIR/ready": "DIR/nowhere: no such folder; needed: a work directory",
+        "DIR/ready DIR/ready --split=train": (
+            "DIR/ready: split 'train' is not evaluated; run `mister-jax evaluate --workdir=DIR/"
+        ),
+        "DIR/ready DIR/empty --splt=test": "'splt'. Did you mean: split",
+    },
+    "sweep": {
+        "--config=fusion:x": "--workdir is needed",
+        "--config=fusion:x --workdir=DIR/run": "--grid is needed, such as --grid=optimizer.learn",
+        "--config=fusion:x --workdir=DIR/run --grid=optimizer.rate=1": (
+            "--grid=optimizer.rate: no such field 'rate'; allowed: average_decay, b1, "
+        ),
+        "--config=fusion:x --workdir=DIR/run --grid=model.context_dim=7,8": (
+            "context_dim=7: config.model: MisterEConfig.context_dim=7; allowed: even numbers"
+        ),
+        "--config=fusion:x --workdir=DIR/run --grid=seed=0,1": "--grid=seed: cannot be varied",
+        "--config=fusion:x --workdir=DIR/run --config.data.data_dir=DIR --grid=loss.gamma=0,1": (
+            "no dataset 'x'; available: "
+        ),
+        "--config=fusion:x --workdir=DIR/run --grid=model.gate_dim=7 --num_seeds=0": (
+            "--num_seeds=0: 0 is not a positive integer"
+        ),
+    },
     "predict": {
         "--model=DIR/nowhere --text=hello": "DIR/nowhere: no such folder; allowed: a dir",
         "--text_model=DIR/empty --text=a": "DIR/empty/config.json: cannot be read",
