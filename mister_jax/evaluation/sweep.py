@@ -385,7 +385,7 @@ def run_sweep(
         scores = row["validation"]
         return f"validation {title(score)} {format_score(scores, score)}"
 
-    study.print(f"{len(variants)} points with {len(config_seeds(config))} seeds each")
+    study.print(f"points: {len(variants)}, seeds of each: {len(config_seeds(config))}")
     if not study.run(describe, write):
         return None
     result = write()
@@ -406,7 +406,7 @@ def _write_files(result: dict[str, Any], axes: Sequence[Axis], workdir: epath.Pa
     write_text(workdir / "sweep.csv", sweep_csv(result))
     score = result["score"]
     means_and_deviations = {
-        tuple(point["values"].values()): (
+        tuple(map(_shown, point["values"].values())): (
             point["validation"]["mean"][score],
             point["validation"]["deviation"][score],
         )
@@ -414,11 +414,17 @@ def _write_files(result: dict[str, Any], axes: Sequence[Axis], workdir: epath.Pa
     }
     names = short_names(axes)
     plot_sweep(
-        {name: axis.values for name, axis in zip(names, axes, strict=True)},
+        {name: tuple(map(_shown, axis.values)) for name, axis in zip(names, axes, strict=True)},
         means_and_deviations,
         f"validation {title(score)}",
         workdir / "sweep.png",
     )
+
+
+def _shown(value: Any) -> Any:
+    """Returns a value as it is in pictures: numbers are unchanged, and other values are text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else format_value(value)
 
 
 def sweep_csv(result: dict[str, Any]) -> str:

@@ -25,9 +25,14 @@ GRID = ("data.seed=1,2",)  # The points share their compiled programs.
 
 @pytest.fixture(scope="module")
 def config(tiny_data_dir):
-    return make_tiny_config(
-        tiny_data_dir, **{"train.epochs": 1, "num_seeds": 2, "model.experts": ("text",)}
-    )
+    changes = {
+        "train.epochs": 1,
+        "num_seeds": 2,
+        "model.experts": ("text",),
+        "model.kernel_sizes": (1,),
+        "model.gru_layers": 0,
+    }
+    return make_tiny_config(tiny_data_dir, **changes)
 
 
 @pytest.fixture(scope="module")
