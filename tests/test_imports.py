@@ -19,7 +19,7 @@ FILES = sorted(
 LAYERS = (
     ("launch",),
     ("cli",),
-    ("benchmarks",),
+    ("benchmarks", "reproduce"),
     ("configs", "evaluation"),
     ("inference", "training"),
     ("extraction", "pretrained"),

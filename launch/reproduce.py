@@ -1,0 +1,6 @@
+"""Reproduces the paper, the same as `mister-jax reproduce`."""
+
+from mister_jax.cli.main import main
+
+if __name__ == "__main__":
+    main("reproduce")

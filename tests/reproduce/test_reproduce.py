@@ -1,0 +1,169 @@
+"""Reproduction of the paper on tiny corpora in their released layouts."""
+
+import json
+import pathlib
+
+import pytest
+
+from mister_jax.errors import InputError
+from mister_jax.reproduce import report, stages
+from mister_jax.reproduce.runner import RECORD, run_stages
+from mister_jax.reproduce.settings import Settings
+from mister_jax.reproduce.stages import Stage, make_stages
+from tests.data.corpora import write_iemocap, write_meld, write_mosi
+
+
+def make_settings(folder, corpus, encoders=None, **changes):
+    values = {"corpus": corpus, "preset": "small", "partial": True, **(encoders or {})}
+    values |= {"workdir": str(folder / "work"), "source": str(folder / "corpus")}
+    return Settings(**{**values, **changes})
+
+
+def reproduce(settings, runner):
+    """Runs all stages; returns their record and the report, or None if SIGTERM stopped a stage."""
+    settings.check_files()
+    try:
+        record = run_stages(make_stages(settings), settings, runner)
+    except InputError as error:
+        pytest.fail(f"{error}\n{runner.results[-1].stderr if runner.results else ''}")
+    if record is None:
+        return None
+    report.write_report(settings, record, dollars_per_hour=3.6)
+    return record, pathlib.Path(settings.workdir, report.REPORT).read_text()
+
+
+def table_rows(text):
+    """Returns the cells of each row of the Markdown tables."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and not line.startswith("| ---")
+    ]
+
+
+@pytest.fixture
+def one_recipe(monkeypatch):
+    """Leaves one recipe and one single expert."""
+    monkeypatch.delitem(stages.RECIPES, "paper")
+    for expert in ("speech", "fusion"):
+        monkeypatch.delitem(stages.EXPERT_VARIANTS, expert)
+
+
+def test_meld_is_reproduced_after_sigterm(tmp_path, command_server, small_encoders, write_mp4):
+    write_meld(tmp_path / "corpus", write_mp4)
+    settings = make_settings(tmp_path, "meld", small_encoders, num_seeds=2)
+    checkpoint = f"{settings.workdir}/speech/checkpoints/latest/*"
+    command_server.results.clear()
+    prepare, train_text, *_ = make_stages(settings)
+    for stage in (prepare, train_text):
+        assert command_server(stage.arguments) == 0, command_server.results[-1].stderr
+    # A stage that was run by hand is not run again.
+    command_server.stop_file = checkpoint
+    assert reproduce(settings, command_server) is None
+    assert len(command_server.results) == 3
+    assert "Run the same command again to resume" in command_server.results[-1].stdout
+
+    record, text = reproduce(settings, command_server)
+    assert "resuming" in command_server.results[3].stdout
+    assert record["stages"]["train speech"]["runs"] == 2
+    assert "prepare" not in record["stages"]
+    assert record["stages"]["train speech"]["hardware"] == "1 x cpu"
+    assert command_server.results[3].status == 0
+    num_commands = len(command_server.results)
+    assert reproduce(settings, command_server)[0] == record
+    assert len(command_server.results) == num_commands
+    rows = table_rows(text)
+    scores = json.loads(pathlib.Path(settings.workdir, "paper/metrics.json").read_text())["test"]
+    mean = 100 * scores["seeds"]["mean"]["weighted_f1"]
+    deviation = 100 * scores["seeds"]["deviation"]["weighted_f1"]
+    assert rows[1][:2] == ["MiSTER-E", "paper"]
+    assert rows[1][3] == f"{mean:.1f} ± {deviation:.1f}"
+    assert rows[1][5] == "66.4"
+    names = [row[:2] for row in rows]
+    for recipe in ("paper", "default"):
+        for name in ("speech expert", "text expert", "cross-modal expert"):
+            assert [f"{name} alone", recipe] in names and [f"{name} in MiSTER-E", recipe] in names
+    assert ["anger", "0.0", "0.0", "not reported"][0] in [name for name, *_ in rows]
+    assert ["total", ""] in names
+    assert "encoders are not those of the preset" in text
+    with pytest.raises(InputError, match="created with other settings"):
+        run_stages([], make_settings(tmp_path, "meld", small_encoders, num_seeds=3))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "write", "changes", "published"),
+    [
+        ("iemocap", write_iemocap, {"classes": "four"}, "not reported"),
+        ("mosi", write_mosi, {}, "not reported"),
+    ],
+)
+def test_a_corpus_is_reproduced(
+    tmp_path,
+    command_server,
+    small_encoders,
+    write_wav,
+    one_recipe,
+    corpus,
+    write,
+    changes,
+    published,
+):
+    write(tmp_path / "corpus", write_wav)
+    settings = make_settings(tmp_path, corpus, small_encoders, num_seeds=1, **changes)
+    record, text = reproduce(settings, command_server)
+    assert list(record["stages"]) == [stage.name for stage in make_stages(settings)]
+    rows = table_rows(text)
+    scores = json.loads(pathlib.Path(settings.workdir, "default/metrics.json").read_text())
+    score = f"{100 * scores['test']['weighted_f1']:.1f}"
+    assert rows[1][:2] == ["MiSTER-E", "default"]
+    assert rows[1][3:] == [score, score, published]
+    assert rows[2][:2] == ["text expert alone", "default"]
+
+
+def make_stage(name, folder, **changes):
+    values = {"arguments": (name,), "is_done": (folder / name).exists, **changes}
+    return Stage(name, **values)
+
+
+def test_a_failed_stage_stops_with_its_command(tmp_path, capsys):
+    calls = []
+
+    def run(arguments):
+        calls.append(arguments)
+        (tmp_path / arguments[0]).touch()
+        return 2 if arguments[0] == "second" else 0
+
+    stages = [make_stage(name, tmp_path) for name in ("first", "second", "third")]
+    settings = make_settings(tmp_path, "mosi")
+    message = "stage second failed with exit status 2: mister-jax second"
+    with pytest.raises(InputError, match=message):
+        run_stages(stages, settings, run)
+    assert calls == [("first",), ("second",)]
+    assert "stage 2 of 3, second:\n  mister-jax second\n" in capsys.readouterr().out
+    (tmp_path / "second").unlink()
+    with pytest.raises(InputError, match="second has not written its files"):
+        run_stages(stages, settings, lambda _: 0)
+
+
+@pytest.mark.parametrize("status", [143, -15])
+def test_sigterm_stops_without_an_error(tmp_path, status):
+    stages = [make_stage("first", tmp_path)]
+    assert run_stages(stages, make_settings(tmp_path, "mosi"), lambda _: status) is None
+    record = json.loads((tmp_path / "work" / RECORD).read_text())
+    assert record["stages"]["first"]["runs"] == 1
+
+
+def test_features_of_another_encoder_are_rejected(tmp_path):
+    settings = make_settings(tmp_path, "mosi")
+    (stage,) = (stage for stage in make_stages(settings) if stage.name == "extract text")
+    assert not stage.is_done()
+    features = tmp_path / "work/data/mosi_small_text/1.0.0"
+    for folder, seed in ((features, 0), (tmp_path / "work/text", 1)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"seed": seed}))
+    (features / "dataset_info.json").write_text("{}")
+    (features / "metadata.json").write_text(json.dumps({"text": {"config": {"seed": 0}}}))
+    with pytest.raises(InputError, match="features of another text encoder than"):
+        stage.is_done()
+    (tmp_path / "work/text/config.json").write_text(json.dumps({"seed": 0}))
+    assert stage.is_done()
