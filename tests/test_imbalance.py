@@ -153,6 +153,22 @@ def test_the_best_epoch_is_the_best_by_the_selected_score(select_by):
     assert progress.best_epochs == [2]
 
 
+def test_the_last_epoch_may_be_used_whatever_its_scores():
+    options = TrainConfig(epochs=2, select_by="last")
+    progress = TrainProgress.initial(2)
+    for loss in (0.1, 5.0):
+        progress.complete_epoch(options.selection_scores({"cross_entropy": [loss] * 2}), options)
+    assert progress.best_epochs == [2, 2]
+    with pytest.raises(ValueError, match="patience needs a select_by other than 'last'"):
+        TrainConfig(epochs=2, select_by="last", patience=1)
+
+
+def test_scores_of_training_dialogues_cannot_select_the_epoch(tiny_data_dir):
+    config = make_tiny_config(tiny_data_dir, **{"data.validate_on_train": True})
+    with pytest.raises(InputError, match=r"validate_on_train needs config\.train"):
+        FusionTask.from_data(config)
+
+
 def test_an_unknown_selection_score_is_refused():
     with pytest.raises(
         ValueError, match=r"select_by='f1'; allowed: weighted_f1, macro_f1, .* loss"

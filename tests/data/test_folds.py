@@ -133,6 +133,16 @@ def test_a_fold_that_leaves_no_training_dialogue_is_refused():
         select_fold(features, folds, 3, "train")
 
 
+def test_training_may_include_the_validation_fold_but_never_the_test_fold():
+    features = make_features([f"s{number % 4}" for number in range(20)])
+    folds = make_folds(features, "speaker")
+    train, validation, test = (
+        set(select_fold(features, folds, 2, split, validate_on_train=True).utterance_ids)
+        for split in SPLITS
+    )
+    assert validation < train and len(train) == 15 and not train & test
+
+
 def test_a_column_with_missing_values_is_refused():
     features = make_features(["a", "b", "c"])
     metadata = features.utterance_metadata.copy()
