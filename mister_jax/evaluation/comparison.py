@@ -342,9 +342,12 @@ def changed_csv(comparison: Comparison, texts: Mapping[str, str]) -> str:
 def _read_texts(comparison: Comparison) -> dict[str, str]:
     """Returns the transcripts by utterance id, from the first run whose dataset has them."""
     for run, predictions in zip(comparison.runs, comparison.predictions, strict=True):
-        if not config_path(run).exists():
-            continue  # Not a work directory, but the results of one.
-        data = read_config(run).data
+        # A cross-validation has a work directory for each fold.
+        folders = [epath.Path(run), *sorted(epath.Path(run).glob("fold_*"))]
+        workdir = next((folder for folder in folders if config_path(folder).exists()), None)
+        if workdir is None:
+            continue
+        data = read_config(workdir).data
         name, split, data_dir = predictions.dataset, predictions.split, data.data_dir or None
         features: Any
         try:

@@ -167,6 +167,19 @@ def test_runs_that_cannot_be_compared_give_one_line_errors(tmp_path, rows, messa
     assert "\n" not in str(error.value)
 
 
+def test_datasets_of_a_cross_validation_may_have_the_same_ids(tmp_path):
+    rows = [
+        [*make_rows(seed, dataset="fold_1"), *make_rows(seed + 1, dataset="fold_2")]
+        for seed in (1, 3)
+    ]
+    paths = [write_run(tmp_path / name, run) for name, run in zip("ab", rows, strict=True)]
+    first, _ = Comparison.from_runs(paths, "test").predictions
+    assert len(first.dialogue_ids) == 2 * NUM_DIALOGUES
+    assert first.dialogue_ids[0] == "fold_1/d0"
+    first, _ = Comparison.from_runs(paths, "test", "fold_2").predictions
+    assert len(first.dialogue_ids) == NUM_DIALOGUES
+
+
 def test_folders_without_predictions_give_one_line_errors(runs, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         Comparison.from_runs([runs[0], tmp_path / "nowhere"], "test")
