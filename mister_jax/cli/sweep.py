@@ -1,9 +1,9 @@
 """Trains a grid of hyperparameters, or random points of it, and ranks them by validation.
 
-mister-jax sweep --config=fusion:mosi_features --workdir=DIR --num_seeds=3 \
-  --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid=model.context_dim=64,128
-mister-jax sweep --config=fusion:mosi_features --workdir=DIR --random=20 --seed=0 \
-  --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid=model.kernel_sizes="(1),(1,3)"
+mister-jax sweep --config=fusion:DATASET --workdir=DIR --num_seeds=3
+    --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid=model.context_dim=64,128
+mister-jax sweep --config=fusion:DATASET --workdir=DIR --random=20 --seed=0
+    --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid="model.kernel_sizes=(1),(1,3)"
 
 Writes `sweep.csv`, `sweep.json` and `sweep.png`. The test split is scored only with
 --evaluate_test, and only for the point that is best on validation. Run it again to resume.
