@@ -1,4 +1,4 @@
-"""Evaluates models: scores, missing-modality study, studies, comparisons, figures and HTML report."""
+"""Evaluates models: scores, studies, sweeps, comparisons of runs, figures and HTML report."""
 
 from mister_jax.errors import require_extra
 
