@@ -1,7 +1,7 @@
 """Splits dialogues at random so that no group, such as a speaker, is in two splits."""
 
 import collections
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -12,8 +12,13 @@ DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
 
+# Of this many random splits, the one with the most even classes is used. There are fewer if there
+# are many dialogues, whose classes are even anyway.
+_MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
+
+
 def random_splits(
-    dialogues: Mapping[str, int],
+    dialogues: Mapping[str, Sequence[Hashable]],
     groups: Mapping[str, Set[str]],
     *,
     name: str,
@@ -22,14 +27,14 @@ def random_splits(
     seed: int = 0,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> tuple[dict[str, str], str]:
-    """Assigns dialogues to splits at random.
+    """Assigns dialogues to splits at random, so that the classes are about equally frequent.
 
     Dialogues with a common group are connected and get the same split. In conversational corpora,
     groups often connect all dialogues. If there are fewer connected components than splits,
     dialogues are assigned one by one, and the note reports it.
 
     Args:
-        dialogues: Number of utterances in each dialogue.
+        dialogues: Label of each utterance in each dialogue, None if it has none.
         groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
         name: Kind of group for messages, for example "speaker".
         source: Origin of the dialogues, for messages.
@@ -53,7 +58,7 @@ def random_splits(
     note = f"dialogues split at random, seed {seed}"
     num_needed = sum(fraction > 0 for fraction in fractions)
     if sum(bool(groups.get(dialogue)) for dialogue in dialogues) <= len(dialogues) / 2:
-        if sum(count == 1 for count in dialogues.values()) > len(dialogues) / 2:
+        if sum(len(labels) == 1 for labels in dialogues.values()) > len(dialogues) / 2:
             note = (
                 f"WARNING: {note}; most dialogues have one utterance, and their speakers are "
                 f"unknown. The same speakers in training and test make scores look far too good: "
@@ -72,7 +77,7 @@ def random_splits(
             f"may be in several splits"
         )
         components = [[dialogue] for dialogue in dialogues]
-    return _assign(components, seed, np.asarray(fractions, float)), note
+    return _draw(dialogues, components, seed, np.asarray(fractions, float)), note
 
 
 def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name: str) -> str:
@@ -118,21 +123,68 @@ def _connected_components(
     return list(components.values())
 
 
-def _assign(
-    components: Sequence[Sequence[str]], seed: int, fractions: np.ndarray
+def _draw(
+    dialogues: Mapping[str, Sequence[Hashable]],
+    components: Sequence[Sequence[str]],
+    seed: int,
+    fractions: np.ndarray,
 ) -> dict[str, str]:
-    """Assigns each component to the split that lacks most dialogues, large components first."""
-    sizes = np.array([len(component) for component in components])
-    shuffled = np.random.default_rng(seed).permutation(len(components))
-    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    missing = fractions / fractions.sum() * sizes.sum()
-    is_empty = fractions > 0
-    splits: dict[str, str] = {}
+    """Draws several assignments of the components and returns the one with the most even classes.
+
+    Its splits have shares of each class, and of all dialogues, that are closest to the fractions.
+    """
+    classes = {label for labels in dialogues.values() for label in labels if label is not None}
+    index = {label: number for number, label in enumerate(sorted(classes, key=str))}
+    # The last column counts dialogues.
+    counts = np.zeros((len(components), len(index) + 1))
+    for number, component in enumerate(components):
+        counts[number, -1] = len(component)
+        for dialogue in component:
+            for label in dialogues[dialogue]:
+                if label is not None:
+                    counts[number, index[label]] += 1
+    shares = counts / counts.sum(0)
+    fractions = fractions / fractions.sum()
+    rng = np.random.default_rng(seed)
+    best_distance, best = np.inf, np.zeros(len(components), int)
+    for _ in range(max(1, min(_MAX_DRAWS, _MAX_ASSIGNMENTS // len(components)))):
+        assigned = _assign(shares, rng.permutation(len(components)), fractions)
+        split_shares = np.stack([shares[assigned == split].sum(0) for split in range(len(SPLITS))])
+        distance = np.abs(split_shares - fractions[:, None]).sum()
+        if distance < best_distance:
+            best_distance, best = distance, assigned
+    return {
+        dialogue: SPLITS[split]
+        for split, component in zip(best, components, strict=True)
+        for dialogue in component
+    }
+
+
+def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Assigns each component to the split that lacks most of its classes, large components first.
+
+    Args:
+        shares: Share of each component in all items of each class, [K, C].
+        shuffled: Random order of the components, [K] int.
+        fractions: Fractions of the splits; they sum to 1.
+
+    Returns:
+        Index of each component's split, [K] int.
+    """
+    order = shuffled[np.argsort(-shares.sum(1)[shuffled], kind="stable")]
+    is_used = fractions > 0
+    is_empty = is_used.copy()
+    # Relative to its fraction, so that small splits are as even as large ones.
+    missing = np.repeat(fractions[:, None], shares.shape[1], axis=1)
+    scale = np.maximum(fractions, 1e-12)[:, None]
+    assigned = np.zeros(len(shares), int)
     for position, index in enumerate(order):
         # The last components go to the splits that are still empty.
-        candidates = is_empty if len(order) - position <= is_empty.sum() else fractions > 0
-        chosen = int(np.argmax(np.where(candidates, missing, -np.inf)))
-        missing[chosen] -= sizes[index]
+        candidates = is_empty if len(order) - position <= is_empty.sum() else is_used
+        # Decrease of the squared distances from the fractions.
+        gain = (shares[index] * (2 * missing - shares[index]) / scale).sum(1)
+        chosen = int(np.argmax(np.where(candidates, gain, -np.inf)))
+        missing[chosen] -= shares[index]
         is_empty[chosen] = False
-        splits |= dict.fromkeys(components[index], SPLITS[chosen])
-    return splits
+        assigned[index] = chosen
+    return assigned

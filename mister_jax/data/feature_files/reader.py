@@ -291,15 +291,15 @@ def _class_names(
 def _with_validation(columns: Columns, seed: int, notes: list[str]) -> list[str]:
     """Returns each utterance's split, with validation dialogues drawn from training if needed."""
     assert columns.split is not None
-    lengths = collections.Counter(
-        dialogue
-        for dialogue, split in zip(columns.dialogue, columns.split, strict=True)
-        if split == "train"
-    )
-    if "validation" in columns.split or len(lengths) < 2:
+    labels: dict[str, list[int | str | None]] = collections.defaultdict(list)
+    rows = zip(columns.dialogue, columns.split, columns.label.tolist(), strict=True)
+    for dialogue, split, label in rows:
+        if split == "train":
+            labels[dialogue].append(None if label in (UNLABELED, "") else label)
+    if "validation" in columns.split or len(labels) < 2:
         return columns.split
     drawn, _ = random_splits(
-        lengths,
+        labels,
         {},
         name="speaker",
         source="",
@@ -308,7 +308,7 @@ def _with_validation(columns: Columns, seed: int, notes: list[str]) -> list[str]
     )
     count = sum(split == "validation" for split in drawn.values())
     notes.append(
-        f"no validation split in the file: {count} of {len(lengths)} training dialogues drawn, "
+        f"no validation split in the file: {count} of {len(labels)} training dialogues drawn, "
         f"seed {seed}"
     )
     return [

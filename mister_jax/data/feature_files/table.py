@@ -226,9 +226,11 @@ class FeatureTable:
             for index, group in zip(dialogue, self.array(group_name, _ID).tolist(), strict=True):
                 groups[str(ids[index])].add(group)
         if "split" not in self.arrays:
-            lengths = dict(zip(ids.tolist(), np.bincount(dialogue).tolist(), strict=True))
+            labels: dict[str, list[int | None]] = {name: [] for name in ids.tolist()}
+            for index, label in zip(dialogue, self.array("label").tolist(), strict=True):
+                labels[ids[index].item()].append(None if label == UNLABELED else label)
             by_dialogue, note = random_splits(
-                lengths,
+                labels,
                 groups,
                 name=group_name,
                 source=str(self.path),

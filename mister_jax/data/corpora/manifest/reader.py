@@ -166,7 +166,10 @@ def corpus_from_rows(
         splits = dict.fromkeys(dialogues, SPLITS[index])
     else:
         splits, note = random_splits(
-            {name: len(dialogue.utterances) for name, dialogue in dialogues.items()},
+            {
+                name: [turn.label for turn in dialogue.utterances]
+                for name, dialogue in dialogues.items()
+            },
             groups,
             name=group_by or DEFAULT_GROUP,
             source=str(source),
