@@ -7,9 +7,7 @@ the test split of exactly one fold.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,19 +18,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mister_jax import metrics
-from mister_jax.console import format_seconds
 from mister_jax.data import UNLABELED
 from mister_jax.data.folds import load_pooled, make_folds
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_confusion
-from mister_jax.evaluation.results import evaluate
 from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.evaluation.variants import Row, Study, Variant
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
-from mister_jax.training.loop import train
-from mister_jax.workdir import check_config
 
-_ROW_FILE = "fold.json"  # exists in the work directory of each completed fold
 FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
 """Files that `cross_validate` writes."""
 
@@ -44,22 +38,7 @@ _COLUMNS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Fold:
-    """One fold of a cross-validation.
-
-    Attributes:
-      name: Name of the fold.
-      members: What the test split consists of, such as the name of a speaker.
-      config: Config to train.
-    """
-
-    name: str
-    members: tuple[str, ...]
-    config: ConfigDict
-
-
-def folds_of_dataset(config: ConfigDict, spec: str) -> list[Fold]:
+def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
     """Returns the folds of the config's dataset; `spec` is described in `data.folds.Folds`.
 
     Raises:
@@ -71,29 +50,30 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Fold]:
     for index, (name, members) in enumerate(zip(folds.names, folds.members, strict=True)):
         changed = ConfigDict(config.to_dict())
         changed.data.folds, changed.data.fold = spec, index
-        result.append(Fold(name, members, changed))
+        change = "" if members == (name,) else " ".join(members)
+        result.append(Variant(f"fold_{_folder_name(name)}", change, changed))
     return result
 
 
-def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Fold]:
+def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Variant]:
     """Returns one fold for each dataset, with the dataset's own splits, such as EmoBox's folds."""
     result = []
     for name in names:
         changed = ConfigDict(config.to_dict())
         changed.data.name = name
-        result.append(Fold(name, (name,), changed))
+        result.append(Variant(f"fold_{_folder_name(name)}", "", changed))
     return result
 
 
 def cross_validate(
-    folds: Sequence[Fold], workdir: epath.PathLike, *, quiet: bool = False
+    folds: Sequence[Variant], workdir: epath.PathLike, *, quiet: bool = False
 ) -> dict[str, Any] | None:
     """Trains and scores a model for each fold, and writes `FILES`.
 
     Completed folds are skipped, and interrupted folds resume.
 
     Args:
-      folds: Folds.
+      folds: Result of `folds_of_dataset` or `folds_of_datasets`.
       workdir: Work directory of the cross-validation, created if it does not exist.
       quiet: Whether to hide progress.
 
@@ -104,38 +84,18 @@ def cross_validate(
       "pooled_intervals", their confidence intervals. None if SIGTERM interrupted a fold.
 
     Raises:
-      InputError: A config is invalid, or a fold's directory belongs to another config.
+      InputError: A config is invalid, a fold's directory belongs to another config, or the folds
+        have different classes.
     """
-    workdir = epath.Path(workdir)
-    folders = [workdir / f"fold_{_folder_name(fold.name)}" for fold in folds]
-    for fold, folder in zip(folds, folders, strict=True):
-        check_config(fold.config, folder)
-    is_complete = [(folder / _ROW_FILE).exists() for folder in folders]
-    num_pending, started, num_done = is_complete.count(False), time.perf_counter(), 0
-    for fold, folder, complete in zip(folds, folders, is_complete, strict=True):
-        if complete:
-            continue
-        remaining = ""
-        if num_done:
-            seconds = (time.perf_counter() - started) / num_done * (num_pending - num_done)
-            remaining = f", about {format_seconds(seconds)} left"
-        members = "" if fold.members == (fold.name,) else f" ({len(fold.members)} groups)"
-        _print(f"fold {fold.name}{members}: {num_done + 1} of {num_pending}{remaining}", quiet)
-        if not train(fold.config, folder, quiet=quiet).finished:
-            return None
-        row = _score(fold, folder)
-        _print(f"fold {fold.name}: {_describe(row)}", quiet)
-        num_done += 1
-    return _summarize(folds, folders, workdir)
+    study = Study(folds, workdir, splits=("test",), row_file="fold.json", kind="fold", quiet=quiet)
+    if not study.run(_describe, on_completed=lambda: None):
+        return None
+    return _summarize(study)
 
 
-def _print(line: str, quiet: bool) -> None:
-    if not quiet and jax.process_index() == 0:
-        print(line, flush=True)
-
-
-def _describe(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{title} {row[name]:.3f}" for name, title in _COLUMNS.items())
+def _describe(row: Row) -> str:
+    mean = row["test"]["mean"]
+    return ", ".join(f"{title} {mean[name]:.3f}" for name, title in _COLUMNS.items())
 
 
 def _folder_name(name: str) -> str:
@@ -143,48 +103,40 @@ def _folder_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
-def _score(fold: Fold, folder: epath.Path) -> dict[str, Any]:
-    """Scores a trained fold on its test split and writes the row of the table."""
-    scores = evaluate(folder, "test", quiet=True)
-    mean = scores["seeds"]["mean"] if "seeds" in scores else scores
-    row = {
-        "fold": fold.name,
-        "members": list(fold.members),
-        "utterances": scores["utterances"],
-        **{name: mean[name] for name in metrics.SCORE_NAMES},
-        "confusion": scores["confusion"],
-        "class_names": list(scores["per_class"]),
-    }
-    if jax.process_index() == 0:
-        write_json(folder / _ROW_FILE, row)
-    return row
-
-
-def _summarize(
-    folds: Sequence[Fold], folders: Sequence[epath.Path], workdir: epath.Path
-) -> dict[str, Any]:
+def _summarize(study: Study) -> dict[str, Any]:
     """Writes the files of the cross-validation and returns its scores."""
-    rows = [read_json(folder / _ROW_FILE) for folder in folders]
-    class_names = rows[0]["class_names"]
-    if any(row["class_names"] != class_names for row in rows):
-        raise InputError(f"{workdir}: the folds have different classes; needed: the same classes")
-    confusion = np.sum([row.pop("confusion") for row in rows], axis=0)
-    for row in rows:
-        del row["class_names"]
+    folders = [study.folder(fold) for fold in study.variants]
+    scores = [read_json(folder / "metrics.json")["test"] for folder in folders]
+    class_names = list(scores[0]["per_class"])
+    if any(list(fold_scores["per_class"]) != class_names for fold_scores in scores):
+        raise InputError(
+            f"{study.workdir}: the folds have different classes; needed: the same classes"
+        )
+    rows = [
+        {
+            "fold": row["variant"],
+            "members": row["change"],
+            "utterances": fold_scores["utterances"],
+            **{name: row["test"]["mean"][name] for name in metrics.SCORE_NAMES},
+        }
+        for row, fold_scores in zip(study.rows(), scores, strict=True)
+    ]
     over_folds = {
         name: metrics.mean_and_deviation([row[name] for row in rows])
         for name in metrics.SCORE_NAMES
     }
-    predictions = _pool_predictions(folds, folders, class_names)
+    confusion = np.sum([fold_scores["confusion"] for fold_scores in scores], axis=0)
+    predictions = _pool_predictions(study.variants, folders, class_names)
     result = {
         "folds": rows,
         "mean": {name: mean for name, (mean, _) in over_folds.items()},
         "deviation": {name: deviation for name, (_, deviation) in over_folds.items()},
         "pooled": metrics.classification_scores(confusion, class_names),
-        "pooled_intervals": _intervals(predictions, class_names),
+        "pooled_intervals": _intervals(predictions),
         "confusion": confusion.tolist(),
     }
     if jax.process_index() == 0:
+        workdir = study.workdir
         write_json(workdir / "crossval.json", result)
         write_text(workdir / "crossval.csv", _csv(rows))
         write_text(workdir / "crossval.md", markdown(result))
@@ -196,7 +148,7 @@ def _summarize(
 
 
 def _pool_predictions(
-    folds: Sequence[Fold], folders: Sequence[epath.Path], class_names: Sequence[str]
+    folds: Sequence[Variant], folders: Sequence[epath.Path], class_names: Sequence[str]
 ) -> SplitPredictions:
     """Reads the test predictions of all folds."""
     index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
@@ -229,9 +181,7 @@ def _pool_predictions(
     )
 
 
-def _intervals(
-    predictions: SplitPredictions, class_names: Sequence[str]
-) -> dict[str, dict[str, float | None]]:
+def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | None]]:
     """Returns the confidence intervals of the pooled scores, over dialogues."""
     scores = DialogueBootstrap(predictions).scores(predictions.predicted)
     return {name: Estimate.from_resamples(*scores[name]).to_json() for name in metrics.SCORE_NAMES}
@@ -266,5 +216,5 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writerow(["fold", "members", "utterances", *metrics.SCORE_NAMES])
     for row in rows:
         scores = [row[name] for name in metrics.SCORE_NAMES]
-        writer.writerow([row["fold"], " ".join(row["members"]), row["utterances"], *scores])
+        writer.writerow([row["fold"], row["members"], row["utterances"], *scores])
     return file.getvalue()

@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score, recall_score
 from mister_jax import data
 from mister_jax.data.folds import load_fold, load_pooled
 from mister_jax.errors import InputError
-from mister_jax.evaluation import cross_validation
+from mister_jax.evaluation import variants
 from mister_jax.evaluation.cross_validation import (
     cross_validate,
     folds_of_dataset,
@@ -48,7 +48,7 @@ def cross_validation_workdir(config, tmp_path_factory):
         return train(fold_config, folder, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_validation, "train", stop_at_second)
+        patch.setattr(variants, "train", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
             cross_validate(folds_of_dataset(config, SPEC), workdir, quiet=True)
         assert cross_validate(folds_of_dataset(config, SPEC), workdir, quiet=True)
@@ -119,7 +119,7 @@ def test_datasets_with_splits_of_their_own_are_folds(config, tiny_data_dir, tmp_
     result = cross_validate(
         folds_of_datasets(changed, ["first", "second"]), tmp_path / "run", quiet=True
     )
-    assert [row["fold"] for row in result["folds"]] == ["first", "second"]
+    assert [row["fold"] for row in result["folds"]] == ["fold_first", "fold_second"]
     counts = [(splits[name].label >= 0).sum() for name in ("test", "train")]
     assert [row["utterances"] for row in result["folds"]] == counts
 
