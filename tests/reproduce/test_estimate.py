@@ -8,7 +8,6 @@ from mister_jax.data.corpora import meld, mosi
 from mister_jax.errors import InputError
 from mister_jax.reproduce import estimate
 from mister_jax.reproduce.settings import CORPORA, PRESETS, Settings
-from tests.helpers.commands import run_commands
 from tests.helpers.tiny_encoders import WAVLM_CONFIG, save_encoder
 
 
@@ -79,21 +78,22 @@ def test_the_size_of_a_local_encoder_is_read(tmp_path):
         estimate.estimate(make_settings("small", speech_encoder="somebody/wavlm"), "h100")
 
 
-def test_commands_of_the_dry_run(tmp_path):
+def test_commands_of_the_dry_run(tmp_path, command_server):
     flags = "reproduce --workdir=DIR/work --preset=llm --corpus=iemocap"
-    dry, priced, *errors = run_commands(
-        [
-            f"{flags} --dry_run --device=v5e-8",
-            f"{flags} --dry_run --device=h100 --dollars_per_hour=3 --num_seeds=1",
-            f"{flags} --dry_run --device=v9",
-            f"{flags} --dry_run",
-            f"{flags} --source=DIR/missing",
-            "reproduce --workdir=DIR/work --preset=huge --corpus=meld",
-            "reproduce --workdir=DIR/work --preset=small",
-            "reproduce --preset=small --corpus=meld",
-        ],
-        tmp_path,
-    )
+    commands = [
+        f"{flags} --dry_run --device=v5e-8",
+        f"{flags} --dry_run --device=h100 --dollars_per_hour=3 --num_seeds=1",
+        f"{flags} --dry_run --device=v9",
+        f"{flags} --dry_run",
+        f"{flags} --source=DIR/missing",
+        "reproduce --workdir=DIR/work --preset=huge --corpus=meld",
+        "reproduce --workdir=DIR/work --preset=small",
+        "reproduce --preset=small --corpus=meld",
+    ]
+    command_server.results.clear()
+    for command in commands:
+        command_server(command.replace("DIR", str(tmp_path)).split())
+    dry, priced, *errors = command_server.results
     assert dry.status == 0, dry.stderr
     work = tmp_path / "work"
     assert (

@@ -1,12 +1,14 @@
 """Reproduction of the paper on tiny corpora in their released layouts."""
 
+import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
 
 from mister_jax.errors import InputError
-from mister_jax.reproduce import report, stages
+from mister_jax.reproduce import report, runner, stages
 from mister_jax.reproduce.runner import RECORD, run_stages
 from mister_jax.reproduce.settings import Settings
 from mister_jax.reproduce.stages import Stage, make_stages
@@ -41,37 +43,36 @@ def table_rows(text):
     ]
 
 
-@pytest.fixture
-def one_recipe(monkeypatch):
-    """Leaves one recipe and one single expert."""
-    monkeypatch.delitem(stages.RECIPES, "paper")
-    for expert in ("speech", "fusion"):
-        monkeypatch.delitem(stages.EXPERT_VARIANTS, expert)
-
-
-def test_meld_is_reproduced_after_sigterm(tmp_path, command_server, small_encoders, write_mp4):
+def test_meld_is_reproduced_after_sigterm(
+    tmp_path, command_server, small_encoders, write_mp4, monkeypatch
+):
+    monkeypatch.delitem(stages.RECIPES, "default")
+    (tmp_path / "corpus").mkdir()
     write_meld(tmp_path / "corpus", write_mp4)
-    settings = make_settings(tmp_path, "meld", small_encoders, num_seeds=2)
-    checkpoint = f"{settings.workdir}/speech/checkpoints/latest/*"
+    # SIGTERM must arrive before the last epoch, and stops a training within an epoch.
+    _, *options = small_encoders["speech_options"]
+    speech_options = ("train.epochs=20", "data.batch_size=1", *options)
+    encoders = {**small_encoders, "speech_options": speech_options}
+    settings = make_settings(tmp_path, "meld", encoders, num_seeds=2)
     command_server.results.clear()
     prepare, train_text, *_ = make_stages(settings)
     for stage in (prepare, train_text):
         assert command_server(stage.arguments) == 0, command_server.results[-1].stderr
-    # A stage that was run by hand is not run again.
-    command_server.stop_file = checkpoint
+    command_server.stop_file = f"{settings.workdir}/speech/checkpoints/latest/*"
     assert reproduce(settings, command_server) is None
+    # Stages that were run by hand are not run again.
     assert len(command_server.results) == 3
-    assert "Run the same command again to resume" in command_server.results[-1].stdout
+    assert "Run the same command again to resume" in command_server.results[2].stdout
 
     record, text = reproduce(settings, command_server)
     assert "resuming" in command_server.results[3].stdout
     assert record["stages"]["train speech"]["runs"] == 2
-    assert "prepare" not in record["stages"]
     assert record["stages"]["train speech"]["hardware"] == "1 x cpu"
-    assert command_server.results[3].status == 0
+    assert "prepare" not in record["stages"]
     num_commands = len(command_server.results)
-    assert reproduce(settings, command_server)[0] == record
+    assert reproduce(settings, command_server) == (record, text)
     assert len(command_server.results) == num_commands
+
     rows = table_rows(text)
     scores = json.loads(pathlib.Path(settings.workdir, "paper/metrics.json").read_text())["test"]
     mean = 100 * scores["seeds"]["mean"]["weighted_f1"]
@@ -79,35 +80,32 @@ def test_meld_is_reproduced_after_sigterm(tmp_path, command_server, small_encode
     assert rows[1][:2] == ["MiSTER-E", "paper"]
     assert rows[1][3] == f"{mean:.1f} ± {deviation:.1f}"
     assert rows[1][5] == "66.4"
-    names = [row[:2] for row in rows]
-    for recipe in ("paper", "default"):
-        for name in ("speech expert", "text expert", "cross-modal expert"):
-            assert [f"{name} alone", recipe] in names and [f"{name} in MiSTER-E", recipe] in names
-    assert ["anger", "0.0", "0.0", "not reported"][0] in [name for name, *_ in rows]
-    assert ["total", ""] in names
-    assert "encoders are not those of the preset" in text
+    names = [row[0] for row in rows]
+    for expert in ("speech", "text", "cross-modal"):
+        assert f"{expert} expert alone" in names and f"{expert} expert in MiSTER-E" in names
+    assert "The encoders are not those of the preset" in text
     with pytest.raises(InputError, match="created with other settings"):
-        run_stages([], make_settings(tmp_path, "meld", small_encoders, num_seeds=3))
+        run_stages([], dataclasses.replace(settings, num_seeds=3))
 
 
 @pytest.mark.parametrize(
-    ("corpus", "write", "changes", "published"),
-    [
-        ("iemocap", write_iemocap, {"classes": "four"}, "not reported"),
-        ("mosi", write_mosi, {}, "not reported"),
-    ],
+    ("corpus", "write", "changes"),
+    [("iemocap", write_iemocap, {"classes": "four"}), ("mosi", write_mosi, {})],
+    ids=("iemocap", "mosi"),
 )
 def test_a_corpus_is_reproduced(
     tmp_path,
     command_server,
     small_encoders,
     write_wav,
-    one_recipe,
+    monkeypatch,
     corpus,
     write,
     changes,
-    published,
 ):
+    monkeypatch.delitem(stages.RECIPES, "paper")
+    for expert in ("speech", "fusion"):
+        monkeypatch.delitem(stages.EXPERT_VARIANTS, expert)
     write(tmp_path / "corpus", write_wav)
     settings = make_settings(tmp_path, corpus, small_encoders, num_seeds=1, **changes)
     record, text = reproduce(settings, command_server)
@@ -116,7 +114,7 @@ def test_a_corpus_is_reproduced(
     scores = json.loads(pathlib.Path(settings.workdir, "default/metrics.json").read_text())
     score = f"{100 * scores['test']['weighted_f1']:.1f}"
     assert rows[1][:2] == ["MiSTER-E", "default"]
-    assert rows[1][3:] == [score, score, published]
+    assert rows[1][3:] == [score, score, "not reported"]
     assert rows[2][:2] == ["text expert alone", "default"]
 
 
@@ -167,3 +165,56 @@ def test_features_of_another_encoder_are_rejected(tmp_path):
         stage.is_done()
     (tmp_path / "work/text/config.json").write_text(json.dumps({"seed": 0}))
     assert stage.is_done()
+
+
+def test_the_report_has_both_recipes_and_the_published_scores(tmp_path):
+    settings = make_settings(tmp_path, "meld", preset="llm")
+    classes = {"anger": {"f1": 0.5}, "contempt": {"f1": 0.25}}
+    for recipe, score in {"paper": 0.6, "default": 0.7}.items():
+        summary = {"mean": {"weighted_f1": score}, "deviation": {"weighted_f1": 0.012}}
+        seeds = {**summary, "of_each": dict.fromkeys("01234")}
+        experts = {"text": {"weighted_f1": 0.4}}
+        scores = {"weighted_f1": 0.65, "seeds": seeds, "experts": experts, "per_class": classes}
+        folder = tmp_path / "work" / recipe
+        folder.mkdir(parents=True)
+        metrics = {"validation": scores, "test": scores}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        split = {**summary, "ensemble": {"weighted_f1": 0.3}}
+        row = {"validation": split, "test": split, "seeds": [0, 1, 2, 3, 4]}
+        for variant in stages.EXPERT_VARIANTS.values():
+            folder = tmp_path / "work" / f"{recipe}_experts" / variant
+            folder.mkdir(parents=True)
+            (folder / "ablation.json").write_text(json.dumps(row))
+    rows = {tuple(row[:2]): row[2:] for row in map(list, report.score_rows(settings))}
+    assert len(rows) == 10
+    assert rows["MiSTER-E", "paper"] == ["60.0 ± 1.2", "60.0 ± 1.2", "65.0", "69.5"]
+    assert rows["MiSTER-E", "default"] == ["70.0 ± 1.2", "70.0 ± 1.2", "65.0", "69.5"]
+    alone = ["60.0 ± 1.2", "60.0 ± 1.2", "30.0", "not reported"]
+    assert rows["cross-modal expert alone", "paper"] == alone
+    assert rows["text expert in MiSTER-E", "paper"] == ["", "", "40.0", "not reported"]
+    assert report.class_rows(settings) == [
+        ("anger", "50.0", "50.0", "62.5"),
+        ("contempt", "25.0", "25.0", "not reported"),
+    ]
+    record = {"stages": {"train text": {"seconds": 7200.0, "hardware": "8 x TPU v5 lite"}}}
+    assert report.stage_rows(record, 9.6) == [
+        ("train text", "8 x TPU v5 lite", "2 h 0 min", "$19.20"),
+        ("total", "", "2 h 0 min", "$19.20"),
+    ]
+
+
+def test_a_process_is_stopped_by_sigterm_and_reports_its_status(monkeypatch):
+    def run_with(main):
+        monkeypatch.setattr(runner, "_MAIN", main)
+        return runner.run_in_process(["an argument", "--b=c"])
+
+    assert (
+        run_with("import sys; sys.exit(3 if sys.argv[1:] == ['an argument', '--b=c'] else 0)") == 3
+    )
+    parent = f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM); "
+    assert run_with(f"{parent}signal.pause()") == 143
+    saves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    assert run_with(f"import sys, signal; {saves}{parent}signal.pause()") == 143
+    # A stage that completes nevertheless is the last one.
+    ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    assert run_with(f"import signal; {ignores}{parent}") == 143
