@@ -81,8 +81,8 @@ def test_meld_is_reproduced_after_sigterm(
     assert rows[1][3] == f"{mean:.1f} ± {deviation:.1f}"
     assert rows[1][5] == "66.4"
     names = [row[0] for row in rows]
-    for expert in ("speech", "text", "cross-modal"):
-        assert f"{expert} expert alone" in names and f"{expert} expert in MiSTER-E" in names
+    for expert in ("speech", "text", "fusion"):
+        assert f"{expert} alone" in names and f"{expert} in MiSTER-E" in names
     assert "The encoders are not those of the preset" in text
     with pytest.raises(InputError, match="created with other settings"):
         run_stages([], dataclasses.replace(settings, num_seeds=3))
@@ -115,7 +115,7 @@ def test_a_corpus_is_reproduced(
     score = f"{100 * scores['test']['weighted_f1']:.1f}"
     assert rows[1][:2] == ["MiSTER-E", "default"]
     assert rows[1][3:] == [score, score, "not reported"]
-    assert rows[2][:2] == ["text expert alone", "default"]
+    assert rows[2][:2] == ["text alone", "default"]
 
 
 def make_stage(name, folder, **changes):
@@ -190,8 +190,8 @@ def test_the_report_has_both_recipes_and_the_published_scores(tmp_path):
     assert rows["MiSTER-E", "paper"] == ["60.0 ± 1.2", "60.0 ± 1.2", "65.0", "69.5"]
     assert rows["MiSTER-E", "default"] == ["70.0 ± 1.2", "70.0 ± 1.2", "65.0", "69.5"]
     alone = ["60.0 ± 1.2", "60.0 ± 1.2", "30.0", "not reported"]
-    assert rows["cross-modal expert alone", "paper"] == alone
-    assert rows["text expert in MiSTER-E", "paper"] == ["", "", "40.0", "not reported"]
+    assert rows["fusion alone", "paper"] == alone
+    assert rows["text in MiSTER-E", "paper"] == ["", "", "40.0", "not reported"]
     assert report.class_rows(settings) == [
         ("anger", "50.0", "50.0", "62.5"),
         ("contempt", "25.0", "25.0", "not reported"),
