@@ -387,13 +387,15 @@ class _TrainingLoop:
                 self._compile(executor, state, reporter)
             while not progress.finished:
                 state, stopped = self._train_epoch(state, progress, writer, reporter)
-                if stopped:
+                step = self._global_step(state)
+                if step == (progress.epoch + 1) * steps_per_epoch:
+                    self._validate(state, progress, writer, reporter)
+                if stopped and not progress.finished:
                     reporter.print(
-                        f"stopped by SIGTERM; the state of step {self._global_step(state)} is "
-                        "saved. Run the same command again to resume"
+                        f"stopped by SIGTERM; the state of step {step} is saved. Run the same "
+                        "command again to resume"
                     )
                     break
-                self._validate(state, progress, writer, reporter)
         if progress.finished and jax.process_index() == 0:
             plot_training_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         return progress
@@ -452,7 +454,7 @@ class _TrainingLoop:
         """Runs the remaining steps of the epoch.
 
         Returns:
-          The state, and whether SIGTERM stopped the epoch before its end.
+          The state, and whether SIGTERM has stopped training, perhaps at the end of the epoch.
         """
         options, steps_per_epoch = self.options, self.train_split.steps
         step = self._global_step(state)
@@ -473,11 +475,10 @@ class _TrainingLoop:
                 self._write_metrics(pending_metrics, step, writer)
                 pending_metrics = []
                 self._print_expected_time(step, reporter)
-            # After the epoch's last step, `run` validates and saves. If a stop was requested, the
-            # next epoch ends after its first step.
+            # After the epoch's last step, `run` validates and saves.
             if save and not is_last:
                 self._save_latest(state, progress, step)
-            if stop and not is_last:
+            if stop:
                 return state, True
         return state, False
 

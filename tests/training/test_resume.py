@@ -30,6 +30,7 @@ from tests.helpers.training import (
     make_tiny_config,
     read_latest_checkpoint,
     read_metric_records,
+    read_validation_scores,
 )
 
 
@@ -221,6 +222,19 @@ def test_sigterm_saves_and_the_run_resumes(
     assert progress["epoch"] == 0  # In the middle of the first epoch.
     assert train_in_subprocess(tiny_data_dir, workdir) == 0
     assert_same_checkpoint(workdir, uninterrupted_workdir)
+
+
+def test_sigterm_stops_a_training_with_a_single_step_per_epoch(tiny_data_dir, tmp_path):
+    config = make_tiny_config(tiny_data_dir, **{"data.batch_size": 64, "train.epochs": 5})
+
+    def stop_at_second(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    progress = train(config, tmp_path, quiet=True, on_step=stop_at_second)
+    assert progress.epoch == 2 and not progress.finished
+    assert train(config, tmp_path, quiet=True).epoch == 5
+    assert len(read_validation_scores(tmp_path)) == 5
 
 
 def test_resuming_with_another_config_is_refused(tiny_data_dir, finished_workdir):
