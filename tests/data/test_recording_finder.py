@@ -35,8 +35,8 @@ def test_the_longest_end_and_the_same_extension_are_preferred(tmp_path):
 
 
 def test_points_and_decomposed_accents_in_names_are_kept(tmp_path):
-    write_files(tmp_path, "m3.s_nie_5.flac", "Ore\u0301au/s19_an_1.avi")
-    assert len(find_recordings(tmp_path, ["m3.s_nie_5.wav", "Or\u00e9au/s19_an_1.avi"])) == 2
+    write_files(tmp_path, "m3.s_nie_5.flac", "cafe\u0301/s19_an_1.avi")
+    assert len(find_recordings(tmp_path, ["m3.s_nie_5.wav", "caf\u00e9/s19_an_1.avi"])) == 2
     assert not find_recordings(tmp_path, ["m3.s_nie.wav", "m3.wav"])
 
 
