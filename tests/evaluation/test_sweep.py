@@ -143,7 +143,7 @@ def test_values_have_the_type_of_their_field(text, values):
         ("optimizer.learning_rate=", "empty value"),
         ("optimizer.learning_rate=1e-3,,1", "empty value"),
         ("optimizer.learning_rat=1", "no such field 'learning_rat'; allowed: average_decay, b1"),
-        ("optimiser.learning_rate=1", "no such field 'optimiser'; allowed: data, loss, model"),
+        ("optimizers.learning_rate=1", "no such field 'optimizers'; allowed: data, loss, model"),
         ("optimizer.name.x=1", "no such field 'x'; allowed: none"),
         ("optimizer=1", "a section of the config; allowed: its fields optimizer.average_decay"),
         ("optimizer.learning_rate=fast", "value 'fast'; allowed: finite numbers"),
