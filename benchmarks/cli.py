@@ -217,7 +217,7 @@ def measure_fusion(
       lengths: Key of `LENGTHS`, to measure an epoch.
       parts_alone: Whether to measure the parts of a training step.
       compare: Whether to also measure PyTorch.
-      topologies: TPU topologies to compile for, see `aot.tpu_topologies`. Excludes other options.
+      topologies: TPU topologies to compile for; see `aot.tpu_topologies`. Excludes other options.
       log: Function called with a message before each long step.
 
     Raises:

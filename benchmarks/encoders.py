@@ -251,15 +251,15 @@ def compile_for_tpus(
 
     Args:
       encoder: Key of `ENCODERS`.
-      names: Topologies, see `aot.tpu_topologies`.
+      names: Topologies; see `aot.tpu_topologies`.
       length: Tokens per text.
       rows: Rows per device; 0 for the encoder's default.
-      remat: Rematerialization in the language model, see `mister_jax.nn.ScannedLayers`.
+      remat: Rematerialization in the language model; see `mister_jax.nn.ScannedLayers`.
       model_parallelism: Number of chips that share the work on their rows.
       log: Function called with a message before each compilation.
 
     Returns:
-      Rows by program, with one row per topology, see `aot.compile_ahead`.
+      Rows by program, with one row per topology; see `aot.compile_ahead`.
 
     Raises:
       InputError: The encoder or a topology is unknown, the devices cannot share the rows, or a

@@ -118,7 +118,10 @@ class JaxMisterE:
         return self._infer(self._state, batch)
 
     def peak_memory(self) -> float | None:
-        """Returns the peak memory of a device so far in MiB, or None if it does not report it."""
+        """Returns the peak memory use of the first device so far, in MiB.
+
+        The result is None if the device does not report memory statistics.
+        """
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak is None else peak / 2**20
 
@@ -261,7 +264,8 @@ def measure_epoch(
             released_epoch(lengths, config.batch_size),
         ),
     }
-    lengths_and_empty = np.append(lengths, 0)  # Row -1 of a planned batch is empty.
+    # In a planned batch, row index -1 marks an empty row. It selects the appended length 0.
+    lengths_and_empty = np.append(lengths, 0)
     runs = {}
     for library in _libraries(config, compare):
         _, planned = epochs[library.name]
@@ -317,11 +321,11 @@ def compile_for_tpus(
 
     Args:
       config: Model, and batch for the first topology. Devices and steps are ignored.
-      names: Topologies, see `aot.tpu_topologies`.
+      names: Topologies; see `aot.tpu_topologies`.
       log: Function called with a message before each compilation.
 
     Returns:
-      A row per topology, see `aot.compile_ahead` and `aot.add_scaling_efficiency`.
+      A row per topology; see `aot.compile_ahead` and `aot.add_scaling_efficiency`.
 
     Raises:
       InputError: libtpu is missing, a topology is unknown, or the step does not compile.

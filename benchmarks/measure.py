@@ -46,7 +46,7 @@ class Timing:
 
 
 def time_runs(candidates: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-    """Times candidates in turns, see the module docstring."""
+    """Times candidates in turns; see the module docstring."""
 
     def timed(run: Run, repeats: int = 1) -> float:
         start = time.perf_counter()

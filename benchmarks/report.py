@@ -71,7 +71,10 @@ def environment() -> dict[str, Any]:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    """Returns a table with one column per value, or one line per value if there are few rows."""
+    """Returns a table with one column per field.
+
+    Fields without values are omitted. If there are fewer rows than fields, the table is transposed.
+    """
     names = [
         name
         for name in dict.fromkeys(name for row in rows for name in row)

@@ -95,7 +95,7 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(fusion_dim, eps=config.layer_norm_epsilon)
 
     def forward(self, x: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-        """Attends from `x` [B, T, F] to the positions of `key` [B, S, F] in `key_mask` [B, S]."""
+        """Attends from `x` [B, T, F] to `key` [B, S, F] where `key_mask` [B, S] is True."""
 
         def split_heads(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, K, T, D]
@@ -340,7 +340,7 @@ def make_optimizer(
 
 @torch.no_grad()
 def update_average(averaged: nn.Module, model: nn.Module, decay: float, num_updates: int) -> None:
-    """Updates the parameters' moving average, see `mister_jax.optim.average_parameters`."""
+    """Updates the parameters' moving average; see `mister_jax.optim.average_parameters`."""
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     for average, value in zip(averaged.parameters(), model.parameters(), strict=True):
         average.lerp_(value, 1 - decay)

@@ -46,7 +46,7 @@ class Bundle:
     Attributes:
       folder: Folder of the bundle.
       config: Experiment config of the training run, without the directory of its datasets.
-      description: Model description, see `workdir.read_model_description`.
+      description: Model description; see `workdir.read_model_description`.
       progress: Progress of training at the exported parameters.
       calibration: Calibration of the probabilities, if it was fitted.
     """
@@ -167,7 +167,7 @@ def write_bundle(
     Args:
       folder: Folder that contains the bundle's encoders; created if missing.
       config: Experiment config of the training run.
-      description: Model description, see `workdir.read_model_description`.
+      description: Model description; see `workdir.read_model_description`.
       params: Tree of the trained parameters.
       progress: Progress of training at these parameters.
       calibration: Calibration of the probabilities.

@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Outputs of the official model as {group: {name: array}}, see golden/README.md."""
+    """Outputs of the official model as {group: {name: array}}; see golden/README.md."""
     groups = defaultdict(dict)
     with np.load(GOLDEN / "mister_e_head.npz") as file:
         for path, value in file.items():

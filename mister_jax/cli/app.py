@@ -183,7 +183,7 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
 
 
 def _missing_config(flag: str, message: str) -> str:
-    """Makes the error for a config file that cannot be opened from ml_collections' message."""
+    """Converts ml_collections' message about an unreadable config file to a one-line error."""
     reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
     return f"--{flag}: {reason}; needed: a Python file, its path from the current folder"
 

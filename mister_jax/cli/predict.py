@@ -337,7 +337,7 @@ def _predict_recordings() -> int:
                 print(f"written to {path}")
     if all_rows:
         for path in outputs[""]:
-            # A timeline has one recording, see `_outputs_by_recording`.
+            # A timeline has one recording; see `_outputs_by_recording`.
             write_predictions(path, all_rows, **timeline_options)
             print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):

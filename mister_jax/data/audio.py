@@ -91,7 +91,7 @@ def decode(
     weights add up to 1, so a mix does not clip. If channels cancel each other out, the strongest
     channel is used.
 
-    FFmpeg chooses among several audio streams. If time stamps reveal that frames could not be
+    FFmpeg chooses among several audio streams. If timestamps reveal that frames could not be
     decoded, silence replaces them; otherwise they are dropped. If the peak is far above full scale,
     the samples are scaled so that the peak is at full scale. `Clip.notes` reports these changes.
 
@@ -125,7 +125,7 @@ def decode_many(
     """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
     Consecutive cuts from one recording are decoded in one pass. Memory does not grow with the
-    number of requests, see `workers.ordered_map`. With `num_workers=0`, this process decodes, and
+    number of requests; see `workers.ordered_map`. With `num_workers=0`, this process decodes, and
     each clip is yielded as soon as it is complete.
 
     Raises:
@@ -221,7 +221,7 @@ def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0)
     that is before the end of the recording.
 
     Args:
-        source: Path or content of a file, see `decode`.
+        source: Path or content of a file; see `decode`.
         channel: Channel to read.
         seconds: Length of each block in seconds.
 

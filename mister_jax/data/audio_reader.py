@@ -1,7 +1,7 @@
 """Reads one channel of a recording as a gapless stream of samples.
 
 Times are seconds from the beginning of the container, as media players display them. Silence fills
-the time before the first sample and the gaps between time stamps.
+the time before the first sample and the gaps between timestamps.
 """
 
 import io
@@ -40,16 +40,16 @@ from mister_jax.data.audio_source import (
 with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
     import av
 
-# Formats with sample-accurate time stamps, even after seeking. Others are read from the beginning
-# because they round time stamps (Matroska) or estimate them (MP3 with a variable bit rate).
+# Formats with sample-accurate timestamps, even after seeking. Others are read from the beginning
+# because they round timestamps (Matroska) or estimate them (MP3 with a variable bit rate).
 _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 
 # Decoding and resampling begin this many seconds before a cut. A decoder's output depends on some
 # earlier frames, and the resampler's filter is a few ms long.
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
-# If a time stamp differs from the number of decoded samples by fewer seconds, the difference is
-# ignored as rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
+# Maximum difference, in seconds, between a timestamp and the decoded duration that is still ignored
+# as rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
 # Gaps of more seconds are taken for a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
@@ -203,14 +203,14 @@ class AudioReader:
     def _frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
         """Yields gapless frames of the channel, starting at `lead` seconds or earlier.
 
-        Positions count samples at the frame's rate.
+        Positions are in samples at the frame's sample rate.
         """
         num_seconds = 0.0
         for position, frame in merge_frames(self._timed_frames(lead)):
             num_seconds = (position + frame.samples) / frame.sample_rate
             yield position, self._one_channel(frame, position / frame.sample_rate)
         self._position = round(num_seconds * SAMPLE_RATE)
-        # FFmpeg skips damaged FLAC frames without an error, but time stamps reveal them.
+        # FFmpeg skips damaged FLAC frames without an error, but timestamps reveal them.
         if self._container is not None and self._container.format.name == "flac":
             missing = sum(end - begin for begin, end in self._gaps) / SAMPLE_RATE
             if self._stream.duration:
@@ -222,7 +222,7 @@ class AudioReader:
             self._note_damage(f"{self._header.missing_seconds:.1f} s are missing at its end")
 
     def _timed_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields decoded frames at the times of their time stamps, with gaps filled by silence."""
+        """Yields decoded frames at the times of their timestamps, with gaps filled by silence."""
         if self._container is None:
             yield from self._pcm_frames(lead)
             return
@@ -274,7 +274,7 @@ class AudioReader:
                     yield position, silence
                     position += silence.samples
             elif gap < -_TIME_TOLERANCE * rate and -gap <= filled * rate:
-                # After a late packet, time stamps fall back. Silence already fills the time of this
+                # After a late packet, timestamps fall back. Silence already fills the time of this
                 # audio, so the audio is dropped.
                 filled -= min(-gap, frame.samples) / rate
                 for rest in skip_samples(-gap, iter([frame])):
@@ -337,7 +337,7 @@ class AudioReader:
             yield None  # flushes the decoder
 
     def _pcm_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields frames of a WAV file with integer samples, see `wav.pcm_blocks`."""
+        """Yields frames of a WAV file with integer samples; see `wav.pcm_blocks`."""
         header = self._header
         assert header is not None
         size = math.ceil(BLOCK_SECONDS * header.rate)

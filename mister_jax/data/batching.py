@@ -68,8 +68,8 @@ def length_buckets(
     Args:
         lengths: Length of each item, [M] int, at least 1.
         num_buckets: Maximum number of buckets. Fewer are used if more would not reduce padding.
-        batch_size: Maximum number of items in a batch, see `BatchPlan`.
-        multiple_of: The number of rows is a multiple of this, see `BatchPlan`.
+        batch_size: Maximum number of items in a batch; see `BatchPlan`.
+        multiple_of: The number of rows is a multiple of this; see `BatchPlan`.
         bucket_cost: Number of positions that each additional bucket must save.
 
     Returns:

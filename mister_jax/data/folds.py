@@ -89,7 +89,7 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
     """Assigns the utterances of a dataset to folds.
 
     Args:
-        features: All splits of the dataset, see `load_pooled`.
+        features: All splits of the dataset; see `load_pooled`.
         spec: See `Folds`.
         seed: Seed that decides between equally good assignments of "COLUMN:K".
 

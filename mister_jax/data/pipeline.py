@@ -51,7 +51,7 @@ def batches(
         seed: Seed of the shuffle, combined with `epoch`.
         epoch: Index of the epoch, from 0.
         start_step: Number of batches to skip. Skipped batches are not computed.
-        shuffle: Whether to shuffle, see `BatchPlan.epoch`.
+        shuffle: Whether to shuffle; see `BatchPlan.epoch`.
         process_index: Index of this process.
         process_count: Number of processes, a divisor of `plan.multiple_of`.
         prefetch: Number of batches to prepare in advance.

@@ -63,10 +63,10 @@ class PrepareOptions:
         config: Name of the corpus's config; its first config if empty.
         name: Name in a manifest's dataset `manifest/NAME`; the file's name if empty.
         labels: Ordered class names of a manifest; the sorted names in the file if empty.
-        label_map: Map from names in a manifest to class names, see `read_manifest`.
+        label_map: Map from names in a manifest to class names; see `read_manifest`.
         group_by: Column of a manifest. Random splits put dialogues with equal values in one split.
-        pattern: Pattern of the paths in the corpus "folder", see `read_folder`.
-        audio_root: Folder of the recordings of the corpus "emobox", see `read_emobox`.
+        pattern: Pattern of the paths in the corpus "folder"; see `read_folder`.
+        audio_root: Folder of the recordings of the corpus "emobox"; see `read_emobox`.
         fold: Fold of the corpus "emobox"; the first if None.
         seed: Seed for a manifest's random split, for the validation set of "emobox", and for the
             synthetic corpus.
@@ -107,7 +107,7 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
     files are detected before decoding, and broken files after it.
 
     Returns:
-        The report, see `corpus_report.make_report`. It is also written to the dataset's directory.
+        The report; see `corpus_report.make_report`. It is also written to the dataset's directory.
 
     Raises:
         InputError: The input cannot be used, the dataset exists or cannot be written, or Beam is

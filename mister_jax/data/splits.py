@@ -36,8 +36,8 @@ def random_splits(
     Args:
         dialogues: Label of each utterance in each dialogue, None if it has none.
         groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
-        name: Kind of group for messages, for example "speaker".
-        source: Origin of the dialogues, for messages.
+        name: Kind of group, named in error messages, for example "speaker".
+        source: Source of the dialogues, named in error messages.
         explicit: Whether to raise an error if the groups connect too many dialogues.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for training, validation and test. Each split with a

@@ -111,7 +111,7 @@ def atomic_directory(
     """Yields a temporary folder, and moves a directory from it into place on success.
 
     If the body fails, `directory` does not change. If the process is killed, the temporary folder
-    remains until the next call, see `recover_directory`.
+    remains until the next call; see `recover_directory`.
 
     Yields:
         A temporary folder in `root`. The body must write to `directory.relative_to(root)` in it.
@@ -139,7 +139,7 @@ def atomic_directory(
 
 
 def recover(name: str, data_dir: epath.PathLike | None) -> None:
-    """Cleans up after killed writers of a dataset, see `recover_directory`."""
+    """Cleans up after killed writers of a dataset; see `recover_directory`."""
     directory = dataset_directory(name, data_dir)
     with contextlib.suppress(OSError):  # Readers may lack write permission.
         recover_directory(directory, _root(data_dir))

@@ -1,7 +1,7 @@
 """Generates synthetic dialogues of feature vectors, for which the Bayes classifier is known.
 
 Emotions follow a Markov chain along a dialogue. An utterance's speech and text features are
-Gaussian around the mean of its emotion, so the exact posterior is known, see `dialogue_process`.
+Gaussian around the mean of its emotion, so the exact posterior is known; see `dialogue_process`.
 The task rewards each part of a multimodal dialogue model:
 
 - Speech separates odd from even emotions well, and other emotions poorly. Text separates the pairs
@@ -104,7 +104,7 @@ def emotion_process(
         num_classes: Number of emotions C, at least 2.
         speech_dim: Dimension Ds of the speech features.
         text_dim: Dimension Dt of the text features.
-        stay_probability: Probability that the emotion does not change, see `emotion_chain`.
+        stay_probability: Probability that the emotion does not change; see `emotion_chain`.
         uninformative_share: Probability that speech is uninformative, at most 0.5. Text has the
             same probability.
         missing_share: Probability that an utterance lacks one modality.

@@ -86,7 +86,9 @@ def load_utterances(
     data_dir: epath.PathLike | None,
     item: Callable[[StoredUtterance], Any],
 ) -> Utterances:
-    """Loads the utterances of a split from a dialogue dataset, except those whose `item` is None.
+    """Loads a split's utterances from a dialogue dataset.
+
+    Utterances for which `item` returns None are skipped.
 
     Raises:
         InputError: The dataset or split does not exist.

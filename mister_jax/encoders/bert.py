@@ -1,7 +1,7 @@
 """BERT and RoBERTa (arXiv 1810.04805, 1907.11692).
 
 They are bidirectional transformers over text with a LayerNorm after each block. MiniLM
-(arXiv 2002.10957) and XLM-RoBERTa have the same architecture; DistilBERT has no token types, see
+(arXiv 2002.10957) and XLM-RoBERTa have the same architecture. DistilBERT has no token types; see
 `distilbert`. The output is one hidden state per token; poolers and language-model heads are not
 implemented. Shape letters: B sequences, N tokens, D hidden size, K heads, L layers.
 """

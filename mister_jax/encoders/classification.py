@@ -176,7 +176,7 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
     """Loads a checkpoint for sequence or audio classification with its head.
 
     Args:
-      name_or_folder: Folder, or model name on the Hugging Face Hub, see `hub.fetch`.
+      name_or_folder: Folder, or model name on the Hugging Face Hub; see `hub.fetch`.
       **changes: Further arguments of `registry.load_module`. Whisper is always run on clips padded
         to 30 s, as its heads were trained.
 

@@ -403,7 +403,8 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states of the last layer after the final norm, [B, N, D]. With
           `output_hidden_states`, also all hidden states, [L + 1, B, N, D]: the embeddings and the
-          output of each layer. As in transformers, the last output is normalized.
+          output of each layer. As in Hugging Face Transformers, the last layer's output includes
+          the final norm.
 
         Raises:
           ValueError: Neither or both of `input_ids` and `embeddings` are given.

@@ -41,8 +41,8 @@ class EncoderConfig:
     Attributes:
       lora: Config of the low-rank paths, or None.
       remat: Rematerialization policy; see `mister_jax.nn.ScannedLayers`.
-      attention_implementation: Implementation of `jax.nn.dot_product_attention`, used without
-        dropout.
+      attention_implementation: `implementation` argument of `jax.nn.dot_product_attention`. It has
+        no effect when attention dropout is active.
       dtype: Computation dtype; RoPE, softmaxes, gates, norm statistics and spectrograms are
         float32.
       param_dtype: Parameter dtype; low-rank paths are float32.

@@ -134,9 +134,9 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
-    """Returns a hash of the content of files and of the model files in folders.
+    """Returns a hash of the given files' contents and of the model files in the given folders.
 
-    Copied and downloaded files have the same fingerprint, see `io.hash_file`.
+    Copied and downloaded files have the same fingerprint; see `io.hash_file`.
     """
     files = [file for path in paths for file in _model_files(pathlib.Path(path))]
     hashes = [(file.name, hash_file(file)) for file in files]

@@ -175,7 +175,7 @@ def load_pretrained(
     """Loads an encoder and its tokenizer or feature extractor.
 
     Args:
-      name_or_folder: Folder, or model name on the Hugging Face Hub, see `hub.fetch`.
+      name_or_folder: Folder, or model name on the Hugging Face Hub; see `hub.fetch`.
       hf_config: Content of the model's config.json; by default read from its folder.
       **options: Further arguments of `load_module`.
 

@@ -412,7 +412,10 @@ class WavLM(nnx.Module):
         return last, mask, jnp.concatenate([x[None], layers])
 
     def relative_bias(self, num_frames: int) -> jax.Array | None:
-        """Returns the bias before the gate, [K, N, N] float32, or None without buckets."""
+        """Returns the relative position bias before gating, [K, N, N] float32.
+
+        The result is None if `num_buckets` is 0.
+        """
         if self.position_bias is None:
             return None
         return relative_bias(self.position_bias, self.config, num_frames)

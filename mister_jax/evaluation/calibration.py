@@ -143,7 +143,7 @@ def summarize_calibration(
 
 
 def warn_if_worse(features: Any, summary: Mapping[str, Any]) -> None:
-    """Logs a warning if calibration makes the likelihood of a split worse.
+    """Logs a warning if calibration significantly increases a split's negative log-likelihood.
 
     Args:
       features: Features of the split.

@@ -1,7 +1,7 @@
 """Compares the stored predictions of runs on the same utterances.
 
 All differences have paired confidence intervals: each resample draws the same dialogues for both
-runs, see `confidence_intervals`. McNemar's exact test compares the utterances that only one of two
+runs; see `confidence_intervals`. McNemar's exact test compares the utterances that only one of two
 runs predicts correctly. It treats utterances as independent, which the intervals do not.
 """
 

@@ -55,7 +55,7 @@ _FIXED = (
 )
 # Fields whose allowed values depend on the dataset.
 _CHECKED_WITH_DATA = ("data.standardize", "loss.class_weights")
-# Fields that the config of the model does not check.
+# Fields that are validated only when the model is built, not by `MisterEConfig`.
 _CHECKED_BY_MODEL = ("model.kernel_sizes",)
 _MAX_NAME = 150
 
@@ -307,7 +307,8 @@ def _make_model(config: ConfigDict) -> MisterE:
 def selection_score(config: ConfigDict) -> str:
     """Returns the validation score that ranks the points.
 
-    It is the score that chooses the epoch, or weighted F1 if the loss chooses the epoch.
+    This is the score used to select the best epoch, or weighted F1 if the epoch is selected by the
+    loss.
     """
     name: str = config.train.get("select_by", "weighted_f1")
     return name if name in SCORE_NAMES else "weighted_f1"

@@ -46,7 +46,7 @@ class Study:
     """Variants that are trained and scored one after the other.
 
     Args:
-      variants: Variants, in the order of the table.
+      variants: Variants to train and score, in the row order of the results table.
       workdir: Work directory of the study, created if it does not exist.
       splits: Splits on which every variant is scored.
       row_file: Name of the file with the row of a completed variant, in its work directory.

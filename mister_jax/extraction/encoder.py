@@ -122,7 +122,7 @@ def encode_utterances(
       clips and clips that are shorter than a frame are absent.
 
     Raises:
-      InputError: No utterance is present, so F is unknown, or a batch does not fit in the devices'
+      InputError: All utterances are absent (F is then unknown), or a batch does not fit in device
         memory.
     """
     items = encoder.input.items(utterances)
@@ -174,8 +174,8 @@ def _encode_windows(
     reporter: ProgressReporter,
     resume_dir: epath.Path | None,
 ) -> np.ndarray:
-    """Encodes windows to features [N, F] in several parts, see `encode_items`."""
-    # The longest windows come first, so that running out of memory happens at once.
+    """Encodes windows to features [N, F] in several parts; see `encode_items`."""
+    # Encode the longest windows first, so that an out-of-memory error occurs immediately.
     order = np.argsort(-encoder.input.lengths(windows), kind="stable")
     parts: list[np.ndarray] = []
     if resume_dir is not None:
@@ -277,7 +277,7 @@ def compile_encoder(
 def pretrained_metadata(
     kind: str, name: str, options: dict[str, Any], files: str, adapter: str
 ) -> dict[str, Any]:
-    """Returns the metadata of a pretrained encoder, see `Encoder`.
+    """Returns the metadata of a pretrained encoder; see `Encoder`.
 
     `files` is the fingerprint of the encoder's files. `adapter` is a folder, or empty.
     """
@@ -288,7 +288,7 @@ def pretrained_metadata(
 
 
 def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
-    """Explains out-of-memory errors that occur while an encoder is loaded, see `explain_oom`."""
+    """Explains out-of-memory errors that occur while an encoder is loaded; see `explain_oom`."""
     hint = "devices with more memory, or more of them"
     if dtype != "bfloat16":
         hint = f"extraction with --dtype=bfloat16, or {hint}"

@@ -39,7 +39,8 @@ def extract_features(
     Args:
       encoder: Encoder of text or speech.
       dataset: Name of the dialogue dataset.
-      output: Name of the feature dataset. It lacks the other modality, see `merge_features`.
+      output: Name of the feature dataset. It contains only the encoder's modality. Use
+        `merge_features` to add the other one.
       data_dir: Directory of the datasets.
       budget: Maximum number of tokens or seconds of audio in a batch on each device, including
         padding; `encoder.input.budget` by default.
@@ -144,7 +145,7 @@ def export_features(
     *,
     times_of: str = "",
 ) -> None:
-    """Writes a feature dataset to npz, CSV or Parquet files, see `write_feature_file`.
+    """Writes a feature dataset to npz, CSV or Parquet files; see `write_feature_file`.
 
     Args:
       name: Name of the feature dataset.

@@ -46,7 +46,7 @@ _CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # samples per chunk for prosody on a CPU
 
 
 class SpeechInput:
-    """Converts speech clips to items and batches, see `Input`. A length step is 0.1 s.
+    """Converts speech clips to items and batches; see `Input`. A length step is 0.1 s.
 
     Args:
       max_seconds: Maximum seconds of a clip in a batch. Longer clips are truncated.
@@ -104,10 +104,10 @@ class PretrainedSpeech(Encoder):
         Whisper, Qwen2-Audio and SALMONN.
       windows: For encoders with a fixed window, whether to encode longer utterances in windows of
         equal length and average their features.
-      whisper: SALMONN's Whisper, see `SpeechFiles`.
+      whisper: SALMONN's Whisper; see `SpeechFiles`.
       beats: SALMONN's BEATs.
       vicuna: SALMONN's Vicuna.
-      trim: Whether Whisper encodes only the length of each clip, see `WhisperConfig`.
+      trim: Whether Whisper encodes only the length of each clip; see `WhisperConfig`.
       prompt: Prompt for a speech LLM; the LLM's default prompt if empty. The mean covers only audio
         positions.
       adapter: Folder of a PEFT adapter to load; none if empty.

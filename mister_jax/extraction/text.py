@@ -34,7 +34,7 @@ _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 
 
 class TextInput:
-    """Converts texts to tokens and batches, see `Input`. A length step is one token.
+    """Converts texts to tokens and batches; see `Input`. A length step is one token.
 
     Args:
       encode: Function that returns the token ids of each text. Its argument `where` names the

@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TimelineOptions:
-    """Options of timelines, see `write_predictions`."""
+    """Options of timelines; see `write_predictions`."""
 
     embed_audio: bool
     transcript: str | os.PathLike[str] | None
@@ -46,7 +46,7 @@ def write_predictions(
 
     In a CSV file, nested values have their own columns, such as `probabilities.anger`, and lists
     are joined by semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
-    take the rows of one recording, see `EmotionRecognizer.predict_recording`.
+    take the rows of one recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
       path: File to write.
@@ -54,7 +54,7 @@ def write_predictions(
       embed_audio: Whether a web page contains the audio. Otherwise it links the recording.
       transcript: Transcript of the recording. If it is an EAF or TextGrid, the tiers of emotions of
         an EAF or TextGrid are added to its tiers. Other formats do not use it.
-      channels: Channels that were predicted, see `find_utterances`. A web page shows them, and
+      channels: Channels that were predicted; see `find_utterances`. A web page shows them, and
         embeds them. Those of "split" are mixed.
 
     Raises:

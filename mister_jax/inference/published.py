@@ -42,7 +42,7 @@ class PublishedModels:
     a model with independent labels are divided by their sum.
 
     Args:
-      text: Checkpoint for sequence classification, a folder or a name on the Hugging Face Hub, see
+      text: Checkpoint for sequence classification, a folder or a name on the Hugging Face Hub; see
         `encoders.classification.load_classifier`.
       speech: Checkpoint for audio classification.
       text_weight: Weight of the text model, 0 or more.
@@ -103,8 +103,8 @@ class PublishedModels:
         """Averages the models' probabilities.
 
         Args:
-          encoded: Probabilities of the labels, "speech" and "text", [N, labels], and which
-            utterances have them, "speech_present" and "text_present", [N] bool.
+          encoded: Arrays by name: label probabilities "speech" and "text", [N, num_labels], and
+            presence flags "speech_present" and "text_present", [N] bool.
 
         Returns:
           The arrays of `FusionTask.predict` without the axis of dialogues. Without speech and text,

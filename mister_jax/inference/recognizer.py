@@ -35,7 +35,7 @@ from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 _MAX_GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
-"""Number of utterances of a recording that are predicted in one context, see `_sections`."""
+"""Number of utterances of a recording that are predicted in one context; see `_sections`."""
 
 NewPaths = str | Mapping[str, str] | None
 """New path of an encoder that has moved, or of its parts by name: "encoder", "adapter", "whisper",
@@ -48,16 +48,16 @@ class EmotionRecognizer(ModelHubMixin):
     The dataset of the training run is not needed: the run and its exported bundle record which
     encoders extracted the features.
 
-    `save_pretrained(FOLDER)` and `push_to_hub("OWNER/NAME")` write a bundle, see
+    `save_pretrained(FOLDER)` and `push_to_hub("OWNER/NAME")` write a bundle; see
     `huggingface_hub.ModelHubMixin`.
 
     Args:
       model: Work directory of a run trained on features from `mister-jax extract`, bundle from
-        `mister-jax export`, name of a model in this package, or name on the Hugging Face Hub, see
+        `mister-jax export`, name of a model in this package, or name on the Hugging Face Hub; see
         `pretrained.find_model`.
       speech_encoder: New path of the speech encoder, if it has moved: a work directory, a folder,
         or a name on the Hugging Face Hub. For an encoder in several parts, a dict of the parts
-        that have moved, see `extraction.with_new_paths`.
+        that have moved; see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
       calibrate: Whether to calibrate the probabilities, if the model has a calibration.
 
@@ -133,7 +133,7 @@ class EmotionRecognizer(ModelHubMixin):
         return _PublishedRecognizer(PublishedModels(text=text, speech=speech, **options))
 
     def _save_pretrained(self, save_directory: pathlib.Path) -> None:
-        """Writes a bundle, see `save_pretrained` of `huggingface_hub.ModelHubMixin`."""
+        """Writes a bundle; see `save_pretrained` of `huggingface_hub.ModelHubMixin`."""
         write_model(self._predictor, pathlib.Path(save_directory))
 
     @property
@@ -149,7 +149,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None = None,
         quiet: bool = True,
     ) -> list[dict[str, Any]]:
-        """Predicts the utterances of one dialogue, see `predict_dialogues`."""
+        """Predicts the utterances of one dialogue; see `predict_dialogues`."""
         (rows,) = self.predict_dialogues(
             [utterances], max_seconds=max_seconds, min_confidence=min_confidence, quiet=quiet
         )
@@ -240,7 +240,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts encoded utterances, see `_predict`; the rows have no notes yet."""
+        """Predicts encoded utterances (see `_predict`); the rows have no notes yet."""
         indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
@@ -297,7 +297,7 @@ class EmotionRecognizer(ModelHubMixin):
     def find_utterances(
         self, recording: str | os.PathLike[str], **options: Any
     ) -> RecordingUtterances:
-        """Finds the utterances of a recording, see `recordings.find_utterances`.
+        """Finds the utterances of a recording; see `recordings.find_utterances`.
 
         By default, speech is recognized only if the model reads text.
         """
@@ -320,7 +320,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None = None,
         quiet: bool = True,
     ) -> list[dict[str, Any]]:
-        """Predicts the utterances that `find_utterances` returns, see `predict_recording`."""
+        """Predicts the utterances that `find_utterances` returns; see `predict_recording`."""
         recording = utterances.recording
         inputs = [
             {

@@ -42,7 +42,7 @@ _MIN_SHARE_RATIO = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class RecordingUtterances:
-    """The utterances of a recording, in the order of their start.
+    """The utterances of a recording, sorted by start time.
 
     Attributes:
       recording: Path of the recording.
@@ -83,9 +83,9 @@ def find_utterances(
       recording: Audio or video file that FFmpeg reads.
       transcript: File in a format of `read_transcript`, or segments.
       search_transcript: Whether to look for a transcript beside the recording.
-      tier: Tier of an annotation, see `read_transcript`.
+      tier: Tier of an annotation; see `read_transcript`.
       speaker: Speaker whose segments are used; None uses all.
-      recognizer: Whisper checkpoint, see `WhisperRecognizer`, or a function from samples to
+      recognizer: Whisper checkpoint (see `WhisperRecognizer`) or a function from samples to
         segments, such as `detect_voice_activity`, which finds utterances without text. By default
         Whisper if its default checkpoint can be loaded, else voice activity detection.
       language: Code of the language for Whisper; None detects it.

@@ -162,7 +162,7 @@ class RecognizedSpeech:
     """The speech of a recording.
 
     Attributes:
-      segments: Segments in the order of their start.
+      segments: Segments, sorted by start time.
       seconds: Length of the recording in seconds.
       damage: Why the recording could not be read to its end, or empty.
     """
@@ -264,7 +264,7 @@ def load_recognizer(
     """Returns the recognizer of a user's choice. Checkpoints stay loaded.
 
     Args:
-      recognizer: A function; a checkpoint, see `WhisperRecognizer`; or None for the default
+      recognizer: A function; a checkpoint (see `WhisperRecognizer`); or None for the default
         checkpoint if it can be loaded, else `detect_voice_activity`.
       language: Code of the language for Whisper.
 

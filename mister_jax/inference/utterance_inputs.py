@@ -84,7 +84,7 @@ def check_utterance(utterance: Utterance) -> CheckedUtterance:
 def decode_speech(
     utterances: Sequence[CheckedUtterance], max_seconds: float, num_workers: int, quiet: bool
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Decodes the speech of utterances, see `EmotionRecognizer.predict_dialogues`.
+    """Decodes the speech of utterances; see `EmotionRecognizer.predict_dialogues`.
 
     Yields:
       For each utterance its samples [S] int16, empty if it has no usable speech, and its notes.

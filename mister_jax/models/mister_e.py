@@ -170,10 +170,10 @@ class MisterE(nnx.Module):
         speech_present: jax.Array,
         text_present: jax.Array,
     ) -> tuple[MisterEState, MisterEOutput]:
-        """Predicts the next utterance of each dialogue in a batch; only for a causal model.
+        """Computes the outputs for the next utterance in each dialogue of a batch.
 
-        The outputs are equal to those of a call with all utterances. The time does not depend on
-        the number of earlier utterances.
+        Requires a causal model. The outputs are equal to those of a call with all utterances. The
+        time does not depend on the number of earlier utterances.
 
         Args:
           state: State after the last utterance.

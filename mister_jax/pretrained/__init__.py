@@ -1,6 +1,6 @@
 """Trained models: those in this package, and those in folders and on the Hugging Face Hub.
 
-Every subfolder of this package is a bundle, see `mister_jax.bundle`, named after its model.
+Every subfolder of this package is a bundle (see `mister_jax.bundle`) named after its model.
 """
 
 from __future__ import annotations

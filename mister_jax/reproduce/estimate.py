@@ -62,7 +62,8 @@ class Device:
     interconnect: float = math.inf
 
 
-# The same data sheets as in benchmarks/aot.py. A v5p-8 has eight cores on four chips.
+# The values are from the data sheets cited in benchmarks/aot.py. A v5p-8 has eight cores on four
+# chips.
 DEVICES: Mapping[str, Device] = {
     "v5e-8": Device("8 TPU v5e chips", 8, 197e12, 16 * 2**30, 819e9, 2 * 50e9),
     "v5p-8": Device("4 TPU v5p chips", 4, 459e12, 95 * 2**30, 2765e9, 2 * 100e9),

@@ -45,7 +45,7 @@ def run_stages(
     Args:
       stages: Stages in their order.
       settings: Settings of the reproduction.
-      runner: Runs a command; by default in a new process.
+      runner: Function that runs a command. The default runs it in a new process.
 
     Returns:
       The content of `reproduce.json`, or None if SIGTERM stopped a stage.

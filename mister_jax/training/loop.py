@@ -138,7 +138,7 @@ class TrainProgress:
     """Progress of a training run, saved with its state.
 
     Attributes:
-      best_scores: Best validation score per seed, see `TrainConfig.selection_scores`.
+      best_scores: Best validation score per seed; see `TrainConfig.selection_scores`.
       best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
       epoch: Number of completed epochs.
       finished: Whether training is complete.

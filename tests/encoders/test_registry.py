@@ -372,7 +372,7 @@ def test_a_tokenizer_without_cls_token_is_rejected_for_bert(copy, word_tokenizer
     "fields",
     [
         {"pad_token_id": 2},  # Another special token of the tokenizer.
-        {"pad_token_id": 20},  # The tokenizer has no padding token, see below.
+        {"pad_token_id": 20},  # The tokenizer has no padding token; see below.
         {"eos_token_id": [17, 3]},
         {"bos_token_id": 0, "eos_token_id": 2},  # Special tokens with other names in the tokenizer.
         {"pad_token_id": -1, "bos_token_id": None},

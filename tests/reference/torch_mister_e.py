@@ -236,7 +236,7 @@ def loss(
     Args:
       output: Output of `TorchMisterE`.
       labels: Class of each position, [B, T] int64.
-      weights: Weights of the parts, see `losses.mister_e`.
+      weights: Weights of the parts; see `losses.mister_e`.
       gamma: Exponent of the focal loss.
       temperature: Temperature of the contrastive loss.
 

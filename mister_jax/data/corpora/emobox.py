@@ -127,7 +127,7 @@ def read_emobox(
         source: Folder of the corpus, such as `EmoBox/data/urdu`; or a single metadata file, such as
             a cross-corpus test set in `EmoBox/data/track2`, whose utterances become the test split.
         audio_root: Folder of the recordings; by default `EmoBox/downloads`. Its layout and the
-            extensions of the files may differ from the metadata, see `find_recordings`.
+            extensions of the files may differ from the metadata; see `find_recordings`.
         fold: Number of the fold; by default the first.
         seed: Seed for drawing validation.
         label_map: Map from EmoBox's class names to other names. An empty name makes the utterances

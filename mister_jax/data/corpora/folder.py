@@ -4,9 +4,10 @@ A pattern describes the paths: `{speaker}_{emotion}_{sentence}.wav` reads `EB0_a
 
 - `{emotion}` is required. `{speaker}`, `{dialogue}`, `{utterance}`, `{order}`, `{text}` and
   `{split}` are the fields of a manifest. Other names become metadata.
-- `{emotion:1}` has one character. `{_}` is ignored, and so is `*`, which may be empty.
-- `{emotion}/{speaker}_*.wav` reads the folder of a recording too. A pattern describes the end of
-  the path, so further folders may precede it.
+- `{emotion:1}` has one character. `{_}` and `*` match text that is ignored. `*` can also match
+  nothing.
+- `{emotion}/{speaker}_*.wav` reads the emotion from the name of the recording's folder. A pattern
+  describes the end of the path, so further folders may precede it.
 - `.*` at the end, or no extension, allows all recordings.
 """
 
@@ -94,7 +95,7 @@ _SPLIT_NAMES = {
 
 _TOKEN = re.compile(r"\{(?P<name>[^{}:]*)(?::(?P<width>[^{}]*))?\}|(?P<star>\*)|(?P<brace>[{}])")
 
-# At most one in this many recordings may not match the pattern.
+# An error is raised if more than 1 in `_UNMATCHED_LIMIT` recordings fail to match the pattern.
 _UNMATCHED_LIMIT = 10
 _MAX_LISTED = 5  # files that a note names
 
@@ -205,7 +206,7 @@ def read_folder(
 
     Args:
         source: Folder of the recordings.
-        pattern: Pattern of their paths, or the name of one of `PRESETS`.
+        pattern: Pattern of the recordings' paths, or the name of a preset in `PRESETS`.
         label_map: Map from emotions in the paths to class names. For a preset, it maps the preset's
             class names.
         **manifest_options: Other options of `corpus_from_rows`, such as `labels` and `group_by`.

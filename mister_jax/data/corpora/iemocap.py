@@ -75,7 +75,7 @@ def read_iemocap(
         source: Folder that contains `Session1` to `Session5`.
         classes: "six", or "four" with excited merged into happy. Utterances with other emotions are
             unlabeled.
-        validation: "session1", whose speakers are not in training, or "cosmic12", see `COSMIC12`.
+        validation: "session1", whose speakers are not in training, or "cosmic12" (see `COSMIC12`).
             Session 5 is always the test split.
         partial: Whether to allow a corpus whose size differs from the release.
 

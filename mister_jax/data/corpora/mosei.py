@@ -118,7 +118,7 @@ def _find_folds(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def _read_transcript(path: pathlib.Path, counts: collections.Counter[str]) -> list[_Segment]:
-    """Returns the segments of a transcript in the order of their times."""
+    """Returns the segments of a transcript, sorted by start time."""
     text, is_utf8 = read_any_text(path)
     counts["transcripts that are not UTF-8, read as cp1252"] += not is_utf8
     segments: dict[int, _Segment] = {}
@@ -153,10 +153,10 @@ def _utterances(
     features: np.ndarray,
     intervals: np.ndarray,
 ) -> tuple[Utterance, ...]:
-    """Returns the utterances of a video in the order of their times.
+    """Returns the utterances of a video, sorted by start time.
 
     Args:
-        location: Location of the labels, for messages.
+        location: Location of the labels, named in error messages.
         video: Id of the video.
         audio: Path of its recording.
         segments: Segments of its transcript.

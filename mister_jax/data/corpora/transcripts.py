@@ -56,7 +56,7 @@ def read_transcripts(
     in the notes.
 
     Args:
-      source: Folder of the recordings; transcripts are beside them, see `find_transcript`.
+      source: Folder of the recordings. Transcripts are beside them; see `find_transcript`.
       options: How transcripts are read.
       **manifest_options: Options of `corpus_from_rows`, such as `labels`.
 

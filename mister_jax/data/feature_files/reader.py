@@ -47,7 +47,7 @@ def read_features(
 ) -> dict[str, DialogueFeatures]:
     """Reads and checks the utterance features of an npz file, a pickle or JSON files.
 
-    Pickles are read without running them. Their layout is recognized from their structure, see
+    Pickles are read without running them. Their layout is recognized from their structure; see
     `mister_jax.data.feature_files` for the layouts.
 
     Args:

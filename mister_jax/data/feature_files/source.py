@@ -28,7 +28,7 @@ class Field:
         key: Index in a tuple, or key in a dict.
         kind: Kind of the values, such as "features".
         count: Number of values, with their unit.
-        dims: Dimension of features, or empty.
+        dims: Feature dimension as text; empty if the field does not hold feature vectors.
         example: First value.
         note: Use of a field that has no role, such as "visual features".
     """

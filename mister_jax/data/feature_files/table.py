@@ -68,7 +68,7 @@ class FeatureTable:
             group_by: Array whose values stay in one split of a random split; by default `speaker`.
             seed: Seed of the random split of a table without `split`.
             notes: Notes for the user, for the metadata.
-            utterance_metadata: JSON objects, [N] str, see `DialogueFeatures`.
+            utterance_metadata: JSON objects, [N] str; see `DialogueFeatures`.
 
         Raises:
             InputError: A row cannot be used.

@@ -183,7 +183,10 @@ def _function(module: str, name: str) -> Callable[..., Any] | None:
 
 
 def _encode(text: str | bytes = b"", encoding: str = "latin1") -> bytes:
-    """Returns bytes that Python wrote as text. Other encodings would import modules."""
+    """Returns bytes that Python wrote as text.
+
+    Rejects encodings other than Latin-1, because looking up a codec can import a module.
+    """
     if isinstance(text, bytes | bytearray):
         return bytes(text)
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str):

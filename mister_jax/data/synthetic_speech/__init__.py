@@ -3,7 +3,7 @@
 An utterance's emotion determines the distributions of its speaking style (Gaussian pitch, loudness,
 tempo and brightness) and of its words. `voice` turns the style into meaningless syllables, and
 sentence templates turn the words into text. All other properties, such as vowels, template and
-duration, are independent of the emotion, so the posterior of the emotions can be computed, see
+duration, are independent of the emotion, so the posterior of the emotions can be computed; see
 `mister_jax.data.dialogue_process`.
 """
 

@@ -150,7 +150,7 @@ def make_spoken_dialogue_process(
 ) -> SpokenDialogueProcess:
     """Draws the Markov chain of a process.
 
-    `num_classes` is 2 to 7, see `class_names`. The other options are those of
+    `num_classes` is 2 to 7; see `class_names`. The other options are those of
     `dialogue_process.emotion_chain` and `dialogue_process.ConversationProcess`.
 
     Raises:

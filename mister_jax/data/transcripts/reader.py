@@ -41,7 +41,7 @@ FORMATS = (
     "Azure, Deepgram, AssemblyAI and batchalign, Praat TextGrid, ELAN EAF, CHAT, STM, CTM, RTTM, "
     "CSV and TSV with start and end"
 )
-"""The supported formats, for messages."""
+"""The supported formats, named in error messages."""
 
 SUFFIXES = (
     *(".eaf", ".textgrid", ".cha", ".json", ".vtt", ".srt", ".ass", ".ssa", ".ttml", ".dfxp"),
@@ -91,7 +91,7 @@ def read_transcript(
       strict: Whether an option that the format does not have is an error; otherwise it is ignored.
 
     Returns:
-      The segments in the order of their start. All end after they start, and none starts before 0.
+      The segments, sorted by start time. All end after they start, and none starts before 0.
 
     Raises:
       InputError: The file cannot be read, or not with these options. The message is one line.
@@ -157,7 +157,7 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 class TranscriptFinder:
-    """Finds the transcripts of many recordings, see `find_transcript`. Lists each folder once."""
+    """Finds the transcripts of many recordings; see `find_transcript`. Lists each folder once."""
 
     def __init__(self) -> None:
         self._folders: dict[pathlib.Path, list[tuple[str, pathlib.Path]]] = {}

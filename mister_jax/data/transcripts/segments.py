@@ -45,7 +45,7 @@ class Transcript:
 
     Attributes:
       format: Name of the detected format, such as "SRT" or "Praat TextGrid".
-      segments: Segments in the order of their start.
+      segments: Segments, sorted by start time.
       notes: Notes for the user on segments that were left out or repaired.
       has_text: Whether the format transcribes words; RTTM has only turns.
     """

@@ -289,7 +289,10 @@ def _read_whisper(data: Record, notes: Notes) -> Iterable[Segment]:
 
 
 def _with_words(segments: Sequence[Segment], words: Sequence[Word]) -> list[Segment]:
-    """Gives each word to the segment that contains its middle, or to the nearest segment."""
+    """Assigns each word to the segment that contains its midpoint.
+
+    If no segment contains it, the word is assigned to the nearest segment.
+    """
     segments = sorted(segments, key=lambda segment: segment.start)
     starts = [segment.start for segment in segments]
     words_by_segment = collections.defaultdict(list)

@@ -1,8 +1,9 @@
 """Reads subtitles: SRT, WebVTT, ASS and SSA, TTML, SAMI.
 
-pysubs2 reads TTML, SAMI and the markup of ASS. It does not read the cues of SRT and WebVTT here,
-because it reads their lines without the structure around them: identifiers of cues and comments
-become text, and 100:00:00 is read as 00:00:00. It also ignores the order of fields in ASS.
+This module uses pysubs2 to parse TTML, SAMI and ASS markup. It parses SRT and WebVTT cues itself,
+because pysubs2 reads their lines without the surrounding structure: it treats cue identifiers and
+comments as text, and reads 100:00:00 as 00:00:00. This module also parses the lines of ASS events,
+because pysubs2 ignores the declared order of their fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads transcripts with one segment a line: STM, CTM, RTTM, CSV and TSV."""
+"""Reads transcripts with one segment per line: STM, CTM, RTTM, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _COLUMNS = {
 
 
 def detect_table(text: str, suffix: str) -> DetectedFormat | None:
-    """Returns the format of a text with one segment a line, or None.
+    """Returns the format of a text with one segment per line, or None.
 
     Args:
       text: Content of the file.

@@ -72,7 +72,7 @@ def make_utterances(
     neither split nor joined.
 
     Returns:
-      The utterances in the order of their start. Those of different speakers may overlap.
+      The utterances, sorted by start time. Those of different speakers may overlap.
     """
     rules = rules or UtteranceRules()
     utterances: list[Segment] = []

@@ -42,9 +42,9 @@ def write_report(
       output: Folder of the report.
       features: `DialogueFeatures` or `Utterances` of the split.
       predictions: Predictions that `Predictor` returned.
-      scores: Scores, see `report_html`.
+      scores: Scores; see `report_html`.
       experiment: Training run that is evaluated.
-      texts: Transcripts by utterance id, see `read_utterance_texts`.
+      texts: Transcripts by utterance id; see `read_utterance_texts`.
       study: Content of `missing_modality.json`; its section is omitted if None.
     """
     path = epath.Path(output) / "report.html"

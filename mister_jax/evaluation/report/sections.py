@@ -192,7 +192,7 @@ def render_calibration(
     Args:
       predictions: Predictions for the split.
       bootstrap: Bootstrap over their dialogues.
-      summary: Scores before and after calibration, see `evaluation.calibration`; may be empty.
+      summary: Scores before and after calibration (see `evaluation.calibration`); may be empty.
     """
     error, bins = statistics.calibration(predictions, bootstrap)
     rows = [

@@ -22,7 +22,7 @@ class ScoredModel:
     Attributes:
       name: "model", the name of an expert, "majority", or the name of a reference.
       kind: "model", "expert", "majority" or "reference".
-      scores: Available scores by name, see `metrics.SCORE_NAMES`.
+      scores: Available scores by name; see `metrics.SCORE_NAMES`.
       utterances: Number of scored utterances; None if unknown.
       difference: Weighted F1 minus the evaluated model's weighted F1 on the same utterances; None
         for the evaluated model and for references.
@@ -138,7 +138,7 @@ class RiskCoverage(NamedTuple):
 
 
 def risk_coverage(predictions: SplitPredictions) -> RiskCoverage:
-    """Computes the risk-coverage curve of the labeled utterances, see `metrics.risk_coverage`."""
+    """Computes the risk-coverage curve of the labeled utterances; see `metrics.risk_coverage`."""
     labeled = predictions.labeled
     correct = ~predictions.wrong[labeled]
     confidence = predictions.probabilities[labeled].max(-1)

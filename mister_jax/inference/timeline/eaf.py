@@ -42,7 +42,7 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None =
 
     Args:
       path: File that will contain the document; ELAN finds the recording relative to it.
-      rows: Rows of one recording in the order of their start.
+      rows: Rows of one recording, sorted by start time.
       given: Annotation to which the tiers of emotions are added. An EAF is kept as it is; the tiers
         of intervals of a TextGrid are copied.
     """

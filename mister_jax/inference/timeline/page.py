@@ -37,7 +37,7 @@ def timeline_html(
 
     Args:
       path: File that will contain the page; it links the recording relative to this file.
-      rows: Rows of one recording in the order of their start.
+      rows: Rows of one recording, sorted by start time.
       embed_audio: Whether the page contains the audio as MP3, 14 MB per hour.
       channels: Channel to show and embed; "split" shows the mix.
 

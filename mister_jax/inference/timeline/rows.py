@@ -17,11 +17,11 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def check_timeline_rows(path: epath.PathLike, rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows in the order of their start.
+    """Returns the rows, sorted by start time.
 
     Args:
       path: Output file, for error messages.
-      rows: Prediction rows, see `EmotionRecognizer.predict_recording`.
+      rows: Prediction rows; see `EmotionRecognizer.predict_recording`.
 
     Raises:
       InputError: There are no rows, a row has no times, or the rows are of several recordings.

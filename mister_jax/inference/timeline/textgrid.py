@@ -25,7 +25,7 @@ def to_textgrid(rows: Sequence[Row], given: Annotation | None = None) -> str:
     """Returns a Praat TextGrid in the long text format.
 
     Args:
-      rows: Rows of one recording in the order of their start.
+      rows: Rows of one recording, sorted by start time.
       given: Annotation to which the tiers of emotions are added. The tiers of a TextGrid are kept
         as they are; those of an EAF become tiers of intervals.
     """

@@ -32,7 +32,7 @@ class TierPair:
       text_name: Name of the tier of texts.
       emotion_name: Name of the tier of emotions.
       speaker: Speaker, empty if unknown.
-      rows: Rows in the order of their start, which do not overlap.
+      rows: Rows without overlaps, sorted by start time.
     """
 
     text_name: str
@@ -45,7 +45,7 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
     """Splits sorted rows into tiers: one per speaker, more if their utterances overlap.
 
     Args:
-      rows: Rows of one recording in the order of their start.
+      rows: Rows of one recording, sorted by start time.
       given: Names of the tiers of the transcript, which has the texts. Then only the names of the
         tiers of emotions are unique.
     """
@@ -108,7 +108,7 @@ def unique_name(name: str, used: Collection[str]) -> str:
 def split_overlaps(
     items: Iterable[_T], times: Callable[[_T], tuple[float, float]]
 ) -> list[list[_T]]:
-    """Divides items in the order of their start into lists without overlaps."""
+    """Divides items that are sorted by start time into lists without overlaps."""
     lanes: list[list[_T]] = []
     for item in items:
         start, _ = times(item)

@@ -50,7 +50,7 @@ def waveform_peaks(
 ) -> Waveform:
     """Decodes a recording in blocks and returns its waveform.
 
-    Memory does not grow with the samples of the recording, only with the bins of 10 ms.
+    Each block is reduced to bins of 10 ms, so the recording's samples are never all in memory.
 
     Args:
       recording: Audio or video file that FFmpeg reads.

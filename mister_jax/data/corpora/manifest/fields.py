@@ -47,8 +47,8 @@ _MAX_NUMBER = float(np.finfo(np.float32).max)
 class Fields:
     """Fields of one utterance, with a method per type of field.
 
-    If a value is invalid, the methods raise an `InputError` that names location and field. None and
-    text that contains only white space count as absent.
+    If a value is invalid, the methods raise an `InputError` that names the location and the field.
+    None and text that contains only white space count as absent.
 
     Args:
         location: Location of the fields, with which all error messages begin.

@@ -67,8 +67,8 @@ def read_manifest(
     """Reads and checks a manifest.
 
     Args:
-        source: Path of the file, `.jsonl`, `.csv` or `.tsv` in UTF-8. The separator in a CSV file
-            may be a comma, a semicolon, a tab or a bar.
+        source: Path of a UTF-8 `.jsonl`, `.csv` or `.tsv` file. The separator in a CSV file may be
+            a comma, a semicolon, a tab or a bar.
         labels: Ordered class names; by default the sorted names in the file.
         label_map: Map from names in the file to class names. An empty class name makes a row
             unlabeled. Map a name to itself to allow it although it looks like a mistake.
@@ -117,7 +117,7 @@ def corpus_from_rows(
     seed: int = 0,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> Corpus:
-    """Makes a corpus from the rows of a manifest, see `read_manifest`.
+    """Makes a corpus from the rows of a manifest; see `read_manifest`.
 
     Args:
         rows: Rows, at least one.
