@@ -494,7 +494,10 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)
-    text = text.replace("</body>", f"<script>{WALK}</script></body>")
+    # Until the page has the focus, no element matches `:focus`.
+    wait = "const wait = (n) => document.hasFocus() || !n ? walk() : setTimeout(wait, 20, n - 1);"
+    script = f"const walk = () => {{ {WALK} }}; {wait} wait(100);"
+    text = text.replace("</body>", f"<script>{script}</script></body>")
     path = tmp_path / "report.html"
     path.write_text(text)
     dom = dump(path, tmp_path / "profile")
