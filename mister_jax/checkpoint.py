@@ -123,6 +123,30 @@ class Checkpoints:
                 ) from error
         return restored[_STATE], restored[_PROGRESS]
 
+    def progress(self, kind: str) -> dict[str, Any] | None:
+        """Reads only the progress of the newest checkpoint of a kind, or None if there is none.
+
+        Raises:
+          InputError: The checkpoint is damaged.
+        """
+        if not (self._directory / kind).exists():
+            return None
+        manager = self._manager(kind)
+        step = manager.latest_step()
+        if step is None:
+            return None
+        try:
+            items = {_PROGRESS: self._ocp.args.JsonRestore()}
+            progress: dict[str, Any] = manager.restore(
+                step, args=self._ocp.args.Composite(**items)
+            )[_PROGRESS]
+        except Exception as error:  # Orbax raises many types for damaged files.
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self._directory / kind / str(step)}: the checkpoint is damaged ({reason})"
+            ) from error
+        return progress
+
     def _manager(self, kind: str) -> Any:
         if kind not in self._managers:
             self._managers[kind] = self._ocp.CheckpointManager(

@@ -127,6 +127,9 @@ def _find_files(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     for name in _ENCODER_PATHS:
         if options.get(name):
             options[name] = find_moved(options[name], stored_location, workdir)
+    train = config.get("train", {})
+    if train.get("init_from"):
+        train.init_from = find_moved(train.init_from, stored_location, workdir)
     return config
 
 
@@ -155,7 +158,8 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Checks that a config can resume the run in a work directory, if there is one.
 
     Raises:
-      InputError: The work directory has another config or more epochs, or is from an older version.
+      InputError: The work directory has another config, was created with more epochs than this
+        config has, or is from an older version.
     """
     if not config_path(workdir).exists():
         return

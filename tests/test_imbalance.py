@@ -164,7 +164,9 @@ def test_the_last_epoch_may_be_used_whatever_its_scores():
 
 
 def test_scores_of_training_dialogues_cannot_select_the_epoch(tiny_data_dir):
-    config = make_tiny_config(tiny_data_dir, **{"data.validate_on_train": True})
+    config = make_tiny_config(
+        tiny_data_dir, **{"data.validate_on_train": True, "data.folds": "dialogue:3"}
+    )
     with pytest.raises(InputError, match=r"validate_on_train needs config\.train"):
         FusionTask.from_data(config)
 

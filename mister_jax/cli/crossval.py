@@ -30,8 +30,10 @@ def _crossval() -> int:
     workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
     if config.task != "fusion":
         raise InputError(f"config.task={config.task!r}; allowed: 'fusion'")
-    if bool(_FOLDS.value) == bool(_DATASETS.value):
-        raise InputError("one of --folds and --datasets is needed, such as --folds=speaker:5")
+    if _FOLDS.value and _DATASETS.value:
+        raise InputError("--folds and --datasets; allowed: only one of them")
+    if not _FOLDS.value and not _DATASETS.value:
+        raise InputError("--folds or --datasets is needed, such as --folds=speaker:5")
     import jax
     from etils import epath
 

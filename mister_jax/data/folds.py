@@ -17,7 +17,13 @@ import numpy as np
 from etils import epath
 
 from mister_jax.data.features import load_features, split_names
-from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED, DialogueFeatures
+from mister_jax.data.schema import (
+    MODALITIES,
+    SPEAKER_IN_DIALOGUE,
+    SPLITS,
+    UNLABELED,
+    DialogueFeatures,
+)
 from mister_jax.data.split_guard import all_splits_allowed, check_split_allowed
 from mister_jax.errors import InputError
 
@@ -30,8 +36,8 @@ FOLD = "fold"
 _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 
 # Session and speaker in IEMOCAP's ids, such as Ses01F_impro01_M003: speaker M of session 01.
-_IEMOCAP_ID = re.compile(r"Ses(\d\d)[FM]_.+_([FM])(?:XX)?\d+")
-_IEMOCAP_COLUMNS = ("session", "speaker")
+_IEMOCAP_DIALOGUE = re.compile(r"Ses(\d\d)[FM]_")
+_IEMOCAP_TURN = re.compile(r"Ses\d\d[FM]_.+_([FM])(?:XX)?\d+")
 
 # One in this many folds is used for validation, but at least one.
 _VALIDATION_SHARE = 8
@@ -98,8 +104,8 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise InputError(f"folds {spec!r}; allowed: COLUMN or COLUMN:NUMBER_OF_FOLDS")
-    values = _column(features, match["column"])
+        raise InputError(f"folds {spec!r}; allowed: COLUMN or COLUMN:NUMBER, such as speaker:5")
+    values = _column(features, match["column"], spec)
     distinct, index = np.unique(values, return_inverse=True)
     if match["count"] is None:
         names: Sequence[str] = distinct.tolist()
@@ -117,8 +123,8 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
         members = [tuple(distinct[assigned == number].tolist()) for number in range(count)]
     if len(names) < len(SPLITS):
         raise InputError(
-            f"folds {spec!r}: {len(names)} folds; needed: at least 3, because training, validation "
-            "and test have different ones"
+            f"folds {spec!r}: only {len(names)} ({', '.join(names)}); needed: at least 3, because "
+            "training, validation and test have different ones"
         )
     return Folds(spec, tuple(names), tuple(tuple(member) for member in members), index)
 
@@ -170,32 +176,16 @@ def select_fold(
     validate_on_train: bool = False,
 ) -> DialogueFeatures:
     """Returns a split of a fold; see `load_fold`."""
-    num_folds = len(folds.names)
-    if not 0 <= fold < num_folds:
-        raise InputError(f"fold {fold} of {folds.spec!r}; allowed: 0 to {num_folds - 1}")
-    # Which dialogues have an utterance in each fold, [F, M].
-    dialogue = np.repeat(np.arange(len(features.lengths)), features.lengths)
-    occurs = np.zeros((num_folds, len(features.lengths)), bool)
-    occurs[folds.index, dialogue] = True
-    test = occurs[fold]
-    validation = np.zeros_like(test)
-    num_missing = max(1, round(num_folds / _VALIDATION_SHARE))
-    for offset in range(1, num_folds):
-        candidate = occurs[(fold + offset) % num_folds] & ~test & ~validation
-        if num_missing and candidate.any():
-            validation |= candidate
-            num_missing -= 1
-    train = ~test if validate_on_train else ~test & ~validation
-    chosen = {"train": train, "validation": validation, "test": test}[split]
-    if not chosen.any():
-        raise InputError(
-            f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: no dialogue for "
-            f"the {split} split, because all others share a value with the test fold"
-        )
+    if not 0 <= fold < len(folds.names):
+        raise InputError(f"fold {fold} of {folds.spec!r}; allowed: 0 to {len(folds.names) - 1}")
+    splits = _split_dialogues(features, folds, fold)
+    chosen = splits[split]
+    if validate_on_train and split == "train":
+        chosen = chosen | splits["validation"]
     label = features.label
     if split == "test":
         label = np.where(folds.index == fold, label, UNLABELED).astype(label.dtype)
-    rows = chosen[dialogue]
+    rows = np.repeat(chosen, features.lengths)
     arrays: dict[str, Any] = {
         field: getattr(features, field)[rows] for field in _utterance_fields(features)
     }
@@ -209,34 +199,85 @@ def select_fold(
     )
 
 
-def _column(features: DialogueFeatures, column: str) -> np.ndarray:
+def check_folds(features: DialogueFeatures, folds: Folds) -> None:
+    """Raises InputError if a split of any fold has no dialogue."""
+    for fold in range(len(folds.names)):
+        _split_dialogues(features, folds, fold)
+
+
+def _split_dialogues(features: DialogueFeatures, folds: Folds, fold: int) -> dict[str, np.ndarray]:
+    """Returns which dialogues are in each split of a fold, [M] bool.
+
+    Raises:
+        InputError: A split has no dialogue.
+    """
+    num_folds = len(folds.names)
+    # Which dialogues have an utterance in each fold, [F, M].
+    dialogue = np.repeat(np.arange(len(features.lengths)), features.lengths)
+    occurs = np.zeros((num_folds, len(features.lengths)), bool)
+    occurs[folds.index, dialogue] = True
+    test = occurs[fold]
+    validation = np.zeros_like(test)
+    num_missing = max(1, round(num_folds / _VALIDATION_SHARE))
+    for offset in range(1, num_folds):
+        candidate = occurs[(fold + offset) % num_folds] & ~test & ~validation
+        if num_missing and candidate.any():
+            validation |= candidate
+            num_missing -= 1
+    splits = {"train": ~test & ~validation, "validation": validation, "test": test}
+    for split, chosen in splits.items():
+        if not chosen.any():
+            raise InputError(
+                f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: no dialogue "
+                f"for the {split} split, because all others share a value with another split"
+            )
+    return splits
+
+
+def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
     """Returns each utterance's value in a column, [N] str."""
     if column == DIALOGUE:
         return np.repeat(np.array(features.dialogue_ids, str), features.lengths)
     columns: list[str] = []
+    # In some feature files, a column `speaker` of IEMOCAP has only M and F, so the ids come first.
+    values = _iemocap_columns(features)
+    if column in values:
+        return values[column]
+    columns += values
     if features.utterance_metadata is not None:
         rows = [json.loads(text) for text in features.utterance_metadata]
-        counts = collections.Counter(key for row in rows for key in row)
-        columns = list(counts)
+        counts = collections.Counter(
+            key for row in rows for key, value in row.items() if value is not None
+        )
+        columns += [name for name in counts if name not in columns]
         if counts[column] == len(rows):
             return np.array([str(row[column]) for row in rows])
         if column in counts:
             raise InputError(
-                f"folds {column!r}: {len(rows) - counts[column]} of {len(rows)} utterances of "
-                f"dataset {features.name} have no value"
+                f"folds {spec!r}: {len(rows) - counts[column]} of {len(rows)} utterances of "
+                f"dataset {features.name} have no {column}"
             )
-    matches = [_IEMOCAP_ID.fullmatch(utterance) for utterance in features.utterance_ids]
-    sessions = [match for match in matches if match is not None]
-    if len(sessions) == len(matches):
-        if column == "session":
-            return np.array([match[1] for match in sessions])
-        if column == "speaker":
-            return np.array([match[1] + match[2] for match in sessions])
-        columns += [name for name in _IEMOCAP_COLUMNS if name not in columns]
     raise InputError(
-        f"folds {column!r}: dataset {features.name} has no such column; allowed: "
+        f"folds {spec!r}: dataset {features.name} has no column {column!r}; allowed: "
         f"{', '.join((DIALOGUE, *columns))}"
     )
+
+
+def _iemocap_columns(features: DialogueFeatures) -> dict[str, np.ndarray]:
+    """Returns the columns "session" and "speaker" of IEMOCAP, as far as they are known, [N] str."""
+    dialogues = [_IEMOCAP_DIALOGUE.match(str(name)) for name in features.dialogue_ids]
+    sessions = [match[1] for match in dialogues if match is not None]
+    if len(sessions) < len(dialogues):
+        return {}
+    session = np.repeat(np.array(sessions), features.lengths)
+    matches = [_IEMOCAP_TURN.fullmatch(str(name)) for name in features.utterance_ids]
+    speakers = [match[1] for match in matches if match is not None]
+    if len(speakers) < len(matches) and features.utterance_metadata is not None:
+        rows = [json.loads(text) for text in features.utterance_metadata]
+        speakers = [row[SPEAKER_IN_DIALOGUE] for row in rows if row.get(SPEAKER_IN_DIALOGUE)]
+    if len(speakers) < len(session) or set(speakers) != {"F", "M"}:
+        return {"session": session}
+    return {"session": session, "speaker": np.char.add(session, speakers)}
 
 
 def _balanced_assignment(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data import load_features
 from mister_jax.data.folds import load_fold
 from mister_jax.errors import InputError
@@ -25,7 +26,7 @@ from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estima
 from mister_jax.evaluation.figures import plot_differences
 from mister_jax.evaluation.report import read_utterance_texts
 from mister_jax.evaluation.split_predictions import SplitPredictions
-from mister_jax.io import read_json_lines, write_json, write_text
+from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.metrics import SCORE_NAMES, title
 from mister_jax.workdir import config_path, read_config
 
@@ -108,6 +109,7 @@ def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, 
             f"{path}: split {split!r} is not evaluated; run `mister-jax evaluate "
             f"--workdir={path} --split={split}{dataset_flag}` first"
         )
+    _check_current(path, split, str(selected[0].get("dataset", dataset)))
     # A cross-validation may have several datasets, with the same ids.
     is_prefixed = len({row.get("dataset") for row in selected}) > 1
     labeled: dict[_Key, dict[str, Any]] = {}
@@ -122,6 +124,24 @@ def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, 
     if not labeled:
         raise InputError(f"{file}: split {split!r} has no labels; needed: a labeled split")
     return labeled
+
+
+def _check_current(path: epath.Path, split: str, dataset: str) -> None:
+    """Raises InputError if training has found better parameters since the split was evaluated."""
+    if not config_path(path).exists():  # The folder has only results, without a checkpoint.
+        return
+    metrics_path = path / "metrics.json"
+    metrics_by_split = read_json(metrics_path) if metrics_path.exists() else {}
+    scores = metrics_by_split.get(f"{dataset}/{split}") or metrics_by_split.get(split, {})
+    with Checkpoints(path, read_only=True) as checkpoints:
+        progress = checkpoints.progress(BEST)
+    evaluated = scores.get("checkpoint", {}).get("epoch")
+    if progress is not None and evaluated is not None and progress["epoch"] != evaluated:
+        raise InputError(
+            f"{path}: split {split!r} was evaluated with the parameters of epoch {evaluated}, and "
+            f"the best are now those of epoch {progress['epoch']}; run `mister-jax evaluate "
+            f"--workdir={path} --split={split}` again"
+        )
 
 
 def _describe(key: _Key) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mister_jax import metrics
-from mister_jax.data import UNLABELED
-from mister_jax.data.folds import load_pooled, make_folds
+from mister_jax.data import SPLITS, UNLABELED, DialogueFeatures, split_names
+from mister_jax.data.folds import check_folds, load_pooled, make_folds
+from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_confusion
@@ -29,6 +31,8 @@ from mister_jax.io import read_json, read_json_lines, write_json, write_text
 
 FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
 """Files that `cross_validate` writes."""
+
+_MAX_LISTED = 10  # values of a fold that messages and tables list
 
 _COLUMNS = {
     "uar": "UA (UAR)",
@@ -42,27 +46,64 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
     """Returns the folds of the config's dataset; `spec` is described in `data.folds.Folds`.
 
     Raises:
-      InputError: The dataset or the column does not exist, or it has too few values.
+      InputError: The dataset or the column does not exist, it has too few values, or a fold leaves
+        no dialogue for one of its splits.
     """
     pooled = load_pooled(config.data.name, config.data.data_dir or None)
     folds = make_folds(pooled, spec, config.data.fold_seed)
+    check_folds(pooled, folds)
+    _warn_of_tuned_encoders(pooled)
     result = []
     for index, (name, members) in enumerate(zip(folds.names, folds.members, strict=True)):
         changed = ConfigDict(config.to_dict())
         changed.data.folds, changed.data.fold = spec, index
-        change = "" if members == (name,) else " ".join(members)
+        change = "" if members == (name,) else ", ".join(members)
+        if len(members) > _MAX_LISTED:
+            change = f"{len(members)} values of {spec.partition(':')[0]}"
         result.append(Variant(f"fold_{_folder_name(name)}", change, changed))
-    return result
+    return _with_unique_names(result)
+
+
+def _warn_of_tuned_encoders(features: DialogueFeatures) -> None:
+    """Warns if an encoder was fine-tuned on a corpus whose utterances are now in test folds."""
+    for modality in MODALITIES:
+        encoder = features.metadata.get(modality)
+        if isinstance(encoder, Mapping) and encoder.get("kind") == "tuned":
+            corpus = encoder.get("config", {}).get("data", {}).get("name")
+            if corpus == encoder.get("dataset"):
+                logging.warning(
+                    "the %s encoder of dataset %s was fine-tuned on %s: it has seen labels of "
+                    "utterances that are now in test folds, so the scores are too high",
+                    modality,
+                    features.name,
+                    corpus,
+                )
+
+
+def _with_unique_names(folds: list[Variant]) -> list[Variant]:
+    names = [fold.name for fold in folds]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"folds: {', '.join(repeated)} repeated; needed: unique names")
+    return folds
 
 
 def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Variant]:
-    """Returns one fold for each dataset, with the dataset's own splits, such as EmoBox's folds."""
+    """Returns one fold for each dataset, with the dataset's own splits, such as EmoBox's folds.
+
+    Raises:
+      InputError: A dataset does not exist, lacks a split, or is repeated.
+    """
     result = []
     for name in names:
+        splits = split_names(name, config.data.data_dir or None)
+        missing = [split for split in SPLITS if split not in splits]
+        if missing:
+            raise InputError(f"dataset {name}: no split {', '.join(missing)}; needed in each fold")
         changed = ConfigDict(config.to_dict())
         changed.data.name = name
         result.append(Variant(f"fold_{_folder_name(name)}", "", changed))
-    return result
+    return _with_unique_names(result)
 
 
 def cross_validate(
@@ -126,7 +167,8 @@ def _summarize(study: Study) -> dict[str, Any]:
         for name in metrics.SCORE_NAMES
     }
     confusion = np.sum([fold_scores["confusion"] for fold_scores in scores], axis=0)
-    predictions = _pool_predictions(study.variants, folders, class_names)
+    predicted_rows = _test_rows(study.variants, folders)
+    predictions = _pool_predictions(predicted_rows, class_names)
     result = {
         "folds": rows,
         "mean": {name: mean for name, (mean, _) in over_folds.items()},
@@ -140,33 +182,41 @@ def _summarize(study: Study) -> dict[str, Any]:
         write_json(workdir / "crossval.json", result)
         write_text(workdir / "crossval.csv", _csv(rows))
         write_text(workdir / "crossval.md", markdown(result))
-        lines = "".join((folder / "predictions.jsonl").read_text() for folder in folders)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predicted_rows)
         write_text(workdir / "predictions.jsonl", lines)
         title = f"all folds, weighted F1 {result['pooled']['weighted_f1']:.3f}"
         plot_confusion({title: confusion}, class_names, workdir / "crossval.png")
     return result
 
 
-def _pool_predictions(
-    folds: Sequence[Variant], folders: Sequence[epath.Path], class_names: Sequence[str]
-) -> SplitPredictions:
+def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[dict[str, Any]]:
     """Reads the test predictions of all folds."""
-    index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
-    index[None] = UNLABELED
     rows = [
-        {**row, "dialogue": f"{fold.name}/{row['dialogue']}"}
+        row
         for fold, folder in zip(folds, folders, strict=True)
         for row in read_json_lines(folder / "predictions.jsonl")
-        if row["split"] == "test"
+        if row["split"] == "test" and row["dataset"] == fold.config.data.name
     ]
     # Unlabeled utterances are context, and may be in several folds.
-    labeled = [row["utterance"] for row in rows if row["label"] is not None]
+    labeled = [(row["dialogue"], row["utterance"]) for row in rows if row["label"] is not None]
     repeated = len(labeled) - len(set(labeled))
     if repeated:
         logging.warning("%d utterances are in the test splits of several folds", repeated)
+    return rows
+
+
+def _pool_predictions(
+    rows: Sequence[Mapping[str, Any]], class_names: Sequence[str]
+) -> SplitPredictions:
+    """Combines the test predictions of all folds.
+
+    The utterances of one dialogue stay together, also if they are in the test splits of two folds.
+    """
+    index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    index[None] = UNLABELED
     dialogues, dialogue_index = np.unique([row["dialogue"] for row in rows], return_inverse=True)
     return SplitPredictions(
-        dataset=folds[0].config.data.name,
+        dataset=rows[0]["dataset"],
         split="test",
         class_names=tuple(class_names),
         dialogue_ids=tuple(dialogues.tolist()),

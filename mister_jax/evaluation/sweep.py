@@ -52,6 +52,7 @@ _FIXED = (
     "data.folds",
     "data.fold",
     "data.fold_seed",
+    "data.validate_on_train",
 )
 # Fields whose allowed values depend on the dataset.
 _CHECKED_WITH_DATA = ("data.standardize", "loss.class_weights")
@@ -307,8 +308,8 @@ def _make_model(config: ConfigDict) -> MisterE:
 def selection_score(config: ConfigDict) -> str:
     """Returns the validation score that ranks the points.
 
-    This is the score used to select the best epoch, or weighted F1 if the epoch is selected by the
-    loss.
+    This is the score used to select the best epoch, or weighted F1 if `select_by` is "loss" or
+    "last".
     """
     name: str = config.train.get("select_by", "weighted_f1")
     return name if name in SCORE_NAMES else "weighted_f1"

@@ -95,7 +95,13 @@ def write_model(
     }
     description["encoders"] = encoders
     _write_bundle(predictor, folder, predictor.config, description)
-    metrics = predictor.folder / "metrics.json"
+    path = predictor.folder / "metrics.json"
+    # A longer training may have found better parameters since a split was evaluated.
+    scores = {
+        split: of_split
+        for split, of_split in (read_json(path) if path.exists() else {}).items()
+        if of_split.get("checkpoint", {}).get("epoch") in (None, predictor.progress["epoch"])
+    }
     # The dataset from which features were extracted has a more telling name than their own dataset.
     dataset = next(
         (metadata["dataset"] for metadata in encoders.values() if "dataset" in metadata),
@@ -108,7 +114,7 @@ def write_model(
         dataset=dataset,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(predictor.params[0]["trained"])),
         progress=predictor.progress,
-        scores=read_json(metrics) if metrics.exists() else {},
+        scores=scores,
     )
     write_text(folder / bundle.CARD_FILE, card.content)
 

@@ -133,6 +133,13 @@ class FusionTask:
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """Creates the task for the config's dataset, with input sizes from its training split."""
+        if not config.data.get("folds"):
+            for name in ("fold", "validate_on_train"):
+                if config.data.get(name):
+                    raise InputError(
+                        f"config.data.{name}={config.data[name]} needs config.data.folds, such as "
+                        "speaker:5"
+                    )
         if config.data.get("validate_on_train") and config.train.get("select_by") != "last":
             raise InputError(
                 "config.data.validate_on_train needs config.train.select_by=last, because "

@@ -137,6 +137,8 @@ def test_splits_are_random_by_speaker_and_unmatched_recordings_are_listed(tmp_pa
     )
     pattern = "{speaker}_{emotion}_{take}.wav"
     label_map = {"a": "angry", "h": "happy"}
+    with pytest.raises(InputError, match=r"no recording has the emotion zz; the file names have"):
+        read_folder(tmp_path, pattern, label_map={"a": "angry", "zz": "happy"})
     corpus = read_folder(tmp_path, pattern, label_map=label_map, group_by="speaker", seed=3)
     assert corpus.class_names == ("angry", "happy")
     assert {split: size for split, (size, _) in corpus.sizes().items()} == {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mister_jax import data
-from mister_jax.data.folds import load_fold, load_pooled, make_folds, select_fold
+from mister_jax.data.folds import check_folds, load_fold, load_pooled, make_folds, select_fold
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 
@@ -95,8 +95,8 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     dialogues = [name.rpartition("_")[0] for name in ids]
     order = np.argsort(dialogues, kind="stable")
     ids, dialogues = [ids[index] for index in order], [dialogues[index] for index in order]
-    features = make_features([""] * len(ids), dialogues, ids)
-    features = dataclasses.replace(features, utterance_metadata=None)
+    # The column has only two values, for ten people.
+    features = make_features([name.rpartition("_")[2][0] for name in ids], dialogues, ids)
     assert make_folds(features, "session").names == ("01", "02", "03", "04", "05")
     speakers = make_folds(features, "speaker")
     assert len(speakers.names) == 10 and speakers.names[:2] == ("01F", "01M")
@@ -107,14 +107,27 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     assert {name[:5] for name in members(features, speakers, 1, "validation")} == {"Ses02"}
 
 
+def test_speakers_of_iemocap_without_utterance_ids_come_from_their_column():
+    dialogues = [f"Ses0{session}F_impro01" for session in range(1, 6) for _ in range(2)]
+    features = make_features([""] * 10, dialogues)
+    roles = np.array([json.dumps({"speaker_in_dialogue": "MF"[row % 2]}) for row in range(10)])
+    features = dataclasses.replace(features, utterance_metadata=roles)
+    assert len(make_folds(features, "session").names) == 5
+    assert len(make_folds(features, "speaker").names) == 10
+    without = dataclasses.replace(features, utterance_metadata=None)
+    with pytest.raises(InputError, match="no column 'speaker'; allowed: dialogue, session"):
+        make_folds(without, "speaker")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("age", "no such column; allowed: dialogue, speaker"),
+        ("age:5", "folds 'age:5': dataset made has no column 'age'; allowed: dialogue, speaker"),
         ("speaker:9", "only 2 values of speaker; allowed: at most as many folds"),
-        ("speaker", "2 folds; needed: at least 3"),
-        ("dialogue:2", "2 folds; needed: at least 3"),
-        ("dialogue:x", "allowed: COLUMN or COLUMN:NUMBER_OF_FOLDS"),
+        ("speaker", r"only 2 \(a, b\); needed: at least 3"),
+        ("dialogue:2", r"only 2 \(1, 2\); needed: at least 3"),
+        ("dialogue:x", "allowed: COLUMN or COLUMN:NUMBER, such as"),
+        ("dialogue:0", "allowed: COLUMN or COLUMN:NUMBER, such as"),
     ],
 )
 def test_unusable_folds_are_refused(spec, message):
@@ -127,8 +140,12 @@ def test_unusable_folds_are_refused(spec, message):
 def test_a_fold_that_leaves_no_training_dialogue_is_refused():
     features = make_features(["a", "b", "b", "c", "a", "c"], [0, 0, 1, 1, 2, 2])
     folds = make_folds(features, "speaker")
-    with pytest.raises(InputError, match="no dialogue for the train split"):
-        select_fold(features, folds, 0, "train")
+    for check in (
+        lambda: select_fold(features, folds, 0, "train"),
+        lambda: check_folds(features, folds),
+    ):
+        with pytest.raises(InputError, match=r"no dialogue for the (train|validation) split"):
+            check()
     with pytest.raises(InputError, match="fold 3 of 'speaker'; allowed: 0 to 2"):
         select_fold(features, folds, 3, "train")
 
@@ -145,9 +162,8 @@ def test_training_may_include_the_validation_fold_but_never_the_test_fold():
 
 def test_a_column_with_missing_values_is_refused():
     features = make_features(["a", "b", "c"])
-    metadata = features.utterance_metadata.copy()
-    metadata[1] = "{}"
-    with pytest.raises(InputError, match="1 of 3 utterances of dataset made have no value"):
+    metadata = np.array(['{"speaker": "a"}', '{"speaker": null}', '{"speaker": "c"}'])
+    with pytest.raises(InputError, match="1 of 3 utterances of dataset made have no speaker"):
         make_folds(dataclasses.replace(features, utterance_metadata=metadata), "speaker")
 
 

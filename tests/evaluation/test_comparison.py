@@ -18,6 +18,10 @@ from mister_jax.evaluation.comparison import (
     mcnemar_p,
     write_comparison,
 )
+from mister_jax.evaluation.results import evaluate
+from mister_jax.inference.export import export_model
+from mister_jax.training.loop import train
+from tests.helpers.training import make_tiny_config
 
 CLASSES = ("joy", "anger", "fear")
 NUM_DIALOGUES, LENGTH = 12, 6
@@ -202,3 +206,20 @@ def test_a_dialogue_alone_has_no_intervals(tmp_path):
     assert result["scores"]["uar"]["difference"]["low"] is None
     write_comparison(comparison, [result], tmp_path / "out")
     assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_scores_from_before_a_longer_training_are_not_used(tiny_data_dir, tmp_path):
+    for epochs in (1, 2):
+        changes = {"train.epochs": epochs, "train.select_by": "last", "model.experts": ("text",)}
+        train(make_tiny_config(tiny_data_dir, **changes), tmp_path / "run", quiet=True)
+        if epochs == 1:
+            evaluate(tmp_path / "run", "test", quiet=True)
+            Comparison.from_runs([tmp_path / "run"] * 2, "test")
+    with pytest.raises(InputError, match="of epoch 1, and the best are now those of epoch 2"):
+        Comparison.from_runs([tmp_path / "run"] * 2, "test")
+    export_model(tmp_path / "run", tmp_path / "outdated")
+    assert "| UAR |" not in (tmp_path / "outdated" / "README.md").read_text()
+    evaluate(tmp_path / "run", "test", quiet=True)
+    Comparison.from_runs([tmp_path / "run"] * 2, "test")
+    export_model(tmp_path / "run", tmp_path / "current")
+    assert "| UAR |" in (tmp_path / "current" / "README.md").read_text()

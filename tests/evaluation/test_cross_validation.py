@@ -124,6 +124,39 @@ def test_datasets_with_splits_of_their_own_are_folds(config, tiny_data_dir, tmp_
     assert [row["utterances"] for row in result["folds"]] == counts
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tiny", "tiny"], "fold_tiny repeated; needed: unique names"),
+        (["tiny", "nothing"], "no dataset 'nothing'"),
+    ],
+)
+def test_unusable_datasets_are_refused_before_any_training(config, names, message):
+    with pytest.raises(InputError, match=message):
+        folds_of_datasets(config, names)
+
+
+def test_an_encoder_tuned_on_the_same_dataset_is_reported(config, tiny_data_dir, tmp_path, caplog):
+    encoder = {"kind": "tuned", "dataset": "calls", "config": {"data": {"name": "calls"}}}
+    for name, trained_on in (("leaks", "calls"), ("clean", "other")):
+        encoder["config"]["data"]["name"] = trained_on
+        splits = {split: data.load_features("tiny", split, tiny_data_dir) for split in data.SPLITS}
+        data.write_features(splits, name, tmp_path, metadata={"text": encoder})
+        changed = config.copy_and_resolve_references()
+        changed.data.update({"name": name, "data_dir": str(tmp_path)})
+        caplog.clear()
+        folds_of_dataset(changed, SPEC)
+        assert ("fine-tuned on calls" in caplog.text) == (name == "leaks")
+
+
+def test_options_of_folds_need_folds(config):
+    for name, value in (("fold", 1), ("validate_on_train", True)):
+        changed = config.copy_and_resolve_references()
+        changed.data[name] = value
+        with pytest.raises(InputError, match=rf"data\.{name}={value} needs config\.data\.folds"):
+            FusionTask.from_data(changed)
+
+
 def test_a_cross_validation_with_another_config_is_refused(config, cross_validation_workdir):
     changed = config.copy_and_resolve_references()
     changed.seed = 5

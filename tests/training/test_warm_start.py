@@ -76,6 +76,17 @@ def test_a_resumed_run_does_not_need_the_first_model(tiny_data_dir, finished_wor
     assert train(config, tmp_path / "run", quiet=True).epoch == 3
 
 
+def test_a_moved_project_resumes(tiny_data_dir, finished_workdir, tmp_path):
+    project = tmp_path / "project"
+    source = shutil.copytree(finished_workdir, project / "first")
+    config = make_tiny_config(tiny_data_dir, **{"train.init_from": str(source)})
+    config.train.epochs = 1
+    train(config, project / "second", quiet=True)
+    moved = shutil.move(project, tmp_path / "moved")
+    config.train.init_from = str(moved / "first")
+    assert train(config, moved / "second", quiet=True).finished
+
+
 def test_a_bundle_is_a_start_too(tiny_data_dir, finished_workdir, tmp_path):
     export_model(finished_workdir, tmp_path / "bundle")
     config = make_tiny_config(tiny_data_dir, **{"train.init_from": str(tmp_path / "bundle")})

@@ -259,6 +259,14 @@ def read_folder(
             f"WARNING: {num_copies} recordings have the name and size of another recording; an "
             "archive may contain all recordings twice"
         )
+    if label_map:
+        emotions = {row.line("label") or "" for row in rows}
+        unused = sorted(set(label_map) - emotions)
+        if unused:
+            raise InputError(
+                f"--map_labels: no recording has the emotion {', '.join(unused)}; the file names "
+                f"have {', '.join(sorted(emotions))}"
+            )
     corpus = corpus_from_rows(rows, folder, label_map=label_map, **manifest_options)
     return dataclasses.replace(corpus, notes=(*notes, *corpus.notes))
 

@@ -30,7 +30,7 @@ from mister_jax.data.feature_files.values import (
     kind_of,
     stack_features,
 )
-from mister_jax.data.schema import MODALITIES, SPLITS, UNLABELED
+from mister_jax.data.schema import MODALITIES, SPEAKER_IN_DIALOGUE, SPLITS, UNLABELED
 
 _ALL = (FEATURES, ONE_HOT, INTEGERS, NUMBERS, TEXT, OTHER)
 
@@ -298,9 +298,13 @@ class DialogueFields(FeatureSource):
             if modality in roles
         }
         metadata = {}
-        for role, name in (("speaker", "speaker"), ("sentence", "text")):
-            if role in roles:
-                metadata[name] = self._texts(roles[role][0], lengths)
+        if "speaker" in roles:
+            speakers = self._texts(roles["speaker"][0], lengths)
+            # Letters, numbers and one-hot rows name different people in different dialogues.
+            is_local = all(len(name) == 1 or name.isdecimal() for name in speakers if name)
+            metadata[SPEAKER_IN_DIALOGUE if is_local else "speaker"] = speakers
+        if "sentence" in roles:
+            metadata["text"] = self._texts(roles["sentence"][0], lengths)
         score = None
         if "score" in roles:
             rows = self._rows(roles["score"][0], lengths)

@@ -336,11 +336,11 @@ def _describe(content: Any) -> str:
     """Describes the outermost container of a file."""
     if isinstance(content, dict):
         keys = ", ".join(shorten(key, 20) for key in list(content)[:8])
-        return f"a dict of {len(content)} entries: {keys}{', ...' if len(content) > 8 else ''}"
+        return f"a dict with {len(content)} keys: {keys}{', ...' if len(content) > 8 else ''}"
     if isinstance(content, list | tuple):
         kinds = ", ".join(type(item).__name__ for item in content[:12])
         kind = type(content).__name__
         return f"a {kind} of {len(content)} items: {kinds}{', ...' if len(content) > 12 else ''}"
     if isinstance(content, np.ndarray):
         return f"an array {list(content.shape)}"
-    return f"a {type(content).__name__}"
+    return f"an object of type {type(content).__name__}"

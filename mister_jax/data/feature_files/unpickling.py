@@ -69,6 +69,8 @@ def load_pickle(path: pathlib.Path) -> Any:
     try:
         with path.open("rb") as file:
             head = file.read(32)
+            if not head:
+                raise InputError(f"{path}: an empty file")
             for magic, meaning in _OTHER_FORMATS.items():
                 if head.startswith(magic):
                     raise InputError(f"{path}: not a pickle but {meaning}")

@@ -129,7 +129,7 @@ def test_the_layouts_of_published_projects_are_recognized(tmp_path, name):
     names = splits["train"].dialogue_ids + splits["validation"].dialogue_ids
     assert sorted(names) == sorted(TRAIN) and len(splits["validation"].dialogue_ids) == 1
     metadata = json.loads(test.utterance_metadata[0])
-    assert metadata["speaker"] == "M"
+    assert metadata["speaker_in_dialogue"] == "M"
     assert metadata.get("text") == (None if name == "DailyDialog" else SENTENCES[TEST[0]][0])
     has_ids = name not in ("COSMIC", "COSMIC_MELD", "DailyDialog")
     assert test.utterance_ids[1] == ("Ses05F_impro01_F001" if has_ids else "Ses05F_impro01_1")
@@ -209,7 +209,7 @@ def test_traps_of_published_files(tmp_path):
     np.testing.assert_array_equal(test.text, joined(TEXT, TEST).astype(np.float32))
     metadata = [json.loads(row) for row in test.utterance_metadata[:2]]
     assert [row["text"] for row in metadata] == ["don\u2019t go", "café"]
-    assert [row["speaker"] for row in metadata] == ["2", "2"]
+    assert [row["speaker_in_dialogue"] for row in metadata] == ["2", "2"]
     assert "train: ids without a dialogue are left out: 1, the first is 60" in notes(splits)
     assert "6 utterances lack speech" in notes(splits)
     both = np.concatenate([splits["train"].speech_present, splits["validation"].speech_present])
@@ -476,13 +476,13 @@ INVALID = {
     "--fields=audio=4; allowed: text, speech, label": (IEMOCAP, {"fields": {"audio": "4"}}),
     "--fields=label=2+3; allowed: one field": (IEMOCAP, {"fields": {"label": "2+3"}}),
     "--fields=text=3+4: dimensions [4, 5] differ": (IEMOCAP, {"fields": {"text": "3+4"}}),
-    "--group_by=room; allowed: speaker, text": (IEMOCAP, {"group_by": "room"}),
+    "--group_by=room; allowed: speaker_in_dialogue, text": (IEMOCAP, {"group_by": "room"}),
     "no text or speech features in the file; layout unknown, 3 fields": (
         [SPEAKERS, LABELS, SENTENCES],
         {},
     ),
     "no labels in the file; layout unknown, 4 fields": (LAYERS, {}),
-    "unknown layout, a dict of 5 entries: Ses01F_impro01, ": (SENTENCES, {}),
+    "unknown layout, a dict with 5 keys: Ses01F_impro01, ": (SENTENCES, {}),
     "unknown layout, a list of 2 items: int, str; allowed: dicts of dialogues": ([1, "a"], {}),
     "unknown layout, an array [3]": (np.zeros(3), {}),
     "layout MMSA: values of unexpected types or sizes (": (
