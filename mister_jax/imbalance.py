@@ -14,7 +14,7 @@ Sampling = Literal["shuffle", "balanced"]
 CLASS_WEIGHTS = ("none", "balanced", "effective_number")
 """Names of class weights; a list of numbers is also allowed. See `class_weights`."""
 
-# Hyperparameter of the effective number of samples (arXiv 1901.05555), the middle of its range.
+# Hyperparameter of the effective number of samples, one of the values in arXiv 1901.05555.
 _BETA = 0.999
 
 

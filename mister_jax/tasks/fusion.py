@@ -115,7 +115,7 @@ class FusionTask:
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
         self._class_counts = None
         if train_features is not None:
-            self._class_counts = imbalance.class_counts(train_features.label, len(class_names))
+            self._class_counts = train_features.class_counts
             self._class_weights()  # Raises for unusable weights now, not in the first step.
         self._num_seeds = config.get("num_seeds", 1)
         if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:

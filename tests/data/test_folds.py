@@ -103,7 +103,7 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     test = select_fold(features, speakers, 1, "test")
     assert {name.partition("_")[0][:5] for name in test.utterance_ids} == {"Ses01"}
     assert {name.rpartition("_")[2][0] for name in test.utterance_ids[test.label >= 0]} == {"M"}
-    # The next speaker with dialogues of its own is of session 2.
+    # The other speaker of session 1 has no dialogue without the test speaker.
     assert {name[:5] for name in members(features, speakers, 1, "validation")} == {"Ses02"}
 
 

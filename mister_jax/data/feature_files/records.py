@@ -52,7 +52,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def open_split_folder(folder: pathlib.Path) -> DialogueFields:
-    """Opens a folder with a JSON file for each split, as DAG-ERC has it.
+    """Opens a folder in DAG-ERC's layout, with a JSON file for each split.
 
     The order of the classes is that of `label_vocab.pkl`, if the folder contains it.
 
