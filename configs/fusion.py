@@ -133,6 +133,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "folds": "",
             "fold": 0,
             "fold_seed": 0,
+            # Splits that the folds are made of, such as "train,validation"; all if empty.
+            "fold_splits": "",
             # Trains on the validation fold too, for `train.select_by` "last".
             "validate_on_train": False,
             # Seed of the batch order; None: config.seed.

@@ -62,33 +62,46 @@ class Folds:
     index: np.ndarray
 
 
-def load_pooled(name: str, data_dir: epath.PathLike | None = None) -> DialogueFeatures:
-    """Loads all splits of a feature dataset as one.
+def load_pooled(
+    name: str, data_dir: epath.PathLike | None = None, splits: Sequence[str] = ()
+) -> DialogueFeatures:
+    """Loads several splits of a feature dataset as one.
+
+    Args:
+        name: Name of the dataset.
+        data_dir: Directory of the datasets.
+        splits: Names of the splits; all if empty.
 
     Raises:
-        InputError: The dataset does not exist, or it is not a feature dataset.
+        InputError: The dataset or a split does not exist, or it is not a feature dataset.
     """
     with all_splits_allowed():
-        splits = [load_features(name, split, data_dir) for split in split_names(name, data_dir)]
+        names = splits or split_names(name, data_dir)
+        parts = [load_features(name, split, data_dir) for split in names]
     # Some corpora number the dialogues of each split from 0.
-    ids = [dialogue for features in splits for dialogue in features.dialogue_ids]
+    ids = [dialogue for features in parts for dialogue in features.dialogue_ids]
     if len(set(ids)) < len(ids):
         ids = [
             f"{features.split}/{dialogue}"
-            for features in splits
+            for features in parts
             for dialogue in features.dialogue_ids
         ]
     arrays: dict[str, Any] = {
-        field: np.concatenate([getattr(features, field) for features in splits])
-        for field in _utterance_fields(splits[0])
+        field: np.concatenate([getattr(features, field) for features in parts])
+        for field in _utterance_fields(parts[0])
     }
     return dataclasses.replace(
-        splits[0],
+        parts[0],
         split="all",
         dialogue_ids=tuple(ids),
-        lengths=np.concatenate([features.lengths for features in splits]),
+        lengths=np.concatenate([features.lengths for features in parts]),
         **arrays,
     )
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Returns the names of splits in a comma-separated text."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
@@ -138,6 +151,7 @@ def load_fold(
     *,
     seed: int = 0,
     validate_on_train: bool = False,
+    pooled_splits: Sequence[str] = (),
 ) -> DialogueFeatures:
     """Loads a split of a fold of a feature dataset.
 
@@ -150,6 +164,7 @@ def load_fold(
         seed: See `make_folds`.
         validate_on_train: Whether the training split has the dialogues of the validation split
             too, for trainings that do not choose anything on validation.
+        pooled_splits: Splits of the dataset that the folds are made of; all if empty.
 
     Returns:
         The dialogues of the split. In the test split, utterances outside the fold are unlabeled
@@ -162,7 +177,7 @@ def load_fold(
         RuntimeError: The test split is opened during training.
     """
     check_split_allowed(split)
-    pooled = load_pooled(name, data_dir)
+    pooled = load_pooled(name, data_dir, pooled_splits)
     folds = make_folds(pooled, spec, seed)
     return select_fold(pooled, folds, fold, split, validate_on_train=validate_on_train)
 

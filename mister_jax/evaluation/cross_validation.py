@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics
 from mister_jax.data import SPLITS, UNLABELED, DialogueFeatures, split_names
-from mister_jax.data.folds import check_folds, load_pooled, make_folds
+from mister_jax.data.folds import check_folds, load_pooled, make_folds, split_list
 from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
@@ -49,7 +49,8 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
       InputError: The dataset or the column does not exist, it has too few values, or a fold leaves
         no dialogue for one of its splits.
     """
-    pooled = load_pooled(config.data.name, config.data.data_dir or None)
+    splits = split_list(config.data.get("fold_splits", ""))
+    pooled = load_pooled(config.data.name, config.data.data_dir or None, splits)
     folds = make_folds(pooled, spec, config.data.fold_seed)
     check_folds(pooled, folds)
     _warn_of_tuned_encoders(pooled)

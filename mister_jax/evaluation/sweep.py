@@ -52,6 +52,7 @@ _FIXED = (
     "data.folds",
     "data.fold",
     "data.fold_seed",
+    "data.fold_splits",
     "data.validate_on_train",
 )
 # Fields whose allowed values depend on the dataset.

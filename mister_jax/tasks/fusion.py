@@ -16,7 +16,7 @@ from mister_jax import imbalance, losses
 from mister_jax.config_checks import check_at_least, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
-from mister_jax.data.folds import load_fold
+from mister_jax.data.folds import load_fold, split_list
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
@@ -365,6 +365,7 @@ def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
             data_dir,
             seed=data.fold_seed,
             validate_on_train=data.validate_on_train,
+            pooled_splits=split_list(data.get("fold_splits", "")),
         )
     return load_features(data.name, split, data_dir)
 
