@@ -23,6 +23,11 @@ The prediction of a recording, with its transcript and by voice activity:
 A complete training run with the default recipe, from the start of the command to the test score:
 
     mister-jax benchmark --training=DATASET --torch
+
+Recipes by cross-validation, see `benchmarks.recipes`:
+
+    mister-jax benchmark --set=DATASET@dialogue:5 --recipe=default --recipe="wide: FIELD=VALUE"
+        --num_seeds=3 --workdir=DIR
 """
 
 import os
@@ -32,11 +37,12 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from benchmarks import encoders, fusion, parts, preparation, recordings, training
+from benchmarks import encoders, fusion, parts, preparation, recipes, recordings, training
 from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
 from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
 from benchmarks.report import PREDICTED, Report, Row, environment
+from mister_jax.cli.app import STOPPED_BY_SIGTERM
 from mister_jax.errors import InputError
 from mister_jax.nn.scanned_layers import Remat
 
@@ -91,7 +97,7 @@ _TRAINING = flags.DEFINE_string(
     "training", None, "measure a complete training run on this feature dataset"
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "directory of the dataset of --training; by default TFDS's"
+    "data_dir", None, "directory of the datasets of --training and --set; by default TFDS's"
 )
 _RECORDING = flags.DEFINE_string(
     "recording", None, "measure the prediction of this recording; needs --model"
@@ -106,14 +112,31 @@ _REFERENCE = flags.DEFINE_string(
 _REPEAT = flags.DEFINE_integer(
     "repeat", 1, "number of times that --recording is concatenated", lower_bound=1
 )
+_SETS = flags.DEFINE_multi_string(
+    "set", [], "DATASET@FOLDS on which recipes are cross-validated; repeat it for more datasets"
+)
+_RECIPES = flags.DEFINE_multi_string(
+    "recipe",
+    ["default"],
+    "NAME or 'NAME: VARIANT FIELD=VALUE ...', changes of the default config; the others are "
+    "compared with the first",
+)
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "seeds of each recipe", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the trainings of --set")
 _JSON = flags.DEFINE_string("json", None, "JSON file to write")
 
 _OF_RECORDING = (_MODEL, _TRANSCRIPT, _REFERENCE, _REPEAT)
+_OF_SETS = (_RECIPES, _NUM_SEEDS, _WORKDIR)
 _ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
 def main() -> int:
     """Runs the selected benchmark. Returns 1 if a program does not fit into a TPU's memory."""
+    if _SETS.value:
+        return _compare_recipes()
+    for flag in _OF_SETS:
+        if flag.present:
+            raise InputError(f"--{flag.name} needs --set=DATASET@FOLDS")
     # Compile times are measured, so no program may come from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     fields: dict[str, Any] = {flag.name: flag.value for flag in _CONFIG_FLAGS}
@@ -138,13 +161,31 @@ def main() -> int:
     return 0 if report.fits else 1
 
 
+def _compare_recipes() -> int:
+    if not _WORKDIR.value:
+        raise InputError("--set needs --workdir=DIR; it is created if it does not exist")
+    result = recipes.compare_recipes(
+        [recipes.FoldedSet.parse(text) for text in _SETS.value],
+        [recipes.Recipe.parse(text) for text in _RECIPES.value],
+        _WORKDIR.value,
+        data_dir=_DATA_DIR.value or "",
+        num_seeds=_NUM_SEEDS.value,
+    )
+    if result is None:
+        return STOPPED_BY_SIGTERM
+    for table in recipes.tables(result):
+        Console().print(table)
+    print(f"written to {_WORKDIR.value}: {', '.join(recipes.FILES)}")
+    return 0
+
+
 def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
     """Runs the selected benchmark and returns its rows by title."""
     log = Console(stderr=True, highlight=False).print
     if _ONNX.value and not _THROUGHPUT.value:
         raise InputError("--onnx needs --encoder=FOLDER --throughput")
     if _DATA_DIR.value and not _TRAINING.value:
-        raise InputError(f"--data_dir={_DATA_DIR.value} needs --training=DATASET")
+        raise InputError(f"--data_dir={_DATA_DIR.value} needs --training or --set")
     for flag in _OF_RECORDING:
         if flag.present and not _RECORDING.value:
             raise InputError(f"--{flag.name}={flag.value} needs --recording=FILE")

@@ -20,7 +20,7 @@ from etils import epath
 
 from mister_jax.checkpoint import BEST, Checkpoints
 from mister_jax.data import load_features
-from mister_jax.data.folds import load_fold
+from mister_jax.data.folds import load_fold, split_list
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_differences
@@ -372,8 +372,15 @@ def _read_texts(comparison: Comparison) -> dict[str, str]:
         features: Any
         try:
             if data.get("folds"):
-                fold_seed = data.get("fold_seed", 0)
-                features = load_fold(name, split, data.folds, data.fold, data_dir, seed=fold_seed)
+                features = load_fold(
+                    name,
+                    split,
+                    data.folds,
+                    data.fold,
+                    data_dir,
+                    seed=data.get("fold_seed", 0),
+                    pooled_splits=split_list(data.get("fold_splits", "")),
+                )
             else:
                 features = load_features(name, split, data_dir)
         except InputError:

@@ -1,0 +1,400 @@
+"""Compares recipes of MiSTER-E by cross-validation on the training and validation dialogues.
+
+    mister-jax benchmark --workdir=DIR --set=meld_dev_features@dialogue:5
+        --set=urdu_voices@speaker:5 --recipe=default --recipe="wide: model.context_dim=256"
+        --recipe="released: paper train.epochs=40 optimizer.learning_rate=1e-4" --num_seeds=3
+
+A recipe is a name, and behind a colon the variants of configs/fusion.py and the config fields that
+differ from the default. A set is a feature dataset and its folds, see `mister-jax crossval`. The
+dataset's test split is never read.
+
+All recipes train on the same dialogues, for their full number of epochs, and choose nothing on
+validation. Every utterance is predicted by the model of the fold that holds it out, and scored
+together with all others. Beside the recipes, the table has each expert of the first recipe, and
+logistic regression on the features of an utterance and its neighbors, which chooses the number of
+neighbors and its regularization on the validation dialogues of each fold. The difference from the
+first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
+
+The score of the best of many recipes is too high, because it was chosen by it: the table says how
+many recipes were tried. Confirm the choice on a test split. Run the command again to resume, also
+with more sets and recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from mister_jax.configs import fusion
+from mister_jax.data.folds import Folds, load_pooled, make_folds, select_fold
+from mister_jax.data.schema import MODALITIES, DialogueFeatures
+from mister_jax.data.standardizer import Standardizer
+from mister_jax.errors import InputError
+from mister_jax.evaluation.comparison import compare_predictions
+from mister_jax.evaluation.cross_validation import cross_validate, folds_of_dataset
+from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
+from mister_jax.evaluation.sweep import parse_grid
+from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.metrics import classification_scores
+from mister_jax.models import EXPERTS
+
+SPLITS = ("train", "validation")
+"""Splits that the folds are made of."""
+
+WINDOWS = (0, 1, 2, 3)
+"""Numbers of neighbors on each side that logistic regression chooses from."""
+
+REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0)
+"""Values of scikit-learn's `C` that logistic regression chooses from."""
+
+FILES = ("recipes.json", "recipes.md")
+"""Files that `compare_recipes` writes."""
+
+_REGRESSION = "logistic regression"
+_SCORES = ("weighted_f1", "macro_f1", "uar")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedSet:
+    """A feature dataset and its folds.
+
+    Attributes:
+      name: Name of the dataset.
+      folds: Folds in the notation of `data.folds.Folds`.
+    """
+
+    name: str
+    folds: str
+
+    @classmethod
+    def parse(cls, text: str) -> FoldedSet:
+        """Parses "DATASET@FOLDS", such as "meld_dev_features@dialogue:5"."""
+        name, at, folds = text.partition("@")
+        if not (name and at and folds):
+            raise InputError(
+                f"--set={text}; needed: DATASET@FOLDS, such as meld_dev_features@dialogue:5"
+            )
+        return cls(name, folds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Changes of the default config.
+
+    Attributes:
+      name: Name of the recipe, and of its folders.
+      variants: Variants of configs/fusion.py, in order.
+      values: "FIELD=VALUE" for each config field that differs.
+    """
+
+    name: str
+    variants: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Parses "NAME" or "NAME: VARIANT FIELD=VALUE ...", in any order."""
+        name, _, changes = (part.strip() for part in text.partition(":"))
+        if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
+            raise InputError(
+                f"--recipe={text}: the name {name!r}; allowed: letters, digits, '-', '_' and '.'"
+            )
+        parts = changes.split()
+        return cls(
+            name,
+            tuple(part for part in parts if "=" not in part),
+            tuple(part for part in parts if "=" in part),
+        )
+
+    def config(self, dataset: str, data_dir: str, num_seeds: int) -> ConfigDict:
+        """Returns the recipe's config for a dataset.
+
+        Raises:
+          InputError: A variant, field or value does not exist.
+        """
+        config = fusion.get_config(",".join((dataset, *self.variants)))
+        for text in self.values:
+            try:
+                axis = parse_grid(config, text)
+            except InputError as error:
+                message = str(error).removeprefix("--grid=")
+                raise InputError(f"recipe {self.name}: {message}") from error
+            if len(axis.values) != 1:
+                raise InputError(f"recipe {self.name}: {text}; allowed: one value per field")
+            section: Any = config
+            *path, field = axis.field.split(".")
+            for part in path:
+                section = section[part]
+            section[field] = axis.values[0]
+        config.num_seeds = num_seeds
+        config.data.data_dir = data_dir
+        config.data.fold_splits = ",".join(SPLITS)
+        # Nothing is chosen on validation, so all dialogues outside the test fold train.
+        config.data.validate_on_train = True
+        config.train.select_by = "last"
+        return config
+
+
+def compare_recipes(
+    sets: Sequence[FoldedSet],
+    recipes: Sequence[Recipe],
+    workdir: epath.PathLike,
+    *,
+    data_dir: str = "",
+    num_seeds: int = 1,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
+    """Cross-validates every recipe on every set, and writes `FILES`.
+
+    Args:
+      sets: Datasets with their folds.
+      recipes: Recipes; all others are compared with the first.
+      workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
+      data_dir: Directory of the datasets; by default TFDS's.
+      num_seeds: Number of seeds of each model. Pooled predictions are those of their ensemble.
+      quiet: Whether to hide progress.
+
+    Returns:
+      For each set, "rows": the scores, the difference from the first recipe with its interval, and
+      the training seconds. None if SIGTERM interrupted a training.
+
+    Raises:
+      InputError: A dataset, fold or recipe does not exist, or a name is repeated.
+    """
+    for names in ([of.name for of in sets], [recipe.name for recipe in recipes]):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"{', '.join(repeated)} repeated; needed: each set and recipe once")
+    workdir = epath.Path(workdir)
+    configs = {
+        (of, recipe): recipe.config(of.name, data_dir, num_seeds)
+        for of in sets
+        for recipe in recipes
+    }
+    folds = {key: folds_of_dataset(config, key[0].folds) for key, config in configs.items()}
+    result: dict[str, Any] = {"recipes": [recipe.name for recipe in recipes], "sets": {}}
+    for of in sets:
+        predictions: dict[str, SplitPredictions] = {}
+        details: dict[str, dict[str, Any]] = {}
+        for recipe in recipes:
+            folder = workdir / of.name / recipe.name
+            started = time.perf_counter()
+            scores = cross_validate(folds[of, recipe], folder, quiet=quiet)
+            if scores is None:
+                return None
+            # A repeated command only reads the results, so the first one stores its time.
+            if not (folder / "seconds.json").exists():
+                write_json(folder / "seconds.json", {"seconds": time.perf_counter() - started})
+            predictions[recipe.name] = _read_predictions(folder / "predictions.jsonl")
+            details[recipe.name] = {
+                "mean_over_folds": scores["mean"]["weighted_f1"],
+                **read_json(folder / "seconds.json"),
+            }
+        first = predictions[recipes[0].name]
+        for name in first.experts:
+            predictions[f"{recipes[0].name}, {name} expert"] = _of_expert(first, name)
+        pooled = load_pooled(of.name, data_dir or None, SPLITS)
+        partition = make_folds(pooled, of.folds, configs[of, recipes[0]].data.fold_seed)
+        predictions[_REGRESSION] = _align(cross_validate_regression(pooled, partition), first)
+        result["sets"][of.name] = {
+            "folds": of.folds,
+            "rows": [
+                _row(name, predicted, first) | details.get(name, {})
+                for name, predicted in predictions.items()
+            ],
+        }
+        write_json(workdir / "recipes.json", result)
+        write_text(workdir / "recipes.md", markdown(result))
+    return result
+
+
+def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dict[str, Any]:
+    num_classes = len(first.class_names)
+    cells = first.label * num_classes + predicted.predicted
+    counted = predicted.predicted >= 0
+    confusion = np.bincount(cells[counted], minlength=num_classes**2)
+    scores = classification_scores(confusion.reshape(num_classes, -1), first.class_names)
+    row: dict[str, Any] = {"name": name, **{score: scores[score] for score in _SCORES}}
+    if predicted is not first:
+        compared = compare_predictions(first, predicted)["scores"]
+        row["difference"] = compared["weighted_f1"]["difference"]
+    return row
+
+
+def _read_predictions(path: epath.Path) -> SplitPredictions:
+    """Reads the pooled predictions of a cross-validation."""
+    rows = [row for row in read_json_lines(path) if row["label"] is not None]
+    class_names = tuple(rows[0]["probabilities"])
+    index: Mapping[Any, int] = {name: number for number, name in enumerate(class_names)}
+    experts = tuple(name for name in EXPERTS if rows[0].get("experts", {}).get(name) is not None)
+    votes = [[row["experts"].get(name) for name in experts] for row in rows] if experts else []
+    dialogues, dialogue_index = np.unique([row["dialogue"] for row in rows], return_inverse=True)
+    return SplitPredictions(
+        dataset=rows[0]["dataset"],
+        split="test",
+        class_names=class_names,
+        dialogue_ids=tuple(dialogues.tolist()),
+        dialogue_index=dialogue_index,
+        utterance_ids=np.array([row["utterance"] for row in rows]),
+        label=np.array([index[row["label"]] for row in rows]),
+        predicted=np.array([index[row["emotion"]] for row in rows]),
+        probabilities=np.array([list(row["probabilities"].values()) for row in rows]),
+        experts=experts if len(experts) > 1 else (),
+        votes=np.array([[index.get(vote, NO_VOTE) for vote in row] for row in votes]),
+        gate=None,
+    )
+
+
+def _of_expert(predictions: SplitPredictions, name: str) -> SplitPredictions:
+    """Returns the predictions of one expert instead of the mixture."""
+    votes = predictions.votes[:, predictions.experts.index(name)]
+    return dataclasses.replace(predictions, predicted=votes)
+
+
+def _align(predicted: Mapping[tuple[str, str], int], like: SplitPredictions) -> SplitPredictions:
+    """Returns predictions by dialogue and utterance in the order of other predictions."""
+    dialogues = [like.dialogue_ids[index] for index in like.dialogue_index]
+    keys = zip(dialogues, like.utterance_ids.tolist(), strict=True)
+    return dataclasses.replace(like, predicted=np.array([predicted[key] for key in keys]))
+
+
+def cross_validate_regression(
+    features: DialogueFeatures, folds: Folds
+) -> dict[tuple[str, str], int]:
+    """Predicts every labeled utterance by logistic regression on the other folds.
+
+    Returns:
+      Predicted class by dialogue id and utterance id.
+    """
+    predicted = {}
+    for fold in range(len(folds.names)):
+        parts = {
+            split: select_fold(features, folds, fold, split)
+            for split in ("train", "validation", "test")
+        }
+        both = select_fold(features, folds, fold, "train", validate_on_train=True)
+        window, strength = _choose_regression(parts["train"], parts["validation"])
+        model = _Regression(both, window, strength)
+        test = parts["test"]
+        dialogues = np.repeat(np.array(test.dialogue_ids, object), test.lengths)
+        for dialogue, utterance, label, value in zip(
+            dialogues, test.utterance_ids, test.label, model.predict(test), strict=True
+        ):
+            if label >= 0:
+                predicted[dialogue, str(utterance)] = int(value)
+    return predicted
+
+
+def _choose_regression(train: DialogueFeatures, validation: DialogueFeatures) -> tuple[int, float]:
+    """Returns the window and the regularization with the lowest validation cross-entropy."""
+    # Dialogues of one utterance have no neighbors.
+    windows = WINDOWS if train.lengths.max() > 1 else WINDOWS[:1]
+    losses = {
+        (window, strength): _Regression(train, window, strength).cross_entropy(validation)
+        for window in windows
+        for strength in REGULARIZATION
+    }
+    return min(losses, key=losses.__getitem__)
+
+
+class _Regression:
+    """Logistic regression on the standardized features of an utterance and its neighbors."""
+
+    def __init__(self, features: DialogueFeatures, window: int, strength: float):
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError as error:
+            raise InputError("needs scikit-learn: pip install scikit-learn") from error
+
+        self._window = window
+        self._standardizers = {
+            name: Standardizer.fit(getattr(features, name)[present])
+            for name in MODALITIES
+            if (present := getattr(features, f"{name}_present")).any()
+        }
+        labeled = features.label >= 0
+        self._model = LogisticRegression(C=strength, max_iter=300)
+        self._model.fit(self._inputs(features)[labeled], features.label[labeled])
+
+    def predict(self, features: DialogueFeatures) -> np.ndarray:
+        """Returns the most probable class of each utterance, [N] int."""
+        return self._model.predict(self._inputs(features))
+
+    def cross_entropy(self, features: DialogueFeatures) -> float:
+        """Returns the mean cross-entropy of the labels."""
+        labeled = features.label >= 0
+        probabilities = self._model.predict_proba(self._inputs(features)[labeled])
+        classes = {label: index for index, label in enumerate(self._model.classes_.tolist())}
+        # A class without training utterances has probability 0.
+        values = [
+            probabilities[row, classes[label]] if label in classes else 0.0
+            for row, label in enumerate(features.label[labeled].tolist())
+        ]
+        return float(-np.log(np.maximum(values, 1e-9)).mean())
+
+    def _inputs(self, features: DialogueFeatures) -> np.ndarray:
+        """Returns the vectors of each utterance and its neighbors, zeros where there is none."""
+        vectors = np.concatenate(
+            [
+                np.where(
+                    getattr(features, f"{name}_present")[:, None],
+                    standardizer(getattr(features, name)),
+                    0,
+                )
+                for name, standardizer in self._standardizers.items()
+            ],
+            axis=1,
+        )
+        dialogue = np.repeat(np.arange(len(features.lengths)), features.lengths)
+        rows = np.arange(len(vectors))
+        shifted = []
+        for offset in range(-self._window, self._window + 1):
+            source = np.clip(rows + offset, 0, len(rows) - 1)
+            is_neighbor = (source == rows + offset) & (dialogue[source] == dialogue)
+            shifted.append(np.where(is_neighbor[:, None], vectors[source], 0))
+        return np.concatenate(shifted, axis=1)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Returns the results as Markdown."""
+    count = len(result["recipes"])
+    lines = [f"{count} recipe{'s' if count > 1 else ''} tried: {', '.join(result['recipes'])}.", ""]
+    for name, of in result["sets"].items():
+        lines += [f"{name}, folds {of['folds']}:", "", "|".join(["", *_COLUMNS, ""])]
+        lines += ["|---" * len(_COLUMNS) + "|"]
+        lines += ["|".join(["", *_cells(row), ""]) for row in of["rows"]]
+        lines += [""]
+    return "\n".join(lines)
+
+
+_COLUMNS = ("", "weighted F1", "difference (95% interval)", "macro F1", "UAR", "seconds")
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """Returns the results as one table per set."""
+    result_tables = []
+    for name, of in result["sets"].items():
+        table = Table(*_COLUMNS, title=f"{name}, folds {of['folds']}")
+        for row in of["rows"]:
+            table.add_row(*_cells(row))
+        result_tables.append(table)
+    return result_tables
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    difference = row.get("difference")
+    cell = ""
+    if difference is not None:
+        cell = f"{difference['value']:+.3f}"
+        if difference["low"] is not None:
+            cell += f" ({difference['low']:+.3f} to {difference['high']:+.3f})"
+    scores = {score: f"{row[score]:.3f}" for score in _SCORES}
+    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+    return row["name"], scores["weighted_f1"], cell, scores["macro_f1"], scores["uar"], seconds
