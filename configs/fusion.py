@@ -75,6 +75,13 @@ def _without(part: str):
     return change
 
 
+def _score(config: ConfigDict) -> None:
+    """Predicts sentiment scores beside the classes, and selects the epoch by their error."""
+    config.model.predict_score = True
+    config.loss.weights.score = 1.0
+    config.train.select_by = "mae"
+
+
 def _no_context(config: ConfigDict) -> None:
     """Reduces the speech and text experts to one linear layer per utterance."""
     config.model.kernel_sizes = ()
@@ -91,6 +98,7 @@ VARIANTS = {
     "mean_of_experts": _mixture("mean"),
     "majority": _mixture("majority"),
     "no_context": _no_context,
+    "score": _score,
 }
 
 ABLATIONS = {
@@ -164,7 +172,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # Also allowed: "balanced", "effective_number", or one number per class: "1,2,0.5".
             "class_weights": "none",
             "logit_adjustment": 0.0,
-            "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0},
+            "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0, "score": 0.0},
         }
     )
     config.optimizer = config_from_dataclass(

@@ -112,6 +112,10 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     table.add_section()
     for name, row in baselines.items():
         table.add_row(f"weighted f1: {name}", "", "", f"{row['weighted_f1']:.3f}", "")
+    if scores.get("regression", {}).get("utterances"):
+        table.add_section()
+        for name, value in regression_rows(scores["regression"]):
+            table.add_row(f"score: {name}", "", "", value, "")
     calibration = scores.get("calibration", {})
     versions = [calibration[key] for key in ("uncalibrated", "calibrated") if key in calibration]
     if versions:
@@ -129,6 +133,21 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         mean, deviation = seeds["mean"]["weighted_f1"], seeds["deviation"]["weighted_f1"]
         table.add_row("weighted f1: mean of the seeds", "", "", f"{mean:.3f} +- {deviation:.3f}")
     return table
+
+
+def regression_rows(regression: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the names and values of `metrics.regression_scores` for a table."""
+    correlation = regression["pearson_r"]
+    rows = [
+        ("mean absolute error", f"{regression['mae']:.3f}"),
+        ("Pearson's r", "-" if correlation is None else f"{correlation:.3f}"),
+        ("accuracy of 7 classes", f"{regression['accuracy_7']:.3f}"),
+        ("accuracy of 5 classes", f"{regression['accuracy_5']:.3f}"),
+    ]
+    for name, binary in regression["binary"].items():
+        value = f"{binary['accuracy']:.3f} / {binary['weighted_f1']:.3f}"
+        rows.append((f"accuracy / F1, {name.replace('_', ' ')}", value))
+    return rows
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:

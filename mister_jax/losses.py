@@ -349,6 +349,7 @@ class LossWeights:
       contrastive: Weight of `supervised_contrastive`.
       agreement: Weight of `expert_agreement`.
       gate: Weight of `gate_responsibility`.
+      score: Weight of `score_error`; needs a model that predicts scores.
     """
 
     mixture: float = 1.0
@@ -358,6 +359,40 @@ class LossWeights:
     contrastive: float = 2.0
     agreement: float = 0.1
     gate: float = 0.0
+    score: float = 0.0
+
+
+def score_error(
+    output: MisterEOutput,
+    scores: jax.Array,
+    mask: jax.Array,
+    *,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Computes the mean absolute error of the mixture's score plus that of each expert's score.
+
+    Args:
+      output: Output of a `MisterE` that predicts scores.
+      scores: Annotated scores, [B, T]; utterances with NaN are ignored.
+      mask: Valid utterances, [B, T] bool.
+      axis_name: Mapped axis; see the module's docstring.
+
+    Returns:
+      Loss, [] float32. An expert counts where it is present.
+
+    Raises:
+      ValueError: The model predicts no scores.
+    """
+    if output.score is None or output.expert_scores is None:
+        raise ValueError("score_error needs MisterEConfig.predict_score=True")
+    scored = mask & ~jnp.isnan(scores)
+    present = scored[..., None] & output.expert_present  # B T E
+    counted = jnp.concatenate([scored[..., None], present], axis=-1)  # B T 1+E
+    predicted = jnp.concatenate([output.score[..., None], output.expert_scores], axis=-1)
+    # Mask the values before the difference, because a zero gradient times NaN would be NaN.
+    error = jnp.where(counted, predicted, 0) - jnp.where(counted, scores[..., None], 0)
+    sums, counts = jnp.abs(error).sum((0, 1)), counted.sum((0, 1))
+    return _divide_by_global_count(sums, counts, axis_name).sum()
 
 
 def mister_e(
@@ -372,6 +407,7 @@ def mister_e(
     experts: tuple[str, ...] = EXPERTS,
     class_weights: jax.typing.ArrayLike | None = None,
     logit_adjustment: jax.typing.ArrayLike | None = None,
+    scores: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the training loss of MiSTER-E (arXiv 2602.23300).
@@ -381,7 +417,8 @@ def mister_e(
     - the focal losses of the mixture and of each expert, where the expert is present,
     - the contrastive loss between the fusion expert's speech and text representations,
     - the agreement of the experts,
-    - the gate loss `gate_responsibility`, whose weight is 0 in the released code.
+    - the gate loss `gate_responsibility`, whose weight is 0 in the released code,
+    - `score_error`, if the model predicts scores.
 
     Args:
       output: Output of `MisterE`.
@@ -395,11 +432,13 @@ def mister_e(
       class_weights: Factors of the focal losses of each class, [C]; see `imbalance.class_weights`.
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
+      scores: Annotated scores, [B, T], NaN if missing; needed if the model predicts scores.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
       Weighted sum, [] float32, and the unweighted losses that apply to the enabled experts:
-      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate", [] float32 each.
+      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate", "score", [] float32
+      each.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.
@@ -446,6 +485,8 @@ def mister_e(
         parts["gate"] = _gate_responsibility(
             output.gate, sharpness * label_log_p[..., 1:], labeled, present, axis_name
         )
+    if output.score is not None and scores is not None:
+        parts["score"] = score_error(output, scores, mask, axis_name=axis_name)
     # Leave out losses with weight 0, so that no gradient is computed for them.
     total = sum(
         (

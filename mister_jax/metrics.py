@@ -185,6 +185,44 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
     return result
 
 
+def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Scores predicted sentiment as papers on CMU-MOSI and CMU-MOSEI do.
+
+    Both scores are rounded to the nearest integer (halves to the even one) from -3 to 3 for
+    "accuracy_7", and from -2 to 2 for "accuracy_5".
+
+    Args:
+      score: Annotated sentiment, [N], -3 to 3; utterances with NaN are ignored.
+      predicted: Predicted sentiment, [N].
+
+    Returns:
+      "mae", "pearson_r" (None if the annotated or predicted scores are all equal), "accuracy_7",
+      "accuracy_5", "utterances", and "binary", the result of `binary_sentiment` for the signs.
+    """
+    score, predicted = np.asarray(score, float), np.asarray(predicted, float)
+    annotated = ~np.isnan(score)
+    score, predicted = score[annotated], predicted[annotated]
+    if not len(score):
+        return {"utterances": 0}
+    varies = len(score) > 1 and min(np.ptp(score), np.ptp(predicted)) > 0
+
+    def accuracy(limit: float) -> float:
+        rounded = (np.round(np.clip(values, -limit, limit)) for values in (score, predicted))
+        return float(np.equal(*rounded).mean())
+
+    binary = binary_sentiment(score, predicted > 0)
+    # An exact 0 is not negative.
+    binary["negative_nonnegative"] = binary_sentiment(score, predicted >= 0)["negative_nonnegative"]
+    return {
+        "mae": float(np.abs(score - predicted).mean()),
+        "pearson_r": float(np.corrcoef(score, predicted)[0, 1]) if varies else None,
+        "accuracy_7": accuracy(3),
+        "accuracy_5": accuracy(2),
+        "utterances": len(score),
+        "binary": binary,
+    }
+
+
 def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     """Computes the calibration curve and the expected calibration error.
 

@@ -180,7 +180,8 @@ class Predictor:
 
         Returns:
           Arrays in the order of the utterances: "probabilities" [N, C] and, for MiSTER-E, "gate"
-          [N, E], "expert_probabilities" [N, E, C], "expert_present" [N, E].
+          [N, E], "expert_probabilities" [N, E, C], "expert_present" [N, E], and "score" [N] if the
+          model predicts scores.
         """
         return self.combine_seeds(self.predict_per_seed(features, quiet=quiet))
 
@@ -278,7 +279,7 @@ def prediction_rows(
       A dict with "emotion" (the predicted class), "uncertain" (whether its probability is below
       `min_confidence`, if that is given) and "probabilities" (by class). For MiSTER-E, it
       also has "gate" (weights by expert) and "experts" (each expert's prediction, or None if the
-      utterance lacks the expert's modality).
+      utterance lacks the expert's modality). "score" is the predicted score, if there is one.
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}
@@ -286,6 +287,8 @@ def prediction_rows(
         if min_confidence is not None:
             row["uncertain"] = rounded[row["emotion"]] < min_confidence
         row["probabilities"] = rounded
+        if "score" in predictions:
+            row["score"] = round(float(predictions["score"][index]), 6)
         if "gate" in predictions:
             present = predictions["expert_present"][index]
             choices = predictions["expert_probabilities"][index].argmax(-1)

@@ -27,6 +27,9 @@ _BATCH_DTYPES = {
     "row": np.int32,
 }
 
+# Annotations of some datasets, with the value of padding.
+_OPTIONAL = {"score": np.nan}
+
 
 def batches(
     features: DialogueFeatures,
@@ -66,6 +69,7 @@ def batches(
         - `text_present` [B, T] bool
         - `label` [B, T] int32, -1 if unlabeled
         - `row` [B] int32, index of the dialogue in the split, -1 for an empty row
+        - `score` [B, T] float32, NaN if missing, if the dataset has scores
 
     Raises:
         ValueError: The plan was made for other lengths, the rows do not divide evenly among the
@@ -82,16 +86,18 @@ def batches(
     if not 0 <= start_step <= len(planned):
         raise ValueError(f"start_step {start_step}; allowed: 0 to {len(planned)}")
 
+    dtypes = dict(_BATCH_DTYPES)
+    dtypes |= {field: np.float32 for field in _OPTIONAL if getattr(features, field) is not None}
+
     def make_arrays(step: np.int64) -> list[np.ndarray]:
         global_rows, padded_length = planned[step]
         rows = np.split(global_rows, process_count)[process_index]
         batch = padded_batch(features, rows, padded_length)
-        return [batch[field] for field in _BATCH_DTYPES]
+        return [batch[field] for field in dtypes]
 
     def make_batch(step: "tf.Tensor") -> dict[str, "tf.Tensor"]:
-        dtypes = list(_BATCH_DTYPES.values())
-        arrays = tf.numpy_function(make_arrays, [step], dtypes, stateful=False)
-        return dict(zip(_BATCH_DTYPES, arrays, strict=True))
+        arrays = tf.numpy_function(make_arrays, [step], list(dtypes.values()), stateful=False)
+        return dict(zip(dtypes, arrays, strict=True))
 
     dataset = tf.data.Dataset.range(start_step, len(planned))
     dataset = dataset.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -123,8 +129,9 @@ def padded_batch(
     mask = positions < lengths[:, None]  # [B, T]
     utterances = (features.offsets[rows][:, None] + positions)[mask]  # rows of the flat arrays
 
-    def pad(values: np.ndarray, field: str, fill: int = 0) -> np.ndarray:
-        array: np.ndarray = np.full(mask.shape + values.shape[1:], fill, _BATCH_DTYPES[field])
+    def pad(values: np.ndarray, field: str, fill: float = 0) -> np.ndarray:
+        dtype = _BATCH_DTYPES.get(field, np.float32)
+        array: np.ndarray = np.full(mask.shape + values.shape[1:], fill, dtype)
         array[mask] = values[utterances]
         return array
 
@@ -134,4 +141,9 @@ def padded_batch(
         "mask": mask,
         "label": pad(features.label, "label", UNLABELED),
         "row": rows,
+        **{
+            field: pad(values, field, fill)
+            for field, fill in _OPTIONAL.items()
+            if (values := getattr(features, field)) is not None
+        },
     }

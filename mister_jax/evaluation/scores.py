@@ -23,7 +23,8 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       The result of `metrics.classification_scores`, "confusion", "calibration_error",
       "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate" and "experts". If the
       utterances have scores and the classes are negative and positive (see
-      `metrics.positive_class`), "sentiment" is added.
+      `metrics.positive_class`), "sentiment" is added, and for a model that predicts scores
+      "regression", the result of `metrics.regression_scores`.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
@@ -60,6 +61,8 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
         scores["sentiment"] = metrics.binary_sentiment(
             np.where(labeled, features.score, np.nan), predicted == positive_class
         )
+    if features.score is not None and "score" in predictions:
+        scores["regression"] = metrics.regression_scores(features.score, predictions["score"])
     if "reference_scores" in features.metadata:
         scores["reference_scores"] = features.metadata["reference_scores"]
     return scores

@@ -60,6 +60,8 @@ class MisterEConfig:
         ("mean"), or by a majority vote in which the fusion expert breaks ties ("majority").
       crf: Whether to apply a linear-chain conditional random field to the mixture's logits; False
         in the released model.
+      predict_score: Whether each expert also predicts a number, such as the sentiment of CMU-MOSI;
+        False in the released model.
       layer_norm_epsilon: Epsilon of all LayerNorms.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
       dtype: Computation dtype; recurrent states, softmaxes, output logits and output
@@ -92,6 +94,7 @@ class MisterEConfig:
     experts: tuple[str, ...] = EXPERTS
     mixture: Mixture = "gate"
     crf: bool = False
+    predict_score: bool = False
     layer_norm_epsilon: float = 1e-6
     attention_implementation: Implementation | None = None
     dtype: str = "float32"
@@ -114,6 +117,11 @@ class MisterEConfig:
         enabled = set(self.experts)
         if not enabled or enabled - set(EXPERTS) or len(enabled) != len(self.experts):
             raise invalid_field(self, "experts", f"one or more of {EXPERTS}, each once")
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of each expert: the class logits, and the score if there is one."""
+        return self.num_classes + self.predict_score
 
     @property
     def types(self) -> dict[str, Any]:

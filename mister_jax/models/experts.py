@@ -68,7 +68,7 @@ class ContextExpert(nnx.Module):
             else None
         )
         self.skip = nnx.Linear(feature_dim, context_dim, **options)
-        self.classifier = nnx.Linear(context_dim, config.num_classes, **options)
+        self.classifier = nnx.Linear(context_dim, config.num_outputs, **options)
 
     def __call__(
         self,
@@ -87,7 +87,8 @@ class ContextExpert(nnx.Module):
           rngs: Source of dropout keys.
 
         Returns:
-          Logits [B, T, C] float32 and context [B, T, H].
+          Logits [B, T, C] float32, followed by the score if the model predicts one, and context
+          [B, T, H].
         """
         (output,) = apply_context_experts(
             (self,), (x,), mask, deterministic=deterministic, rngs=rngs
@@ -225,7 +226,7 @@ class CrossModalExpert(nnx.Module):
         )
         self.projection = nnx.Linear(2 * fusion_dim, fusion_dim, **options)
         self.dropout = Dropout(config.classifier_dropout)
-        self.classifier = nnx.Linear(fusion_dim, config.num_classes, **options)
+        self.classifier = nnx.Linear(fusion_dim, config.num_outputs, **options)
 
     def __call__(
         self,

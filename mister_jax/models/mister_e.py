@@ -44,6 +44,8 @@ class MisterEOutput:
       text_repr: Text representation of the fusion expert, [B, T, F].
       speech_present: Utterances whose speech was used, [B, T] bool.
       text_present: Utterances whose text was used, [B, T] bool.
+      score: Score of the mixture, [B, T] float32; None if the model predicts no score.
+      expert_scores: Score of each expert, [B, T, E] float32, or None.
     """
 
     logits: jax.Array
@@ -56,6 +58,8 @@ class MisterEOutput:
     text_repr: jax.Array
     speech_present: jax.Array
     text_present: jax.Array
+    score: jax.Array | None = None
+    expert_scores: jax.Array | None = None
 
 
 MisterEState = dict[str, Any]
@@ -224,16 +228,21 @@ class MisterE(nnx.Module):
         mask: jax.Array,
     ) -> MisterEOutput:
         """Combines the outputs of the enabled experts; the CRF is not applied."""
-        no_logits = jnp.zeros((*mask.shape, self.config.num_classes), jnp.float32)
+        no_logits = jnp.zeros((*mask.shape, self.config.num_outputs), jnp.float32)
         no_vectors = jnp.zeros((*mask.shape, 0), jnp.dtype(self.config.dtype))
         speech_logits, speech_context = outputs.get("speech", (no_logits, no_vectors))
         text_logits, text_context = outputs.get("text", (no_logits, no_vectors))
         fusion_logits, speech_repr, text_repr = outputs.get(
             "fusion", (no_logits, no_vectors, no_vectors)
         )
-        expert_logits = jnp.stack([speech_logits, text_logits, fusion_logits], axis=2)  # B T E C
+        outputs_of_experts = jnp.stack([speech_logits, text_logits, fusion_logits], axis=2)
+        expert_logits = outputs_of_experts[..., : self.config.num_classes]  # B T E C
         present = self._present_experts(speech_present, text_present)  # B T E
         mixture_logits, gate = self._mix(expert_logits, present, speech_context, text_context)
+        score = expert_scores = None
+        if self.config.predict_score:
+            expert_scores = outputs_of_experts[..., -1]  # B T E
+            score = (gate * expert_scores).sum(-1)
         return MisterEOutput(
             logits=mixture_logits,
             expert_logits=expert_logits,
@@ -245,6 +254,8 @@ class MisterE(nnx.Module):
             text_repr=text_repr,
             speech_present=speech_present,
             text_present=text_present,
+            score=score,
+            expert_scores=expert_scores,
         )
 
     def _apply_experts(

@@ -86,11 +86,13 @@ class Task(Protocol):
 
     Attributes:
       class_names: Names of the C classes.
+      predicts_score: Whether the model predicts a score for each utterance, beside its class.
       notes: Messages to the user about choices made from the data.
       oom_hint: Config fields that reduce memory use in training.
     """
 
     class_names: tuple[str, ...]
+    predicts_score: bool
     notes: tuple[str, ...]
     oom_hint: str
 
@@ -134,7 +136,11 @@ class Task(Protocol):
         """Returns this device's share of the batch's loss and of each of its terms."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of `classification_sums` for a batch."""
+        """Returns this device's share of `classification_sums` for a batch.
+
+        A task that predicts scores adds "score_error", the summed absolute error, and "scored", the
+        number of utterances with a score.
+        """
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the predictions for each utterance in a batch."""

@@ -92,6 +92,7 @@ class EncoderTask:
     options_class: Any = EncoderOptions
     sharding_rules: ShardingRules = ENCODER_SHARDING_RULES
     notes = ()
+    predicts_score = False
     oom_hint = (
         "a smaller config.data.batch_size, a larger config.train.accumulation, or "
         "config.encoder.options with remat=full, param_dtype=bfloat16 or quantize=True"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -117,6 +118,13 @@ class FusionTask:
         if train_features is not None:
             self._class_counts = train_features.class_counts
             self._class_weights()  # Raises for unusable weights now, not in the first step.
+        if self._loss.weights.score and not model.predict_score:
+            raise InputError("config.loss.weights.score needs config.model.predict_score=True")
+        if model.predict_score and train_features is not None and train_features.score is None:
+            raise InputError(
+                f"config.model.predict_score: dataset {train_features.name} has no scores; "
+                "allowed: datasets with scores, such as those of CMU-MOSI, or False"
+            )
         self._num_seeds = config.get("num_seeds", 1)
         if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
             raise InputError(
@@ -280,6 +288,11 @@ class FusionTask:
         return self._num_seeds * sum(leaf.size for leaf in jax.tree.leaves(params))
 
     @property
+    def predicts_score(self) -> bool:
+        """Whether the model predicts a score for each utterance."""
+        return self.model.predict_score
+
+    @property
     def used_modalities(self) -> tuple[str, ...]:
         """Modalities that an enabled expert reads."""
         return tuple(
@@ -319,12 +332,18 @@ class FusionTask:
         )
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the confusion counts and the summed cross-entropy of a batch."""
-        logits = apply_to_batch(model, self._standardize(batch)).logits
-        return classification_sums(logits, batch["label"], batch["mask"], len(self.class_names))
+        """Returns the confusion counts, the summed cross-entropy and, for scores, their errors."""
+        output = apply_to_batch(model, self._standardize(batch))
+        label, mask = batch["label"], batch["mask"]
+        sums = classification_sums(output.logits, label, mask, len(self.class_names))
+        if output.score is not None:
+            scored = mask & ~jnp.isnan(batch["score"])
+            error = jnp.abs(output.score - jnp.where(scored, batch["score"], 0))
+            sums |= {"score_error": jnp.where(scored, error, 0).sum(), "scored": scored.sum()}
+        return sums
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the mixture's and the experts' probabilities, and the gate weights."""
+        """Returns probabilities, gate weights, and the score if the model predicts one."""
         return _predictions(apply_to_batch(model, self._standardize(batch)))
 
     def predict_step(
@@ -371,7 +390,8 @@ def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
 
 
 def _predictions(output: MisterEOutput) -> dict[str, jax.Array]:
-    return {
+    score = {} if output.score is None else {"score": output.score}  # [B, T]
+    return score | {
         "probabilities": jax.nn.softmax(output.logits),  # [B, T, C]
         "gate": output.gate,  # [B, T, E]
         "expert_probabilities": jax.nn.softmax(output.expert_logits),  # [B, T, E, C]
@@ -429,5 +449,6 @@ def mister_e_loss(
         experts=model.config.experts,
         class_weights=class_weights,
         logit_adjustment=logit_adjustment,
+        scores=batch.get("score"),
         axis_name=axis_name,
     )

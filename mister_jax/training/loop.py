@@ -68,7 +68,9 @@ class TrainingDivergedError(InputError):
 
 
 # Values of `TrainConfig.select_by` that are not scores.
-_LOSS, _LAST = "loss", "last"
+_LOSS, _LAST, _MAE = "loss", "last", "mae"
+# Validation values of which lower ones are better, by value of `TrainConfig.select_by`.
+_ERRORS = {_LOSS: "cross_entropy", _MAE: "mae"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,8 @@ class TrainConfig:
       patience: Number of epochs without a better validation score after which a seed stops early; 0
         disables early stopping. Training ends when all seeds have stopped.
       select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
-        "loss" for the lowest cross-entropy. With "last", the last epoch is used and validation is
-        only reported.
+        "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
+        that predicts scores. With "last", the last epoch is used and validation is only reported.
       init_from: Work directory, bundle or name on the Hugging Face Hub of a model whose parameters
         training starts from, where names and shapes are equal; empty for random or pretrained
         initial parameters. A resumed run does not read it.
@@ -109,7 +111,7 @@ class TrainConfig:
                 f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
                 "save_every at least 0"
             )
-        check_choice(self, "select_by", (*metrics.SCORE_NAMES, _LOSS, _LAST))
+        check_choice(self, "select_by", (*metrics.SCORE_NAMES, *_ERRORS, _LAST))
         if self.select_by == _LAST and self.patience:
             raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
 
@@ -119,8 +121,8 @@ class TrainConfig:
         Args:
           values: Validation scores and "cross_entropy" by name, [S] or a number.
         """
-        if self.select_by == _LOSS:
-            return -np.atleast_1d(values["cross_entropy"])
+        if self.select_by in _ERRORS:
+            return -np.atleast_1d(values[_ERRORS[self.select_by]])
         if self.select_by == _LAST:  # A tie goes to the later epoch.
             return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
         return np.atleast_1d(values[self.select_by])
@@ -128,8 +130,8 @@ class TrainConfig:
     def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
         """Formats selection scores, as their mean and deviation if there are several."""
         mean, deviation = metrics.mean_and_deviation(scores)
-        # The loss is stored with a negative sign, so that higher is better.
-        mean = -mean if self.select_by == _LOSS else mean
+        # Errors are stored with a negative sign, so that higher is better.
+        mean = -mean if self.select_by in _ERRORS else mean
         return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(scores) > 1 else "")
 
 
@@ -221,6 +223,8 @@ def train(
     seeds = config_seeds(config)
 
     task = task_class(config).from_data(config)
+    if options.select_by == _MAE and not task.predicts_score:
+        raise InputError("config.train.select_by=mae needs config.model.predict_score=True")
     partitioner = make_partitioner(parallel, task.sharding_rules)
     num_shards = partitioner.num_shards
     planned_epochs = read_planned_epochs(workdir) or options.epochs
@@ -632,9 +636,17 @@ class _TrainingLoop:
                     **{name: scores[name] for name in metrics.SCORE_NAMES},
                     "cross_entropy": float(seed_sums["cross_entropy"]) / scores["utterances"],
                     "predicted_classes": int(np.count_nonzero(confusion.sum(0))),
+                    **_score_errors(seed_sums),
                 }
             )
         return multi_seed.stack_seeds(scores_per_seed)
+
+
+def _score_errors(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the mean absolute error "mae" of the predicted scores, if there are any."""
+    if "score_error" not in sums:
+        return {}
+    return {"mae": float(sums["score_error"]) / max(1, int(sums["scored"]))}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mister_jax.console import regression_rows
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report import charts, statistics
@@ -116,6 +117,13 @@ def render_sentiment(conventions: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     head = ("convention", "weighted F1", "accuracy", "utterances")
     return table("Binary sentiment under each convention", head, rows)
+
+
+def render_regression(regression: Mapping[str, Any]) -> str:
+    """Renders the scores of `metrics.regression_scores`."""
+    rows = [(escape(name), value) for name, value in regression_rows(regression)]
+    caption = f"Predicted against annotated score of {regression['utterances']:,} utterances"
+    return table(caption, ("measure", "value"), rows)
 
 
 def render_classes(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
