@@ -166,6 +166,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     )
     config.loss = ConfigDict(
         {
+            # "ratings": the distribution of the raters, for datasets that have it.
+            "target": "label",
             "gamma": 1.0,
             "temperature": 1.0,
             "sharpness": 1.0,

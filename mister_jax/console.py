@@ -116,6 +116,10 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         table.add_section()
         for name, value in regression_rows(scores["regression"]):
             table.add_row(f"score: {name}", "", "", value, "")
+    if scores.get("raters", {}).get("utterances"):
+        table.add_section()
+        for name, value in rater_rows(scores["raters"]):
+            table.add_row(name, "", "", value, "")
     calibration = scores.get("calibration", {})
     versions = [calibration[key] for key in ("uncalibrated", "calibrated") if key in calibration]
     if versions:
@@ -148,6 +152,21 @@ def regression_rows(regression: Mapping[str, Any]) -> list[tuple[str, str]]:
         value = f"{binary['accuracy']:.3f} / {binary['weighted_f1']:.3f}"
         rows.append((f"accuracy / F1, {name.replace('_', ' ')}", value))
     return rows
+
+
+def rater_rows(raters: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the names and values of `metrics.rater_scores` for a table."""
+    names = {
+        "kl_divergence": "KL divergence from the raters",
+        "js_divergence": "Jensen-Shannon divergence",
+        "any_rater_accuracy": "accuracy, any rater",
+        "rater_agreement": "agreement of two raters",
+        "fleiss_kappa": "Fleiss' kappa of the raters",
+    }
+    return [
+        (text, "-" if raters[name] is None else f"{raters[name]:.3f}")
+        for name, text in names.items()
+    ]
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:

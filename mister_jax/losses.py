@@ -337,6 +337,18 @@ def _gate_responsibility(
     return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
 
+def rating_targets(labels: jax.Array, ratings: jax.Array) -> jax.Array:
+    """Returns each utterance's distribution over the classes, [..., C]; zeros without a target.
+
+    Args:
+      labels: Labels, [...] int, -1 if unlabeled; used where there are no ratings.
+      ratings: Number of raters who chose each class, [..., C].
+    """
+    count = ratings.sum(-1, keepdims=True)
+    one_hot = jax.nn.one_hot(labels, ratings.shape[-1])
+    return jnp.where(count > 0, ratings / jnp.maximum(count, 1e-6), one_hot)
+
+
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
     """Weights of the losses in `mister_e`; the defaults match the released code.
@@ -408,6 +420,7 @@ def mister_e(
     class_weights: jax.typing.ArrayLike | None = None,
     logit_adjustment: jax.typing.ArrayLike | None = None,
     scores: jax.Array | None = None,
+    ratings: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the training loss of MiSTER-E (arXiv 2602.23300).
@@ -433,6 +446,10 @@ def mister_e(
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
       scores: Annotated scores, [B, T], NaN if missing; needed if the model predicts scores.
+      ratings: Number of raters who chose each class, [B, T, C]. The targets are then the raters'
+        distributions: the focal losses are the sum of each class's loss, weighted by its share of
+        the raters, and the gate's responsibilities use the log-probabilities weighted in the same
+        way. An utterance without ratings has its label as target. The contrastive loss uses labels.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
@@ -446,7 +463,8 @@ def mister_e(
     if min(gamma, sharpness) < 0:
         raise ValueError(f"{gamma=}, {sharpness=}; allowed: 0 or more")
     weights = LossWeights() if weights is None else weights
-    labeled = mask & (labels >= 0)
+    target = None if ratings is None else rating_targets(labels, ratings)  # B T C
+    labeled = mask & ((labels >= 0) if target is None else (target.sum(-1) > 0))
     # The losses share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
     logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
     logits = jnp.where(labeled[..., None, None], logits, 0)
@@ -454,13 +472,18 @@ def mister_e(
     adjusted = log_p
     if logit_adjustment is not None:
         adjusted = jax.nn.log_softmax(logits + jnp.asarray(logit_adjustment))
-    one_hot = jax.nn.one_hot(labels, log_p.shape[-1])  # B T C
-    label_log_p = (adjusted * one_hot[:, :, None]).sum(-1)
+    if target is None:
+        target = jax.nn.one_hot(labels, log_p.shape[-1])
+    label_log_p = (adjusted * target[:, :, None]).sum(-1)  # B T 1+E
     present = labeled[..., None] & output.expert_present  # B T E
     counted = jnp.concatenate([labeled[..., None], present], axis=-1)  # B T 1+E
-    per_utterance = _focal(-label_log_p, gamma)
-    if class_weights is not None:
-        per_utterance *= (one_hot @ jnp.asarray(class_weights))[..., None]
+    if ratings is not None:
+        weighted = target if class_weights is None else target * jnp.asarray(class_weights)
+        per_utterance = (weighted[:, :, None] * _focal(-adjusted, gamma)).sum(-1)
+    else:
+        per_utterance = _focal(-label_log_p, gamma)
+        if class_weights is not None:
+            per_utterance *= (target @ jnp.asarray(class_weights))[..., None]
     focal_losses = _divide_by_global_count(
         jnp.where(counted, per_utterance, 0).sum((0, 1)),
         counted.sum((0, 1)),
@@ -475,7 +498,7 @@ def mister_e(
         parts["contrastive"] = supervised_contrastive(
             jnp.stack([output.speech_repr, output.text_repr]),
             jnp.stack([labels, labels]),
-            labeled & jnp.stack([output.speech_present, output.text_present]),
+            (labels >= 0) & mask & jnp.stack([output.speech_present, output.text_present]),
             temperature=temperature,
             axis_name=axis_name,
         )

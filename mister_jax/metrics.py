@@ -223,6 +223,54 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
     }
 
 
+def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Compares predicted distributions with those of the raters, also without a majority.
+
+    Args:
+      ratings: Number of raters who chose each class, [N, C]; rows of zeros are ignored.
+      probabilities: Class probabilities, [N, C].
+
+    Returns:
+      "kl_divergence" from the raters to the model and "js_divergence", means in nats;
+      "any_rater_accuracy", the share of utterances whose predicted class was chosen by any rater;
+      "rater_agreement", the mean share of pairs of raters who agree, and "fleiss_kappa", for
+      utterances with at least two raters (Fleiss, 1971; None if undefined); "utterances"; and
+      "mean_raters".
+    """
+    count = ratings.sum(-1)
+    ratings, probabilities, count = (
+        np.asarray(values, float)[count > 0] for values in (ratings, probabilities, count)
+    )
+    if not len(count):
+        return {"utterances": 0}
+    raters = ratings / count[:, None]
+
+    def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        q = np.maximum(q, 1e-12)  # A probability may be rounded to 0.
+        return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0).sum(-1)
+
+    middle = (raters + probabilities) / 2
+    js = (divergence(raters, middle) + divergence(probabilities, middle)) / 2
+    chosen = ratings[np.arange(len(count)), probabilities.argmax(-1)] > 0
+    agreement = kappa = None
+    several = count > 1
+    if several.any():
+        n = count[several]
+        agreement = float((((ratings[several] ** 2).sum(-1) - n) / (n * (n - 1))).mean())
+        shares = ratings[several].sum(0) / n.sum()
+        chance = float((shares**2).sum())
+        kappa = (agreement - chance) / (1 - chance) if chance < 1 else None
+    return {
+        "kl_divergence": float(divergence(raters, probabilities).mean()),
+        "js_divergence": float(js.mean()),
+        "any_rater_accuracy": float(chosen.mean()),
+        "rater_agreement": agreement,
+        "fleiss_kappa": kappa,
+        "utterances": len(count),
+        "mean_raters": float(count.mean()),
+    }
+
+
 def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     """Computes the calibration curve and the expected calibration error.
 

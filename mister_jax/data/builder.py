@@ -122,6 +122,10 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
         }
         if self.corpus.scored:
             utterance["score"] = tfds.features.Scalar(np.float32, doc="Sentiment, or NaN.")
+        if self.corpus.rated:
+            utterance["ratings"] = tfds.features.Tensor(
+                shape=(len(self.corpus.class_names),), dtype=np.float32, doc="Raters per class."
+            )
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.DESCRIPTION,
@@ -149,6 +153,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             _make_example,
             class_names=self.corpus.class_names,
             scored=self.corpus.scored,
+            rated=self.corpus.rated,
             facts_dir=f"{self.facts_dir}/{split}",
         )
         if self.decoding.beam:
@@ -206,6 +211,7 @@ def _make_example(
     *,
     class_names: tuple[str, ...],
     scored: bool,
+    rated: bool,
     facts_dir: str,
 ) -> dict[str, Any]:
     """Returns a dialogue's example, and writes facts about its recordings to `facts_dir`."""
@@ -228,6 +234,9 @@ def _make_example(
         if scored:
             score = np.nan if utterance.score is None else utterance.score
             utterances[-1]["score"] = np.float32(score)
+        if rated:
+            ratings = [utterance.ratings.get(name, 0) for name in class_names]
+            utterances[-1]["ratings"] = np.array(ratings, np.float32)
     entries = map(recording_facts, dialogue.utterances, clips)
     facts = [entry for entry in entries if entry is not None]
     # Ids may contain characters that file names may not.

@@ -24,6 +24,8 @@ class Utterance:
         recording: File and time range of the audio; None if missing. The file may not exist.
         label: Name of the class; None if the utterance is unlabeled context.
         score: Sentiment from -3 to 3; None if the utterance has no score.
+        ratings: Number of raters who chose each class, by its name. A rater's vote may be divided
+            among several classes. Empty if unknown.
         start, end: Seconds from the beginning of the dialogue; None if unknown.
         metadata: Extra columns of a manifest by name; no model reads them.
     """
@@ -33,6 +35,7 @@ class Utterance:
     recording: DecodeRequest | None = None
     label: str | None = None
     score: float | None = None
+    ratings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     start: float | None = None
     end: float | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -58,8 +61,8 @@ class Corpus:
         notes: Lines for the user about how the corpus was read.
 
     Raises:
-        InputError: An id is not unique, a dialogue is empty, a label is not a class, or the corpus
-            is empty.
+        InputError: An id is not unique, a dialogue is empty, a label or rating is not a class, or
+            the corpus is empty.
     """
 
     name: str
@@ -91,6 +94,17 @@ class Corpus:
                     f"{self.name}: utterance {utterance.id!r}: label {utterance.label!r}; "
                     f"allowed: {', '.join(self.class_names)}"
                 )
+            for name in utterance.ratings:
+                if name not in self.class_names:
+                    raise InputError(
+                        f"{self.name}: utterance {utterance.id!r}: ratings of {name!r}; allowed: "
+                        f"{', '.join(self.class_names)}"
+                    )
+
+    @property
+    def rated(self) -> bool:
+        """Whether the ratings of any utterance are known."""
+        return any(utterance.ratings for _, utterance in self.utterances())
 
     def dialogues(self) -> Iterator[tuple[str, Dialogue]]:
         """Yields each dialogue with its split."""

@@ -26,6 +26,7 @@ class StoredUtterance:
         text: Transcript; empty if missing.
         label: Index of the class, or `UNLABELED`.
         score: Sentiment; NaN if missing.
+        ratings: Number of raters per class, [C] float32; None for a dataset without ratings.
         start, end: Seconds from the beginning of the dialogue; NaN if unknown.
         speech_present: Whether the utterance has a usable recording.
         text_present: Whether the utterance has a transcript.
@@ -37,6 +38,7 @@ class StoredUtterance:
     text: str
     label: int
     score: float
+    ratings: np.ndarray | None
     start: float
     end: float
     speech_present: bool
@@ -70,6 +72,7 @@ class DialogueDataset:
             )
         self.class_names: tuple[str, ...] = tuple(fields["label"].names)
         self.scored = "score" in fields
+        self.rated = "ratings" in fields
         self.has_metadata = "metadata" in fields
 
     @property
@@ -105,6 +108,7 @@ class DialogueDataset:
                 text=values["text"].decode(),
                 label=int(values["label"]),
                 score=float(values.get("score", np.nan)),
+                ratings=values.get("ratings"),
                 start=float(values["start"]),
                 end=float(values["end"]),
                 speech_present=bool(values["speech_present"]),

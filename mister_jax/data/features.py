@@ -138,6 +138,7 @@ def load_features(
         text_present=concatenate("text_present"),
         label=concatenate("label").astype(np.int32),
         score=concatenate("score") if "score" in fields else None,
+        ratings=concatenate("ratings") if "ratings" in fields else None,
         metadata=metadata,
         utterance_metadata=concatenate_text("metadata") if "metadata" in fields else None,
     )
@@ -153,6 +154,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
             split.speech.dtype,
             split.text.dtype,
             split.score is not None,
+            split.ratings is not None,
             split.utterance_metadata is not None,
         )
         for split in splits.values()
@@ -162,7 +164,8 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     unknown = set(splits) - set(SPLITS)
     if unknown:
         raise ValueError(f"splits {sorted(unknown)}; allowed: {', '.join(SPLITS)}")
-    ((class_names, speech_dim, text_dim, speech_dtype, text_dtype, scored, has_metadata),) = specs
+    (spec,) = specs
+    class_names, speech_dim, text_dim, speech_dtype, text_dtype, scored, rated, has_metadata = spec
     # Bytes are written many times faster than float lists, and take half the space for float16.
     utterance = {
         "utterance": tfds.features.Text(),
@@ -174,6 +177,8 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
     }
     if scored:
         utterance["score"] = np.float32
+    if rated:
+        utterance["ratings"] = tfds.features.Tensor(shape=(len(class_names),), dtype=np.float32)
     if has_metadata:
         utterance["metadata"] = tfds.features.Text()
     return tfds.features.FeaturesDict(
@@ -191,6 +196,7 @@ def _examples(features: DialogueFeatures) -> Iterator[tuple[int, dict[str, Any]]
         "speech_present": features.speech_present,
         "text_present": features.text_present,
         "score": features.score,
+        "ratings": features.ratings,
         "metadata": features.utterance_metadata,
     }
     for index, dialogue in enumerate(features.dialogue_ids):

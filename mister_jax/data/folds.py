@@ -331,5 +331,5 @@ def _balanced_assignment(
 def _utterance_fields(features: DialogueFeatures) -> list[str]:
     """Returns the names of the arrays with one row per utterance."""
     names = ["utterance_ids", "label", *MODALITIES, *(f"{name}_present" for name in MODALITIES)]
-    optional = ("score", "utterance_metadata")
+    optional = ("score", "ratings", "utterance_metadata")
     return names + [name for name in optional if getattr(features, name) is not None]

@@ -28,7 +28,7 @@ _BATCH_DTYPES = {
 }
 
 # Annotations of some datasets, with the value of padding.
-_OPTIONAL = {"score": np.nan}
+_OPTIONAL = {"score": np.nan, "ratings": 0.0}
 
 
 def batches(
@@ -70,6 +70,7 @@ def batches(
         - `label` [B, T] int32, -1 if unlabeled
         - `row` [B] int32, index of the dialogue in the split, -1 for an empty row
         - `score` [B, T] float32, NaN if missing, if the dataset has scores
+        - `ratings` [B, T, C] float32, zeros if unknown, if the dataset has ratings
 
     Raises:
         ValueError: The plan was made for other lengths, the rows do not divide evenly among the

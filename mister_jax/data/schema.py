@@ -48,6 +48,8 @@ class DialogueFeatures:
         text_present: Whether the utterance has text, [N] bool.
         label: Index of the class or `UNLABELED`, [N] int32.
         score: Sentiment scores, [N] float32, NaN if missing; None for a dataset without scores.
+        ratings: Number of raters who chose each class, [N, C] float32, zeros if unknown; None for a
+            dataset without ratings.
         metadata: Origin of the features, as JSON values.
         utterance_metadata: JSON objects with a manifest's extra columns, [N] str, or None. No model
             reads them, and predictions include them.
@@ -68,6 +70,7 @@ class DialogueFeatures:
     text_present: np.ndarray
     label: np.ndarray
     score: np.ndarray | None = None
+    ratings: np.ndarray | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     utterance_metadata: np.ndarray | None = None
 
@@ -82,6 +85,8 @@ class DialogueFeatures:
             if field.name == "lengths" or not isinstance(array, np.ndarray):
                 continue
             expected = (total, *array.shape[1:2]) if field.name in MODALITIES else (total,)
+            if field.name == "ratings":
+                expected = (total, len(self.class_names))
             if array.shape != expected:
                 raise ValueError(f"{field.name} has shape {array.shape}, expected {expected}")
 
@@ -117,6 +122,7 @@ class DialogueFeatures:
             self.speech_present,
             self.text_present,
             self.label,
+            *(values for values in (self.score, self.ratings) if values is not None),
         )
 
     def summary(self) -> dict[str, str]:

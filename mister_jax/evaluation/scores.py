@@ -24,7 +24,8 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate" and "experts". If the
       utterances have scores and the classes are negative and positive (see
       `metrics.positive_class`), "sentiment" is added, and for a model that predicts scores
-      "regression", the result of `metrics.regression_scores`.
+      "regression", the result of `metrics.regression_scores`. For a dataset with ratings, "raters"
+      is added, the result of `metrics.rater_scores`.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
@@ -61,6 +62,9 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
         scores["sentiment"] = metrics.binary_sentiment(
             np.where(labeled, features.score, np.nan), predicted == positive_class
         )
+    ratings = getattr(features, "ratings", None)  # `Utterances` have none.
+    if ratings is not None:
+        scores["raters"] = metrics.rater_scores(ratings, predictions["probabilities"])
     if features.score is not None and "score" in predictions:
         scores["regression"] = metrics.regression_scores(features.score, predictions["score"])
     if "reference_scores" in features.metadata:

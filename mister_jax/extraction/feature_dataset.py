@@ -111,11 +111,11 @@ def _dialogue_features(
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
         turns += [
-            (turn.id, turn.label, turn.score, json.dumps(dict(turn.metadata)))
+            (turn.id, turn.label, turn.score, turn.ratings, json.dumps(dict(turn.metadata)))
             for turn in dialogue.utterances
         ]
     dialogue_ids, lengths = zip(*dialogues, strict=True)
-    utterance_ids, labels, scores, utterance_metadata = zip(*turns, strict=True)
+    utterance_ids, labels, scores, ratings, utterance_metadata = zip(*turns, strict=True)
     missing = np.zeros_like(next(iter(features.values())))
     other = "text" if modality == "speech" else "speech"
     return data.DialogueFeatures(
@@ -127,6 +127,7 @@ def _dialogue_features(
         utterance_ids=np.array(utterance_ids),
         label=np.array(labels, np.int32),
         score=np.array(scores, np.float32) if source.scored else None,
+        ratings=np.stack(ratings) if source.rated else None,
         metadata=source.split_metadata(split),
         utterance_metadata=np.array(utterance_metadata) if source.has_metadata else None,
         **{

@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mister_jax import imbalance, losses
-from mister_jax.config_checks import check_at_least, invalid_field
+from mister_jax.config_checks import check_at_least, check_choice, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
 from mister_jax.data.folds import load_fold, split_list
@@ -29,12 +29,15 @@ from mister_jax.parallel.sharding import ShardingRules
 from mister_jax.tasks.base import Batch, Split, classification_sums
 from mister_jax.tasks.config import dataclass_from_config
 
+_LABEL, _RATINGS = "label", "ratings"
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """Hyperparameters of MiSTER-E's loss; see `losses.mister_e`.
 
     Attributes:
+      target: Target of the focal losses: "label", or "ratings" for the distribution of the raters.
       gamma: Focusing parameter of the focal loss, 0 or more.
       temperature: Temperature of the contrastive loss, positive.
       sharpness: Sharpness of the gate loss, 0 or more.
@@ -44,6 +47,7 @@ class LossConfig:
       weights: Weights of the individual losses.
     """
 
+    target: str = "label"
     gamma: float = 3.0
     temperature: float = 1.0
     sharpness: float = 1.0
@@ -52,6 +56,7 @@ class LossConfig:
     weights: losses.LossWeights = dataclasses.field(default_factory=losses.LossWeights)
 
     def __post_init__(self):
+        check_choice(self, "target", (_LABEL, _RATINGS))
         check_at_least(self, 0, "gamma", "sharpness", "logit_adjustment")
         if not self.temperature > 0:  # also rejects NaN
             raise invalid_field(self, "temperature", "positive numbers")
@@ -124,6 +129,12 @@ class FusionTask:
             raise InputError(
                 f"config.model.predict_score: dataset {train_features.name} has no scores; "
                 "allowed: datasets with scores, such as those of CMU-MOSI, or False"
+            )
+        has_ratings = train_features is None or train_features.ratings is not None
+        if self._loss.target == _RATINGS and not has_ratings:
+            raise InputError(
+                f"config.loss.target=ratings: dataset {config.data.name} has no ratings; allowed: "
+                "label, or a dataset with ratings"
             )
         self._num_seeds = config.get("num_seeds", 1)
         if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
@@ -450,5 +461,6 @@ def mister_e_loss(
         class_weights=class_weights,
         logit_adjustment=logit_adjustment,
         scores=batch.get("score"),
+        ratings=batch["ratings"] if config.target == _RATINGS else None,
         axis_name=axis_name,
     )

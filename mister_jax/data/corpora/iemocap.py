@@ -53,13 +53,32 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
+# Categories of a single evaluator. Those of the actors themselves (C-F1, C-M1) are not read.
+_RATING = re.compile(r"C-E\d+:\s*([^()]*?);?\s*(\(.*\))?\s*")
+_CATEGORIES = {
+    "neutral": "neu",
+    "neutral state": "neu",
+    "happiness": "hap",
+    "sadness": "sad",
+    "anger": "ang",
+    "frustration": "fru",
+    "excited": "exc",
+    "surprise": "sur",
+    "fear": "fea",
+    "disgust": "dis",
+    "other": "oth",
+}
+"""Labels of the evaluators' categories."""
+
+
 class Turn(NamedTuple):
-    """Annotated turn of a dialogue, with times in seconds."""
+    """Annotated turn of a dialogue, with times in seconds, and its evaluators' labels."""
 
     id: str
     label: str
     start: float
     end: float
+    ratings: tuple[tuple[str, ...], ...] = ()
 
 
 def read_iemocap(
@@ -135,6 +154,7 @@ def _read_dialogue(
             text=texts.get(turn.id, ""),
             recording=DecodeRequest(str(session / "sentences" / "wav" / name / f"{turn.id}.wav")),
             label=classes.get(turn.label),
+            ratings=_ratings(turn, classes),
             start=turn.start,
             end=turn.end,
         )
@@ -147,6 +167,33 @@ def _read_dialogue(
     return Dialogue(name, tuple(ordered))
 
 
+def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
+    """Returns the number of evaluators per class.
+
+    An evaluator with several labels is divided among them. Labels without a class do not count.
+    """
+    ratings: dict[str, float] = {}
+    for labels in turn.ratings:
+        for label in labels:
+            if label in classes:
+                name = classes[label]
+                ratings[name] = ratings.get(name, 0) + 1 / len(labels)
+    return ratings
+
+
+def _evaluator_labels(line: str, location: str) -> tuple[str, ...]:
+    """Returns the labels of an evaluator, whose line looks like "C-E2: Anger; Frustration; ()"."""
+    match = _RATING.fullmatch(line)
+    names = [name.strip() for name in match[1].split(";")] if match else []
+    unknown = [name for name in names if name.lower() not in _CATEGORIES]
+    if not names or unknown:
+        raise InputError(
+            f"{location}: {line[:60]!r}; needed: an evaluator and emotions of "
+            f"{', '.join(_CATEGORIES)}, each followed by a semicolon"
+        )
+    return tuple(dict.fromkeys(_CATEGORIES[name.lower()] for name in names))
+
+
 def read_turns(path: pathlib.Path) -> list[Turn]:
     """Reads the turns of a dialogue from its file in `EmoEvaluation`, in the order of the file.
 
@@ -154,11 +201,17 @@ def read_turns(path: pathlib.Path) -> list[Turn]:
         InputError: A line cannot be used, or there are no turns.
     """
     turns: dict[str, Turn] = {}
+    current: Turn | None = None
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        # Other lines contain the labels of single evaluators.
-        if not line.startswith("["):
-            continue
         location = f"{path}: line {number}"
+        if not line.startswith("["):
+            # The lines after a turn are those of its evaluators.
+            if current is not None and line.startswith("C-E"):
+                labels = _evaluator_labels(line.strip(), location)
+                current = current._replace(ratings=(*current.ratings, labels))
+                turns[current.id] = current
+            continue
+        current = None
         match = _TURN.fullmatch(line)
         if match is None:
             raise InputError(
@@ -179,7 +232,7 @@ def read_turns(path: pathlib.Path) -> list[Turn]:
         start_seconds, end_seconds = _seconds(start, location), _seconds(end, location)
         if end_seconds < start_seconds:
             raise InputError(f"{location}: [{start} - {end}]; needed: end >= start")
-        turns[turn] = Turn(turn, label, start_seconds, end_seconds)
+        current = turns[turn] = Turn(turn, label, start_seconds, end_seconds)
     if not turns:
         raise InputError(f"{path}: no turns; the file may be truncated")
     return list(turns.values())

@@ -18,6 +18,8 @@ FILE_TYPES = (".npz", ".csv", ".parquet")
 
 _ROWS_PER_CHUNK = 256
 
+_RATINGS = "ratings_"  # Prefix of the columns with the number of raters per class.
+
 Columns = dict[str, np.ndarray]
 """Arrays by name, with one row per utterance."""
 
@@ -49,8 +51,9 @@ def write_feature_file(
     An npz file has the arrays that `read_npz` reads. CSV and Parquet files have the columns
     utterance, dialogue, position, split, label (a class name), and one column for each feature,
     `text_0`, `speech_0` and so on, without a value where the utterance lacks the modality. All have
-    a column for each entry of the utterances' metadata. A modality that no utterance has is left
-    out. If an id occurs in several splits, it is preceded by `SPLIT/`.
+    a column for each entry of the utterances' metadata, and columns `ratings_CLASS` if there are
+    ratings. A modality that no utterance has is left out. If an id occurs in several splits, it is
+    preceded by `SPLIT/`.
 
     Args:
         path: File to write; its ending is one of `FILE_TYPES`.
@@ -100,6 +103,10 @@ def _columns(
     }
     if parts[0].score is not None:
         columns["score"] = np.concatenate([part.score for part in parts if part.score is not None])
+    if parts[0].ratings is not None:
+        ratings = np.concatenate([part.ratings for part in parts if part.ratings is not None])
+        names_and_columns = zip(parts[0].class_names, ratings.T, strict=True)
+        columns |= {f"{_RATINGS}{name}": column for name, column in names_and_columns}
     features: Columns = {}
     for modality in MODALITIES:
         present = np.concatenate([getattr(part, f"{modality}_present") for part in parts])
@@ -139,6 +146,9 @@ def _write_npz(
 ) -> None:
     with path.open("wb") as file:
         arrays: dict[str, Any] = {**columns, **features, "class_names": np.array(class_names)}
+        ratings = [arrays.pop(f"{_RATINGS}{name}", None) for name in class_names]
+        if ratings[0] is not None:
+            arrays["ratings"] = np.stack(ratings, axis=1)
         np.savez(file, **arrays)
 
 

@@ -27,6 +27,7 @@ def read_npz(
       dialogue. By default, dialogues are split at random.
     - `speaker` [N], optional: Text or integers. No model reads them.
     - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
+    - `ratings` [N, C], optional: Number of raters who chose each class; zeros if unknown.
     - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; its
       features are then replaced by zeros. All true by default.
 

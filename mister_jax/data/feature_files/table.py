@@ -14,7 +14,8 @@ from mister_jax.data.splits import overlap_note, random_splits
 from mister_jax.errors import InputError
 
 REQUIRED = ("utterance", "dialogue", "position", "label", "class_names")
-OPTIONAL = ("split", "speaker", "score", "speech_present", "text_present")
+OPTIONAL = ("split", "speaker", "score", "ratings", "speech_present", "text_present")
+_TWO_DIMENSIONAL = (*MODALITIES, "ratings")
 NEEDED = (
     f"needed: {', '.join(REQUIRED)}, and {' or '.join(MODALITIES)}; optional: {', '.join(OPTIONAL)}"
 )
@@ -28,6 +29,7 @@ _KINDS = {
     **dict.fromkeys(("utterance", "dialogue"), _ID),
     **dict.fromkeys(("class_names", "split"), ("US", "text")),
     **dict.fromkeys(("speech", "text", "score"), ("f", "floats")),
+    "ratings": ("biuf", "numbers"),
     **dict.fromkeys(("speech_present", "text_present"), ("biu", "booleans")),
     "position": ("iuf", "numbers"),
     "label": ("iu", "integers"),
@@ -85,6 +87,7 @@ class FeatureTable:
             valid = np.isnan(score) | ((score >= MIN_SCORE) & (score <= MAX_SCORE))
             allowed = f"allowed: {MIN_SCORE:g} to {MAX_SCORE:g}, or NaN for no score"
             self.check("score", valid, allowed, score)
+        ratings = self._ratings(class_names) if "ratings" in self.arrays else None
         speech, speech_present = self.modality("speech")
         text, text_present = self.modality("text")
 
@@ -122,10 +125,23 @@ class FeatureTable:
                 text_present=text_present[rows],
                 label=label[rows].astype(np.int32),
                 score=None if score is None else score[rows],
+                ratings=None if ratings is None else ratings[rows],
                 metadata=dict(metadata),
                 utterance_metadata=None if utterance_metadata is None else utterance_metadata[rows],
             )
         return splits
+
+    def _ratings(self, class_names: Sequence[str]) -> np.ndarray:
+        """Returns the number of raters per class, [N, C] float32."""
+        ratings = self.array("ratings").astype(np.float32)
+        if ratings.shape[1] != len(class_names):
+            self.fail(
+                "ratings",
+                f"{ratings.shape[1]} columns; allowed: {len(class_names)}, as in class_names",
+            )
+        valid = np.all(np.isfinite(ratings) & (ratings >= 0), axis=1)
+        self.check("ratings", valid, "allowed: numbers of raters, 0 or more", ratings)
+        return ratings
 
     def fail(self, name: str, message: str) -> NoReturn:
         """Raises a one-line InputError about the array `name`."""
@@ -143,7 +159,7 @@ class FeatureTable:
         """Checks and returns an array, with ids and text as `str`. `kind` replaces `_KINDS`."""
         array = self.arrays[name]
         letters, meaning = kind or _KINDS[name]
-        ndim = 2 if name in MODALITIES and kind is None else 1
+        ndim = 2 if name in _TWO_DIMENSIONAL and kind is None else 1
         if array.ndim != ndim:
             self.fail(name, f"{array.ndim} dimensions; allowed: {ndim}")
         if name not in ("utterance", "class_names") and len(array) != len(self.utterance):

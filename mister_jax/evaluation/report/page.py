@@ -65,7 +65,7 @@ def report_html(
     Args:
       predictions: Predictions for the split.
       scores: Scores that `evaluate` returned, of which "reference_scores", "sentiment",
-        "regression", "calibration" and "seeds" are used if present.
+        "regression", "raters", "calibration" and "seeds" are used if present.
       experiment: Training run that is evaluated.
       texts: Transcripts by utterance id.
       study: Content of `missing_modality.json`; its section is omitted if None.
@@ -114,6 +114,8 @@ def _sections(
         content["Scores"] = "scores", html
         if "sentiment" in scores:
             content["Sentiment"] = "sentiment", sections.render_sentiment(scores["sentiment"])
+        if scores.get("raters", {}).get("utterances"):
+            content["Raters"] = "raters", sections.render_raters(scores["raters"])
         if scores.get("regression", {}).get("utterances"):
             content["Score"] = "score", sections.render_regression(scores["regression"])
         content["Classes"] = "classes", sections.render_classes(predictions, bootstrap)

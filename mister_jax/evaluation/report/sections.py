@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mister_jax.console import regression_rows
+from mister_jax.console import rater_rows, regression_rows
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report import charts, statistics
@@ -123,6 +123,16 @@ def render_regression(regression: Mapping[str, Any]) -> str:
     """Renders the scores of `metrics.regression_scores`."""
     rows = [(escape(name), value) for name, value in regression_rows(regression)]
     caption = f"Predicted against annotated score of {regression['utterances']:,} utterances"
+    return table(caption, ("measure", "value"), rows)
+
+
+def render_raters(raters: Mapping[str, Any]) -> str:
+    """Renders the scores of `metrics.rater_scores`."""
+    rows = [(escape(name), value) for name, value in rater_rows(raters)]
+    caption = (
+        f"Predicted distribution against {raters['mean_raters']:.1f} raters of each of "
+        f"{raters['utterances']:,} utterances, also without a majority"
+    )
     return table(caption, ("measure", "value"), rows)
 
 

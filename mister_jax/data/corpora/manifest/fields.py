@@ -1,7 +1,9 @@
 """Checks the fields of utterances, for manifests and `mister-jax predict`."""
 
 import collections
+import contextlib
 import difflib
+import json
 import math
 import os
 import re
@@ -27,6 +29,7 @@ FIELDS = (
     "text",
     "label",
     "score",
+    "ratings",
     "split",
     "speaker",
 )
@@ -116,6 +119,25 @@ class Fields:
         if not minimum <= value <= maximum:  # Also rejects NaN.
             self.fail(field, f"{value!r}; allowed: a finite number, {minimum:g} to {maximum:g}")
         return value
+
+    def ratings(self, field: str) -> dict[str, float]:
+        """Returns the number of raters by class; empty if the field is absent."""
+        value = self.values.get(field)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(value) if value.strip() else None
+        if value is None:
+            return {}
+        allowed = 'allowed: an object of classes and numbers of raters, such as {"happy": 2}'
+        if not isinstance(value, Mapping):
+            self.fail(field, f"{value!r}; {allowed}")
+        ratings = {}
+        for name, count in value.items():
+            valid = isinstance(count, int | float) and not isinstance(count, bool)
+            if not str(name).strip() or not valid or not 0 <= count <= _MAX_NUMBER:
+                self.fail(field, f"{name!r}: {count!r}; {allowed}")
+            ratings[str(name).strip()] = float(count)
+        return ratings
 
     def interval(self, start_field: str, end_field: str) -> Interval:
         """Returns two times in seconds, None if absent. The end must be later than the start."""

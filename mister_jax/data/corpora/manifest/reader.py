@@ -16,6 +16,8 @@ A row has these fields. A field is absent if it is missing, null or empty.
 - `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
 - `label`: The emotion; rows without a label are context. `score`: The sentiment, -3 to 3.
+- `ratings`: How many raters chose each emotion, a JSON object such as `{"happy": 2, "sad": 1}`. If
+  `label` is absent, it is the emotion that more than half of the raters chose.
 - `split`: `train`, `validation` or `test`, the same for all rows in a dialogue. If no row has a
   split, dialogues are split at random.
 - `speaker`: The speaker. Random splits put each speaker into one split. No model reads this field.
@@ -178,9 +180,11 @@ def corpus_from_rows(
             fractions=fractions,
         )
         notes.append(note)
+    names = {turn.label for turn in utterances if turn.label is not None}
+    names.update(*(turn.ratings for turn in utterances))
     return Corpus(
         source.stem,
-        tuple(labels or sorted({turn.label for turn in utterances if turn.label is not None})),
+        tuple(labels or sorted(names)),
         {
             split: [dialogue for name, dialogue in dialogues.items() if splits[name] == split]
             for split in SPLITS
@@ -234,7 +238,16 @@ class Row(Fields):
         if text is None and audio is None:
             self.fail("audio", "missing, and text too; needed: one of them")
         start, end = self.interval("start", "end")
+        ratings: dict[str, float] = {}
+        for rated, count in self.ratings("ratings").items():
+            mapped = label_map.get(rated, rated)
+            if mapped:
+                ratings[mapped] = ratings.get(mapped, 0) + count
         label = self.line("label")
+        if label is None and ratings:
+            most = max(ratings, key=ratings.__getitem__)
+            if 2 * ratings[most] > sum(ratings.values()):
+                label = most
         recording = None
         if audio is not None:
             recording = DecodeRequest(str(self.folder / audio), *interval, self.channel())
@@ -244,6 +257,7 @@ class Row(Fields):
             recording=recording,
             label=label if label is None else label_map.get(label, label) or None,
             score=self.number("score", minimum=MIN_SCORE, maximum=MAX_SCORE),
+            ratings=ratings,
             start=start,
             end=end,
             metadata=self.metadata(),
@@ -350,7 +364,7 @@ def _jsonl(path: pathlib.Path) -> Iterator[Row]:
         for name, value in pairs:
             if name in values:
                 Fields(row, {}).fail(repr(name), "repeated; needed: unique fields")
-            values[name] = value
+            values[name] = _plain(value)
         yield Row(
             row, path.parent, {key: value for key, value in values.items() if value is not None}
         )
@@ -358,6 +372,13 @@ def _jsonl(path: pathlib.Path) -> Iterator[Row]:
 
 class _JsonPairs(list):
     """Fields of a JSON object, including repeated ones."""
+
+
+def _plain(value: Any) -> Any:
+    """Returns a JSON value with dicts instead of `_JsonPairs`."""
+    if isinstance(value, _JsonPairs):
+        return {name: _plain(nested) for name, nested in value}
+    return [_plain(nested) for nested in value] if isinstance(value, list) else value
 
 
 def _csv(path: pathlib.Path) -> Iterator[Row]:
