@@ -17,7 +17,7 @@ from mister_jax import imbalance, losses
 from mister_jax.config_checks import check_at_least, check_choice, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
-from mister_jax.data.folds import load_fold, split_list
+from mister_jax.data.folds import load_fold, load_pooled, split_list
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
@@ -152,13 +152,10 @@ class FusionTask:
     @classmethod
     def from_data(cls, config: ConfigDict) -> FusionTask:
         """Creates the task for the config's dataset, with input sizes from its training split."""
-        if not config.data.get("folds"):
-            for name in ("fold", "validate_on_train"):
-                if config.data.get(name):
-                    raise InputError(
-                        f"config.data.{name}={config.data[name]} needs config.data.folds, such as "
-                        "speaker:5"
-                    )
+        if config.data.get("fold") and not config.data.get("folds"):
+            raise InputError(
+                f"config.data.fold={config.data.fold} needs config.data.folds, such as speaker:5"
+            )
         if config.data.get("validate_on_train") and config.train.get("select_by") != "last":
             raise InputError(
                 "config.data.validate_on_train needs config.train.select_by=last, because "
@@ -397,6 +394,9 @@ def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
             validate_on_train=data.validate_on_train,
             pooled_splits=split_list(data.get("fold_splits", "")),
         )
+    if data.get("validate_on_train") and split == "train":
+        pooled = load_pooled(data.name, data_dir, ("train", "validation"))
+        return dataclasses.replace(pooled, split="train")
     return load_features(data.name, split, data_dir)
 
 

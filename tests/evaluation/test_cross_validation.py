@@ -149,12 +149,26 @@ def test_an_encoder_tuned_on_the_same_dataset_is_reported(config, tiny_data_dir,
         assert ("fine-tuned on calls" in caplog.text) == (name == "leaks")
 
 
-def test_options_of_folds_need_folds(config):
-    for name, value in (("fold", 1), ("validate_on_train", True)):
-        changed = config.copy_and_resolve_references()
-        changed.data[name] = value
-        with pytest.raises(InputError, match=rf"data\.{name}={value} needs config\.data\.folds"):
-            FusionTask.from_data(changed)
+def test_a_fold_needs_folds(config):
+    changed = config.copy_and_resolve_references()
+    changed.data.fold = 1
+    with pytest.raises(InputError, match=r"data\.fold=1 needs config\.data\.folds"):
+        FusionTask.from_data(changed)
+
+
+def test_validation_can_be_added_to_training(config, tiny_data_dir):
+    changed = config.copy_and_resolve_references()
+    changed.data.validate_on_train = True
+    changed.train.select_by = "last"
+    task = FusionTask.from_data(changed)
+    parts = [data.load_features("tiny", split, tiny_data_dir) for split in ("train", "validation")]
+    expected = [name for part in parts for name in part.utterance_ids.tolist()]
+    assert task.features("train").utterance_ids.tolist() == expected
+    assert task.features("train").split == "train"
+    assert len(task.features("validation").label) == len(parts[1].label)
+    standardizer = task.standardizers["text"]
+    vectors = np.concatenate([part.text[part.text_present] for part in parts])
+    np.testing.assert_allclose(standardizer.mean, vectors.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_cross_validation_with_another_config_is_refused(config, cross_validation_workdir):
