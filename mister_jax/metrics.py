@@ -234,8 +234,8 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
       "kl_divergence" from the raters to the model and "js_divergence", means in nats;
       "any_rater_accuracy", the share of utterances whose predicted class was chosen by any rater;
       "rater_agreement", the mean share of pairs of raters who agree, and "fleiss_kappa", for
-      utterances with at least two raters (Fleiss, 1971; None if undefined); "utterances"; and
-      "mean_raters".
+      utterances with at least two raters who each chose one class (Fleiss, 1971; None if
+      undefined); "utterances"; and "mean_raters".
     """
     count = ratings.sum(-1)
     ratings, probabilities, count = (
@@ -253,7 +253,9 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
     js = (divergence(raters, middle) + divergence(probabilities, middle)) / 2
     chosen = ratings[np.arange(len(count)), probabilities.argmax(-1)] > 0
     agreement = kappa = None
-    several = count > 1
+    # A divided rater would disagree with itself.
+    whole = np.isclose(ratings, np.round(ratings), atol=1e-4).all(-1)
+    several = whole & (count > 1.5)
     if several.any():
         n = count[several]
         agreement = float((((ratings[several] ** 2).sum(-1) - n) / (n * (n - 1))).mean())

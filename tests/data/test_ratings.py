@@ -38,6 +38,8 @@ TURNS = {
         {"excited": 4 / 3, "happy": 1 / 3},
     ),
     "M001": ("oth", ["C-E1:\tOther;\t(curious)", "A-E1:\tval 3; act 2; dom 3;\t()"], {}),
+    # An evaluator without an emotion, and a comment that is not closed.
+    "F002": ("sad", ["C-E1:\t;\t()", "C-E2:\tSadness;\t(low", "C-E4:\tSadness"], {"sad": 2}),
 }
 
 
@@ -98,7 +100,7 @@ def test_ratings_are_stored_for_turns_without_a_majority(tmp_path, write_wav):
         assert {key: value for key, value in ratings.items() if value} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("line", ["C-E2:\tJoyful;\t()", "C-E2: ;\t()", "C-E2 Anger"])
+@pytest.mark.parametrize("line", ["C-E2:\tJoyful;\t()", "C-E2:\tAnger, Fear;\t()", "C-E2 Anger"])
 def test_line_of_an_evaluator_that_cannot_be_read_is_an_error(tmp_path, line):
     path = write_session(tmp_path, {"F000": ("neu", [line], {})})
     with pytest.raises(InputError, match=r"Ses02F_impro01\.txt: line \d+: .* needed: an evaluator"):
@@ -257,6 +259,13 @@ def test_scores_equal_those_of_scipy_and_hand_made_agreement():
     assert scores["fleiss_kappa"] == pytest.approx((agreement - chance) / (1 - chance))
     assert scores["utterances"] == 4
     assert metrics.rater_scores(np.zeros((2, 3)), p[:2]) == {"utterances": 0}
+
+
+def test_agreement_leaves_out_divided_raters():
+    ratings = np.array([[2.0, 0, 0], [0, 2, 0], [1, 1 / 3, 1 / 3]], np.float32)
+    scores = metrics.rater_scores(ratings, np.full((3, 3), 1 / 3))
+    assert scores["rater_agreement"] == scores["fleiss_kappa"] == pytest.approx(1)
+    assert metrics.rater_scores(ratings[2:], np.ones((1, 3)) / 3)["rater_agreement"] is None
 
 
 def test_training_on_ratings_is_scored_against_the_raters(rated_splits, tmp_path):

@@ -53,8 +53,9 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
-# Categories of a single evaluator. Those of the actors themselves (C-F1, C-M1) are not read.
-_RATING = re.compile(r"C-E\d+:\s*([^()]*?);?\s*(\(.*\))?\s*")
+# Categories of a single evaluator, before an optional comment in parentheses. Those of the actors
+# themselves (C-F1, C-M1) are not read.
+_RATING = re.compile(r"C-E\d+:([^(]*)(\(.*)?")
 _CATEGORIES = {
     "neutral": "neu",
     "neutral state": "neu",
@@ -182,11 +183,13 @@ def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
 
 
 def _evaluator_labels(line: str, location: str) -> tuple[str, ...]:
-    """Returns the labels of an evaluator, whose line looks like "C-E2: Anger; Frustration; ()"."""
+    """Returns the labels of an evaluator, whose line looks like "C-E2: Anger; Frustration; ()".
+
+    There are no labels if the evaluator chose none.
+    """
     match = _RATING.fullmatch(line)
-    names = [name.strip() for name in match[1].split(";")] if match else []
-    unknown = [name for name in names if name.lower() not in _CATEGORIES]
-    if not names or unknown:
+    names = [name.strip() for name in match[1].split(";") if name.strip()] if match else []
+    if match is None or any(name.lower() not in _CATEGORIES for name in names):
         raise InputError(
             f"{location}: {line[:60]!r}; needed: an evaluator and emotions of "
             f"{', '.join(_CATEGORIES)}, each followed by a semicolon"
