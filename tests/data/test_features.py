@@ -1,5 +1,6 @@
 """Feature datasets: npz archives are checked, stored with TFDS and loaded again."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -201,6 +202,9 @@ def test_random_splits_keep_speakers_apart_and_are_repeatable(tmp_path):
     assert [len(split.label) for split in splits.values()] == [160, 20, 20]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
     assert "in 20 groups that share no speaker" in splits["train"].metadata["notes"][0]
+    # The speakers are kept as a column, which folds of a cross-validation need.
+    column = [json.loads(row)["speaker"] for row in splits["train"].utterance_metadata]
+    assert column == [str(int(name) % 20) for name in splits["train"].utterance_ids]
     assert_features_equal(read_npz(source)["test"], splits["test"])
     assert read_npz(source, seed=1)["test"].dialogue_ids != splits["test"].dialogue_ids
 

@@ -25,14 +25,15 @@ def read_npz(
     - `position` [N]: Numbers that order the utterances of a dialogue.
     - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances in a
       dialogue. By default, dialogues are split at random.
-    - `speaker` [N], optional: Text or integers. No model reads them.
+    - `speaker` [N], optional: Text or integers, kept as metadata. No model reads them.
     - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
     - `ratings` [N, C], optional: Number of raters who chose each class; zeros if unknown.
     - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; its
       features are then replaced by zeros. All true by default.
 
     Other arrays are ignored. A random split puts all dialogues with the same value in the array
-    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it.
+    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it. The
+    array `group_by` is kept as metadata, too.
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
@@ -44,7 +45,9 @@ def read_npz(
     """
     path = pathlib.Path(path)
     table = FeatureTable(path, _read_arrays(path, (group_by,) if group_by else ()))
-    return table.splits(group_by=group_by, seed=seed)
+    return table.splits(
+        group_by=group_by, seed=seed, utterance_metadata=table.metadata("speaker", group_by)
+    )
 
 
 def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str, np.ndarray]:

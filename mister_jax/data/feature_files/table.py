@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -142,6 +143,18 @@ class FeatureTable:
         valid = np.all(np.isfinite(ratings) & (ratings >= 0), axis=1)
         self.check("ratings", valid, "allowed: numbers of raters, 0 or more", ratings)
         return ratings
+
+    def metadata(self, *names: str) -> np.ndarray | None:
+        """Returns arrays of ids or text as JSON objects, [N] str, or None if there are none."""
+        arrays = {
+            name: self.array(name, _ID).tolist()
+            for name in dict.fromkeys(names)
+            if name in self.arrays and name not in REQUIRED
+        }
+        if not arrays:
+            return None
+        rows = zip(*arrays.values(), strict=True)
+        return np.array([json.dumps(dict(zip(arrays, row, strict=True))) for row in rows])
 
     def fail(self, name: str, message: str) -> NoReturn:
         """Raises a one-line InputError about the array `name`."""
