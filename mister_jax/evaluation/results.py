@@ -53,7 +53,8 @@ def evaluate(
 
     The first evaluation of a MiSTER-E model fits a temperature on the validation split of the
     training dataset and writes it to `calibration.json` in the work directory, where predictions
-    and later evaluations read it.
+    and later evaluations read it. A model that was trained on the validation split is not
+    calibrated.
 
     Args:
       workdir: Work directory of a training run.
@@ -163,6 +164,13 @@ def _fit_calibration(
         raise InputError(
             f"{predictor.folder}: the work directory of an encoder, which is not calibrated; "
             "needed: a work directory of MiSTER-E"
+        )
+    if predictor.config.data.get("validate_on_train"):
+        if kind is None:
+            return
+        raise InputError(
+            f"{predictor.folder}: trained on the validation split (config.data.validate_on_train), "
+            "so its probabilities cannot be calibrated there; needed: a model that was not"
         )
     try:
         fit_on_validation(predictor, validation, with_bias=kind == "bias", quiet=quiet)

@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import f1_score, recall_score
 
 from mister_jax import data
+from mister_jax.calibration import CALIBRATION_FILE
 from mister_jax.data.folds import load_fold, load_pooled
 from mister_jax.errors import InputError
 from mister_jax.evaluation import variants
@@ -16,6 +17,7 @@ from mister_jax.evaluation.cross_validation import (
     folds_of_dataset,
     folds_of_datasets,
 )
+from mister_jax.evaluation.results import evaluate
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import train
 from tests.helpers.training import assert_same_checkpoint, make_tiny_config
@@ -169,6 +171,18 @@ def test_validation_can_be_added_to_training(config, tiny_data_dir):
     standardizer = task.standardizers["text"]
     vectors = np.concatenate([part.text[part.text_present] for part in parts])
     np.testing.assert_allclose(standardizer.mean, vectors.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_trained_on_validation_is_not_calibrated(config, tmp_path):
+    changed = config.copy_and_resolve_references()
+    changed.data.validate_on_train = True
+    changed.train.select_by = "last"
+    assert train(changed, tmp_path, quiet=True).finished
+    scores = evaluate(tmp_path, "test", quiet=True)
+    assert "calibrated" not in scores["calibration"]
+    assert not (tmp_path / CALIBRATION_FILE).exists()
+    with pytest.raises(InputError, match="trained on the validation split"):
+        evaluate(tmp_path, "test", fit_calibration="temperature", quiet=True)
 
 
 def test_a_cross_validation_with_another_config_is_refused(config, cross_validation_workdir):
