@@ -137,8 +137,9 @@ def compile_ahead(
 
     Returns:
       A row with memory and work per device, and predicted times if the chip is in `CHIPS`. For
-      other chips, "fits" is None. If XLA rejects the program because it needs too much memory,
-      "fits" is False, and "reason" replaces all results.
+      other chips, "fits" (whether the program fits in the chip's memory) is None. If XLA rejects
+      the program because it needs too much memory, "fits" is False, and "reason" replaces all
+      results.
 
     Raises:
       InputError: Compilation fails for a reason other than memory.

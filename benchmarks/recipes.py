@@ -4,8 +4,8 @@
         --set=urdu_voices@speaker:5 --recipe=default --recipe="wide: model.context_dim=256"
         --recipe="released: paper train.epochs=40 optimizer.learning_rate=1e-4" --num_seeds=3
 
-A recipe is a name, and behind a colon the variants of configs/fusion.py and the config fields that
-differ from the default. A set is a feature dataset and its folds, see `mister-jax crossval`. The
+A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
+from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. The
 dataset's test split is never read.
 
 All recipes train on the same dialogues, for their full number of epochs, and choose nothing on

@@ -143,7 +143,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "fold_seed": 0,
             # Splits that the folds are made of, such as "train,validation"; all if empty.
             "fold_splits": "",
-            # Trains on the validation split too, for `train.select_by` "last".
+            # Whether to train on the validation split too; requires `train.select_by` "last".
             "validate_on_train": False,
             # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),

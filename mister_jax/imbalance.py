@@ -73,8 +73,8 @@ def logit_adjustment(strength: float, counts: np.ndarray) -> np.ndarray | None:
     frequent. Its predictions use the logits without the adjustment.
 
     Args:
-      strength: Factor of the classes' log frequencies; 0 disables the adjustment, 1 is consistent
-        for the mean recall.
+      strength: Factor of the classes' log frequencies. 0 disables the adjustment. With 1,
+        minimizing the loss also maximizes the mean recall (Fisher consistency).
       counts: Number of training items of each class, [C]. Missing classes count as one item.
 
     Returns:

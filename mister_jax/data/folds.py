@@ -300,8 +300,8 @@ def _balanced_assignment(
 ) -> np.ndarray:
     """Assigns values to folds so that each class is about equally frequent in all folds.
 
-    Large values are assigned first, each to the fold whose class counts then stay closest to an
-    even distribution.
+    Values with many utterances are assigned first. Each goes to the fold that keeps the class
+    counts of all folds most even.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0

@@ -34,7 +34,8 @@ def random_splits(
     dialogues are assigned one by one, and the note reports it.
 
     Args:
-        dialogues: Label of each utterance in each dialogue, None if it has none.
+        dialogues: Labels of each dialogue's utterances. The label of an unlabeled utterance is
+            None.
         groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
         name: Kind of group, named in error messages, for example "speaker".
         source: Source of the dialogues, named in error messages.
@@ -104,7 +105,7 @@ def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name
 def _connected_components(
     dialogues: Sequence[str], groups: Mapping[str, Set[str]]
 ) -> list[list[str]]:
-    """Returns lists of dialogues such that dialogues with a common group are in the same list."""
+    """Returns the connected components: dialogues that share a group are in the same list."""
     parent = {dialogue: dialogue for dialogue in dialogues}
 
     def root(dialogue: str) -> str:

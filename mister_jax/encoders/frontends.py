@@ -132,9 +132,9 @@ def log_mel(
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
       num_mel_bins: Number of mel bins M, 80 or, since large-v3, 128.
-      num_frames: Number of frames F to compute; all by default. It should cover the clips and two
-        more frames, which overlap their last samples. Otherwise the values are correct only if the
-        omitted frames do not contain the maximum.
+      num_frames: Number of frames F to compute; all by default. It should cover the longest clip
+        and the two frames after it, which overlap the clip's last samples. If it is smaller, the
+        values are correct only if no omitted frame contains the clip's maximum.
       window_frames: Number of frames in a padded clip; longer clips are truncated.
 
     Returns:

@@ -111,13 +111,14 @@ def summarize_calibration(
     """Returns the JSON values of a calibration and its scores before and after.
 
     Args:
-      predictor: Predictor of the predictions.
+      predictor: Predictor that made the predictions.
       uncalibrated: Predictions for a split with at least one label.
       calibrated: Calibrated predictions; None if they were not calibrated.
 
     Returns:
-      "uncalibrated" and, if given, "calibrated" and their "difference": by score "value", "low" and
-      "high". With "calibrated", also "temperature" and "bias" (by class, or None).
+      "uncalibrated": for each score, its "value" and the bounds "low" and "high". If calibrated
+      predictions are given, also "calibrated" and "difference" in the same form, and the parameters
+      "temperature" and "bias" (by class, or None).
     """
     bootstrap = DialogueBootstrap(uncalibrated)
     summary: dict[str, Any] = {}

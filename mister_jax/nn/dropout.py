@@ -2,9 +2,9 @@
 
 A mask then depends neither on the example's position in the batch nor on the number of devices.
 
-The keys are ordinary JAX keys, but a cheap hash derives the mask bits and the next keys, instead of
-Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not need:
-the bits only have to look independent. With the hash, training steps compile faster.
+The keys are ordinary JAX keys, but the mask bits and the next keys are computed by a cheap hash,
+not by Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not
+need: the bits only have to look independent. With the hash, training steps compile faster.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Partitioner(Protocol):
         """Number of shards of a global batch; the number of rows must be divisible by it."""
 
     def put_state(self, state: State) -> State:
-        """Places a single copy of the state on the devices."""
+        """Replicates or shards a state, given as a single copy, over the devices."""
 
     def put_batch(self, batch: Batch) -> Batch:
         """Places this process's rows of a global batch on its devices."""

@@ -134,8 +134,8 @@ class Part:
       hidden_size: Size of a layer's output.
       num_heads: Number of attention heads.
       weights: Parameters of the layers.
-      positions: Positions of an utterance.
-      max_positions: Positions of the longest utterance.
+      positions: Mean number of positions in an utterance.
+      max_positions: Number of positions in the longest utterance.
       training: How it is trained: "full", "lora" or "frozen".
       extra_flops: FLOPs of an utterance outside the layers.
     """

@@ -107,7 +107,7 @@ class PathPattern:
         pattern: The pattern.
 
     Raises:
-        InputError: The pattern is invalid, or ambiguous for all paths.
+        InputError: The pattern is invalid, or every path would match it in several ways.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -148,7 +148,7 @@ class PathPattern:
         """Returns the fields of a path, or None if it does not match the pattern.
 
         Raises:
-            InputError: The path can be read in several ways.
+            InputError: The path matches the pattern in several ways.
         """
         stem = path.with_suffix("") if self._any_suffix else path
         end = "/".join(stem.parts[-self.num_components :])

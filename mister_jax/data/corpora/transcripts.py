@@ -185,7 +185,7 @@ def _rows(
 
 
 def _split_label(segment: Segment) -> Segment:
-    """Moves the label from the end of a segment's text to its field."""
+    """Moves the label from the end of a segment's text to the `label` field."""
     match = _LABEL_SUFFIX.search(segment.text)
     if match is None:
         return segment

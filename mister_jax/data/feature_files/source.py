@@ -77,7 +77,7 @@ class FeatureSource(abc.ABC):
         fields: Fields in the order of the file.
         defaults: Roles that follow from the layout.
         roles: Roles that this layout has.
-        averages: Whether the mean of several fields of features can be chosen.
+        averages: Whether the user can select several feature fields, whose mean is used.
         class_names: Class names in the order of the labels, if the file contains them.
     """
 

@@ -70,7 +70,7 @@ class FeatureTable:
         Args:
             group_by: Array whose values stay in one split of a random split; by default `speaker`.
             seed: Seed of the random split of a table without `split`.
-            notes: Notes for the user, for the metadata.
+            notes: Notes for the user that are stored in the metadata.
             utterance_metadata: JSON objects, [N] str; see `DialogueFeatures`.
 
         Raises:

@@ -48,7 +48,7 @@ def physical_style(style: np.ndarray) -> tuple[float, float, float, float]:
 def synthesize(
     style: np.ndarray, formant_scale: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Synthesizes an utterance in a speaking style [4], with all formants scaled.
+    """Synthesizes an utterance from a style vector of 4 values and a scale for all formants.
 
     Returns:
         Samples [S] int16 at `SAMPLE_RATE`. Their geometric mean pitch, root mean square and mean

@@ -336,7 +336,7 @@ def _referring_intervals(
 # In older files, the time bullet also contains the name of the media file: %snd:"file"_100_200.
 _BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
 _UNINTELLIGIBLE = re.compile(r"(?<![^\s<])(?:xxx?|yyy?|www)(?!\w)")
-# Codes of CHAT and their replacements, in the order of the replacements.
+# CHAT codes and their replacements, in the order in which they are applied.
 _CHAT_CODES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (

@@ -26,7 +26,7 @@ class Segment:
       text: Text, empty if there is none.
       speaker: Name of the speaker, if known.
       channel: Channel of the recording to read; None reads the default channel.
-      words: Words with times, if known. Joined by spaces, they need not equal the text.
+      words: Words with times, if known. The text may differ from the words joined by spaces.
       label: Annotated emotion, if known.
     """
 

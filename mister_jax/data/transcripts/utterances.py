@@ -171,9 +171,9 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
 
 
 def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
-    """Yields the offset behind each sentence but the last."""
+    """Yields the offset after each sentence except the last."""
     ends, closing = re.escape(rules.sentence_ends), re.escape(rules.closing)
-    # Full-width marks have no space behind them.
+    # No space follows full-width punctuation.
     pattern = rf"[{ends}]+[{closing}]*(?:\s+|(?<=[。！？」』])(?!$))"  # noqa: RUF001
     for match in re.finditer(pattern, text):
         # The last word and the first letter decide.

@@ -4,8 +4,8 @@ Every speaker has a tier of texts, named after the speaker, and a tier of emotio
 and "Ann emotion". Without speakers, the tiers are "text" and "emotion". Intervals of a tier must
 not overlap, so overlapping utterances of a speaker go to further tiers, such as "Ann 2".
 
-If the transcript is an annotation, its tiers are kept as they are. The tiers of emotions are added
-to them, with names that the annotation does not use.
+If the transcript is an annotation, its tiers are kept unchanged. The emotion tiers are added, with
+names that the annotation does not use.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
 
     Args:
       rows: Rows of one recording, sorted by start time.
-      given: Names of the tiers of the transcript, which has the texts. Then only the names of the
-        tiers of emotions are unique.
+      given: Names of the tiers in the annotation. The text tiers then keep these names, and only
+        the emotion tiers get new, unique names.
     """
     by_speaker: dict[str, list[Row]] = {}
     for row in rows:
