@@ -83,7 +83,7 @@ class Bundle:
 
         def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             tensor = checkpoint[name]
-            # A copy, because a slice of the file keeps it open.
+            # Copy the slice, because it would keep the file open.
             return jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index: np.array(tensor[index])
             )

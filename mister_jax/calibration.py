@@ -113,10 +113,10 @@ def fit_calibration(
 ) -> Calibration | None:
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
-    The inverse temperature and the biases have a Gaussian prior around no calibration with a
-    standard deviation of 1. It counts as much as one utterance, and keeps a temperature fitted on a
-    few correct predictions from making the model certain. The likelihood is never worse than
-    without calibration.
+    The inverse temperature and the biases have a Gaussian prior with a standard deviation of 1,
+    whose mean leaves the probabilities unchanged. The prior counts as much as one utterance.
+    Without it, a few predictions that are all correct would give a temperature near 0. The
+    likelihood is never worse than without calibration.
 
     Args:
       probabilities: Class probabilities, [N, C].

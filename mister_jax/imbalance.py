@@ -36,8 +36,8 @@ def class_weights(
       field: Name of the config field, for errors.
 
     Returns:
-      Weights, [C] float32, scaled so that their mean over the training items is 1, so that the size
-      of the loss does not depend on them; None for "none".
+      Weights, [C] float32, or None for "none". Their mean over the training items is 1, which keeps
+      the scale of the loss.
 
     Raises:
       InputError: The method is unknown, or the number of weights is wrong.
@@ -118,5 +118,5 @@ def sampling_weights(
     sums = np.add.reduceat(values, starts)
     labeled = np.add.reduceat((label >= 0).astype(float), starts)
     means = sums / np.maximum(labeled, 1)
-    # Dialogues without labels train the context layers only; they are as frequent as the rarest.
+    # A dialogue without labels has no class counts. It gets the smallest weight of the others.
     return np.where(labeled > 0, means, means[labeled > 0].min())

@@ -20,7 +20,7 @@ _TITLES = {"weighted_f1": "weighted F1", "macro_f1": "macro F1", "uar": "UAR"}
 
 
 def title(score: str) -> str:
-    """Returns a score's name for people, such as "weighted F1" for "weighted_f1"."""
+    """Returns a score's display name, such as "weighted F1" for "weighted_f1"."""
     return _TITLES.get(score, score.replace("_", " "))
 
 
@@ -224,7 +224,7 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
 
 
 def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    """Compares predicted distributions with those of the raters, also without a majority.
+    """Compares predicted distributions with the raters' distributions; no majority is needed.
 
     Args:
       ratings: Number of raters who chose each class, [N, C]; rows of zeros are ignored.
@@ -253,7 +253,7 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
     js = (divergence(raters, middle) + divergence(probabilities, middle)) / 2
     chosen = ratings[np.arange(len(count)), probabilities.argmax(-1)] > 0
     agreement = kappa = None
-    # A divided rater would disagree with itself.
+    # If a rater chose several classes, the vote would count as disagreement with itself.
     whole = np.isclose(ratings, np.round(ratings), atol=1e-4).all(-1)
     several = whole & (count > 1.5)
     if several.any():

@@ -1,4 +1,4 @@
-"""Finds files again after the folder that mentions them has moved.
+"""Locates files after the folder that refers to them has moved.
 
 A work directory or dataset mentions paths of other files, such as its data and its encoders, and
 stores its own location with them. A path that no longer exists is looked up at the same position

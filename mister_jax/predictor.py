@@ -45,7 +45,7 @@ class Predictor:
       task: Restored task.
       params: Parameters of each seed: "trained" and "frozen".
       progress: Progress of training at the best parameters.
-      calibration: Calibration of the model, also if it is not applied; None if it was not fitted.
+      calibration: Calibration of the model, even if it is not applied; None if none was fitted.
 
     Raises:
       InputError: The folder is neither a work directory with a best checkpoint nor a complete
@@ -146,7 +146,7 @@ class Predictor:
     def initial_states(self, batch_size: int = 1) -> list[Any]:
         """Returns the state of each seed's causal model before the first utterance."""
         states = [model.initial_state(batch_size) for model in self.models()]
-        # With the sharding of later states, so that all steps run the same program.
+        # The first state gets the sharding of later states, so that all steps run the same program.
         return jax.device_put(states, self.partitioner.replicated)
 
     def predict_step(

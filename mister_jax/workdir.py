@@ -35,7 +35,7 @@ _MUTABLE_ON_RESUME = (
     "train.save_every",
     "parallel",
 )
-# Config fields that are paths, beside the directory of the datasets.
+# Config fields that are paths, in addition to the directory of the datasets.
 _ENCODER_PATHS = ("name", "whisper", "beats", "vicuna")
 _PACKAGES = (
     "mister_jax",

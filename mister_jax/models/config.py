@@ -37,8 +37,9 @@ class MisterEConfig:
       gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
       fusion_dim: Size F of the cross-modal expert's streams.
       fusion_layers: Number of co-attention layers.
-      fusion_gru_layers: Number of bidirectional GRU layers over both streams, which give the
-        cross-modal expert the order of the utterances; 0 in the released model.
+      fusion_gru_layers: Number of bidirectional GRU layers that the cross-modal expert applies to
+        both streams. Without them, it does not know the order of the utterances; 0 in the released
+        model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
       attention_window: Number of utterances that causal attention reaches back, including the

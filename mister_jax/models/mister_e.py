@@ -330,7 +330,7 @@ class MisterE(nnx.Module):
 
 
 def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes a weighted vote of the experts, each for its most probable class.
+    """Computes a weighted vote in which each expert votes for its most probable class.
 
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].

@@ -299,7 +299,7 @@ class AttentionBlock(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Transforms x, [B, T, F], by attention to keys, [B, S, F], in the mask, [B, S]."""
+        """Transforms x, [B, T, F], by attention to valid keys, [B, S, F]; the mask is [B, S]."""
         attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
         return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
 

@@ -22,9 +22,10 @@ def positions_and_segment_mask(
         one after another. By default, a row is one sequence.
 
     Returns:
-      Number of valid tokens before each token in its sequence, [B, N] int, meaningless in padding,
-      and whether query and key belong to the same sequence, [B, 1, N, N] bool. Padding counts as a
-      separate sequence, so that every query has a key.
+      Positions and mask. The position, [B, N] int, is the number of valid tokens before a token in
+      its sequence; it is meaningless in padding. The mask, [B, 1, N, N] bool, is True where query
+      and key belong to the same sequence. Padding counts as a separate sequence, so every query has
+      a key.
     """
     if segment_ids is None:
         segment_ids = jnp.zeros(mask.shape, int)

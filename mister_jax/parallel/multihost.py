@@ -43,8 +43,8 @@ def should_stop(stop_event: threading.Event) -> bool:
     function after every step.
     """
     # After a SIGTERM, JAX stops at the number that follows the largest number it has seen so far,
-    # or at 1 if it has seen none. A resumed run's step numbers do not start at 1, so with these a
-    # SIGTERM before the first step would never stop the run.
+    # or at 1 if it has seen none. The step numbers of a resumed run do not start at 1. If they were
+    # used here, the run would never stop after a SIGTERM before its first step.
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

@@ -158,7 +158,7 @@ class EncoderTask:
         raise NotImplementedError
 
     def batched(self, utterances: Any, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances with a multiple of `num_shards` rows."""
+        """Returns batches of utterances whose number of rows is a multiple of `num_shards`."""
         raise NotImplementedError
 
     def _check_backbone(self, backbone: Any) -> None:

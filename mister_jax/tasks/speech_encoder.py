@@ -27,8 +27,8 @@ class SpeechEncoderOptions(EncoderOptions):
     """Options of a speech encoder.
 
     A speech LLM is a language model with an audio tower; any other encoder is a tower without a
-    language model. The language model is trained with LoRA, and the tower as `tower` says. If
-    `full` is set, all parameters are trained.
+    language model. The language model is trained with LoRA, and `tower` determines how the tower is
+    trained. If `full` is set, all parameters are trained.
 
     Attributes:
       whisper: SALMONN's Whisper; see `SpeechFiles`.
@@ -36,7 +36,7 @@ class SpeechEncoderOptions(EncoderOptions):
       vicuna: SALMONN's Vicuna.
       prompt: Prompt of a speech LLM; empty for its default prompt.
       pool_prompt: Whether a speech LLM also pools over the prompt's positions.
-      tower: How the tower is trained without `full`: "frozen", "lora" or "full".
+      tower: How the tower is trained if `full` is not set: "frozen", "lora" or "full".
       trim: Whether Whisper encodes only the clip's length; see `WhisperConfig`.
       max_seconds: Maximum clip length in validation, test and extraction.
       crop_seconds: Maximum clip length in training; longer clips are cropped at a random position

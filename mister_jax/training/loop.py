@@ -56,7 +56,7 @@ from mister_jax.workdir import (
     write_description,
 )
 
-# Seconds of training from which the expected time is computed.
+# Seconds of training that are measured before the expected time is computed.
 _MEASURED_SECONDS = 5.0
 
 # Number of consecutive epochs with a single predicted class before the loop prints a warning.
@@ -69,7 +69,7 @@ class TrainingDivergedError(InputError):
 
 # Values of `TrainConfig.select_by` that are not scores.
 _LOSS, _LAST, _MAE = "loss", "last", "mae"
-# Validation values of which lower ones are better, by value of `TrainConfig.select_by`.
+# Maps values of `TrainConfig.select_by` to validation values for which lower is better.
 _ERRORS = {_LOSS: "cross_entropy", _MAE: "mae"}
 
 
@@ -84,9 +84,9 @@ class TrainConfig:
       select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
         "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
         that predicts scores. With "last", the last epoch is used and validation is only reported.
-      init_from: Work directory, bundle or name on the Hugging Face Hub of a model whose parameters
-        training starts from, where names and shapes are equal; empty for random or pretrained
-        initial parameters. A resumed run does not read it.
+      init_from: Model to start training from: work directory, bundle or name on the Hugging Face
+        Hub. Parameters with equal names and shapes are copied. If empty, the initial parameters are
+        random or pretrained. A resumed run does not read it.
       log_every: Number of steps between records of the training loss.
       save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
         epoch is always saved.
@@ -195,8 +195,8 @@ def train(
 ) -> TrainProgress:
     """Trains the config's task, from the start or from the latest checkpoint.
 
-    With more `config.train.epochs` than before, a run continues, also if it was finished. The
-    learning rate then follows the schedule of the new number of epochs from this epoch on.
+    If `config.train.epochs` is increased, even a finished run continues. The remaining epochs
+    follow the learning-rate schedule of the new number of epochs.
 
     Args:
       config: Experiment config.
@@ -249,7 +249,8 @@ def train(
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
     with explain_oom(str(workdir), activity, task.oom_hint):
         start = None
-        # A resumed run replaces the initial parameters anyway, and the model may be gone.
+        # A resumed run replaces the initial parameters anyway, and the model that they came from
+        # may no longer exist.
         if options.init_from and not config_path(workdir).exists():
             start = InitialParams.load(options.init_from, config.task, len(seeds))
             note = start.check(nnx.eval_shape(lambda: task.init(jax.random.key(0))), task.trainable)
@@ -458,7 +459,8 @@ class _TrainingLoop:
         """Runs the remaining steps of the epoch.
 
         Returns:
-          The state, and whether SIGTERM has stopped training, perhaps at the end of the epoch.
+          The state, and whether SIGTERM has stopped training. The epoch may be complete in this
+          case.
         """
         options, steps_per_epoch = self.options, self.train_split.steps
         step = self._global_step(state)
@@ -514,7 +516,7 @@ class _TrainingLoop:
     def _print_expected_time(self, step: int, reporter: ProgressReporter) -> None:
         """Prints the expected time once, when some steps have been measured.
 
-        It is called when metrics are read, because only then the devices have finished the steps.
+        It is called when metrics are read, because the devices have finished the steps only then.
         The first steps are not measured: other programs may still be compiling.
         """
         if self.has_printed_time:

@@ -35,8 +35,8 @@ class InitialParams:
           num_seeds: Number of seeds to train.
 
         Raises:
-          InputError: The model cannot be loaded, is of another task, or has neither one seed nor
-            `num_seeds`.
+          InputError: The model cannot be loaded, belongs to another task, or its number of seeds is
+            neither 1 nor `num_seeds`.
         """
         predictor = Predictor(find_model(name))
         if predictor.config.task != task:
