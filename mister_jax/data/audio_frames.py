@@ -14,8 +14,8 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 SAMPLE_RATE = 16_000
 
 # Peaks relative to a full scale of 1. Lossy codecs can overshoot full scale by up to 1 dB, and that
-# overshoot is clipped. Float recordings may exceed it by about 10 dB. If a peak is above +40 dB,
-# the samples use another full scale.
+# overshoot is clipped. Float recordings may exceed it by about 10 dB. A peak above +40 dB means
+# that the samples have a different full scale.
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 

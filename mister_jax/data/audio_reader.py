@@ -51,9 +51,9 @@ _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 # Maximum difference, in seconds, between a timestamp and the decoded duration that is still ignored
 # as rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
-# Gaps of more seconds are taken for a clock reset, as in concatenated recordings.
+# Longer gaps, in seconds, are treated as a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
-# If two cuts are more seconds apart, seeking is faster than decoding.
+# Distance between two cuts, in seconds, above which seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
 # Channels cancel out if the power of their mix is 26 dB below that of the strongest channel.
 _CANCELED_RATIO = 10 ** (-26 / 10)
@@ -247,7 +247,7 @@ class AudioReader:
                 if time is None:
                     raise AudioError(Reason.DAMAGED, self._name, "no time stamps")
                 if time > lead:
-                    # Seeking went too far, because of a gap or a coarse seek index.
+                    # Seeking went past the target, because of a gap or a coarse seek index.
                     self._open()
                     yield from self._timed_frames(0.0)
                     return

@@ -130,9 +130,9 @@ class BatchPlan:
         fitted_to: Value of `multiple_of` for which the buckets are chosen to have the least
             padding. Set it to the number of devices if the grouping of items into batches does not
             affect the result, for example in evaluation.
-        weights: Weight of each item in shuffled epochs, [M], positive. As many items as there are
-            in a bucket are then drawn from it with these weights, with replacement. By default,
-            each item is in exactly one batch.
+        weights: Weight of each item in shuffled epochs, [M], positive. From each bucket, as many
+            items as it contains are drawn with these weights, with replacement. By default, each
+            item is in exactly one batch.
 
     Raises:
         ValueError: There are no lengths, or an argument is below 1.
@@ -149,7 +149,7 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of {self.multiple_of}; allowed: at least 1")
-        _ = self.boundaries  # Raises for an impossible plan now, not in the first epoch.
+        _ = self.boundaries  # Raise an error for an impossible plan here, not in the first epoch.
 
     @functools.cached_property
     def boundaries(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Cross-validation folds: splits of a feature dataset that replace its own.
+"""Cross-validation folds of a feature dataset, which replace the dataset's splits.
 
 A fold's test split has the dialogues of one group, such as a session or a speaker. Its validation
 split has the dialogues of the next groups, and its training split all other dialogues.
@@ -227,7 +227,7 @@ def _split_dialogues(features: DialogueFeatures, folds: Folds, fold: int) -> dic
         InputError: A split has no dialogue.
     """
     num_folds = len(folds.names)
-    # Which dialogues have an utterance in each fold, [F, M].
+    # Whether each dialogue has an utterance in each fold, [F, M].
     dialogue = np.repeat(np.arange(len(features.lengths)), features.lengths)
     occurs = np.zeros((num_folds, len(features.lengths)), bool)
     occurs[folds.index, dialogue] = True

@@ -20,7 +20,7 @@ EMOTION_SYNONYMS = {
     "sadness": ("sad",),
     "surprise": ("sur", "surprised"),
 }
-"""Names of emotions in published models, by the name under which models are compared."""
+"""Maps the name under which models are compared to an emotion's names in published models."""
 
 _EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for other in others}
 

@@ -27,7 +27,7 @@ _BATCH_DTYPES = {
     "row": np.int32,
 }
 
-# Annotations of some datasets, with the value of padding.
+# Arrays that only some datasets have, with their padding values.
 _OPTIONAL = {"score": np.nan, "ratings": 0.0}
 
 

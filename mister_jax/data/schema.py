@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 MODALITIES = ("speech", "text")
 
 SPEAKER_IN_DIALOGUE = "speaker_in_dialogue"
-"""Column of speakers that are known only within their dialogue, such as M and F."""
+"""Column of speaker names that are unique only within a dialogue, such as M and F."""
 
 UNLABELED = -1
 """Label of context utterances, which losses and metrics exclude."""

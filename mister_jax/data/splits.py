@@ -12,8 +12,8 @@ DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
 
-# Of this many random splits, the one with the most even classes is used. There are fewer if there
-# are many dialogues, whose classes are even anyway.
+# Of this many random splits, the one with the most even classes is used. With many dialogues, fewer
+# are drawn, because the classes of any random split are even.
 _MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
 
 
@@ -36,7 +36,8 @@ def random_splits(
     Args:
         dialogues: Labels of each dialogue's utterances. The label of an unlabeled utterance is
             None.
-        groups: Groups of each dialogue, for example its speakers; dialogues may be missing.
+        groups: Groups of each dialogue, for example its speakers; dialogues without groups may be
+            omitted.
         name: Kind of group, named in error messages, for example "speaker".
         source: Source of the dialogues, named in error messages.
         explicit: Whether to raise an error if the groups connect too many dialogues.
@@ -162,7 +163,7 @@ def _draw(
 
 
 def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Assigns each component to the split that lacks most of its classes, large components first.
+    """Assigns each component to the split that most lacks its classes; large components come first.
 
     Args:
         shares: Share of each component in all items of each class, [K, C].
@@ -175,7 +176,7 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     order = shuffled[np.argsort(-shares.sum(1)[shuffled], kind="stable")]
     is_used = fractions > 0
     is_empty = is_used.copy()
-    # Relative to its fraction, so that small splits are as even as large ones.
+    # Dividing by the fraction makes small splits as even as large ones.
     missing = np.repeat(fractions[:, None], shares.shape[1], axis=1)
     scale = np.maximum(fractions, 1e-12)[:, None]
     assigned = np.zeros(len(shares), int)

@@ -47,8 +47,8 @@ def choose_standardizers(
 
     Args:
         features: Training split.
-        choice: "auto", which uses `why_standardize` for each modality; "none"; or names of
-            modalities as a list or a comma-separated string.
+        choice: "auto" decides by `why_standardize` for each modality, and "none" chooses no
+            modality. Otherwise, names of modalities as a list or a comma-separated string.
 
     Returns:
         Standardizers by modality, and notes that tell the user why "auto" chose them.

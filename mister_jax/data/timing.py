@@ -19,7 +19,7 @@ END_TOLERANCE = 0.5
 
 
 def max_characters_per_second(text: str) -> float:
-    """Returns the rate above which a text does not belong to its times.
+    """Returns the highest plausible rate; above it, the text cannot belong to its times.
 
     It is lower for Chinese, Japanese and Korean characters than for letters.
     """

@@ -340,7 +340,7 @@ class FusionTask:
         )
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the confusion counts, the summed cross-entropy and, for scores, their errors."""
+        """Returns this device's share of the sums over a batch; see `Task.eval_sums`."""
         output = apply_to_batch(model, self._standardize(batch))
         label, mask = batch["label"], batch["mask"]
         sums = classification_sums(output.logits, label, mask, len(self.class_names))

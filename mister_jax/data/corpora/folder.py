@@ -97,7 +97,7 @@ _TOKEN = re.compile(r"\{(?P<name>[^{}:]*)(?::(?P<width>[^{}]*))?\}|(?P<star>\*)|
 
 # An error is raised if more than 1 in `_UNMATCHED_LIMIT` recordings fail to match the pattern.
 _UNMATCHED_LIMIT = 10
-_MAX_LISTED = 5  # files that a note names
+_MAX_LISTED = 5  # maximum number of files that a note lists
 
 
 class PathPattern:
@@ -117,8 +117,8 @@ class PathPattern:
         pattern = pattern.removesuffix(".*")
         self.num_components = pattern.count("/") + 1
         self.names: list[str] = []
-        # A path is read twice, with fields as short and as long as possible. If both readings are
-        # the same, there is no other.
+        # A path is matched twice, with the shortest and with the longest possible fields. If both
+        # give the same fields, the match is unique.
         shortest, longest = "", ""
         position, after_open_field = 0, False
         for token in _TOKEN.finditer(pattern):

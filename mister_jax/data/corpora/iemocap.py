@@ -53,7 +53,7 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
-# Categories of a single evaluator, before an optional comment in parentheses. Those of the actors
+# Categories from one evaluator, before an optional comment in parentheses. The actors' ratings of
 # themselves (C-F1, C-M1) are not read.
 _RATING = re.compile(r"C-E\d+:([^(]*)(\(.*)?")
 _CATEGORIES = {
@@ -171,7 +171,8 @@ def _read_dialogue(
 def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
     """Returns the number of evaluators per class.
 
-    An evaluator with several labels is divided among them. Labels without a class do not count.
+    If an evaluator chose several labels, each gets an equal fraction of the vote. Labels that are
+    not in `classes` are ignored.
     """
     ratings: dict[str, float] = {}
     for labels in turn.ratings:
@@ -208,7 +209,7 @@ def read_turns(path: pathlib.Path) -> list[Turn]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         location = f"{path}: line {number}"
         if not line.startswith("["):
-            # The lines after a turn are those of its evaluators.
+            # The lines after a turn contain its evaluators' labels.
             if current is not None and line.startswith("C-E"):
                 labels = _evaluator_labels(line.strip(), location)
                 current = current._replace(ratings=(*current.ratings, labels))

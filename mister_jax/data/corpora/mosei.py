@@ -208,7 +208,7 @@ def _utterances(
 
 
 def _overlap(segment: _Segment, start: float, end: float) -> float:
-    """Returns the time that a segment and an interval share, over the time that they cover."""
+    """Returns the intersection over union of the times of a segment and an interval."""
     shared = min(segment.end, end) - max(segment.start, start)
     return shared / (max(segment.end, end) - min(segment.start, start))
 

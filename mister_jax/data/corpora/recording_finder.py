@@ -34,9 +34,9 @@ def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pat
     """Finds the recordings with given paths in a folder of any layout.
 
     The last components of a path identify its recording: for `downloads/urdu/Sad/SF1_S01.wav`,
-    `Sad/SF1_S01.flac` or `SF1_S01.flac` is found. Extensions may differ. Components that also end
-    another path identify no recording: `neutral/239.wav` of a missing speaker is not taken from
-    another speaker.
+    `Sad/SF1_S01.flac` or `SF1_S01.flac` is found. Extensions may differ. A recording is not used if
+    its last components are also the end of another path. For example, if a speaker is missing,
+    their `neutral/239.wav` is not taken from another speaker.
 
     Args:
         folder: Folder of the recordings.

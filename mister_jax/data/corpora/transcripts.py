@@ -1,4 +1,4 @@
-"""Reads a folder of recordings with transcripts, such as one's own ELAN or Praat annotations.
+"""Reads a folder of recordings with transcripts, such as ELAN or Praat annotations.
 
 Each recording is a dialogue, and each utterance of its transcript is a row of a manifest. Labels
 come from a tier, a column, or the end of the text, as in "Hello! [happy]".
@@ -36,7 +36,7 @@ class TranscriptOptions:
       label_column: Column of a table with the emotions.
       label_suffix: Whether the emotion is at the end of the text in brackets.
       channel: Channel of the recordings to read, or "split" for the channels of the transcript.
-      rules: Rules by which segments become utterances.
+      rules: Rules for joining and splitting segments into utterances.
     """
 
     tier: str | None = None
@@ -152,7 +152,7 @@ def _rows(
         label_tier=options.label_tier,
         label_column=options.label_column,
         recording=recording.stem,
-        # Several sources of labels are for folders with several formats.
+        # A folder may contain several formats, each with a different source of labels.
         strict=sum(map(bool, (options.label_tier, options.label_column, options.label_suffix))) < 2,
     )
     notes += (f"{transcript.relative_to(folder)}: {note}" for note in contents.notes)

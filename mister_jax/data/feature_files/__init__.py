@@ -3,7 +3,7 @@
 - `npz` reads NumPy archives with named arrays.
 - `reader` reads pickles and JSON files of other projects. `dialogue_fields`, `padded_arrays`,
   `mmsa` and `records` recognize their layouts, and `unpickling` reads pickles without running them.
-- `table` checks what all of them have read.
+- `table` checks the arrays that these modules have read.
 - `export` writes npz, CSV and Parquet files.
 """
 

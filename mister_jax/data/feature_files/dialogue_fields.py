@@ -34,7 +34,7 @@ from mister_jax.data.schema import MODALITIES, SPEAKER_IN_DIALOGUE, SPLITS, UNLA
 
 _ALL = (FEATURES, ONE_HOT, INTEGERS, NUMBERS, TEXT, OTHER)
 
-# Kinds of fields that a role, or another entry of a layout, allows.
+# Maps a role, or another entry of a layout, to the kinds of fields that it allows.
 _KINDS = {
     **dict.fromkeys(("text", "speech", "visual", "other_text"), (FEATURES,)),
     **dict.fromkeys(SPLITS, (IDS,)),
@@ -182,7 +182,8 @@ def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
     kinds = (kind for value in values if (kind := kind_of(value)) is not None)
     sampled = list(itertools.islice(kinds, _NUM_SAMPLED))
     names = {kind for kind, _ in sampled}
-    # One dialogue's numbers may all be whole, and its rows may look like one-hot rows.
+    # A single dialogue can be misleading: its features may all be integers or look like one-hot
+    # rows.
     for broader, narrower in ((NUMBERS, INTEGERS), (FEATURES, ONE_HOT)):
         if broader in names:
             names.discard(narrower)
@@ -253,8 +254,9 @@ class DialogueFields(FeatureSource):
     def join(self, other: "DialogueFields") -> "DialogueFields":
         """Returns a source with the fields of both files, such as the two files of M3NET.
 
-        The keys of the other file's fields begin with its number and a colon. Its features replace
-        those of this file, and its splits if only it has a validation split.
+        The keys of the other file's fields begin with its number and a colon. The other file's
+        features replace the features of this file. Its splits replace the splits of this file if
+        only the other file has a validation split.
         """
         prefix = f"{self._num_files + 1}:"
         roles = dict(self.defaults)
@@ -300,7 +302,8 @@ class DialogueFields(FeatureSource):
         metadata = {}
         if "speaker" in roles:
             speakers = self._texts(roles["speaker"][0], lengths)
-            # Letters, numbers and one-hot rows name different people in different dialogues.
+            # Speakers given as letters, numbers or one-hot rows are different people in each
+            # dialogue.
             is_local = all(len(name) == 1 or name.isdecimal() for name in speakers if name)
             metadata[SPEAKER_IN_DIALOGUE if is_local else "speaker"] = speakers
         if "sentence" in roles:

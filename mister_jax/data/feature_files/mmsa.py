@@ -202,7 +202,7 @@ class MmsaFeatures(FeatureSource):
         return np.stack(vectors), np.array(present, bool)
 
     def _split_values(self, split: str, key: str) -> Any:
-        self._values(key)  # Checks the numbers of values.
+        self._values(key)  # Raises an error if a field has the wrong number of values.
         return self._splits[split][key]
 
 

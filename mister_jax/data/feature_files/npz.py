@@ -73,7 +73,8 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
             raise InputError(f"{path}: no array {', '.join(missing)}; {NEEDED}")
         assert archive.zip is not None
         try:
-            # Opening compares the two copies of a name, so damage cannot hide an optional array.
+            # A zip file stores each name twice, and opening an entry compares the copies. Damage to
+            # a name therefore raises an error and does not hide an optional array.
             for member in archive.zip.namelist():
                 archive.zip.open(member).close()
         except Exception as error:

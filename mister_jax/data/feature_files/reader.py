@@ -52,10 +52,11 @@ def read_features(
 
     Args:
         path: An npz file as `read_npz` describes it, a pickle, a JSON file, or a folder with a JSON
-            file for each split. Or several pickles with the same dialogues: the features of later
-            ones replace those of earlier ones, and their fields have keys such as "2:3".
-        group_by: Values that stay in one split of a random split: an array of an npz file, or
-            "speaker".
+            file for each split. It may also be several pickles with the same dialogues. The
+            features of later pickles replace the features of earlier ones, and their fields have
+            keys such as "2:3".
+        group_by: Array of an npz file, or "speaker". A random split puts all dialogues with the
+            same value into one split.
         seed: Seed of a random split, and of the validation dialogues if the file has none.
         fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. They
             replace those of the layout.
@@ -136,7 +137,7 @@ def is_npz(path: pathlib.Path) -> bool:
 def is_feature_file(name: str) -> bool:
     """Returns whether a name is a feature file instead of the name of a dataset."""
     path = pathlib.Path(name)
-    # Names of datasets contain no dot.
+    # Dataset names do not contain a dot.
     return "." in path.name or path.is_file() or (path.is_dir() and bool(split_files(path)))
 
 

@@ -86,7 +86,7 @@ def open_records(
     """Recognizes a list of dialogues, or one for each split; returns None otherwise.
 
     Raises:
-        InputError: An utterance is no record.
+        InputError: An utterance is not a record.
     """
     splits: Mapping[str, Any]
     if isinstance(content, list):

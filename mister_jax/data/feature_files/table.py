@@ -68,7 +68,8 @@ class FeatureTable:
         """Checks all arrays, and returns the nonempty splits.
 
         Args:
-            group_by: Array whose values stay in one split of a random split; by default `speaker`.
+            group_by: Array, by default `speaker`. A random split puts all dialogues with the same
+                value into one split.
             seed: Seed of the random split of a table without `split`.
             notes: Notes for the user that are stored in the metadata.
             utterance_metadata: JSON objects, [N] str; see `DialogueFeatures`.
@@ -216,7 +217,7 @@ class FeatureTable:
             name,
             plausible.all(axis=1),
             f"allowed: finite {features.dtype} of at most {limit:g}, or {flag} false",
-            # The first invalid value of each row, for the message.
+            # The message shows the first invalid value of the row.
             features[np.arange(len(features)), np.argmin(plausible, axis=1)],
         )
         return features, present

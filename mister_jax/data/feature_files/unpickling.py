@@ -1,8 +1,8 @@
 """Reads pickles of plain containers and NumPy arrays, and refuses everything else.
 
 A pickle is a program: it names functions, and the unpickler calls them. This unpickler replaces the
-few functions that such files need by its own, which check their arguments and build arrays from raw
-bytes. It refuses all other names before they are imported.
+few functions that such files need with functions of this module, which check their arguments and
+build arrays from raw bytes. It refuses all other names before they are imported.
 """
 
 import math
@@ -63,7 +63,7 @@ def load_pickle(path: pathlib.Path) -> Any:
         Nested dicts, lists, tuples and sets with numbers, text and arrays.
 
     Raises:
-        InputError: The file is damaged or is no pickle, or its content is not plain. The one-line
+        InputError: The file is damaged or is not a pickle, or contains other objects. The one-line
             message names the function or class that is refused.
     """
     try:
@@ -170,7 +170,7 @@ def _function(module: str, name: str) -> Callable[..., Any] | None:
         case _ if module in _BUILTINS and name in ("bytes", "bytearray"):
             return _encode
         case _ if module in _NUMPY_MODULES and name == "ndarray":
-            return lambda: None  # Only an argument of `_reconstruct`.
+            return lambda: None  # This type occurs only as an argument of `_reconstruct`.
         case _ if module in _NUMPY_MODULES and name == "dtype":
             return lambda spec, *_: _DType(_parse_dtype(spec))
         case _ if module in _NUMPY_MODULES and name == "_reconstruct":

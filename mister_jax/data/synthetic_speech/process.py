@@ -62,7 +62,8 @@ _EMOTIONS: Mapping[str, _Emotion] = {
 # Groups of emotions that share words.
 _VALENCES = (("neutral",), ("joy", "surprise"), ("sadness", "anger", "fear", "disgust"))
 
-# Probability that a word is emotional. Neutral speakers use fewer emotional words, from any list.
+# Probability that a word is emotional. Neutral speakers use fewer emotional words, and draw them
+# from all lists.
 _EMOTIONAL, _EMOTIONAL_IF_NEUTRAL = 0.75, 0.12
 # Probabilities that an emotional word is from the list of the same emotion, of an emotion with the
 # same valence, or of any emotion.

@@ -49,14 +49,14 @@ SUFFIXES = (
 )
 """Extensions of transcripts beside a recording, preferred first.
 
-Annotations by hand come first, then JSON files, which often have the times of words, then
-subtitles and tables. CTM has no sentences, and RTTM no text.
+Manual annotations come first, then JSON files, which often have word times, then subtitles and
+tables. CTM, which has no sentences, and RTTM, which has no text, come last.
 """
 
-# Control characters, lone surrogates, and code points that are no characters.
+# Control characters, lone surrogates, and noncharacters of Unicode.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
-# Byte order marks. Those of UTF-32 begin with those of UTF-16.
+# Byte order marks. UTF-32 comes first, because its marks begin with the marks of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -76,7 +76,7 @@ def read_transcript(
     recording: str | None = None,
     strict: bool = True,
 ) -> Transcript:
-    """Reads a transcript; its content tells the format.
+    """Reads a transcript, whose format is detected from its content.
 
     Args:
       path: Path of the transcript.
@@ -148,10 +148,10 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     """Returns the transcript beside a recording, or None.
 
     The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any of `SUFFIXES` in
-    upper or lower case. The extension that comes first there is preferred, then `x.srt`, then
-    `x.wav.srt`, then the shorter name.
-    Skipped are JSON, CSV and TSV files that are not transcripts, and subtitles, CSV and EAF files
-    that `mister-jax predict` has written.
+    upper or lower case. Files are preferred by the order of their extensions in `SUFFIXES`, then
+    `x.srt` over `x.wav.srt`, then the shorter name. JSON, CSV and TSV files that are not
+    transcripts are skipped, and so are subtitles, CSV and EAF files that `mister-jax predict` has
+    written.
     """
     return TranscriptFinder().find(recording)
 
@@ -282,7 +282,7 @@ def _decode(data: bytes, notes: Notes) -> str:
 
 
 def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
-    """Returns the segments with a length, sorted by start."""
+    """Returns the segments whose length is positive, sorted by start."""
     checked = []
     for segment in segments:
         if not (math.isfinite(segment.start) and math.isfinite(segment.end)):

@@ -162,7 +162,7 @@ def _read(
             raise
         reason = one_line(f"{type(error).__name__}: {error}")
         raise InputError(f"is damaged: not the {name} that it begins like ({reason})") from None
-    # Channels are names until here, because one channel alone is not an index.
+    # Until here, channels are names, because a file with a single channel gets no channel index.
     names = [str(segment.channel) for segment in segments if segment.channel is not None]
     indices = channel_indices(name.removeprefix("ch_") for name in names)
     segments = tuple(
@@ -209,7 +209,7 @@ def _text(record: Record, keys: _Keys) -> str:
 
 def _word(record: Record, keys: _Keys) -> Word:
     start, end = _times(record, keys)
-    # Some services give a word no length.
+    # In the files of some services, a word may have zero length.
     has_length = start is not None and end is not None and end > start
     return Word(_text(record, keys), start, end if has_length else None)
 
@@ -393,7 +393,7 @@ def _read_google(data: Record, notes: Notes) -> Iterator[Segment]:
 
 
 def _repeats(words: Sequence[Record], alternatives: Sequence[Record]) -> bool:
-    """Returns whether words are those of earlier results, and not of the last result alone."""
+    """Returns whether words repeat the words of earlier results."""
     earlier = [word for alternative in alternatives for word in alternative.get("words") or ()]
     if not earlier:
         return len(words) > 0

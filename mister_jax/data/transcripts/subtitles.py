@@ -33,7 +33,7 @@ _VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]*)>")
 _WORD_TIME = re.compile(rf"<({_TIME})>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
-# Marks of a change of the speaker.
+# Marks at a change of speaker.
 _NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)", re.MULTILINE)  # noqa: RUF001
 
 
@@ -66,7 +66,7 @@ def _cues(text: str) -> Iterator[_Cue]:
     timings = list(_TIMING.finditer(text))
     for timing, following in itertools.zip_longest(timings, timings[1:]):
         end = following.start() if following else len(text)
-        # Without the line break before the next timing line.
+        # Leave out the line break before the next timing line.
         lines = text[timing.end() : end].removesuffix("\n").split("\n")[1:]
         yield _Cue(parse_seconds(timing[1]), parse_seconds(timing[2]), tuple(lines))
 
@@ -153,7 +153,7 @@ def _read_ass(text: str, name: str, selection: Selection, notes: Notes) -> Trans
                 notes.leave_out("drawing")
                 continue
             speaker = one_line(row.get("name", row.get("actor", ""))) or None
-            # Effects are made of events that repeat the text in layers.
+            # Effects consist of several layered events with the same text.
             key = (start, end, speaker, event.plaintext)
             segments[key] = Segment(start, end, event.plaintext, speaker)
     return Transcript(name, _cleaned(list(segments.values()), notes))

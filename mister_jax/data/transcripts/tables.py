@@ -40,7 +40,7 @@ _ALIASES = {
 }
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 _UNITS |= {"millis": 1e-3, "milliseconds": 1e-3}
-# Column and unit of each name, such as `start_ms`.
+# Maps a column name, such as `start_ms`, to the column and its unit.
 _COLUMNS = {
     name + unit: (column, scale)
     for column, names in _ALIASES.items()
@@ -54,7 +54,7 @@ def detect_table(text: str, suffix: str) -> DetectedFormat | None:
 
     Args:
       text: Content of the file.
-      suffix: Lower-case extension of the file. It only tells an STM from a CTM if both fit.
+      suffix: Lower-case extension of the file. It is used only if a text could be an STM or a CTM.
     """
     lines = [line.split() for line in text.split("\n")]
     rows = [row for row in lines if row and not row[0].startswith(";;")]
@@ -276,7 +276,7 @@ def _time_of(table: _Table, row: list[str], name: str) -> float | None:
 
 
 def _scale_of_whisper(table: _Table, notes: Notes) -> float:
-    """Returns the factor to seconds of a table that Whisper may have written in milliseconds.
+    """Returns the factor that converts the times of a table to seconds.
 
     Whisper's columns are start, end and text, and its times are integers. They are milliseconds if
     half of the segments would otherwise last 100 s or longer.

@@ -1,4 +1,4 @@
-"""Makes utterances of the segments of a transcript.
+"""Makes utterances from the segments of a transcript.
 
 Subtitles, intervals and recognized words are not utterances: a sentence may run over several cues,
 and a segment may hold several sentences.
@@ -20,7 +20,7 @@ _ABBREVIATIONS = (
     *("mr", "mrs", "ms", "dr", "prof", "st", "gen", "col", "capt", "lt", "sgt", "rev", "vs", "fig"),
     *("vol", "nr", "hr", "fr", "mme", "mlle", "sra", "cf", "bzw"),
 )
-# Abbreviations that end a sentence unless a word in lower case follows.
+# Abbreviations after which a sentence ends, unless a word in lower case follows.
 _MAY_END_SENTENCE = ("etc", "inc", "ltd", "co", "corp", "jr", "sr", "usw", "approx")
 
 
@@ -30,8 +30,9 @@ class UtteranceRules:
 
     Attributes:
       max_gap: Longest silence in seconds between two segments of a sentence.
-      max_seconds: Longest utterance that joins make. Longer segments are split where possible.
-      min_seconds: Shortest utterance that splits make.
+      max_seconds: Longest utterance that joining may create. Longer segments are split where
+        possible.
+      min_seconds: Shortest utterance that splitting may create.
       sentence_ends: Characters that end a sentence.
       closing: Quotation marks and brackets that may follow the end of a sentence.
       abbreviations: Words in lower case whose period does not end a sentence. Initials, such as
@@ -176,7 +177,7 @@ def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
     # No space follows full-width punctuation.
     pattern = rf"[{ends}]+[{closing}]*(?:\s+|(?<=[。！？」』])(?!$))"  # noqa: RUF001
     for match in re.finditer(pattern, text):
-        # The last word and the first letter decide.
+        # Whether a sentence ends depends on the word before and the letter after the match.
         before = text[max(match.end() - 100, 0) : match.end()]
         after = text[match.end() : match.end() + 100]
         if after.strip() and ends_sentence(before, after, rules):
@@ -217,7 +218,7 @@ def _count_letters(text: str) -> int:
 
 
 def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> list[Segment]:
-    """Returns the parts between cuts, without the cuts that leave too short a part."""
+    """Returns the parts between cuts, ignoring cuts that would leave too short a part."""
     kept = [_Cut(0, segment.start, segment.start)]
     for cut in cuts:
         is_long = cut.end - kept[-1].start >= rules.min_seconds
@@ -263,7 +264,7 @@ def _word_offsets(text: str, words: Sequence[Word]) -> list[int]:
     for count, _ in zip(counts, words, strict=False):
         position = round(count * len(letters) / total)
         offset = letters[position] if position < len(letters) else len(text)
-        # Opening marks belong to the word behind them.
+        # Opening marks belong to the word that follows them.
         while offset and not text[offset - 1].isspace() and not text[offset - 1].isalnum():
             offset -= 1
         offsets.append(offset)

@@ -73,7 +73,7 @@ def read_manifest(
             a comma, a semicolon, a tab or a bar.
         labels: Ordered class names; by default the sorted names in the file.
         label_map: Map from names in the file to class names. An empty class name makes a row
-            unlabeled. Map a name to itself to allow it although it looks like a mistake.
+            unlabeled. To allow a name that looks like a mistake, map it to itself.
         check_labels: Whether to reject labels that look like mistakes.
         group_by: Column, `speaker` or an extra column. Random splits put dialogues with equal
             values into one split. By default `speaker` if the manifest has that column.
