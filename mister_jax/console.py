@@ -106,6 +106,8 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         table.add_row(title_of(key), "", "", f"{scores[key]:.3f}", "")
     baselines = {"majority class": scores["majority"]}
     baselines |= {f"{name} expert alone": row for name, row in scores.get("experts", {}).items()}
+    if len(scores.get("experts", {})) > 1:
+        baselines["mean of the experts, without the gate"] = scores["without_gate"]
     baselines |= {
         f"{name} (reference)": row for name, row in scores.get("reference_scores", {}).items()
     }

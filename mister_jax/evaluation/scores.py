@@ -8,6 +8,7 @@ import numpy as np
 
 from mister_jax import metrics
 from mister_jax.data import DialogueFeatures
+from mister_jax.evaluation.split_predictions import predict_without_gate
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictions
 
@@ -21,11 +22,11 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
 
     Returns:
       The result of `metrics.classification_scores`, "confusion", "calibration_error",
-      "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate" and "experts". If the
-      utterances have scores and the classes are negative and positive (see
-      `metrics.positive_class`), "sentiment" is added, and for a model that predicts scores
-      "regression", the result of `metrics.regression_scores`. For a dataset with ratings, "raters"
-      is added, the result of `metrics.rater_scores`.
+      "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate", "experts" and
+      "without_gate" (the mean of the experts' logits). If the utterances have scores and the
+      classes are negative and positive (see `metrics.positive_class`), "sentiment" is added, and
+      for a model that predicts scores "regression", the result of `metrics.regression_scores`. For
+      a dataset with ratings, "raters" is added, the result of `metrics.rater_scores`.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
@@ -57,6 +58,10 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
                     key: expert_scores[key] for key in ("weighted_f1", "utterances")
                 }
                 scores["mean_gate"][name] = float(predictions["gate"][labeled, index].mean())
+        mean = metrics.classification_scores(
+            confusion(predict_without_gate(predictions), labeled), features.class_names
+        )
+        scores["without_gate"] = {"weighted_f1": mean["weighted_f1"]}
     positive_class = metrics.positive_class(features.class_names)
     if features.score is not None and positive_class is not None:
         scores["sentiment"] = metrics.binary_sentiment(

@@ -31,6 +31,8 @@ class SplitPredictions:
       experts: Names of the E experts; empty if the model has fewer than two experts.
       votes: Class that each expert predicts, [N, E] int, `NO_VOTE` if its modality is missing.
       gate: Gate weights, [N, E]; None if the model does not learn them.
+      without_gate: Class predicted by the mean of the experts' logits, [N] int; None if the model
+        does not learn gate weights.
     """
 
     dataset: str
@@ -45,6 +47,7 @@ class SplitPredictions:
     experts: tuple[str, ...]
     votes: np.ndarray
     gate: np.ndarray | None
+    without_gate: np.ndarray | None = None
 
     @classmethod
     def from_features(
@@ -69,6 +72,7 @@ class SplitPredictions:
             experts=experts,
             votes=votes,
             gate=gate,
+            without_gate=None if gate is None else predict_without_gate(predictions),
         )
 
     @property
@@ -80,6 +84,16 @@ class SplitPredictions:
     def wrong(self) -> np.ndarray:
         """Whether the utterance has a label that differs from the prediction, [N] bool."""
         return self.labeled & (self.label != self.predicted)
+
+
+def predict_without_gate(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the class that the mean of the present experts' logits predicts, [N] int.
+
+    Logits and log-probabilities differ by a constant for each expert, which does not change the
+    class.
+    """
+    log_p = np.log(np.maximum(predictions["expert_probabilities"], 1e-30))  # N E C
+    return np.where(predictions["expert_present"][..., None], log_p, 0).sum(1).argmax(-1)
 
 
 def _expert_outputs(

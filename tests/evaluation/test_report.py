@@ -128,6 +128,17 @@ def test_page_shows_the_scores_of_metrics():
     assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
     assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
     assert rows["bayes (reference)"][0].startswith("0.900")
+    # The mean of the experts' logits is what the gate is compared with.
+    log_p = (
+        np.log(predictions["expert_probabilities"].clip(1e-30))
+        * predictions["expert_present"][..., None]
+    )
+    labeled = features.label >= 0
+    mean = sklearn.metrics.f1_score(
+        features.label[labeled], log_p.sum(1).argmax(-1)[labeled], average="weighted"
+    )
+    assert expected["without_gate"]["weighted_f1"] == pytest.approx(mean)
+    assert rows["mean of the experts, without the gate"][0].startswith(f"{mean:.3f}")
     for name, expert in expected["experts"].items():
         assert rows[f"{name} alone"][0].startswith(f"{expert['weighted_f1']:.3f}")
         assert rows[f"{name} alone"][-1].strip() == str(expert["utterances"])

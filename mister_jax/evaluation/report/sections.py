@@ -29,6 +29,11 @@ _SCORE_TITLES = {
     "accuracy": "Accuracy",
     "uar": "UAR (unweighted average recall)",
 }
+_MODEL_NAMES = {
+    "model": "this model",
+    "mean": "mean of the experts, without the gate",
+    "majority": "majority class",
+}
 _VERSIONS = ("uncalibrated", "calibrated", "difference")
 _MAX_WIDE_CLASSES = 10  # Confusion matrices with more classes get narrow columns.
 
@@ -79,7 +84,7 @@ def _score_row(model: ScoredModel, mark: float) -> tuple[str, ...]:
     elif model.kind == "reference":
         name = f"{escape(model.name.replace('_', ' '))} (reference)"
     else:
-        name = {"model": "this model", "majority": "majority class"}[model.kind]
+        name = _MODEL_NAMES[model.kind]
     weighted_f1 = model.scores.get("weighted_f1")
     color = model.name if model.kind == "expert" else model.kind
     return (

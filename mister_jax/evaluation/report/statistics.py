@@ -20,8 +20,9 @@ class ScoredModel:
     """A model, expert, majority baseline or reference, with its scores.
 
     Attributes:
-      name: "model", the name of an expert, "majority", or the name of a reference.
-      kind: "model", "expert", "majority" or "reference".
+      name: "model", the name of an expert, "mean" for the mean of the experts, "majority", or the
+        name of a reference.
+      kind: "model", "expert", "mean", "majority" or "reference".
       scores: Available scores by name; see `metrics.SCORE_NAMES`.
       utterances: Number of scored utterances; None if unknown.
       difference: Weighted F1 minus the evaluated model's weighted F1 on the same utterances; None
@@ -40,7 +41,7 @@ def score_models(
     bootstrap: DialogueBootstrap,
     reference_scores: Mapping[str, Mapping[str, float]],
 ) -> list[ScoredModel]:
-    """Scores the model, each expert alone and the majority class, and appends the references.
+    """Scores the model, its experts, their mean and the majority class, and adds the references.
 
     The split must have at least one label.
     """
@@ -49,6 +50,8 @@ def score_models(
     predicted_by = {("model", "model"): predictions.predicted}
     for index, name in enumerate(predictions.experts):
         predicted_by[name, "expert"] = predictions.votes[:, index]
+    if predictions.without_gate is not None:
+        predicted_by["mean", "mean"] = predictions.without_gate
     predicted_by["majority", "majority"] = np.full(len(predictions.label), majority)
     models = []
     for (name, kind), predicted in predicted_by.items():
