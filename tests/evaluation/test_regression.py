@@ -154,7 +154,8 @@ def test_training_selects_the_epoch_by_the_error_and_reports_the_scores(scored_d
             "model.experts": ("text",),
             "model.input_dropout": 0.0,
             "model.modality_dropout": 0.0,
-            "train.epochs": 25,
+            "model.gru_layers": 0,
+            "train.epochs": 10,
             "optimizer.learning_rate": 0.02,
         },
     )
