@@ -25,7 +25,7 @@ def training_splits_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_splits_allowed() -> Iterator[None]:
-    """Allows all splits again, for code that checks the splits that it makes from them itself."""
+    """Allows all splits again, for code that makes and checks its own splits of the data."""
     token = _is_training.set(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reads a corpus with the partitions of EmoBox, 32 corpora of speech (arXiv 2406.07162).
+"""Reads one of the 32 speech corpora of EmoBox with its partitions (arXiv 2406.07162).
 
 EmoBox publishes metadata: a folder for each corpus with a label map, and a folder for each fold:
 
@@ -62,8 +62,8 @@ SPEAKERS: Mapping[str, str] = {
 }
 """Patterns of the speaker in a recording's path.
 
-The groups together are the speaker, and validation never divides utterances with an equal first
-group: the two speakers of a session of IEMOCAP talk to each other.
+All groups of a match together identify the speaker. Utterances with an equal first group stay in
+one split, because the two speakers of a session of IEMOCAP talk to each other.
 """
 
 DIALOGUES: Mapping[str, str] = {
@@ -240,7 +240,7 @@ def _find_folds(root: pathlib.Path) -> dict[int, dict[str, list[pathlib.Path]]]:
 def _choose_files(
     root: pathlib.Path, parts: Mapping[str, Sequence[pathlib.Path]]
 ) -> dict[str, pathlib.Path]:
-    """Returns one file for each split. The others must contain the same utterances."""
+    """Returns one file for each split. Other files of a split must have the same utterances."""
     files = {}
     for split, part in _PARTS.items():
         candidates = sorted(parts.get(part, ()), key=_preference)
@@ -301,7 +301,7 @@ def _read_entries(path: pathlib.Path) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 class _MetadataReader:
-    """Reads metadata files of one corpus, and counts what was read differently than written.
+    """Reads metadata files of one corpus, and counts the values that it had to correct.
 
     Args:
         name: Name of the corpus in EmoBox.
@@ -467,7 +467,7 @@ def _draw_validation(items: Sequence[_Item], seed: int) -> tuple[list[_Item], li
 def _draw_groups(
     items: Sequence[_Item], groups: Sequence[str], rng: np.random.Generator
 ) -> set[str]:
-    """Draws the groups whose share of every class is closest to `VALIDATION_FRACTION`."""
+    """Draws groups that together contain close to `VALIDATION_FRACTION` of every class."""
     labels = sorted({str(item.label) for item in items})
     counts = np.zeros((len(groups), len(labels)))
     for item in items:
@@ -544,7 +544,7 @@ def _dialogues(
 
 
 def _iemocap_times(recordings: Mapping[str, pathlib.Path]) -> dict[str, tuple[float, float]]:
-    """Returns the times of the turns in recordings of IEMOCAP whose annotation is beside them."""
+    """Returns the times of the turns in recordings of IEMOCAP that have an annotation file."""
     turns: dict[pathlib.Path, dict[str, tuple[float, float]]] = {}
     times = {}
     for wav, recording in recordings.items():

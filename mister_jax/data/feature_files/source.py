@@ -1,4 +1,4 @@
-"""What the readers of feature files share: fields, their roles, and the columns read from them."""
+"""Types shared by the readers of feature files: fields, their roles, and columns."""
 
 import abc
 import dataclasses
@@ -14,7 +14,7 @@ from mister_jax.errors import InputError
 ROLES = ("text", "speech", "label", "score", "speaker", "sentence", "utterance", *SPLITS)
 """Uses of a field, which `--fields` assigns."""
 
-_MAX_LISTED = 20  # fields in an error
+_MAX_LISTED = 20  # maximum number of fields that an error lists
 
 Roles = Mapping[str, tuple[str, ...]]
 """Keys of the fields with each role. Several fields of features are averaged."""

@@ -1,9 +1,9 @@
-r"""Reads annotations of linguists: Praat TextGrid, ELAN EAF, CHAT.
+r"""Reads linguistic annotations: Praat TextGrid, ELAN EAF, CHAT.
 
-The three formats are read here and not by praatio, pympi-ling and pylangacq. praatio fails on
-TextGrids with comments and on labels such as "item [1]". pympi-ling gives no times to annotations
-whose time slots have no value. pylangacq rejects a whole file for one wrong time, and drops words
-that a speaker repeats.
+This module does not use the libraries praatio, pympi-ling and pylangacq. praatio fails on TextGrids
+with comments and on labels such as "item [1]". pympi-ling gives no times to annotations whose time
+slots have no value. pylangacq rejects a whole file for one wrong time, and drops words that a
+speaker repeats.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Tier:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Annotation:
-    """A TextGrid or EAF as in the file.
+    """Content of a TextGrid or EAF file.
 
     Attributes:
       path: Path of the file.
@@ -139,7 +139,7 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
 
 
 def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
-    """Returns the tiers of a comma-separated list of names."""
+    """Returns the tiers named in a comma-separated list."""
     if names is None:
         return []
     by_name = {tier.name: tier for tier in reversed(tiers)}
@@ -172,8 +172,8 @@ def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator
         yield dataclasses.replace(segment, label=text if is_half else None)
 
 
-# Praat reads free-standing numbers, strings and flags, and ignores everything else. Therefore one
-# reader fits the long and the short form.
+# Like Praat, read only free-standing numbers, strings and flags. The same code then reads the long
+# and the short form.
 _PRAAT_TOKEN = re.compile(
     r'(?<!\S)(?:"((?:[^"]|"")*)"|(<\w+>)|([-+]?[\d.]+(?:[eE][-+]?\d+)?)|!.*)(?!\S)'
 )
@@ -187,7 +187,7 @@ def _read_textgrid(text: str, selection: Selection, notes: Notes) -> Transcript:
 
 def _parse_textgrid(text: str) -> tuple[tuple[float, float], list[Tier]]:
     """Returns the start and end of a TextGrid, and its tiers."""
-    # A comment may contain quotes, and a string exclamation marks.
+    # A comment may contain quotes, and a string may contain exclamation marks.
     text = _PRAAT_COMMENT.sub(lambda match: match[1] or "", text)
     tokens = iter(_PRAAT_TOKEN.findall(text))
 
@@ -223,7 +223,7 @@ _EAF_UNITS |= {"NTSC-frames": 1001 / 30000}
 
 
 def eaf_unit(document: ET.Element) -> float:
-    """Returns the seconds of a unit of time of an EAF."""
+    """Returns the length of an EAF's time unit in seconds."""
     header = document.find("HEADER")
     units = "milliseconds" if header is None else header.get("TIME_UNITS", "milliseconds")
     return _EAF_UNITS.get(units, 1e-3)
@@ -291,9 +291,9 @@ def _eaf_tiers(root: ET.Element) -> list[Tier]:
 
 
 def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
-    """Adds the times of slots without value that the annotations of a tier share.
+    """Adds times for slots without a value between adjacent annotations of a tier.
 
-    The annotations divide the time between the next slots with values evenly, as ELAN shows them.
+    The annotations evenly divide the time between the nearest slots with values, as in ELAN.
 
     Args:
       tier: Tier of an EAF.
@@ -319,7 +319,7 @@ def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
 def _referring_intervals(
     annotations: Sequence[ET.Element], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
-    """Returns the times of annotations that refer to a parent, and divide its time evenly."""
+    """Returns the times of annotations that refer to a parent and evenly divide its time."""
     children = collections.defaultdict(list)
     for annotation in annotations:
         children[annotation.get("ANNOTATION_REF", "")].append(annotation.get("ANNOTATION_ID", ""))
@@ -341,11 +341,11 @@ _CHAT_CODES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         ("\x15[^\x15]*\x15?", " "),
-        # Codes of retracings, errors, overlaps and comments. The words that they are about stay.
+        # Codes of retracings, errors, overlaps and comments. The words that they refer to are kept.
         (r"\[[^\]]*\]", " "),
         (r"[<>⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°▁▔☺♋⁇∙≡ˈˌ]", ""),
-        # Removes events (&=laughs), fragments (&+w) and words of others (&*CHI:yes). The next rule
-        # keeps the words of fillers (&-um).
+        # Remove events (&=laughs), fragments (&+w) and interposed words of other speakers
+        # (&*CHI:yes). The next rule keeps the words of fillers (&-um).
         (r"(?<!\S)&[=+~*{}]\S*", " "),
         (r"(?<!\S)&-?", ""),
         # Omitted words.
@@ -353,7 +353,8 @@ _CHAT_CODES = tuple(
         # Pauses, such as (.) and (1.5), then letters that are not spoken, such as (be)cause.
         (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
         (r"[()]", ""),
-        # Ends of trailing off, interruptions and quotations, then marks of their continuation.
+        # Terminators for trailing off, interruptions and quotations, then linkers that continue
+        # them.
         (r"\+\.\.\.?(\??)", r" ...\1"),
         (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
@@ -412,13 +413,13 @@ def _chat_segment(content: str, speaker: str, notes: Notes) -> Segment | None:
     if not bullets:
         notes.leave_out("without times")
         return None
-    # A long utterance may have bullets inside, each for the words before it.
+    # A long utterance may contain several bullets, each with the time of the words before it.
     start, end = bullets[0][0], bullets[-1][1]
     return Segment(int(start) / 1000, int(end) / 1000, text, speaker)
 
 
 def _chat_words(content: str) -> Iterator[Word]:
-    """Yields the words of a %wor tier, each with a bullet behind it."""
+    """Yields the words of a %wor tier, in which a bullet with the time follows each word."""
     position = 0
     for bullet in _BULLET.finditer(content):
         word = clean_chat(content[position : bullet.start()])

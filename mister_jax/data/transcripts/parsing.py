@@ -1,4 +1,4 @@
-"""Shared by the readers of all transcript formats: what to read, notes, times and texts."""
+"""Types and functions shared by the readers of all transcript formats."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
     """Returns the index of each channel that a file names, such as "1" and "2", or "A" and "B".
 
-    A file that names one channel gives no channel, because "1" or "A" is also written for mono
+    If a file names only one channel, its index is None, because "1" or "A" is also written for mono
     recordings and for recordings whose channels are mixed.
     """
     names = sorted(set(names))
@@ -115,7 +115,7 @@ def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
 
 
 def select_recording(names: Sequence[str], recording: str | None) -> str:
-    """Returns the name of the recording to read among those that a file names.
+    """Chooses the recording to read from the names in a file.
 
     Raises:
       InputError: The file names several recordings, and `recording` is none of them.
