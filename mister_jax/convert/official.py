@@ -39,7 +39,8 @@ _BLOCKS = {
     ),
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
-# For each parameter of a GRU layer: official name, axes of each direction, axis of the directions.
+# For each parameter of a GRU layer: its official name, the axes of one direction's tensor, and the
+# axis along which the directions are stacked.
 _GRU = {
     "input_kernel": ("weight_ih", (1, 0), 1),
     "recurrent_kernel": ("weight_hh", (1, 0), 0),
@@ -198,9 +199,9 @@ def _attention(
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
     """Returns the source of one or more merged kernels, concatenated along the outputs.
 
-    Each layer in `first` is merged with the layer after it. The weight of that layer is one third
-    of `second`, with index `thirds[i]`, because an attention's input projection has a query, a key
-    and a value part. If the index is None, it is all of `second`.
+    Each layer in `first` is merged with the layer after it. The weight of that layer is the part of
+    `second` with index `thirds[i]`, because the input projection of an attention consists of a
+    query, a key and a value part. If the index is None, the weight is all of `second`.
     """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:

@@ -60,7 +60,8 @@ def load_params(
       prefix: Prefix of all the table's names in the checkpoint, such as "model.".
       shardings: `jax.sharding.Sharding` for all parameters, or a tree of shardings like the pure
         dictionary of the parameters, for example from `parallel.sharding.shardings`. By default,
-        concrete parameters keep their shardings, and abstract ones are placed on the first device.
+        concrete parameters keep their shardings, and abstract parameters are placed on the first
+        device.
       dtype: Dtype of the floating-point parameters; by default that of the module.
       skip: NNX filter for variables that have no source and keep their values.
 

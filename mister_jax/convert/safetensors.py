@@ -189,7 +189,8 @@ def save_tensors(
             }
             write_atomically(directory / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
             files.append(INDEX_FILE)
-        # Otherwise readers might load weights of an earlier save.
+        # Remove all other weight files, because readers might load these weights of an earlier
+        # save.
         for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
             for path in directory.glob(pattern):
                 if path.name not in files:

@@ -76,8 +76,9 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # On CPUs, the default form is faster for gradients, unless clips are long. It is also
-        # faster for a product of factors, which the CPU form would store.
+        # On CPUs, the default form is faster if gradients are computed, unless clips are long. It
+        # is also faster if the bias is a product of factors, because the CPU form would store the
+        # product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
             forms["cpu"] = attention_on_cpu
@@ -123,7 +124,7 @@ def attention_on_cpu(
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, summand: jax.Array) -> jax.Array:
-    """Computes attention for scaled queries [..., T, head_dim]; returns [..., T, head_dim]."""
+    """Computes attention for queries, [..., T, head_dim], that are already scaled."""
     scores = jnp.einsum("...td,...sd->...ts", query, key, preferred_element_type=jnp.float32)
     scores = scores + summand
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))

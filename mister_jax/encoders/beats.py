@@ -288,7 +288,7 @@ class Beats(nnx.Module):
         return self.layers(x, token_mask, self.relative_bias(num_tokens))[0]
 
     def relative_bias(self, num_tokens: int) -> jax.Array:
-        """Returns the bias before the gate for each query and key, [K, N, N] float32."""
+        """Returns the position bias of each query and key before gating, [K, N, N] float32."""
         return relative_bias(self.position_bias, self.config, num_tokens)
 
 

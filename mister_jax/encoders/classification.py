@@ -77,9 +77,9 @@ class _Head:
 
     Attributes:
       function: Function of (parameters, hidden states, mask) that returns the logits.
-      shapes: Shapes of the tensors, in D, P (projection) and C.
-      sums_normalized: Whether a weighted sum of the layers has the last state after the encoder's
-        final LayerNorm, if it has one.
+      shapes: Shapes of the tensors in terms of D, P (size of the projection) and C.
+      sums_normalized: Whether a weighted sum over the layers uses the last layer's states after the
+        encoder's final LayerNorm, if there is one.
       options: Fields of the encoder's config that the head needs.
     """
 
@@ -160,14 +160,14 @@ class Classifier:
         else:
             x, mask = result[:2]
         if weights is not None:
-            # As in transformers 5, the last state is that before the final LayerNorm of large
-            # models except Whisper. transformers 4 took the state after it.
+            # As in transformers 5, the last layer's states are taken before the final LayerNorm of
+            # large models, except for Whisper. transformers 4 used the states after the LayerNorm.
             states = result[2].at[-1].set(x) if self._head.sums_normalized else result[2]
             x = jnp.einsum("l,lbnd->bnd", jax.nn.softmax(weights), states)
         return self._head.function(params, x.astype(jnp.float32), mask)
 
     def probabilities(self, inputs: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns probabilities, [B, C], as the pipelines of transformers; see `logits`."""
+        """Returns the probabilities, [B, C], of a transformers pipeline; see `logits`."""
         logits = self.logits(inputs, sizes)
         return jax.nn.sigmoid(logits) if self.multi_label else jax.nn.softmax(logits)
 
@@ -177,8 +177,8 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
 
     Args:
       name_or_folder: Folder, or model name on the Hugging Face Hub; see `hub.fetch`.
-      **changes: Further arguments of `registry.load_module`. Whisper is always run on clips padded
-        to 30 s, as its heads were trained.
+      **changes: Further arguments of `registry.load_module`. Whisper always runs on clips padded to
+        30 s, because its heads were trained with this padding.
 
     Raises:
       InputError: The checkpoint cannot be read, has no classification head, is a regression, or is

@@ -54,7 +54,7 @@ _FIXED_FIELDS = {
 }
 
 _SIZES = "vocab_size hidden_size mlp_dim num_layers num_heads num_key_value_heads head_dim"
-# Values of `_SIZES` by preset.
+# Maps a preset to its values of the fields in `_SIZES`.
 _PRESETS = {
     "llama_3_1_8b": (128256, 4096, 14336, 32, 32, 8, 128),
     "llama_3_2_1b": (128256, 2048, 8192, 16, 32, 8, 64),

@@ -188,7 +188,7 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
 
 
 def relative_bias(embedding: nnx.Embed, config: Any, length: int) -> jax.Array:
-    """Returns the bias before the gate for each query and key, [K, N, N], with N = `length`."""
+    """Returns the position bias of each query and key before gating, [K, N, N]; N is `length`."""
     # Offsets (key - query) in the order 0 ... N - 1, -N ... -1.
     offsets = np.fft.ifftshift(np.arange(-length, length))
     buckets = position_buckets(offsets, config.num_buckets, config.max_distance)

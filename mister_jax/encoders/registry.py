@@ -267,8 +267,8 @@ def _warn_of_other_base_model(
 ) -> None:
     """Warns if the name of an adapter's base model does not match the encoder.
 
-    Only the last part of the name is compared, with all parts of the encoder's path and of the name
-    in its config. This recognizes copies of a model, and folders in the Hub's cache.
+    The last part of the adapter's name is compared with all parts of the encoder's path and of the
+    name in the encoder's config. This recognizes copies of a model, and folders in the Hub's cache.
     """
     base_model = read_base_model(adapter)
     name = _alphanumeric(pathlib.PurePath(base_model or "").name)
@@ -303,7 +303,7 @@ def load_processor(
     Raises:
       InputError: Files are missing, or do not match the module's vocabulary or config.json.
     """
-    import transformers  # Not needed for prosody and merged features.
+    import transformers  # Prosody and merged features need no processor.
 
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config

@@ -67,7 +67,7 @@ def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
             continue
         if token_id is not None:
             return f"its {name} token is {token_id}; {CONFIG_FILE} has {name}_token_id={value}"
-        if name != "pad":  # A padding token may have been added only to the model.
+        if name != "pad":  # The model may have a padding token that the tokenizer lacks.
             return f"it has {len(vocabulary)} tokens; {CONFIG_FILE} has {name}_token_id={value}"
     return ""
 

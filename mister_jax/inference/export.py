@@ -102,7 +102,8 @@ def write_model(
         for split, of_split in (read_json(path) if path.exists() else {}).items()
         if of_split.get("checkpoint", {}).get("epoch") in (None, predictor.progress["epoch"])
     }
-    # The dataset from which features were extracted has a more telling name than their own dataset.
+    # The name of the dataset from which the features were extracted is more informative than the
+    # name of the feature dataset.
     dataset = next(
         (metadata["dataset"] for metadata in encoders.values() if "dataset" in metadata),
         predictor.config.data.name,
@@ -197,11 +198,11 @@ def export_encoder(
 ) -> None:
     """Writes the fine-tuned encoder of a training run, with its best parameters.
 
-    The encoder is written without the head of stage 1, Whisper without its decoder. The folder can
-    be opened with `transformers.AutoModel.from_pretrained`: it holds `config.json`, safetensors
-    with the LoRA weights merged, and the files of the tokenizer or feature extractor. With
-    `adapter`, it holds a LoRA adapter that `peft.PeftModel.from_pretrained` adds to the base model
-    opened with `AutoModel`. The folder is written completely or not at all.
+    The encoder is written without the head of stage 1, and Whisper also without its decoder. The
+    folder can be opened with `transformers.AutoModel.from_pretrained`: it holds `config.json`,
+    safetensors with the LoRA weights merged, and the files of the tokenizer or feature extractor.
+    With `adapter`, it holds a LoRA adapter that `peft.PeftModel.from_pretrained` adds to the base
+    model opened with `AutoModel`. The folder is written completely or not at all.
 
     Args:
       model: Work directory of the training run.
@@ -253,7 +254,7 @@ def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
         options = metadata.get("options", {})
         sources += [metadata.get("name"), *(options.get(part) for part in ENCODER_PARTS)]
     for source in filter(None, sources):
-        # A name on the Hub is no path below the target.
+        # A name on the Hub is not a path below the target.
         if pathlib.Path(source).resolve().is_relative_to(target):
             raise InputError(
                 f"{target}: holds {source}, which the model needs; allowed: another --output"

@@ -30,12 +30,13 @@ def follow(
     min_confidence: float | None = None,
     max_dialogues: int = MAX_DIALOGUES,
 ) -> None:
-    """Answers each line with one JSON line, before it reads the next line.
+    """Answers each line with one JSON line before reading the next line.
 
     An input line is an object with the fields of a manifest, such as "text" and "audio". Its answer
-    has the same "dialogue" and "utterance", and the prediction. Lines with the same "dialogue" are
-    one dialogue; lines without one are another. The answer to a line that cannot be used is
-    {"error": ..., "line": ...} with the number of the line, and its dialogue continues without it.
+    has the same "dialogue" and "utterance", and the prediction. Lines with the same "dialogue"
+    belong to one dialogue. All lines without this field belong to another dialogue. The answer to a
+    line that cannot be used is {"error": ..., "line": ...} with the number of the line, and its
+    dialogue continues without it.
 
     Args:
       recognizer: Recognizer.
@@ -43,8 +44,8 @@ def follow(
       answers: Text file for the answers.
       max_seconds: Seconds of each utterance's speech to read.
       min_confidence: Probability below which predictions are marked as "uncertain".
-      max_dialogues: Number of dialogues to keep. For a further one, the dialogue whose last
-        utterance is the oldest is dropped; if it continues, it starts over.
+      max_dialogues: Number of dialogues to keep. If a further dialogue starts, the dialogue with
+        the oldest last utterance is dropped. If a dropped dialogue continues, it starts over.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
     options = {"max_seconds": max_seconds, "min_confidence": min_confidence}
@@ -80,7 +81,8 @@ def _answer(
     dialogue = ids.get("dialogue")
     stream = streams.get(dialogue) or recognizer.stream(**options)
     prediction = stream.predict(utterance)
-    # Only now, because an unusable utterance must neither start nor renew a dialogue.
+    # This comes last, because an unusable utterance must not start a dialogue or mark it as
+    # recently used.
     streams[dialogue] = stream
     streams.move_to_end(dialogue)
     return {**{name: utterance[name] for name in ids}, **prediction}

@@ -135,7 +135,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _describe(metadata: Mapping[str, Any]) -> str:
-    """Describes an encoder by its name, and a fine-tuned encoder by its base and dataset."""
+    """Describes an encoder by its name, or if fine-tuned, by its base model and dataset."""
     if metadata["kind"] != "tuned":
         return str(metadata["name"])
     experiment = metadata["config"]["experiment"]

@@ -44,18 +44,19 @@ def write_predictions(
 ) -> None:
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
-    In a CSV file, nested values have their own columns, such as `probabilities.anger`, and lists
+    In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and lists
     are joined by semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
     take the rows of one recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
       path: File to write.
       rows: Predictions.
-      embed_audio: Whether a web page contains the audio. Otherwise it links the recording.
-      transcript: Transcript of the recording. If it is an EAF or TextGrid, the tiers of emotions of
-        an EAF or TextGrid are added to its tiers. Other formats do not use it.
-      channels: Channels that were predicted; see `find_utterances`. A web page shows them, and
-        embeds them. Those of "split" are mixed.
+      embed_audio: Whether a web page contains the audio. Otherwise it links to the recording.
+      transcript: Transcript of the recording. If both the transcript and the output are an EAF or
+        TextGrid, the emotion tiers are added to the tiers of the transcript. Other formats do not
+        use it.
+      channels: Channels that were predicted; see `find_utterances`. A web page shows and embeds the
+        audio of these channels; with "split", it is the mix of all channels.
 
     Raises:
       InputError: See `check_predictions_path`; or the format needs the rows of one recording with
@@ -90,7 +91,7 @@ def check_predictions_path(path: epath.PathLike) -> None:
 
 
 def _extension(path: epath.PathLike) -> str:
-    """Returns the extension as in `FORMATS`: Praat accepts .textgrid for .TextGrid."""
+    """Returns the extension as spelled in `FORMATS`; Praat accepts .textgrid for .TextGrid."""
     suffix = epath.Path(path).suffix
     return ".TextGrid" if suffix.lower() == ".textgrid" else suffix
 

@@ -1,7 +1,7 @@
 """Published emotion classifiers as experts, without training.
 
-A text model and a speech model classify every utterance by itself. Their probabilities are averaged
-over the emotions that both know.
+A text model and a speech model classify every utterance by itself. For the emotions that both
+models know, their probabilities are averaged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PublishedModels:
       map_labels: Names by label, for labels that differ between the models.
 
     Attributes:
-      class_names: Emotions of the only model, or those that both models know.
+      class_names: Emotions that all models know.
       encoders: Encoder of each modality, whose features are the probabilities of its labels.
       feature_dims: Number of labels of each modality, 1 without a model.
 
@@ -90,7 +90,7 @@ class PublishedModels:
         self.encoders = {
             modality: _make_encoder(it, used[modality]) for modality, it in classifiers.items()
         }
-        # Matrices [labels of the model, C] that add the probabilities of labels of one name.
+        # Matrices [labels of the model, C] that add the probabilities of labels with the same name.
         self._emotions = {
             modality: np.array(
                 [[name == emotion for emotion in self.class_names] for name in names_of_model],
@@ -123,7 +123,7 @@ class PublishedModels:
             shared = encoded[modality] @ emotions  # N C
             total = shared.sum(-1, keepdims=True)
             np.divide(shared, total, out=probabilities[:, expert], where=total > 0)
-        # If only a model of weight 0 can read an utterance, it decides.
+        # If only a model with weight 0 can read an utterance, its prediction is used.
         gate = np.where(gate.any(-1, keepdims=True), gate, present)
         gate = gate / np.maximum(gate.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
         mixture = np.einsum("ne,nec->nc", gate, probabilities)

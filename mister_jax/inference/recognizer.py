@@ -35,7 +35,7 @@ from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 _MAX_GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
-"""Number of utterances of a recording that are predicted in one context; see `_sections`."""
+"""Maximum number of a recording's utterances that are predicted together; see `_sections`."""
 
 NewPaths = str | Mapping[str, str] | None
 """New path of an encoder that has moved, or of its parts by name: "encoder", "adapter", "whisper",
@@ -210,7 +210,7 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int = 0,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts utterances in the context of the dialogues that hold them.
+        """Predicts utterances in the context of the dialogues that contain them.
 
         Args:
           utterances: All utterances.
@@ -252,7 +252,8 @@ class EmotionRecognizer(ModelHubMixin):
             **{name: values[indices] for name, values in encoded.items()},
             label=np.full(len(indices), UNLABELED, np.int32),
         )
-        # Batches are padded here, because those of the task import TensorFlow, which takes seconds.
+        # Batches are padded here, because the task's batches need TensorFlow, whose import takes
+        # seconds.
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, *planned) for planned in plan)
@@ -375,8 +376,8 @@ class EmotionRecognizer(ModelHubMixin):
         stream.predict({"text": "You again!", "audio": "2.wav"})
 
         With a causal model, each prediction is equal to that of `predict` for the dialogue up to
-        this utterance, at a constant time per utterance. Other models predict the last of the
-        utterances in a window, which they read again for every utterance; a warning says so.
+        this utterance, at a constant time per utterance. Other models read the last `window`
+        utterances again for every new utterance, and predict the last one; a warning says so.
 
         Args:
           window: Number of utterances in the window of a model that is not causal.
@@ -470,7 +471,7 @@ class EmotionRecognizer(ModelHubMixin):
         return features, present, notes
 
     def _length_notes(self, clip: np.ndarray) -> list[str]:
-        """Returns a note if the speech encoder does not read all of a clip [S]."""
+        """Returns a note if the speech encoder does not read a clip [S] to its end."""
         max_samples = self._encoders["speech"].input.max_samples
         if max_samples is None or len(clip) <= max_samples:
             return []
@@ -492,7 +493,8 @@ class EmotionRecognizer(ModelHubMixin):
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
-        # Batches for a few utterances are smaller, by powers of 2 so that few programs compile.
+        # Batches for a few utterances are smaller. Their sizes are powers of 2, so that few
+        # programs are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
@@ -538,7 +540,7 @@ class _PublishedRecognizer(EmotionRecognizer):
 
 
 def _consecutive_ranges(lengths: Iterable[int]) -> list[np.ndarray]:
-    """Returns ranges of the given lengths, each of which starts where the one before ends."""
+    """Returns consecutive ranges with the given lengths."""
     ends = np.cumsum(list(lengths))
     return np.split(np.arange(ends[-1]), ends[:-1]) if len(ends) else []
 
@@ -547,8 +549,9 @@ def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int,
     """Yields sections of a long conversation, each with the window that is its context.
 
     Models are trained on dialogues of up to about a hundred utterances, and attention over all
-    utterances takes quadratic memory. So conversations longer than `MAX_CONTEXT` are predicted in
-    sections, each in the context of a quarter of `MAX_CONTEXT` before and after it.
+    utterances takes quadratic memory. Conversations longer than `MAX_CONTEXT` are therefore
+    predicted in sections. The context of a section includes `MAX_CONTEXT` / 4 utterances before and
+    after it.
     """
     if num_utterances <= MAX_CONTEXT:
         yield (0, num_utterances), (0, num_utterances)

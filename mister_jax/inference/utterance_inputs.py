@@ -29,7 +29,7 @@ UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
 )
 """Kinds of notes on a recording; a note is "KIND: text"."""
 
-_MAX_WARNINGS = 5  # unusable recordings that are logged one by one
+_MAX_WARNINGS = 5  # number of unusable recordings that are logged individually
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
             row, samples = _read_fields(utterance, where)
             rows.append(row)
             samples_and_notes.append(samples)
-    # Rows that share a recording are cut by their times, so all rows are read first.
+    # If several rows share a recording, their times determine the cuts, so all rows are read first.
     intervals = fields.audio_intervals(rows)
     return [
         _check_utterance(row, samples, interval)
@@ -123,7 +123,7 @@ def decode_speech(
 def reading_order(utterances: Sequence[CheckedUtterance]) -> list[int]:
     """Returns the indices of the utterances in an order that reads each recording once.
 
-    The cuts of one channel of a recording follow each other, sorted by their start.
+    The cuts from one channel of a recording are adjacent and sorted by start time.
     """
     sources: dict[Any, int] = {}
 

@@ -26,7 +26,7 @@ from mister_jax.inference.timeline.tiers import (
 
 _XSI = "http://www.w3.org/2001/XMLSchema-instance"
 _SCHEMA = "http://www.mpi.nl/tools/elan/EAFv3.0.xsd"
-# Order of the elements that tiers and their types follow.
+# Elements that come before tiers and their types, in the required order.
 _BEFORE_TIMES = ("LICENSE", "HEADER")
 _BEFORE_TIERS = (*_BEFORE_TIMES, "TIME_ORDER", "TIER")
 _BEFORE_TYPES = (*_BEFORE_TIERS, "LINGUISTIC_TYPE")
@@ -37,14 +37,14 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None =
     """Returns an ELAN document that links the recording.
 
     An emotion belongs to the annotation with its text, so ELAN moves and deletes both together. If
-    the transcript is an annotation, emotions have times of their own, because an utterance may be
-    several of its annotations, or a part of one.
+    the transcript is an annotation, emotions have separate times, because an utterance may cover
+    several of its intervals, or a part of one.
 
     Args:
       path: File that will contain the document; ELAN finds the recording relative to it.
       rows: Rows of one recording, sorted by start time.
-      given: Annotation to which the tiers of emotions are added. An EAF is kept as it is; the tiers
-        of intervals of a TextGrid are copied.
+      given: Annotation to which the emotion tiers are added. An EAF is kept unchanged; of a
+        TextGrid, the interval tiers are copied.
     """
     ET.register_namespace("xsi", _XSI)
     if given is None or given.document is None:
@@ -153,7 +153,7 @@ class _Document:
             _annotate(tier, "REF_ANNOTATION", one_line(value), **ids)
 
     def link(self, path: epath.PathLike, recording: str) -> None:
-        """Links a recording, unless the document links a file of its name."""
+        """Links a recording, unless the document already links a file with its name."""
         header = self._child("HEADER", ("LICENSE",), MEDIA_FILE="", TIME_UNITS="milliseconds")
         descriptors = header.findall("MEDIA_DESCRIPTOR")
         new = _media_descriptor(path, recording)
@@ -164,7 +164,7 @@ class _Document:
     def to_text(self) -> str:
         """Returns the document as XML."""
         order = self._child("TIME_ORDER", _BEFORE_TIMES)
-        # ELAN expects slots in the order of time. Slots without value stay behind those before.
+        # ELAN expects slots in order of time. A slot without a value stays after its predecessor.
         last = -1.0
         given = []
         for slot in order:
@@ -180,7 +180,7 @@ class _Document:
         return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
     def _insert(self, element: ET.Element, before: Sequence[str]) -> None:
-        """Inserts an element behind all elements with one of the given tags."""
+        """Inserts an element after all elements with one of the given tags."""
         positions = (index for index, it in enumerate(self.root, start=1) if it.tag in before)
         self.root.insert(max(positions, default=0), element)
 
@@ -220,7 +220,7 @@ def _annotate(tier: ET.Element, kind: str, value: str, **attributes: str) -> Non
 
 
 def _move_links(root: ET.Element, old: epath.PathLike, new: epath.PathLike) -> None:
-    """Changes the links that are relative to the old file, so that they are relative to the new."""
+    """Rewrites links relative to the old file as links relative to the new file."""
     folder = _absolute(old).parent
     for element in root.iterfind("HEADER/*"):
         for key in ("RELATIVE_MEDIA_URL", "RELATIVE_LINK_URL"):

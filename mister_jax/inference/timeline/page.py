@@ -36,7 +36,7 @@ def timeline_html(
     """Returns a page that plays a recording and shows its emotions. It needs no network.
 
     Args:
-      path: File that will contain the page; it links the recording relative to this file.
+      path: File that will contain the page. The link to the recording is relative to this file.
       rows: Rows of one recording, sorted by start time.
       embed_audio: Whether the page contains the audio as MP3, 14 MB per hour.
       channels: Channel to show and embed; "split" shows the mix.

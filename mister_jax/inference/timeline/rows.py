@@ -24,7 +24,7 @@ def check_timeline_rows(path: epath.PathLike, rows: Sequence[Row]) -> list[Row]:
       rows: Prediction rows; see `EmotionRecognizer.predict_recording`.
 
     Raises:
-      InputError: There are no rows, a row has no times, or the rows are of several recordings.
+      InputError: There are no rows, a row has no times, or the rows belong to several recordings.
     """
     recordings = {row.get("recording") for row in rows}
     if len(recordings) > 1:

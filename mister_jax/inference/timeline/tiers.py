@@ -1,8 +1,8 @@
 """Arranges predictions as tiers of annotations.
 
-Every speaker has a tier of texts, named after the speaker, and a tier of emotions, such as "Ann"
-and "Ann emotion". Without speakers, the tiers are "text" and "emotion". Intervals of a tier must
-not overlap, so overlapping utterances of a speaker go to further tiers, such as "Ann 2".
+Every speaker has a text tier, named after the speaker, and an emotion tier, such as "Ann" and "Ann
+emotion". Without speakers, the tiers are "text" and "emotion". Intervals in a tier must not
+overlap, so overlapping utterances of a speaker are put in further tiers, such as "Ann 2".
 
 If the transcript is an annotation, its tiers are kept unchanged. The emotion tiers are added, with
 names that the annotation does not use.
@@ -69,9 +69,9 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
 
 
 def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
-    """Returns the times of rows in seconds, rounded to milliseconds, and their texts of a key.
+    """Returns each row's times in seconds, rounded to milliseconds, and its text for `key`.
 
-    The texts of "emotion" have a question mark if it is uncertain.
+    Uncertain emotions get a question mark.
     """
     intervals = []
     for row in rows:
@@ -82,9 +82,9 @@ def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
 
 
 def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Interval]]]:
-    """Yields the tiers of intervals of another format: the tier, a name, and its intervals.
+    """Yields the interval tiers of another format: the tier, a unique name, and its intervals.
 
-    Intervals that overlap others of their tier go to further tiers, such as "Ann 2".
+    Intervals that overlap others in their tier are put in further tiers, such as "Ann 2".
     """
     tiers = [tier for tier in given if not tier.is_points]
     names: set[str] = set()  # A TextGrid may repeat names.
@@ -100,7 +100,7 @@ def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Inte
 
 
 def unique_name(name: str, used: Collection[str]) -> str:
-    """Returns the name, followed by a number if it is used."""
+    """Returns the name, followed by a number if the name is already used."""
     numbered = (f"{name} {number}" for number in itertools.count(2))
     return next(it for it in itertools.chain([name], numbered) if it not in used)
 
