@@ -125,6 +125,11 @@ class FusionTask:
             self._class_weights()  # Raises for unusable weights now, not in the first step.
         if self._loss.weights.score and not model.predict_score:
             raise InputError("config.loss.weights.score needs config.model.predict_score=True")
+        if model.predict_score and not self._loss.weights.score > 0:
+            raise InputError(
+                f"config.loss.weights.score={self._loss.weights.score}; needed: a positive number, "
+                "because config.model.predict_score=True"
+            )
         if model.predict_score and train_features is not None and train_features.score is None:
             raise InputError(
                 f"config.model.predict_score: dataset {train_features.name} has no scores; "
@@ -287,6 +292,8 @@ class FusionTask:
         features = self.features(name)
         if not (features.label >= 0).any():
             raise InputError(f"dataset {features.name}, split {name}: no utterance has a label")
+        if self.predicts_score and (features.score is None or np.isnan(features.score).all()):
+            raise InputError(f"dataset {features.name}, split {name}: no utterance has a score")
         return self.batched(features, num_shards=num_shards, shuffle=shuffle, epochs=epochs)
 
     @functools.cached_property

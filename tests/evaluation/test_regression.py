@@ -143,6 +143,9 @@ def scored_data_dir(tmp_path_factory):
         scored[name] = dataclasses.replace(split, score=score, class_names=("negative", "positive"))
     data.write_features(scored, "scored", folder)
     data.write_features(splits, "unscored", folder)
+    no_scores = np.full_like(scored["validation"].score, np.nan)
+    scored["validation"] = dataclasses.replace(scored["validation"], score=no_scores)
+    data.write_features(scored, "unscored_validation", folder)
     return folder
 
 
@@ -179,6 +182,8 @@ def test_training_selects_the_epoch_by_the_error_and_reports_the_scores(scored_d
     ("dataset", "changes", "message"),
     [
         ("unscored,score", {}, "dataset unscored has no scores"),
+        ("unscored_validation,score", {}, "split validation: no utterance has a score"),
+        ("scored,score", {"loss.weights.score": 0.0}, r"score=0\.0; needed: a positive number"),
         ("scored", {"loss.weights.score": 1.0}, "needs config.model.predict_score=True"),
         ("scored", {"train.select_by": "mae"}, "select_by=mae needs config.model.predict_score"),
     ],

@@ -25,9 +25,8 @@ def scored_workdir(calls_dir, tmp_path_factory):
     return write_untrained_workdir(
         root / "run",
         root / "data",
-        "scored",
+        "scored,score",
         causal=True,
-        predict_score=True,
         kernel_sizes=(1,),
         attention_window=2,
     )
