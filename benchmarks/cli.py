@@ -227,7 +227,7 @@ def _measure(config: BenchmarkConfig) -> dict[str, list[Row]]:
     if _RANDOM.value:
         rows = encoders.measure_encoder(_ENCODER.value, **batch, steps=config.steps)
         return {"encoder": rows}
-    from benchmarks import extraction  # It imports the Hugging Face libraries.
+    from benchmarks import extraction  # Slow: it imports the Hugging Face libraries.
 
     rows = extraction.measure_extraction(
         _ENCODER.value,

@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that the first run took longer than the median."""
+        """Seconds by which the first run exceeded the median."""
         return max(0.0, self.first - self.median)
 
 

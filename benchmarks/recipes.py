@@ -10,14 +10,14 @@ dataset's test split is never read.
 
 All recipes train on the same dialogues, for their full number of epochs, and choose nothing on
 validation. Every utterance is predicted by the model of the fold that holds it out, and scored
-together with all others. Beside the recipes, the table has each expert of the first recipe, and
-logistic regression on the features of an utterance and its neighbors, which chooses the number of
-neighbors and its regularization on the validation dialogues of each fold. The difference from the
-first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
+together with all others. In addition to the recipes, the table has each expert of the first recipe,
+and logistic regression on the features of an utterance and its neighbors, which chooses the number
+of neighbors and its regularization on the validation dialogues of each fold. The difference from
+the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
 
-The score of the best of many recipes is too high, because it was chosen by it: the table says how
-many recipes were tried. Confirm the choice on a test split. Run the command again to resume, also
-with more sets and recipes.
+If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
+states how many recipes were tried. Confirm the choice on a test split. Run the command again to
+resume, also with more sets and recipes.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _align(predicted: Mapping[tuple[str, str], int], like: SplitPredictions) -> 
 def cross_validate_regression(
     features: DialogueFeatures, folds: Folds
 ) -> dict[tuple[str, str], int]:
-    """Predicts every labeled utterance by logistic regression on the other folds.
+    """Predicts every labeled utterance by logistic regression trained on the other folds.
 
     Returns:
       Predicted class by dialogue id and utterance id.

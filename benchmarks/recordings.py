@@ -52,8 +52,8 @@ def measure_recording(
       log: Function called with a message before each long step.
 
     Returns:
-      A row for each source of utterances. Seconds and memory do not include loading the model and
-      predicting the recording once, unrepeated.
+      A row for each source of utterances. Before the measurement, the model is loaded and predicts
+      the unrepeated recording once. Seconds and memory do not include this.
 
     Raises:
       InputError: A file or the model cannot be used.

@@ -4,10 +4,10 @@ mister-jax crossval --config=fusion:iemocap --workdir=DIR --folds=session
 mister-jax crossval --config=fusion:my_features --workdir=DIR --folds=speaker:5
 mister-jax crossval --config=fusion:polish_1 --workdir=DIR --datasets=polish_1,polish_2
 
---folds is the column whose values are held out in turn: dialogue, speaker or session (both also
-for IEMOCAP, from its ids), or a column of a manifest. COLUMN:K makes K folds of the values, with
-about equal classes. --datasets takes each dataset with its own splits as a fold. Run it again to
-resume.
+--folds is the column whose values are held out in turn: dialogue, speaker or session (for IEMOCAP,
+speaker and session are read from its ids), or a column of a manifest. COLUMN:K makes K folds of the
+values, with about equal classes. --datasets takes each dataset with its own splits as a fold. Run
+it again to resume.
 """
 
 from absl import flags

@@ -114,10 +114,10 @@ def _export(name: str, files: Sequence[pathlib.Path], *, times_of: str = "") -> 
 
 
 def _outputs() -> tuple[str, list[pathlib.Path]]:
-    """Returns the name of the dataset to write, by default that of the first file, and the files.
+    """Returns the name of the dataset to write, by default the first file's name, and the files.
 
     Raises:
-        InputError: There are several names, or the file's name cannot be that of a dataset.
+        InputError: There are several names, or the file's name is not a valid dataset name.
     """
     files = [pathlib.Path(output) for output in _OUTPUT.value if _is_file(output)]
     names = [output for output in _OUTPUT.value if not _is_file(output)]
@@ -140,7 +140,7 @@ def _is_file(output: str) -> bool:
 
 
 def _reads_dataset() -> bool:
-    """Returns whether the features are those of an existing feature dataset."""
+    """Returns whether the features come from an existing feature dataset."""
     return not any(flag.value for flag in (_WORKDIR, _ENCODER, _SPEECH, _TEXT))
 
 

@@ -212,7 +212,7 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 
 
 def _check_flags() -> None:
-    """Checks that no flag is set that has no effect."""
+    """Checks that every flag that is set has an effect."""
     is_published = bool(_TEXT_MODEL.value or _SPEECH_MODEL.value)
     if is_published and _FOLLOW.value:
         raise InputError("--follow: cannot be used with --text_model or --speech_model")
@@ -242,7 +242,7 @@ def _check_flags() -> None:
 def _follow() -> int:
     """Answers the utterances of standard input until it ends."""
     answers = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # Standard output has the answers only.
+    with contextlib.redirect_stdout(sys.stderr):  # Only answers are written to standard output.
         from mister_jax.inference.follow import follow
 
         recognizer = _load()
@@ -358,7 +358,7 @@ def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[st
 
 
 def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the files to write for each recording, and by "" those with all rows."""
+    """Returns the files to write by recording; the key "" has the files with the rows of all."""
     from mister_jax.inference.prediction_files import ROW_FORMATS, check_predictions_path
 
     outputs: dict[str, list[str]] = {"": [], **{recording: [] for recording in recordings}}

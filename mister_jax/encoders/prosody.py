@@ -96,7 +96,8 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
     Returns:
       Features, [B, P] float32, in the order of `FEATURE_NAMES`, and whether a clip has any samples,
-      [B] bool. The features of a finite clip are finite; a feature without frames to measure is 0.
+      [B] bool. The features of a finite clip are finite; a feature is 0 if the clip has no frames
+      of the kind that it needs.
     """
     lengths = jnp.minimum(lengths, waveform.shape[1])
     x, peak = _scale_to_unit_peak(waveform, lengths)

@@ -25,7 +25,7 @@ def fit_on_validation(
     with_bias: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Fits the calibration of a work directory, writes it, and sets that of the predictor.
+    """Fits the calibration of a work directory, writes it, and sets it in the predictor.
 
     Args:
       predictor: Predictor of the work directory.
@@ -132,7 +132,7 @@ def summarize_calibration(
     if calibrated is not None:
         before, after = versions["uncalibrated"], _resampled_scores(calibrated, bootstrap)
         versions["calibrated"] = after
-        # On the same resamples.
+        # Both scores use the same resamples, so their difference has an interval.
         versions["difference"] = {
             key: (after[key][0] - before[key][0], after[key][1] - before[key][1]) for key in after
         }

@@ -264,8 +264,8 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test.
 
     Under the null hypothesis, each of the n utterances that only one run predicts correctly is
-    equally likely to be of either run. The smaller count k is then binomial, and p is
-    2 P(X <= k), at most 1.
+    equally likely to belong to either run. The smaller count k is then binomial, and p is 2 P(X <=
+    k), at most 1.
     """
     total = only_first + only_second
     coefficient = tail = 1

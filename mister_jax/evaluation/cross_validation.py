@@ -32,7 +32,7 @@ from mister_jax.io import read_json, read_json_lines, write_json, write_text
 FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
 """Files that `cross_validate` writes."""
 
-_MAX_LISTED = 10  # values of a fold that messages and tables list
+_MAX_LISTED = 10  # maximum number of a fold's values that are listed
 
 _COLUMNS = {
     "uar": "UA (UAR)",
@@ -122,8 +122,8 @@ def cross_validate(
     Returns:
       "folds", a list of dicts with "fold", "members", "utterances" and the mean of the scores over
       the seeds; "mean" and "deviation" of these scores over the folds; "pooled", the scores of all
-      test predictions together, with several seeds those of their ensemble; and
-      "pooled_intervals", their confidence intervals. None if SIGTERM interrupted a fold.
+      test predictions together, which are the ensemble's predictions if there are several seeds;
+      and "pooled_intervals", their confidence intervals. None if SIGTERM interrupted a fold.
 
     Raises:
       InputError: A config is invalid, a fold's directory belongs to another config, or the folds
@@ -211,7 +211,7 @@ def _pool_predictions(
 ) -> SplitPredictions:
     """Combines the test predictions of all folds.
 
-    The utterances of one dialogue stay together, also if they are in the test splits of two folds.
+    The utterances of one dialogue stay together, even if they are in the test splits of two folds.
     """
     index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
     index[None] = UNLABELED

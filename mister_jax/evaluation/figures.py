@@ -134,8 +134,8 @@ def plot_sweep(
 ) -> None:
     """Plots the scores of a sweep as a PNG file.
 
-    One varied field is a line, or bars if its values are not numbers. Two fields are a heat map.
-    More fields are bars of the best points.
+    One varied field gives a line, or bars if its values are not numbers. Two fields give a heat
+    map. With more fields, the best points are shown as bars.
 
     Args:
       axes: Values by field, in the order of the grid.
@@ -224,7 +224,7 @@ def plot_differences(
     Args:
       differences: Difference and both ends of its interval, None without an interval, by series
         and row.
-      label: What the differences are.
+      label: Label of the axis of the differences.
       path: Path of the PNG file.
     """
     from matplotlib.figure import Figure

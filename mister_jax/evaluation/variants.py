@@ -117,7 +117,7 @@ class Study:
         return True
 
     def rows(self) -> list[Row]:
-        """Returns the rows of the completed variants, also of earlier runs."""
+        """Returns the rows of the completed variants, including those from earlier runs."""
         rows = (self._read_row(variant) for variant in self.variants)
         return [row for row in rows if row is not None]
 

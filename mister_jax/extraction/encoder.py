@@ -23,7 +23,7 @@ from mister_jax.parallel.multihost import assert_visible_to_all_processes
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import JitPartitioner
 
-_ITEMS_PER_FILE = 2048  # a killed run repeats at most this many
+_ITEMS_PER_FILE = 2048  # maximum number of items that a resumed run encodes again
 
 
 class Input(Protocol):

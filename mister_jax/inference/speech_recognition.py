@@ -75,7 +75,7 @@ class CheckpointError(InputError):
 
 
 class WhisperRecognizer:
-    """Transcribes speech with Whisper on CTranslate2, with the times of words.
+    """Transcribes speech with Whisper on CTranslate2, and returns word times.
 
     Args:
       model: Name of a checkpoint such as "small" or "large-v3", a repository on the Hugging Face
@@ -118,7 +118,7 @@ class WhisperRecognizer:
         return self._transcribe(samples, self._language)[0]
 
     def for_recording(self) -> SpeechRecognizer:
-        """Returns a recognizer of the pieces of a recording, which have one language.
+        """Returns a recognizer for the pieces of one recording, which share one language.
 
         The language is detected in the first piece with speech.
         """
@@ -189,7 +189,7 @@ def recognize_speech(
 
     Raises:
       AudioError: The recording cannot be read.
-      InputError: A segment of the recognizer has no finite times.
+      InputError: The times of a recognizer's segment are not finite.
     """
     if isinstance(recognizer, WhisperRecognizer):
         recognizer = recognizer.for_recording()
@@ -261,7 +261,7 @@ def _to_float(samples: np.ndarray) -> np.ndarray:
 def load_recognizer(
     recognizer: str | os.PathLike[str] | SpeechRecognizer | None, language: str | None = None
 ) -> SpeechRecognizer:
-    """Returns the recognizer of a user's choice. Checkpoints stay loaded.
+    """Returns the recognizer that the user chose. Checkpoints stay loaded.
 
     Args:
       recognizer: A function; a checkpoint (see `WhisperRecognizer`); or None for the default

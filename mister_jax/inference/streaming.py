@@ -23,7 +23,7 @@ class DialogueStream:
     Args:
       predictor: Predictor of a MiSTER-E model.
       encode: Function that returns the features of an utterance and notes on its recording.
-      window: Number of utterances that a model that is not causal reads again for every utterance.
+      window: Number of recent utterances that a noncausal model reads again for every utterance.
       min_confidence: Probability below which predictions are marked as "uncertain".
 
     Attributes:
@@ -89,7 +89,7 @@ class DialogueStream:
         return row
 
     def _predict_last(self, recent: list[Features]) -> Predictions:
-        """Predicts the last of some utterances, as a dialogue that is padded to the window."""
+        """Predicts the last of the recent utterances, as a dialogue padded to the window."""
         length = len(recent)
         features: dict[str, Any] = {
             name: np.concatenate([it[name] for it in recent]) for name in recent[0]

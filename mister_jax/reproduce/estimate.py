@@ -78,7 +78,7 @@ class CorpusSize:
     Attributes:
       train: Labeled training utterances.
       validation: Labeled validation utterances.
-      total: All utterances, which are extracted.
+      total: All utterances; features are extracted from all of them.
       dialogues: Training dialogues.
       seconds: Mean length of an utterance.
       tokens: Mean number of tokens of an utterance.
@@ -113,13 +113,14 @@ _RECORDED = {
 }
 # Assumed utilization of programs that were not analyzed, by dtype.
 _ASSUMED_UTILIZATION = {"bfloat16": 0.35, "float32": 0.15}
-# Positions that are computed per position of an utterance, because batches are padded.
+# Ratio of all computed positions to valid positions, because batches are padded.
 _PADDING = 1.3
 # Seconds of a step of MiSTER-E at the released sizes for one seed, XLA's estimate for v5e.
 _FUSION_STEP_SECONDS = 0.02
 # Assumed minimum of a step of a small encoder, for its input, launch and kernels.
 _LAUNCH_SECONDS = 0.02
-# Seconds of audio per second of `prepare` on two cores, and one of `evaluate` or `merge`.
+# Seconds of audio that `prepare` reads per second on two cores, and the seconds that one run of
+# `evaluate` or `merge` takes.
 _PREPARED_SECONDS, _SHORT_STAGE_SECONDS = 825.0, 60.0
 _MAX_TOKENS, _MAX_SECONDS, _FRAMES_PER_SECOND = 128, 30.0, 50
 _PROGRAM_BYTES = 2**30
@@ -157,7 +158,8 @@ class Part:
     def training_flops(self) -> float:
         """Returns the FLOPs of a training step.
 
-        A parameter and position takes 6 with all parameters trained, 4 with LoRA, 2 if frozen.
+        Each parameter and position takes 6 FLOPs if all parameters are trained, 4 with LoRA, and 2
+        if they are frozen.
         """
         return self.forward_flops() * {"full": 3, "lora": 2, "frozen": 1}[self.training]
 
@@ -228,7 +230,7 @@ def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[P
             _transformer(config.decoder, (103, 103), "lora"),
         ]
     if isinstance(config, Qwen2AudioConfig):
-        # Two frames are one token, and the prompt has 16.
+        # Two frames are one token, and the prompt has 16 tokens.
         prompted = (frames[0] / 2 + 16, frames[1] / 2 + 16)
         return [
             _transformer(config.tower, frames, "frozen"),

@@ -1,4 +1,4 @@
-"""Tables of a reproduction: the scores beside the paper's, and the predictions of a dry run."""
+"""Tables of a reproduction: our scores and the paper's, and the predictions of a dry run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mister_jax.reproduce.stages import EXPERT_VARIANTS, RECIPES, experts_folder
 REPORT = "reproduce.md"
 """File with the scores, and the time and cost of each stage."""
 
-# Published weighted F1 in percent by corpus and preset. The scores of `small` and `large` are of
-# encoders of about the same size as in the presets.
+# Published weighted F1 in percent by corpus and preset. The scores for `small` and `large` were
+# published for encoders of about the same size as the preset's encoders.
 _PUBLISHED = {
     ("iemocap", "llm"): 70.9,
     ("meld", "llm"): 69.5,

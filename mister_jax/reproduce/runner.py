@@ -86,7 +86,7 @@ def _open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
     """Returns the record of the work directory, or a new one.
 
     Raises:
-      InputError: The record is of other settings.
+      InputError: The record belongs to other settings.
     """
     values = dataclasses.asdict(settings)
     # JSON has lists instead of tuples.

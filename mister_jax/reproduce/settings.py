@@ -13,7 +13,7 @@ CORPORA = ("iemocap", "meld", "mosi")
 CLASSES = ("six", "four")
 
 _SALMONN = "salmonn_7b"
-# Folders and files that SALMONN consists of beside its own checkpoint.
+# Files and folders that SALMONN needs in addition to its checkpoint.
 SALMONN_PARTS = ("whisper", "beats", "vicuna")
 
 
@@ -39,7 +39,8 @@ PRESETS: Mapping[str, Preset] = {
     "llm": Preset("llama_3_1_8b", _SALMONN),
 }
 
-# Accumulation of gradients on one device, with which a batch of clips of 30 s fits in its memory.
+# Number of gradient accumulation steps with which a batch of 30 s clips fits in the memory of one
+# device.
 SPEECH_ACCUMULATION = {"wavlm_base": 2, "wavlm_large": 4, "qwen2_audio_7b": 8, _SALMONN: 8}
 
 
@@ -172,15 +173,15 @@ class Settings:
     def accumulation(self, batch_size: int) -> int:
         """Returns the gradient accumulation of the speech encoder.
 
-        Rows are filled up to a multiple of devices times accumulation, so that too large a value
-        costs time.
+        Rows are filled up to a multiple of devices times accumulation, so a value that is too large
+        wastes time.
         """
         one_device = SPEECH_ACCUMULATION.get(self.speech.recipe, 1)
         rows_per_device = -(-batch_size // max(self.num_devices, 1))
         return max(1, min(one_device // max(self.num_devices, 1), rows_per_device))
 
     def check_files(self) -> None:
-        """Checks that the corpus and the encoders exist, as far as they are local files.
+        """Checks that those of the corpus and the encoders that are local files exist.
 
         Raises:
           InputError: A file or folder is missing.

@@ -13,7 +13,7 @@ from mister_jax.io import read_json
 from mister_jax.reproduce.settings import PRESETS, Settings
 
 RECIPES: Mapping[str, str] = {"paper": ",paper", "default": ""}
-"""Recipes of MiSTER-E, and the variants of `configs.fusion` that they consist of."""
+"""Maps each recipe of MiSTER-E to its variants of `configs.fusion`."""
 
 SPLITS = ("validation", "test")
 

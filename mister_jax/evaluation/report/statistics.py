@@ -160,7 +160,7 @@ class KeptUtterances(NamedTuple):
 
 
 def abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> list[KeptUtterances]:
-    """Scores the labeled utterances that minimum confidences keep: all, and fewer and fewer."""
+    """Scores the labeled utterances above minimum confidences that increase from 0."""
     confidence = predictions.probabilities.max(-1)
     total = bootstrap.scores(predictions.predicted)["utterances"]
     rows: list[KeptUtterances] = []
@@ -168,11 +168,11 @@ def abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> l
         kept = np.where(confidence >= threshold, predictions.predicted, NO_VOTE)
         scores = bootstrap.scores(kept)
         if not scores["utterances"][0]:
-            break  # The higher thresholds keep nothing, either.
+            break  # Higher thresholds also keep no utterance.
         count, resampled_count = scores["utterances"]
         coverage = Estimate.from_resamples(count / total[0], resampled_count / total[1])
         accuracy, weighted_f1 = (
-            # A resample may keep nothing.
+            # In a resample, no utterance may be above the threshold.
             Estimate.from_resamples(value, np.where(resampled_count > 0, resampled, np.nan))
             for value, resampled in (scores["accuracy"], scores["weighted_f1"])
         )

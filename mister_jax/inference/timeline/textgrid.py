@@ -10,7 +10,7 @@ from mister_jax.data.transcripts.annotations import Annotation, Tier
 from mister_jax.inference.timeline.rows import Row, milliseconds, recording_seconds
 from mister_jax.inference.timeline.tiers import Interval, interval_tiers, row_intervals, split_tiers
 
-_ROUNDING = 0.5001e-3  # seconds by which rounded times differ from those of the transcript
+_ROUNDING = 0.5001e-3  # maximum rounding error of a time in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ def to_textgrid(rows: Sequence[Row], given: Annotation | None = None) -> str:
 
     Args:
       rows: Rows of one recording, sorted by start time.
-      given: Annotation to which the tiers of emotions are added. The tiers of a TextGrid are kept
-        as they are; those of an EAF become tiers of intervals.
+      given: Annotation to which the emotion tiers are added. The tiers of a TextGrid are kept
+        unchanged; the tiers of an EAF become interval tiers.
     """
     last_end = max(milliseconds(row)[1] for row in rows) / 1000
     start: float = 0
@@ -70,7 +70,7 @@ def _unchanged(tier: Tier, span: tuple[float, float]) -> _GridTier:
 
 
 def _snap(interval: Interval, boundaries: Sequence[float]) -> Interval:
-    """Moves times to boundaries of the annotation of which they are roundings."""
+    """Moves rounded times to the boundaries of the annotation from which they were rounded."""
 
     def nearest(seconds: float) -> float:
         index = bisect.bisect(boundaries, seconds)
