@@ -14,7 +14,7 @@ from mister_jax.data.dialogues import StoredUtterance
 from mister_jax.data.utterances import Batch, Utterances, load_utterances, utterance_batches
 
 LENGTH_STEP = SAMPLE_RATE // 10
-"""Number of samples whose multiples are the padded lengths of batches."""
+"""Padded lengths of batches are multiples of this number of samples."""
 
 MIN_AUDIBLE_SAMPLES = SAMPLE_RATE // 40
 """Samples in the shortest audible clip: 25 ms, one frame of every encoder."""
@@ -91,7 +91,7 @@ def load_clips(
 
 
 def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Converts `sizes` [N] in samples, capped at `max_samples`, to `LENGTH_STEP`, rounded up."""
+    """Converts `sizes` [N], capped at `max_samples`, from samples to steps, rounded up."""
     return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 

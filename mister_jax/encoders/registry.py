@@ -235,7 +235,7 @@ def load_module(
     checkpoint = Checkpoint.open(folder)
     load_backbone(module, table, checkpoint, architecture.name_rules, shardings=shardings)
     # Variables that are not in the checkpoint, such as low-rank paths, are initialized as in a new
-    # module. The compiler drops all others, so that no parameter is allocated twice.
+    # module. The compiler drops the others, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
     replicated = None if mesh is None else NamedSharding(mesh, P())
     if jax.tree.leaves(nnx.state(module, others)):

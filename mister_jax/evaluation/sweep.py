@@ -195,8 +195,8 @@ def grid_points(
 
     Args:
       axes: Axes of the grid.
-      num_random: Number of different points to draw at random; None for all points. The points of
-        a smaller number are the first points of a larger one.
+      num_random: Number of different points to draw at random; None for all points. The points for
+        a smaller number are the first of the points for a larger number.
       seed: Random seed.
 
     Raises:
@@ -281,7 +281,7 @@ def _check_config(config: ConfigDict) -> None:
 
 
 def _check_values(config: ConfigDict, axes: Sequence[Axis]) -> None:
-    """Checks that the dataset exists, and values that only the dataset or the model can check."""
+    """Checks that the dataset exists, and checks values that depend on the data or the model."""
     FusionTask.from_data(config)
     for axis in axes:
         for value in axis.values:

@@ -34,7 +34,7 @@ from mister_jax.inference.speech_recognition import (
 )
 
 SPLIT = "split"
-"""Reads every channel on its own, each with one speaker, as one conversation."""
+"""Reads every channel separately, each with one speaker, as one conversation."""
 
 _LOUDNESS_SECONDS = 60.0  # of a segment that are compared between channels
 _MIN_SHARE_RATIO = 1.25
@@ -47,7 +47,7 @@ class RecordingUtterances:
     Attributes:
       recording: Path of the recording.
       segments: Times, texts, speakers and channels.
-      origin: Where they come from, such as "transcript call.srt (SRT)".
+      origin: Source of the segments, such as "transcript call.srt (SRT)".
       transcript: Path of the transcript, or None.
       notes: Notes on the recording and its transcript.
       segment_notes: Notes on each segment.
@@ -90,8 +90,8 @@ def find_utterances(
         Whisper if its default checkpoint can be loaded, else voice activity detection.
       language: Code of the language for Whisper; None detects it.
       channels: "mix", "left", "right", an index, or "split", which reads one speaker per channel.
-      rules: Rules by which segments are joined and split. A recognizer's segments without text
-        stay as they are.
+      rules: Rules for joining and splitting segments. A recognizer's segments without text are not
+        changed.
       quiet: Whether to show no progress.
 
     Raises:
@@ -152,7 +152,7 @@ def _check_given(name: str, segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Returns the recordings that paths name; a folder stands for those in it, sorted by name.
+    """Returns the given recordings; a folder is replaced by its recordings, sorted by name.
 
     Raises:
       InputError: A folder has no recordings, or a recording is named twice.
@@ -241,7 +241,7 @@ def _check_belongs_to_recording(
         return seconds, ()
     # A container may state no length or an estimate, so measure it.
     decoded_seconds = audio.decoded_seconds(source)
-    # The transcript of a truncated recording fits the length that its header states.
+    # The transcript of a truncated recording matches the length that the header states.
     full_seconds = max(decoded_seconds, (seconds or 0.0) + audio.missing_seconds(source))
     late = num_late(full_seconds)
     if 2 * late > len(segments):
@@ -256,7 +256,7 @@ def _check_belongs_to_recording(
 def _assign_channels(
     source: str, segments: Sequence[Segment], channels: Sequence[Channel]
 ) -> tuple[Segment, ...]:
-    """Gives each segment a channel: its own, or the one in which its speaker is loudest."""
+    """Assigns each segment its own channel, or the channel where its speaker is loudest."""
     segments = [
         dataclasses.replace(it, channel=NAMED_CHANNELS.get(str(it.channel), it.channel))
         for it in segments
@@ -290,9 +290,9 @@ def _assign_channels(
 def _loudest(power: np.ndarray, share: np.ndarray) -> int:
     """Returns the position of a speaker's channel.
 
-    A channel may be louder than the others as a whole, so the speaker's share of its power decides.
-    If all speakers are in one channel and the others have crosstalk, the shares are almost equal,
-    and the power decides.
+    The channel where the speaker's share of the power is largest is chosen, because a channel may
+    be louder than the others for all speakers. If all speakers are in one channel and the others
+    have crosstalk, the shares are almost equal. Then the channel with the largest power is chosen.
 
     Args:
       power: Power of the speaker in each channel.

@@ -181,7 +181,7 @@ class Settings:
         return max(1, min(one_device // max(self.num_devices, 1), rows_per_device))
 
     def check_files(self) -> None:
-        """Checks that those of the corpus and the encoders that are local files exist.
+        """Checks that all local files of the corpus and the encoders exist.
 
         Raises:
           InputError: A file or folder is missing.

@@ -21,7 +21,7 @@ _WINDOWS = {
 
 
 def identifier(value: Any) -> str | None:
-    """Returns an id as text, or None for a value that is no id. 7, 7.0, b"7" and "7" are equal."""
+    """Returns an id as text, or None if the value is not an id. 7, 7.0, b"7" and "7" are equal."""
     if isinstance(value, bytes):
         return value.decode("latin1")
     if isinstance(value, str):
@@ -97,7 +97,7 @@ def is_number(value: Any) -> bool:
 
 
 def vector(value: Any) -> np.ndarray | None:
-    """Returns a feature vector [D] as float, or integers as stored; None if it is no vector."""
+    """Returns a feature vector [D] as float, or integers as stored; None if not a vector."""
     if isinstance(value, np.ndarray):
         value = value.reshape(-1) if value.ndim == 2 and 1 in value.shape else value
         is_vector = value.ndim == 1 and (value.dtype.kind in "biuf" or not value.size)
@@ -112,7 +112,7 @@ def stack_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stacks feature vectors to [N, D] and returns them with presence flags [N].
 
-    Missing, empty and nonfinite vectors are absent, and zero.
+    Missing, empty and nonfinite vectors count as absent and are replaced by zeros.
 
     Args:
         vectors: Vectors [D], or None.
@@ -120,7 +120,7 @@ def stack_features(
         dim: Dimension D if no vector is present.
 
     Raises:
-        ValueError: A value is no vector, or has another dimension than those before it.
+        ValueError: A value is not a vector, or has another dimension than the vectors before it.
     """
     rows: list[np.ndarray | None] = []
     for index, value in enumerate(vectors):

@@ -13,7 +13,8 @@ from mister_jax.inference.timeline.rows import Row, milliseconds, one_line, show
 def to_srt(rows: Sequence[Row]) -> str:
     """Returns SRT subtitles such as "[joy] Ann: We won!", or "[joy?]" if the emotion is uncertain.
 
-    SRT has no escapes, so a text is stored as it is, but for arrows, which look like times.
+    SRT has no escapes, so the text is stored unchanged, except for arrows, which would look like
+    timing lines.
     """
     cues = []
     for number, row in enumerate(rows, start=1):
@@ -26,7 +27,7 @@ def to_srt(rows: Sequence[Row]) -> str:
 
 
 def to_vtt(rows: Sequence[Row]) -> str:
-    """Returns WebVTT subtitles with the speaker as voice and the emotion as class and color."""
+    """Returns WebVTT subtitles with the speaker as voice, and the emotion as a CSS class."""
     emotions = list(dict.fromkeys(one_line(row["emotion"]) for row in rows))
     classes = _class_names(emotions)
     colors = emotion_colors(emotions)
