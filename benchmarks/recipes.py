@@ -46,7 +46,7 @@ from mister_jax.metrics import classification_scores
 from mister_jax.models import EXPERTS
 
 SPLITS = ("train", "validation")
-"""Splits that the folds are made of."""
+"""Splits whose dialogues are divided into folds."""
 
 WINDOWS = (0, 1, 2, 3)
 """Numbers of neighbors on each side that logistic regression chooses from."""

@@ -141,7 +141,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "folds": "",
             "fold": 0,
             "fold_seed": 0,
-            # Splits that the folds are made of, such as "train,validation"; all if empty.
+            # Splits whose dialogues are divided into folds, such as "train,validation"; all if
+            # empty.
             "fold_splits": "",
             # Whether to train on the validation split too; requires `train.select_by` "last".
             "validate_on_train": False,

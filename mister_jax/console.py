@@ -221,7 +221,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 def _clock(seconds: float) -> str:
     """Returns a time such as 3:07.2 or 1:02:45.0."""
-    # The page of a recording rounds down, too.
+    # Rounds down, as the HTML page of a recording does.
     minutes, tenths = divmod(int(10 * seconds + 1e-6), 600)
     hours, minutes = divmod(minutes, 60)
     rest = f"{tenths // 10:02}.{tenths % 10}"
@@ -229,7 +229,7 @@ def _clock(seconds: float) -> str:
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """Returns a table of cells, given by column name and row name."""
+    """Returns a table of `columns`, which maps column names and row names to cells."""
     table = Table("", *columns, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"

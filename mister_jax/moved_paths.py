@@ -30,7 +30,7 @@ def find_moved(path: str, stored_location: Mapping[str, str], folder: epath.Path
       folder: Present path of the folder in `stored_location`.
 
     Returns:
-      The first of these that exists: the path as it is, the path relative to the current directory
+      The first of these that exists: the unchanged path, the path relative to the current directory
       when it was stored, and the path at the same position relative to the folder. If none exists,
       for example because the path is a name on the Hugging Face Hub, `path` itself.
     """
@@ -67,6 +67,6 @@ def find_moved_encoder(
 
 
 def _absolute(path: epath.PathLike, directory: str) -> str:
-    """Returns an absolute path without "..", or a URL as it is."""
+    """Returns an absolute path without ".."; a URL is returned unchanged."""
     path = os.fspath(path)
     return path if "://" in path else os.path.normpath(pathlib.Path(directory, path))

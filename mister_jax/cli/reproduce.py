@@ -6,7 +6,8 @@ mister-jax reproduce --corpus=mosi --preset=llm --workdir=DIR --dry_run --device
 
 The presets are small (RoBERTa-base, WavLM-base), large (RoBERTa-large, WavLM-large) and llm
 (Llama-3.1-8B, SALMONN-7B). Each stage is one `mister-jax` command in its own process. Run it again
-to resume. It ends in a table of our scores beside the paper's, also in `reproduce.md`.
+to resume. At the end, it prints our scores and the paper's scores in a table, and writes it to
+`reproduce.md`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _split_weight_norm(kernel: np.ndarray) -> list[np.ndarray]:
 class NameRules:
     """Variants of an architecture's tensor names in checkpoints and adapters.
 
-    All attributes except `prefixes` have regular expressions.
+    All attributes except `prefixes` contain regular expressions.
 
     Attributes:
       prefixes: Prefixes of the backbone's names, "" for the bare model. Files are written with the

@@ -164,7 +164,7 @@ def load_fold(
         seed: See `make_folds`.
         validate_on_train: Whether the training split has the dialogues of the validation split
             too, for trainings that do not choose anything on validation.
-        pooled_splits: Splits of the dataset that the folds are made of; all if empty.
+        pooled_splits: Splits of the dataset whose dialogues are divided into folds; all if empty.
 
     Returns:
         The dialogues of the split. In the test split, utterances outside the fold are unlabeled
@@ -279,7 +279,7 @@ def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
 
 
 def _iemocap_columns(features: DialogueFeatures) -> dict[str, np.ndarray]:
-    """Returns the columns "session" and "speaker" of IEMOCAP, as far as they are known, [N] str."""
+    """Returns the columns "session" and "speaker" of IEMOCAP that the ids contain, [N] str."""
     dialogues = [_IEMOCAP_DIALOGUE.match(str(name)) for name in features.dialogue_ids]
     sessions = [match[1] for match in dialogues if match is not None]
     if len(sessions) < len(dialogues):

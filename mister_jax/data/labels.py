@@ -26,7 +26,7 @@ _EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for o
 
 
 def emotion_name(label: str) -> str:
-    """Returns the name of `EMOTION_SYNONYMS` for a label; an unknown label stays as it is.
+    """Returns the name of a label in `EMOTION_SYNONYMS`; an unknown label is returned unchanged.
 
     The comparison ignores case and spaces around the label.
     """

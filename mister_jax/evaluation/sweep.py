@@ -425,7 +425,7 @@ def _write_files(result: dict[str, Any], axes: Sequence[Axis], workdir: epath.Pa
 
 
 def _shown(value: Any) -> Any:
-    """Returns a value as it is in pictures: numbers are unchanged, and other values are text."""
+    """Converts a value for a plot: numbers are unchanged, and other values become text."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number else format_value(value)
 

@@ -33,7 +33,8 @@ class Input(Protocol):
       modality: "speech" or "text".
       unit: Unit of budgets and speeds.
       budget: Default number of units in a batch on each device, including padding.
-      steps_per_unit: Number of length steps per unit. Items are padded in steps: a token, or 0.1 s.
+      steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
+        step is a token or 0.1 s.
       length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
       max_length: Maximum length of an item in a batch, in steps.
       max_samples: Maximum samples to read from a clip; None for no limit, and always None for text.

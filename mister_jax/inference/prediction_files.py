@@ -136,7 +136,7 @@ def _to_csv(rows: Sequence[Row]) -> str:
 
 
 ROW_FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {".jsonl": _to_json_lines, ".csv": _to_csv}
-"""Formatter of each extension of tables, which take any rows."""
+"""Maps the extensions of tables to formatters, which accept any rows."""
 
 TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], TimelineOptions], str]] = {
     ".srt": lambda _, rows, __: to_srt(rows),
@@ -145,7 +145,7 @@ TIMELINE_FORMATS: dict[str, Callable[[epath.PathLike, Sequence[Row], TimelineOpt
     ".eaf": _to_eaf,
     ".html": _to_html,
 }
-"""Formatter of each extension of timelines, which take the sorted rows of one recording."""
+"""Maps the extensions of timelines to formatters, which accept the sorted rows of one recording."""
 
 FORMATS = (*ROW_FORMATS, *TIMELINE_FORMATS)
 """Extensions that `write_predictions` accepts."""

@@ -2,9 +2,9 @@
 
 A training step takes the longest of these times: its matrix products at the device's utilization,
 the transfer of the sharded weights between devices, reading the weights from memory, and launching
-the programs. A batch of
-the paper has 2 to 16 utterances of a few seconds, so that LLMs on several devices are often bound
-by the transfers. Start-up, downloads and compilation are not counted.
+the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. The time of
+LLMs on several devices is therefore often the time of the transfers. Start-up, downloads and
+compilation are not counted.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ _ASSUMED_UTILIZATION = {"bfloat16": 0.35, "float32": 0.15}
 _PADDING = 1.3
 # Seconds of a step of MiSTER-E at the released sizes for one seed, XLA's estimate for v5e.
 _FUSION_STEP_SECONDS = 0.02
-# Assumed minimum of a step of a small encoder, for its input, launch and kernels.
+# Assumed minimum duration of a small encoder's step, which covers its input, launch and kernels.
 _LAUNCH_SECONDS = 0.02
 # Seconds of audio that `prepare` reads per second on two cores, and the seconds that one run of
 # `evaluate` or `merge` takes.

@@ -86,7 +86,8 @@ class Task(Protocol):
 
     Attributes:
       class_names: Names of the C classes.
-      predicts_score: Whether the model predicts a score for each utterance, beside its class.
+      predicts_score: Whether the model predicts a score for each utterance in addition to its
+        class.
       notes: Messages to the user about choices made from the data.
       oom_hint: Config fields that reduce memory use in training.
     """

@@ -1,4 +1,4 @@
-"""Times are those of a player: gaps, late audio, channels, and cuts in a single pass."""
+"""Times match those of a media player: gaps, late audio, channels, and cuts in a single pass."""
 
 import pathlib
 import time

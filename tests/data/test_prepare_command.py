@@ -86,7 +86,7 @@ SUCCESSES = {
 }
 
 
-# Error message of each wrong use.
+# Error message of each invalid command.
 WRONG_USES = {
     "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, mosei, emorynlp, manifest, transc",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",

@@ -1,4 +1,4 @@
-"""Sweeps: grids and their errors, resuming, and a test split that only the best point sees."""
+"""Sweeps: grids and their errors, resuming, and scores of only the best point on the test split."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Features depend only on their own utterance, not on batches, padding or devices."""
+"""An utterance's features do not depend on the batch, the padding or the devices."""
 
 import types
 

@@ -122,7 +122,7 @@ def test_a_project_that_has_moved_finds_its_data_and_encoders(
     assert mister_jax.load(moved / "run").predict_dialogues(dialogues) == expected
     predictor = Predictor(moved / "run")
     assert predictor.data_dir == str(moved / "data")
-    # The dataset knows the encoder's new place too, for a new training.
+    # The dataset also has the encoder's new path, which a new training needs.
     metadata = predictor.task.features("test").metadata["text"]
     assert metadata["name"].startswith(f"{moved}/")
 

@@ -251,7 +251,7 @@ def test_further_columns_reach_the_scored_predictions_but_no_model(workdir, call
     assert without.fingerprint() == features.fingerprint()
     split = Predictor(workdir).task.batched(features, num_shards=1)
     assert not any("metadata" in name for name in next(split.batches()))
-    # Other tests share the work directory, in which a calibration would be stored.
+    # A calibration would be stored in the work directory, which other tests share.
     evaluate(workdir, "test", output=tmp_path, calibrate=False, quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row.get("metadata") for row in rows[:4]] == [{"room": "r2"}, None, None, {"room": "r3"}]

@@ -320,7 +320,7 @@ def test_channels_of_segments_are_kept_and_loud_channels_do_not_win(tmp_path):
 
 
 def conversation(*turns, crosstalk):
-    """Returns stereo samples in which each channel has some of the other, and the turns."""
+    """Returns stereo samples with crosstalk between the channels, and the turns."""
     channels = np.zeros((max(round(end * RATE) for _, end, *_ in turns), 2))
     for start, end, channel, loudness in turns:
         sound = loudness * voice(end - start, 120 if channel == 0 else 190).astype(float)
@@ -331,7 +331,7 @@ def conversation(*turns, crosstalk):
 @pytest.mark.parametrize(
     "turns",
     [
-        # Both speakers, of whom one speaks longer, also at the same time.
+        # Both speakers, sometimes at the same time; one of them speaks longer.
         [(0, 1, 0, 1), (1, 2, 1, 1), (2, 3, 0, 1), (2.5, 3.5, 1, 1), (4, 9, 0, 1)],
         # One is quieter than the crosstalk of the other.
         [(0, 2, 0, 1), (2, 4, 1, 0.2)],

@@ -224,7 +224,8 @@ def test_praatio_reads_the_given_textgrid_and_the_emotions(tmp_path, encoding):
     text = path.read_text()
     assert "xmin = -1.0\nxmax = 5.5\n" in text and "size = 6\n" in text
     assert 'text = "say ""hi""\ntwice"' in text and 'text = "  "' in text
-    # praatio changes tiers whose starts and ends differ, so it reads the given file, too.
+    # praatio changes tiers whose starts and ends differ, so the expected file is also read by
+    # praatio.
     options = {"includeEmptyIntervals": True, "reportingMode": "silence"}
     plain = tmp_path / "plain.TextGrid"
     content = GIVEN_GRID.replace("0 5 2\n", "0 5.5 2\n").replace('5 "b', '5.5 "b')

@@ -92,7 +92,7 @@ _RENAMED = {
 # Labels of utterances whose annotators disagreed or chose none of the classes.
 _NO_EMOTION = ("No-agreement", "Other", "UnKnown", "Unknown")
 
-_NUM_DRAWS = 256  # random orders of the speakers, of which the best is used
+_NUM_DRAWS = 256  # number of random draws, of which the best is used
 _MIN_GROUPS = 3  # With two speakers, validation would take half of the training utterances.
 
 
@@ -108,7 +108,7 @@ class _Item:
     label: str | None
     speaker: str | None
     group: str | None
-    """Value by which validation is drawn."""
+    """Utterances with equal values are drawn for validation together."""
     dialogue: str
     order: tuple[int, str]
 

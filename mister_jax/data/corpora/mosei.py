@@ -36,8 +36,8 @@ LABELS, FOLDS = "CMU_MOSEI_Labels.csd", "cmu_mosei_std_folds.py"
 _SDK_FOLDER = "mmsdk/mmdatasdk/dataset/standard_datasets/CMU_MOSEI"
 LAYOUT = f"a folder that contains {AUDIO}, {TRANSCRIPTS}, {LABELS} and the SDK's {FOLDS}"
 
-# A label and a segment of the transcript belong together if they overlap by this fraction of the
-# time that they cover together.
+# A label matches a segment of the transcript if the intersection over union of their times is at
+# least this value.
 _MIN_OVERLAP = 0.5
 # At most one in this many videos of a split may lack labels.
 _MISSING_LIMIT = 10

@@ -350,7 +350,8 @@ _CHAT_CODES = tuple(
         (r"(?<!\S)&-?", ""),
         # Omitted words.
         (r"(?<!\S)0(?:'?[a-z]\S*)?(?!\S)", " "),
-        # Pauses, such as (.) and (1.5), then letters that are not spoken, such as (be)cause.
+        # The first rule removes pauses, such as (.) and (1.5). The second rule keeps the letters in
+        # parentheses that are not spoken, such as (be)cause.
         (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
         (r"[()]", ""),
         # Terminators for trailing off, interruptions and quotations, then linkers that continue
@@ -360,7 +361,8 @@ _CHAT_CODES = tuple(
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
         # Markers of special forms, such as wug@n.
         (r"@\S+", ""),
-        # Lengthened vowels (:), pauses within words (^), and compounds joined by +, then by _.
+        # Lengthened vowels (:), pauses within words (^), and compounds joined by + (first rule) or
+        # _ (second rule).
         (r"(?<=\w)[:^]+(?=\w|\s|$)|(?<!\S)\^|(?<=\w)\+(?=\w)", ""),
         (r"(?<=\w)_(?=\w)", " "),
         (_UNINTELLIGIBLE.pattern, " "),

@@ -58,7 +58,7 @@ class DetectedFormat:
 
     Attributes:
       name: Name of the format.
-      read: Function that returns the segments as they are in the file, in any order and with any
+      read: Function that returns the segments in the file, which need not be sorted or have valid
         times.
       options: Options of `Selection` that the format supports. All support `speaker`.
     """

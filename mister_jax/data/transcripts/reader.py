@@ -131,7 +131,7 @@ def detect_format(path: str | os.PathLike[str]) -> str:
 
 
 def read_annotation(path: str | os.PathLike[str]) -> Annotation | None:
-    """Reads all tiers of a TextGrid or EAF as they are, or returns None for another format.
+    """Reads all tiers of a TextGrid or EAF unchanged, or returns None for another format.
 
     Raises:
       InputError: The file cannot be read.

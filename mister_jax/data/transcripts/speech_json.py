@@ -281,7 +281,7 @@ def _records(data: Record, *path: str) -> list:
 
 def _read_whisper(data: Record, notes: Notes) -> Iterable[Segment]:
     segments = list(_segments(data["segments"], _WHISPER, notes))
-    # OpenAI's verbose JSON lists the words beside the segments.
+    # OpenAI's verbose JSON lists the words separately from the segments.
     words = [word for record in _records(data, "words") if (word := _word(record, _WORD)).text]
     if any(segment.words for segment in segments):
         return segments

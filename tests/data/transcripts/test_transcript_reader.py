@@ -1,4 +1,4 @@
-"""Errors of files that are no transcripts, and the transcript beside a recording."""
+"""Errors for files that are not transcripts, and the transcript beside a recording."""
 
 import os
 

@@ -54,7 +54,7 @@ class Fields:
     None and text that contains only white space count as absent.
 
     Args:
-        location: Location of the fields, with which all error messages begin.
+        location: Location of the fields, named at the start of all error messages.
         values: Values by field name. Numbers may be text, as in a CSV file.
     """
 
