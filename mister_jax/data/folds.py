@@ -254,7 +254,7 @@ def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
     if column == DIALOGUE:
         return np.repeat(np.array(features.dialogue_ids, str), features.lengths)
     columns: list[str] = []
-    # In some feature files, a column `speaker` of IEMOCAP has only M and F, so the ids come first.
+    # Read IEMOCAP's ids first, because its column `speaker` has only M and F in some feature files.
     values = _iemocap_columns(features)
     if column in values:
         return values[column]

@@ -25,7 +25,7 @@ def training_splits_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_splits_allowed() -> Iterator[None]:
-    """Allows all splits again, for code that makes and checks its own splits of the data."""
+    """Lifts `training_splits_only`, for code that pools all splits and then makes new ones."""
     token = _is_training.set(False)
     try:
         yield

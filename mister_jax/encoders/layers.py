@@ -45,7 +45,8 @@ class SelfAttention(nnx.Module):
 
         Args:
           x: Finite input, [B, N, D].
-          mask: Whether a query may attend to a key, [B, 1, N or 1, N] (query, key) bool.
+          mask: Whether a query may attend to a key, [B, 1, N, N] bool with queries before keys. The
+            query axis may have size 1.
           bias: Bias added to the scores, [B, K, N, N] (query, key); none by default.
           **options: Dropout arguments `deterministic` and `rngs`.
 

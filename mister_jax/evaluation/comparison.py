@@ -331,8 +331,8 @@ def write_comparison(
 def changed_csv(comparison: Comparison, texts: Mapping[str, str]) -> str:
     """Returns the utterances whose predictions differ between runs as CSV.
 
-    Each run has the columns of its prediction, of the prediction's probability, and of the label's
-    probability.
+    Each run has three columns: its prediction, the probability of the prediction, and the
+    probability of the label.
     """
     first = comparison.predictions[0]
     text = io.StringIO()

@@ -87,7 +87,7 @@ class SplitPredictions:
 
 
 def predict_without_gate(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the class that the mean of the present experts' logits predicts, [N] int.
+    """Returns the class with the largest mean logit over the present experts, [N] int.
 
     Logits and log-probabilities differ by a constant for each expert, which does not change the
     class.

@@ -128,7 +128,7 @@ class TrainConfig:
         return np.atleast_1d(values[self.select_by])
 
     def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
-        """Formats selection scores, as their mean and deviation if there are several."""
+        """Formats a selection score, or the mean and standard deviation of several."""
         mean, deviation = metrics.mean_and_deviation(scores)
         # Errors are stored with a negative sign, so that higher is better.
         mean = -mean if self.select_by in _ERRORS else mean

@@ -511,7 +511,7 @@ def _dialogues(
         split: Name of the split.
         items: Utterances of the split.
         root: Folder of the recordings that are missing.
-        recordings: Files of the paths in the metadata.
+        recordings: Maps paths in the metadata to files that exist.
         times: Start and end of the utterances by path, in seconds; empty if unknown.
         metadata: Metadata of all utterances.
     """

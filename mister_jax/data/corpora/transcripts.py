@@ -112,7 +112,7 @@ def read_transcripts(
 
 
 def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
-    """Returns whether a file belongs to a recording that has another, preferred transcript."""
+    """Returns whether a file is named like a transcript of one of the recordings."""
     parts = transcript.name.split(".")
     names = (".".join(parts[:count]) for count in range(1, len(parts)))
     return any(

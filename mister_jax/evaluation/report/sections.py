@@ -44,7 +44,7 @@ def render_scores(
     bootstrap: DialogueBootstrap,
     seeds: Mapping[str, Any] | None,
 ) -> str:
-    """Renders the scores of models, with the evaluated model first, and of its seeds if several."""
+    """Renders the scores of models, the evaluated model first, and the scores of its seeds."""
     figures = []
     for key, score in models[0].scores.items():
         number = element("strong", f"{score.value:.3f}")
