@@ -177,7 +177,7 @@ class EmotionRecognizer(ModelHubMixin):
           max_seconds: Seconds of each utterance's speech to read.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.
-          quiet: Whether to show no progress.
+          quiet: Whether to hide progress.
 
         Returns:
           For each utterance the values of `predictor.prediction_rows` and "notes" on its recording,
@@ -218,7 +218,7 @@ class EmotionRecognizer(ModelHubMixin):
           max_seconds: Seconds of each utterance's speech to read.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files.
-          quiet: Whether to show no progress.
+          quiet: Whether to hide progress.
 
         Returns:
           The prediction and the notes of each utterance of each dialogue.
@@ -278,7 +278,7 @@ class EmotionRecognizer(ModelHubMixin):
           recording: Audio or video file in any format that FFmpeg reads.
           max_seconds: Seconds of each utterance's speech to read.
           min_confidence: Probability below which predictions are marked as "uncertain".
-          quiet: Whether to show no progress.
+          quiet: Whether to hide progress.
           **options: Options of `recordings.find_utterances`, such as `transcript`.
 
         Returns:

@@ -92,7 +92,7 @@ def find_utterances(
       channels: "mix", "left", "right", an index, or "split", which reads one speaker per channel.
       rules: Rules for joining and splitting segments. A recognizer's segments without text are not
         changed.
-      quiet: Whether to show no progress.
+      quiet: Whether to hide progress.
 
     Raises:
       InputError: The recording or the transcript cannot be read, they do not belong together, or

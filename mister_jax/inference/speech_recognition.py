@@ -185,7 +185,7 @@ def recognize_speech(
       source: Path or content of the recording.
       recognizer: Function from samples to segments. Its segments are clipped to the piece it gets.
       channel: Channel to read.
-      quiet: Whether to show no progress.
+      quiet: Whether to hide progress.
 
     Raises:
       AudioError: The recording cannot be read.
