@@ -50,7 +50,7 @@ class Utterances:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """0 to N, [N + 1], because each row has one utterance. See `DialogueFeatures.offsets`."""
+        """Integers 0 to N, [N + 1], for one utterance per row. See `DialogueFeatures.offsets`."""
         return np.arange(len(self.items) + 1)
 
     @property
