@@ -158,7 +158,8 @@ def compare_recipes(
       recipes: Recipes; all others are compared with the first.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
       data_dir: Directory of the datasets; by default TFDS's.
-      num_seeds: Number of seeds of each model. Pooled predictions are those of their ensemble.
+      num_seeds: Number of seeds of each model. Pooled predictions are the predictions of the seeds'
+        ensemble.
       quiet: Whether to hide progress.
 
     Returns:

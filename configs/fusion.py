@@ -167,7 +167,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     )
     config.loss = ConfigDict(
         {
-            # "ratings": the distribution of the raters, for datasets that have it.
+            # "ratings": the raters' distribution over the classes, for datasets with ratings.
             "target": "label",
             "gamma": 1.0,
             "temperature": 1.0,

@@ -381,7 +381,7 @@ def score_error(
     *,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Computes the mean absolute error of the mixture's score plus that of each expert's score.
+    """Computes the mean absolute errors of the mixture's and each expert's score, and adds them.
 
     Args:
       output: Output of a `MisterE` that predicts scores.

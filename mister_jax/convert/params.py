@@ -62,7 +62,7 @@ def load_params(
         dictionary of the parameters, for example from `parallel.sharding.shardings`. By default,
         concrete parameters keep their shardings, and abstract parameters are placed on the first
         device.
-      dtype: Dtype of the floating-point parameters; by default that of the module.
+      dtype: Dtype of the floating-point parameters; by default, the module's dtype.
       skip: NNX filter for variables that have no source and keep their values.
 
     Returns:

@@ -196,7 +196,7 @@ def container_seconds(source: Source) -> float | None:
 
 
 def missing_seconds(source: Source) -> float:
-    """Returns the seconds that a truncated WAV file states but does not contain.
+    """Returns the seconds of audio that a truncated WAV file's header states but the file lacks.
 
     Raises:
         AudioError: The recording cannot be read.

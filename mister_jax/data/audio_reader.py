@@ -128,7 +128,7 @@ class AudioReader:
 
     @property
     def missing_seconds(self) -> float:
-        """Seconds that a truncated WAV file states but does not contain."""
+        """Seconds of audio that a truncated WAV file's header states but the file lacks."""
         return 0.0 if self._header is None else self._header.missing_seconds
 
     @property

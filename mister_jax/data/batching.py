@@ -30,7 +30,7 @@ _STEP_COMPILE_COST = 3e10
 
 
 def bucket_cost(num_params: int, epochs: int) -> float:
-    """Returns the padded positions per epoch that take as long as compiling one more step.
+    """Returns how many padded positions per epoch take as long as compiling one more step.
 
     Args:
         num_params: Number of model parameters, summed over the seeds that train together.

@@ -170,7 +170,7 @@ def reference_scores(
     - `bayes`: the whole dialogue;
     - `bayes_utterance`: only the utterance;
     - `bayes_speech`, `bayes_text`: one modality of the whole dialogue;
-    - `majority`: nothing, which gives the most frequent emotion.
+    - `majority`: no inputs, so it always predicts the most frequent emotion.
 
     Args:
         process: Process that generated the dialogues.

@@ -168,8 +168,8 @@ def load_fold(
 
     Returns:
         The dialogues of the split. In the test split, utterances outside the fold are unlabeled
-        context, for example those of the other speaker if the folds are speakers. No dialogue with
-        an utterance in the test fold is in the other splits.
+        context. For example, if the folds are speakers, these are the utterances of a dialogue's
+        other speakers. No dialogue with an utterance in the test fold is in the other splits.
 
     Raises:
         InputError: The dataset, specification or fold does not exist, or no dialogue remains for

@@ -133,7 +133,8 @@ def _draw(
 ) -> dict[str, str]:
     """Draws several assignments of the components and returns the one with the most even classes.
 
-    Its splits have shares of each class, and of all dialogues, that are closest to the fractions.
+    The best assignment is the one in which each split's share of every class, and of all dialogues,
+    is closest to the split's fraction.
     """
     classes = {label for labels in dialogues.values() for label in labels if label is not None}
     index = {label: number for number, label in enumerate(sorted(classes, key=str))}

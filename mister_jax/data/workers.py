@@ -89,7 +89,7 @@ def _parallel_map(
             yield pending.popleft().result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        # If the caller stopped iterating, calls are still running.
+        # If the caller stops iterating early, calls may still be running.
         for process in [worker.process for worker in workers]:
             if process is not None:
                 process.kill()

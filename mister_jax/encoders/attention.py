@@ -39,7 +39,7 @@ def dot_product_attention(
 ) -> jax.Array:
     """Computes `mister_jax.nn.dot_product_attention` in the form that is fastest on the platform.
 
-    Without dropout, CPUs have a separate form, and TPUs have one for long inputs.
+    Without dropout, there is a separate form for CPUs, and one for long inputs on TPUs.
 
     Args:
       query: Queries, [B, T, K, head_dim].

@@ -96,7 +96,7 @@ def write_model(
     description["encoders"] = encoders
     _write_bundle(predictor, folder, predictor.config, description)
     path = predictor.folder / "metrics.json"
-    # A longer training may have found better parameters since a split was evaluated.
+    # Training may have continued and found better parameters since a split was evaluated.
     scores = {
         split: of_split
         for split, of_split in (read_json(path) if path.exists() else {}).items()

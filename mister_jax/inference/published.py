@@ -1,6 +1,6 @@
 """Published emotion classifiers as experts, without training.
 
-A text model and a speech model classify every utterance by itself. For the emotions that both
+A text model and a speech model classify each utterance separately. For the emotions that both
 models know, their probabilities are averaged.
 """
 

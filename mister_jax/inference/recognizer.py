@@ -375,9 +375,10 @@ class EmotionRecognizer(ModelHubMixin):
         stream.predict({"text": "Hello?"})
         stream.predict({"text": "You again!", "audio": "2.wav"})
 
-        With a causal model, each prediction is equal to that of `predict` for the dialogue up to
-        this utterance, at a constant time per utterance. Other models read the last `window`
-        utterances again for every new utterance, and predict the last one; a warning says so.
+        With a causal model, each prediction equals the prediction of `predict` for the dialogue up
+        to this utterance, and the time per utterance is constant. Other models read the last
+        `window` utterances again for every new utterance, and predict the last one; a warning says
+        so.
 
         Args:
           window: Number of utterances in the window of a model that is not causal.

@@ -27,8 +27,8 @@ class DialogueStream:
       min_confidence: Probability below which predictions are marked as "uncertain".
 
     Attributes:
-      is_exact: Whether the model is causal, so that the predictions depend on the whole dialogue
-        up to the utterance and are equal to those of `EmotionRecognizer.predict`.
+      is_exact: Whether the model is causal. The predictions then depend on the whole dialogue up to
+        the utterance, and equal the predictions of `EmotionRecognizer.predict`.
       num_utterances: Number of utterances of the dialogue so far.
     """
 

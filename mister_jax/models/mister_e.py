@@ -176,8 +176,8 @@ class MisterE(nnx.Module):
     ) -> tuple[MisterEState, MisterEOutput]:
         """Computes the outputs for the next utterance in each dialogue of a batch.
 
-        Requires a causal model. The outputs are equal to those of a call with all utterances. The
-        time does not depend on the number of earlier utterances.
+        Requires a causal model. A call with all utterances gives the same outputs. The time does
+        not depend on the number of earlier utterances.
 
         Args:
           state: State after the last utterance.

@@ -199,8 +199,8 @@ class MultiHeadAttention(nnx.Module):
           key_mask: Whether the key may be attended to, [B] bool.
 
         Returns:
-          The new state, and the output, [B, out_dim], which is equal to that of a call with all
-          queries and keys.
+          The new state, and the output, [B, out_dim]. A call with all queries and keys gives the
+          same output.
         """
         mask = key_mask[:, None]  # B 1
         new = AttentionState(*self._keys_and_values(key[:, None], mask), mask)

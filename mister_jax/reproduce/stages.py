@@ -154,7 +154,7 @@ def experts_folder(settings: Settings, recipe: str) -> pathlib.Path:
 def encoder_options(settings: Settings, modality: str) -> tuple[str, ...]:
     """Returns the fields of an encoder's config that differ from the config file.
 
-    The fields that the user has changed replace those of the preset.
+    Fields that the user has changed replace the preset's fields.
     """
     if modality == "text":
         options, user_options = [*settings.text.overrides()], settings.text_options

@@ -186,7 +186,7 @@ def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
 def _evaluator_labels(line: str, location: str) -> tuple[str, ...]:
     """Returns the labels of an evaluator, whose line looks like "C-E2: Anger; Frustration; ()".
 
-    There are no labels if the evaluator chose none.
+    The result is empty if the evaluator chose no label.
     """
     match = _RATING.fullmatch(line)
     names = [name.strip() for name in match[1].split(";") if name.strip()] if match else []

@@ -59,7 +59,7 @@ def read_features(
             same value into one split.
         seed: Seed of a random split, and of the validation dialogues if the file has none.
         fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. They
-            replace those of the layout.
+            replace the layout's keys.
         labels: Class names in the order of their indices, if the file contains only indices.
 
     Returns:

@@ -264,7 +264,7 @@ def _eaf_tiers(root: ET.Element) -> list[Tier]:
         if start in slots and end in slots:
             intervals[annotation.get("ANNOTATION_ID", "")] = (slots[start], slots[end])
     references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in tiers_of_file}
-    # The annotations of a tier may refer to those of a later tier in the file.
+    # The annotations of a tier may refer to annotations of a later tier in the file.
     remaining = [tier for tier, annotations in references.items() if annotations]
     while remaining:
         ready = [
