@@ -72,8 +72,8 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
       confusion: Counts, [..., C, C], with labels as rows and predictions as columns.
 
     Returns:
-      The `SCORE_NAMES` and "utterances", [...], and "precision", "recall", "f1" and "support",
-      [..., C]. An undefined score is 0.
+      Scores by name: the `SCORE_NAMES` and "utterances", [...]; and for each class, "precision",
+      "recall", "f1" and "support", [..., C]. An undefined score is 0.
     """
     confusion = np.asarray(confusion)
     correct = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
@@ -224,7 +224,7 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
 
 
 def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    """Compares predicted distributions with the raters' distributions; no majority is needed.
+    """Compares predicted distributions with the raters' distributions.
 
     Args:
       ratings: Number of raters who chose each class, [N, C]; rows of zeros are ignored.
@@ -286,8 +286,8 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
         bin also includes 0.
 
     Returns:
-      "error"; "bin" of each utterance, [N] int; "count", "confidence" and "accuracy" of each bin,
-      [num_bins], 0 for an empty bin.
+      The calibration "error"; the "bin" of each utterance, [N] int; and the "count", mean
+      "confidence" and "accuracy" of each bin, [num_bins], which are 0 for an empty bin.
     """
     confidence = np.asarray(confidence, float)
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)

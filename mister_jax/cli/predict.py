@@ -255,7 +255,7 @@ def _follow() -> int:
                 min_confidence=_MIN_CONFIDENCE.value,
             )
         except BrokenPipeError:  # The process that reads the answers has exited.
-            # Python flushes standard output when it exits, which would fail again.
+            # At exit, Python flushes standard output, and this would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
     return 0
 

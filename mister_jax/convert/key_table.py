@@ -22,7 +22,8 @@ class Source:
     """Tensors from which a parameter is loaded.
 
     Attributes:
-      names: Tensor names. There are several with `stacked` (one per layer) or `combine`.
+      names: Tensor names. If `stacked` is set, there is one name per layer. With `combine`, there
+        are several names.
       axes: Permutation of each tensor's axes on loading, as in `np.transpose`: (1, 0) for the
         weight of a PyTorch Linear, (2, 1, 0) for the weight of a Conv1d.
       stacked: Whether the values of all layers are stacked along a new leading axis L; the names

@@ -36,7 +36,7 @@ from mister_jax.data.audio_source import (
 )
 from mister_jax.data.workers import WorkerCrashError, ordered_map
 
-# Index after the last sample of a recording whose length is unknown.
+# Replaces the index after the last sample if the length of a recording is unknown.
 _END = sys.maxsize
 
 # Maximum seconds of audio that one call of a worker returns: 38 MB of int16.

@@ -53,8 +53,8 @@ def read_features(
     Args:
         path: An npz file as `read_npz` describes it, a pickle, a JSON file, or a folder with a JSON
             file for each split. It may also be several pickles with the same dialogues. The
-            features of later pickles replace the features of earlier ones, and their fields have
-            keys such as "2:3".
+            features of later pickles replace the features of earlier ones, and the keys of the
+            later pickles' fields have a prefix, as in "2:3".
         group_by: Array of an npz file, or "speaker". A random split puts all dialogues with the
             same value into one split.
         seed: Seed of a random split, and of the validation dialogues if the file has none.

@@ -83,9 +83,10 @@ def read_transcript(
       tier: Tier of a TextGrid or EAF to read, or several separated by commas, one for each
         speaker. A file with one tier that is not empty needs no name.
       speaker: Speaker whose segments are read; the default is all.
-      label_tier: Tier with the emotions of a TextGrid, EAF or CHAT. A segment gets the label of the
-        interval that covers most of it, if it covers at least half.
-      label_column: Column with the emotions of a CSV or TSV; by default `label` or `emotion`.
+      label_tier: In a TextGrid, EAF or CHAT, the tier that contains the emotions. A segment gets
+        the label of the interval that covers most of it, if it covers at least half.
+      label_column: In a CSV or TSV, the column that contains the emotions; by default `label` or
+        `emotion`.
       recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
         CSV or TSV that has several recordings.
       strict: Whether an option that the format does not have is an error; otherwise it is ignored.
