@@ -297,11 +297,16 @@ def _choose_regression(train: DialogueFeatures, validation: DialogueFeatures) ->
     """Returns the window and the regularization with the lowest validation cross-entropy."""
     # Dialogues of one utterance have no neighbors.
     windows = WINDOWS if train.lengths.max() > 1 else WINDOWS[:1]
-    losses = {
-        (window, strength): _Regression(train, window, strength).cross_entropy(validation)
-        for window in windows
-        for strength in REGULARIZATION
-    }
+    losses: dict[tuple[int, float], float] = {}
+    for window in windows:
+        lowest = np.inf
+        # From the strongest to the weakest, until the loss rises: weak ones converge slowly.
+        for strength in REGULARIZATION:
+            loss = _Regression(train, window, strength).cross_entropy(validation)
+            losses[window, strength] = loss
+            if loss > lowest:
+                break
+            lowest = loss
     return min(losses, key=losses.__getitem__)
 
 
