@@ -20,6 +20,15 @@ STOPPED_BY_SIGTERM = 128 + 15
 """Exit status of unfinished work after SIGTERM, by the shells' convention."""
 _STOPPED_BY_CTRL_C = 128 + 2
 
+_PUNCTUATION = " ('"  # Some messages are printed as tuples.
+
+# What Python says about a flag that is not a number, and what we say.
+_CONVERSION_ERRORS = {
+    "invalid literal for int()": "allowed: integers",
+    "could not convert string to float": "allowed: numbers",
+    "Non-boolean argument to boolean flag": "allowed: true, false",
+}
+
 
 def run(module: ModuleType) -> None:
     """Parses the command line and runs `main` in a subcommand's module.
@@ -171,6 +180,10 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
         root_cause = next((link for link in chain[::-1] if "Did you mean" in str(link)), error)
     reason = root_cause.args[0] if isinstance(root_cause, KeyError) else root_cause
     message = " ".join(str(reason).partition("Traceback")[0].split()) or type(root_cause).__name__
+    for python_message, allowed in _CONVERSION_ERRORS.items():
+        before, is_found, _ = message.partition(python_message)
+        if is_found:
+            message = f"{before.rstrip(_PUNCTUATION)} {allowed}"
     if "failure to load" in message and "[Errno" in message:
         # The command line overrides a field of a config whose file is missing.
         names = (argument.partition("=")[0] for argument in arguments if argument.startswith("-"))

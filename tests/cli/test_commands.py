@@ -92,7 +92,12 @@ WRONG_USES = {
         "--config=configs/fusion.py:x,paper --config.optimizer.beta_1=3 --workdir=DIR/new": (
             "--config.optimizer.beta_1: no such field; allowed: average_decay, b1, b2, "
         ),
-        "--config=configs/fusion.py:x --config.train.epochs=few": "--config.train.epochs=few",
+        "--config=configs/fusion.py:x --config.train.epochs=few": (
+            "--config.train.epochs=few: allowed: integers"
+        ),
+        "--config=configs/fusion.py:x --config.model.crf=maybe": (
+            "--config.model.crf=maybe: allowed: true, false"
+        ),
         "--config=configs/fusion.py:x --workdir=DIR/run --config.data.data_dir=DIR/nowhere": (
             "DIR/nowhere: no dataset 'x'; available: none"
         ),
