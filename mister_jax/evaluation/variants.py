@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import multi_seed
 from mister_jax.console import format_seconds
+from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json
 from mister_jax.metrics import SCORE_NAMES
@@ -54,7 +55,8 @@ class Study:
       quiet: Whether to hide progress.
 
     Raises:
-      InputError: A config is invalid, or a variant's directory belongs to another config.
+      InputError: A config is invalid, `workdir` is a file, or a variant's directory belongs to
+        another config.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Study:
         self._row_file = row_file
         self._kind = kind
         self._quiet = quiet
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise InputError(f"{workdir} is a file; allowed: a directory, created if missing")
         for variant in self.variants:
             check_config(variant.config, self.folder(variant))
 

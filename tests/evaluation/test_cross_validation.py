@@ -185,6 +185,13 @@ def test_a_model_that_trained_on_validation_is_not_calibrated(config, tmp_path):
         evaluate(tmp_path, "test", fit_calibration="temperature", quiet=True)
 
 
+def test_a_file_as_the_work_directory_is_refused(config, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(InputError, match="file is a file; allowed: a directory"):
+        cross_validate(folds_of_dataset(config, SPEC), path, quiet=True)
+
+
 def test_a_cross_validation_with_another_config_is_refused(config, cross_validation_workdir):
     changed = config.copy_and_resolve_references()
     changed.seed = 5
