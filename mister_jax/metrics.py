@@ -196,8 +196,13 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
       predicted: Predicted sentiment, [N].
 
     Returns:
-      "mae", "pearson_r" (None if the annotated or predicted scores are all equal), "accuracy_7",
-      "accuracy_5", "utterances", and "binary", the result of `binary_sentiment` for the signs.
+      A dict with these entries, or only "utterances" if there are no scores:
+
+      - "mae": Mean absolute error.
+      - "pearson_r": Pearson's correlation; None if all annotated or all predicted scores are equal.
+      - "accuracy_7", "accuracy_5": Accuracy of the rounded scores.
+      - "utterances": Number of utterances with scores.
+      - "binary": Result of `binary_sentiment` for the signs of the scores.
     """
     score, predicted = np.asarray(score, float), np.asarray(predicted, float)
     annotated = ~np.isnan(score)
@@ -231,11 +236,16 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
       probabilities: Class probabilities, [N, C].
 
     Returns:
-      "kl_divergence" from the raters to the model and "js_divergence", means in nats;
-      "any_rater_accuracy", the share of utterances whose predicted class was chosen by any rater;
-      "rater_agreement", the mean share of pairs of raters who agree, and "fleiss_kappa", for
-      utterances with at least two raters who each chose one class (Fleiss, 1971; None if
-      undefined); "utterances"; and "mean_raters".
+      A dict with these entries, or only "utterances" if there are no ratings:
+
+      - "kl_divergence": Mean Kullback-Leibler divergence from the raters to the model, in nats.
+      - "js_divergence": Mean Jensen-Shannon divergence, in nats.
+      - "any_rater_accuracy": Share of utterances whose predicted class was chosen by any rater.
+      - "rater_agreement": Mean share of pairs of raters who agree. It uses utterances with at least
+        two raters who each chose one class, and is None if there are none.
+      - "fleiss_kappa": Fleiss' kappa (1971) of the same utterances; None if undefined.
+      - "utterances": Number of utterances with ratings.
+      - "mean_raters": Mean number of their raters.
     """
     count = ratings.sum(-1)
     ratings, probabilities, count = (

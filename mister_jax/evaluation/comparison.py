@@ -215,13 +215,17 @@ def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> di
     """Compares two runs' predictions for the same utterances.
 
     Returns:
-      "scores" (by name in `SCORE_NAMES`) and "per_class" (F1 by class, with "support"), each with
-      the value of "first" and "second" and the "difference" (second minus first) with its
-      interval; "utterances", with the numbers of utterances that "both", "only_first",
-      "only_second" or "neither" predict correctly; "mcnemar_p", the p-value of McNemar's exact
-      test; "agreement", the share of equal predictions; and "dialogues", which are sorted by the
-      absolute difference of correct predictions, each with "dialogue", "utterances", "first" and
-      "second".
+      A dict with these entries:
+
+      - "scores": For each of `SCORE_NAMES`, the value of the "first" and "second" run, and their
+        "difference" (second minus first) with its interval.
+      - "per_class": The same for the F1 of each class, with its "support".
+      - "utterances": Numbers of utterances that "both", "only_first", "only_second" or "neither"
+        predict correctly.
+      - "mcnemar_p": p-value of McNemar's exact test.
+      - "agreement": Share of equal predictions.
+      - "dialogues": Dicts with "dialogue", "utterances", and the numbers of correct predictions
+        "first" and "second", sorted by the absolute difference of these numbers.
     """
     bootstrap = DialogueBootstrap(first)
     scores = [bootstrap.scores(run.predicted) for run in (first, second)]

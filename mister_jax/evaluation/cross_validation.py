@@ -120,10 +120,15 @@ def cross_validate(
       quiet: Whether to hide progress.
 
     Returns:
-      "folds", a list of dicts with "fold", "members", "utterances" and the mean of the scores over
-      the seeds; "mean" and "deviation" of these scores over the folds; "pooled", the scores of all
-      test predictions together, which are the ensemble's predictions if there are several seeds;
-      and "pooled_intervals", their confidence intervals. None if SIGTERM interrupted a fold.
+      None if SIGTERM interrupted a fold, otherwise a dict with these entries:
+
+      - "folds": For each fold its name ("fold"), "members", number of "utterances", and the mean of
+        each score over the seeds.
+      - "mean" and "deviation" of these scores over the folds.
+      - "pooled": Scores of the test predictions of all folds together. With several seeds, the
+        predictions are those of the ensemble.
+      - "pooled_intervals": Confidence intervals of the pooled scores.
+      - "confusion": Confusion matrix of the pooled predictions.
 
     Raises:
       InputError: A config is invalid, a fold's directory belongs to another config, or the folds

@@ -21,12 +21,14 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       predictions: Arrays that a `Predictor` returns.
 
     Returns:
-      The result of `metrics.classification_scores`, "confusion", "calibration_error",
-      "brier_score", "area_under_risk_coverage", and for MiSTER-E "mean_gate", "experts" and
-      "without_gate" (the mean of the experts' logits). If the utterances have scores and the
-      classes are negative and positive (see `metrics.positive_class`), "sentiment" is added, and
-      for a model that predicts scores "regression", the result of `metrics.regression_scores`. For
-      a dataset with ratings, "raters" is added, the result of `metrics.rater_scores`.
+      The result of `metrics.classification_scores` with these entries in addition:
+
+      - "confusion", "calibration_error", "brier_score" and "area_under_risk_coverage".
+      - "mean_gate", "experts" and "without_gate" (the mean of the experts' logits), for MiSTER-E.
+      - "sentiment", the result of `metrics.binary_sentiment`, if the utterances have scores and the
+        classes are negative and positive; see `metrics.positive_class`.
+      - "regression", the result of `metrics.regression_scores`, if the model predicts scores.
+      - "raters", the result of `metrics.rater_scores`, if the dataset has ratings.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
