@@ -31,6 +31,7 @@ Recipes by cross-validation, see `benchmarks.recipes`:
 """
 
 import os
+import signal
 from typing import Any, get_args
 
 import jax
@@ -42,7 +43,6 @@ from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
 from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
 from benchmarks.report import PREDICTED, Report, Row, environment
-from mister_jax.cli.app import STOPPED_BY_SIGTERM
 from mister_jax.errors import InputError
 from mister_jax.nn.scanned_layers import Remat
 
@@ -172,7 +172,7 @@ def _compare_recipes() -> int:
         num_seeds=_NUM_SEEDS.value,
     )
     if result is None:
-        return STOPPED_BY_SIGTERM
+        return 128 + signal.SIGTERM
     for table in recipes.tables(result):
         Console().print(table)
     print(f"written to {_WORKDIR.value}: {', '.join(recipes.FILES)}")
