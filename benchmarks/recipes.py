@@ -38,12 +38,15 @@ from mister_jax.data.schema import MODALITIES, DialogueFeatures
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 from mister_jax.evaluation.comparison import compare_predictions
-from mister_jax.evaluation.cross_validation import cross_validate, folds_of_dataset
-from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
+from mister_jax.evaluation.cross_validation import (
+    cross_validate,
+    folds_of_dataset,
+    pool_predictions,
+)
+from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.evaluation.sweep import parse_grid
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.metrics import classification_scores
-from mister_jax.models import EXPERTS
 
 SPLITS = ("train", "validation")
 """Splits whose dialogues are divided into folds."""
@@ -199,7 +202,8 @@ def compare_recipes(
                 **read_json(folder / "seconds.json"),
             }
         first = predictions[recipes[0].name]
-        for name in first.experts:
+        # A single expert is the model itself.
+        for name in first.experts if len(first.experts) > 1 else ():
             predictions[f"{recipes[0].name}, {name} expert"] = _of_expert(first, name)
         pooled = load_pooled(of.name, data_dir or None, SPLITS)
         partition = make_folds(pooled, of.folds, configs[of, recipes[0]].data.fold_seed)
@@ -230,27 +234,9 @@ def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dic
 
 
 def _read_predictions(path: epath.Path) -> SplitPredictions:
-    """Reads the pooled predictions of a cross-validation."""
+    """Reads the labeled predictions of a cross-validation."""
     rows = [row for row in read_json_lines(path) if row["label"] is not None]
-    class_names = tuple(rows[0]["probabilities"])
-    index: Mapping[Any, int] = {name: number for number, name in enumerate(class_names)}
-    experts = tuple(name for name in EXPERTS if rows[0].get("experts", {}).get(name) is not None)
-    votes = [[row["experts"].get(name) for name in experts] for row in rows] if experts else []
-    dialogues, dialogue_index = np.unique([row["dialogue"] for row in rows], return_inverse=True)
-    return SplitPredictions(
-        dataset=rows[0]["dataset"],
-        split="test",
-        class_names=class_names,
-        dialogue_ids=tuple(dialogues.tolist()),
-        dialogue_index=dialogue_index,
-        utterance_ids=np.array([row["utterance"] for row in rows]),
-        label=np.array([index[row["label"]] for row in rows]),
-        predicted=np.array([index[row["emotion"]] for row in rows]),
-        probabilities=np.array([list(row["probabilities"].values()) for row in rows]),
-        experts=experts if len(experts) > 1 else (),
-        votes=np.array([[index.get(vote, NO_VOTE) for vote in row] for row in votes]),
-        gate=None,
-    )
+    return pool_predictions(rows, tuple(rows[0]["probabilities"]))
 
 
 def _of_expert(predictions: SplitPredictions, name: str) -> SplitPredictions:

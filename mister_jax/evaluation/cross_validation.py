@@ -25,9 +25,10 @@ from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_confusion
-from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 from mister_jax.evaluation.variants import Row, Study, Variant
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.models import EXPERTS
 
 FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
 """Files that `cross_validate` writes."""
@@ -174,7 +175,7 @@ def _summarize(study: Study) -> dict[str, Any]:
     }
     confusion = np.sum([fold_scores["confusion"] for fold_scores in scores], axis=0)
     predicted_rows = _test_rows(study.variants, folders)
-    predictions = _pool_predictions(predicted_rows, class_names)
+    predictions = pool_predictions(predicted_rows, class_names)
     result = {
         "folds": rows,
         "mean": {name: mean for name, (mean, _) in over_folds.items()},
@@ -211,15 +212,26 @@ def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[
     return rows
 
 
-def _pool_predictions(
+def pool_predictions(
     rows: Sequence[Mapping[str, Any]], class_names: Sequence[str]
 ) -> SplitPredictions:
     """Combines the test predictions of all folds.
 
     The utterances of one dialogue stay together, even if they are in the test splits of two folds.
+
+    Args:
+      rows: Rows of `predictions.jsonl`.
+      class_names: Names of the classes.
     """
     index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
     index[None] = UNLABELED
+    votes_by_row = [row.get("experts", {}) for row in rows]
+    # An expert whose modality is missing in all utterances is left out.
+    experts = tuple(name for name in EXPERTS if any(votes.get(name) for votes in votes_by_row))
+    votes = [
+        [NO_VOTE if votes.get(name) is None else index[votes[name]] for name in experts]
+        for votes in votes_by_row
+    ]
     dialogues, dialogue_index = np.unique([row["dialogue"] for row in rows], return_inverse=True)
     return SplitPredictions(
         dataset=rows[0]["dataset"],
@@ -231,8 +243,8 @@ def _pool_predictions(
         label=np.array([index[row["label"]] for row in rows]),
         predicted=np.array([index[row["emotion"]] for row in rows]),
         probabilities=np.array([list(row["probabilities"].values()) for row in rows]),
-        experts=(),
-        votes=np.zeros((len(rows), 0), int),
+        experts=experts,
+        votes=np.array(votes, int).reshape(len(rows), len(experts)),
         gate=None,
     )
 
