@@ -43,10 +43,9 @@ from mister_jax.evaluation.cross_validation import (
     folds_of_dataset,
     pool_predictions,
 )
-from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 from mister_jax.evaluation.sweep import parse_grid
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
-from mister_jax.metrics import classification_scores
 
 SPLITS = ("train", "validation")
 """Splits whose dialogues are divided into folds."""
@@ -221,14 +220,11 @@ def compare_recipes(
 
 
 def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dict[str, Any]:
-    num_classes = len(first.class_names)
-    cells = first.label * num_classes + predicted.predicted
-    counted = predicted.predicted >= 0
-    confusion = np.bincount(cells[counted], minlength=num_classes**2)
-    scores = classification_scores(confusion.reshape(num_classes, -1), first.class_names)
-    row: dict[str, Any] = {"name": name, **{score: scores[score] for score in _SCORES}}
+    # The first recipe is scored on the same utterances: an expert lacks those without its modality.
+    same = np.where(predicted.predicted >= 0, first.predicted, NO_VOTE)
+    compared = compare_predictions(dataclasses.replace(first, predicted=same), predicted)["scores"]
+    row: dict[str, Any] = {"name": name, **{score: compared[score]["second"] for score in _SCORES}}
     if predicted is not first:
-        compared = compare_predictions(first, predicted)["scores"]
         row["difference"] = compared["weighted_f1"]["difference"]
     return row
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 
 from benchmarks import recipes
 from benchmarks.recipes import FoldedSet, Recipe, compare_recipes, cross_validate_regression
@@ -40,12 +41,27 @@ def test_compares_recipes_on_all_dialogues_but_those_of_the_test_split(
     assert "difference" not in rows["two"]
     for name in ("text", "two, text expert", "logistic regression"):
         difference = rows[name]["difference"]
-        assert difference["value"] == pytest.approx(
+        assert difference["low"] <= difference["value"] <= difference["high"]
+    for name in ("text", "logistic regression"):
+        assert rows[name]["difference"]["value"] == pytest.approx(
             rows[name]["weighted_f1"] - rows["two"]["weighted_f1"]
         )
-        assert difference["low"] <= difference["value"] <= difference["high"]
     lines = (tmp_path / "tiny" / "two" / "predictions.jsonl").read_text().splitlines()
-    predicted = {json.loads(line)["utterance"] for line in lines}
+    predictions = [json.loads(line) for line in lines]
+    predicted = {row["utterance"] for row in predictions}
+    # An expert is compared with the mixture on the utterances that have its modality.
+    voted = [row for row in predictions if row["label"] and row["experts"]["text"]]
+    assert len(voted) < len([row for row in predictions if row["label"]])
+    label = [row["label"] for row in voted]
+    expert, mixture = (
+        f1_score(label, values, average="weighted", zero_division=0)
+        for values in (
+            [row["experts"]["text"] for row in voted],
+            [row["emotion"] for row in voted],
+        )
+    )
+    assert rows["two, text expert"]["weighted_f1"] == pytest.approx(expert)
+    assert rows["two, text expert"]["difference"]["value"] == pytest.approx(expert - mixture)
     expected = {
         utterance
         for split in recipes.SPLITS
