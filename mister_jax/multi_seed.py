@@ -1,6 +1,7 @@
-"""Functions for training several seeds at once; their states are stacked along a leading axis S.
+"""Functions for training several models at once; their states are stacked along a leading axis.
 
-With a single seed, this axis is omitted. Only this module handles that case.
+The models are the S seeds of one run, or the seeds of R runs. With a single model, the axis is
+omitted. Only this module handles that case.
 """
 
 from __future__ import annotations
@@ -37,21 +38,66 @@ def stacked_shapes(shapes: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
 
 
-def vmap_over_seeds(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Vectorizes a training or evaluation step over the stacked states of `count` seeds.
+def join_runs(trees: Sequence[Any], num_seeds: int) -> Any:
+    """Joins the trees of R runs, each stacked over its seeds, along the axis of all R * S models.
+
+    It joins them on the host. With a single run, its tree is unchanged.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    join = np.stack if num_seeds == 1 else np.concatenate
+    return jax.tree.map(lambda *leaves: join(leaves), *trees)
+
+
+def split_runs(tree: Any, num_runs: int, num_seeds: int) -> list[Any]:
+    """Splits the result of `join_runs` into one tree per run, with arrays on the host."""
+    if num_runs == 1:
+        return [tree]
+    tree = jax.device_get(tree)
+    if num_seeds == 1:
+        return unstack_seeds(tree, num_runs)
+    starts = range(0, num_runs * num_seeds, num_seeds)
+    return [
+        jax.tree.map(lambda leaf, start=start: leaf[start : start + num_seeds], tree)
+        for start in starts
+    ]
+
+
+def vmap_over_models(
+    function: Callable[..., Any], num_runs: int, num_seeds: int
+) -> Callable[..., Any]:
+    """Vectorizes a training or evaluation step over the stacked states of runs and their seeds.
 
     Args:
-      function: Function of `(state, batch, axis_name)`; see `parallel.partitioning`. All seeds
-        share the batch.
-      count: Number of seeds S.
-    """
-    if count == 1:
-        return function
+      function: Function of `(state, batch, axis_name)` for one model; see `parallel.partitioning`.
+      num_runs: Number of runs R. With several, the batch has a run axis after its first axis.
+      num_seeds: Number of seeds S of each run, which share the run's batch.
 
-    def mapped(state, batch, axis_name):
+    Returns:
+      Function of `(state, batch, axis_name)`. Its state and results have a leading axis of R * S
+      models, unless there is only one.
+    """
+
+    def over_seeds(state, batch, axis_name):
+        if num_seeds == 1:
+            return function(state, batch, axis_name)
         return jax.vmap(lambda seed_state: function(seed_state, batch, axis_name))(state)
 
-    return mapped
+    if num_runs == 1:
+        return over_seeds
+
+    def over_runs(state, batch, axis_name):
+        leading = (num_runs,) if num_seeds == 1 else (num_runs, num_seeds)
+        by_run = jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), state)
+        mapped = jax.vmap(
+            lambda run_state, run_batch: over_seeds(run_state, run_batch, axis_name),
+            in_axes=(0, 1),
+        )
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), mapped(by_run, batch)
+        )
+
+    return over_runs
 
 
 @jax.jit

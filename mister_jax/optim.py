@@ -185,7 +185,13 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
       config: Optimizer options.
       total_steps: Number of training steps, for the schedule.
     """
-    schedule = config.make_schedule(total_steps)
+    return optimizer_with_schedule(config, config.make_schedule(total_steps))
+
+
+def optimizer_with_schedule(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Returns the optimizer of `make_optimizer` with another learning-rate schedule."""
     adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     chain = []
     if config.clip_norm:

@@ -9,7 +9,8 @@ from mister_jax.data.batching import BatchPlan
 from mister_jax.errors import InputError
 from mister_jax.models import MisterEOutput
 from mister_jax.tasks.fusion import FusionTask
-from mister_jax.training.loop import TrainConfig, TrainProgress, train
+from mister_jax.training.loop import train
+from mister_jax.training.progress import TrainConfig, TrainProgress
 from tests.helpers.training import make_tiny_config, read_metric_records
 
 COUNTS = np.array([90, 9, 1])

@@ -6,8 +6,8 @@ mister-jax crossval --config=fusion:polish_1 --workdir=DIR --datasets=polish_1,p
 
 --folds is the column whose values are held out in turn: dialogue, speaker or session (for IEMOCAP,
 speaker and session are read from its ids), or a column of a manifest. COLUMN:K makes K folds of the
-values, with about equal classes. --datasets takes each dataset with its own splits as a fold. Run
-it again to resume.
+values, with about equal classes. --datasets takes each dataset with its own splits as a fold.
+All folds share one program. Run it again to resume.
 """
 
 from absl import flags
@@ -22,6 +22,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of all folds; created if missing")
 _FOLDS = flags.DEFINE_string("folds", None, "COLUMN or COLUMN:K, such as session or speaker:5")
+_MODELS_AT_ONCE = flags.DEFINE_integer(
+    "models_at_once",
+    None,
+    "number of models, each a seed of a fold, that train at once; by default the seeds of one fold "
+    "on CPU, and 16 on accelerators",
+    lower_bound=1,
+)
 _DATASETS = flags.DEFINE_list("datasets", [], "datasets that are one fold each")
 
 
@@ -43,7 +50,8 @@ def _crossval() -> int:
         folds = cross_validation.folds_of_dataset(config, _FOLDS.value)
     else:
         folds = cross_validation.folds_of_datasets(config, _DATASETS.value)
-    if cross_validation.cross_validate(folds, workdir) is None:
+    result = cross_validation.cross_validate(folds, workdir, models_at_once=_MODELS_AT_ONCE.value)
+    if result is None:
         return STOPPED_BY_SIGTERM
     if jax.process_index() == 0:
         folder = epath.Path(workdir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from mister_jax.data.schema import (
     DialogueFeatures,
 )
 from mister_jax.data.split_guard import all_splits_allowed, check_split_allowed
+from mister_jax.data.storage import dataset_directory
 from mister_jax.errors import InputError
 
 DIALOGUE = "dialogue"
@@ -67,6 +69,8 @@ def load_pooled(
 ) -> DialogueFeatures:
     """Loads several splits of a feature dataset as one.
 
+    The last result is kept in memory, because every fold of a cross-validation starts from it.
+
     Args:
         name: Name of the dataset.
         data_dir: Directory of the datasets.
@@ -75,6 +79,17 @@ def load_pooled(
     Raises:
         InputError: The dataset or a split does not exist, or it is not a feature dataset.
     """
+    info = dataset_directory(name, data_dir) / "dataset_info.json"
+    state = info.stat() if info.exists() else None
+    # A dataset that was written again is read again.
+    version = None if state is None else (state.mtime, state.length)
+    return _load_pooled(name, data_dir, tuple(splits), version)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_pooled(
+    name: str, data_dir: epath.PathLike | None, splits: tuple[str, ...], version: Any
+) -> DialogueFeatures:
     with all_splits_allowed():
         names = splits or split_names(name, data_dir)
         parts = [load_features(name, split, data_dir) for split in names]

@@ -27,8 +27,11 @@ _BATCH_DTYPES = {
     "row": np.int32,
 }
 
-# Arrays that only some datasets have, with their padding values.
-_OPTIONAL = {"score": np.nan, "ratings": 0.0}
+# Arrays that only some datasets have.
+_OPTIONAL = ("score", "ratings")
+
+PADDING = {"label": UNLABELED, "row": -1, "score": np.nan}
+"""Padding values in batches of dialogues; 0 for all other arrays."""
 
 
 def batches(
@@ -130,9 +133,10 @@ def padded_batch(
     mask = positions < lengths[:, None]  # [B, T]
     utterances = (features.offsets[rows][:, None] + positions)[mask]  # rows of the flat arrays
 
-    def pad(values: np.ndarray, field: str, fill: float = 0) -> np.ndarray:
+    def pad(values: np.ndarray, field: str) -> np.ndarray:
         dtype = _BATCH_DTYPES.get(field, np.float32)
-        array: np.ndarray = np.full(mask.shape + values.shape[1:], fill, dtype)
+        padding = PADDING.get(field, 0)
+        array: np.ndarray = np.full(mask.shape + values.shape[1:], padding, dtype)
         array[mask] = values[utterances]
         return array
 
@@ -140,11 +144,11 @@ def padded_batch(
     return {
         **{field: pad(getattr(features, field), field) for field in fields},
         "mask": mask,
-        "label": pad(features.label, "label", UNLABELED),
+        "label": pad(features.label, "label"),
         "row": rows,
         **{
-            field: pad(values, field, fill)
-            for field, fill in _OPTIONAL.items()
+            field: pad(values, field)
+            for field in _OPTIONAL
             if (values := getattr(features, field)) is not None
         },
     }

@@ -35,6 +35,11 @@ class Standardizer:
         deviation = np.where(_is_constant(vectors), 1, vectors.std(0))
         return cls(vectors.mean(0).astype(np.float32), deviation.astype(np.float32))
 
+    @classmethod
+    def identity(cls, dim: int) -> Standardizer:
+        """Returns the standardizer that does not change vectors [N, dim]."""
+        return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32))
+
     def __call__(self, features: Any) -> Any:
         """Returns standardized features [..., D]."""
         return (features - self.mean) / self.deviation

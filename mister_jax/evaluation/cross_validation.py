@@ -1,7 +1,7 @@
 """Cross-validation: trains and scores one model per fold, and pools their test predictions.
 
-Each fold trains in a subfolder of the work directory, from which it resumes. Every utterance is in
-the test split of exactly one fold.
+Each fold trains in a subfolder of the work directory, from which it resumes. Several folds train in
+one program. Every utterance is in the test split of exactly one fold.
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Variant]
 
 
 def cross_validate(
-    folds: Sequence[Variant], workdir: epath.PathLike, *, quiet: bool = False
+    folds: Sequence[Variant],
+    workdir: epath.PathLike,
+    *,
+    models_at_once: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Trains and scores a model for each fold, and writes `FILES`.
 
@@ -118,6 +122,9 @@ def cross_validate(
     Args:
       folds: Result of `folds_of_dataset` or `folds_of_datasets`.
       workdir: Work directory of the cross-validation, created if it does not exist.
+      models_at_once: Number of models, each a seed of a fold, that train at once at most. By
+        default, folds train one after another on CPU, and up to 16 models at once on accelerators.
+        The scores do not depend on it, up to rounding.
       quiet: Whether to hide progress.
 
     Returns:
@@ -135,10 +142,23 @@ def cross_validate(
       InputError: A config is invalid, a fold's directory belongs to another config, or the folds
         have different classes.
     """
-    study = Study(folds, workdir, splits=("test",), row_file="fold.json", kind="fold", quiet=quiet)
+    study = Study(
+        folds,
+        workdir,
+        splits=("test",),
+        row_file="fold.json",
+        kind="fold",
+        models_at_once=models_at_once or _default_models_at_once(),
+        quiet=quiet,
+    )
     if not study.run(_describe, on_completed=lambda: None):
         return None
     return _summarize(study)
+
+
+def _default_models_at_once() -> int:
+    # A CPU is busy with the steps of one model, and its caches are too small for several.
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 def _describe(row: Row) -> str:

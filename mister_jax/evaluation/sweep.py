@@ -33,7 +33,7 @@ from mister_jax.optim import OptimizerConfig
 from mister_jax.parallel.partitioning import ParallelConfig
 from mister_jax.tasks.config import config_seeds, dataclass_from_config
 from mister_jax.tasks.fusion import FusionTask
-from mister_jax.training.loop import TrainConfig
+from mister_jax.training.progress import TrainConfig
 
 FILES = ("sweep.json", "sweep.csv", "sweep.png")
 """Files that `run_sweep` writes."""

@@ -1,14 +1,14 @@
 """Trains and scores a list of named configs, such as the variants of an ablation or a sweep.
 
 Each variant trains in a subfolder of the study's work directory. A study that runs again skips
-completed variants and resumes the interrupted one.
+completed variants and resumes interrupted ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json, write_json
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.tasks.config import config_seeds
-from mister_jax.training.loop import train
+from mister_jax.training.loop import train, train_group
+from mister_jax.training.runs import RunGroup, plan_groups
 from mister_jax.workdir import check_config
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ class Variant:
 
 
 class Study:
-    """Variants that are trained and scored one after the other.
+    """Variants that are trained and scored, one after another or several at once.
 
     Args:
       variants: Variants to train and score, in the row order of the results table.
@@ -52,6 +53,9 @@ class Study:
       splits: Splits on which every variant is scored.
       row_file: Name of the file with the row of a completed variant, in its work directory.
       kind: What a variant is called in messages.
+      models_at_once: Number of models, each a seed of a variant, that train at once at most, if
+        the configs differ in their data alone; see `training.runs.plan_groups`. By default, each
+        variant is loaded and trained on its own.
       quiet: Whether to hide progress.
 
     Raises:
@@ -67,6 +71,7 @@ class Study:
         splits: Sequence[str],
         row_file: str,
         kind: str = "variant",
+        models_at_once: int | None = None,
         quiet: bool = False,
     ):
         self.variants = tuple(variants)
@@ -74,6 +79,7 @@ class Study:
         self._splits = tuple(splits)
         self._row_file = row_file
         self._kind = kind
+        self._models_at_once = models_at_once
         self._quiet = quiet
         if self.workdir.exists() and not self.workdir.is_dir():
             raise InputError(f"{workdir} is a file; allowed: a directory, created if missing")
@@ -106,19 +112,55 @@ class Study:
             if (not names or variant.name in names) and self._read_row(variant) is None
         ]
         started = time.perf_counter()
-        for index, variant in enumerate(pending):
+        completed = 0
+        for variants, group in self._groups(pending):
             remaining = ""
-            if index:
-                seconds = (time.perf_counter() - started) / index * (len(pending) - index)
+            if completed:
+                seconds = (time.perf_counter() - started) / completed * (len(pending) - completed)
                 remaining = f", about {format_seconds(seconds)} left"
-            title = variant.name + (f": {variant.change}" if variant.change else "")
-            self.print(f"{self._kind} {index + 1} of {len(pending)}, {title}{remaining}")
-            if not train(variant.config, self.folder(variant), quiet=self._quiet).finished:
+            self.print(f"{self._describe_group(variants, completed, len(pending))}{remaining}")
+            if not self._train(variants, group):
                 return False
-            row = self._score(variant)
-            self.print(f"{variant.name}: {describe(row)}")
-            on_completed()
+            for variant in variants:
+                row = self._score(variant)
+                self.print(f"{variant.name}: {describe(row)}")
+                on_completed()
+            completed += len(variants)
         return True
+
+    def _groups(
+        self, pending: Sequence[Variant]
+    ) -> Iterator[tuple[Sequence[Variant], RunGroup | None]]:
+        """Yields the variants that train at once, and their group if they share programs."""
+        if self._models_at_once is None:
+            yield from (((variant,), None) for variant in pending)
+            return
+        groups = plan_groups(
+            [variant.config for variant in pending],
+            [self.folder(variant) for variant in pending],
+            self._models_at_once,
+        )
+        start = 0
+        for group in groups:
+            end = start + len(group.plans)
+            yield pending[start:end], group
+            start = end
+
+    def _train(self, variants: Sequence[Variant], group: RunGroup | None) -> bool:
+        """Trains variants, and returns whether all of them are finished."""
+        if group is not None:
+            return all(progress.finished for progress in train_group(group, quiet=self._quiet))
+        (variant,) = variants
+        return train(variant.config, self.folder(variant), quiet=self._quiet).finished
+
+    def _describe_group(self, variants: Sequence[Variant], completed: int, count: int) -> str:
+        first = completed + 1
+        if len(variants) > 1:
+            names = ", ".join(variant.name for variant in variants)
+            return f"{self._kind}s {first} to {completed + len(variants)} of {count}: {names}"
+        (variant,) = variants
+        title = variant.name + (f": {variant.change}" if variant.change else "")
+        return f"{self._kind} {first} of {count}, {title}"
 
     def rows(self) -> list[Row]:
         """Returns the rows of the completed variants, including those from earlier runs."""

@@ -82,6 +82,10 @@ class CompiledStep:
         self._programs[_shapes(batch)] = program
         return program
 
+    def has_program(self, batch: Batch) -> bool:
+        """Returns whether `compile` has been called for the shapes of a batch."""
+        return _shapes(batch) in self._programs
+
     def __call__(self, state: State, batch: Batch) -> Any:
         """Runs the function."""
         program = self._programs.get(_shapes(batch))

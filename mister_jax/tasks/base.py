@@ -146,6 +146,15 @@ class Task(Protocol):
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the predictions for each utterance in a batch."""
 
+    def shares_steps_with(self, other: Task) -> bool:
+        """Returns whether the steps of both tasks differ only in their `constants`."""
+
+    def constants(self) -> dict[str, Any]:
+        """Returns the arrays in the training and evaluation steps that depend on the data."""
+
+    def with_constants(self, constants: Mapping[str, Any]) -> Task:
+        """Returns a copy of the task with other `constants`, which may be traced arrays."""
+
 
 def classification_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, num_classes: int

@@ -31,7 +31,7 @@ from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
-from mister_jax.tasks.base import Batch, Split, classification_sums
+from mister_jax.tasks.base import Batch, Split, Task, classification_sums
 from mister_jax.tasks.config import dataclass_from_config
 
 
@@ -328,3 +328,15 @@ class EncoderTask:
             "probabilities": jax.nn.softmax(output.logits)[:, None],  # [B, 1, C]
             "feature": output.feature[:, None],  # [B, 1, F]
         }
+
+    def shares_steps_with(self, other: Task) -> bool:
+        """Returns False: fine-tunings of encoders run one after another."""
+        return False
+
+    def constants(self) -> dict[str, Any]:
+        """Returns nothing: the steps of this task are compiled for its data."""
+        return {}
+
+    def with_constants(self, constants: Mapping[str, Any]) -> EncoderTask:
+        """Returns the task itself, which has no constants."""
+        return self

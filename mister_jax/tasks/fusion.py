@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from mister_jax.models import MisterE, MisterEConfig, MisterEOutput, MisterEStat
 from mister_jax.nn import PerExampleRngs
 from mister_jax.parallel.partitioning import Partitioner, first_row_index
 from mister_jax.parallel.sharding import ShardingRules
-from mister_jax.tasks.base import Batch, Split, classification_sums
+from mister_jax.tasks.base import Batch, Split, Task, classification_sums
 from mister_jax.tasks.config import dataclass_from_config
 
 _LABEL, _RATINGS = "label", "ratings"
@@ -119,10 +120,15 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
-        self._class_counts = None
+        # The loss needs them; None outside of training.
+        self._class_weights: Any = None
+        self._logit_adjustment: Any = None
         if train_features is not None:
-            self._class_counts = train_features.class_counts
-            self._class_weights()  # Raises for unusable weights now, not in the first step.
+            counts = train_features.class_counts
+            self._class_weights = imbalance.class_weights(
+                self._loss.class_weights, counts, "config.loss.class_weights"
+            )
+            self._logit_adjustment = imbalance.logit_adjustment(self._loss.logit_adjustment, counts)
         if self._loss.weights.score and not model.predict_score:
             raise InputError("config.loss.weights.score needs config.model.predict_score=True")
         if model.predict_score and not self._loss.weights.score > 0:
@@ -279,14 +285,6 @@ class FusionTask:
             "config.data.sampling",
         )
 
-    def _class_weights(self) -> np.ndarray | None:
-        """Returns the weights of the classes in training; None outside of training."""
-        if self._class_counts is None:
-            return None
-        return imbalance.class_weights(
-            self._loss.class_weights, self._class_counts, "config.loss.class_weights"
-        )
-
     def split(self, name: str, *, num_shards: int, shuffle: bool, epochs: int = 1) -> FeatureSplit:
         """Loads a split in batches; see `Task.split`."""
         features = self.features(name)
@@ -321,6 +319,48 @@ class FusionTask:
             for name in MODALITIES
         }
 
+    def shares_steps_with(self, other: Task) -> bool:
+        """Returns whether the steps of both tasks differ only in their `constants`."""
+        return (
+            isinstance(other, FusionTask)
+            and (self.model, self.class_names) == (other.model, other.class_names)
+            and self._batch_fields == other._batch_fields
+        )
+
+    @property
+    def _batch_fields(self) -> tuple[bool, bool]:
+        """Whether the batches of the training split have scores and ratings."""
+        train = self.features("train")
+        return train.score is not None, train.ratings is not None
+
+    def constants(self) -> dict[str, Any]:
+        """Returns the arrays in the training and evaluation steps that depend on the data.
+
+        Modalities that are not standardized have a standardizer that changes nothing.
+        """
+        dims = {"speech": self.model.speech_dim, "text": self.model.text_dim}
+        return {
+            "standardizers": {
+                modality: dataclasses.astuple(
+                    self.standardizers.get(modality) or Standardizer.identity(dim)
+                )
+                for modality, dim in dims.items()
+            },
+            "class_weights": self._class_weights,
+            "logit_adjustment": self._logit_adjustment,
+        }
+
+    def with_constants(self, constants: Mapping[str, Any]) -> FusionTask:
+        """Returns a copy of the task with other `constants`, which may be traced arrays."""
+        task = copy.copy(self)
+        task.standardizers = {
+            modality: Standardizer(*values)
+            for modality, values in constants["standardizers"].items()
+        }
+        task._class_weights = constants["class_weights"]
+        task._logit_adjustment = constants["logit_adjustment"]
+        return task
+
     def init(self, key: jax.Array) -> MisterE:
         """Returns the model with initial parameters."""
         return MisterE(self.model, rngs=nnx.Rngs(key))
@@ -333,17 +373,14 @@ class FusionTask:
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns this device's share of the loss and of the unweighted losses, with dropout."""
-        adjustment = None
-        if self._class_counts is not None:
-            adjustment = imbalance.logit_adjustment(self._loss.logit_adjustment, self._class_counts)
         return mister_e_loss(
             model,
             self._standardize(batch),
             key,
             axis_name,
             self._loss,
-            self._class_weights(),
-            adjustment,
+            self._class_weights,
+            self._logit_adjustment,
         )
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -27,32 +28,31 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
-from mister_jax.config_checks import check_choice
 from mister_jax.console import ProgressReporter, format_seconds
 from mister_jax.data import prefetch_to_device
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
-from mister_jax.optim import OptimizerConfig, make_optimizer, params_for_evaluation
+from mister_jax.optim import make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import (
     CompiledStep,
-    ParallelConfig,
     Partitioner,
-    make_partitioner,
 )
-from mister_jax.tasks.base import Split, Task
-from mister_jax.tasks.config import config_seeds, dataclass_from_config
-from mister_jax.tasks.registry import task_class
+from mister_jax.tasks.base import Task
 from mister_jax.training.curves import plot_training_curves
-from mister_jax.training.metric_writer import MetricWriter
+from mister_jax.training.progress import LAST, TrainConfig, TrainProgress
+from mister_jax.training.runs import (
+    RunBatches,
+    RunGroup,
+    TrainingRun,
+    make_shared_steps,
+    plan_run,
+)
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
 from mister_jax.training.warm_start import InitialParams, copy_params
 from mister_jax.workdir import (
-    check_config,
-    check_data,
     config_path,
-    read_planned_epochs,
     write_description,
 )
 
@@ -65,123 +65,6 @@ _ONE_CLASS_EPOCHS = 3
 
 class TrainingDivergedError(InputError):
     """Raised if the loss or the gradient is no longer finite."""
-
-
-# Values of `TrainConfig.select_by` that are not scores.
-_LOSS, _LAST, _MAE = "loss", "last", "mae"
-# Maps values of `TrainConfig.select_by` to validation values for which lower is better.
-_ERRORS = {_LOSS: "cross_entropy", _MAE: "mae"}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Length of a training run, and how often it logs and saves.
-
-    Attributes:
-      epochs: Number of passes over the training split.
-      patience: Number of epochs without a better validation score after which a seed stops early; 0
-        disables early stopping. Training ends when all seeds have stopped.
-      select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
-        "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
-        that predicts scores. With "last", the last epoch is used and validation is only reported.
-      init_from: Model to start training from: work directory, bundle or name on the Hugging Face
-        Hub. Parameters with equal names and shapes are copied. If empty, the initial parameters are
-        random or pretrained. A resumed run does not read it.
-      log_every: Number of steps between records of the training loss.
-      save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
-        epoch is always saved.
-      accumulation: Number of gradient accumulation steps: each device splits its rows into this
-        many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
-    """
-
-    epochs: int
-    patience: int = 0
-    select_by: str = "weighted_f1"
-    init_from: str = ""
-    log_every: int = 10
-    save_every: int = 0
-    accumulation: int = 1
-
-    def __post_init__(self):
-        if (
-            min(self.epochs, self.log_every, self.accumulation) < 1
-            or min(self.patience, self.save_every) < 0
-        ):
-            raise ValueError(
-                f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
-                "save_every at least 0"
-            )
-        check_choice(self, "select_by", (*metrics.SCORE_NAMES, *_ERRORS, _LAST))
-        if self.select_by == _LAST and self.patience:
-            raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
-
-    def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
-        """Returns the validation score that chooses the epoch, [S]; higher is better.
-
-        Args:
-          values: Validation scores and "cross_entropy" by name, [S] or a number.
-        """
-        if self.select_by in _ERRORS:
-            return -np.atleast_1d(values[_ERRORS[self.select_by]])
-        if self.select_by == _LAST:  # A tie goes to the later epoch.
-            return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
-        return np.atleast_1d(values[self.select_by])
-
-    def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
-        """Formats a selection score, or the mean and standard deviation of several."""
-        mean, deviation = metrics.mean_and_deviation(scores)
-        # Errors are stored with a negative sign, so that higher is better.
-        mean = -mean if self.select_by in _ERRORS else mean
-        return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(scores) > 1 else "")
-
-
-@dataclasses.dataclass
-class TrainProgress:
-    """Progress of a training run, saved with its state.
-
-    Attributes:
-      best_scores: Best validation score per seed; see `TrainConfig.selection_scores`.
-      best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
-      epoch: Number of completed epochs.
-      finished: Whether training is complete.
-    """
-
-    best_scores: list[float]
-    best_epochs: list[int]
-    epoch: int = 0
-    finished: bool = False
-
-    @classmethod
-    def initial(cls, num_seeds: int) -> TrainProgress:
-        """Returns the progress before the first step."""
-        return cls([0.0] * num_seeds, [0] * num_seeds)
-
-    def active_seeds(self, patience: int) -> np.ndarray:
-        """Returns which seeds have not stopped early, [S] bool."""
-        stale_epochs = self.epoch - np.array(self.best_epochs)
-        return (stale_epochs < patience) | (patience == 0)
-
-    def is_finished(self, options: TrainConfig) -> bool:
-        """Returns whether the last epoch is complete, or all seeds have stopped early."""
-        return self.epoch >= options.epochs or not self.active_seeds(options.patience).any()
-
-    def complete_epoch(self, scores: np.ndarray, options: TrainConfig) -> np.ndarray:
-        """Completes an epoch and returns which seeds have a new best score, [S] bool.
-
-        Args:
-          scores: Validation score per seed, [S]; higher is better.
-          options: Number of epochs and patience.
-        """
-        active = self.active_seeds(options.patience)
-        self.epoch += 1
-        # If scores are equal, which happens on small validation splits, the later epoch wins: its
-        # parameters have had more updates, at a lower learning rate.
-        is_first = np.array(self.best_epochs) == 0
-        improved = active & (is_first | (scores >= self.best_scores))
-        self.best_scores = np.where(improved, scores, self.best_scores).tolist()
-        self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
-        self.finished = self.is_finished(options)
-        return improved
 
 
 @training_splits_only()
@@ -215,81 +98,148 @@ def train(
       TrainingDivergedError: The loss or the gradient is not finite. The last good checkpoint is
         kept.
     """
-    workdir = epath.Path(workdir)
-    options = dataclass_from_config(TrainConfig, config.train, "config.train")
-    parallel = dataclass_from_config(ParallelConfig, config.parallel, "config.parallel")
-    optimizer_config = dataclass_from_config(OptimizerConfig, config.optimizer, "config.optimizer")
-    check_config(config, workdir)
-    seeds = config_seeds(config)
+    group = RunGroup((plan_run(config, workdir),))
+    return train_group(group, quiet=quiet, on_step=on_step, on_save=on_save)[0]
 
-    task = task_class(config).from_data(config)
-    if options.select_by == _MAE and not task.predicts_score:
-        raise InputError("config.train.select_by=mae needs config.model.predict_score=True")
-    partitioner = make_partitioner(parallel, task.sharding_rules)
-    num_shards = partitioner.num_shards
-    planned_epochs = read_planned_epochs(workdir) or options.epochs
-    train_split, validation_split = (
-        task.split(name, num_shards=num_shards, shuffle=name == "train", epochs=planned_epochs)
-        for name in ("train", "validation")
+
+@training_splits_only()
+def train_group(
+    group: RunGroup,
+    *,
+    quiet: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    on_save: OnSave | None = None,
+) -> list[TrainProgress]:
+    """Trains a group of runs in one program, from the start or from their latest checkpoints.
+
+    Each work directory gets the files of a separate training, with the same results up to rounding.
+    Runs of a group can be resumed one by one, and separate runs as a group.
+
+    Args:
+      group: Group from `plan_groups`.
+      quiet: See `train`.
+      on_step: Called after each step with the number of completed steps of the longest run.
+      on_save: See `train`.
+
+    Returns:
+      Progress of each run. After SIGTERM, some are not finished.
+
+    Raises:
+      InputError: See `train`.
+      TrainingDivergedError: See `train`.
+    """
+    plans, shared = group.plans, group.shared
+    first = plans[0]
+    task, options, partitioner, seeds = first.task, first.options, first.partitioner, first.seeds
+    train_batches = RunBatches(
+        [plan.train_split for plan in plans], None if shared is None else shared.train_shape
     )
-    data_fingerprints = {
-        "train": {
-            "fingerprint": train_split.fingerprint(),
-            "steps_per_epoch": train_split.steps,
-            "planned_epochs": planned_epochs,
-        },
-        "validation": {"fingerprint": validation_split.fingerprint()},
-    }
-    check_data(data_fingerprints, config.data.name, workdir)
-
-    total_steps = options.epochs * train_split.steps
-    optimizer = make_optimizer(optimizer_config, total_steps)
+    validation_batches = RunBatches(
+        [plan.validation_split for plan in plans],
+        None if shared is None else shared.validation_shape,
+    )
     # Shape of the largest batch, for the out-of-memory message.
-    rows, length = max((*train_split.shapes, *validation_split.shapes), key=math.prod)
+    rows, length = max(train_batches.largest_shape, validation_batches.largest_shape, key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
-    with explain_oom(str(workdir), activity, task.oom_hint):
-        start = None
-        # A resumed run replaces the initial parameters anyway, and the model that they came from
-        # may no longer exist.
-        if options.init_from and not config_path(workdir).exists():
-            start = InitialParams.load(options.init_from, config.task, len(seeds))
-            note = start.check(nnx.eval_shape(lambda: task.init(jax.random.key(0))), task.trainable)
-            if not quiet and jax.process_index() == 0:
-                print(note, flush=True)
-        template, state = _initial_states(task, optimizer, seeds, partitioner, start)
-        if jax.process_index() == 0:
-            params = multi_seed.unstack_seeds(state["params"], len(seeds))[0]
-            params = jax.eval_shape(template.to_tree, params)
-            write_description(workdir, config, task.description(), params, data_fingerprints)
-        assert_visible_to_all_processes(config_path(workdir))
-        train_step = make_train_step(task, template, optimizer, options.accumulation)
-        eval_step = make_eval_step(task, template)
-        with Checkpoints(workdir, on_save=on_save) as checkpoints, _stop_on_sigterm() as stop_event:
-            loop = _TrainingLoop(
-                workdir=workdir,
-                options=options,
-                seeds=seeds,
-                task=task,
-                partitioner=partitioner,
-                train_split=train_split,
-                validation_split=validation_split,
-                params_for_evaluation=jax.jit(
-                    lambda params, opt_state: template.to_tree(
-                        params_for_evaluation(params, opt_state)
-                    )
-                ),
-                train_step=partitioner.compile_step(
-                    multi_seed.vmap_over_seeds(train_step, len(seeds))
-                ),
-                eval_step=partitioner.compile_eval(
-                    multi_seed.vmap_over_seeds(eval_step, len(seeds))
-                ),
-                schedule=optimizer_config.make_schedule(total_steps),
-                checkpoints=checkpoints,
-                stop_event=stop_event,
-                on_step=on_step or (lambda step: None),
+    hint = task.oom_hint
+    if len(plans) > 1:
+        activity, hint = f"{len(plans)} runs at once, {activity}", f"fewer models at once, {hint}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_oom(str(first.workdir), activity, hint))
+        template, run_state = _load_initial_states(group, quiet)
+        params = multi_seed.unstack_seeds(run_state["params"], len(seeds))[0]
+        params = jax.eval_shape(template.to_tree, params)
+        for plan in plans:
+            if jax.process_index() == 0:
+                write_description(
+                    plan.workdir,
+                    plan.config,
+                    plan.task.description(),
+                    params,
+                    plan.data_fingerprints,
+                )
+            assert_visible_to_all_processes(config_path(plan.workdir))
+        runs = [
+            TrainingRun(
+                workdir=plan.workdir,
+                task=plan.task,
+                train_split=plan.train_split,
+                validation_split=plan.validation_split,
+                epochs=options.epochs,
+                schedule=plan.optimizer.make_schedule(plan.total_steps),
+                checkpoints=stack.enter_context(Checkpoints(plan.workdir, on_save=on_save)),
+                progress=TrainProgress.initial(len(seeds)),
             )
-            return loop.run(state, quiet)
+            for plan in plans
+        ]
+        # All runs have the same seeds, and start from the same parameters.
+        state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
+        if shared is not None:
+            state["constants"] = shared.constants(runs, len(seeds))
+        train_step, eval_step = _compiled_steps(group, template)
+        loop = _TrainingLoop(
+            runs=runs,
+            options=options,
+            seeds=seeds,
+            partitioner=partitioner,
+            train_batches=train_batches,
+            validation_batches=validation_batches,
+            params_for_evaluation=jax.jit(
+                lambda params, opt_state: template.to_tree(params_for_evaluation(params, opt_state))
+            ),
+            train_step=train_step,
+            eval_step=eval_step,
+            stop_event=stack.enter_context(_stop_on_sigterm()),
+            on_step=on_step or (lambda step: None),
+        )
+        loop.run(state, quiet)
+        return [run.progress for run in runs]
+
+
+def _compiled_steps(group: RunGroup, template: ModelTemplate) -> tuple[CompiledStep, CompiledStep]:
+    """Returns the training step and the evaluation step of a group."""
+    first, shared, num_runs = group.plans[0], group.shared, len(group.plans)
+    if shared is not None and num_runs in shared.compiled_steps:
+        return shared.compiled_steps[num_runs]
+    if shared is None:
+        optimizer = make_optimizer(first.optimizer, first.total_steps)
+        train_step = make_train_step(first.task, template, optimizer, first.options.accumulation)
+        eval_step = make_eval_step(first.task, template)
+    else:
+        train_step, eval_step = make_shared_steps(first.task, template, first.optimizer)
+    vmap = functools.partial(
+        multi_seed.vmap_over_models, num_runs=num_runs, num_seeds=len(first.seeds)
+    )
+    steps = (
+        first.partitioner.compile_step(vmap(train_step)),
+        first.partitioner.compile_eval(vmap(eval_step)),
+    )
+    if shared is not None:
+        shared.compiled_steps[num_runs] = steps
+    return steps
+
+
+def _load_initial_states(group: RunGroup, quiet: bool) -> tuple[ModelTemplate, Any]:
+    """Returns the model template and the stacked states of the seeds of each run in a group."""
+    first, shared = group.plans[0], group.shared
+    if shared is not None and shared.initial_states is not None:
+        return shared.initial_states
+    init_from = first.options.init_from
+    start = None
+    # A resumed run replaces the initial parameters anyway, and the model that they came from may no
+    # longer exist.
+    if init_from and not all(config_path(plan.workdir).exists() for plan in group.plans):
+        start = InitialParams.load(init_from, first.config.task, len(first.seeds))
+        shapes = nnx.eval_shape(lambda: first.task.init(jax.random.key(0)))
+        note = start.check(shapes, first.task.trainable)
+        if not quiet and jax.process_index() == 0:
+            print(note, flush=True)
+    optimizer = make_optimizer(first.optimizer, first.total_steps)
+    template, state = _initial_states(first.task, optimizer, first.seeds, first.partitioner, start)
+    if shared is not None and not init_from:
+        # On the host, because the training step donates the state's buffers.
+        shared.initial_states = template, jax.device_get(state)
+    return template, state
 
 
 def _initial_states(
@@ -334,85 +284,120 @@ def _initial_states(
 
 @dataclasses.dataclass
 class _TrainingLoop:
-    """Components of a training run; `run` is the loop."""
+    """Components of one or several training runs; `run` is the loop.
 
-    workdir: epath.Path
+    The state has the models of all runs, and of each run its seeds.
+    """
+
+    runs: Sequence[TrainingRun]
     options: TrainConfig
     seeds: tuple[int, ...]
-    task: Task
     partitioner: Partitioner
-    train_split: Split
-    validation_split: Split
+    train_batches: RunBatches
+    validation_batches: RunBatches
     params_for_evaluation: Callable[[Any, Any], Any]
     train_step: CompiledStep
     eval_step: CompiledStep
-    schedule: optax.Schedule
-    checkpoints: Checkpoints
     stop_event: threading.Event
     on_step: Callable[[int], None]
-    num_one_class_epochs: Any = 0
-    """Number of consecutive epochs in which each seed has predicted a single class, [S]."""
     first_metrics: tuple[int, float] | None = None
     """Step and time at which this process first read metrics."""
     has_printed_time: bool = False
     """Whether this process has printed the expected time."""
 
-    def run(self, state: Any, quiet: bool) -> TrainProgress:
+    def run(self, state: Any, quiet: bool) -> None:
         """Trains until the last epoch, early stopping or SIGTERM."""
-        steps_per_epoch = self.train_split.steps
         state = self.partitioner.put_state(state)
-        progress = TrainProgress.initial(len(self.seeds))
-        restored = self.checkpoints.restore(LATEST, self._saved_part(state))
-        if restored is not None:
-            saved_state, saved_progress = restored
-            state = {**state, **self.partitioner.put_state(saved_state)}
-            progress = TrainProgress(**saved_progress)
-        was_finished, progress.finished = progress.finished, progress.is_finished(self.options)
-        step = self._global_step(state)
-        writer = MetricWriter(self.workdir, step)
+        resumed = self._restore(state)
+        if resumed is not None:
+            state = {**state, **self.partitioner.put_state(resumed)}
+        was_finished = all(run.progress.finished for run in self.runs)
+        for run in self.runs:
+            run.progress.finished = run.progress.is_finished(self.options)
         reporter = ProgressReporter(
-            self.options.epochs * steps_per_epoch, completed=step, quiet=quiet
+            max(run.total_steps for run in self.runs), completed=self._step(), quiet=quiet
         )
-        with contextlib.closing(writer), reporter, _background_executor() as executor:
-            if progress.finished:
-                reporter.print(f"{self.workdir} is finished; nothing to do")
-            elif was_finished:
-                reporter.print(
-                    f"continuing {self.workdir} after {progress.epoch} epochs, until epoch "
-                    f"{self.options.epochs}; the learning rate is now {self.schedule(step):.2g}, "
-                    f"as in a training of {self.options.epochs} epochs"
-                )
-            elif restored is not None:
-                reporter.print(f"resuming {self.workdir} at step {step}")
-            else:
-                for note in self.task.notes:
-                    reporter.print(note)
-            if not progress.finished:
+        with contextlib.ExitStack() as stack:
+            for run in self.runs:
+                stack.enter_context(contextlib.closing(run.open_writer()))
+            stack.enter_context(reporter)
+            executor = stack.enter_context(_background_executor())
+            self._print_start(reporter, resumed is not None, was_finished)
+            if not self._is_finished():
                 reporter.print(self._summary())
                 self._compile(executor, state, reporter)
-            while not progress.finished:
-                state, stopped = self._train_epoch(state, progress, writer, reporter)
-                step = self._global_step(state)
-                if step == (progress.epoch + 1) * steps_per_epoch:
-                    self._validate(state, progress, writer, reporter)
-                if stopped and not progress.finished:
+            while not self._is_finished():
+                state, stopped = self._train_epoch(state, reporter)
+                self._validate(state, reporter)
+                if stopped and not self._is_finished():
                     reporter.print(
-                        f"stopped by SIGTERM; the state of step {step} is saved. Run the same "
-                        "command again to resume"
+                        f"stopped by SIGTERM; the state of step {self._step()} is saved. Run the "
+                        "same command again to resume"
                     )
                     break
-        if progress.finished and jax.process_index() == 0:
-            plot_training_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
-        return progress
+        for run in self.runs:
+            if run.progress.finished and jax.process_index() == 0:
+                plot_training_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
+
+    def _restore(self, state: Any) -> Any:
+        """Restores all runs; returns the saved part of the state, or None if there is none."""
+        parts = self._split(self._saved_part(state))
+        restored = [
+            run.checkpoints.restore(LATEST, part)
+            for run, part in zip(self.runs, parts, strict=True)
+        ]
+        for index, checkpoint in enumerate(restored):
+            if checkpoint is not None:
+                run, (parts[index], progress) = self.runs[index], checkpoint
+                run.progress = TrainProgress(**progress)
+                # All seeds have the same step.
+                run.step = int(np.ravel(parts[index]["step"])[0])
+        if all(checkpoint is None for checkpoint in restored):
+            return None
+        return multi_seed.join_runs(parts, len(self.seeds))
+
+    def _is_finished(self) -> bool:
+        return all(run.progress.finished for run in self.runs)
+
+    def _step(self) -> int:
+        """Returns how many steps of the longest run are done, if all runs end together."""
+        remaining = max(run.total_steps - run.step for run in self.runs)
+        return max(run.total_steps for run in self.runs) - remaining
+
+    def _title(self) -> str:
+        """Names the work directories of all runs."""
+        first = self.runs[0].workdir
+        return f"{first}" if len(self.runs) == 1 else f"{len(self.runs)} runs from {first} on"
+
+    def _print_start(
+        self, reporter: ProgressReporter, is_resumed: bool, was_finished: bool
+    ) -> None:
+        if self._is_finished():
+            reporter.print(f"{self._title()}: finished; nothing to do")
+        elif was_finished:
+            run = self.runs[0]
+            reporter.print(
+                f"continuing {self._title()} after {run.progress.epoch} epochs, until epoch "
+                f"{self.options.epochs}; the learning rate is now {run.schedule(run.step):.2g}, "
+                f"as in a training of {self.options.epochs} epochs"
+            )
+        elif is_resumed:
+            reporter.print(f"resuming {self._title()} at step {self._step()}")
+        else:
+            for note in dict.fromkeys(note for run in self.runs for note in run.task.notes):
+                reporter.print(note)
 
     def _summary(self) -> str:
         """Describes the devices and the amount of work."""
         devices = jax.devices()
-        rows, length = max(self.train_split.shapes, key=math.prod)
+        longest = max(self.runs, key=lambda run: run.total_steps)
+        rows, length = self.train_batches.largest_shape
+        runs = f"{len(self.runs)} runs at once, " if len(self.runs) > 1 else ""
         seeds = f"{len(self.seeds)} seeds, " if len(self.seeds) > 1 else ""
         return (
-            f"training on {len(devices)} x {devices[0].device_kind}: {seeds}{self.options.epochs} "
-            f"epochs of {self.train_split.steps} steps, batches of up to {rows} x {length}"
+            f"training on {len(devices)} x {devices[0].device_kind}: {runs}{seeds}"
+            f"{self.options.epochs} epochs of {longest.steps_per_epoch} steps, batches of up to "
+            f"{rows} x {length}"
         )
 
     def _compile(
@@ -423,82 +408,110 @@ class _TrainingLoop:
         Returns when the first step's program is ready. The other programs are compiled in the
         background during training.
         """
-        step, steps_per_epoch = self._global_step(state), self.train_split.steps
-        jobs = [
-            (compiled_step, split, shape)
-            for compiled_step, split in (
-                (self.train_step, self.train_split),
-                (self.eval_step, self.validation_split),
+        position = divmod(self.runs[0].step, self.runs[0].steps_per_epoch)
+        examples = [
+            (compiled_step, self.partitioner.put_batch(batches.example_batch(shape)))
+            for compiled_step, batches in (
+                (self.train_step, self.train_batches),
+                (self.eval_step, self.validation_batches),
             )
-            for shape in split.shapes_by_first_use(*divmod(step, steps_per_epoch))
+            for shape in batches.shapes_by_first_use(*position)
         ]
+        # Runs that share their steps need no programs but those of the first run.
+        jobs = [(step, batch) for step, batch in examples if not step.has_program(batch)]
+        if not jobs:
+            return
         reporter.print(f"compiling {len(jobs)} programs; the first step needs one")
         start = time.perf_counter()
-        for index, (compiled_step, split, shape) in enumerate(jobs):
-            batch = self.partitioner.put_batch(split.example_batch(shape))
+        for index, (compiled_step, batch) in enumerate(jobs):
             program = compiled_step.compile(executor, state, batch)
             if index == 0:
                 program.result()
                 reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
 
     def _saved_part(self, state: Any) -> Any:
-        """Returns a single copy of the state without the frozen parameters."""
-        changing = {name: value for name, value in state.items() if name != "frozen"}
+        """Returns a single copy of the state without what never changes."""
+        changing = {
+            name: value for name, value in state.items() if name not in ("frozen", "constants")
+        }
         return self.partitioner.get_state(changing)
 
-    def _global_step(self, state: Any) -> int:
-        # All seeds have the same step.
-        return int(np.ravel(self.partitioner.get_state(state["step"]))[0])
+    def _split(self, tree: Any) -> list[Any]:
+        """Splits a single copy of a tree with all models into one tree per run."""
+        return multi_seed.split_runs(tree, len(self.runs), len(self.seeds))
 
-    def _save_latest(self, state: Any, progress: TrainProgress, step: int) -> None:
-        self.checkpoints.save(LATEST, step, self._saved_part(state), dataclasses.asdict(progress))
+    def _save_latest(self, state: Any, indices: Sequence[int]) -> None:
+        """Saves the state of the runs with these indices."""
+        parts = self._split(self._saved_part(state))
+        for index in indices:
+            run = self.runs[index]
+            run.checkpoints.save(LATEST, run.step, parts[index], dataclasses.asdict(run.progress))
 
-    def _train_epoch(
-        self, state: Any, progress: TrainProgress, writer: MetricWriter, reporter: ProgressReporter
-    ) -> tuple[Any, bool]:
-        """Runs the remaining steps of the epoch.
+    def _train_epoch(self, state: Any, reporter: ProgressReporter) -> tuple[Any, bool]:
+        """Runs the remaining steps of each run's epoch.
 
         Returns:
-          The state, and whether SIGTERM has stopped training. The epoch may be complete in this
-          case.
+          The state, and whether SIGTERM has stopped training. Epochs may be complete in this case.
         """
-        options, steps_per_epoch = self.options, self.train_split.steps
-        step = self._global_step(state)
-        pending_metrics: list[Any] = []
-        batches = self.train_split.batches(progress.epoch, step - progress.epoch * steps_per_epoch)
-        for batch in prefetch_to_device(batches, self.partitioner.put_batch):
+        options = self.options
+        positions = {
+            index: (run.progress.epoch, run.step_in_epoch)
+            for index, run in enumerate(self.runs)
+            if not run.progress.finished
+        }
+
+        def put(item: tuple[Any, tuple[int, ...]]) -> tuple[Any, tuple[int, ...]]:
+            return self.partitioner.put_batch(item[0]), item[1]
+
+        for batch, active in prefetch_to_device(self.train_batches.epoch(positions), put):
             state, step_metrics = self.train_step(state, batch)
-            pending_metrics.append(step_metrics)
-            step += 1
-            reporter.advance(self._headline(progress))
-            self.on_step(step)
-            is_last = step % steps_per_epoch == 0
+            for index in active:
+                self.runs[index].pending_metrics.append(step_metrics)
+                self.runs[index].step += 1
+            reporter.advance(self._headline())
+            self.on_step(self._step())
             stop = should_stop(self.stop_event)
-            save = stop or (options.save_every and step % options.save_every == 0)
-            # Reading metrics waits for the devices, so most steps do not read them. They are read
-            # before every save, so that a state with a non-finite loss is never saved.
-            if len(pending_metrics) == options.log_every or is_last or save:
-                self._write_metrics(pending_metrics, step, writer)
-                pending_metrics = []
-                self._print_expected_time(step, reporter)
-            # After the epoch's last step, `run` validates and saves.
-            if save and not is_last:
-                self._save_latest(state, progress, step)
+            to_save = []
+            for index in active:
+                run = self.runs[index]
+                save = stop or (options.save_every and run.step % options.save_every == 0)
+                # Reading metrics waits for the devices, so most steps do not read them. They are
+                # read before every save, so that a state with a non-finite loss is never saved.
+                if len(run.pending_metrics) == options.log_every or run.is_epoch_complete or save:
+                    self._write_metrics(index)
+                    self._print_expected_time(reporter)
+                # After the epoch's last step, `run` validates and saves.
+                if save and not run.is_epoch_complete:
+                    to_save.append(index)
+            if to_save:
+                self._save_latest(state, to_save)
             if stop:
                 return state, True
         return state, False
 
-    def _headline(self, progress: TrainProgress) -> str:
+    def _headline(self) -> str:
         best = "no best yet"
-        if self.options.select_by == _LAST:
+        progress = self._longest().progress
+        if self.options.select_by == LAST:
             best = "last epoch counts"
-        elif any(progress.best_epochs):
-            best = f"best {self.options.describe(progress.best_scores, 3)}"
+        elif all(any(run.progress.best_epochs) for run in self.runs):
+            best = f"best {self.options.describe(self._best_scores(), 3)}"
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
-    def _write_metrics(self, pending_metrics: list[Any], step: int, writer: MetricWriter) -> None:
-        """Writes the means of the pending metrics, after checking that they are finite."""
-        read_metrics = jax.device_get(pending_metrics)
+    def _longest(self) -> TrainingRun:
+        """Returns the run with the most steps left."""
+        return max(self.runs, key=lambda run: run.total_steps - run.step)
+
+    def _best_scores(self) -> list[float]:
+        return [score for run in self.runs for score in run.progress.best_scores]
+
+    def _write_metrics(self, index: int) -> None:
+        """Writes the means of a run's pending metrics, after checking that they are finite."""
+        run = self.runs[index]
+        read_metrics = [
+            self._split(step_metrics)[index] for step_metrics in jax.device_get(run.pending_metrics)
+        ]
+        run.pending_metrics = []
         means = {
             name: np.mean([step_metrics[name] for step_metrics in read_metrics], axis=0)
             for name in read_metrics[0]
@@ -506,14 +519,14 @@ class _TrainingLoop:
         not_finite = [name for name, value in means.items() if not np.isfinite(value).all()]
         if not_finite:
             raise TrainingDivergedError(
-                f"{self.workdir}: non-finite {', '.join(not_finite)} between steps "
-                f"{step - len(read_metrics)} and {step}; the last good checkpoint is kept. Try a "
-                "smaller config.optimizer.learning_rate or clip_norm"
+                f"{run.workdir}: non-finite {', '.join(not_finite)} between steps "
+                f"{run.step - len(read_metrics)} and {run.step}; the last good checkpoint is kept. "
+                "Try a smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
-        writer(step, {**scalars, "learning_rate": float(self.schedule(step - 1))})
+        run.writer(run.step, {**scalars, "learning_rate": float(run.schedule(run.step - 1))})
 
-    def _print_expected_time(self, step: int, reporter: ProgressReporter) -> None:
+    def _print_expected_time(self, reporter: ProgressReporter) -> None:
         """Prints the expected time once, when some steps have been measured.
 
         It is called when metrics are read, because the devices have finished the steps only then.
@@ -521,15 +534,16 @@ class _TrainingLoop:
         """
         if self.has_printed_time:
             return
+        step = self._step()
         if self.first_metrics is None:
             self.first_metrics = step, time.perf_counter()
             return
         first_step, start = self.first_metrics
         seconds = time.perf_counter() - start
-        if seconds < _MEASURED_SECONDS:
+        if seconds < _MEASURED_SECONDS or step == first_step:
             return
         per_step = seconds / (step - first_step)
-        num_steps = self.options.epochs * self.train_split.steps - step
+        num_steps = max(run.total_steps for run in self.runs) - step
         reporter.print(
             f"about {format_seconds(per_step * num_steps)} for the remaining {num_steps} steps, "
             f"with validation ({per_step:.2g} s per step)"
@@ -548,49 +562,65 @@ class _TrainingLoop:
                 }
         return scalars
 
-    def _validate(
-        self, state: Any, progress: TrainProgress, writer: MetricWriter, reporter: ProgressReporter
-    ) -> None:
-        """Scores the validation split after an epoch, and saves the best and latest checkpoints."""
-        step = self._global_step(state)
-        values = self._validation_scores(state)
-        writer(step, self._scalars("validation", values))
-        self._warn_of_one_class(np.atleast_1d(values["predicted_classes"]), reporter)
-        scores = self.options.selection_scores(values)
-        improved = progress.complete_epoch(scores, self.options)
-        if improved.any():
-            self._save_best(state, step, improved, {"epoch": progress.epoch, **values})
-        self._save_latest(state, progress, step)
-        if not reporter.console.is_terminal or progress.finished:
-            reporter.print(self._describe_epoch(values, scores, progress))
+    def _validate(self, state: Any, reporter: ProgressReporter) -> None:
+        """Scores the validation splits of the runs whose epoch is complete, and saves them.
 
-    def _describe_epoch(
-        self, values: Mapping[str, Any], scores: np.ndarray, progress: TrainProgress
-    ) -> str:
+        The best and the latest checkpoints are saved.
+        """
+        indices = [index for index, run in enumerate(self.runs) if run.is_epoch_complete]
+        if not indices:
+            return
+        scores_per_run = self._validation_scores(state, indices)
+        best_params = None
+        for index, values in scores_per_run.items():
+            run = self.runs[index]
+            run.writer(run.step, self._scalars("validation", values))
+            self._warn_of_one_class(run, np.atleast_1d(values["predicted_classes"]), reporter)
+            scores = self.options.selection_scores(values)
+            improved = run.progress.complete_epoch(scores, self.options)
+            if improved.any():
+                if best_params is None:
+                    single_copy = self._saved_part(state)
+                    best_params = self._split(
+                        self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
+                    )
+                self._save_best(
+                    run, best_params[index], improved, {"epoch": run.progress.epoch, **values}
+                )
+        self._save_latest(state, indices)
+        if not reporter.console.is_terminal or self._is_finished():
+            reporter.print(self._describe_epoch(scores_per_run))
+
+    def _describe_epoch(self, scores_per_run: Mapping[int, Mapping[str, Any]]) -> str:
         options = self.options
-        text = f"epoch {progress.epoch}/{options.epochs}: validation "
-        if options.select_by == _LAST:
+        runs = [self.runs[index] for index in scores_per_run]
+        text = f"epoch {max(run.progress.epoch for run in runs)}/{options.epochs}: validation "
+        if options.select_by == LAST:
             name = metrics.SCORE_NAMES[0]
-            return f"{text}{metrics.title(name)} {np.mean(values[name]):.4f}"
+            mean = np.mean([values[name] for values in scores_per_run.values()])
+            return f"{text}{metrics.title(name)} {mean:.4f}"
+        scores = [options.selection_scores(values) for values in scores_per_run.values()]
+        epochs = [epoch for run in self.runs for epoch in run.progress.best_epochs]
+        listed = ", ".join(map(str, epochs))
+        if len(self.runs) > 1:
+            listed = f"{min(epochs)} to {max(epochs)}"
         return (
-            f"{text}{metrics.title(options.select_by)} {options.describe(scores, 4)}, best "
-            f"{options.describe(progress.best_scores, 4)} (epoch "
-            f"{', '.join(map(str, progress.best_epochs))})"
+            f"{text}{metrics.title(options.select_by)} "
+            f"{options.describe(np.concatenate(scores), 4)}, best "
+            f"{options.describe(self._best_scores(), 4)} (epoch {listed})"
         )
 
     def _save_best(
-        self, state: Any, step: int, improved: np.ndarray, values: dict[str, Any]
+        self, run: TrainingRun, params: Any, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
         """Saves the parameters and scores of improved seeds; other seeds keep their saved ones."""
-        single_copy = self._saved_part(state)
-        params = self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
-            previous = self.checkpoints.restore(BEST, params)
+            previous = run.checkpoints.restore(BEST, params)
             # The first epoch is the best of every seed so far, so a best checkpoint must exist.
             if previous is None:
                 raise InputError(
-                    f"{self.workdir}: the best checkpoint is missing; training cannot resume "
+                    f"{run.workdir}: the best checkpoint is missing; training cannot resume "
                     "without it"
                 )
             previous_params, previous_values = previous
@@ -600,39 +630,46 @@ class _TrainingLoop:
                 for name, value in values.items()
             }
         plain_values = {name: np.asarray(value).tolist() for name, value in values.items()}
-        self.checkpoints.save(BEST, step, params, plain_values)
+        run.checkpoints.save(BEST, run.step, params, plain_values)
 
     def _warn_of_one_class(
-        self, num_predicted_classes: np.ndarray, reporter: ProgressReporter
+        self, run: TrainingRun, num_predicted_classes: np.ndarray, reporter: ProgressReporter
     ) -> None:
         """Warns if a seed has predicted a single class for several epochs.
 
         Args:
+          run: Run of the seeds.
           num_predicted_classes: Number of classes that each seed predicted in validation, [S].
           reporter: Reporter that prints the warning.
         """
-        self.num_one_class_epochs = np.where(
-            num_predicted_classes == 1, self.num_one_class_epochs + 1, 0
+        run.num_one_class_epochs = np.where(
+            num_predicted_classes == 1, run.num_one_class_epochs + 1, 0
         )
-        collapsed = np.flatnonzero(self.num_one_class_epochs == _ONE_CLASS_EPOCHS)
-        if len(collapsed) and len(self.task.class_names) > 1:
+        collapsed = np.flatnonzero(run.num_one_class_epochs == _ONE_CLASS_EPOCHS)
+        if len(collapsed) and len(run.task.class_names) > 1:
+            title = f"{run.workdir.name}, " if len(self.runs) > 1 else ""
             reporter.print(
-                f"WARNING: seed {', '.join(str(self.seeds[index]) for index in collapsed)} has "
-                f"predicted a single class in validation for {_ONE_CLASS_EPOCHS} epochs; try "
+                f"WARNING: {title}seed {', '.join(str(self.seeds[index]) for index in collapsed)} "
+                f"has predicted a single class in validation for {_ONE_CLASS_EPOCHS} epochs; try "
                 "config.data.standardize=speech,text, or another config.optimizer.learning_rate"
             )
 
-    def _validation_scores(self, state: Any) -> dict[str, Any]:
-        """Returns the validation scores by name; with several seeds, they are arrays [S]."""
+    def _validation_scores(self, state: Any, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Returns the validation scores of some runs; with several seeds, they are arrays [S]."""
         sums: Any = None
-        batches = self.validation_split.batches()
-        for batch in prefetch_to_device(batches, self.partitioner.put_batch):
+        batches = self.validation_batches.epoch(dict.fromkeys(indices, (0, 0)))
+        for batch in prefetch_to_device(batches, lambda item: self.partitioner.put_batch(item[0])):
             batch_sums = self.eval_step(state, batch)
             sums = batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
+        sums_per_run = self._split(jax.device_get(sums))
+        return {index: self._scores(self.runs[index], sums_per_run[index]) for index in indices}
+
+    def _scores(self, run: TrainingRun, sums: Any) -> dict[str, Any]:
+        """Computes the validation scores of a run's seeds."""
         scores_per_seed = []
-        for seed_sums in multi_seed.unstack_seeds(jax.device_get(sums), len(self.seeds)):
+        for seed_sums in multi_seed.unstack_seeds(sums, len(self.seeds)):
             confusion = seed_sums["confusion"]
-            scores = metrics.classification_scores(confusion, self.task.class_names)
+            scores = metrics.classification_scores(confusion, run.task.class_names)
             scores_per_seed.append(
                 {
                     **{name: scores[name] for name in metrics.SCORE_NAMES},

@@ -16,7 +16,8 @@ from mister_jax.evaluation.ablation import (
 )
 from mister_jax.evaluation.variants import Variant
 from mister_jax.metrics import SCORE_NAMES
-from mister_jax.training.loop import TrainProgress, train
+from mister_jax.training.loop import train
+from mister_jax.training.progress import TrainProgress
 from tests.helpers.training import make_tiny_config
 
 NAMES = ("default", "text_only")

@@ -18,8 +18,9 @@ from mister_jax.evaluation.cross_validation import (
     folds_of_datasets,
 )
 from mister_jax.evaluation.results import evaluate
+from mister_jax.io import read_json_lines
 from mister_jax.tasks.fusion import FusionTask
-from mister_jax.training.loop import train
+from mister_jax.training.loop import train, train_group
 from tests.helpers.training import assert_same_checkpoint, make_tiny_config
 
 SPEC = "dialogue:3"
@@ -43,14 +44,14 @@ def cross_validation_workdir(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("crossval") / "run"
     trained = []
 
-    def stop_at_second(fold_config, folder, **options):
-        trained.append(folder.name)
+    def stop_at_second(group, **options):
+        trained.append(group.plans[0].workdir.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(fold_config, folder, **options)
+        return train_group(group, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants, "train", stop_at_second)
+        patch.setattr(variants, "train_group", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
             cross_validate(folds_of_dataset(config, SPEC), workdir, quiet=True)
         assert cross_validate(folds_of_dataset(config, SPEC), workdir, quiet=True)
@@ -82,11 +83,32 @@ def test_pooled_scores_are_those_of_all_test_predictions(cross_validation_workdi
     assert (cross_validation_workdir / "crossval.png").stat().st_size > 1000
 
 
+@pytest.fixture(scope="module")
+def at_once_workdir(config, tmp_path_factory):
+    """The same cross-validation with all folds in one program."""
+    workdir = tmp_path_factory.mktemp("at_once") / "run"
+    cross_validate(folds_of_dataset(config, SPEC), workdir, models_at_once=3, quiet=True)
+    return workdir
+
+
+def test_folds_at_once_give_the_scores_of_folds_in_turn(at_once_workdir, cross_validation_workdir):
+    workdirs = (at_once_workdir, cross_validation_workdir)
+    result, expected = (json.loads((workdir / "crossval.json").read_text()) for workdir in workdirs)
+    assert result == expected
+    rows = (read_json_lines(workdir / "predictions.jsonl") for workdir in workdirs)
+    for row, expected_row in zip(*rows, strict=True):
+        assert row["utterance"] == expected_row["utterance"]
+        assert row["probabilities"] == pytest.approx(expected_row["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("models_at_once", "fixture"), [(1, "cross_validation_workdir"), (3, "at_once_workdir")]
+)
 def test_test_utterances_do_not_reach_training(
-    config, cross_validation_workdir, tiny_data_dir, tmp_path
+    config, tiny_data_dir, tmp_path, request, models_at_once, fixture
 ):
-    # All that belongs to the test fold changes; training must give the same bits.
-    (tested,) = [fold for fold in folds_of_dataset(config, SPEC) if fold.config.data.fold == 0]
+    # All that belongs to the first test fold changes; its training must give the same bits, also
+    # while the other folds train on the changed utterances.
     tested_ids = load_fold("tiny", "test", SPEC, 0, tiny_data_dir).utterance_ids
     splits = {}
     for split in data.SPLITS:
@@ -98,11 +120,13 @@ def test_test_utterances_do_not_reach_training(
             text=np.where(is_tested[:, None], 7, features.text).astype(features.text.dtype),
         )
     data.write_features(splits, "tiny", tmp_path / "data")
-    changed = tested.config.copy_and_resolve_references()
+    changed = config.copy_and_resolve_references()
     changed.data.data_dir = str(tmp_path / "data")
-    train(changed, tmp_path / "run", quiet=True)
-    assert_same_checkpoint(tmp_path / "run", cross_validation_workdir / "fold_1")
-    standardizers = FusionTask.from_data(changed).standardizers
+    folds = folds_of_dataset(changed, SPEC)
+    cross_validate(folds, tmp_path / "run", models_at_once=models_at_once, quiet=True)
+    workdir = request.getfixturevalue(fixture)
+    assert_same_checkpoint(tmp_path / "run" / "fold_1", workdir / "fold_1")
+    standardizers = FusionTask.from_data(folds[0].config).standardizers
     train_split = load_fold("tiny", "train", SPEC, 0, tiny_data_dir)
     present = train_split.speech[train_split.speech_present]
     np.testing.assert_allclose(standardizers["speech"].mean, present.mean(0), rtol=1e-4, atol=1e-5)

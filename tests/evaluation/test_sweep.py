@@ -17,7 +17,8 @@ from mister_jax.evaluation.sweep import (
     parse_grid,
     run_sweep,
 )
-from mister_jax.training.loop import TrainProgress, train
+from mister_jax.training.loop import train
+from mister_jax.training.progress import TrainProgress
 from tests.helpers.training import make_tiny_config
 
 GRID = ("data.seed=1,2",)  # The points share their compiled programs.

@@ -13,8 +13,9 @@ from mister_jax import data
 from mister_jax.checkpoint import LATEST
 from mister_jax.errors import InputError
 from mister_jax.parallel.partitioning import CompiledStep
-from mister_jax.training import loop
-from mister_jax.training.loop import TrainConfig, TrainingDivergedError, TrainProgress, train
+from mister_jax.training import loop, runs
+from mister_jax.training.loop import TrainingDivergedError, train
+from mister_jax.training.progress import TrainConfig, TrainProgress
 from tests.helpers.training import (
     assert_same_bits,
     assert_same_checkpoint,
@@ -107,8 +108,8 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
         return dataclasses.replace(features, speech=np.full_like(features.speech, np.nan))
 
     monkeypatch.setattr("mister_jax.tasks.fusion.load_features", load)
-    monkeypatch.setattr(loop, "check_config", lambda *_: None)
-    monkeypatch.setattr(loop, "check_data", lambda *_: None)
+    monkeypatch.setattr(runs, "check_config", lambda *_: None)
+    monkeypatch.setattr(runs, "check_data", lambda *_: None)
     with pytest.raises(TrainingDivergedError, match=r"non-finite .*loss.* between steps") as error:
         train(make_tiny_config(tiny_data_dir, **{"train.epochs": 3}), workdir, quiet=True)
     assert "\n" not in str(error.value)

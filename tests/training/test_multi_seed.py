@@ -109,7 +109,7 @@ def test_a_joint_step_under_pmap_gives_the_parameters_of_separate_steps(tiny_con
     batch = partitioner.put_batch(make_batch([5, 1, 3, 0, 2, 5, 4, 1]))
 
     def take_step(state, num_seeds):
-        compiled_step = partitioner.compile_step(multi_seed.vmap_over_seeds(step, num_seeds))
+        compiled_step = partitioner.compile_step(multi_seed.vmap_over_models(step, 1, num_seeds))
         new_state, metrics = compiled_step(partitioner.put_state(state), batch)
         return jax.device_get((partitioner.get_state(new_state)["params"], metrics))
 
@@ -199,5 +199,6 @@ def test_one_seed_passes_through_unchanged():
     tree = {"a": np.ones(3)}
     function = lambda state, batch, axis_name: state  # noqa: E731
     assert multi_seed.stack_seeds([tree]) is tree and multi_seed.unstack_seeds(tree, 1) == [tree]
-    assert multi_seed.vmap_over_seeds(function, 1) is function
+    assert multi_seed.join_runs([tree], 3) is tree and multi_seed.split_runs(tree, 1, 3) == [tree]
+    assert multi_seed.vmap_over_models(function, 1, 1)(tree, None, None) is tree
     assert multi_seed.ensemble([tree]) == tree

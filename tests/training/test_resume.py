@@ -21,7 +21,7 @@ from mister_jax.errors import InputError
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import data_mesh
 from mister_jax.schedules import learning_rate_schedule
-from mister_jax.training import loop
+from mister_jax.training import runs
 from mister_jax.training.loop import train
 from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.training import (
@@ -171,7 +171,7 @@ def test_a_run_on_eight_devices_resumes_on_one(
 ):
     def use_devices(number):
         mesh = data_mesh(devices=jax.devices()[:number])
-        monkeypatch.setattr(loop, "make_partitioner", lambda *_: JitPartitioner(mesh))
+        monkeypatch.setattr(runs, "make_partitioner", lambda *_: JitPartitioner(mesh))
 
     def interrupt(kind, step, state, progress):
         if (kind, progress["epoch"]) == (LATEST, 1) and step > STEPS_PER_EPOCH:

@@ -1,0 +1,128 @@
+"""Length of a training run, choice of its best epoch, and its progress."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mister_jax import metrics
+from mister_jax.config_checks import check_choice
+
+# Values of `TrainConfig.select_by` that are not scores.
+LOSS, LAST, MAE = "loss", "last", "mae"
+# Maps values of `TrainConfig.select_by` to validation values for which lower is better.
+_ERRORS = {LOSS: "cross_entropy", MAE: "mae"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of a training run, and how often it logs and saves.
+
+    Attributes:
+      epochs: Number of passes over the training split.
+      patience: Number of epochs without a better validation score after which a seed stops early; 0
+        disables early stopping. Training ends when all seeds have stopped.
+      select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
+        "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
+        that predicts scores. With "last", the last epoch is used and validation is only reported.
+      init_from: Model to start training from: work directory, bundle or name on the Hugging Face
+        Hub. Parameters with equal names and shapes are copied. If empty, the initial parameters are
+        random or pretrained. A resumed run does not read it.
+      log_every: Number of steps between records of the training loss.
+      save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
+        epoch is always saved.
+      accumulation: Number of gradient accumulation steps: each device splits its rows into this
+        many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
+    """
+
+    epochs: int
+    patience: int = 0
+    select_by: str = "weighted_f1"
+    init_from: str = ""
+    log_every: int = 10
+    save_every: int = 0
+    accumulation: int = 1
+
+    def __post_init__(self):
+        if (
+            min(self.epochs, self.log_every, self.accumulation) < 1
+            or min(self.patience, self.save_every) < 0
+        ):
+            raise ValueError(
+                f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
+                "save_every at least 0"
+            )
+        check_choice(self, "select_by", (*metrics.SCORE_NAMES, *_ERRORS, LAST))
+        if self.select_by == LAST and self.patience:
+            raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
+
+    def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
+        """Returns the validation score that chooses the epoch, [S]; higher is better.
+
+        Args:
+          values: Validation scores and "cross_entropy" by name, [S] or a number.
+        """
+        if self.select_by in _ERRORS:
+            return -np.atleast_1d(values[_ERRORS[self.select_by]])
+        if self.select_by == LAST:  # A tie goes to the later epoch.
+            return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
+        return np.atleast_1d(values[self.select_by])
+
+    def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
+        """Formats a selection score, or the mean and standard deviation of several."""
+        mean, deviation = metrics.mean_and_deviation(scores)
+        # Errors are stored with a negative sign, so that higher is better.
+        mean = -mean if self.select_by in _ERRORS else mean
+        return f"{mean:.{digits}f}" + (f" +- {deviation:.{digits}f}" if len(scores) > 1 else "")
+
+
+@dataclasses.dataclass
+class TrainProgress:
+    """Progress of a training run, saved with its state.
+
+    Attributes:
+      best_scores: Best validation score per seed; see `TrainConfig.selection_scores`.
+      best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
+      epoch: Number of completed epochs.
+      finished: Whether training is complete.
+    """
+
+    best_scores: list[float]
+    best_epochs: list[int]
+    epoch: int = 0
+    finished: bool = False
+
+    @classmethod
+    def initial(cls, num_seeds: int) -> TrainProgress:
+        """Returns the progress before the first step."""
+        return cls([0.0] * num_seeds, [0] * num_seeds)
+
+    def active_seeds(self, patience: int) -> np.ndarray:
+        """Returns which seeds have not stopped early, [S] bool."""
+        stale_epochs = self.epoch - np.array(self.best_epochs)
+        return (stale_epochs < patience) | (patience == 0)
+
+    def is_finished(self, options: TrainConfig) -> bool:
+        """Returns whether the last epoch is complete, or all seeds have stopped early."""
+        return self.epoch >= options.epochs or not self.active_seeds(options.patience).any()
+
+    def complete_epoch(self, scores: np.ndarray, options: TrainConfig) -> np.ndarray:
+        """Completes an epoch and returns which seeds have a new best score, [S] bool.
+
+        Args:
+          scores: Validation score per seed, [S]; higher is better.
+          options: Number of epochs and patience.
+        """
+        active = self.active_seeds(options.patience)
+        self.epoch += 1
+        # If scores are equal, which happens on small validation splits, the later epoch wins: its
+        # parameters have had more updates, at a lower learning rate.
+        is_first = np.array(self.best_epochs) == 0
+        improved = active & (is_first | (scores >= self.best_scores))
+        self.best_scores = np.where(improved, scores, self.best_scores).tolist()
+        self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
+        self.finished = self.is_finished(options)
+        return improved
