@@ -6,18 +6,20 @@
 
 A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
 from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. The
-dataset's test split is never read.
+dataset's test split is not read, except for a set DATASET@test, which confirms a choice: there,
+everything trains on the training split, chooses its epoch on validation, and is scored on test.
 
-All recipes train on the same dialogues, for their full number of epochs, and choose nothing on
-validation. Every utterance is predicted by the model of the fold that holds it out, and scored
-together with all others. In addition to the recipes, the table has each expert of the first recipe,
-and logistic regression on the features of an utterance and its neighbors, which chooses the number
-of neighbors and its regularization on the validation dialogues of each fold. The difference from
-the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
+Otherwise, all recipes train on the same dialogues, for their full number of epochs, and choose
+nothing on validation. Every utterance is predicted by the model of the fold that holds it out, and
+scored together with all others. In addition to the recipes, the table has each expert of the first
+recipe, and logistic regression on the features of an utterance and its neighbors, which chooses the
+number of neighbors and its regularization on the validation dialogues of each fold. The difference
+from the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
-states how many recipes were tried. Confirm the choice on a test split. Run the command again to
-resume, also with more sets and recipes.
+states how many recipes were tried. Confirm the choice on a test split. With several seeds, scores
+are those of their ensemble, and a column has the mean and standard deviation of the single seeds.
+Run the command again to resume, also with more sets and recipes.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from mister_jax import data
 from mister_jax.configs import fusion
-from mister_jax.data.folds import Folds, load_pooled, make_folds, select_fold
+from mister_jax.data.features import load_features
+from mister_jax.data.folds import load_pooled, make_folds, select_fold
 from mister_jax.data.schema import MODALITIES, DialogueFeatures
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
@@ -41,11 +45,14 @@ from mister_jax.evaluation.comparison import compare_predictions
 from mister_jax.evaluation.cross_validation import (
     cross_validate,
     folds_of_dataset,
+    folds_of_datasets,
     pool_predictions,
 )
 from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 from mister_jax.evaluation.sweep import parse_grid
+from mister_jax.evaluation.variants import Variant
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
+from mister_jax.metrics import mean_and_deviation
 
 SPLITS = ("train", "validation")
 """Splits whose dialogues are divided into folds."""
@@ -59,6 +66,7 @@ REGULARIZATION = (1e-3, 1e-2, 1e-1, 1.0)
 FILES = ("recipes.json", "recipes.md")
 """Files that `compare_recipes` writes."""
 
+_TEST = "test"
 _REGRESSION = "logistic regression"
 _SCORES = ("weighted_f1", "macro_f1", "uar")
 
@@ -69,11 +77,21 @@ class FoldedSet:
 
     Attributes:
       name: Name of the dataset.
-      folds: Folds in the notation of `data.folds.Folds`.
+      folds: Folds in the notation of `data.folds.Folds`, or "test" for the dataset's own splits.
     """
 
     name: str
     folds: str
+
+    @property
+    def uses_test_split(self) -> bool:
+        """Whether the recipes are scored on the dataset's test split."""
+        return self.folds == _TEST
+
+    @property
+    def folder(self) -> str:
+        """Name of the set's folder in the work directory."""
+        return f"{self.name}_test" if self.uses_test_split else self.name
 
     @classmethod
     def parse(cls, text: str) -> FoldedSet:
@@ -115,13 +133,13 @@ class Recipe:
             tuple(part for part in parts if "=" in part),
         )
 
-    def config(self, dataset: str, data_dir: str, num_seeds: int) -> ConfigDict:
-        """Returns the recipe's config for a dataset.
+    def config(self, of: FoldedSet, data_dir: str, num_seeds: int) -> ConfigDict:
+        """Returns the recipe's config for a set.
 
         Raises:
           InputError: A variant, field or value does not exist.
         """
-        config = fusion.get_config(",".join((dataset, *self.variants)))
+        config = fusion.get_config(",".join((of.name, *self.variants)))
         for text in self.values:
             try:
                 axis = parse_grid(config, text)
@@ -137,6 +155,8 @@ class Recipe:
             section[field] = axis.values[0]
         config.num_seeds = num_seeds
         config.data.data_dir = data_dir
+        if of.uses_test_split:
+            return config
         config.data.fold_splits = ",".join(SPLITS)
         # Nothing is chosen on validation, so all dialogues outside the test fold train.
         config.data.validate_on_train = True
@@ -171,23 +191,28 @@ def compare_recipes(
     Raises:
       InputError: A dataset, fold or recipe does not exist, or a name is repeated.
     """
-    for names in ([of.name for of in sets], [recipe.name for recipe in recipes]):
+    for names in ([of.folder for of in sets], [recipe.name for recipe in recipes]):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise InputError(f"{', '.join(repeated)} repeated; needed: each set and recipe once")
     workdir = epath.Path(workdir)
     configs = {
-        (of, recipe): recipe.config(of.name, data_dir, num_seeds)
-        for of in sets
-        for recipe in recipes
+        (of, recipe): recipe.config(of, data_dir, num_seeds) for of in sets for recipe in recipes
     }
-    folds = {key: folds_of_dataset(config, key[0].folds) for key, config in configs.items()}
+    folds = {
+        (of, recipe): (
+            folds_of_datasets(config, [of.name])
+            if of.uses_test_split
+            else folds_of_dataset(config, of.folds)
+        )
+        for (of, recipe), config in configs.items()
+    }
     result: dict[str, Any] = {"recipes": [recipe.name for recipe in recipes], "sets": {}}
     for of in sets:
         predictions: dict[str, SplitPredictions] = {}
         details: dict[str, dict[str, Any]] = {}
         for recipe in recipes:
-            folder = workdir / of.name / recipe.name
+            folder = workdir / of.folder / recipe.name
             started = time.perf_counter()
             scores = cross_validate(folds[of, recipe], folder, quiet=quiet)
             if scores is None:
@@ -198,16 +223,17 @@ def compare_recipes(
             predictions[recipe.name] = _read_predictions(folder / "predictions.jsonl")
             details[recipe.name] = {
                 "mean_over_folds": scores["mean"]["weighted_f1"],
+                "single_seeds": _single_seeds(folder, folds[of, recipe]),
                 **read_json(folder / "seconds.json"),
             }
         first = predictions[recipes[0].name]
         # A single expert is the model itself.
         for name in first.experts if len(first.experts) > 1 else ():
             predictions[f"{recipes[0].name}, {name} expert"] = _of_expert(first, name)
-        pooled = load_pooled(of.name, data_dir or None, SPLITS)
-        partition = make_folds(pooled, of.folds, configs[of, recipes[0]].data.fold_seed)
-        predictions[_REGRESSION] = _align(cross_validate_regression(pooled, partition), first)
-        result["sets"][of.name] = {
+        parts = _parts(of, data_dir or None, configs[of, recipes[0]].data.fold_seed)
+        predictions[_REGRESSION] = _align(predict_by_regression(parts), first)
+        result["sets"][of.folder] = {
+            "dataset": of.name,
             "folds": of.folds,
             "rows": [
                 _row(name, predicted, first) | details.get(name, {})
@@ -229,6 +255,12 @@ def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dic
     return row
 
 
+def _single_seeds(workdir: epath.Path, folds: Sequence[Variant]) -> list[float]:
+    """Returns the weighted F1 of each seed, as the mean over the folds."""
+    rows = [read_json(workdir / fold.name / "fold.json")["test"]["of_each"] for fold in folds]
+    return [float(np.mean([row[seed]["weighted_f1"] for row in rows])) for seed in rows[0]]
+
+
 def _read_predictions(path: epath.Path) -> SplitPredictions:
     """Reads the labeled predictions of a cross-validation."""
     rows = [row for row in read_json_lines(path) if row["label"] is not None]
@@ -248,24 +280,51 @@ def _align(predicted: Mapping[tuple[str, str], int], like: SplitPredictions) -> 
     return dataclasses.replace(like, predicted=np.array([predicted[key] for key in keys]))
 
 
-def cross_validate_regression(
-    features: DialogueFeatures, folds: Folds
-) -> dict[tuple[str, str], int]:
-    """Predicts every labeled utterance by logistic regression trained on the other folds.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The dialogues of one fold.
+
+    Attributes:
+      train: Dialogues for training.
+      validation: Dialogues for choosing hyperparameters.
+      fit: Dialogues on which the chosen model is fitted.
+      test: Dialogues that are predicted.
+    """
+
+    train: DialogueFeatures
+    validation: DialogueFeatures
+    fit: DialogueFeatures
+    test: DialogueFeatures
+
+
+def _parts(of: FoldedSet, data_dir: str | None, fold_seed: int) -> list[Parts]:
+    """Returns the parts of a set, on which the recipes train too."""
+    if of.uses_test_split:
+        train, validation, test = (load_features(of.name, split, data_dir) for split in data.SPLITS)
+        return [Parts(train, validation, train, test)]
+    pooled = load_pooled(of.name, data_dir, SPLITS)
+    folds = make_folds(pooled, of.folds, fold_seed)
+    return [
+        Parts(
+            *(select_fold(pooled, folds, fold, split) for split in SPLITS),
+            select_fold(pooled, folds, fold, "train", validate_on_train=True),
+            select_fold(pooled, folds, fold, "test"),
+        )
+        for fold in range(len(folds.names))
+    ]
+
+
+def predict_by_regression(parts_of_folds: Sequence[Parts]) -> dict[tuple[str, str], int]:
+    """Predicts every labeled test utterance by logistic regression.
 
     Returns:
       Predicted class by dialogue id and utterance id.
     """
     predicted = {}
-    for fold in range(len(folds.names)):
-        parts = {
-            split: select_fold(features, folds, fold, split)
-            for split in ("train", "validation", "test")
-        }
-        both = select_fold(features, folds, fold, "train", validate_on_train=True)
-        window, strength = _choose_regression(parts["train"], parts["validation"])
-        model = _Regression(both, window, strength)
-        test = parts["test"]
+    for parts in parts_of_folds:
+        window, strength = _choose_regression(parts.train, parts.validation)
+        model = _Regression(parts.fit, window, strength)
+        test = parts.test
         dialogues = np.repeat(np.array(test.dialogue_ids, object), test.lengths)
         for dialogue, utterance, label, value in zip(
             dialogues, test.utterance_ids, test.label, model.predict(test), strict=True
@@ -354,22 +413,34 @@ def markdown(result: Mapping[str, Any]) -> str:
     """Returns the results as Markdown."""
     count = len(result["recipes"])
     lines = [f"{count} recipe{'s' if count > 1 else ''} tried: {', '.join(result['recipes'])}.", ""]
-    for name, of in result["sets"].items():
-        lines += [f"{name}, folds {of['folds']}:", "", "|".join(["", *_COLUMNS, ""])]
+    for of in result["sets"].values():
+        lines += [f"{_title(of)}:", "", "|".join(["", *_COLUMNS, ""])]
         lines += ["|---" * len(_COLUMNS) + "|"]
         lines += ["|".join(["", *_cells(row), ""]) for row in of["rows"]]
         lines += [""]
     return "\n".join(lines)
 
 
-_COLUMNS = ("", "weighted F1", "difference (95% interval)", "macro F1", "UAR", "seconds")
+_COLUMNS = (
+    "",
+    "weighted F1",
+    "difference (95% interval)",
+    "macro F1",
+    "UAR",
+    "single seeds",
+    "seconds",
+)
+
+
+def _title(of: Mapping[str, Any]) -> str:
+    return f"{of['dataset']}, {'test split' if of['folds'] == _TEST else 'folds ' + of['folds']}"
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Returns the results as one table per set."""
     result_tables = []
-    for name, of in result["sets"].items():
-        table = Table(*_COLUMNS, title=f"{name}, folds {of['folds']}")
+    for of in result["sets"].values():
+        table = Table(*_COLUMNS, title=_title(of))
         for row in of["rows"]:
             table.add_row(*_cells(row))
         result_tables.append(table)
@@ -385,4 +456,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
             cell += f" ({difference['low']:+.3f} to {difference['high']:+.3f})"
     scores = {score: f"{row[score]:.3f}" for score in _SCORES}
     seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-    return row["name"], scores["weighted_f1"], cell, scores["macro_f1"], scores["uar"], seconds
+    seeds = ""
+    if len(row.get("single_seeds", ())) > 1:
+        mean, deviation = mean_and_deviation(row["single_seeds"])
+        seeds = f"{mean:.3f} ± {deviation:.3f}"
+    return row["name"], scores["weighted_f1"], cell, *list(scores.values())[1:], seeds, seconds

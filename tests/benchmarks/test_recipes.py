@@ -8,10 +8,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from benchmarks import recipes
-from benchmarks.recipes import FoldedSet, Recipe, compare_recipes, cross_validate_regression
+from benchmarks.recipes import FoldedSet, Recipe, compare_recipes, predict_by_regression
+from mister_jax import data
 from mister_jax.data import load_features
 from mister_jax.data.folds import load_pooled, make_folds, select_fold
 from mister_jax.errors import InputError
+from mister_jax.io import read_json
 
 TINY = (
     "train.epochs=1",
@@ -70,8 +72,29 @@ def test_compares_recipes_on_all_dialogues_but_those_of_the_test_split(
     assert predicted == expected
     assert "2 recipes tried: two, text." in (tmp_path / "recipes.md").read_text()
     # A repeated command reads the trained folds.
-    monkeypatch.setattr("mister_jax.evaluation.variants.train", None)
+    monkeypatch.setattr("mister_jax.evaluation.variants.train_group", None)
     assert compare_recipes([SET], [baseline, other], tmp_path, **options) == result
+
+
+def test_a_choice_is_confirmed_on_the_test_split(tiny_data_dir, tmp_path):
+    recipe = Recipe("text", ("text_only",), TINY)
+    options = {"data_dir": str(tiny_data_dir), "quiet": True, "num_seeds": 2}
+    result = compare_recipes([FoldedSet("tiny", "test")], [recipe], tmp_path, **options)
+    config = recipe.config(FoldedSet("tiny", "test"), "", 1)
+    assert config.train.select_by == "weighted_f1" and not config.data.validate_on_train
+    rows = {row["name"]: row for row in result["sets"]["tiny_test"]["rows"]}
+    scores = read_json(tmp_path / "tiny_test" / "text" / "fold_tiny" / "metrics.json")["test"]
+    assert rows["text"]["weighted_f1"] == pytest.approx(scores["weighted_f1"])
+    by_seed = [seed["weighted_f1"] for seed in scores["seeds"]["of_each"].values()]
+    assert rows["text"]["single_seeds"] == pytest.approx(by_seed)
+    train, validation, test = (load_features("tiny", split, tiny_data_dir) for split in data.SPLITS)
+    regression = recipes._Regression(train, *recipes._choose_regression(train, validation))
+    labeled = test.label >= 0
+    expected = f1_score(
+        test.label[labeled], regression.predict(test)[labeled], average="weighted", zero_division=0
+    )
+    assert rows["logistic regression"]["weighted_f1"] == pytest.approx(expected)
+    assert "tiny, test split:" in (tmp_path / "recipes.md").read_text()
 
 
 def test_regression_reads_the_neighbors_of_the_same_dialogue(tiny_data_dir):
@@ -104,7 +127,7 @@ def test_regression_reads_the_neighbors_of_the_same_dialogue(tiny_data_dir):
 
 def test_regression_predicts_every_labeled_utterance_once(tiny_data_dir):
     features = load_pooled("tiny", tiny_data_dir, recipes.SPLITS)
-    predicted = cross_validate_regression(features, make_folds(features, SET.folds))
+    predicted = predict_by_regression(recipes._parts(SET, tiny_data_dir, fold_seed=0))
     labeled = features.utterance_ids[features.label >= 0].tolist()
     assert sorted(utterance for _, utterance in predicted) == sorted(map(str, labeled))
 
@@ -114,7 +137,7 @@ def test_recipe_is_parsed_and_applied():
     assert recipe == Recipe(
         "wide", ("text_only",), ("model.context_dim=256", "model.kernel_sizes=(1,3)")
     )
-    config = recipe.config("tiny", "/data", 3)
+    config = recipe.config(SET, "/data", 3)
     assert config.model.experts == ("text",)
     assert (config.model.context_dim, config.model.kernel_sizes) == (256, (1, 3))
     assert (config.num_seeds, config.data.data_dir) == (3, "/data")
@@ -129,15 +152,15 @@ def test_recipe_is_parsed_and_applied():
         (lambda: FoldedSet.parse("tiny"), "--set=tiny; needed: DATASET@FOLDS"),
         (lambda: Recipe.parse("../up"), "the name '../up'; allowed: letters"),
         (
-            lambda: Recipe.parse("a: nothing").config("tiny", "", 1),
+            lambda: Recipe.parse("a: nothing").config(SET, "", 1),
             "unknown variant 'nothing'",
         ),
         (
-            lambda: Recipe.parse("a: model.widths=3").config("tiny", "", 1),
+            lambda: Recipe.parse("a: model.widths=3").config(SET, "", 1),
             "recipe a: model.widths: no such field 'widths'",
         ),
         (
-            lambda: Recipe.parse("a: model.context_dim=3,4").config("tiny", "", 1),
+            lambda: Recipe.parse("a: model.context_dim=3,4").config(SET, "", 1),
             "recipe a: model.context_dim=3,4; allowed: one value per field",
         ),
         (
