@@ -306,9 +306,10 @@ def _parts(of: FoldedSet, data_dir: str | None, fold_seed: int) -> list[Parts]:
     folds = make_folds(pooled, of.folds, fold_seed)
     return [
         Parts(
-            *(select_fold(pooled, folds, fold, split) for split in SPLITS),
-            select_fold(pooled, folds, fold, "train", validate_on_train=True),
-            select_fold(pooled, folds, fold, "test"),
+            train=select_fold(pooled, folds, fold, "train"),
+            validation=select_fold(pooled, folds, fold, "validation"),
+            fit=select_fold(pooled, folds, fold, "train", validate_on_train=True),
+            test=select_fold(pooled, folds, fold, "test"),
         )
         for fold in range(len(folds.names))
     ]

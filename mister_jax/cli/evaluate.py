@@ -27,6 +27,12 @@ _FIT = flags.DEFINE_enum(
     ["temperature", "bias"],
     "fit the calibration on validation again: a temperature, or also a bias per class",
 )
+_ADAPT = flags.DEFINE_bool(
+    "adapt_features",
+    False,
+    "give standardized features the statistics of the training features, for recordings of another "
+    "kind, such as telephone calls",
+)
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DROP_AS_ZEROS = flags.DEFINE_bool(
@@ -44,6 +50,8 @@ def _evaluate() -> None:
         raise InputError("--fit_calibration: cannot be used with --nocalibrate")
     if has_rates and not _REPORT.value and _FIT.value:
         raise InputError("--fit_calibration: with --drop_speech or --drop_text, needs --report")
+    if has_rates and _ADAPT.value:
+        raise InputError("--adapt_features: cannot be used with --drop_speech or --drop_text")
     files = []
     options = {"dataset": _DATASET.value, "data_dir": _DATA_DIR.value, "output": _OUTPUT.value}
     if has_rates:
@@ -93,6 +101,7 @@ def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
         report=_REPORT.value,
         calibrate=_CALIBRATE.value,
         fit_calibration=_FIT.value,
+        adapt_features=_ADAPT.value,
         **options,
     )
     Console().print(score_table(_SPLIT.value, scores))

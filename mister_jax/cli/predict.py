@@ -116,6 +116,12 @@ _MIN_CONFIDENCE = flags.DEFINE_float(
     upper_bound=1,
 )
 _CALIBRATE = flags.DEFINE_bool("calibrate", True, "calibrate the probabilities, see evaluate")
+_ADAPT = flags.DEFINE_bool(
+    "adapt_features",
+    False,
+    "give standardized features the statistics of the training features, for recordings of another "
+    "kind, such as telephone calls; computed over each --recording, or over all other utterances",
+)
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
 
 _MAX_PRINTED = 40  # utterances of a recording
@@ -181,6 +187,7 @@ def _load() -> EmotionRecognizer:
         speech_encoder=_new_paths(_SPEECH_ENCODER.value),
         text_encoder=_new_paths(_TEXT_ENCODER.value),
         calibrate=_CALIBRATE.value,
+        adapt_features=_ADAPT.value,
     )
 
 
@@ -203,7 +210,7 @@ def _load_published() -> EmotionRecognizer:
 
 
 _PUBLISHED_FLAGS = (_TEXT_WEIGHT, _SPEECH_WEIGHT, _MAP_LABELS)
-_TRAINED_FLAGS = (_MODEL, _SPEECH_ENCODER, _TEXT_ENCODER, _CALIBRATE)
+_TRAINED_FLAGS = (_MODEL, _SPEECH_ENCODER, _TEXT_ENCODER, _CALIBRATE, _ADAPT)
 _RECORDING_FLAGS = (
     *(_TRANSCRIPT, _SEARCH, _TIER, _SPEAKER, _RECOGNIZER, _LANGUAGE, _NO_TEXT, _CHANNELS),
     *(_JOIN_GAP, _UTTERANCE_SECONDS, _EMBED_AUDIO),
@@ -222,7 +229,8 @@ def _check_flags() -> None:
         if flag.present:
             raise InputError(f"--{flag.name}: needs --text_model or --speech_model")
     if _FOLLOW.value:
-        for source in (_RECORDING, _MANIFEST, _CORPUS, _AUDIO, _TEXT, _OUTPUT, *_UTTERANCE_FLAGS):
+        sources = (_RECORDING, _MANIFEST, _CORPUS, _AUDIO, _TEXT, _OUTPUT, _ADAPT)
+        for source in (*sources, *_UTTERANCE_FLAGS):
             if source.present:
                 raise InputError(f"--{source.name}: cannot be used with --follow")
     if not _RECORDING.value:

@@ -15,6 +15,7 @@ from etils import epath
 from mister_jax import metrics, multi_seed
 from mister_jax.calibration import CALIBRATION_FILE
 from mister_jax.data import DialogueFeatures
+from mister_jax.data.adaptation import adapt_or_warn
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
 from mister_jax.evaluation.calibration import (
@@ -43,6 +44,7 @@ def evaluate(
     report: bool = False,
     calibrate: bool = True,
     fit_calibration: str | None = None,
+    adapt_features: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
@@ -67,19 +69,27 @@ def evaluate(
       calibrate: Whether to calibrate the probabilities.
       fit_calibration: Fits the calibration again: "temperature", or "bias" for a temperature and a
         bias per class. By default, it is fitted only if there is none for the best parameters.
+      adapt_features: Whether to adapt the split's features to the model; see
+        `data.adaptation.adapt_features`.
       quiet: Whether to hide progress.
 
     Returns:
       The split's scores as in `metrics.json`: the result of `score_predictions`, "dataset",
-      "checkpoint" (the parameters' "epoch"), "calibration" if there are labels (the result of
-      `summarize_calibration`), and "seeds" if there are several. Scores of single seeds are not
-      calibrated.
+      "checkpoint" (the parameters' "epoch"), "adapted_features", "calibration" if there are labels
+      (the result of `summarize_calibration`), and "seeds" if there are several. Scores of single
+      seeds are not calibrated.
 
     Raises:
       InputError: The work directory, the dataset, or existing results in the folder are unusable.
     """
     predictor = Predictor(workdir, data_dir, calibrate=calibrate)
     features = predictor.task.features(split, dataset)
+    if isinstance(predictor.task, FusionTask):
+        features = adapt_or_warn(features, predictor.task.standardizers, adapt_features)
+    elif adapt_features:
+        raise InputError(
+            "adapt_features: needs a model of MiSTER-E; encoders read recordings, not features"
+        )
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
@@ -99,7 +109,8 @@ def evaluate(
         )
     per_seed = predictor.predict_per_seed(features, quiet=quiet)
     if fit_calibration or calibrate:
-        validation = per_seed if key == CALIBRATION_SPLIT else None
+        is_validation = key == CALIBRATION_SPLIT and not adapt_features
+        validation = per_seed if is_validation else None
         _fit_calibration(predictor, validation, fit_calibration, quiet=quiet)
     predictions = predictor.combine_seeds(per_seed)
     scores = score_predictions(features, predictions)
@@ -114,7 +125,11 @@ def evaluate(
             SplitPredictions.from_features(features, predictions) if is_calibrated else None,
         )
         warn_if_worse(features, scores["calibration"])
-    scores |= {"dataset": features.name, "checkpoint": {"epoch": predictor.progress["epoch"]}}
+    scores |= {
+        "dataset": features.name,
+        "checkpoint": {"epoch": predictor.progress["epoch"]},
+        "adapted_features": adapt_features,
+    }
     study = study_for_report(predictor, features, output, quiet=quiet) if report else None
     if jax.process_index() == 0:
         output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelHubMixin
 
 from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE, UNLABELED, DialogueFeatures
+from mister_jax.data.adaptation import adapt_or_warn, check_adaptable
 from mister_jax.data.batching import plan_inference_batches
 from mister_jax.data.pipeline import padded_batch
 from mister_jax.data.schema import MODALITIES
@@ -60,10 +61,13 @@ class EmotionRecognizer(ModelHubMixin):
         that have moved; see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
       calibrate: Whether to calibrate the probabilities, if the model has a calibration.
+      adapt_features: Whether to adapt the features of each call's utterances to the model; see
+        `data.adaptation.adapt_features`.
 
     Raises:
       InputError: There is no such MiSTER-E model, it is damaged, its features were not extracted
-        by encoders, or an encoder cannot be loaded or has changed.
+        by encoders, an encoder cannot be loaded or has changed, or the model's features cannot be
+        adapted.
     """
 
     def __init__(
@@ -73,9 +77,13 @@ class EmotionRecognizer(ModelHubMixin):
         speech_encoder: NewPaths = None,
         text_encoder: NewPaths = None,
         calibrate: bool = True,
+        adapt_features: bool = False,
     ):
         self._predictor = load_mister_e(model, calibrate=calibrate)
+        self._adapt_features = adapt_features
         task = self._predictor.task
+        if adapt_features:
+            check_adaptable(task.standardizers)
         self.class_names: tuple[str, ...] = task.class_names
         self._feature_dims = {"speech": task.model.speech_dim, "text": task.model.text_dim}
         new_paths = {"speech": _by_part(speech_encoder), "text": _by_part(text_encoder)}
@@ -252,6 +260,8 @@ class EmotionRecognizer(ModelHubMixin):
             **{name: values[indices] for name, values in encoded.items()},
             label=np.full(len(indices), UNLABELED, np.int32),
         )
+        standardizers = self._predictor.task.standardizers
+        features = adapt_or_warn(features, standardizers, self._adapt_features)
         # Batches are padded here, because the task's batches need TensorFlow, whose import takes
         # seconds.
         num_shards = self._predictor.partitioner.num_shards
@@ -386,12 +396,18 @@ class EmotionRecognizer(ModelHubMixin):
           min_confidence: Probability below which predictions are marked as "uncertain".
 
         Raises:
-          InputError: `window`, `max_seconds` or `min_confidence` is out of range.
+          InputError: `window`, `max_seconds` or `min_confidence` is out of range, or the recognizer
+          adapts features.
         """
         check_seconds(max_seconds)
         check_min_confidence(min_confidence)
         if window < 1:
             raise InputError(f"window={window}; allowed: at least 1")
+        if self._adapt_features:
+            raise InputError(
+                "adapt_features: a stream has no utterances to adapt to; needed: a recording or a "
+                "dialogue"
+            )
 
         def encode(utterance: Utterance) -> tuple[dict[str, np.ndarray], list[str]]:
             checked = utterance_inputs.check_utterance(utterance)
