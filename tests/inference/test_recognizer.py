@@ -15,6 +15,7 @@ import mister_jax
 from mister_jax import data, extraction
 from mister_jax.checkpoint import Checkpoints
 from mister_jax.console import prediction_table
+from mister_jax.data.adaptation import adapt_features
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.corpora.manifest.reader import read_manifest
 from mister_jax.errors import InputError
@@ -56,6 +57,23 @@ def test_raw_dialogues_and_their_features_give_equal_predictions(
     predictions = recognizer.predict_dialogues(dialogues)
     assert [len(rows) for rows in predictions] == [len(turns) for turns in dialogues]
     assert_predictions_close([row for rows in predictions for row in rows], expected)
+
+
+def test_features_are_adapted_to_the_utterances_of_a_call(workdir, calls_dir, dialogues):
+    predictor = Predictor(workdir)
+    features = data.load_features("both", "test", calls_dir)
+    adapted = adapt_features(features, predictor.task.standardizers)
+    assert not np.allclose(adapted.speech, features.speech)
+    rows = mister_jax.load(workdir, adapt_features=True).predict_dialogues(dialogues)
+    actual = [list(row["probabilities"].values()) for dialogue in rows for row in dialogue]
+    np.testing.assert_allclose(actual, predictor(adapted)["probabilities"], atol=1e-3)
+
+
+def test_features_that_cannot_be_adapted_are_refused(workdir):
+    with pytest.raises(InputError, match="the model standardizes no features; needed"):
+        mister_jax.load(adapt_features=True)  # The default model reads text.
+    with pytest.raises(InputError, match="a stream has no utterances to adapt to"):
+        mister_jax.load(workdir, adapt_features=True).stream()
 
 
 def test_other_dialogues_and_their_order_do_not_change_predictions(recognizer, dialogues):
