@@ -135,14 +135,18 @@ class Study:
         if self._models_at_once is None:
             yield from (((variant,), None) for variant in pending)
             return
+        if not pending:
+            return
+        names = {variant.name for variant in pending}
         groups = plan_groups(
-            [variant.config for variant in pending],
-            [self.folder(variant) for variant in pending],
+            [variant.config for variant in self.variants],
+            [self.folder(variant) for variant in self.variants],
             self._models_at_once,
+            is_complete=lambda index: self.variants[index].name not in names,
         )
         start = 0
         for group in groups:
-            end = start + len(group.plans)
+            end = start + len(group.configs)
             yield pending[start:end], group
             start = end
 

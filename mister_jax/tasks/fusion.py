@@ -321,17 +321,9 @@ class FusionTask:
 
     def shares_steps_with(self, other: Task) -> bool:
         """Returns whether the steps of both tasks differ only in their `constants`."""
-        return (
-            isinstance(other, FusionTask)
-            and (self.model, self.class_names) == (other.model, other.class_names)
-            and self._batch_fields == other._batch_fields
+        return isinstance(other, FusionTask) and (
+            (self.model, self.class_names) == (other.model, other.class_names)
         )
-
-    @property
-    def _batch_fields(self) -> tuple[bool, bool]:
-        """Whether the batches of the training split have scores and ratings."""
-        train = self.features("train")
-        return train.score is not None, train.ratings is not None
 
     def constants(self) -> dict[str, Any]:
         """Returns the arrays in the training and evaluation steps that depend on the data.

@@ -36,15 +36,17 @@ from mister_jax.optim import make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import (
-    CompiledStep,
     Partitioner,
 )
 from mister_jax.tasks.base import Task
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.progress import LAST, TrainConfig, TrainProgress
 from mister_jax.training.runs import (
+    CompiledSteps,
     RunBatches,
     RunGroup,
+    RunPlan,
+    SharedSteps,
     TrainingRun,
     make_shared_steps,
     plan_run,
@@ -98,7 +100,7 @@ def train(
       TrainingDivergedError: The loss or the gradient is not finite. The last good checkpoint is
         kept.
     """
-    group = RunGroup((plan_run(config, workdir),))
+    group = RunGroup((config,), (workdir,))
     return train_group(group, quiet=quiet, on_step=on_step, on_save=on_save)[0]
 
 
@@ -128,25 +130,26 @@ def train_group(
       InputError: See `train`.
       TrainingDivergedError: See `train`.
     """
-    plans, shared = group.plans, group.shared
-    first = plans[0]
-    task, options, partitioner, seeds = first.task, first.options, first.partitioner, first.seeds
+    plans = [plan_run(*run) for run in zip(group.configs, group.workdirs, strict=True)]
+    first, shared = plans[0], group.shared
+    options, seeds = first.options, first.seeds
     train_batches = RunBatches(
-        [plan.train_split for plan in plans], None if shared is None else shared.train_shape
+        [plan.train_split for plan in plans], None if shared is None else shared.train_shapes
     )
     validation_batches = RunBatches(
         [plan.validation_split for plan in plans],
-        None if shared is None else shared.validation_shape,
+        None if shared is None else shared.validation_shapes,
     )
     # Shape of the largest batch, for the out-of-memory message.
     rows, length = max(train_batches.largest_shape, validation_batches.largest_shape, key=math.prod)
     activity = f"batches of up to {rows} x {length} on {jax.device_count()} devices"
-    hint = task.oom_hint
+    hint = first.task.oom_hint
     if len(plans) > 1:
-        activity, hint = f"{len(plans)} runs at once, {activity}", f"fewer models at once, {hint}"
+        activity = f"{len(plans)} runs at once, {activity}"
+        hint = f"a smaller --models_at_once, {hint}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_oom(str(first.workdir), activity, hint))
-        template, run_state = _load_initial_states(group, quiet)
+        template, run_state = _load_initial_states(plans, shared, quiet)
         params = multi_seed.unstack_seeds(run_state["params"], len(seeds))[0]
         params = jax.eval_shape(template.to_tree, params)
         for plan in plans:
@@ -175,20 +178,15 @@ def train_group(
         # All runs have the same seeds, and start from the same parameters.
         state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
         if shared is not None:
-            state["constants"] = shared.constants(runs, len(seeds))
-        train_step, eval_step = _compiled_steps(group, template)
+            state = {**state, "constants": shared.constants(runs, len(seeds))}
         loop = _TrainingLoop(
             runs=runs,
             options=options,
             seeds=seeds,
-            partitioner=partitioner,
+            partitioner=first.partitioner,
             train_batches=train_batches,
             validation_batches=validation_batches,
-            params_for_evaluation=jax.jit(
-                lambda params, opt_state: template.to_tree(params_for_evaluation(params, opt_state))
-            ),
-            train_step=train_step,
-            eval_step=eval_step,
+            steps=_compiled_steps(plans, shared, template),
             stop_event=stack.enter_context(_stop_on_sigterm()),
             on_step=on_step or (lambda step: None),
         )
@@ -196,9 +194,11 @@ def train_group(
         return [run.progress for run in runs]
 
 
-def _compiled_steps(group: RunGroup, template: ModelTemplate) -> tuple[CompiledStep, CompiledStep]:
-    """Returns the training step and the evaluation step of a group."""
-    first, shared, num_runs = group.plans[0], group.shared, len(group.plans)
+def _compiled_steps(
+    plans: Sequence[RunPlan], shared: SharedSteps | None, template: ModelTemplate
+) -> CompiledSteps:
+    """Returns the steps of runs that train at once."""
+    first, num_runs = plans[0], len(plans)
     if shared is not None and num_runs in shared.compiled_steps:
         return shared.compiled_steps[num_runs]
     if shared is None:
@@ -210,25 +210,30 @@ def _compiled_steps(group: RunGroup, template: ModelTemplate) -> tuple[CompiledS
     vmap = functools.partial(
         multi_seed.vmap_over_models, num_runs=num_runs, num_seeds=len(first.seeds)
     )
-    steps = (
+    steps = CompiledSteps(
         first.partitioner.compile_step(vmap(train_step)),
         first.partitioner.compile_eval(vmap(eval_step)),
+        jax.jit(
+            lambda params, opt_state: template.to_tree(params_for_evaluation(params, opt_state))
+        ),
     )
     if shared is not None:
         shared.compiled_steps[num_runs] = steps
     return steps
 
 
-def _load_initial_states(group: RunGroup, quiet: bool) -> tuple[ModelTemplate, Any]:
-    """Returns the model template and the stacked states of the seeds of each run in a group."""
-    first, shared = group.plans[0], group.shared
+def _load_initial_states(
+    plans: Sequence[RunPlan], shared: SharedSteps | None, quiet: bool
+) -> tuple[ModelTemplate, Any]:
+    """Returns the model template and the stacked states of the seeds of each run."""
     if shared is not None and shared.initial_states is not None:
         return shared.initial_states
+    first = plans[0]
     init_from = first.options.init_from
     start = None
     # A resumed run replaces the initial parameters anyway, and the model that they came from may no
     # longer exist.
-    if init_from and not all(config_path(plan.workdir).exists() for plan in group.plans):
+    if init_from and not all(_has_checkpoint(plan.workdir) for plan in plans):
         start = InitialParams.load(init_from, first.config.task, len(first.seeds))
         shapes = nnx.eval_shape(lambda: first.task.init(jax.random.key(0)))
         note = start.check(shapes, first.task.trainable)
@@ -240,6 +245,11 @@ def _load_initial_states(group: RunGroup, quiet: bool) -> tuple[ModelTemplate, A
         # On the host, because the training step donates the state's buffers.
         shared.initial_states = template, jax.device_get(state)
     return template, state
+
+
+def _has_checkpoint(workdir: epath.Path) -> bool:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.progress(LATEST) is not None
 
 
 def _initial_states(
@@ -295,9 +305,7 @@ class _TrainingLoop:
     partitioner: Partitioner
     train_batches: RunBatches
     validation_batches: RunBatches
-    params_for_evaluation: Callable[[Any, Any], Any]
-    train_step: CompiledStep
-    eval_step: CompiledStep
+    steps: CompiledSteps
     stop_event: threading.Event
     on_step: Callable[[int], None]
     first_metrics: tuple[int, float] | None = None
@@ -360,14 +368,15 @@ class _TrainingLoop:
         return all(run.progress.finished for run in self.runs)
 
     def _step(self) -> int:
-        """Returns how many steps of the longest run are done, if all runs end together."""
-        remaining = max(run.total_steps - run.step for run in self.runs)
+        """Returns the number of completed steps, out of those of the longest run."""
+        longest = self._longest()
+        remaining = 0 if longest.progress.finished else longest.total_steps - longest.step
         return max(run.total_steps for run in self.runs) - remaining
 
     def _title(self) -> str:
         """Names the work directories of all runs."""
-        first = self.runs[0].workdir
-        return f"{first}" if len(self.runs) == 1 else f"{len(self.runs)} runs from {first} on"
+        first = str(self.runs[0].workdir)
+        return first if len(self.runs) == 1 else f"{len(self.runs)} runs, starting with {first}"
 
     def _print_start(
         self, reporter: ProgressReporter, is_resumed: bool, was_finished: bool
@@ -375,7 +384,7 @@ class _TrainingLoop:
         if self._is_finished():
             reporter.print(f"{self._title()}: finished; nothing to do")
         elif was_finished:
-            run = self.runs[0]
+            run = self._longest()
             reporter.print(
                 f"continuing {self._title()} after {run.progress.epoch} epochs, until epoch "
                 f"{self.options.epochs}; the learning rate is now {run.schedule(run.step):.2g}, "
@@ -412,12 +421,12 @@ class _TrainingLoop:
         examples = [
             (compiled_step, self.partitioner.put_batch(batches.example_batch(shape)))
             for compiled_step, batches in (
-                (self.train_step, self.train_batches),
-                (self.eval_step, self.validation_batches),
+                (self.steps.train, self.train_batches),
+                (self.steps.eval, self.validation_batches),
             )
             for shape in batches.shapes_by_first_use(*position)
         ]
-        # Runs that share their steps need no programs but those of the first run.
+        # An earlier group of runs may have compiled the shared steps.
         jobs = [(step, batch) for step, batch in examples if not step.has_program(batch)]
         if not jobs:
             return
@@ -464,7 +473,7 @@ class _TrainingLoop:
             return self.partitioner.put_batch(item[0]), item[1]
 
         for batch, active in prefetch_to_device(self.train_batches.epoch(positions), put):
-            state, step_metrics = self.train_step(state, batch)
+            state, step_metrics = self.steps.train(state, batch)
             for index in active:
                 self.runs[index].pending_metrics.append(step_metrics)
                 self.runs[index].step += 1
@@ -499,8 +508,11 @@ class _TrainingLoop:
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _longest(self) -> TrainingRun:
-        """Returns the run with the most steps left."""
-        return max(self.runs, key=lambda run: run.total_steps - run.step)
+        """Returns the run with the most steps left; finished runs have none."""
+        return max(
+            self.runs,
+            key=lambda run: 0 if run.progress.finished else run.total_steps - run.step,
+        )
 
     def _best_scores(self) -> list[float]:
         return [score for run in self.runs for score in run.progress.best_scores]
@@ -581,9 +593,10 @@ class _TrainingLoop:
             if improved.any():
                 if best_params is None:
                     single_copy = self._saved_part(state)
-                    best_params = self._split(
-                        self.params_for_evaluation(single_copy["params"], single_copy["opt_state"])
+                    params = self.steps.params_for_evaluation(
+                        single_copy["params"], single_copy["opt_state"]
                     )
+                    best_params = self._split(params)
                 self._save_best(
                     run, best_params[index], improved, {"epoch": run.progress.epoch, **values}
                 )
@@ -659,7 +672,7 @@ class _TrainingLoop:
         sums: Any = None
         batches = self.validation_batches.epoch(dict.fromkeys(indices, (0, 0)))
         for batch in prefetch_to_device(batches, lambda item: self.partitioner.put_batch(item[0])):
-            batch_sums = self.eval_step(state, batch)
+            batch_sums = self.steps.eval(state, batch)
             sums = batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
         sums_per_run = self._split(jax.device_get(sums))
         return {index: self._scores(self.runs[index], sums_per_run[index]) for index in indices}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from mister_jax import multi_seed
 from mister_jax.checkpoint import Checkpoints
+from mister_jax.data.batching import length_buckets
 from mister_jax.data.pipeline import PADDING
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
@@ -44,6 +45,8 @@ from mister_jax.training.steps import ModelTemplate, make_eval_step, make_train_
 from mister_jax.workdir import check_config, check_data, read_planned_epochs
 
 Batch = dict[str, Any]
+Shape = tuple[int, int]
+"""Number of rows and padded length of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,13 @@ class RunPlan:
         configs = [plan.config.to_dict() for plan in (self, other)]
         for config in configs:
             del config["data"]
-        return configs[0] == configs[1] and self.task.shares_steps_with(other.task)
+        if configs[0] != configs[1] or not self.task.shares_steps_with(other.task):
+            return False
+        return self._batch_fields() == other._batch_fields()
+
+    def _batch_fields(self) -> list[set[str]]:
+        splits = (self.train_split, self.validation_split)
+        return [set(split.example_batch(split.shapes[0])) for split in splits]
 
 
 def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
@@ -135,34 +144,22 @@ def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
 
 @dataclasses.dataclass
 class SharedSteps:
-    """What the groups of runs with the same steps share.
+    """What runs with the same steps share.
 
     Attributes:
-      train_shape: Shape (rows, padded length) of all training batches.
-      validation_shape: Shape of all validation batches.
+      train_shapes: Shapes (rows, padded length) of the training batches, by ascending length.
+      validation_shapes: Shapes of the validation batches.
       num_steps: Number of steps of the longest run.
-      compiled_steps: Training step and evaluation step by number of runs at once, filled in by
-        `train_group`.
+      compiled_steps: Compiled steps by number of runs at once, filled in by `train_group`.
       initial_states: Model template and stacked initial states of one run's seeds, filled in by
         `train_group` if the runs start from random parameters.
     """
 
-    train_shape: tuple[int, int]
-    validation_shape: tuple[int, int]
+    train_shapes: tuple[Shape, ...]
+    validation_shapes: tuple[Shape, ...]
     num_steps: int
-    compiled_steps: dict[int, tuple[CompiledStep, CompiledStep]] = dataclasses.field(
-        default_factory=dict
-    )
+    compiled_steps: dict[int, CompiledSteps] = dataclasses.field(default_factory=dict)
     initial_states: tuple[ModelTemplate, Any] | None = None
-
-    @classmethod
-    def of(cls, plans: Sequence[RunPlan]) -> SharedSteps:
-        """Returns the shared steps of runs, with shapes for the batches of all of them."""
-        return cls(
-            RunBatches([plan.train_split for plan in plans]).largest_shape,
-            RunBatches([plan.validation_split for plan in plans]).largest_shape,
-            max(plan.total_steps for plan in plans),
-        )
 
     def constants(self, runs: Sequence[TrainingRun], num_seeds: int) -> Any:
         """Returns the arrays on which the runs' steps depend, stacked over all models."""
@@ -180,58 +177,136 @@ class SharedSteps:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompiledSteps:
+    """Compiled functions of a training.
+
+    Attributes:
+      train: Training step.
+      eval: Evaluation step.
+      params_for_evaluation: Function of a state's "params" and "opt_state" that returns the tree of
+        parameters for validation and prediction.
+    """
+
+    train: CompiledStep
+    eval: CompiledStep
+    params_for_evaluation: Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class RunGroup:
     """Runs that train at once.
 
     Attributes:
-      plans: The runs.
+      configs: Config of each run.
+      workdirs: Work directory of each run.
       shared: What they share with other groups; None for a run whose steps are compiled for its
         data alone.
     """
 
-    plans: tuple[RunPlan, ...]
+    configs: tuple[ConfigDict, ...]
+    workdirs: tuple[epath.PathLike, ...]
     shared: SharedSteps | None = None
 
 
 @training_splits_only()
 def plan_groups(
-    configs: Sequence[ConfigDict], workdirs: Sequence[epath.PathLike], models_at_once: int
+    configs: Sequence[ConfigDict],
+    workdirs: Sequence[epath.PathLike],
+    models_at_once: int,
+    *,
+    is_complete: Callable[[int], bool] = lambda index: False,
 ) -> list[RunGroup]:
-    """Loads the data of several runs, and groups those that can train at once.
+    """Groups runs that can train at once.
 
     Neighbors whose configs differ only in their data share their programs, if the job has a single
-    process.
+    process. The data of all runs is read to plan their batches, and not kept.
 
     Args:
       configs: Experiment configs.
       workdirs: Work directory of each config.
       models_at_once: Number of models, each a seed of a run, that train at once at most; a run's
         seeds always train at once.
+      is_complete: Whether the run with an index is in no group. It still takes part in the planning
+        of shared batch shapes, so that they stay the same when a study is restarted.
 
     Raises:
       InputError: A config, dataset or work directory is invalid.
     """
-    remaining = [plan_run(*run) for run in zip(configs, workdirs, strict=True)]
-    groups = []
-    while remaining:
-        first = remaining[0]
+    families: list[_Family] = []
+    for index, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
+        plan = plan_run(config, workdir)
         # The rows of a batch are split among processes, so that with other shapes they would get
         # other random numbers.
-        count = 1
-        if jax.process_count() == 1:
-            count += len(list(itertools.takewhile(first.shares_steps_with, remaining[1:])))
-        family, remaining = remaining[:count], remaining[count:]
-        shared = SharedSteps.of(family) if len(family) > 1 else None
-        size = max(1, models_at_once // len(first.seeds))
-        groups += [
-            RunGroup(tuple(family[start : start + size]), shared) for start in range(0, count, size)
-        ]
+        can_share = families and jax.process_count() == 1
+        if not can_share or not families[-1].first.shares_steps_with(plan):
+            families.append(_Family(plan))
+        families[-1].add(index, plan)
+    groups = []
+    for family in families:
+        shared = family.shared_steps() if len(family.indices) > 1 else None
+        pending = [index for index in family.indices if not is_complete(index)]
+        size = max(1, models_at_once // len(family.first.seeds))
+        for start in range(0, len(pending), size):
+            members = pending[start : start + size]
+            groups.append(
+                RunGroup(
+                    tuple(configs[index] for index in members),
+                    tuple(workdirs[index] for index in members),
+                    shared,
+                )
+            )
     return groups
 
 
 @dataclasses.dataclass
+class _Family:
+    """Runs with the same steps, and the shapes of their batches."""
+
+    first: RunPlan
+    indices: list[int] = dataclasses.field(default_factory=list)
+    train_shapes: list[list[Shape]] = dataclasses.field(default_factory=list)
+    validation_shapes: list[list[Shape]] = dataclasses.field(default_factory=list)
+    num_steps: int = 0
+
+    def add(self, index: int, plan: RunPlan) -> None:
+        self.indices.append(index)
+        self.train_shapes.append(batch_shapes(plan.train_split))
+        self.validation_shapes.append(batch_shapes(plan.validation_split))
+        self.num_steps = max(self.num_steps, plan.total_steps)
+
+    def shared_steps(self) -> SharedSteps:
+        return SharedSteps(
+            shared_shapes(self.train_shapes), shared_shapes(self.validation_shapes), self.num_steps
+        )
+
+
+def batch_shapes(split: Split) -> list[Shape]:
+    """Returns the shape of each batch in an epoch of a split."""
+    planned = split.plan.epoch(0, 0, shuffle=False)
+    return [(len(rows), length) for rows, length in planned]
+
+
+def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...]:
+    """Returns as many shapes as one run has, into which the batches of all runs fit.
+
+    The lengths are those with the least padding.
+
+    Args:
+      shapes_per_run: Shape of each batch in an epoch of each run.
+    """
+    num_shapes = max(len(set(shapes)) for shapes in shapes_per_run)
+    batches = np.array([shape for shapes in shapes_per_run for shape in shapes])
+    rows, lengths = batches.T
+    boundaries = length_buckets(lengths, num_shapes)
+    bucket = np.searchsorted(boundaries, lengths)
+    return tuple(
+        (int(rows[bucket == index].max()), length) for index, length in enumerate(boundaries)
+    )
+
+
+@dataclasses.dataclass
 class TrainingRun:
-    """A training run: its data, its files, and how far it is.
+    """A training run: its data, its files and its progress.
 
     Attributes:
       workdir: Work directory.
@@ -281,7 +356,7 @@ class TrainingRun:
         return self.step_in_epoch == self.steps_per_epoch
 
     def open_writer(self) -> MetricWriter:
-        """Returns the writer of the run's metrics, from the present step on."""
+        """Returns the writer of the run's metrics, starting at the current step."""
         self.writer = MetricWriter(self.workdir, self.step)
         return self.writer
 
@@ -290,41 +365,36 @@ class TrainingRun:
 class RunBatches:
     """Batches of one split of each of R runs.
 
-    If a shape is given, all batches are padded to it. Several runs need one, by default that of
-    their largest batches. Their batches have a run axis after the row axis: [B, R, T, ...]. The
-    rows stay first because they are divided among devices.
+    If shapes are given, each batch of a single run is padded to the smallest that it fits into. All
+    batches of several runs have one shape, into which any batch fits, and a run axis after the row
+    axis: [B, R, T, ...]. The rows stay first because they are divided among devices.
 
     Attributes:
       splits: Split of each run.
-      shape: Number of rows and length that all batches are padded to.
+      shapes: Result of `shared_shapes`; needed if there are several runs. By default, the batches
+        of a single run are unchanged.
     """
 
     splits: Sequence[Split]
-    shape: tuple[int, int] | None = None
+    shapes: Sequence[Shape] | None = None
 
-    def shapes_by_first_use(self, epoch: int, start_step: int) -> list[tuple[int, int]]:
+    def shapes_by_first_use(self, epoch: int, start_step: int) -> list[Shape]:
         """Returns the distinct shapes (rows, padded length) in the order of their first use."""
-        if self._is_unchanged:
-            return self.splits[0].shapes_by_first_use(epoch, start_step)
-        return [self.largest_shape]
+        if len(self.splits) > 1:
+            return [self.largest_shape]
+        shapes = self.splits[0].shapes_by_first_use(epoch, start_step)
+        return list(dict.fromkeys(self._fitting_shape(shape) for shape in shapes))
 
     @property
-    def _is_unchanged(self) -> bool:
-        return len(self.splits) == 1 and self.shape is None
-
-    @property
-    def largest_shape(self) -> tuple[int, int]:
-        """Largest number of rows and largest padded length of any batch."""
-        if self.shape is not None:
-            return self.shape
-        shapes = [shape for split in self.splits for shape in split.shapes]
+    def largest_shape(self) -> Shape:
+        """Largest number of rows and largest length."""
+        shapes = self.splits[0].shapes if self.shapes is None else self.shapes
         return max(rows for rows, _ in shapes), max(length for _, length in shapes)
 
-    def example_batch(self, shape: tuple[int, int]) -> Batch:
+    def example_batch(self, shape: Shape) -> Batch:
         """Returns a batch with one of `shapes_by_first_use`, for compilation."""
-        if self._is_unchanged:
-            return self.splits[0].example_batch(shape)
-        return self._combine([split.example_batch(split.shapes[0]) for split in self.splits])
+        examples = [split.example_batch(shape) for split in self.splits]
+        return self._combine(examples)
 
     def epoch(
         self, positions: Mapping[int, tuple[int, int]]
@@ -343,14 +413,25 @@ class RunBatches:
         ]
         for batches in itertools.zip_longest(*iterators):
             active = tuple(index for index, batch in enumerate(batches) if batch is not None)
-            yield batches[0] if self._is_unchanged else self._combine(batches), active
+            yield self._combine(batches), active
+
+    def _fitting_shape(self, shape: Shape) -> Shape:
+        """Returns the smallest shape into which a single run's batch of the given shape fits."""
+        if self.shapes is None:
+            return shape
+        return next(fitting for fitting in self.shapes if fitting[1] >= shape[1])
 
     def _combine(self, batches: Sequence[Batch | None]) -> Batch:
-        rows, length = self.largest_shape
-        example = next(batch for batch in batches if batch is not None)
+        """Stacks one batch per run; None is a batch without items."""
+        present = [batch for batch in batches if batch is not None]
+        if self.shapes is None:
+            return present[0]
+        num_rows, length = self.largest_shape
+        if len(batches) == 1:
+            num_rows, length = self._fitting_shape(present[0]["mask"].shape)
         combined = {}
-        for name, values in example.items():
-            shape = (rows, len(batches), length, *values.shape[2:])
+        for name, values in present[0].items():
+            shape = (num_rows, len(batches), length, *values.shape[2:])
             array = np.full(shape[: values.ndim + 1], PADDING.get(name, 0), values.dtype)
             for index, batch in enumerate(batches):
                 if batch is not None:

@@ -33,6 +33,7 @@ def config(tiny_data_dir):
         **{
             "train.epochs": 1,
             "data.standardize": "speech,text",
+            "loss.class_weights": "balanced",
             "model.experts": ("speech",),  # It compiles faster.
         },
     )
@@ -45,7 +46,7 @@ def cross_validation_workdir(config, tmp_path_factory):
     trained = []
 
     def stop_at_second(group, **options):
-        trained.append(group.plans[0].workdir.name)
+        trained.append(group.workdirs[0].name)
         if len(trained) == 2:
             raise KeyboardInterrupt
         return train_group(group, **options)
@@ -130,6 +131,9 @@ def test_test_utterances_do_not_reach_training(
     train_split = load_fold("tiny", "train", SPEC, 0, tiny_data_dir)
     present = train_split.speech[train_split.speech_present]
     np.testing.assert_allclose(standardizers["speech"].mean, present.mean(0), rtol=1e-4, atol=1e-5)
+    weights = FusionTask.from_data(folds[0].config).constants()["class_weights"]
+    counts = np.bincount(train_split.label[train_split.label >= 0], minlength=3)
+    np.testing.assert_allclose(weights, counts.sum() / (3 * counts), rtol=1e-6)
 
 
 def test_datasets_with_splits_of_their_own_are_folds(config, tiny_data_dir, tmp_path):

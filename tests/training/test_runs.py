@@ -2,16 +2,17 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from mister_jax import data
+from mister_jax import data, metrics
 from mister_jax.checkpoint import LATEST
 from mister_jax.evaluation.cross_validation import folds_of_dataset
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import TrainingDivergedError, train, train_group
-from mister_jax.training.runs import RunBatches, plan_groups
+from mister_jax.training.runs import RunBatches, batch_shapes, plan_groups, shared_shapes
 from tests.helpers.training import (
     assert_same_checkpoint,
     make_tiny_config,
@@ -31,7 +32,8 @@ def folds(tiny_data_dir):
             "num_seeds": NUM_SEEDS,
             "train.epochs": 3,
             "train.save_every": 2,
-            "data.batch_size": 11,
+            "data.batch_size": 4,
+            "data.num_buckets": 2,
             "data.standardize": "speech,text",
             "model.experts": ("speech",),  # It compiles faster.
             "loss.class_weights": "balanced",
@@ -97,12 +99,13 @@ def test_folds_that_train_together_equal_folds_one_by_one(
 def test_runs_share_one_training_program(folds, separate_workdir, tmp_path, capsys):
     train_folds(folds, tmp_path / "at_once", quiet=False)
     printed = capsys.readouterr().out
-    assert "3 runs at once, 2 seeds, 3 epochs of 2 steps" in printed
+    assert "3 runs at once, 2 seeds, 3 epochs of 4 steps" in printed
     assert printed.count("compiling 2 programs") == 1  # one for training, and one for validation
     train_folds(folds, tmp_path / "in_turn", models_at_once=1, quiet=False)
     printed = capsys.readouterr().out
     assert printed.count("training on") == 3 and "at once" not in printed
-    assert printed.count("compiling") == 1
+    # Two lengths for training, and two for validation.
+    assert sum(map(int, re.findall(r"compiling (\d)", printed))) == 4
     for fold in folds:
         assert_equal_up_to_rounding(tmp_path / "in_turn" / fold.name, separate_workdir / fold.name)
 
@@ -161,7 +164,7 @@ def test_pmap_trains_the_same_models(folds, together_workdir, tmp_path):
 
 
 def group_sizes(groups):
-    return [len(group.plans) for group in groups]
+    return [len(group.configs) for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -195,29 +198,71 @@ def test_only_runs_with_the_same_steps_share_them(folds, tiny_data_dir, tmp_path
 
 def test_a_diverging_run_is_named(folds, tmp_path, monkeypatch):
     (first, second) = folds[:2]
-    broken = FusionTask.from_data(second.config)
     from_data = FusionTask.from_data
 
-    def with_infinite_deviation(config):
+    def with_broken_standardizer(config):
         task = from_data(config)
         if config.data.fold == second.config.data.fold:
-            standardizer = broken.standardizers["speech"]
+            standardizer = task.standardizers["speech"]
             mean = np.full_like(standardizer.mean, np.nan)
             task.standardizers["speech"] = dataclasses.replace(standardizer, mean=mean)
         return task
 
-    monkeypatch.setattr(FusionTask, "from_data", with_infinite_deviation)
+    monkeypatch.setattr(FusionTask, "from_data", with_broken_standardizer)
     with pytest.raises(TrainingDivergedError, match=rf"{second.name}: non-finite .*loss"):
         train_folds([first, second], tmp_path)
 
 
-def test_batches_of_several_runs_have_one_shape(folds):
+def test_progress_follows_the_runs_that_have_not_stopped_early(folds, tmp_path, monkeypatch):
+    changed = []
+    for fold in folds:
+        config = fold.config.copy_and_resolve_references()
+        config.num_seeds = 1
+        config.train.update({"patience": 1, "epochs": 4})
+        changed.append(dataclasses.replace(fold, config=config))
+    # The scores of the first run get worse after the first epoch, the others get better.
+    num_runs = len(folds)
+    scores = (
+        dict.fromkeys(metrics.SCORE_NAMES, 0.1 * epoch if run else -0.1 * epoch)
+        for epoch in range(1, 5)
+        for run in range(0 if epoch <= 2 else 1, num_runs)
+    )
+    monkeypatch.setattr(
+        metrics, "classification_scores", lambda *_: {**next(scores), "utterances": 1}
+    )
+    steps = []
+    progress = train_folds(changed, tmp_path, on_step=steps.append)
+    assert [run.epoch for run in progress] == [2, 4, 4]
+    assert [run.best_epochs for run in progress] == [[1], [4], [4]]
+    # The longest run has 16 steps. When it stops, the others have fewer left than it had.
+    assert steps == sorted(set(steps)) and steps[-1] == 16
+
+
+def test_a_warm_start_survives_an_interruption_before_the_first_checkpoint(
+    folds, together_workdir, tmp_path
+):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    config = folds[0].config.copy_and_resolve_references()
+    config.train.init_from = str(together_workdir / folds[1].name)
+    train(config, tmp_path / "expected", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", quiet=True, on_step=interrupt)
+    train(config, tmp_path / "run", quiet=True)
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "expected")
+
+
+def test_batches_of_several_runs_share_shapes(folds):
     splits = [
         FusionTask.from_data(fold.config).split("train", num_shards=1, shuffle=True)
         for fold in folds
     ]
-    batches = RunBatches(splits)
+    shapes = shared_shapes([batch_shapes(split) for split in splits])
+    assert len(shapes) == 2
+    batches = RunBatches(splits, shapes)
     rows, length = batches.largest_shape
+    assert batches.shapes_by_first_use(0, 0) == [(rows, length)]
     combined = list(batches.epoch({0: (0, 0), 2: (1, 1)}))
     assert len(combined) == max(splits[0].steps, splits[2].steps - 1)
     separate = [list(splits[0].batches(0)), [], list(splits[2].batches(1, 1))]
@@ -226,14 +271,31 @@ def test_batches_of_several_runs_have_one_shape(folds):
         assert active == tuple(index for index in range(3) if step < len(separate[index]))
         for index in range(3):
             taken = {name: values[:, index] for name, values in batch.items()}
-            if index not in active:
+            if index in active:
+                assert_padded(taken, separate[index][step])
+            else:
                 assert not taken["mask"].any() and (taken["label"] == -1).all()
-                continue
-            expected = separate[index][step]
-            num_rows, num_positions = expected["mask"].shape
-            assert not taken["mask"][num_rows:].any()
-            assert not taken["mask"][:, num_positions:].any()
-            np.testing.assert_array_equal(taken["row"][:num_rows], expected["row"])
-            np.testing.assert_array_equal(
-                taken["speech"][:num_rows, :num_positions], expected["speech"]
+
+
+def test_batches_of_a_single_run_are_padded_no_further_than_needed(folds):
+    splits = [
+        FusionTask.from_data(fold.config).split("train", num_shards=1, shuffle=True)
+        for fold in folds
+    ]
+    shapes = shared_shapes([batch_shapes(split) for split in splits])
+    for split in splits:
+        batches = RunBatches([split], shapes)
+        assert set(batches.shapes_by_first_use(0, 0)) == set(shapes)
+        for (batch, _), expected in zip(batches.epoch({0: (0, 0)}), split.batches(0), strict=True):
+            num_rows, length = batch["mask"].shape
+            assert (num_rows, length) == next(
+                shape for shape in shapes if shape[1] >= expected["mask"].shape[1]
             )
+            assert_padded(batch, expected)
+
+
+def assert_padded(batch, expected):
+    num_rows, length = expected["mask"].shape
+    assert not batch["mask"][num_rows:].any() and not batch["mask"][:, length:].any()
+    np.testing.assert_array_equal(batch["row"][:num_rows], expected["row"])
+    np.testing.assert_array_equal(batch["speech"][:num_rows, :length], expected["speech"])
