@@ -24,7 +24,7 @@ A complete training run with the default recipe, from the start of the command t
 
     mister-jax benchmark --training=DATASET --torch
 
-Recipes by cross-validation, see `benchmarks.recipes`:
+Compares training recipes by cross-validation (see `benchmarks.recipes`):
 
     mister-jax benchmark --set=DATASET@dialogue:5 --recipe=default --recipe="wide: FIELD=VALUE"
         --num_seeds=3 --workdir=DIR

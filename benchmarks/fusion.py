@@ -320,7 +320,8 @@ def compile_for_tpus(
     """Compiles the training step for TPUs, with a batch's rows divided among all chips.
 
     Args:
-      config: Model, and batch for the first topology. Devices and steps are ignored.
+      config: Model, and the batch size for the first topology. The others have the same batch size
+        per chip. Devices and steps are ignored.
       names: Topologies; see `aot.tpu_topologies`.
       log: Function called with a message before each compilation.
 

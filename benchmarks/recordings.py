@@ -1,4 +1,4 @@
-"""Measures the prediction of one recording: speed, memory, and how well utterances cover speech.
+"""Measures prediction on a recording: speed, memory, and how well utterances cover the speech.
 
 Each row is measured in a new process, so the memory of one does not affect the others.
 """

@@ -111,7 +111,8 @@ def measure_training(
         raise InputError(f"--training={dataset}; allowed: the name of a dataset, without variants")
     if compare:
         require_torch()
-        # Loads PyTorch's files into the disk cache, because JAX's files are already in it.
+        # JAX's files are already in the page cache. Without this import, PyTorch would have to read
+        # its files from disk, and the comparison would favor JAX.
         importlib.import_module("torch")
     changes = {"data.data_dir": data_dir or "", **(changes or {})}
     config = fusion.get_config(dataset)

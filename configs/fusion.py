@@ -130,7 +130,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # Maximum number of padded lengths, each of which needs a compiled program. None: add
             # lengths while they save more time than their compilation takes.
             "num_buckets": config_dict.placeholder(int),
-            # "auto" standardizes the modalities whose dimensions differ much in scale. Also
+            # "auto" standardizes the modalities whose dimensions have very different scales. Also
             # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",
             # "shuffle": each dialogue once per epoch. "balanced": dialogues with rare classes more

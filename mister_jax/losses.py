@@ -113,8 +113,9 @@ def supervised_contrastive(
 ) -> jax.Array:
     """Computes the supervised contrastive loss over the global batch (arXiv 2004.11362).
 
-    An anchor's positives are all other representations with the same label. Its denominator sums
-    over all other representations. The loss is the mean over anchors with at least one positive.
+    An anchor's positives are all other representations with the same label. The denominator of its
+    softmax sums over all other representations. The loss is the mean over anchors with at least one
+    positive.
 
     Args:
       representations: Representations, [..., F]; this function normalizes them to length 1.

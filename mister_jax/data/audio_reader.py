@@ -261,7 +261,7 @@ class AudioReader:
                 )
                 origin, gap = (origin or 0.0) + gap / rate, 0
             if is_first and gap < 0:
-                # Players skip audio before the origin, such as the padding of an encoder.
+                # Like players, skip audio before the origin, such as the codec's priming samples.
                 yield from ((0, rest) for rest in skip_samples(-gap, iter([frame])))
                 position = max(0, gap + frame.samples)
                 continue

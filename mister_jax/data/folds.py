@@ -51,8 +51,8 @@ class Folds:
 
     Attributes:
         spec: "COLUMN", one fold per value; or "COLUMN:K", K folds in which the classes are about
-            equally frequent. A column is "dialogue", a column of the utterances' metadata, or for
-            IEMOCAP "session" or "speaker".
+            equally frequent. COLUMN is "dialogue" or a column of the utterances' metadata. IEMOCAP
+            also has "session" and "speaker".
         names: Names of the F folds: their values, or "1" to "K".
         members: Values in each fold.
         index: Fold of each utterance of the pooled splits, [N] int.

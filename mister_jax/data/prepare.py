@@ -61,7 +61,7 @@ class PrepareOptions:
             to a folder next to the dataset.
         data_dir: Directory of all datasets; TFDS's default if None.
         config: Name of the corpus's config; its first config if empty.
-        name: Name in a manifest's dataset `manifest/NAME`; the file's name if empty.
+        name: Name of a manifest's dataset, which becomes `manifest/NAME`; the file's name if empty.
         labels: Ordered class names of a manifest; the sorted names in the file if empty.
         label_map: Map from names in a manifest to class names; see `read_manifest`.
         group_by: Column of a manifest. Random splits put dialogues with equal values in one split.

@@ -388,7 +388,7 @@ def _read_texts(comparison: Comparison) -> dict[str, str]:
             else:
                 features = load_features(name, split, data_dir)
         except InputError:
-            # The dataset of an encoder has texts instead of features.
+            # Encoders are fine-tuned on texts, so their datasets have no features to load.
             features = types.SimpleNamespace(name=name, split=split, metadata={})
         texts = read_utterance_texts(features, data_dir)
         if texts:

@@ -222,8 +222,8 @@ def plot_differences(
     """Plots differences and their intervals by series and row as a PNG file.
 
     Args:
-      differences: Difference and both ends of its interval, None without an interval, by series
-        and row.
+      differences: Difference with its lower and upper bound, by series and row. The bounds are None
+        if there is no interval.
       label: Label of the axis of the differences.
       path: Path of the PNG file.
     """

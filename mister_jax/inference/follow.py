@@ -1,4 +1,4 @@
-"""Answers utterances in JSON lines, one prediction per line, while dialogues are live."""
+"""Predicts a stream of utterances: reads JSON Lines and writes one prediction per line."""
 
 from __future__ import annotations
 

@@ -44,16 +44,16 @@ def write_predictions(
 ) -> None:
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
-    In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and lists
-    are joined by semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
+    In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and list
+    items are joined with semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
     take the rows of one recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
       path: File to write.
       rows: Predictions.
       embed_audio: Whether a web page contains the audio. Otherwise it links to the recording.
-      transcript: Transcript of the recording. If both the transcript and the output are an EAF or
-        TextGrid, the emotion tiers are added to the tiers of the transcript. Other formats do not
+      transcript: Transcript of the recording. If it and the output are both EAF or TextGrid
+        files, the emotion tiers are added to the tiers of the transcript. Other formats do not
         use it.
       channels: Channels that were predicted; see `find_utterances`. A web page shows and embeds the
         audio of these channels; with "split", it is the mix of all channels.

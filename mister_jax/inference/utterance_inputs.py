@@ -71,7 +71,10 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
 
 
 def check_utterance(utterance: Utterance) -> CheckedUtterance:
-    """Checks a single utterance; its "start" and "end" do not cut its recording.
+    """Checks a single utterance.
+
+    Its part of a recording is given by "audio_start" and "audio_end"; "start" and "end" are not
+    used for this.
 
     Raises:
       InputError: The utterance has a field that cannot be used.

@@ -42,9 +42,9 @@ class MisterEConfig:
         model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
-      attention_window: Number of utterances that causal attention reaches back, including the
-        utterance itself, so that the time per utterance does not grow with the dialogue; unused
-        without `causal`.
+      attention_window: Window of causal attention: number of latest utterances that an utterance
+        attends to, including itself. It bounds the cost per utterance in long dialogues. Ignored
+        unless `causal` is True.
       gate_dim: Hidden size of the gate.
       gate_temperature: Temperature of the gate's softmax.
       gate_reads_contexts: Whether the gate reads the contexts of the speech and the text expert in

@@ -1,4 +1,4 @@
-"""Predicts hours and memory of a reproduction, without the corpus, the encoders or the devices.
+"""Estimates run time and memory of a reproduction without the corpus, the encoders or the devices.
 
 A training step takes the longest of these times: its matrix products at the device's utilization,
 the transfer of the sharded weights between devices, reading the weights from memory, and launching
@@ -308,7 +308,7 @@ def _conv_flops(config: WavLMConfig, seconds: float) -> float:
 
 
 def estimate(settings: Settings, device_name: str) -> list[Estimate]:
-    """Predicts hours and memory of each stage.
+    """Estimates the run time in hours and the memory of each stage.
 
     Raises:
       InputError: The device, or the size of an encoder, is unknown.

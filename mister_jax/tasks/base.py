@@ -147,7 +147,7 @@ class Task(Protocol):
         """Returns the predictions for each utterance in a batch."""
 
     def shares_steps_with(self, other: Task) -> bool:
-        """Returns whether the steps of both tasks differ only in their `constants`."""
+        """Returns whether this task and `other` have the same steps except for `constants`."""
 
     def constants(self) -> dict[str, Any]:
         """Returns the arrays in the training and evaluation steps that depend on the data."""

@@ -320,7 +320,7 @@ class FusionTask:
         }
 
     def shares_steps_with(self, other: Task) -> bool:
-        """Returns whether the steps of both tasks differ only in their `constants`."""
+        """Returns whether this task and `other` have the same steps except for `constants`."""
         return isinstance(other, FusionTask) and (
             (self.model, self.class_names) == (other.model, other.class_names)
         )

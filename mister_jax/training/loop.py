@@ -58,7 +58,7 @@ from mister_jax.workdir import (
     write_description,
 )
 
-# Seconds of training that are measured before the expected time is computed.
+# Seconds of training to measure before estimating the remaining time.
 _MEASURED_SECONDS = 5.0
 
 # Number of consecutive epochs with a single predicted class before the loop prints a warning.
@@ -651,7 +651,7 @@ class _TrainingLoop:
         """Warns if a seed has predicted a single class for several epochs.
 
         Args:
-          run: Run of the seeds.
+          run: Training run to check.
           num_predicted_classes: Number of classes that each seed predicted in validation, [S].
           reporter: Reporter that prints the warning.
         """

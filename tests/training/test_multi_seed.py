@@ -1,4 +1,4 @@
-"""Training several seeds in one program: equality with separate trainings, and the ensemble."""
+"""Several seeds in one program match separate training runs, and form an ensemble."""
 
 import dataclasses
 import itertools

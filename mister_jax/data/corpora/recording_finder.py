@@ -33,8 +33,9 @@ def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pathlib.Path]:
     """Finds the recordings with given paths in a folder of any layout.
 
-    The last components of a path identify its recording: for `downloads/urdu/Sad/SF1_S01.wav`,
-    `Sad/SF1_S01.flac` or `SF1_S01.flac` is found. Extensions may differ. A recording is not used if
+    Recordings are matched by the last components of their path. For example,
+    `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`: extensions may
+    differ. A recording is not used if
     its last components are also the end of another path. For example, if a speaker is missing,
     their `neutral/239.wav` is not taken from another speaker.
 

@@ -52,7 +52,9 @@ _IEMOCAP_DIALOGUE = re.compile(r"Ses0[1-5][FM]_(impro|script)\w+")
 def published_classes(
     test_counts: Mapping[int, int], dialogues: Sequence[str], num_classes: int
 ) -> tuple[tuple[str, ...], str]:
-    """Returns the names of the classes by index and a note, or two empty values.
+    """Returns the class names by index, and a note on how they were recognized.
+
+    If they are not recognized, the result is `((), "")`.
 
     Args:
         test_counts: Number of test utterances of each class.

@@ -254,7 +254,7 @@ class DialogueFields(FeatureSource):
     def join(self, other: "DialogueFields") -> "DialogueFields":
         """Returns a source with the fields of both files, such as the two files of M3NET.
 
-        The keys of the other file's fields begin with its number and a colon. The other file's
+        The other file's field keys get its position as a prefix, such as `2:`. The other file's
         features replace the features of this file. Its splits replace the splits of this file if
         only the other file has a validation split.
         """

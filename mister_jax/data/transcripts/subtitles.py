@@ -171,7 +171,7 @@ def _read_with_pysubs2(text: str, name: str, selection: Selection, notes: Notes)
 
 
 def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
-    """Removes markup from the texts, and segments whose text is only markup or music signs."""
+    """Removes markup, and drops segments that contain only markup or music symbols."""
     cleaned = [dataclasses.replace(segment, text=_plain(segment.text)) for segment in segments]
     notes.leave_out("without text", sum(not segment.text for segment in cleaned))
     return tuple(segment for segment in cleaned if segment.text)

@@ -29,8 +29,8 @@ class TierPair:
     """A tier of texts and the tier of their emotions.
 
     Attributes:
-      text_name: Name of the tier of texts.
-      emotion_name: Name of the tier of emotions.
+      text_name: Name of the text tier.
+      emotion_name: Name of the emotion tier.
       speaker: Speaker, empty if unknown.
       rows: Rows without overlaps, sorted by start time.
     """
