@@ -45,8 +45,8 @@ def write_predictions(
     """Writes one row per utterance, atomically, in the format of the path's extension.
 
     In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and list
-    items are joined with semicolons. The formats of `TIMELINE_FORMATS` show when the emotions occur. They
-    take the rows of one recording; see `EmotionRecognizer.predict_recording`.
+    items are joined with semicolons. The formats of `TIMELINE_FORMATS` show when the emotions
+    occur. They take the rows of one recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
       path: File to write.
