@@ -113,7 +113,10 @@ _REPEAT = flags.DEFINE_integer(
     "repeat", 1, "number of times that --recording is concatenated", lower_bound=1
 )
 _SETS = flags.DEFINE_multi_string(
-    "set", [], "DATASET@FOLDS on which recipes are cross-validated; repeat it for more datasets"
+    "set",
+    [],
+    "DATASET@FOLDS on which recipes are cross-validated, or DATASET@test for its test split; repeat"
+    " it for more datasets",
 )
 _RECIPES = flags.DEFINE_multi_string(
     "recipe",

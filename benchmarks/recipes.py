@@ -99,7 +99,8 @@ class FoldedSet:
         name, at, folds = text.partition("@")
         if not (name and at and folds):
             raise InputError(
-                f"--set={text}; needed: DATASET@FOLDS, such as meld_dev_features@dialogue:5"
+                f"--set={text}; needed: DATASET@FOLDS, such as meld_dev_features@dialogue:5, or "
+                "DATASET@test"
             )
         return cls(name, folds)
 
@@ -301,7 +302,7 @@ def _parts(of: FoldedSet, data_dir: str | None, fold_seed: int) -> list[Parts]:
     """Returns the parts of a set, on which the recipes train too."""
     if of.uses_test_split:
         train, validation, test = (load_features(of.name, split, data_dir) for split in data.SPLITS)
-        return [Parts(train, validation, train, test)]
+        return [Parts(train=train, validation=validation, fit=train, test=test)]
     pooled = load_pooled(of.name, data_dir, SPLITS)
     folds = make_folds(pooled, of.folds, fold_seed)
     return [

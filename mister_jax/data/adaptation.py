@@ -69,7 +69,7 @@ def check_adaptable(standardizers: Mapping[str, Standardizer]) -> None:
 
 
 def describe_shift(features: DialogueFeatures, standardizers: Mapping[str, Standardizer]) -> str:
-    """Describes the modalities whose features differ much from the training features.
+    """Describes the modalities whose features are far from the training features.
 
     Returns:
       One line, empty if no modality differs, or if there are too few utterances to tell.

@@ -40,6 +40,7 @@ from mister_jax.parallel.partitioning import (
 )
 from mister_jax.tasks.base import Task
 from mister_jax.training.curves import plot_training_curves
+from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.progress import LAST, TrainConfig, TrainProgress
 from mister_jax.training.runs import (
     CompiledSteps,
@@ -164,14 +165,9 @@ def train_group(
             assert_visible_to_all_processes(config_path(plan.workdir))
         runs = [
             TrainingRun(
-                workdir=plan.workdir,
-                task=plan.task,
-                train_split=plan.train_split,
-                validation_split=plan.validation_split,
-                epochs=options.epochs,
-                schedule=plan.optimizer.make_schedule(plan.total_steps),
-                checkpoints=stack.enter_context(Checkpoints(plan.workdir, on_save=on_save)),
-                progress=TrainProgress.initial(len(seeds)),
+                plan,
+                stack.enter_context(Checkpoints(plan.workdir, on_save=on_save)),
+                TrainProgress.initial(len(seeds)),
             )
             for plan in plans
         ]
@@ -322,12 +318,11 @@ class _TrainingLoop:
         was_finished = all(run.progress.finished for run in self.runs)
         for run in self.runs:
             run.progress.finished = run.progress.is_finished(self.options)
-        reporter = ProgressReporter(
-            max(run.total_steps for run in self.runs), completed=self._step(), quiet=quiet
-        )
+        reporter = ProgressReporter(self._max_steps(), completed=self._step(), quiet=quiet)
         with contextlib.ExitStack() as stack:
             for run in self.runs:
-                stack.enter_context(contextlib.closing(run.open_writer()))
+                run.writer = MetricWriter(run.plan.workdir, run.step)
+                stack.enter_context(contextlib.closing(run.writer))
             stack.enter_context(reporter)
             executor = stack.enter_context(_background_executor())
             self._print_start(reporter, resumed is not None, was_finished)
@@ -345,7 +340,9 @@ class _TrainingLoop:
                     break
         for run in self.runs:
             if run.progress.finished and jax.process_index() == 0:
-                plot_training_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
+                plot_training_curves(
+                    run.plan.workdir / "metrics.jsonl", run.plan.workdir / "curves.png"
+                )
 
     def _restore(self, state: Any) -> Any:
         """Restores all runs; returns the saved part of the state, or None if there is none."""
@@ -369,13 +366,14 @@ class _TrainingLoop:
 
     def _step(self) -> int:
         """Returns the number of completed steps, out of those of the longest run."""
-        longest = self._longest()
-        remaining = 0 if longest.progress.finished else longest.total_steps - longest.step
-        return max(run.total_steps for run in self.runs) - remaining
+        return self._max_steps() - self._longest().steps_left
+
+    def _max_steps(self) -> int:
+        return max(run.plan.total_steps for run in self.runs)
 
     def _title(self) -> str:
         """Names the work directories of all runs."""
-        first = str(self.runs[0].workdir)
+        first = str(self.runs[0].plan.workdir)
         return first if len(self.runs) == 1 else f"{len(self.runs)} runs, starting with {first}"
 
     def _print_start(
@@ -393,19 +391,19 @@ class _TrainingLoop:
         elif is_resumed:
             reporter.print(f"resuming {self._title()} at step {self._step()}")
         else:
-            for note in dict.fromkeys(note for run in self.runs for note in run.task.notes):
+            for note in dict.fromkeys(note for run in self.runs for note in run.plan.task.notes):
                 reporter.print(note)
 
     def _summary(self) -> str:
         """Describes the devices and the amount of work."""
         devices = jax.devices()
-        longest = max(self.runs, key=lambda run: run.total_steps)
+        steps_per_epoch = max(run.plan.train_split.steps for run in self.runs)
         rows, length = self.train_batches.largest_shape
         runs = f"{len(self.runs)} runs at once, " if len(self.runs) > 1 else ""
         seeds = f"{len(self.seeds)} seeds, " if len(self.seeds) > 1 else ""
         return (
             f"training on {len(devices)} x {devices[0].device_kind}: {runs}{seeds}"
-            f"{self.options.epochs} epochs of {longest.steps_per_epoch} steps, batches of up to "
+            f"{self.options.epochs} epochs of {steps_per_epoch} steps, batches of up to "
             f"{rows} x {length}"
         )
 
@@ -417,7 +415,7 @@ class _TrainingLoop:
         Returns when the first step's program is ready. The other programs are compiled in the
         background during training.
         """
-        position = divmod(self.runs[0].step, self.runs[0].steps_per_epoch)
+        position = divmod(self.runs[0].step, self.runs[0].plan.train_split.steps)
         examples = [
             (compiled_step, self.partitioner.put_batch(batches.example_batch(shape)))
             for compiled_step, batches in (
@@ -509,10 +507,7 @@ class _TrainingLoop:
 
     def _longest(self) -> TrainingRun:
         """Returns the run with the most steps left; finished runs have none."""
-        return max(
-            self.runs,
-            key=lambda run: 0 if run.progress.finished else run.total_steps - run.step,
-        )
+        return max(self.runs, key=lambda run: run.steps_left)
 
     def _best_scores(self) -> list[float]:
         return [score for run in self.runs for score in run.progress.best_scores]
@@ -531,12 +526,12 @@ class _TrainingLoop:
         not_finite = [name for name, value in means.items() if not np.isfinite(value).all()]
         if not_finite:
             raise TrainingDivergedError(
-                f"{run.workdir}: non-finite {', '.join(not_finite)} between steps "
+                f"{run.plan.workdir}: non-finite {', '.join(not_finite)} between steps "
                 f"{run.step - len(read_metrics)} and {run.step}; the last good checkpoint is kept. "
                 "Try a smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
-        run.writer(run.step, {**scalars, "learning_rate": float(run.schedule(run.step - 1))})
+        run.write({**scalars, "learning_rate": float(run.schedule(run.step - 1))})
 
     def _print_expected_time(self, reporter: ProgressReporter) -> None:
         """Prints the expected time once, when some steps have been measured.
@@ -555,7 +550,7 @@ class _TrainingLoop:
         if seconds < _MEASURED_SECONDS or step == first_step:
             return
         per_step = seconds / (step - first_step)
-        num_steps = max(run.total_steps for run in self.runs) - step
+        num_steps = self._longest().steps_left
         reporter.print(
             f"about {format_seconds(per_step * num_steps)} for the remaining {num_steps} steps, "
             f"with validation ({per_step:.2g} s per step)"
@@ -586,7 +581,7 @@ class _TrainingLoop:
         best_params = None
         for index, values in scores_per_run.items():
             run = self.runs[index]
-            run.writer(run.step, self._scalars("validation", values))
+            run.write(self._scalars("validation", values))
             self._warn_of_one_class(run, np.atleast_1d(values["predicted_classes"]), reporter)
             scores = self.options.selection_scores(values)
             improved = run.progress.complete_epoch(scores, self.options)
@@ -633,7 +628,7 @@ class _TrainingLoop:
             # The first epoch is the best of every seed so far, so a best checkpoint must exist.
             if previous is None:
                 raise InputError(
-                    f"{run.workdir}: the best checkpoint is missing; training cannot resume "
+                    f"{run.plan.workdir}: the best checkpoint is missing; training cannot resume "
                     "without it"
                 )
             previous_params, previous_values = previous
@@ -659,8 +654,8 @@ class _TrainingLoop:
             num_predicted_classes == 1, run.num_one_class_epochs + 1, 0
         )
         collapsed = np.flatnonzero(run.num_one_class_epochs == _ONE_CLASS_EPOCHS)
-        if len(collapsed) and len(run.task.class_names) > 1:
-            title = f"{run.workdir.name}, " if len(self.runs) > 1 else ""
+        if len(collapsed) and len(run.plan.task.class_names) > 1:
+            title = f"{run.plan.workdir.name}, " if len(self.runs) > 1 else ""
             reporter.print(
                 f"WARNING: {title}seed {', '.join(str(self.seeds[index]) for index in collapsed)} "
                 f"has predicted a single class in validation for {_ONE_CLASS_EPOCHS} epochs; try "
@@ -682,7 +677,7 @@ class _TrainingLoop:
         scores_per_seed = []
         for seed_sums in multi_seed.unstack_seeds(sums, len(self.seeds)):
             confusion = seed_sums["confusion"]
-            scores = metrics.classification_scores(confusion, run.task.class_names)
+            scores = metrics.classification_scores(confusion, run.plan.task.class_names)
             scores_per_seed.append(
                 {
                     **{name: scores[name] for name in metrics.SCORE_NAMES},

@@ -9,7 +9,9 @@ and progress, so its results are those of a separate training, up to rounding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -164,16 +166,15 @@ class SharedSteps:
     def constants(self, runs: Sequence[TrainingRun], num_seeds: int) -> Any:
         """Returns the arrays on which the runs' steps depend, stacked over all models."""
         steps = jnp.arange(self.num_steps)
-        constants = [
+        per_run = [
             {
                 # Steps after a run's last are never used.
                 "learning_rates": np.asarray(jax.vmap(run.schedule)(steps)),
-                "task": run.task.constants(),
+                "task": run.plan.task.constants(),
             }
             for run in runs
-            for _ in range(num_seeds)
         ]
-        return multi_seed.stack_seeds(constants)
+        return multi_seed.stack_seeds([values for values in per_run for _ in range(num_seeds)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,7 @@ class RunGroup:
     Attributes:
       configs: Config of each run.
       workdirs: Work directory of each run.
-      shared: What they share with other groups; None for a run whose steps are compiled for its
-        data alone.
+      shared: What they share with other groups; None for a run with separately compiled steps.
     """
 
     configs: tuple[ConfigDict, ...]
@@ -226,8 +226,9 @@ def plan_groups(
       workdirs: Work directory of each config.
       models_at_once: Number of models, each a seed of a run, that train at once at most; a run's
         seeds always train at once.
-      is_complete: Whether the run with an index is in no group. It still takes part in the planning
-        of shared batch shapes, so that they stay the same when a study is restarted.
+      is_complete: Function that returns whether the run with an index is already complete. Complete
+        runs are in no group, but the shared batch shapes are planned for them too, so that a
+        restarted study uses the same shapes.
 
     Raises:
       InputError: A config, dataset or work directory is invalid.
@@ -306,59 +307,51 @@ def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...
 
 @dataclasses.dataclass
 class TrainingRun:
-    """A training run: its data, its files and its progress.
+    """A training run in progress.
 
     Attributes:
-      workdir: Work directory.
-      task: Task of the run's config.
-      train_split: Training split.
-      validation_split: Validation split.
-      epochs: Number of epochs.
-      schedule: Learning-rate schedule.
+      plan: Config, work directory and data of the run.
       checkpoints: Checkpoints in the work directory.
       progress: Progress at the end of the last epoch.
       step: Number of completed steps.
+      writer: Writer of the metrics, while the run trains.
       pending_metrics: Metrics of the last steps, which are not written yet.
       num_one_class_epochs: Number of consecutive epochs in which each seed has predicted a single
         class, [S].
     """
 
-    workdir: epath.Path
-    task: Task
-    train_split: Split
-    validation_split: Split
-    epochs: int
-    schedule: optax.Schedule
+    plan: RunPlan
     checkpoints: Checkpoints
     progress: TrainProgress
     step: int = 0
+    writer: MetricWriter | None = None
     pending_metrics: list[Any] = dataclasses.field(default_factory=list)
     num_one_class_epochs: Any = 0
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of steps in an epoch."""
-        return self.train_split.steps
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning-rate schedule."""
+        return self.plan.optimizer.make_schedule(self.plan.total_steps)
 
     @property
-    def total_steps(self) -> int:
-        """Number of steps until the last epoch."""
-        return self.epochs * self.steps_per_epoch
+    def steps_left(self) -> int:
+        """Number of steps until the last epoch; 0 if the run has finished or stopped early."""
+        return 0 if self.progress.finished else self.plan.total_steps - self.step
 
     @property
     def step_in_epoch(self) -> int:
         """Number of completed steps since the last validation."""
-        return self.step - self.progress.epoch * self.steps_per_epoch
+        return self.step - self.progress.epoch * self.plan.train_split.steps
 
     @property
     def is_epoch_complete(self) -> bool:
         """Whether all steps of the epoch are done, and its validation is not."""
-        return self.step_in_epoch == self.steps_per_epoch
+        return self.step_in_epoch == self.plan.train_split.steps
 
-    def open_writer(self) -> MetricWriter:
-        """Returns the writer of the run's metrics, starting at the current step."""
-        self.writer = MetricWriter(self.workdir, self.step)
-        return self.writer
+    def write(self, scalars: Mapping[str, float]) -> None:
+        """Writes metrics of the current step."""
+        if self.writer is not None:
+            self.writer(self.step, scalars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,8 +380,10 @@ class RunBatches:
 
     @property
     def largest_shape(self) -> Shape:
-        """Largest number of rows and largest length."""
+        """Shape of the largest batch; with several runs, the shape of all batches."""
         shapes = self.splits[0].shapes if self.shapes is None else self.shapes
+        if len(self.splits) == 1:
+            return max(shapes, key=math.prod)
         return max(rows for rows, _ in shapes), max(length for _, length in shapes)
 
     def example_batch(self, shape: Shape) -> Batch:
@@ -422,7 +417,7 @@ class RunBatches:
         return next(fitting for fitting in self.shapes if fitting[1] >= shape[1])
 
     def _combine(self, batches: Sequence[Batch | None]) -> Batch:
-        """Stacks one batch per run; None is a batch without items."""
+        """Pads the batches of all runs and stacks them; None stands for an empty batch."""
         present = [batch for batch in batches if batch is not None]
         if self.shapes is None:
             return present[0]
