@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from mister_jax.convert.key_table import Source, linear, norm, parameter
 from mister_jax.convert.params import load_params
 from mister_jax.convert.safetensors import Checkpoint
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.nn.rngs import make_rngs
 
 # Official names in a co-attention layer's stacked blocks: query, key and value projections,
 # attention, output projection and LayerNorm. The first row is speech, the second row is text.
@@ -104,7 +104,7 @@ def load_mister_e(
             attention_heads=attention_heads,
             **changes,
         )
-        model = MisterE(config, rngs=nnx.Rngs(0))
+        model = MisterE(config, rngs=make_rngs(0))
     except ValueError as error:
         raise InputError(f"official weights: {error}") from error
     checkpoint = Checkpoint(pathlib.Path("official weights"), weights)

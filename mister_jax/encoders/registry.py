@@ -31,6 +31,7 @@ from mister_jax.encoders.tokenization import check_tokenizer
 from mister_jax.errors import InputError
 from mister_jax.io import write_text
 from mister_jax.nn.lora import add_lora, dequantize, merge_lora
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel import sharding
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
 
@@ -222,7 +223,7 @@ def load_module(
     architecture = find_architecture(hf_config, folder / CONFIG_FILE)
 
     def create() -> nnx.Module:
-        return architecture.module(config, rngs=nnx.Rngs(seed))
+        return architecture.module(config, rngs=make_rngs(seed))
 
     try:
         _check_dtypes(changes)
@@ -244,7 +245,7 @@ def load_module(
     if adapter is not None:
         _warn_of_other_base_model(adapter, folder, hf_config)
         lora = read_lora_config(adapter, table, architecture.name_rules)
-        add_lora(module, lora, rngs=nnx.Rngs(seed))
+        add_lora(module, lora, rngs=make_rngs(seed))
         load_adapter(module, adapter, table, architecture.name_rules)
         nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), replicated))
     return module
@@ -351,7 +352,7 @@ def save_pretrained(
     architecture = find_architecture(hf_config, folder / CONFIG_FILE)
     merged = dequantize(merge_lora(nnx.merge(*nnx.split(module))))
     config = architecture.config.from_huggingface(hf_config)
-    expected = nnx.eval_shape(lambda: architecture.module(config, rngs=nnx.Rngs(0)))
+    expected = nnx.eval_shape(lambda: architecture.module(config, rngs=make_rngs(0)))
     if _param_shapes(expected) != _param_shapes(merged):
         raise ValueError("save_pretrained: the config belongs to a model with other parameters")
     tensors = save_params(

@@ -19,6 +19,7 @@ from mister_jax.encoders.audio_prompt import PromptedSpeech
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.errors import InputError
 from mister_jax.nn.lora import LoRAConfig
+from mister_jax.nn.rngs import make_rngs
 
 SALMONN = "salmonn"
 """The `model_type` in SALMONN's backbone config."""
@@ -182,7 +183,7 @@ def load_speech_encoder(
     if adapter:
         raise InputError(f"adapter {adapter}; allowed: none for SALMONN, which already has LoRA")
     config = SalmonnConfig.from_parts(backbone_config, **changes)
-    module = nnx.eval_shape(lambda: Salmonn(config, rngs=nnx.Rngs(seed)))
+    module = nnx.eval_shape(lambda: Salmonn(config, rngs=make_rngs(seed)))
     salmonn.load_salmonn(
         module,
         whisper=Checkpoint.open(hub.fetch(files.whisper)),

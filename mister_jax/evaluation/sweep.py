@@ -29,6 +29,7 @@ from mister_jax.evaluation.variants import Row, Study, Variant, score_seeds
 from mister_jax.io import write_json, write_text
 from mister_jax.metrics import SCORE_NAMES, title
 from mister_jax.models import MisterE, MisterEConfig
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.optim import OptimizerConfig
 from mister_jax.parallel.partitioning import ParallelConfig
 from mister_jax.tasks.config import config_seeds, dataclass_from_config
@@ -303,7 +304,7 @@ def _model_config(config: ConfigDict) -> MisterEConfig:
 
 
 def _make_model(config: ConfigDict) -> MisterE:
-    return MisterE(_model_config(config), rngs=nnx.Rngs(0))
+    return MisterE(_model_config(config), rngs=make_rngs(0))
 
 
 def selection_score(config: ConfigDict) -> str:

@@ -26,6 +26,7 @@ from mister_jax.extraction.encoder import (
     pretrained_metadata,
 )
 from mister_jax.nn import masked_mean
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel.partitioning import JitPartitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 
@@ -143,7 +144,7 @@ class PretrainedSpeech(Encoder):
         changes = {**dtypes, **trim_kwargs, **speech.trainable_paths(backbone_config)}
         # Options are checked first, because reading the weights may take minutes.
         shapes = nnx.eval_shape(
-            lambda: speech.make_speech_encoder(backbone_config, rngs=nnx.Rngs(0), **changes)
+            lambda: speech.make_speech_encoder(backbone_config, rngs=make_rngs(0), **changes)
         )
         window_seconds = speech.max_seconds(shapes)
         if windows and window_seconds is None:

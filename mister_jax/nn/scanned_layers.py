@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.nn.dropout import KeySource, fold_in, rngs_from_key
+from mister_jax.nn.rngs import make_rngs
 
 Remat = Literal["none", "full", "dots", "mlp"]
 
@@ -83,7 +84,7 @@ class ScannedLayers(nnx.Module):
         self.num_layers = num_layers
         self.remat = remat
         keys = jax.random.split(rngs.params(), num_layers)
-        self.layers = nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys)
+        self.layers = nnx.vmap(lambda key: make_layer(make_rngs(key)))(keys)
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mister_jax.nn.dropout import KeySource, rngs_from_key
+from mister_jax.nn.rngs import make_rngs
 
 
 class StackedModules(nnx.Module):
@@ -32,7 +33,7 @@ class StackedModules(nnx.Module):
     def __init__(self, make_module: Callable[[nnx.Rngs], Any], num_modules: int, *, rngs: nnx.Rngs):
         self.num_modules = num_modules
         keys = jax.random.split(rngs.params(), num_modules)
-        self.stack = nnx.vmap(lambda key: make_module(nnx.Rngs(key)))(keys)
+        self.stack = nnx.vmap(lambda key: make_module(make_rngs(key)))(keys)
 
     def __call__(
         self, *inputs: jax.Array, deterministic: bool = True, rngs: KeySource | None = None

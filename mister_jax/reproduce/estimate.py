@@ -28,6 +28,7 @@ from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
 from mister_jax.encoders.wavlm import WavLM, WavLMConfig
 from mister_jax.encoders.whisper import Whisper, WhisperConfig
 from mister_jax.errors import InputError
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.reproduce.settings import Encoder, Settings
 from mister_jax.reproduce.stages import EXPERT_VARIANTS, RECIPES, encoder_options, make_stages
 
@@ -267,7 +268,7 @@ def count_parameters(encoder: Encoder) -> int:
       InputError: The sizes are unknown.
     """
     config = _encoder_config(encoder)
-    module = nnx.eval_shape(lambda: _MODULES[type(config)](config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: _MODULES[type(config)](config, rngs=make_rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 

@@ -29,6 +29,7 @@ from mister_jax.errors import InputError
 from mister_jax.models.utterance import UtteranceConfig, UtteranceHead, UtteranceOutput
 from mister_jax.nn import PerExampleRngs
 from mister_jax.nn.lora import LoRAConfig, quantize
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, ShardingRules
 from mister_jax.tasks.base import Batch, Split, Task, classification_sums
@@ -219,7 +220,7 @@ class EncoderTask:
 
     def _make_backbone(self, key: jax.Array) -> nnx.Module:
         return registry.create_module(
-            self._backbone_config, rngs=nnx.Rngs(key), **self._config_changes()
+            self._backbone_config, rngs=make_rngs(key), **self._config_changes()
         )
 
     def _load_backbone(self, mesh: Mesh | None, seed: int) -> Any:
@@ -280,7 +281,7 @@ class EncoderTask:
     def _add_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
         if self.options.quantize:
             quantize(backbone)
-        head = UtteranceHead(backbone.config.hidden_size, self.head, rngs=nnx.Rngs(key))
+        head = UtteranceHead(backbone.config.hidden_size, self.head, rngs=make_rngs(key))
         return self.make_model(backbone, head)
 
     def init(self, key: jax.Array) -> nnx.Module:

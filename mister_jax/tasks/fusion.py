@@ -25,6 +25,7 @@ from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizer
 from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig, MisterEOutput, MisterEState
 from mister_jax.nn import PerExampleRngs
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel.partitioning import Partitioner, first_row_index
 from mister_jax.parallel.sharding import ShardingRules
 from mister_jax.tasks.base import Batch, Split, Task, classification_sums
@@ -355,7 +356,7 @@ class FusionTask:
 
     def init(self, key: jax.Array) -> MisterE:
         """Returns the model with initial parameters."""
-        return MisterE(self.model, rngs=nnx.Rngs(key))
+        return MisterE(self.model, rngs=make_rngs(key))
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> MisterE:
         """Returns the model with initial parameters; MiSTER-E has no pretrained weights."""

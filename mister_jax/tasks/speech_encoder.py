@@ -16,6 +16,7 @@ from mister_jax.data.clips import clip_batches, lengths_in_steps, load_clips
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import augment, speech
 from mister_jax.models.utterance import SpeechUtterance, UtteranceHead, UtteranceOutput
+from mister_jax.nn.rngs import make_rngs
 from mister_jax.tasks.base import Batch, Split
 from mister_jax.tasks.encoder import EncoderOptions, EncoderTask
 
@@ -135,7 +136,7 @@ class SpeechEncoderTask(EncoderTask):
     def _make_backbone(self, key: jax.Array) -> nnx.Module:
         return speech.make_speech_encoder(
             self._backbone_config,
-            rngs=nnx.Rngs(key),
+            rngs=make_rngs(key),
             pool_over_prompt=self.options.pool_prompt,
             **self._config_changes(),
         )

@@ -209,13 +209,17 @@ def _compiled_steps(
     steps = CompiledSteps(
         first.partitioner.compile_step(vmap(train_step)),
         first.partitioner.compile_eval(vmap(eval_step)),
-        jax.jit(
-            lambda params, opt_state: template.to_tree(params_for_evaluation(params, opt_state))
-        ),
+        functools.partial(_evaluation_tree, template),
     )
     if shared is not None:
         shared.compiled_steps[num_runs] = steps
     return steps
+
+
+def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> Any:
+    params = params_for_evaluation(params, opt_state)
+    # Slicing on the host needs no compiled program.
+    return params if template.vectors is None else template.to_tree(jax.device_get(params))
 
 
 def _load_initial_states(
@@ -383,10 +387,11 @@ class _TrainingLoop:
             reporter.print(f"{self._title()}: finished; nothing to do")
         elif was_finished:
             run = self._longest()
+            rate = run.learning_rates[run.step]
             reporter.print(
                 f"continuing {self._title()} after {run.progress.epoch} epochs, until epoch "
-                f"{self.options.epochs}; the learning rate is now {run.schedule(run.step):.2g}, "
-                f"as in a training of {self.options.epochs} epochs"
+                f"{self.options.epochs}; the learning rate is now {rate:.2g}, as in "
+                f"a training of {self.options.epochs} epochs"
             )
         elif is_resumed:
             reporter.print(f"resuming {self._title()} at step {self._step()}")
@@ -531,7 +536,7 @@ class _TrainingLoop:
                 "Try a smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
-        run.write({**scalars, "learning_rate": float(run.schedule(run.step - 1))})
+        run.write({**scalars, "learning_rate": float(run.learning_rates[run.step - 1])})
 
     def _print_expected_time(self, reporter: ProgressReporter) -> None:
         """Prints the expected time once, when some steps have been measured.

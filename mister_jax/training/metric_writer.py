@@ -6,12 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 from etils import epath
 
+from mister_jax.data.lazy import tf
 from mister_jax.io import write_text
 
 
@@ -32,7 +32,7 @@ class MetricWriter:
         if jax.process_index() == 0:
             lines = [line for line in self._read_lines() if _step_of_line(line) <= step]
             write_text(self._path, "".join(f"{line}\n" for line in lines))
-            self._tensorboard = _summary_writer(workdir, purge_step=step + 1)
+            self._tensorboard = _tensorboard_writer(workdir, first_step=step + 1)
 
     def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of one step."""
@@ -40,8 +40,11 @@ class MetricWriter:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+        values = [
+            tf.compat.v1.Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars.items()
+        ]
+        self._tensorboard.add_summary(tf.compat.v1.Summary(value=values), step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -63,28 +66,13 @@ def _step_of_line(line: str) -> float:
         return math.inf
 
 
-def _summary_writer(workdir: epath.PathLike, purge_step: int) -> Any:
-    # If PyTorch is installed, tensorboardX imports it, which takes seconds.
-    from tensorboardX import SummaryWriter, record_writer
+def _tensorboard_writer(workdir: epath.PathLike, first_step: int) -> Any:
+    """Returns a writer of event files; TensorBoard hides older events from `first_step` on.
 
-    # For gs:// paths, tensorboardX needs google-cloud-storage. epath, which writes all other files
-    # of a run, does not.
-    bucket = SimpleNamespace(open=_BucketEvents, directory_check=lambda path: None)
-    record_writer.register_writer_factory("gs", bucket)
-    return SummaryWriter(os.fspath(workdir), purge_step=purge_step)
-
-
-class _BucketEvents:
-    """Event file in a bucket; each flush uploads the whole file, because buckets cannot append."""
-
-    def __init__(self, path: str):
-        self._path = epath.Path(path)
-        self._events = bytearray()
-
-    def write(self, events: bytes) -> None:
-        self._events += events
-
-    def flush(self) -> None:
-        self._path.write_bytes(bytes(self._events))
-
-    close = flush
+    This API of TensorFlow needs neither the `tensorboard` package nor, for buckets, any other.
+    """
+    with tf.Graph().as_default():  # The writer refuses to be created in eager mode.
+        writer = tf.compat.v1.summary.FileWriter(os.fspath(workdir))
+    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+    writer.add_session_log(start, first_step)
+    return writer

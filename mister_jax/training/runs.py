@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -165,11 +164,10 @@ class SharedSteps:
 
     def constants(self, runs: Sequence[TrainingRun], num_seeds: int) -> Any:
         """Returns the arrays on which the runs' steps depend, stacked over all models."""
-        steps = jnp.arange(self.num_steps)
         per_run = [
             {
                 # Steps after a run's last are never used.
-                "learning_rates": np.asarray(jax.vmap(run.schedule)(steps)),
+                "learning_rates": np.resize(run.learning_rates, self.num_steps),
                 "task": run.plan.task.constants(),
             }
             for run in runs
@@ -329,9 +327,11 @@ class TrainingRun:
     num_one_class_epochs: Any = 0
 
     @functools.cached_property
-    def schedule(self) -> optax.Schedule:
-        """Learning-rate schedule."""
-        return self.plan.optimizer.make_schedule(self.plan.total_steps)
+    def learning_rates(self) -> np.ndarray:
+        """Learning rates of all steps, [total_steps] float32."""
+        schedule = self.plan.optimizer.make_schedule(self.plan.total_steps)
+        # One program for the whole schedule compiles faster than one per operation.
+        return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(self.plan.total_steps)))
 
     @property
     def steps_left(self) -> int:

@@ -31,7 +31,7 @@ from benchmarks import cli
 
 def main(_):
     cli.main()
-    heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch", "tensorboardX"}
+    heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch"}
     sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
 
 app.run(main)

@@ -21,7 +21,6 @@ SLOW_IMPORTS = (
     "tensorflow_datasets",
     "tensorflow",
     "orbax.checkpoint",
-    "tensorboardX",
     "transformers.models.auto.tokenization_auto",
     "av",
     "mister_jax.data.prepare",

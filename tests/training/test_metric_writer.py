@@ -6,6 +6,7 @@ import os
 import pytest
 from etils.epath import backend
 
+from mister_jax.data.lazy import tf
 from mister_jax.io import read_json_lines, write_json
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
@@ -17,23 +18,28 @@ class FolderAsBucket(backend._OsPathBackend):
     def __init__(self, root):
         self.root = root
 
-    def _local(self, path):
+    def local(self, path):
         return os.fspath(path).replace("gs:/", str(self.root), 1)
 
     def open(self, path, mode):
-        return super().open(self._local(path), mode)
+        return super().open(self.local(path), mode)
 
     def exists(self, path):
-        return super().exists(self._local(path))
+        return super().exists(self.local(path))
 
     def replace(self, path, dst):
-        super().replace(self._local(path), self._local(dst))
+        super().replace(self.local(path), self.local(dst))
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """Returns the folder that stores `gs://bucket`."""
-    monkeypatch.setattr(backend, "tf_backend", FolderAsBucket(tmp_path))
+    folders = FolderAsBucket(tmp_path)
+    monkeypatch.setattr(backend, "tf_backend", folders)
+    file_writer = tf.compat.v1.summary.FileWriter
+    monkeypatch.setattr(
+        tf.compat.v1.summary, "FileWriter", lambda logdir: file_writer(folders.local(logdir))
+    )
     (tmp_path / "bucket").mkdir()
     return tmp_path / "bucket"
 

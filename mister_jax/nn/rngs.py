@@ -1,0 +1,30 @@
+"""RNGs for the initialization of modules."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+
+class _RngStream(nnx.RngStream):
+    """Gives the same keys as `nnx.RngStream`, but is traced faster."""
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key.get_value(), self.count.get_value())
+        # `self.count[...] += 1` would ask the traced counter for its sharding. JAX answers with an
+        # exception whose message lists the operations that led to the counter, which is slow.
+        self.count.set_value(self.count.get_value() + 1)
+        return key
+
+
+def make_rngs(key: jax.Array | int) -> nnx.Rngs:
+    """Returns RNGs with the same keys as `nnx.Rngs(key)`.
+
+    With them, tracing the initialization of a module takes a third of the time.
+
+    Args:
+      key: Typed key or seed.
+    """
+    rngs = nnx.Rngs(key)
+    rngs.default = _RngStream(rngs["default"].key.get_value(), tag="default")
+    return rngs
