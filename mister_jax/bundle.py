@@ -47,7 +47,7 @@ class Bundle:
       folder: Folder of the bundle.
       config: Experiment config of the training run, without the directory of its datasets.
       description: Model description; see `workdir.read_model_description`.
-      progress: Progress of training at the exported parameters.
+      progress: Training progress when the exported parameters were saved.
       calibration: Calibration of the probabilities, if it was fitted.
     """
 
@@ -83,7 +83,7 @@ class Bundle:
 
         def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             tensor = checkpoint[name]
-            # Copy the slice, because it would keep the file open.
+            # Copy the slice, because a view would keep the file open.
             return jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index: np.array(tensor[index])
             )
@@ -94,10 +94,10 @@ class Bundle:
 
 
 def is_bundle(folder: epath.PathLike) -> bool:
-    """Returns whether a folder has the config of a bundle.
+    """Returns whether a folder contains the config of a bundle.
 
     Raises:
-      InputError: Its config is damaged.
+      InputError: The config is damaged.
     """
     path = epath.Path(folder) / CONFIG_FILE
     return path.exists() and read_json(path).get("library_name") == LIBRARY
@@ -107,7 +107,8 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     """Reads the config of a bundle, and checks that no file is missing or has changed.
 
     Raises:
-      InputError: The bundle is damaged or incomplete, or a newer version has written it.
+      InputError: The bundle is damaged or incomplete, or was written by a newer version of
+        mister_jax.
     """
     folder = pathlib.Path(os.path.normpath(pathlib.Path(folder).absolute()))
     path = folder / CONFIG_FILE
@@ -169,7 +170,7 @@ def write_bundle(
       config: Experiment config of the training run.
       description: Model description; see `workdir.read_model_description`.
       params: Tree of the trained parameters.
-      progress: Progress of training at these parameters.
+      progress: Training progress when these parameters were saved.
       calibration: Calibration of the probabilities.
     """
     tensors = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _named_leaves(params)}
@@ -186,7 +187,7 @@ def write_bundle(
         "progress": progress,
         "calibration": None if calibration is None else calibration.to_json(),
         "experiment": experiment,
-        # The card is left out, because its owner may edit it.
+        # The model card is not checked, because the owner of the bundle may edit it.
         "files": {
             file.relative_to(folder).as_posix(): hash_file(file)
             for file in files

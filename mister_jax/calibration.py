@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
       temperature: Temperature, positive. It does not change the predicted class.
-      bias: Bias of each of the C classes, which may change the predicted class; None for none.
+      bias: Bias of each class, [C], which may change the predicted class; None without biases.
     """
 
     temperature: float = 1.0
@@ -69,11 +69,11 @@ class Calibration:
 
         Args:
           values: Values from `to_json`.
-          where: File of the values, for error messages.
+          where: File that contains the values, for error messages.
           num_classes: Number of classes C of the model.
 
         Raises:
-          InputError: The values are damaged or belong to another number of classes.
+          InputError: The values are damaged or were written for another number of classes.
         """
         try:
             bias = values["bias"]
@@ -103,7 +103,7 @@ def negative_log_likelihood(probabilities: np.ndarray, label: np.ndarray) -> np.
 
     Args:
       probabilities: Class probabilities, [N, C].
-      label: Classes, [N] int.
+      label: Class indices, [N] int.
     """
     return -_log(probabilities[np.arange(len(label)), label].astype(float))
 
@@ -113,15 +113,15 @@ def fit_calibration(
 ) -> Calibration | None:
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
-    The inverse temperature and the biases have a Gaussian prior with a standard deviation of 1,
-    whose mean leaves the probabilities unchanged. The prior counts as much as one utterance.
-    Without it, a few predictions that are all correct would give a temperature near 0. The
-    likelihood is never worse than without calibration.
+    The inverse temperature and the biases have a Gaussian prior with a standard deviation of 1. At
+    the mean of the prior, the probabilities are unchanged. The prior has the weight of one
+    utterance. Without the prior, a few predictions that are all correct would give a temperature
+    near 0. The fitted calibration never makes the likelihood worse.
 
     Args:
       probabilities: Class probabilities, [N, C].
-      label: Classes, [N] int, negative for unlabeled utterances, which are ignored.
-      with_bias: Whether to fit a bias per class, too.
+      label: Class indices, [N] int. Negative indices mark unlabeled utterances, which are ignored.
+      with_bias: Whether to also fit one bias per class.
 
     Returns:
       The calibration, with a temperature from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`; None if no
@@ -145,7 +145,7 @@ class _Objective:
 
     Args:
       log_probabilities: Log-probabilities, [n, C] float64.
-      label: Classes, [n] int.
+      label: Class indices, [n] int.
       with_bias: Whether the parameters are the inverse temperature and C biases, [1 + C], or only
         the inverse temperature, [1].
     """
@@ -157,7 +157,7 @@ class _Objective:
         self._one_hot = np.eye(log_probabilities.shape[1])[label]
 
     def __call__(self, parameters: np.ndarray) -> float:
-        """Returns the value."""
+        """Returns the value of the objective."""
         logits = self._logits(parameters)
         chosen = logits[np.arange(len(logits)), self._label]
         highest = logits.max(-1)
@@ -192,7 +192,7 @@ class _Objective:
 
 
 def _minimize(objective: _Objective) -> np.ndarray:
-    """Minimizes with Newton steps, with the inverse temperature inside its bounds."""
+    """Minimizes the objective with Newton steps that keep the inverse temperature in bounds."""
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     parameters, value = objective.start, objective(objective.start)
     for _ in range(_MAX_STEPS):
@@ -227,8 +227,8 @@ def write_calibration(
 
     Args:
       workdir: Work directory of a training run.
-      calibration: Calibration of the best parameters.
-      progress: Progress of training at these parameters.
+      calibration: Calibration fitted for the best parameters.
+      progress: Training progress when these parameters were saved.
     """
     content = {**calibration.to_json(), "checkpoint": progress}
     write_json(epath.Path(workdir) / CALIBRATION_FILE, content)
@@ -241,11 +241,11 @@ def read_calibration(
 
     Args:
       workdir: Work directory of a training run.
-      progress: Progress of training at the parameters to calibrate.
+      progress: Training progress when the parameters to calibrate were saved.
       num_classes: Number of classes of the model.
 
     Returns:
-      The calibration; None if there is none for these parameters.
+      The calibration, or None if no calibration was fitted for these parameters.
 
     Raises:
       InputError: The file is damaged.

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training run: the latest state and the best parameters.
 
-Checkpoints are written atomically, so a run may be killed at any moment. Orbax takes a second to
-import, so it is imported only when a `Checkpoints` is created.
+Checkpoints are written atomically, so a run may be killed at any moment. Importing Orbax takes a
+second, so it is imported only when a `Checkpoints` object is created.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Checkpoints:
     Args:
       workdir: Work directory of the training run.
       read_only: Whether to disable writing. If False, unfinished checkpoints of a killed run are
-        removed. A reader must keep them, because another process may still be writing them.
-      on_save: Called with the arguments of `save` after the checkpoint write has started.
+        removed. A reader must keep unfinished checkpoints, because another process may still be
+        writing them.
+      on_save: Function called with the arguments of `save` once the write has started.
     """
 
     def __init__(
@@ -66,19 +67,19 @@ class Checkpoints:
     def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated once this method has returned.
 
-        If a checkpoint of this step exists, it is kept. A resumed run repeats the steps after its
-        latest checkpoint bit for bit, so it would write the same values.
+        An existing checkpoint of this step is kept. A resumed run repeats the steps after its
+        latest checkpoint bit for bit, so the new checkpoint would have the same values.
 
         Args:
           kind: `LATEST` or `BEST`.
           step: Number of completed training steps.
           state: Tree of arrays.
-          progress: JSON values saved with the state.
+          progress: JSON values to save with the state.
         """
         manager = self._manager(kind)
         if step not in manager.all_steps():
-            # If the latest checkpoint is complete, the best checkpoint started before it must be
-            # complete too.
+            # Once the latest checkpoint is complete, a best checkpoint whose write started earlier
+            # must be complete, too.
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {
@@ -156,7 +157,7 @@ class Checkpoints:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Filters out Orbax's warnings and its errors about damaged metadata.
+    """Returns False for Orbax's warnings and for Orbax's errors about damaged metadata.
 
     Orbax continues without the metadata if it can. Otherwise it raises an exception.
     """
@@ -176,9 +177,9 @@ def _abstract_array(value: Any) -> jax.ShapeDtypeStruct:
 def _silence_unfinished_reads() -> Iterator[None]:
     """Silences asyncio's messages about reads that are still running when a restore fails.
 
-    Orbax does not cancel these reads. They fail later, when their event loop is closed, and asyncio
-    would print several lines about each of them after the one-line error. If the restore fails, the
-    messages therefore stay silenced.
+    Orbax does not cancel these reads. They fail later, when the event loop is closed, and asyncio
+    would print several lines for each read after the one-line error. The messages therefore stay
+    silenced if the restore fails.
     """
     asyncio_messages = ("Event loop is closed", "was never awaited")
     asyncio_logger = logging.getLogger("asyncio")

@@ -22,7 +22,7 @@ def check_at_least(config: Any, minimum: int, *fields: str) -> None:
 
 
 def check_multiple(config: Any, field: str, divisor: str) -> None:
-    """Raises ValueError if one field is not a multiple of the other."""
+    """Raises ValueError if the value of `field` is not a multiple of the value of `divisor`."""
     if getattr(config, field) % getattr(config, divisor):
         allowed = f"a multiple of {divisor}={getattr(config, divisor)}"
         raise invalid_field(config, field, allowed)
@@ -36,7 +36,7 @@ def check_rates(config: Any, *fields: str) -> None:
 
 
 def check_choice(config: Any, field: str, choices: Iterable[str]) -> None:
-    """Raises ValueError if the field is not one of the choices."""
+    """Raises ValueError if the field's value is not one of the choices."""
     if getattr(config, field) not in choices:
         raise invalid_field(config, field, ", ".join(choices))
 

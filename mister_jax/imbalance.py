@@ -1,4 +1,4 @@
-"""Options for classes of very different frequency: loss weights, logit adjustment and sampling."""
+"""Options for imbalanced classes: loss weights, logit adjustment and sampling."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def class_weights(
     """Returns the weight of each class in a loss.
 
     Args:
-      method: "none"; "balanced", the inverse of the class's count; "effective_number", the inverse
-        of its effective number (1 - beta^n) / (1 - beta) with beta 0.999 (arXiv 1901.05555); or one
-        positive number per class, such as "1,2,0.5".
+      method: "none" for no weights; "balanced" for the inverse of the class's count n;
+        "effective_number" for the inverse of the effective number (1 - beta^n) / (1 - beta) with
+        beta 0.999 (arXiv 1901.05555); or one positive number per class, such as "1,2,0.5".
       counts: Number of training items of each class, [C].
       field: Name of the config field, for errors.
 
     Returns:
-      Weights, [C] float32, or None for "none". Their mean over the training items is 1, which keeps
-      the scale of the loss.
+      Weights, [C] float32, or None for "none". The mean weight over the training items is 1, which
+      keeps the scale of the loss.
 
     Raises:
       InputError: The method is unknown, or the number of weights is wrong.
@@ -78,7 +78,7 @@ def logit_adjustment(strength: float, counts: np.ndarray) -> np.ndarray | None:
       counts: Number of training items of each class, [C]. Missing classes count as one item.
 
     Returns:
-      strength * log frequency, [C] float32, or None.
+      strength * log frequency, [C] float32, or None if `strength` is 0.
     """
     if not strength:
         return None
@@ -91,9 +91,9 @@ def sampling_weights(
 ) -> np.ndarray | None:
     """Returns the weights for drawing items, which are dialogues or single utterances.
 
-    With "balanced", an item's weight is the mean of its utterances' inverse class counts. Single
-    utterances of all classes are then equally frequent, and dialogues with rare classes are more
-    frequent than others.
+    With "balanced", the weight of an item is the mean of 1 / (class count) over its utterances. If
+    items are single utterances, all classes are then drawn equally often. If items are dialogues,
+    dialogues with rare classes are drawn more often.
 
     Args:
       sampling: "shuffle" or "balanced".
@@ -118,5 +118,6 @@ def sampling_weights(
     sums = np.add.reduceat(values, starts)
     labeled = np.add.reduceat((label >= 0).astype(float), starts)
     means = sums / np.maximum(labeled, 1)
-    # A dialogue without labels has no class counts. It gets the smallest weight of the others.
+    # A dialogue without labels has no class counts. It gets the smallest weight of all dialogues
+    # with labels.
     return np.where(labeled > 0, means, means[labeled > 0].min())

@@ -48,8 +48,8 @@ def write_png(path: epath.PathLike, figure: Figure) -> None:
 def hash_file(path: epath.PathLike) -> str:
     """Returns a hash of a file's size and content, as 16 hexadecimal digits.
 
-    Of files larger than 64 MiB, 64 blocks of 64 KiB are read, so checkpoints of many gigabytes take
-    milliseconds. Training changes all weights, so retrained weights have another hash.
+    For files larger than 64 MiB, only 64 blocks of 64 KiB are read, so hashing a checkpoint of many
+    gigabytes takes milliseconds. Training changes all weights, so retraining changes the hash.
     """
     path = pathlib.Path(path)
     with path.open("rb") as file:
@@ -120,7 +120,7 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def embedded_json(value: Any) -> str:
-    """Returns compact JSON, with characters escaped that could end a `script` element."""
+    """Returns compact JSON in which characters that could end a `script` element are escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -2,9 +2,9 @@
 
 Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
 `shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
-gathers its candidates along the axis. Each device returns its share of the loss: the sum of the
-shares over all devices is the loss of the global batch, and the sum of their gradients is its
-gradient. Do not average them. Without an axis, the share is the whole loss.
+gathers its candidates along the axis. Each device returns its share of the loss: the shares of all
+devices add up to the loss of the global batch, and the gradients of the shares add up to the
+gradient of that loss. Do not average the shares. Without an axis, the share is the whole loss.
 
 `mister_e` is the training objective. It combines the other losses.
 """
@@ -113,9 +113,9 @@ def supervised_contrastive(
 ) -> jax.Array:
     """Computes the supervised contrastive loss over the global batch (arXiv 2004.11362).
 
-    An anchor's positives are all other representations with the same label. The denominator of its
-    softmax sums over all other representations. The loss is the mean over anchors with at least one
-    positive.
+    An anchor's positives are all other representations with the anchor's label. The denominator of
+    the anchor's softmax sums over all other representations. The loss is the mean over anchors with
+    at least one positive.
 
     Args:
       representations: Representations, [..., F]; this function normalizes them to length 1.
@@ -176,7 +176,7 @@ def _pairs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_anchors(axis_name, x, labels, mask):
-    """Returns the sum of the contrastive loss over this device's anchors, and their number."""
+    """Returns the contrastive loss summed over this device's anchors, and the number of anchors."""
     return _sum_over_anchors_forward(axis_name, x, labels, mask)[0]
 
 
@@ -198,7 +198,7 @@ def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     Each representation contributes to the loss as an anchor and as a candidate for other anchors.
     Automatic differentiation would compute the second part of the gradient on the devices of the
     other anchors, and sum an [M, F] gradient over all devices. Because similarities are symmetric,
-    each device can compute it from every anchor's log-sum and number of positives.
+    each device can compute the second part from every anchor's log-sum and number of positives.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)
@@ -226,8 +226,8 @@ def expert_agreement(
 ) -> jax.Array:
     """Computes the symmetric KL divergence KL(p||q) + KL(q||p) between the experts.
 
-    As in the released MiSTER-E, it is averaged over pairs of experts, summed over the utterances in
-    a dialogue, and averaged over dialogues with at least one utterance that counts.
+    As in the released MiSTER-E, the divergence is averaged over pairs of experts, summed over the
+    utterances in a dialogue, and averaged over dialogues with at least one utterance that counts.
 
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].
@@ -288,9 +288,9 @@ def gate_responsibility(
 ) -> jax.Array:
     """Computes the cross-entropy of the gate weights with the experts' responsibilities as targets.
 
-    An expert's responsibility is proportional to its probability of the label, raised to the power
-    of `sharpness`. With sharpness 1, this is the E step of a mixture of experts (Jordan and Jacobs,
-    1994). Higher values favor the best expert.
+    An expert's responsibility is proportional to the probability that the expert gives to the
+    label, raised to the power of `sharpness`. With sharpness 1, this is the E step of a mixture of
+    experts (Jordan and Jacobs, 1994). Higher values favor the best expert.
 
     The loss has a gradient with respect to `gate` but not to `expert_logits`, because the targets
     are constants. In `MisterE`, the loss still trains the experts, through the gate's input. With
@@ -333,7 +333,7 @@ def _gate_responsibility(
     """Computes `gate_responsibility` from sharpness * log p(label), [..., E]."""
     responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
-    # The lower bound keeps the logarithm finite. It is far below the weights that a gate learns.
+    # The lower bound keeps the logarithm finite. Learned gate weights are far above this bound.
     log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
     return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
@@ -343,7 +343,7 @@ def rating_targets(labels: jax.Array, ratings: jax.Array) -> jax.Array:
 
     Args:
       labels: Labels, [...] int, -1 if unlabeled; used where there are no ratings.
-      ratings: Number of raters who chose each class, [..., C].
+      ratings: Number of raters who chose each class, [..., C]; all zeros without ratings.
     """
     count = ratings.sum(-1, keepdims=True)
     one_hot = jax.nn.one_hot(labels, ratings.shape[-1])
@@ -382,7 +382,7 @@ def score_error(
     *,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Computes the mean absolute errors of the mixture's and each expert's score, and adds them.
+    """Returns the sum of the mean absolute errors of the mixture's and each expert's score.
 
     Args:
       output: Output of a `MisterE` that predicts scores.
@@ -391,7 +391,7 @@ def score_error(
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      Loss, [] float32. An expert counts where it is present.
+      Loss, [] float32. An expert's error counts only where the expert is present.
 
     Raises:
       ValueError: The model predicts no scores.
@@ -438,25 +438,26 @@ def mister_e(
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
       mask: Valid utterances, [B, T] bool. Unlabeled utterances are ignored.
-      weights: Weights of the losses; by default those of the released code.
+      weights: Weights of the losses; by default, the weights in the released code.
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
       sharpness: Sharpness of the gate loss.
       experts: Enabled experts, a subset of ("speech", "text", "fusion").
-      class_weights: Factors of the focal losses of each class, [C]; see `imbalance.class_weights`.
+      class_weights: Weight of each class in the focal losses, [C]; see `imbalance.class_weights`.
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
       scores: Annotated scores, [B, T], NaN if missing; needed if the model predicts scores.
-      ratings: Number of raters who chose each class, [B, T, C]. The targets are then the raters'
-        distributions: the focal losses are the sum of each class's loss, weighted by its share of
-        the raters, and the gate's responsibilities use the log-probabilities weighted in the same
-        way. An utterance without ratings has its label as target. The contrastive loss uses labels.
+      ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
+        distributions are the targets: the focal losses are sums over the classes, weighted by each
+        class's share of the raters, and the gate's responsibilities use log-probabilities with the
+        same weights. For an utterance without ratings, the label is the target. The contrastive
+        loss uses labels.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
       Weighted sum, [] float32, and the unweighted losses that apply to the enabled experts:
-      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate", "score", [] float32
-      each.
+      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate" and "score", each []
+      float32.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.

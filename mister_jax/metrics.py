@@ -135,7 +135,7 @@ def classification_scores(confusion: np.ndarray, class_names: Sequence[str]) -> 
 
 
 def positive_class(class_names: Sequence[str]) -> int | None:
-    """Returns the index of the positive class if the classes are negative and positive sentiment.
+    """Returns the index of the positive class if the classes are binary sentiment.
 
     Args:
       class_names: Class names in any order, such as "negative" and "Non-negative". Case, hyphens,
@@ -241,11 +241,12 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
       - "kl_divergence": Mean Kullback-Leibler divergence from the raters to the model, in nats.
       - "js_divergence": Mean Jensen-Shannon divergence, in nats.
       - "any_rater_accuracy": Share of utterances whose predicted class was chosen by any rater.
-      - "rater_agreement": Mean share of pairs of raters who agree. It uses utterances with at least
-        two raters who each chose one class, and is None if there are none.
-      - "fleiss_kappa": Fleiss' kappa (1971) of the same utterances; None if undefined.
+      - "rater_agreement": Mean share of pairs of raters who agree, on utterances with at least two
+        raters who each chose one class; None without such utterances.
+      - "fleiss_kappa": Fleiss' kappa (1971) on the utterances of "rater_agreement"; None if
+        undefined.
       - "utterances": Number of utterances with ratings.
-      - "mean_raters": Mean number of their raters.
+      - "mean_raters": Mean number of raters per utterance with ratings.
     """
     count = ratings.sum(-1)
     ratings, probabilities, count = (
@@ -263,7 +264,7 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
     js = (divergence(raters, middle) + divergence(probabilities, middle)) / 2
     chosen = ratings[np.arange(len(count)), probabilities.argmax(-1)] > 0
     agreement = kappa = None
-    # If a rater chose several classes, the vote would count as disagreement with itself.
+    # If one rater voted for several classes, the votes would count as disagreement.
     whole = np.isclose(ratings, np.round(ratings), atol=1e-4).all(-1)
     several = whole & (count > 1.5)
     if several.any():
@@ -286,8 +287,8 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
 def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     """Computes the calibration curve and the expected calibration error.
 
-    The error is the mean of |accuracy - mean confidence| over the bins, weighted by their number of
-    utterances (arXiv 1706.04599, equation 3).
+    The error is the mean of |accuracy - mean confidence| over the bins, weighted by the number of
+    utterances in each bin (arXiv 1706.04599, equation 3).
 
     Args:
       confidence: Probability of the predicted class, [N], 0 to 1.
@@ -329,17 +330,18 @@ def risk_coverage(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Computes the risk-coverage curve of a classifier that abstains where it is uncertain.
 
-    The classifier keeps the share of utterances (coverage) on which it is most confident; the risk
-    is the share of wrong predictions among them (arXiv 1705.08500).
+    The classifier predicts only the utterances on which it is most confident. Coverage is the share
+    of utterances that it predicts, and risk is the share of wrong predictions among them (arXiv
+    1705.08500).
 
     Args:
       confidence: Probability of the predicted class, [N], with N of at least 1.
       correct: Whether the prediction is correct, [N] bool.
 
     Returns:
-      Coverage and risk at each distinct confidence, in the order of coverage, and the area under
-      the curve: the mean risk over all numbers of kept utterances, where utterances of the same
-      confidence are in random order.
+      Coverage and risk at each distinct confidence, in ascending order of coverage, and the area
+      under the curve. The area is the mean risk over all numbers of predicted utterances, where
+      utterances with equal confidence are in random order.
     """
     values, index = np.unique(-np.asarray(confidence, float), return_inverse=True)
     count = np.bincount(index, minlength=len(values))

@@ -1,7 +1,7 @@
 """Locates files after the folder that refers to them has moved.
 
-A work directory or dataset mentions paths of other files, such as its data and its encoders, and
-stores its own location with them. A path that no longer exists is looked up at the same position
+The metadata of a work directory or dataset contain paths of other files, such as encoders, and the
+location of the folder itself. A path that no longer exists is looked up at the same position
 relative to the folder: if `project/` moves, `project/runs/first` finds `project/encoders/roberta`.
 """
 
@@ -22,17 +22,18 @@ def location(folder: epath.PathLike) -> dict[str, str]:
 
 
 def find_moved(path: str, stored_location: Mapping[str, str], folder: epath.PathLike) -> str:
-    """Returns the present path of a file or folder.
+    """Returns the current path of a file or folder.
 
     Args:
       path: Absolute path, or path relative to the current directory when it was stored.
       stored_location: Result of `location` when the path was stored.
-      folder: Present path of the folder in `stored_location`.
+      folder: Current path of the folder in `stored_location`.
 
     Returns:
-      The first of these that exists: the unchanged path, the path relative to the current directory
-      when it was stored, and the path at the same position relative to the folder. If none exists,
-      for example because the path is a name on the Hugging Face Hub, `path` itself.
+      The first of these paths that exists: the unchanged path, the path relative to the directory
+      that was the current directory when it was stored, and the path at the same position relative
+      to the folder. If none exists, for example because the path is a name on the Hugging Face Hub,
+      `path` itself.
     """
     if not path or "://" in path or epath.Path(path).exists():
         return path
@@ -50,12 +51,12 @@ def find_moved(path: str, stored_location: Mapping[str, str], folder: epath.Path
 def find_moved_encoder(
     metadata: Mapping[str, Any], stored_location: Mapping[str, str], folder: epath.PathLike
 ) -> dict[str, Any]:
-    """Returns an encoder's metadata with the present paths of its files; see `find_moved`.
+    """Returns an encoder's metadata with the current paths of its files; see `find_moved`.
 
     Args:
       metadata: Metadata that includes `Encoder.metadata`. Its paths are absolute.
       stored_location: Result of `location` when the metadata were stored.
-      folder: Present path of the folder in `stored_location`.
+      folder: Current path of the folder in `stored_location`.
     """
 
     def find(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Functions for training several models at once; their states are stacked along a leading axis.
 
-The models are the S seeds of one run, or the seeds of R runs. With a single model, the axis is
-omitted. Only this module handles that case.
+The models are the S seeds of one run, or the S seeds of each of R runs. With a single model, the
+axis is omitted. Only this module handles that case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mister_jax.metrics import SCORE_NAMES, mean_and_deviation
 
 
 def stack_seeds(trees: Sequence[Any]) -> Any:
-    """Stacks S trees into one on the host."""
+    """Stacks the trees of S seeds into one tree on the host."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
@@ -39,9 +39,9 @@ def stacked_shapes(shapes: Any, count: int) -> Any:
 
 
 def join_runs(trees: Sequence[Any], num_seeds: int) -> Any:
-    """Joins the trees of R runs, each stacked over its seeds, along the axis of all R * S models.
+    """Concatenates the trees of R runs, each stacked over its seeds, to an axis of R * S models.
 
-    It joins them on the host. With a single run, its tree is unchanged.
+    The arrays are concatenated on the host. With a single run, the tree is returned unchanged.
     """
     if len(trees) == 1:
         return trees[0]
@@ -70,12 +70,12 @@ def vmap_over_models(
 
     Args:
       function: Function of `(state, batch, axis_name)` for one model; see `parallel.partitioning`.
-      num_runs: Number of runs R. With several, the batch has a run axis after its first axis.
+      num_runs: Number of runs R. With several runs, the batch has a run axis after its first axis.
       num_seeds: Number of seeds S of each run, which share the run's batch.
 
     Returns:
-      Function of `(state, batch, axis_name)`. Its state and results have a leading axis of R * S
-      models, unless there is only one.
+      Function of `(state, batch, axis_name)`. The state and the results have a leading axis of
+      R * S models, unless there is only one model.
     """
 
     def over_seeds(state, batch, axis_name):
@@ -124,7 +124,7 @@ def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     arrays, such as the presence of experts, are the same for all seeds.
 
     Args:
-      predictions: Predictions of a task, by seed.
+      predictions: Predictions of the task for each seed.
     """
     if len(predictions) == 1:
         return dict(predictions[0])
@@ -142,12 +142,12 @@ def summarize_seeds(seeds: Sequence[int], scores: Sequence[Mapping[str, Any]]) -
     """Summarizes the scores of S seeds.
 
     Args:
-      seeds: S seeds.
+      seeds: Random seeds of the models, of length S.
       scores: Result of `metrics.classification_scores` for each seed.
 
     Returns:
-      "of_each" (the `SCORE_NAMES` by seed), and their "mean" and sample standard "deviation" (0 for
-      one seed).
+      A dict with "of_each" (the `SCORE_NAMES` by seed), and the "mean" and sample standard
+      "deviation" of each score over the seeds. The deviation is 0 for one seed.
     """
     summaries = {
         name: mean_and_deviation(seed_scores[name] for seed_scores in scores)

@@ -23,7 +23,7 @@ from mister_jax.schedules import ScheduleName, learning_rate_schedule
 # weight decay would still change it.
 _NO_WEIGHT_DECAY = re.compile(r"bias|scale|\['positions'\]$")
 
-# Names of the vectors in `ParamVectors`.
+# Names of the two vectors in `ParamVectors`.
 _DECAYED, _NOT_DECAYED = "decayed", "not_decayed"
 
 
@@ -35,7 +35,8 @@ class OptimizerConfig:
       name: "adam" or "adamw".
       learning_rate: Learning rate after the warmup.
       schedule: "constant", or "cosine", which decays to zero by the last step.
-      warmup_fraction: Fraction of the steps in which the learning rate rises linearly from zero.
+      warmup_fraction: Fraction of the steps during which the learning rate rises linearly from
+        zero.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Constant added to the square root of the second moment.
@@ -121,10 +122,10 @@ def params_for_evaluation(params: Any, opt_state: Any) -> Any:
 
 
 def _weight_decay_mask(params: Any) -> Any:
-    """Returns which parameters, or which vectors from `ParamVectors`, get weight decay."""
+    """Returns a mask of the parameters, or of the `ParamVectors` vectors, with weight decay."""
     if isinstance(params, dict) and params.keys() <= {_DECAYED, _NOT_DECAYED}:
         return {name: name == _DECAYED for name in params}
-    # Names are checked too, because a GRU's biases and the scales of stacked layers have two axes.
+    # The number of axes is not enough: a GRU's biases and the scales of stacked layers have two.
     return jax.tree_util.tree_map_with_path(
         lambda path, value: (
             value.ndim > 1 and not _NO_WEIGHT_DECAY.search(jax.tree_util.keystr(path))
@@ -136,11 +137,11 @@ def _weight_decay_mask(params: Any) -> Any:
 class ParamVectors:
     """Converts a tree of parameters to two vectors, with and without weight decay, and back.
 
-    The optimizer then updates two long arrays instead of one array per parameter. The results are
-    the same, but the compiled training step is much smaller.
+    With vectors, the optimizer updates two long arrays instead of one array per parameter. The
+    results are the same, but the compiled training step is much smaller.
 
     Args:
-      params: Parameters or their shapes.
+      params: Tree of parameters or of their shapes.
 
     Raises:
       ValueError: The parameters have different dtypes.
@@ -167,7 +168,7 @@ class ParamVectors:
         }
 
     def unflatten(self, vectors: dict[str, jax.Array]) -> Any:
-        """Converts vectors, which may have leading axes, back to the tree of parameters."""
+        """Converts vectors back to the tree of parameters; the vectors may have leading axes."""
         offsets = dict.fromkeys(vectors, 0)
         leaves = []
         for name, shape in zip(self._names, self._shapes, strict=True):
@@ -183,7 +184,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
     Args:
       config: Optimizer options.
-      total_steps: Number of training steps, for the schedule.
+      total_steps: Number of training steps, which determines the schedule.
     """
     return optimizer_with_schedule(config, config.make_schedule(total_steps))
 
@@ -191,7 +192,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 def optimizer_with_schedule(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Returns the optimizer of `make_optimizer` with another learning-rate schedule."""
+    """Returns the optimizer of `make_optimizer` with the given learning-rate schedule."""
     adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     chain = []
     if config.clip_norm:

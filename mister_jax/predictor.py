@@ -36,16 +36,18 @@ class Predictor:
 
     Args:
       model: Work directory of a training run, or a bundle.
-      data_dir: Directory of the datasets; by default the directory used in training.
-      calibrate: Whether to calibrate the probabilities, if the model has a calibration.
+      data_dir: Directory of the datasets; by default, the directory used in training.
+      calibrate: Whether to calibrate the probabilities. Has no effect on a model without a
+        calibration.
 
     Attributes:
       folder: Work directory or bundle.
       config: Config of the training run.
       task: Restored task.
-      params: Parameters of each seed: "trained" and "frozen".
-      progress: Progress of training at the best parameters.
-      calibration: Calibration of the model, even if it is not applied; None if none was fitted.
+      params: One dict per seed with the "trained" and the "frozen" parameters.
+      progress: Training progress when the best parameters were saved.
+      calibration: Calibration of the model, even if `calibrate` is False; None if no calibration
+        was fitted.
 
     Raises:
       InputError: The folder is neither a work directory with a best checkpoint nor a complete
@@ -133,7 +135,7 @@ class Predictor:
         return [self._merge(params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Returns the task's predictions for a batch on the devices, and the batch's "row".
+        """Returns the task's predictions for a batch on the devices, with the batch's "row" array.
 
         Probabilities are not calibrated.
         """
@@ -146,7 +148,7 @@ class Predictor:
     def initial_states(self, batch_size: int = 1) -> list[Any]:
         """Returns the state of each seed's causal model before the first utterance."""
         states = [model.initial_state(batch_size) for model in self.models()]
-        # The first state gets the sharding of later states, so that all steps run the same program.
+        # With the sharding of later states, the first step runs the same program as later steps.
         return jax.device_put(states, self.partitioner.replicated)
 
     def predict_step(
@@ -155,11 +157,11 @@ class Predictor:
         """Predicts the next utterance of each dialogue with a causal model.
 
         Args:
-          states: State of each seed after the last utterance.
+          states: State of each seed's model after the previous utterance.
           batch: See `FusionTask.predict_step`.
 
         Returns:
-          The new states, and the arrays that a call returns, in the order of the dialogues.
+          The new states, and the arrays that `__call__` returns, with one row per dialogue.
         """
         with explain_oom("prediction", f"utterances on {jax.device_count()} devices", _OOM_HINT):
             results = [
@@ -179,7 +181,7 @@ class Predictor:
           quiet: Whether to hide the progress bar.
 
         Returns:
-          Arrays in the order of the utterances: "probabilities" [N, C] and, for MiSTER-E, "gate"
+          Arrays in the order of the utterances: "probabilities" [N, C]. For MiSTER-E, also "gate"
           [N, E], "expert_probabilities" [N, E, C], "expert_present" [N, E], and "score" [N] if the
           model predicts scores.
         """
@@ -198,7 +200,7 @@ class Predictor:
     def predict_per_seed(
         self, features: DialogueFeatures, *, quiet: bool = False
     ) -> list[Predictions]:
-        """Returns each seed's predictions for every utterance in a split, not calibrated."""
+        """Returns each seed's uncalibrated predictions for every utterance in a split."""
         split = self.task.batched(features, num_shards=self.partitioner.num_shards)
         return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
 
@@ -276,10 +278,11 @@ def prediction_rows(
       min_confidence: Probability below which a prediction is uncertain.
 
     Yields:
-      A dict with "emotion" (the predicted class), "uncertain" (whether its probability is below
-      `min_confidence`, if that is given) and "probabilities" (by class). For MiSTER-E, it
-      also has "gate" (weights by expert) and "experts" (each expert's prediction, or None if the
-      utterance lacks the expert's modality). "score" is the predicted score, if there is one.
+      A dict with "emotion" (the predicted class) and "probabilities" (by class). If
+      `min_confidence` is given, "uncertain" tells whether the probability of the predicted class is
+      below it. For MiSTER-E, the dict also has "gate" (weights by expert) and "experts" (each
+      expert's prediction, or None if the utterance lacks the expert's modality). If the model
+      predicts scores, "score" is the predicted score.
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}

@@ -25,8 +25,8 @@ FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
-# Config fields that a resumed run may change, because they do not affect the parameters, or only
-# determine how long training continues. `check_config` allows only more epochs.
+# Config fields that a resumed run may change. They do not affect the parameters, or they determine
+# only how long training continues. `check_config` does not allow fewer epochs.
 _MUTABLE_ON_RESUME = (
     "data.data_dir",
     "train.epochs",
@@ -35,7 +35,7 @@ _MUTABLE_ON_RESUME = (
     "train.save_every",
     "parallel",
 )
-# Config fields that are paths, in addition to the directory of the datasets.
+# Config fields that contain paths, in addition to the directory of the datasets.
 _ENCODER_PATHS = ("name", "whisper", "beats", "vicuna")
 _PACKAGES = (
     "mister_jax",
@@ -85,16 +85,16 @@ def write_description(
     write_text(workdir / "parameters.txt", parameter_table(params))
     write_json(workdir / _MODEL, {"format": FORMAT, "location": location(workdir), **model})
     write_json(workdir / _DATA, data)
-    # The config is last: a work directory that has one is complete.
+    # The config is written last, so a work directory that has a config is complete.
     write_json(config_path(workdir), _to_json(config))
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
     """Reads the config of a work directory.
 
-    If the datasets or encoders have moved together with the work directory, the config has their
-    new paths. If the directory of the datasets no longer exists, it is replaced by TFDS's default
-    directory, so that the dataset is found by its name.
+    If the datasets or encoders have moved together with the work directory, their paths are
+    updated. If the directory of the datasets no longer exists, it is replaced by TFDS's default
+    directory, so that TFDS looks up the dataset by name.
 
     Raises:
       InputError: The config is missing or damaged.
@@ -114,7 +114,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def _find_files(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """Replaces paths in a config that no longer exist; see `read_config`."""
+    """Replaces the paths in a config that no longer exist; see `read_config`."""
     model = epath.Path(workdir) / _MODEL
     stored_location = read_json(model).get("location") if model.exists() else None
     if stored_location is None:
@@ -134,7 +134,7 @@ def _find_files(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
 
 
 def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads the model description of a work directory, with the present paths of its encoders.
+    """Reads the model description of a work directory, with the current paths of the encoders.
 
     Raises:
       InputError: The description is missing or damaged, or its format is older than `FORMAT`.
@@ -159,7 +159,7 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
       InputError: The work directory has another config, was created with more epochs than this
-        config has, or is from an older version.
+        config has, or was created by an older version of mister_jax.
     """
     if not config_path(workdir).exists():
         return
@@ -181,7 +181,8 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 def read_planned_epochs(workdir: epath.PathLike) -> int | None:
     """Returns the number of epochs that batches are planned for; None without a work directory.
 
-    It is the number of epochs when training first started. A longer training keeps the batches.
+    This is the number of epochs when training first started. Continuing for more epochs does not
+    change the batches.
     """
     if not config_path(workdir).exists():
         return None
@@ -213,7 +214,7 @@ def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -
 
 
 def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Lists the differences, except in fields that a resumed run may change."""
+    """Lists the changed values, except in config fields that a resumed run may change."""
     old, new = flatten(old), flatten(new)
     return ", ".join(
         f"{name} {old.get(name)} -> {new.get(name)}"
@@ -223,6 +224,6 @@ def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _to_json(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config's JSON values, which have lists instead of tuples."""
+    """Returns the config as JSON values, with lists instead of tuples."""
     values: dict[str, Any] = json.loads(config.to_json_best_effort())
     return values
