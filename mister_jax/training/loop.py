@@ -2,7 +2,8 @@
 
 A run writes to a work directory. A restarted run resumes from the latest checkpoint there and
 reaches the same parameters, bit for bit, as an uninterrupted run. The loop reads only the training
-and validation splits. It can train several seeds at once, and keeps the best epoch of each seed.
+and validation splits. It can train several seeds at once, and saves the parameters of each seed's
+best epoch.
 """
 
 from __future__ import annotations
@@ -81,16 +82,16 @@ def train(
 ) -> TrainProgress:
     """Trains the config's task, from the start or from the latest checkpoint.
 
-    If `config.train.epochs` is increased, even a finished run continues. The remaining epochs
-    follow the learning-rate schedule of the new number of epochs.
+    A finished run continues if `config.train.epochs` is increased. The remaining epochs then follow
+    the learning-rate schedule for the new number of epochs.
 
     Args:
       config: Experiment config.
       workdir: Work directory; created if missing.
       quiet: Whether to hide the progress bar and messages.
-      on_step: Called after each step with the number of completed steps.
-      on_save: Called when the background write of a checkpoint has started, with its kind (`LATEST`
-        or `BEST`), step, state and progress.
+      on_step: Function called after each step with the number of completed steps.
+      on_save: Function called when the background write of a checkpoint has started, with the
+        checkpoint's kind (`LATEST` or `BEST`), step, state and progress.
 
     Returns:
       Progress at the end; `finished` is False after SIGTERM.
@@ -115,13 +116,15 @@ def train_group(
 ) -> list[TrainProgress]:
     """Trains a group of runs in one program, from the start or from their latest checkpoints.
 
-    Each work directory gets the files of a separate training, with the same results up to rounding.
-    Runs of a group can be resumed one by one, and separate runs as a group.
+    Each work directory gets the same files as if its run were trained separately, and the results
+    are equal up to rounding. Runs that started as a group can be resumed one by one, and runs that
+    started separately can be resumed as a group.
 
     Args:
       group: Group from `plan_groups`.
       quiet: See `train`.
-      on_step: Called after each step with the number of completed steps of the longest run.
+      on_step: Function called after each step with the number of completed steps of the longest
+        run.
       on_save: See `train`.
 
     Returns:
@@ -193,7 +196,7 @@ def train_group(
 def _compiled_steps(
     plans: Sequence[RunPlan], shared: SharedSteps | None, template: ModelTemplate
 ) -> CompiledSteps:
-    """Returns the steps of runs that train at once."""
+    """Returns the compiled steps for runs that train at the same time."""
     first, num_runs = plans[0], len(plans)
     if shared is not None and num_runs in shared.compiled_steps:
         return shared.compiled_steps[num_runs]
@@ -225,13 +228,13 @@ def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> An
 def _load_initial_states(
     plans: Sequence[RunPlan], shared: SharedSteps | None, quiet: bool
 ) -> tuple[ModelTemplate, Any]:
-    """Returns the model template and the stacked states of the seeds of each run."""
+    """Returns the model template and the stacked states of all runs and seeds."""
     if shared is not None and shared.initial_states is not None:
         return shared.initial_states
     first = plans[0]
     init_from = first.options.init_from
     start = None
-    # A resumed run replaces the initial parameters anyway, and the model that they came from may no
+    # A resumed run replaces the initial parameters anyway, and the model in `init_from` may no
     # longer exist.
     if init_from and not all(_has_checkpoint(plan.workdir) for plan in plans):
         start = InitialParams.load(init_from, first.config.task, len(first.seeds))
@@ -281,8 +284,8 @@ def _initial_states(
         return state
 
     if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
-        # One program for the whole initialization is faster than one program per parameter. It runs
-        # so briefly that optimizing it is not worth the compile time.
+        # One program for the whole initialization is faster than one program per parameter. Its run
+        # time is so short that compiler optimizations would cost more time than they save.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         make_state = jax.jit(make_state, compiler_options=options)
     states = [
@@ -294,9 +297,9 @@ def _initial_states(
 
 @dataclasses.dataclass
 class _TrainingLoop:
-    """Components of one or several training runs; `run` is the loop.
+    """State and components of the training loop for one or several runs.
 
-    The state has the models of all runs, and of each run its seeds.
+    The state contains the models of all seeds of all runs.
     """
 
     runs: Sequence[TrainingRun]
@@ -349,7 +352,7 @@ class _TrainingLoop:
                 )
 
     def _restore(self, state: Any) -> Any:
-        """Restores all runs; returns the saved part of the state, or None if there is none."""
+        """Restores all runs; returns the saved part of the state, or None without checkpoints."""
         parts = self._split(self._saved_part(state))
         restored = [
             run.checkpoints.restore(LATEST, part)
@@ -369,14 +372,14 @@ class _TrainingLoop:
         return all(run.progress.finished for run in self.runs)
 
     def _step(self) -> int:
-        """Returns the number of completed steps, out of those of the longest run."""
+        """Returns the number of completed steps of the longest run."""
         return self._max_steps() - self._longest().steps_left
 
     def _max_steps(self) -> int:
         return max(run.plan.total_steps for run in self.runs)
 
     def _title(self) -> str:
-        """Names the work directories of all runs."""
+        """Returns a title with the work directories of all runs."""
         first = str(self.runs[0].plan.workdir)
         return first if len(self.runs) == 1 else f"{len(self.runs)} runs, starting with {first}"
 
@@ -442,14 +445,14 @@ class _TrainingLoop:
                 reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
 
     def _saved_part(self, state: Any) -> Any:
-        """Returns a single copy of the state without what never changes."""
+        """Returns a single copy of the state, without the parts that never change."""
         changing = {
             name: value for name, value in state.items() if name not in ("frozen", "constants")
         }
         return self.partitioner.get_state(changing)
 
     def _split(self, tree: Any) -> list[Any]:
-        """Splits a single copy of a tree with all models into one tree per run."""
+        """Splits a single-copy tree with all models into one tree per run."""
         return multi_seed.split_runs(tree, len(self.runs), len(self.seeds))
 
     def _save_latest(self, state: Any, indices: Sequence[int]) -> None:
@@ -463,7 +466,7 @@ class _TrainingLoop:
         """Runs the remaining steps of each run's epoch.
 
         Returns:
-          The state, and whether SIGTERM has stopped training. Epochs may be complete in this case.
+          The state, and whether SIGTERM has stopped training. Even then, an epoch may be complete.
         """
         options = self.options
         positions = {
@@ -511,7 +514,7 @@ class _TrainingLoop:
         return f"epoch {progress.epoch + 1}/{self.options.epochs}, {best}"
 
     def _longest(self) -> TrainingRun:
-        """Returns the run with the most steps left; finished runs have none."""
+        """Returns the run with the most steps left; a finished run has no steps left."""
         return max(self.runs, key=lambda run: run.steps_left)
 
     def _best_scores(self) -> list[float]:
@@ -539,9 +542,10 @@ class _TrainingLoop:
         run.write({**scalars, "learning_rate": float(run.learning_rates[run.step - 1])})
 
     def _print_expected_time(self, reporter: ProgressReporter) -> None:
-        """Prints the expected time once, when some steps have been measured.
+        """Prints the expected time once, after some steps have been measured.
 
-        It is called when metrics are read, because the devices have finished the steps only then.
+        It must be called after metrics are read, because only then have the devices finished the
+        steps.
         The first steps are not measured: other programs may still be compiling.
         """
         if self.has_printed_time:
@@ -575,7 +579,7 @@ class _TrainingLoop:
         return scalars
 
     def _validate(self, state: Any, reporter: ProgressReporter) -> None:
-        """Scores the validation splits of the runs whose epoch is complete, and saves them.
+        """Validates the runs whose epoch is complete, and saves their checkpoints.
 
         The best and the latest checkpoints are saved.
         """
@@ -626,7 +630,7 @@ class _TrainingLoop:
     def _save_best(
         self, run: TrainingRun, params: Any, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves the parameters and scores of improved seeds; other seeds keep their saved ones."""
+        """Saves the parameters and scores of improved seeds, and keeps those of other seeds."""
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = run.checkpoints.restore(BEST, params)
@@ -695,7 +699,7 @@ class _TrainingLoop:
 
 
 def _score_errors(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the mean absolute error "mae" of the predicted scores, if there are any."""
+    """Returns the mean absolute error "mae" of the predicted scores, or an empty dict."""
     if "score_error" not in sums:
         return {}
     return {"mae": float(sums["score_error"]) / max(1, int(sums["scored"]))}
@@ -715,7 +719,7 @@ def _background_executor() -> Iterator[concurrent.futures.Executor]:
 def _stop_on_sigterm() -> Iterator[threading.Event]:
     """Yields an event that SIGTERM sets, if the job has a single process."""
     event = threading.Event()
-    # With several processes, JAX handles the signal. A handler here would replace JAX's handler.
+    # With several processes, JAX handles SIGTERM. A handler here would replace JAX's handler.
     is_single_process = jax.process_count() == 1
     if not is_single_process or threading.current_thread() is not threading.main_thread():
         yield event

@@ -18,8 +18,8 @@ from mister_jax.io import write_text
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and a TensorBoard event file in the work directory.
 
-    Only process 0 writes. A resumed run repeats the steps after its checkpoint, so their old values
-    are removed from `metrics.jsonl` and hidden in TensorBoard.
+    Only process 0 writes. A resumed run repeats the steps after its checkpoint, so the old values
+    of these steps are removed from `metrics.jsonl` and hidden in TensorBoard.
 
     Args:
       workdir: Work directory of the training run.
@@ -54,7 +54,8 @@ class MetricWriter:
     def _read_lines(self) -> Iterable[str]:
         if not self._path.exists():
             return []
-        # If the run was killed, the last line may be cut off, even within a UTF-8 character.
+        # If the run was killed, the last line may be incomplete and may end inside a UTF-8
+        # character.
         return self._path.read_bytes().decode(errors="replace").split("\n")
 
 
@@ -67,11 +68,12 @@ def _step_of_line(line: str) -> float:
 
 
 def _tensorboard_writer(workdir: epath.PathLike, first_step: int) -> Any:
-    """Returns a writer of event files; TensorBoard hides older events from `first_step` on.
+    """Returns an event file writer that makes TensorBoard hide older events from `first_step` on.
 
-    This API of TensorFlow needs neither the `tensorboard` package nor, for buckets, any other.
+    This TensorFlow API does not need the `tensorboard` package, and it can write to cloud buckets
+    without further packages.
     """
-    with tf.Graph().as_default():  # The writer refuses to be created in eager mode.
+    with tf.Graph().as_default():  # The writer cannot be created in eager mode.
         writer = tf.compat.v1.summary.FileWriter(os.fspath(workdir))
     start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     writer.add_session_log(start, first_step)

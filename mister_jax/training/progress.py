@@ -23,14 +23,15 @@ class TrainConfig:
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without a better validation score after which a seed stops early; 0
-        disables early stopping. Training ends when all seeds have stopped.
-      select_by: Validation score that chooses the best epoch: one of `metrics.SCORE_NAMES`, or
+      patience: Number of epochs without improvement of the validation score after which a seed
+        stops early; 0 disables early stopping. Training ends when all seeds have stopped.
+      select_by: Validation score that determines the best epoch: one of `metrics.SCORE_NAMES`,
         "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
-        that predicts scores. With "last", the last epoch is used and validation is only reported.
-      init_from: Model to start training from: work directory, bundle or name on the Hugging Face
-        Hub. Parameters with equal names and shapes are copied. If empty, the initial parameters are
-        random or pretrained. A resumed run does not read it.
+        that predicts scores. With "last", the last epoch is used, and validation scores are only
+        reported.
+      init_from: Model to start training from: a work directory, a bundle or a name on the Hugging
+        Face Hub. Parameters with equal names and shapes are copied. If empty, the initial
+        parameters are random or pretrained. A resumed run ignores this field.
       log_every: Number of steps between records of the training loss.
       save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
         epoch is always saved.
@@ -60,7 +61,7 @@ class TrainConfig:
             raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
 
     def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
-        """Returns the validation score that chooses the epoch, [S]; higher is better.
+        """Returns the validation score that determines the best epoch, [S]; higher is better.
 
         Args:
           values: Validation scores and "cross_entropy" by name, [S] or a number.
@@ -81,7 +82,7 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class TrainProgress:
-    """Progress of a training run, saved with its state.
+    """Progress of a training run, saved with the training state.
 
     Attributes:
       best_scores: Best validation score per seed; see `TrainConfig.selection_scores`.
@@ -118,8 +119,8 @@ class TrainProgress:
         """
         active = self.active_seeds(options.patience)
         self.epoch += 1
-        # If scores are equal, which happens on small validation splits, the later epoch wins: its
-        # parameters have had more updates, at a lower learning rate.
+        # If scores are equal, which happens on small validation splits, the later epoch wins,
+        # because its parameters had more updates and a lower learning rate.
         is_first = np.array(self.best_epochs) == 0
         improved = active & (is_first | (scores >= self.best_scores))
         self.best_scores = np.where(improved, scores, self.best_scores).tolist()

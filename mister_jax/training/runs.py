@@ -1,9 +1,10 @@
-"""Training runs, and groups of runs that share their programs.
+"""Training runs, and groups of runs that share compiled programs.
 
-Runs whose configs differ in their data alone, such as the folds of a cross-validation, share their
-compiled steps. They train one after another, or several at once: then their states are stacked, and
-each step takes one batch of every run. Each run keeps its work directory, random numbers, schedule
-and progress, so its results are those of a separate training, up to rounding.
+Runs whose configs differ only in the data, such as the folds of a cross-validation, share their
+compiled steps. They train one after another or several at a time. In the second case, their states
+are stacked, and each step takes one batch of every run. Each run has a separate work directory,
+random numbers, schedule and progress, so its results equal the results of separate training up to
+rounding.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ Shape = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A config, its work directory, and what they determine before anything is compiled.
+    """A config, its work directory, and the objects created from them before compilation.
 
     Attributes:
       config: Experiment config.
@@ -64,7 +65,7 @@ class RunPlan:
       partitioner: Partitioner of the steps.
       train_split: Training split.
       validation_split: Validation split.
-      data_fingerprints: Fingerprints of the splits, as in the work directory.
+      data_fingerprints: Fingerprints of the splits, in the format of the work directory.
     """
 
     config: ConfigDict
@@ -84,7 +85,7 @@ class RunPlan:
         return self.options.epochs * self.train_split.steps
 
     def shares_steps_with(self, other: RunPlan) -> bool:
-        """Returns whether the steps of two runs differ only in their data."""
+        """Returns whether the compiled steps of two runs differ only in the data."""
         configs = [plan.config.to_dict() for plan in (self, other)]
         for config in configs:
             del config["data"]
@@ -145,13 +146,13 @@ def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
 
 @dataclasses.dataclass
 class SharedSteps:
-    """What runs with the same steps share.
+    """Batch shapes, compiled steps and initial states that several runs share.
 
     Attributes:
       train_shapes: Shapes (rows, padded length) of the training batches, by ascending length.
       validation_shapes: Shapes of the validation batches.
       num_steps: Number of steps of the longest run.
-      compiled_steps: Compiled steps by number of runs at once, filled in by `train_group`.
+      compiled_steps: Compiled steps by number of simultaneous runs, filled in by `train_group`.
       initial_states: Model template and stacked initial states of one run's seeds, filled in by
         `train_group` if the runs start from random parameters.
     """
@@ -163,10 +164,10 @@ class SharedSteps:
     initial_states: tuple[ModelTemplate, Any] | None = None
 
     def constants(self, runs: Sequence[TrainingRun], num_seeds: int) -> Any:
-        """Returns the arrays on which the runs' steps depend, stacked over all models."""
+        """Returns the arrays that the runs' steps read as constants, stacked over all models."""
         per_run = [
             {
-                # Steps after a run's last are never used.
+                # Learning rates after a run's last step are never used.
                 "learning_rates": np.resize(run.learning_rates, self.num_steps),
                 "task": run.plan.task.constants(),
             }
@@ -177,13 +178,13 @@ class SharedSteps:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
-    """Compiled functions of a training.
+    """Compiled functions for training.
 
     Attributes:
       train: Training step.
       eval: Evaluation step.
-      params_for_evaluation: Function of a state's "params" and "opt_state" that returns the tree of
-        parameters for validation and prediction.
+      params_for_evaluation: Function from a state's "params" and "opt_state" to the parameter tree
+        for validation and prediction.
     """
 
     train: CompiledStep
@@ -193,12 +194,12 @@ class CompiledSteps:
 
 @dataclasses.dataclass(frozen=True)
 class RunGroup:
-    """Runs that train at once.
+    """Runs that train at the same time.
 
     Attributes:
       configs: Config of each run.
       workdirs: Work directory of each run.
-      shared: What they share with other groups; None for a run with separately compiled steps.
+      shared: Steps shared with other groups; None for a single run with its own compiled steps.
     """
 
     configs: tuple[ConfigDict, ...]
@@ -214,18 +215,18 @@ def plan_groups(
     *,
     is_complete: Callable[[int], bool] = lambda index: False,
 ) -> list[RunGroup]:
-    """Groups runs that can train at once.
+    """Groups runs that can train at the same time.
 
-    Neighbors whose configs differ only in their data share their programs, if the job has a single
-    process. The data of all runs is read to plan their batches, and not kept.
+    Consecutive runs whose configs differ only in the data share compiled programs if the job has a
+    single process. The data of all runs is read to plan the batches, but is not kept in memory.
 
     Args:
       configs: Experiment configs.
       workdirs: Work directory of each config.
-      models_at_once: Number of models, each a seed of a run, that train at once at most; a run's
-        seeds always train at once.
-      is_complete: Function that returns whether the run with an index is already complete. Complete
-        runs are in no group, but the shared batch shapes are planned for them too, so that a
+      models_at_once: Maximum number of models that train at the same time. Each seed of a run is
+        one model, and the seeds of a run always train together.
+      is_complete: Function that takes the index of a run and returns whether the run is already
+        complete. Complete runs are in no group, but the shared batch shapes include them, so that a
         restarted study uses the same shapes.
 
     Raises:
@@ -234,7 +235,7 @@ def plan_groups(
     families: list[_Family] = []
     for index, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         plan = plan_run(config, workdir)
-        # The rows of a batch are split among processes, so that with other shapes they would get
+        # Processes divide the rows of a batch. With other shapes, the rows would therefore get
         # other random numbers.
         can_share = families and jax.process_count() == 1
         if not can_share or not families[-1].first.shares_steps_with(plan):
@@ -286,12 +287,12 @@ def batch_shapes(split: Split) -> list[Shape]:
 
 
 def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...]:
-    """Returns as many shapes as one run has, into which the batches of all runs fit.
+    """Returns batch shapes into which the batches of all runs fit, as many as one run has.
 
-    The lengths are those with the least padding.
+    The padded lengths minimize the total padding.
 
     Args:
-      shapes_per_run: Shape of each batch in an epoch of each run.
+      shapes_per_run: For each run, the shapes of all batches in an epoch.
     """
     num_shapes = max(len(set(shapes)) for shapes in shapes_per_run)
     batches = np.array([shape for shapes in shapes_per_run for shape in shapes])
@@ -312,8 +313,8 @@ class TrainingRun:
       checkpoints: Checkpoints in the work directory.
       progress: Progress at the end of the last epoch.
       step: Number of completed steps.
-      writer: Writer of the metrics, while the run trains.
-      pending_metrics: Metrics of the last steps, which are not written yet.
+      writer: Metric writer while the run trains.
+      pending_metrics: Metrics of the most recent steps, which are not written yet.
       num_one_class_epochs: Number of consecutive epochs in which each seed has predicted a single
         class, [S].
     """
@@ -330,7 +331,7 @@ class TrainingRun:
     def learning_rates(self) -> np.ndarray:
         """Learning rates of all steps, [total_steps] float32."""
         schedule = self.plan.optimizer.make_schedule(self.plan.total_steps)
-        # One program for the whole schedule compiles faster than one per operation.
+        # One program for the whole schedule compiles faster than one program per operation.
         return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(self.plan.total_steps)))
 
     @property
@@ -345,7 +346,7 @@ class TrainingRun:
 
     @property
     def is_epoch_complete(self) -> bool:
-        """Whether all steps of the epoch are done, and its validation is not."""
+        """Whether all steps of the epoch are complete, but the epoch has not been validated."""
         return self.step_in_epoch == self.plan.train_split.steps
 
     def write(self, scalars: Mapping[str, float]) -> None:
@@ -358,14 +359,14 @@ class TrainingRun:
 class RunBatches:
     """Batches of one split of each of R runs.
 
-    If shapes are given, each batch of a single run is padded to the smallest that it fits into. All
-    batches of several runs have one shape, into which any batch fits, and a run axis after the row
-    axis: [B, R, T, ...]. The rows stay first because they are divided among devices.
+    With a single run, each batch is padded to the smallest of the given shapes into which it fits.
+    With several runs, all batches have one shape, into which every batch fits, and a run axis after
+    the row axis: [B, R, T, ...]. The row axis is first because rows are divided among devices.
 
     Attributes:
       splits: Split of each run.
-      shapes: Result of `shared_shapes`; needed if there are several runs. By default, the batches
-        of a single run are unchanged.
+      shapes: Result of `shared_shapes`, required for several runs. By default, the batches of a
+        single run are unchanged.
     """
 
     splits: Sequence[Split]
@@ -394,10 +395,10 @@ class RunBatches:
     def epoch(
         self, positions: Mapping[int, tuple[int, int]]
     ) -> Iterator[tuple[Batch, tuple[int, ...]]]:
-        """Yields the batches of one epoch until every run has had its last.
+        """Yields the batches of one epoch until every run has completed the epoch.
 
         Args:
-          positions: Epoch and first step of each run that takes part, by its index.
+          positions: Maps the index of each participating run to its epoch and first step.
 
         Yields:
           A batch, and the indices of the runs that have items in it.
@@ -432,7 +433,7 @@ class RunBatches:
                 if batch is not None:
                     value = batch[name]
                     target = array[: len(value), index]
-                    if value.ndim > 1:  # All arrays but the row numbers have a length axis.
+                    if value.ndim > 1:  # All arrays except the row numbers have a length axis.
                         target = target[:, : value.shape[1]]
                     target[...] = value
             combined[name] = array[:, 0] if len(batches) == 1 else array
@@ -442,10 +443,11 @@ class RunBatches:
 def make_shared_steps(
     task: Task, template: ModelTemplate, optimizer_config: OptimizerConfig
 ) -> tuple[Step, EvalFn]:
-    """Creates a training step and an evaluation step that runs with different data share.
+    """Creates a training step and an evaluation step for runs that differ only in the data.
 
-    What depends on a run's data is not compiled in, but read from the state's "constants", the
-    result of `SharedSteps.constants`. A batch without items does not change the state.
+    Values that depend on a run's data are not compiled into the steps. The steps read them from the
+    state's "constants", the result of `SharedSteps.constants`. An empty batch does not change the
+    state.
 
     Args:
       task: Task of any of the runs.

@@ -31,14 +31,14 @@ class SupportsTraining(Protocol):
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the batch's loss and of the losses that it combines."""
+        """Returns this device's share of the batch's loss and of each loss term."""
 
 
 class SupportsEval(Protocol):
     """Part of the task interface that the evaluation step needs."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of sums over a batch."""
+        """Returns this device's share of the sums over a batch from which scores are computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +47,14 @@ class ModelTemplate:
 
     Attributes:
       graph: Graph definition of the model.
-      vectors: Conversion of the trained parameters, if the state stores them as vectors.
+      vectors: Converter for the trained parameters, if the state stores them as vectors.
     """
 
     graph: Any
     vectors: ParamVectors | None = None
 
     def to_tree(self, params: Any) -> Any:
-        """Returns the parameter tree for a state's "params" or their average."""
+        """Returns the parameter tree for a state's "params" or for their moving average."""
         return params if self.vectors is None else self.vectors.unflatten(params)
 
     def from_tree(self, tree: Any) -> Any:
@@ -111,8 +111,8 @@ def make_train_step(
     """Creates the training step, a pure function of `(state, batch, axis_name)`.
 
     The state is `{step, params, frozen, opt_state, key}`. The key and the frozen parameters never
-    change; each step folds its number into the key. The training step returns the new state and
-    metrics of the global batch: the loss, the losses that it combines, and the gradient norm.
+    change; each step folds the step number into the key. The training step returns the new state
+    and metrics of the global batch: the loss, its terms, and the gradient norm.
 
     Args:
       task: Task that defines the loss. With accumulation, the loss must be a weighted sum over

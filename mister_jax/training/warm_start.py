@@ -19,7 +19,7 @@ class InitialParams:
 
     Attributes:
       name: Work directory, bundle or name on the Hugging Face Hub.
-      per_seed: Parameters of each of its seeds.
+      per_seed: Trained parameters of each seed of the model.
     """
 
     name: str
@@ -27,7 +27,7 @@ class InitialParams:
 
     @classmethod
     def load(cls, name: str, task: str, num_seeds: int) -> InitialParams:
-        """Loads the parameters for a training.
+        """Loads the parameters for a training run.
 
         Args:
           name: Work directory, bundle or name on the Hugging Face Hub.
@@ -61,7 +61,7 @@ class InitialParams:
 
         Args:
           model: Model with arrays or shapes.
-          trainable: NNX filter for its trained parameters.
+          trainable: NNX filter for the trained parameters of the model.
 
         Raises:
           InputError: No parameter has the same name and shape.
@@ -79,7 +79,7 @@ class InitialParams:
 
 
 def copy_params(model: nnx.Module, params: Any, trainable: Any) -> nnx.Module:
-    """Returns the model with the parameters that have the same name and shape in `params`."""
+    """Copies each parameter with a matching name and shape from `params`; returns the model."""
     state = nnx.as_pure(nnx.state(model, trainable))
     values = _by_name(params)
 
