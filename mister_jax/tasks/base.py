@@ -26,8 +26,9 @@ class Split:
     Attributes:
       data: Dialogue features or utterances of the split, with a `fingerprint` method.
       plan: Batch plan.
-      make_batches: Function that yields the batches of an epoch from `start_step` on. Its keyword
-        arguments are `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and `process_count`.
+      make_batches: Function that yields the batches of an epoch from `start_step` on, with the
+        keyword arguments `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and
+        `process_count`.
       seed: Shuffle seed.
       shuffle: Whether each epoch has a different order.
     """
@@ -129,7 +130,7 @@ class Task(Protocol):
         """Returns the model with initial parameters; reads no files, so that JAX can trace it."""
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
-        """Returns the model before the first step, with its pretrained weights if it has any."""
+        """Returns the model before the first training step, with pretrained weights if any."""
 
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
@@ -150,7 +151,7 @@ class Task(Protocol):
         """Returns whether this task and `other` have the same steps except for `constants`."""
 
     def constants(self) -> dict[str, Any]:
-        """Returns the arrays in the training and evaluation steps that depend on the data."""
+        """Returns the arrays that depend on the data and are used in training and evaluation."""
 
     def with_constants(self, constants: Mapping[str, Any]) -> Task:
         """Returns a copy of the task with other `constants`, which may be traced arrays."""
@@ -159,7 +160,7 @@ class Task(Protocol):
 def classification_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, num_classes: int
 ) -> dict[str, jax.Array]:
-    """Computes the sums from which validation scores are computed.
+    """Sums confusion counts and cross-entropy, from which validation scores are computed.
 
     Args:
       logits: Class logits, [..., C].

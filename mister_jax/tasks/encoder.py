@@ -45,7 +45,7 @@ class EncoderOptions:
       full: Whether to train all parameters; by default, only the LoRA parameters and the head.
       quantize: Whether to store the frozen kernels as int8.
       dtype: Computation dtype.
-      param_dtype: Dtype of the backbone's pretrained parameters.
+      param_dtype: Dtype in which the backbone's pretrained parameters are stored.
       remat: Rematerialization policy; see `nn.ScannedLayers`.
     """
 
@@ -68,7 +68,7 @@ class EncoderLossConfig:
 
     Attributes:
       gamma: Focusing parameter of the focal loss, 0 or more.
-      class_weights: Weights of the classes; see `imbalance.class_weights`.
+      class_weights: Class weighting method or weights; see `imbalance.class_weights`.
       logit_adjustment: Strength of the logit adjustment, 0 or more; see
         `imbalance.logit_adjustment`.
     """
@@ -135,7 +135,7 @@ class EncoderTask:
         except ValueError as error:
             raise InputError(f"config.encoder ({self.options.name}): {error}") from error
 
-    # Implemented by the subclass for its modality.
+    # Each modality's subclass implements these methods.
 
     @classmethod
     def read_backbone_config(cls, options: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class EncoderTask:
         """Loads the utterances of a split for training."""
         return self.features(split)
 
-    # Shared by the modalities.
+    # All modalities share these methods.
 
     @classmethod
     def from_data(cls, config: ConfigDict) -> Any:
@@ -188,7 +188,7 @@ class EncoderTask:
 
     def description(self) -> dict[str, Any]:
         """Returns the JSON values that `restore` needs in addition to the config."""
-        # A string keeps the backbone's config.json on one line of model.json.
+        # As a string, the backbone's config.json takes only one line of model.json.
         backbone_config = json.dumps(self._backbone_config)
         return {"class_names": list(self.class_names), "backbone": backbone_config}
 
@@ -331,11 +331,11 @@ class EncoderTask:
         }
 
     def shares_steps_with(self, other: Task) -> bool:
-        """Returns False: fine-tunings of encoders run one after another."""
+        """Returns False, because encoders are fine-tuned one after another."""
         return False
 
     def constants(self) -> dict[str, Any]:
-        """Returns nothing: the steps of this task are compiled for its data."""
+        """Returns an empty dict, because the steps of this task are compiled for its data."""
         return {}
 
     def with_constants(self, constants: Mapping[str, Any]) -> EncoderTask:

@@ -39,11 +39,12 @@ class LossConfig:
     """Hyperparameters of MiSTER-E's loss; see `losses.mister_e`.
 
     Attributes:
-      target: Target of the focal losses: "label", or "ratings" for the distribution of the raters.
+      target: Target of the focal losses: "label", or "ratings" for the raters' distribution.
       gamma: Focusing parameter of the focal loss, 0 or more.
       temperature: Temperature of the contrastive loss, positive.
       sharpness: Sharpness of the gate loss, 0 or more.
-      class_weights: Weights of the classes in the focal losses; see `imbalance.class_weights`.
+      class_weights: Class weighting method or weights for the focal losses; see
+        `imbalance.class_weights`.
       logit_adjustment: Strength of the logit adjustment, 0 or more; see
         `imbalance.logit_adjustment`.
       weights: Weights of the individual losses.
@@ -121,7 +122,7 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
-        # The loss needs them; None outside of training.
+        # The loss needs these values; they are None outside of training.
         self._class_weights: Any = None
         self._logit_adjustment: Any = None
         if train_features is not None:
@@ -258,10 +259,10 @@ class FusionTask:
         shuffle: bool = False,
         epochs: int = 1,
     ) -> FeatureSplit:
-        """Returns batches of dialogues with a multiple of `num_shards` rows.
+        """Returns batches of dialogues whose number of rows is a multiple of `num_shards`.
 
         If the config does not set the number of length buckets, a bucket is added only if it saves
-        more time in `epochs` epochs than its program takes to compile.
+        more time over `epochs` epochs than compiling its program takes.
         """
         num_buckets = self._data.get("num_buckets")
         plan = BatchPlan(
@@ -314,7 +315,7 @@ class FusionTask:
         )
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """Returns, by modality, the value that standardization maps to zero: a vector [D] or 0."""
+        """Maps each modality to the value that standardization maps to zero: a vector [D] or 0."""
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0
             for name in MODALITIES
@@ -327,9 +328,9 @@ class FusionTask:
         )
 
     def constants(self) -> dict[str, Any]:
-        """Returns the arrays in the training and evaluation steps that depend on the data.
+        """Returns the arrays that depend on the data and are used in training and evaluation.
 
-        Modalities that are not standardized have a standardizer that changes nothing.
+        Modalities without standardization get a standardizer that changes nothing.
         """
         dims = {"speech": self.model.speech_dim, "text": self.model.text_dim}
         return {
@@ -388,7 +389,7 @@ class FusionTask:
         return sums
 
     def predict(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns probabilities, gate weights, and the score if the model predicts one."""
+        """Returns probabilities, gate weights, and scores if the model predicts scores."""
         return _predictions(apply_to_batch(model, self._standardize(batch)))
 
     def predict_step(
@@ -398,7 +399,7 @@ class FusionTask:
 
         Args:
           model: Causal model.
-          state: State of the model after the last utterance.
+          state: State of the model after the previous utterance of each dialogue.
           batch: "speech" [B, D], "text" [B, D], "speech_present" [B] and "text_present" [B].
 
         Returns:
@@ -418,7 +419,7 @@ class FusionTask:
 
 
 def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
-    """Loads a split of the config's dataset, or of the config's fold of it."""
+    """Loads a split of the config's dataset, or of one of its folds if the config has a fold."""
     data_dir = data.data_dir or None
     if data.get("folds"):
         return load_fold(
@@ -480,7 +481,7 @@ def mister_e_loss(
       logit_adjustment: Adjustment of each class's logit, [C]; see `losses.mister_e`.
 
     Returns:
-      This device's share of the weighted sum and of the unweighted losses.
+      This device's share of the weighted sum of the losses and of each unweighted loss.
     """
     config = config or LossConfig()
     num_rows = batch["mask"].shape[0]

@@ -32,9 +32,9 @@ class SpeechEncoderOptions(EncoderOptions):
     trained. If `full` is set, all parameters are trained.
 
     Attributes:
-      whisper: SALMONN's Whisper; see `SpeechFiles`.
-      beats: SALMONN's BEATs.
-      vicuna: SALMONN's Vicuna.
+      whisper: Location of SALMONN's Whisper model; see `SpeechFiles`.
+      beats: Location of SALMONN's BEATs model.
+      vicuna: Location of SALMONN's Vicuna model.
       prompt: Prompt of a speech LLM; empty for its default prompt.
       pool_prompt: Whether a speech LLM also pools over the prompt's positions.
       tower: How the tower is trained if `full` is not set: "frozen", "lora" or "full".
@@ -196,7 +196,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._check_classes(clips)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances with a multiple of `num_shards` rows."""
+        """Returns batches of utterances whose number of rows is a multiple of `num_shards`."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
         lengths = lengths_in_steps(utterances.sizes, max_samples)
