@@ -87,7 +87,7 @@ def parameter_table(params: Any) -> str:
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
-    """Returns a table of one split's per-class and overall scores, as `evaluate` computes them.
+    """Returns a table of the per-class and overall scores that `evaluate` computes for a split.
 
     With several seeds, it shows the ensemble's scores, then each seed's weighted F1 with their mean
     and standard deviation.
@@ -171,12 +171,19 @@ def rater_rows(raters: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def missing_modality_table(title: str, points: Iterable[Mapping[str, float]]) -> Table:
-    """Returns a table of points from `missing_modality_study`."""
-    table = Table("drop speech", "drop text", "weighted F1", title=title, box=rich.box.SIMPLE)
+def missing_modality_table(title: str, points: Iterable[Mapping[str, Any]]) -> Table:
+    """Returns a table of the points that `missing_modality_study` computes."""
+    head = ("drop speech", "drop text", "weighted F1", "loss", "95% interval")
+    table = Table(*head, title=title, box=rich.box.SIMPLE)
     for point in points:
-        score = f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}"
-        table.add_row(f"{point['drop_speech']:g}", f"{point['drop_text']:g}", score)
+        loss = point["loss"]
+        table.add_row(
+            f"{point['drop_speech']:g}",
+            f"{point['drop_text']:g}",
+            f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}",
+            f"{loss['value']:.3f}",
+            "" if loss["low"] is None else f"{loss['low']:.3f} to {loss['high']:.3f}",
+        )
     return table
 
 

@@ -15,7 +15,8 @@ from mister_jax.data import DialogueFeatures
 from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation import figures
-from mister_jax.evaluation.scores import score_predictions
+from mister_jax.evaluation.confidence_intervals import LEVEL, DialogueBootstrap, Estimate
+from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import read_json, write_json
 from mister_jax.metrics import mean_and_deviation
 from mister_jax.predictor import Predictor
@@ -93,7 +94,8 @@ def missing_modality_study(
 
     Returns:
       A dict per pair of rates with "drop_speech", "drop_text", "weighted_f1" (mean over draws and
-      seeds) and "deviation".
+      seeds), "deviation", and "loss": how much higher the weighted F1 is with nothing dropped, with
+      the "low" and "high" ends of its 95% interval.
 
     Raises:
       InputError: A rate is outside [0, 1], or the lists cannot be paired.
@@ -104,6 +106,10 @@ def missing_modality_study(
     if not isinstance(features, DialogueFeatures):
         raise InputError(
             f"{workdir}: the work directory of an encoder; needed: a work directory of MiSTER-E"
+        )
+    if not (features.label >= 0).any():
+        raise InputError(
+            f"split {split!r} of {features.name} has no labels; needed: labels to score"
         )
     zero_fill_values = predictor.task.zero_fill_values() if as_zeros else None
     study = _run_study(predictor, features, pairs, draws, zero_fill_values, quiet=quiet)
@@ -119,19 +125,20 @@ def study_for_report(
 ) -> dict[str, Any] | None:
     """Returns the study in `output` if it matches checkpoint and split, otherwise runs a new study.
 
-    The result is None if the split does not have both modalities.
+    The result is None if the split does not have labels and both modalities.
     """
     path = output / f"{MISSING_MODALITY}.json"
     study = read_json(path) if path.exists() else {}
     identity = _study_identity(predictor, features)
     if all(study.get(name) == value for name, value in identity.items()):
         return study
-    has_both = (
+    can_study = (
         isinstance(features, DialogueFeatures)
+        and (features.label >= 0).any()
         and features.speech_present.any()
         and features.text_present.any()
     )
-    if not has_both:
+    if not can_study:
         return None
     pairs = [(rate, 0.0) for rate in _REPORT_RATES] + [(0.0, rate) for rate in _REPORT_RATES]
     return _run_study(predictor, features, pairs, _REPORT_DRAWS, quiet=quiet)
@@ -170,33 +177,48 @@ def _run_study(
 
     Seeds are scored separately. Means and deviations are over draws and seeds.
     """
+    per_seed = predictor.predict_per_seed(features, quiet=True)
+    bootstrap = DialogueBootstrap(SplitPredictions.from_features(features, per_seed[0]))
 
-    def weighted_f1_per_seed(seen: DialogueFeatures) -> list[float]:
-        per_seed = predictor.predict_per_seed(seen, quiet=True)
-        return [score_predictions(seen, predictions)["weighted_f1"] for predictions in per_seed]
+    def scores_per_seed(
+        per_seed: Sequence[Mapping[str, np.ndarray]],
+    ) -> list[tuple[float, np.ndarray]]:
+        """Returns the weighted F1 on the split, and on the resamples, [R]."""
+        return [
+            bootstrap.scores(predictions["probabilities"].argmax(-1))["weighted_f1"]
+            for predictions in per_seed
+        ]
 
-    complete = mean_and_deviation(weighted_f1_per_seed(features))[0]
+    complete, complete_resampled = _mean_scores(scores_per_seed(per_seed))
     points = []
     with ProgressReporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
         for speech_rate, text_rate in pairs:
-            values: list[float] = []
+            scores: list[tuple[float, np.ndarray]] = []
             for draw in range(draws):
-                values += weighted_f1_per_seed(
-                    drop_modalities(
-                        features, speech_rate, text_rate, draw, zero_fill_values=zero_fill_values
-                    )
+                seen = drop_modalities(
+                    features, speech_rate, text_rate, draw, zero_fill_values=zero_fill_values
                 )
+                scores += scores_per_seed(predictor.predict_per_seed(seen, quiet=True))
                 reporter.advance(f"drop speech {speech_rate}, text {text_rate}")
-            mean, deviation = mean_and_deviation(values)
+            mean, deviation = mean_and_deviation([float(value) for value, _ in scores])
+            _, resampled = _mean_scores(scores)
+            loss = Estimate.from_resamples(complete - mean, complete_resampled - resampled)
             points.append(
                 {
                     "drop_speech": speech_rate,
                     "drop_text": text_rate,
                     "weighted_f1": mean,
                     "deviation": deviation,
+                    "loss": loss.to_json(),
                 }
             )
     return {**_study_identity(predictor, features), "complete": complete, "points": points}
+
+
+def _mean_scores(scores: Sequence[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+    """Returns the mean score on the split and on each resample, [R]."""
+    values, resampled = zip(*scores, strict=True)
+    return float(np.mean(values)), np.mean(resampled, axis=0)
 
 
 def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
@@ -205,4 +227,5 @@ def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
         "dataset": features.name,
         "split": features.split,
         "checkpoint": predictor.progress,
+        "confidence_level": LEVEL,
     }

@@ -400,9 +400,18 @@ MISSING_MODALITY_STUDY = {
     "split": "test",
     "complete": 0.6,
     "points": [
-        {"drop_speech": 0.5, "drop_text": 0.0, "weighted_f1": 0.5, "deviation": 0.01},
-        {"drop_speech": 0.0, "drop_text": 0.5, "weighted_f1": 0.3, "deviation": 0.02},
-        {"drop_speech": 0.2, "drop_text": 0.2, "weighted_f1": 0.45, "deviation": 0.0},
+        {
+            "drop_speech": speech,
+            "drop_text": text,
+            "weighted_f1": score,
+            "deviation": deviation,
+            "loss": {"value": 0.6 - score, "low": low, "high": high},
+        }
+        for speech, text, score, deviation, low, high in (
+            (0.5, 0.0, 0.5, 0.01, 0.05, 0.15),
+            (0.0, 0.5, 0.3, 0.02, 0.21, 0.38),
+            (0.2, 0.2, 0.45, 0.0, None, None),
+        )
     ],
 }
 
@@ -417,7 +426,9 @@ def test_missing_modality_section_requires_a_study(tmp_path):
     )
     page = Page(path.read_text())
     assert path.name == "report.html" and "missing" in page.ids
-    assert "0.450 ± 0.000" in path.read_text()
+    text = path.read_text()
+    assert "0.450 ± 0.000" in text
+    assert "0.210" in text and "0.380" in text
 
 
 def test_ensemble_of_seeds_is_described():

@@ -323,6 +323,7 @@ def test_missing_modality_study(finished_workdir, results_folder):
     complete = read_metrics(results_folder)["test"]["weighted_f1"]
     assert points[0]["weighted_f1"] == pytest.approx(complete)
     assert points[0]["deviation"] == points[1]["deviation"] == 0
+    assert points[0]["loss"] == pytest.approx({"value": 0, "low": 0, "high": 0})
     assert (results_folder / "missing_modality.png").exists()
     study = json.loads((results_folder / "missing_modality.json").read_text())
     assert study["points"] == points

@@ -311,15 +311,16 @@ def render_missing_modality(study: Mapping[str, Any]) -> str:
             f"{point['drop_speech']:g}",
             f"{point['drop_text']:g}",
             f"{point['weighted_f1']:.3f} ± {point['deviation']:.3f}",
+            estimate_cell(Estimate(**point["loss"])),
         )
         for point in study["points"]
     ]
     lead = (
         "Weighted F1 when random utterances lose a modality: mean and standard deviation of "
         f"several draws. The dashed line is the score with nothing dropped, "
-        f"{study['complete']:.3f}."
+        f"{study['complete']:.3f}. The loss is the difference from it, with its 95% interval."
     )
-    head = ("share without speech", "share without text", "weighted F1")
+    head = ("share without speech", "share without text", "weighted F1", "loss")
     names = missing_modality_lines(study)
     return "".join(
         (
