@@ -18,12 +18,14 @@ from mister_jax.data.schema import DialogueFeatures
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 
-# Number of training utterances that the statistics of the new utterances are mixed with, so that a
-# few utterances change little. Chosen on validation speakers; see docs/train_and_evaluate.md.
+# The statistics of the new utterances are mixed with those of this many training utterances, so
+# that a few new utterances change little. The number was chosen on validation speakers; see
+# docs/train_and_evaluate.md.
 _PRIOR_UTTERANCES = 2
 
-# Features are reported as shifted if a tenth of them has a mean that differs by more standard
-# deviations. In other recordings of the training conditions, it was 0.8 at most for 30 utterances.
+# Features are reported as shifted if the means of a tenth of the dimensions differ from training by
+# more than this number of standard deviations. In other recordings made under the training
+# conditions, the difference was at most 0.8 for 30 utterances.
 _SHIFT_QUANTILE = 0.9
 _MAX_SHIFT = 1.5
 _MIN_UTTERANCES = 20
@@ -34,12 +36,13 @@ def adapt_features(
 ) -> DialogueFeatures:
     """Gives features the mean and standard deviation of the training features.
 
-    If the utterances have very different emotions than the training utterances, for example anger
-    only, adaptation also removes a part of the emotion.
+    If the emotions of the utterances differ much from those in training, for example if all are
+    anger, adaptation also removes a part of the emotion.
 
     Args:
-      features: Utterances of similar recording conditions.
-      standardizers: Standardizers of the model, by modality. Other modalities do not change.
+      features: Features of utterances recorded under similar conditions.
+      standardizers: Standardizers of the model, by modality. Modalities without a standardizer do
+        not change.
 
     Raises:
       InputError: The model standardizes no modality.
@@ -109,7 +112,7 @@ def _vectors(features: DialogueFeatures, modality: str) -> tuple[np.ndarray, np.
 
 
 def _mixed_statistics(vectors: np.ndarray, training: Standardizer) -> Standardizer:
-    """Mixes the statistics of vectors [N, D] with those of some training utterances."""
+    """Mixes the statistics of vectors [N, D] with the statistics of the training utterances."""
     vectors = vectors.astype(np.float64)
     weight = len(vectors) / (len(vectors) + _PRIOR_UTTERANCES)
     mean = weight * vectors.mean(0) + (1 - weight) * training.mean

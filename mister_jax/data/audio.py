@@ -1,8 +1,8 @@
 """Decodes recordings of any format to 16 kHz mono samples, with PyAV's FFmpeg libraries.
 
-- `decode` reads one recording or a cut of it.
+- `decode` reads one recording or a segment of it.
 - `decode_many` reads many recordings in parallel processes.
-- `stream_cuts` reads the cuts of a long recording.
+- `stream_cuts` reads several segments of a long recording.
 - `encode_wav` writes samples.
 
 All problems with recordings are reported as `AudioError`.
@@ -48,13 +48,13 @@ _MAX_SECONDS = 30 * 24 * 3600.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """A decoded recording, or a cut of it.
+    """A decoded recording, or a segment of it.
 
     Attributes:
         samples: Mono samples [N] int16 at `SAMPLE_RATE`.
-        seconds: Length of the recording or cut before it was capped.
+        seconds: Length of the recording or segment in seconds before truncation to `max_seconds`.
         capped: Whether the samples are truncated to `max_seconds`.
-        damaged: Whether a part could not be decoded.
+        damaged: Whether a part of the audio could not be decoded.
         notes: Short notes for the user, such as "2.0 s missing".
     """
 
@@ -67,7 +67,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRequest:
-    """A recording or a cut to decode. The fields are the arguments of `decode`."""
+    """A recording or a segment to decode. The fields are the arguments of `decode`."""
 
     source: Source
     start: float | None = None
@@ -91,16 +91,17 @@ def decode(
     weights add up to 1, so a mix does not clip. If channels cancel each other out, the strongest
     channel is used.
 
-    FFmpeg chooses among several audio streams. If timestamps reveal that frames could not be
-    decoded, silence replaces them; otherwise they are dropped. If the peak is far above full scale,
-    the samples are scaled so that the peak is at full scale. `Clip.notes` reports these changes.
+    If the file has several audio streams, FFmpeg chooses one. If timestamps reveal that frames
+    could not be decoded, silence replaces these frames; otherwise they are dropped. If the peak is
+    far above full scale, the samples are scaled so that the peak is at full scale. `Clip.notes`
+    reports these changes.
 
     Args:
         source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
-        start: Start of the cut in seconds from the beginning of the container, by default 0.
-        end: End of the cut in seconds; by default, the end of the recording. A cut has exactly the
-            samples of that part of the decoded recording, except for the noise that AAC decoders
-            synthesize.
+        start: Start of the segment in seconds from the beginning of the container, by default 0.
+        end: End of the segment in seconds; by default, the end of the recording. The samples of a
+            segment equal the samples at the same time in the fully decoded recording, except for
+            the noise that AAC decoders synthesize.
         channel: "mix", "left", "right", or the index of a channel.
         max_seconds: Maximum seconds to keep.
 
@@ -124,9 +125,9 @@ def decode_many(
 ) -> Iterator[Clip | AudioError]:
     """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
-    Consecutive cuts from one recording are decoded in one pass. Memory does not grow with the
-    number of requests; see `workers.ordered_map`. With `num_workers=0`, this process decodes, and
-    each clip is yielded as soon as it is complete.
+    Consecutive segments of one recording are decoded in one pass. Memory does not grow with the
+    number of requests; see `workers.ordered_map`. With `num_workers=0`, decoding runs in this
+    process, and each clip is yielded as soon as it is complete.
 
     Raises:
         ValueError: `num_workers` is negative or `max_seconds` not positive.
@@ -152,17 +153,17 @@ def decode_many(
 def stream_cuts(
     requests: Iterable[DecodeRequest], max_seconds: float | None = None
 ) -> Iterator[Clip | AudioError]:
-    """Decodes sorted cuts of a recording in a single pass, and yields each when it is complete.
+    """Decodes sorted segments of a recording in one pass, and yields each when it is complete.
 
-    A cut's samples are freed after it is yielded, so memory does not grow with the length of the
-    recording.
+    The samples of a segment are freed after it is yielded, so memory does not grow with the length
+    of the recording.
 
     Args:
-        requests: Cuts with equal `source` and `channel`, sorted by `start`.
-        max_seconds: Maximum seconds to keep from each cut.
+        requests: Segments with equal `source` and `channel`, sorted by `start`.
+        max_seconds: Maximum number of seconds to keep from each segment.
 
     Raises:
-        ValueError: `max_seconds` is not positive, or the cuts are not sorted.
+        ValueError: `max_seconds` is not positive, or the segments are not sorted.
     """
     _check_max_seconds(max_seconds)
     cuts = [_Cut(request, max_seconds) for request in requests]
@@ -179,7 +180,7 @@ def stream_cuts(
         if cut.canceled_by is None:
             result = cut.result()
         else:
-            # Channels rarely cancel out, so reading the cut once more is cheap on average.
+            # Channels rarely cancel out, so reading the segment once more is cheap on average.
             (result,) = _decode_cuts((cut.request,), max_seconds)
         cut.restart()  # Frees the samples.
         yield result
@@ -217,8 +218,8 @@ def decoded_seconds(source: Source) -> float:
 def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0) -> Iterator[Clip]:
     """Decodes a recording of any length in one pass, and yields blocks of equal length.
 
-    The blocks end where nothing more can be decoded. `Clip.damaged` of the last block is true if
-    that is before the end of the recording.
+    The last block ends where nothing more can be decoded. If this is before the end of the
+    recording, the last block has `Clip.damaged` set.
 
     Args:
         source: Path or content of a file; see `decode`.
@@ -305,7 +306,7 @@ def _group_by_recording(
         group.append(request)
         seconds += length
         if request.start is None and request.end is None:
-            # An uncut recording is decoded right away instead of waiting for the next request.
+            # A request for a whole recording is decoded without waiting for the next request.
             yield group
             group, seconds = [], 0.0
     if group:
@@ -327,7 +328,7 @@ def _decode_one_by_one(
 def _decode_cuts(
     requests: Sequence[DecodeRequest], max_seconds: float | None
 ) -> list[Clip | AudioError]:
-    """Decodes cuts from one recording, in one pass per requested channel."""
+    """Decodes segments of one recording, in one pass per requested channel."""
     cuts = [_Cut(request, max_seconds) for request in requests]
     by_channel: dict[Channel, list[_Cut]] = collections.defaultdict(list)
     for cut in cuts:
@@ -346,13 +347,13 @@ def _decode_cuts(
 
 
 def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
-    """Reads cuts from one channel in a single pass."""
+    """Reads segments of one channel in a single pass."""
     for _ in _completed_cuts(cuts, channel):
         pass
 
 
 def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"]:
-    """Reads cuts from one channel in a single pass, and yields each when it is complete."""
+    """Reads segments of one channel in a single pass, and yields each when it is complete."""
     source = cuts[0].request.source
     try:
         reader = AudioReader(source, channel)
@@ -381,7 +382,7 @@ def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"
                 if not active and (not waiting or reader.should_seek(end, waiting[0].first)):
                     break
             else:
-                # The remaining cuts begin after the end of the recording.
+                # The remaining segments begin after the end of the recording.
                 for cut in waiting:
                     cut.position = end
                 active += waiting
@@ -399,7 +400,7 @@ def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"
 
 
 class _Cut:
-    """A cut that is being decoded. All indices are at `SAMPLE_RATE`.
+    """A segment that is being decoded. All sample indices are at `SAMPLE_RATE`.
 
     Attributes:
         first: Index of the first sample.
@@ -424,7 +425,7 @@ class _Cut:
         self.restart()
 
     def restart(self, note: str = "") -> None:
-        """Discards all decoded samples and findings."""
+        """Discards all decoded samples, damage and notes."""
         self._notes = [note] if note else []
         self.position = 0
         self.canceled_by: int | None = None
@@ -433,7 +434,7 @@ class _Cut:
         self._is_damaged = False
 
     def add(self, begin: int, chunk: np.ndarray) -> None:
-        """Adds the part of a chunk [n], int16 or float32, that is in the cut.
+        """Adds the part of a chunk [n], int16 or float32, that belongs to the segment.
 
         `begin` is the index of the chunk's first sample.
         """
@@ -443,7 +444,7 @@ class _Cut:
         self.position = begin + len(chunk)
 
     def finish(self, reader: AudioReader) -> None:
-        """Collects the reader's findings about this part of the recording."""
+        """Collects the damage and the notes that the reader reports for this segment."""
         end = min(self.position, self.stop)
         self._notes += reader.notes(self.first, end)
         self._damage_message = reader.damage(0, _END)
@@ -488,7 +489,7 @@ def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
     if peak > MAX_PEAK * FULL_SCALE:
         raise ValueError(f"float samples of up to {peak:g}")
     if peak > MAX_PEAK:
-        # Some float recordings use the range of int16, which their header does not reveal.
+        # Some float recordings use the range of int16, but their headers do not say so.
         integers, note = float_to_int16(samples / FULL_SCALE)
         return integers, note or f"floats of up to {peak:g} read as integers of 16 bits"
     return float_to_int16(samples)

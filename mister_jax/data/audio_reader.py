@@ -44,8 +44,8 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 # because they round timestamps (Matroska) or estimate them (MP3 with a variable bit rate).
 _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 
-# Decoding and resampling begin this many seconds before a cut. A decoder's output depends on some
-# earlier frames, and the resampler's filter is a few ms long.
+# Decoding and resampling begin this many seconds before a segment. A decoder's output depends on
+# some earlier frames, and the resampler's filter is a few ms long.
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
 # Maximum difference, in seconds, between a timestamp and the decoded duration that is still ignored
@@ -53,7 +53,7 @@ _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 _TIME_TOLERANCE = 0.05
 # Longer gaps, in seconds, are treated as a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
-# Distance between two cuts, in seconds, above which seeking is faster than decoding.
+# Distance between two segments, in seconds, above which seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
 # Channels cancel out if the power of their mix is 26 dB below that of the strongest channel.
 _CANCELED_RATIO = 10 ** (-26 / 10)
@@ -73,7 +73,7 @@ class AudioReader:
         self._name = source_name(source)
         self._source = source if isinstance(source, bytes) else existing_path(source)
         self._channel = channel
-        # Maps the index of each damaged place to FFmpeg's message.
+        # Maps the sample index of each damaged place to FFmpeg's message.
         self._damage: dict[int, str] = {}
         self._gaps: set[tuple[int, int]] = set()
         self._clock_resets: list[str] = []
@@ -166,7 +166,7 @@ class AudioReader:
         first_bin, last_bin = (
             int(index / SAMPLE_RATE / _POWER_BIN) for index in (first, max(first, stop - 1))
         )
-        # A recording may have thousands of cuts and bins, so only the bins of the cut are visited.
+        # A recording may have thousands of segments and bins, so only this segment's are visited.
         bins: Iterable[int] = range(first_bin, last_bin + 1)
         if last_bin - first_bin >= len(self._powers):
             bins = (index for index in self._powers if first_bin <= index <= last_bin)
@@ -222,7 +222,7 @@ class AudioReader:
             self._note_damage(f"{self._header.missing_seconds:.1f} s are missing at its end")
 
     def _timed_frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
-        """Yields decoded frames at the times of their timestamps, with gaps filled by silence."""
+        """Yields decoded frames at the times given by their timestamps; silence fills gaps."""
         if self._container is None:
             yield from self._pcm_frames(lead)
             return

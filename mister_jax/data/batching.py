@@ -30,10 +30,10 @@ _STEP_COMPILE_COST = 3e10
 
 
 def bucket_cost(num_params: int, epochs: int) -> float:
-    """Returns how many padded positions per epoch take as long as compiling one more step.
+    """Returns the number of padded positions per epoch that cost as much as compiling a step.
 
     Args:
-        num_params: Number of model parameters, summed over the seeds that train together.
+        num_params: Total number of parameters of all models that train together.
         epochs: Number of times that the batches are computed.
     """
     return _STEP_COMPILE_COST / num_params / epochs
@@ -69,8 +69,8 @@ def length_buckets(
         lengths: Length of each item, [M] int, at least 1.
         num_buckets: Maximum number of buckets. Fewer are used if more would not reduce padding.
         batch_size: Maximum number of items in a batch; see `BatchPlan`.
-        multiple_of: The number of rows is a multiple of this; see `BatchPlan`.
-        bucket_cost: Number of positions that each additional bucket must save.
+        multiple_of: Divisor of the number of rows; see `BatchPlan`.
+        bucket_cost: Number of padded positions that each additional bucket must save.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
@@ -215,7 +215,7 @@ class BatchPlan:
 
 
 def plan_inference_batches(lengths: np.ndarray, *, num_shards: int) -> Iterator[PlannedBatch]:
-    """Plans the batches of a request, with lengths padded to powers of 2.
+    """Plans the batches of a single request, with lengths padded to powers of 2.
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
@@ -272,7 +272,7 @@ def plan_budgeted_batches(
 
 
 def _fill_up(members: np.ndarray, num_rows: int) -> np.ndarray:
-    """Returns indices followed by empty rows, [num_rows] int32."""
+    """Returns the members' indices followed by -1 for empty rows, [num_rows] int32."""
     rows = np.full(num_rows, -1, np.int32)
     rows[: len(members)] = members
     return rows

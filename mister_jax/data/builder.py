@@ -64,8 +64,8 @@ class CorpusConfig(tfds.core.BuilderConfig):
 class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder whose examples are dialogues.
 
-    Each corpus has a subclass that defines its reader, variants (`BUILDER_CONFIGS`), origin and
-    license.
+    Each corpus has a subclass that defines the reader, variants (`BUILDER_CONFIGS`), origin and
+    license of the corpus.
 
     Args:
         corpus: Corpus to write.

@@ -52,7 +52,7 @@ def load_clips(
 ) -> Utterances:
     """Loads up to `max_samples` samples of each audible recording in a split into memory.
 
-    An hour takes 115 MB. The numbers of skipped and truncated recordings are logged.
+    One hour of audio takes 115 MB. The numbers of skipped and truncated recordings are logged.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -120,9 +120,9 @@ def clip_batches(
 ) -> Iterator[Batch]:
     """Returns an iterator over the batches of one epoch.
 
-    `plan` must be made for `lengths_in_steps(clips.sizes, max_samples)`. Clips with more than
-    `max_samples` are truncated. With `shuffle`, they are cropped at a random position that depends
-    on `seed` and `epoch`. `options` are passed to `utterance_batches`.
+    `plan` must be made for `lengths_in_steps(clips.sizes, max_samples)`. Clips longer than
+    `max_samples` are truncated at the end or, with `shuffle`, cropped at a random position that
+    depends on `seed` and `epoch`. `options` are passed to `utterance_batches`.
 
     Returns:
         An iterator over the dicts of `utterance_batches` with these additional entries:

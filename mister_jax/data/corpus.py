@@ -1,6 +1,6 @@
 """Corpora before decoding: dialogues, utterances, labels and paths to recordings.
 
-The modules in `corpora` read a `Corpus` from the files that its authors released, and
+The modules in `corpora` read a `Corpus` from the files that the corpus's authors released, and
 `prepare` writes it to a dataset. This module does not need TensorFlow.
 """
 
@@ -19,14 +19,14 @@ class Utterance:
     """Utterance of a dialogue.
 
     Attributes:
-        id: Unique in the corpus.
+        id: Utterance id, unique in the corpus.
         text: Transcript; empty if missing.
         recording: File and time range of the audio; None if missing. The file may not exist.
         label: Name of the class; None if the utterance is unlabeled context.
         score: Sentiment from -3 to 3; None if the utterance has no score.
-        ratings: Number of raters who chose each class, by its name. A rater's vote may be divided
+        ratings: Number of raters who chose each class, by class name. A rater's vote may be divided
             among several classes. Empty if unknown.
-        start, end: Seconds from the beginning of the dialogue; None if unknown.
+        start, end: Start and end in seconds from the beginning of the dialogue; None if unknown.
         metadata: Extra columns of a manifest by name; no model reads them.
     """
 

@@ -79,15 +79,15 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
           the number of utterances that are unlabeled, lack speech, lack text, or have a text that
           also occurs in training; the hours of speech; and the minimum, mean and maximum dialogue
           length.
-        - `missing`: Utterances with an unusable recording, with file and reason.
+        - `missing`: Utterances with an unusable recording, with the file and the reason.
         - `capped`: Recordings that are longer than `max_seconds`.
         - `damaged`: Recordings that could not be fully decoded.
         - `silent`: Recordings without audible sound.
         - `length_mismatch`: Recordings whose length differs much from `end` - `start`.
         - `past_end`: Utterances that end after their recording.
-        - `fast_text`: Utterances with more text than can be spoken in their time.
+        - `fast_text`: Utterances with more text than can be spoken in the given time.
         - `changed`: Recordings that were changed (gaps filled, scaled, a channel dropped).
-        - `notes`: The reader's notes, and one line per kind of change with its count.
+        - `notes`: The corpus reader's notes, and one line per kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}
     train_texts = {turn.text for split, turn in corpus.utterances() if split == "train"}

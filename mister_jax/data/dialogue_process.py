@@ -1,8 +1,8 @@
 """Random processes that generate dialogues, with the exact posterior of their emotions.
 
-`synthetic` and `synthetic_speech` use them. Emotions follow a Markov chain along a dialogue, so the
-posterior of each emotion given the whole dialogue can be computed exactly. The Bayes classifier
-with this posterior has the highest expected accuracy of all models.
+The modules `synthetic` and `synthetic_speech` use these processes. Emotions follow a Markov chain
+along a dialogue, so the posterior of each emotion given the whole dialogue can be computed exactly.
+The Bayes classifier with this posterior has the highest expected accuracy of all models.
 """
 
 import collections
@@ -26,8 +26,9 @@ class ConversationProcess:
     Attributes:
         initial: Distribution of the first emotion, [C].
         transition: Distribution of the next emotion given each emotion, [C, C].
-        uninformative_share: Probability that an utterance's speech is uninformative. Text has the
-            same probability. Speech and text of one utterance are never both uninformative.
+        uninformative_share: Probability that an utterance's speech is uninformative, and
+            probability that its text is. Speech and text of an utterance are never both
+            uninformative.
         missing_share: Probability that an utterance lacks one modality. Speech and text are missing
             equally often.
 
@@ -49,7 +50,8 @@ class ConversationProcess:
     def speech_log_density(self, speech: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns log p(speech | emotion) [T, C] and log p(uninformative speech) [T, 1].
 
-        Both omit an additive constant that depends on the utterance but not on the emotion.
+        Both values omit the same additive constant, which depends on the utterance but not on the
+        emotion.
         """
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ class StoredUtterance:
         label: Index of the class, or `UNLABELED`.
         score: Sentiment; NaN if missing.
         ratings: Number of raters per class, [C] float32; None for a dataset without ratings.
-        start, end: Seconds from the beginning of the dialogue; NaN if unknown.
+        start, end: Start and end in seconds from the beginning of the dialogue; NaN if unknown.
         speech_present: Whether the utterance has a usable recording.
         text_present: Whether the utterance has a transcript.
         metadata: Extra columns of the manifest by name; no model reads them.

@@ -90,8 +90,8 @@ def load_features(
     """Loads a split of a feature dataset into memory.
 
     Returns:
-        The split in stored order, with the metadata of the dataset and of the split. Encoders that
-        have moved together with the dataset have their new paths.
+        The split in stored order, with the metadata of the dataset and of the split. If encoders
+        have moved together with the dataset, the metadata contain the new paths.
 
     Raises:
         InputError: The dataset or split does not exist, or it is not a feature dataset.

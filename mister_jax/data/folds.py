@@ -1,7 +1,8 @@
 """Cross-validation folds of a feature dataset, which replace the dataset's splits.
 
-A fold's test split has the dialogues of one group, such as a session or a speaker. Its validation
-split has the dialogues of the next groups, and its training split all other dialogues.
+The test split of a fold contains the dialogues of one group, such as a session or a speaker. The
+validation split contains the dialogues of the next groups, and the training split contains all
+other dialogues.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 _IEMOCAP_DIALOGUE = re.compile(r"Ses(\d\d)[FM]_")
 _IEMOCAP_TURN = re.compile(r"Ses\d\d[FM]_.+_([FM])(?:XX)?\d+")
 
-# One in this many folds is used for validation, but at least one.
+# One in this many folds is used for validation, and at least one fold.
 _VALIDATION_SHARE = 8
 
 
@@ -53,8 +54,8 @@ class Folds:
         spec: "COLUMN", one fold per value; or "COLUMN:K", K folds in which the classes are about
             equally frequent. COLUMN is "dialogue" or a column of the utterances' metadata. IEMOCAP
             also has "session" and "speaker".
-        names: Names of the F folds: their values, or "1" to "K".
-        members: Values in each fold.
+        names: Names of the F folds: the column's values, or "1" to "K".
+        members: Values of the column in each fold.
         index: Fold of each utterance of the pooled splits, [N] int.
     """
 
@@ -67,9 +68,9 @@ class Folds:
 def load_pooled(
     name: str, data_dir: epath.PathLike | None = None, splits: Sequence[str] = ()
 ) -> DialogueFeatures:
-    """Loads several splits of a feature dataset as one.
+    """Loads several splits of a feature dataset as one split.
 
-    The last result is kept in memory, because every fold of a cross-validation starts from it.
+    The result of the last call is cached, because every fold of a cross-validation needs it.
 
     Args:
         name: Name of the dataset.
@@ -81,7 +82,7 @@ def load_pooled(
     """
     info = dataset_directory(name, data_dir) / "dataset_info.json"
     state = info.stat() if info.exists() else None
-    # A dataset that was written again is read again.
+    # If the dataset was written again, the cache is not used.
     version = None if state is None else (state.mtime, state.length)
     return _load_pooled(name, data_dir, tuple(splits), version)
 
@@ -177,8 +178,8 @@ def load_fold(
         fold: Index of the test fold, from 0.
         data_dir: Directory of the datasets.
         seed: See `make_folds`.
-        validate_on_train: Whether the training split has the dialogues of the validation split
-            too, for trainings that do not choose anything on validation.
+        validate_on_train: Whether the training split also contains the dialogues of the validation
+            split, for training runs that choose nothing on the validation split.
         pooled_splits: Splits of the dataset whose dialogues are divided into folds; all if empty.
 
     Returns:
@@ -315,8 +316,8 @@ def _balanced_assignment(
 ) -> np.ndarray:
     """Assigns values to folds so that each class is about equally frequent in all folds.
 
-    Values with many utterances are assigned first. Each goes to the fold that keeps the class
-    counts of all folds most even.
+    Values with many utterances are assigned first. Each value is assigned to the fold that keeps
+    the class counts of all folds most even.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0

@@ -56,21 +56,22 @@ class PrepareOptions:
     Attributes:
         corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts",
             "folder", "emobox" or "synthetic".
-        source: Folder of the corpus, path of the manifest, or for "synthetic", folder to write
+        source: Folder of the corpus or path of the manifest. For "synthetic", the folder to write
             recordings to. If None, "meld" with config "text" is downloaded, and "synthetic" writes
             to a folder next to the dataset.
-        data_dir: Directory of all datasets; TFDS's default if None.
-        config: Name of the corpus's config; its first config if empty.
-        name: Name of a manifest's dataset, which becomes `manifest/NAME`; the file's name if empty.
-        labels: Ordered class names of a manifest; the sorted names in the file if empty.
+        data_dir: Directory of all datasets; if None, TFDS's default directory.
+        config: Name of the corpus's config; if empty, the first config.
+        name: Name of a manifest's dataset, which becomes `manifest/NAME`; by default, the file's
+            name.
+        labels: Class names of a manifest in order; if empty, the sorted names in the file.
         label_map: Map from names in a manifest to class names; see `read_manifest`.
         group_by: Column of a manifest. Random splits put dialogues with equal values in one split.
         pattern: Pattern of the paths in the corpus "folder"; see `read_folder`.
         audio_root: Folder of the recordings of the corpus "emobox"; see `read_emobox`.
-        fold: Fold of the corpus "emobox"; the first if None.
+        fold: Fold of the corpus "emobox"; if None, the first fold.
         seed: Seed for a manifest's random split, for the validation set of "emobox", and for the
             synthetic corpus.
-        num_dialogues: Number of dialogues in the synthetic corpus by split; its default if empty.
+        num_dialogues: Number of dialogues in the synthetic corpus by split; if empty, the defaults.
         decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
         transcripts: Options for reading the corpus "transcripts".
@@ -103,15 +104,15 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
 
     Released corpora contain a few broken clips (2 of MELD's 13,708), and the report lists them. If
     more than one in ten recordings in a split are unusable, the corpus is rejected as incomplete:
-    a copy may have been interrupted, an archive not unpacked, or a path wrong. Missing and empty
-    files are detected before decoding, and broken files after it.
+    a copy may have been interrupted, an archive may not be unpacked, or a path may be wrong.
+    Missing and empty files are detected before decoding, and broken files after decoding.
 
     Returns:
         The report; see `corpus_report.make_report`. It is also written to the dataset's directory.
 
     Raises:
-        InputError: The input cannot be used, the dataset exists or cannot be written, or Beam is
-            not installed or does not have an option. No partial dataset remains.
+        InputError: The input cannot be used, the dataset exists or cannot be written, Beam is not
+            installed, or Beam does not have one of the options. No partial dataset remains.
     """
     if options.corpus in CORPORA:
         return _prepare_released(options)
@@ -348,7 +349,7 @@ def _parse_beam_options(options: Mapping[str, Any]) -> Any:
 def _limit_sort_memory() -> Iterator[None]:
     """Reduces TFDS's sort buffer, so that large corpora are sorted on disk and not in memory.
 
-    TFDS has no option for the buffer's size of 1 GB, so this replaces its constant.
+    TFDS has no option for the size of this buffer, 1 GB, so this function patches TFDS's constant.
     """
     default = shuffle.MAX_MEM_BUFFER_SIZE
     shuffle.MAX_MEM_BUFFER_SIZE = _MAX_SORT_BYTES

@@ -12,8 +12,8 @@ DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
 
-# Of this many random splits, the one with the most even classes is used. With many dialogues, fewer
-# are drawn, because the classes of any random split are even.
+# Number of random splits to draw; the one with the most even classes is used. With many dialogues,
+# fewer splits are drawn, because the classes of any random split are even.
 _MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
 
 
@@ -31,7 +31,7 @@ def random_splits(
 
     Dialogues with a common group are connected and get the same split. In conversational corpora,
     groups often connect all dialogues. If there are fewer connected components than splits,
-    dialogues are assigned one by one, and the note reports it.
+    dialogues are assigned one by one, regardless of groups, and the note says so.
 
     Args:
         dialogues: Labels of each dialogue's utterances. The label of an unlabeled utterance is
@@ -164,10 +164,10 @@ def _draw(
 
 
 def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """Assigns each component to the split that most lacks its classes; large components come first.
+    """Assigns components, largest first, to the splits that most lack the components' classes.
 
     Args:
-        shares: Share of each component in all items of each class, [K, C].
+        shares: Fraction of each class's items that are in each component, [K, C].
         shuffled: Random order of the components, [K] int.
         fractions: Fractions of the splits; they sum to 1.
 
@@ -184,7 +184,7 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     for position, index in enumerate(order):
         # The last components go to the splits that are still empty.
         candidates = is_empty if len(order) - position <= is_empty.sum() else is_used
-        # Decrease of the squared distances from the fractions.
+        # Decrease of the squared distances between the splits' shares and the fractions.
         gain = (shares[index] * (2 * missing - shares[index]) / scale).sum(1)
         chosen = int(np.argmax(np.where(candidates, gain, -np.inf)))
         missing[chosen] -= shares[index]

@@ -56,7 +56,7 @@ def choose_standardizers(
             modality. Otherwise, names of modalities as a list or a comma-separated string.
 
     Returns:
-        Standardizers by modality, and notes that tell the user why "auto" chose them.
+        Standardizers by modality, and notes that tell the user why "auto" chose these modalities.
 
     Raises:
         InputError: The choice is unknown, or no utterance of the split has a chosen modality.

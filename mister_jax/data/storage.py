@@ -157,7 +157,7 @@ def recover_directory(directory: epath.Path, root: epath.Path) -> None:
     for path in root.iterdir():
         process = path.name.removeprefix(prefix).partition(".")[0]
         if path.name.startswith(prefix) and process.isdigit() and not _is_alive(int(process)):
-            with contextlib.suppress(FileNotFoundError):  # Another process may do the same.
+            with contextlib.suppress(FileNotFoundError):  # Another process may also remove it.
                 _rollback(path, directory)
 
 

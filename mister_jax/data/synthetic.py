@@ -31,9 +31,9 @@ DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 200, "validation": 40, "tes
 MIN_LENGTH, MAX_LENGTH = 2, 30
 """Minimum and maximum number of utterances in a dialogue."""
 
-# Lengths of the two components of a mean: the strong one separates groups of emotions well, and the
-# weak one separates emotions within a group poorly. The noise has standard deviation 1 in every
-# direction.
+# Lengths of the two components of a mean vector. The strong component separates groups of emotions
+# well, and the weak component separates emotions within a group poorly. The noise has standard
+# deviation 1 in every direction.
 _STRONG, _WEAK = 2.0, 0.8
 
 

@@ -19,9 +19,9 @@ END_TOLERANCE = 0.5
 
 
 def max_characters_per_second(text: str) -> float:
-    """Returns the highest plausible rate; above it, the text cannot belong to its times.
+    """Returns the highest plausible speaking rate of a text; a faster text has wrong times.
 
-    It is lower for Chinese, Japanese and Korean characters than for letters.
+    The rate is lower for Chinese, Japanese and Korean characters than for letters.
     """
     num_syllabic = len(_SYLLABIC.findall(text))
     num_letters = len(text) + (_LETTERS_PER_SYLLABLE - 1) * num_syllabic
@@ -29,5 +29,5 @@ def max_characters_per_second(text: str) -> float:
 
 
 def is_too_fast(text: str, seconds: float) -> bool:
-    """Returns whether a text has more characters than speech of this length in seconds can."""
+    """Returns whether a text has too many characters to be spoken in this number of seconds."""
     return len(text) > max_characters_per_second(text) * seconds

@@ -94,7 +94,7 @@ def load_utterances(
         InputError: The dataset or split does not exist.
     """
     dataset = DialogueDataset(name, data_dir)
-    # The turns are not kept, because they hold all recordings of the split.
+    # The stored utterances are not kept, because they contain all recordings of the split.
     rows = [
         (dialogue.id, turn.id, value, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
@@ -132,8 +132,8 @@ def utterance_batches(
 ) -> Iterator[Batch]:
     """Returns an iterator over the batches of one epoch. Each process gets its share of the rows.
 
-    `pad_items` pads B items to a length and returns two arrays. `fields` are the arrays' names. The
-    item of an empty row is empty. The other options are those of `pipeline.batches`.
+    `pad_items` pads B items to a given length and returns two arrays, which `fields` names. The
+    item of an empty row is empty. The other options are described in `pipeline.batches`.
 
     Returns:
         An iterator over dicts with the arrays of `pad_items` and these entries:

@@ -33,7 +33,7 @@ class WavHeader:
         codec: Format tag; in the extensible format, the tag of the subformat.
         rate: Sample rate in Hz.
         block_align: Bytes per sample, summed over the channels.
-        valid_bits: Bits per sample that carry sound.
+        valid_bits: Number of bits per sample that carry sound.
         byte_rate: Bytes per second.
         data_start: Offset of the samples in bytes.
         data_size: Bytes of all samples; None if they extend to the end of the file.
@@ -59,9 +59,9 @@ class WavHeader:
     def is_pcm(self) -> bool:
         """Whether `pcm_blocks` can read the samples.
 
-        It is false for files that FFmpeg should read: 8-bit samples, which are unsigned, and more
-        than two channels, whose layout only FFmpeg knows. However, if containers have padding
-        bytes, which FFmpeg would misread, any number of channels is allowed.
+        False for files that FFmpeg should read: files with 8-bit samples, which are unsigned, and
+        files with more than two channels, whose layout only FFmpeg knows. However, if containers
+        have padding bytes, which FFmpeg would misread, any number of channels is allowed.
         """
         has_padding_bytes = (self.valid_bits + 7) // 8 < self.container_bytes
         return (

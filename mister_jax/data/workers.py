@@ -1,9 +1,9 @@
 """Maps a function over items in parallel processes, in order, and survives process crashes.
 
 If a worker of `concurrent.futures` or loky is killed, all pending calls fail, and the error does
-not name the item that caused it. Workers of these libraries also rerun the user's main program, or
-import JAX with the function's packages. Workers in this module run this file and import only the
-function's module.
+not name the item that caused it. Workers of these libraries also import the user's main program
+again, or import JAX together with the function's package. Workers in this module run this file and
+import only the function's module.
 """
 
 import collections
@@ -150,7 +150,7 @@ def _write(stream: Any, message: bytes) -> None:
 
 def _serve() -> None:
     """Runs the calls that arrive on standard input until it is closed."""
-    # Ctrl-C reaches all processes of a terminal, but only the parent process ends the workers.
+    # Ctrl-C reaches all processes of a terminal, but only the parent process may end the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     calls = sys.stdin.buffer
     # The function's own output must not mix with the results.

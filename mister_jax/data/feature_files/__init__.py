@@ -1,8 +1,9 @@
-"""Imports utterance features from files of other programs, and exports them.
+"""Imports utterance features from files of other programs, and exports feature datasets.
 
 - `npz` reads NumPy archives with named arrays.
 - `reader` reads pickles and JSON files of other projects. `dialogue_fields`, `padded_arrays`,
-  `mmsa` and `records` recognize their layouts, and `unpickling` reads pickles without running them.
+  `mmsa` and `records` recognize the layouts of these files, and `unpickling` reads pickles without
+  running them.
 - `table` checks the arrays that these modules have read.
 - `export` writes npz, CSV and Parquet files.
 """

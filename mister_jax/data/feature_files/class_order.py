@@ -1,4 +1,4 @@
-"""Names the classes of published feature files, which hold only numbers.
+"""Names the classes of published feature files, which contain class numbers but no names.
 
 The order of the classes differs between projects, in particular for MELD. The numbers of utterances
 per class in the test split of a corpus are all different, so they identify the classes.
@@ -18,7 +18,7 @@ _IEMOCAP = {
 _IEMOCAP_FOUR = {name: _IEMOCAP[name] for name in ("happy", "sad", "neutral", "angry")}
 
 TEST_COUNTS: Mapping[str, Sequence[Mapping[str, int]]] = {
-    # The second and third entry have four classes, with "excited" left out or merged into "happy".
+    # The second and third entries have four classes: "excited" is left out or merged into "happy".
     "IEMOCAP": (_IEMOCAP, _IEMOCAP_FOUR, _IEMOCAP_FOUR | {"happy": 443}),
     "MELD": (
         {

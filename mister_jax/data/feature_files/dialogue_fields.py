@@ -2,7 +2,7 @@
 
 DialogueRNN (arXiv 1811.00405) introduced the layout, and most later work on emotion recognition in
 conversations uses it with other fields or another order. The layout is recognized by the kinds of
-the fields, because all of these files have similar names.
+the fields, because the file names are similar for all layouts.
 """
 
 import copy
@@ -88,7 +88,7 @@ _LAYOUTS = {
 }
 """Entry of each field by name of the layout: a role, or a key of `_NOTES`."""
 
-# Names of fields in dicts, without case, underscores and a leading "video".
+# Names of fields in dicts, in lower case, without underscores and a leading "video".
 _NAMES = {
     "text": r"(text|textual|language|roberta|bert|cls)(features?)?[01]?",
     "speech": r"(audio|acoustic|speech|a)(features?)?",
@@ -126,7 +126,7 @@ def open_dialogue_fields(
     """Recognizes fields that are dicts of dialogues.
 
     Args:
-        path: The file.
+        path: Path of the file.
         content: Fields in a tuple, a list or a dict.
         layout: Name of the layout of a dict.
         class_names: Class names in the order of the labels, if they are known.
@@ -182,7 +182,7 @@ def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
     kinds = (kind for value in values if (kind := kind_of(value)) is not None)
     sampled = list(itertools.islice(kinds, _NUM_SAMPLED))
     names = {kind for kind, _ in sampled}
-    # A single dialogue can be misleading: its features may all be integers or look like one-hot
+    # A single dialogue can be misleading: all of its features may be integers or look like one-hot
     # rows.
     for broader, narrower in ((NUMBERS, INTEGERS), (FEATURES, ONE_HOT)):
         if broader in names:
@@ -220,7 +220,7 @@ def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
 
 
 def has_name(key: str, entry: str) -> bool:
-    """Returns whether the name of a field fits a role, or another key of `_NAMES`."""
+    """Returns whether a field's name is one of the `_NAMES` of a role or another entry."""
     name = key.casefold().replace("_", "").replace(" ", "")
     names = (name, name.removeprefix("video"))
     return any(re.fullmatch(_NAMES[entry], candidate) for candidate in names)
@@ -254,9 +254,9 @@ class DialogueFields(FeatureSource):
     def join(self, other: "DialogueFields") -> "DialogueFields":
         """Returns a source with the fields of both files, such as the two files of M3NET.
 
-        The other file's field keys get its position as a prefix, such as `2:`. The other file's
-        features replace the features of this file. Its splits replace the splits of this file if
-        only the other file has a validation split.
+        The keys of the other file's fields get a prefix with the position of the file, such as
+        `2:`. The features of the other file replace the features of this file. The splits of the
+        other file replace the splits of this file if only the other file has a validation split.
         """
         prefix = f"{self._num_files + 1}:"
         roles = dict(self.defaults)

@@ -50,13 +50,13 @@ def write_feature_file(
 
     An npz file has the arrays that `read_npz` reads. CSV and Parquet files have the columns
     utterance, dialogue, position, split, label (a class name), and one column for each feature,
-    `text_0`, `speech_0` and so on, without a value where the utterance lacks the modality. All have
-    a column for each entry of the utterances' metadata, and columns `ratings_CLASS` if there are
-    ratings. A modality that no utterance has is left out. If an id occurs in several splits, it is
-    preceded by `SPLIT/`.
+    `text_0`, `speech_0` and so on, without a value where the utterance lacks the modality. All file
+    types have a column for each entry of the utterances' metadata, and columns `ratings_CLASS` if
+    there are ratings. A modality that no utterance has is left out. If an id occurs in several
+    splits, it gets the prefix `SPLIT/`.
 
     Args:
-        path: File to write; its ending is one of `FILE_TYPES`.
+        path: File to write, with an extension from `FILE_TYPES`.
         splits: Splits of a dataset by name.
         extra: Further columns: values by split and utterance id.
 
@@ -123,7 +123,7 @@ def _columns(
 
 
 def _unique(ids: Sequence[np.ndarray], split: np.ndarray) -> np.ndarray:
-    """Returns the ids of all splits [N], preceded by their split if two splits share an id."""
+    """Returns the ids of all splits [N], with the split as a prefix if two splits share an id."""
     distinct = [set(part.tolist()) for part in ids]
     joined = np.concatenate([part.astype(str) for part in ids])
     if sum(map(len, distinct)) == len(set().union(*distinct)):

@@ -38,7 +38,8 @@ def open_mmsa(path: pathlib.Path, content: Any) -> "MmsaFeatures | None":
     """Recognizes a dict of splits with features of segments; returns None otherwise.
 
     Raises:
-        InputError: A split lacks ids, or a field has another number of segments.
+        InputError: A split lacks ids, or the number of a field's segments differs from the number
+            of ids.
     """
     if not isinstance(content, dict):
         return None
@@ -150,7 +151,8 @@ class MmsaFeatures(FeatureSource):
         """Returns a field's values in all splits.
 
         Raises:
-            InputError: A split lacks the field, or has another number of values than ids.
+            InputError: A split lacks the field, or the number of its values differs from the number
+                of ids.
         """
         values: list[Any] = []
         for split, part in self._splits.items():

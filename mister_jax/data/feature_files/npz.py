@@ -23,13 +23,13 @@ def read_npz(
     - `class_names` [C]: Text.
     - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
     - `position` [N]: Numbers that order the utterances of a dialogue.
-    - `split` [N], optional: `train`, `validation` or `test`, the same for all utterances in a
+    - `split` [N], optional: `train`, `validation` or `test`, equal for all utterances in a
       dialogue. By default, dialogues are split at random.
     - `speaker` [N], optional: Text or integers, kept as metadata. No model reads them.
     - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
     - `ratings` [N, C], optional: Number of raters who chose each class; zeros if unknown.
-    - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; its
-      features are then replaced by zeros. All true by default.
+    - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; the
+      features of that modality are then replaced by zeros. All true by default.
 
     Other arrays are ignored. A random split puts all dialogues with the same value in the array
     `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it. The
@@ -73,8 +73,8 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
             raise InputError(f"{path}: no array {', '.join(missing)}; {NEEDED}")
         assert archive.zip is not None
         try:
-            # A zip file stores each name twice, and opening an entry compares the copies. Damage to
-            # a name therefore raises an error and does not hide an optional array.
+            # A zip file stores each name twice, and opening an entry compares both copies. A
+            # damaged name therefore raises an error instead of hiding an optional array.
             for member in archive.zip.namelist():
                 archive.zip.open(member).close()
         except Exception as error:

@@ -1,8 +1,9 @@
 """Reads feature files whose dialogues are padded to one length, in arrays for each split.
 
-The contextual LSTM of Poria et al. (ACL 2017) introduced the tuple: features [D, T, F], labels
-[D, T] or one-hot [D, T, C], and lengths [D], each for training and test, and for validation in some
-files. Its dict of activations has the same arrays by name, with masks [D, T] instead of lengths.
+The contextual LSTM of Poria et al. (ACL 2017) introduced two layouts. The first is a tuple of
+features [D, T, F], labels [D, T] or one-hot [D, T, C], and lengths [D], each for training and test,
+and for validation in some files. The second, a dict of activations, has the same arrays by name,
+with masks [D, T] instead of lengths.
 """
 
 import pathlib
@@ -79,7 +80,7 @@ def _is_label(value: np.ndarray) -> bool:
         return value.dtype.kind in "biuf"
     if value.ndim != 3 or value.dtype.kind not in "biuf" or not value.size:
         return False
-    # Padding may be zero rows.
+    # Padding may consist of rows of zeros.
     return bool(np.isin(value, (0, 1)).all() and np.isin(value.sum(2), (0, 1)).all())
 
 

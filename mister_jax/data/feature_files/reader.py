@@ -51,22 +51,23 @@ def read_features(
     `mister_jax.data.feature_files` for the layouts.
 
     Args:
-        path: An npz file as `read_npz` describes it, a pickle, a JSON file, or a folder with a JSON
-            file for each split. It may also be several pickles with the same dialogues. The
-            features of later pickles replace the features of earlier ones, and the keys of the
-            later pickles' fields have a prefix, as in "2:3".
+        path: Path of an npz file (see `read_npz`), a pickle, a JSON file, or a folder with a JSON
+            file for each split; or paths of several pickles with the same dialogues. The features
+            of later pickles replace the features of earlier ones, and the field keys of later
+            pickles have a prefix, as in "2:3".
         group_by: Array of an npz file, or "speaker". A random split puts all dialogues with the
             same value into one split.
-        seed: Seed of a random split, and of the validation dialogues if the file has none.
+        seed: Seed of a random split. If the file has splits but no validation split, also the seed
+            for drawing validation dialogues.
         fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. They
-            replace the layout's keys.
+            replace the default keys of the layout.
         labels: Class names in the order of their indices, if the file contains only indices.
 
     Returns:
         The nonempty splits. The metadata contains `notes` for the user.
 
     Raises:
-        InputError: The file cannot be used, or a choice is missing.
+        InputError: The file cannot be used, or a required choice (`fields` or `labels`) is missing.
     """
     paths = _as_paths(path)
     if is_npz(paths[0]):
@@ -161,7 +162,7 @@ def open_source(path: pathlib.Path) -> FeatureSource:
 
 @contextlib.contextmanager
 def _unexpected_values(path: pathlib.Path, layout: str) -> Iterator[None]:
-    """Raises an InputError for values that no layout has, such as numbers in place of vectors."""
+    """Raises InputError for values that no layout allows, such as numbers in place of vectors."""
     try:
         yield
     except InputError:
@@ -178,10 +179,10 @@ class FeatureFileSummary:
 
     Attributes:
         layout: Name of the layout.
-        fields: Key, kind, count, dimension, example and use of each field.
+        fields: Table rows with the key, kind, count, dimension, example and use of each field.
         splits: Number of utterances by split and class, or empty if a choice is missing.
         notes: Notes of the import.
-        problem: Error of an import with the same choices, or empty.
+        problem: Error message of an import with the same choices, or empty.
     """
 
     layout: str
@@ -198,9 +199,9 @@ def summarize_file(
     fields: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
 ) -> FeatureFileSummary:
-    """Describes a feature file and what `read_features` takes from it.
+    """Describes a feature file and the fields that `read_features` would import.
 
-    A choice that is missing becomes the summary's `problem`.
+    If a required choice is missing, the summary's `problem` says so.
 
     Raises:
         InputError: The file cannot be read, its layout is unknown, or a field does not exist.

@@ -23,7 +23,7 @@ _ID_KEYS = ("vid", "id", "dialogue", "dialogue_id", "dialog_id", "conv_id")
 
 
 def split_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the JSON file of each split in a folder, by the beginning of its name."""
+    """Returns the JSON file of each split in a folder, recognized by the start of its name."""
     files: dict[str, pathlib.Path] = {}
     for path in sorted(folder.iterdir()):
         if ".json" not in path.name or not path.is_file():
@@ -54,7 +54,7 @@ def read_json(path: pathlib.Path) -> Any:
 def open_split_folder(folder: pathlib.Path) -> DialogueFields:
     """Opens a folder in DAG-ERC's layout, with a JSON file for each split.
 
-    The order of the classes is that of `label_vocab.pkl`, if the folder contains it.
+    If the folder contains `label_vocab.pkl`, that file determines the order of the classes.
 
     Raises:
         InputError: The folder contains no such files, or they cannot be used.
@@ -83,7 +83,7 @@ def open_split_folder(folder: pathlib.Path) -> DialogueFields:
 def open_records(
     path: pathlib.Path, content: Any, *, class_names: list[str] | None = None
 ) -> DialogueFields | None:
-    """Recognizes a list of dialogues, or one for each split; returns None otherwise.
+    """Recognizes a list of dialogues, or a dict with such a list for each split; else None.
 
     Raises:
         InputError: An utterance is not a record.

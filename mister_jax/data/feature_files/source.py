@@ -27,7 +27,7 @@ class Field:
     Attributes:
         key: Index in a tuple, or key in a dict.
         kind: Kind of the values, such as "features".
-        count: Number of values, with their unit.
+        count: Number of values with the unit, as text.
         dims: Feature dimension as text; empty if the field does not hold feature vectors.
         example: First value.
         note: Use of a field that has no role, such as "visual features".
@@ -72,11 +72,11 @@ class FeatureSource(abc.ABC):
     """Content of a feature file whose layout is recognized.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         layout: Name of the layout.
         fields: Fields in the order of the file.
         defaults: Roles that follow from the layout.
-        roles: Roles that this layout has.
+        roles: Roles that fields of this layout can have.
         averages: Whether the user can select several feature fields, whose mean is used.
         class_names: Class names in the order of the labels, if the file contains them.
     """
@@ -99,7 +99,7 @@ class FeatureSource(abc.ABC):
         self.class_names = tuple(class_names)
 
     def assign(self, choices: Mapping[str, str]) -> Roles:
-        """Returns the roles of the layout, changed by the user's choices.
+        """Returns the default roles of the layout, changed by the user's choices.
 
         Args:
             choices: Key of a field, or several joined by `+`, for each role to change. An empty
@@ -132,7 +132,7 @@ class FeatureSource(abc.ABC):
         """Returns the utterances.
 
         Raises:
-            InputError: The fields do not match, or a choice is missing.
+            InputError: The fields do not match, or a required choice is missing.
         """
 
     def describe_fields(self) -> str:

@@ -40,7 +40,7 @@ _KINDS = {
 class FeatureTable:
     """Arrays with one row per utterance, as `read_npz` describes them.
 
-    The errors of all checks state file, array and row.
+    All error messages name the file, the array and the row.
 
     Args:
         path: File that the arrays come from.
@@ -68,9 +68,9 @@ class FeatureTable:
         """Checks all arrays, and returns the nonempty splits.
 
         Args:
-            group_by: Array, by default `speaker`. A random split puts all dialogues with the same
-                value into one split.
-            seed: Seed of the random split of a table without `split`.
+            group_by: Name of an array, by default `speaker`. A random split puts all dialogues with
+                the same value in this array into one split.
+            seed: Seed of the random split, which is drawn if the table has no array `split`.
             notes: Notes for the user that are stored in the metadata.
             utterance_metadata: JSON objects, [N] str; see `DialogueFeatures`.
 

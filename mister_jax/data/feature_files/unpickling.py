@@ -1,8 +1,8 @@
 """Reads pickles of plain containers and NumPy arrays, and refuses everything else.
 
 A pickle is a program: it names functions, and the unpickler calls them. This unpickler replaces the
-few functions that such files need with functions of this module, which check their arguments and
-build arrays from raw bytes. It refuses all other names before they are imported.
+few functions that pickles of plain values need with functions of this module, which check their
+arguments and build arrays from raw bytes. It refuses all other names before they are imported.
 """
 
 import math
@@ -94,7 +94,7 @@ def load_pickle(path: pathlib.Path) -> Any:
 
 
 class _Array:
-    """Array that a pickle is building: its bytes arrive after the object."""
+    """Array under construction: in a pickle, the array's bytes follow the object."""
 
     __slots__ = ("dtype", "is_fortran", "items", "shape", "value")
 
@@ -118,7 +118,7 @@ class _Array:
 
 
 class _DType:
-    """NumPy dtype that a pickle is building: its byte order arrives after the object."""
+    """NumPy dtype under construction: in a pickle, the byte order follows the object."""
 
     __slots__ = ("value",)
 
@@ -241,7 +241,8 @@ def _plain(value: Any, converted: dict[int, Any], depth: int) -> Any:
 
     Args:
         value: Unpickled value.
-        converted: Converted containers by the id of the original, which keeps shared values shared.
+        converted: Converted containers by the id of the original container, so that shared values
+            stay shared.
         depth: Number of containers around the value.
     """
     if isinstance(value, _DType):

@@ -116,7 +116,7 @@ def stack_features(
 
     Args:
         vectors: Vectors [D], or None.
-        name: Function that describes the vector of a row in the error.
+        name: Function from a row index to a description of the vector for error messages.
         dim: Dimension D if no vector is present.
 
     Raises:
@@ -146,10 +146,10 @@ def _is_nan(value: Any) -> bool:
 
 
 def as_labels(values: Sequence[Any]) -> list[Any]:
-    """Returns labels as int with -1 for NaN and None, or as text with "" for None.
+    """Converts labels to int or text; missing labels (NaN and None) become None.
 
     Raises:
-        ValueError: A value is neither a whole number nor text, or one-hot.
+        ValueError: A value is neither a whole number nor text nor a one-hot vector.
     """
     labels: list[Any] = []
     for value in values:

@@ -88,7 +88,7 @@ class SpokenDialogueProcess(ConversationProcess):
     Attributes:
         style_mean: Mean pitch, loudness, tempo and brightness of each emotion [C, 4], in standard
             deviations. Uninformative speech has the mean of the first emotion.
-        words: V words.
+        words: Vocabulary of V words.
         is_feeling: Whether each word is a feeling (true) or a thing (false), [V] bool.
         word_probability: Probability of each word among the words of its kind, [C, V].
         neutral_probability: Word probabilities for uninformative text, [V].
@@ -151,7 +151,7 @@ def make_spoken_dialogue_process(
 ) -> SpokenDialogueProcess:
     """Draws the Markov chain of a process.
 
-    `num_classes` is 2 to 7; see `class_names`. The other options are those of
+    `num_classes` is 2 to 7; see `class_names`. The other options are described in
     `dialogue_process.emotion_chain` and `dialogue_process.ConversationProcess`.
 
     Raises:

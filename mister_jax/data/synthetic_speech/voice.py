@@ -57,7 +57,7 @@ def synthesize(
     pitch, level, tempo, tilt = physical_style(style)
     seconds = generator.uniform(_MIN_SECONDS, _MAX_SECONDS)
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    # Fractional syllable index. Syllables differ in length, and the last one may be cut short.
+    # Fractional syllable index. Syllables differ in length, and the last one may be truncated.
     syllable = tempo * time
     syllable += 0.1 * np.sin(2 * np.pi * (syllable / 2.3 + generator.uniform()))
     syllable = np.maximum(syllable - syllable[0], 0)
