@@ -59,15 +59,15 @@ def calibration_scores(
 ) -> dict[str, Estimate]:
     """Scores the probabilities of the labeled utterances; lower scores are better.
 
-    Resampling adds noise to the bins' accuracies, which raises the calibration error. So the
-    interval of a small error may be above the error.
+    Resampling adds noise to the bins' accuracies, which raises the calibration error. The interval
+    of a small calibration error may therefore lie above the error itself.
 
     Args:
       predictions: Predictions for a split with at least one label.
       bootstrap: Bootstrap over the dialogues of the same split.
 
     Returns:
-      The `metrics.CALIBRATION_SCORES` with their intervals.
+      The `metrics.CALIBRATION_SCORES` with confidence intervals.
     """
     scores = _resampled_scores(predictions, bootstrap)
     return {name: Estimate.from_resamples(*score) for name, score in scores.items()}
@@ -108,7 +108,7 @@ def _resampled_scores(
 def summarize_calibration(
     predictor: Predictor, uncalibrated: SplitPredictions, calibrated: SplitPredictions | None
 ) -> dict[str, Any]:
-    """Returns the JSON values of a calibration and its scores before and after.
+    """Returns the JSON values of a calibration and of the scores before and after calibration.
 
     Args:
       predictor: Predictor that made the predictions.

@@ -2,7 +2,7 @@
 
 All differences have paired confidence intervals: each resample draws the same dialogues for both
 runs; see `confidence_intervals`. McNemar's exact test compares the utterances that only one of two
-runs predicts correctly. It treats utterances as independent, which the intervals do not.
+runs predicts correctly. Unlike the intervals, the test treats utterances as independent.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _split_predictions(
     class_names: tuple[str, ...],
     split: str,
 ) -> SplitPredictions:
-    """Collects rows as arrays, in the given order."""
+    """Collects the rows with the given keys as arrays, in the order of the keys."""
     index = {name: number for number, name in enumerate(class_names)}
     dialogues = {dialogue: number for number, dialogue in enumerate(dict(keys))}
     return SplitPredictions(
@@ -217,13 +217,13 @@ def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> di
     Returns:
       A dict with these entries:
 
-      - "scores": For each of `SCORE_NAMES`, the value of the "first" and "second" run, and their
+      - "scores": For each of `SCORE_NAMES`, the values of the "first" and the "second" run, and the
         "difference" (second minus first) with its interval.
-      - "per_class": The same for the F1 of each class, with its "support".
+      - "per_class": For each class, the same entries for the class's F1, and the "support".
       - "utterances": Numbers of utterances that "both", "only_first", "only_second" or "neither"
         predict correctly.
       - "mcnemar_p": p-value of McNemar's exact test.
-      - "agreement": Share of equal predictions.
+      - "agreement": Share of utterances with equal predictions.
       - "dialogues": Dicts with "dialogue", "utterances", and the numbers of correct predictions
         "first" and "second", sorted by the absolute difference of these numbers.
     """
@@ -276,14 +276,14 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     for index in range(min(only_first, only_second)):
         coefficient = coefficient * (total - index) // (index + 1)
         tail += coefficient
-    # Integers are exact, and their quotient does not overflow.
+    # Integer arithmetic is exact, and dividing two large integers does not overflow.
     return min(1.0, 2 * tail / 2**total)
 
 
 def _dialogues(
     predictions: SplitPredictions, right: np.ndarray, other_right: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Counts the correct predictions per dialogue, largest differences first."""
+    """Counts each run's correct predictions per dialogue; the largest differences come first."""
     count = len(predictions.dialogue_ids)
     totals, first, second = (
         np.bincount(predictions.dialogue_index, weights=values, minlength=count).astype(int)

@@ -22,7 +22,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A score on the whole split, and the ends of its confidence interval, if it has one."""
+    """A score on the whole split, and the ends of its confidence interval if there is one."""
 
     value: float
     low: float | None = None

@@ -1,4 +1,4 @@
-"""Cross-validation: trains and scores one model per fold, and pools their test predictions.
+"""Cross-validation: trains and scores one model per fold, and pools the test predictions.
 
 Each fold trains in a subfolder of the work directory, from which it resumes. Several folds train in
 one program. Every utterance is in the test split of exactly one fold.
@@ -47,8 +47,8 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
     """Returns the folds of the config's dataset; `spec` is described in `data.folds.Folds`.
 
     Raises:
-      InputError: The dataset or the column does not exist, it has too few values, or a fold leaves
-        no dialogue for one of its splits.
+      InputError: The dataset or the column does not exist, the column has too few values, or a
+        split of a fold would have no dialogue.
     """
     splits = split_list(config.data.get("fold_splits", ""))
     pooled = load_pooled(config.data.name, config.data.data_dir or None, splits)
@@ -122,9 +122,9 @@ def cross_validate(
     Args:
       folds: Result of `folds_of_dataset` or `folds_of_datasets`.
       workdir: Work directory of the cross-validation, created if it does not exist.
-      models_at_once: Number of models, each a seed of a fold, that train at once at most. By
-        default, folds train one after another on CPU, and up to 16 models at once on accelerators.
-        The scores do not depend on it, up to rounding.
+      models_at_once: Maximum number of models that train at the same time; each seed of a fold is
+        one model. By default, folds train one after another on CPU, and up to 16 models train at
+        the same time on accelerators. The scores do not depend on this number, up to rounding.
       quiet: Whether to hide progress.
 
     Returns:
@@ -132,7 +132,7 @@ def cross_validate(
 
       - "folds": For each fold its name ("fold"), "members", number of "utterances", and the mean of
         each score over the seeds.
-      - "mean" and "deviation" of these scores over the folds.
+      - "mean" and "deviation": Mean and standard deviation of each score over the folds.
       - "pooled": Scores of the test predictions of all folds together. With several seeds, the
         predictions are those of the ensemble.
       - "pooled_intervals": Confidence intervals of the pooled scores.

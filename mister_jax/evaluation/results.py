@@ -67,17 +67,18 @@ def evaluate(
       output: Folder of the files; the work directory by default.
       report: Whether to write `report.html` for this split, with a missing-modality study.
       calibrate: Whether to calibrate the probabilities.
-      fit_calibration: Fits the calibration again: "temperature", or "bias" for a temperature and a
-        bias per class. By default, it is fitted only if there is none for the best parameters.
+      fit_calibration: Kind of calibration to fit again: "temperature", or "bias" for a temperature
+        and a bias per class. By default, a calibration is fitted only if the best parameters have
+        none.
       adapt_features: Whether to adapt the split's features to the model; see
         `data.adaptation.adapt_features`.
       quiet: Whether to hide progress.
 
     Returns:
       The split's scores as in `metrics.json`: the result of `score_predictions`, "dataset",
-      "checkpoint" (the parameters' "epoch"), "adapted_features", "calibration" if there are labels
-      (the result of `summarize_calibration`), and "seeds" if there are several. Scores of single
-      seeds are not calibrated.
+      "checkpoint" (with the "epoch" of the parameters), "adapted_features", "calibration" if there
+      are labels (the result of `summarize_calibration`), and "seeds" if there are several seeds.
+      The scores of single seeds are not calibrated.
 
     Raises:
       InputError: The work directory, the dataset, or existing results in the folder are unusable.
@@ -165,7 +166,7 @@ def _fit_calibration(
     """Fits the calibration if the kind is given, or if MiSTER-E has none yet.
 
     Args:
-      predictor: Predictor of the work directory, which is changed.
+      predictor: Predictor of the work directory, whose calibration is replaced.
       validation: Predictions of each seed for the validation split, if already computed.
       kind: See `evaluate`.
       quiet: Whether to hide progress.
@@ -192,12 +193,12 @@ def _fit_calibration(
     except (InputError, OSError) as error:
         if kind is not None:
             raise
-        # The dataset may be gone, and the work directory may be read-only.
+        # The dataset may no longer exist, and the work directory may be read-only.
         logging.warning("%s is not written: %s", predictor.folder / CALIBRATION_FILE, error)
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:
-    """Yields a split's rows in `predictions.jsonl` in stored order."""
+    """Yields a split's rows for `predictions.jsonl`, in the stored order of the utterances."""
     names = features.class_names
     dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
     # `Utterances`, the data of encoders, have no extra columns.

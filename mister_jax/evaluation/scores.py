@@ -21,7 +21,7 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
       predictions: Arrays that a `Predictor` returns.
 
     Returns:
-      The result of `metrics.classification_scores` with these entries in addition:
+      The result of `metrics.classification_scores` with these additional entries:
 
       - "confusion", "calibration_error", "brier_score" and "area_under_risk_coverage".
       - "mean_gate", "experts" and "without_gate" (the mean of the experts' logits), for MiSTER-E.

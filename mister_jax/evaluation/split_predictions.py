@@ -101,7 +101,7 @@ def _expert_outputs(
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
     """Returns the names, votes and gate weights of the experts that are present in the split.
 
-    A single expert is equal to the model, so it is not listed.
+    A single expert is identical to the model, so it is not listed.
     """
     no_experts = (), np.zeros((len(predictions["probabilities"]), 0), int), None
     if "gate" not in predictions:

@@ -1,4 +1,4 @@
-"""Hyperparameter sweeps: trains the points of a grid, and ranks them by their validation score.
+"""Hyperparameter sweeps: trains the points of a grid, and ranks them by validation score.
 
 The test split is scored only for the point that is best on validation, and only on request.
 """
@@ -43,7 +43,7 @@ MAX_POINTS = 1000
 """Number of points above which a sweep must choose random points."""
 
 _ROW_FILE = "sweep_point.json"  # exists in the work directory of each completed point
-# Points with other data or seeds cannot be compared.
+# Points that differ in data or seeds cannot be compared.
 _FIXED = (
     "task",
     "seed",
@@ -69,7 +69,7 @@ class Axis:
 
     Attributes:
       field: Field of the config, such as "optimizer.learning_rate".
-      values: Values in the order of the grid, of the field's type.
+      values: Values of the field's type, in the order of the grid.
     """
 
     field: str
@@ -82,7 +82,7 @@ def parse_grid(config: ConfigDict, text: str) -> Axis:
     Commas within parentheses do not separate values.
 
     Raises:
-      InputError: The field does not exist or cannot be varied, or a value does not have its type.
+      InputError: The field does not exist or cannot be varied, or a value has the wrong type.
     """
     field, equals, values_text = text.partition("=")
     field = field.strip().removeprefix("config.")
@@ -100,7 +100,7 @@ def parse_grid(config: ConfigDict, text: str) -> Axis:
 
 
 def _field_type(config: ConfigDict, field: str) -> tuple[type, Any]:
-    """Returns the type and the present value of a config field."""
+    """Returns the type and the current value of a config field."""
     *path, name = field.split(".")
     section: Any = config
     for part in (*path, name):
@@ -163,7 +163,7 @@ def _parse_value(field: str, text: str, kind: type, current: Any) -> Any:
 
 
 def _parse_item(text: str, current: Sequence[Any]) -> Any:
-    """Converts an item of a tuple to the type of the items in the present value, if it has any."""
+    """Converts an item of a tuple to the type of the current value's items, if it has any."""
     if current:
         kind = type(current[0])
         return text.strip("'\"") if kind is str else kind(text)
@@ -174,7 +174,7 @@ def _parse_item(text: str, current: Sequence[Any]) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Formats a value as `parse_grid` reads it."""
+    """Formats a value so that `parse_grid` can read it."""
     if isinstance(value, tuple):
         return f"({','.join(map(str, value))})"
     return str(value)
@@ -196,8 +196,8 @@ def grid_points(
 
     Args:
       axes: Axes of the grid.
-      num_random: Number of different points to draw at random; None for all points. The points for
-        a smaller number are the first of the points for a larger number.
+      num_random: Number of different points to draw at random; None for all points. With the same
+        seed, a larger number adds points to those of a smaller number.
       seed: Random seed.
 
     Raises:
@@ -232,7 +232,7 @@ def grid_points(
 def make_variants(
     config: ConfigDict, axes: Sequence[Axis], points: Sequence[tuple[Any, ...]]
 ) -> list[Variant]:
-    """Returns the config of each point, and its name, such as "learning_rate=0.001,gamma=2.0".
+    """Returns the config and the name, such as "learning_rate=0.001,gamma=2.0", of each point.
 
     Raises:
       InputError: The dataset does not exist, or the config of a point is invalid.
@@ -330,7 +330,7 @@ def run_sweep(
     """Trains and scores the points of a grid, and writes `FILES`.
 
     Completed points are skipped, and interrupted points resume. Points of an earlier sweep in the
-    same directory are used again if the grid has the same fields.
+    same directory are reused if both grids have the same fields.
 
     Args:
       config: Config that the points change.
@@ -344,8 +344,9 @@ def run_sweep(
     Returns:
       The content of `sweep.json`: "dataset", "score" (name of the score that ranks the points),
       "fields", "points" (the best first, each with "point", "values" by field, "seeds", and
-      "validation" as `variants.score_seeds` returns it), "best" (name of the best point), and
-      "test" (its scores), if evaluated. None if SIGTERM interrupted the training.
+      "validation", the result of `variants.score_seeds`), "best" (name of the best point), and
+      "test" (test scores of the best point), if evaluated. None if SIGTERM interrupted the
+      training.
 
     Raises:
       InputError: The grid or the config of a point is invalid, the dataset does not exist, or the
@@ -432,7 +433,7 @@ def _shown(value: Any) -> Any:
 
 
 def sweep_csv(result: dict[str, Any]) -> str:
-    """Returns the points as CSV, the best first, with their values and validation scores."""
+    """Returns the values and validation scores of all points as CSV, the best point first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     kinds = ("mean", "deviation", "ensemble")

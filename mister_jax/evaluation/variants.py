@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One variant in a study, and a row in its table.
+    """One variant in a study, which is one row in the study's table.
 
     Attributes:
       name: Name of the variant and of its work directory.
@@ -45,17 +45,18 @@ class Variant:
 
 
 class Study:
-    """Variants that are trained and scored, one after another or several at once.
+    """Variants that are trained and scored, one after another or several at the same time.
 
     Args:
       variants: Variants to train and score, in the row order of the results table.
       workdir: Work directory of the study, created if it does not exist.
       splits: Splits on which every variant is scored.
-      row_file: Name of the file with the row of a completed variant, in its work directory.
-      kind: What a variant is called in messages.
-      models_at_once: Number of models, each a seed of a variant, that train at once at most, if
-        the configs differ in their data alone; see `training.runs.plan_groups`. By default, each
-        variant is loaded and trained on its own.
+      row_file: Name of the file, in a variant's work directory, with the row of the completed
+        variant.
+      kind: Word for a variant in messages.
+      models_at_once: Maximum number of models that train at the same time if the configs differ
+        only in the data; each seed of a variant is one model. See `training.runs.plan_groups`. By
+        default, each variant is loaded and trained separately.
       quiet: Whether to hide progress.
 
     Raises:
@@ -99,8 +100,8 @@ class Study:
         """Trains and scores all variants that are not complete.
 
         Args:
-          describe: Describes a row's scores for the progress message.
-          on_completed: Called after each variant.
+          describe: Function that describes a row's scores for the progress message.
+          on_completed: Function called after each variant.
           names: Names of the variants to run; all if empty.
 
         Returns:
@@ -131,7 +132,7 @@ class Study:
     def _groups(
         self, pending: Sequence[Variant]
     ) -> Iterator[tuple[Sequence[Variant], RunGroup | None]]:
-        """Yields the variants that train at once, and their group if they share programs."""
+        """Yields variants that train at the same time, with their group if they share programs."""
         if self._models_at_once is None:
             yield from (((variant,), None) for variant in pending)
             return
@@ -177,7 +178,7 @@ class Study:
             print(line, flush=True)
 
     def _read_row(self, variant: Variant) -> Row | None:
-        """Returns the row of a variant, or None if it is missing or from a shorter training."""
+        """Returns a variant's row, or None if it is missing or from training with fewer epochs."""
         path = self.folder(variant) / self._row_file
         if not path.exists():
             return None
@@ -204,8 +205,8 @@ def score_seeds(config: ConfigDict, workdir: epath.PathLike, split: str) -> dict
     """Evaluates a work directory on a split.
 
     Returns:
-      The "mean" and the "deviation" of the scores over the seeds, "of_each" seed, and the scores
-      of the "ensemble" of the seeds.
+      A dict with the "mean" and the "deviation" of the scores over the seeds, the scores "of_each"
+      seed, and the scores of the "ensemble" of the seeds.
     """
     scores = evaluate(workdir, split, quiet=True)
     summary = scores.get("seeds") or multi_seed.summarize_seeds(config_seeds(config), [scores])
@@ -213,5 +214,5 @@ def score_seeds(config: ConfigDict, workdir: epath.PathLike, split: str) -> dict
 
 
 def _training_length(config: ConfigDict) -> dict[str, int]:
-    """Returns the fields that may change when a finished training continues."""
+    """Returns the config fields that may change when a finished run continues."""
     return {"epochs": config.train.epochs, "patience": config.train.get("patience", 0)}

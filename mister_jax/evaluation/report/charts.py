@@ -14,7 +14,7 @@ from mister_jax.evaluation.figures import missing_modality_lines
 from mister_jax.evaluation.report.elements import coordinate, element
 from mister_jax.evaluation.report.statistics import CalibrationBin
 
-# Charts are about as wide as a phone's screen, so that phones do not scale their text down.
+# Charts are about as wide as a phone's screen, so that phones do not shrink the charts' text.
 _WIDTH, _HEIGHT = 360, 300
 _MAX_POINTS = 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 348, 30, 252
@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 348, 30, 252
 def whisker(score: Estimate, color: str, mark: float | None = None) -> str:
     """Draws a score from 0 to 1 as a dot on its interval, with a dashed line at `mark`.
 
-    `color` is a CSS class. Screen readers skip the drawing, because the table has its numbers.
+    `color` is a CSS class. Screen readers skip the drawing, because the table contains the numbers.
     """
     width, height = 160, 22
 

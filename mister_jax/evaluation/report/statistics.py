@@ -41,7 +41,7 @@ def score_models(
     bootstrap: DialogueBootstrap,
     reference_scores: Mapping[str, Mapping[str, float]],
 ) -> list[ScoredModel]:
-    """Scores the model, its experts, their mean and the majority class, and adds the references.
+    """Scores the model, each expert, the experts' mean and the majority class; adds references.
 
     The split must have at least one label.
     """
