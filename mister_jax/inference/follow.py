@@ -32,20 +32,20 @@ def follow(
 ) -> None:
     """Answers each line with one JSON line before reading the next line.
 
-    An input line is an object with the fields of a manifest, such as "text" and "audio". Its answer
-    has the same "dialogue" and "utterance", and the prediction. Lines with the same "dialogue"
-    belong to one dialogue. All lines without this field belong to another dialogue. The answer to a
-    line that cannot be used is {"error": ..., "line": ...} with the number of the line, and its
-    dialogue continues without it.
+    An input line is an object with the fields of a manifest, such as "text" and "audio". The answer
+    has the "dialogue" and "utterance" of the input line, and the prediction. Lines with the same
+    "dialogue" belong to one dialogue. All lines without this field belong to one further dialogue.
+    The answer to a line that cannot be used is {"error": ..., "line": ...} with the number of the
+    line, and the dialogue continues without this line.
 
     Args:
-      recognizer: Recognizer.
-      lines: Lines in UTF-8.
+      recognizer: Recognizer that predicts the utterances.
+      lines: Input lines in UTF-8.
       answers: Text file for the answers.
-      max_seconds: Seconds of each utterance's speech to read.
+      max_seconds: Maximum number of seconds to read from each utterance's speech.
       min_confidence: Probability below which predictions are marked as "uncertain".
-      max_dialogues: Number of dialogues to keep. If a further dialogue starts, the dialogue with
-        the oldest last utterance is dropped. If a dropped dialogue continues, it starts over.
+      max_dialogues: Maximum number of dialogues to keep. If another dialogue starts, the least
+        recently used dialogue is dropped. If a dropped dialogue continues, it starts over.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
     options = {"max_seconds": max_seconds, "min_confidence": min_confidence}
@@ -81,8 +81,8 @@ def _answer(
     dialogue = ids.get("dialogue")
     stream = streams.get(dialogue) or recognizer.stream(**options)
     prediction = stream.predict(utterance)
-    # This comes last, because an unusable utterance must not start a dialogue or mark it as
-    # recently used.
+    # This step comes last, because an unusable utterance must not start a dialogue or mark a
+    # dialogue as recently used.
     streams[dialogue] = stream
     streams.move_to_end(dialogue)
     return {**{name: utterance[name] for name in ids}, **prediction}

@@ -49,11 +49,11 @@ def model_card(
     Args:
       name: Name of the model.
       class_names: Names of the classes.
-      encoders: Metadata of the encoder of each modality that is used.
+      encoders: Encoder metadata by modality, for the modalities that the model uses.
       dataset: Name of the dataset that the model was trained on.
       num_params: Number of parameters without the encoders.
-      progress: Progress of training at the parameters: the epoch and its validation scores.
-      scores: Content of the work directory's metrics.json: scores by evaluated split.
+      progress: Epoch of the parameters, with its validation scores.
+      scores: Scores by evaluated split, from the work directory's `metrics.json`.
     """
     pipeline_tag = _PIPELINE_TAGS.get(tuple(encoders))
     results = [
@@ -135,7 +135,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _describe(metadata: Mapping[str, Any]) -> str:
-    """Describes an encoder by its name, or if fine-tuned, by its base model and dataset."""
+    """Describes an encoder by name, or a fine-tuned encoder by its base model and dataset."""
     if metadata["kind"] != "tuned":
         return str(metadata["name"])
     experiment = metadata["config"]["experiment"]

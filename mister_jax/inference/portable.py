@@ -50,9 +50,10 @@ print([config["class_names"][index] for index in output["probabilities"][0].argm
 def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
     """Writes a program with MiSTER-E's parameters for any number and length of dialogues.
 
-    The program takes raw features, which it standardizes as in training. Several seeds are
-    averaged, and probabilities are calibrated if the model is. Encoders are not included: their
-    fastest kernels depend on the length of the input, so they cannot be exported for any length.
+    The program takes raw features, which it standardizes as in training. The predictions of several
+    seeds are averaged, and probabilities are calibrated if the model has a calibration. Encoders
+    are not included: their fastest kernels depend on the length of the input, so one program cannot
+    support all lengths.
 
     Args:
       model: See `pretrained.find_model`.

@@ -46,7 +46,7 @@ def write_predictions(
 
     In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and list
     items are joined with semicolons. The formats of `TIMELINE_FORMATS` show when the emotions
-    occur. They take the rows of one recording; see `EmotionRecognizer.predict_recording`.
+    occur, and require the rows of a single recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
       path: File to write.
@@ -59,8 +59,8 @@ def write_predictions(
         audio of these channels; with "split", it is the mix of all channels.
 
     Raises:
-      InputError: See `check_predictions_path`; or the format needs the rows of one recording with
-        "start" and "end".
+      InputError: The path is invalid (see `check_predictions_path`), or the format needs the rows
+        of a single recording with "start" and "end".
     """
     check_predictions_path(path)
     extension = _extension(path)

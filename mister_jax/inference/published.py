@@ -37,9 +37,9 @@ _MAX_TOKENS = 512
 class PublishedModels:
     """A text classifier, a speech classifier, or both; see `EmotionRecognizer.from_models`.
 
-    Labels are compared by the names of `data.labels.EMOTION_SYNONYMS`. If a model gives several
-    labels the same name, their probabilities are added. The probabilities of
-    a model with independent labels are divided by their sum.
+    Labels are renamed by `data.labels.EMOTION_SYNONYMS` before they are compared. If several labels
+    of a model have the same name, their probabilities are added. The probabilities of a model with
+    independent labels are divided by their sum.
 
     Args:
       text: Checkpoint for sequence classification, a folder or a name on the Hugging Face Hub; see
@@ -47,7 +47,7 @@ class PublishedModels:
       speech: Checkpoint for audio classification.
       text_weight: Weight of the text model, 0 or more.
       speech_weight: Weight of the speech model, 0 or more.
-      map_labels: Names by label, for labels that differ between the models.
+      map_labels: Mapping from labels to new names, for labels that differ between the models.
 
     Attributes:
       class_names: Emotions that all models know.
@@ -168,7 +168,7 @@ def _name_emotions(
 
 
 def _shared_emotions(emotions: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Returns the emotions that all models know, in the order of the first."""
+    """Returns the emotions that all models know, in the order of the first model."""
     first, *others = emotions.values()
     shared = tuple(dict.fromkeys(name for name in first if all(name in it for it in others)))
     if not shared:

@@ -127,8 +127,9 @@ class EmotionRecognizer(ModelHubMixin):
 
         recognizer = EmotionRecognizer.from_models(text="OWNER/TEXT", speech="OWNER/SPEECH")
 
-        Rows have the same keys as those of MiSTER-E: "experts" are the emotions of the models, and
-        "gate" their weights. Unlike MiSTER-E, the models do not read the context of an utterance.
+        Rows have the same keys as with MiSTER-E: "experts" contains the models' predicted emotions,
+        and "gate" the models' weights. Unlike MiSTER-E, the models do not read the context of an
+        utterance.
 
         Args:
           text: Checkpoint for sequence classification, a folder or a name on the Hub.
@@ -176,20 +177,20 @@ class EmotionRecognizer(ModelHubMixin):
 
         Args:
           dialogues: Utterances in the order of the dialogue, each a dict with "text", "audio" or
-            both. Audio is a file in any format FFmpeg reads, or samples [S] at 16 kHz, int16 or
-            floats with full scale 1. A part of a file is given by "audio_start" and "audio_end" in
-            seconds; without them, utterances that share a file are cut by their "start" and "end".
-            "audio_channel" is "mix", "left", "right" or an index. The other fields of a manifest
-            are allowed and do not affect the prediction. An unusable file is logged, and its
-            utterance is predicted without speech.
+            both. Audio is a file in any format that FFmpeg reads, or samples [S] at 16 kHz, int16
+            or floats with full scale 1. "audio_start" and "audio_end", in seconds, select a segment
+            of a file. Without them, "start" and "end" select the segments of utterances that share
+            a file. "audio_channel" is "mix", "left", "right" or an index. The other fields of a
+            manifest are allowed and do not affect the prediction. An unusable file is logged, and
+            its utterance is predicted without speech.
           max_seconds: Seconds of each utterance's speech to read.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.
           quiet: Whether to hide progress.
 
         Returns:
-          For each utterance the values of `predictor.prediction_rows` and "notes" on its recording,
-          a list of texts that start with a kind, such as "capped: ...".
+          For each utterance, a dict with the values of `predictor.prediction_rows`, and "notes" on
+          the recording: a list of texts that start with the kind of note, such as "capped: ...".
 
         Raises:
           InputError: A dialogue, an utterance, a number of seconds or `min_confidence` cannot be
@@ -222,7 +223,8 @@ class EmotionRecognizer(ModelHubMixin):
 
         Args:
           utterances: All utterances.
-          dialogues: Indices of the utterances in each dialogue. An utterance may be in several.
+          dialogues: Indices of the utterances in each dialogue. An utterance may be in several
+            dialogues.
           max_seconds: Seconds of each utterance's speech to read.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files.
@@ -292,7 +294,7 @@ class EmotionRecognizer(ModelHubMixin):
           **options: Options of `recordings.find_utterances`, such as `transcript`.
 
         Returns:
-          For each utterance a dict with "recording", "utterance", "start" and "end" in seconds,
+          For each utterance, a dict with "recording", "utterance", "start" and "end" in seconds,
           "speaker", "text", "label" (annotated in the transcript), "emotion", "probabilities",
           "experts", "gate" and "notes".
 
@@ -387,8 +389,8 @@ class EmotionRecognizer(ModelHubMixin):
 
         With a causal model, each prediction equals the prediction of `predict` for the dialogue up
         to this utterance, and the time per utterance is constant. Other models read the last
-        `window` utterances again for every new utterance, and predict the last one; a warning says
-        so.
+        `window` utterances again for every new utterance, and predict the last one; a warning
+        reports this.
 
         Args:
           window: Number of utterances in the window of a model that is not causal.
@@ -488,7 +490,7 @@ class EmotionRecognizer(ModelHubMixin):
         return features, present, notes
 
     def _length_notes(self, clip: np.ndarray) -> list[str]:
-        """Returns a note if the speech encoder does not read a clip [S] to its end."""
+        """Returns a note if the speech encoder does not read a clip [S] to the end."""
         max_samples = self._encoders["speech"].input.max_samples
         if max_samples is None or len(clip) <= max_samples:
             return []
@@ -510,8 +512,8 @@ class EmotionRecognizer(ModelHubMixin):
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
-        # Batches for a few utterances are smaller. Their sizes are powers of 2, so that few
-        # programs are compiled.
+        # A few utterances get smaller batches, whose sizes are powers of 2, so that few programs
+        # are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
@@ -563,7 +565,7 @@ def _consecutive_ranges(lengths: Iterable[int]) -> list[np.ndarray]:
 
 
 def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yields sections of a long conversation, each with the window that is its context.
+    """Yields sections of a long conversation, each with the window of utterances around it.
 
     Models are trained on dialogues of up to about a hundred utterances, and attention over all
     utterances takes quadratic memory. Conversations longer than `MAX_CONTEXT` are therefore

@@ -36,7 +36,7 @@ from mister_jax.inference.speech_recognition import (
 SPLIT = "split"
 """Reads every channel separately, each with one speaker, as one conversation."""
 
-_LOUDNESS_SECONDS = 60.0  # of a segment that are compared between channels
+_LOUDNESS_SECONDS = 60.0  # maximum seconds of a segment whose power is compared between channels
 _MIN_SHARE_RATIO = 1.25
 
 
@@ -76,19 +76,19 @@ def find_utterances(
 ) -> RecordingUtterances:
     """Finds the utterances of a recording.
 
-    They come from the first of these that exists: the given transcript, a transcript of the same
-    name beside the recording, speech recognition, voice activity detection.
+    The utterances come from the first available source: the given transcript, a transcript of the
+    same name beside the recording, speech recognition, or voice activity detection.
 
     Args:
       recording: Audio or video file that FFmpeg reads.
-      transcript: File in a format of `read_transcript`, or segments.
+      transcript: Path of a transcript that `read_transcript` can read, or a sequence of segments.
       search_transcript: Whether to look for a transcript beside the recording.
       tier: Tier of an annotation; see `read_transcript`.
-      speaker: Speaker whose segments are used; None uses all.
+      speaker: Speaker whose segments are used; None uses all speakers.
       recognizer: Whisper checkpoint (see `WhisperRecognizer`) or a function from samples to
-        segments, such as `detect_voice_activity`, which finds utterances without text. By default
+        segments, such as `detect_voice_activity`, which finds utterances without text. By default,
         Whisper if its default checkpoint can be loaded, else voice activity detection.
-      language: Code of the language for Whisper; None detects it.
+      language: Language code for Whisper, such as "en"; None detects the language.
       channels: "mix", "left", "right", an index, or "split", which reads one speaker per channel.
       rules: Rules for joining and splitting segments. A recognizer's segments without text are not
         changed.
@@ -142,7 +142,7 @@ def find_utterances(
 
 
 def _check_given(name: str, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Returns segments sorted by their start."""
+    """Checks the given segments and returns them sorted by start time."""
     for segment in segments:
         if not -math.inf < segment.start < segment.end < math.inf:
             raise InputError(
@@ -256,7 +256,7 @@ def _check_belongs_to_recording(
 def _assign_channels(
     source: str, segments: Sequence[Segment], channels: Sequence[Channel]
 ) -> tuple[Segment, ...]:
-    """Assigns each segment its own channel, or the channel where its speaker is loudest."""
+    """Assigns each segment the channel it names, or the channel where its speaker is loudest."""
     segments = [
         dataclasses.replace(it, channel=NAMED_CHANNELS.get(str(it.channel), it.channel))
         for it in segments
@@ -290,13 +290,14 @@ def _assign_channels(
 def _loudest(power: np.ndarray, share: np.ndarray) -> int:
     """Returns the position of a speaker's channel.
 
-    The channel where the speaker's share of the power is largest is chosen, because a channel may
-    be louder than the others for all speakers. If all speakers are in one channel and the others
-    have crosstalk, the shares are almost equal. Then the channel with the largest power is chosen.
+    The channel with the largest share of the speaker's power is chosen, because a channel may be
+    louder than the others for all speakers. If all speakers are in one channel and the other
+    channels contain only crosstalk, the shares are almost equal. In this case, the channel with the
+    largest power is chosen.
 
     Args:
       power: Power of the speaker in each channel.
-      share: Part of the power of all speakers in each channel.
+      share: Power of the speaker in each channel, divided by the power of all speakers there.
     """
     second, first = np.sort(share)[-2:]
     return int((share if first > _MIN_SHARE_RATIO * second else power).argmax())

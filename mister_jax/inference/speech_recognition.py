@@ -1,12 +1,12 @@
-"""Finds the speech of a recording without a transcript: speech recognition and voice activity.
+"""Finds speech in recordings without a transcript: speech recognition, voice activity detection.
 
 A recognizer is any function from samples to timed segments, so that other recognizers can be
 plugged in:
 
     def recognizer(samples: np.ndarray) -> Sequence[Segment]: ...
 
-It gets float32 samples [S] at 16 kHz with full scale 1, and the times of its segments are seconds
-from the first sample. Pieces of long recordings are passed one after the other.
+The samples are float32, [S], at 16 kHz with full scale 1. The times of the returned segments are
+seconds from the first sample. Long recordings are passed in consecutive pieces.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _VAD_OPTIONS = {
 
 # A recognizer gets pieces of at most this length in seconds: 38 MB of float32.
 _PIECE_SECONDS = 600.0
-# Pieces end at the quietest time within their last seconds, so that few words are cut.
+# Each piece ends at the quietest time within its last seconds, so that few words are truncated.
 _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 
 # A recording that ends before this fraction of the length in its header is truncated. The length of
@@ -80,7 +80,7 @@ class WhisperRecognizer:
     Args:
       model: Name of a checkpoint such as "small" or "large-v3", a repository on the Hugging Face
         Hub, or a folder in CTranslate2's format.
-      language: Code of the language, such as "en"; None detects it.
+      language: Language code, such as "en"; None detects the language.
       local_files_only: Whether to use only checkpoints that have been downloaded before.
 
     Raises:
@@ -139,7 +139,7 @@ class WhisperRecognizer:
             samples,
             language=language,
             word_timestamps=True,
-            # Whisper invents text for silence, and repeats text that it is conditioned on.
+            # Whisper hallucinates text in silence, and repeats text that it is conditioned on.
             vad_filter=True,
             vad_parameters=_VAD_OPTIONS,
             condition_on_previous_text=False,
@@ -164,7 +164,7 @@ class RecognizedSpeech:
     Attributes:
       segments: Segments, sorted by start time.
       seconds: Length of the recording in seconds.
-      damage: Why the recording could not be read to its end, or empty.
+      damage: Reason why the recording could not be read to the end, or empty.
     """
 
     segments: tuple[Segment, ...]
@@ -183,7 +183,8 @@ def recognize_speech(
 
     Args:
       source: Path or content of the recording.
-      recognizer: Function from samples to segments. Its segments are clipped to the piece it gets.
+      recognizer: Function from samples to segments. The segments are clipped to the piece that the
+        function received.
       channel: Channel to read.
       quiet: Whether to hide progress.
 
@@ -266,7 +267,7 @@ def load_recognizer(
     Args:
       recognizer: A function; a checkpoint (see `WhisperRecognizer`); or None for the default
         checkpoint if it can be loaded, else `detect_voice_activity`.
-      language: Code of the language for Whisper.
+      language: Language code for Whisper.
 
     Raises:
       MissingExtraError: The extra `asr` is not installed.

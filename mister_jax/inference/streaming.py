@@ -56,8 +56,8 @@ class DialogueStream:
         """Predicts the next utterance of the dialogue.
 
         Args:
-          utterance: Utterance as in `EmotionRecognizer.predict_dialogues`. Its "start" and "end" do
-            not cut its recording; "audio_start" and "audio_end" do.
+          utterance: Utterance as in `EmotionRecognizer.predict_dialogues`. Only "audio_start" and
+            "audio_end", not "start" and "end", select a segment of the recording.
 
         Returns:
           The values that `EmotionRecognizer.predict` returns for an utterance.

@@ -39,7 +39,7 @@ class CheckedUtterance:
     Attributes:
       text: Text, empty if it is missing.
       speech: Request to decode a recording, samples [S] int16 at 16 kHz, or None.
-      notes: Notes on samples that were passed as an array.
+      notes: Notes for the user on samples that were passed as an array.
     """
 
     text: str
@@ -62,7 +62,7 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
             row, samples = _read_fields(utterance, where)
             rows.append(row)
             samples_and_notes.append(samples)
-    # If several rows share a recording, their times determine the cuts, so all rows are read first.
+    # If several rows share a recording, their times select the segments, so read all rows first.
     intervals = fields.audio_intervals(rows)
     return [
         _check_utterance(row, samples, interval)
@@ -73,8 +73,7 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
 def check_utterance(utterance: Utterance) -> CheckedUtterance:
     """Checks a single utterance.
 
-    Its part of a recording is given by "audio_start" and "audio_end"; "start" and "end" are not
-    used for this.
+    Only "audio_start" and "audio_end", not "start" and "end", select a segment of the recording.
 
     Raises:
       InputError: The utterance has a field that cannot be used.
@@ -90,7 +89,7 @@ def decode_speech(
     """Decodes the speech of utterances; see `EmotionRecognizer.predict_dialogues`.
 
     Yields:
-      For each utterance its samples [S] int16, empty if it has no usable speech, and its notes.
+      The samples [S] int16 of each utterance, empty without usable speech, and notes on them.
     """
     max_samples = round(max_seconds * audio.SAMPLE_RATE)
     requests = [it.speech for it in utterances if isinstance(it.speech, audio.DecodeRequest)]
@@ -126,7 +125,7 @@ def decode_speech(
 def reading_order(utterances: Sequence[CheckedUtterance]) -> list[int]:
     """Returns the indices of the utterances in an order that reads each recording once.
 
-    The cuts from one channel of a recording are adjacent and sorted by start time.
+    The segments of one channel of a recording are adjacent and sorted by start time.
     """
     sources: dict[Any, int] = {}
 
