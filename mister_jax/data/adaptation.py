@@ -36,8 +36,8 @@ def adapt_features(
 ) -> DialogueFeatures:
     """Gives features the mean and standard deviation of the training features.
 
-    If the emotions of the utterances differ much from those in training, for example if all are
-    anger, adaptation also removes a part of the emotion.
+    If the emotions of the utterances differ much from the emotions in training, for example if all
+    utterances are angry, adaptation also removes a part of the emotional information.
 
     Args:
       features: Features of utterances recorded under similar conditions.

@@ -103,7 +103,7 @@ def decode(
             segment equal the samples at the same time in the fully decoded recording, except for
             the noise that AAC decoders synthesize.
         channel: "mix", "left", "right", or the index of a channel.
-        max_seconds: Maximum seconds to keep.
+        max_seconds: Maximum number of seconds to keep.
 
     Raises:
         AudioError: The recording yields no samples; `Reason` lists the possible reasons.

@@ -13,8 +13,8 @@ def read_sequence(path: pathlib.Path, num_columns: int) -> dict[str, tuple[np.nd
     """Reads a computational sequence, an HDF5 file with one table.
 
     Args:
-        path: The csd file.
-        num_columns: Number of features of a segment.
+        path: Path of the csd file.
+        num_columns: Number of features per segment.
 
     Returns:
         The features [n, num_columns] and intervals [n, 2] in seconds of each video's segments.

@@ -3,13 +3,14 @@
 EmoBox publishes metadata: a folder for each corpus with a label map, and a folder for each fold:
 
     urdu/label_map.json
-    urdu/fold_1/urdu_train_fold_1.jsonl, urdu_test_fold_1.jsonl, and the same as json
+    urdu/fold_1/urdu_train_fold_1.jsonl, urdu_test_fold_1.jsonl, and both files as json
     track2/SAVEE_selected_balenced.jsonl: cross-corpus test sets
 
     {"key": "urdu-SM20_F8_N012", "wav": "downloads/urdu/Neutral/SM20_F8_N012.wav", "emo": "N", ...}
 
 The recordings come from the corpora themselves. Most folds have no validation set, so a fifth of
-the training utterances is drawn: whole speakers if they are known, otherwise a fifth of each class.
+the training utterances is drawn for validation: whole speakers if the speakers are known, otherwise
+a fifth of each class.
 """
 
 import collections
@@ -121,15 +122,15 @@ def read_emobox(
     seed: int = 0,
     label_map: Mapping[str, str] | None = None,
 ) -> Corpus:
-    """Reads a fold of a corpus in EmoBox, or one of its test sets.
+    """Reads a fold of an EmoBox corpus, or one of EmoBox's cross-corpus test sets.
 
     Args:
         source: Folder of the corpus, such as `EmoBox/data/urdu`; or a single metadata file, such as
             a cross-corpus test set in `EmoBox/data/track2`, whose utterances become the test split.
         audio_root: Folder of the recordings; by default `EmoBox/downloads`. Its layout and the
             extensions of the files may differ from the metadata; see `find_recordings`.
-        fold: Number of the fold; by default the first.
-        seed: Seed for drawing validation.
+        fold: Number of the fold; by default, the first fold.
+        seed: Seed for drawing the validation utterances.
         label_map: Map from EmoBox's class names to other names. An empty name makes the utterances
             unlabeled.
 
@@ -259,7 +260,7 @@ def _choose_files(
 
 
 def _preference(path: pathlib.Path) -> tuple[bool, bool, str]:
-    """Sorts the files of a part: first with the current spelling of `fold_1`, and jsonl."""
+    """Returns a sort key that prefers the current spelling of `fold_1`, and jsonl files."""
     return re.search(r"fold_\d", path.name) is None, path.suffix != ".jsonl", str(path)
 
 
@@ -306,7 +307,7 @@ class _MetadataReader:
     Args:
         name: Name of the corpus in EmoBox.
         folder: Folder of the corpus, which contains the label map.
-        class_map: Map from EmoBox's class names to the user's.
+        class_map: Map from EmoBox's class names to the user's class names.
     """
 
     def __init__(self, name: str, folder: pathlib.Path, class_map: Mapping[str, str]) -> None:
@@ -386,7 +387,10 @@ class _MetadataReader:
         return self.class_map.get(name, name) or None
 
     def _dialogue(self, key: str) -> tuple[str, tuple[int, str]]:
-        """Returns an utterance's dialogue and its position, or the key for a single utterance."""
+        """Returns the dialogue and a position that sorts the utterance within it.
+
+        An utterance without a dialogue gets its key as the dialogue.
+        """
         pattern = DIALOGUES.get(self.name)
         if pattern is None:
             return key, (0, key)
@@ -510,10 +514,10 @@ def _dialogues(
     Args:
         split: Name of the split.
         items: Utterances of the split.
-        root: Folder of the recordings that are missing.
+        root: Folder to which the paths of missing recordings are relative.
         recordings: Maps paths in the metadata to files that exist.
         times: Start and end of the utterances by path, in seconds; empty if unknown.
-        metadata: Metadata of all utterances.
+        metadata: Metadata to store with every utterance.
     """
     turns: dict[str, list[_Item]] = {}
     for item in items:

@@ -28,10 +28,10 @@ from mister_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Pattern of a corpus.
+    """Path pattern of a corpus.
 
     Attributes:
-        pattern: Pattern of its recordings' paths.
+        pattern: Pattern of the recordings' paths.
         emotions: Class names by code; empty if the paths contain the names.
     """
 
@@ -104,7 +104,7 @@ class PathPattern:
     """Pattern that reads fields from the paths of recordings.
 
     Args:
-        pattern: The pattern.
+        pattern: Pattern as described in the module docstring.
 
     Raises:
         InputError: The pattern is invalid, or every path would match it in several ways.
@@ -168,7 +168,7 @@ class PathPattern:
         return shortest.groupdict()
 
     def _group(self, name: str) -> str:
-        """Returns the beginning of the regular expression of a field."""
+        """Returns the start of a field's group in the regular expression."""
         if name == "_":
             return "(?:"
         if not name.isidentifier():
@@ -207,8 +207,8 @@ def read_folder(
     Args:
         source: Folder of the recordings.
         pattern: Pattern of the recordings' paths, or the name of a preset in `PRESETS`.
-        label_map: Map from emotions in the paths to class names. For a preset, it maps the preset's
-            class names.
+        label_map: Map from emotions in the paths, or from a preset's class names, to new class
+            names.
         **manifest_options: Other options of `corpus_from_rows`, such as `labels` and `group_by`.
 
     Raises:

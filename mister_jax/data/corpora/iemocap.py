@@ -53,7 +53,7 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
-# Categories from one evaluator, before an optional comment in parentheses. The actors' ratings of
+# An evaluator's categories, before an optional comment in parentheses. The actors' ratings of
 # themselves (C-F1, C-M1) are not read.
 _RATING = re.compile(r"C-E\d+:([^(]*)(\(.*)?")
 _CATEGORIES = {
@@ -73,7 +73,7 @@ _CATEGORIES = {
 
 
 class Turn(NamedTuple):
-    """Annotated turn of a dialogue, with times in seconds, and its evaluators' labels."""
+    """Annotated turn of a dialogue, with times in seconds and the evaluators' labels."""
 
     id: str
     label: str
@@ -169,7 +169,7 @@ def _read_dialogue(
 
 
 def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
-    """Returns the number of evaluators per class.
+    """Returns the number of evaluators who chose each class.
 
     If an evaluator chose several labels, each gets an equal fraction of the vote. Labels that are
     not in `classes` are ignored.
@@ -184,7 +184,7 @@ def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
 
 
 def _evaluator_labels(line: str, location: str) -> tuple[str, ...]:
-    """Returns the labels of an evaluator, whose line looks like "C-E2: Anger; Frustration; ()".
+    """Returns an evaluator's labels from a line such as "C-E2: Anger; Frustration; ()".
 
     The result is empty if the evaluator chose no label.
     """

@@ -2,7 +2,7 @@
 
 The release contains whole recordings and transcripts of segments, and the SDK contains labels. The
 two classes are scores in [-3, 0) and [0, 3], as in `mosi`. The score and the intensities of six
-emotions are stored too.
+emotions are also stored.
 """
 
 import collections
@@ -57,8 +57,8 @@ class _Segment(NamedTuple):
 def read_mosei(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
     """Reads the labels and transcripts of CMU-MOSEI and locates its recordings.
 
-    All segments of a transcript are utterances; those without a label are unlabeled context. A
-    label without a segment is an utterance without text.
+    All segments of a transcript are utterances; segments without a label are unlabeled context. A
+    label without a matching segment becomes an utterance without text.
 
     Args:
         source: Folder that contains `Raw`, the labels, and the SDK's file of splits.
@@ -112,7 +112,7 @@ def read_mosei(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
 
 def _find_folds(root: pathlib.Path) -> pathlib.Path | None:
-    """Finds the SDK's file of splits, alone or in a copy of the SDK."""
+    """Finds the SDK's file of splits, either by itself or inside a copy of the SDK."""
     path = find(root, FOLDS) or find(root, f"{_SDK_FOLDER}/{FOLDS}")
     return path if path is not None and path.is_file() else None
 
@@ -158,8 +158,8 @@ def _utterances(
     Args:
         location: Location of the labels, named in error messages.
         video: Id of the video.
-        audio: Path of its recording.
-        segments: Segments of its transcript.
+        audio: Path of the video's recording.
+        segments: Segments of the video's transcript.
         features: Sentiment and emotions of each label, [n, 7].
         intervals: Start and end of each label, [n, 2].
     """

@@ -1,7 +1,7 @@
 """Reads CMU-MOSI: video monologues about films, with sentiment scores (arXiv 1606.06259).
 
 The release contains recordings and transcripts of segments, and the SDK contains opinion labels.
-The two classes are scores in [-3, 0) and [0, 3], as in the paper. The score is stored too, and
+The two classes are scores in [-3, 0) and [0, 3], as in the paper. The score is also stored, and
 `metrics.binary_sentiment` computes other binary labels from it.
 """
 

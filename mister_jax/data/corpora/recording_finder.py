@@ -11,7 +11,7 @@ from mister_jax.errors import InputError
 
 
 def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the recordings in a folder and its subfolders, sorted, and follows links to folders.
+    """Yields the recordings in a folder and its subfolders in sorted order, following links.
 
     Hidden files and folders, and `__MACOSX`, which archive programs add, are skipped.
     """
@@ -35,16 +35,16 @@ def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pat
 
     Recordings are matched by the last components of their path. For example,
     `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`: extensions may
-    differ. A recording is not used if
-    its last components are also the end of another path. For example, if a speaker is missing,
-    their `neutral/239.wav` is not taken from another speaker.
+    differ. A recording is not used if its last components are also the end of another path. For
+    example, if the folder of a speaker is missing, `neutral/239.wav` of another speaker is not
+    used instead.
 
     Args:
         folder: Folder of the recordings.
         paths: Paths in the metadata, with `/` between components.
 
     Returns:
-        The file of each path that has a recording.
+        The file for each path whose recording was found.
 
     Raises:
         InputError: Several files match a path equally well.

@@ -6,7 +6,7 @@ from mister_jax.errors import InputError
 
 
 def read_any_text(path: pathlib.Path) -> tuple[str, bool]:
-    """Reads a text file that is UTF-8, or cp1252, the encoding of older Windows programs.
+    """Reads a text file in UTF-8 or in cp1252, the encoding of older Windows programs.
 
     Returns:
         The text, and whether the file is UTF-8.

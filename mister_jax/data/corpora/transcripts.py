@@ -28,12 +28,12 @@ _MAX_LISTED = 5  # files that a note names
 
 @dataclasses.dataclass(frozen=True)
 class TranscriptOptions:
-    """How the transcripts of a folder are read.
+    """Options for reading the transcripts of a folder.
 
     Attributes:
-      tier: Tier of the utterances, or several separated by commas; see `read_transcript`.
-      label_tier: Tier with the emotions.
-      label_column: Column of a table with the emotions.
+      tier: Name of the tier of utterances, or several comma-separated names; see `read_transcript`.
+      label_tier: Name of the tier that contains the emotions.
+      label_column: Name of the table column that contains the emotions.
       label_suffix: Whether the emotion is at the end of the text in brackets.
       channel: Channel of the recordings to read, or "split" for the channels of the transcript.
       rules: Rules for joining and splitting segments into utterances.
@@ -57,7 +57,7 @@ def read_transcripts(
 
     Args:
       source: Folder of the recordings. Transcripts are beside them; see `find_transcript`.
-      options: How transcripts are read.
+      options: Options for reading the transcripts.
       **manifest_options: Options of `corpus_from_rows`, such as `labels`.
 
     Raises:

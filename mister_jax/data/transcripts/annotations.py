@@ -51,7 +51,7 @@ class Tier:
       intervals: Intervals with texts as in the file, which may be empty or have several lines. A
         point is an interval without length.
       participant: Speaker of the tier, if the format names one.
-      is_points: Whether this is a tier of points.
+      is_points: Whether the tier contains points instead of intervals.
       span: Start and end of the tier, if the format states them.
       num_untimed: Number of texts whose times are unknown.
     """
@@ -79,9 +79,9 @@ class Annotation:
 
     Attributes:
       path: Path of the file.
-      tiers: Its tiers.
-      span: Start and end of a TextGrid.
-      document: Root of an EAF.
+      tiers: Tiers in the file.
+      span: Start and end of a TextGrid in seconds.
+      document: Root element of an EAF.
     """
 
     path: str
@@ -154,12 +154,12 @@ def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
 
 
 def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator[Segment]:
-    """Labels each segment with the text of the interval that covers most of it, at least half."""
+    """Labels each segment with the text of the interval that covers at least half of it."""
     labels = sorted(labels, key=lambda label: label.start)
     ends = [label.end for label in labels]
     for segment in segments:
         covered, text = 0.0, None
-        # Intervals of a tier do not overlap, so their ends are sorted too.
+        # Intervals of a tier do not overlap, so the ends of sorted intervals are sorted, too.
         for index in range(bisect.bisect_right(ends, segment.start), len(labels)):
             label = labels[index]
             if label.start >= segment.end:
@@ -167,13 +167,13 @@ def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator
             overlap = min(label.end, segment.end) - max(label.start, segment.start)
             if overlap > covered:
                 covered, text = overlap, label.text
-        # The tolerance is for the rounding of times.
+        # The tolerance allows for rounded times.
         is_half = covered > 0 and covered >= (segment.end - segment.start) / 2 - 1e-6
         yield dataclasses.replace(segment, label=text if is_half else None)
 
 
-# Like Praat, read only free-standing numbers, strings and flags. The same code then reads the long
-# and the short form.
+# Like Praat, read only free-standing numbers, strings and flags. The same code can then read the
+# long and the short text format.
 _PRAAT_TOKEN = re.compile(
     r'(?<!\S)(?:"((?:[^"]|"")*)"|(<\w+>)|([-+]?[\d.]+(?:[eE][-+]?\d+)?)|!.*)(?!\S)'
 )
@@ -297,7 +297,7 @@ def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
 
     Args:
       tier: Tier of an EAF.
-      slots: Seconds of the time slots; slots are added.
+      slots: Times of the time slots in seconds; the missing slots are added.
     """
     bounds = [
         (annotation.get("TIME_SLOT_REF1", ""), annotation.get("TIME_SLOT_REF2", ""))
@@ -319,7 +319,7 @@ def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
 def _referring_intervals(
     annotations: Sequence[ET.Element], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
-    """Returns the times of annotations that refer to a parent and evenly divide its time."""
+    """Returns the times of annotations that evenly divide the time of their parent annotation."""
     children = collections.defaultdict(list)
     for annotation in annotations:
         children[annotation.get("ANNOTATION_REF", "")].append(annotation.get("ANNOTATION_ID", ""))

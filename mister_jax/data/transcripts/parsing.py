@@ -39,7 +39,7 @@ class Notes:
             self._left_out[reason] += count
 
     def add(self, message: str) -> None:
-        """Adds a note, once."""
+        """Adds a note, unless it was already added."""
         if message not in self._messages:
             self._messages.append(message)
 
@@ -60,7 +60,7 @@ class DetectedFormat:
       name: Name of the format.
       read: Function that returns the segments in the file, which need not be sorted or have valid
         times.
-      options: Options of `Selection` that the format supports. All support `speaker`.
+      options: Options of `Selection` that the format supports. All formats support `speaker`.
     """
 
     name: str
@@ -96,7 +96,7 @@ def one_line(text: str) -> str:
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """Returns "words (12), phones (40)"."""
+    """Formats counts, such as "words (12), phones (40)"."""
     return ", ".join(f"{name or 'unnamed'} ({count})" for name, count in counts.items())
 
 
@@ -142,7 +142,7 @@ def missing_library(library: str, feature: str) -> MissingExtraError:
 
 
 def keep_speaker(segments: Sequence[Segment], speaker: str | None) -> Sequence[Segment]:
-    """Returns the segments of a speaker, or all if `speaker` is None.
+    """Returns the segments of a speaker, or all segments if `speaker` is None.
 
     Raises:
       InputError: The transcript has no such speaker.

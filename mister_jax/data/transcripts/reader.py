@@ -80,22 +80,24 @@ def read_transcript(
 
     Args:
       path: Path of the transcript.
-      tier: Tier of a TextGrid or EAF to read, or several separated by commas, one for each
-        speaker. A file with one tier that is not empty needs no name.
-      speaker: Speaker whose segments are read; the default is all.
+      tier: Name of the TextGrid or EAF tier to read, or several comma-separated names, one for each
+        speaker. Not needed if only one tier of the file has content.
+      speaker: Speaker whose segments are read; by default, all speakers.
       label_tier: In a TextGrid, EAF or CHAT, the tier that contains the emotions. A segment gets
         the label of the interval that covers most of it, if it covers at least half.
       label_column: In a CSV or TSV, the column that contains the emotions; by default `label` or
         `emotion`.
       recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
         CSV or TSV that has several recordings.
-      strict: Whether an option that the format does not have is an error; otherwise it is ignored.
+      strict: Whether to raise an error for an option that the format does not support. Otherwise,
+        the option is ignored.
 
     Returns:
-      The segments, sorted by start time. All end after they start, and none starts before 0.
+      The transcript. Its segments are sorted by start time, end after they start, and do not start
+      before 0.
 
     Raises:
-      InputError: The file cannot be read, or not with these options. The message is one line.
+      InputError: The file cannot be read with these options.
       MissingExtraError: The format needs a package of the extra `predict`.
     """
     name = os.fspath(path)

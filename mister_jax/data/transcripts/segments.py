@@ -26,7 +26,7 @@ class Segment:
       text: Text, empty if there is none.
       speaker: Name of the speaker, if known.
       channel: Channel of the recording to read; None reads the default channel.
-      words: Words with times, if known. The text may differ from the words joined by spaces.
+      words: Words with times, if known. Joining the words with spaces may not give the text.
       label: Annotated emotion, if known.
     """
 

@@ -34,7 +34,7 @@ class _Keys:
     """Keys of the segments or words of a format. The first key that a record has is used.
 
     Attributes:
-      scale: Seconds of a unit of time.
+      scale: Length of the format's time unit in seconds.
       default_start: Start of a record that has only an end.
       words: Key of the words of a segment.
       word: Keys of the words; None if they are the keys of the segment.
@@ -162,7 +162,7 @@ def _read(
             raise
         reason = one_line(f"{type(error).__name__}: {error}")
         raise InputError(f"is damaged: not the {name} that it begins like ({reason})") from None
-    # Until here, channels are names, because a file with a single channel gets no channel index.
+    # Channels have been names so far, because a file with a single channel gets no channel index.
     names = [str(segment.channel) for segment in segments if segment.channel is not None]
     indices = channel_indices(name.removeprefix("ch_") for name in names)
     segments = tuple(
@@ -234,7 +234,7 @@ def _segments(records: Iterable[Record], keys: _Keys, notes: Notes) -> Iterator[
 def _turns(
     records: Iterable[Record], keys: _Keys, notes: Notes, channel: str | None = None
 ) -> Iterator[Segment]:
-    """Yields segments of consecutive words of a speaker and channel, for files without segments.
+    """Groups consecutive words of one speaker and channel, for files without segments.
 
     Words without times, such as punctuation, belong to the word before them.
     """

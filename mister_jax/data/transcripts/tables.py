@@ -54,7 +54,7 @@ def detect_table(text: str, suffix: str) -> DetectedFormat | None:
 
     Args:
       text: Content of the file.
-      suffix: Lower-case extension of the file. It is used only if a text could be an STM or a CTM.
+      suffix: Lower-case extension of the file, used only if the text could be an STM or a CTM.
     """
     lines = [line.split() for line in text.split("\n")]
     rows = [row for row in lines if row and not row[0].startswith(";;")]
@@ -159,7 +159,7 @@ class _Table:
     """A table with the columns `start` and `end` or `duration`.
 
     Attributes:
-      columns: Index of each column of `_ALIASES`, and factor to seconds.
+      columns: For each column of `_ALIASES`, its index and the factor that converts it to seconds.
       header: Names of all columns as in the file; empty without a header.
       rows: Fields of each row below the header.
     """
@@ -278,8 +278,8 @@ def _time_of(table: _Table, row: list[str], name: str) -> float | None:
 def _scale_of_whisper(table: _Table, notes: Notes) -> float:
     """Returns the factor that converts the times of a table to seconds.
 
-    Whisper's columns are start, end and text, and its times are integers. They are milliseconds if
-    half of the segments would otherwise last 100 s or longer.
+    Whisper's columns are start, end and text, and the times are integers. The times are taken as
+    milliseconds if, as seconds, half of the segments would last 100 s or longer.
     """
     times = [(_field(row, 0).strip(), _field(row, 1).strip()) for row in table.rows]
     are_integers = all(start.isdecimal() and end.isdecimal() for start, end in times)

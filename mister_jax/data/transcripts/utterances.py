@@ -68,12 +68,12 @@ def make_utterances(
     is then estimated from the number of characters before it.
 
     A segment that does not end a sentence is joined with the next segment of the same speaker and
-    channel, if their labels are equal, the gap between them is at most `max_gap`, and both last at
-    most `max_seconds`. Segments of other speakers may lie between them. Segments without text are
-    neither split nor joined.
+    channel if the two segments have equal labels, the gap between them is at most `max_gap`, and
+    the joined segment lasts at most `max_seconds`. Segments of other speakers may lie between them.
+    Segments without text are neither split nor joined.
 
     Returns:
-      The utterances, sorted by start time. Those of different speakers may overlap.
+      The utterances, sorted by start time. Utterances of different speakers may overlap.
     """
     rules = rules or UtteranceRules()
     utterances: list[Segment] = []
@@ -135,13 +135,13 @@ def _join(first: Segment, second: Segment) -> Segment:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """A place between two parts of a segment.
+    """A point at which a segment can be split.
 
     Attributes:
-      offset: Number of characters of the text before it.
-      end: End of the part before it in seconds.
-      start: Start of the part after it in seconds.
-      word: Number of words before it.
+      offset: Number of characters of the text before the split.
+      end: End of the part before the split, in seconds.
+      start: Start of the part after the split, in seconds.
+      word: Number of words before the split.
     """
 
     offset: int
@@ -164,7 +164,7 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     times = [segment.start + duration * offset / len(segment.text) for offset in offsets]
     cuts, part_start = [], segment.start
     for offset, time, after in zip(offsets, times, [*times[1:], segment.end], strict=False):
-        # The part before this cut would be too long with the next sentence.
+        # The part before this split would be too long with the next sentence.
         if after - part_start > rules.max_seconds:
             cuts.append(_Cut(offset, time, time))
             part_start = time
@@ -185,7 +185,7 @@ def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
 
 
 def _cuts_between_words(segment: Segment, offsets: Sequence[int]) -> list[_Cut]:
-    """Returns the cuts of a segment between the words around offsets of its text.
+    """Returns split points between words, at the given offsets of the segment's text.
 
     Letters are counted, because words and text may differ in spaces and punctuation.
     """
@@ -218,7 +218,7 @@ def _count_letters(text: str) -> int:
 
 
 def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> list[Segment]:
-    """Returns the parts between cuts, ignoring cuts that would leave too short a part."""
+    """Splits a segment, ignoring split points that would leave too short a part."""
     kept = [_Cut(0, segment.start, segment.start)]
     for cut in cuts:
         is_long = cut.end - kept[-1].start >= rules.min_seconds
@@ -246,7 +246,7 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     cuts = [
         cut for index, offset in enumerate(offsets) if (cut := _cut_at_word(segment, index, offset))
     ]
-    # Pauses of equal length, such as none, are split near the middle.
+    # If pauses are equally long, for example all 0, the pause nearest to the middle is used.
     cuts.sort(key=lambda cut: (round(cut.start - cut.end, 2), -abs(cut.start - middle)))
     while cuts:
         parts = _apply(segment, [cuts.pop()], rules)
@@ -256,7 +256,7 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
 
 
 def _word_offsets(text: str, words: Sequence[Word]) -> list[int]:
-    """Returns the offset of each word in the text, by the letters before it."""
+    """Returns the offset of each word in the text, by counting the letters before the word."""
     letters = [offset for offset, character in enumerate(text) if character.isalnum()]
     total = sum(_count_letters(word.text) for word in words) or 1
     counts = itertools.accumulate((_count_letters(word.text) for word in words), initial=0)

@@ -165,10 +165,10 @@ class Fields:
 
 
 def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
-    """Returns the interval to cut from each utterance's recording.
+    """Returns the time interval of each utterance within its recording.
 
     The interval is `audio_start` to `audio_end`. If these are absent and several utterances have
-    the same recording, it is `start` to `end`.
+    the same recording, the interval is `start` to `end`.
 
     Raises:
         InputError: Several utterances have the same recording and no interval, so each would
@@ -202,7 +202,7 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
 def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
     """Checks the name of a column that is not in `FIELDS`.
 
-    `names` holds the names of all columns of the row.
+    `names` contains the names of all columns of the row.
 
     Raises:
         InputError: The name is not printable, or looks like a misspelling of an absent field.

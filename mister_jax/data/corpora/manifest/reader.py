@@ -8,7 +8,8 @@ A row has these fields. A field is absent if it is missing, null or empty.
 - `dialogue`, `utterance`: Ids, text or whole numbers. Utterance ids are unique in a dialogue.
 - `order`: A number that orders the utterances in a dialogue.
 - `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
-  utterances. If several rows have the same recording, `start` and `end` also cut it.
+  utterances. If several rows have the same recording, `start` and `end` also select each row's
+  segment of it.
 - `audio`: An audio or video file, relative to the manifest's folder. White space around its name
   is ignored if there is no such file.
 - `audio_start`, `audio_end`: Start and end of the utterance in seconds from the beginning of
@@ -16,10 +17,11 @@ A row has these fields. A field is absent if it is missing, null or empty.
 - `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
 - `label`: The emotion; rows without a label are context. `score`: The sentiment, -3 to 3.
-- `ratings`: How many raters chose each emotion, a JSON object such as `{"happy": 2, "sad": 1}`. If
-  `label` is absent, it is the emotion that more than half of the raters chose.
-- `split`: `train`, `validation` or `test`, the same for all rows in a dialogue. If no row has a
-  split, dialogues are split at random.
+- `ratings`: Number of raters who chose each emotion, as a JSON object such as
+  `{"happy": 2, "sad": 1}`. If `label` is absent, the label is the emotion that more than half of
+  the raters chose.
+- `split`: `train`, `validation` or `test`, equal for all rows in a dialogue. If no row has a split,
+  dialogues are split at random.
 - `speaker`: The speaker. Random splits put each speaker into one split. No model reads this field.
 
 Extra columns are kept as metadata: they are copied to the output, and no model reads them.
@@ -75,8 +77,9 @@ def read_manifest(
         label_map: Map from names in the file to class names. An empty class name makes a row
             unlabeled. To allow a name that looks like a mistake, map it to itself.
         check_labels: Whether to reject labels that look like mistakes.
-        group_by: Column, `speaker` or an extra column. Random splits put dialogues with equal
-            values into one split. By default `speaker` if the manifest has that column.
+        group_by: Name of a column, `speaker` or an extra column. Random splits put dialogues with
+            equal values in this column into one split. By default, `speaker` if the manifest has
+            that column.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for the three splits.
 
@@ -122,7 +125,7 @@ def corpus_from_rows(
     """Makes a corpus from the rows of a manifest; see `read_manifest`.
 
     Args:
-        rows: Rows, at least one.
+        rows: Rows of the manifest, at least one.
         source: Path of the manifest. The file's name becomes the corpus's name.
         labels: Ordered class names.
         label_map: Map from names in the rows to class names.
@@ -198,7 +201,7 @@ class Row(Fields):
     """Row of a manifest, without its absent fields.
 
     Args:
-        location: Origin of the row, the beginning of every error message.
+        location: Origin of the row, for the start of every error message.
         folder: Folder to which paths of recordings are relative.
         values: Fields by name.
     """
@@ -210,7 +213,7 @@ class Row(Fields):
     def audio_path(self) -> str | None:
         """Returns the path in `audio`, or None if it is absent.
 
-        White space around it is part of the name if there is such a file.
+        White space around the path is kept if a file with this exact name exists.
         """
         path = self.line("audio")
         exact = self.values.get("audio")
@@ -299,7 +302,7 @@ def _check_labels(
 def _groups(
     rows: Sequence[Row], utterances: Sequence[Utterance], group_by: str
 ) -> dict[str, set[str]]:
-    """Returns each dialogue's values in the column `group_by`, by default `speaker`."""
+    """Returns the values of each dialogue in the column `group_by`, by default `speaker`."""
     groups: dict[str, set[str]] = collections.defaultdict(set)
     for row, utterance in zip(rows, utterances, strict=True):
         value = utterance.metadata.get(group_by or DEFAULT_GROUP)
