@@ -41,15 +41,15 @@ def dot_product_attention(
 
     Args:
       query: Queries, [B, T, K, head_dim].
-      key: Keys, [B, S, K, head_dim]. Without dropout, their number of heads may be a divisor of K
+      key: Keys, [B, S, K, head_dim]. Without dropout, the number of key heads may be a divisor of K
         (grouped-query attention).
       value: Values, shaped like the keys.
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. If a query may
         not attend to any key, its result is finite but meaningless.
       bias: Bias added to the scores, broadcastable to [B, K, T, S]; none by default.
       dropout: Dropout layer for the attention weights; none by default.
-      max_length: Maximum T and S for which padding does not change which weights are dropped. This
-        needs one dropout key per example. By default, padding changes them.
+      max_length: Maximum T and S for which padding does not change which weights are dropped;
+        requires one dropout key per example. By default, padding changes which weights are dropped.
       is_causal: Whether a query may attend only to keys at its position or before it.
       implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       deterministic: Whether to disable dropout.
@@ -81,7 +81,7 @@ def dot_product_attention(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-    """Last W keys and values of an attention with a window, oldest first.
+    """Last W keys and values of an attention layer with a window, oldest first.
 
     Attributes:
       key: Keys, [B, W, attention_dim].
@@ -103,8 +103,8 @@ class MultiHeadAttention(nnx.Module):
       out_dim: Output size.
       attention_dim: Total size of all heads.
       num_heads: Number of heads K; must divide `attention_dim`.
-      window: Number W of keys that a query at position t may attend to, those at positions t - W +
-        1 to t; by default, all keys.
+      window: Number W of keys that a query may attend to. For a query at position t, these are the
+        keys at positions t - W + 1 to t. By default, all keys.
       dropout: Dropout rate of the attention weights.
       implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       dtype: Computation dtype; the softmax is float32.
@@ -190,17 +190,17 @@ class MultiHeadAttention(nnx.Module):
     def step(
         self, state: AttentionState, query: jax.Array, key: jax.Array, key_mask: jax.Array
     ) -> tuple[AttentionState, jax.Array]:
-        """Computes the output for the next query, which follows its key.
+        """Computes the output for the next query and adds its key to the window.
 
         Args:
-          state: State after the last step.
+          state: State after the previous step.
           query: Input of the query projection, [B, query_dim].
           key: Input of the key and value projections, [B, key_dim].
           key_mask: Whether the key may be attended to, [B] bool.
 
         Returns:
-          The new state, and the output, [B, out_dim]. A call with all queries and keys gives the
-          same output.
+          The new state, and the output, [B, out_dim]. `__call__` with all queries and keys gives
+          the same outputs.
         """
         mask = key_mask[:, None]  # B 1
         new = AttentionState(*self._keys_and_values(key[:, None], mask), mask)
@@ -431,14 +431,14 @@ class CoAttentionLayer(nnx.Module):
         """Updates the next position of both streams.
 
         Args:
-          state: State after the last step.
+          state: State after the previous step.
           first: Next position of the first stream, [B, F].
           second: Next position of the second stream, [B, F].
           first_mask: Whether this position of the first stream may be attended to, [B] bool.
           second_mask: Whether this position of the second stream may be attended to, [B] bool.
 
         Returns:
-          The new state, and the position of the new streams, [B, F] each.
+          The new state, and the updated position of both streams, [B, F] each.
         """
         streams = jnp.stack([first, second])  # 2 B F
         masks = jnp.stack([first_mask, second_mask])  # 2 B

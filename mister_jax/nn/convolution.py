@@ -25,7 +25,7 @@ class ParallelConvolution(nnx.Module):
       in_dim: Input size I.
       out_dim: Output size O.
       kernel_sizes: Odd numbers of taps; a kernel of size k covers (k - 1) / 2 steps on each side.
-      causal: Whether a kernel of size k covers the last k steps instead.
+      causal: Whether a kernel of size k instead covers the current step and the k - 1 steps before.
       dtype: Computation dtype.
       param_dtype: Parameter dtype.
       rngs: RNGs for parameter initialization.
@@ -89,7 +89,7 @@ class ParallelConvolution(nnx.Module):
         """Applies the convolutions to the next step.
 
         Args:
-          state: State after the last step.
+          state: State after the previous step.
           x: Input of this step, [B, I].
 
         Returns:

@@ -16,12 +16,12 @@ class ConditionalRandomField(nnx.Module):
     transitions are equally likely, and the marginals are the softmax of the logits.
 
     The forward and the backward pass are associative scans over matrix products, which take log T
-    steps. A causal CRF only has the forward pass, which takes T steps: it normalizes each message,
-    so its results are as precise after thousands of utterances as after one.
+    steps. A causal CRF has only the forward pass, which takes T steps. It normalizes each message,
+    so the results are as precise after thousands of utterances as after one.
 
     Args:
       num_classes: Number of classes C.
-      causal: Whether to condition on the utterances up to each utterance, not on all.
+      causal: Whether each marginal depends only on the utterances so far, instead of on all.
       param_dtype: Parameter dtype; the computation is float32.
     """
 
@@ -79,7 +79,7 @@ class ConditionalRandomField(nnx.Module):
         """Computes the log-probability of the next utterance's class.
 
         Args:
-          state: State after the last step.
+          state: State after the previous step.
           logits: Class logits, [B, C].
 
         Returns:
@@ -96,7 +96,8 @@ def _scan_messages(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     Associative scans need a constant T, but programs are also exported for any T.
 
     Args:
-      steps: Score of the step to each utterance, [B, T, C, C]; all rows of the first are equal.
+      steps: Score of the step to each utterance, [B, T, C, C]. All rows of the first utterance's
+        matrix are equal.
 
     Returns:
       Forward and backward messages, [B, T, C].

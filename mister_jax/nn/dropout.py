@@ -51,8 +51,8 @@ class PerExampleRngs:
 
     def dropout(self) -> jax.Array:
         """Returns new keys, [B]; the keys differ between calls."""
-        # The first word of a key stays the same, so that XLA can compute its hash once for all
-        # masks of one shape.
+        # The first word of a key stays the same, so that XLA can compute the hash of this word once
+        # for all masks of one shape.
         words = jax.random.key_data(self._keys)
         change = np.zeros(words.shape[-1], np.uint32)
         change[-1] = self._num_draws * _MULTIPLIER % 2**32

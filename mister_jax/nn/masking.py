@@ -22,10 +22,10 @@ def positions_and_segment_mask(
         one after another. By default, a row is one sequence.
 
     Returns:
-      Positions and mask. The position, [B, N] int, is the number of valid tokens before a token in
-      its sequence; it is meaningless in padding. The mask, [B, 1, N, N] bool, is True where query
-      and key belong to the same sequence. Padding counts as a separate sequence, so every query has
-      a key.
+      Positions, [B, N] int, and mask, [B, 1, N, N] bool. A token's position is the number of valid
+      tokens before it in its sequence; positions in padding are meaningless. The mask is True where
+      query and key belong to the same sequence. Padding counts as a separate sequence, so every
+      query has a key.
     """
     if segment_ids is None:
         segment_ids = jnp.zeros(mask.shape, int)

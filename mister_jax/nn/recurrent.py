@@ -44,8 +44,8 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
 def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
     """Makes all arrays vary over the same `shard_map` axes without changing their values.
 
-    JAX requires a custom gradient to vary over the same axes as its array. Here every gradient
-    varies with the batch, even if the array is a parameter that is the same on all devices.
+    JAX requires the custom gradient of an array to vary over the same axes as the array. Here,
+    every gradient varies with the batch, even for a parameter that is equal on all devices.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))
@@ -69,7 +69,8 @@ def _cell(
       bias_n: Recurrent biases of gate n, [G, H].
 
     Returns:
-      The new states, and reset gate, update gate, candidate and its recurrent product, [G, B, H].
+      The new states, and the reset gate, the update gate, the candidate and the candidate's
+      recurrent product, each [G, B, H].
     """
     hidden_dim = state.shape[-1]
     recurrent = _grouped_matmul(state.astype(kernel.dtype), kernel)  # G B 3H
@@ -132,7 +133,7 @@ def _gru_scan_backward(saved, d_states):
     hidden_dim = d_n.shape[-1]
     d_gates = jnp.concatenate([d_recurrent[..., : 2 * hidden_dim], d_n], axis=-1)
     # This is one product over all steps. If the scan accumulated the kernel gradient, every step
-    # would read and write all of it.
+    # would read and write the whole gradient.
     d_kernel = jnp.einsum(
         "tgbi,tgbo->gio",
         residuals[0].astype(kernel.dtype),

@@ -20,7 +20,7 @@ class _RngStream(nnx.RngStream):
 def make_rngs(key: jax.Array | int) -> nnx.Rngs:
     """Returns RNGs with the same keys as `nnx.Rngs(key)`.
 
-    With them, tracing the initialization of a module takes a third of the time.
+    Compared with `nnx.Rngs`, tracing the initialization of a module takes a third of the time.
 
     Args:
       key: Typed key or seed.

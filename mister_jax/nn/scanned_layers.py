@@ -35,9 +35,9 @@ _CONSTRAINTS: contextvars.ContextVar[tuple[Constraint, Constraint] | None] = con
 def layer_sharding_constraints(parameters: Constraint, activations: Constraint) -> Iterator[None]:
     """Applies sharding constraints in all `ScannedLayers` traced in this context.
 
-    They matter if the batch and the kernels are sharded over the same devices. Without them, XLA
-    may move all activations or sum partial products, instead of gathering one layer's kernels at a
-    time.
+    The constraints matter if the batch and the kernels are sharded over the same devices. Without
+    constraints, XLA may move all activations or sum partial products, instead of gathering one
+    layer's kernels at a time.
 
     Args:
       parameters: Function that constrains the parameters of a layer before it runs.
