@@ -28,23 +28,24 @@ class MisterEConfig:
       num_classes: Number of classes C.
       speech_dim: Size D of the speech vectors.
       text_dim: Size D of the text vectors.
-      causal: Whether an utterance is predicted from the utterances up to it only, so that live
-        dialogues can be predicted with `MisterE.step`: the GRUs have one direction, of the full
-        size; the convolutions cover the last utterances; attention reaches back
-        `attention_window` utterances; and the CRF filters. False in the released model.
+      causal: Whether the prediction for an utterance uses only this utterance and earlier ones, so
+        that `MisterE.step` can predict live dialogues. In a causal model, the GRUs have only the
+        forward direction, with the full hidden size; the convolutions cover only the current and
+        past utterances; attention reaches back `attention_window` utterances; and the CRF has only
+        the forward pass. False in the released model.
       context_dim: Size H of the context networks; each direction of their GRU has size H / 2.
       kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
       gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
       fusion_dim: Size F of the cross-modal expert's streams.
       fusion_layers: Number of co-attention layers.
       fusion_gru_layers: Number of bidirectional GRU layers that the cross-modal expert applies to
-        both streams. Without them, it does not know the order of the utterances; 0 in the released
-        model.
+        both streams. Without these layers, the expert ignores the order of the utterances. 0 in the
+        released model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
-      attention_window: Window of causal attention: number of latest utterances that an utterance
-        attends to, including itself. It bounds the cost per utterance in long dialogues. Ignored
-        unless `causal` is True.
+      attention_window: Window of causal attention: number of most recent utterances, including
+        itself, that an utterance attends to. The window bounds the cost per utterance in long
+        dialogues. Ignored unless `causal` is True.
       gate_dim: Hidden size of the gate.
       gate_temperature: Temperature of the gate's softmax.
       gate_reads_contexts: Whether the gate reads the contexts of the speech and the text expert in

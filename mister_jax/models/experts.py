@@ -108,7 +108,7 @@ class ContextExpert(nnx.Module):
         """Computes logits and context of the next utterance.
 
         Args:
-          state: State after the last utterance.
+          state: State after the previous utterance.
           x: Vector of the utterance, [B, D].
 
         Returns:
@@ -124,7 +124,7 @@ class ContextExpert(nnx.Module):
     def _classify(
         self, x: jax.Array, hidden: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns logits and context from the input and the output of convolutions and GRU."""
+        """Computes logits and context from x and the output of the convolutions and the GRU."""
         context = self.skip(x)  # ... H
         if self.gru is not None or self.convolution is not None:
             context = context + hidden
@@ -287,7 +287,7 @@ class CrossModalExpert(nnx.Module):
         """Computes logits and representations of the next utterance.
 
         Args:
-          state: State after the last utterance.
+          state: State after the previous utterance.
           speech: Finite speech vector, [B, D].
           text: Finite text vector, [B, D].
           speech_present: Whether the speech may be attended to, [B] bool.

@@ -176,11 +176,11 @@ class MisterE(nnx.Module):
     ) -> tuple[MisterEState, MisterEOutput]:
         """Computes the outputs for the next utterance in each dialogue of a batch.
 
-        Requires a causal model. A call with all utterances gives the same outputs. The time does
-        not depend on the number of earlier utterances.
+        Requires a causal model. `__call__` with all utterances gives the same outputs. The time per
+        step does not depend on the number of earlier utterances.
 
         Args:
-          state: State after the last utterance.
+          state: State after the previous utterance.
           speech: Speech vectors, [B, D]; ignored where speech is missing.
           text: Text vectors, [B, D]; ignored where text is missing.
           speech_present: Whether the utterances have speech, [B] bool.
@@ -213,7 +213,7 @@ class MisterE(nnx.Module):
         speech_present: jax.Array,
         text_present: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the vectors in the computation dtype, with zeros for missing ones."""
+        """Returns the vectors in the computation dtype, with zeros for missing modalities."""
         dtype = jnp.dtype(self.config.dtype)
         return (
             jnp.where(speech_present[..., None], speech, 0).astype(dtype),
