@@ -31,13 +31,13 @@ class Input(Protocol):
 
     Attributes:
       modality: "speech" or "text".
-      unit: Unit of budgets and speeds.
+      unit: Name of the unit of budgets and speeds.
       budget: Default number of units in a batch on each device, including padding.
       steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
         step is a token or 0.1 s.
       length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
       max_length: Maximum length of an item in a batch, in steps.
-      max_samples: Maximum samples to read from a clip; None for no limit, and always None for text.
+      max_samples: Maximum number of samples to read from a clip; None for no limit and for text.
     """
 
     modality: str
@@ -52,7 +52,7 @@ class Input(Protocol):
         """Loads the utterances of a split from a dialogue dataset."""
 
     def items(self, utterances: Sequence[Any]) -> list[np.ndarray]:
-        """Returns an item for each utterance. It is empty if there is nothing to encode."""
+        """Returns an item for each utterance; an item is empty if there is nothing to encode."""
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
         """Splits an item into windows that fit into a batch. Their features are averaged."""
@@ -74,7 +74,7 @@ class Encoder:
       input_: Input of the encoder.
       partitioner: Partitioner of batches and parameters.
       metadata: JSON values that determine the features. `encoder_from_metadata` loads the encoder
-        from `kind`, `name` and `options`. The other values reveal changes to its files.
+        from `kind`, `name` and `options`. The other values detect changes to the encoder's files.
       encode: Function that encodes a batch of the input to features [B, F] float32 on the devices.
 
     Attributes:
@@ -231,7 +231,7 @@ def _encode_part(
 
     features: np.ndarray | None = None
     start, num_units = time.perf_counter(), 0.0
-    # A batch is computed while the features of the previous batch are fetched.
+    # The devices compute a batch while the features of the previous batch are fetched.
     pending: list[tuple[np.ndarray, jax.Array]] = []
 
     def fetch_oldest() -> None:

@@ -34,13 +34,13 @@ def extract_features(
 ) -> Any:
     """Extracts features from all splits of a dialogue dataset, and writes a feature dataset.
 
-    An interrupted extraction resumes if encoder, dataset and budget are the same.
+    An interrupted extraction resumes if the encoder, the dataset and the budget are unchanged.
 
     Args:
       encoder: Encoder of text or speech.
       dataset: Name of the dialogue dataset.
-      output: Name of the feature dataset. It contains only the encoder's modality. Use
-        `merge_features` to add the other one.
+      output: Name of the feature dataset. It contains only the encoder's modality; use
+        `merge_features` to add the other modality.
       data_dir: Directory of the datasets.
       budget: Maximum number of tokens or seconds of audio in a batch on each device, including
         padding; `encoder.input.budget` by default.
@@ -152,7 +152,7 @@ def export_features(
       name: Name of the feature dataset.
       files: Files to write; existing files are replaced.
       data_dir: Directory of the datasets.
-      times_of: Name of the dialogue dataset from which to take start and end of the utterances.
+      times_of: Name of the dialogue dataset that contains the start and end of the utterances.
 
     Raises:
       InputError: The dataset does not exist or has no features, or a file cannot be written.
@@ -196,7 +196,8 @@ def merge_features(
       The merged dataset's TFDS builder in process 0, None in other processes.
 
     Raises:
-      InputError: The datasets have different utterances or labels, or lack their modality.
+      InputError: The datasets have different utterances or labels, or one of them lacks the
+        requested modality.
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:

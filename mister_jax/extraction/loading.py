@@ -26,7 +26,7 @@ ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
 
 
 class TunedEncoder(Encoder):
-    """A fine-tuned encoder with its best parameters. Its head's first layer computes the features.
+    """A fine-tuned encoder with its best parameters; the head's first layer gives the features.
 
     Raises:
       InputError: The directory is not the work directory of a fine-tuned encoder, or has no best

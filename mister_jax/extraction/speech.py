@@ -50,7 +50,7 @@ class SpeechInput:
     """Converts speech clips to items and batches; see `Input`. A length step is 0.1 s.
 
     Args:
-      max_seconds: Maximum seconds of a clip in a batch. Longer clips are truncated.
+      max_seconds: Maximum length in seconds of a clip in a batch. Longer clips are truncated.
       pads_to_max: Whether to pad all clips to `max_seconds`, as encoders with a fixed length need.
       split: Whether to split longer clips into windows of equal length, instead of truncating them.
     """
@@ -101,16 +101,16 @@ class PretrainedSpeech(Encoder):
 
     Args:
       name: Folder, or name on the Hugging Face Hub.
-      max_seconds: Maximum seconds of an utterance. By default unlimited, or the fixed window of
-        Whisper, Qwen2-Audio and SALMONN.
+      max_seconds: Maximum length of an utterance in seconds. By default, there is no limit, except
+        the fixed window of Whisper, Qwen2-Audio and SALMONN.
       windows: For encoders with a fixed window, whether to encode longer utterances in windows of
         equal length and average their features.
-      whisper: SALMONN's Whisper; see `SpeechFiles`.
-      beats: SALMONN's BEATs.
-      vicuna: SALMONN's Vicuna.
+      whisper: Location of SALMONN's Whisper model; see `SpeechFiles`.
+      beats: Location of SALMONN's BEATs model.
+      vicuna: Location of SALMONN's Vicuna model.
       trim: Whether Whisper encodes only the length of each clip; see `WhisperConfig`.
-      prompt: Prompt for a speech LLM; the LLM's default prompt if empty. The mean covers only audio
-        positions.
+      prompt: Prompt for a speech LLM; if empty, the LLM's default prompt. The features are the mean
+        over audio positions only.
       adapter: Folder of a PEFT adapter to load; none if empty.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the parameters.
@@ -183,7 +183,7 @@ class ProsodyEncoder(Encoder):
     """Computes the features of `encoders.prosody`, which needs no weights.
 
     Args:
-      max_seconds: Maximum seconds of an utterance; unlimited by default.
+      max_seconds: Maximum length of an utterance in seconds; unlimited by default.
 
     Raises:
       InputError: `max_seconds` is out of range.

@@ -38,7 +38,7 @@ class TextInput:
 
     Args:
       encode: Function that returns the token ids of each text. Its argument `where` names the
-        texts' source for logs.
+        source of the texts in log messages.
       max_tokens: Maximum number of tokens per text.
     """
 

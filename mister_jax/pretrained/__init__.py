@@ -1,4 +1,4 @@
-"""Trained models: those in this package, and those in folders and on the Hugging Face Hub.
+"""Trained models: in this package, in folders and on the Hugging Face Hub.
 
 Every subfolder of this package is a bundle (see `mister_jax.bundle`) named after its model.
 """
@@ -63,7 +63,8 @@ def load_mister_e(name: epath.PathLike, *, calibrate: bool = True) -> Predictor:
 
     Args:
       name: See `find_model`.
-      calibrate: Whether to calibrate the probabilities, if the model has a calibration.
+      calibrate: Whether to calibrate the probabilities. Has no effect on a model without a
+        calibration.
 
     Raises:
       InputError: There is no such model, it is damaged, or it is an encoder.
