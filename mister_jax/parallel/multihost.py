@@ -37,14 +37,14 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
 
 
 def should_stop(stop_event: threading.Event) -> bool:
-    """Returns whether training should stop after this step; the same in all processes.
+    """Returns whether training should stop after this step; all processes get the same result.
 
     A SIGTERM to one process stops all processes after the same step. All processes must call this
     function after every step.
     """
-    # After a SIGTERM, JAX stops at the number that follows the largest number it has seen so far,
-    # or at 1 if it has seen none. The step numbers of a resumed run do not start at 1. If they were
-    # used here, the run would never stop after a SIGTERM before its first step.
+    # After a SIGTERM, JAX stops at the step number after the largest number it has seen so far, or
+    # at 1 if it has seen none. The step numbers of a resumed run do not start at 1, so with them, a
+    # SIGTERM before the first step would never stop the run. A call counter avoids this.
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

@@ -75,7 +75,8 @@ class CompiledStep:
           batch: Batch from `put_batch`.
 
         Returns:
-          Future that is done when the program is ready. Calls with these shapes wait for it.
+          Future that is done when the program is ready. Calls with these shapes wait for the
+          future.
         """
         arguments = jax.tree.map(_abstract, (state, batch))
         program = executor.submit(lambda: self.function.lower(*arguments).compile())
@@ -87,7 +88,7 @@ class CompiledStep:
         return _shapes(batch) in self._programs
 
     def __call__(self, state: State, batch: Batch) -> Any:
-        """Runs the function."""
+        """Runs the function on all devices."""
         program = self._programs.get(_shapes(batch))
         function = self.function if program is None else program.result()
         return self.finish(function(state, batch))
@@ -160,7 +161,7 @@ class JitPartitioner:
 
     def _layer_constraints(self) -> contextlib.AbstractContextManager[None]:
         """Gathers a scanned layer's kernels over "data" before the layer runs on local rows."""
-        # Inside the scan, parameters have the same paths but no layer axis.
+        # Inside the scan, parameters keep their paths but have no layer axis.
         layer_rules = [
             (pattern, tuple(axis if axis == MODEL else None for axis in axes[1:]))
             for pattern, axes in self.rules
@@ -201,7 +202,7 @@ class JitPartitioner:
 class PmapPartitioner:
     """Runs steps under `pmap`; each device has a copy of the state and some rows of the batch.
 
-    With several processes, it uses all devices.
+    With several processes, the step runs on the devices of all processes.
 
     Args:
       devices: Devices of this process; all of them by default.
