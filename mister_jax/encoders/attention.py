@@ -1,4 +1,4 @@
-"""Attention for the encoders, in a form that depends on the platform."""
+"""Attention for the encoders, with implementations for different platforms."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def dot_product_attention(
     deterministic: bool = True,
     **options: Any,
 ) -> jax.Array:
-    """Computes `mister_jax.nn.dot_product_attention` in the form that is fastest on the platform.
+    """Computes `mister_jax.nn.dot_product_attention` with the fastest implementation.
 
-    Without dropout, there is a separate form for CPUs, and one for long inputs on TPUs.
+    Without dropout, there are special implementations for CPUs and for long inputs on TPUs.
 
     Args:
       query: Queries, [B, T, K, head_dim].
@@ -76,9 +76,9 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # On CPUs, the default form is faster if gradients are computed, unless clips are long. It
-        # is also faster if the bias is a product of factors, because the CPU form would store the
-        # product.
+        # On CPUs, the default implementation is faster if gradients are computed, unless clips are
+        # long. It is also faster if the bias is a product of factors, because the CPU
+        # implementation would store the product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
             forms["cpu"] = attention_on_cpu
@@ -99,11 +99,11 @@ def attention_on_cpu(
     mask: jax.Array,
     factors: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Computes `dot_product_attention` without dropout in the form that is fastest on CPUs.
+    """Computes `dot_product_attention` without dropout, optimized for CPUs.
 
     XLA can compile two matrix products with a softmax between them to one call of its CPU library.
-    For this, heads must come before positions, the mask must be added to the scores as a float, and
-    the weights must be normalized after the second product.
+    This requires that heads come before positions, that the mask is added to the scores as a float,
+    and that the weights are normalized after the second product.
     """
     batch_size, num_queries, num_heads, head_dim = query.shape
     summand, bias = jnp.where(mask, 0.0, _MASKED), _product(factors)
@@ -143,9 +143,9 @@ def attention_on_tpu(
 ) -> jax.Array:
     """Computes `dot_product_attention` without dropout, one key head after the other.
 
-    For long inputs, the scores of all heads exceed a TPU's on-chip memory. Storing and loading them
-    takes longer than the matrix products. The scores of one head stay on the chip. Heads that are
-    sharded over devices are gathered first.
+    For long inputs, the scores of all heads exceed a TPU's on-chip memory, and moving them to and
+    from device memory takes longer than the matrix products. The scores of a single head stay on
+    the chip. Heads that are sharded over devices are gathered first.
     """
     summands = (mask, *factors)
     is_per_head = [summand.shape[1] > 1 for summand in summands]

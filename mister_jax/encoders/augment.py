@@ -135,7 +135,7 @@ def mask_spectrogram(
     def random_stretches(
         key: jax.Array, size: jax.Array, number: int, max_length: jax.Array, positions: jax.Array
     ) -> jax.Array:
-        """Returns a mask of the positions in `number` random intervals within the first `size`."""
+        """Masks `number` random intervals of the first `size` positions."""
         length_key, start_key = jax.random.split(key)
         lengths = jax.random.uniform(length_key, (number,)) * (max_length + 1)
         lengths = jnp.minimum(lengths.astype(jnp.int32), max_length)

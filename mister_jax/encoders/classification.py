@@ -213,7 +213,7 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
 
 
 def placeholder_names(class_names: tuple[str, ...]) -> list[str]:
-    """Returns the names such as "LABEL_0", which transformers writes for unnamed classes."""
+    """Returns names such as "LABEL_0", which transformers writes for unnamed classes."""
     return [name for name in class_names if _PLACEHOLDER_NAME.fullmatch(name)]
 
 

@@ -79,7 +79,8 @@ class RopeScaling:
     Attributes:
       factor: Divisor of the low frequencies, at least 1.
       low_frequency_factor: Number of turns in the original context below which a frequency is low.
-      high_frequency_factor: A frequency with more turns than this in the original context is high.
+      high_frequency_factor: Number of turns in the original context above which a frequency is
+        high.
       original_positions: Context length before scaling.
     """
 
@@ -102,8 +103,8 @@ class DecoderConfig(hf_config.EncoderConfig):
     Attributes:
       vocab_size: Number of rows in the token embedding.
       num_heads: Number of query heads K.
-      num_key_value_heads: Number of key and value heads G; divides K. K / G query heads share each
-        of them.
+      num_key_value_heads: Number of key and value heads G; divides K. Each of these heads is shared
+        by K / G query heads.
       head_dim: Size of a head; must be even.
       query_key_value_bias: Whether the query, key and value projections have a bias, as in Qwen2.
       rope_theta: Base of the RoPE wavelengths.
@@ -337,7 +338,7 @@ class DecoderLayer(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Transforms x, [B, N, D]; the mask, [B, 1, N, N], has the keys each query may use."""
+        """Transforms x, [B, N, D]; the mask, [B, 1, N, N], selects the keys of each query."""
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         x = x + self.attention(self.attention_norm(x), mask, rotation, **options)
         return x + self.mlp(self.mlp_norm(x), **options)

@@ -1,6 +1,7 @@
 """DistilBERT (arXiv 1910.01108), a BERT with half the layers and without token types.
 
-The module is `bert.Bert`; this file has the fields of its config.json and the names of its tensors.
+The module class is `bert.Bert`. This file defines the fields of DistilBERT's config.json and the
+names of its tensors.
 """
 
 from __future__ import annotations

@@ -133,12 +133,13 @@ def log_mel(
       lengths: Number of samples in each clip, [B] int.
       num_mel_bins: Number of mel bins M, 80 or, since large-v3, 128.
       num_frames: Number of frames F to compute; all by default. It should cover the longest clip
-        and the two frames after it, which overlap the clip's last samples. If it is smaller, the
+        and the two frames after it, which overlap the clip's last samples. With fewer frames, the
         values are correct only if no omitted frame contains the clip's maximum.
       window_frames: Number of frames in a padded clip; longer clips are truncated.
 
     Returns:
-      Spectrograms, [B, F, M] float32. Frames after a clip have its minimum, the value of silence.
+      Spectrograms, [B, F, M] float32. Frames after a clip have the clip's minimum value, which
+      represents silence.
     """
     num_frames = window_frames if num_frames is None else min(num_frames, window_frames)
     window, half = window_frames * FRAME_STEP, FRAME_SIZE // 2
@@ -167,7 +168,7 @@ def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
 
     The frames are 25 ms long and start every 10 ms, as long as they fit into the waveform. Each
     frame is shifted to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a Povey
-    window. The mel filters are applied to its 512-point power spectrum. The result is clipped from
+    window. The mel filters are applied to the 512-point power spectrum. The result is clipped from
     below at float32's epsilon before the natural logarithm. Dither and the energy feature are not
     implemented.
 
@@ -183,7 +184,7 @@ def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
     num_frames = max(0, waveform.shape[1] - FRAME_SIZE) // FRAME_STEP + 1
     frames = split_frames(waveform.astype(jnp.float32), FRAME_SIZE, FRAME_STEP, num_frames)
     frames = frames - frames.mean(-1, keepdims=True)  # [B, F, 400]
-    # Kaldi uses the first sample of a frame as its own predecessor.
+    # In Kaldi's pre-emphasis, the first sample of a frame is its own predecessor.
     previous = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     frames = frames - _PRE_EMPHASIS * previous
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME_SIZE) / (FRAME_SIZE - 1))

@@ -58,8 +58,8 @@ class EncoderConfig:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a folder's config.json.
 
-    For wav2vec 2.0, HuBERT and WavLM, `do_normalize` is added from the feature extractor's file. It
-    says whether the input is normalized.
+    For wav2vec 2.0, HuBERT and WavLM, `do_normalize`, which tells whether the input is normalized,
+    is added from the feature extractor's file.
 
     Raises:
       InputError: A file is missing or damaged.
@@ -76,8 +76,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _read_feature_extractor(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the fields of a folder's feature extractor, or None if the folder has none.
 
-    transformers 5 writes them to processor_config.json; older versions write
-    preprocessor_config.json. As in transformers, the former takes precedence.
+    transformers 5 writes these fields to processor_config.json; older versions write
+    preprocessor_config.json. As in transformers, processor_config.json takes precedence.
     """
     path = folder / "processor_config.json"
     fields = _read_json(path) if path.exists() else {}

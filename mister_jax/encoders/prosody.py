@@ -97,7 +97,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
     Returns:
       Features, [B, P] float32, in the order of `FEATURE_NAMES`, and whether a clip has any samples,
       [B] bool. The features of a finite clip are finite; a feature is 0 if the clip has no frames
-      of the kind that it needs.
+      of the required kind, such as voiced frames.
     """
     lengths = jnp.minimum(lengths, waveform.shape[1])
     x, peak = _scale_to_unit_peak(waveform, lengths)
@@ -193,7 +193,7 @@ def _estimate_pitch(
     x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     frames = _centered_frames(x, _PITCH_FRAME_SIZE, num_frames)  # [B, F, 800]
     window = _PITCH_FRAME_SIZE - _NUM_LAGS
-    # At the maximum lag, the window ends at the frame's end, so the FFT does not wrap around.
+    # At the maximum lag, the window ends where the frame ends, so the FFT does not wrap around.
     start = jnp.where(np.arange(_PITCH_FRAME_SIZE) < window, frames, 0)
     spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(frames)
     product = jnp.fft.irfft(spectrum, _PITCH_FRAME_SIZE)[..., :_NUM_LAGS]

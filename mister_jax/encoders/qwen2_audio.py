@@ -129,7 +129,7 @@ def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> 
 class AudioTower(Whisper):
     """Whisper encoder that averages pairs of positions before the last LayerNorm.
 
-    Its attention ignores padding, so padding does not change the result.
+    The attention ignores padding, so padding does not change the result.
     """
 
     def __call__(

@@ -1,7 +1,7 @@
 """Registry of the supported encoders, with functions to create, load and save them.
 
 `ARCHITECTURES` maps the `model_type` in a config.json to the config class, module class, checkpoint
-names and processor. To add an architecture, write these and add an entry.
+names and processor. To add an architecture, implement these classes and add an entry.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def load_module(
     checkpoint = Checkpoint.open(folder)
     load_backbone(module, table, checkpoint, architecture.name_rules, shardings=shardings)
     # Variables that are not in the checkpoint, such as low-rank paths, are initialized as in a new
-    # module. The compiler drops the others, so that no parameter is allocated twice.
+    # module. The compiler drops all other variables, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
     replicated = None if mesh is None else NamedSharding(mesh, P())
     if jax.tree.leaves(nnx.state(module, others)):
@@ -340,9 +340,9 @@ def save_pretrained(
 
     Args:
       module: Encoder with a `config`.
-      hf_config: Content of its config.json, from `read_config` or `to_huggingface`.
+      hf_config: Content of the encoder's config.json, from `read_config` or `to_huggingface`.
       folder: Output folder; created if missing.
-      tokenizer: Tokenizer or feature extractor to save too.
+      tokenizer: Tokenizer or feature extractor to save with the encoder.
 
     Raises:
       InputError: The architecture is not supported, or the folder cannot be written.

@@ -365,7 +365,7 @@ _LLM_LAYER = "llama_model.base_model.model.model.layers.{}"
 _QFORMER_LAYER = "speech_Qformer.bert.encoder.layer.{}"
 _HEAD_DIM = 64  # As in BERT, because the checkpoint does not store the number of heads.
 
-# Maps the Q-Former's modules, and below the modules of its layers, to their official names.
+# These tables map the Q-Former's modules, and the modules of its layers, to their official names.
 _NORMS = {
     "speech_norm": "ln_speech",
     "sound_norm": "ln_audio",

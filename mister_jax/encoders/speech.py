@@ -30,7 +30,7 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
 
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
-_SALMONN_LORA_ALPHA = 32.0  # Not stored in the checkpoint; the same for all released models.
+_SALMONN_LORA_ALPHA = 32.0  # Not stored in the checkpoints; equal for all released models.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,11 @@ class SpeechFiles:
     """Locations of a speech encoder's files.
 
     Attributes:
-      name: Folder, or name on the Hugging Face Hub. For SALMONN, its checkpoint, a path that
-        `Checkpoint.open` accepts.
-      whisper: Folder or name of Whisper; only for SALMONN, like the next two fields.
-      beats: BEATs checkpoint: a released file, or a folder whose config.json contains its `cfg`.
+      name: Folder, or name on the Hugging Face Hub. For SALMONN, the path of its checkpoint, as for
+        `Checkpoint.open`.
+      whisper: Folder or name of Whisper; like the next two fields, only for SALMONN.
+      beats: BEATs checkpoint: a released file, or a folder whose config.json contains the `cfg` of
+        the checkpoint.
       vicuna: Folder or name of Vicuna with its tokenizer.
     """
 

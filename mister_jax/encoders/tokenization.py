@@ -49,7 +49,7 @@ def check_tokenizer(
 
 
 def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
-    """Describes a conflict between the special tokens of a tokenizer and a config.json, else "".
+    """Describes a conflict between a tokenizer's special tokens and a config.json, or returns "".
 
     A smaller vocabulary is allowed, because many models have spare rows. The config.json may also
     name a different special token of the same tokenizer: chat models end a text and an answer with

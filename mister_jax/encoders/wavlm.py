@@ -1,6 +1,6 @@
 """wav2vec 2.0, HuBERT and WavLM: speech encoders with one vector per 20 ms of audio.
 
-They have the same architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
+All have the same architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
 waveform, a positional convolution and a transformer. WavLM adds a gated relative position bias.
 Heads and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames
 of 20 ms, C convolution channels, D hidden size, K heads, L layers.
@@ -158,8 +158,8 @@ class WavLMConfig(hf_config.EncoderConfig):
     def wav2vec2_large(cls, **changes: Any) -> WavLMConfig:
         """Returns the config of wav2vec 2.0 Large (316M parameters), with `changes`.
 
-        This is the LibriSpeech model, whose norms are as in the base models. The Libri-Light and
-        XLS-R models have norms as in HuBERT Large.
+        This is the LibriSpeech model, which has the norms of the base models. The Libri-Light and
+        XLS-R models have the norms of HuBERT Large.
         """
         return cls.wav2vec2_base(**{**_LARGE, **changes})
 
