@@ -28,10 +28,9 @@ class Source:
         weight of a PyTorch Linear, (2, 1, 0) for the weight of a Conv1d.
       stacked: Whether the values of all layers are stacked along a new leading axis L; the names
         are ordered by layer.
-      combine: Function that computes the value (of one layer) from its tensors, if a permutation is
-        not enough, for example for fused projections or weight normalization. It gets whole
-        tensors.
-      split: Inverse of `combine`; without it, the parameter cannot be saved.
+      combine: Function that computes the value (of one layer) from whole tensors, if a permutation
+        is not enough, for example for fused projections or weight normalization.
+      split: Inverse of `combine`. A parameter with `combine` but without `split` cannot be saved.
     """
 
     names: tuple[str, ...]
@@ -57,7 +56,7 @@ def layer_names(pattern: str, num_layers: int) -> tuple[str, ...]:
 
 
 def parameter(name: str, num_layers: int = 0, axes: tuple[int, ...] | None = None) -> Source:
-    """Returns a source with one tensor or, with `num_layers`, one tensor per layer."""
+    """Returns a source with one tensor or, if `num_layers` is set, one tensor per layer."""
     names = layer_names(name, num_layers) if num_layers else (name,)
     return Source(names, axes, stacked=num_layers > 0)
 
@@ -163,7 +162,7 @@ class NameRules:
 
 @dataclasses.dataclass(frozen=True)
 class SplitCheckpoint:
-    """Parts of a checkpoint; the module does not need the backbone's `unused` tensors."""
+    """Parts of a checkpoint. The module does not need the `unused` tensors of the backbone."""
 
     prefix: str
     backbone: Checkpoint

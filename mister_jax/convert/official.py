@@ -1,8 +1,8 @@
 """Converts the released MiSTER-E weights (PyTorch, stage 2) to a `MisterE` model.
 
-The official attention applies two linear layers in a row to the queries, keys and values, and two
-to the output. In `MisterE`, one layer replaces each pair; its kernel is the product of the two
-kernels.
+The official attention applies two consecutive linear layers to the queries, keys and values, and
+two to the output. In `MisterE`, one layer replaces each pair of layers, and its kernel is the
+product of their kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads a module's parameters from a checkpoint, and saves them, with a key table."""
+"""Loads and saves the parameters of a module, which a key table maps to checkpoint tensors."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def load_params(
     """Fills a module's parameters from a checkpoint.
 
     Tensors (or the layers of stacked parameters) are read, cast and placed one after another. Only
-    the slices that this process's devices need are read. Beyond the placed values, the host memory
-    used is less than twice the size of the largest tensor (or layer), plus results of `combine`.
+    the slices that this process's devices need are read. In addition to the placed values, the host
+    needs less memory than twice the largest tensor (or layer), plus the results of `combine`.
 
     If tensors do not match the module, nothing changes. Non-finite values raise an error only when
     they are read, after earlier parameters have been filled.
 
     Args:
       module: Concrete module, or abstract module from `nnx.eval_shape`, which uses no memory.
-      table: Key table of all parameters in the module that are not skipped.
+      table: Key table for all parameters of the module that are not skipped.
       checkpoint: `Checkpoint`, or mapping from names to arrays.
       ignore: Regular expressions for additional tensors in the checkpoint that are allowed.
       prefix: Prefix of all the table's names in the checkpoint, such as "model.".
@@ -331,7 +331,7 @@ def _place(
             value = _read(source, checkpoint, names, index)
             if bounds not in buffers:
                 buffers[bounds] = _empty_aligned(value.shape, dtype)
-            # This is the only copy. It reads the mapped file, transposes and casts.
+            # This statement makes the only copy: it reads the mapped file, transposes and casts.
             with np.errstate(over="ignore"):  # Overflow is reported below.
                 np.copyto(buffers[bounds], value, casting="unsafe")
             if not _all_finite(buffers[bounds]):
@@ -342,7 +342,7 @@ def _place(
             filled.add(bounds)
         return buffers[bounds]
 
-    # Wait, so that the host does not read the next tensor before this one is copied.
+    # Wait, so that the host does not read the next tensor before this tensor is copied.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read_slice))
 
 

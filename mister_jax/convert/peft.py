@@ -1,7 +1,7 @@
 """Reads and writes LoRA adapters in the format of the `peft` library.
 
-Their tensors are named after the modules of the PyTorch model. The architecture's key table and
-`NameRules` map these names to layers.
+The adapters' tensors are named after the modules of the PyTorch model. The architecture's key table
+and `NameRules` map these names to layers.
 """
 
 from __future__ import annotations

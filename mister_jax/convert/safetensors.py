@@ -1,7 +1,7 @@
 """Reads and writes safetensors checkpoints slice by slice and without PyTorch.
 
 As in the Hugging Face libraries, a checkpoint is `model.safetensors`, or shards with an index
-`model.safetensors.index.json`. If PyTorch is installed, PyTorch files can be read too.
+`model.safetensors.index.json`. If PyTorch is installed, PyTorch files can also be read.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """Tensor in a safetensors file; slicing it returns a view that reads only this slice.
+    """Tensor in a safetensors file. Slicing returns a view that reads only the slice.
 
     A view maps the file and keeps a file descriptor open, so copy values that you keep.
     """
@@ -147,7 +147,8 @@ def save_tensors(
 ) -> None:
     """Saves tensors in the Hugging Face layout, with one tensor in memory at a time.
 
-    Each file is written atomically; the index is last. Weights of an earlier save are removed.
+    Each file is written atomically, and the index is written last. Weights of an earlier save are
+    removed.
 
     Args:
       directory: Output folder; created if missing.
@@ -189,8 +190,7 @@ def save_tensors(
             }
             write_atomically(directory / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
             files.append(INDEX_FILE)
-        # Remove all other weight files, because readers might load these weights of an earlier
-        # save.
+        # Remove all other weight files, because readers might load weights of an earlier save.
         for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
             for path in directory.glob(pattern):
                 if path.name not in files:
