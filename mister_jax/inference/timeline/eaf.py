@@ -36,15 +36,15 @@ _BEFORE_CONSTRAINTS = (*_BEFORE_TYPES, "LOCALE", "LANGUAGE", "CONSTRAINT")
 def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None = None) -> str:
     """Returns an ELAN document that links the recording.
 
-    An emotion belongs to the annotation with its text, so ELAN moves and deletes both together. If
-    the transcript is an annotation, emotions have separate times, because an utterance may cover
-    several of its intervals, or a part of one.
+    Each emotion is a child of the annotation with the text, so ELAN moves and deletes the two
+    together. If the transcript is itself an annotation file, emotions have separate times, because
+    an utterance may cover several intervals of the file, or a part of an interval.
 
     Args:
       path: File that will contain the document; ELAN finds the recording relative to it.
       rows: Rows of one recording, sorted by start time.
-      given: Annotation to which the emotion tiers are added. An EAF is kept unchanged; of a
-        TextGrid, the interval tiers are copied.
+      given: Annotation to which the emotion tiers are added. The content of an EAF is kept
+        unchanged; from a TextGrid, only the interval tiers are copied.
     """
     ET.register_namespace("xsi", _XSI)
     if given is None or given.document is None:
@@ -147,7 +147,7 @@ class _Document:
         return ids
 
     def refer(self, tier: ET.Element, values: Iterable[tuple[str, object]]) -> None:
-        """Adds annotations that take their times from parents with these ids."""
+        """Adds annotations, given as pairs of the parent's id and the value."""
         for parent, value in values:
             ids = {"ANNOTATION_ID": self._new_id("a"), "ANNOTATION_REF": parent}
             _annotate(tier, "REF_ANNOTATION", one_line(value), **ids)
@@ -164,7 +164,7 @@ class _Document:
     def to_text(self) -> str:
         """Returns the document as XML."""
         order = self._child("TIME_ORDER", _BEFORE_TIMES)
-        # ELAN expects slots in order of time. A slot without a value stays after its predecessor.
+        # ELAN expects slots in order of time. A slot without a time stays after its predecessor.
         last = -1.0
         given = []
         for slot in order:

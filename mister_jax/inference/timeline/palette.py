@@ -39,7 +39,7 @@ _USUAL = {
 
 
 def emotion_colors(classes: Sequence[str]) -> dict[str, Color]:
-    """Returns a color for each class; colors repeat only after all are used."""
+    """Returns a color for each class; colors repeat only after all colors are used."""
     colors: dict[str, Color] = {}
     free = dict(_COLORS)
     for color, names in _USUAL.items():

@@ -60,7 +60,7 @@ def shown_emotion(row: Row) -> str:
 
 
 def recording_seconds(rows: Sequence[Row]) -> float:
-    """Returns the length of the recording, or the last end if the recording is not available."""
+    """Returns the recording's length, or the last row's end if the recording is not available."""
     last_end = max(row["end"] for row in rows)
     if not rows[0].get("recording"):
         return last_end

@@ -4,8 +4,8 @@ Every speaker has a text tier, named after the speaker, and an emotion tier, suc
 emotion". Without speakers, the tiers are "text" and "emotion". Intervals in a tier must not
 overlap, so overlapping utterances of a speaker are put in further tiers, such as "Ann 2".
 
-If the transcript is an annotation, its tiers are kept unchanged. The emotion tiers are added, with
-names that the annotation does not use.
+If the transcript is an annotation file, its tiers are kept unchanged, and the emotion tiers are
+added under names that the annotation does not use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TierPair:
 
 
 def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list[TierPair]:
-    """Splits sorted rows into tiers: one per speaker, more if their utterances overlap.
+    """Splits sorted rows into tiers: one per speaker, or more if a speaker's utterances overlap.
 
     Args:
       rows: Rows of one recording, sorted by start time.
@@ -84,7 +84,7 @@ def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
 def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Interval]]]:
     """Yields the interval tiers of another format: the tier, a unique name, and its intervals.
 
-    Intervals that overlap others in their tier are put in further tiers, such as "Ann 2".
+    Intervals that overlap other intervals of the tier are put in further tiers, such as "Ann 2".
     """
     tiers = [tier for tier in given if not tier.is_points]
     names: set[str] = set()  # A TextGrid may repeat names.

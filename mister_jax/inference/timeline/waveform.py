@@ -24,12 +24,12 @@ _MAX_BINS = 100_000  # 270 KB as base64
 
 @dataclasses.dataclass(frozen=True)
 class Waveform:
-    """The lowest and highest sample in each bin of a recording.
+    """The lowest and the highest sample in each bin of a recording.
 
     Attributes:
       low: Minima [N] int8, where 127 is the highest absolute value of the recording.
       high: Maxima [N] int8.
-      bin_seconds: Length of a bin.
+      bin_seconds: Length of a bin in seconds.
     """
 
     low: np.ndarray
@@ -86,7 +86,7 @@ def _blocks(recording: str | os.PathLike[str], channel: Channel) -> Iterator[np.
 class Mp3Encoder:
     """Encodes mono speech at `SAMPLE_RATE` to MP3, which every browser plays.
 
-    The bit rate is constant, so browsers find times exactly.
+    The bit rate is constant, so browsers can seek exactly.
     """
 
     def __init__(self, bit_rate: int = 32_000) -> None:
