@@ -130,11 +130,11 @@ def cross_validate(
     Returns:
       None if SIGTERM interrupted a fold, otherwise a dict with these entries:
 
-      - "folds": For each fold its name ("fold"), "members", number of "utterances", and the mean of
-        each score over the seeds.
+      - "folds": For each fold, the name ("fold"), the "members", the number of "utterances", and
+        the mean of each score over the seeds.
       - "mean" and "deviation": Mean and standard deviation of each score over the folds.
       - "pooled": Scores of the test predictions of all folds together. With several seeds, the
-        predictions are those of the ensemble.
+        ensemble's predictions are scored.
       - "pooled_intervals": Confidence intervals of the pooled scores.
       - "confusion": Confusion matrix of the pooled predictions.
 
