@@ -22,7 +22,7 @@ _STOPPED_BY_CTRL_C = 128 + 2
 
 _PUNCTUATION = " ('"  # Some messages are printed as tuples.
 
-# What Python says about a flag that is not a number, and what we say.
+# Python's messages about a flag that is not a number, and our replacements.
 _CONVERSION_ERRORS = {
     "invalid literal for int()": "allowed: integers",
     "could not convert string to float": "allowed: numbers",

@@ -51,8 +51,8 @@ def distributed(
 ) -> Callable[[], int | None]:
     """Wraps a command's `main` so that it supports `--distributed`.
 
-    A failed process exits at once, because JAX would otherwise make it wait for the other
-    processes, which wait for it. JAX then ends the other processes after `HEARTBEAT_TIMEOUT`. Set
+    A failed process exits at once. Otherwise, JAX would make it wait for the other processes, which
+    wait for the failed process. JAX then ends the other processes after `HEARTBEAT_TIMEOUT`. Set
     `saves_on_sigterm` if `main` asks JAX whether any process received SIGTERM. Otherwise, SIGTERM
     ends the process that receives it.
     """
@@ -90,7 +90,8 @@ def distributed(
 def initialize(*, saves_on_sigterm: bool = False) -> None:
     """Connects to the other processes of the job. Call it before any JAX computation.
 
-    It does nothing without `--distributed`. After this call, only process 0 writes to stdout.
+    This function does nothing without `--distributed`. After this call, only process 0 writes to
+    stdout.
 
     Raises:
       InputError: The flags contradict each other, JAX detects no cluster, or a process does not
@@ -113,8 +114,8 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
             "process_id": process.process_id,
         }
     jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
-    # When another process fails, JAX prints a line and calls abort(). Without this, Python would
-    # then print the stack traces of all threads and hide that line.
+    # When another process fails, JAX prints a line and calls abort(). Without the next statement,
+    # Python would then print the stack traces of all threads, which would hide that line.
     faulthandler.disable()
     try:
         # On a cluster that JAX detects, nothing reports which processes are missing.

@@ -114,7 +114,7 @@ def _export(name: str, files: Sequence[pathlib.Path], *, times_of: str = "") -> 
 
 
 def _outputs() -> tuple[str, list[pathlib.Path]]:
-    """Returns the name of the dataset to write, by default the first file's name, and the files.
+    """Returns the name of the dataset, by default the first file's name, and the files to write.
 
     Raises:
         InputError: There are several names, or the file's name is not a valid dataset name.

@@ -263,7 +263,7 @@ def _follow() -> int:
                 min_confidence=_MIN_CONFIDENCE.value,
             )
         except BrokenPipeError:  # The process that reads the answers has exited.
-            # At exit, Python flushes standard output, and this would fail again.
+            # At exit, Python flushes standard output, which would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
     return 0
 
@@ -366,7 +366,7 @@ def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[st
 
 
 def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the files to write by recording; the key "" has the files with the rows of all."""
+    """Maps recordings to output files; the key "" has the files with all recordings' rows."""
     from mister_jax.inference.prediction_files import ROW_FORMATS, check_predictions_path
 
     outputs: dict[str, list[str]] = {"": [], **{recording: [] for recording in recordings}}
@@ -486,7 +486,7 @@ def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[
     for split, dialogue in corpus.dialogues():
         for utterance in dialogue.utterances:
             recording = utterance.recording
-            # If the corpus has no times within the dialogue, write those within the recording.
+            # If the corpus has no times within the dialogue, write the times within the recording.
             start, end = utterance.start, utterance.end
             if recording is not None and start is None and end is None:
                 start, end = recording.start, recording.end

@@ -4,7 +4,7 @@
 aborts with a C++ stack trace that does not name the process, and it does not detect that processes
 disagree on their number. Therefore, each process first sends "PROCESS_ID NUM_PROCESSES" to process
 0, on the port that JAX uses afterwards. Once all processes have reported, process 0 answers "ok".
-If a problem occurs, it answers with the error.
+If a problem occurs, process 0 answers with the error.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _coordinate(process: Process, timeout: float) -> str:
-    """Collects the reports of all other processes, and sends each of them the returned error."""
+    """Collects the reports of the other processes, answers them, and returns the error, or ""."""
     deadline = time.monotonic() + timeout
     reported: dict[int, socket.socket] = {}
 
@@ -112,7 +112,7 @@ def _coordinate(process: Process, timeout: float) -> str:
 
 
 def _report(process: Process, timeout: float) -> str:
-    """Reports this process to process 0, and returns the error that it sends, or ""."""
+    """Reports this process to process 0, and returns the error in the answer, or ""."""
     deadline = time.monotonic() + timeout
     address = (process.host, process.port)
     coordinator = f"process 0 at {process.host}:{process.port}"
@@ -124,8 +124,8 @@ def _report(process: Process, timeout: float) -> str:
                 socket.create_connection(address, remaining) as connection,
             ):
                 connection.sendall(f"{process.process_id} {process.num_processes}\n".encode())
-                # Process 0 may have started later than this process. It names the missing processes
-                # at its deadline, so this process waits until then.
+                # Process 0 may have started later than this process. At its deadline, process 0
+                # reports which processes are missing, so wait until then.
                 if answer := _read_line(connection, timeout + _READ_TIMEOUT):
                     return answer.removeprefix("ok")
             time.sleep(0.2)
