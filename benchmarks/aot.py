@@ -1,4 +1,4 @@
-"""Compiles programs ahead of time for TPUs that this machine lacks, and predicts their performance.
+"""Compiles programs ahead of time for TPUs, without TPU hardware, and predicts performance.
 
 This needs libtpu, and a process in which JAX runs on the CPU. Programs are not run, so all results
 are predictions. The number of rows in a batch is proportional to the number of chips (weak
@@ -27,7 +27,7 @@ from mister_jax.parallel.sharding import shardings
 Log = Callable[[str], None]
 
 # libtpu reads these variables at start-up. Without the first three, it searches this machine for
-# TPUs. Without the last, only one process can use it at a time.
+# TPUs. Without the last variable, only one process can use libtpu at a time.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -185,8 +185,8 @@ def compile_ahead(
 def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
     """Predicts the run time of a program from its arithmetic, memory and interconnect times.
 
-    The program takes at least as long as the slowest of these. XLA's estimate in cycles, which is
-    missing for some chips, also includes stalls within the core.
+    The program takes at least as long as the largest of these times. XLA's estimate in cycles,
+    which is missing for some chips, also includes stalls within the core.
     """
     schedule = analyze_schedule(compiled.as_text())
     received = schedule.blocking_bytes + schedule.overlapped_bytes
@@ -213,7 +213,7 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 
 
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
-    """Adds the predicted time of the first row divided by the row's time to each row, if known.
+    """Adds to each row the first row's predicted time divided by the row's own, if both are known.
 
     The rows are results of `compile_ahead` for one program with equal work per device.
     """

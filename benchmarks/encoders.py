@@ -85,7 +85,7 @@ class Tuning:
 
 
 def text_tuning(config: DecoderConfig, length: int) -> Tuning:
-    """Makes the fine-tuning of a decoder on texts with `length` tokens."""
+    """Creates the fine-tuning task of a decoder on texts with `length` tokens."""
 
     def init(key: jax.Array) -> TextUtterance:
         rngs = nnx.Rngs(key)
@@ -104,7 +104,7 @@ def text_tuning(config: DecoderConfig, length: int) -> Tuning:
 
 
 def speech_tuning(model_class: Callable[..., nnx.Module], config: Any) -> Tuning:
-    """Makes the fine-tuning of a speech LLM on 30 s clips in a prompt of 16 tokens."""
+    """Creates the fine-tuning task of a speech LLM on 30 s clips in a prompt of 16 tokens."""
     num_samples = 30 * SAMPLE_RATE
 
     def init(key: jax.Array) -> SpeechUtterance:
@@ -144,7 +144,7 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
 
 
 def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
-    """Makes the fine-tuning of an encoder in `ENCODERS`, in bfloat16 and with `length` tokens.
+    """Creates the fine-tuning task of an encoder in `ENCODERS`, in bfloat16, for `length` tokens.
 
     `options` are fields of the language model's config.
 
@@ -175,7 +175,7 @@ def initialize(tuning: Tuning) -> tuple[Any, Any]:
 
 
 def model_flops(encoder: str, length: int) -> dict[str, float]:
-    """Returns the FLOPs of both programs for one utterance, without recomputation."""
+    """Returns the FLOPs of fine-tuning and extraction for one utterance, without recomputation."""
     tuning = make_tuning(encoder, length, remat="none")
     template, state = aot.abstract_state(lambda: initialize(tuning))
     batch = abstract_batch(tuning, 1)
@@ -198,7 +198,7 @@ def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
 def compile_programs(
     tuning: Tuning, partitioner: JitPartitioner
 ) -> dict[str, tuple[CompiledStep, Any]]:
-    """Returns both programs by name, each with its abstract input state."""
+    """Returns fine-tuning and extraction by name, each with its abstract input state."""
     template, state = aot.abstract_state(lambda: initialize(tuning))
     step, extract = step_functions(tuning, template)
     return {
@@ -243,7 +243,7 @@ def compile_for_tpus(
     model_parallelism: int = 1,
     log: aot.Log = lambda line: None,
 ) -> dict[str, list[Row]]:
-    """Compiles both programs for TPUs.
+    """Compiles the fine-tuning step and the extraction for TPUs.
 
     Each chip stores a part of every kernel, and layers gather their kernels (FSDP). With model
     parallelism, each chip in a group uses a part of a layer's kernels, and the chips exchange
@@ -252,8 +252,8 @@ def compile_for_tpus(
     Args:
       encoder: Key of `ENCODERS`.
       names: Topologies; see `aot.tpu_topologies`.
-      length: Tokens per text.
-      rows: Rows per device; 0 for the encoder's default.
+      length: Number of tokens per text.
+      rows: Number of rows per device; 0 for the encoder's default.
       remat: Rematerialization in the language model; see `mister_jax.nn.ScannedLayers`.
       model_parallelism: Number of chips that share the work on their rows.
       log: Function called with a message before each compilation.

@@ -38,7 +38,7 @@ _COUNT = {"text": 2000, "speech": 64}  # utterances
 # Batch sizes for the other libraries, and number of batches per size.
 _BATCH_SIZES = {"text": (1, 8, 32, 128), "speech": (1, 4, 16)}
 _NUM_BATCHES = {"text": 200, "speech": 8}
-# Additional unit of throughput, and its size in tokens or seconds.
+# Additional unit of throughput for each modality, and the unit's size in tokens or seconds.
 _UNITS = {"text": ("tokens", 1), "speech": ("audio_hours", 3600)}
 
 
@@ -214,7 +214,7 @@ def measure_extraction(
     Args:
       name: Folder of the encoder, or its name on the Hugging Face Hub.
       texts: Texts for a text encoder; random by default. Speech encoders encode noise.
-      max_tokens: Maximum tokens per text.
+      max_tokens: Maximum number of tokens per text.
       dtype: Dtype of parameters and computation.
       compare: Whether to also measure PyTorch. Its rows follow the rows of this library.
       onnx: Whether to also measure ONNX Runtime. Its rows come last.

@@ -11,9 +11,9 @@ from jax.extend import core
 def program_flops(jaxpr: Any) -> float:
     """Counts the operations in a program's matrix products and convolutions.
 
-    A multiply-add is two operations. Other operations are not counted. Unlike in XLA's cost
-    analysis, the body of a scan counts as often as it runs. Recomputation in the backward pass
-    counts too. Of several branches, only the most expensive branch counts.
+    A multiply-add counts as two operations. Other operations are not counted. Unlike in XLA's cost
+    analysis, the body of a scan counts as often as it runs. Recomputation in the backward pass is
+    also counted. Of several branches, only the most expensive branch counts.
 
     Args:
       jaxpr: Jaxpr of the program.

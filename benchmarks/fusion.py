@@ -45,7 +45,7 @@ class BenchmarkTask:
         return MisterE(self.config, rngs=nnx.Rngs(key))
 
     def loss(self, model, batch, key, axis_name):
-        """Computes the loss and its parts, with dropout."""
+        """Computes the loss and its terms, with dropout."""
         return mister_e_loss(model, batch, key, axis_name)
 
 
@@ -320,8 +320,8 @@ def compile_for_tpus(
     """Compiles the training step for TPUs, with a batch's rows divided among all chips.
 
     Args:
-      config: Model, and the batch size for the first topology. The others have the same batch size
-        per chip. Devices and steps are ignored.
+      config: Model, and the batch size for the first topology. All other topologies have the same
+        batch size per chip. Devices and steps are ignored.
       names: Topologies; see `aot.tpu_topologies`.
       log: Function called with a message before each compilation.
 

@@ -1,4 +1,4 @@
-"""Computes the work of a program that XLA compiled for TPUs from its text (HLO).
+"""Analyzes the text (HLO) of programs that XLA compiled for TPUs to determine their work.
 
 XLA's cost analysis counts the body of a loop once, does not distinguish on-chip memory from device
 memory, and omits communication. The text of the scheduled program contains trip counts, memory
@@ -59,7 +59,7 @@ class _Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Work of one device in a run of a program.
+    """Work of one device during one run of a program.
 
     Attributes:
       cycles: Sum of XLA's estimates for all instructions, without communication.
@@ -96,9 +96,9 @@ def analyze_schedule(text: str) -> Schedule:
     visit(entry, 1)
     fused = _fused_computations(computations)
     cycles = memory = blocking = overlapped = 0.0
-    # A collective can be split over several fusions that share a channel. One fusion starts it, one
-    # ends it, and the fusions between may be in a loop. `chained` maps each channel to the smallest
-    # number of runs and the largest number of bytes among its fusions.
+    # A collective can be split over several fusions that share a channel. One fusion starts the
+    # collective, another ends it, and the fusions between them may be in a loop. `chained` maps
+    # each channel to the smallest number of runs and the largest number of bytes of its fusions.
     chained: dict[str, tuple[int, float]] = {}
     for name, runs in num_runs.items():
         if name not in fused:
@@ -209,7 +209,7 @@ def _bytes_read(
     body: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> float:
-    """Returns how many bytes of a parameter a fusion reads, which may be only slices of it."""
+    """Returns the bytes of a parameter that a fusion reads; it may read only slices."""
     total = 0.0
     for user in body:
         operands = _operands(user)

@@ -1,8 +1,8 @@
 """Times functions fairly.
 
 Each candidate first runs twice to compile. Then candidates take turns (A B A B), so that changes in
-the machine's speed affect all of them. Each run waits for its results. A candidate that takes less
-than `SHORTEST_RUN` is called repeatedly in each run.
+the machine's speed affect all candidates. Each run waits for its results. A candidate that takes
+less than `SHORTEST_RUN` is called repeatedly in each run.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speech_corpus
 from mister_jax.errors import InputError
 
-# Script that runs a command and prints the peak memory of its largest process. This process cannot
-# measure it, because RUSAGE_CHILDREN includes the memory that a child inherits before it execs.
+# Script that runs a command and prints the peak memory of the command's largest process. This
+# process cannot measure that memory, because RUSAGE_CHILDREN includes the memory that a child
+# inherits before it execs.
 _RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -29,7 +30,7 @@ sys.exit(status)
 def measure_preparation(
     num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a corpus with about `num_utterances`, and a corpus with a fourth of them.
+    """Prepares a corpus with about `num_utterances`, and a corpus a fourth of that size.
 
     Returns:
       A row for each corpus, and a row for their difference, in which the command's startup cancels

@@ -6,20 +6,22 @@
 
 A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
 from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. The
-dataset's test split is not read, except for a set DATASET@test, which confirms a choice: there,
-everything trains on the training split, chooses its epoch on validation, and is scored on test.
+dataset's test split is not read, except for a set DATASET@test, which confirms a choice: on such a
+set, every model trains on the training split, selects its epoch on the validation split, and is
+scored on the test split.
 
-Otherwise, all recipes train on the same dialogues, for their full number of epochs, and choose
-nothing on validation. Every utterance is predicted by the model of the fold that holds it out, and
-scored together with all others. In addition to the recipes, the table has each expert of the first
-recipe, and logistic regression on the features of an utterance and its neighbors, which chooses the
-number of neighbors and its regularization on the validation dialogues of each fold. The difference
-from the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
+Otherwise, all recipes train on the same dialogues, for their full number of epochs, and select
+nothing on validation. The model of the fold that holds out an utterance predicts it, and the
+predictions of all folds are scored together. In addition to the recipes, the table has each expert
+of the first recipe, and logistic regression on the features of an utterance and its neighbors. The
+number of neighbors and the strength of the regularization are selected on the validation dialogues
+of each fold. The difference from the first recipe has a 95% confidence interval from a paired
+bootstrap over dialogues.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
-states how many recipes were tried. Confirm the choice on a test split. With several seeds, scores
-are those of their ensemble, and a column has the mean and standard deviation of the single seeds.
-Run the command again to resume, also with more sets and recipes.
+states how many recipes were tried. Confirm the choice on a test split. With several seeds, the
+scores are the ensemble's scores, and a column has the mean and standard deviation of the single
+seeds. Run the command again to resume, or to add sets and recipes.
 """
 
 from __future__ import annotations
@@ -178,16 +180,16 @@ def compare_recipes(
 
     Args:
       sets: Datasets with their folds.
-      recipes: Recipes; all others are compared with the first.
+      recipes: Recipes to compare with the first recipe.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
-      data_dir: Directory of the datasets; by default TFDS's.
+      data_dir: Directory of the datasets; by default, TFDS's default directory.
       num_seeds: Number of seeds of each model. Pooled predictions are the predictions of the seeds'
         ensemble.
       quiet: Whether to hide progress.
 
     Returns:
       For each set, "rows": the scores, the difference from the first recipe with its interval, and
-      the training seconds. None if SIGTERM interrupted a training.
+      the training seconds. None if SIGTERM interrupted the training.
 
     Raises:
       InputError: A dataset, fold or recipe does not exist, or a name is repeated.
@@ -218,7 +220,7 @@ def compare_recipes(
             scores = cross_validate(folds[of, recipe], folder, quiet=quiet)
             if scores is None:
                 return None
-            # A repeated command only reads the results, so the first one stores its time.
+            # A repeated command only reads the results, so the first command stores its time.
             if not (folder / "seconds.json").exists():
                 write_json(folder / "seconds.json", {"seconds": time.perf_counter() - started})
             predictions[recipe.name] = _read_predictions(folder / "predictions.jsonl")
@@ -247,7 +249,7 @@ def compare_recipes(
 
 
 def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dict[str, Any]:
-    # The first recipe is scored on the same utterances: an expert lacks those without its modality.
+    # Score the first recipe on the expert's utterances, which all have the expert's modality.
     same = np.where(predicted.predicted >= 0, first.predicted, NO_VOTE)
     compared = compare_predictions(dataclasses.replace(first, predicted=same), predicted)["scores"]
     row: dict[str, Any] = {"name": name, **{score: compared[score]["second"] for score in _SCORES}}
@@ -299,7 +301,7 @@ class Parts:
 
 
 def _parts(of: FoldedSet, data_dir: str | None, fold_seed: int) -> list[Parts]:
-    """Returns the parts of a set, on which the recipes train too."""
+    """Returns the parts of each fold of a set; the recipes use the same parts."""
     if of.uses_test_split:
         train, validation, test = (load_features(of.name, split, data_dir) for split in data.SPLITS)
         return [Parts(train=train, validation=validation, fit=train, test=test)]
@@ -343,7 +345,8 @@ def _choose_regression(train: DialogueFeatures, validation: DialogueFeatures) ->
     losses: dict[tuple[int, float], float] = {}
     for window in windows:
         lowest = np.inf
-        # From the strongest to the weakest, until the loss rises: weak ones converge slowly.
+        # Try the strongest regularization first and stop when the loss rises, because training
+        # with weak regularization converges slowly.
         for strength in REGULARIZATION:
             loss = _Regression(train, window, strength).cross_entropy(validation)
             losses[window, strength] = loss
@@ -389,7 +392,7 @@ class _Regression:
         return float(-np.log(np.maximum(values, 1e-9)).mean())
 
     def _inputs(self, features: DialogueFeatures) -> np.ndarray:
-        """Returns the vectors of each utterance and its neighbors, zeros where there is none."""
+        """Returns the vectors of each utterance and its neighbors; missing neighbors are zeros."""
         vectors = np.concatenate(
             [
                 np.where(

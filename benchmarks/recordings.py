@@ -1,6 +1,6 @@
-"""Measures prediction on a recording: speed, memory, and how well utterances cover the speech.
+"""Measures prediction on a recording: speed, memory, and coverage of speech by utterances.
 
-Each row is measured in a new process, so the memory of one does not affect the others.
+Each row is measured in a new process, so the memory of one row does not affect other rows.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def measure_recording(
     Args:
       recording: Recording in any format that FFmpeg reads.
       model: Model of `EmotionRecognizer`.
-      transcript: Transcript; by default the one beside the recording, if there is one with text.
-      reference: RTTM with the speech of the recording; by default the one beside the recording.
+      transcript: Transcript of the recording; by default, the transcript beside the recording, if
+        it has text.
+      reference: RTTM file with the speech of the recording; by default, the RTTM file beside the
+        recording.
       repeat: Number of times that the recording and its annotations are concatenated.
       log: Function called with a message before each long step.
 
@@ -123,7 +125,7 @@ def _length(intervals: Iterable[Interval]) -> float:
 
 
 def _write_repeated(source: pathlib.Path, path: pathlib.Path, repeat: int) -> float:
-    """Writes a recording several times to a WAV file, and returns the seconds of one."""
+    """Writes repetitions of a recording to a WAV file; returns the seconds of one repetition."""
     num_samples = 0
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -219,7 +221,7 @@ def _peak_memory_mib() -> float:
     """Returns the peak memory of this process."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        # Unlike ru_maxrss, it does not include the memory that a child inherits before it execs.
+        # Unlike ru_maxrss, VmHWM excludes the memory that a child inherits before it execs.
         (line,) = (it for it in status.read_text().splitlines() if it.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -35,8 +35,8 @@ from mister_jax.tasks.fusion import FusionTask
 Log = Callable[[str], None]
 
 # Script that runs commands one after the other, and prints their times and the peak memory of the
-# largest command. This process cannot measure it, because RUSAGE_CHILDREN includes the memory that
-# a child inherits before it execs. All processes share the clock of time.monotonic().
+# largest command. This process cannot measure that memory, because RUSAGE_CHILDREN includes the
+# memory that a child inherits before it execs. All processes share the clock of time.monotonic().
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -90,12 +90,13 @@ def measure_training(
     changes: Mapping[str, Any] | None = None,
     log: Log = lambda line: None,
 ) -> list[Row]:
-    """Trains on a dataset of dialogue features with the default recipe, and scores its test split.
+    """Trains on a dataset of dialogue features with the default recipe, and scores the test split.
 
     Args:
       dataset: Name of the dataset.
-      data_dir: Directory of the dataset; TFDS's default if None.
-      compare: Whether to also measure PyTorch, with its default number of threads and with one.
+      data_dir: Directory of the dataset; if None, TFDS's default directory.
+      compare: Whether to also measure PyTorch, with its default number of threads and with one
+        thread.
       changes: Overrides of config fields by path, such as "train.epochs".
       log: Function called with a message before each training run.
 
