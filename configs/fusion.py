@@ -76,7 +76,7 @@ def _without(part: str):
 
 
 def _score(config: ConfigDict) -> None:
-    """Predicts sentiment scores beside the classes, and selects the epoch by their error."""
+    """Predicts sentiment scores in addition to classes; the scores' error selects the epoch."""
     config.model.predict_score = True
     config.loss.weights.score = 1.0
     config.train.select_by = "mae"
@@ -127,8 +127,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "name": dataset,
             "data_dir": "",
             "batch_size": 8,
-            # Maximum number of padded lengths, each of which needs a compiled program. None: add
-            # lengths while they save more time than their compilation takes.
+            # Maximum number of padded lengths, each of which needs a compiled program. None: add a
+            # length only if it saves more time than compiling its program takes.
             "num_buckets": config_dict.placeholder(int),
             # "auto" standardizes the modalities whose dimensions have very different scales. Also
             # allowed: "none", "speech", "text", "speech,text".
@@ -136,7 +136,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # "shuffle": each dialogue once per epoch. "balanced": dialogues with rare classes more
             # often.
             "sampling": "shuffle",
-            # Replaces the dataset's splits by a fold of a cross-validation: "session", "speaker",
+            # Replaces the dataset's splits with a fold of a cross-validation: "session", "speaker",
             # "dialogue:5", or another column of the utterances' metadata; see `data.folds`.
             "folds": "",
             "fold": 0,
@@ -144,7 +144,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # Splits whose dialogues are divided into folds, such as "train,validation"; all if
             # empty.
             "fold_splits": "",
-            # Whether to train on the validation split too; requires `train.select_by` "last".
+            # Whether to also train on the validation split; requires `train.select_by` "last".
             "validate_on_train": False,
             # Seed of the batch order; None: config.seed.
             "seed": config_dict.placeholder(int),

@@ -3,7 +3,7 @@
     mister-jax train --config=speech_encoder:DATASET,ENCODER --workdir=DIR
 
 DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
-of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads the encoder from a folder.
 
 Small encoders are fully fine-tuned. LLMs are fine-tuned with LoRA, and their audio towers are
 frozen. Qwen2-Audio uses the recipe of the released code: rank 16 and alpha 8, on the language
@@ -19,8 +19,8 @@ to safetensors first.
     --config.encoder.options.beats=BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt
     --config.encoder.options.vicuna=FOLDER
 
-Hardware: LLMs need eight TPU v5e or four TPU v5p chips according to XLA's memory analysis. From
-their size, one GPU with 80 GB should also suffice. No LLM was trained.
+Hardware: LLMs need eight TPU v5e or four TPU v5p chips according to XLA's memory analysis. Judging
+by their size, one GPU with 80 GB should also suffice. No LLM was trained.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +46,7 @@ SALMONN = {
     "beats": "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
     "vicuna": "lmsys/vicuna-7b-v1.5",
 }
-# The policies that XLA predicts to be fastest on a TPU v5e among those that fit.
+# Of the rematerialization policies that fit into memory, XLA predicts these to be fastest on a v5e.
 REMAT = {"qwen2_audio_7b": "mlp", "salmonn_7b": "dots"}
 LLMS = {"qwen2_audio_7b": "Qwen/Qwen2-Audio-7B", "salmonn_7b": SALMONN["name"]}
 SMALL = {

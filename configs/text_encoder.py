@@ -3,7 +3,7 @@
     mister-jax train --config=text_encoder:DATASET,ENCODER --workdir=DIR
 
 DATASET is a key of `DATASETS` or the name of a dataset from `mister-jax prepare`. ENCODER is a key
-of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads it from a folder.
+of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads the encoder from a folder.
 
 LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8 and alpha 32, on queries
 and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned, except
