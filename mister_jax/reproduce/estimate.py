@@ -2,9 +2,9 @@
 
 A training step takes the longest of these times: its matrix products at the device's utilization,
 the transfer of the sharded weights between devices, reading the weights from memory, and launching
-the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. The time of
-LLMs on several devices is therefore often the time of the transfers. Start-up, downloads and
-compilation are not counted.
+the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. The transfers
+therefore often determine the time of LLMs on several devices. Start-up, downloads and compilation
+are not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Device:
       flops: Peak bfloat16 operations per second of a chip.
       memory: Memory of a chip in bytes.
       bandwidth: Bytes per second between a chip and its memory.
-      interconnect: Bytes per second that a chip receives from the others.
+      interconnect: Bytes per second that a chip receives from other chips.
     """
 
     title: str
@@ -77,11 +77,11 @@ class CorpusSize:
     """Size of a corpus, from its publication.
 
     Attributes:
-      train: Labeled training utterances.
-      validation: Labeled validation utterances.
-      total: All utterances; features are extracted from all of them.
-      dialogues: Training dialogues.
-      seconds: Mean length of an utterance.
+      train: Number of labeled training utterances.
+      validation: Number of labeled validation utterances.
+      total: Number of all utterances, from which features are extracted.
+      dialogues: Number of training dialogues.
+      seconds: Mean length of an utterance in seconds.
       tokens: Mean number of tokens of an utterance.
     """
 
@@ -116,7 +116,8 @@ _RECORDED = {
 _ASSUMED_UTILIZATION = {"bfloat16": 0.35, "float32": 0.15}
 # Ratio of all computed positions to valid positions, because batches are padded.
 _PADDING = 1.3
-# Seconds of a step of MiSTER-E at the released sizes for one seed, XLA's estimate for v5e.
+# XLA's estimate for v5e of the seconds that a step of MiSTER-E takes at the released sizes with one
+# seed.
 _FUSION_STEP_SECONDS = 0.02
 # Assumed minimum duration of a small encoder's step, which covers its input, launch and kernels.
 _LAUNCH_SECONDS = 0.02
@@ -135,11 +136,11 @@ class Part:
       layers: Number of layers.
       hidden_size: Size of a layer's output.
       num_heads: Number of attention heads.
-      weights: Parameters of the layers.
+      weights: Number of parameters in the layers.
       positions: Mean number of positions in an utterance.
       max_positions: Number of positions in the longest utterance.
-      training: How it is trained: "full", "lora" or "frozen".
-      extra_flops: FLOPs of an utterance outside the layers.
+      training: How the transformer is trained: "full", "lora" or "frozen".
+      extra_flops: FLOPs per utterance outside of the layers.
     """
 
     layers: int
@@ -165,7 +166,7 @@ class Part:
         return self.forward_flops() * {"full": 3, "lora": 2, "frozen": 1}[self.training]
 
     def activation_bytes(self, rows: int, bytes_per_value: int, remat: str) -> float:
-        """Estimates the activations that the backward pass of a batch reads."""
+        """Estimates the bytes of activations that are stored for a batch's backward pass."""
         size = rows * self.max_positions
         scores = 2.5 * self.num_heads * self.max_positions
         layer = size * bytes_per_value * (17 * self.hidden_size + scores)
@@ -178,12 +179,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Prediction for a stage.
+    """Predicted run time and memory of a stage.
 
     Attributes:
       stage: Name of the stage.
-      command: Its command.
-      hours: Predicted hours; None if they are not predicted.
+      command: Command of the stage.
+      hours: Predicted run time in hours; None without a prediction.
       memory: Bytes per chip; None for stages with small models.
       basis: What the prediction is based on.
     """
@@ -368,7 +369,7 @@ def _encoder_stages(
     device: Device,
     recorded: Any,
 ) -> Iterator[tuple[str, tuple[float, float | None, str]]]:
-    """Yields "train" and "extract" with their seconds, bytes per chip, and basis."""
+    """Yields "train" and "extract", each with seconds, bytes per chip, and the basis."""
     dtype = recipe.encoder.options.dtype
     bytes_per_value = 2 if dtype == "bfloat16" else 4
     if not (encoder.is_default or encoder.parts):  # SALMONN always has the released sizes.

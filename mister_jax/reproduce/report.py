@@ -1,4 +1,4 @@
-"""Tables of a reproduction: our scores and the paper's, and the predictions of a dry run."""
+"""Tables of a reproduction: our scores, the paper's scores, and the estimates of a dry run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _percent(score: float) -> str:
 
 
 def class_rows(settings: Settings) -> list[Row]:
-    """Returns each class with its test F1 in percent by recipe, and the paper's."""
+    """Returns each class with its test F1 in percent by recipe, and the paper's test F1."""
     metrics = {
         recipe: read_json(fusion_folder(settings, recipe) / "metrics.json")["test"]["per_class"]
         for recipe in RECIPES
@@ -166,7 +166,7 @@ def write_report(
 
 
 def _notes(settings: Settings) -> list[str]:
-    """Describes everything in which the run differs from the recipe."""
+    """Describes all differences between this run and the paper's recipe."""
     changes = [
         f"{name}: {', '.join(options)}"
         for name, options in (

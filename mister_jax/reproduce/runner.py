@@ -26,7 +26,7 @@ Runner = Callable[[Sequence[str]], int]
 STOPPED = 128 + signal.SIGTERM
 """Exit status after SIGTERM."""
 
-# Settings that another run may change, because no result depends on them.
+# Settings that a later run may change, because no result depends on them.
 _MUTABLE = ("source", "workdir", "data_dir", "partial")
 
 
@@ -43,7 +43,7 @@ def run_stages(
     """Runs all stages that are not complete.
 
     Args:
-      stages: Stages in their order.
+      stages: Stages in the order in which they run.
       settings: Settings of the reproduction.
       runner: Function that runs a command. The default runs it in a new process.
 
@@ -112,7 +112,7 @@ def _open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
 
 
 def _record_time(record: dict[str, Any], stage: Stage, seconds: float) -> None:
-    """Adds the seconds of a run of a stage, and stores its hardware."""
+    """Adds the run time of a stage in seconds to the record, and stores the hardware."""
     row = record["stages"].setdefault(stage.name, {"seconds": 0.0, "runs": 0})
     row["seconds"] += seconds
     row["runs"] += 1
@@ -130,7 +130,7 @@ def run_in_process(arguments: Sequence[str]) -> int:
     """Runs `mister-jax` in a new process, and returns its exit status.
 
     The device and its memory are free again afterwards. SIGTERM is passed on to the process, so
-    that a training saves its state.
+    that a training run saves its state.
     """
     command = [sys.executable, "-c", _MAIN, *arguments]
     stopped = False
@@ -145,7 +145,7 @@ def run_in_process(arguments: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         process = subprocess.Popen(command)
-        if stopped:  # SIGTERM was received before the process could receive it.
+        if stopped:  # SIGTERM arrived before it could be passed on to the process.
             process.send_signal(signal.SIGTERM)
         try:
             status = process.wait()

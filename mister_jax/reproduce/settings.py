@@ -70,25 +70,26 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a reproduction, which must be the same when it resumes.
+    """Settings of a reproduction, which must not change when the reproduction resumes.
 
     Attributes:
       corpus: One of `CORPORA`.
       preset: Key of `PRESETS`.
       workdir: Folder of all stages.
       source: Folder of the released corpus.
-      data_dir: Directory of the datasets; WORKDIR/data if empty.
+      data_dir: Directory of the datasets; if empty, WORKDIR/data.
       classes: Classes of IEMOCAP, one of `CLASSES`.
       num_seeds: Number of seeds of MiSTER-E.
-      text_encoder: Key of the config's `ENCODERS`, name or folder; the preset's if empty.
-      speech_encoder: The same for speech.
+      text_encoder: Text encoder: a key of the config's `ENCODERS`, a name or a folder; if empty,
+        the preset's encoder.
+      speech_encoder: Speech encoder, specified like `text_encoder`.
       salmonn_parts: New locations of SALMONN's parts by name.
       partial: Whether to allow an incomplete corpus.
-      text_options: Changed fields of the config of the text encoder, such as "train.epochs=5".
-      speech_options: The same for the speech encoder.
-      fusion_options: The same for MiSTER-E.
-      num_devices: Number of devices that share a batch, which sets gradient accumulation; 0 for
-        the accumulation of one device.
+      text_options: Changed fields of the text encoder's config, such as "train.epochs=5".
+      speech_options: Changed fields of the speech encoder's config.
+      fusion_options: Changed fields of MiSTER-E's config.
+      num_devices: Number of devices that share a batch, which determines the number of gradient
+        accumulation steps; 0 uses the number for one device.
     """
 
     corpus: str
@@ -171,7 +172,7 @@ class Settings:
         return dataclasses.replace(encoder, parts=parts, is_default=is_default)
 
     def accumulation(self, batch_size: int) -> int:
-        """Returns the gradient accumulation of the speech encoder.
+        """Returns the number of gradient accumulation steps for the speech encoder.
 
         Rows are filled up to a multiple of devices times accumulation, so a value that is too large
         wastes time.

@@ -28,8 +28,8 @@ class Stage:
     Attributes:
       name: Name in messages and tables.
       arguments: Arguments of `mister-jax`.
-      is_done: Returns whether the files of the stage exist.
-      workdir: Work directory of a training, empty for other stages.
+      is_done: Function that returns whether the output files of the stage exist.
+      workdir: Work directory of a training stage, empty for other stages.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def command(self) -> str:
-        """Command to run the stage by hand."""
+        """Shell command that runs this stage."""
         words = (word if _is_plain(word) else f"'{word}'" for word in self.arguments)
         return " ".join(("mister-jax", *words))
 
@@ -187,8 +187,8 @@ def _dataset_exists(name: str, data_dir: str) -> bool:
 
 def _make_training_check(folder: pathlib.Path) -> Callable[[], bool]:
     def is_done() -> bool:
-        # The curves are drawn after the last epoch, while its checkpoint may still be written to
-        # a temporary folder.
+        # The curves are drawn after the last epoch, when the checkpoint of that epoch may still be
+        # in a temporary folder.
         is_writing = any(folder.glob("checkpoints/*/*tmp*"))
         return (folder / "curves.png").exists() and not is_writing
 
@@ -208,7 +208,7 @@ def _make_features_check(
 ) -> Callable[[], bool]:
     """Makes the check for a feature dataset, given the encoders' work directories by modality.
 
-    The check raises InputError if the dataset is from other encoders.
+    The check raises InputError if other encoders extracted the dataset.
     """
 
     def is_done() -> bool:
