@@ -45,10 +45,10 @@ class Bundle:
 
     Attributes:
       folder: Folder of the bundle.
-      config: Experiment config of the training run, without the directory of its datasets.
+      config: Experiment config of the training run, without the directory of the datasets.
       description: Model description; see `workdir.read_model_description`.
       progress: Training progress when the exported parameters were saved.
-      calibration: Calibration of the probabilities, if it was fitted.
+      calibration: Calibration of the probabilities; None if no calibration was fitted.
     """
 
     folder: pathlib.Path

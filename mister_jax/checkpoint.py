@@ -27,7 +27,8 @@ OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 class Checkpoints:
     """Reads and writes the checkpoints in `workdir/checkpoints`, keeping the newest of each kind.
 
-    Use it as a context manager: on exit it waits for checkpoints that are still being written.
+    Use this class as a context manager. On exit, it waits for checkpoints that are still being
+    written.
 
     Args:
       workdir: Work directory of the training run.
@@ -78,8 +79,8 @@ class Checkpoints:
         """
         manager = self._manager(kind)
         if step not in manager.all_steps():
-            # Once the latest checkpoint is complete, a best checkpoint whose write started earlier
-            # must be complete, too.
+            # Once the latest checkpoint is complete, any best checkpoint whose write started
+            # earlier must also be complete.
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {
@@ -125,7 +126,7 @@ class Checkpoints:
         return restored[_STATE], restored[_PROGRESS]
 
     def progress(self, kind: str) -> dict[str, Any] | None:
-        """Reads only the progress of the newest checkpoint of a kind, or None if there is none.
+        """Reads only the progress of the newest checkpoint of a kind; None without a checkpoint.
 
         Raises:
           InputError: The checkpoint is damaged.

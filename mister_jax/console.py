@@ -89,8 +89,8 @@ def parameter_table(params: Any) -> str:
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     """Returns a table of the per-class and overall scores that `evaluate` computes for a split.
 
-    With several seeds, it shows the ensemble's scores, then each seed's weighted F1 with their mean
-    and standard deviation.
+    With several seeds, the table shows the ensemble's scores, then the weighted F1 of each seed
+    with the mean and standard deviation over the seeds.
     """
     seeds = scores.get("seeds")
     if seeds:

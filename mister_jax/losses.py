@@ -76,7 +76,7 @@ def focal_per_position(
     if gamma < 0:
         raise ValueError(f"focal gamma {gamma}; allowed: 0 or more")
     _check_positions(logits, labels, mask)
-    # Mask the logits too, because a zero gradient times a NaN logit would be NaN.
+    # Also mask the logits, because a zero gradient times a NaN logit would be NaN.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
     return jnp.where(mask, _focal(cross_entropy(logits, labels), gamma), 0)
 

@@ -155,7 +155,7 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Checks that a config can resume the run in a work directory, if there is one.
+    """Checks that a config can resume the run in a work directory, if the directory has a run.
 
     Raises:
       InputError: The work directory has another config, was created with more epochs than this
