@@ -13,9 +13,9 @@ with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
 
 SAMPLE_RATE = 16_000
 
-# Peaks relative to a full scale of 1. Lossy codecs can overshoot full scale by up to 1 dB, and that
-# overshoot is clipped. Float recordings may exceed it by about 10 dB. A peak above +40 dB means
-# that the samples have a different full scale.
+# Peaks relative to a full scale of 1. Lossy codecs can exceed full scale by up to 1 dB, and this
+# excess is clipped. Float recordings may exceed full scale by about 10 dB. A peak above +40 dB
+# means that the samples have a different full scale.
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 
@@ -52,7 +52,7 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
-    """Resamples frames to `SAMPLE_RATE` and mixes their channels. Their formats may differ.
+    """Resamples frames, whose formats may differ, to `SAMPLE_RATE` and mixes their channels.
 
     Yields:
         Samples [n], int16, or float32 if they exceed full scale.
@@ -63,7 +63,7 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
         gain = _mix_gain(layout) if is_float else 1.0
         for frame in itertools.chain(group, [None]):
             for out in resampler.resample(frame):
-                # A resampler with nothing to convert returns None when it is flushed.
+                # When flushed, a resampler without remaining samples returns None.
                 if out is None:
                     continue
                 samples = out.to_ndarray()[0]

@@ -55,7 +55,7 @@ _TIME_TOLERANCE = 0.05
 _MAX_GAP = 3600.0
 # Distance between two segments, in seconds, above which seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
-# Channels cancel out if the power of their mix is 26 dB below that of the strongest channel.
+# Channels cancel out if the power of their mix is 26 dB below the power of the strongest channel.
 _CANCELED_RATIO = 10 ** (-26 / 10)
 _POWER_BIN = 0.25  # seconds over which the power of channels is summed
 _POWER_STRIDE = 7  # power is measured on every seventh sample
@@ -77,7 +77,8 @@ class AudioReader:
         self._damage: dict[int, str] = {}
         self._gaps: set[tuple[int, int]] = set()
         self._clock_resets: list[str] = []
-        # Maps each `_POWER_BIN` to sums of squares [C + 1], one per channel and one for their mean.
+        # Maps each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one for the mean
+        # of the channels.
         self._powers: dict[int, np.ndarray] = {}
         self._position = 0  # index of the frame that is being decoded
         check_readable(self._source, self._name)
@@ -295,13 +296,14 @@ class AudioReader:
             and not stream.disposition & av.stream.Disposition.attached_pic
             for stream in self._container.streams
         )
-        # The start time of a single stream may differ from its first frame by an encoder's padding.
+        # The start time of a single stream may differ from the time of the stream's first frame by
+        # an encoder's padding.
         if has_other_streams and self._container.start_time is not None:
             return max(0.0, self._container.start_time / av.time_base)
         return None
 
     def _seek(self, origin: float | None, seconds: float) -> bool:
-        """Seeks to a time or slightly before it, and returns whether it did."""
+        """Seeks to a time or slightly before it, and returns whether seeking succeeded."""
         if seconds <= 0 or self._container.format.name not in _SEEKABLE:
             return False
         start = self._stream_start() if origin is None else origin
@@ -328,7 +330,7 @@ class AudioReader:
     def _packets(self) -> "Iterator[av.Packet | None]":
         try:
             for packet in self._container.demux(self._stream):
-                # Truncated WAV files are detected by their header instead.
+                # The header, not the decoder, reveals truncated WAV files.
                 if packet.is_corrupt and self._header is None:
                     self._note_damage("the file breaks off")
                 yield packet

@@ -93,7 +93,7 @@ def existing_path(path: str | os.PathLike[str]) -> str:
 
 
 def source_name(source: Source) -> str:
-    """Returns a recording's path, or its size if it is in memory."""
+    """Returns a recording's path, or the size of a recording that is in memory."""
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
 
 

@@ -5,7 +5,7 @@
   programs.
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
-Plans depend only on lengths. `pipeline` and `utterances` turn them into arrays.
+Plans depend only on lengths. The modules `pipeline` and `utterances` turn plans into arrays.
 """
 
 import dataclasses
@@ -128,11 +128,11 @@ class BatchPlan:
         multiple_of: Divisor of the number of rows, usually the number of devices. Batches are
             filled up with empty rows.
         fitted_to: Value of `multiple_of` for which the buckets are chosen to have the least
-            padding. Set it to the number of devices if the grouping of items into batches does not
-            affect the result, for example in evaluation.
-        weights: Weight of each item in shuffled epochs, [M], positive. From each bucket, as many
-            items as it contains are drawn with these weights, with replacement. By default, each
-            item is in exactly one batch.
+            padding. Set this value to the number of devices if the grouping of items into batches
+            does not affect the result, for example in evaluation.
+        weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
+            items, n items are drawn with replacement. By default, each item is in exactly one
+            batch.
 
     Raises:
         ValueError: There are no lengths, or an argument is below 1.

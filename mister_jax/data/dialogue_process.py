@@ -1,4 +1,4 @@
-"""Random processes that generate dialogues, with the exact posterior of their emotions.
+"""Random processes that generate dialogues, with the exact posterior of the emotions.
 
 The modules `synthetic` and `synthetic_speech` use these processes. Emotions follow a Markov chain
 along a dialogue, so the posterior of each emotion given the whole dialogue can be computed exactly.
@@ -19,9 +19,9 @@ from mister_jax.errors import InputError
 class ConversationProcess:
     """Markov chain of emotions, with the exact posterior given a dialogue's speech and text.
 
-    Given an utterance's emotion, its speech and text are independent of each other and of all
-    other utterances, except that at most one of the two is uninformative. Subclasses define the
-    distributions of speech and text.
+    Given the emotion of an utterance, its speech and its text are independent of each other and of
+    all other utterances, except that speech and text are never both uninformative. Subclasses
+    define the distributions of speech and text.
 
     Attributes:
         initial: Distribution of the first emotion, [C].
@@ -215,7 +215,7 @@ def check_num_dialogues(num_dialogues: Mapping[str, int]) -> None:
 
 
 def _weighted_f1(label: np.ndarray, predicted: np.ndarray) -> float:
-    """Computes the mean F1 of the classes, weighted by their frequency among the labels."""
+    """Computes the mean F1 of the classes, weighted by the frequency of each label."""
     total = 0.0
     for emotion in np.unique(label):
         is_label, is_predicted = label == emotion, predicted == emotion

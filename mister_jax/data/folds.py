@@ -129,7 +129,7 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
         seed: Seed that decides between equally good assignments of "COLUMN:K".
 
     Raises:
-        InputError: The specification is unknown, or there are too few values for its folds.
+        InputError: The specification is unknown, or the column has too few values for K folds.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -270,7 +270,7 @@ def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
     if column == DIALOGUE:
         return np.repeat(np.array(features.dialogue_ids, str), features.lengths)
     columns: list[str] = []
-    # Read IEMOCAP's ids first, because its column `speaker` has only M and F in some feature files.
+    # Read IEMOCAP's ids first, because the column `speaker` has only M and F in some feature files.
     values = _iemocap_columns(features)
     if column in values:
         return values[column]

@@ -1,7 +1,7 @@
 """Makes batches of dialogue features with tf.data.
 
-A batch is a pure function of the features, the plan, and (seed, epoch, step, process). A run gets
-the same batches if it is stopped and resumed, or uses another number of processes.
+A batch is a pure function of the features, the plan, and (seed, epoch, step, process). The global
+batches do not change if a run is stopped and resumed, or uses another number of processes.
 """
 
 import collections
@@ -113,8 +113,8 @@ def prefetch_to_device(
 ) -> Iterator[Result]:
     """Transfers items to devices before they are used, so that transfers overlap with computation.
 
-    `put` must start a transfer and return at once, as `jax.device_put` does. Up to `size` items are
-    transferred in advance.
+    `put` must start a transfer and return immediately, as `jax.device_put` does. Up to `size` items
+    are transferred in advance.
     """
     on_device: collections.deque[Result] = collections.deque()
     for item in iterator:

@@ -364,7 +364,7 @@ def _check_files(corpus: Corpus) -> None:
 
     @functools.cache
     def find_problem(path: str) -> str:
-        # An invalid path raises ValueError or OSError here, and the decoder reports it later.
+        # An invalid path raises ValueError or OSError here; the decoder reports the path later.
         with contextlib.suppress(OSError, ValueError):
             if epath.Path(existing_path(path)).stat().length > 0:
                 return ""

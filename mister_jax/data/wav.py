@@ -1,6 +1,6 @@
 """Reads the header and the integer samples of WAV files.
 
-FFmpeg derives the size of a sample from its number of valid bits, so it decodes 24 valid bits in a
+FFmpeg derives the size of a sample from the number of valid bits, so it decodes 24 valid bits in a
 32-bit container to noise. `pcm_blocks` uses the container's size. Microsoft's "Multiple channel
 audio data and WAVE files" and EBU Tech 3306 (RF64) specify the file format.
 """

@@ -302,7 +302,7 @@ def _read_entries(path: pathlib.Path) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 class _MetadataReader:
-    """Reads metadata files of one corpus, and counts the values that it had to correct.
+    """Reads metadata files of one corpus, and counts corrected values.
 
     Args:
         name: Name of the corpus in EmoBox.
@@ -489,7 +489,7 @@ def _draw_groups(
 
 
 def _draw_dialogues(items: Sequence[_Item], rng: np.random.Generator) -> set[str]:
-    """Draws a fraction of the dialogues, stratified by the class of their first utterance."""
+    """Draws a fraction of the dialogues, stratified by the class of each first utterance."""
     first_labels: dict[str, str] = {}
     for item in items:
         first_labels.setdefault(item.dialogue, str(item.label))

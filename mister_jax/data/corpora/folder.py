@@ -107,7 +107,7 @@ class PathPattern:
         pattern: Pattern as described in the module docstring.
 
     Raises:
-        InputError: The pattern is invalid, or every path would match it in several ways.
+        InputError: The pattern is invalid, or would match every path in several ways.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -145,7 +145,7 @@ class PathPattern:
         self._shortest, self._longest = re.compile(shortest + end), re.compile(longest + end)
 
     def fields(self, path: pathlib.PurePosixPath) -> dict[str, str] | None:
-        """Returns the fields of a path, or None if it does not match the pattern.
+        """Returns the fields of a path, or None if the path does not match the pattern.
 
         Raises:
             InputError: The path matches the pattern in several ways.

@@ -1,6 +1,6 @@
 """Reads MELD: dialogues from a television series, with seven emotions (arXiv 1810.02508).
 
-The release contains three CSV files, and one video clip for each of their rows.
+The release contains three CSV files, and one video clip for each row in these files.
 """
 
 import csv
@@ -176,7 +176,7 @@ def _seconds(value: str, location: str) -> float:
 
 
 def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
-    """Downloads the CSV files into one folder, unless it exists, and returns the folder.
+    """Returns the folder with the CSV files, and downloads them if the folder does not exist.
 
     Raises:
         InputError: The files cannot be downloaded or written.

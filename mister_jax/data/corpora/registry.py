@@ -1,7 +1,7 @@
 """Registry of the released corpora.
 
 To add a corpus, write a module in this folder that defines a `DialogueBuilder`, and add an entry to
-`CORPORA`. The commands and their flags are generated from `CORPORA`.
+`CORPORA`. Commands and flags are generated from `CORPORA`.
 """
 
 import importlib

@@ -124,7 +124,7 @@ def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
 def _dialogue_names(
     folder: pathlib.Path, recordings: Iterable[pathlib.Path]
 ) -> dict[pathlib.Path, str]:
-    """Returns an id for each recording: its path without extension if that is unique."""
+    """Returns an id for each recording: the path without extension, if it is unique."""
     paths = {recording: recording.relative_to(folder) for recording in recordings}
     # Ids have no white space around them, but file names may.
     stems = {recording: str(path.with_suffix("")).strip() for recording, path in paths.items()}

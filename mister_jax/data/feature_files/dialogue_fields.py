@@ -178,7 +178,7 @@ def _parse(value: Any, dialogues: set[str]) -> _DialogueField:
 
 
 def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
-    """Returns the kind of a field's dialogues, and the dimension of its features."""
+    """Returns the kind of values in a field's dialogues, and the feature dimension."""
     kinds = (kind for value in values if (kind := kind_of(value)) is not None)
     sampled = list(itertools.islice(kinds, _NUM_SAMPLED))
     names = {kind for kind, _ in sampled}

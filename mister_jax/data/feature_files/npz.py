@@ -33,7 +33,7 @@ def read_npz(
 
     Other arrays are ignored. A random split puts all dialogues with the same value in the array
     `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it. The
-    array `group_by` is kept as metadata, too.
+    array `group_by` is also kept as metadata.
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the

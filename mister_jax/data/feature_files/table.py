@@ -93,7 +93,8 @@ class FeatureTable:
         speech, speech_present = self.modality("speech")
         text, text_present = self.modality("text")
 
-        # Dialogues are numbered in the order of their first rows, which sorting by number keeps.
+        # Dialogues are numbered in the order of their first rows, so sorting by number keeps this
+        # order.
         ids, first_rows, inverse = np.unique(
             self.array("dialogue"), return_index=True, return_inverse=True
         )

@@ -57,7 +57,7 @@ class _RefusedError(Exception):
 def load_pickle(path: pathlib.Path) -> Any:
     """Reads a pickle of plain containers, numbers, text and NumPy arrays, without running it.
 
-    Pickles of Python 2 are read, too: their byte strings become text, decoded as Latin-1.
+    Pickles of Python 2 can also be read: their byte strings become text, decoded as Latin-1.
 
     Returns:
         Nested dicts, lists, tuples and sets with numbers, text and arrays.
@@ -219,7 +219,7 @@ def _as_dtype(dtype: Any) -> np.dtype:
 
 
 def _from_bytes(content: Any, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
-    """Returns an array with a copy of raw bytes. Python 2 wrote them as text."""
+    """Returns an array with a copy of raw bytes, which Python 2 wrote as text."""
     if isinstance(content, str):
         content = content.encode("latin1")
     if dtype.hasobject or len(memoryview(content).cast("B")) != math.prod(shape) * dtype.itemsize:

@@ -36,7 +36,7 @@ def identifier(value: Any) -> str | None:
 
 
 def clean_text(value: Any) -> str:
-    """Returns a sentence as text, with the characters that its author meant.
+    """Returns a sentence as text, with characters from wrong encodings repaired.
 
     Pickles of Python 2 hold UTF-8 or cp1252 bytes, which the unpickler decodes as Latin-1.
     """

@@ -113,7 +113,7 @@ def _apply_formants(source: np.ndarray, syllable: np.ndarray, formants: np.ndarr
     gain = np.prod(1 + _PEAK / (1 + (distance / _BANDWIDTHS[:, None]) ** 2), axis=1)
     spectrum = np.fft.rfft(frames, 2 * frame_size) * gain
 
-    # The filter has zero phase, so its response extends before and after each frame.
+    # The filter has zero phase, so the response extends before and after each frame.
     response = np.roll(np.fft.irfft(spectrum), frame_size // 2, axis=1)
     total = np.zeros((count + 3) * hop)
     for part in range(4):

@@ -103,7 +103,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
     """Returns the index of each channel that a file names, such as "1" and "2", or "A" and "B".
 
-    If a file names only one channel, its index is None, because "1" or "A" is also written for mono
+    If a file names only one channel, the index is None, because "1" or "A" is also written for mono
     recordings and for recordings whose channels are mixed.
     """
     names = sorted(set(names))

@@ -9,7 +9,7 @@ from mister_jax.data.audio_source import Channel
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word of a segment with its times in seconds, or None where the source has none."""
+    """A word of a segment with start and end in seconds; None for times that are unknown."""
 
     text: str
     start: float | None = None

@@ -103,7 +103,7 @@ def _is_ctm(row: list[str]) -> bool:
 def _of_recording(
     rows: list[list[str]], column: int, recording: str | None
 ) -> tuple[list[list[str]], list]:
-    """Returns the rows of a recording, and their channels."""
+    """Returns the rows of a recording, and the channel of each row."""
     name = select_recording([row[column] for row in rows], recording)
     rows = [row for row in rows if row[column] == name]
     indices = channel_indices(row[column + 1] for row in rows)

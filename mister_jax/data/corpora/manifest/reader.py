@@ -75,7 +75,7 @@ def read_manifest(
             a comma, a semicolon, a tab or a bar.
         labels: Ordered class names; by default the sorted names in the file.
         label_map: Map from names in the file to class names. An empty class name makes a row
-            unlabeled. To allow a name that looks like a mistake, map it to itself.
+            unlabeled. To allow a name that looks like a mistake, map the name to itself.
         check_labels: Whether to reject labels that look like mistakes.
         group_by: Name of a column, `speaker` or an extra column. Random splits put dialogues with
             equal values in this column into one split. By default, `speaker` if the manifest has
@@ -316,7 +316,7 @@ def _groups(
 def _dialogues(
     rows: Sequence[Row], utterances: Sequence[Utterance]
 ) -> tuple[dict[str, Dialogue], dict[str, str]]:
-    """Returns the dialogues by id, and their splits if the rows have any."""
+    """Returns the dialogues by id, and the split of each dialogue if the rows have splits."""
     turns: dict[str, dict[float, Utterance]] = {}
     splits: dict[str, str | None] = {}
     ordering_field: dict[str, str] = {}
