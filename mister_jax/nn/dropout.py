@@ -149,8 +149,8 @@ def random_bits(
     The bits are random enough for masks, but not for sampling.
 
     A position is the row-major index over the axes after the key's axes. Padding the time axis of a
-    sequence [T, F] therefore does not change its bits. If other axes may be padded too, pass
-    `padded_shape`, and positions are computed as if the array had that shape. Each word of the key
+    sequence [T, F] therefore does not change its bits. If other axes may also be padded, pass
+    `padded_shape`; positions are then computed as if the array had that shape. Each word of the key
     is mixed in by one MurmurHash3 finalizer, in which every input bit flips half of the output bits
     on average.
 
