@@ -106,7 +106,7 @@ def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str
 def _dialogue_features(
     source: DialogueDataset, split: str, modality: str, features: dict[str, np.ndarray]
 ) -> data.DialogueFeatures:
-    """Returns a split with one modality, given its features [F] by utterance id."""
+    """Returns a split with one modality, given the features [F] by utterance id."""
     dialogues, turns = [], []
     for dialogue in source.dialogues(split):
         dialogues.append((dialogue.id, len(dialogue.utterances)))
