@@ -52,8 +52,8 @@ def splice_audio(
       audio_lengths: Number of valid vectors at the start of each clip, [B] int.
 
     Returns:
-      Sequences, [B, N, D], zero-padded on the right; their mask, [B, N] bool; and the mask of their
-      audio, [B, N] bool.
+      Sequences, [B, N, D], zero-padded on the right; the mask of valid positions, [B, N] bool; and
+      the mask of audio positions, [B, N] bool.
     """
     num_tokens = prompt.shape[1]
     sizes = jnp.where(is_placeholder, audio_lengths[:, None], 1) * prompt_mask  # [B, P]
@@ -72,10 +72,10 @@ def splice_audio(
 
 
 class SpeechLLM(nnx.Module):
-    """Language model, without its head, that reads a clip in its prompt.
+    """Language model without a head, whose prompt contains a clip.
 
-    Subclasses create the language model, `decoder`. The token `placeholder` in their config stands
-    for the audio; it need not be in the vocabulary.
+    Subclasses create the language model, `decoder`. The token `placeholder` in the config stands
+    for the audio and need not be in the vocabulary.
     """
 
     config: Any

@@ -281,7 +281,7 @@ class Beats(nnx.Module):
         patches = fbank[:, : num_steps * size].reshape(batch_size, num_steps, size, -1, size)
         patches = patches.swapaxes(2, 3).reshape(batch_size, num_tokens, size * size)
         valid = token_mask[..., None]
-        # Mask the input, too, because gradients through non-finite padding would be NaN.
+        # Also mask the input, because gradients through non-finite padding would be NaN.
         x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
         x = jnp.where(valid, self.projection(x), 0)  # [B, N, D]
         x = self.norm(x + gelu(self.position_convolution(x)))

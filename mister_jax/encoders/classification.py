@@ -173,12 +173,12 @@ class Classifier:
 
 
 def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> Classifier:
-    """Loads a checkpoint for sequence or audio classification with its head.
+    """Loads the encoder and the head of a checkpoint for sequence or audio classification.
 
     Args:
       name_or_folder: Folder, or model name on the Hugging Face Hub; see `hub.fetch`.
       **changes: Further arguments of `registry.load_module`. Whisper always runs on clips padded to
-        30 s, because its heads were trained with this padding.
+        30 s, because Whisper's classification heads were trained with this padding.
 
     Raises:
       InputError: The checkpoint cannot be read, has no classification head, is a regression, or is
