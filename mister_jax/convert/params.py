@@ -194,7 +194,7 @@ def _placeholder(shape: tuple[int, ...]) -> np.ndarray:
 def _match_params(
     module: nnx.Module, table: KeyTable, prefix: str, skip: Any
 ) -> tuple[nnx.State, dict[str, Source], dict[str, nnx.Param]]:
-    """Returns the parameters in the table as a state, and their sources and variables by path."""
+    """Returns the state of the table's parameters, and sources and variables by path."""
     state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(skip)))
     params = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     unmapped, unknown = sorted(set(params) - set(table)), sorted(set(table) - set(params))
@@ -317,7 +317,7 @@ def _place(
     sharding: Sharding,
     buffers: dict[Any, np.ndarray],
 ) -> jax.Array:
-    """Places a layer's value on the devices, each of which gets only its slice.
+    """Places a layer's value on the devices; each device gets only its slice.
 
     Slices are written to `buffers`, over the slices of the previous layer. The devices may still
     read the buffers after this function has returned.
