@@ -25,7 +25,7 @@ def fit_on_validation(
     with_bias: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Fits the calibration of a work directory, writes it, and sets it in the predictor.
+    """Fits a calibration, writes it to the work directory, and sets it in the predictor.
 
     Args:
       predictor: Predictor of the work directory.

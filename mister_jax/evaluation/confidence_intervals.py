@@ -50,7 +50,7 @@ class Estimate:
 class DialogueBootstrap:
     """Computes scores on a whole split and on each resample.
 
-    All scores use the same resamples, so differences between scores have intervals too.
+    All scores use the same resamples, so differences between scores also have intervals.
 
     Args:
       predictions: Predictions for a split with at least one label.

@@ -1,7 +1,7 @@
 """Cross-validation: trains and scores one model per fold, and pools the test predictions.
 
-Each fold trains in a subfolder of the work directory, from which it resumes. Several folds train in
-one program. Every utterance is in the test split of exactly one fold.
+Each fold trains in a subfolder of the work directory and can be resumed there. Several folds train
+in one program. Every utterance is in the test split of exactly one fold.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def cross_validate(
 
 
 def _default_models_at_once() -> int:
-    # A CPU is busy with the steps of one model, and its caches are too small for several.
+    # The steps of one model keep a CPU busy, and the CPU's caches are too small for several models.
     return 1 if jax.default_backend() == "cpu" else 16
 
 

@@ -72,7 +72,7 @@ def _checkpoint_date(folder: epath.Path) -> str | None:
 
 
 def render_header(predictions: SplitPredictions, experiment: Experiment) -> str:
-    """Renders the dataset, the split, and facts about the training run with its config."""
+    """Renders the dataset, the split, and the config and other facts of the training run."""
     config = flatten(experiment.config)
     facts = "".join(
         element("dt", escape(name)) + element("dd", escape(value))
