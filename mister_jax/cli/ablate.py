@@ -3,7 +3,7 @@
 mister-jax ablate --config=fusion:mosi_features --config.num_seeds=5 --workdir=DIR
 mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_kl
 
-Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run it again to resume.
+Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run the command again to resume.
 """
 
 from absl import flags

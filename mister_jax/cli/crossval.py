@@ -1,13 +1,14 @@
-"""Trains and scores one model per fold of a dataset, and pools their test predictions.
+"""Trains and scores one model per fold of a dataset, and pools the test predictions.
 
 mister-jax crossval --config=fusion:iemocap --workdir=DIR --folds=session
 mister-jax crossval --config=fusion:my_features --workdir=DIR --folds=speaker:5
 mister-jax crossval --config=fusion:polish_1 --workdir=DIR --datasets=polish_1,polish_2
 
 --folds is the column whose values are held out in turn: dialogue, speaker or session (for IEMOCAP,
-speaker and session are read from its ids), or a column of a manifest. COLUMN:K makes K folds of the
-values, with about equal classes. --datasets takes each dataset with its own splits as a fold.
-All folds share one program. Run it again to resume.
+speaker and session are read from the ids), or a column of a manifest. COLUMN:K makes K folds of the
+values, with about equally frequent classes. With --datasets, each dataset with its splits is a
+fold.
+All folds share one compiled program. Run the command again to resume.
 """
 
 from absl import flags

@@ -11,7 +11,7 @@ import sys
 import mister_jax
 from mister_jax.errors import InputError, MissingExtraError, require_extra
 
-# Maps each subcommand to the extra that it needs, and to its description.
+# Maps each subcommand to the extra that it needs and to a description.
 SUBCOMMANDS = {
     "prepare": ("train", "Prepare a dataset from a corpus, a manifest or feature files."),
     "extract": ("train", "Extract features from a dataset with an encoder."),
@@ -39,7 +39,7 @@ subcommands:
 
 
 def main(subcommand: str | None = None) -> None:
-    """Runs a subcommand, which the command line names by default, and exits with its status."""
+    """Runs a subcommand, by default the one on the command line, and exits with its status."""
     arguments = sys.argv[1:]
     if subcommand is None:
         subcommand, arguments = _read_subcommand(arguments)

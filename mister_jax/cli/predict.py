@@ -15,13 +15,13 @@ mister-jax predict --model=RUN --follow < utterances.jsonl   # one answer per li
 Hugging Face Hub. A --recording is an entire conversation. Its utterances come from --transcript,
 else from a transcript of the same name beside it, else from speech recognition, else from voice
 activity detection. --audio and --text are the recordings and texts of single utterances, in the
-order of their dialogue; an empty value is a missing one. With --follow, each line of standard input
-is a JSON object with the fields of a manifest, such as {"dialogue": "7", "text": "Hello?"}, and is
-answered at once by a JSON line on standard output.
+order of the dialogue; an empty value means that the modality is missing. With --follow, each line
+of standard input is a JSON object with the fields of a manifest, such as
+{"dialogue": "7", "text": "Hello?"}, and is immediately answered by a JSON line on standard output.
 
-The ending of --output chooses the format: .jsonl and .csv have one row per utterance. For
-recordings there are also .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
-.eaf (ELAN). The exit status is 1 if none of the recordings is usable.
+The extension of --output determines the format: .jsonl and .csv have one row per utterance. For
+recordings, the formats .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
+.eaf (ELAN) are also supported. The exit status is 1 if none of the recordings is usable.
 """
 
 from __future__ import annotations
@@ -393,7 +393,7 @@ def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _new_paths(values: Sequence[str]) -> dict[str, str] | None:
-    """Returns the new paths of an encoder and its parts, by the names that `load` takes."""
+    """Returns the new paths of an encoder's parts, by the part names that `load` accepts."""
     from mister_jax.extraction import ENCODER_PARTS
 
     paths = {}

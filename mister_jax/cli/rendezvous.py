@@ -133,7 +133,7 @@ def _report(process: Process, timeout: float) -> str:
 
 
 def _read_line(connection: socket.socket, timeout: float) -> str:
-    """Reads a line, and returns it without its line end, or "" if none arrives in time."""
+    """Reads a line and returns it without the newline, or returns "" if none arrives in time."""
     connection.settimeout(timeout)
     try:
         return connection.makefile().readline().strip()

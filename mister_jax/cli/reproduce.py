@@ -5,9 +5,9 @@ mister-jax reproduce --corpus=iemocap --source=IEMOCAP_full_release --preset=lar
 mister-jax reproduce --corpus=mosi --preset=llm --workdir=DIR --dry_run --device=v5e-8
 
 The presets are small (RoBERTa-base, WavLM-base), large (RoBERTa-large, WavLM-large) and llm
-(Llama-3.1-8B, SALMONN-7B). Each stage is one `mister-jax` command in its own process. Run it again
-to resume. At the end, it prints our scores and the paper's scores in a table, and writes it to
-`reproduce.md`.
+(Llama-3.1-8B, SALMONN-7B). Each stage runs one `mister-jax` command in a separate process. Run this
+command again to resume. At the end, it prints a table of our scores and the paper's scores, and
+writes the table to `reproduce.md`.
 """
 
 from __future__ import annotations

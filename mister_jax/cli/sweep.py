@@ -1,4 +1,4 @@
-"""Trains a grid of hyperparameters, or random points of it, and ranks them by validation.
+"""Trains all or random points of a hyperparameter grid, and ranks them by validation score.
 
 mister-jax sweep --config=fusion:DATASET --workdir=DIR --num_seeds=3
     --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid=model.context_dim=64,128
@@ -6,7 +6,8 @@ mister-jax sweep --config=fusion:DATASET --workdir=DIR --random=20 --seed=0
     --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid="model.kernel_sizes=(1),(1,3)"
 
 Writes `sweep.csv`, `sweep.json` and `sweep.png`. The test split is scored only with
---evaluate_test, and only for the point that is best on validation. Run it again to resume.
+--evaluate_test, and only for the point with the best validation score. Run the command again to
+resume.
 """
 
 from typing import Any

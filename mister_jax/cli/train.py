@@ -1,4 +1,4 @@
-"""Trains MiSTER-E or an encoder with a config. Run it again to resume.
+"""Trains MiSTER-E or an encoder with a config. Run the command again to resume.
 
 mister-jax train --config=fusion:mosi_features --workdir=DIR
 mister-jax train --config=fusion:mosi_features --workdir=DIR --config.num_seeds=5
