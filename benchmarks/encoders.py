@@ -214,7 +214,7 @@ def _model_state(state: Any) -> Any:
 def make_partitioner(devices: Sequence[jax.Device], model_parallelism: int) -> JitPartitioner:
     """Makes the partitioner of an encoder.
 
-    `model_parallelism` is the number of devices that share the work on their rows.
+    `model_parallelism` is the number of devices that work on the same rows together.
 
     Raises:
       InputError: `model_parallelism` does not divide the number of devices.
@@ -255,7 +255,7 @@ def compile_for_tpus(
       length: Number of tokens per text.
       rows: Number of rows per device; 0 for the encoder's default.
       remat: Rematerialization in the language model; see `mister_jax.nn.ScannedLayers`.
-      model_parallelism: Number of chips that share the work on their rows.
+      model_parallelism: Number of chips that work on the same rows together.
       log: Function called with a message before each compilation.
 
     Returns:

@@ -199,7 +199,7 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 
 def _parameters(body: list[_Instruction]) -> list[_Instruction]:
-    """Returns a computation's parameters in the order of its caller's operands."""
+    """Returns a computation's parameters in the order of the caller's operands."""
     parameters = [instruction for instruction in body if instruction.operation == "parameter"]
     return sorted(parameters, key=lambda parameter: int(parameter.rest.partition(")")[0]))
 

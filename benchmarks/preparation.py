@@ -33,8 +33,8 @@ def measure_preparation(
     """Prepares a corpus with about `num_utterances`, and a corpus a fourth of that size.
 
     Returns:
-      A row for each corpus, and a row for their difference, in which the command's startup cancels
-      out. Memory is the peak memory of the largest process.
+      A row for each corpus, and a row for the difference between the two, in which the command's
+      start-up time cancels out. Memory is the peak memory of the largest process.
 
     Raises:
       InputError: There are too few utterances, or the preparation fails.
