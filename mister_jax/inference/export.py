@@ -73,7 +73,7 @@ def write_model(
     Args:
       predictor: Predictor of a MiSTER-E model.
       folder: Folder to write. The folder's name is the model's name in the model card.
-      include_encoders: Whether to copy encoders from the Hub too, so that no download is needed.
+      include_encoders: Whether to also copy encoders from the Hub, so that no download is needed.
 
     Raises:
       InputError: An encoder is missing or the folder cannot be written.
@@ -198,11 +198,11 @@ def export_encoder(
 ) -> None:
     """Writes the fine-tuned encoder of a training run, with its best parameters.
 
-    The encoder is written without the head of stage 1, and Whisper also without its decoder. The
-    folder can be opened with `transformers.AutoModel.from_pretrained`: it holds `config.json`,
+    The encoder is written without the stage 1 head; Whisper is also written without a decoder. The
+    folder can be opened with `transformers.AutoModel.from_pretrained`. It contains `config.json`,
     safetensors with the LoRA weights merged, and the files of the tokenizer or feature extractor.
-    With `adapter`, it holds a LoRA adapter that `peft.PeftModel.from_pretrained` adds to the base
-    model opened with `AutoModel`. The folder is written completely or not at all.
+    With `adapter`, it instead contains a LoRA adapter, which `peft.PeftModel.from_pretrained` adds
+    to the base model opened with `AutoModel`. The folder is written completely or not at all.
 
     Args:
       model: Work directory of the training run.

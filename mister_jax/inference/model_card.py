@@ -108,7 +108,7 @@ def model_card(
 
 
 def _scores_section(split: str, scores: Mapping[str, Any], class_names: Sequence[str]) -> str:
-    """Returns the scores on a split and its confusion matrix."""
+    """Returns the section with the scores and the confusion matrix of a split."""
     summary = [
         (title(name), f"{scores[name]:.3f}", f"{scores['majority'][name]:.3f}")
         for name in SCORE_NAMES

@@ -51,10 +51,10 @@ def write_predictions(
     Args:
       path: File to write.
       rows: Predictions.
-      embed_audio: Whether a web page contains the audio. Otherwise it links to the recording.
-      transcript: Transcript of the recording. If it and the output are both EAF or TextGrid
-        files, the emotion tiers are added to the tiers of the transcript. Other formats do not
-        use it.
+      embed_audio: Whether a web page contains the audio instead of a link to the recording.
+      transcript: Transcript of the recording. If the transcript and the output are both EAF or
+        TextGrid files, the emotion tiers are added to the tiers of the transcript. Other output
+        formats ignore the transcript.
       channels: Channels that were predicted; see `find_utterances`. A web page shows and embeds the
         audio of these channels; with "split", it is the mix of all channels.
 

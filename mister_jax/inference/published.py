@@ -55,7 +55,7 @@ class PublishedModels:
       feature_dims: Number of labels of each modality, 1 without a model.
 
     Raises:
-      InputError: A model cannot be loaded or is not of its modality, the weights or labels cannot
+      InputError: A model cannot be loaded or has the wrong modality, the weights or labels cannot
         be used, or the models share no emotion.
     """
 
@@ -123,7 +123,7 @@ class PublishedModels:
             shared = encoded[modality] @ emotions  # N C
             total = shared.sum(-1, keepdims=True)
             np.divide(shared, total, out=probabilities[:, expert], where=total > 0)
-        # If only a model with weight 0 can read an utterance, its prediction is used.
+        # If only a model with weight 0 can read an utterance, use the prediction of that model.
         gate = np.where(gate.any(-1, keepdims=True), gate, present)
         gate = gate / np.maximum(gate.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
         mixture = np.einsum("ne,nec->nc", gate, probabilities)

@@ -173,7 +173,7 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int = 0,
         quiet: bool = True,
     ) -> list[list[dict[str, Any]]]:
-        """Predicts every utterance of some dialogues, each in the context of its dialogue.
+        """Predicts every utterance of one or more dialogues in the context of its dialogue.
 
         Args:
           dialogues: Utterances in the order of the dialogue, each a dict with "text", "audio" or
@@ -458,7 +458,7 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int,
         quiet: bool,
     ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
-        """Returns speech features [N, F], which of them are present [N], and notes.
+        """Returns speech features [N, F], presence flags [N], and notes.
 
         Speech is decoded and encoded in groups of `_MAX_GROUP_SECONDS`, so memory does not grow
         with the length of a recording.
@@ -500,7 +500,7 @@ class EmotionRecognizer(ModelHubMixin):
     def _encode(
         self, modality: str, items: Sequence[Any], quiet: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns features [N, F] of texts or clips, and which of them are present, [N]."""
+        """Returns the features of texts or clips, [N, F], and presence flags, [N]."""
         dim = self._feature_dims[modality]
         no_features = np.zeros((len(items), dim), np.float32), np.zeros(len(items), bool)
         if modality not in self._encoders:
@@ -591,7 +591,7 @@ def load(model: epath.PathLike = DEFAULT_MODEL, **options: Any) -> EmotionRecogn
 
 
 def summarize_notes(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns one line with the number of utterances by kind of note, empty if there are none."""
+    """Returns one line with the number of utterances by kind of note, empty without notes."""
     counts = collections.Counter(
         kind for row in rows for kind in {note.partition(":")[0] for note in row["notes"]}
     )

@@ -48,7 +48,7 @@ _VAD_OPTIONS = {
 
 # A recognizer gets pieces of at most this length in seconds: 38 MB of float32.
 _PIECE_SECONDS = 600.0
-# Each piece ends at the quietest time within its last seconds, so that few words are truncated.
+# Each piece ends at the quietest time within its last seconds, so that few words are split.
 _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 
 # A recording that ends before this fraction of the length in its header is truncated. The length of
@@ -134,7 +134,7 @@ class WhisperRecognizer:
         return transcribe
 
     def _transcribe(self, samples: np.ndarray, language: str | None) -> tuple[list[Segment], str]:
-        """Returns the segments of samples, and their language."""
+        """Returns the segments in the samples, and the language."""
         segments, info = self._model.transcribe(
             samples,
             language=language,
