@@ -45,7 +45,7 @@ def config_from_dataclass(
 
     Args:
       cls: Dataclass.
-      without: Fields to leave out.
+      without: Names of the fields to leave out.
       **changes: Values that replace the defaults.
     """
     config = ConfigDict()
