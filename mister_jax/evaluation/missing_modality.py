@@ -43,7 +43,7 @@ def drop_modalities(
       features: Features of a split.
       drop_speech: Probability that an utterance loses its speech.
       drop_text: Probability that an utterance loses its text.
-      seed: Seed of the draw.
+      seed: Random seed that determines which modalities are dropped.
       zero_fill_values: Maps each modality to the vector [D] or number that replaces its dropped
         features, which are then not flagged as missing. By default, dropped modalities are flagged.
     """

@@ -214,7 +214,7 @@ def render_calibration(
 
     Args:
       predictions: Predictions for the split.
-      bootstrap: Bootstrap over their dialogues.
+      bootstrap: Bootstrap over the dialogues of the split.
       summary: Scores before and after calibration (see `evaluation.calibration`); may be empty.
     """
     error, bins = statistics.calibration(predictions, bootstrap)
