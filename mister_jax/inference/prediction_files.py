@@ -50,7 +50,7 @@ def write_predictions(
 
     Args:
       path: File to write.
-      rows: Predictions.
+      rows: Prediction rows, one per utterance.
       embed_audio: Whether a web page contains the audio instead of a link to the recording.
       transcript: Transcript of the recording. If the transcript and the output are both EAF or
         TextGrid files, the emotion tiers are added to the tiers of the transcript. Other output

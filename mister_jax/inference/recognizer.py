@@ -183,7 +183,7 @@ class EmotionRecognizer(ModelHubMixin):
             a file. "audio_channel" is "mix", "left", "right" or an index. The other fields of a
             manifest are allowed and do not affect the prediction. An unusable file is logged, and
             its utterance is predicted without speech.
-          max_seconds: Seconds of each utterance's speech to read.
+          max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.
           quiet: Whether to hide progress.
@@ -222,10 +222,10 @@ class EmotionRecognizer(ModelHubMixin):
         """Predicts utterances in the context of the dialogues that contain them.
 
         Args:
-          utterances: All utterances.
+          utterances: Utterances of all dialogues.
           dialogues: Indices of the utterances in each dialogue. An utterance may be in several
             dialogues.
-          max_seconds: Seconds of each utterance's speech to read.
+          max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files.
           quiet: Whether to hide progress.
@@ -288,7 +288,7 @@ class EmotionRecognizer(ModelHubMixin):
 
         Args:
           recording: Audio or video file in any format that FFmpeg reads.
-          max_seconds: Seconds of each utterance's speech to read.
+          max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
           quiet: Whether to hide progress.
           **options: Options of `recordings.find_utterances`, such as `transcript`.
@@ -394,7 +394,7 @@ class EmotionRecognizer(ModelHubMixin):
 
         Args:
           window: Number of utterances in the window of a model that is not causal.
-          max_seconds: Seconds of each utterance's speech to read.
+          max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
 
         Raises:
