@@ -47,7 +47,7 @@ class Device:
     """Accelerator of a reproduction.
 
     Attributes:
-      title: Name in tables.
+      title: Name of the device in tables.
       count: Number of chips.
       flops: Peak bfloat16 operations per second of a chip.
       memory: Memory of a chip in bytes.
@@ -186,7 +186,7 @@ class Estimate:
       command: Command of the stage.
       hours: Predicted run time in hours; None without a prediction.
       memory: Bytes per chip; None for stages with small models.
-      basis: What the prediction is based on.
+      basis: Short text on the assumptions behind the prediction.
     """
 
     stage: str

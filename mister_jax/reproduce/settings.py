@@ -75,7 +75,7 @@ class Settings:
     Attributes:
       corpus: One of `CORPORA`.
       preset: Key of `PRESETS`.
-      workdir: Folder of all stages.
+      workdir: Folder that contains the files of all stages.
       source: Folder of the released corpus.
       data_dir: Directory of the datasets; if empty, WORKDIR/data.
       classes: Classes of IEMOCAP, one of `CLASSES`.

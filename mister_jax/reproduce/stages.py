@@ -26,7 +26,7 @@ class Stage:
     """One command of a reproduction.
 
     Attributes:
-      name: Name in messages and tables.
+      name: Name of the stage in messages and tables.
       arguments: Arguments of `mister-jax`.
       is_done: Function that returns whether the output files of the stage exist.
       workdir: Work directory of a training stage, empty for other stages.
