@@ -81,7 +81,7 @@ def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     optimizer's moments end with the paths of their parameters, so the rules apply to both.
 
     Args:
-      tree: Arrays or their shapes.
+      tree: Tree of arrays or of their shapes.
       mesh: Device mesh.
       rules: Pairs of a regular expression and the mesh axis of each dimension.
     """
