@@ -110,7 +110,7 @@ def _apply_filters(power: jax.Array, filters: np.ndarray) -> jax.Array:
 
 
 def log_mel_lengths(lengths: jax.Array) -> jax.Array:
-    """Returns the number of `log_mel` frames whose center is in the clip, for `lengths` samples."""
+    """Returns the number of `log_mel` frames centered inside clips of `lengths` [B] samples."""
     return -(-lengths // FRAME_STEP)
 
 

@@ -73,7 +73,7 @@ class SpeechFiles:
 
 
 def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]:
-    """Reads a speech encoder's config, which suffices to create the encoder without its files.
+    """Reads a speech encoder's config, from which the encoder can be created without its files.
 
     Args:
       files: Locations of the files.

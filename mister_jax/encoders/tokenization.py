@@ -83,7 +83,7 @@ def encode_texts(
 
     Args:
       tokenizer: Tokenizer from transformers.
-      texts: Non-empty texts.
+      texts: Texts to encode, which must not be empty.
       max_tokens: Maximum number of tokens; longer texts are truncated and a message is logged.
       where: Origin of the texts, for the log message.
 
