@@ -58,8 +58,8 @@ class MisterEConfig:
       modality_dropout: Probability of hiding an utterance's speech in training, and,
         independently, its text. An utterance without both is predicted from its context.
       experts: Enabled experts, a subset of ("speech", "text", "fusion").
-      mixture: How the experts' logits are combined: weighted by the gate ("gate"), averaged
-        ("mean"), or by a majority vote in which the fusion expert breaks ties ("majority").
+      mixture: Method that combines the experts' logits: "gate" weights them by the gate, "mean"
+        averages them, and "majority" is a majority vote in which the fusion expert breaks ties.
       crf: Whether to apply a linear-chain conditional random field to the mixture's logits; False
         in the released model.
       predict_score: Whether each expert also predicts a number, such as the sentiment of CMU-MOSI;
