@@ -315,7 +315,7 @@ class GRU(nnx.Module):
         """Runs the layers for the next step.
 
         Args:
-          state: State after the last step.
+          state: State after the previous step.
           x: Input of this step, [B, I].
 
         Returns:
