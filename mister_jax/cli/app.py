@@ -33,8 +33,8 @@ _CONVERSION_ERRORS = {
 def run(module: ModuleType) -> None:
     """Parses the command line and runs `main` in a subcommand's module.
 
-    `main` takes no arguments, or the list of all arguments that are not flags if the module has
-    `TAKES_ARGUMENTS = True`.
+    `main` takes no arguments. If the module has `TAKES_ARGUMENTS = True`, `main` takes the list of
+    all arguments that are not flags.
 
     The exit status is the result of `main`, or 0 for None. Invalid flags, an `InputError`, an
     unwritable path and a missing JAX platform exit with one line on stderr and status 2, and Ctrl-C
