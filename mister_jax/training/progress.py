@@ -19,7 +19,7 @@ _ERRORS = {LOSS: "cross_entropy", MAE: "mae"}
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length of a training run, and how often it logs and saves.
+    """Options for the length of a training run, logging and checkpoints.
 
     Attributes:
       epochs: Number of passes over the training split.
