@@ -207,7 +207,7 @@ def read_emobox(
 
 
 def dataset_name(source: str | pathlib.Path, fold: int | None) -> str:
-    """Returns the default name of the dataset of a fold or a metadata file."""
+    """Returns the default dataset name for a fold or a metadata file."""
     path = pathlib.Path(source).expanduser()
     if path.is_file():
         return path.stem.lower()
