@@ -1,4 +1,4 @@
-"""Benchmarks feature extraction against the same encoder in PyTorch and ONNX Runtime.
+"""Benchmarks feature extraction in this library, PyTorch and ONNX Runtime with one encoder.
 
 All libraries compute the mean of the last hidden states. PyTorch (with transformers) and ONNX
 Runtime (with a text encoder that PyTorch exports) encode one utterance at a time, as the released
