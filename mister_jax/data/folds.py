@@ -129,7 +129,7 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
         seed: Seed that decides between equally good assignments of "COLUMN:K".
 
     Raises:
-        InputError: The specification is unknown, or the column has too few values for K folds.
+        InputError: The specification is unknown, or the column has too few values.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:

@@ -88,7 +88,7 @@ def choose_standardizers(
 
 
 def why_standardize(vectors: np.ndarray) -> str:
-    """Returns the reason to standardize vectors [N, D], or an empty string.
+    """Returns the reason to standardize vectors [N, D], or an empty string without a reason.
 
     Vectors need standardization if the scales of their dimensions differ much, as in features with
     physical units (Hz, decibels, fractions), or if their median scale is far from 1. Constant

@@ -19,7 +19,7 @@ END_TOLERANCE = 0.5
 
 
 def max_characters_per_second(text: str) -> float:
-    """Returns the highest plausible speaking rate of a text; a faster text has wrong times.
+    """Returns the highest plausible speaking rate of a text, in characters per second.
 
     The rate is lower for Chinese, Japanese and Korean characters than for letters.
     """
