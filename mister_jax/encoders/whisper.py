@@ -54,7 +54,8 @@ class WhisperConfig(EncoderConfig):
         attention, which saves time and memory. Otherwise, as in the reference, clips are padded to
         `max_positions` and attention includes the padding. The outputs differ, so use the same
         value in training and extraction. For a tiny model with random weights, and clips that fill
-        a fifth to a half of the window, the difference is 0.3 to 0.6 standard deviations.
+        a fifth to a half of the window, the difference is 0.3 to 0.6 standard deviations of the
+        outputs.
       dropout: Dropout rate on the transformer's input and each block's output.
       mask_spectrogram: Whether to mask time steps and mel bins in training; see
         `augment.mask_spectrogram`.
