@@ -290,10 +290,10 @@ def _assign_channels(
 def _loudest(power: np.ndarray, share: np.ndarray) -> int:
     """Returns the position of a speaker's channel.
 
-    The channel with the largest share of the speaker's power is chosen, because a channel may be
-    louder than the others for all speakers. If all speakers are in one channel and the other
-    channels contain only crosstalk, the shares are almost equal. In this case, the channel with the
-    largest power is chosen.
+    The speaker's share of a channel's total power is compared instead of the speaker's power,
+    because a channel may be louder than the others for all speakers. If all speakers are in one
+    channel and the other channels contain only crosstalk, the shares are almost equal. In this
+    case, the channel with the largest power is chosen.
 
     Args:
       power: Power of the speaker in each channel.
