@@ -11,7 +11,7 @@ from mister_jax.errors import InputError
 
 
 def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the recordings in a folder and its subfolders in sorted order, following links.
+    """Yields the recordings below a folder in sorted order, and follows links to folders.
 
     Hidden files and folders, and `__MACOSX`, which archive programs add, are skipped.
     """

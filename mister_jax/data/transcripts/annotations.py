@@ -154,7 +154,7 @@ def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
 
 
 def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator[Segment]:
-    """Labels each segment with the text of the interval that covers at least half of it."""
+    """Labels segments with the text of the interval that covers most of them, at least half."""
     labels = sorted(labels, key=lambda label: label.start)
     ends = [label.end for label in labels]
     for segment in segments:

@@ -246,7 +246,7 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     cuts = [
         cut for index, offset in enumerate(offsets) if (cut := _cut_at_word(segment, index, offset))
     ]
-    # If pauses are equally long, for example all 0, the pause nearest to the middle is used.
+    # If pauses are equally long, for example all 0, a pause near the middle is used.
     cuts.sort(key=lambda cut: (round(cut.start - cut.end, 2), -abs(cut.start - middle)))
     while cuts:
         parts = _apply(segment, [cuts.pop()], rules)
