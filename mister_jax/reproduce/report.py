@@ -166,7 +166,7 @@ def write_report(
 
 
 def _notes(settings: Settings) -> list[str]:
-    """Describes all differences between this run and the paper's recipe."""
+    """Describes all differences between this run and the recipe."""
     changes = [
         f"{name}: {', '.join(options)}"
         for name, options in (
