@@ -57,8 +57,8 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
-# Compiling for eight devices takes twice as long as for one, and few tests need them: those marked
-# `devices`.
+# Compiling for eight devices takes twice as long as for one device. Only the tests marked `devices`
+# use all eight.
 sharding.job_devices = lambda: jax.devices()[:1]
 
 
@@ -70,20 +70,20 @@ def _use_marked_devices(request):
         yield
 
 
-# The second also covers the module-scoped fixtures of a marked module.
+# The second fixture also covers the module-scoped fixtures of a marked module.
 use_devices_in_test = pytest.fixture(autouse=True)(_use_marked_devices)
 use_devices_in_module = pytest.fixture(scope="module", autouse=True)(_use_marked_devices)
 
 
 def pytest_sessionfinish(exitstatus):
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
-        # Runs after multiprocessing has deleted its own folders inside, at priority -100.
+        # Runs after multiprocessing has deleted its folders in this one, at priority -100.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
         multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
 
 def pytest_collection_finish():
-    # The objects of imported modules stay, so garbage collection need not visit them.
+    # The objects of imported modules are never freed, so garbage collection need not visit them.
     gc.collect()
     gc.freeze()
 
@@ -230,7 +230,7 @@ def salmonn_options(tmp_path_factory, llama_folder):
 
 @pytest.fixture(scope="session")
 def spoken_dir(tmp_path_factory):
-    """A folder with the dataset `manifest/spoken`, whose words tell the emotion."""
+    """A folder with the dataset `manifest/spoken`, in which the words determine the emotion."""
     from tests.helpers.tiny_datasets import write_spoken
 
     folder = tmp_path_factory.mktemp("spoken")
@@ -240,7 +240,7 @@ def spoken_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def heard_dir(tmp_path_factory):
-    """A folder with the dataset `manifest/heard`, whose pitch tells the emotion."""
+    """A folder with the dataset `manifest/heard`, in which the pitch determines the emotion."""
     from tests.helpers.tiny_datasets import write_heard
 
     folder = tmp_path_factory.mktemp("heard")
@@ -260,7 +260,7 @@ def tiny_data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_workdir(tiny_data_dir, tmp_path_factory):
-    """The work directory of a training of two epochs on `tiny`."""
+    """The work directory of a training run of two epochs on `tiny`."""
     from mister_jax.training.loop import train
     from tests.helpers.training import make_tiny_config
 

@@ -29,7 +29,7 @@ def softmax(logits):
 
 
 def sample(calibration, num_utterances=20_000, seed=0):
-    """Returns probabilities, and labels drawn from their calibration."""
+    """Returns probabilities, and labels drawn from the calibrated probabilities."""
     random = np.random.default_rng(seed)
     probabilities = softmax(2 * random.normal(size=(num_utterances, 3)))
     draws = random.random((num_utterances, 1))

@@ -40,7 +40,7 @@ def test_a_checkpoint_with_a_truncated_file_is_read_correctly_or_refused(tmp_pat
     refused_files = set()
     for path in sorted(original.rglob("*")):
         name = path.relative_to(original)
-        # The files of a single process are merged into others.
+        # The files of a single process are not read, because they are merged into other files.
         if path.is_dir() or "ocdbt.process_0" in name.parts:
             continue
         damaged = tmp_path / "damaged"

@@ -25,7 +25,7 @@ FILES = sorted(
 
 
 def check_fusion_config(config):
-    """Creates the task of a config; returns the config of its model."""
+    """Creates the task of a config and returns the model config."""
     sizes = {"num_classes": 3, "speech_dim": 6, "text_dim": 7}
     model = dataclass_from_config(MisterEConfig, config.model, "model", **sizes)
     FusionTask(config, ("a", "b", "c"), model)

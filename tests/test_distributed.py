@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each compute the numbers of one process of eight devices."""
+"""Two processes with four CPU devices each give the results of one process with eight devices."""
 
 import functools
 import itertools
@@ -54,7 +54,7 @@ def train_to_status(workdir, data_dir, on_step=None):
 
 
 def train_and_kill(workdir, data_dir, process_id):
-    """Trains; process 1 is killed in the third epoch, when the first one is certainly saved."""
+    """Trains; process 1 is killed in the third epoch, when the first epoch is certainly saved."""
 
     def kill(step):
         if (process_id, step) == (1, 8):
@@ -64,7 +64,7 @@ def train_and_kill(workdir, data_dir, process_id):
 
 
 def train_and_terminate(workdir, data_dir, process_id):
-    """Resumes with slow steps; process 1 receives SIGTERM after its first one."""
+    """Resumes with slow steps; process 1 receives SIGTERM after its first step."""
     num_steps = itertools.count(1)
 
     def terminate(step):
@@ -151,7 +151,7 @@ def test_a_killed_and_terminated_job_resumes_to_the_results_of_one_process(
     statuses, logs, seconds = run_job(train_and_kill, workdir, data_dir)
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] not in (0, STOPPED_BY_SIGTERM) and seconds < 4 * HEARTBEAT_TIMEOUT
-    # Either JAX ends process 0, or its own collective operation fails first.
+    # Either JAX ends process 0, or a collective operation of process 0 fails first.
     assert "another task died" in logs[0] or "error: process 0 of 2 failed" in logs[0]
 
     statuses, logs, _ = run_job(train_and_terminate, workdir, data_dir)

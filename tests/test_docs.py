@@ -55,7 +55,7 @@ SMALL_FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of code; `reason` says why it is not run, if it is not."""
+    """A fenced block of code; `reason` says why the block is not run, or is empty."""
 
     page: str
     language: str

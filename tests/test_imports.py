@@ -15,7 +15,7 @@ FILES = sorted(
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
-# A part imports parts of the rows below it only, so no two parts import each other.
+# A part imports only parts of the rows below it, so no two parts import each other.
 LAYERS = (
     ("launch",),
     ("cli",),

@@ -102,7 +102,7 @@ def test_dry_run_prints_every_command_and_runs_none(fake_commands):
 def test_preempted_slice_is_created_again_and_the_command_restarts(fake_commands):
     folder = fake_commands(
         states=["-", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "-", "ACTIVE"],
-        # No command yet, connection lost, no command on the new slice, finished.
+        # Replies: no command yet, connection lost, no command on the new slice, finished.
         statuses=["-", "-", "-", "0"],
     )
     result, calls = run_tpu_vm(folder)
@@ -249,7 +249,7 @@ def test_gke_jobset_runs_the_command_on_every_host():
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
-    assert pod["restartPolicy"] == "Never"  # A pod failure policy requires it.
+    assert pod["restartPolicy"] == "Never"  # required by a pod failure policy
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]

@@ -72,7 +72,7 @@ def numpy_gate_responsibility(gate, expert_logits, labels, mask, expert_mask, sh
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight dialogues of different lengths: one empty, one without labels, some experts missing."""
+    """Eight dialogues of different lengths. One is empty, one has no labels, some lack experts."""
     random = np.random.default_rng(0)
     mask = np.arange(6) < np.array([6, 1, 0, 4, 2, 5, 3, 3])[:, None]
     label = np.where(random.random(mask.shape) < 0.9, random.integers(NUM_CLASSES, size=(8, 6)), -1)
@@ -170,7 +170,8 @@ def test_contrastive_equals_its_definition(batch, temperature):
 def test_contrastive_ignores_anchors_without_positives():
     representations = jnp.eye(3, FUSION_DIM)
     label, everywhere = jnp.array([0, 0, 1]), jnp.ones(3, bool)
-    # All cosines are 0, so the two anchors with a positive have log(2), for two candidates each.
+    # All cosines are 0, so the loss of the two anchors with a positive is log(2): each has two
+    # candidates.
     value, _ = contrastive_gradient(representations, label, everywhere)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
     no_positives, gradient = contrastive_gradient(representations, jnp.arange(3), everywhere)

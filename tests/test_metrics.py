@@ -35,7 +35,7 @@ def test_scores_equal_scikit_learn(pairs):
     assert scores["weighted_f1"] == pytest.approx(f1["weighted"])
     assert scores["macro_f1"] == pytest.approx(f1["macro"])
     assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
-    # Not `balanced_accuracy_score`, which warns about predicted classes that do not occur.
+    # `balanced_accuracy_score` would warn about predicted classes that do not occur.
     recall = sklearn.metrics.recall_score(
         labels, predicted, labels=np.unique(labels), average="macro"
     )
@@ -114,7 +114,7 @@ def test_binary_sentiment_follows_three_conventions():
     scores = metrics.binary_sentiment(score, positive)
     assert tuple(scores) == metrics.SENTIMENT_CONVENTIONS
 
-    # Labels - - + + + +: the 1st, 3rd and 5th are correct. F1 of - is 2/(2+3), of + 4/(4+3).
+    # Labels - - + + + +: the 1st, 3rd and 5th are correct. F1 is 2/(2+3) for -, 4/(4+3) for +.
     nonnegative = scores["negative_nonnegative"]
     assert nonnegative["accuracy"] == pytest.approx(3 / 6)
     assert nonnegative["weighted_f1"] == pytest.approx((2 * 2 / 5 + 4 * 4 / 7) / 6)
@@ -126,7 +126,7 @@ def test_binary_sentiment_follows_three_conventions():
     assert without_zero["weighted_f1"] == pytest.approx(1 / 2)
     assert without_zero["utterances"] == 4
 
-    # Labels - - - - + +, predictions - + + - + -. F1 of - is 4/(4+3), of + 2/(2+3).
+    # Labels - - - - + +, predictions - + + - + -. F1 is 4/(4+3) for -, and 2/(2+3) for +.
     positive_only = scores["nonpositive_positive"]
     assert positive_only["accuracy"] == pytest.approx(3 / 6)
     assert positive_only["weighted_f1"] == pytest.approx((4 * 4 / 7 + 2 * 2 / 5) / 6)

@@ -47,7 +47,7 @@ def test_gradients_are_clipped_by_global_norm_if_configured():
         step_sizes[clip_norm] = float(PARAMS["kernel"][0, 0] - params["kernel"][0, 0])
     assert step_sizes[0.0] == pytest.approx(30 / 1030, rel=1e-3)
     assert step_sizes[1e6] == step_sizes[0.0]
-    clipped = 1 / np.sqrt(6)  # value of each of the six gradients, whose norm is 1
+    clipped = 1 / np.sqrt(6)  # the value of all six gradients, so that their norm is 1
     assert step_sizes[1.0] == pytest.approx(clipped / (1000 + clipped), rel=1e-3)
 
 

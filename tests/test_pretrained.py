@@ -1,4 +1,4 @@
-"""Models in the package, used without a trained run."""
+"""The packaged models work without a training run."""
 
 import pathlib
 

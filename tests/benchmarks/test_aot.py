@@ -1,4 +1,4 @@
-"""Programs compile for TPUs that this machine lacks, and the predictions are consistent."""
+"""Programs compile for TPUs that this machine does not have, and the predictions are consistent."""
 
 import importlib.util
 

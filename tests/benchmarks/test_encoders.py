@@ -85,7 +85,7 @@ def test_both_programs_are_timed():
     assert [row["what"] for row in rows] == [encoders.EXTRACTION, encoders.FINE_TUNING]
     for row in rows:
         assert row["rows"] == row["devices"] == jax.device_count()
-        assert row["median_ms"] > 0 and row["utilization"] is None  # of a CPU
+        assert row["median_ms"] > 0 and row["utilization"] is None  # unknown for CPUs
 
 
 @pytest.mark.parity

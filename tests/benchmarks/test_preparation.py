@@ -10,7 +10,7 @@ from mister_jax.errors import InputError
 
 @pytest.fixture
 def short_dialogues(monkeypatch):
-    """Makes dialogues of one utterance, so that three utterances are a corpus."""
+    """Makes dialogues of one utterance, so that three utterances are enough for a corpus."""
     for module in (preparation, writer):
         monkeypatch.setattr(module, "MIN_LENGTH", 1)
         monkeypatch.setattr(module, "MAX_LENGTH", 1)

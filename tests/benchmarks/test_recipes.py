@@ -51,7 +51,7 @@ def test_compares_recipes_on_all_dialogues_but_those_of_the_test_split(
     lines = (tmp_path / "tiny" / "two" / "predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
     predicted = {row["utterance"] for row in predictions}
-    # An expert is compared with the mixture on the utterances that have its modality.
+    # An expert is compared with the mixture on the utterances that have the expert's modality.
     voted = [row for row in predictions if row["label"] and row["experts"]["text"]]
     assert len(voted) < len([row for row in predictions if row["label"]])
     label = [row["label"] for row in voted]

@@ -1,6 +1,6 @@
 """The benchmark of a recording measures both sources of utterances and their overlap with speech.
 
-Each row of the benchmark starts a process, so few tests measure.
+Each row of the benchmark starts a process, so only a few tests run measurements.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The benchmark of a whole training: both commands run, and PyTorch trains the same model."""
+"""The benchmark of a whole training run: both commands run, and PyTorch trains the same model."""
 
 import dataclasses
 import types

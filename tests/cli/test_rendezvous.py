@@ -15,7 +15,7 @@ from tests.helpers.ports import free_port
 def errors_of(*processes):
     """Runs processes, each (process_id, num_processes), and returns the error of each, "" for none.
 
-    Process 0 starts last, so its deadline is the last.
+    Process 0 starts last, so its deadline is also the last one.
     """
     port = free_port()
 

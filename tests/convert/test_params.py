@@ -40,7 +40,7 @@ class Model(nnx.Module):
 
 
 class Spy:
-    """Tensor that counts the bytes that are read, and the largest read."""
+    """Tensor that records the number of bytes read and the size of the largest read."""
 
     read = largest = 0
 

@@ -123,14 +123,16 @@ def write_meld(root, write_mp4):
             write_mp4(clip, 0.5, channels=6 if dialogue == 61 else 2)
     test_clips = root / "test" / MELD_FOLDERS["test"]
     write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
-    write_mp4(root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2)  # It has no row.
+    write_mp4(
+        root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2
+    )  # has no row in the CSV
     (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
     # Archives from macOS contain these folders, which sort before the folders of clips.
     for folder in MELD_FOLDERS.values():
         (root / "__MACOSX" / folder).mkdir(parents=True)
 
 
-# A video of each split. One has more than nine segments, to test their numeric order.
+# One video per split. One has more than nine segments, to test that the order is numeric.
 MOSI = {
     "03bSnISJMiM": [2.4, 0.0, -0.8, 1.0, -3.0, 3.0, 0.2, -0.2, 1.8, -1.2, 0.6],
     "_dI--eQ6qVU": [0.0],

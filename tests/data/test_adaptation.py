@@ -1,4 +1,4 @@
-"""Adaptation to other recording conditions, and the warning without it."""
+"""Adaptation to other recording conditions, and the warning if adaptation is off."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Decoding of recordings: formats, cuts, channels, broken files and parallel processes."""
+"""Decoding of recordings: formats, segments, channels, broken files and parallel processes."""
 
 import os
 import pathlib
@@ -117,7 +117,7 @@ def test_every_format_preserves_tone_level_and_length(files, name):
     clip = decode(files[name])
     assert clip.samples.dtype == np.int16
     assert clip.samples.ndim == 1
-    # Codecs that work in blocks pad the last one.
+    # Codecs that work in blocks pad the last block.
     assert len(clip.samples) / RATE == pytest.approx(6.5, abs=0.025)
     assert clip.seconds == len(clip.samples) / RATE
     assert peak_frequency(clip.samples) == pytest.approx(440, abs=0.3)
@@ -270,7 +270,7 @@ def test_stream_may_change_its_format(tmp_path):
 
 
 def write_broken_files(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, tuple]:
-    """Returns by name a source that cannot be decoded, and the expected reason."""
+    """Returns sources that cannot be decoded and the expected reasons, keyed by name."""
 
     def write_bytes(name: str, content: bytes) -> pathlib.Path:
         (folder / name).write_bytes(content)
@@ -397,7 +397,7 @@ def test_wav_file_of_open_length_is_not_damaged(tmp_path, size):
 
 @pytest.fixture
 def requests(tmp_path, files) -> list[DecodeRequest]:
-    """Returns requests of recordings, cuts and broken files."""
+    """Returns requests for recordings, segments of recordings, and broken files."""
     broken_files = write_broken_files(tmp_path, files)
     return [
         *(DecodeRequest(path) for path in files.values()),

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory, write_wav):
-    """Twelve dialogues of three turns; the second turns lack speech, the third text."""
+    """Twelve dialogues of three turns. The second turn has no speech, and the third has no text."""
     root = tmp_path_factory.mktemp("corpus")
     rows = []
     for dialogue in range(12):
@@ -265,7 +265,7 @@ def test_features_of_a_dialogue_dataset_can_be_batched(manifest, tmp_path):
     loaded = load_features("small_features", "train", tmp_path)
     (batch,) = batches(loaded, BatchPlan(loaded.lengths, 16), seed=0, epoch=0, shuffle=False)
     assert batch["mask"].sum() == len(turns)
-    # The second turn of each dialogue has no speech, the third no text.
+    # The second turn of each dialogue has no speech, and the third has no text.
     np.testing.assert_array_equal(batch["speech_present"][batch["row"] >= 0][:, 1], False)
     np.testing.assert_array_equal(batch["text_present"][batch["row"] >= 0][:, 2], False)
 

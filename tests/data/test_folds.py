@@ -49,7 +49,7 @@ def test_each_speaker_is_the_test_fold_once_and_never_in_training():
     for fold, name in enumerate(folds.names):
         splits = {split: members(features, folds, fold, split) for split in SPLITS}
         assert splits["test"] == {f"u{index}" for index in range(40) if speakers[index] == name}
-        assert len(splits["validation"]) == 8  # The next speaker.
+        assert len(splits["validation"]) == 8  # The utterances of the next speaker.
         assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 40
         tested += splits["test"]
     assert sorted(tested) == sorted(features.utterance_ids.tolist())
@@ -79,7 +79,8 @@ def test_the_other_speaker_of_a_test_dialogue_is_context_without_labels():
     test = select_fold(features, folds, 0, "test")
     assert test.utterance_ids.tolist() == ["u0", "u1", "u2"]
     assert test.label.tolist() == [features.label[0], -1, features.label[2]]
-    # The dialogue's other speaker is the next fold, but has no dialogue without the test speaker.
+    # The next fold is the other speaker of the dialogue, who has no dialogue without the test
+    # speaker.
     assert members(features, folds, 0, "validation") == {"u3", "u4", "u5"}
     assert members(features, folds, 0, "train") == {"u6", "u7"}
 
@@ -95,7 +96,7 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     dialogues = [name.rpartition("_")[0] for name in ids]
     order = np.argsort(dialogues, kind="stable")
     ids, dialogues = [ids[index] for index in order], [dialogues[index] for index in order]
-    # The column has only two values, for ten people.
+    # The column has only two values, although there are ten speakers.
     features = make_features([name.rpartition("_")[2][0] for name in ids], dialogues, ids)
     assert make_folds(features, "session").names == ("01", "02", "03", "04", "05")
     speakers = make_folds(features, "speaker")
@@ -179,6 +180,6 @@ def test_folds_of_a_stored_dataset_and_the_guard_of_the_test_split(tiny_data_dir
         load_fold("tiny", "train", "dialogue:4", 2, tiny_data_dir)
         with pytest.raises(RuntimeError, match="training opens split 'test'"):
             load_fold("tiny", "test", "dialogue:4", 2, tiny_data_dir)
-        # The guard is on again after the pooled splits have been read.
+        # The split guard is active again after the pooled splits have been read.
         with pytest.raises(RuntimeError, match="training opens split 'test'"):
             data.load_features("tiny", "test", tiny_data_dir)

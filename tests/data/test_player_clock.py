@@ -1,4 +1,4 @@
-"""Times match those of a media player: gaps, late audio, channels, and cuts in a single pass."""
+"""Times match those of a media player: gaps, late audio, channels, segments read in one pass."""
 
 import pathlib
 import time
@@ -136,7 +136,7 @@ def test_late_packets_do_not_shift_later_audio(tmp_path):
             frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
             frame.sample_rate, frame.pts = RATE, start
             for packet in stream.encode(frame):
-                # Once a second a packet is 80 ms late, and those after it catch up.
+                # Once a second, a packet is 80 ms late, and the packets after it catch up.
                 late = RATE * 8 // 100 if start % RATE == 0 and start else 0
                 last = max(last + 1, packet.pts + late)
                 packet.pts = packet.dts = last

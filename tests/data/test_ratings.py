@@ -111,7 +111,7 @@ def test_manifest_has_counts_per_class(tmp_path):
     rows = [
         {"label": "sad", "ratings": {"sad": 2, "happy": 1}},
         {"ratings": {"happy": 3, "sad": 1}},  # The majority becomes the label.
-        {"ratings": {"happy": 1, "sad": 1}},  # No majority.
+        {"ratings": {"happy": 1, "sad": 1}},  # There is no majority.
         {"ratings": '{"calm": 2}'},  # Text, as in a CSV file.
         {},
     ]
@@ -252,7 +252,7 @@ def test_scores_equal_those_of_scipy_and_hand_made_agreement():
     assert scores["js_divergence"] == pytest.approx(np.square(distances).mean())
     chosen = [ratings[row, probabilities[row].argmax()] > 0 for row in rows]
     assert scores["any_rater_accuracy"] == np.mean(chosen)
-    # Of three pairs of raters, 3, 0 and 1 agree on the three utterances with several raters.
+    # Three utterances have several raters. Of their three pairs of raters, 3, 0 and 1 agree.
     agreement = (1 + 0 + 1 / 3) / 3
     chance = (4 / 9) ** 2 + (3 / 9) ** 2 + (2 / 9) ** 2
     assert scores["rater_agreement"] == pytest.approx(agreement)

@@ -10,7 +10,7 @@ from mister_jax.data.timing import is_too_fast, max_characters_per_second
     [
         ("a" * 40, 1.0, False),
         ("a" * 41, 1.0, True),
-        # Fluent Mandarin, Japanese and Korean, and four times as fast.
+        # Mandarin, Japanese and Korean at a fluent speed, and at four times that speed.
         ("我们今天要去北京", 1.0, False),
         ("我们今天要去北京" * 4, 1.0, True),
         ("きょうはとてもいいてんきです", 1.5, False),

@@ -40,7 +40,7 @@ def one_token_per_word(texts):
 
 def test_utterances_with_text_are_loaded_in_order(spoken_dir):
     utterances = load_tokens("manifest/spoken", "test", spoken_dir, one_token_per_word)
-    # There are six dialogues of four turns; in two of them the third has no text.
+    # There are six dialogues of four turns; in two of the dialogues, the third turn has no text.
     assert (
         len(utterances.items) == len(utterances.utterance_ids) == len(utterances.label) == 6 * 4 - 2
     )

@@ -205,7 +205,7 @@ def test_the_channels_of_a_cut_are_compared_in_its_bins_only(tmp_path):
     path = tmp_path / "call.wav"
     encode_wav(path, np.zeros((16_000, 2), np.int16))
     reader = AudioReader(path, "mix")
-    # One channel alone until 500 s, then channels that cancel out.
+    # Only one channel has sound until 500 s. After that, the channels cancel out.
     reader._powers = Bins(
         {
             index: np.array([0.0, 9.0, 4.0] if index < 2000 else [5.0, 6.0, 0.0])

@@ -1,4 +1,4 @@
-"""Audio spliced into prompts, compared with lists joined in Python."""
+"""Audio inserted into prompts, compared with lists joined in Python."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Augmentation: its strength, its keys, and that it does not change padding."""
+"""Augmentation has the right strength, depends on keys, and does not change padding."""
 
 import jax
 import numpy as np

@@ -288,6 +288,6 @@ def test_half_precision_is_as_accurate_as_transformers(name):
     for layer, torch_layer, exact in zip(states, torch_states, exact_states, strict=True):
         # The error is relative to the norm of the layer's hidden states.
         assert np.linalg.norm(layer - torch_layer) < 2e-2 * np.linalg.norm(exact)
-    # Both round differently, so they are compared with the float32 states.
+    # The two libraries round differently, so both are compared with the float32 states.
     torch_error = np.abs(torch_states[-1] - exact_states[-1]).mean()
     assert np.abs(states[-1] - exact_states[-1]).mean() < 1.5 * torch_error

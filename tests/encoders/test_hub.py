@@ -20,7 +20,7 @@ def test_a_model_is_downloaded_once(tmp_path, monkeypatch):
     request = {}
 
     def download(name, **options):
-        assert not request  # There is one download.
+        assert not request  # Only one download is allowed.
         request.update(options, name=name)
         return str(tmp_path)
 

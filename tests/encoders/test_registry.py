@@ -1,4 +1,4 @@
-"""Loading and saving of encoders and tokenizers, and errors for those that cannot be loaded."""
+"""Loading and saving of encoders and tokenizers, and errors for folders that cannot be loaded."""
 
 import json
 import pathlib

@@ -49,7 +49,7 @@ def test_speech_llm_encodes_every_clip_with_its_prompt(files, waveform):
     _, full_mask = run(pooled, waveform, LENGTHS)
     np.testing.assert_array_equal(full_mask.sum(1), mask.sum(1) + prompt.shape[1] - 1)
     assert mask.any(1).all()
-    if not files.is_salmonn:  # One vector per 40 ms; SALMONN's clips all have the same number.
+    if not files.is_salmonn:  # One vector per 40 ms; with SALMONN, all clips have equally many.
         np.testing.assert_array_equal(mask.sum(1), [14, 20, 1])
 
 
@@ -76,7 +76,7 @@ def test_batch_and_padding_do_not_change_features(files, waveform):
 
 @pytest.mark.devices
 def test_created_and_loaded_encoders_have_the_same_structure(files):
-    """The structures must be equal, so that a training checkpoint fits; on two devices."""
+    """Checks on two devices that the structures are equal, so that a training checkpoint fits."""
     backbone_config = json.loads(json.dumps(speech.read_backbone_config(files)))
     changes = {"lora": LORA, "tower": {"mask_spectrogram": True}}
     created = nnx.eval_shape(

@@ -314,7 +314,7 @@ def expected_names(module, model_type):
 
 
 def cases(table):
-    """Returns each pair of a model type and one of its entries."""
+    """Returns all pairs of a model type and an entry of the table for this type."""
     return [(model_type, entry) for model_type, entries in table.items() for entry in entries]
 
 
@@ -392,7 +392,7 @@ def test_adapters_of_all_linear_layers_are_read(model_type, tmp_path):
     base = torch_hidden(model)
     model = random_adapter(model, target_modules="all-linear", use_rslora=model_type == "llama")
     model.save_pretrained(tmp_path / "adapter", safe_serialization=model_type != "bert")
-    if model_type == "wavlm":  # Its attention applies LoRA only if it is merged.
+    if model_type == "wavlm":  # WavLM's attention ignores LoRA that is not merged.
         model = model.merge_and_unload()
     expected = torch_hidden(model)
     assert np.abs(expected - base).max() > 0.05

@@ -34,7 +34,7 @@ def config(tiny_data_dir):
             "train.epochs": 1,
             "data.standardize": "speech,text",
             "loss.class_weights": "balanced",
-            "model.experts": ("speech",),  # It compiles faster.
+            "model.experts": ("speech",),  # A single expert compiles faster.
         },
     )
 
@@ -108,8 +108,8 @@ def test_folds_at_once_give_the_scores_of_folds_in_turn(at_once_workdir, cross_v
 def test_test_utterances_do_not_reach_training(
     config, tiny_data_dir, tmp_path, request, models_at_once, fixture
 ):
-    # All that belongs to the first test fold changes; its training must give the same bits, also
-    # while the other folds train on the changed utterances.
+    # All data of the first test fold is changed. Training on the other folds must give the same
+    # bits, even if the runs of other folds train on the changed data at the same time.
     tested_ids = load_fold("tiny", "test", SPEC, 0, tiny_data_dir).utterance_ids
     splits = {}
     for split in data.SPLITS:

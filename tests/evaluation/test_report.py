@@ -128,7 +128,7 @@ def test_page_shows_the_scores_of_metrics():
     assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
     assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
     assert rows["bayes (reference)"][0].startswith("0.900")
-    # The mean of the experts' logits is what the gate is compared with.
+    # The gate is compared with the mean of the experts' logits.
     log_p = (
         np.log(predictions["expert_probabilities"].clip(1e-30))
         * predictions["expert_present"][..., None]
@@ -512,7 +512,7 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
     text = render(
         features, predictions, texts={"u0": SCRIPT_INJECTION}, study=MISSING_MODALITY_STUDY
     )
-    # The page's content security policy allows only its own script, so also allow the test script.
+    # The page's content security policy allows only its script, so allow the test script too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)

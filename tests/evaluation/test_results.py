@@ -280,7 +280,7 @@ def test_a_report_has_a_missing_modality_study_of_its_checkpoint(finished_workdi
     study = json.loads(path.read_text())
     dropped = {(point["drop_speech"] > 0, point["drop_text"] > 0) for point in study["points"]}
     assert dropped == {(True, False), (False, True)}
-    # A study of this checkpoint is reused.
+    # A stored study of the same checkpoint is reused.
     study["points"] = [{**study["points"][0], "weighted_f1": 0.1234}]
     path.write_text(json.dumps(study))
     assert "0.123" in make_report()

@@ -46,13 +46,13 @@ def salmonn_encoder(salmonn_options):
 
 @pytest.fixture(scope="module")
 def speech_dataset(prosody_encoder, heard_dir):
-    """Returns the name of a dataset of prosody."""
+    """Returns the name of a dataset with prosody features."""
     extraction.extract_features(prosody_encoder, SPEECH, "prosodic", heard_dir, quiet=True)
     return "prosodic"
 
 
 @pytest.fixture(scope="module")
 def text_dataset(bert_encoder, heard_dir):
-    """Returns the name of a dataset of the same utterances' text."""
+    """Returns the name of a dataset with text features of the same utterances."""
     extraction.extract_features(bert_encoder, SPEECH, "written", heard_dir, quiet=True)
     return "written"

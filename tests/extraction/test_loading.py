@@ -75,7 +75,7 @@ def test_salmonn_is_loaded_from_released_files(salmonn_options, tmp_path, monkey
     features, present = extraction.encode_utterances(encoder, make_clips()[:3])
     assert present.all() and np.isfinite(features).all()
     monkeypatch.chdir(tmp_path)
-    # All parts have moved when the encoder is restored.
+    # All parts are moved before the encoder is restored.
     new_paths = {part: tmp_path / part for part in ("encoder", *options)}
     for part, path in new_paths.items():
         path.symlink_to(salmonn_options["name" if part == "encoder" else part])

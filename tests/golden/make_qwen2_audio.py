@@ -88,7 +88,7 @@ def make():
         return_attention_mask=True,
         return_tensors="pt",
     )
-    # The placeholder is repeated as by the processor of transformers.
+    # The placeholder is repeated, as the processor of transformers does.
     counts = [((frames - 1) // 2 + 1) // 2 for frames in mel["attention_mask"].sum(-1).tolist()]
     expanded = [
         [token for part in prompt for token in [part] * (count if part == PLACEHOLDER else 1)]

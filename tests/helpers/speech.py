@@ -1,4 +1,4 @@
-"""Synthetic speech that voice activity detectors take for speech."""
+"""Synthetic sounds that voice activity detectors classify as speech."""
 
 import numpy as np
 

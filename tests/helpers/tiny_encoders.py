@@ -1,4 +1,4 @@
-"""Tiny encoders with random weights, in folders as the encoders of the Hugging Face Hub."""
+"""Tiny encoders with random weights, in folders like those on the Hugging Face Hub."""
 
 import json
 
@@ -106,7 +106,7 @@ SALMONN_CONFIGS = {
 
 
 def make_word_tokenizer(bert):
-    """Returns a tokenizer of a few words with BERT's special tokens, or else Llama's."""
+    """Returns a tokenizer of a few words with the special tokens of BERT or of Llama."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<s>", "</s>"]
     words = [*special, *NEUTRAL_WORDS, *(word for pair in EMOTION_WORDS.values() for word in pair)]
     vocabulary = {word: index for index, word in enumerate(words)}

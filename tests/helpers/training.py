@@ -1,4 +1,4 @@
-"""Trainings on tiny data, and what they leave in their work directories."""
+"""Training runs on tiny data, and readers of the files in their work directories."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def write_tiny_dataset(data_dir, num_dialogues):
 
 
 def make_tiny_config(data_dir, argument="tiny", **changes):
-    """Returns a config that trains for two epochs, which takes a second."""
+    """Returns a config for training two epochs, which takes a second."""
     config = fusion.get_config(argument)
     config.data.data_dir = str(data_dir)
     config.data.num_buckets = 1

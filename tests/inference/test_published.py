@@ -13,13 +13,13 @@ UTTERANCES = [{"text": "i am so happy"}, {"text": "you are mad"}, {"text": "we a
 
 @pytest.fixture(scope="module")
 def text_model(bert_folder, tmp_path_factory):
-    """A classifier of joy, anger and sadness."""
+    """A classifier for the labels joy, anger and sadness."""
     return str(write_text_classifier(bert_folder, tmp_path_factory.mktemp("text") / "bert")[0])
 
 
 @pytest.fixture(scope="module")
 def speech_model(tmp_path_factory):
-    """A classifier of ang, neu, hap and sad."""
+    """A classifier for the labels ang, neu, hap and sad."""
     return str(write_speech_classifier(tmp_path_factory.mktemp("speech") / "wav2vec2"))
 
 

@@ -262,7 +262,7 @@ def test_voice_activity_is_found_offline(recognizer, tmp_path):
 
 
 class PocketSphinx:
-    """A recognizer of another package, with a model of English in its wheel."""
+    """A recognizer from another package, whose wheel includes an English model."""
 
     def __init__(self):
         self._decoder = pytest.importorskip("pocketsphinx").Decoder(samprate=RATE, loglevel="FATAL")
@@ -333,9 +333,9 @@ def conversation(*turns, crosstalk):
     [
         # Both speakers, sometimes at the same time; one of them speaks longer.
         [(0, 1, 0, 1), (1, 2, 1, 1), (2, 3, 0, 1), (2.5, 3.5, 1, 1), (4, 9, 0, 1)],
-        # One is quieter than the crosstalk of the other.
+        # One speaker is quieter than the crosstalk of the other speaker.
         [(0, 2, 0, 1), (2, 4, 1, 0.2)],
-        # All in one channel, while the other has crosstalk only.
+        # All turns are in one channel, and the other channel has only crosstalk.
         [(0, 1, 1, 1), (1, 2, 1, 1)],
         [(0, 1, 0, 1), (1, 2, 0, 1)],
     ],
@@ -344,7 +344,7 @@ def conversation(*turns, crosstalk):
 def test_crosstalk_does_not_change_the_channels_of_speakers(tmp_path, turns, has_speakers):
     path = tmp_path / "stereo.wav"
     encode_wav(path, conversation(*turns, crosstalk=0.3))
-    if not has_speakers:  # Without them, turns at the same time have the same sound.
+    if not has_speakers:  # Without speakers, simultaneous turns have the same sound.
         turns = [turn for turn in turns if turn[:2] not in ((2, 3), (2.5, 3.5))]
     segments = [
         Segment(start, end, "so mad.", f"speaker {channel}" if has_speakers else None)

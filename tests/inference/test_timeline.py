@@ -65,7 +65,7 @@ def test_pysubs2_reads_subtitles(tmp_path, rows, extension):
     pysubs2 = pytest.importorskip("pysubs2")
     path = tmp_path / f"call{extension}"
     write_predictions(path, rows[::-1])
-    # pysubs2 would remove what looks like a tag from SRT.
+    # By default, pysubs2 removes text that looks like a tag from SRT files.
     subtitles = pysubs2.load(str(path), keep_html_tags=extension == ".srt")
     assert [(it.start, it.end) for it in subtitles] == [
         (round(1000 * row["start"]), round(1000 * row["end"])) for row in rows
@@ -238,7 +238,7 @@ def test_praatio_reads_the_given_textgrid_and_the_emotions(tmp_path, encoding):
     assert after.tierNames == (*before.tierNames, "emotion 2", "emotion 3")
     for name in before.tierNames:
         assert after.getTier(name) == before.getTier(name), name
-    # Emotions share the boundaries of their texts, although their times were rounded.
+    # Emotions have the boundaries of their texts in the tier, although the rows' times are rounded.
     assert [tuple(it) for it in after.getTier("emotion 2").entries] == [
         (0, 0.1234, ""), (0.1234, 2.00049, rows[0]["emotion"]), (2.00049, 3, ""),
         (3, 4, rows[2]["emotion"]), (4, 5.5, ""),
@@ -308,7 +308,7 @@ def test_pympi_reads_the_given_eaf_and_the_emotions(tmp_path):
         (1000, 2500, rows[0]["emotion"]), (2500, 4000, rows[1]["emotion"])
     ]  # fmt: skip
     assert after.get_parameters_for_tier("Ann emotion 2")["PARTICIPANT"] == "Ann"
-    # Links are relative to the new file, and the recording is linked already.
+    # Links are relative to the new file. The recording was already linked.
     assert [it["RELATIVE_MEDIA_URL"] for it in after.media_descriptors] == [
         "../given/media/call.mp4", "../call.wav"
     ]  # fmt: skip
@@ -439,7 +439,7 @@ def test_page_has_the_data_of_the_rows(tmp_path, rows):
     assert data["experts"] == ["speech", "fusion"] and data["gate"] == [[250] * 4, [750] * 4]
     assert data["probabilities"][:3] == [150, 700, 150]
     assert data["duration"] == 6.0 and data["source"] == "./call%20%231.wav"
-    # Only the page's own script runs, and nothing is loaded from a network.
+    # Only the script of the page runs, and nothing is loaded from a network.
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", text)
     assert "<img" not in text and text.count("</script>") == 3
 
@@ -589,7 +589,7 @@ wait(80);
 def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
     rows[1]["uncertain"] = True
     path = write_page(tmp_path, rows[:4], embed_audio=embed_audio)
-    # The policy of the page allows its own script only, so allow the test script, too.
+    # The policy of the page allows only the page's script, so allow the test script too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text())
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)

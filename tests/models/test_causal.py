@@ -76,7 +76,7 @@ def assert_equal_in_mask(output, expected, mask):
 
 
 def dialogues(make_batch, lengths):
-    """Makes dialogues that begin without speech, and then without both."""
+    """Makes dialogues whose first three utterances lack speech; the second also lacks text."""
     batch = make_batch(lengths)
     batch["speech_present"][:, :3] = False
     batch["text_present"][:, 1:2] = False

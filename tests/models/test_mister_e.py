@@ -101,7 +101,7 @@ def assert_finite(tree):
 
 
 def put_into_batch(dialogue, make_batch):
-    """Puts a dialogue [1, T] into row 1 of a batch [3, 4 T], and of one with empty other rows."""
+    """Puts a dialogue [1, T] into row 1 of a full batch [3, 4 T] and of a batch of empty rows."""
     full = make_batch((4 * LENGTH, LENGTH, 3), seed=9)
     for name, values in dialogue.items():
         full[name][1] = 0

@@ -66,7 +66,7 @@ def parts():
 
 
 def untrained(dtype=jnp.float32):
-    """Returns the model with initial low-rank paths, and its base in `dtype`."""
+    """Returns the model with initial low-rank paths and base kernels in `dtype`."""
 
     def copy(path, leaf):
         return leaf.astype(jnp.float32 if "lora" in str(path) else dtype)

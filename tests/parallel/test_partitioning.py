@@ -57,7 +57,7 @@ def partitioner_of(backend, num_devices):
 
 
 def run_steps(partitioner, task, optimizer, batch):
-    """Returns the state and metrics after two steps, and the sums of a validation."""
+    """Returns the state and metrics after two steps, and the sums of a validation pass."""
     template, state = initial_state(task, optimizer, seed=0)
     step = partitioner.compile_step(make_train_step(task, template, optimizer))
     state, batch = partitioner.put_state(state), partitioner.put_batch(batch)
@@ -134,7 +134,7 @@ def test_rules_shard_parameters_and_their_moments(task, optimizer):
         for path, leaf in jax.tree_util.tree_flatten_with_path(placed)[0]
     }
     sharded = [name for name, spec in specs.items() if spec == PartitionSpec(None, "model")]
-    assert len(sharded) == 4  # The kernel, its two moments and its average.
+    assert len(sharded) == 4  # the kernel, its two Adam moments and its average
     assert all(name.endswith("fusion/projection/kernel") for name in sharded)
     assert all(spec == PartitionSpec() for name, spec in specs.items() if name not in sharded)
 

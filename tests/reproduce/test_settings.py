@@ -1,4 +1,4 @@
-"""Settings of a reproduction, and the commands that they give."""
+"""Settings of a reproduction, and the commands that result from them."""
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_accumulation_fits_the_number_of_devices():
         "--config.encoder.options.remat=full --config.train.accumulation=4"
     )
     llm = {"preset": "llm"}
-    assert "accumulation" not in commands(**llm)["train speech"]  # The config has 8.
+    assert "accumulation" not in commands(**llm)["train speech"]  # The config's value is 8.
     assert "--config.train.accumulation=2" in commands(**llm, num_devices=4)["train speech"]
     assert "--config.train.accumulation=1" in commands(**llm, num_devices=8)["train speech"]
     user = commands(**llm, num_devices=8, speech_options=("train.accumulation=3",))["train speech"]

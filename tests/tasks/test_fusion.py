@@ -54,7 +54,7 @@ def test_present_training_speech_has_mean_0_and_deviation_1(task):
     scaled = task.standardizers["speech"](train.speech[train.speech_present])
     np.testing.assert_allclose(scaled.mean(0), 0, atol=2e-3)
     np.testing.assert_allclose(scaled.std(0)[1:], 1, rtol=1e-3)
-    assert (scaled[:, 0] == 0).all()  # Constant in training.
+    assert (scaled[:, 0] == 0).all()  # This dimension is constant in training.
 
 
 def test_the_model_reads_standardized_speech_and_unchanged_text(task, config):

@@ -57,7 +57,7 @@ def make_augmented_config(folder, data_dir, **changes):
 
 @pytest.fixture(scope="module")
 def whisper_workdir(whisper_folder, heard_dir, tmp_path_factory):
-    """The work directory of a Whisper whose parameters are all trained, with augmentation."""
+    """The work directory of a Whisper that was trained with all parameters and augmentation."""
     workdir = tmp_path_factory.mktemp("whisper") / "run"
     config = make_augmented_config(whisper_folder, heard_dir)
     assert train(config, workdir, quiet=True).finished

@@ -190,7 +190,7 @@ def test_the_first_step_does_not_wait_for_other_programs(tiny_data_dir, tmp_path
     compile_step = CompiledStep.compile
 
     class LateExecutor:
-        """Starts all jobs but the first when the first step is done."""
+        """Starts every job only after the first training step."""
 
         def __init__(self, executor):
             self.executor = executor

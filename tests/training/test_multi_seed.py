@@ -43,7 +43,7 @@ def joint_workdir(tiny_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def separate_workdirs(tiny_data_dir, tmp_path_factory):
-    """The work directories of separate trainings of the seeds, on batches in the same order."""
+    """The work directories of separate training runs of the seeds, with the same batch order."""
     root = tmp_path_factory.mktemp("separate")
     for seed in SEEDS:
         changes = {"seed": seed, "num_seeds": 1, "data.seed": SEEDS[0]}
@@ -85,7 +85,7 @@ def test_evaluation_reports_each_seed_the_mean_and_the_ensemble(
     mean = np.mean([predictions["probabilities"] for predictions in separate], axis=0)
     np.testing.assert_allclose(ensemble["probabilities"], mean, atol=1e-5)
     np.testing.assert_allclose(ensemble["gate"].sum(-1), 1, atol=1e-5)
-    joint = Predictor(joint_workdir)  # The evaluation has fitted the calibration of the mean.
+    joint = Predictor(joint_workdir)  # Evaluation has fitted the calibration to the mean.
     calibrated = joint(features, quiet=True)["probabilities"]
     np.testing.assert_allclose(calibrated, joint.calibration(mean), atol=1e-5)
     separate_f1 = [
@@ -127,7 +127,7 @@ def test_a_training_interrupted_while_saving_the_best_resumes_to_the_same_bits(
     num_saves = itertools.count(1)
 
     def interrupt(*_):
-        if next(num_saves) == 3:  # The best of the second epoch, before its latest is saved.
+        if next(num_saves) == 3:  # The best checkpoint of epoch 2 is saved, the latest is not.
             raise KeyboardInterrupt
 
     config = make_seeds_config(tiny_data_dir)

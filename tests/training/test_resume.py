@@ -102,7 +102,7 @@ def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
 
     config = two_bucket_config(tiny_data_dir, **changes)
     progress = train(config, workdir, quiet=True, on_step=on_step, **hooks)
-    if step_times:  # Not if the training was finished before.
+    if step_times:  # There are no steps if the training was already finished.
         workdir.with_suffix(".seconds").write_text(str(time.monotonic() - step_times[0]))
     sys.exit(0 if progress.finished else STATUS_OF_STOPPED)
 
@@ -137,8 +137,8 @@ def test_a_run_killed_while_training_and_saving_resumes_to_the_same_bits(
     kills = (
         Signal("step", 2),  # In the first epoch, before the first checkpoint.
         Signal("step", STEPS_PER_EPOCH),  # Before the first validation.
-        Signal(BEST, 1),  # While the best is being written and before the latest is.
-        Signal(LATEST, 1),  # While the latest is being written.
+        Signal(BEST, 1),  # While the best checkpoint is written, before the latest one.
+        Signal(LATEST, 1),  # While the latest checkpoint is being written.
         Signal("step", STEPS_PER_EPOCH + 2),  # In the second epoch.
     )
     for kill in kills:
@@ -280,7 +280,7 @@ def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
         "model.causal": causal,
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
-        # The number of length buckets depends on the number of epochs at the start.
+        # The number of length buckets depends on the number of epochs when the run starts.
         "data.num_buckets": None,
     }
     for workdir, epochs in (("run", 1), ("run", 2), ("whole", 2)):

@@ -1,4 +1,4 @@
-"""Runs that train together: the results of separate trainings, from one program."""
+"""Runs that train together in one program give the results of separate training runs."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ NUM_SEEDS = 2
 
 @pytest.fixture(scope="module")
 def folds(tiny_data_dir):
-    """Three folds, of which one has more steps per epoch than the others."""
+    """Three folds. One of them has more steps per epoch than the others."""
     config = make_tiny_config(
         tiny_data_dir,
         **{
@@ -35,7 +35,7 @@ def folds(tiny_data_dir):
             "data.batch_size": 4,
             "data.num_buckets": 2,
             "data.standardize": "speech,text",
-            "model.experts": ("speech",),  # It compiles faster.
+            "model.experts": ("speech",),  # A single expert compiles faster.
             "loss.class_weights": "balanced",
             "loss.logit_adjustment": 0.5,
             "optimizer.schedule": "cosine",
@@ -114,7 +114,7 @@ def test_runs_share_one_training_program(folds, separate_workdir, tmp_path, caps
 def test_an_interrupted_group_resumes_to_the_same_bits(
     folds, together_workdir, tmp_path, num_saves
 ):
-    # Depending on the moment, the runs are interrupted after different epochs.
+    # Depending on `num_saves`, the runs are interrupted after different epochs.
     saves = itertools.count(1)
 
     def interrupt(*_):
@@ -234,7 +234,8 @@ def test_progress_follows_the_runs_that_have_not_stopped_early(folds, tmp_path, 
     progress = train_folds(changed, tmp_path, on_step=steps.append)
     assert [run.epoch for run in progress] == [2, 4, 4]
     assert [run.best_epochs for run in progress] == [[1], [4], [4]]
-    # The longest run has 16 steps. When it stops, the others have fewer left than it had.
+    # The longest run has 16 steps. When it stops, the other runs have fewer steps left than this
+    # run had.
     assert steps == sorted(set(steps)) and steps[-1] == 16
 
 

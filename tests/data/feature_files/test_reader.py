@@ -1,6 +1,6 @@
-"""Feature files of other projects become the same utterances, labels and splits.
+"""Feature files of all supported projects give the same utterances, labels and splits.
 
-The files are small, and have the structure that the loaders of the projects unpack.
+The files are small and have the structure that the data loaders of the projects expect.
 """
 
 import copy
@@ -45,7 +45,7 @@ SENTIMENT = {name: [label % 3 for label in labels] for name, labels in LABELS.it
 
 IEMOCAP = (IDS, SPEAKERS, LABELS, TEXT, SPEECH, VISUAL, SENTENCES, set(TRAIN), TEST)
 COSMIC = [SPEAKERS, LABELS, *LAYERS, SENTENCES, TRAIN[:2], TEST, TRAIN[2:]]
-# Layout, content, fields of text and fields of speech.
+# Layout, content, text fields and speech fields.
 TUPLES = {
     "MMGCN": ("DialogueRNN, DialogueGCN, MMGCN, MM-DFN (IEMOCAP)", IEMOCAP, [TEXT], SPEECH),
     "MMGCN_MELD": ("MMGCN, MM-DFN (MELD)", (*IEMOCAP, {}), [TEXT], SPEECH),

@@ -1,4 +1,4 @@
-"""Transcripts written by the tests."""
+"""Fixtures for transcripts that the tests write."""
 
 import pytest
 

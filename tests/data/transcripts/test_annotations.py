@@ -1,4 +1,4 @@
-"""TextGrid, EAF and CHAT: tiers, labels, times of parents, and text without codes."""
+"""TextGrid, EAF and CHAT: tiers, labels, times of parent annotations, and text without codes."""
 
 import pytest
 
