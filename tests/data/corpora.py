@@ -123,9 +123,8 @@ def write_meld(root, write_mp4):
             write_mp4(clip, 0.5, channels=6 if dialogue == 61 else 2)
     test_clips = root / "test" / MELD_FOLDERS["test"]
     write_mp4(test_clips / "final_videos_testdia38_utt5.mp4", 1.5)
-    write_mp4(
-        root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2
-    )  # has no row in the CSV
+    # This clip has no row in the CSV file.
+    write_mp4(root / "train" / MELD_FOLDERS["train"] / "dia59_utt1.mp4", 0.2)
     (test_clips / "._dia38_utt4.mp4").write_bytes(b"\0\5\x16\7")
     # Archives from macOS contain these folders, which sort before the folders of clips.
     for folder in MELD_FOLDERS.values():
