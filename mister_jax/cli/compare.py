@@ -74,8 +74,8 @@ def _print_result(first_run: str, run: str, letter: str, result: Mapping[str, An
     print("*: the interval does not contain 0\n")
     counts = result["utterances"]
     print(
-        f"utterances that are right in both runs: {counts['both']}, only in A: "
-        f"{counts['only_first']}, only in {letter}: {counts['only_second']}, in neither: "
+        f"utterances predicted correctly by both runs: {counts['both']}, only by A: "
+        f"{counts['only_first']}, only by {letter}: {counts['only_second']}, by neither: "
         f"{counts['neither']}"
     )
     print(

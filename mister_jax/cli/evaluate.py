@@ -49,7 +49,7 @@ def _evaluate() -> None:
     if _FIT.value and not _CALIBRATE.value:
         raise InputError("--fit_calibration: cannot be used with --nocalibrate")
     if has_rates and not _REPORT.value and _FIT.value:
-        raise InputError("--fit_calibration: with --drop_speech or --drop_text, needs --report")
+        raise InputError("--fit_calibration with --drop_speech or --drop_text requires --report")
     if has_rates and _ADAPT.value:
         raise InputError("--adapt_features: cannot be used with --drop_speech or --drop_text")
     files = []

@@ -244,7 +244,7 @@ def _check_flags() -> None:
     if _NO_TEXT.value and (_TRANSCRIPT.value or _RECOGNIZER.value):
         raise InputError("--no_text: cannot be used with --transcript or --recognizer")
     if _EMBED_AUDIO.value and not any(path.endswith(".html") for path in _OUTPUT.value):
-        raise InputError("--embed_audio: needs an --output of the format .html")
+        raise InputError("--embed_audio: needs an --output that ends in .html")
 
 
 def _follow() -> int:
@@ -449,8 +449,8 @@ def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:
 
     if paths and texts and len(paths) != len(texts):
         raise InputError(
-            f"{len(paths)} of --audio and {len(texts)} of --text; pass as many of each, an "
-            "empty one (--audio= or --text=) where it is missing"
+            f"--audio flags: {len(paths)}, --text flags: {len(texts)}; needed: as many of each, "
+            "with an empty value (--audio= or --text=) for what an utterance lacks"
         )
     channel = Fields("--audio_channel", {"audio_channel": _CHANNEL.value}).channel()
     count = len(paths) or len(texts)

@@ -152,8 +152,8 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
         members = [tuple(distinct[assigned == number].tolist()) for number in range(count)]
     if len(names) < len(SPLITS):
         raise InputError(
-            f"folds {spec!r}: only {len(names)} ({', '.join(names)}); needed: at least 3, because "
-            "training, validation and test have different ones"
+            f"folds {spec!r}: only {len(names)} folds ({', '.join(names)}); needed: at least 3, "
+            "because training, validation and test use different folds"
         )
     return Folds(spec, tuple(names), tuple(tuple(member) for member in members), index)
 
@@ -259,8 +259,8 @@ def _split_dialogues(features: DialogueFeatures, folds: Folds, fold: int) -> dic
     for split, chosen in splits.items():
         if not chosen.any():
             raise InputError(
-                f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: no dialogue "
-                f"for the {split} split, because all others share a value with another split"
+                f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: the {split} "
+                "split is empty, because every dialogue shares a value with another split"
             )
     return splits
 

@@ -36,8 +36,8 @@ def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
     """
     if not re.fullmatch("[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)?", name):
         raise InputError(
-            f"dataset name {name!r}; allowed: lower-case letters, digits and _, a letter first, "
-            "and the same after a /"
+            f"dataset name {name!r}; allowed: NAME or NAME/CONFIG, each of lower-case letters, "
+            "digits and _, starting with a letter"
         )
     return _root(data_dir) / name / VERSION
 

@@ -252,7 +252,7 @@ def _class_names(
     hf_config: Mapping[str, Any], num_classes: int, folder: os.PathLike[str]
 ) -> tuple[str, ...]:
     if hf_config.get("problem_type") == "regression" or num_classes == 1:
-        raise InputError(f"{os.fspath(folder)}: a regression; needed: a classifier")
+        raise InputError(f"{os.fspath(folder)}: a regression model; needed: a classifier")
     default = {str(index): f"LABEL_{index}" for index in range(num_classes)}
     names = {str(key): str(value) for key, value in (hf_config.get("id2label") or default).items()}
     if names.keys() != default.keys() or len(set(names.values())) < num_classes:

@@ -277,7 +277,8 @@ def _warn_of_other_base_model(
     parts = (*folder.resolve().parts, *stored_name.parts)
     if name and name not in {_alphanumeric(part.rpartition("--")[2]) for part in parts}:
         logging.warning(
-            "%s: trained on %s, but the encoder is %s. Results are wrong unless they are the same",
+            "%s: trained on %s, but the encoder is %s. Unless these are the same model, results "
+            "are wrong",
             adapter,
             base_model,
             folder,

@@ -138,8 +138,8 @@ def _check_current(path: epath.Path, split: str, dataset: str) -> None:
     evaluated = scores.get("checkpoint", {}).get("epoch")
     if progress is not None and evaluated is not None and progress["epoch"] != evaluated:
         raise InputError(
-            f"{path}: split {split!r} was evaluated with the parameters of epoch {evaluated}, and "
-            f"the best are now those of epoch {progress['epoch']}; run `mister-jax evaluate "
+            f"{path}: split {split!r} was evaluated with the parameters of epoch {evaluated}, but "
+            f"the best epoch is now {progress['epoch']}; run `mister-jax evaluate "
             f"--workdir={path} --split={split}` again"
         )
 
@@ -163,8 +163,8 @@ def _check_same_utterances(
         missing = [key for key in these if key not in those]
         if missing:
             raise InputError(
-                f"{run}: no labeled utterance {_describe(missing[0])}, which {other} has; "
-                f"{len(missing)} of {len(these)} are missing; needed: runs on the same utterances"
+                f"{run}: {len(missing)} of the {len(these)} labeled utterances of {other} are "
+                f"missing, for example {_describe(missing[0])}; needed: runs on the same utterances"
             )
     classes, other_classes = (
         sorted(next(iter(run.values()))["probabilities"]) for run in (first, rows)
@@ -178,9 +178,9 @@ def _check_same_utterances(
     if changed:
         key = changed[0]
         raise InputError(
-            f"{path}: label {rows[key]['label']} of utterance {_describe(key)}, in {first_path} "
-            f"{first[key]['label']}; {len(changed)} of {len(first)} labels differ; needed: the "
-            "same labels"
+            f"{path} and {first_path}: {len(changed)} of {len(first)} labels differ, for example "
+            f"{rows[key]['label']} and {first[key]['label']} for utterance {_describe(key)}; "
+            "needed: the same labels"
         )
 
 

@@ -103,8 +103,8 @@ def evaluate(
     ]
     if features.score is not None and metrics.positive_class(features.class_names) is None:
         logging.warning(
-            "dataset %s: its scores are not read as sentiment, which needs classes such as "
-            "negative and positive; it has %s",
+            "dataset %s: sentiment is not evaluated, because that needs classes such as negative "
+            "and positive; the classes are %s",
             features.name,
             ", ".join(features.class_names),
         )
@@ -186,7 +186,8 @@ def _fit_calibration(
             return
         raise InputError(
             f"{predictor.folder}: trained on the validation split (config.data.validate_on_train), "
-            "so its probabilities cannot be calibrated there; needed: a model that was not"
+            "so its probabilities cannot be calibrated on that split; needed: a model that was "
+            "not trained on it"
         )
     try:
         fit_on_validation(predictor, validation, with_bias=kind == "bias", quiet=quiet)

@@ -201,7 +201,10 @@ def merge_features(
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:
-        raise InputError(f"{speech} has splits {names[speech]}, {text} {names[text]}")
+        raise InputError(
+            f"{speech} has splits {names[speech]}, but {text} has {names[text]}; needed: the same "
+            "splits"
+        )
     splits = {
         split: _merge_split(*(data.load_features(name, split, data_dir) for name in (speech, text)))
         for split in names[text]
@@ -219,19 +222,22 @@ def _merge_split(
 ) -> data.DialogueFeatures:
     where = f"{speech.name} and {text.name}, split {text.split}"
     if speech.class_names != text.class_names:
-        raise InputError(f"{where}: classes {speech.class_names} and {text.class_names}")
+        raise InputError(
+            f"{where}: classes {speech.class_names} and {text.class_names}; needed: the same "
+            "classes"
+        )
     speech_rows = {id_: row for row, id_ in enumerate(speech.utterance_ids.tolist())}
     unmatched = sorted(speech_rows.keys() ^ set(text.utterance_ids.tolist()))
     if unmatched:
         raise InputError(
-            f"{where}: {len(unmatched)} utterances are in only one of them, the first is "
+            f"{where}: {len(unmatched)} utterances are in only one of the datasets, for example "
             f"{unmatched[0]}"
         )
     rows = np.array([speech_rows[id_] for id_ in text.utterance_ids.tolist()])
     differences = np.flatnonzero(speech.label[rows] != text.label)
     if len(differences):
         raise InputError(
-            f"{where}: {len(differences)} labels differ, the first is that of utterance "
+            f"{where}: {len(differences)} labels differ, for example the label of utterance "
             f"{text.utterance_ids[differences[0]]}"
         )
     # Each dataset may be a merged one, with metadata of a modality that is not used here.

@@ -51,7 +51,7 @@ def export_model(
     if target.exists():
         _check_replaceable(target, overwrite)
     if target.is_relative_to(pathlib.Path(model).resolve()):
-        raise InputError(f"{output}: in the folder of the model; needed: another folder")
+        raise InputError(f"{output}: is inside the folder of the model; needed: another folder")
     predictor = Predictor(model)
     _check_no_source(target, predictor)
     where = epath.Path(target)
@@ -81,8 +81,8 @@ def write_model(
     if bundle.is_bundle(predictor.folder):
         if include_encoders:
             raise InputError(
-                f"{predictor.folder}: a bundle, which is copied as it is; include encoders when "
-                "you export its run"
+                f"{predictor.folder}: a bundle, which is copied without changes; to include the "
+                "encoders, export the run that the bundle was made from"
             )
         shutil.copytree(predictor.folder, folder, dirs_exist_ok=True)
         return
@@ -227,7 +227,7 @@ def export_encoder(
     task = predictor.task
     if target == task.folder.resolve():
         raise InputError(
-            f"{output}: the encoder from which training started; needed: another folder"
+            f"{output}: holds the encoder from which training started; needed: another folder"
         )
     (trained,) = predictor.models()
     encoder = trained.backbone
@@ -273,7 +273,7 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
     whole = task.options.full or getattr(task.options, "tower", "") == "full"
     if whole or not any(layer.lora for _, layer in linear_layers(encoder)):
         raise InputError(
-            f"{name}: not only LoRA weights were trained, and an adapter holds only these; "
+            f"{name}: more than LoRA weights was trained, and an adapter holds only LoRA weights; "
             "allowed: an export without --adapter"
         )
     architecture = registry.find_architecture(

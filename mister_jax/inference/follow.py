@@ -59,7 +59,7 @@ def follow(
         if len(streams) > max_dialogues:
             dropped, _ = streams.popitem(last=False)
             logging.warning(
-                "dialogue %s is dropped, because %d others are newer",
+                "dialogue %s is dropped, because %d others were updated later",
                 json.dumps(dropped),
                 max_dialogues,
             )
@@ -93,7 +93,7 @@ def _read_utterance(line: bytes) -> dict[str, Any]:
         utterance = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError.
         reason = " ".join(str(error).split()) if line.strip() else "an empty line"
-        raise InputError(f"no JSON: {reason}; needed: an object in one line of UTF-8") from error
+        raise InputError(f"not JSON: {reason}; needed: an object in one line of UTF-8") from error
     if not isinstance(utterance, dict):
         raise InputError(f"{json.dumps(utterance)[:60]}; needed: a JSON object with text or audio")
     return utterance

@@ -139,7 +139,9 @@ class PublishedModels:
 def _load(name: str, modality: str) -> Classifier:
     classifier = load_classifier(name)
     if classifier.modality != modality:
-        raise InputError(f"--{modality}_model={name}: a {classifier.modality} model")
+        raise InputError(
+            f"--{modality}_model={name}: a {classifier.modality} model; needed: a {modality} model"
+        )
     return classifier
 
 

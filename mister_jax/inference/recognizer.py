@@ -420,9 +420,9 @@ class EmotionRecognizer(ModelHubMixin):
         if not stream.is_exact and not self._warned_of_window:
             self._warned_of_window = True
             logging.warning(
-                "the model is not causal, so a stream predicts each utterance from the last %d "
-                "utterances, which it reads again; for exact predictions at once, train a model "
-                "with --config.model.causal=True",
+                "the model is not causal, so a stream reads the last %d utterances again for each "
+                "prediction; for exact live predictions, train a model with "
+                "--config.model.causal=True",
                 window,
             )
         return stream
@@ -535,15 +535,15 @@ class _PublishedRecognizer(EmotionRecognizer):
 
     def _save_pretrained(self, save_directory: pathlib.Path) -> None:
         raise InputError(
-            f"{save_directory}: published models cannot be saved as one model; name them for each "
-            "prediction"
+            f"{save_directory}: published models cannot be saved together; load them by their "
+            "names with EmotionRecognizer.from_models"
         )
 
     def stream(self, **options: Any) -> DialogueStream:
         """Raises InputError, because the models read every utterance by itself."""
         raise InputError(
             "published models read utterances without their context, so they have no stream; "
-            "predict each utterance when it comes"
+            "call predict for each utterance instead"
         )
 
     def _predict_encoded(

@@ -108,7 +108,9 @@ def find_utterances(
     if transcript is None:
         for flag, value in (("tier", tier), ("speaker", speaker)):
             if value is not None:
-                raise InputError(f"--{flag}={value}: {name} has no transcript; needed: one")
+                raise InputError(
+                    f"--{flag}={value}: {name} has no transcript; needed: a transcript"
+                )
         function = load_recognizer(recognizer, language)
         segments, notes = _recognize(source, function, indices, quiet)
         is_voice_activity = function is detect_voice_activity
@@ -177,7 +179,7 @@ def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
             )
         recordings += map(str, files)
     if len(set(recordings)) < len(recordings):
-        raise InputError("a recording is given twice; needed: each one once")
+        raise InputError("a recording is given twice; needed: each recording once")
     return recordings
 
 

@@ -153,8 +153,8 @@ def _read_fields(
         del values["audio"]
         if values.keys() & {"audio_start", "audio_end", "audio_channel"}:
             raise InputError(
-                f"{where}: audio is an array; allowed with audio_start, audio_end and "
-                "audio_channel: a file. Cut the samples"
+                f"{where}: audio is an array, but audio_start, audio_end and audio_channel need a "
+                "file; slice the array instead"
             )
     elif speech is not None:
         values["audio"] = os.fspath(speech)
@@ -176,7 +176,7 @@ def _check_utterance(
     if path is not None:
         return CheckedUtterance(text, audio.DecodeRequest(path, *interval, row.channel()))
     if row.values.get("text") is None:
-        row.fail("audio", "missing, and text too; needed: one of them")
+        row.fail("audio", "missing, and text is also missing; needed: at least one of them")
     return CheckedUtterance(text, None)
 
 

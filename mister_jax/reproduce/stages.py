@@ -221,8 +221,8 @@ def _make_features_check(
         for modality, folder in workdirs.items():
             if metadata.get(modality, {}).get("config") != read_json(folder / "config.json"):
                 raise InputError(
-                    f"{directory}: features of another {modality} encoder than {folder}; remove "
-                    "the dataset, or pass another --data_dir"
+                    f"{directory}: its features come from another {modality} encoder than "
+                    f"{folder}; remove the dataset, or pass another --data_dir"
                 )
         return True
 

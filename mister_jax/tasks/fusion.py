@@ -172,7 +172,7 @@ class FusionTask:
         if config.data.get("validate_on_train") and config.train.get("select_by") != "last":
             raise InputError(
                 "config.data.validate_on_train needs config.train.select_by=last, because "
-                "validation scores of training dialogues choose nothing"
+                "validation scores on training dialogues cannot choose the epoch"
             )
         train = _load_features(config.data, "train")
         model = dataclass_from_config(

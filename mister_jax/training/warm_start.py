@@ -71,8 +71,8 @@ class InitialParams:
         new = [name for name in shapes if not _matches(shapes[name], values.get(name))]
         if len(new) == len(shapes):
             raise InputError(
-                f"config.train.init_from={self.name}: no parameter has the name and shape of one "
-                "of this model; use the same config.model or config.encoder"
+                f"config.train.init_from={self.name}: no parameter matches a parameter of the new "
+                "model in name and shape; use the same config.model or config.encoder"
             )
         note = f"starting from {self.name}: {len(shapes) - len(new)} of {len(shapes)} parameters"
         return note + (f"; new: {', '.join(new)}" if new else "")

@@ -1,4 +1,4 @@
-"""Commands as a user types them, and the errors of wrong ones."""
+"""Commands as a user types them, and the errors of invalid commands."""
 
 import json
 import os
@@ -117,7 +117,7 @@ WRONG_USES = {
         "--workdir=DIR/ready --report --data_dir=DIR/empty": "no dataset 'x'; available: none",
         "--workdir=DIR/ready --report=maybe": "--report=maybe",
         "--workdir=DIR/ready --nocalibrate --fit_calibration=bias": "cannot be used with --nocal",
-        "--workdir=DIR/ready --drop_text=0.5 --fit_calibration=bias": "needs --report",
+        "--workdir=DIR/ready --drop_text=0.5 --fit_calibration=bias": "requires --report",
     },
     "compare": {
         "": "two runs are needed, such as `mister-jax compare RUN_A RUN_B`",
@@ -160,7 +160,7 @@ WRONG_USES = {
             "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
         ),
         "--model=DIR/ready --text=a --text=b --audio=c.wav": (
-            "1 of --audio and 2 of --text; pass as many of each"
+            "--audio flags: 1, --text flags: 2; needed: as many of each"
         ),
         "--model=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
         "--model=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",

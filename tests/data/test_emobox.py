@@ -16,7 +16,7 @@ LABELS = {"A": "Angray", "H": "Joy", "N": "neutral", "Surprised": "Superise"}
 
 
 def make_rows(speakers, texts=5, labels=("A", "H", "N")):
-    """Returns an utterance of each speaker, label and text, as in URDU."""
+    """Returns an utterance for every combination of speaker, label and text, as in URDU."""
     return [
         {
             "key": f"urdu-{speaker}_F{text}_{label}{text}",
@@ -43,7 +43,7 @@ def write_part(path, rows, formats=("json", "jsonl")):
 
 @pytest.fixture
 def urdu(tmp_path):
-    """Folder of a corpus with two folds; the first is written in both spellings."""
+    """Folder of a corpus with two folds; the first has files in both spellings of its name."""
     folder = tmp_path / "EmoBox/data/urdu"
     train, test = make_rows(["SF1", "SF2", "SM1", "SM2", "SM3"]), make_rows(["SM4"])
     for fold, (train_rows, test_rows) in {
@@ -319,7 +319,7 @@ def test_errors_say_what_is_allowed(urdu, tmp_path):
         assert "\n" not in str(error.value)
 
     with pytest.raises(
-        InputError, match=r"data: the folder of several corpora; needed: one of urdu$"
+        InputError, match=r"data: contains several corpora; needed: one of its folders urdu$"
     ):
         read_emobox(urdu.parent)
     with pytest.raises(InputError, match="no folds; needed: a corpus's folder in EmoBox/data"):
@@ -342,7 +342,10 @@ def test_errors_say_what_is_allowed(urdu, tmp_path):
         ([{**row, "length": "x"}], "line 2: length: 'x'; allowed: a number"),
         ([{**row, "key": ["a"]}], r"line 2: key: \['a'\]; allowed: text"),
         ([row, row], "line 4: key: 'urdu-SM9_F1_A1' is repeated; needed: unique keys"),
-        ([make_rows(["SF1"])[0]], r"urdu-SF1_F1_A1: in \S+train_fold_2.jsonl and \S+; needed: one"),
+        (
+            [make_rows(["SF1"])[0]],
+            r"urdu-SF1_F1_A1: in both \S+train_fold_2.jsonl and \S+; needed: in only",
+        ),
         ([3], "line 2: not an object; needed: EmoBox's metadata"),
         ([], "jsonl: no utterances; needed: EmoBox's metadata"),
     ]:
@@ -353,9 +356,9 @@ def test_errors_say_what_is_allowed(urdu, tmp_path):
     path.unlink()
     check("no test set of this fold", fold=2)
     (urdu / "label_map.json").write_text("[]")
-    check("label_map.json: not an object of labels and names; needed: one")
+    check("label_map.json: needed: a JSON object that maps labels to class names")
     (urdu / "label_map.json").write_text("{")
-    check("label_map.json: not JSON; needed: an object of labels and names")
+    check("label_map.json: not JSON; needed: an object that maps labels to class names")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared recordings")

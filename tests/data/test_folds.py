@@ -125,8 +125,8 @@ def test_speakers_of_iemocap_without_utterance_ids_come_from_their_column():
     [
         ("age:5", "folds 'age:5': dataset made has no column 'age'; allowed: dialogue, speaker"),
         ("speaker:9", "only 2 values of speaker; allowed: at most as many folds"),
-        ("speaker", r"only 2 \(a, b\); needed: at least 3"),
-        ("dialogue:2", r"only 2 \(1, 2\); needed: at least 3"),
+        ("speaker", r"only 2 folds \(a, b\); needed: at least 3"),
+        ("dialogue:2", r"only 2 folds \(1, 2\); needed: at least 3"),
         ("dialogue:x", "allowed: COLUMN or COLUMN:NUMBER, such as"),
         ("dialogue:0", "allowed: COLUMN or COLUMN:NUMBER, such as"),
     ],
@@ -145,7 +145,7 @@ def test_a_fold_that_leaves_no_training_dialogue_is_refused():
         lambda: select_fold(features, folds, 0, "train"),
         lambda: check_folds(features, folds),
     ):
-        with pytest.raises(InputError, match=r"no dialogue for the (train|validation) split"):
+        with pytest.raises(InputError, match=r"the (train|validation) split is empty"):
             check()
     with pytest.raises(InputError, match="fold 3 of 'speaker'; allowed: 0 to 2"):
         select_fold(features, folds, 3, "train")

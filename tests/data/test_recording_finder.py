@@ -1,4 +1,4 @@
-"""Recordings in folders whose layout differs from the metadata."""
+"""Recordings are found in folders whose layout differs from the metadata."""
 
 import pytest
 
@@ -42,7 +42,9 @@ def test_points_and_decomposed_accents_in_names_are_kept(tmp_path):
 
 def test_two_equal_matches_are_an_error(tmp_path):
     write_files(tmp_path, "first/1.flac", "second/1.flac")
-    with pytest.raises(InputError, match=r"x/1\.wav: \S+/first/1.flac or \S+/second/1.flac; need"):
+    with pytest.raises(
+        InputError, match=r"x/1\.wav: matches \S+/first/1.flac and \S+/second/1.flac; n"
+    ):
         find_recordings(tmp_path, ["x/1.wav"])
 
 

@@ -194,7 +194,7 @@ def test_a_transcript_of_two_recordings_is_an_error_that_names_all_three(tmp_pat
         write_recording(tmp_path / name)
     (tmp_path / "call.csv").write_text(csv())
     with pytest.raises(
-        InputError, match=r"call\.csv: the transcript of call\.flac and call\.wav; needed: one"
+        InputError, match=r"call\.csv: matches both call\.flac and call\.wav; needed: one"
     ):
         read_transcripts(tmp_path, TranscriptOptions())
     (tmp_path / "call.csv").rename(tmp_path / "call.wav.csv")

@@ -41,8 +41,8 @@ def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
     ("options", "message"),
     [
         ({"head": False}, "no classification head"),
-        ({"num_classes": 1}, "a regression; needed: a classifier"),
-        ({"problem_type": "regression"}, "a regression; needed: a classifier"),
+        ({"num_classes": 1}, "a regression model; needed: a classifier"),
+        ({"problem_type": "regression"}, "a regression model; needed: a classifier"),
         ({"num_classes": 2}, "id2label has 3 entries; needed: 2"),
         ({"model_type": "gpt2"}, "model_type 'gpt2'; allowed"),
     ],

@@ -64,7 +64,7 @@ def write_run(folder, rows):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs; the rows of the second are in another order, and it has another split too."""
+    """Two runs. The second has its rows in another order, and also has rows of another split."""
     first = write_run(tmp_path / "a", make_rows(1, accuracy=0.5))
     rows = make_rows(2, accuracy=0.8, dataset="other features of the corpus")
     second = write_run(tmp_path / "b", [*make_rows(3, "validation"), *rows[::-1]])
@@ -147,14 +147,17 @@ def change_first(rows, **changes):
     ("rows", "message"),
     [
         (make_rows(2, "validation"), "b: split 'test' is not evaluated; run `mister-jax evaluate "),
-        (make_rows(2)[1:], r"b: no labeled utterance d0_0 \(dialogue d0\), which .*a has; 1 of 71"),
+        (
+            make_rows(2)[1:],
+            r"b: 1 of the 71 labeled utterances of .*a are missing, for example d0_0 \(dialogue",
+        ),
         (
             [*make_rows(2), {**make_rows(2)[0], "utterance": "new"}],
-            r"a: no labeled utterance new \(dialogue d0\), which .*b has; 1 of 72 are missing",
+            r"a: 1 of the 72 labeled utterances of .*b are missing, for example new \(dialogue",
         ),
         (
             change_first(make_rows(2), label="joy"),
-            r"b: label joy of utterance d0_0 \(dialogue d0\), in .*a fear; 1 of 71 labels differ",
+            r"b and .*a: 1 of 71 labels differ, for example joy and fear for utterance d0_0 \(",
         ),
         ([*make_rows(2), make_rows(2)[0]], "utterance d0_0 .* occurs twice"),
         ([{**row, "label": None} for row in make_rows(2)], "split 'test' has no labels"),
@@ -215,7 +218,7 @@ def test_scores_from_before_a_longer_training_are_not_used(tiny_data_dir, tmp_pa
         if epochs == 1:
             evaluate(tmp_path / "run", "test", quiet=True)
             Comparison.from_runs([tmp_path / "run"] * 2, "test")
-    with pytest.raises(InputError, match="of epoch 1, and the best are now those of epoch 2"):
+    with pytest.raises(InputError, match="of epoch 1, but the best epoch is now 2"):
         Comparison.from_runs([tmp_path / "run"] * 2, "test")
     export_model(tmp_path / "run", tmp_path / "outdated")
     assert "| UAR |" not in (tmp_path / "outdated" / "README.md").read_text()

@@ -153,7 +153,7 @@ def test_merge_joins_modalities_by_utterance(speech_dataset, text_dataset, heard
         np.testing.assert_array_equal(both.label, text.label)
         assert both.metadata["speech"] == speech.metadata["speech"]
         assert both.metadata["text"] == text.metadata["text"]
-    # Either dataset may itself be merged; only metadata of the features that are taken remains.
+    # The inputs may be merged datasets. Only the metadata of the features that are used is kept.
     with pytest.raises(InputError, match="exists"):
         extraction.merge_features("both", text_dataset, "both", heard_dir)
     extraction.merge_features(speech_dataset, "both", "both", heard_dir, overwrite=True)
@@ -197,11 +197,11 @@ def test_mismatched_datasets_are_not_merged(speech_dataset, text_dataset, heard_
         assert not (heard_dir / "never").exists()
 
     assert_refused(
-        "1 labels differ, the first is that of utterance", label=flip_label(test.label, 0)
+        "1 labels differ, for example the label of utterance", label=flip_label(test.label, 0)
     )
     ids = test.utterance_ids.copy()
     ids[0] = "nobody"
-    assert_refused("2 utterances are in only one of them", utterance_ids=ids)
+    assert_refused("2 utterances are in only one of the datasets", utterance_ids=ids)
     data.write_features({"train": splits["train"]}, "changed", heard_dir, overwrite=True)
     with pytest.raises(InputError, match="has splits"):
         extraction.merge_features(speech_dataset, "changed", "never", heard_dir)

@@ -122,7 +122,7 @@ def test_a_project_that_has_moved_finds_its_data_and_encoders(
     assert mister_jax.load(moved / "run").predict_dialogues(dialogues) == expected
     predictor = Predictor(moved / "run")
     assert predictor.data_dir == str(moved / "data")
-    # The dataset also has the encoder's new path, which a new training needs.
+    # The dataset's metadata also has the encoder's new path, which a new training run needs.
     metadata = predictor.task.features("test").metadata["text"]
     assert metadata["name"].startswith(f"{moved}/")
 
@@ -283,9 +283,9 @@ def test_an_encoder_that_has_changed_is_an_error(folder):
 
 
 def test_a_bundle_is_not_written_into_its_model_or_changed_on_the_way(folder):
-    with pytest.raises(InputError, match="in the folder of the model; needed: another folder"):
+    with pytest.raises(InputError, match="inside the folder of the model; needed: another folder"):
         export_model(folder, folder / "copy")
-    with pytest.raises(InputError, match="a bundle, which is copied as it is"):
+    with pytest.raises(InputError, match="a bundle, which is copied without changes"):
         export_model(folder, folder.parent / "copy", include_encoders=True)
     assert not (folder.parent / "copy").exists() and not (folder / "copy").exists()
 

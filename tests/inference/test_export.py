@@ -39,7 +39,7 @@ def wavlm_folder(tmp_path_factory):
 def workdirs(
     tmp_path_factory, bert_folder, llama_folder, whisper_folder, qwen_folder, wavlm_folder
 ):
-    """Returns a function from a kind of encoder to its base folder and a work directory."""
+    """Returns a function that maps a kind of encoder to its base folder and a work directory."""
     root = tmp_path_factory.mktemp("workdirs")
     lora = {"full": False, "tower": "lora"}
     arguments = {
@@ -62,7 +62,7 @@ def workdirs(
 
 @pytest.fixture(scope="module")
 def expected(workdirs):
-    """Returns a function from a kind of encoder to its hidden states with the best parameters."""
+    """Returns a function that maps a kind of encoder to its hidden states after training."""
 
     @functools.cache
     def get(kind):
@@ -176,7 +176,7 @@ def test_an_export_that_fails_keeps_the_earlier_one(workdirs, tmp_path, monkeypa
 
 
 def test_an_encoder_without_lora_is_not_exported_as_an_adapter(workdirs, tmp_path):
-    with pytest.raises(InputError, match="not only LoRA weights were trained"):
+    with pytest.raises(InputError, match="more than LoRA weights was trained"):
         export_encoder(workdirs("bert")[1], tmp_path / "new", adapter=True)
     assert not list(tmp_path.iterdir())
 
@@ -224,7 +224,7 @@ def test_transformers_opens_an_exported_model_with_equal_outputs(
     export_encoder(workdir, tmp_path / "new")
     model, info = transformers.AutoModel.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["unexpected_keys"]
-    shutil.copytree(base, tmp_path / "copy")  # Has the tokenizer.
+    shutil.copytree(base, tmp_path / "copy")  # contains the tokenizer
     states = torch_hidden_states(model, kind, tmp_path / "copy")
     np.testing.assert_allclose(states, expected(kind), atol=1e-5)
     if kind != "whisper":
@@ -234,7 +234,7 @@ def test_transformers_opens_an_exported_model_with_equal_outputs(
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-# peft also adds LoRA to the unused decoder of Whisper and warns that it has no tensors.
+# peft also adds LoRA to the unused decoder of Whisper and warns that its tensors are missing.
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.parametrize("kind", ["llama", "whisper", "qwen"])
 def test_peft_opens_an_exported_adapter_with_equal_outputs(workdirs, expected, kind, tmp_path):

@@ -117,7 +117,7 @@ def test_experts_without_their_modality_do_not_vote(recognizer, dialogues, tmp_p
         )
     voters = [{name for name, vote in row["experts"].items() if vote} for row in rows]
     all_experts = {"speech", "text", "fusion"}
-    # The fifth utterance has no modality, so all experts read its context.
+    # The fifth utterance has neither speech nor text, so all experts read only the context.
     assert voters == [
         all_experts,
         {"text", "fusion"},
@@ -152,7 +152,7 @@ def test_dialogues_of_one_utterance_and_no_dialogues(recognizer):
         (["hello"], "dialogue 1, utterance 1: str; needed: a dict with audio or text"),
         (
             [{"text": "a"}, {}],
-            "utterance 2: audio: missing, and text too; needed: one of them",
+            "utterance 2: audio: missing, and text is also missing; needed: at least one",
         ),
         ([{"txt": "a"}], "'txt': unknown, close to 'text'; allowed: dialogue"),
         ([{"text": 3}], "text: 3; allowed: text"),
@@ -165,7 +165,7 @@ def test_dialogues_of_one_utterance_and_no_dialogues(recognizer):
         ([{"audio": np.zeros(5, np.int32)}], "audio: int32"),
         ([{"audio": np.full(5, np.nan)}], "audio: samples are not finite"),
         ([{"audio": np.full(5, 3000.0)}], "float samples of up to 3000; allowed: full scale 1"),
-        ([{"audio": np.zeros(5), "audio_end": 1}], "audio is an array; allowed with audio_start"),
+        ([{"audio": np.zeros(5), "audio_end": 1}], "audio is an array, but audio_start"),
     ],
 )
 def test_an_unusable_utterance_is_refused(recognizer, utterances, message):

@@ -90,9 +90,8 @@ def test_a_stream_of_another_model_reads_a_window_and_warns_once(recognizer, dia
     with caplog.at_level(logging.WARNING):
         streams = [recognizer.stream(window=3) for _ in range(2)]
     assert [it.message for it in caplog.records if "not causal" in it.message] == [
-        "the model is not causal, so a stream predicts each utterance from the last 3 utterances, "
-        "which it reads again; for exact predictions at once, train a model with "
-        "--config.model.causal=True"
+        "the model is not causal, so a stream reads the last 3 utterances again for each "
+        "prediction; for exact live predictions, train a model with --config.model.causal=True"
     ]
     stream, dialogue = streams[0], dialogues[-1]
     assert not stream.is_exact
@@ -128,13 +127,13 @@ def test_followed_dialogues_are_separate_and_ids_are_repeated(causal_recognizer,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": \n', "no JSON: Expecting value"),
-        (b"\n", "no JSON: an empty line"),
+        (b'{"text": \n', "not JSON: Expecting value"),
+        (b"\n", "not JSON: an empty line"),
         (b"null\n", "null; needed: a JSON object"),
-        (b'{"text": "\xff"}\n', "no JSON: 'utf-8' codec"),
-        (b"[" * 100_000 + b"\n", "no JSON: "),
+        (b'{"text": "\xff"}\n', "not JSON: 'utf-8' codec"),
+        (b"[" * 100_000 + b"\n", "not JSON: "),
         ([1], "[1]; needed: a JSON object with text or audio"),
-        ({}, "utterance: audio: missing, and text too"),
+        ({}, "utterance: audio: missing, and text is also missing"),
         ({"text": 3}, "utterance: text: 3; allowed: text"),
         ({"txt": "mad"}, "'txt': unknown, close to 'text'"),
         ({"text": "mad", "audio": "nowhere.wav"}, "audio: 'nowhere.wav': no such file"),
@@ -161,7 +160,7 @@ def test_the_dialogue_that_has_been_silent_longest_is_dropped(causal_recognizer,
             {"dialogue": "a", "text": "mad"},
             max_dialogues=2,
         )
-    assert 'dialogue "b" is dropped, because 2 others are newer' in caplog.text
+    assert 'dialogue "b" is dropped, because 2 others were updated later' in caplog.text
     (alone,) = answers_to(causal_recognizer, {"text": "mad"})
     assert without_ids(b) == without_ids(alone)  # b starts anew
     assert without_ids(a) == without_ids(alone)  # and takes the place of a

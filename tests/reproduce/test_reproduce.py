@@ -35,7 +35,7 @@ def reproduce(settings, runner):
 
 
 def leave_one_training(monkeypatch, recipe):
-    """Leaves one recipe, and one expert that is trained alone."""
+    """Removes all recipes but one, and all but one of the experts that are trained alone."""
     for other in {*stages.RECIPES} - {recipe}:
         monkeypatch.delitem(stages.RECIPES, other)
     for expert in ("speech", "fusion"):
@@ -57,7 +57,7 @@ def test_meld_is_reproduced_after_sigterm(
     leave_one_training(monkeypatch, recipe="paper")
     (tmp_path / "corpus").mkdir()
     write_meld(tmp_path / "corpus", write_mp4)
-    # SIGTERM must arrive before the last epoch, and stops a training within an epoch.
+    # SIGTERM must arrive before the last epoch. It stops training within an epoch.
     _, *options = small_encoders["speech_options"]
     speech_options = ("train.epochs=20", "data.batch_size=1", *options)
     encoders = {**small_encoders, "speech_options": speech_options}
@@ -167,7 +167,7 @@ def test_features_of_another_encoder_are_rejected(tmp_path):
         (folder / "config.json").write_text(json.dumps({"seed": seed}))
     (features / "dataset_info.json").write_text("{}")
     (features / "metadata.json").write_text(json.dumps({"text": {"config": {"seed": 0}}}))
-    with pytest.raises(InputError, match="features of another text encoder than"):
+    with pytest.raises(InputError, match="features come from another text encoder than"):
         stage.is_done()
     (tmp_path / "work/text/config.json").write_text(json.dumps({"seed": 0}))
     assert stage.is_done()
@@ -221,6 +221,6 @@ def test_a_process_is_stopped_by_sigterm_and_reports_its_status(monkeypatch):
     assert run_with(f"{parent}signal.pause()") == 143
     saves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
     assert run_with(f"import sys, signal; {saves}{parent}signal.pause()") == 143
-    # A stage that completes nevertheless is the last one.
+    # If a stage ignores SIGTERM and completes, no further stage runs.
     ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     assert run_with(f"import signal; {ignores}{parent}") == 143

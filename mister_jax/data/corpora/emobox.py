@@ -231,7 +231,7 @@ def _find_folds(root: pathlib.Path) -> dict[int, dict[str, list[pathlib.Path]]]:
     corpora = sorted(path.parent.name for path in root.glob("*/fold*") if path.is_dir())
     if corpora:
         names = ", ".join(dict.fromkeys(corpora))
-        raise InputError(f"{root}: the folder of several corpora; needed: one of {names}")
+        raise InputError(f"{root}: contains several corpora; needed: one of its folders {names}")
     files = sorted(path.name for path in root.glob("*.jsonl") if not path.name.startswith("."))
     if files:
         raise InputError(f"{root}: no folds; needed: {LAYOUT}, or one file: {', '.join(files)}")
@@ -254,7 +254,8 @@ def _choose_files(
         for other in candidates[1:]:
             if {key for _, key, _ in _read_entries(other)} != keys:
                 raise InputError(
-                    f"{candidates[0]} and {other}: different utterances; needed: one of the files"
+                    f"{candidates[0]} and {other}: different utterances; needed: only one of the "
+                    "two files"
                 )
     return files
 
@@ -417,11 +418,13 @@ def _read_label_map(folder: pathlib.Path) -> tuple[dict[str, str], pathlib.Path 
         try:
             values = json.loads(read_any_text(path)[0])
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON; needed: an object of labels and names") from error
+            raise InputError(
+                f"{path}: not JSON; needed: an object that maps labels to class names"
+            ) from error
         if not isinstance(values, dict) or not all(
             isinstance(name, str) and name.strip() for name in values.values()
         ):
-            raise InputError(f"{path}: not an object of labels and names; needed: one")
+            raise InputError(f"{path}: needed: a JSON object that maps labels to class names")
         labels = {}
         for label, name in values.items():
             spelled = name.strip()[:1].upper() + name.strip()[1:]
@@ -439,7 +442,9 @@ def _check_disjoint(
         for item in split_items:
             other = split_of_key.setdefault(item.key, split)
             if other != split:
-                raise InputError(f"{item.key}: in {files[other]} and {files[split]}; needed: one")
+                raise InputError(
+                    f"{item.key}: in both {files[other]} and {files[split]}; needed: in only one"
+                )
 
 
 def _draw_validation(items: Sequence[_Item], seed: int) -> tuple[list[_Item], list[_Item], str]:

@@ -79,8 +79,8 @@ def read_transcripts(
             and (other := used.setdefault(transcript, recording)) != recording
         ):
             raise InputError(
-                f"{transcript}: the transcript of {other.name} and {recording.name}; needed: one "
-                f"recording for each transcript, such as {recording.name}{transcript.suffix}"
+                f"{transcript}: matches both {other.name} and {recording.name}; needed: one "
+                f"transcript for each recording, such as {recording.name}{transcript.suffix}"
             )
     if not used:
         raise InputError(

@@ -368,7 +368,7 @@ class DialogueFields(FeatureSource):
     def _label_array(self, key: str, labels: Sequence[Any]) -> np.ndarray:
         kinds = {type(label) for label in labels if label is not None}
         if len(kinds) > 1:
-            self.fail(f"field {key}: both numbers and names are labels; allowed: one of them")
+            self.fail(f"field {key}: the labels mix numbers and names; allowed: only one kind")
         if kinds == {str}:
             return np.array([label or "" for label in labels])
         return np.array([UNLABELED if label is None else label for label in labels])
@@ -390,7 +390,7 @@ class DialogueFields(FeatureSource):
         split_of = {id_: split for id_, split in split_of.items() if id_ in labels}
         if any(split in roles for split in SPLITS):
             if not split_of:
-                self.fail("no id of the splits has a dialogue")
+                self.fail("none of the ids in the splits belongs to a dialogue")
             unused = [dialogue for dialogue in labels if dialogue not in split_of]
             if unused:
                 notes.append(

@@ -111,7 +111,7 @@ class _Array:
             raise ValueError(f"array shape {shape}")
         if dtype.hasobject:
             if not isinstance(content, list) or len(content) != math.prod(shape):
-                raise ValueError("array of objects with another number of objects")
+                raise ValueError("array of objects whose number does not match the shape")
             self.shape, self.is_fortran, self.items = shape, bool(is_fortran), content
         else:
             self.value = _from_bytes(content, dtype, shape, "F" if is_fortran else "C")
@@ -223,7 +223,7 @@ def _from_bytes(content: Any, dtype: np.dtype, shape: Any, order: Any) -> np.nda
     if isinstance(content, str):
         content = content.encode("latin1")
     if dtype.hasobject or len(memoryview(content).cast("B")) != math.prod(shape) * dtype.itemsize:
-        raise ValueError("array with another number of bytes")
+        raise ValueError("array whose number of bytes does not match the shape")
     if order not in ("C", "F"):
         raise ValueError(f"array order {order}")
     if dtype.itemsize == 0:
@@ -252,7 +252,7 @@ def _plain(value: Any, converted: dict[int, Any], depth: int) -> Any:
     if id(value) in converted:
         return converted[id(value)]
     if depth > _MAX_DEPTH:
-        raise _RefusedError(f"has containers in more than {_MAX_DEPTH} containers")
+        raise _RefusedError(f"has containers nested more than {_MAX_DEPTH} deep")
     result: Any
     if isinstance(value, _Array):
         result = value.value

@@ -64,7 +64,7 @@ def test_arrays_and_plain_containers_are_read(tmp_path, protocol):
 
 
 def test_a_pickle_of_python_2_is_read(tmp_path):
-    # Python 2 wrote byte strings with the opcode U, also for the bytes of arrays.
+    # Python 2 wrote byte strings, including the bytes of arrays, with the opcode U.
     raw = struct.pack("<2d", 1.5, -2.0)
     content = b"\x80\x02}(U\x04Ses1U\x05caf\xe9sU\x01ac"
     content += b"numpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
@@ -96,7 +96,7 @@ def by_extension(function, *arguments):
 
 
 def attacks(mark: pathlib.Path) -> dict[str, bytes]:
-    """Returns pickles that would create the file `mark`, by the function that they call."""
+    """Returns pickles that would create the file `mark`, keyed by the function that they call."""
     command, code = f"touch {mark}", f"open({str(mark)!r}, 'w').close()"
     text = command.encode()
     stack_global = b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c"
@@ -156,7 +156,7 @@ INVALID = {
     "not a pickle but a zip archive": ZIP.getvalue(),
     "not a pickle but an HDF5 file": b"\x89HDF\r\n\x1a\n",
     "not a pickle but a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\n",
-    "has containers in more than 20 containers": b"]" * 30 + b"a" * 29 + b".",
+    "has containers nested more than 20 deep": b"]" * 30 + b"a" * 29 + b".",
 }
 
 

@@ -239,7 +239,7 @@ class Row(Fields):
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.audio_path()
         if text is None and audio is None:
-            self.fail("audio", "missing, and text too; needed: one of them")
+            self.fail("audio", "missing, and text is also missing; needed: at least one of them")
         start, end = self.interval("start", "end")
         ratings: dict[str, float] = {}
         for rated, count in self.ratings("ratings").items():
@@ -331,17 +331,18 @@ def _dialogues(
         field = "start" if row.number("order") is None else "order"
         position = row.number(field)
         if position is None:
-            row.fail("order", "missing, and start too; needed: one of them")
+            row.fail("order", "missing, and start is also missing; needed: one of them")
         if ordering_field.setdefault(dialogue, field) != field:
-            row.fail("order", "in some rows of the dialogue; allowed: in all or none")
+            row.fail("order", "given in some rows of the dialogue; allowed: in all rows or none")
         if turns.setdefault(dialogue, {}).setdefault(position, utterance) is not utterance:
             row.fail(field, f"{position:g} repeated in its dialogue; needed: unique numbers")
         if (split is None) != (first.split() is None):
-            row.fail("split", "in some rows; allowed: in all or none")
+            row.fail("split", "given in some rows; allowed: in all rows or none")
         if splits.setdefault(dialogue, split) != split:
             row.fail(
                 "split",
-                f"{split!r}, but {splits[dialogue]!r} in another row; allowed: one per dialogue",
+                f"{split!r}, but {splits[dialogue]!r} in another row; allowed: one split per "
+                "dialogue",
             )
     dialogues = {
         name: Dialogue(name, tuple(by_position[position] for position in sorted(by_position)))
