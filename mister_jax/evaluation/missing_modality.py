@@ -182,7 +182,7 @@ def _run_study(
 
     def scores_per_seed(
         per_seed: Sequence[Mapping[str, np.ndarray]],
-    ) -> list[tuple[float, np.ndarray]]:
+    ) -> list[tuple[Any, np.ndarray]]:
         """Returns the weighted F1 on the split, and on the resamples, [R]."""
         return [
             bootstrap.scores(predictions["probabilities"].argmax(-1))["weighted_f1"]
@@ -193,7 +193,7 @@ def _run_study(
     points = []
     with ProgressReporter(len(pairs) * draws, unit="draws", quiet=quiet) as reporter:
         for speech_rate, text_rate in pairs:
-            scores: list[tuple[float, np.ndarray]] = []
+            scores: list[tuple[Any, np.ndarray]] = []
             for draw in range(draws):
                 seen = drop_modalities(
                     features, speech_rate, text_rate, draw, zero_fill_values=zero_fill_values
@@ -215,7 +215,7 @@ def _run_study(
     return {**_study_identity(predictor, features), "complete": complete, "points": points}
 
 
-def _mean_scores(scores: Sequence[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+def _mean_scores(scores: Sequence[tuple[Any, np.ndarray]]) -> tuple[float, np.ndarray]:
     """Returns the mean score on the split and on each resample, [R]."""
     values, resampled = zip(*scores, strict=True)
     return float(np.mean(values)), np.mean(resampled, axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -25,6 +27,6 @@ def make_rngs(key: jax.Array | int) -> nnx.Rngs:
     Args:
       key: Typed key or seed.
     """
-    rngs = nnx.Rngs(key)
+    rngs: Any = nnx.Rngs(key)
     rngs.default = _RngStream(rngs["default"].key.get_value(), tag="default")
     return rngs
