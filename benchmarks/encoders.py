@@ -53,7 +53,7 @@ class Tuning:
     Attributes:
       config: Config of the encoder.
       default_rows: Number of rows per device that uses an accelerator well.
-      init: Function of a key that creates the model.
+      init: Function that creates the model from a random key.
       apply: Function that runs the model on a batch.
       inputs: Function of the number of rows that returns random inputs without padding.
     """

@@ -12,8 +12,8 @@ def program_flops(jaxpr: Any) -> float:
     """Counts the operations in a program's matrix products and convolutions.
 
     A multiply-add counts as two operations. Other operations are not counted. Unlike in XLA's cost
-    analysis, the body of a scan counts as often as it runs. Recomputation in the backward pass is
-    also counted. Of several branches, only the most expensive branch counts.
+    analysis, a scan's body is counted once per iteration. Recomputation in the backward pass is
+    counted too. Of several branches, only the most expensive branch counts.
 
     Args:
       jaxpr: Jaxpr of the program.

@@ -100,6 +100,7 @@ def _audio_seconds(path: pathlib.Path) -> float:
 
 
 def _with_rate(row: Row) -> Row:
-    # For two small corpora, noise can make the difference negative.
+    # The row with the difference between two small corpora can have zero or negative seconds,
+    # because of noise.
     rate = row["audio_hours"] * 3600 / row["seconds"] if row["seconds"] > 0 else None
     return {**row, "audio_seconds_per_second": rate}

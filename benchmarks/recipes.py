@@ -183,8 +183,8 @@ def compare_recipes(
       recipes: Recipes to compare with the first recipe.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
       data_dir: Directory of the datasets; by default, TFDS's default directory.
-      num_seeds: Number of seeds of each model. Pooled predictions are the predictions of the seeds'
-        ensemble.
+      num_seeds: Number of seeds of each model. With several seeds, the scores are those of the
+        ensemble of the seeds.
       quiet: Whether to hide progress.
 
     Returns:

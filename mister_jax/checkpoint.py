@@ -117,7 +117,7 @@ class Checkpoints:
         with _silence_unfinished_reads():
             try:
                 restored = manager.restore(step, args=self._ocp.args.Composite(**items))
-            except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
+            except Exception as error:  # Damaged files raise many types of exceptions.
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
                     f"{self._directory / kind / str(step)}: the checkpoint is damaged or belongs "
@@ -142,7 +142,7 @@ class Checkpoints:
             progress: dict[str, Any] = manager.restore(
                 step, args=self._ocp.args.Composite(**items)
             )[_PROGRESS]
-        except Exception as error:  # Orbax raises many types for damaged files.
+        except Exception as error:  # Damaged files raise many types of exceptions.
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self._directory / kind / str(step)}: the checkpoint is damaged ({reason})"

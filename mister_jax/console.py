@@ -181,8 +181,8 @@ def missing_modality_table(title: str, points: Iterable[Mapping[str, Any]]) -> T
             f"{point['drop_speech']:g}",
             f"{point['drop_text']:g}",
             f"{point['weighted_f1']:.3f} +- {point['deviation']:.3f}",
-            f"{loss['value']:.3f}",
-            "" if loss["low"] is None else f"{loss['low']:.3f} to {loss['high']:.3f}",
+            f"{loss['value']:z.3f}",
+            "" if loss["low"] is None else f"{loss['low']:z.3f} to {loss['high']:z.3f}",
         )
     return table
 

@@ -6,6 +6,7 @@ axis is omitted. Only this module handles that case.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,21 +101,32 @@ def vmap_over_models(
     return over_runs
 
 
-@jax.jit
-def select_seeds(is_new: jax.Array, new: Any, old: Any) -> Any:
+def select_seeds(is_new: np.ndarray, new: Any, old: Any) -> Any:
     """Takes each seed from `new` where `is_new` is true, and from `old` elsewhere.
 
     Args:
       is_new: Whether to take each seed from `new`, [S] bool.
-      new: Tree of arrays [S, ...].
+      new: Tree of arrays [S, ...], either NumPy arrays or arrays on devices.
       old: Tree of arrays [S, ...].
-    """
 
+    Returns:
+      Tree of arrays of the same kind as in `new`. With several processes, a JAX array that only one
+      process has could not be saved, but NumPy arrays can.
+    """
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(new)):
+        return _select(np, is_new, new, jax.device_get(old))
+    return _select_on_devices(is_new, new, old)
+
+
+def _select(numpy: Any, is_new: Any, new: Any, old: Any) -> Any:
     def select(new_leaf, old_leaf):
-        condition = jnp.reshape(is_new, (-1,) + (1,) * (new_leaf.ndim - 1))
-        return jnp.where(condition, new_leaf, old_leaf)
+        condition = numpy.reshape(is_new, (-1,) + (1,) * (new_leaf.ndim - 1))
+        return numpy.where(condition, new_leaf, old_leaf)
 
     return jax.tree.map(select, new, old)
+
+
+_select_on_devices = jax.jit(functools.partial(_select, jnp))
 
 
 def ensemble(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

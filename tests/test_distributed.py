@@ -44,7 +44,8 @@ def data_dir(tmp_path_factory):
 
 
 def make_config(data_dir):
-    return make_tiny_config(data_dir, "tiny,text_only", **{"train.epochs": 4, "data.batch_size": 8})
+    changes = {"train.epochs": 4, "data.batch_size": 8, "num_seeds": 2}
+    return make_tiny_config(data_dir, "tiny,text_only", **changes)
 
 
 def train_to_status(workdir, data_dir, on_step=None):

@@ -90,7 +90,8 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         message = f"{error.filename}: {error.strerror}; choose a path that can be written"
     except (AssertionError, RuntimeError) as error:
-        # xla_bridge.py initializes the platforms in JAX_PLATFORMS. Other errors are bugs.
+        # An error raised in xla_bridge.py means that JAX could not initialize a platform in
+        # JAX_PLATFORMS. Any other error is a bug.
         if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             raise
         platforms = os.environ.get("JAX_PLATFORMS", "")

@@ -72,7 +72,7 @@ def missing_modality_study(
     data_dir: str | None = None,
     output: epath.PathLike | None = None,
     quiet: bool = False,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Scores a split with modalities missing at given rates.
 
     `drop_speech` and `drop_text` are paired. A single rate is paired with all rates of the other
@@ -98,7 +98,8 @@ def missing_modality_study(
       the "low" and "high" ends of its 95% interval.
 
     Raises:
-      InputError: A rate is outside [0, 1], or the lists cannot be paired.
+      InputError: A rate is outside [0, 1], the lists cannot be paired, the split has no labels, or
+        the work directory is not one of MiSTER-E.
     """
     pairs = _pair_rates(drop_speech, drop_text)
     predictor = Predictor(workdir, data_dir)

@@ -15,7 +15,7 @@ class _RngStream(nnx.RngStream):
         key = jax.random.fold_in(self.key.get_value(), self.count.get_value())
         # `self.count[...] += 1` would ask the traced counter for its sharding. JAX answers with an
         # exception whose message lists the operations that led to the counter, which is slow.
-        self.count.set_value(self.count.get_value() + 1)
+        self.count.set_raw_value(self.count.get_value() + 1)
         return key
 
 

@@ -74,7 +74,10 @@ def _tensorboard_writer(workdir: epath.PathLike, first_step: int) -> Any:
     without further packages.
     """
     with tf.Graph().as_default():  # The writer cannot be created in eager mode.
-        writer = tf.compat.v1.summary.FileWriter(os.fspath(workdir))
+        # The suffix keeps the files of runs that start within one second apart.
+        writer = tf.compat.v1.summary.FileWriter(
+            os.fspath(workdir), filename_suffix=f".{first_step}"
+        )
     start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     writer.add_session_log(start, first_step)
     return writer

@@ -356,7 +356,7 @@ def test_errors_say_what_is_allowed(urdu, tmp_path):
     path.unlink()
     check("no test set of this fold", fold=2)
     (urdu / "label_map.json").write_text("[]")
-    check("label_map.json: needed: a JSON object that maps labels to class names")
+    check("label_map.json: not an object of strings; needed: a JSON object that maps labels to")
     (urdu / "label_map.json").write_text("{")
     check("label_map.json: not JSON; needed: an object that maps labels to class names")
 

@@ -338,7 +338,7 @@ def manifests(draw):
 
 
 def expected_text(value):
-    """Returns a text as the reader returns it, None if absent."""
+    """Returns the text that the reader should return for a cell, None if there is no text."""
     return None if value is None else str(value).strip() or None
 
 
@@ -347,7 +347,7 @@ def number(value):
 
 
 def expected_ids(rows):
-    """Returns the ordered utterance ids of each dialogue of valid rows."""
+    """Maps each dialogue to its utterance ids in the expected order; all rows must be valid."""
 
     def position(row):
         order = number(row.get("order"))
@@ -360,7 +360,7 @@ def expected_ids(rows):
 
 
 def expected_channel(value):
-    """Returns a channel as the reader returns it."""
+    """Returns the channel that the reader should return for a cell."""
     if expected_text(value) is None:
         return "mix"
     return int(value) if str(value).strip().isdecimal() else value

@@ -113,7 +113,7 @@ def put_into_batch(dialogue, make_batch):
 
 
 def dialogues(make_batch):
-    """Makes a dialogue with every combination of speech and text, and one without speech."""
+    """Makes a dialogue with every combination of missing modalities, and one without speech."""
     dialogue = make_batch((LENGTH,), seed=1)
     all_combinations = {
         "speech_present": np.array([[True, False, True, True, False]]),

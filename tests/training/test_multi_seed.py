@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -202,3 +203,12 @@ def test_one_seed_passes_through_unchanged():
     assert multi_seed.join_runs([tree], 3) is tree and multi_seed.split_runs(tree, 1, 3) == [tree]
     assert multi_seed.vmap_over_models(function, 1, 1)(tree, None, None) is tree
     assert multi_seed.ensemble([tree]) == tree
+
+
+@pytest.mark.parametrize("kind", [np.ndarray, jax.Array])
+def test_selected_seeds_are_arrays_of_the_kind_of_the_new_ones(kind):
+    make = np.asarray if kind is np.ndarray else jnp.asarray
+    new, old = {"a": make([[1.0, 2.0], [3.0, 4.0]])}, {"a": jnp.zeros((2, 2))}
+    selected = multi_seed.select_seeds(np.array([False, True]), new, old)["a"]
+    assert isinstance(selected, kind)
+    np.testing.assert_array_equal(selected, [[0, 0], [3, 4]])

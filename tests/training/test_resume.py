@@ -280,7 +280,8 @@ def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
         "model.causal": causal,
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
-        # The number of length buckets depends on the number of epochs when the run starts.
+        # The number of length buckets is chosen for the epochs planned at the start of the run. It
+        # stays the same when the run is continued with more epochs.
         "data.num_buckets": None,
     }
     for workdir, epochs in (("run", 1), ("run", 2), ("whole", 2)):

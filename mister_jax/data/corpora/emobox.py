@@ -424,7 +424,10 @@ def _read_label_map(folder: pathlib.Path) -> tuple[dict[str, str], pathlib.Path 
         if not isinstance(values, dict) or not all(
             isinstance(name, str) and name.strip() for name in values.values()
         ):
-            raise InputError(f"{path}: needed: a JSON object that maps labels to class names")
+            raise InputError(
+                f"{path}: not an object of strings; needed: a JSON object that maps labels "
+                "to class names"
+            )
         labels = {}
         for label, name in values.items():
             spelled = name.strip()[:1].upper() + name.strip()[1:]

@@ -68,8 +68,8 @@ def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pat
             best = [file for file in best if file.suffix == pathlib.Path(path).suffix] or best
         if len(best) > 1:
             raise InputError(
-                f"{path}: matches {best[0]} and {best[1]}; needed: a folder that contains only one "
-                "of them"
+                f"{path}: matches {best[0]} and {best[1]}; needed: one file, or a folder that "
+                "contains only one of them"
             )
         recordings[path] = best[0]
     return recordings

@@ -238,8 +238,8 @@ class FeatureTable:
         label = self.array("label")
         counts.update(names[index] for index in label[(label >= 0) & (label < len(names))])
         for name, problem, fix in suspicious_labels(counts):
-            # Names that look like a missing label, such as "none", have no fix. They are allowed
-            # because `class_names` lists the classes explicitly.
+            # For names that look like a missing label, such as "none", `fix` is empty. They are
+            # allowed because `class_names` lists the classes explicitly.
             if fix:
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)

@@ -373,7 +373,7 @@ _CHAT_CODES = tuple(
 
 
 def clean_chat(text: str) -> str:
-    """Returns the words and the punctuation of a CHAT utterance without codes."""
+    """Removes the codes from a CHAT utterance; returns "" if no words are left."""
     for pattern, replacement in _CHAT_CODES:
         text = pattern.sub(replacement, text)
     return one_line(text) if re.search(r"\w", text) else ""

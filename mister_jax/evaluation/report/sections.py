@@ -311,7 +311,7 @@ def render_missing_modality(study: Mapping[str, Any]) -> str:
             f"{point['drop_speech']:g}",
             f"{point['drop_text']:g}",
             f"{point['weighted_f1']:.3f} ± {point['deviation']:.3f}",
-            estimate_cell(Estimate(**point["loss"])),
+            estimate_cell(Estimate(**point["loss"]), signed=True),
         )
         for point in study["points"]
     ]
