@@ -1,7 +1,7 @@
 """Compiles programs ahead of time for TPUs, without TPU hardware, and predicts performance.
 
-This needs libtpu, and a process in which JAX runs on the CPU. Programs are not run, so all results
-are predictions. The number of rows in a batch is proportional to the number of chips (weak
+Compilation needs libtpu, and a process in which JAX runs on the CPU. Programs are not run, so all
+results are predictions. The number of rows in a batch is proportional to the number of chips (weak
 scaling).
 """
 
@@ -213,7 +213,9 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 
 
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
-    """Adds to each row the first row's predicted time divided by the row's own, if both are known.
+    """Adds each row's scaling efficiency: the first row's predicted time divided by the row's.
+
+    Rows without a predicted time get no efficiency.
 
     The rows are results of `compile_ahead` for one program with equal work per device.
     """

@@ -1,4 +1,4 @@
-"""Measures speed and memory, with random data except for `--training`.
+"""Measures speed and memory, and compares training recipes.
 
 MiSTER-E on dialogues:
 
@@ -83,7 +83,7 @@ _REMAT = flags.DEFINE_enum(
     "remat", "full", get_args(Remat), "activations that --encoder recomputes, see nn.ScannedLayers"
 )
 _MODEL_PARALLELISM = flags.DEFINE_integer(
-    "model_parallelism", 1, "chips that share the work on their rows, for --encoder with --aot"
+    "model_parallelism", 1, "chips that work on the same rows together, for --encoder with --aot"
 )
 _RANDOM = flags.DEFINE_bool("random", False, "run --encoder with random parameters")
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "measure extraction with --encoder")
@@ -104,10 +104,10 @@ _RECORDING = flags.DEFINE_string(
 )
 _MODEL = flags.DEFINE_string("model", None, "work directory or bundle that reads --recording")
 _TRANSCRIPT = flags.DEFINE_string(
-    "transcript", None, "transcript of --recording; by default the one beside it"
+    "transcript", None, "transcript of --recording; by default, one beside the recording"
 )
 _REFERENCE = flags.DEFINE_string(
-    "reference", None, "RTTM with the speech of --recording; by default the one beside it"
+    "reference", None, "RTTM with the speech of --recording; by default, one beside the recording"
 )
 _REPEAT = flags.DEFINE_integer(
     "repeat", 1, "number of times that --recording is concatenated", lower_bound=1
@@ -125,7 +125,7 @@ _RECIPES = flags.DEFINE_multi_string(
     "compared with the first",
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "seeds of each recipe", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the trainings of --set")
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of --set")
 _JSON = flags.DEFINE_string("json", None, "JSON file to write")
 
 _OF_RECORDING = (_MODEL, _TRANSCRIPT, _REFERENCE, _REPEAT)

@@ -32,7 +32,7 @@ LENGTHS: dict[str, Callable[[], np.ndarray]] = {"iemocap": iemocap_like_lengths}
 
 
 def released_epoch(lengths: np.ndarray, batch_size: int) -> list[PlannedBatch]:
-    """Plans an epoch as the released code does, in random order, with padding to the longest."""
+    """Plans an epoch as in the released code: random batches, padded to their longest dialogue."""
     order = np.random.default_rng(0).permutation(len(lengths))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [PlannedBatch(rows, int(lengths[rows].max())) for rows in batches]

@@ -1,7 +1,8 @@
 """Benchmarks large utterance encoders at full size, with random or abstract parameters.
 
 Stage 1 has two programs: a LoRA fine-tuning step, and the extraction of features for stage 2.
-`compile_for_tpus` compiles them for TPUs, and `measure_encoder` times them on this machine.
+`compile_for_tpus` compiles both programs for TPUs, and `measure_encoder` times both programs on
+this machine.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _OPTIMIZER = make_optimizer(OptimizerConfig(name="adamw", b2=0.99, eps=1e-6), to
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """LoRA fine-tuning of an encoder, a task for `make_train_step`.
+    """LoRA fine-tuning of an encoder, as a task for `make_train_step`.
 
     Attributes:
       config: Config of the encoder.
-      default_rows: Number of rows per device that uses an accelerator well.
+      default_rows: Number of rows per device that makes good use of an accelerator.
       init: Function that creates the model from a random key.
       apply: Function that runs the model on a batch.
       inputs: Function of the number of rows that returns random inputs without padding.
@@ -140,7 +141,7 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
     ),
     "salmonn_7b": lambda _, **options: speech_tuning(Salmonn, SalmonnConfig.salmonn_7b(**options)),
 }
-"""Maps encoders to functions of the tokens per text and options of the language model."""
+"""Maps each encoder to a function that creates its task, given the tokens per text and options."""
 
 
 def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:

@@ -1,9 +1,9 @@
 """Benchmarks feature extraction in this library, PyTorch and ONNX Runtime with one encoder.
 
 All libraries compute the mean of the last hidden states. PyTorch (with transformers) and ONNX
-Runtime (with a text encoder that PyTorch exports) encode one utterance at a time, as the released
-MiSTER-E does, and batches of utterances sorted by length. This library runs Whisper both trimmed to
-the clips' lengths and padded to 30 s, as in PyTorch.
+Runtime (with a text encoder that PyTorch exports) are measured with one utterance at a time, as in
+the released MiSTER-E, and with batches of utterances sorted by length. This library runs Whisper
+both trimmed to the clips' lengths and padded to 30 s, as in PyTorch.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from mister_jax.training.steps import ModelTemplate, initial_state, make_train_s
 
 
 class BenchmarkTask:
-    """MiSTER-E with its default loss, a task for `make_train_step`.
+    """MiSTER-E with its default loss, as a task for `make_train_step`.
 
     Args:
       config: Config of the model.
@@ -195,7 +195,7 @@ Library = JaxMisterE | TorchMisterE
 
 
 def _libraries(config: BenchmarkConfig, compare: bool) -> list[Library]:
-    # TorchMisterE is created first, so that an error about a missing PyTorch is raised at once.
+    # Create TorchMisterE first, so that an error about a missing PyTorch is raised at once.
     torch = [TorchMisterE(config)] if compare else []
     return [JaxMisterE(config), *torch]
 
@@ -264,7 +264,7 @@ def measure_epoch(
             released_epoch(lengths, config.batch_size),
         ),
     }
-    # In a planned batch, row index -1 marks an empty row. It selects the appended length 0.
+    # In a planned batch, row index -1 marks an empty row and selects the appended length 0.
     lengths_and_empty = np.append(lengths, 0)
     runs = {}
     for library in _libraries(config, compare):

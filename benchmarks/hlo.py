@@ -1,4 +1,4 @@
-"""Analyzes the text (HLO) of programs that XLA compiled for TPUs to determine their work.
+"""Determines the work of programs that XLA compiled for TPUs from the programs' text (HLO).
 
 XLA's cost analysis counts the body of a loop once, does not distinguish on-chip memory from device
 memory, and omits communication. The text of the scheduled program contains trip counts, memory
@@ -40,7 +40,7 @@ _RECEIVED = {
 _COLLECTIVES = (*_RECEIVED, "collective-permute")
 
 
-# Operations that access no memory, or only through the instructions that they call.
+# Operations that access no memory, or access memory only through the instructions that they call.
 _FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
     *("get-tuple-element", "tuple", "bitcast", "optimization-barrier", "after-all"),
@@ -209,7 +209,7 @@ def _bytes_read(
     body: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> float:
-    """Returns the bytes of a parameter that a fusion reads; it may read only slices."""
+    """Returns the bytes of a parameter that a fusion reads; a fusion may read only slices."""
     total = 0.0
     for user in body:
         operands = _operands(user)

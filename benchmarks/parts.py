@@ -67,7 +67,7 @@ def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
     experts = (model.speech, model.text)
     convolution_graph, convolution_params = split([expert.convolution for expert in experts])
     gru_graph, gru_params = split([expert.gru for expert in experts])
-    for expert in experts:  # Keeps only the skip connection and the classifier.
+    for expert in experts:  # Keep only the skip connection and the classifier.
         expert.convolution = expert.gru = None
     head_graph, head_params = split(experts)
     cross_modal_graph, cross_modal_params = split(model.fusion)

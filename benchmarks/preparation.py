@@ -30,11 +30,11 @@ sys.exit(status)
 def measure_preparation(
     num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a corpus with about `num_utterances`, and a corpus a fourth of that size.
+    """Prepares a corpus with about `num_utterances`, and a corpus of a fourth of this size.
 
     Returns:
-      A row for each corpus, and a row for the difference between the two, in which the command's
-      start-up time cancels out. Memory is the peak memory of the largest process.
+      A row for each corpus, and a row for the difference between the two corpora, in which the
+      command's start-up time cancels out. Memory is the peak memory of the largest process.
 
     Raises:
       InputError: There are too few utterances, or the preparation fails.

@@ -5,18 +5,18 @@
         --recipe="released: paper train.epochs=40 optimizer.learning_rate=1e-4" --num_seeds=3
 
 A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
-from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. The
-dataset's test split is not read, except for a set DATASET@test, which confirms a choice: on such a
-set, every model trains on the training split, selects its epoch on the validation split, and is
-scored on the test split.
+from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. Only a set
+DATASET@test, which confirms a choice, reads the dataset's test split. On such a set, every model
+trains on the training split, selects its epoch on the validation split, and is scored on the test
+split.
 
-Otherwise, all recipes train on the same dialogues, for their full number of epochs, and select
-nothing on validation. The model of the fold that holds out an utterance predicts it, and the
-predictions of all folds are scored together. In addition to the recipes, the table has each expert
-of the first recipe, and logistic regression on the features of an utterance and its neighbors. The
-number of neighbors and the strength of the regularization are selected on the validation dialogues
-of each fold. The difference from the first recipe has a 95% confidence interval from a paired
-bootstrap over dialogues.
+On all other sets, all recipes train on the same dialogues, for their full number of epochs, and
+select nothing on validation. For each utterance, the model of the fold that holds out this
+utterance makes the prediction. The predictions of all folds are scored together. In addition to the
+recipes, the table has each expert of the first recipe, and logistic regression on the features of
+an utterance and its neighbors. The number of neighbors and the strength of the regularization are
+selected on the validation dialogues of each fold. The difference from the first recipe has a 95%
+confidence interval from a paired bootstrap over dialogues.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
 states how many recipes were tried. Confirm the choice on a test split. With several seeds, the
@@ -183,8 +183,8 @@ def compare_recipes(
       recipes: Recipes to compare with the first recipe.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
       data_dir: Directory of the datasets; by default, TFDS's default directory.
-      num_seeds: Number of seeds of each model. With several seeds, the scores are those of the
-        ensemble of the seeds.
+      num_seeds: Number of seeds of each model. With several seeds, the scores are the ensemble's
+        scores.
       quiet: Whether to hide progress.
 
     Returns:
@@ -220,7 +220,7 @@ def compare_recipes(
             scores = cross_validate(folds[of, recipe], folder, quiet=quiet)
             if scores is None:
                 return None
-            # A repeated command only reads the results, so the first command stores its time.
+            # A repeated command only reads the results, so the first command stores the run time.
             if not (folder / "seconds.json").exists():
                 write_json(folder / "seconds.json", {"seconds": time.perf_counter() - started})
             predictions[recipe.name] = _read_predictions(folder / "predictions.jsonl")
@@ -277,7 +277,7 @@ def _of_expert(predictions: SplitPredictions, name: str) -> SplitPredictions:
 
 
 def _align(predicted: Mapping[tuple[str, str], int], like: SplitPredictions) -> SplitPredictions:
-    """Returns predictions by dialogue and utterance in the order of other predictions."""
+    """Returns predictions by dialogue and utterance in the order of the predictions `like`."""
     dialogues = [like.dialogue_ids[index] for index in like.dialogue_index]
     keys = zip(dialogues, like.utterance_ids.tolist(), strict=True)
     return dataclasses.replace(like, predicted=np.array([predicted[key] for key in keys]))

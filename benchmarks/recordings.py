@@ -55,7 +55,7 @@ def measure_recording(
 
     Returns:
       A row for each source of utterances. Before the measurement, the model is loaded and predicts
-      the unrepeated recording once. Seconds and memory do not include this.
+      the unrepeated recording once. Seconds and memory do not include these steps.
 
     Raises:
       InputError: A file or the model cannot be used.
@@ -65,7 +65,7 @@ def measure_recording(
     path = find_transcript(source) if transcript is None else transcript
     if path is not None:
         contents = read_transcript(path, recording=source.stem)
-        # Turns without words are a reference rather than a transcript, unless the user asks.
+        # A file with turns but no words is used as a transcript only if the user passed it.
         if contents.has_text or transcript is not None:
             segments["transcript"] = contents.segments
     beside = source.with_suffix(".rttm")
@@ -187,7 +187,7 @@ def _measure(
 
 
 def main() -> None:
-    """Predicts the recording of the settings on standard input; prints the measurements."""
+    """Reads settings from standard input, predicts their recording, and prints measurements."""
     from mister_jax.inference.recognizer import EmotionRecognizer
     from mister_jax.inference.speech_recognition import detect_voice_activity
 

@@ -36,7 +36,7 @@ class Report:
         return all(row.get("fits") is not False for rows in self.sections.values() for row in rows)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON, with one list of rows that name their section."""
+        """Writes the report as JSON, with one list of rows; each row names its section."""
         rows = [{"section": title, **row} for title, rows in self.sections.items() for row in rows]
         value = {"settings": self.settings, "environment": self.environment, "rows": rows}
         try:

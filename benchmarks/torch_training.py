@@ -4,8 +4,8 @@
 
 `benchmarks.training` runs this script. It is a typical PyTorch script: eager modules, batches of
 random dialogues padded to the longest dialogue, validation after each epoch, and the best
-parameters in memory. It does not import JAX or TensorFlow, because their startup time would count
-as PyTorch's.
+parameters in memory. The script does not import JAX or TensorFlow, because their startup time would
+count as PyTorch's time.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class CoAttentionLayer(nn.Module):
 
 
 class CrossModalExpert(nn.Module):
-    """Fusion expert: co-attention between speech and text, followed by a classifier on both."""
+    """Fusion expert: co-attention between speech and text, then a classifier on both streams."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -315,7 +315,7 @@ def collate(dialogues: list[Batch]) -> Batch:
 def make_optimizer(
     model: nn.Module, config: Any, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Makes AdamW, without weight decay for biases and scales, and its cosine schedule."""
+    """Makes AdamW without weight decay for biases and scales, and a cosine schedule."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [value for value in parameters if value.ndim > 1]},

@@ -51,8 +51,9 @@ cpu = usage.ru_utime + usage.ru_stime
 print(json.dumps({"start": start, "ends": ends, "cpu": cpu, "memory": usage.ru_maxrss}))
 """
 
-# Script that runs `mister-jax train` and records when the first, middle and last step ended. It
-# waits for the devices only at these steps, because training dispatches steps ahead of the devices.
+# Script that runs `mister-jax train` and records when the first, middle and last step ended. The
+# script waits for the devices only at these steps, because training dispatches steps ahead of the
+# devices.
 _TRAIN = """
 import functools, json, pathlib, sys, time
 import jax

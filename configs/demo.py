@@ -29,8 +29,7 @@ def get_config() -> ConfigDict:
             "crf": True,
             "gate_dim": 32,
             "gate_temperature": 0.5,
-            # The contexts contain more information than the logits about how informative a modality
-            # is.
+            # The contexts show better than the logits how informative each modality is.
             "gate_reads_contexts": True,
             "input_dropout": 0.3,
             "context_dropout": 0.2,

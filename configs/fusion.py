@@ -9,7 +9,8 @@ training and validation dialogues of `meld_dev_features`.
 Hardware: two CPU cores. The 100 epochs of `paper` take 19 minutes on `mosi_features` and 27 minutes
 on `meld_dev_features`, with other programs running.
 
-Result: test weighted F1 of the best validation epoch, mean +- standard deviation of seeds 0, 1, 2:
+Result: test weighted F1 of the epoch that is best on validation, mean +- standard deviation of
+seeds 0, 1, 2:
 
                       meld_dev_features   mosi_features
     default             0.619 +- 0.003    0.772 +- 0.004
@@ -112,7 +113,7 @@ ABLATIONS = {
     "majority": "majority vote of the experts instead of the gate",
     "no_context": "no context network",
 }
-"""Variants that `mister-jax ablate` compares, with a description of each."""
+"""Maps each variant that `mister-jax ablate` compares to a description."""
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:
@@ -127,22 +128,22 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "name": dataset,
             "data_dir": "",
             "batch_size": 8,
-            # Maximum number of padded lengths, each of which needs a compiled program. None: add a
-            # length only if it saves more time than compiling its program takes.
+            # Maximum number of padded lengths, each of which needs a compiled program. None: a
+            # padded length is added only if it saves more time than compiling its program takes.
             "num_buckets": config_dict.placeholder(int),
             # "auto" standardizes the modalities whose dimensions have very different scales. Also
             # allowed: "none", "speech", "text", "speech,text".
             "standardize": "auto",
-            # "shuffle": each dialogue once per epoch. "balanced": dialogues with rare classes more
-            # often.
+            # "shuffle" draws each dialogue once per epoch. "balanced" draws dialogues with rare
+            # classes more often.
             "sampling": "shuffle",
             # Replaces the dataset's splits with a fold of a cross-validation: "session", "speaker",
             # "dialogue:5", or another column of the utterances' metadata; see `data.folds`.
             "folds": "",
             "fold": 0,
             "fold_seed": 0,
-            # Splits whose dialogues are divided into folds, such as "train,validation"; all if
-            # empty.
+            # Splits whose dialogues are divided into folds, such as "train,validation"; all splits
+            # if empty.
             "fold_splits": "",
             # Whether to also train on the validation split; requires `train.select_by` "last".
             "validate_on_train": False,
@@ -167,7 +168,8 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
     )
     config.loss = ConfigDict(
         {
-            # "ratings": the raters' distribution over the classes, for datasets with ratings.
+            # Also allowed: "ratings", the raters' distribution over the classes, for datasets with
+            # ratings.
             "target": "label",
             "gamma": 1.0,
             "temperature": 1.0,

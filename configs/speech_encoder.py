@@ -7,12 +7,12 @@ of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads the encoder from a f
 
 Small encoders are fully fine-tuned. LLMs are fine-tuned with LoRA, and their audio towers are
 frozen. Qwen2-Audio uses the recipe of the released code: rank 16 and alpha 8, on the language
-model's queries and keys. SALMONN continues from the LoRA in its checkpoint, which has rank 8 and
-alpha 32, on queries and values. Random crops are used only in training.
+model's queries and keys. SALMONN continues from the LoRA weights in its checkpoint, which have rank
+8 and alpha 32 and apply to queries and values. Random crops are used only in training.
 
-SALMONN consists of four checkpoints. Each is given as a file or folder; Whisper and Vicuna can also
-be names on the Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format, so convert it
-to safetensors first.
+SALMONN consists of four checkpoints. Pass each checkpoint as a file or folder. Whisper and Vicuna
+can also be names on the Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format, so
+convert Vicuna to safetensors first.
 
     --config.encoder.options.name=salmonn_7b_v0.pth
     --config.encoder.options.whisper=openai/whisper-large-v2

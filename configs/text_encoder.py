@@ -7,7 +7,7 @@ of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads the encoder from a f
 
 LLMs are fine-tuned with LoRA and the recipe of the released code: rank 8 and alpha 32, on queries
 and values, and AdamW with learning rate 1e-5. Small encoders are fully fine-tuned, except
-`minilm_lora`, the text encoder of the packaged model `meld-text`, which is fine-tuned with LoRA.
+`minilm_lora`, which is fine-tuned with LoRA. The packaged model `meld-text` uses `minilm_lora`.
 
 Hardware: two CPU cores for MiniLM. LLMs need eight TPU v5e or four TPU v5p chips according to XLA's
 memory analysis. Judging by their size, one GPU with 80 GB should also suffice. No LLM was trained.
@@ -48,7 +48,7 @@ SMALL = {
     "bert_base": "google-bert/bert-base-uncased",
     "minilm_l6": "sentence-transformers/all-MiniLM-L6-v2",
 }
-# Small encoders with LoRA in all layers, whose fine-tuned weights take a few megabytes.
+# Small encoders that are fine-tuned with LoRA in all layers. The adapters take a few megabytes.
 ADAPTED = {"minilm_lora": "minilm"}
 ENCODERS = LLMS | SMALL | ADAPTED
 

@@ -3,10 +3,10 @@
 #
 #   launch/meld_text.sh CSV_FOLDER WORK [SEED...]
 #
-# CSV_FOLDER holds train_sent_emo.csv, dev_sent_emo.csv and test_sent_emo.csv. For each seed, by
-# default 0, 1 and 2, a MiniLM with LoRA is fine-tuned on single utterances, and MiSTER-E's text
-# expert is trained on its vectors in the context of their dialogues. The seed with the highest
-# weighted F1 on validation is exported to WORK/meld-text. If the script is killed, run it again.
+# CSV_FOLDER contains train_sent_emo.csv, dev_sent_emo.csv and test_sent_emo.csv. For each seed
+# (default: 0, 1 and 2), this script fine-tunes MiniLM with LoRA on single utterances, and trains
+# MiSTER-E's text expert on the dialogues of the resulting vectors. The seed with the highest
+# weighted F1 on validation is exported to WORK/meld-text. Run the script again to resume.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -16,7 +16,8 @@
 # each worker and prints the output of worker 0. If the slice is preempted, the script creates it
 # again and restarts the command, which resumes from its workdir. Keep data and workdir on gs://.
 #
-# If you stop this script, the command keeps running. Start the script again to see its output.
+# If you stop this script, the command keeps running. Start the script again to see the command's
+# output.
 #
 # The script exits if the command exits with status 2 (invalid input). After any other failure it
 # restarts the command, at most --max_restarts times. Requires git, and gcloud with an account.

@@ -1,8 +1,8 @@
 """Bundles: folders with a trained model and everything that prediction needs.
 
 A bundle has `config.json`, `model.safetensors` and a model card, `README.md`. The folder `encoders`
-has the files of encoders that are not on the Hugging Face Hub. A bundle has no absolute paths, so
-it can be moved and shared. Names that start with "./" are paths in the bundle.
+contains the encoders that are not on the Hugging Face Hub. A bundle has no absolute paths, so users
+can move and share it. Names that start with "./" are paths in the bundle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PACKAGES = ("mister_jax", "jax", "flax", "transformers")
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle whose config was read.
+    """A bundle whose config has been read.
 
     Attributes:
       folder: Folder of the bundle.
@@ -142,7 +142,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
             raise InputError(f"{folder}: incomplete: no {name}; copy or export the bundle again")
         if hash_file(file) != expected:
             raise InputError(
-                f"{file}: has changed since the bundle was written; copy or export it again"
+                f"{file}: has changed since the bundle was written; copy or export the bundle again"
             )
     if num_classes is not None and num_classes != len(class_names):
         raise InputError(
@@ -198,12 +198,12 @@ def write_bundle(
 
 
 def path_in_bundle(*parts: str) -> str:
-    """Returns the name of a path in a bundle, which `read_bundle` resolves."""
+    """Returns the name of a path in a bundle. `read_bundle` resolves this name."""
     return _IN_BUNDLE + "/".join(parts)
 
 
 def _resolve_paths(values: dict[str, Any], folder: pathlib.Path) -> None:
-    """Replaces paths in the bundle by absolute paths."""
+    """Replaces names that start with "./" with absolute paths."""
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(_IN_BUNDLE):
             path = pathlib.Path(os.path.normpath((folder / value).absolute()))

@@ -228,7 +228,7 @@ def write_calibration(
     Args:
       workdir: Work directory of a training run.
       calibration: Calibration fitted for the best parameters.
-      progress: Training progress when these parameters were saved.
+      progress: Training progress when the best parameters were saved.
     """
     content = {**calibration.to_json(), "checkpoint": progress}
     write_json(epath.Path(workdir) / CALIBRATION_FILE, content)

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training run: the latest state and the best parameters.
 
 Checkpoints are written atomically, so a run may be killed at any moment. Importing Orbax takes a
-second, so it is imported only when a `Checkpoints` object is created.
+second, so Orbax is imported only when a `Checkpoints` object is created.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 
 
 class Checkpoints:
-    """Reads and writes the checkpoints in `workdir/checkpoints`, keeping the newest of each kind.
+    """Reads and writes checkpoints in `workdir/checkpoints`, and keeps the newest of each kind.
 
-    Use this class as a context manager. On exit, it waits for checkpoints that are still being
-    written.
+    Use this class as a context manager. On exit, the context manager waits for checkpoints that are
+    still being written.
 
     Args:
       workdir: Work directory of the training run.
@@ -126,7 +126,7 @@ class Checkpoints:
         return restored[_STATE], restored[_PROGRESS]
 
     def progress(self, kind: str) -> dict[str, Any] | None:
-        """Reads only the progress of the newest checkpoint of a kind; None without a checkpoint.
+        """Reads only the progress of the newest checkpoint of a kind; None if there is none.
 
         Raises:
           InputError: The checkpoint is damaged.
@@ -196,7 +196,7 @@ def _silence_unfinished_reads() -> Iterator[None]:
     sys.unraisablehook = hook
     asyncio_logger.setLevel(logging.CRITICAL)
     yield
-    # Reached only on success.
+    # This line is reached only on success.
     ignored_warnings.__exit__(None, None, None)
     sys.unraisablehook = previous_hook
     asyncio_logger.setLevel(previous_level)

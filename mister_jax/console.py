@@ -220,7 +220,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     if len(experts) > 1:
         captions.append(
             "below each text: the prediction and the gate weight of each expert; the gate weighs "
-            "logits, so a confident expert can outweigh a larger weight"
+            "logits, so a confident expert can outweigh an expert with a larger weight"
         )
     table.caption = "\n".join(captions) or None
     return table
@@ -228,7 +228,7 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
 
 def _clock(seconds: float) -> str:
     """Returns a time such as 3:07.2 or 1:02:45.0."""
-    # Rounds down, as the HTML page of a recording does.
+    # Round down, as the HTML page of a recording does.
     minutes, tenths = divmod(int(10 * seconds + 1e-6), 600)
     hours, minutes = divmod(minutes, 60)
     rest = f"{tenths // 10:02}.{tenths % 10}"

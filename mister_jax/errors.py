@@ -18,8 +18,8 @@ EXTRAS = {
 class InputError(ValueError):
     """Raised if a file, value or name from the user is invalid.
 
-    The one-line message says what is wrong, where, and what is allowed. The command line prints it
-    without a traceback.
+    The one-line message says what is wrong, where, and what is allowed. The command line prints
+    this message without a traceback.
     """
 
 
@@ -44,5 +44,5 @@ def require_extra(extra: str, feature: str) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # The parent of a dotted name is missing.
+    except ModuleNotFoundError:  # The parent package of a dotted name is missing.
         return False

@@ -9,7 +9,7 @@ import numpy as np
 from mister_jax.errors import InputError
 
 Sampling = Literal["shuffle", "balanced"]
-"""Order of the training items: each once per epoch, or drawn in favor of rare classes."""
+"""Order of the training items: every item once per epoch, or draws that favor rare classes."""
 
 CLASS_WEIGHTS = ("none", "balanced", "effective_number")
 """Names of class weights; a list of numbers is also allowed. See `class_weights`."""
@@ -29,9 +29,10 @@ def class_weights(
     """Returns the weight of each class in a loss.
 
     Args:
-      method: "none" for no weights; "balanced" for the inverse of the class's count n;
-        "effective_number" for the inverse of the effective number (1 - beta^n) / (1 - beta) with
-        beta 0.999 (arXiv 1901.05555); or one positive number per class, such as "1,2,0.5".
+      method: Weighting method: "none" for no weights; "balanced" for the inverse of the class's
+        count n; "effective_number" for the inverse of the effective number
+        (1 - beta^n) / (1 - beta) with beta 0.999 (arXiv 1901.05555); or one positive number per
+        class, such as "1,2,0.5".
       counts: Number of training items of each class, [C].
       field: Name of the config field, for errors.
 
@@ -70,7 +71,7 @@ def logit_adjustment(strength: float, counts: np.ndarray) -> np.ndarray | None:
     """Returns the values that are added to the logits in the loss (arXiv 2007.07314).
 
     A model that is trained with adjusted logits learns to predict classes as if they were equally
-    frequent. Its predictions use the logits without the adjustment.
+    frequent. At prediction time, the model uses the logits without the adjustment.
 
     Args:
       strength: Factor of the classes' log frequencies. 0 disables the adjustment. With 1,
@@ -92,8 +93,8 @@ def sampling_weights(
     """Returns the weights for drawing items, which are dialogues or single utterances.
 
     With "balanced", the weight of an item is the mean of 1 / (class count) over its utterances. If
-    items are single utterances, all classes are then drawn equally often. If items are dialogues,
-    dialogues with rare classes are drawn more often.
+    the items are single utterances, these weights draw all classes equally often. If the items are
+    dialogues, these weights draw dialogues with rare classes more often.
 
     Args:
       sampling: "shuffle" or "balanced".
@@ -118,6 +119,6 @@ def sampling_weights(
     sums = np.add.reduceat(values, starts)
     labeled = np.add.reduceat((label >= 0).astype(float), starts)
     means = sums / np.maximum(labeled, 1)
-    # A dialogue without labels has no class counts. It gets the smallest weight of all dialogues
-    # with labels.
+    # A dialogue without labels has no class counts. Give this dialogue the smallest weight of all
+    # dialogues with labels.
     return np.where(labeled > 0, means, means[labeled > 0].min())

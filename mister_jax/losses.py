@@ -2,9 +2,9 @@
 
 Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
 `shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
-gathers its candidates along the axis. Each device returns its share of the loss: the shares of all
+gathers its candidates along the axis. Each device returns its share of the loss. The shares of all
 devices add up to the loss of the global batch, and the gradients of the shares add up to the
-gradient of that loss. Do not average the shares. Without an axis, the share is the whole loss.
+gradient of this loss. Do not average the shares. Without an axis, the share is the whole loss.
 
 `mister_e` is the training objective. It combines the other losses.
 """
@@ -232,8 +232,8 @@ def expert_agreement(
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].
       mask: Utterances that count, [B, T] bool.
-      expert_mask: Present experts, [B, T, E] bool; all by default. A pair counts where both experts
-        are present.
+      expert_mask: Present experts, [B, T, E] bool; all by default. A pair of experts counts only at
+        utterances where both experts are present.
       experts: Indices of the enabled experts; all by default.
       axis_name: Mapped axis; see the module's docstring.
 
@@ -339,7 +339,7 @@ def _gate_responsibility(
 
 
 def rating_targets(labels: jax.Array, ratings: jax.Array) -> jax.Array:
-    """Returns each utterance's distribution over the classes, [..., C]; zeros without a target.
+    """Returns each utterance's target distribution, [..., C]; zeros if there is no target.
 
     Args:
       labels: Labels, [...] int, -1 if unlabeled; used where there are no ratings.
@@ -448,10 +448,10 @@ def mister_e(
         see `imbalance.logit_adjustment`.
       scores: Annotated scores, [B, T], NaN if missing; needed if the model predicts scores.
       ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
-        distributions are the targets: the focal losses are sums over the classes, weighted by each
-        class's share of the raters, and the gate's responsibilities use log-probabilities with the
+        distributions are the targets. The focal losses are then sums over the classes, weighted by
+        each class's share of the raters. The gate's responsibilities use log-probabilities with the
         same weights. For an utterance without ratings, the label is the target. The contrastive
-        loss uses labels.
+        loss always uses labels.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:

@@ -81,8 +81,8 @@ def confusion_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     total = support.sum(-1)
     recall = _ratio(correct, support)
     f1 = _ratio(2 * correct, support + predicted)
-    # As in scikit-learn, macro F1 averages over classes that occur or are predicted, and UAR over
-    # classes that occur. The terms of all other classes are 0.
+    # As in scikit-learn, macro F1 averages over classes that occur or are predicted, and UAR
+    # averages over classes that occur. The terms of all other classes are 0.
     occurs_or_predicted, occurs = support + predicted > 0, support > 0
     return {
         "weighted_f1": _ratio((f1 * support).sum(-1), total),
@@ -188,8 +188,8 @@ def binary_sentiment(score: np.ndarray, positive: np.ndarray) -> dict[str, dict[
 def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     """Scores predicted sentiment as papers on CMU-MOSI and CMU-MOSEI do.
 
-    Both scores are rounded to the nearest integer (halves to the even one) from -3 to 3 for
-    "accuracy_7", and from -2 to 2 for "accuracy_5".
+    The annotated and predicted scores are rounded to the nearest integer (ties to even) from -3 to
+    3 for "accuracy_7", and from -2 to 2 for "accuracy_5".
 
     Args:
       score: Annotated sentiment, [N], -3 to 3; utterances with NaN are ignored.
@@ -240,7 +240,7 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
 
       - "kl_divergence": Mean Kullback-Leibler divergence from the raters to the model, in nats.
       - "js_divergence": Mean Jensen-Shannon divergence, in nats.
-      - "any_rater_accuracy": Share of utterances whose predicted class was chosen by any rater.
+      - "any_rater_accuracy": Share of utterances whose predicted class at least one rater chose.
       - "rater_agreement": Mean share of pairs of raters who agree, on utterances with at least two
         raters who each chose one class; None without such utterances.
       - "fleiss_kappa": Fleiss' kappa (1971) on the utterances of "rater_agreement"; None if
@@ -328,11 +328,11 @@ def brier_scores(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
 def risk_coverage(
     confidence: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Computes the risk-coverage curve of a classifier that abstains where it is uncertain.
+    """Computes the risk-coverage curve of a classifier that abstains if it is uncertain.
 
     The classifier predicts only the utterances on which it is most confident. Coverage is the share
-    of utterances that it predicts, and risk is the share of wrong predictions among them (arXiv
-    1705.08500).
+    of utterances that the classifier predicts, and risk is the share of wrong predictions among
+    these utterances (arXiv 1705.08500).
 
     Args:
       confidence: Probability of the predicted class, [N], with N of at least 1.
@@ -340,8 +340,8 @@ def risk_coverage(
 
     Returns:
       Coverage and risk at each distinct confidence, in ascending order of coverage, and the area
-      under the curve. The area is the mean risk over all numbers of predicted utterances, where
-      utterances with equal confidence are in random order.
+      under the curve. The area is the mean risk over all numbers of predicted utterances. For this
+      mean, utterances with equal confidence are in random order.
     """
     values, index = np.unique(-np.asarray(confidence, float), return_inverse=True)
     count = np.bincount(index, minlength=len(values))

@@ -30,10 +30,10 @@ def find_moved(path: str, stored_location: Mapping[str, str], folder: epath.Path
       folder: Current path of the folder in `stored_location`.
 
     Returns:
-      The first of these paths that exists: the unchanged path, the path relative to the directory
-      that was the current directory when it was stored, and the path at the same position relative
-      to the folder. If none exists, for example because the path is a name on the Hugging Face Hub,
-      `path` itself.
+      The first of these paths that exists: the unchanged path, the path relative to the current
+      directory at the time of storage, and the path at the same position relative to the folder. If
+      none of these paths exists, for example because `path` is a name on the Hugging Face Hub, the
+      result is `path`.
     """
     if not path or "://" in path or epath.Path(path).exists():
         return path
@@ -54,7 +54,7 @@ def find_moved_encoder(
     """Returns an encoder's metadata with the current paths of its files; see `find_moved`.
 
     Args:
-      metadata: Metadata that includes `Encoder.metadata`. Its paths are absolute.
+      metadata: Metadata that includes `Encoder.metadata`. All paths in the metadata are absolute.
       stored_location: Result of `location` when the metadata were stored.
       folder: Current path of the folder in `stored_location`.
     """

@@ -40,7 +40,7 @@ def stacked_shapes(shapes: Any, count: int) -> Any:
 
 
 def join_runs(trees: Sequence[Any], num_seeds: int) -> Any:
-    """Concatenates the trees of R runs, each stacked over its seeds, to an axis of R * S models.
+    """Concatenates the trees of R runs, each stacked over its seeds, along an axis of R * S models.
 
     The arrays are concatenated on the host. With a single run, the tree is returned unchanged.
     """
@@ -110,8 +110,8 @@ def select_seeds(is_new: np.ndarray, new: Any, old: Any) -> Any:
       old: Tree of arrays [S, ...].
 
     Returns:
-      Tree of arrays of the same kind as in `new`. With several processes, a JAX array that only one
-      process has could not be saved, but NumPy arrays can.
+      Tree of arrays of the same kind as in `new`. The kind matters with several processes, because
+      a checkpoint can contain NumPy arrays, but not JAX arrays that exist in only one process.
     """
     if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(new)):
         return _select(np, is_new, new, jax.device_get(old))

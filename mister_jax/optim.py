@@ -92,7 +92,7 @@ class AverageState(NamedTuple):
 def average_parameters(decay: float) -> optax.GradientTransformation:
     """Returns a transformation that keeps an exponential moving average of the parameters.
 
-    It must be the last transformation in a chain. After n updates, the decay rate is at most
+    This transformation must be the last one in a chain. After n updates, the decay rate is at most
     (1 + n) / (10 + n), so that the average quickly forgets the initial parameters.
 
     Args:
@@ -100,7 +100,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     """
 
     def init(params):
-        # A copy, because a step may donate both the parameters and their average.
+        # Copy the parameters, because a step may donate both the parameters and their average.
         return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params=None):
@@ -125,7 +125,8 @@ def _weight_decay_mask(params: Any) -> Any:
     """Returns a mask of the parameters, or of the `ParamVectors` vectors, with weight decay."""
     if isinstance(params, dict) and params.keys() <= {_DECAYED, _NOT_DECAYED}:
         return {name: name == _DECAYED for name in params}
-    # The number of axes is not enough: a GRU's biases and the scales of stacked layers have two.
+    # The number of axes does not identify kernels, because a GRU's biases and the scales of stacked
+    # layers also have two axes.
     return jax.tree_util.tree_map_with_path(
         lambda path, value: (
             value.ndim > 1 and not _NO_WEIGHT_DECAY.search(jax.tree_util.keystr(path))

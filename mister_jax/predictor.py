@@ -28,7 +28,7 @@ from mister_jax.workdir import read_config, read_model_description
 
 Predictions = dict[str, np.ndarray]
 
-_OOM_HINT = "devices with more memory, or more of them"
+_OOM_HINT = "devices with more memory, or more devices"
 
 
 class Predictor:
@@ -93,7 +93,7 @@ class Predictor:
         self._predict_step = self.partitioner.compile_eval(predict_step)
 
     def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:
-        """Returns the parameters of each seed, and the progress saved with them."""
+        """Returns the parameters of each seed, and the progress saved with these parameters."""
         abstract_model = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
         self._graph, params, frozen = split_params(abstract_model, self.task.trainable)
         params = multi_seed.stacked_shapes(params, len(self.seeds))
@@ -190,7 +190,8 @@ class Predictor:
     def combine_seeds(self, per_seed: Sequence[Predictions]) -> Predictions:
         """Averages the predictions of the seeds, and calibrates "probabilities".
 
-        The experts' probabilities are not calibrated: the calibration was fitted on the mixture.
+        The experts' probabilities are not calibrated, because the calibration was fitted on the
+        mixture.
         """
         predictions = multi_seed.ensemble(per_seed)
         if self._calibrate and self.calibration is not None:
@@ -279,10 +280,10 @@ def prediction_rows(
 
     Yields:
       A dict with "emotion" (the predicted class) and "probabilities" (by class). If
-      `min_confidence` is given, "uncertain" tells whether the probability of the predicted class is
-      below it. For MiSTER-E, the dict also has "gate" (weights by expert) and "experts" (each
-      expert's prediction, or None if the utterance lacks the expert's modality). If the model
-      predicts scores, "score" is the predicted score.
+      `min_confidence` is given, "uncertain" says whether the probability of the predicted class is
+      below `min_confidence`. For MiSTER-E, the dict also has "gate" (weights by expert) and
+      "experts" (each expert's prediction, or None if the utterance lacks the expert's modality). If
+      the model predicts scores, "score" is the predicted score.
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}

@@ -1,7 +1,7 @@
 """Description of a training run in its work directory: config, model, data and versions.
 
 A work directory belongs to one experiment: a resumed run must have the same config and data.
-Training writes all its files here, and the later stages read them.
+Training writes all its files to the work directory, and the later stages read these files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
-# Config fields that a resumed run may change. They do not affect the parameters, or they determine
-# only how long training continues. `check_config` does not allow fewer epochs.
+# Config fields that a resumed run may change. These fields either do not affect the parameters or
+# determine only how long training continues. `check_config` does not allow fewer epochs.
 _MUTABLE_ON_RESUME = (
     "data.data_dir",
     "train.epochs",
@@ -114,7 +114,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def _find_files(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """Replaces the paths in a config that no longer exist; see `read_config`."""
+    """Replaces paths in a config if they no longer exist; see `read_config`."""
     model = epath.Path(workdir) / _MODEL
     stored_location = read_json(model).get("location") if model.exists() else None
     if stored_location is None:
@@ -181,8 +181,8 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 def read_planned_epochs(workdir: epath.PathLike) -> int | None:
     """Returns the number of epochs that batches are planned for; None without a work directory.
 
-    This is the number of epochs when training first started. Continuing for more epochs does not
-    change the batches.
+    This number is the value of `config.train.epochs` when training first started. Continuing for
+    more epochs does not change the batches.
     """
     if not config_path(workdir).exists():
         return None

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 
 # Temporary files of tests and libraries share one folder, which is deleted if all tests pass. The
-# folders of pytest-xdist's workers are inside that of the process that starts them.
+# folders of pytest-xdist's workers are inside the folder of the process that starts the workers.
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="mister_jax_")
 # JAX reads these variables when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -77,13 +77,13 @@ use_devices_in_module = pytest.fixture(scope="module", autouse=True)(_use_marked
 
 def pytest_sessionfinish(exitstatus):
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
-        # Runs after multiprocessing has deleted its folders in this one, at priority -100.
+        # This runs after multiprocessing has deleted its own folders, at priority -100.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
         multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
 
 def pytest_collection_finish():
-    # The objects of imported modules are never freed, so garbage collection need not visit them.
+    # The objects of imported modules are never freed, so garbage collection can skip them.
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, unfinished or of another model."""
+"""Checkpoints that are damaged, unfinished or from another model."""
 
 import logging
 import shutil
@@ -68,7 +68,7 @@ def test_the_next_training_deletes_an_unfinished_checkpoint(tmp_path):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored, _ = checkpoints.restore(LATEST, state)
     np.testing.assert_array_equal(restored["kernel"], state["kernel"])
-    assert unfinished.exists(), "a training that runs at the same time may be writing it"
+    assert unfinished.exists(), "a simultaneous training run may be writing it"
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.restore(LATEST, state)
     assert [path.name for path in unfinished.parent.iterdir()] == ["3"]

@@ -28,7 +28,7 @@ from tests.helpers.ports import free_port
 from tests.helpers.training import make_tiny_config, read_metric_records
 
 HEARTBEAT_TIMEOUT = 15
-"""Seconds; less than the default because the test waits for it."""
+"""Seconds; shorter than the default, because the test waits until the timeout expires."""
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ SUBCOMMAND_USES = [
 
 
 def subcommand_arguments(command):
-    """Returns the arguments after `mister-jax`, also within a launcher's; [] for other commands."""
+    """Returns the arguments after `mister-jax`, even after a launcher; [] for other commands."""
     return list(command[command.index("mister-jax") + 1 :]) if "mister-jax" in command else []
 
 
@@ -140,7 +140,7 @@ def write_inputs(folder):
     for name in ("call.wav", "calls/1.wav", "calls/2.wav"):
         (folder / name).parent.mkdir(exist_ok=True)
         encode_wav(folder / name, synthesize_speech(1.0))
-    (folder / "call.wav").rename(folder / "call.mp3")  # FFmpeg reads the content.
+    (folder / "call.wav").rename(folder / "call.mp3")  # FFmpeg detects the format from the content.
     (folder / "call.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nYou again?\n")
     (folder / "annotated").mkdir()
     for name in ("a", "b", "c"):

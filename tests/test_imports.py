@@ -1,4 +1,4 @@
-"""Which package may import which, and what works without optional packages."""
+"""Packages import only the packages that they may import, and optional packages are optional."""
 
 import ast
 import graphlib
@@ -15,7 +15,7 @@ FILES = sorted(
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
-# A part imports only parts of the rows below it, so no two parts import each other.
+# A part imports only parts in the rows below its row, so no two parts import each other.
 LAYERS = (
     ("launch",),
     ("cli",),
@@ -70,7 +70,7 @@ def imported_modules(path):
 
 
 def part_of(module):
-    """Returns the entry of LAYERS that one of our modules belongs to, None for other modules."""
+    """Returns the entry of LAYERS to which a mister_jax module belongs; None for other modules."""
     package, *rest = module.split(".")
     if package == "mister_jax":
         return rest[0] if rest else None

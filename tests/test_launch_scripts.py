@@ -1,4 +1,4 @@
-"""Cluster scripts, with a fake `gcloud`, `srun` and `scontrol` that answer from files."""
+"""Cluster scripts, with a fake `gcloud`, `srun` and `scontrol` that read answers from files."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
-# Logs its arguments, then prints the next line of the file of answers to this kind of call.
+# This script logs its arguments, then prints the next answer from the file for this kind of call.
 FAKE_COMMAND = r"""#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$FAKE/calls"
 case "$*" in
@@ -51,7 +51,7 @@ def fake_commands(tmp_path):
 
 
 def run(script, *arguments, folder, **environment):
-    """Runs a script with the fake commands in a folder; returns its result and their calls."""
+    """Runs a script with the fake commands; returns the script's result and the fakes' calls."""
     path = f"{folder}:{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", str(script), *arguments],
@@ -74,7 +74,7 @@ def run_tpu_vm(folder, *options):
 
 
 def actions(calls):
-    """Returns one word for each call of gcloud that changes something."""
+    """Returns one word for each gcloud call that changes something."""
     words = {
         "queued-resources create": "create",
         "queued-resources delete": "delete",
@@ -260,7 +260,7 @@ def test_gke_jobset_runs_the_command_on_every_host():
 def test_the_seed_with_the_best_validation_score_becomes_meld_text(fake_commands, tmp_path):
     folder = fake_commands(("mister-jax",))
     work = tmp_path / "work"
-    # The seed with the best test score is not the one with the best validation score.
+    # The seed with the best test score is not the seed with the best validation score.
     for seed, validation, test in ((0, 0.5, 0.7), (1, 0.6, 0.5), (2, 0.55, 0.8)):
         scores = {"validation": {"weighted_f1": validation}, "test": {"weighted_f1": test}}
         (work / f"run_{seed}").mkdir(parents=True)

@@ -72,7 +72,7 @@ def numpy_gate_responsibility(gate, expert_logits, labels, mask, expert_mask, sh
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight dialogues of different lengths. One is empty, one has no labels, some lack experts."""
+    """Eight dialogues of different lengths: one is empty, one lacks labels, some lack experts."""
     random = np.random.default_rng(0)
     mask = np.arange(6) < np.array([6, 1, 0, 4, 2, 5, 3, 3])[:, None]
     label = np.where(random.random(mask.shape) < 0.9, random.integers(NUM_CLASSES, size=(8, 6)), -1)
@@ -221,7 +221,7 @@ def test_gate_loss_equals_its_definition(batch, sharpness):
 
 
 def test_gate_loss_has_gradients_toward_the_responsible_expert_and_none_for_the_logits():
-    # The first expert assigns 0.9 to the label, the second 0.1; the third is missing.
+    # The first expert assigns 0.9 to the label, and the second assigns 0.1. The third is missing.
     logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9], [1.0, 1e-6]]))
     present = jnp.array([True, True, False])
 
@@ -369,7 +369,7 @@ def test_gradients_under_shard_map_equal_those_on_one_device(training, varying):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(params, batch):
-        if varying:  # One copy per device, whose gradient is that of the device's share.
+        if varying:  # Each device has a copy, which gets the gradient of the device's share.
             params = jax.lax.pcast(params, "data", to="varying")
         value, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, "data")
         if varying:  # JAX sums only the gradients of parameters that the devices share.

@@ -1,4 +1,4 @@
-"""Compares variants of MiSTER-E, such as single experts, or no gate, context or loss term.
+"""Compares variants of MiSTER-E, such as single experts, or MiSTER-E without gate or context.
 
 mister-jax ablate --config=fusion:mosi_features --config.num_seeds=5 --workdir=DIR
 mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_kl

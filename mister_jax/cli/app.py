@@ -1,4 +1,4 @@
-"""Parses a subcommand's flags, runs it, and prints user errors as one line on stderr."""
+"""Parses a subcommand's flags, runs the subcommand, and prints user errors on one line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from absl import app, flags
 from mister_jax.errors import InputError, MissingExtraError
 
 STOPPED_BY_SIGTERM = 128 + 15
-"""Exit status of unfinished work after SIGTERM, by the shells' convention."""
+"""Exit status of a command that SIGTERM has stopped early, following the shell convention."""
 _STOPPED_BY_CTRL_C = 128 + 2
 
 _PUNCTUATION = " ('"  # Some messages are printed as tuples.
 
-# Python's messages about a flag that is not a number, and our replacements.
+# Maps Python's messages about invalid flag values to clearer messages.
 _CONVERSION_ERRORS = {
     "invalid literal for int()": "allowed: integers",
     "could not convert string to float": "allowed: numbers",
@@ -36,9 +36,9 @@ def run(module: ModuleType) -> None:
     `main` takes no arguments. If the module has `TAKES_ARGUMENTS = True`, `main` takes the list of
     all arguments that are not flags.
 
-    The exit status is the result of `main`, or 0 for None. Invalid flags, an `InputError`, an
-    unwritable path and a missing JAX platform exit with one line on stderr and status 2, and Ctrl-C
-    exits with status 130. Other exceptions are bugs and keep their traceback.
+    The exit status is the result of `main`, or 0 for None. After invalid flags, an `InputError`, an
+    unwritable path or a missing JAX platform, the command prints one line to stderr and exits with
+    status 2. After Ctrl-C, the status is 130. Other exceptions are bugs and keep their traceback.
     """
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")
     if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
@@ -130,8 +130,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
-    """Replaces a packaged config's name, such as fusion in --config=fusion:meld, by its path."""
-    # Other subcommands have a --config flag that does not name packaged configs.
+    """Replaces a packaged config's name, such as fusion in --config=fusion:meld, with its path."""
+    # In some subcommands, the flag --config does not name packaged configs.
     is_config_file = "config" in flags.FLAGS and (
         type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
     )
@@ -169,8 +169,8 @@ def _packaged_config_path(name: str) -> pathlib.Path:
 def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
     """Describes in one line why flags could not be parsed.
 
-    ml_collections wraps errors in a config file in other errors, with tracebacks in the message.
-    The root cause describes the problem.
+    If a config file raises an error, ml_collections wraps this error in other errors whose messages
+    contain tracebacks. The root cause describes the problem.
     """
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:

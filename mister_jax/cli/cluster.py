@@ -40,9 +40,9 @@ _JOB_FLAGS = {
 _JOB_FLAG_NAMES = ", ".join(f"--{flag.name}" for flag in _JOB_FLAGS.values())
 
 HEARTBEAT_TIMEOUT = 40
-"""Seconds without a heartbeat from a process after which JAX ends the other processes."""
+"""If a process sends no heartbeat for this many seconds, JAX ends the other processes."""
 
-# A finished process waits this many seconds for process 0, which may still be writing.
+# A finished process waits up to this many seconds for process 0, which may still be writing.
 _SHUTDOWN_TIMEOUT = 3600
 
 
@@ -51,10 +51,10 @@ def distributed(
 ) -> Callable[[], int | None]:
     """Wraps a command's `main` so that it supports `--distributed`.
 
-    A failed process exits at once. Otherwise, JAX would make it wait for the other processes, which
-    wait for the failed process. JAX then ends the other processes after `HEARTBEAT_TIMEOUT`. Set
-    `saves_on_sigterm` if `main` asks JAX whether any process received SIGTERM. Otherwise, SIGTERM
-    ends the process that receives it.
+    A failed process exits immediately, and JAX ends the other processes after `HEARTBEAT_TIMEOUT`.
+    Without the immediate exit, JAX would make the failed process wait for the other processes,
+    which in turn wait for the failed process. Set `saves_on_sigterm` if `main` asks JAX whether any
+    process received SIGTERM. Otherwise, SIGTERM ends the process that receives it.
     """
 
     def distributed_main() -> int | None:
@@ -78,8 +78,8 @@ def distributed(
             sys.stdout.flush()
             sys.stderr.flush()
             if jax.process_index() == 0:
-                # Process 0 runs JAX's coordinator. Without it, JAX ends the other processes
-                # before they can print their own error.
+                # Process 0 runs JAX's coordinator. Without the coordinator, JAX ends the other
+                # processes before they can print their own errors.
                 time.sleep(2)
             os._exit(status)
         return status
@@ -88,14 +88,14 @@ def distributed(
 
 
 def initialize(*, saves_on_sigterm: bool = False) -> None:
-    """Connects to the other processes of the job. Call it before any JAX computation.
+    """Connects to the other processes of the job. Call this function before any JAX computation.
 
     This function does nothing without `--distributed`. After this call, only process 0 writes to
     stdout.
 
     Raises:
-      InputError: The flags contradict each other, JAX detects no cluster, or a process does not
-        connect in time.
+      InputError: The flags are incomplete or contradict each other, JAX detects no cluster, or a
+        process does not connect in time.
     """
     if not _DISTRIBUTED.value:
         job_flags = [flag.name for flag in _JOB_FLAGS.values() if flag.value is not None]
@@ -137,7 +137,7 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
 
 
 def _process_from_flags() -> Process | None:
-    """Returns the process that flags and environment describe, or None if they are not set."""
+    """Returns the process that the flags or the environment describe, or None if neither does."""
     values = [
         flag.value if flag.value is not None else os.environ.get(variable, "")
         for variable, flag in _JOB_FLAGS.items()

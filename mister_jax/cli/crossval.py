@@ -5,9 +5,10 @@ mister-jax crossval --config=fusion:my_features --workdir=DIR --folds=speaker:5
 mister-jax crossval --config=fusion:polish_1 --workdir=DIR --datasets=polish_1,polish_2
 
 --folds is the column whose values are held out in turn: dialogue, speaker or session (for IEMOCAP,
-speaker and session are read from the ids), or a column of a manifest. COLUMN:K makes K folds of the
-values, with about equally frequent classes. With --datasets, each dataset with its splits is a
-fold.
+speaker and session are read from the ids), or a column of a manifest. COLUMN:K groups the values
+into K folds with similar class frequencies. With --datasets, each dataset is one fold and keeps its
+splits.
+
 All folds share one compiled program. Run the command again to resume.
 """
 

@@ -36,7 +36,7 @@ _ADAPT = flags.DEFINE_bool(
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DROP_AS_ZEROS = flags.DEFINE_bool(
-    "drop_as_zeros", False, "replace dropped features by unflagged zeros, as in the paper"
+    "drop_as_zeros", False, "replace dropped features with unflagged zeros, as in the paper"
 )
 _DRAWS = flags.DEFINE_integer("draws", 5, "random draws per rate", lower_bound=1)
 

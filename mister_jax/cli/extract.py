@@ -35,8 +35,8 @@ _TEXT = flags.DEFINE_string("text", None, "feature dataset from which to take th
 _OUTPUT = flags.DEFINE_multi_string(
     "output",
     [],
-    "name of the feature dataset to write; may be repeated with files (.npz, .csv, .parquet) to "
-    "write, too",
+    "name of the feature dataset to write; repeat the flag to also write files (.npz, .csv, "
+    ".parquet)",
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _BUDGET = flags.DEFINE_integer(
@@ -54,13 +54,13 @@ _ENCODER_OPTIONS = (
         "window of Whisper, Qwen2-Audio and SALMONN",
     ),
     flags.DEFINE_bool(
-        "windows", False, "encode speech beyond a fixed window as several windows and average them"
+        "windows", False, "split long speech into several windows and average their features"
     ),
     flags.DEFINE_string("whisper", "", "SALMONN's Whisper: a folder or a name on the Hub"),
     flags.DEFINE_string("beats", "", "SALMONN's BEATs: a file"),
     flags.DEFINE_string("vicuna", "", "SALMONN's Vicuna: a folder or a name on the Hub"),
     flags.DEFINE_bool(
-        "trim", True, "encode only the length of each clip with Whisper instead of 30 s"
+        "trim", True, "with Whisper, encode only the length of each clip instead of 30 s"
     ),
     flags.DEFINE_string("prompt", "", "prompt for a speech LLM"),
     flags.DEFINE_string("adapter", None, "folder of a peft adapter for the --encoder"),
@@ -135,7 +135,7 @@ def _outputs() -> tuple[str, list[pathlib.Path]]:
 
 
 def _is_file(output: str) -> bool:
-    """Returns whether an output is a file. Names of datasets contain no dot."""
+    """Returns whether an output names a file. Dataset names contain no dot, unlike file names."""
     return "." in pathlib.Path(output).name
 
 

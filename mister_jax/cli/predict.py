@@ -9,19 +9,21 @@ mister-jax predict --model=OWNER/NAME --text="Hello?" --text="You again!"
 mister-jax predict --text_model=OWNER/NAME --speech_model=OWNER/OTHER --recording=call.mp3
 mister-jax predict --model=RUN --manifest=my.jsonl --output=out.jsonl
 mister-jax predict --model=RUN --corpus=meld --source=MELD.Raw --output=out.jsonl
-mister-jax predict --model=RUN --follow < utterances.jsonl   # one answer per line, while it is live
+mister-jax predict --model=RUN --follow < utterances.jsonl   # live: answers each line immediately
 
 --model is the work directory of a training run, a folder from mister-jax export, or a name on the
-Hugging Face Hub. A --recording is an entire conversation. Its utterances come from --transcript,
-else from a transcript of the same name beside it, else from speech recognition, else from voice
-activity detection. --audio and --text are the recordings and texts of single utterances, in the
-order of the dialogue; an empty value means that the modality is missing. With --follow, each line
-of standard input is a JSON object with the fields of a manifest, such as
-{"dialogue": "7", "text": "Hello?"}, and is immediately answered by a JSON line on standard output.
+Hugging Face Hub. A --recording is an entire conversation. Its utterances come from the first of
+these sources that is available: --transcript, a transcript with the same name next to the
+recording, speech recognition, voice activity detection. --audio and --text are the recordings and
+texts of single utterances, in the order of the dialogue. An empty value means that the modality is
+missing. With --follow, each line of standard input is a JSON object with the fields of a manifest,
+such as {"dialogue": "7", "text": "Hello?"}. The command immediately answers each line with a JSON
+line on standard output.
 
 The extension of --output determines the format: .jsonl and .csv have one row per utterance. For
 recordings, the formats .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
-.eaf (ELAN) are also supported. The exit status is 1 if none of the recordings is usable.
+.eaf (ELAN) are also supported. The exit status is 1 if a --recording is unusable, or if all
+recordings of utterances are unusable.
 """
 
 from __future__ import annotations
@@ -58,26 +60,31 @@ _SEARCH = flags.DEFINE_bool(
     "search_transcript", True, "use a transcript of the same name beside the recording"
 )
 _TIER = flags.DEFINE_string("tier", None, "tiers of the transcript, separated by commas")
-_SPEAKER = flags.DEFINE_string("speaker", None, "only utterances of this speaker of the transcript")
+_SPEAKER = flags.DEFINE_string("speaker", None, "read only this speaker in the transcript")
 _RECOGNIZER = flags.DEFINE_string(
     "recognizer", None, "Whisper checkpoint: a size such as small, a Hub name, or a folder"
 )
-_LANGUAGE = flags.DEFINE_string("language", None, "language for Whisper, such as en; else detected")
+_LANGUAGE = flags.DEFINE_string(
+    "language", None, "language of the speech, such as en; by default, Whisper detects it"
+)
 _NO_TEXT = flags.DEFINE_bool("no_text", False, "find utterances by voice activity, without text")
 _CHANNELS = flags.DEFINE_string(
     "channels", "mix", "channels of --recording: mix, left, right, an index, or split"
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "seconds between segments of one sentence", lower_bound=0
+    "join_gap", UtteranceRules.max_gap, "longest gap in a sentence in seconds", lower_bound=0
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
-    "utterance_seconds", UtteranceRules.max_seconds, "seconds of a joined utterance", lower_bound=1
+    "utterance_seconds",
+    UtteranceRules.max_seconds,
+    "longest joined utterance in seconds",
+    lower_bound=1,
 )
 _EMBED_AUDIO = flags.DEFINE_bool("embed_audio", False, "store the audio in the .html file")
 _MANIFEST = flags.DEFINE_string("manifest", None, ".jsonl or .csv file, see mister-jax prepare")
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld or mosi, with --source")
 _SOURCE = flags.DEFINE_string("source", None, "folder of the corpus")
-_CONFIG = flags.DEFINE_string("config", "", "config of the corpus; by default its first one")
+_CONFIG = flags.DEFINE_string("config", "", "config of the corpus; by default the first config")
 _SPLIT = flags.DEFINE_string("split", None, "split of the corpus; by default all splits")
 _AUDIO = flags.DEFINE_multi_string("audio", [], "recording of an utterance; may be repeated")
 _TEXT = flags.DEFINE_multi_string("text", [], "text of an utterance; may be repeated")
@@ -85,10 +92,10 @@ _CHANNEL = flags.DEFINE_string(
     "audio_channel", "mix", "channel of --audio to read: mix, left, right, or an index from 0"
 )
 _FOLLOW = flags.DEFINE_bool(
-    "follow", False, "answer utterances in JSON lines from standard input, line by line"
+    "follow", False, "read JSON lines from standard input and answer each line immediately"
 )
 _OUTPUT = flags.DEFINE_multi_string(
-    "output", [], "file to write, {name} is the recording's name; may be repeated"
+    "output", [], "file to write; {name} stands for the recording's name; may be repeated"
 )
 _NEW_PATH = (
     "new path of the encoder if it has moved; adapter=PATH for its adapter, whisper=PATH, "
@@ -103,7 +110,7 @@ _SPEECH_MODEL = flags.DEFINE_string("speech_model", None, "published audio class
 _TEXT_WEIGHT = flags.DEFINE_float("text_weight", 1, "weight of --text_model", lower_bound=0)
 _SPEECH_WEIGHT = flags.DEFINE_float("speech_weight", 1, "weight of --speech_model", lower_bound=0)
 _MAP_LABELS = flags.DEFINE_multi_string(
-    "map_labels", [], "LABEL=EMOTION, name of a label of the published models; may be repeated"
+    "map_labels", [], "LABEL=EMOTION: emotion of a published model's label; may be repeated"
 )
 _SECONDS = flags.DEFINE_float(
     "max_seconds", 60, "seconds of each utterance's speech to read", lower_bound=0.1
@@ -115,16 +122,19 @@ _MIN_CONFIDENCE = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=1,
 )
-_CALIBRATE = flags.DEFINE_bool("calibrate", True, "calibrate the probabilities, see evaluate")
+_CALIBRATE = flags.DEFINE_bool(
+    "calibrate", True, "calibrate the probabilities; see mister-jax evaluate"
+)
 _ADAPT = flags.DEFINE_bool(
     "adapt_features",
     False,
     "give standardized features the statistics of the training features, for recordings of another "
-    "kind, such as telephone calls; computed over each --recording, or over all other utterances",
+    "kind, such as telephone calls; computed over each --recording, or over all utterances of the "
+    "other inputs",
 )
-_WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode", lower_bound=0)
+_WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode audio", lower_bound=0)
 
-_MAX_PRINTED = 40  # utterances of a recording
+_MAX_PRINTED = 40  # maximum number of utterances to print for a recording
 
 
 def main() -> int:
@@ -248,7 +258,7 @@ def _check_flags() -> None:
 
 
 def _follow() -> int:
-    """Answers the utterances of standard input until it ends."""
+    """Answers the utterances on standard input until standard input ends."""
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Only answers are written to standard output.
         from mister_jax.inference.follow import follow
@@ -269,7 +279,7 @@ def _follow() -> int:
 
 
 def _predict_recordings() -> int:
-    """Predicts the conversations of --recording, one after the other."""
+    """Predicts the conversations in --recording, one after another."""
     from rich.console import Console
 
     from mister_jax.console import ProgressReporter, prediction_table
@@ -366,7 +376,7 @@ def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[st
 
 
 def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
-    """Maps recordings to output files; the key "" has the files with all recordings' rows."""
+    """Maps each recording to its output files, and "" to the files with all recordings' rows."""
     from mister_jax.inference.prediction_files import ROW_FORMATS, check_predictions_path
 
     outputs: dict[str, list[str]] = {"": [], **{recording: [] for recording in recordings}}
@@ -429,7 +439,7 @@ def _read_corpus() -> Corpus:
 
 
 def _read_released_corpus() -> Corpus:
-    # This import needs TensorFlow Datasets; the other sources do not.
+    # Only this source of utterances needs TensorFlow Datasets.
     require_extra("train", f"--corpus={_CORPUS.value}")
     from mister_jax.data.corpus import Corpus
     from mister_jax.data.prepare import read_released
@@ -486,7 +496,7 @@ def _output_rows(corpus: Corpus, predictions: Sequence[dict[str, Any]]) -> list[
     for split, dialogue in corpus.dialogues():
         for utterance in dialogue.utterances:
             recording = utterance.recording
-            # If the corpus has no times within the dialogue, write the times within the recording.
+            # If the corpus states no times within the dialogue, use the times within the recording.
             start, end = utterance.start, utterance.end
             if recording is not None and start is None and end is None:
                 start, end = recording.start, recording.end

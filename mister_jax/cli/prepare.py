@@ -14,8 +14,8 @@ mister-jax prepare --corpus=synthetic                # synthetic recordings and 
 mister-jax prepare --corpus=features --source=features.npz --name=my_features
 mister-jax prepare --corpus=features --source=IEMOCAP_features.pkl --name=my_features
 mister-jax prepare --corpus=synthetic_features
-mister-jax prepare --inspect=meld/text               # a figure, and the first dialogue
-mister-jax prepare --inspect=IEMOCAP_features.pkl    # what a feature file holds
+mister-jax prepare --inspect=meld/text               # shows a figure and the first dialogue
+mister-jax prepare --inspect=IEMOCAP_features.pkl    # shows the fields of a feature file
 """
 
 from __future__ import annotations
@@ -97,10 +97,13 @@ _CHANNEL = flags.DEFINE_string(
     "channel of transcribed recordings: mix, left, right, an index, or split",
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "seconds between segments of one sentence", lower_bound=0
+    "join_gap", UtteranceRules.max_gap, "longest gap in a sentence in seconds", lower_bound=0
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
-    "utterance_seconds", UtteranceRules.max_seconds, "seconds of a joined utterance", lower_bound=1
+    "utterance_seconds",
+    UtteranceRules.max_seconds,
+    "longest joined utterance in seconds",
+    lower_bound=1,
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")
@@ -122,7 +125,7 @@ _INSPECT = flags.DEFINE_string(
     "inspect", None, "name of a dataset, or a feature file, whose contents to show"
 )
 
-_MAX_PRINTED = 5  # recordings per kind of issue
+_MAX_PRINTED = 5  # maximum number of recordings to print for each kind of issue
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Waits until all processes of a job have started and agree on the number of processes.
 
-`jax.distributed.initialize` also waits for all processes. However, if a process is missing, it
-aborts with a C++ stack trace that does not name the process, and it does not detect that processes
-disagree on their number. Therefore, each process first sends "PROCESS_ID NUM_PROCESSES" to process
-0, on the port that JAX uses afterwards. Once all processes have reported, process 0 answers "ok".
-If a problem occurs, process 0 answers with the error.
+`jax.distributed.initialize` also waits for all processes. However, if a process is missing, this
+function aborts with a C++ stack trace that does not name the process. It also does not detect that
+processes disagree on the number of processes. Therefore, each process first sends "PROCESS_ID
+NUM_PROCESSES" to process 0, on the port that JAX uses afterwards. Once all processes have reported,
+process 0 answers "ok". If a problem occurs, process 0 answers with the error.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def log_while_waiting(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _coordinate(process: Process, timeout: float) -> str:
-    """Collects the reports of the other processes, answers them, and returns the error, or ""."""
+    """Collects and answers the other processes' reports, and returns the error, or ""."""
     deadline = time.monotonic() + timeout
     reported: dict[int, socket.socket] = {}
 
@@ -133,7 +133,7 @@ def _report(process: Process, timeout: float) -> str:
 
 
 def _read_line(connection: socket.socket, timeout: float) -> str:
-    """Reads a line and returns it without the newline, or returns "" if none arrives in time."""
+    """Returns the next line without the newline, or "" if no line arrives in time."""
     connection.settimeout(timeout)
     try:
         return connection.makefile().readline().strip()

@@ -6,8 +6,8 @@ mister-jax reproduce --corpus=mosi --preset=llm --workdir=DIR --dry_run --device
 
 The presets are small (RoBERTa-base, WavLM-base), large (RoBERTa-large, WavLM-large) and llm
 (Llama-3.1-8B, SALMONN-7B). Each stage runs one `mister-jax` command in a separate process. Run this
-command again to resume. At the end, it prints a table of our scores and the paper's scores, and
-writes the table to `reproduce.md`.
+command again to resume. At the end, the command prints a table of our scores and the paper's
+scores, and writes the table to `reproduce.md`.
 """
 
 from __future__ import annotations

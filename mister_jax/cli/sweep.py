@@ -1,13 +1,13 @@
-"""Trains all or random points of a hyperparameter grid, and ranks them by validation score.
+"""Trains all points or random points of a hyperparameter grid, and ranks the points.
 
 mister-jax sweep --config=fusion:DATASET --workdir=DIR --num_seeds=3
     --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid=model.context_dim=64,128
 mister-jax sweep --config=fusion:DATASET --workdir=DIR --random=20 --seed=0
     --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid="model.kernel_sizes=(1),(1,3)"
 
-Writes `sweep.csv`, `sweep.json` and `sweep.png`. The test split is scored only with
---evaluate_test, and only for the point with the best validation score. Run the command again to
-resume.
+The points are ranked by the validation score. Writes `sweep.csv`, `sweep.json` and `sweep.png`. The
+test split is scored only with --evaluate_test, and only for the point with the best validation
+score. Run the command again to resume.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; created
 _GRID = flags.DEFINE_multi_string(
     "grid",
     [],
-    "FIELD=VALUE,VALUE: a config field and its values; repeat it for more fields. Values with "
-    "commas are in parentheses",
+    "FIELD=VALUE,VALUE: a config field and its values; repeat the flag for more fields. Put values "
+    "that contain commas in parentheses",
 )
 _NUM_SEEDS = flags.DEFINE_integer(
     "num_seeds", None, "seeds of each point; by default config.num_seeds", lower_bound=1

@@ -5,8 +5,8 @@ mister-jax train --config=fusion:mosi_features --workdir=DIR --config.num_seeds=
 mister-jax train --config=my_config.py --workdir=DIR
 
 --config is the name of a packaged config (demo, fusion, speech_encoder, text_encoder) or the path
-of a Python file. A colon separates it from the config's argument. --config.FIELD=VALUE changes a
-field.
+of a Python file. A colon separates the name or path from the config's argument.
+--config.FIELD=VALUE changes a field.
 """
 
 from absl import flags

@@ -133,7 +133,7 @@ class NameRules:
       renamed: Replacements that convert alternative names to the names in the key table.
       unused: Backbone tensors, without the prefix, that the module does not need.
       heads: Head tensors in a checkpoint whose backbone has no prefix. If the backbone has a
-        prefix, all tensors without it belong to the head.
+        prefix, all tensors without the prefix belong to the head.
       module_names: Replacements that convert names in the key table to module names in
         transformers, if these differ.
       lora_bypassed: Modules whose weights transformers uses without calling the module, so that a

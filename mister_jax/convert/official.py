@@ -1,8 +1,8 @@
 """Converts the released MiSTER-E weights (PyTorch, stage 2) to a `MisterE` model.
 
 The official attention applies two consecutive linear layers to the queries, keys and values, and
-two to the output. In `MisterE`, one layer replaces each pair of layers, and its kernel is the
-product of their kernels.
+two to the output. In `MisterE`, one layer replaces each pair of layers, and the kernel of this
+layer is the product of the pair's kernels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def load_mister_e(
 ) -> MisterE:
     """Creates a `MisterE` model from an official `state_dict`.
 
-    The sizes are read from the weights. The outputs equal those of the official model.
+    The sizes are read from the weights. The outputs equal the official model's outputs.
 
     Args:
       source: Mapping from official names to arrays, or a `.npz`, `.safetensors` or, if PyTorch is
@@ -80,7 +80,7 @@ def load_mister_e(
 
     Raises:
       InputError: The file cannot be read, or weights are missing, unexpected or mismatched. The
-        one-line message names all of them.
+        one-line message names all of these weights.
     """
     weights = _read(source)
     convolutions = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
@@ -199,9 +199,9 @@ def _attention(
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
     """Returns the source of one or more merged kernels, concatenated along the outputs.
 
-    Each layer in `first` is merged with the layer after it. The weight of that layer is the part of
-    `second` with index `thirds[i]`, because the input projection of an attention consists of a
-    query, a key and a value part. If the index is None, the weight is all of `second`.
+    Each layer in `first` is merged with the layer after it. The weight of the later layer is the
+    part of `second` with index `thirds[i]`, because the input projection of an attention consists
+    of a query, a key and a value part. If the index is None, the weight is all of `second`.
     """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:

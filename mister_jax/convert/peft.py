@@ -245,7 +245,7 @@ def _read_tensors(
 
 
 def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
-    """Returns the names of the PyTorch Linears for each layer path, one per stacked layer."""
+    """Returns the PyTorch Linear module names for each layer path, one per stacked layer."""
     return {
         path.removesuffix("/kernel"): tuple(
             prefix + name.removesuffix(".weight") for name in source.names

@@ -1,14 +1,14 @@
 """Dialogue datasets, from corpora on disk to batches.
 
 - `corpora` reads corpora and manifests; `registry` lists the released corpora.
-- `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads it.
+- `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads dialogue datasets.
 - `features` stores and loads utterance vectors, `feature_files` imports and exports them, and
   `synthetic` generates them.
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, and `pipeline` turns a split into padded arrays.
 
-No other package uses TensorFlow. `prepare`, `builder` and `corpora` import it; the other modules
-import it on first use.
+No other package uses TensorFlow. `prepare`, `builder` and `corpora` import TensorFlow immediately,
+and the other modules import TensorFlow on first use.
 """
 
 from mister_jax.errors import require_extra

@@ -1,8 +1,8 @@
 """Adapts features to a model that was trained under other recording conditions.
 
 A telephone line, noise or another microphone shifts acoustic measurements such as prosody far from
-those of the training recordings. Adaptation removes the shift: it gives the new features the mean
-and standard deviation of the training features. It needs no labels.
+the measurements of the training recordings. Adaptation removes the shift: it gives the new features
+the mean and standard deviation of the training features. Adaptation needs no labels.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mister_jax.data.schema import DialogueFeatures
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 
-# The statistics of the new utterances are mixed with those of this many training utterances, so
-# that a few new utterances change little. The number was chosen on validation speakers; see
-# docs/train_and_evaluate.md.
+# The statistics of the new utterances are mixed with the training statistics, which count as this
+# many utterances. Thus, a few new utterances change the statistics only slightly. The number was
+# chosen on validation speakers; see docs/train_and_evaluate.md.
 _PRIOR_UTTERANCES = 2
 
 # Features are reported as shifted if the means of a tenth of the dimensions differ from training by
@@ -36,7 +36,7 @@ def adapt_features(
 ) -> DialogueFeatures:
     """Gives features the mean and standard deviation of the training features.
 
-    If the emotions of the utterances differ much from the emotions in training, for example if all
+    If the frequencies of the emotions differ greatly from those in training, for example if all
     utterances are angry, adaptation also removes a part of the emotional information.
 
     Args:
@@ -98,7 +98,7 @@ def describe_shift(features: DialogueFeatures, standardizers: Mapping[str, Stand
 def adapt_or_warn(
     features: DialogueFeatures, standardizers: Mapping[str, Standardizer], adapt: bool
 ) -> DialogueFeatures:
-    """Adapts features if `adapt` is true; otherwise logs a warning if they are shifted."""
+    """Adapts features if `adapt` is true; otherwise, logs a warning if the features are shifted."""
     if adapt:
         return adapt_features(features, standardizers)
     shift = describe_shift(features, standardizers)

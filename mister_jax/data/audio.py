@@ -1,6 +1,6 @@
-"""Decodes recordings of any format to 16 kHz mono samples, with PyAV's FFmpeg libraries.
+"""Uses PyAV (FFmpeg) to decode recordings in any format to 16 kHz mono samples.
 
-- `decode` reads one recording or a segment of it.
+- `decode` reads one recording or a segment of a recording.
 - `decode_many` reads many recordings in parallel processes.
 - `stream_cuts` reads several segments of a long recording.
 - `encode_wav` writes samples.
@@ -36,10 +36,10 @@ from mister_jax.data.audio_source import (
 )
 from mister_jax.data.workers import WorkerCrashError, ordered_map
 
-# Replaces the index after the last sample if the length of a recording is unknown.
+# Stands for the index after the last sample if the length of a recording is unknown.
 _END = sys.maxsize
 
-# Maximum seconds of audio that one call of a worker returns: 38 MB of int16.
+# Maximum seconds of audio that one worker call returns: 38 MB of int16 samples.
 _MAX_GROUP_SECONDS = 1200.0
 
 # Length in seconds of the longest recording that `stream_blocks` reads: 30 days.
@@ -48,7 +48,7 @@ _MAX_SECONDS = 30 * 24 * 3600.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """A decoded recording, or a segment of it.
+    """A decoded recording, or a decoded segment of a recording.
 
     Attributes:
         samples: Mono samples [N] int16 at `SAMPLE_RATE`.
@@ -83,18 +83,18 @@ def decode(
     channel: Channel = MIX,
     max_seconds: float | None = None,
 ) -> Clip:
-    """Decodes the audio of a recording to `SAMPLE_RATE` and one channel.
+    """Decodes a recording to one channel at `SAMPLE_RATE`.
 
     Channels with a position (left, center, ...) are mixed with FFmpeg's weights. For example,
-    stereo channels are averaged. In 5.1, the center channel, which holds speech in films, has the
-    largest weight, and the bass channel has weight 0. Channels without a position are averaged. The
-    weights add up to 1, so a mix does not clip. If channels cancel each other out, the strongest
-    channel is used.
+    stereo channels are averaged. In 5.1 audio, the center channel, which holds speech in films, has
+    the largest weight, and the bass channel has weight 0. Channels without a position are averaged.
+    The weights add up to 1, so a mix does not clip. If channels cancel each other out, the
+    strongest channel is used.
 
-    If the file has several audio streams, FFmpeg chooses one. If timestamps reveal that frames
-    could not be decoded, silence replaces these frames; otherwise they are dropped. If the peak is
-    far above full scale, the samples are scaled so that the peak is at full scale. `Clip.notes`
-    reports these changes.
+    If the file has several audio streams, FFmpeg chooses one. Frames that cannot be decoded are
+    replaced with silence if timestamps reveal the gap, and dropped otherwise. If the peak is far
+    above full scale, the samples are scaled so that the peak is at full scale. `Clip.notes` reports
+    these changes.
 
     Args:
         source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
@@ -127,10 +127,10 @@ def decode_many(
 
     Consecutive segments of one recording are decoded in one pass. Memory does not grow with the
     number of requests; see `workers.ordered_map`. With `num_workers=0`, decoding runs in this
-    process, and each clip is yielded as soon as it is complete.
+    process, and each clip is yielded as soon as the clip is complete.
 
     Raises:
-        ValueError: `num_workers` is negative or `max_seconds` not positive.
+        ValueError: `num_workers` is negative, or `max_seconds` is not positive.
     """
     _check_max_seconds(max_seconds)
     if num_workers == 0:
@@ -153,10 +153,10 @@ def decode_many(
 def stream_cuts(
     requests: Iterable[DecodeRequest], max_seconds: float | None = None
 ) -> Iterator[Clip | AudioError]:
-    """Decodes sorted segments of a recording in one pass, and yields each when it is complete.
+    """Decodes sorted segments of a recording in one pass, and yields each completed segment.
 
-    The samples of a segment are freed after it is yielded, so memory does not grow with the length
-    of the recording.
+    The samples of a segment are freed after the segment is yielded, so memory does not grow with
+    the length of the recording.
 
     Args:
         requests: Segments with equal `source` and `channel`, sorted by `start`.
@@ -187,7 +187,7 @@ def stream_cuts(
 
 
 def container_seconds(source: Source) -> float | None:
-    """Returns a recording's length in seconds as stated in its container, or None if missing.
+    """Returns a recording's length in seconds according to its container, or None if unknown.
 
     Raises:
         AudioError: The recording cannot be read.
@@ -197,7 +197,7 @@ def container_seconds(source: Source) -> float | None:
 
 
 def missing_seconds(source: Source) -> float:
-    """Returns the seconds of audio that a truncated WAV file's header states but the file lacks.
+    """Returns how many seconds of audio a truncated WAV file lacks, according to its header.
 
     Raises:
         AudioError: The recording cannot be read.
@@ -272,7 +272,7 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
 
 
 def _group_by_pass(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
-    """Groups consecutive requests that one pass through a channel of a recording can read."""
+    """Groups consecutive requests that can be read in one pass through one channel."""
     group: list[DecodeRequest] = []
     for request in requests:
         if group and not _follows(group[-1], request):
@@ -316,7 +316,7 @@ def _group_by_recording(
 def _decode_one_by_one(
     group: Sequence[DecodeRequest], decode_group: Callable[[Sequence[DecodeRequest]], Any]
 ) -> Iterator[Clip | AudioError]:
-    """Decodes the requests of a crashed group separately, so that not all of them fail."""
+    """Decodes each request of a crashed group separately, so that the other requests succeed."""
     results = ordered_map(decode_group, [[request] for request in group], num_workers=1)
     for request, result in zip(group, results, strict=True):
         if isinstance(result, WorkerCrashError):
@@ -353,7 +353,7 @@ def _read_cuts(cuts: Sequence["_Cut"], channel: Channel) -> None:
 
 
 def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"]:
-    """Reads segments of one channel in a single pass, and yields each when it is complete."""
+    """Reads segments of one channel in a single pass, and yields each completed segment."""
     source = cuts[0].request.source
     try:
         reader = AudioReader(source, channel)
@@ -477,7 +477,7 @@ class _Cut:
 
 
 def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
-    """Concatenates int16 or float32 chunks to int16, and returns them with a note on scaling."""
+    """Returns int16 or float32 chunks as one int16 array, and a note on scaling."""
     if not any(chunk.dtype.kind == "f" for chunk in chunks):
         return np.concatenate(chunks), ""
     floats = [

@@ -29,7 +29,7 @@ def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
     higher, all samples are scaled down so that the peak is at full scale.
 
     Returns:
-        The samples [N], and a note on the scaling, empty if they were not scaled.
+        The samples [N], and a note on the scaling. The note is empty if no scaling was needed.
 
     Raises:
         ValueError: Samples are not finite, or too large for a full scale of 1.
@@ -55,7 +55,7 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
     """Resamples frames, whose formats may differ, to `SAMPLE_RATE` and mixes their channels.
 
     Yields:
-        Samples [n], int16, or float32 if they exceed full scale.
+        Samples [n]: int16, or float32 if the samples exceed full scale.
     """
     for (format_name, layout, _), group in itertools.groupby(frames, _format):
         is_float = format_name in ("flt", "fltp", "dbl", "dblp")
@@ -124,7 +124,7 @@ def silent_frames(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]
 
 
 def skip_samples(count: int, frames: "Iterator[av.AudioFrame]") -> "Iterator[av.AudioFrame]":
-    """Yields frames without their first `count` samples."""
+    """Drops the first `count` samples of a sequence of frames, and yields the rest."""
     for frame in frames:
         num_samples = frame.samples
         if count and count < num_samples:

@@ -40,16 +40,17 @@ from mister_jax.data.audio_source import (
 with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
     import av
 
-# Formats with sample-accurate timestamps, even after seeking. Others are read from the beginning
-# because they round timestamps (Matroska) or estimate them (MP3 with a variable bit rate).
+# Formats whose timestamps are sample-accurate, even after seeking. Recordings in other formats are
+# read from the beginning, because these formats round timestamps (Matroska) or estimate timestamps
+# (MP3 with a variable bit rate).
 _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 
 # Decoding and resampling begin this many seconds before a segment. A decoder's output depends on
 # some earlier frames, and the resampler's filter is a few ms long.
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
-# Maximum difference, in seconds, between a timestamp and the decoded duration that is still ignored
-# as rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
+# Differences of up to this many seconds between a timestamp and the decoded duration are ignored as
+# rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
 # Longer gaps, in seconds, are treated as a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
@@ -129,7 +130,7 @@ class AudioReader:
 
     @property
     def missing_seconds(self) -> float:
-        """Seconds of audio that a truncated WAV file's header states but the file lacks."""
+        """Seconds of audio that a truncated WAV file lacks, according to its header."""
         return 0.0 if self._header is None else self._header.missing_seconds
 
     @property
@@ -167,7 +168,7 @@ class AudioReader:
         first_bin, last_bin = (
             int(index / SAMPLE_RATE / _POWER_BIN) for index in (first, max(first, stop - 1))
         )
-        # A recording may have thousands of segments and bins, so only this segment's are visited.
+        # A recording may have thousands of segments and bins, so only this segment's bins are read.
         bins: Iterable[int] = range(first_bin, last_bin + 1)
         if last_bin - first_bin >= len(self._powers):
             bins = (index for index in self._powers if first_bin <= index <= last_bin)
@@ -182,8 +183,8 @@ class AudioReader:
         """Yields consecutive chunks of samples, starting at index `first` or earlier.
 
         Yields:
-            The index of the chunk's first sample and the chunk [n], int16, or float32 if it exceeds
-            full scale.
+            The index of the chunk's first sample, and the chunk [n]. The chunk is int16, or float32
+            if its samples exceed full scale.
         """
         lead = max(0.0, first / SAMPLE_RATE - _RESAMPLER_LEAD)
         frames = self._frames(lead)
@@ -211,7 +212,7 @@ class AudioReader:
             num_seconds = (position + frame.samples) / frame.sample_rate
             yield position, self._one_channel(frame, position / frame.sample_rate)
         self._position = round(num_seconds * SAMPLE_RATE)
-        # FFmpeg skips damaged FLAC frames without an error, but timestamps reveal them.
+        # FFmpeg skips damaged FLAC frames without an error, but timestamps reveal the gaps.
         if self._container is not None and self._container.format.name == "flac":
             missing = sum(end - begin for begin, end in self._gaps) / SAMPLE_RATE
             if self._stream.duration:
@@ -275,7 +276,7 @@ class AudioReader:
                     yield position, silence
                     position += silence.samples
             elif gap < -_TIME_TOLERANCE * rate and -gap <= filled * rate:
-                # After a late packet, timestamps fall back. Silence already fills the time of this
+                # After a late packet, timestamps jump back. Silence already fills the time of this
                 # audio, so the audio is dropped.
                 filled -= min(-gap, frame.samples) / rate
                 for rest in skip_samples(-gap, iter([frame])):
@@ -289,7 +290,7 @@ class AudioReader:
             position += frame.samples
 
     def _origin(self) -> float | None:
-        """Returns the time of the container's start, or None if it starts at the first frame."""
+        """Returns the container's start time, or None if the first frame defines the start."""
         has_other_streams = any(
             stream.type in ("audio", "video")
             and stream.index != self._stream.index
@@ -303,7 +304,7 @@ class AudioReader:
         return None
 
     def _seek(self, origin: float | None, seconds: float) -> bool:
-        """Seeks to a time or slightly before it, and returns whether seeking succeeded."""
+        """Seeks to the given time or slightly earlier, and returns whether seeking succeeded."""
         if seconds <= 0 or self._container.format.name not in _SEEKABLE:
             return False
         start = self._stream_start() if origin is None else origin
@@ -354,7 +355,7 @@ class AudioReader:
             position += frame.samples
 
     def _one_channel(self, frame: "av.AudioFrame", seconds: float) -> "av.AudioFrame":
-        """Returns the selected channel of the frame, or for a mix, a frame that FFmpeg can mix."""
+        """Returns the frame's selected channel or, for a mix, a frame that FFmpeg can mix."""
         num_channels = len(frame.layout.channels)
         samples: np.ndarray = frame.to_ndarray()
         if samples.dtype.kind == "f" and not np.isfinite(samples).all():
@@ -373,7 +374,7 @@ class AudioReader:
             return frame
         self._add_power(planes, frame.sample_rate, seconds)
         # For channels without a position, FFmpeg would guess a layout from their number. For
-        # example, it would drop the third of three channels because it might be a subwoofer.
+        # example, FFmpeg would drop the third of three channels, as if it were a subwoofer.
         if num_channels > 2 and frame.layout.channels[0].name == "NONE":
             mean = planes.mean(axis=0, dtype=np.float64)
             if samples.dtype.kind != "f":

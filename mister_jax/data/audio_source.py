@@ -24,7 +24,7 @@ RECORDING_SUFFIXES = (
     *(".ogg", ".opus", ".sph", ".wav", ".wma", ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov"),
     *(".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
 )
-"""Extensions of recordings; other files in a folder are ignored."""
+"""File extensions of recordings. Other files in a folder are ignored."""
 
 
 class Reason(enum.StrEnum):

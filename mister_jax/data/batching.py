@@ -1,8 +1,8 @@
-"""Plans batches: which items share a batch, and the length that they are padded to.
+"""Plans batches: which items share a batch, and the padded length of each batch.
 
 - `BatchPlan` plans epochs of training or evaluation, with few shapes and little padding.
-- `plan_inference_batches` plans a single request, so that later requests reuse the compiled
-  programs.
+- `plan_inference_batches` plans a single request. It uses few shapes, so that later requests can
+  reuse compiled programs.
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
 Plans depend only on lengths. The modules `pipeline` and `utterances` turn plans into arrays.
@@ -30,7 +30,7 @@ _STEP_COMPILE_COST = 3e10
 
 
 def bucket_cost(num_params: int, epochs: int) -> float:
-    """Returns the number of padded positions per epoch that cost as much as compiling a step.
+    """Returns how many positions per epoch take as long to train as a step takes to compile.
 
     Args:
         num_params: Total number of parameters of all models that train together.
@@ -40,7 +40,7 @@ def bucket_cost(num_params: int, epochs: int) -> float:
 
 
 class PlannedBatch(NamedTuple):
-    """The items of one global batch and the length that they are padded to.
+    """The items of one global batch, and the length to which all items are padded.
 
     Attributes:
         rows: Indices of the items, [B] int32, -1 for an empty row.
@@ -62,12 +62,13 @@ def length_buckets(
     """Finds the bucket boundaries with the fewest padded positions.
 
     Each item is padded to the smallest boundary that is not below its length. Dynamic programming
-    over the distinct lengths finds the exact minimum, which includes empty rows that fill up
-    batches.
+    over the distinct lengths finds the exact minimum. Positions in the empty rows that fill up
+    batches also count.
 
     Args:
         lengths: Length of each item, [M] int, at least 1.
-        num_buckets: Maximum number of buckets. Fewer are used if more would not reduce padding.
+        num_buckets: Maximum number of buckets. Fewer buckets are used if more buckets would not
+            reduce padding.
         batch_size: Maximum number of items in a batch; see `BatchPlan`.
         multiple_of: Divisor of the number of rows; see `BatchPlan`.
         bucket_cost: Number of padded positions that each additional bucket must save.
@@ -115,8 +116,8 @@ class BatchPlan:
     """Plans the batches of each epoch.
 
     The items of a bucket are spread evenly over as few batches as possible, so the last batch is
-    not small. All batches of a bucket have one shape, and empty rows fill the batches that have
-    fewer items, so training compiles one program per bucket.
+    not small. Empty rows fill up batches with fewer items, so all batches of a bucket have the same
+    shape, and training compiles one program per bucket.
 
     `multiple_of` only adds empty rows, so training takes the same steps on any number of devices.
 
@@ -242,10 +243,10 @@ def plan_budgeted_batches(
 
     Args:
         lengths: Length of each item, [N] int, descending.
-        budget: Maximum number of positions in a batch on each device, including padding. A longer
-            item gets a separate batch.
+        budget: Maximum number of positions in a batch on each device, including padding. An item
+            that is longer than the budget gets a separate batch.
         length_steps: Lengths that items are padded to, ascending.
-        max_length: Length of the longest item; no item is padded beyond it.
+        max_length: Length of the longest item. No item is padded beyond this length.
         num_shards: Divisor of the number of rows in each batch.
 
     Yields:
@@ -261,8 +262,9 @@ def plan_budgeted_batches(
         end = start + num_rows
         if end > len(lengths):
             # The remaining items do not fill a batch. Items that fit a shorter step are left for
-            # the next batch if that saves more padding than one more program costs. The others
-            # get a batch whose rows per device are a power of 2, a shape that is likely to recur.
+            # the next batch if that saves more padding than one more program costs. The other items
+            # form a batch whose number of rows per device is a power of 2. Such shapes are likely
+            # to recur.
             saved = np.cumsum(padded_length - padded_lengths[start:])
             end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
             rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()

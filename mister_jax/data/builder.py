@@ -35,7 +35,7 @@ class DecodingOptions:
     Attributes:
         num_workers: Number of processes; 0 decodes in this process.
         max_seconds: Maximum number of seconds to keep from each utterance.
-        beam: Whether the workers of an Apache Beam pipeline decode, instead of `num_workers`.
+        beam: Whether the workers of an Apache Beam pipeline decode, instead of local processes.
 
     Raises:
         InputError: `max_seconds` is not a positive number.
@@ -103,7 +103,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     @staticmethod
     def download(dl_manager: tfds.download.DownloadManager, **options: Any) -> pathlib.Path | None:
-        """Downloads a corpus variant and returns its folder, or None if it cannot be downloaded."""
+        """Downloads a corpus variant and returns its folder, or None if no download exists."""
         return None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -239,7 +239,7 @@ def _make_example(
             utterances[-1]["ratings"] = np.array(ratings, np.float32)
     entries = map(recording_facts, dialogue.utterances, clips)
     facts = [entry for entry in entries if entry is not None]
-    # Ids may contain characters that file names may not.
+    # Ids may contain characters that are not allowed in file names.
     name = hashlib.sha256(dialogue.id.encode()).hexdigest()
     epath.Path(facts_dir, f"{name}.json").write_text(json.dumps(facts))
     return {"dialogue": dialogue.id, "utterances": utterances}

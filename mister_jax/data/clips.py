@@ -1,4 +1,4 @@
-"""Loads utterance recordings and makes batches of them for speech encoders."""
+"""Loads the recordings of utterances, and makes batches of recordings for speech encoders."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LENGTH_STEP = SAMPLE_RATE // 10
 """Padded lengths of batches are multiples of this number of samples."""
 
 MIN_AUDIBLE_SAMPLES = SAMPLE_RATE // 40
-"""Samples in the shortest audible clip: 25 ms, one frame of every encoder."""
+"""Number of samples in the shortest audible clip: 25 ms, the length of an encoder frame."""
 
 MIN_AUDIBLE_RMS = 2**15 * 10 ** (-80 / 20)
 """Root mean square of the softest audible frame: 3.3 steps of int16, or 80 dB below full scale.
@@ -42,7 +42,7 @@ def is_audible(clip: np.ndarray) -> bool:
 
 
 def truncate(clip: np.ndarray, max_samples: int | None = None) -> np.ndarray:
-    """Returns the first `max_samples` of a clip [S], or an empty clip if they are silent."""
+    """Returns the first `max_samples` of a clip [S], or an empty clip if that part is silent."""
     samples = clip[:max_samples]
     return samples if is_audible(samples) else samples[:0]
 
@@ -50,9 +50,9 @@ def truncate(clip: np.ndarray, max_samples: int | None = None) -> np.ndarray:
 def load_clips(
     name: str, split: str, data_dir: epath.PathLike | None, max_samples: int | None = None
 ) -> Utterances:
-    """Loads up to `max_samples` samples of each audible recording in a split into memory.
+    """Loads the audible recordings of a split into memory, truncated to `max_samples` samples each.
 
-    One hour of audio takes 115 MB. The numbers of skipped and truncated recordings are logged.
+    One hour of audio takes 115 MB. The function logs how many recordings it skips and truncates.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -125,7 +125,7 @@ def clip_batches(
     depends on `seed` and `epoch`. `options` are passed to `utterance_batches`.
 
     Returns:
-        An iterator over the dicts of `utterance_batches` with these additional entries:
+        An iterator over the dicts that `utterance_batches` returns, with these additional entries:
 
         - `waveform` [B, S] int16, zero in padding
         - `lengths` [B] int32

@@ -1,7 +1,7 @@
 """Corpora before decoding: dialogues, utterances, labels and paths to recordings.
 
 The modules in `corpora` read a `Corpus` from the files that the corpus's authors released, and
-`prepare` writes it to a dataset. This module does not need TensorFlow.
+`prepare` writes the `Corpus` to a dataset. This module does not need TensorFlow.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Utterance:
         ratings: Number of raters who chose each class, by class name. A rater's vote may be divided
             among several classes. Empty if unknown.
         start, end: Start and end in seconds from the beginning of the dialogue; None if unknown.
-        metadata: Extra columns of a manifest by name; no model reads them.
+        metadata: Extra columns of a manifest by name. No model reads the metadata.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Corpus:
 
     Attributes:
         name: Name of the corpus.
-        class_names: Names of the emotions; every label must be one of them.
+        class_names: Names of the emotions. Every label must be one of these names.
         splits: Dialogues by split, in the order of `SPLITS`.
         scored: Whether utterances have sentiment scores.
         notes: Lines for the user about how the corpus was read.
@@ -133,7 +133,7 @@ def check_sizes(
 
     Args:
         corpus: Corpus to check.
-        released: Number of dialogues and utterances by split, or for "total".
+        released: Released number of dialogues and utterances by split, or under the key "total".
         partial: Whether an incomplete corpus is allowed.
 
     Returns:
@@ -173,7 +173,7 @@ def existing_directory(path: str | pathlib.Path, *, needed: str) -> pathlib.Path
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Finds a file or folder by name in `root` and its subfolders; returns None if it is missing.
+    """Finds a file or folder in `root` and its direct subfolders; returns None if none exists.
 
     The search skips hidden subfolders and `__MACOSX`, which archive programs add.
     """

@@ -1,4 +1,4 @@
-"""Reports the contents of a prepared corpus and the issues of its recordings."""
+"""Reports the contents of a prepared corpus and the issues with its recordings."""
 
 import collections
 import json
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 def recording_facts(
     utterance: Utterance, clip: audio.Clip | audio.AudioError | None
 ) -> dict[str, Any] | None:
-    """Returns facts about an utterance's recording as JSON values, or None without a recording."""
+    """Returns facts about an utterance's recording, or None for an utterance without recording."""
     if utterance.recording is None or clip is None:
         return None
     path = source_name(utterance.recording.source)
@@ -70,7 +70,8 @@ def recording_facts(
 def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
     """Returns the report on a corpus as JSON values.
 
-    `facts_dir` has one subfolder per split with JSON files of `recording_facts`.
+    `facts_dir` has one subfolder per split. The JSON files in a subfolder contain the results of
+    `recording_facts`.
 
     Returns:
         A dict with these entries:
@@ -79,14 +80,14 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
           the number of utterances that are unlabeled, lack speech, lack text, or have a text that
           also occurs in training; the hours of speech; and the minimum, mean and maximum dialogue
           length.
-        - `missing`: Utterances with an unusable recording, with the file and the reason.
+        - `missing`: Utterances whose recording is unusable. Each entry has the file and the reason.
         - `capped`: Recordings that are longer than `max_seconds`.
         - `damaged`: Recordings that could not be fully decoded.
         - `silent`: Recordings without audible sound.
-        - `length_mismatch`: Recordings whose length differs much from `end` - `start`.
+        - `length_mismatch`: Recordings whose length differs greatly from `end` - `start`.
         - `past_end`: Utterances that end after their recording.
         - `fast_text`: Utterances with more text than can be spoken in the given time.
-        - `changed`: Recordings that were changed (gaps filled, scaled, a channel dropped).
+        - `changed`: Recordings whose samples were changed (gaps filled, scaled, channels dropped).
         - `notes`: The corpus reader's notes, and one line per kind of change with its count.
     """
     order = {utterance.id: index for index, (_, utterance) in enumerate(corpus.utterances())}

@@ -2,7 +2,7 @@
 
 The modules `synthetic` and `synthetic_speech` use these processes. Emotions follow a Markov chain
 along a dialogue, so the posterior of each emotion given the whole dialogue can be computed exactly.
-The Bayes classifier with this posterior has the highest expected accuracy of all models.
+The Bayes classifier, which uses this posterior, has the highest expected accuracy of all models.
 """
 
 import collections
@@ -26,9 +26,8 @@ class ConversationProcess:
     Attributes:
         initial: Distribution of the first emotion, [C].
         transition: Distribution of the next emotion given each emotion, [C, C].
-        uninformative_share: Probability that an utterance's speech is uninformative, and
-            probability that its text is. Speech and text of an utterance are never both
-            uninformative.
+        uninformative_share: Probability that an utterance's speech is uninformative. Text is
+            uninformative with the same probability, but never together with the speech.
         missing_share: Probability that an utterance lacks one modality. Speech and text are missing
             equally often.
 
@@ -116,9 +115,10 @@ class ConversationProcess:
         )
 
     def posterior(self, *features: np.ndarray) -> np.ndarray:
-        """Computes the posterior [T, C] given the whole dialogue, with the forward-backward method.
+        """Computes the posterior [T, C] of the emotions given the whole dialogue.
 
-        `features` are the arguments of `log_likelihood`.
+        The method is the forward-backward algorithm. `features` are the arguments of
+        `log_likelihood`.
         """
         emission = self.log_likelihood(*features)  # [T, C]
         with np.errstate(divide="ignore"):
@@ -176,8 +176,8 @@ def reference_scores(
 
     Args:
         process: Process that generated the dialogues.
-        dialogues: Labels [T], speech [T, Ds], text [T, Dt], and presence of speech and text, each
-            [T] bool, for each dialogue.
+        dialogues: One tuple per dialogue: labels [T], speech [T, Ds], text [T, Dt], whether speech
+            is present [T] bool, and whether text is present [T] bool.
     """
     label = np.concatenate([dialogue[0] for dialogue in dialogues])
     posteriors = collections.defaultdict(list)
@@ -204,7 +204,7 @@ def check_num_dialogues(num_dialogues: Mapping[str, int]) -> None:
     """Checks the number of dialogues by split.
 
     Raises:
-        InputError: A split is unknown, a number is negative, or all are 0.
+        InputError: A split is unknown, a number is negative, or all numbers are 0.
     """
     unknown = [split for split in num_dialogues if split not in SPLITS]
     if unknown or min(num_dialogues.values(), default=0) < 0 or not any(num_dialogues.values()):
@@ -215,7 +215,7 @@ def check_num_dialogues(num_dialogues: Mapping[str, int]) -> None:
 
 
 def _weighted_f1(label: np.ndarray, predicted: np.ndarray) -> float:
-    """Computes the mean F1 of the classes, weighted by the frequency of each label."""
+    """Computes the mean F1 of the classes, weighted by the frequency of each class."""
     total = 0.0
     for emotion in np.unique(label):
         is_label, is_predicted = label == emotion, predicted == emotion

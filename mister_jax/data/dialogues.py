@@ -21,7 +21,7 @@ class StoredUtterance:
     """Utterance in a stored dialogue.
 
     Attributes:
-        id: Unique id in the dataset.
+        id: Utterance id, unique in the dataset.
         audio: Samples, [S] int16, 16 kHz, mono; empty if the speech is missing.
         text: Transcript; empty if missing.
         label: Index of the class, or `UNLABELED`.
@@ -30,7 +30,7 @@ class StoredUtterance:
         start, end: Start and end in seconds from the beginning of the dialogue; NaN if unknown.
         speech_present: Whether the utterance has a usable recording.
         text_present: Whether the utterance has a transcript.
-        metadata: Extra columns of the manifest by name; no model reads them.
+        metadata: Extra columns of the manifest by name. No model reads the metadata.
     """
 
     id: str
@@ -81,7 +81,7 @@ class DialogueDataset:
         return split_sizes(self._builder)
 
     def split_metadata(self, split: str) -> dict[str, Any]:
-        """Returns a split's `reference_scores` if the corpus is synthetic, else an empty dict."""
+        """Returns `reference_scores` of a split if the corpus is synthetic, or an empty dict."""
         path = self.directory / REPORT
         scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
         return {"reference_scores": scores[split]} if split in scores else {}

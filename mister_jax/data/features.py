@@ -36,11 +36,11 @@ def write_features(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> "DatasetBuilder":
-    """Stores splits as a feature dataset, atomically.
+    """Atomically stores splits as a feature dataset.
 
-    All splits must have the same dimensions, dtypes and class names, and either all or none must
-    have scores. `metadata` holds JSON values about the whole dataset. `load_features` merges it
-    with the metadata of a split.
+    All splits must have the same dimensions, dtypes and class names, and either all splits or none
+    must have scores. `metadata` contains JSON values about the whole dataset. `load_features`
+    merges these values with the metadata of a split.
 
     Returns:
         The dataset's TFDS builder.
@@ -91,10 +91,10 @@ def load_features(
 
     Returns:
         The split in stored order, with the metadata of the dataset and of the split. If encoders
-        have moved together with the dataset, the metadata contain the new paths.
+        have moved together with the dataset, the metadata contains the new paths.
 
     Raises:
-        InputError: The dataset or split does not exist, or it is not a feature dataset.
+        InputError: The dataset or split does not exist, or the dataset contains no features.
         RuntimeError: The test split is opened during training.
     """
     builder = open_builder(name, data_dir)

@@ -34,7 +34,7 @@ DIALOGUE = "dialogue"
 """Column of the dialogue ids, which every dataset has."""
 
 FOLD = "fold"
-"""Key of the test fold's name in the metadata of a fold's splits."""
+"""Metadata key under which the splits of a fold store the name of the test fold."""
 
 _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 
@@ -42,7 +42,7 @@ _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 _IEMOCAP_DIALOGUE = re.compile(r"Ses(\d\d)[FM]_")
 _IEMOCAP_TURN = re.compile(r"Ses\d\d[FM]_.+_([FM])(?:XX)?\d+")
 
-# One in this many folds is used for validation, and at least one fold.
+# One in this many folds, and at least one fold, is used for validation.
 _VALIDATION_SHARE = 8
 
 
@@ -51,12 +51,12 @@ class Folds:
     """Assignment of a dataset's utterances to folds.
 
     Attributes:
-        spec: "COLUMN", one fold per value; or "COLUMN:K", K folds in which the classes are about
-            equally frequent. COLUMN is "dialogue" or a column of the utterances' metadata. IEMOCAP
-            also has "session" and "speaker".
+        spec: "COLUMN" for one fold per value, or "COLUMN:K" for K folds with similar class
+            frequencies. COLUMN is "dialogue" or a column of the utterances' metadata. IEMOCAP also
+            has "session" and "speaker".
         names: Names of the F folds: the column's values, or "1" to "K".
         members: Values of the column in each fold.
-        index: Fold of each utterance of the pooled splits, [N] int.
+        index: Index of the fold of each utterance in the pooled splits, [N] int.
     """
 
     spec: str
@@ -70,19 +70,19 @@ def load_pooled(
 ) -> DialogueFeatures:
     """Loads several splits of a feature dataset as one split.
 
-    The result of the last call is cached, because every fold of a cross-validation needs it.
+    The result of the last call is cached, because all folds of a cross-validation use this result.
 
     Args:
         name: Name of the dataset.
         data_dir: Directory of the datasets.
-        splits: Names of the splits; all if empty.
+        splits: Names of the splits; all splits if empty.
 
     Raises:
-        InputError: The dataset or a split does not exist, or it is not a feature dataset.
+        InputError: The dataset or a split does not exist, or the dataset contains no features.
     """
     info = dataset_directory(name, data_dir) / "dataset_info.json"
     state = info.stat() if info.exists() else None
-    # If the dataset was written again, the cache is not used.
+    # A dataset that was written again has another version, so the cached result is not used.
     version = None if state is None else (state.mtime, state.length)
     return _load_pooled(name, data_dir, tuple(splits), version)
 
@@ -169,7 +169,7 @@ def load_fold(
     validate_on_train: bool = False,
     pooled_splits: Sequence[str] = (),
 ) -> DialogueFeatures:
-    """Loads a split of a fold of a feature dataset.
+    """Loads one split of one cross-validation fold of a feature dataset.
 
     Args:
         name: Name of the dataset.
@@ -180,7 +180,8 @@ def load_fold(
         seed: See `make_folds`.
         validate_on_train: Whether the training split also contains the dialogues of the validation
             split, for training runs that choose nothing on the validation split.
-        pooled_splits: Splits of the dataset whose dialogues are divided into folds; all if empty.
+        pooled_splits: Splits of the dataset whose dialogues are divided into folds; all splits if
+            empty.
 
     Returns:
         The dialogues of the split. In the test split, utterances outside the fold are unlabeled
@@ -295,7 +296,7 @@ def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
 
 
 def _iemocap_columns(features: DialogueFeatures) -> dict[str, np.ndarray]:
-    """Returns the columns "session" and "speaker" of IEMOCAP that the ids contain, [N] str."""
+    """Returns IEMOCAP's columns "session" and "speaker", [N] str. An unknown column is absent."""
     dialogues = [_IEMOCAP_DIALOGUE.match(str(name)) for name in features.dialogue_ids]
     sessions = [match[1] for match in dialogues if match is not None]
     if len(sessions) < len(dialogues):

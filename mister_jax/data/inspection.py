@@ -21,7 +21,7 @@ class DatasetSummary:
         directory: Directory of the dataset.
         class_counts: Number of utterances by split and class name or "unlabeled".
         lengths: Number of utterances in each dialogue [M] by split.
-        seconds: Length of each recording [N] in seconds by split; empty for features.
+        seconds: Length of each recording [N] in seconds by split; empty for a feature dataset.
         first_dialogue: One line per utterance of the first dialogue.
     """
 

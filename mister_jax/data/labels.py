@@ -20,13 +20,13 @@ EMOTION_SYNONYMS = {
     "sadness": ("sad",),
     "surprise": ("sur", "surprised"),
 }
-"""Maps the name under which models are compared to an emotion's names in published models."""
+"""Maps the name that this package uses for an emotion to the names in published models."""
 
 _EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for other in others}
 
 
 def emotion_name(label: str) -> str:
-    """Returns the name of a label in `EMOTION_SYNONYMS`; an unknown label is returned unchanged.
+    """Maps a label to its key in `EMOTION_SYNONYMS`. Unknown labels are returned unchanged.
 
     The comparison ignores case and spaces around the label.
     """

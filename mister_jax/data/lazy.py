@@ -1,7 +1,8 @@
 """TensorFlow and TensorFlow Datasets, imported on first use.
 
-All modules in `mister_jax.data` import `tf` and `tfds` from here, so they can be imported without
-TensorFlow. This module configures TensorFlow to log little and leave accelerator memory to JAX.
+All modules in `mister_jax.data` import `tf` and `tfds` from here, so most modules can be imported
+without TensorFlow. This module configures TensorFlow to log little and to leave accelerator memory
+to JAX.
 """
 
 import contextlib

@@ -63,7 +63,7 @@ def batches(
         prefetch: Number of batches to prepare in advance.
 
     Returns:
-        An iterator over dicts with these entries. Padding is zero, false or -1.
+        An iterator over dicts with these entries. Padding is zero, false, -1 or NaN; see `PADDING`.
 
         - `speech` [B, T, Ds] float32
         - `text` [B, T, Dt] float32
@@ -72,8 +72,8 @@ def batches(
         - `text_present` [B, T] bool
         - `label` [B, T] int32, -1 if unlabeled
         - `row` [B] int32, index of the dialogue in the split, -1 for an empty row
-        - `score` [B, T] float32, NaN if missing, if the dataset has scores
-        - `ratings` [B, T, C] float32, zeros if unknown, if the dataset has ratings
+        - `score` [B, T] float32, NaN if missing; only if the dataset has scores
+        - `ratings` [B, T, C] float32, zeros if unknown; only if the dataset has ratings
 
     Raises:
         ValueError: The plan was made for other lengths, the rows do not divide evenly among the
@@ -111,7 +111,7 @@ def batches(
 def prefetch_to_device(
     iterator: Iterable[Item], put: Callable[[Item], Result], size: int = 2
 ) -> Iterator[Result]:
-    """Transfers items to devices before they are used, so that transfers overlap with computation.
+    """Transfers items to devices in advance, so that transfers overlap with computation.
 
     `put` must start a transfer and return immediately, as `jax.device_put` does. Up to `size` items
     are transferred in advance.
@@ -127,7 +127,7 @@ def prefetch_to_device(
 def padded_batch(
     features: DialogueFeatures, rows: np.ndarray, padded_length: int
 ) -> dict[str, np.ndarray]:
-    """Makes a batch from dialogues `rows` [B] (-1: empty), padded to T. See `batches`."""
+    """Makes a padded batch from the dialogues `rows` [B] (-1: empty row). See `batches`."""
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     positions = np.arange(padded_length)
     mask = positions < lengths[:, None]  # [B, T]

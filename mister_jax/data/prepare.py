@@ -61,12 +61,14 @@ class PrepareOptions:
             to a folder next to the dataset.
         data_dir: Directory of all datasets; if None, TFDS's default directory.
         config: Name of the corpus's config; if empty, the first config.
-        name: Name of a manifest's dataset, which becomes `manifest/NAME`; by default, the file's
-            name.
-        labels: Class names of a manifest in order; if empty, the sorted names in the file.
+        name: Name of the dataset, which becomes `manifest/NAME` or, for "emobox", `emobox/NAME`. If
+            empty, the name follows from `source`, or is "synthetic". Released corpora ignore this
+            option.
+        labels: Ordered class names of a manifest; if empty, the sorted names in the file.
         label_map: Map from names in a manifest to class names; see `read_manifest`.
-        group_by: Column of a manifest. Random splits put dialogues with equal values in one split.
-        pattern: Pattern of the paths in the corpus "folder"; see `read_folder`.
+        group_by: Column of a manifest. Random splits put dialogues with equal values in this column
+            into one split.
+        pattern: Pattern of the recordings' paths in the corpus "folder"; see `read_folder`.
         audio_root: Folder of the recordings of the corpus "emobox"; see `read_emobox`.
         fold: Fold of the corpus "emobox"; if None, the first fold.
         seed: Seed for a manifest's random split, for the validation set of "emobox", and for the
@@ -100,7 +102,7 @@ class PrepareOptions:
 
 
 def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
-    """Reads and checks a corpus, then writes it to a dataset, atomically.
+    """Reads and checks a corpus, then writes a dataset atomically.
 
     Released corpora contain a few broken clips (2 of MELD's 13,708), and the report lists them. If
     more than one in ten recordings in a split are unusable, the corpus is rejected as incomplete:
@@ -108,11 +110,12 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
     Missing and empty files are detected before decoding, and broken files after decoding.
 
     Returns:
-        The report; see `corpus_report.make_report`. It is also written to the dataset's directory.
+        The report; see `corpus_report.make_report`. The dataset's directory also contains the
+        report.
 
     Raises:
         InputError: The input cannot be used, the dataset exists or cannot be written, Beam is not
-            installed, or Beam does not have one of the options. No partial dataset remains.
+            installed, or a Beam option is unknown. No partial dataset remains.
     """
     if options.corpus in CORPORA:
         return _prepare_released(options)
@@ -349,7 +352,7 @@ def _parse_beam_options(options: Mapping[str, Any]) -> Any:
 def _limit_sort_memory() -> Iterator[None]:
     """Reduces TFDS's sort buffer, so that large corpora are sorted on disk and not in memory.
 
-    TFDS has no option for the size of this buffer, 1 GB, so this function patches TFDS's constant.
+    TFDS has no option for the size of this 1 GB buffer, so this function patches TFDS's constant.
     """
     default = shuffle.MAX_MEM_BUFFER_SIZE
     shuffle.MAX_MEM_BUFFER_SIZE = _MAX_SORT_BYTES
@@ -364,7 +367,7 @@ def _check_files(corpus: Corpus) -> None:
 
     @functools.cache
     def find_problem(path: str) -> str:
-        # An invalid path raises ValueError or OSError here; the decoder reports the path later.
+        # A path that raises ValueError or OSError counts as missing. The decoder reports it later.
         with contextlib.suppress(OSError, ValueError):
             if epath.Path(existing_path(path)).stat().length > 0:
                 return ""

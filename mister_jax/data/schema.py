@@ -52,7 +52,7 @@ class DialogueFeatures:
             dataset without ratings.
         metadata: Origin of the features, as JSON values.
         utterance_metadata: JSON objects with a manifest's extra columns, [N] str, or None. No model
-            reads them, and predictions include them.
+            reads these columns, but predictions include them.
 
     Raises:
         ValueError: The shapes of the arrays do not match.
@@ -126,7 +126,7 @@ class DialogueFeatures:
         )
 
     def summary(self) -> dict[str, str]:
-        """Returns the labels and values of a table that describes the split."""
+        """Returns a table that describes the split, as a dict from row labels to values."""
         lengths = self.lengths
         return {
             "dialogues": f"{len(lengths)}",

@@ -25,7 +25,7 @@ def training_splits_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_splits_allowed() -> Iterator[None]:
-    """Lifts `training_splits_only`, for code that pools all splits and then makes new ones."""
+    """Lifts `training_splits_only`, for code that pools all splits and then makes new splits."""
     token = _is_training.set(False)
     try:
         yield

@@ -12,8 +12,8 @@ DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
 
-# Number of random splits to draw; the one with the most even classes is used. With many dialogues,
-# fewer splits are drawn, because the classes of any random split are even.
+# Maximum number of random splits to draw. The split with the most even classes is used. With many
+# dialogues, fewer splits are drawn, because the classes are even in any random split.
 _MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
 
 
@@ -27,9 +27,9 @@ def random_splits(
     seed: int = 0,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
 ) -> tuple[dict[str, str], str]:
-    """Assigns dialogues to splits at random, so that the classes are about equally frequent.
+    """Assigns dialogues to splits at random, so that all splits have similar class frequencies.
 
-    Dialogues with a common group are connected and get the same split. In conversational corpora,
+    Dialogues that share a group are connected and get the same split. In conversational corpora,
     groups often connect all dialogues. If there are fewer connected components than splits,
     dialogues are assigned one by one, regardless of groups, and the note says so.
 
@@ -43,7 +43,7 @@ def random_splits(
         explicit: Whether to raise an error if the groups connect too many dialogues.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for training, validation and test. Each split with a
-            positive fraction gets at least one component if there are enough.
+            positive fraction gets at least one connected component if there are enough components.
 
     Returns:
         The split of each dialogue, and a note that tells the user how the splits were chosen.
@@ -83,7 +83,7 @@ def random_splits(
 
 
 def overlap_note(groups: Mapping[str, Set[str]], splits: Mapping[str, str], name: str) -> str:
-    """Returns a warning if groups are in training and in another split, or an empty string.
+    """Returns a warning if any group is in training and in another split, else an empty string.
 
     Args:
         groups: Groups of each dialogue.
@@ -131,10 +131,10 @@ def _draw(
     seed: int,
     fractions: np.ndarray,
 ) -> dict[str, str]:
-    """Draws several assignments of the components and returns the one with the most even classes.
+    """Draws several assignments of the components and returns the most even assignment.
 
-    The best assignment is the one in which each split's share of every class, and of all dialogues,
-    is closest to the split's fraction.
+    In the most even assignment, each split's share of every class, and of all dialogues, is closest
+    to the split's fraction.
     """
     classes = {label for labels in dialogues.values() for label in labels if label is not None}
     index = {label: number for number, label in enumerate(sorted(classes, key=str))}
@@ -169,7 +169,7 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     Args:
         shares: Fraction of each class's items that are in each component, [K, C].
         shuffled: Random order of the components, [K] int.
-        fractions: Fractions of the splits; they sum to 1.
+        fractions: Fractions of the splits, which sum to 1.
 
     Returns:
         Index of each component's split, [K] int.
@@ -177,7 +177,7 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     order = shuffled[np.argsort(-shares.sum(1)[shuffled], kind="stable")]
     is_used = fractions > 0
     is_empty = is_used.copy()
-    # Dividing by the fraction makes small splits as even as large ones.
+    # Dividing by the fraction makes small splits as even as large splits.
     missing = np.repeat(fractions[:, None], shares.shape[1], axis=1)
     scale = np.maximum(fractions, 1e-12)[:, None]
     assigned = np.zeros(len(shares), int)

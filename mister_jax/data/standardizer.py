@@ -1,4 +1,4 @@
-"""Standardizes features, and decides which features need it."""
+"""Standardizes features, and decides which features need standardization."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mister_jax.errors import InputError
 AUTO, NONE = "auto", "none"
 
 # Standard deviations differ by at most a factor of 6 among the dimensions of neural embeddings
-# (RoBERTa, MiniLM, wav2vec 2.0, CNN features), and by 30 and more among physical measurements
-# (prosody).
+# (RoBERTa, MiniLM, wav2vec 2.0, CNN features), and by a factor of 30 or more among physical
+# measurements (prosody).
 _MAX_DEVIATION_RATIO = 10.0
 _MAX_OUTLIER_RATIO = 100.0
 _SCALE_RANGE = (0.01, 10.0)
@@ -88,10 +88,10 @@ def choose_standardizers(
 
 
 def why_standardize(vectors: np.ndarray) -> str:
-    """Returns the reason to standardize vectors [N, D], or an empty string without a reason.
+    """Returns the reason to standardize vectors [N, D], or an empty string if there is none.
 
-    Vectors need standardization if the scales of their dimensions differ much, as in features with
-    physical units (Hz, decibels, fractions), or if their median scale is far from 1. Constant
+    Vectors need standardization if the scales of their dimensions differ greatly, as in features
+    with physical units (Hz, decibels, fractions), or if the median scale is far from 1. Constant
     dimensions are ignored.
     """
     vectors = vectors.astype(np.float64)
@@ -111,5 +111,5 @@ def why_standardize(vectors: np.ndarray) -> str:
 
 
 def _is_constant(vectors: np.ndarray) -> np.ndarray:
-    """Returns whether each dimension is constant in vectors [N, D] float64, [D] bool."""
+    """Returns which dimensions of vectors [N, D] float64 are constant, as [D] bool."""
     return vectors.std(0) < 1e-6 * np.maximum(1, np.abs(vectors).max(0))

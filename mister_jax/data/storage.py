@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 VERSION = "1.0.0"
 
 REPORT = "report.json"
-"""File in a dialogue dataset's directory that contains `corpus_report.make_report`."""
+"""File in a dialogue dataset's directory with the report of `corpus_report.make_report`."""
 
-# Name for the old directory while it is replaced. No dataset can have this name.
+# Name of the old directory during a replacement. No dataset can have this name.
 _REPLACED = ".replaced"
 
 
@@ -65,7 +65,7 @@ def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder"
 
 
 def utterance_fields(builder: "DatasetBuilder") -> dict[str, Any]:
-    """Returns the TFDS features of an utterance, or an empty dict without utterances."""
+    """Returns an utterance's TFDS features, or an empty dict if the dataset has no utterances."""
     return getattr(dict(builder.info.features.items()).get("utterances"), "feature", {})
 
 
@@ -108,13 +108,14 @@ def atomic_dataset(
 def atomic_directory(
     directory: epath.Path, root: epath.Path, *, overwrite: bool
 ) -> Iterator[epath.Path]:
-    """Yields a temporary folder, and moves a directory from it into place on success.
+    """Yields a temporary folder, and moves a directory out of this folder into place on success.
 
     If the body fails, `directory` does not change. If the process is killed, the temporary folder
     remains until the next call; see `recover_directory`.
 
     Yields:
-        A temporary folder in `root`. The body must write to `directory.relative_to(root)` in it.
+        A temporary folder in `root`. The body must write to `directory.relative_to(root)` inside
+        this folder.
 
     Raises:
         InputError: The directory exists or cannot be written.
@@ -139,7 +140,10 @@ def atomic_directory(
 
 
 def recover(name: str, data_dir: epath.PathLike | None) -> None:
-    """Cleans up after killed writers of a dataset; see `recover_directory`."""
+    """Cleans up after processes that were killed while writing a dataset.
+
+    See `recover_directory`.
+    """
     directory = dataset_directory(name, data_dir)
     with contextlib.suppress(OSError):  # Readers may lack write permission.
         recover_directory(directory, _root(data_dir))
@@ -148,8 +152,8 @@ def recover(name: str, data_dir: epath.PathLike | None) -> None:
 def recover_directory(directory: epath.Path, root: epath.Path) -> None:
     """Removes temporary folders of killed `atomic_directory` calls on this machine.
 
-    If a process was killed between moving the old directory away and moving the new one into place,
-    the old directory is restored.
+    If a process was killed after it moved the old directory away and before it moved the new
+    directory into place, the old directory is restored.
     """
     if not root.exists():
         return
@@ -157,7 +161,7 @@ def recover_directory(directory: epath.Path, root: epath.Path) -> None:
     for path in root.iterdir():
         process = path.name.removeprefix(prefix).partition(".")[0]
         if path.name.startswith(prefix) and process.isdigit() and not _is_alive(int(process)):
-            with contextlib.suppress(FileNotFoundError):  # Another process may also remove it.
+            with contextlib.suppress(FileNotFoundError):  # Another process may remove the folder.
                 _rollback(path, directory)
 
 

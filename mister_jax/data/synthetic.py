@@ -69,9 +69,10 @@ class EmotionProcess(ConversationProcess):
         """Draws a dialogue of T utterances.
 
         Returns:
-            A tuple of the labels [T] int32, speech [T, Ds] and text [T, Dt] float32, and the
-            presence of speech and text, each [T] bool; and each utterance's uninformative modality,
-            [T], which is "speech", "text" or "".
+            Two values. The first is a tuple of the labels [T] int32, the speech [T, Ds] float32,
+            the text [T, Dt] float32, whether speech is present [T] bool, and whether text is
+            present [T] bool. The second is each utterance's uninformative modality [T]: "speech",
+            "text" or "".
         """
         label, uninformative, speech_present, text_present = self.sample_labels_and_flags(
             length, generator
@@ -135,12 +136,12 @@ def generate_features(
     """Generates splits of synthetic dialogues. Equal arguments give equal dialogues.
 
     A split's metadata contains `reference_scores`, and each utterance's uninformative modality
-    ("speech", "text" or "") under `uninformative`. Models must not read them.
+    ("speech", "text" or "") under `uninformative`. Models must not read these values.
 
     Args:
         seed: Seed, at least 0.
-        num_dialogues: Number of dialogues by split; each has 2 to 30 utterances. Empty splits are
-            omitted.
+        num_dialogues: Number of dialogues by split. Each dialogue has 2 to 30 utterances. Empty
+            splits are omitted.
         **options: Options of `emotion_process`, such as `num_classes` and `speech_dim`.
 
     Raises:

@@ -4,10 +4,10 @@ import re
 
 _MAX_LETTERS_PER_SECOND = 40.0  # fast speech reaches about 25
 
-# A Chinese character or a Korean block is a syllable, and a Japanese character a mora or more.
+# A Chinese character or a Korean block is a syllable. A Japanese character is one mora or more.
 # Fluent Mandarin has 5 to 8 characters per second. Pellegrino et al. (2011, "A cross-language
 # perspective on speech information rate") measured 5.2 syllables per second in Mandarin, 6.2 in
-# English and 7.8 in Japanese. An English syllable has about three letters with the spaces.
+# English and 7.8 in Japanese. An English syllable has about three letters, including spaces.
 _SYLLABIC = re.compile(
     "[\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff]"
@@ -15,7 +15,7 @@ _SYLLABIC = re.compile(
 _LETTERS_PER_SYLLABLE = 3
 
 END_TOLERANCE = 0.5
-"""Seconds by which an annotation may exceed the end of its recording without a note."""
+"""Seconds by which an annotation may exceed the end of its recording without being reported."""
 
 
 def max_characters_per_second(text: str) -> float:

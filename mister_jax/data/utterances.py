@@ -1,4 +1,4 @@
-"""Loads single utterances without their dialogues, and makes batches of them for encoders.
+"""Loads single utterances without their dialogues, and makes batches of utterances for encoders.
 
 `clips` contains the functions that are specific to speech.
 """
@@ -94,7 +94,7 @@ def load_utterances(
         InputError: The dataset or split does not exist.
     """
     dataset = DialogueDataset(name, data_dir)
-    # The stored utterances are not kept, because they contain all recordings of the split.
+    # The stored utterances contain all recordings of the split, so they are not kept in memory.
     rows = [
         (dialogue.id, turn.id, value, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
@@ -132,8 +132,8 @@ def utterance_batches(
 ) -> Iterator[Batch]:
     """Returns an iterator over the batches of one epoch. Each process gets its share of the rows.
 
-    `pad_items` pads B items to a given length and returns two arrays, which `fields` names. The
-    item of an empty row is empty. The other options are described in `pipeline.batches`.
+    `pad_items` pads B items to a given length and returns two arrays, which `fields` names. An
+    empty row has an empty item. The other options are described in `pipeline.batches`.
 
     Returns:
         An iterator over dicts with the arrays of `pad_items` and these entries:
@@ -165,7 +165,7 @@ def utterance_batches(
 def load_tokens(
     name: str, split: str, data_dir: epath.PathLike | None, encode: Encode
 ) -> Utterances:
-    """Loads and tokenizes the utterances with text in a split of a dialogue dataset.
+    """Loads the utterances that have text from a split of a dialogue dataset, and tokenizes them.
 
     Raises:
         InputError: The dataset or split does not exist.
@@ -177,7 +177,7 @@ def load_tokens(
 
 
 def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads token ids on the right to [B, N] int32, and returns them with their mask [B, N] bool."""
+    """Pads token ids on the right. Returns the ids [B, N] int32 and their mask [B, N] bool."""
     ids = np.zeros((len(tokens), length), np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, values in enumerate(tokens):
@@ -192,7 +192,7 @@ def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterat
     `plan` must be made for `tokens.sizes`. `options` are passed to `utterance_batches`.
 
     Returns:
-        An iterator over the dicts of `utterance_batches` with these additional entries:
+        An iterator over the dicts that `utterance_batches` returns, with these additional entries:
 
         - `input_ids` [B, N] int32, zero in padding
         - `mask` [B, N] bool

@@ -21,7 +21,7 @@ _MAX_CHUNKS = 1000
 _MAX_RATE = 1_000_000
 
 # Sizes of at least this value mean "until the end of the file". Programs that write to a pipe use
-# them, because they do not know the length in advance.
+# such sizes, because the length is not known in advance.
 _OPEN_SIZE = 0x7FFF_0000
 
 
@@ -36,8 +36,8 @@ class WavHeader:
         valid_bits: Number of bits per sample that carry sound.
         byte_rate: Bytes per second.
         data_start: Offset of the samples in bytes.
-        data_size: Bytes of all samples; None if they extend to the end of the file.
-        file_size: Bytes of the file.
+        data_size: Size of all samples in bytes; None if they extend to the end of the file.
+        file_size: Size of the file in bytes.
     """
 
     codec: int
@@ -168,7 +168,7 @@ def pcm_blocks(
                 dtype = f"<i{header.container_bytes}"
                 yield np.frombuffer(block, dtype).reshape(-1, header.channels)
                 continue
-            # Bytes are little-endian, so index 1 to 3 are the highest bytes of 32-bit samples.
+            # Samples are little-endian, so bytes 1 to 3 are the highest bytes of 32-bit samples.
             wide = np.zeros((len(block) // 3, 4), np.uint8)
             wide[:, 1:] = np.frombuffer(block, np.uint8).reshape(-1, 3)
             yield wide.view("<i4").reshape(-1, header.channels)

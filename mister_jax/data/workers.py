@@ -1,9 +1,9 @@
 """Maps a function over items in parallel processes, in order, and survives process crashes.
 
 If a worker of `concurrent.futures` or loky is killed, all pending calls fail, and the error does
-not name the item that caused it. Workers of these libraries also import the user's main program
-again, or import JAX together with the function's package. Workers in this module run this file and
-import only the function's module.
+not name the item that caused the crash. Workers of these libraries also import the user's main
+program again, or import JAX together with the function's package. Workers in this module run this
+file and import only the function's module.
 """
 
 import collections
@@ -47,8 +47,8 @@ def ordered_map(
 
     Yields:
         The results in the order of the items. If a worker crashes (killed, out of memory, a fault
-        in a C library), it yields a `WorkerCrashError` for the worker's item and continues with the
-        other items. An exception that the function raises is raised here.
+        in a C library), the result of its item is a `WorkerCrashError`, and the iterator continues
+        with the other items. An exception that the function raises is raised by the iterator.
 
     Raises:
         ValueError: `num_workers` is negative.
@@ -99,14 +99,14 @@ def _parallel_map(
 
 
 class _Worker:
-    """A process that applies a function. It starts at the first call, and again after a crash."""
+    """A process that applies a function. Starts at the first call, and again after a crash."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
         self.process: subprocess.Popen[Any] | None = None
 
     def __call__(self, item: Any) -> Any:
-        """Returns the value of the function, or raises its exception or `WorkerCrashError`."""
+        """Returns the function's result, or raises the function's error or `WorkerCrashError`."""
         message = pickle.dumps(item)
         process = self.process or self._start()
         try:
@@ -128,7 +128,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        with contextlib.suppress(OSError):  # If the process has died, the next call reports it.
+        with contextlib.suppress(OSError):  # If the process has died, the next call says so.
             _write(self.process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
         return self.process
 
@@ -149,7 +149,7 @@ def _write(stream: Any, message: bytes) -> None:
 
 
 def _serve() -> None:
-    """Runs the calls that arrive on standard input until it is closed."""
+    """Runs the calls that arrive on standard input until standard input is closed."""
     # Ctrl-C reaches all processes of a terminal, but only the parent process may end the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     calls = sys.stdin.buffer

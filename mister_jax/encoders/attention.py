@@ -77,7 +77,7 @@ def dot_product_attention(
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
         # On CPUs, the default implementation is faster if gradients are computed, unless clips are
-        # long. It is also faster if the bias is a product of factors, because the CPU
+        # long. The default is also faster if the bias is a product of factors, because the CPU
         # implementation would store the product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
@@ -141,16 +141,16 @@ def attention_on_tpu(
     *,
     is_causal: bool,
 ) -> jax.Array:
-    """Computes `dot_product_attention` without dropout, one key head after the other.
+    """Computes `dot_product_attention` without dropout, one key head at a time.
 
-    For long inputs, the scores of all heads exceed a TPU's on-chip memory, and moving them to and
-    from device memory takes longer than the matrix products. The scores of a single head stay on
-    the chip. Heads that are sharded over devices are gathered first.
+    For long inputs, the scores of all heads exceed a TPU's on-chip memory, and moving the scores to
+    and from device memory takes longer than the matrix products. The scores of a single head stay
+    on the chip. Heads that are sharded over devices are gathered first.
     """
     summands = (mask, *factors)
     is_per_head = [summand.shape[1] > 1 for summand in summands]
 
-    # The backward pass recomputes the scores, because storing them for all heads takes too long.
+    # The backward pass recomputes the scores, because storing the scores of all heads is slower.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(inputs: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         (query, key, value), per_head = inputs

@@ -25,7 +25,7 @@ class AudioPromptOutput:
 
     Attributes:
       hidden_states: Hidden states of the last layer, [B, N, D]; meaningless outside `mask`.
-      mask: Positions of the prompt and the audio, [B, N] bool; the padding follows.
+      mask: Positions of the prompt and the audio, [B, N] bool. Padding comes after them.
       audio_mask: Positions of the audio, [B, N] bool.
     """
 
@@ -74,8 +74,8 @@ def splice_audio(
 class SpeechLLM(nnx.Module):
     """Language model without a head, whose prompt contains a clip.
 
-    Subclasses create the language model, `decoder`. The token `placeholder` in the config stands
-    for the audio and need not be in the vocabulary.
+    Subclasses create the attribute `decoder`, the language model. The token `placeholder` in the
+    config stands for the audio and need not be in the vocabulary.
     """
 
     config: Any
@@ -84,7 +84,7 @@ class SpeechLLM(nnx.Module):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the audio vectors of each clip, [B, A, D], and how many are valid, [B]."""
+        """Returns each clip's audio vectors, [B, A, D], and the number of valid vectors, [B]."""
         raise NotImplementedError
 
     def __call__(

@@ -1,8 +1,8 @@
 """BEATs: a transformer over 16 x 16 patches of a mel filter bank (arXiv 2212.09058).
 
-It maps the standardized filter bank from `compute_fbank` to one vector per patch. The classifier in
-the fine-tuned checkpoints is not implemented. Shape letters: B clips, S samples, F frames, N tokens
-(one per patch, ordered by time, then by frequency), D hidden size, K heads, L layers.
+BEATs maps the standardized filter bank from `compute_fbank` to one vector per patch. The classifier
+in the fine-tuned checkpoints is not implemented. Shape letters: B clips, S samples, F frames,
+N tokens (one per patch, ordered by time, then by frequency), D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BERT and RoBERTa (arXiv 1810.04805, 1907.11692).
 
-They are bidirectional transformers over text with a LayerNorm after each block. MiniLM
+These models are bidirectional text transformers with a LayerNorm after each block. MiniLM
 (arXiv 2002.10957) and XLM-RoBERTa have the same architecture. DistilBERT has no token types; see
 `distilbert`. The output is one hidden state per token; poolers and language-model heads are not
 implemented. Shape letters: B sequences, N tokens, D hidden size, K heads, L layers.
@@ -60,7 +60,7 @@ class BertConfig(hf_config.EncoderConfig):
     Attributes:
       vocab_size: Number of rows in the token embedding.
       num_positions: Number of rows in the position embedding.
-      num_token_types: Number of rows in the token-type embedding; 0 for a model without it.
+      num_token_types: Number of rows in the token-type embedding; 0 if there is no such embedding.
       position_offset: Row in the position embedding for the first token. In RoBERTa, this is the ID
         of the padding token plus 1, so the rows before it are unused.
       layer_norm_epsilon: Epsilon of the LayerNorms.

@@ -1,8 +1,8 @@
-"""Heads of published classification checkpoints, from an encoder's hidden states to class logits.
+"""Heads of published classification checkpoints, which map hidden states to class logits.
 
 A checkpoint of `transformers` for sequence or audio classification stores an encoder and a head.
-`load_classifier` loads both. Shape letters: B sequences, N tokens or frames, D hidden size, L
-layers, C classes.
+`load_classifier` loads the encoder and the head. Shape letters: B sequences, N tokens or frames,
+D hidden size, L layers, C classes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _mean_of_frames(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _mean_of_window(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
-    # Includes the silence after the clip.
+    # As in transformers, the mean includes the silence after the clip.
     return _linear(params, "classifier", _linear(params, "projector", x).mean(1))
 
 
@@ -90,7 +90,7 @@ class _Head:
 
 
 def _shapes(**layers: str) -> dict[str, str]:
-    """Returns the shapes of the weights and biases of layers, "OUT IN" by name."""
+    """Returns the weight and bias shapes of layers, given the letters of their (out, in) sizes."""
     shapes: dict[str, str] = {}
     for name, sizes in layers.items():
         path = name.replace("__", ".")
@@ -124,7 +124,7 @@ class Classifier:
     Attributes:
       module: Encoder.
       modality: "text" or "speech".
-      class_names: Names in the order of the logits, as in the checkpoint.
+      class_names: Class names from the checkpoint, in the order of the logits.
       multi_label: Whether classes are independent, each with a sigmoid, as in GoEmotions.
     """
 
@@ -149,7 +149,8 @@ class Classifier:
 
         Args:
           inputs: Tokens, [B, N] int, or samples, [B, S] float.
-          sizes: Whether a position has a token, [B, N] bool, or the number of samples, [B] int.
+          sizes: For text, whether a position has a token, [B, N] bool. For speech, the number of
+            samples in each clip, [B] int.
         """
         params = dict(self._params)
         weights = params.pop("layer_weights", None)
@@ -167,7 +168,7 @@ class Classifier:
         return self._head.function(params, x.astype(jnp.float32), mask)
 
     def probabilities(self, inputs: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns the probabilities, [B, C], of a transformers pipeline; see `logits`."""
+        """Returns the same probabilities, [B, C], as a transformers pipeline; see `logits`."""
         logits = self.logits(inputs, sizes)
         return jax.nn.sigmoid(logits) if self.multi_label else jax.nn.softmax(logits)
 
@@ -181,8 +182,8 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
         30 s, because Whisper's classification heads were trained with this padding.
 
     Raises:
-      InputError: The checkpoint cannot be read, has no classification head, is a regression, or is
-        not supported.
+      InputError: The checkpoint cannot be read, has no classification head, is a regression model,
+        or is not supported.
     """
     folder = fetch(name_or_folder)
     hf_config = read_config(folder)

@@ -1,6 +1,6 @@
 """Decoder-only transformers used as encoders: Llama 2 and 3, Qwen2 and 2.5, Vicuna.
 
-They have the same architecture: rotary position embedding, grouped-query attention, SwiGLU and
+These models share one architecture: rotary position embedding, grouped-query attention, SwiGLU and
 RMSNorm (arXiv 2302.13971, 2407.21783, 2407.10671). The output is one hidden state per token; the
 language-model head, the key-value cache and generation are not implemented. Shape letters:
 B sequences, N tokens, D hidden size, K query heads, G key and value heads, L layers.
@@ -74,7 +74,7 @@ class RopeScaling:
 
     Frequencies with a wavelength above `original_positions / low_frequency_factor` are divided by
     `factor`. Frequencies with a wavelength below `original_positions / high_frequency_factor` stay
-    the same. The scale is interpolated between the two.
+    the same. For the frequencies in between, the scale is interpolated.
 
     Attributes:
       factor: Divisor of the low frequencies, at least 1.
@@ -286,7 +286,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, rotation: Rotation, **options: Any
     ) -> jax.Array:
-        """Transforms x, [B, N, D]; the mask, [B, 1, N, N] bool, must allow each query a key."""
+        """Transforms x, [B, N, D]; each query needs a key in the mask, [B, 1, N, N] bool."""
 
         def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*x.shape[:2], -1, self.head_dim)

@@ -93,7 +93,7 @@ def kaldi_filters(num_mel_bins: int, low: float = 20.0, high: float = 8000.0) ->
     """Returns Kaldi's mel filters for a 512-point spectrum, [257, M] float32.
 
     The filters are triangles with height 1 on the scale ln(1 + f / 700), from `low` to `high` Hz.
-    The last frequency is not used, and a narrow filter may be zero at all frequencies.
+    The filters do not use the last frequency. A narrow filter may be zero at all frequencies.
     """
     edges = np.linspace(np.log1p(low / 700), np.log1p(high / 700), num_mel_bins + 2)
     frequencies = np.arange(_FBANK_FFT_SIZE // 2) * (SAMPLE_RATE / _FBANK_FFT_SIZE)
@@ -131,7 +131,7 @@ def log_mel(
     Args:
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
-      num_mel_bins: Number of mel bins M, 80 or, since large-v3, 128.
+      num_mel_bins: Number of mel bins M: 128 for large-v3 and 80 for older models.
       num_frames: Number of frames F to compute; all by default. It should cover the longest clip
         and the two frames after it, which overlap the clip's last samples. With fewer frames, the
         values are correct only if no omitted frame contains the clip's maximum.
@@ -166,7 +166,7 @@ def kaldi_fbank_lengths(lengths: jax.Array) -> jax.Array:
 def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
     """Computes Kaldi's log-mel filter bank.
 
-    The frames are 25 ms long and start every 10 ms, as long as they fit into the waveform. Each
+    The frames are 25 ms long and start every 10 ms. The last frame must fit in the waveform. Each
     frame is shifted to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a Povey
     window. The mel filters are applied to the 512-point power spectrum. The result is clipped from
     below at float32's epsilon before the natural logarithm. Dither and the energy feature are not

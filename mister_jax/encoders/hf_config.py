@@ -20,7 +20,7 @@ from mister_jax.nn.scanned_layers import Remat
 CONFIG_FILE = "config.json"
 TYPE_OPTIONS = ("dtype", "param_dtype")
 SHARED_OPTIONS = (*TYPE_OPTIONS, "attention_implementation")
-"""Options that apply to both the audio encoders and the language model of a speech LLM."""
+"""Options that apply to a speech LLM's audio encoders and to its language model."""
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -32,9 +32,9 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Options common to all transformers.
+    """Options common to all transformer encoders.
 
-    Subclasses add sizes and dropout rates, whose names have the same meaning in all of them:
+    Subclasses add sizes and dropout rates, whose names have the same meaning in all subclasses:
     `hidden_size` D, `num_layers` L, `num_heads` K, `mlp_dim` (hidden size of the MLPs),
     `attention_dropout` (on the attention weights) and `activation_dropout` (inside the MLPs).
 
@@ -58,8 +58,8 @@ class EncoderConfig:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a folder's config.json.
 
-    For wav2vec 2.0, HuBERT and WavLM, `do_normalize`, which tells whether the input is normalized,
-    is added from the feature extractor's file.
+    For wav2vec 2.0, HuBERT and WavLM, the result also contains `do_normalize` from the feature
+    extractor's file. This field says whether the encoder expects normalized waveforms.
 
     Raises:
       InputError: A file is missing or damaged.

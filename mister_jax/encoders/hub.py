@@ -1,4 +1,4 @@
-"""Local folders of Hugging Face models, downloaded from the Hub if necessary."""
+"""Returns the local folders of Hugging Face models, and downloads models from the Hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _COPIED_FILES = (*_MODEL_FILES, "adapter_*")
 
 
 def fetch(name_or_folder: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns a model's folder, and downloads it from the Hugging Face Hub if it is not local.
+    """Returns a model's folder, and downloads the model from the Hugging Face Hub if necessary.
 
     Args:
       name_or_folder: Folder, model name on the Hugging Face Hub, or "minilm" for the MiniLM-L6
@@ -73,7 +73,7 @@ def fetch(name_or_folder: str | os.PathLike[str]) -> pathlib.Path:
 def pinned_name(name_or_folder: str | os.PathLike[str]) -> str:
     """Returns the absolute path of a folder or file, or a name on the Hub with its commit.
 
-    A pinned name gives the same files even if the model on the Hub is updated.
+    A name with a commit always refers to the same files, even if the model on the Hub is updated.
     """
     path = pathlib.Path(name_or_folder)
     if path.exists():
@@ -125,7 +125,7 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
             f"{repo_id}: no such folder, and no such model on the Hugging Face Hub; for a private "
             "model, log in with `hf auth login`"
         ) from error
-    except Exception as error:  # The network stack raises many types.
+    except Exception as error:  # The network stack raises many exception types.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{name}: no such folder, and it cannot be downloaded from the Hugging Face Hub "

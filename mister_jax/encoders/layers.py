@@ -51,7 +51,7 @@ class SelfAttention(nnx.Module):
           **options: Dropout arguments `deterministic` and `rngs`.
 
         Returns:
-          Output, [B, N, D]. For a query without any key, it is finite but meaningless.
+          Output, [B, N, D]. The output of a query without any key is finite but meaningless.
         """
 
         def split_heads(projected: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def layer_norm(size: int, epsilon: float, config: Any, rngs: nnx.Rngs) -> nnx.La
 def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
     """Returns the bucket of each relative position, as in T5 (arXiv 1910.10683).
 
-    Each small distance has a separate bucket; larger distances share buckets whose sizes grow
+    Each small distance has a separate bucket. Larger distances share buckets that are spaced
     logarithmically.
 
     Args:
@@ -181,7 +181,7 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
     half = num_buckets // 2
     num_exact = half // 2
     distance = np.abs(offsets)
-    # float32 as in the reference, because rounding decides the bucket at some edges.
+    # Compute in float32 as in the reference, because rounding decides the bucket at some edges.
     scaled = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(num_exact))
     scaled = scaled / np.float32(np.log(max_distance / num_exact)) * np.float32(half - num_exact)
     far = np.minimum(num_exact + scaled.astype(np.int32), half - 1)
@@ -189,7 +189,7 @@ def position_buckets(offsets: np.ndarray, num_buckets: int, max_distance: int) -
 
 
 def relative_bias(embedding: nnx.Embed, config: Any, length: int) -> jax.Array:
-    """Returns the position bias of each query and key before gating, [K, N, N]; N is `length`."""
+    """Returns the position bias for each query and key before gating, [K, N, N]; N is `length`."""
     # Offsets (key - query) in the order 0 ... N - 1, -N ... -1.
     offsets = np.fft.ifftshift(np.arange(-length, length))
     buckets = position_buckets(offsets, config.num_buckets, config.max_distance)

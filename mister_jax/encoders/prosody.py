@@ -4,18 +4,19 @@ The features describe how something was said: pitch, loudness, voice quality and
 frame every 10 ms. A frame is *sounding* if it is at most 40 dB below the clip's loudest frame, and
 *voiced* if it is sounding and periodic. The features, in the order of `FEATURE_NAMES`, are:
 
-- Statistics of two contours: `pitch_*` over voiced frames, in octaves above 55 Hz (estimated with
-  YIN, 55 to 500 Hz), and `energy_*` over sounding frames, the log10 of the mean square relative to
-  1e-10 of full scale (0 is digital silence, and 1 corresponds to 10 dB). The statistics are `mean`,
-  `deviation` (standard deviation), percentiles `p10`, `p50`, `p90`, `range` (p90 - p10), `slope`
-  (per second), `rise` (mean of the last third of the frames minus mean of the first third) and
-  `change` (mean absolute difference of neighboring frames). `energy_maximum` follows them.
-- `mean`, `deviation` and `change` over sounding frames of: `periodicity` (0 for noise, 1 for
-  periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85%) of the
-  power spectrum (octaves above 1 kHz), `flatness` (log10 of the ratio of geometric and arithmetic
-  mean), `tilt` (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the ratio of the
-  power below and above 1 kHz), `hammarberg` (log10 of the ratio of the largest peaks below and
-  above 2 kHz), and `mfcc_1` to `mfcc_13`.
+- Statistics of two contours. `pitch_*` is the pitch of voiced frames in octaves above 55 Hz,
+  estimated with YIN from 55 to 500 Hz. `energy_*` is the log10 of the mean square of sounding
+  frames relative to 1e-10 of full scale: 0 is digital silence, and 1 corresponds to 10 dB. The
+  statistics are `mean`, `deviation` (standard deviation), percentiles `p10`, `p50`, `p90`, `range`
+  (p90 - p10), `slope` (per second), `rise` (mean of the last third of the frames minus mean of the
+  first third) and `change` (mean absolute difference of neighboring frames). The maximum,
+  `energy_maximum`, exists only for `energy_*` and comes last.
+- `mean`, `deviation` and `change` of these values over sounding frames: `periodicity` (0 for noise,
+  1 for periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85%) of
+  the power spectrum (octaves above 1 kHz), `flatness` (log10 of the ratio of geometric and
+  arithmetic mean), `tilt` (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the
+  ratio of the power below and above 1 kHz), `hammarberg` (log10 of the ratio of the largest peaks
+  below and above 2 kHz), and `mfcc_1` to `mfcc_13`.
 - `flux_mean` and `flux_deviation`: statistics of the distance between the spectra of neighboring
   frames, from 0 to sqrt 2.
 - `duration` (log10 of seconds), `sounding` and `voiced` (fractions of all frames), `voiced_rate`
@@ -80,9 +81,9 @@ _PERIOD_THRESHOLD = 0.15  # The period is the first lag with a difference below 
 _VOICED_THRESHOLD = 0.35  # Maximum difference in a voiced frame.
 _SOUNDING_RANGE = 4.0  # log10 of power, relative to the loudest frame
 _MIN_POWER = 1e-10  # relative to full scale
-_MIN_PEAK = 1e-5  # relative to full scale; the level of quieter clips is computed with this peak
+_MIN_PEAK = 1e-5  # relative to full scale; quieter clips are treated as having this peak
 _NUM_MEL_BINS = 40
-_PEAK_RADIUS = 6  # Number of frames on either side of a loudness peak that must not exceed it.
+_PEAK_RADIUS = 6  # Number of frames on either side of a loudness peak that must not be louder.
 _PEAK_HEIGHT = 0.2  # log10 of power by which a peak must exceed the lowest of these frames.
 
 
@@ -140,7 +141,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
 
 def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scales clips to zero mean and a peak of 1; returns them and their peaks, [B, 1]."""
+    """Scales clips to zero mean and peak 1; returns these clips and the old peaks, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 
@@ -231,7 +232,8 @@ def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Arr
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]
     power = spectrum.real**2 + spectrum.imag**2
-    # This is far below any sounding frame and only keeps the features of silent frames finite.
+    # The constant is far below the power of any sounding frame. It only keeps the features of
+    # silent frames finite.
     power = power + 1e-8
     shares = power / power.sum(-1, keepdims=True)
     frequency = np.linspace(0, frontends.SAMPLE_RATE / 2, power.shape[-1]).astype(np.float32)
@@ -271,7 +273,7 @@ def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Arr
 
 
 def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean over the frames in the mask, [B, ...]; 0 without frames."""
+    """Returns the mean over the frames in the mask, [B, ...], or 0 if the mask is empty."""
     return jnp.where(mask, x, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
@@ -287,7 +289,7 @@ def _mean_change(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _masked_percentiles(x: jax.Array, mask: jax.Array, fractions: tuple[float, ...]) -> jax.Array:
-    """Returns linearly interpolated percentiles over the frames in the mask, 0 without frames.
+    """Returns linearly interpolated percentiles over the frames in the mask; 0 for an empty mask.
 
     The shape of the result is [B, number of fractions, ...].
     """

@@ -1,8 +1,8 @@
 """Qwen2-Audio: the Qwen language model with a Whisper-like audio tower (arXiv 2407.10759).
 
-It maps waveforms and prompts to the language model's last hidden states. The language-model head is
-not implemented. Shape letters: B clips, S samples, P prompt tokens, A audio vectors (40 ms each),
-N = P - 1 + A, D hidden size of the language model.
+Qwen2-Audio maps waveforms and prompts to the language model's last hidden states. The
+language-model head is not implemented. Shape letters: B clips, S samples, P prompt tokens, A audio
+vectors (40 ms each), N = P - 1 + A, D hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Qwen2AudioConfig:
     ) -> Qwen2AudioConfig:
         """Reads a `config.json` with model type "qwen2_audio".
 
-        Missing fields have the defaults of transformers. `tower` has further fields of the tower's
-        config, such as `mask_spectrogram`. For the `changes`, see `qwen2_audio_7b`.
+        Missing fields have the defaults of transformers. `tower` contains further fields of the
+        tower's config, such as `mask_spectrogram`. For the `changes`, see `qwen2_audio_7b`.
 
         Raises:
           InputError: The value of a field is not supported.

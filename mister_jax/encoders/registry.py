@@ -1,7 +1,7 @@
 """Registry of the supported encoders, with functions to create, load and save them.
 
-`ARCHITECTURES` maps the `model_type` in a config.json to the config class, module class, checkpoint
-names and processor. To add an architecture, implement these classes and add an entry.
+`ARCHITECTURES` maps the `model_type` in a config.json to the config class, module class, tensor
+names and processor. To add an architecture, implement the two classes and add an entry.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Architecture:
       key_table: Function that returns the key table for a config, with the bare backbone's names.
       name_rules: Variants of tensor names in checkpoints and adapters.
       processor: Name of the class in transformers that prepares the module's input: a tokenizer,
-        or a feature extractor for speech. This is a name, because accessing the class would import
-        PyTorch if it is installed.
+        or a feature extractor for speech. A name is stored, because accessing the class would
+        import PyTorch if it is installed.
       modality: Input modality, "text" or "speech".
       needs_cls_token: Whether the tokenizer must add a token at the start of a text.
       prompt: Default prompt of a speech LLM.
@@ -150,7 +150,9 @@ def find_modality(name_or_folder: str | os.PathLike[str]) -> str:
 
 
 def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
-    """Creates an encoder with random parameters; reads no files, so that JAX can trace it.
+    """Creates an encoder with random parameters.
+
+    JAX can trace this function, because it reads no files.
 
     Args:
       hf_config: Content of the encoder's config.json.
@@ -181,7 +183,7 @@ def load_pretrained(
       **options: Further arguments of `load_module`.
 
     Returns:
-      Encoder, and its tokenizer or, for speech, its feature extractor.
+      Encoder, and its tokenizer (for text) or feature extractor (for speech).
 
     Raises:
       InputError: The model cannot be downloaded or read, is not supported, or does not match its
@@ -295,7 +297,7 @@ def load_processor(
     *,
     hf_config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Loads a model's tokenizer or, for speech, its feature extractor.
+    """Loads the tokenizer of a text model or the feature extractor of a speech model.
 
     Args:
       folder: Folder of the model.

@@ -1,10 +1,10 @@
 """SALMONN: Whisper and BEATs, connected to Vicuna by a window-level Q-Former (arXiv 2310.13289).
 
-It maps waveforms and prompts to the language model's last hidden states. The language-model head is
-not implemented. Clips last from 1 s to 30 s: shorter clips are padded with silence, longer clips
-are truncated. Whisper always encodes 30 s, so every clip gives 88 tokens. Shape letters: B clips,
-S samples, T Whisper frames (20 ms), P prompt tokens, W windows, Q queries per window, A speech
-tokens, N = P - 1 + A, D hidden size of the language model.
+SALMONN maps waveforms and prompts to the language model's last hidden states. The language-model
+head is not implemented. Clips last from 1 s to 30 s: shorter clips are padded with silence, and
+longer clips are truncated. Whisper always encodes 30 s, so every clip yields 88 speech tokens.
+Shape letters: B clips, S samples, T Whisper frames (20 ms), P prompt tokens, W windows, Q queries
+per window, A speech tokens, N = P - 1 + A, D hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SalmonnConfig:
     """Config of `Salmonn`.
 
     Attributes:
-      whisper: Config of the speech encoder, without `trim`; its positions limit the clip length.
+      whisper: Config of Whisper, with `trim` off. Whisper's positions limit the clip length.
       beats: Config of the encoder for other sounds.
       qformer: Config of the Q-Former between the encoders and the language model.
       decoder: Config of the language model, with LoRA.
@@ -107,8 +107,9 @@ class SalmonnConfig:
     def salmonn_7b(cls, **changes: Any) -> SalmonnConfig:
         """Returns the config of SALMONN-7B: Whisper large-v2, BEATs iter3+, Vicuna 7B v1.5.
 
-        The `changes` apply to the language model's config, for example `remat`. `dtype` and
-        `param_dtype` apply to all parts, and `attention_implementation` also to Whisper.
+        The `changes`, such as `remat`, apply to the language model's config. `dtype` and
+        `param_dtype` also apply to all other parts, and `attention_implementation` also applies to
+        Whisper.
         """
         types = select_options(changes, *TYPE_OPTIONS)
         shared = select_options(changes, *SHARED_OPTIONS)
@@ -148,7 +149,8 @@ class SalmonnConfig:
             (contents of their config.json files), "beats" (the `cfg` in its checkpoint) and
             "qformer" (fields of `QFormerConfig`).
           tower: Further fields of Whisper's config, such as `mask_spectrogram`.
-          **changes: As in `salmonn_7b`, but `attention_implementation` applies only to the decoder.
+          **changes: Changes as in `salmonn_7b`, except that `attention_implementation` applies only
+            to the decoder.
 
         Raises:
           InputError: The value of a field is not supported.
@@ -313,7 +315,7 @@ class Salmonn(SpeechLLM):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips with both encoders and the Q-Former; all clips get A valid vectors."""
+        """Encodes clips with both encoders and the Q-Former; every clip has A valid vectors."""
         config = self.config
         valid = length_mask(lengths, waveform.shape[1])
         waveform = jnp.where(valid, waveform, 0)[:, : config.max_samples]
@@ -363,7 +365,7 @@ _IGNORED = (
 )
 _LLM_LAYER = "llama_model.base_model.model.model.layers.{}"
 _QFORMER_LAYER = "speech_Qformer.bert.encoder.layer.{}"
-_HEAD_DIM = 64  # As in BERT, because the checkpoint does not store the number of heads.
+_HEAD_DIM = 64  # BERT's value, because the checkpoint does not store the number of heads.
 
 # These tables map the Q-Former's modules, and the modules of its layers, to their official names.
 _NORMS = {

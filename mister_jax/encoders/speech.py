@@ -1,4 +1,4 @@
-"""Common interface to all speech encoders, from waveforms to hidden states.
+"""Common interface to all speech encoders, which map waveforms to hidden states.
 
 Most encoders are stored in one folder in the Hugging Face layout. SALMONN has four checkpoints: its
 trained parameters, Whisper, BEATs and Vicuna.
@@ -40,7 +40,7 @@ class SpeechFiles:
     Attributes:
       name: Folder, or name on the Hugging Face Hub. For SALMONN, the path of its checkpoint, as for
         `Checkpoint.open`.
-      whisper: Folder or name of Whisper; like the next two fields, only for SALMONN.
+      whisper: Folder or name of Whisper. Only SALMONN needs this field and the next two.
       beats: BEATs checkpoint: a released file, or a folder whose config.json contains the `cfg` of
         the checkpoint.
       vicuna: Folder or name of Vicuna with its tokenizer.
@@ -80,8 +80,8 @@ def read_backbone_config(files: SpeechFiles, prompt: str = "") -> dict[str, Any]
       prompt: Prompt of a speech LLM; by default, the prompt for its architecture.
 
     Returns:
-      JSON values: the content of config.json or, for SALMONN, the configs of its parts; for speech
-      LLMs, also the prompt's tokens.
+      JSON values: the content of config.json or, for SALMONN, the configs of its parts. The config
+      of a speech LLM also contains the prompt's tokens.
 
     Raises:
       InputError: A file cannot be read, the encoder is a text encoder, or a prompt is given for an
@@ -131,7 +131,9 @@ def make_speech_encoder(
     pool_over_prompt: bool = False,
     **changes: Any,
 ) -> nnx.Module:
-    """Creates a speech encoder with random parameters; reads no files, so that JAX can trace it.
+    """Creates a speech encoder with random parameters.
+
+    JAX can trace this function, because it reads no files.
 
     Args:
       backbone_config: Config from `read_backbone_config`.
@@ -244,7 +246,7 @@ def check_seconds(seconds: float, module: Any = None, *, name: str = "max_second
 
     Args:
       seconds: Clip length in seconds.
-      module: Encoder with arrays or shapes, if known.
+      module: Encoder, concrete or abstract, if it exists already.
       name: Name of the option, for the error message.
 
     Raises:

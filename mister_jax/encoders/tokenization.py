@@ -77,9 +77,9 @@ def encode_texts(
 ) -> list[np.ndarray]:
     """Encodes texts as token IDs.
 
-    The tokenizer adds the model's special tokens. If it adds none at the end, as with most
-    decoders, the end-of-text token is appended, because only the last token attends to the whole
-    text.
+    The tokenizer adds the model's special tokens. Most decoders' tokenizers add no token at the end
+    of a text. In this case, the end-of-text token is appended, because only the last token attends
+    to the whole text.
 
     Args:
       tokenizer: Tokenizer from transformers.

@@ -1,9 +1,9 @@
 """wav2vec 2.0, HuBERT and WavLM: speech encoders with one vector per 20 ms of audio.
 
-All have the same architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions over the
-waveform, a positional convolution and a transformer. WavLM adds a gated relative position bias.
-Heads and the masking of latents are not implemented. Shape letters: B clips, S samples, N frames
-of 20 ms, C convolution channels, D hidden size, K heads, L layers.
+The three models share one architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions
+over the waveform, a positional convolution and a transformer. WavLM adds a gated relative position
+bias. Heads and the masking of latents are not implemented. Shape letters: B clips, S samples,
+N frames of 20 ms, C convolution channels, D hidden size, K heads, L layers.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class WavLMConfig(hf_config.EncoderConfig):
       num_buckets: Total number of relative-position buckets for both directions. 0 disables the
         relative position bias, which only WavLM has.
       max_distance: Distance beyond which positions share the last bucket of their direction.
-      norm_first: Whether a LayerNorm precedes each block, with one more after the last layer, as
+      norm_first: Whether a LayerNorm precedes each block and another one follows the last layer, as
         in the large models. Otherwise, a LayerNorm follows each residual connection.
-      normalize: Whether the waveform is normalized to zero mean and unit variance. Must match
-        training; the config of the feature extractor stores it as `do_normalize`.
+      normalize: Whether the waveform is normalized to zero mean and unit variance. The value must
+        match training; the config of the feature extractor stores it as `do_normalize`.
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       projection_dropout: Dropout rate on the projected output of the convolutions.
@@ -366,8 +366,9 @@ class WavLM(nnx.Module):
     ) -> Any:
         """Encodes clips.
 
-        The result for a clip does not depend on the batch. It equals the reference's result for a
-        batch of one clip. In larger batches, the reference's group norm includes the padding.
+        The result for a clip does not depend on the rest of the batch, and equals the reference's
+        result for a batch of one clip. In larger batches, the reference's group norm includes the
+        padding.
 
         Args:
           waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is ignored.

@@ -45,7 +45,7 @@ def run_ablation(
 
     Returns:
       The rows of the table, or None if SIGTERM interrupted the study. Each row has
-      "variant", "change" and "seeds". For each split in `SPLITS`, it also has the "mean" and the
+      "variant", "change" and "seeds". For each split in `SPLITS`, a row also has the "mean" and the
       "deviation" of the scores over the seeds, and the scores of the "ensemble" of the seeds.
 
     Raises:

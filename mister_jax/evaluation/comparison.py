@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def letters(self) -> str:
-        """Short names of the runs: "AB" for two."""
+        """Short names of the runs, such as "AB" for two runs."""
         return string.ascii_uppercase[: len(self.runs)]
 
     @classmethod
@@ -87,7 +87,7 @@ class Comparison:
         )
 
 
-_Key = tuple[str, str]  # dialogue and utterance
+_Key = tuple[str, str]  # ids of the dialogue and the utterance
 
 
 def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, dict[str, Any]]:
@@ -388,7 +388,7 @@ def _read_texts(comparison: Comparison) -> dict[str, str]:
             else:
                 features = load_features(name, split, data_dir)
         except InputError:
-            # Encoders are fine-tuned on texts, so their datasets have no features to load.
+            # An encoder's training dataset contains texts or recordings instead of features.
             features = types.SimpleNamespace(name=name, split=split, metadata={})
         texts = read_utterance_texts(features, data_dir)
         if texts:

@@ -34,7 +34,8 @@ class Estimate:
 
         Args:
           value: Value on the whole split.
-          resampled: Values on the resamples, [R]. If R is 0 or all are NaN, the interval is None.
+          resampled: Values on the resamples, [R]. If R is 0 or all values are NaN, the interval is
+            None.
         """
         if not np.isfinite(resampled).any():
             return cls(float(value))
@@ -74,7 +75,8 @@ class DialogueBootstrap:
         draws = np.random.default_rng(seed).multinomial(
             num_dialogues, np.full(num_dialogues, 1 / num_dialogues), size=self.num_resamples
         )
-        # How often each resample contains each dialogue, [R, M]. BLAS only multiplies floats.
+        # Number of times that each resample contains each dialogue, [R, M]. The counts are floats,
+        # because BLAS multiplies only floats.
         self._weights = draws.astype(float)
 
     def count(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Cross-validation: trains and scores one model per fold, and pools the test predictions.
 
-Each fold trains in a subfolder of the work directory and can be resumed there. Several folds train
-in one program. Every utterance is in the test split of exactly one fold.
+Each fold trains in a subfolder of the work directory and can be resumed. Several folds can train in
+one program. Every utterance is in the test split of exactly one fold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mister_jax.models import EXPERTS
 FILES = ("crossval.json", "crossval.csv", "crossval.md", "crossval.png", "predictions.jsonl")
 """Files that `cross_validate` writes."""
 
-_MAX_LISTED = 10  # maximum number of a fold's values that are listed
+_MAX_LISTED = 10  # maximum number of values that are listed per fold
 
 _COLUMNS = {
     "uar": "UA (UAR)",
@@ -91,7 +91,7 @@ def _with_unique_names(folds: list[Variant]) -> list[Variant]:
 
 
 def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Variant]:
-    """Returns one fold for each dataset, with the dataset's own splits, such as EmoBox's folds.
+    """Returns one fold per dataset, with the splits of the dataset, such as EmoBox's folds.
 
     Raises:
       InputError: A dataset does not exist, lacks a split, or is repeated.

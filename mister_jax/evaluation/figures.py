@@ -1,4 +1,4 @@
-"""Plots confusion matrices, missing modalities, studies, comparisons and datasets as PNG files."""
+"""Plots confusion matrices, studies, sweeps, comparisons and datasets as PNG files."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def missing_modality_lines(
     """Groups the points of a missing-modality study by the dropped modalities.
 
     Returns:
-      Points by "speech", "text" or "both". A point is the share of utterances that lost the
-      modality, and the mean and standard deviation of weighted F1. Points are sorted by share.
+      Lists of points by "speech", "text" and "both". A point contains the share of utterances that
+      lost the modality, and the mean and standard deviation of weighted F1. Points are sorted by
+      share.
     """
     lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
     for point in study["points"]:
@@ -139,7 +140,8 @@ def plot_sweep(
 
     Args:
       axes: Values by field, in the order of the grid.
-      scores: Mean and standard deviation of the score by the values of a point, best first.
+      scores: Mean and standard deviation of each point's score, by the point's values. The best
+        point comes first.
       label: Name of the score.
       path: Path of the PNG file.
     """
@@ -168,7 +170,7 @@ def plot_sweep(
         )
         values, means, deviations = zip(*line, strict=True)
         plot.errorbar(values, means, deviations, marker="o", capsize=3)
-        # A linear scale would hide differences between values of different magnitudes.
+        # A linear scale would hide differences between values of different orders of magnitude.
         if values[0] > 0 and values[-1] / values[0] >= 8:
             plot.set_xscale("log")
         plot.set(xlabel=name, ylabel=label)
@@ -238,7 +240,7 @@ def plot_differences(
     for index, (series, values) in enumerate(differences.items()):
         y = np.arange(len(rows)) + (index - (len(differences) - 1) / 2) * step
         centers = np.array([values[row][0] for row in rows])
-        # A difference may be outside of the percentile interval of a very small split.
+        # On a very small split, a difference may be outside of its percentile interval.
         below = [
             max(0, value - (value if low is None else low)) for value, low, _ in values.values()
         ]

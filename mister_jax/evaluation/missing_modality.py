@@ -44,8 +44,8 @@ def drop_modalities(
       drop_speech: Probability that an utterance loses its speech.
       drop_text: Probability that an utterance loses its text.
       seed: Random seed that determines which modalities are dropped.
-      zero_fill_values: Maps each modality to the vector [D] or number that replaces its dropped
-        features, which are then not flagged as missing. By default, dropped modalities are flagged.
+      zero_fill_values: Vector [D] or number, by modality, that replaces dropped features. Replaced
+        features are not flagged as missing. By default, dropped modalities are flagged as missing.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
     changes = {}
@@ -85,7 +85,7 @@ def missing_modality_study(
       drop_speech: Probabilities that an utterance loses its speech.
       drop_text: Probabilities that an utterance loses its text.
       as_zeros: Whether to replace dropped features by zeros and not flag them as missing, as in the
-        paper's study. By default, dropped modalities are flagged.
+        paper's study. By default, dropped modalities are flagged as missing.
       draws: Number of random draws per pair of rates.
       dataset: Dataset to score; by default the training dataset.
       data_dir: Directory of the dataset.
@@ -94,12 +94,12 @@ def missing_modality_study(
 
     Returns:
       A dict per pair of rates with "drop_speech", "drop_text", "weighted_f1" (mean over draws and
-      seeds), "deviation", and "loss": how much higher the weighted F1 is with nothing dropped, with
-      the "low" and "high" ends of its 95% interval.
+      seeds), "deviation", and "loss" (weighted F1 with nothing dropped minus "weighted_f1", with
+      the "low" and "high" ends of its 95% interval).
 
     Raises:
       InputError: A rate is outside [0, 1], the lists cannot be paired, the split has no labels, or
-        the work directory is not one of MiSTER-E.
+        the work directory is not the work directory of a MiSTER-E model.
     """
     pairs = _pair_rates(drop_speech, drop_text)
     predictor = Predictor(workdir, data_dir)
@@ -124,9 +124,9 @@ def missing_modality_study(
 def study_for_report(
     predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
 ) -> dict[str, Any] | None:
-    """Returns the study in `output` if it matches checkpoint and split, otherwise runs a new study.
+    """Returns the study in `output` if it matches the checkpoint and the split, or a new study.
 
-    The result is None if the split does not have labels and both modalities.
+    The result is None if the split lacks labels, speech or text.
     """
     path = output / f"{MISSING_MODALITY}.json"
     study = read_json(path) if path.exists() else {}

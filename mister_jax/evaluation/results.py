@@ -54,8 +54,8 @@ def evaluate(
     named "DATASET/test".
 
     The first evaluation of a MiSTER-E model fits a temperature on the validation split of the
-    training dataset and writes it to `calibration.json` in the work directory, where predictions
-    and later evaluations read it. A model that was trained on the validation split is not
+    training dataset and writes it to `calibration.json` in the work directory. Predictions and
+    later evaluations read this file. A model that was trained on the validation split is not
     calibrated.
 
     Args:
@@ -69,7 +69,7 @@ def evaluate(
       calibrate: Whether to calibrate the probabilities.
       fit_calibration: Kind of calibration to fit again: "temperature", or "bias" for a temperature
         and a bias per class. By default, a calibration is fitted only if the best parameters have
-        none.
+        no calibration yet.
       adapt_features: Whether to adapt the split's features to the model; see
         `data.adaptation.adapt_features`.
       quiet: Whether to hide progress.
@@ -163,7 +163,7 @@ def _fit_calibration(
     *,
     quiet: bool,
 ) -> None:
-    """Fits the calibration if the kind is given, or if MiSTER-E has none yet.
+    """Fits the calibration if `kind` is given, or if a MiSTER-E model has no calibration yet.
 
     Args:
       predictor: Predictor of the work directory, whose calibration is replaced.

@@ -69,7 +69,7 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
         scores["sentiment"] = metrics.binary_sentiment(
             np.where(labeled, features.score, np.nan), predicted == positive_class
         )
-    ratings = getattr(features, "ratings", None)  # `Utterances` have none.
+    ratings = getattr(features, "ratings", None)  # `Utterances` have no ratings.
     if ratings is not None:
         scores["raters"] = metrics.rater_scores(ratings, predictions["probabilities"])
     if features.score is not None and "score" in predictions:

@@ -101,7 +101,7 @@ def _expert_outputs(
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
     """Returns the names, votes and gate weights of the experts that are present in the split.
 
-    A single expert is identical to the model, so it is not listed.
+    A single expert is identical to the model, so this expert is not listed.
     """
     no_experts = (), np.zeros((len(predictions["probabilities"]), 0), int), None
     if "gate" not in predictions:
@@ -113,7 +113,7 @@ def _expert_outputs(
     present = present[:, in_use]
     gate = predictions["gate"][:, in_use]
     votes = np.where(present, predictions["expert_probabilities"][:, in_use].argmax(-1), NO_VOTE)
-    # Weights that depend only on which experts are present, such as an even mixture, are not
+    # If the weights depend only on which experts are present, as in an even mixture, they are not
     # learned.
     is_learned = any(
         np.ptp(gate[(present == pattern).all(1)], axis=0).max() > 1e-4

@@ -163,7 +163,7 @@ def _parse_value(field: str, text: str, kind: type, current: Any) -> Any:
 
 
 def _parse_item(text: str, current: Sequence[Any]) -> Any:
-    """Converts an item of a tuple to the type of the current value's items, if it has any."""
+    """Converts an item of a tuple to the type of the current value's items, if there are any."""
     if current:
         kind = type(current[0])
         return text.strip("'\"") if kind is str else kind(text)
@@ -197,7 +197,7 @@ def grid_points(
     Args:
       axes: Axes of the grid.
       num_random: Number of different points to draw at random; None for all points. With the same
-        seed, a larger number adds points to those of a smaller number.
+        seed, a larger number keeps the points of a smaller number and adds others.
       seed: Random seed.
 
     Raises:

@@ -1,7 +1,7 @@
 """Trains and scores a list of named configs, such as the variants of an ablation or a sweep.
 
 Each variant trains in a subfolder of the study's work directory. A study that runs again skips
-completed variants and resumes interrupted ones.
+completed variants and resumes interrupted variants.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Study:
       variants: Variants to train and score, in the row order of the results table.
       workdir: Work directory of the study, created if it does not exist.
       splits: Splits on which every variant is scored.
-      row_file: Name of the file, in a variant's work directory, with the row of the completed
-        variant.
+      row_file: Name of the file for a completed variant's row, in the variant's work directory.
       kind: Word for a variant in messages.
       models_at_once: Maximum number of models that train at the same time if the configs differ
         only in the data; each seed of a variant is one model. See `training.runs.plan_groups`. By
@@ -132,7 +131,7 @@ class Study:
     def _groups(
         self, pending: Sequence[Variant]
     ) -> Iterator[tuple[Sequence[Variant], RunGroup | None]]:
-        """Yields variants that train at the same time, with their group if they share programs."""
+        """Yields variants that train at the same time, and their `RunGroup` if there is one."""
         if self._models_at_once is None:
             yield from (((variant,), None) for variant in pending)
             return
@@ -168,7 +167,7 @@ class Study:
         return f"{self._kind} {first} of {count}, {title}"
 
     def rows(self) -> list[Row]:
-        """Returns the rows of the completed variants, including those from earlier runs."""
+        """Returns the rows of all completed variants, including variants from earlier runs."""
         rows = (self._read_row(variant) for variant in self.variants)
         return [row for row in rows if row is not None]
 
@@ -178,7 +177,7 @@ class Study:
             print(line, flush=True)
 
     def _read_row(self, variant: Variant) -> Row | None:
-        """Returns a variant's row, or None if it is missing or from training with fewer epochs."""
+        """Returns a variant's row, or None if it is missing or the training length has changed."""
         path = self.folder(variant) / self._row_file
         if not path.exists():
             return None
@@ -214,5 +213,5 @@ def score_seeds(config: ConfigDict, workdir: epath.PathLike, split: str) -> dict
 
 
 def _training_length(config: ConfigDict) -> dict[str, int]:
-    """Returns the config fields that may change when a finished run continues."""
+    """Returns the config fields that determine the training length."""
     return {"epochs": config.train.epochs, "patience": config.train.get("patience", 0)}

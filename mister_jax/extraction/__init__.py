@@ -1,4 +1,4 @@
-"""Encodes dialogue datasets to feature datasets, between the two training stages."""
+"""Converts dialogue datasets to feature datasets, between the two training stages."""
 
 from mister_jax.extraction.encoder import Encoder, encode_utterances
 from mister_jax.extraction.feature_dataset import export_features, extract_features, merge_features

@@ -55,7 +55,7 @@ class Input(Protocol):
         """Returns an item for each utterance; an item is empty if there is nothing to encode."""
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Splits an item into windows that fit into a batch. Their features are averaged."""
+        """Splits an item into windows that fit into a batch. The windows' features are averaged."""
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the length of each item in steps, [N] int."""
@@ -119,8 +119,8 @@ def encode_utterances(
       quiet: Whether to hide progress.
 
     Returns:
-      Features [N, F] float32, zero if absent; and presence flags [N] bool. Empty texts, silent
-      clips and clips that are shorter than a frame are absent.
+      Features [N, F] float32, which are zero for absent utterances, and presence flags [N] bool.
+      Empty texts, silent clips and clips that are shorter than a frame are absent.
 
     Raises:
       InputError: All utterances are absent (F is then unknown), or a batch does not fit in device
@@ -290,7 +290,7 @@ def pretrained_metadata(
 
 def explain_load_oom(name: str, dtype: str) -> contextlib.AbstractContextManager[None]:
     """Explains out-of-memory errors that occur while an encoder is loaded; see `explain_oom`."""
-    hint = "devices with more memory, or more of them"
+    hint = "devices with more memory, or more devices"
     if dtype != "bfloat16":
         hint = f"extraction with --dtype=bfloat16, or {hint}"
     return explain_oom(name, "the encoder's parameters", hint)

@@ -240,7 +240,7 @@ def _merge_split(
             f"{where}: {len(differences)} labels differ, for example the label of utterance "
             f"{text.utterance_ids[differences[0]]}"
         )
-    # Each dataset may be a merged one, with metadata of a modality that is not used here.
+    # Each dataset may itself be merged, with metadata of a modality that is not used here.
     metadata = {**speech.metadata, **text.metadata}
     for modality, features in (("speech", speech), ("text", text)):
         metadata.pop(modality, None)

@@ -1,4 +1,4 @@
-"""Loads utterance encoders: by name or folder, from a work directory, or from metadata."""
+"""Loads utterance encoders by name or folder, from a work directory, or from metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
 
 
 class TunedEncoder(Encoder):
-    """A fine-tuned encoder with its best parameters; the head's first layer gives the features.
+    """A fine-tuned encoder with its best parameters; the head's first layer returns the features.
 
     Raises:
       InputError: The directory is not the work directory of a fine-tuned encoder, or has no best
@@ -79,7 +79,8 @@ def load_encoder(name: str, **options: Any) -> Encoder:
         sets `param_dtype`.
 
     Raises:
-      InputError: The encoder or adapter cannot be loaded, or an option does not apply to it.
+      InputError: The encoder or adapter cannot be loaded, or an option does not apply to the
+        encoder.
     """
     if options.get("max_seconds") is not None:
         check_seconds(options["max_seconds"])

@@ -1,4 +1,4 @@
-"""Encodes speech with pretrained encoders or as prosody, to one vector per utterance."""
+"""Encodes the speech of each utterance as one vector, with pretrained encoders or as prosody."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SpeechInput:
         return clips.load_clips(dataset, split, data_dir, self.max_samples)
 
     def items(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the samples [S] int16 of each clip, empty if it is silent."""
+        """Returns the samples [S] int16 of each clip; silent clips have no samples."""
         for clip in utterances:
             if clip.ndim != 1 or clip.dtype != np.int16:
                 raise ValueError(f"clip {clip.dtype} {list(clip.shape)}; allowed: int16 [S]")
@@ -103,12 +103,12 @@ class PretrainedSpeech(Encoder):
       name: Folder, or name on the Hugging Face Hub.
       max_seconds: Maximum length of an utterance in seconds. By default, there is no limit, except
         the fixed window of Whisper, Qwen2-Audio and SALMONN.
-      windows: For encoders with a fixed window, whether to encode longer utterances in windows of
-        equal length and average their features.
+      windows: Whether an encoder with a fixed window encodes longer utterances in windows of equal
+        length. The features of the windows are averaged.
       whisper: Location of SALMONN's Whisper model; see `SpeechFiles`.
       beats: Location of SALMONN's BEATs model.
       vicuna: Location of SALMONN's Vicuna model.
-      trim: Whether Whisper encodes only the length of each clip; see `WhisperConfig`.
+      trim: Whether Whisper pads clips only to the longest clip in the batch; see `WhisperConfig`.
       prompt: Prompt for a speech LLM; if empty, the LLM's default prompt. The features are the mean
         over audio positions only.
       adapter: Folder of a PEFT adapter to load; none if empty.
@@ -116,7 +116,8 @@ class PretrainedSpeech(Encoder):
       param_dtype: Dtype of the parameters.
 
     Raises:
-      InputError: The encoder or adapter cannot be loaded, or an option does not apply to it.
+      InputError: The encoder or adapter cannot be loaded, or an option does not apply to the
+        encoder.
     """
 
     def __init__(

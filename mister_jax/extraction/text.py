@@ -1,4 +1,4 @@
-"""Encodes text with pretrained encoders, to one vector per utterance."""
+"""Encodes the text of each utterance as one vector with pretrained encoders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKEN_BUDGET = 4096
 CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the cache
 
 # Padded lengths in tokens. Fewer lengths need fewer compiled programs but more padding. On a CPU,
-# compiling is cheap, and padding takes as long as tokens.
+# compiling is cheap, but a padding position takes as long as a token.
 _LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 

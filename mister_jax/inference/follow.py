@@ -16,7 +16,7 @@ from mister_jax.inference.recognizer import EmotionRecognizer
 from mister_jax.inference.streaming import DialogueStream
 
 MAX_DIALOGUES = 1000
-"""Number of dialogues that are kept at a time."""
+"""Default number of dialogues to keep in memory."""
 
 _IDS = ("dialogue", "utterance")
 
@@ -34,7 +34,7 @@ def follow(
 
     An input line is an object with the fields of a manifest, such as "text" and "audio". The answer
     has the "dialogue" and "utterance" of the input line, and the prediction. Lines with the same
-    "dialogue" belong to one dialogue. All lines without this field belong to one further dialogue.
+    "dialogue" belong to one dialogue. All lines without this field belong to one other dialogue.
     The answer to a line that cannot be used is {"error": ..., "line": ...} with the number of the
     line, and the dialogue continues without this line.
 
@@ -44,7 +44,7 @@ def follow(
       answers: Text file for the answers.
       max_seconds: Maximum number of seconds to read from each utterance's speech.
       min_confidence: Probability below which predictions are marked as "uncertain".
-      max_dialogues: Maximum number of dialogues to keep. If another dialogue starts, the least
+      max_dialogues: Maximum number of dialogues to keep. When this number is exceeded, the least
         recently used dialogue is dropped. If a dropped dialogue continues, it starts over.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()

@@ -29,8 +29,9 @@ or `mister-jax predict --model=FOLDER_OR_NAME --text="You again?" --text="Me."`"
 
 _LIMITS = (
     "The scores hold for speakers, language, topics and recordings like those of {dataset}. "
-    "Emotions that other people labeled are not emotions that were felt, and the model is wrong as "
-    "often as its scores say. Do not base decisions about a person on its output."
+    "The labels are emotions that annotators perceived, which may differ from the emotions that "
+    "speakers felt. The scores show how often the model is wrong. Do not base decisions about a "
+    "person on the model's output."
 )
 
 
@@ -51,9 +52,9 @@ def model_card(
       class_names: Names of the classes.
       encoders: Encoder metadata by modality, for the modalities that the model uses.
       dataset: Name of the dataset that the model was trained on.
-      num_params: Number of parameters without the encoders.
+      num_params: Number of parameters, excluding the encoders.
       progress: Epoch of the parameters, with its validation scores.
-      scores: Scores by evaluated split, from the work directory's `metrics.json`.
+      scores: Scores of each evaluated split, from the work directory's `metrics.json`.
     """
     pipeline_tag = _PIPELINE_TAGS.get(tuple(encoders))
     results = [
@@ -84,7 +85,7 @@ def model_card(
         ("trained on", dataset),
         (
             "chosen on validation",
-            # With several seeds, these are lists.
+            # With several seeds, the epoch and the score are lists.
             f"epoch {', '.join(map(str, np.ravel(progress['epoch'])))}, weighted F1 "
             + ", ".join(f"{score:.3f}" for score in np.ravel(progress["weighted_f1"])),
         ),

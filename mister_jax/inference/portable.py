@@ -48,9 +48,9 @@ print([config["class_names"][index] for index in output["probabilities"][0].argm
 
 
 def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
-    """Writes a program with MiSTER-E's parameters for any number and length of dialogues.
+    """Writes a program that contains MiSTER-E's parameters and accepts dialogues of any length.
 
-    The program takes raw features, which it standardizes as in training. The predictions of several
+    The program takes raw features and standardizes them as in training. The predictions of several
     seeds are averaged, and probabilities are calibrated if the model has a calibration. Encoders
     are not included: their fastest kernels depend on the length of the input, so one program cannot
     support all lengths.
@@ -86,7 +86,7 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
 
 
 def _export(predictor: Predictor) -> jax.export.Exported:
-    """Exports the predictions for batches of any size."""
+    """Exports the prediction function for batches of any size."""
     task = predictor.task
     seeds = [nnx.split(model) for model in predictor.models()]
 

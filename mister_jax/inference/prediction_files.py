@@ -56,7 +56,7 @@ def write_predictions(
         TextGrid files, the emotion tiers are added to the tiers of the transcript. Other output
         formats ignore the transcript.
       channels: Channels that were predicted; see `find_utterances`. A web page shows and embeds the
-        audio of these channels; with "split", it is the mix of all channels.
+        audio of these channels; with "split", the mix of all channels.
 
     Raises:
       InputError: The path is invalid (see `check_predictions_path`), or the format needs the rows

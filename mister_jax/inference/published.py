@@ -51,8 +51,8 @@ class PublishedModels:
 
     Attributes:
       class_names: Emotions that all models know.
-      encoders: Encoder of each modality, whose features are the probabilities of its labels.
-      feature_dims: Number of labels of each modality, 1 without a model.
+      encoders: Encoder of each modality. The encoder's features are its label probabilities.
+      feature_dims: Number of labels of each modality, or 1 for a modality without a model.
 
     Raises:
       InputError: A model cannot be loaded or has the wrong modality, the weights or labels cannot
@@ -107,8 +107,8 @@ class PublishedModels:
             presence flags "speech_present" and "text_present", [N] bool.
 
         Returns:
-          The arrays of `FusionTask.predict` without the axis of dialogues. Without speech and text,
-          all emotions are equally likely.
+          The arrays of `FusionTask.predict` without the dialogue axis. If an utterance has neither
+          speech nor text, all emotions are equally likely.
         """
         num_utterances, num_classes = len(encoded["text"]), len(self.class_names)
         probabilities = np.full(
@@ -123,7 +123,7 @@ class PublishedModels:
             shared = encoded[modality] @ emotions  # N C
             total = shared.sum(-1, keepdims=True)
             np.divide(shared, total, out=probabilities[:, expert], where=total > 0)
-        # If only a model with weight 0 can read an utterance, use the prediction of that model.
+        # If only a model with weight 0 can read an utterance, use that model's prediction.
         gate = np.where(gate.any(-1, keepdims=True), gate, present)
         gate = gate / np.maximum(gate.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
         mixture = np.einsum("ne,nec->nc", gate, probabilities)

@@ -32,7 +32,7 @@ from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, 
 from mister_jax.predictor import check_min_confidence, prediction_rows
 from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 
-# Seconds of speech that are held in memory at a time: 38 MB of int16.
+# Maximum seconds of speech in memory at a time, which take 38 MB as int16.
 _MAX_GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
@@ -65,8 +65,8 @@ class EmotionRecognizer(ModelHubMixin):
         `data.adaptation.adapt_features`.
 
     Raises:
-      InputError: There is no such MiSTER-E model, it is damaged, its features were not extracted
-        by encoders, an encoder cannot be loaded or has changed, or the model's features cannot be
+      InputError: The MiSTER-E model does not exist or is damaged, no encoders extracted the model's
+        features, an encoder cannot be loaded or has changed, or the model's features cannot be
         adapted.
     """
 
@@ -127,9 +127,9 @@ class EmotionRecognizer(ModelHubMixin):
 
         recognizer = EmotionRecognizer.from_models(text="OWNER/TEXT", speech="OWNER/SPEECH")
 
-        Rows have the same keys as with MiSTER-E: "experts" contains the models' predicted emotions,
-        and "gate" the models' weights. Unlike MiSTER-E, the models do not read the context of an
-        utterance.
+        The predicted rows have the same keys as MiSTER-E's rows: "experts" contains the models'
+        predicted emotions, and "gate" contains the models' weights. Unlike MiSTER-E, the models do
+        not read the context of an utterance.
 
         Args:
           text: Checkpoint for sequence classification, a folder or a name on the Hub.
@@ -173,16 +173,18 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int = 0,
         quiet: bool = True,
     ) -> list[list[dict[str, Any]]]:
-        """Predicts every utterance of one or more dialogues in the context of its dialogue.
+        """Predicts the emotion of every utterance in one or more dialogues.
+
+        The context of an utterance is its dialogue.
 
         Args:
           dialogues: Utterances in the order of the dialogue, each a dict with "text", "audio" or
-            both. Audio is a file in any format that FFmpeg reads, or samples [S] at 16 kHz, int16
-            or floats with full scale 1. "audio_start" and "audio_end", in seconds, select a segment
-            of a file. Without them, "start" and "end" select the segments of utterances that share
-            a file. "audio_channel" is "mix", "left", "right" or an index. The other fields of a
-            manifest are allowed and do not affect the prediction. An unusable file is logged, and
-            its utterance is predicted without speech.
+            both. Audio is a file in any format that FFmpeg reads, or an array of samples [S] at
+            16 kHz, either int16 or floats with full scale 1. "audio_start" and "audio_end", in
+            seconds, select a segment of a file. If these keys are missing, "start" and "end" select
+            the segments of utterances that share a file. "audio_channel" is "mix", "left", "right"
+            or an index. The other fields of a manifest are allowed and do not affect the
+            prediction. An unusable file is logged, and its utterance is predicted without speech.
           max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.
@@ -193,8 +195,8 @@ class EmotionRecognizer(ModelHubMixin):
           the recording: a list of texts that start with the kind of note, such as "capped: ...".
 
         Raises:
-          InputError: A dialogue, an utterance, a number of seconds or `min_confidence` cannot be
-            used.
+          InputError: A dialogue or an utterance cannot be used, or `max_seconds` or
+            `min_confidence` is invalid.
         """
         checked = utterance_inputs.check_utterances(dialogues)
         rows = iter(
@@ -231,7 +233,7 @@ class EmotionRecognizer(ModelHubMixin):
           quiet: Whether to hide progress.
 
         Returns:
-          The prediction and the notes of each utterance of each dialogue.
+          A dict with the prediction and the notes for each utterance of each dialogue.
         """
         self._check_options(max_seconds, min_confidence)
         if not utterances:
@@ -264,8 +266,7 @@ class EmotionRecognizer(ModelHubMixin):
         )
         standardizers = self._predictor.task.standardizers
         features = adapt_or_warn(features, standardizers, self._adapt_features)
-        # Batches are padded here, because the task's batches need TensorFlow, whose import takes
-        # seconds.
+        # Pad the batches here. The task's batches need TensorFlow, which takes seconds to import.
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, *planned) for planned in plan)
@@ -299,8 +300,8 @@ class EmotionRecognizer(ModelHubMixin):
           "experts", "gate" and "notes".
 
         Raises:
-          InputError: The recording or its transcript cannot be used, or there is nothing that the
-            model reads.
+          InputError: The recording or its transcript cannot be used, or the recording has no speech
+            or text that the model can read.
         """
         utterances = self.find_utterances(recording, quiet=quiet, **options)
         return self.predict_utterances(
@@ -388,9 +389,8 @@ class EmotionRecognizer(ModelHubMixin):
         stream.predict({"text": "You again!", "audio": "2.wav"})
 
         With a causal model, each prediction equals the prediction of `predict` for the dialogue up
-        to this utterance, and the time per utterance is constant. Other models read the last
-        `window` utterances again for every new utterance, and predict the last one; a warning
-        reports this.
+        to the new utterance, and the time per utterance is constant. With any other model, the
+        stream logs a warning and rereads the last `window` utterances for every new utterance.
 
         Args:
           window: Number of utterances in the window of a model that is not causal.
@@ -508,12 +508,12 @@ class EmotionRecognizer(ModelHubMixin):
                 logging.warning("text is not used: the model has no text encoder")
             return no_features
         encoder = self._encoders[modality]
-        # Silent clips have no items, and an encoder needs at least one.
+        # Silent clips yield no items to encode, and an encoder needs at least one item.
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
-        # A few utterances get smaller batches, whose sizes are powers of 2, so that few programs
-        # are compiled.
+        # Use smaller batches if there are few utterances. The batch sizes are powers of 2, so that
+        # few programs are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
@@ -525,7 +525,7 @@ class EmotionRecognizer(ModelHubMixin):
 
 
 class _PublishedRecognizer(EmotionRecognizer):
-    """Recognizer with `PublishedModels` instead of MiSTER-E."""
+    """Recognizer that uses `PublishedModels` instead of MiSTER-E."""
 
     def __init__(self, models: PublishedModels):
         self._models = models
@@ -540,7 +540,7 @@ class _PublishedRecognizer(EmotionRecognizer):
         )
 
     def stream(self, **options: Any) -> DialogueStream:
-        """Raises InputError, because the models read every utterance by itself."""
+        """Raises InputError, because the models read each utterance separately."""
         raise InputError(
             "published models read utterances without their context, so they have no stream; "
             "call predict for each utterance instead"
@@ -565,12 +565,12 @@ def _consecutive_ranges(lengths: Iterable[int]) -> list[np.ndarray]:
 
 
 def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yields sections of a long conversation, each with the window of utterances around it.
+    """Yields the range of each section of a long conversation, and the range of its context.
 
     Models are trained on dialogues of up to about a hundred utterances, and attention over all
     utterances takes quadratic memory. Conversations longer than `MAX_CONTEXT` are therefore
-    predicted in sections. The context of a section includes `MAX_CONTEXT` / 4 utterances before and
-    after it.
+    predicted in sections. The context of a section also includes `MAX_CONTEXT` / 4 utterances
+    before the section and the same number after it.
     """
     if num_utterances <= MAX_CONTEXT:
         yield (0, num_utterances), (0, num_utterances)
@@ -591,7 +591,7 @@ def load(model: epath.PathLike = DEFAULT_MODEL, **options: Any) -> EmotionRecogn
 
 
 def summarize_notes(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns one line with the number of utterances by kind of note, empty without notes."""
+    """Returns the number of utterances for each kind of note in one line, or "" without notes."""
     counts = collections.Counter(
         kind for row in rows for kind in {note.partition(":")[0] for note in row["notes"]}
     )

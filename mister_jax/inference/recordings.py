@@ -34,9 +34,9 @@ from mister_jax.inference.speech_recognition import (
 )
 
 SPLIT = "split"
-"""Reads every channel separately, each with one speaker, as one conversation."""
+"""Value of `channels` for recordings that have one speaker per channel."""
 
-_LOUDNESS_SECONDS = 60.0  # maximum seconds of a segment whose power is compared between channels
+_LOUDNESS_SECONDS = 60.0  # maximum seconds of a segment to read when comparing channels
 _MIN_SHARE_RATIO = 1.25
 
 
@@ -87,16 +87,17 @@ def find_utterances(
       speaker: Speaker whose segments are used; None uses all speakers.
       recognizer: Whisper checkpoint (see `WhisperRecognizer`) or a function from samples to
         segments, such as `detect_voice_activity`, which finds utterances without text. By default,
-        Whisper if its default checkpoint can be loaded, else voice activity detection.
+        Whisper if its default checkpoint can be loaded, and otherwise voice activity detection.
       language: Language code for Whisper, such as "en"; None detects the language.
-      channels: "mix", "left", "right", an index, or "split", which reads one speaker per channel.
+      channels: Channel to read: "mix", "left", "right" or an index. "split" reads all channels,
+        each with one speaker.
       rules: Rules for joining and splitting segments. A recognizer's segments without text are not
         changed.
       quiet: Whether to hide progress.
 
     Raises:
-      InputError: The recording or the transcript cannot be read, they do not belong together, or
-        there is no speech.
+      InputError: The recording or the transcript cannot be read, the transcript belongs to another
+        recording, or there is no speech.
     """
     source = existing_path(recording)
     name = os.fspath(recording)
@@ -203,7 +204,7 @@ def _channel_indices(source: str, channels: Channel) -> tuple[Channel, ...]:
 def _recognize(
     source: str, recognizer: SpeechRecognizer, channels: Sequence[Channel], quiet: bool
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    """Returns the segments that a recognizer finds in some channels, and notes on damage."""
+    """Returns the segments that a recognizer finds in the given channels, and notes on damage."""
     segments: list[Segment] = []
     notes: tuple[str, ...] = ()
     for channel in channels:
@@ -229,7 +230,7 @@ def _channel_name(channel: Channel) -> str:
 def _check_belongs_to_recording(
     name: str, source: str, origin: str, segments: Sequence[Segment], seconds: float | None
 ) -> tuple[float, tuple[str, ...]]:
-    """Returns the recording's length, and a note if it is truncated.
+    """Returns the recording's length, and a note if the transcript ends after the recording.
 
     Raises:
       InputError: Most segments start after the end of the recording.
@@ -241,7 +242,7 @@ def _check_belongs_to_recording(
     end = max(segment.end for segment in segments)
     if seconds is not None and end <= seconds + END_TOLERANCE:
         return seconds, ()
-    # A container may state no length or an estimate, so measure it.
+    # A file's header may have no length or only an estimate, so measure the length.
     decoded_seconds = audio.decoded_seconds(source)
     # The transcript of a truncated recording matches the length that the header states.
     full_seconds = max(decoded_seconds, (seconds or 0.0) + audio.missing_seconds(source))
@@ -258,7 +259,7 @@ def _check_belongs_to_recording(
 def _assign_channels(
     source: str, segments: Sequence[Segment], channels: Sequence[Channel]
 ) -> tuple[Segment, ...]:
-    """Assigns each segment the channel it names, or the channel where its speaker is loudest."""
+    """Assigns each segment to its named channel, or else to the channel of its speaker."""
     segments = [
         dataclasses.replace(it, channel=NAMED_CHANNELS.get(str(it.channel), it.channel))
         for it in segments
@@ -299,7 +300,8 @@ def _loudest(power: np.ndarray, share: np.ndarray) -> int:
 
     Args:
       power: Power of the speaker in each channel.
-      share: Power of the speaker in each channel, divided by the power of all speakers there.
+      share: Power of the speaker in each channel, divided by the power of all speakers in that
+        channel.
     """
     second, first = np.sort(share)[-2:]
     return int((share if first > _MIN_SHARE_RATIO * second else power).argmax())

@@ -1,7 +1,8 @@
-"""Finds speech in recordings without a transcript: speech recognition, voice activity detection.
+"""Finds speech in recordings without a transcript.
 
-A recognizer is any function from samples to timed segments, so that other recognizers can be
-plugged in:
+This module provides speech recognition with Whisper, and voice activity detection with Silero.
+
+A recognizer is any function that maps samples to timed segments. Users can plug in other functions:
 
     def recognizer(samples: np.ndarray) -> Sequence[Segment]: ...
 
@@ -46,18 +47,18 @@ _VAD_OPTIONS = {
     "speech_pad_ms": 200,
 }
 
-# A recognizer gets pieces of at most this length in seconds: 38 MB of float32.
+# Maximum length in seconds of the pieces that a recognizer receives, which take 38 MB as float32.
 _PIECE_SECONDS = 600.0
-# Each piece ends at the quietest time within its last seconds, so that few words are split.
+# Each piece ends at the quietest pause within its last seconds, so that few words are split.
 _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 
-# A recording that ends before this fraction of the length in its header is truncated. The length of
-# an MP3 file with a variable bit rate may be an estimate.
+# A recording counts as truncated if it ends before this fraction of the length in its header. The
+# length in the header of an MP3 file with a variable bit rate may be an estimate.
 _TRUNCATED_FRACTION = 0.9
 
 
 def detect_voice_activity(samples: np.ndarray) -> list[Segment]:
-    """Returns the segments with speech, without text, by Silero's detector.
+    """Returns the segments that contain speech, without text, from Silero's detector.
 
     Args:
       samples: Samples [S] float32 at 16 kHz, full scale 1.
@@ -247,7 +248,7 @@ def _pieces(source: Source, channel: Channel) -> Iterator[tuple[float, np.ndarra
 
 
 def _quietest_index(samples: np.ndarray) -> int:
-    """Returns the middle of the pause with the least power at the end of a piece."""
+    """Returns the sample index in the middle of the quietest pause near the end of a piece."""
     size = round(_PAUSE_SECONDS * SAMPLE_RATE)
     tail = samples[-round(_SEARCH_SECONDS * SAMPLE_RATE) :]
     frames = tail[: len(tail) // size * size].reshape(-1, size).astype(np.float32)
@@ -262,11 +263,11 @@ def _to_float(samples: np.ndarray) -> np.ndarray:
 def load_recognizer(
     recognizer: str | os.PathLike[str] | SpeechRecognizer | None, language: str | None = None
 ) -> SpeechRecognizer:
-    """Returns the recognizer that the user chose. Checkpoints stay loaded.
+    """Returns the recognizer that the user chose, and keeps loaded checkpoints in memory.
 
     Args:
-      recognizer: A function; a checkpoint (see `WhisperRecognizer`); or None for the default
-        checkpoint if it can be loaded, else `detect_voice_activity`.
+      recognizer: A function or a checkpoint (see `WhisperRecognizer`). None selects the default
+        checkpoint if it can be loaded, and `detect_voice_activity` otherwise.
       language: Language code for Whisper.
 
     Raises:

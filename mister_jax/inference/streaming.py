@@ -13,8 +13,8 @@ from mister_jax.inference.utterance_inputs import Utterance
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 
 Features = dict[str, Any]
-"""Features of one utterance, arrays: "speech" [1, D], "text" [1, D], "speech_present" [1] and
-"text_present" [1]."""
+"""Arrays with the features of one utterance: "speech" [1, D], "text" [1, D],
+"speech_present" [1] and "text_present" [1]."""
 
 
 class DialogueStream:
@@ -27,8 +27,8 @@ class DialogueStream:
       min_confidence: Probability below which predictions are marked as "uncertain".
 
     Attributes:
-      is_exact: Whether the model is causal. The predictions then depend on the whole dialogue up to
-        the utterance, and equal the predictions of `EmotionRecognizer.predict`.
+      is_exact: Whether the model is causal. The predictions of a causal model depend on the whole
+        dialogue up to the utterance, and equal the predictions of `EmotionRecognizer.predict`.
       num_utterances: Number of utterances of the dialogue so far.
     """
 
@@ -63,16 +63,16 @@ class DialogueStream:
           The values that `EmotionRecognizer.predict` returns for an utterance.
 
         Raises:
-          InputError: The utterance cannot be used; the dialogue continues without it.
+          InputError: The utterance cannot be used. The dialogue continues without this utterance.
         """
         features, notes = self._encode(utterance)
         return {**self.predict_features(features), "notes": notes}
 
     def predict_features(self, features: Features) -> dict[str, Any]:
-        """Predicts the next utterance of the dialogue from its features, before standardization.
+        """Predicts the next utterance of the dialogue from the utterance's features.
 
         Args:
-          features: Features of the utterance.
+          features: Features of the utterance before standardization.
 
         Returns:
           The values of `predictor.prediction_rows`.
@@ -89,7 +89,7 @@ class DialogueStream:
         return row
 
     def _predict_last(self, recent: list[Features]) -> Predictions:
-        """Predicts the last of the recent utterances, as a dialogue padded to the window."""
+        """Predicts the last utterance of a dialogue of recent utterances, padded to the window."""
         length = len(recent)
         features: dict[str, Any] = {
             name: np.concatenate([it[name] for it in recent]) for name in recent[0]

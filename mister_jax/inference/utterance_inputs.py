@@ -89,7 +89,8 @@ def decode_speech(
     """Decodes the speech of utterances; see `EmotionRecognizer.predict_dialogues`.
 
     Yields:
-      The samples [S] int16 of each utterance, empty without usable speech, and notes on them.
+      For each utterance, its samples [S] int16, which are empty without usable speech, and notes on
+      the recording.
     """
     max_samples = round(max_seconds * audio.SAMPLE_RATE)
     requests = [it.speech for it in utterances if isinstance(it.speech, audio.DecodeRequest)]
@@ -181,7 +182,7 @@ def _check_utterance(
 
 
 def _check_samples(array: Any, row: Fields) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the samples [S] int16 of an array, and notes on them."""
+    """Returns an array's samples [S] as int16, and notes on the samples."""
     samples = np.asarray(array)
     if samples.ndim != 1 or not (samples.dtype == np.int16 or samples.dtype.kind == "f"):
         row.fail(

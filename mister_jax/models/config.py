@@ -30,10 +30,11 @@ class MisterEConfig:
       text_dim: Size D of the text vectors.
       causal: Whether the prediction for an utterance uses only this utterance and earlier ones, so
         that `MisterE.step` can predict live dialogues. In a causal model, the GRUs have only the
-        forward direction, with the full hidden size; the convolutions cover only the current and
-        past utterances; attention reaches back `attention_window` utterances; and the CRF has only
-        the forward pass. False in the released model.
-      context_dim: Size H of the context networks; each direction of their GRU has size H / 2.
+        forward direction, with the full hidden size. The convolutions cover only the current and
+        past utterances. Attention reaches back `attention_window` utterances. The CRF has only the
+        forward pass. False in the released model.
+      context_dim: Size H of the context networks; each direction of the networks' GRUs has size
+        H / 2.
       kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
       gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
       fusion_dim: Size F of the cross-modal expert's streams.
@@ -43,8 +44,8 @@ class MisterEConfig:
         released model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
-      attention_window: Window of causal attention: number of most recent utterances, including
-        itself, that an utterance attends to. The window bounds the cost per utterance in long
+      attention_window: Window of causal attention: number of most recent utterances, including the
+        current one, that an utterance attends to. The window bounds the cost per utterance in long
         dialogues. Ignored unless `causal` is True.
       gate_dim: Hidden size of the gate.
       gate_temperature: Temperature of the gate's softmax.
@@ -56,7 +57,7 @@ class MisterEConfig:
       fusion_dropout: Dropout rate of each attention's output.
       classifier_dropout: Dropout rate before the cross-modal expert's classifier.
       modality_dropout: Probability of hiding an utterance's speech in training, and,
-        independently, its text. An utterance without both is predicted from its context.
+        independently, its text. An utterance without speech and text is predicted from its context.
       experts: Enabled experts, a subset of ("speech", "text", "fusion").
       mixture: Method that combines the experts' logits: "gate" weights them by the gate, "mean"
         averages them, and "majority" is a majority vote in which the fusion expert breaks ties.

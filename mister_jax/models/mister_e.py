@@ -339,7 +339,8 @@ def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Arr
     Returns:
       Logarithm of each class's share of the votes, [B, T, C], and the experts' weights, [B, T, E].
     """
-    # In the order of EXPERTS. With 1.5 votes, fusion breaks ties but cannot outvote two experts.
+    # Votes in the order of EXPERTS. With 1.5 votes, fusion breaks ties but cannot outvote the other
+    # two experts together.
     weights = present * jnp.array([1.0, 1.0, 1.5])
     weights /= weights.sum(-1, keepdims=True)
     votes = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C

@@ -1,4 +1,4 @@
-"""Utterance models, which pool a backbone's hidden states into one vector and classify it.
+"""Utterance models, which pool a backbone's hidden states into a vector and classify this vector.
 
 This is stage 1 of MiSTER-E (arXiv 2602.23300). Stage 2 takes the vector `UtteranceOutput.feature`.
 """
@@ -158,7 +158,7 @@ class SpeechUtterance(nnx.Module):
 
     Args:
       backbone: Module called as `backbone(waveform, lengths)` that returns hidden states
-        [B, N, D] and which of them are valid, [B, N] bool.
+        [B, N, D] and the mask of valid states, [B, N] bool.
       head: Head for hidden states of size D.
     """
 

@@ -36,8 +36,8 @@ def dot_product_attention(
     """Computes softmax(query key^T / sqrt(head_dim) + bias) value, with dropout on the weights.
 
     Without dropout, this function calls `jax.nn.dot_product_attention`, which has fused
-    implementations but does not support dropout. With dropout, it computes the weights itself, with
-    the softmax in float32.
+    implementations but does not support dropout. With dropout, this function computes the weights
+    itself, with the softmax in float32.
 
     Args:
       query: Queries, [B, T, K, head_dim].

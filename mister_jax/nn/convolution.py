@@ -25,7 +25,8 @@ class ParallelConvolution(nnx.Module):
       in_dim: Input size I.
       out_dim: Output size O.
       kernel_sizes: Odd numbers of taps; a kernel of size k covers (k - 1) / 2 steps on each side.
-      causal: Whether a kernel of size k instead covers the current step and the k - 1 steps before.
+      causal: Whether a kernel of size k instead covers the current step and the previous k - 1
+        steps.
       dtype: Computation dtype.
       param_dtype: Parameter dtype.
       rngs: RNGs for parameter initialization.

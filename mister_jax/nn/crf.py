@@ -16,12 +16,13 @@ class ConditionalRandomField(nnx.Module):
     transitions are equally likely, and the marginals are the softmax of the logits.
 
     The forward and the backward pass are associative scans over matrix products, which take log T
-    steps. A causal CRF has only the forward pass, which takes T steps. It normalizes each message,
-    so the results are as precise after thousands of utterances as after one.
+    steps. A causal CRF has only the forward pass, which takes T steps. A causal CRF normalizes each
+    message, so the results are as precise after thousands of utterances as after one.
 
     Args:
       num_classes: Number of classes C.
-      causal: Whether each marginal depends only on the utterances so far, instead of on all.
+      causal: Whether each marginal depends only on the utterances so far, instead of on all
+        utterances.
       param_dtype: Parameter dtype; the computation is float32.
     """
 
@@ -34,7 +35,7 @@ class ConditionalRandomField(nnx.Module):
     def __call__(self, logits: jax.Array, mask: jax.Array) -> jax.Array:
         """Computes the log-probability of each utterance's class given the whole dialogue.
 
-        A causal CRF computes it given the dialogue up to this utterance.
+        A causal CRF conditions only on the dialogue up to this utterance.
 
         Args:
           logits: Class logits, [B, T, C].
@@ -42,7 +43,7 @@ class ConditionalRandomField(nnx.Module):
             still counts as a transition step.
 
         Returns:
-          Log-probabilities, [B, T, C] float32; finite if the logits are.
+          Log-probabilities, [B, T, C] float32; finite if the logits are finite.
         """
         unary = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)  # B T C
         if self.causal:
@@ -91,7 +92,7 @@ class ConditionalRandomField(nnx.Module):
 
 
 def _scan_messages(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the messages in both directions one utterance after the other.
+    """Computes the messages in both directions, one utterance at a time.
 
     Associative scans need a constant T, but programs are also exported for any T.
 

@@ -1,6 +1,6 @@
 """Dropout with one key per example.
 
-A mask then depends neither on the example's position in the batch nor on the number of devices.
+The mask of an example does not depend on its position in the batch or on the number of devices.
 
 The keys are ordinary JAX keys, but the mask bits and the next keys are computed by a cheap hash,
 not by Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not
@@ -94,8 +94,8 @@ class Dropout(nnx.Module):
           x: Input, [B, ...].
           deterministic: Whether to disable dropout.
           rngs: Source of dropout keys; required if dropout is on.
-          padded_shape: Largest shape that x may be padded to; see `random_bits`. It is needed only
-            if several axes of x are padded, and it has no effect without per-example keys.
+          padded_shape: Largest shape that x may be padded to; see `random_bits`. This argument is
+            needed only if several axes of x are padded, and has no effect without per-example keys.
 
         Returns:
           Result in the shape and dtype of x.
@@ -174,7 +174,7 @@ def random_bits(
     return bits
 
 
-# Spreads neighboring positions, which differ only in their last bits, over all 32 bits.
+# This factor spreads neighboring positions, which differ only in their last bits, over all 32 bits.
 _MULTIPLIER = 0x9E3779B1
 
 

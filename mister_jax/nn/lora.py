@@ -65,7 +65,7 @@ class LoRALinear(nnx.Module):
     """Linear layer: x kernel + bias, plus scale * dropout(x) lora_a lora_b if it has LoRA.
 
     A new layer has no LoRA: `add_lora` adds the low-rank path. `quantize` converts the kernel to
-    int8. Both also work on layers stacked along a leading axis L.
+    int8. Both functions also work on layers that are stacked along a leading axis L.
 
     Attributes:
       kernel: Kernel, [in, out]; an `nnx.Param`, or an int8 `QuantizedParam`.
@@ -148,7 +148,7 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
       The module.
 
     Raises:
-      ValueError: A target names no `LoRALinear` layer.
+      ValueError: A target does not match any `LoRALinear` layer.
     """
     layers = dict(linear_layers(module))
     matches = {
@@ -179,8 +179,8 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
 def merge_lora(module: AnyModule) -> AnyModule:
     """Merges every low-rank path into its kernel; outputs without dropout stay the same.
 
-    An int8 kernel is converted to `param_dtype`, because int8 cannot represent the sum. To make it
-    int8 again, call `quantize`.
+    An int8 kernel is converted to `param_dtype`, because int8 cannot represent the sum. To convert
+    the kernel back to int8, call `quantize`.
 
     Args:
       module: Module to change in place.

@@ -1,12 +1,12 @@
 """Masked, bidirectional, multi-layer GRU whose scan contains only the recurrence.
 
 The input projections of all steps are one matrix product before the scan, and the gradient of the
-recurrent kernel is one matrix product after the backward scan. Both directions share one scan, and
-so do several GRUs of the same shape (`run_grus`).
+recurrent kernel is one matrix product after the backward scan. Both directions share one scan.
+Several GRUs of the same shape can also share one scan (`run_grus`).
 
-Gates follow PyTorch and cuDNN, so PyTorch weights can be imported unchanged: the order is r, z, n,
-the reset gate is applied after the recurrent product (a variant of arXiv 1406.1078), and the input
-and the recurrent product have separate biases.
+The gates follow PyTorch and cuDNN, so PyTorch weights can be imported unchanged. The gate order is
+r, z, n. The reset gate is applied after the recurrent product (a variant of arXiv 1406.1078). The
+input product and the recurrent product have separate biases.
 
 Shape letters: B dialogues, T utterances, I input size, H hidden size, P directions, G recurrences
 in one scan.
@@ -237,7 +237,8 @@ class GRU(nnx.Module):
       in_dim: Input size I.
       hidden_dim: Hidden size H of one direction.
       num_layers: Number of layers.
-      bidirectional: Whether to run both directions and concatenate them, forward first.
+      bidirectional: Whether to run both directions and concatenate their outputs, with the forward
+        direction first.
       dropout: Dropout rate on the inputs of all layers except the first.
       dtype: Dtype of the matrix products; the state and the gates are float32.
       param_dtype: Parameter dtype.
@@ -338,8 +339,8 @@ def run_grus(
 ) -> list[jax.Array]:
     """Runs several GRUs on separate inputs, with one scan per layer.
 
-    One step of a small GRU leaves an accelerator mostly idle. Here one step of all GRUs is a single
-    batched matrix product.
+    One step of a small GRU leaves an accelerator mostly idle. This function computes one step of
+    all GRUs as a single batched matrix product.
 
     Args:
       grus: GRUs with the same number of layers, directions and hidden size.

@@ -24,7 +24,7 @@ class StackedModules(nnx.Module):
 
     Args:
       make_module: Function that creates one module from its `rngs`. The module is called as
-        `module(*inputs, deterministic=..., rngs=...)`. For steps, it also has the methods
+        `module(*inputs, deterministic=..., rngs=...)`. The methods for steps call the module's
         `initial_state(batch_size)` and `step(state, *inputs)`.
       num_modules: Number of modules M.
       rngs: RNGs for parameter initialization.

@@ -43,8 +43,8 @@ def should_stop(stop_event: threading.Event) -> bool:
     function after every step.
     """
     # After a SIGTERM, JAX stops at the step number after the largest number it has seen so far, or
-    # at 1 if it has seen none. The step numbers of a resumed run do not start at 1, so with them, a
-    # SIGTERM before the first step would never stop the run. A call counter avoids this.
+    # at 1 if it has seen none. The step numbers of a resumed run do not start at 1, so a SIGTERM
+    # before the first step would never stop the run. A call counter avoids this problem.
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_num_calls)):
         stop_event.set()
     return stop_event.is_set()

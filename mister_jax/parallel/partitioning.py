@@ -2,7 +2,7 @@
 
 A step is a pure function `step(state, batch, axis_name)`. Under `jit`, the batch is one global
 array and `axis_name` is None. Under `pmap`, each device runs the step on its rows, and `axis_name`
-is the axis to sum over. Both give the same results.
+is the axis to sum over. Both backends give the same results.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ class Partitioner(Protocol):
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of a global batch; the number of rows must be divisible by it."""
+        """Number of shards of a global batch, which must divide the number of rows."""
 
     def put_state(self, state: State) -> State:
         """Replicates or shards a state, given as a single copy, over the devices."""
 
     def put_batch(self, batch: Batch) -> Batch:
-        """Places this process's rows of a global batch on its devices."""
+        """Places this process's rows of a global batch on the devices of this process."""
 
     def get_state(self, state: State) -> State:
         """Returns a single copy of a state that `put_state` has placed."""
@@ -205,7 +205,7 @@ class PmapPartitioner:
     With several processes, the step runs on the devices of all processes.
 
     Args:
-      devices: Devices of this process; all of them by default.
+      devices: Devices of this process to use; all by default.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
@@ -280,7 +280,7 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
     """
     if config.backend == "pmap":
         return PmapPartitioner()
-    # If several processes shared a copy of the parameters, they would have to load the same rows.
+    # Processes that share a copy of the parameters would have to load the same rows.
     if jax.local_device_count() % config.model_parallelism:
         raise InputError(
             f"config.parallel.model_parallelism={config.model_parallelism}; allowed: divisors of "
@@ -290,7 +290,7 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
 
 
 def first_row_index(batch_size: int, axis_name: str | None) -> jax.Array | int:
-    """Returns the global index of this device's first row, given its number of rows."""
+    """Returns the global index of this device's first row; `batch_size` is its number of rows."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
 
 
@@ -303,6 +303,6 @@ def _put(value: Any, sharding: NamedSharding) -> jax.Array:
     is_local = not isinstance(value, jax.Array) or value.is_fully_addressable
     if sharding.is_fully_addressable or not is_local:
         return jax.device_put(value, sharding)
-    # All processes have the same value. `device_put` would verify this with one program per array.
+    # All processes have the same value. `device_put` would check this with one program per array.
     host_value = np.asarray(value)
     return jax.make_array_from_callback(host_value.shape, sharding, host_value.__getitem__)

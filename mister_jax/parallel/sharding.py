@@ -43,7 +43,7 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
 
     The devices of a process are adjacent, so process p of P holds the p-th of P equal parts of a
     batch. If `model_parallelism` divides the number of devices per process, a copy of the
-    parameters stays within one process. Otherwise it spans several processes.
+    parameters stays within one process. Otherwise, a copy spans several processes.
 
     Args:
       model_parallelism: Size of the "model" axis.
@@ -78,7 +78,8 @@ def shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     The first rule whose pattern matches a leaf's "/"-joined path determines the leaf's sharding.
     Scalars and leaves without a rule are replicated. A dimension is not split if its size is not
     divisible by the size of its mesh axis, as with an odd vocabulary size. The paths of an
-    optimizer's moments end with the paths of their parameters, so the rules apply to both.
+    optimizer's moments end with the paths of their parameters, so the rules also apply to the
+    moments.
 
     Args:
       tree: Tree of arrays or of their shapes.

@@ -1,4 +1,4 @@
-"""Trained models: in this package, in folders and on the Hugging Face Hub.
+"""Finds and loads trained models in this package, in folders and on the Hugging Face Hub.
 
 Every subfolder of this package is a bundle (see `mister_jax.bundle`) named after its model.
 """
@@ -16,7 +16,7 @@ from mister_jax.errors import InputError
 from mister_jax.predictor import Predictor, read_task_name
 
 DEFAULT_MODEL = "meld-text"
-"""Model of texts in English with the seven emotions of MELD."""
+"""English text model with the seven emotions of MELD."""
 
 _FOLDER = pathlib.Path(__file__).parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
@@ -67,11 +67,9 @@ def load_mister_e(name: epath.PathLike, *, calibrate: bool = True) -> Predictor:
         calibration.
 
     Raises:
-      InputError: There is no such model, it is damaged, or it is an encoder.
+      InputError: The model does not exist, is damaged, or is an encoder.
     """
     folder = find_model(name)
     if read_task_name(folder) != "fusion":
-        raise InputError(
-            f"{name}: the work directory of an encoder; needed: that of a MiSTER-E model"
-        )
+        raise InputError(f"{name}: the work directory of an encoder; needed: a MiSTER-E model")
     return Predictor(folder, calibrate=calibrate)

@@ -2,9 +2,9 @@
 
 A training step takes the longest of these times: its matrix products at the device's utilization,
 the transfer of the sharded weights between devices, reading the weights from memory, and launching
-the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. The transfers
-therefore often determine the time of LLMs on several devices. Start-up, downloads and compilation
-are not counted.
+the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. On several
+devices, the transfers therefore often determine the step time of LLMs. Start-up, downloads and
+compilation are not counted.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _CORPUS_SIZES = {
 }
 
 # (encoder, device) -> XLA's estimates for TPUs in docs/benchmarks.md: utilization and GiB per chip
-# of the LoRA step, and the same for extraction.
+# of the LoRA step, then utilization and GiB per chip of extraction.
 _RECORDED = {
     ("llama_3_1_8b", "v5e-8"): ((0.42, 7.6), (0.64, 3.0)),
     ("llama_3_1_8b", "v5p-8"): ((0.40, 9.2), (0.61, 4.3)),
@@ -139,7 +139,7 @@ class Part:
       weights: Number of parameters in the layers.
       positions: Mean number of positions in an utterance.
       max_positions: Number of positions in the longest utterance.
-      training: How the transformer is trained: "full", "lora" or "frozen".
+      training: Training mode of the transformer: "full", "lora" or "frozen".
       extra_flops: FLOPs per utterance outside of the layers.
     """
 
@@ -224,7 +224,7 @@ def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[P
     tokens = (corpus.tokens, float(_MAX_TOKENS))
     frames = (corpus.seconds * _FRAMES_PER_SECOND, _MAX_SECONDS * _FRAMES_PER_SECOND)
     if isinstance(config, SalmonnConfig):
-        # Whisper and BEATs read 30 s, and the language model 88 queries and a prompt.
+        # Whisper and BEATs read 30 s, and the language model reads 88 queries and a prompt.
         window = (frames[1], frames[1])
         return [
             _transformer(config.whisper, window, "frozen"),

@@ -47,7 +47,7 @@ Row = tuple[str, ...]
 
 
 def score_rows(settings: Settings) -> list[Row]:
-    """Returns the rows of the table of scores, with weighted F1 in percent."""
+    """Returns the rows of the score table, with weighted F1 in percent."""
     rows: list[Row] = []
     for recipe in RECIPES:
         metrics = read_json(fusion_folder(settings, recipe) / "metrics.json")
@@ -144,9 +144,9 @@ def write_report(
         f"# MiSTER-E on {settings.dataset} with {encoders}",
         "",
         f"Weighted F1 in percent, {seeds}: mean ± standard deviation. The ensemble averages the "
-        "probabilities of the seeds; it and the published score are of the test split. An expert "
-        "alone was trained without the others; fusion is the cross-modal expert. The epoch was "
-        "chosen on validation; the paper's code chooses it on test.",
+        "probabilities of the seeds. The ensemble's score and the published score are for the test "
+        "split. A single expert was trained without the other experts; fusion is the cross-modal "
+        "expert. The epoch was chosen on validation, but the paper's code chooses it on test.",
         *_notes(settings),
         "",
         _markdown(_SCORE_COLUMNS, scores),
@@ -201,7 +201,7 @@ def estimate_lines(
     estimates: Sequence[estimate.Estimate],
     device_name: str,
 ) -> list[str]:
-    """Returns the lines of a dry run."""
+    """Returns the lines that a dry run prints before its table."""
     device, corpus = estimate.DEVICES[device_name], estimate.corpus_size(settings)
     lines = []
     for modality, encoder in (("text", settings.text), ("speech", settings.speech)):

@@ -45,7 +45,7 @@ def run_stages(
     Args:
       stages: Stages in the order in which they run.
       settings: Settings of the reproduction.
-      runner: Function that runs a command. The default runs it in a new process.
+      runner: Function that runs a command; by default, in a new process.
 
     Returns:
       The content of `reproduce.json`, or None if SIGTERM stopped a stage.
@@ -83,7 +83,7 @@ def run_stages(
 
 
 def _open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
-    """Returns the record of the work directory, or a new one.
+    """Returns the record of the work directory, or a new record.
 
     Raises:
       InputError: The record belongs to other settings.
@@ -129,8 +129,8 @@ def _describe_hardware(versions: Mapping[str, Any]) -> str:
 def run_in_process(arguments: Sequence[str]) -> int:
     """Runs `mister-jax` in a new process, and returns its exit status.
 
-    The device and its memory are free again afterwards. SIGTERM is passed on to the process, so
-    that a training run saves its state.
+    The process releases the device and its memory when it ends. SIGTERM is passed on to the
+    process, so that a training run saves its state.
     """
     command = [sys.executable, "-c", _MAIN, *arguments]
     stopped = False

@@ -1,4 +1,4 @@
-"""Stages of a reproduction: their commands, and the files that show that they are complete."""
+"""Stages of a reproduction: commands, and output files that show whether a stage is complete."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def make_stages(settings: Settings) -> list[Stage]:
 
 
 def _fusion_stages(settings: Settings, recipe: str, config: str) -> list[Stage]:
-    """Returns the stages that train and score MiSTER-E and its single experts by one recipe."""
+    """Returns the stages that train and score MiSTER-E and its single experts with one recipe."""
     folder, experts = fusion_folder(settings, recipe), experts_folder(settings, recipe)
     flags = (
         f"--config={config}",
@@ -206,9 +206,9 @@ def _make_evaluation_check(folder: pathlib.Path, split: str) -> Callable[[], boo
 def _make_features_check(
     name: str, data_dir: str, workdirs: Mapping[str, pathlib.Path]
 ) -> Callable[[], bool]:
-    """Makes the check for a feature dataset, given the encoders' work directories by modality.
+    """Returns a function that checks whether a feature dataset exists.
 
-    The check raises InputError if other encoders extracted the dataset.
+    The function raises InputError if other encoders than those in `workdirs` extracted the dataset.
     """
 
     def is_done() -> bool:

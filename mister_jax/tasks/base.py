@@ -113,21 +113,24 @@ class Task(Protocol):
 
         Args:
           name: "train" or "validation".
-          num_shards: Divisor of the number of rows in every batch.
+          num_shards: Number of shards, which divides the number of rows in every batch.
           shuffle: Whether to shuffle. Shuffled batches have the same items for any `num_shards`.
           epochs: Number of epochs for which the batches are planned.
         """
 
     @property
     def trainable(self) -> Any:
-        """NNX filter for the trained parameters, the only ones saved in checkpoints."""
+        """NNX filter for the trained parameters. Checkpoints contain only these parameters."""
 
     @property
     def sharding_rules(self) -> ShardingRules:
         """Sharding rules for the parameters; see `sharding.shardings`."""
 
     def init(self, key: jax.Array) -> nnx.Module:
-        """Returns the model with initial parameters; reads no files, so that JAX can trace it."""
+        """Returns the model with initial parameters.
+
+        JAX can trace this method, because it reads no files.
+        """
 
     def load(self, key: jax.Array, partitioner: Partitioner) -> nnx.Module:
         """Returns the model before the first training step, with pretrained weights if any."""
@@ -135,7 +138,7 @@ class Task(Protocol):
     def loss(
         self, model: Any, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the batch's loss and of each of its terms."""
+        """Returns this device's share of the batch's loss and of each loss term."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns this device's share of `classification_sums` for a batch.

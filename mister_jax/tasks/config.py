@@ -62,10 +62,10 @@ def config_from_dataclass(
 def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     """Returns the seeds that a run trains together.
 
-    These are `config.num_seeds` consecutive seeds, starting at `config.seed`. They differ in their
-    initial parameters and dropout but share the batch order, which depends on `config.data.seed`
-    (by default `config.seed`). Training one of the seeds alone with the same `config.data.seed`
-    gives the same parameters.
+    These are `config.num_seeds` consecutive seeds, starting at `config.seed`. Their models differ
+    in initial parameters and dropout but share the batch order, which depends on
+    `config.data.seed` (by default `config.seed`). Training one of the seeds alone with the same
+    `config.data.seed` gives the same parameters.
 
     Raises:
       InputError: The number of seeds is below 1, or above 1 for a task that supports only one.

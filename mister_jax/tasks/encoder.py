@@ -1,7 +1,7 @@
 """Fine-tuning of text and speech encoders on single utterances: stage 1 of MiSTER-E.
 
-A backbone from a folder or the Hugging Face Hub gets a classification head (arXiv 2602.23300). It
-is fully fine-tuned or trained with LoRA.
+A backbone from a folder or the Hugging Face Hub gets a classification head (arXiv 2602.23300). The
+backbone is fully fine-tuned or trained with LoRA.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class EncoderOptions:
 
     Attributes:
       name: Folder, or name on the Hugging Face Hub.
-      full: Whether to train all parameters; by default, only the LoRA parameters and the head.
+      full: Whether to train all parameters. By default, only the LoRA parameters and the head are
+        trained.
       quantize: Whether to store the frozen kernels as int8.
       dtype: Computation dtype.
       param_dtype: Dtype in which the backbone's pretrained parameters are stored.
@@ -159,7 +160,7 @@ class EncoderTask:
         raise NotImplementedError
 
     def batched(self, utterances: Any, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances whose number of rows is a multiple of `num_shards`."""
+        """Returns utterances in batches whose number of rows is a multiple of `num_shards`."""
         raise NotImplementedError
 
     def _check_backbone(self, backbone: Any) -> None:

@@ -122,7 +122,7 @@ class FusionTask:
         )
         loss = ConfigDict({name: value for name, value in config.loss.items() if name != "weights"})
         self._loss = dataclass_from_config(LossConfig, loss, "config.loss", weights=weights)
-        # The loss needs these values; they are None outside of training.
+        # Only the loss needs these values, so they are None outside of training.
         self._class_weights: Any = None
         self._logit_adjustment: Any = None
         if train_features is not None:
@@ -259,7 +259,7 @@ class FusionTask:
         shuffle: bool = False,
         epochs: int = 1,
     ) -> FeatureSplit:
-        """Returns batches of dialogues whose number of rows is a multiple of `num_shards`.
+        """Returns dialogues in batches whose number of rows is a multiple of `num_shards`.
 
         If the config does not set the number of length buckets, a bucket is added only if it saves
         more time over `epochs` epochs than compiling its program takes.
@@ -315,7 +315,7 @@ class FusionTask:
         )
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """Maps each modality to the value that standardization maps to zero: a vector [D] or 0."""
+        """Value of each modality that standardization maps to zero: a vector [D] or 0."""
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0
             for name in MODALITIES

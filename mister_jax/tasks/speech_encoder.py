@@ -37,8 +37,8 @@ class SpeechEncoderOptions(EncoderOptions):
       vicuna: Location of SALMONN's Vicuna model.
       prompt: Prompt of a speech LLM; empty for its default prompt.
       pool_prompt: Whether a speech LLM also pools over the prompt's positions.
-      tower: How the tower is trained if `full` is not set: "frozen", "lora" or "full".
-      trim: Whether Whisper encodes only the clip's length; see `WhisperConfig`.
+      tower: Training mode of the tower if `full` is not set: "frozen", "lora" or "full".
+      trim: Whether Whisper pads clips only to the longest clip in the batch; see `WhisperConfig`.
       max_seconds: Maximum clip length in validation, test and extraction.
       crop_seconds: Maximum clip length in training; longer clips are cropped at a random position
         in each epoch.
@@ -88,7 +88,7 @@ class SpeechEncoderOptions(EncoderOptions):
 
 
 class SpeechEncoderTask(EncoderTask):
-    """Trains a speech backbone with a head on utterances with speech and a label."""
+    """Trains a speech backbone and a head on labeled utterances that have speech."""
 
     options_class = SpeechEncoderOptions
 
@@ -188,7 +188,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._load_clips(name, split, _num_samples(self.options.max_seconds))
 
     def _train_utterances(self, split: str) -> Utterances:
-        # Not truncated, because training crops at random positions.
+        # Do not truncate the clips, because training crops them at random positions.
         return self._load_clips(self._data.name, split, None)
 
     def _load_clips(self, name: str, split: str, max_samples: int | None) -> Utterances:
@@ -196,7 +196,7 @@ class SpeechEncoderTask(EncoderTask):
         return self._check_classes(clips)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances whose number of rows is a multiple of `num_shards`."""
+        """Returns utterances in batches whose number of rows is a multiple of `num_shards`."""
         seconds = self.options.crop_seconds if shuffle else self.options.max_seconds
         max_samples = _num_samples(seconds)
         lengths = lengths_in_steps(utterances.sizes, max_samples)

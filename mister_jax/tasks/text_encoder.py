@@ -28,7 +28,7 @@ class TextEncoderOptions(EncoderOptions):
 
 
 class TextEncoderTask(EncoderTask):
-    """Trains a text backbone with a head on utterances with text and a label."""
+    """Trains a text backbone and a head on labeled utterances that have text."""
 
     options_class = TextEncoderOptions
 
@@ -73,7 +73,7 @@ class TextEncoderTask(EncoderTask):
         return self._check_classes(utterances)
 
     def batched(self, utterances: Utterances, *, num_shards: int, shuffle: bool = False) -> Split:
-        """Returns batches of utterances whose number of rows is a multiple of `num_shards`."""
+        """Returns utterances in batches whose number of rows is a multiple of `num_shards`."""
         plan = self._plan(utterances.sizes, utterances.label, num_shards, shuffle=shuffle)
         make_batches = functools.partial(token_batches, utterances, plan)
         return Split(utterances, plan, make_batches, self._seed, shuffle)

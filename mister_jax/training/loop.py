@@ -1,9 +1,9 @@
 """Training loop for all tasks.
 
-A run writes to a work directory. A restarted run resumes from the latest checkpoint there and
-reaches the same parameters, bit for bit, as an uninterrupted run. The loop reads only the training
-and validation splits. It can train several seeds at once, and saves the parameters of each seed's
-best epoch.
+A run writes to a work directory. A restarted run resumes from the latest checkpoint in this
+directory and reaches the same parameters, bit for bit, as an uninterrupted run. The loop reads only
+the training and validation splits. It can train several seeds at once, and saves the parameters of
+each seed's best epoch.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _load_initial_states(
     optimizer = make_optimizer(first.optimizer, first.total_steps)
     template, state = _initial_states(first.task, optimizer, first.seeds, first.partitioner, start)
     if shared is not None and not init_from:
-        # On the host, because the training step donates the state's buffers.
+        # Keep a copy on the host, because the training step donates the state's buffers.
         shared.initial_states = template, jax.device_get(state)
     return template, state
 
@@ -352,7 +352,7 @@ class _TrainingLoop:
                 )
 
     def _restore(self, state: Any) -> Any:
-        """Restores all runs; returns the saved part of the state, or None without checkpoints."""
+        """Restores all runs; returns the restored state, or None if there are no checkpoints."""
         parts = self._split(self._saved_part(state))
         restored = [
             run.checkpoints.restore(LATEST, part)
@@ -394,7 +394,7 @@ class _TrainingLoop:
             reporter.print(
                 f"continuing {self._title()} after {run.progress.epoch} epochs, until epoch "
                 f"{self.options.epochs}; the learning rate is now {rate:.2g}, as in "
-                f"a training of {self.options.epochs} epochs"
+                f"a training run of {self.options.epochs} epochs"
             )
         elif is_resumed:
             reporter.print(f"resuming {self._title()} at step {self._step()}")
@@ -466,7 +466,8 @@ class _TrainingLoop:
         """Runs the remaining steps of each run's epoch.
 
         Returns:
-          The state, and whether SIGTERM has stopped training. Even then, an epoch may be complete.
+          The state, and whether SIGTERM has stopped training. An epoch may be complete even if
+          SIGTERM has stopped training.
         """
         options = self.options
         positions = {
@@ -490,8 +491,8 @@ class _TrainingLoop:
             for index in active:
                 run = self.runs[index]
                 save = stop or (options.save_every and run.step % options.save_every == 0)
-                # Reading metrics waits for the devices, so most steps do not read them. They are
-                # read before every save, so that a state with a non-finite loss is never saved.
+                # Reading metrics waits for the devices, so most steps do not read metrics. Every
+                # save first reads metrics, so that a state with a non-finite loss is never saved.
                 if len(run.pending_metrics) == options.log_every or run.is_epoch_complete or save:
                     self._write_metrics(index)
                     self._print_expected_time(reporter)
@@ -544,8 +545,8 @@ class _TrainingLoop:
     def _print_expected_time(self, reporter: ProgressReporter) -> None:
         """Prints the expected time once, after some steps have been measured.
 
-        It must be called after metrics are read, because only then have the devices finished the
-        steps.
+        Call this method only after metrics have been read. Reading metrics waits until the devices
+        have finished the steps.
         The first steps are not measured: other programs may still be compiling.
         """
         if self.has_printed_time:
@@ -630,11 +631,11 @@ class _TrainingLoop:
     def _save_best(
         self, run: TrainingRun, params: Any, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves the parameters and scores of improved seeds, and keeps those of other seeds."""
+        """Saves parameters and scores of improved seeds; keeps the saved values of other seeds."""
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
             previous = run.checkpoints.restore(BEST, params)
-            # The first epoch is the best of every seed so far, so a best checkpoint must exist.
+            # Every seed improves in the first epoch, so a later epoch needs a best checkpoint.
             if previous is None:
                 raise InputError(
                     f"{run.plan.workdir}: the best checkpoint is missing; training cannot resume "

@@ -68,13 +68,13 @@ def _step_of_line(line: str) -> float:
 
 
 def _tensorboard_writer(workdir: epath.PathLike, first_step: int) -> Any:
-    """Returns an event file writer that makes TensorBoard hide older events from `first_step` on.
+    """Returns a writer that makes TensorBoard hide older events at `first_step` and later steps.
 
     This TensorFlow API does not need the `tensorboard` package, and it can write to cloud buckets
     without further packages.
     """
     with tf.Graph().as_default():  # The writer cannot be created in eager mode.
-        # The suffix keeps the files of runs that start within one second apart.
+        # The suffix gives different names to the files of runs that start in the same second.
         writer = tf.compat.v1.summary.FileWriter(
             os.fspath(workdir), filename_suffix=f".{first_step}"
         )

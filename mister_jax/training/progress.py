@@ -1,4 +1,4 @@
-"""Length of a training run, choice of its best epoch, and its progress."""
+"""Length of a training run, selection of its best epoch, and progress of the run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TrainConfig:
         Face Hub. Parameters with equal names and shapes are copied. If empty, the initial
         parameters are random or pretrained. A resumed run ignores this field.
       log_every: Number of steps between records of the training loss.
-      save_every: Number of steps between checkpoints within an epoch; 0 for none. The end of every
-        epoch is always saved.
+      save_every: Number of steps between checkpoints within an epoch; 0 for none. A checkpoint is
+        always saved at the end of an epoch.
       accumulation: Number of gradient accumulation steps: each device splits its rows into this
         many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
     """
@@ -73,7 +73,7 @@ class TrainConfig:
         return np.atleast_1d(values[self.select_by])
 
     def describe(self, scores: Sequence[float] | np.ndarray, digits: int) -> str:
-        """Formats a selection score, or the mean and standard deviation of several."""
+        """Formats a selection score, or the mean and standard deviation of several scores."""
         mean, deviation = metrics.mean_and_deviation(scores)
         # Errors are stored with a negative sign, so that higher is better.
         mean = -mean if self.select_by in _ERRORS else mean

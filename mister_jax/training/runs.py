@@ -1,10 +1,10 @@
 """Training runs, and groups of runs that share compiled programs.
 
 Runs whose configs differ only in the data, such as the folds of a cross-validation, share their
-compiled steps. They train one after another or several at a time. In the second case, their states
-are stacked, and each step takes one batch of every run. Each run has a separate work directory,
-random numbers, schedule and progress, so its results equal the results of separate training up to
-rounding.
+compiled steps. These runs train one after another or several at a time. If several runs train at a
+time, their states are stacked, and each step takes one batch of every run. Each run has a separate
+work directory, random numbers, schedule and progress, so its results equal the results of separate
+training up to rounding.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RunPlan:
         return self.options.epochs * self.train_split.steps
 
     def shares_steps_with(self, other: RunPlan) -> bool:
-        """Returns whether the compiled steps of two runs differ only in the data."""
+        """Returns whether two runs can share compiled steps, because only their data differ."""
         configs = [plan.config.to_dict() for plan in (self, other)]
         for config in configs:
             del config["data"]
@@ -183,8 +183,8 @@ class CompiledSteps:
     Attributes:
       train: Training step.
       eval: Evaluation step.
-      params_for_evaluation: Function from a state's "params" and "opt_state" to the parameter tree
-        for validation and prediction.
+      params_for_evaluation: Function that takes a state's "params" and "opt_state" and returns the
+        parameter tree for validation and prediction.
     """
 
     train: CompiledStep
@@ -235,8 +235,8 @@ def plan_groups(
     families: list[_Family] = []
     for index, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         plan = plan_run(config, workdir)
-        # Processes divide the rows of a batch. With other shapes, the rows would therefore get
-        # other random numbers.
+        # Processes divide the rows of a batch. Shared shapes would change this division, and the
+        # rows would get other random numbers.
         can_share = families and jax.process_count() == 1
         if not can_share or not families[-1].first.shares_steps_with(plan):
             families.append(_Family(plan))
@@ -287,9 +287,10 @@ def batch_shapes(split: Split) -> list[Shape]:
 
 
 def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...]:
-    """Returns batch shapes into which the batches of all runs fit, as many as one run has.
+    """Returns batch shapes into which the batches of all runs fit.
 
-    The padded lengths minimize the total padding.
+    There are as many shapes as in the run with the most shapes. The padded lengths minimize the
+    total padding.
 
     Args:
       shapes_per_run: For each run, the shapes of all batches in an epoch.
@@ -314,7 +315,7 @@ class TrainingRun:
       progress: Progress at the end of the last epoch.
       step: Number of completed steps.
       writer: Metric writer while the run trains.
-      pending_metrics: Metrics of the most recent steps, which are not written yet.
+      pending_metrics: Metrics of the most recent steps that have not been written yet.
       num_one_class_epochs: Number of consecutive epochs in which each seed has predicted a single
         class, [S].
     """
@@ -357,7 +358,7 @@ class TrainingRun:
 
 @dataclasses.dataclass(frozen=True)
 class RunBatches:
-    """Batches of one split of each of R runs.
+    """Batches for R runs, from one split of each run.
 
     With a single run, each batch is padded to the smallest of the given shapes into which it fits.
     With several runs, all batches have one shape, into which every batch fits, and a run axis after
@@ -398,7 +399,7 @@ class RunBatches:
         """Yields the batches of one epoch until every run has completed the epoch.
 
         Args:
-          positions: Maps the index of each participating run to its epoch and first step.
+          positions: Epoch and first step of each participating run, by the run's index.
 
         Yields:
           A batch, and the indices of the runs that have items in it.

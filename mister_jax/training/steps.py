@@ -1,7 +1,7 @@
 """Training step and evaluation step.
 
-Both are pure functions of arrays and do not depend on configs, files or datasets. Training,
-benchmarks and ahead-of-time compilation for TPUs therefore use the same steps.
+The two steps are pure functions of arrays and do not depend on configs, files or datasets.
+Training, benchmarks and ahead-of-time compilation for TPUs therefore use the same steps.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def initial_state(
       trainable: NNX filter for the trained parameters.
       make_model: Function that creates the model from a key; by default the task's `init`.
       as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
-        then compile faster, but sharding rules cannot apply, because they match parameter names.
+        then compile faster, but sharding rules cannot apply, because rules match parameter names.
     """
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     init_key, train_key = jax.random.split(key)

@@ -60,7 +60,7 @@ class InitialParams:
         """Returns a note on the parameters that `copy_params` will copy.
 
         Args:
-          model: Model with arrays or shapes.
+          model: Concrete or abstract model.
           trainable: NNX filter for the trained parameters of the model.
 
         Raises:

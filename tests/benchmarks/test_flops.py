@@ -17,8 +17,8 @@ def count(function, *arguments):
 
 
 def test_flops_of_mister_e_agree_with_xla():
-    # One utterance per dialogue, because XLA counts one step of a recurrence. No dropout, whose
-    # random bits count as operations.
+    # Use one utterance per dialogue, because XLA counts only one step of a recurrence. Disable
+    # dropout, because its random bits count as operations.
     config = MisterEConfig(
         speech_dim=128,
         text_dim=96,

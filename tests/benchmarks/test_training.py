@@ -152,7 +152,7 @@ def test_outputs_and_loss_equal_pytorch(torch_training, tiny_config, make_batch,
     config = dataclasses.replace(tiny_config, **changes)
     model, reference = make_pair(torch_training, config)
     batch = make_batch(LENGTHS)
-    # An utterance without both modalities.
+    # One utterance has neither speech nor text.
     batch["speech_present"][0, 1] = batch["text_present"][0, 1] = False
     output = apply_to_batch(model, batch)
     with torch.no_grad():

@@ -38,7 +38,7 @@ def test_scripts_take_features_to_scores(tmp_path):
 #   data/     the dataset x
 #   empty/    nothing
 #   ready/    a work directory of MiSTER-E on x, whose features come from no encoder
-#   encoder/  the config of a training of an encoder
+#   encoder/  the config of an encoder's training run
 #   old/      a work directory written before model.json had a "format"
 WRONG_USES = {
     "": {
@@ -154,7 +154,7 @@ WRONG_USES = {
         "--text_weight=2 --text=a": "--text_weight: needs --text_model or --speech_model",
         "--model=DIR/ready": "needed: one of --recording, --manifest, --corpus with",
         "--model=DIR/old --text=hello": "DIR/old: written by an older version of mister_jax",
-        "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: that",
+        "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: a Mi",
         "--model=DIR/ready --text=hello": "ready-made features, so recordings and texts",
         "--model=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
             "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"

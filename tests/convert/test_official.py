@@ -32,7 +32,7 @@ BLOCKS = {
 
 
 def output_and_losses(model, speech, text, mask, label):
-    """Returns the output and {part: loss}."""
+    """Returns the output and the losses by part."""
     output = model(speech, text, mask)
     total, parts = losses.mister_e(output, label, mask)
     return output, {**parts, "total": total}
@@ -43,7 +43,7 @@ compiled_output_and_losses = nnx.jit(output_and_losses)
 
 @nnx.jit
 def losses_and_gradients(model, *batch):
-    """Returns the output, {part: loss} and the gradients of the total."""
+    """Returns the output, the losses by part, and the gradients of the total."""
 
     def total_loss(model):
         output, parts = output_and_losses(model, *batch)
@@ -72,7 +72,7 @@ def full_batch(model, golden):
 def short_in_padding(golden):
     """Batch of three dialogues, padded with NaN, whose middle row is the short dialogue.
 
-    Its last items are the mask of all dialogues and the mask of the short dialogue.
+    The last items of the batch are the mask of all dialogues and the mask of the short dialogue.
     """
     dialogue, length = SHORT
     lengths = np.array([11, length, 11])
@@ -113,8 +113,8 @@ def assert_losses_equal(parts, expected):
 def official_gradients(gradients, weights):
     """Returns the gradients under official names, where there is a counterpart.
 
-    An output projection is the product of two official ones, kernel^T = fc out_proj and
-    bias = fc out_proj.bias + fc.bias, so the chain rule gives the gradients of both.
+    An output projection is the product of two official projections, kernel^T = fc out_proj and
+    bias = fc out_proj.bias + fc.bias. The chain rule gives the gradients of both projections.
     """
     gradients_by_name = {}
 
@@ -284,7 +284,7 @@ def test_all_mismatched_weights_are_named(golden):
 
 def test_all_weights_with_a_wrong_number_of_axes_are_named(golden):
     wrong = {
-        "audio_self.fc_1.weight": np.zeros(()),  # Sizes are read from this one.
+        "audio_self.fc_1.weight": np.zeros(()),  # Sizes are read from this tensor.
         "gate.0.bias": np.zeros((10, 1)),
     }
     message = error_message(golden["param"] | wrong)

@@ -1,4 +1,4 @@
-"""Reading and writing of checkpoint files, and errors for damaged ones."""
+"""Reading and writing of checkpoint files, and errors for damaged files."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def assert_same(checkpoint, expected):
 
 
 def assert_rejected(path, *words):
-    """Opens a checkpoint and returns the one-line error, which must have the path and the words."""
+    """Checks that opening a file raises a one-line error with the words; returns the error."""
     with pytest.raises(InputError) as error:
         Checkpoint.open(path)
     message = str(error.value)

@@ -35,7 +35,7 @@ def test_a_shift_and_a_scale_are_removed(features, standardizers):
     adapted = adapt_features(shifted(features), standardizers)
     present = features.speech_present
     count = present.sum()
-    # The statistics are mixed with those of two training utterances.
+    # The statistics are mixed with the statistics of two training utterances.
     new = shifted(features).speech[present].astype(np.float64)
     training = standardizers["speech"]
     mean = (count * new.mean(0) + 2 * training.mean) / (count + 2)

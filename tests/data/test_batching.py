@@ -22,7 +22,7 @@ LENGTHS = np.array([1, 9, 3, 3, 4, 12, 2, 5, 5, 1, 7, 6, 12, 11, 2, 2, 8])
 def padded_positions(
     lengths: np.ndarray, boundaries: tuple[int, ...], batch_size: int, multiple_of: int
 ) -> int:
-    """Counts item by item; all batches of a bucket have as many rows as the largest of them."""
+    """Counts item by item; all batches of a bucket have as many rows as its largest batch."""
     total, below = 0, 0
     for boundary in boundaries:
         count = sum(below < length <= boundary for length in lengths)

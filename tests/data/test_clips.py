@@ -28,7 +28,7 @@ MAX_SAMPLES = 6400
 
 @pytest.fixture(scope="module")
 def clips():
-    """Returns clips that count up, so a crop shows its position; one has no label."""
+    """Returns clips that count up, so a crop shows its position; one clip has no label."""
     label = np.array([0, 1, -1, 1, 0, 1, 0], np.int32)
     return Utterances(
         name="counted",

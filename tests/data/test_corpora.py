@@ -1,4 +1,4 @@
-"""The stages from a released corpus to the batches of a training."""
+"""The stages from a released corpus to the batches for training."""
 
 import numpy as np
 import pytest

@@ -37,13 +37,13 @@ def write_part(path, rows, formats=("json", "jsonl")):
         objects = {row["key"]: {k: v for k, v in row.items() if k != "key"} for row in rows}
         path.with_suffix(".json").write_text(json.dumps(objects))
     if "jsonl" in formats:
-        lines = "".join(f"{json.dumps(row)}\n\n" for row in rows)  # With empty lines.
+        lines = "".join(f"{json.dumps(row)}\n\n" for row in rows)  # The file also has empty lines.
         path.with_suffix(".jsonl").write_text(f"\n{lines}")
 
 
 @pytest.fixture
 def urdu(tmp_path):
-    """Folder of a corpus with two folds; the first has files in both spellings of its name."""
+    """Folder of a corpus with two folds; fold 1 has files in both spellings of its name."""
     folder = tmp_path / "EmoBox/data/urdu"
     train, test = make_rows(["SF1", "SF2", "SM1", "SM2", "SM3"]), make_rows(["SM4"])
     for fold, (train_rows, test_rows) in {

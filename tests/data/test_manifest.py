@@ -1,4 +1,4 @@
-"""The reader of manifests returns the right dialogues, or names file, row and field."""
+"""The reader of manifests returns the right dialogues, or an error with file, row and field."""
 
 import collections
 import csv
@@ -338,7 +338,7 @@ def manifests(draw):
 
 
 def expected_text(value):
-    """Returns the text that the reader should return for a cell, None if there is no text."""
+    """Returns the text that the reader should return for a cell, or None if there is no text."""
     return None if value is None else str(value).strip() or None
 
 
@@ -413,7 +413,7 @@ def names_of(content, as_csv, rows):
     if as_csv:  # A truncated file may end within its header.
         header = next(csv.reader(io.StringIO(content.decode(errors="replace"), newline="")), [])
         columns = {name.strip() or "unnamed" for name in header}
-    # A repeated column is named as it is written, other extra columns are quoted.
+    # A repeated column is named as it is written, and other extra columns are quoted.
     extra_columns = columns - {*reader.FIELDS}
     quoted = {" ".join(repr(name).split()) for name in extra_columns}
     return {*reader.FIELDS, *quoted, *(" ".join(name.split()) for name in extra_columns)}
@@ -463,7 +463,7 @@ def test_a_careless_manifest_is_read_correctly_or_rejected_with_its_row(
         assert ids(corpus) == expected_ids(rows)
         complete_rows = rows
     else:
-        # A truncated file contains the first rows; the last may be cut within a value.
+        # A truncated file contains the first rows, and the last of these may end within a value.
         assert 0 < len(utterances) <= len(rows)
         complete_rows = rows[: len(utterances) - 1]
     read = read_utterances(corpus, any(expected_text(row.get("split")) for row in complete_rows))

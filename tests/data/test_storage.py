@@ -15,8 +15,8 @@ from mister_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Replaces a directory and is killed at the rename of the given number: 1 puts the old directory
-# aside, 2 moves the new one into position.
+# This script replaces a directory and kills itself at the rename with the given number. Rename 1
+# puts the old directory aside, and rename 2 moves the new directory into position.
 KILLED_WRITER = """
 import os, signal, sys
 from etils import epath

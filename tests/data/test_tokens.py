@@ -12,7 +12,7 @@ LENGTHS = (5, 2, 7, 1, 3, 3, 4)
 
 @pytest.fixture(scope="module")
 def tokens():
-    """Utterances whose tokens are 1, 2, ...; one has no label."""
+    """Utterances whose tokens are 1, 2, ...; one utterance has no label."""
     return Utterances(
         name="counted",
         split="train",

@@ -1,4 +1,4 @@
-"""The forms of attention for CPUs and TPUs, compared with `jax.nn.dot_product_attention`."""
+"""Attention for CPUs and TPUs, compared with `jax.nn.dot_product_attention`."""
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def test_programs_for_accelerators_and_training_are_those_of_nn():
 
 @pytest.fixture
 def tpu_form(monkeypatch):
-    """Makes this machine compute attention in the form for long inputs on TPUs."""
+    """Makes this machine use the attention implementation for long inputs on TPUs."""
     monkeypatch.setattr(attention, "MAX_TPU_SCORES", 0)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *inputs, tpu, **forms: tpu(*inputs))
 

@@ -89,10 +89,10 @@ def test_position_bias_equals_the_official_model(model, golden, case):
 def batch_token_mask(sample_mask, num_frames, config):
     """Returns the mask that the official code uses for a padded batch.
 
-    The official code divides the samples into as many equal rows as there are frames, and those
-    into tokens. In clips of a few seconds, the mask therefore does not end at the last frame, and
-    the mask of a clip depends on the length of the batch. A mask from `config.num_tokens` of each
-    clip's frames has neither problem.
+    The official code divides the samples into as many equal rows as there are frames, and divides
+    the rows into tokens. In clips of a few seconds, the mask therefore does not end at the last
+    frame, and the mask of a clip depends on the length of the batch. A mask from
+    `config.num_tokens` of each clip's frames has neither problem.
 
     Args:
       sample_mask: Valid samples, [B, S] bool.

@@ -89,7 +89,7 @@ def edit_config(folder, **changes):
 
 
 def assert_rejected(folder, *words):
-    """Loads a folder and returns the one-line error, which must have the path and the words."""
+    """Checks that loading a folder raises a one-line error with the words; returns the error."""
     with pytest.raises(InputError) as error:
         registry.load_pretrained(folder)
     message = str(error.value)

@@ -49,7 +49,7 @@ def test_speech_llm_encodes_every_clip_with_its_prompt(files, waveform):
     _, full_mask = run(pooled, waveform, LENGTHS)
     np.testing.assert_array_equal(full_mask.sum(1), mask.sum(1) + prompt.shape[1] - 1)
     assert mask.any(1).all()
-    if not files.is_salmonn:  # One vector per 40 ms; with SALMONN, all clips have equally many.
+    if not files.is_salmonn:  # One vector per 40 ms. SALMONN has a fixed number per clip.
         np.testing.assert_array_equal(mask.sum(1), [14, 20, 1])
 
 

@@ -103,7 +103,7 @@ def test_position_bias_depends_on_key_minus_query():
     encoder = make("wavlm")
     table = np.asarray(encoder.position_bias.embedding[...])  # buckets K
     bias = encoder.relative_bias(60)
-    # 16 buckets: 4 exact ones in each direction, then logarithmic ones up to 40.
+    # 16 buckets: in each direction, 4 buckets for exact distances, then logarithmic buckets to 40.
     for query, key, bucket in [(7, 7, 0), (7, 6, 1), (7, 4, 3), (6, 9, 11), (0, 4, 12), (59, 0, 7)]:
         np.testing.assert_array_equal(bias[:, query, key], table[bucket])
     assert make("hubert").relative_bias(60) is None

@@ -41,7 +41,7 @@ def config(tiny_data_dir):
 
 @pytest.fixture(scope="module")
 def cross_validation_workdir(config, tmp_path_factory):
-    """A cross-validation that was interrupted in its second fold, and run again."""
+    """A cross-validation that was interrupted in its second fold and then resumed."""
     workdir = tmp_path_factory.mktemp("crossval") / "run"
     trained = []
 

@@ -48,7 +48,7 @@ def evaluated_splits():
 
 @pytest.fixture(scope="module")
 def sweep_workdir(config, axes, evaluated_splits, tmp_path_factory):
-    """A sweep that was interrupted at its second point, and ran again."""
+    """A sweep that was interrupted at its second point and then resumed."""
     workdir = tmp_path_factory.mktemp("sweep") / "run"
     trained = []
 

@@ -28,11 +28,11 @@ SLOW_IMPORTS = (
     "mister_jax.training.loop",
     "mister_jax.cli.app",
 )
-"""Modules that a process imports before it forks others."""
+"""Modules that a process imports before it forks child processes."""
 
 
 class CommandResult(NamedTuple):
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -61,8 +61,8 @@ def run_commands(
 ) -> list[CommandResult]:
     """Runs commands one after the other.
 
-    Importing the libraries takes several seconds, and most commands less than one. A single process
-    imports them once and forks a child process for each command.
+    Importing the libraries takes several seconds, but most commands take less than one second. A
+    single process therefore imports the libraries once and forks a child process for each command.
 
     Args:
       commands: Arguments of `mister-jax`, such as "train --workdir=DIR/run", or a script and its
@@ -111,7 +111,7 @@ def _fork(arguments: list[str]) -> CommandResult:
             status = _run(arguments)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # Tearing down the libraries takes longer than most commands.
+            os._exit(status)  # A normal exit would take longer than most commands.
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stdout.seek(0)
         stderr.seek(0)

@@ -19,7 +19,7 @@ def read_golden(name, prefix=""):
 
     Args:
       name: Name of the file without its suffix.
-      prefix: Prefix of the names to select, which is removed from them.
+      prefix: Prefix of the names to select, which is removed from the names.
     """
     return {
         key.removeprefix(prefix): value

@@ -23,9 +23,9 @@ def prepare_manifest(path, data_dir):
 
 
 def write_spoken(folder):
-    """Writes the dataset `manifest/spoken`: dialogues of four turns whose words tell the emotion.
+    """Writes the dataset `manifest/spoken`: four turns per dialogue; the words show the emotion.
 
-    Every third dialogue has no text in the third turn and no label in the fourth.
+    Every third dialogue has no text in the third turn and no label in the fourth turn.
     """
     encode_wav(folder / "noise.wav", np.arange(800, dtype=np.int16))
     random = np.random.default_rng(0)
@@ -49,9 +49,9 @@ def write_spoken(folder):
 
 
 def write_heard(folder):
-    """Writes the dataset `manifest/heard`: dialogues of three turns whose pitch tells the emotion.
+    """Writes the dataset `manifest/heard`: three turns per dialogue; the pitch shows the emotion.
 
-    Every third dialogue has a silent second turn and no recording of the third.
+    Every third dialogue has a silent second turn and no recording of the third turn.
     """
     random = np.random.default_rng(0)
     rows = []

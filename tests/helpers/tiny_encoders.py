@@ -33,7 +33,7 @@ WHISPER_CONFIG = {
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 24,
     "max_source_positions": 40,
-    # The decoder, which transformers creates as well.
+    # transformers also creates the decoder.
     "decoder_layers": 1,
     "decoder_attention_heads": 2,
 }
@@ -161,7 +161,7 @@ def save_encoder(folder, config, tokenizer=None):
 
 
 def save_salmonn(folder, llama_folder):
-    """Saves the checkpoints of a SALMONN around a Llama; returns its encoder options."""
+    """Saves the checkpoints of a SALMONN with a Llama; returns SALMONN's encoder options."""
     configs = {**SALMONN_CONFIGS, "vicuna": hf_config.read_config(llama_folder)}
     lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
     config = SalmonnConfig.from_parts(configs, lora=lora)

@@ -45,7 +45,7 @@ def make_tiny_config(data_dir, argument="tiny", **changes):
 
 
 def write_untrained_workdir(workdir, data_dir, dataset, num_seeds=1, **changes):
-    """Writes a work directory of MiSTER-E whose best parameters are the initial ones.
+    """Writes a work directory of MiSTER-E whose best parameters are the initial parameters.
 
     `changes` are fields of the model's config.
     """

@@ -1,4 +1,4 @@
-"""Utterances that tests of extraction encode."""
+"""Utterances that the extraction tests encode."""
 
 import numpy as np
 

@@ -14,7 +14,7 @@ from mister_jax.inference.portable import export_program
 from mister_jax.predictor import Predictor
 from tests.helpers.training import write_untrained_workdir
 
-# Runs the program with all packages blocked that JAX does not need.
+# This script blocks all packages that JAX does not need, and runs the program.
 RUN_PROGRAM = """
 import json, pathlib, sys
 

@@ -31,7 +31,7 @@ def causal_recognizer(causal_workdir):
 
 
 def answers_to(recognizer, *lines, **options):
-    """Returns the answers to lines, each text or a JSON value."""
+    """Returns the answers to lines. A line is bytes, or a value that is converted to JSON."""
     encoded = [
         line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines
     ]
@@ -162,7 +162,7 @@ def test_the_dialogue_that_has_been_silent_longest_is_dropped(causal_recognizer,
         )
     assert 'dialogue "b" is dropped, because 2 others were updated later' in caplog.text
     (alone,) = answers_to(causal_recognizer, {"text": "mad"})
-    assert without_ids(b) == without_ids(alone)  # b starts anew
+    assert without_ids(b) == without_ids(alone)  # b starts over
     assert without_ids(a) == without_ids(alone)  # and takes the place of a
 
 

@@ -1,4 +1,4 @@
-"""Tests timelines: each format is read back by the library of its field."""
+"""Tests timelines: for each format, a library of the format's field reads the files back."""
 
 import base64
 import html

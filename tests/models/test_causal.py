@@ -1,4 +1,4 @@
-"""Causal MiSTER-E: no utterance depends on later ones, and steps equal the whole forward pass."""
+"""Causal MiSTER-E: no output depends on later utterances, and steps equal the forward pass."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def forward(model, batch):
 
 @nnx.jit
 def run_steps(model, batch):
-    """Predicts the utterances of a batch one after the other."""
+    """Predicts the utterances of a batch, one step at a time."""
     names = ("speech", "text", "speech_present", "text_present")
 
     def step(state, utterance):

@@ -21,7 +21,7 @@ LENGTH = 5
 MIXTURES = get_args(Mixture)
 GARBAGE = (np.nan, np.inf, 1e30)
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(EXPERTS, size)]
-# Linear layers only, which compile fast, for tests in which the other layers do not matter.
+# Only linear layers, which compile fast, for tests in which the other layers do not matter.
 SHALLOW = {"gru_layers": 0, "kernel_sizes": (), "fusion_layers": 0}
 DROPOUT_RATES = [
     field.name for field in dataclasses.fields(MisterEConfig) if field.name.endswith("_dropout")
@@ -63,7 +63,7 @@ def forward(model, batch):
     )
 
 
-# Compiled separately, so that models that differ only in their layers share the losses.
+# Compile the losses separately, so that models that differ only in their layers share them.
 compiled_forward = nnx.jit(forward)
 compiled_losses = jax.jit(losses.mister_e, static_argnames="experts")
 

@@ -93,7 +93,7 @@ def training_options():
 def test_dot_product_attention_equals_its_formula_with_and_without_dropout():
     query, key, value, bias = parts = projections()
     scores = np.einsum("btkd,bskd->bkts", query, key) / np.sqrt(5) + np.asarray(bias)
-    scores = np.where(KEY_MASK[:, None, None], scores, -np.inf)[:2]  # the third has no key
+    scores = np.where(KEY_MASK[:, None, None], scores, -np.inf)[:2]  # the third dialogue has no key
     weights = np.exp(scores)
     expected = np.einsum("bkts,bskd->btkd", weights / weights.sum(-1, keepdims=True), value[:2])
     for dropout in (None, Dropout(0.0), Dropout(1e-12)):

@@ -33,7 +33,7 @@ def scan_arguments(groups=2, hidden_dim=4, seed=0):
 
 
 def plain_scan(gates, mask, kernel, bias_n):
-    """Computes `gru_scan` directly from the equations; JAX differentiates it."""
+    """Computes `gru_scan` directly from the equations; JAX differentiates this function."""
 
     def step(state, inputs):
         gate, valid = inputs

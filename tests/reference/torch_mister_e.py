@@ -1,8 +1,9 @@
 """MiSTER-E (stage 2) in PyTorch: the reference for tests and benchmarks.
 
-Written from arXiv 2602.23300 and its released code. Attributes have the names of the released
-`state_dict`, so that it loads unchanged; `audio_self` and `text_self` are the speech and the text
-expert. As in the released code, nothing is masked: padding counts as utterances.
+The implementation follows arXiv 2602.23300 and its released code. Attributes have the names of the
+released `state_dict`, so that the `state_dict` loads unchanged. `audio_self` is the speech expert,
+and `text_self` is the text expert. As in the released code, nothing is masked: padding counts as
+utterances.
 """
 
 from __future__ import annotations

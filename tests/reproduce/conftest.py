@@ -21,8 +21,8 @@ ROBERTA_CONFIG = {
     "pad_token_id": 0,
 }
 
-# Runs each command in a fork of a process that has imported the libraries. A command with a file
-# receives SIGTERM when the file exists.
+# This script runs each command in a fork of a process that has imported the libraries. A command
+# with a file receives SIGTERM when the file exists.
 SERVER = """
 import importlib, json, os, pathlib, signal, sys, threading, time
 from tests.helpers import commands
@@ -49,10 +49,10 @@ for line in sys.stdin:
 
 
 class CommandServer:
-    """Runs `mister-jax` commands; a runner of `run_stages`.
+    """Runs `mister-jax` commands as the runner of `run_stages`.
 
     Attributes:
-      stop_file: Pattern of a file at whose creation the next command receives SIGTERM.
+      stop_file: Pattern of a file name. The next command receives SIGTERM when such a file exists.
       results: Result of each command.
     """
 
@@ -96,7 +96,7 @@ def command_server():
 
 @pytest.fixture(scope="session")
 def small_encoders(tmp_path_factory):
-    """Encoders of the architectures of the preset `small`, and options for short trainings."""
+    """Encoders with the architectures of preset `small`, and options for short training runs."""
     folder = tmp_path_factory.mktemp("encoders")
     tokenizer = make_word_tokenizer(bert=True)
     roberta, wavlm = folder / "roberta", folder / "wavlm"

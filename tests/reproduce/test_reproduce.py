@@ -35,7 +35,7 @@ def reproduce(settings, runner):
 
 
 def leave_one_training(monkeypatch, recipe):
-    """Removes all recipes but one, and all but one of the experts that are trained alone."""
+    """Keeps one recipe, and one of the experts that are trained alone."""
     for other in {*stages.RECIPES} - {recipe}:
         monkeypatch.delitem(stages.RECIPES, other)
     for expert in ("speech", "fusion"):

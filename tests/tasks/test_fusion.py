@@ -18,7 +18,7 @@ SPLITS = data.generate_features(
 
 
 def with_uneven_speech(features):
-    """Returns features whose speech dimensions differ in mean and scale; the first is constant.
+    """Returns features whose speech dimensions differ in mean and scale; dimension 0 is constant.
 
     Absent speech has huge values.
     """

@@ -38,7 +38,7 @@ from tests.helpers.training import (
 
 
 def make_config(folder, data_dir, **changes):
-    """Returns the config of a quick training."""
+    """Returns the config of a quick training run."""
     config = speech_encoder.get_config("manifest/heard,whisper_tiny")
     config.data.update({"data_dir": str(data_dir), "num_buckets": 1, "batch_size": 8})
     config.encoder.options.update({"name": str(folder), "max_seconds": 0.8, "crop_seconds": 0.5})
@@ -113,7 +113,7 @@ def batch(task):
 
 
 def first_position(clip, crop):
-    """Returns the first position of a crop in a clip."""
+    """Returns the position in a clip at which a crop starts."""
     return next(
         start
         for start in range(len(clip) - len(crop) + 1)
@@ -312,7 +312,7 @@ def test_waveform_encoders_are_trained(heard_dir, batch, tmp_path):
 
 @pytest.fixture(scope="module", params=["qwen2_audio_7b", "salmonn_7b"])
 def make_llm_task(request, qwen_folder, salmonn_options, heard_dir):
-    """Returns a function that makes the task of a speech LLM with some options."""
+    """Returns a function that makes the task of a speech LLM with the given options."""
     options = {"name": str(qwen_folder)} if "qwen" in request.param else dict(salmonn_options)
 
     def make(**changes):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.devices
 
 
 def make_config(folder, data_dir, encoder="llama_3_2_1b", **changes):
-    """Returns the config of a quick training, by LoRA or, for "minilm_l6", of all parameters."""
+    """Returns the config of a quick run, which trains LoRA, or all parameters of "minilm_l6"."""
     config = text_encoder.get_config(f"manifest/spoken,{encoder}")
     config.data.update({"data_dir": str(data_dir), "num_buckets": 1, "batch_size": 16})
     config.encoder.options.update(

@@ -1,4 +1,4 @@
-"""The training loop: output files, early stopping, warnings and refused inputs."""
+"""The training loop: output files, early stopping, warnings and rejected inputs."""
 
 import dataclasses
 import json

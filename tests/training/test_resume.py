@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped or interrupted resume to the same parameters."""
+"""Training runs that are killed, stopped or interrupted resume to the same parameters."""
 
 import collections
 import dataclasses
@@ -47,8 +47,9 @@ class Signal:
     """A signal that a training process sends to itself.
 
     Attributes:
-      after: "step", or "latest" or "best" for the start of a checkpoint.
-      count: Step number for "step"; otherwise how many such checkpoints have been started.
+      after: Event after which the signal is sent: "step" for a step, "latest" or "best" for the
+        start of a checkpoint.
+      count: Number of the step, or number of such checkpoints that have been started.
       number: Signal to send.
       delay: Seconds between the event and the signal.
     """
@@ -90,7 +91,7 @@ def two_bucket_config(tiny_data_dir, **changes):
 
 
 def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
-    """Trains in this process on one device, and sends it a signal."""
+    """Trains in this process on one device, and sends a signal to this process."""
     jax.config.update("jax_num_cpu_devices", 1)
     step_times = []
     hooks = sent_signal.hooks() if sent_signal else {}
@@ -137,7 +138,7 @@ def test_a_run_killed_while_training_and_saving_resumes_to_the_same_bits(
     kills = (
         Signal("step", 2),  # In the first epoch, before the first checkpoint.
         Signal("step", STEPS_PER_EPOCH),  # Before the first validation.
-        Signal(BEST, 1),  # While the best checkpoint is written, before the latest one.
+        Signal(BEST, 1),  # While the best checkpoint is being written.
         Signal(LATEST, 1),  # While the latest checkpoint is being written.
         Signal("step", STEPS_PER_EPOCH + 2),  # In the second epoch.
     )
@@ -259,7 +260,7 @@ def test_a_finished_run_continues_with_more_epochs(
     assert f"continuing {workdir} after 2 epochs, until epoch 4" in output
     assert "training on " in output and "4 epochs of 3 steps" in output
     records = read_metric_records(workdir)
-    # From the third epoch on, the learning rate is that of a training with four epochs.
+    # From the third epoch on, the learning rate is the same as in a training run of four epochs.
     schedule = learning_rate_schedule(
         longer.optimizer.learning_rate,
         12,
@@ -281,7 +282,7 @@ def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
         # The number of length buckets is chosen for the epochs planned at the start of the run. It
-        # stays the same when the run is continued with more epochs.
+        # stays the same when the run continues with more epochs.
         "data.num_buckets": None,
     }
     for workdir, epochs in (("run", 1), ("run", 2), ("whole", 2)):

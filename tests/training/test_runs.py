@@ -220,7 +220,7 @@ def test_progress_follows_the_runs_that_have_not_stopped_early(folds, tmp_path, 
         config.num_seeds = 1
         config.train.update({"patience": 1, "epochs": 4})
         changed.append(dataclasses.replace(fold, config=config))
-    # The scores of the first run get worse after the first epoch, the others get better.
+    # After the first epoch, the first run's scores get worse, and the other runs' scores improve.
     num_runs = len(folds)
     scores = (
         dict.fromkeys(metrics.SCORE_NAMES, 0.1 * epoch if run else -0.1 * epoch)
@@ -234,8 +234,8 @@ def test_progress_follows_the_runs_that_have_not_stopped_early(folds, tmp_path, 
     progress = train_folds(changed, tmp_path, on_step=steps.append)
     assert [run.epoch for run in progress] == [2, 4, 4]
     assert [run.best_epochs for run in progress] == [[1], [4], [4]]
-    # The longest run has 16 steps. When it stops, the other runs have fewer steps left than this
-    # run had.
+    # The longest run has 16 steps. When this run stops early, the other runs have fewer steps left
+    # than this run would have had.
     assert steps == sorted(set(steps)) and steps[-1] == 16
 
 

@@ -1,4 +1,4 @@
-"""Trainings that start from the parameters of another run."""
+"""Training runs that start from the parameters of another run."""
 
 import shutil
 

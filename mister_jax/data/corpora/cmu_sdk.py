@@ -17,7 +17,8 @@ def read_sequence(path: pathlib.Path, num_columns: int) -> dict[str, tuple[np.nd
         num_columns: Number of features per segment.
 
     Returns:
-        The features [n, num_columns] and intervals [n, 2] in seconds of each video's segments.
+        For each video, the features [n, num_columns] and the time intervals [n, 2], in seconds, of
+        its n segments.
 
     Raises:
         InputError: The file cannot be read or has another layout.
@@ -58,10 +59,10 @@ def read_sequence(path: pathlib.Path, num_columns: int) -> dict[str, tuple[np.nd
 
 
 def read_standard_folds(path: pathlib.Path) -> dict[str, str]:
-    """Reads the split of each video from the SDK's Python file, without executing it.
+    """Reads the split of each video from the SDK's Python file, without executing the file.
 
     Raises:
-        InputError: The file does not define the three splits, or they overlap.
+        InputError: The file does not define the three splits, or two splits overlap.
     """
     names = {"standard_train_fold": "train", "standard_valid_fold": "validation"}
     names["standard_test_fold"] = "test"

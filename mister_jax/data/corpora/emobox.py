@@ -1,16 +1,17 @@
-"""Reads one of the 32 speech corpora of EmoBox with its partitions (arXiv 2406.07162).
+"""Reads one of EmoBox's 32 speech corpora with EmoBox's partitions (arXiv 2406.07162).
 
-EmoBox publishes metadata: a folder for each corpus with a label map, and a folder for each fold:
+EmoBox publishes only metadata. Each corpus has a folder that contains a label map and one folder
+per fold:
 
     urdu/label_map.json
-    urdu/fold_1/urdu_train_fold_1.jsonl, urdu_test_fold_1.jsonl, and both files as json
+    urdu/fold_1/urdu_train_fold_1.jsonl, urdu_test_fold_1.jsonl, and the same two files as .json
     track2/SAVEE_selected_balenced.jsonl: cross-corpus test sets
 
     {"key": "urdu-SM20_F8_N012", "wav": "downloads/urdu/Neutral/SM20_F8_N012.wav", "emo": "N", ...}
 
-The recordings come from the corpora themselves. Most folds have no validation set, so a fifth of
-the training utterances is drawn for validation: whole speakers if the speakers are known, otherwise
-a fifth of each class.
+The recordings must be downloaded from the original corpora. Most folds have no validation set, so a
+fifth of the training utterances is drawn for validation: whole speakers if the speakers are known,
+otherwise a fifth of each class.
 """
 
 import collections
@@ -35,7 +36,7 @@ from mister_jax.errors import InputError
 LAYOUT = "a corpus's folder in EmoBox/data, such as urdu, with fold_1/urdu_train_fold_1.jsonl"
 
 VALIDATION_FRACTION = 0.2
-"""Fraction of the training utterances that become validation, as in EmoBox's own code."""
+"""Fraction of the training utterances that is held out for validation, as in EmoBox's code."""
 
 SPEAKERS: Mapping[str, str] = {
     "ased": r"-(\d+)\.\w+$",
@@ -61,10 +62,10 @@ SPEAKERS: Mapping[str, str] = {
     "turevdb": r"/(\d{4})_[^/]*$",
     "urdu": r"/(S[FM]\d+)_[^/]*$",
 }
-"""Patterns of the speaker in a recording's path.
+"""Regular expressions that match the speaker in a recording's path, by corpus.
 
-All groups of a match together identify the speaker. Utterances with an equal first group stay in
-one split, because the two speakers of a session of IEMOCAP talk to each other.
+The groups of a match, joined, identify the speaker. Utterances with the same first group are drawn
+for validation together, because the two speakers in an IEMOCAP session talk to each other.
 """
 
 DIALOGUES: Mapping[str, str] = {
@@ -72,7 +73,7 @@ DIALOGUES: Mapping[str, str] = {
     "m3ed": r"(?P<dialogue>[a-z]\w*)_(?P<order>\d+)",
     "meld": r"(?P<dialogue>dia\d+)_utt(?P<order>\d+)-\w+",
 }
-"""Patterns of the keys of corpora that consist of conversations, without the corpus's name."""
+"""Regular expressions for utterance keys, without the corpus name, by conversational corpus."""
 
 _PARTITION = re.compile(r"(?P<name>\w+?)_(?P<part>[a-z]+\d?)_fold_?(?P<fold>\d+)\.jsonl?")
 _FOLD = re.compile(r"fold_?\d+")
@@ -93,8 +94,8 @@ _RENAMED = {
 # Labels of utterances whose annotators disagreed or chose none of the classes.
 _NO_EMOTION = ("No-agreement", "Other", "UnKnown", "Unknown")
 
-_NUM_DRAWS = 256  # number of random draws, of which the best is used
-_MIN_GROUPS = 3  # With two speakers, validation would take half of the training utterances.
+_NUM_DRAWS = 256  # number of random draws; only the best draw is used
+_MIN_GROUPS = 3  # With only two speakers, validation would take half of the training utterances.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Item:
     label: str | None
     speaker: str | None
     group: str | None
-    """Utterances with equal values are drawn for validation together."""
+    """Utterances with the same group are drawn for validation together."""
     dialogue: str
     order: tuple[int, str]
 
@@ -125,14 +126,15 @@ def read_emobox(
     """Reads a fold of an EmoBox corpus, or one of EmoBox's cross-corpus test sets.
 
     Args:
-        source: Folder of the corpus, such as `EmoBox/data/urdu`; or a single metadata file, such as
-            a cross-corpus test set in `EmoBox/data/track2`, whose utterances become the test split.
-        audio_root: Folder of the recordings; by default `EmoBox/downloads`. Its layout and the
-            extensions of the files may differ from the metadata; see `find_recordings`.
+        source: Folder of the corpus, such as `EmoBox/data/urdu`, or a single metadata file, such as
+            a cross-corpus test set in `EmoBox/data/track2`. The utterances in a single file become
+            the test split.
+        audio_root: Folder of the recordings; by default `EmoBox/downloads`. The folder's layout and
+            the file extensions may differ from the metadata; see `find_recordings`.
         fold: Number of the fold; by default, the first fold.
         seed: Seed for drawing the validation utterances.
-        label_map: Map from EmoBox's class names to other names. An empty name makes the utterances
-            unlabeled.
+        label_map: Map from EmoBox's class names to new names. If the new name is empty, the
+            utterances of the class become unlabeled.
 
     Raises:
         InputError: A file is missing or invalid, the fold does not exist, or a label is not in the
@@ -241,7 +243,7 @@ def _find_folds(root: pathlib.Path) -> dict[int, dict[str, list[pathlib.Path]]]:
 def _choose_files(
     root: pathlib.Path, parts: Mapping[str, Sequence[pathlib.Path]]
 ) -> dict[str, pathlib.Path]:
-    """Returns one file for each split. Other files of a split must have the same utterances."""
+    """Returns one file per split. All files of a split must contain the same utterances."""
     files = {}
     for split, part in _PARTS.items():
         candidates = sorted(parts.get(part, ()), key=_preference)
@@ -261,12 +263,12 @@ def _choose_files(
 
 
 def _preference(path: pathlib.Path) -> tuple[bool, bool, str]:
-    """Returns a sort key that prefers the current spelling of `fold_1`, and jsonl files."""
+    """Returns a sort key that prefers the current file names (`fold_1`), then .jsonl files."""
     return re.search(r"fold_\d", path.name) is None, path.suffix != ".jsonl", str(path)
 
 
 def _read_entries(path: pathlib.Path) -> list[tuple[str, str, dict[str, Any]]]:
-    """Returns location, key and fields of each utterance in a metadata file."""
+    """Returns the location, key and fields of each utterance in a metadata file."""
     text, _ = read_any_text(path)
     needed = "needed: EmoBox's metadata, one object per utterance"
     entries: list[tuple[str, Any]]
@@ -388,7 +390,7 @@ class _MetadataReader:
         return self.class_map.get(name, name) or None
 
     def _dialogue(self, key: str) -> tuple[str, tuple[int, str]]:
-        """Returns the dialogue and a position that sorts the utterance within it.
+        """Returns the dialogue of an utterance, and a sort key for its position in the dialogue.
 
         An utterance without a dialogue gets its key as the dialogue.
         """
@@ -451,7 +453,7 @@ def _check_disjoint(
 
 
 def _draw_validation(items: Sequence[_Item], seed: int) -> tuple[list[_Item], list[_Item], str]:
-    """Returns the items for training and for validation, and a note about how they were drawn."""
+    """Returns the training items, the validation items, and a note about the draw."""
     rng = np.random.default_rng(seed)
     groups = sorted({item.group for item in items if item.group is not None})
     if len(groups) >= _MIN_GROUPS and all(item.group is not None for item in items):
@@ -524,7 +526,7 @@ def _dialogues(
         items: Utterances of the split.
         root: Folder to which the paths of missing recordings are relative.
         recordings: Maps paths in the metadata to files that exist.
-        times: Start and end of the utterances by path, in seconds; empty if unknown.
+        times: Map from each utterance's path to its start and end in seconds; empty if unknown.
         metadata: Metadata to store with every utterance.
     """
     turns: dict[str, list[_Item]] = {}
@@ -549,14 +551,14 @@ def _dialogues(
                     metadata={**({"speaker": item.speaker} if item.speaker else {}), **metadata},
                 )
             )
-        # MELD numbers the dialogues of each part from 0.
+        # MELD numbers the dialogues of each split from 0, so their names need the split.
         is_key = single and name == dialogue_items[0].key
         dialogues.append(Dialogue(name if is_key else f"{split}_{name}", tuple(utterances)))
     return dialogues
 
 
 def _iemocap_times(recordings: Mapping[str, pathlib.Path]) -> dict[str, tuple[float, float]]:
-    """Returns the times of the turns in recordings of IEMOCAP that have an annotation file."""
+    """Returns the start and end of each IEMOCAP turn whose dialogue has an annotation file."""
     turns: dict[pathlib.Path, dict[str, tuple[float, float]]] = {}
     times = {}
     for wav, recording in recordings.items():

@@ -1,14 +1,14 @@
-"""Reads a folder of recordings whose paths contain the emotion, as acted corpora do.
+"""Reads a folder of recordings whose paths contain the emotion, as in many acted corpora.
 
-A pattern describes the paths: `{speaker}_{emotion}_{sentence}.wav` reads `EB0_anger_12.wav`.
+A pattern describes the paths: `{speaker}_{emotion}_{sentence}.wav` matches `EB0_anger_12.wav`.
 
 - `{emotion}` is required. `{speaker}`, `{dialogue}`, `{utterance}`, `{order}`, `{text}` and
   `{split}` are the fields of a manifest. Other names become metadata.
-- `{emotion:1}` has one character. `{_}` and `*` match text that is ignored. `*` can also match
-  nothing.
+- `{emotion:1}` matches one character. `{_}` and `*` match text that is ignored. `*` also matches
+  empty text.
 - `{emotion}/{speaker}_*.wav` reads the emotion from the name of the recording's folder. A pattern
-  describes the end of the path, so further folders may precede it.
-- `.*` at the end, or no extension, allows all recordings.
+  describes only the end of a path, so the path may begin with other folders.
+- A pattern that ends in `.*` or has no extension matches recordings of all formats.
 """
 
 import collections
@@ -32,7 +32,8 @@ class Preset:
 
     Attributes:
         pattern: Pattern of the recordings' paths.
-        emotions: Class names by code; empty if the paths contain the names.
+        emotions: Map from codes in the paths to class names; empty if the paths contain the class
+            names.
     """
 
     pattern: str
@@ -168,7 +169,7 @@ class PathPattern:
         return shortest.groupdict()
 
     def _group(self, name: str) -> str:
-        """Returns the start of a field's group in the regular expression."""
+        """Returns the start of the regular expression's group that matches a field."""
         if name == "_":
             return "(?:"
         if not name.isidentifier():
@@ -213,7 +214,7 @@ def read_folder(
 
     Raises:
         InputError: The pattern is invalid or ambiguous, more than one in ten recordings do not
-            match it, or a field is invalid.
+            match the pattern, or a field is invalid.
     """
     preset = PRESETS.get(pattern) or Preset(pattern)
     if preset.pattern == pattern and "{" not in pattern:

@@ -1,4 +1,4 @@
-"""Reads IEMOCAP: dialogues of ten actors in pairs, with six or four emotions.
+"""Reads IEMOCAP: dialogues between two of ten actors, with six or four emotions.
 
 See doi 10.1007/s10579-008-9076-6.
 """
@@ -53,8 +53,8 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\t(\S+)\t(\S+)\t\[.*\]\s*"
 _LINE = re.compile(r"(Ses\S+)\s+\[[^\]]*\]\s*:(.*)")
 
 
-# An evaluator's categories, before an optional comment in parentheses. The actors' ratings of
-# themselves (C-F1, C-M1) are not read.
+# Line with an evaluator's categories and an optional comment in parentheses. Lines in which actors
+# rate themselves (C-F1, C-M1) are not read.
 _RATING = re.compile(r"C-E\d+:([^(]*)(\(.*)?")
 _CATEGORIES = {
     "neutral": "neu",
@@ -69,7 +69,7 @@ _CATEGORIES = {
     "disgust": "dis",
     "other": "oth",
 }
-"""Labels of the evaluators' categories."""
+"""Maps the evaluators' categories to labels."""
 
 
 class Turn(NamedTuple):

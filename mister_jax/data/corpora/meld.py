@@ -78,9 +78,9 @@ def read_meld(
 
     Args:
         source: Folder that contains the CSV files and the clip folders, at most one level deep.
-        clips: Whether to use the clips; without them, all speech is missing.
-        corrected_test_clips: Whether to use the corrected version of a test clip,
-            `final_videos_testdia*`, if it exists.
+        clips: Whether to use the clips. Without clips, all speech is missing.
+        corrected_test_clips: Whether to replace test clips with their corrected versions,
+            `final_videos_testdia*`, where these exist.
         partial: Whether to allow a corpus whose size differs from the release.
 
     Raises:
@@ -176,7 +176,7 @@ def _seconds(value: str, location: str) -> float:
 
 
 def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
-    """Returns the folder with the CSV files, and downloads them if the folder does not exist.
+    """Returns the folder with the CSV files. If there is no such folder, downloads the files.
 
     Raises:
         InputError: The files cannot be downloaded or written.
@@ -219,7 +219,7 @@ def _check_reachable(url: str) -> None:
         except Exception as error:
             errors[0] = error
 
-    # A DNS lookup has no timeout, so it runs in a thread.
+    # A DNS lookup has no timeout, so the request runs in a thread.
     thread = threading.Thread(target=request_head, daemon=True)
     thread.start()
     thread.join(_TIMEOUT_SECONDS)

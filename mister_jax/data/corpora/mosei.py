@@ -1,8 +1,8 @@
 """Reads CMU-MOSEI: video monologues on many topics, with sentiment scores (ACL 2018, P18-1208).
 
-The release contains whole recordings and transcripts of segments, and the SDK contains labels. The
-two classes are scores in [-3, 0) and [0, 3], as in `mosi`. The score and the intensities of six
-emotions are also stored.
+The release contains unsegmented recordings and transcripts of segments. The SDK contains the
+labels. As in `mosi`, the two classes are scores in [-3, 0) and scores in [0, 3]. The score and the
+intensities of six emotions are also stored.
 """
 
 import collections
@@ -29,7 +29,7 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
-"""Emotions after the sentiment in the labels, with intensities from 0 to 3."""
+"""Emotions whose intensities, from 0 to 3, follow the sentiment in a label."""
 
 AUDIO, TRANSCRIPTS = "Raw/Audio/Full/WAV_16000", "Raw/Transcript/Segmented/Combined"
 LABELS, FOLDS = "CMU_MOSEI_Labels.csd", "cmu_mosei_std_folds.py"
@@ -112,7 +112,7 @@ def read_mosei(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
 
 
 def _find_folds(root: pathlib.Path) -> pathlib.Path | None:
-    """Finds the SDK's file of splits, either by itself or inside a copy of the SDK."""
+    """Finds the SDK's file of splits, as a separate file or inside a copy of the SDK."""
     path = find(root, FOLDS) or find(root, f"{_SDK_FOLDER}/{FOLDS}")
     return path if path is not None and path.is_file() else None
 

@@ -1,8 +1,8 @@
 """Reads CMU-MOSI: video monologues about films, with sentiment scores (arXiv 1606.06259).
 
-The release contains recordings and transcripts of segments, and the SDK contains opinion labels.
-The two classes are scores in [-3, 0) and [0, 3], as in the paper. The score is also stored, and
-`metrics.binary_sentiment` computes other binary labels from it.
+The release contains recordings and transcripts of segments. The SDK contains the opinion labels.
+As in the paper, the two classes are scores in [-3, 0) and scores in [0, 3]. The score is also
+stored, and `metrics.binary_sentiment` computes other binary labels from the score.
 """
 
 import pathlib

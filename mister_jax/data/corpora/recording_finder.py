@@ -13,11 +13,11 @@ from mister_jax.errors import InputError
 def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the recordings below a folder in sorted order, and follows links to folders.
 
-    Hidden files and folders, and `__MACOSX`, which archive programs add, are skipped.
+    The search skips hidden files, hidden folders, and `__MACOSX`, which archive programs add.
     """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link to a parent folder would be an endless loop.
+        # A link to a parent folder would cause an endless loop.
         visited.add(os.path.realpath(parent))
         folders[:] = sorted(
             name
@@ -31,13 +31,12 @@ def list_recordings(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pathlib.Path]:
-    """Finds the recordings with given paths in a folder of any layout.
+    """Finds recordings by their paths in the metadata, in a folder of any layout.
 
-    Recordings are matched by the last components of their path. For example,
-    `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`: extensions may
-    differ. A recording is not used if its last components are also the end of another path. For
-    example, if the folder of a speaker is missing, `neutral/239.wav` of another speaker is not
-    used instead.
+    A path is matched by its last components, without the extension. For example,
+    `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`. A file is not
+    used if the matching components are also the end of another path. For example, if the folder of
+    a speaker is missing, `neutral/239.wav` of another speaker is not used instead.
 
     Args:
         folder: Folder of the recordings.

@@ -1,7 +1,7 @@
 """Reads a folder of recordings with transcripts, such as ELAN or Praat annotations.
 
-Each recording is a dialogue, and each utterance of its transcript is a row of a manifest. Labels
-come from a tier, a column, or the end of the text, as in "Hello! [happy]".
+Each recording becomes a dialogue, and each utterance in its transcript becomes a manifest row.
+Labels come from a tier, a column, or the end of the text, as in "Hello! [happy]".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mister_jax.data.transcripts.utterances import UtteranceRules, make_utteranc
 from mister_jax.errors import InputError
 
 _LABEL_SUFFIX = re.compile(r"\s*[\[({<](?P<label>[^\[\](){}<>]+)[\])}>]\s*$")
-_MAX_LISTED = 5  # files that a note names
+_MAX_LISTED = 5  # maximum number of files that a note lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,13 @@ class TranscriptOptions:
     """Options for reading the transcripts of a folder.
 
     Attributes:
-      tier: Name of the tier of utterances, or several comma-separated names; see `read_transcript`.
+      tier: Name of the tier that contains the utterances, or several comma-separated names; see
+        `read_transcript`.
       label_tier: Name of the tier that contains the emotions.
       label_column: Name of the table column that contains the emotions.
       label_suffix: Whether the emotion is at the end of the text in brackets.
-      channel: Channel of the recordings to read, or "split" for the channels of the transcript.
+      channel: Channel of the recordings to read, or "split" to read each utterance from the channel
+        that the transcript states.
       rules: Rules for joining and splitting segments into utterances.
     """
 
@@ -52,11 +54,11 @@ def read_transcripts(
 ) -> Corpus:
     """Reads the recordings and transcripts of a folder and its subfolders.
 
-    A recording without a transcript, and a transcript without a recording, are left out and listed
-    in the notes.
+    Recordings without a transcript and transcripts without a recording are left out and listed in
+    the notes.
 
     Args:
-      source: Folder of the recordings. Transcripts are beside them; see `find_transcript`.
+      source: Folder of the recordings, with transcripts next to them; see `find_transcript`.
       options: Options for reading the transcripts.
       **manifest_options: Options of `corpus_from_rows`, such as `labels`.
 
@@ -124,9 +126,9 @@ def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
 def _dialogue_names(
     folder: pathlib.Path, recordings: Iterable[pathlib.Path]
 ) -> dict[pathlib.Path, str]:
-    """Returns an id for each recording: the path without extension, if it is unique."""
+    """Returns an id for each recording: the path without its extension, if that is unique."""
     paths = {recording: recording.relative_to(folder) for recording in recordings}
-    # Ids have no white space around them, but file names may.
+    # File names may have surrounding white space, which ids must not have.
     stems = {recording: str(path.with_suffix("")).strip() for recording, path in paths.items()}
     counts = collections.Counter(stems.values())
     names: dict[str, pathlib.Path] = {}

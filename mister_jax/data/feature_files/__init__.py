@@ -3,7 +3,7 @@
 - `npz` reads NumPy archives with named arrays.
 - `reader` reads pickles and JSON files of other projects. `dialogue_fields`, `padded_arrays`,
   `mmsa` and `records` recognize the layouts of these files, and `unpickling` reads pickles without
-  running them.
+  executing their code.
 - `table` checks the arrays that these modules have read.
 - `export` writes npz, CSV and Parquet files.
 """

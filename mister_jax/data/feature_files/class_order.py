@@ -1,7 +1,7 @@
 """Names the classes of published feature files, which contain class numbers but no names.
 
-The order of the classes differs between projects, in particular for MELD. The numbers of utterances
-per class in the test split of a corpus are all different, so they identify the classes.
+The order of the classes differs between projects, in particular for MELD. In the test split of each
+corpus, no two classes have the same number of utterances, so these numbers identify the classes.
 """
 
 import re
@@ -44,7 +44,7 @@ TEST_COUNTS: Mapping[str, Sequence[Mapping[str, int]]] = {
         },
     ),
 }
-"""Utterances of each class in the test split, by corpus."""
+"""Number of test utterances per class, for each version of each corpus."""
 
 _IEMOCAP_DIALOGUE = re.compile(r"Ses0[1-5][FM]_(impro|script)\w+")
 
@@ -52,9 +52,9 @@ _IEMOCAP_DIALOGUE = re.compile(r"Ses0[1-5][FM]_(impro|script)\w+")
 def published_classes(
     test_counts: Mapping[int, int], dialogues: Sequence[str], num_classes: int
 ) -> tuple[tuple[str, ...], str]:
-    """Returns the class names by index, and a note on how they were recognized.
+    """Returns the class names by index, and a note on how the classes were recognized.
 
-    If they are not recognized, the result is `((), "")`.
+    If the classes are not recognized, the result is `((), "")`.
 
     Args:
         test_counts: Number of test utterances of each class.

@@ -1,8 +1,9 @@
 """Reads feature files whose fields are dicts of dialogues, in a tuple, a list or a dict.
 
-DialogueRNN (arXiv 1811.00405) introduced the layout, and most later work on emotion recognition in
-conversations uses it with other fields or another order. The layout is recognized by the kinds of
-the fields, because the file names are similar for all layouts.
+DialogueRNN (arXiv 1811.00405) introduced this kind of file. Most later work on emotion recognition
+in conversations also uses such files, but with other fields or another order of the fields. This
+module recognizes each layout by the kinds of its fields, because all layouts have similar file
+names.
 """
 
 import copy
@@ -34,7 +35,7 @@ from mister_jax.data.schema import MODALITIES, SPEAKER_IN_DIALOGUE, SPLITS, UNLA
 
 _ALL = (FEATURES, ONE_HOT, INTEGERS, NUMBERS, TEXT, OTHER)
 
-# Maps a role, or another entry of a layout, to the kinds of fields that it allows.
+# Maps each role, and each other entry of a layout, to the allowed kinds of fields.
 _KINDS = {
     **dict.fromkeys(("text", "speech", "visual", "other_text"), (FEATURES,)),
     **dict.fromkeys(SPLITS, (IDS,)),
@@ -86,9 +87,10 @@ _LAYOUTS = {
     ),
     "MMGCN (DailyDialog)": f"speaker text other_label label {_SPLIT_LISTS} validation",
 }
-"""Entry of each field by name of the layout: a role, or a key of `_NOTES`."""
+"""Maps the name of a layout to one entry per field: a role, a key of `_NOTES`, or "any"."""
 
-# Names of fields in dicts, in lower case, without underscores and a leading "video".
+# Regular expressions for the names of fields in dicts. `has_name` lowercases a name and removes
+# underscores, spaces and a leading "video" before matching.
 _NAMES = {
     "text": r"(text|textual|language|roberta|bert|cls)(features?)?[01]?",
     "speech": r"(audio|acoustic|speech|a)(features?)?",
@@ -108,7 +110,7 @@ _NUM_SAMPLED = 50
 
 @dataclasses.dataclass
 class _DialogueField:
-    """Field of dialogues or of dialogue ids: `values` maps ids to values, or is empty."""
+    """A field that has either a value per dialogue id (`values`) or a list of dialogue ids."""
 
     kind: str
     dim: int = 0
@@ -129,7 +131,7 @@ def open_dialogue_fields(
         path: Path of the file.
         content: Fields in a tuple, a list or a dict.
         layout: Name of the layout of a dict.
-        class_names: Class names in the order of the labels, if they are known.
+        class_names: Class names in the order of the labels, if known.
 
     Returns:
         The source, or None if the file has another layout.
@@ -178,7 +180,7 @@ def _parse(value: Any, dialogues: set[str]) -> _DialogueField:
 
 
 def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
-    """Returns the kind of values in a field's dialogues, and the feature dimension."""
+    """Returns the kind that all values of a field share, and the feature dimension."""
     kinds = (kind for value in values if (kind := kind_of(value)) is not None)
     sampled = list(itertools.islice(kinds, _NUM_SAMPLED))
     names = {kind for kind, _ in sampled}
@@ -193,7 +195,7 @@ def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
 
 
 def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, list[str]]]:
-    """Returns the layout whose entries allow the kinds of all fields, and the keys by entry."""
+    """Returns the layout whose entries match the kinds of all fields, and the keys by entry."""
     for layout, order in _LAYOUTS.items():
         entries = order.split()
         if len(entries) == len(fields) and all(
@@ -209,7 +211,7 @@ def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, l
 
 
 def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
-    """Returns the keys of the fields whose names and kinds fit an entry."""
+    """Returns, for each entry, the keys of the fields whose names and kinds fit the entry."""
     keys: dict[str, list[str]] = {}
     for key, field in fields.items():
         for entry in _NAMES:
@@ -220,7 +222,7 @@ def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
 
 
 def has_name(key: str, entry: str) -> bool:
-    """Returns whether a field's name is one of the `_NAMES` of a role or another entry."""
+    """Returns whether a field's name matches the regular expression of an entry in `_NAMES`."""
     name = key.casefold().replace("_", "").replace(" ", "")
     names = (name, name.removeprefix("video"))
     return any(re.fullmatch(_NAMES[entry], candidate) for candidate in names)
@@ -302,8 +304,7 @@ class DialogueFields(FeatureSource):
         metadata = {}
         if "speaker" in roles:
             speakers = self._texts(roles["speaker"][0], lengths)
-            # Speakers given as letters, numbers or one-hot rows are different people in each
-            # dialogue.
+            # A letter, a number or a one-hot row stands for a different speaker in each dialogue.
             is_local = all(len(name) == 1 or name.isdecimal() for name in speakers if name)
             metadata[SPEAKER_IN_DIALOGUE if is_local else "speaker"] = speakers
         if "sentence" in roles:
@@ -400,7 +401,7 @@ class DialogueFields(FeatureSource):
         return split_of
 
     def _rows(self, key: str, lengths: Mapping[str, int]) -> list[Any]:
-        """Returns a field's value for each utterance, None for a missing dialogue.
+        """Returns a field's value for each utterance, or None for utterances of missing dialogues.
 
         Raises:
             InputError: A dialogue has more or fewer values than labels.
@@ -422,7 +423,7 @@ class DialogueFields(FeatureSource):
     def _modality(
         self, name: str, keys: Sequence[str], lengths: Mapping[str, int], notes: list[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the mean of one or more fields of features [N, D], and presence flags [N]."""
+        """Returns the mean [N, D] of one or more feature fields, and presence flags [N]."""
         owners = [(name, index) for name, count in lengths.items() for index in range(count)]
         parts = []
         for key in keys:
@@ -461,7 +462,7 @@ class DialogueFields(FeatureSource):
         return texts
 
     def _utterance_ids(self, keys: Sequence[str], lengths: Mapping[str, int]) -> list[str]:
-        """Returns the file's unique ids, or ids made of the dialogue's id and a number."""
+        """Returns the file's ids if all are unique; otherwise, prefixes ids with the dialogue."""
         dialogues = [dialogue for dialogue, count in lengths.items() for _ in range(count)]
         positions = [str(index) for count in lengths.values() for index in range(count)]
         if keys and all(

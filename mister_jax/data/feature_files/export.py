@@ -49,16 +49,16 @@ def write_feature_file(
     """Writes the splits of a feature dataset to one file, atomically.
 
     An npz file has the arrays that `read_npz` reads. CSV and Parquet files have the columns
-    utterance, dialogue, position, split, label (a class name), and one column for each feature,
-    `text_0`, `speech_0` and so on, without a value where the utterance lacks the modality. All file
-    types have a column for each entry of the utterances' metadata, and columns `ratings_CLASS` if
-    there are ratings. A modality that no utterance has is left out. If an id occurs in several
-    splits, it gets the prefix `SPLIT/`.
+    utterance, dialogue, position, split, label (a class name), and one column per feature:
+    `text_0`, `speech_0` and so on. A feature column is empty for utterances that lack the modality.
+    If there are ratings, CSV and Parquet files have columns `ratings_CLASS`. All file types have
+    a column for each entry of the utterances' metadata. A modality that no utterance has is left
+    out. If any id occurs in several splits, all ids get the prefix `SPLIT/`.
 
     Args:
         path: File to write, with an extension from `FILE_TYPES`.
         splits: Splits of a dataset by name.
-        extra: Further columns: values by split and utterance id.
+        extra: Additional columns by name. A column maps pairs (split, utterance id) to values.
 
     Raises:
         InputError: The file cannot be written.
@@ -90,7 +90,7 @@ def _columns(
     splits: Mapping[str, DialogueFeatures],
     extra: Mapping[str, Mapping[tuple[str, str], Any]],
 ) -> tuple[Columns, Columns, Sequence[str]]:
-    """Returns the columns without features, the features [N, D] by modality, and the classes."""
+    """Returns columns other than features, the features [N, D] by modality, and the classes."""
     parts = list(splits.values())
     names = np.repeat([part.split for part in parts], [len(part.label) for part in parts])
     dialogue = [np.repeat(part.dialogue_ids, part.lengths) for part in parts]
@@ -167,7 +167,7 @@ def _write_csv(
         writer.writerow([*columns, *_feature_names(features)])
         for start in range(0, len(columns["label"]), _ROWS_PER_CHUNK):
             rows = slice(start, start + _ROWS_PER_CHUNK)
-            # NumPy writes the fewest digits that give the same float again.
+            # NumPy writes the fewest digits that read back as the same float.
             cells = [_without_nan(values[rows])[:, None] for values in columns.values()]
             for name, values in features.items():
                 present = columns[f"{name}_present"][rows, None]

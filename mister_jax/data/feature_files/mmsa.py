@@ -1,8 +1,9 @@
 """Reads feature files of MMSA: sequences of features for each segment of a video.
 
-MMSA (ACL 2022, arXiv 2203.12441) publishes `aligned_50.pkl` and `unaligned_50.pkl` of CMU-MOSI,
-CMU-MOSEI and CH-SIMS: a dict for each split with ids `VIDEO$_$NUMBER`, features [N, T, F] padded
-with zeros, and labels. A segment's vector is the mean over its steps without padding.
+MMSA (ACL 2022, arXiv 2203.12441) publishes `aligned_50.pkl` and `unaligned_50.pkl` for CMU-MOSI,
+CMU-MOSEI and CH-SIMS. A file contains one dict per split. The dict has ids `VIDEO$_$NUMBER`,
+features [N, T, F] that are padded with zeros, and labels. The vector of a segment is the mean over
+the steps that are not padding.
 """
 
 import pathlib
@@ -31,11 +32,11 @@ _SCORES, _CLASSES = "regression_labels", "classification_labels"
 _SENTENCES = ("raw_text",)
 
 BINARY = ("negative", "non_negative")
-"""Classes of scores below 0 and from 0, as in this package's CMU-MOSI."""
+"""Class of scores below 0, and class of all other scores, as in `corpora.mosi`."""
 
 
 def open_mmsa(path: pathlib.Path, content: Any) -> "MmsaFeatures | None":
-    """Recognizes a dict of splits with features of segments; returns None otherwise.
+    """Opens a file in MMSA's layout, a dict of splits; returns None for other layouts.
 
     Raises:
         InputError: A split lacks ids, or the number of a field's segments differs from the number
@@ -126,7 +127,7 @@ class MmsaFeatures(FeatureSource):
     def _dialogues(
         self, ids: Sequence[str], split: Sequence[str], notes: list[str]
     ) -> tuple[list[str], list[int]]:
-        """Returns the video and number of each segment."""
+        """Returns the video of each segment, and the segment's number in the video."""
         pairs = [id_.rpartition(_SEPARATOR) for id_ in ids]
         for id_, (video, _, number) in zip(ids, pairs, strict=True):
             if not video or not number.isdecimal():
@@ -178,7 +179,7 @@ class MmsaFeatures(FeatureSource):
         return np.array([UNLABELED if label is None else label for label in labels])
 
     def _pool(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the means of a field over the steps that are not padding, and presence flags."""
+        """Returns each segment's mean over the steps that are not padding, and presence flags."""
         vectors, present = [], []
         for split, part in self._splits.items():
             lengths = part.get(f"{key}_lengths")
@@ -194,7 +195,7 @@ class MmsaFeatures(FeatureSource):
                     steps = steps[tokens[index, 1] > 0]  # The second row is the attention mask.
                 if lengths is not None:
                     steps = steps[: max(int(np.ravel(lengths[index])[0]), 0)]
-                # COVAREP has infinite values in single steps.
+                # COVAREP features have infinite values in some steps.
                 valid = np.isfinite(steps).all(axis=1) & steps.any(axis=1)
                 present.append(bool(valid.any()))
                 mean = steps[valid].mean(axis=0, dtype=np.float64) if valid.any() else None

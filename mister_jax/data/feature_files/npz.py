@@ -17,23 +17,23 @@ def read_npz(
 
     The archive contains one row per utterance, in any order, in these arrays:
 
-    - `speech` [N, Ds], `text` [N, Dt]: Floats; at least one of them. float16 is kept, other dtypes
-      become float32.
+    - `speech` [N, Ds], `text` [N, Dt]: Floats. At least one of the two arrays is required. float16
+      is kept, and other dtypes become float32.
     - `label` [N]: Integers, -1 for an unlabeled utterance, otherwise an index into `class_names`.
     - `class_names` [C]: Text.
-    - `utterance` [N], `dialogue` [N]: Ids, text or integers; utterance ids are unique.
+    - `utterance` [N], `dialogue` [N]: Ids, which are text or integers. Utterance ids are unique.
     - `position` [N]: Numbers that order the utterances of a dialogue.
     - `split` [N], optional: `train`, `validation` or `test`, equal for all utterances in a
       dialogue. By default, dialogues are split at random.
-    - `speaker` [N], optional: Text or integers, kept as metadata. No model reads them.
-    - `score` [N], optional: Floats from -3 to 3, or NaN if there is no score.
+    - `speaker` [N], optional: Text or integers, kept as metadata. No model reads the speakers.
+    - `score` [N], optional: Floats from -3 to 3, or NaN for an utterance without a score.
     - `ratings` [N, C], optional: Number of raters who chose each class; zeros if unknown.
     - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; the
       features of that modality are then replaced by zeros. All true by default.
 
     Other arrays are ignored. A random split puts all dialogues with the same value in the array
-    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains it. The
-    array `group_by` is also kept as metadata.
+    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains this
+    array. The array `group_by` is also kept as metadata.
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
@@ -54,7 +54,7 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        # NumPy would not close a damaged archive that it opens itself.
+        # If NumPy opened the file itself, it would not close a damaged archive.
         file = path.open("rb")
     except PermissionError as error:
         raise InputError(f"{path}: no permission to read it") from error

@@ -1,9 +1,9 @@
-"""Reads feature files whose dialogues are padded to one length, in arrays for each split.
+"""Reads feature files whose dialogues are padded to one length, with separate arrays per split.
 
-The contextual LSTM of Poria et al. (ACL 2017) introduced two layouts. The first is a tuple of
-features [D, T, F], labels [D, T] or one-hot [D, T, C], and lengths [D], each for training and test,
-and for validation in some files. The second, a dict of activations, has the same arrays by name,
-with masks [D, T] instead of lengths.
+The contextual LSTM of Poria et al. (ACL 2017) introduced two layouts. The first layout is a tuple.
+For each split, the tuple contains features [D, T, F], labels ([D, T] or one-hot [D, T, C]), and
+lengths [D]. The splits are training and test, and in some files also validation. The second layout
+is a dict of activations with the same arrays by name, but with masks [D, T] instead of lengths.
 """
 
 import pathlib

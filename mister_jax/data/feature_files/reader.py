@@ -47,20 +47,20 @@ def read_features(
 ) -> dict[str, DialogueFeatures]:
     """Reads and checks the utterance features of an npz file, a pickle or JSON files.
 
-    Pickles are read without running them. Their layout is recognized from their structure; see
-    `mister_jax.data.feature_files` for the layouts.
+    Pickles are read without executing their code. A pickle's layout is recognized from its
+    structure; see `mister_jax.data.feature_files` for the layouts.
 
     Args:
-        path: Path of an npz file (see `read_npz`), a pickle, a JSON file, or a folder with a JSON
-            file for each split; or paths of several pickles with the same dialogues. The features
-            of later pickles replace the features of earlier ones, and the field keys of later
-            pickles have a prefix, as in "2:3".
-        group_by: Array of an npz file, or "speaker". A random split puts all dialogues with the
-            same value into one split.
-        seed: Seed of a random split. If the file has splits but no validation split, also the seed
-            for drawing validation dialogues.
-        fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. They
-            replace the default keys of the layout.
+        path: Path of an npz file (see `read_npz`), a pickle, a JSON file, or a folder with one JSON
+            file per split. Alternatively, paths of several pickles that contain the same dialogues:
+            the features of later pickles replace the features of earlier pickles, and the field
+            keys of later pickles have a prefix, as in "2:3".
+        group_by: Name of an array in an npz file, or "speaker". A random split puts all dialogues
+            with the same value into one split.
+        seed: Seed of a random split. If the file has splits but no validation split, the same seed
+            is used to draw validation dialogues.
+        fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. These
+            keys replace the layout's default keys.
         labels: Class names in the order of their indices, if the file contains only indices.
 
     Returns:
@@ -131,12 +131,12 @@ def _open_sources(paths: Sequence[pathlib.Path]) -> FeatureSource:
 
 
 def is_npz(path: pathlib.Path) -> bool:
-    """Returns whether a path names an npz file, which may not exist."""
+    """Returns whether a path ends in `.npz`. The file need not exist."""
     return path.suffix.casefold() == ".npz"
 
 
 def is_feature_file(name: str) -> bool:
-    """Returns whether a name is a feature file instead of the name of a dataset."""
+    """Returns whether a name refers to a feature file, and not to a dataset."""
     path = pathlib.Path(name)
     # Dataset names do not contain a dot.
     return "." in path.name or path.is_file() or (path.is_dir() and bool(split_files(path)))
@@ -179,10 +179,10 @@ class FeatureFileSummary:
 
     Attributes:
         layout: Name of the layout.
-        fields: Table rows with the key, kind, count, dimension, example and use of each field.
-        splits: Number of utterances by split and class, or empty if a choice is missing.
+        fields: One table row per field: key, kind, count, dimension, example and use.
+        splits: Summary of each split by name; empty if the import fails.
         notes: Notes of the import.
-        problem: Error message of an import with the same choices, or empty.
+        problem: Error message of an import with the same choices; empty if the import succeeds.
     """
 
     layout: str
@@ -291,7 +291,7 @@ def _class_names(
 
 
 def _with_validation(columns: Columns, seed: int, notes: list[str]) -> list[str]:
-    """Returns each utterance's split, with validation dialogues drawn from training if needed."""
+    """Returns each utterance's split. Without a validation split, draws one from training."""
     assert columns.split is not None
     labels: dict[str, list[int | str | None]] = collections.defaultdict(list)
     rows = zip(columns.dialogue, columns.split, columns.label.tolist(), strict=True)

@@ -1,8 +1,8 @@
 """Reads feature files that list dialogues as records.
 
-DAG-ERC (ACL 2021) has a JSON file for each split: a list of dialogues, each a list of utterances
-such as `{"text": ..., "speaker": ..., "label": ..., "cls": [...]}`. Other projects pickle a dict of
-splits with such lists, or with a dict of lists for each dialogue.
+DAG-ERC (ACL 2021) has one JSON file per split, which contains a list of dialogues. A dialogue is a
+list of utterances such as `{"text": ..., "speaker": ..., "label": ..., "cls": [...]}`. Other
+projects pickle a dict of splits, in which a dialogue is either such a list or a dict of lists.
 """
 
 import json
@@ -57,7 +57,7 @@ def open_split_folder(folder: pathlib.Path) -> DialogueFields:
     If the folder contains `label_vocab.pkl`, that file determines the order of the classes.
 
     Raises:
-        InputError: The folder contains no such files, or they cannot be used.
+        InputError: The folder contains no such files, or the files cannot be used.
     """
     files = split_files(folder)
     if "train" not in files:
@@ -83,10 +83,10 @@ def open_split_folder(folder: pathlib.Path) -> DialogueFields:
 def open_records(
     path: pathlib.Path, content: Any, *, class_names: list[str] | None = None
 ) -> DialogueFields | None:
-    """Recognizes a list of dialogues, or a dict with such a list for each split; else None.
+    """Opens a list of dialogues, or a dict with such a list for each split; else returns None.
 
     Raises:
-        InputError: An utterance is not a record.
+        InputError: A dialogue id occurs twice.
     """
     splits: Mapping[str, Any]
     if isinstance(content, list):

@@ -12,12 +12,12 @@ from mister_jax.data.schema import MODALITIES, SPLITS
 from mister_jax.errors import InputError
 
 ROLES = ("text", "speech", "label", "score", "speaker", "sentence", "utterance", *SPLITS)
-"""Uses of a field, which `--fields` assigns."""
+"""Possible roles of a field. The flag `--fields` assigns roles."""
 
 _MAX_LISTED = 20  # maximum number of fields that an error lists
 
 Roles = Mapping[str, tuple[str, ...]]
-"""Keys of the fields with each role. Several fields of features are averaged."""
+"""Maps each role to the keys of its fields. Several feature fields of a role are averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Field:
     Attributes:
         key: Index in a tuple, or key in a dict.
         kind: Kind of the values, such as "features".
-        count: Number of values with the unit, as text.
-        dims: Feature dimension as text; empty if the field does not hold feature vectors.
+        count: Number of values and their unit as text, such as "16 dialogues".
+        dims: Feature dimension as text; empty if the field does not contain feature vectors.
         example: First value.
         note: Use of a field that has no role, such as "visual features".
     """
@@ -43,17 +43,17 @@ class Field:
 
 @dataclasses.dataclass
 class Columns:
-    """Utterances of a feature file, one row each.
+    """Utterances of a feature file, with one row per utterance.
 
     Attributes:
         dialogue: Ids of the dialogues, [N].
         utterance: Ids of the utterances, [N].
         position: Positions in the dialogue, [N].
-        label: Class indices [N] int with -1 for unlabeled, or names [N] str, empty for unlabeled.
+        label: Class indices [N] int, -1 if unlabeled; or class names [N] str, empty if unlabeled.
         split: Names of the splits [N], or None if the file has none.
         features: For each modality in the file, features [N, D] and presence flags [N].
         score: Sentiment scores, [N], or None.
-        metadata: Further values by name, [N] each.
+        metadata: Additional columns by name, [N] each.
         notes: Notes for the user.
     """
 
@@ -77,8 +77,9 @@ class FeatureSource(abc.ABC):
         fields: Fields in the order of the file.
         defaults: Roles that follow from the layout.
         roles: Roles that fields of this layout can have.
-        averages: Whether the user can select several feature fields, whose mean is used.
-        class_names: Class names in the order of the labels, if the file contains them.
+        averages: Whether the user can select several feature fields for a modality. If so, the
+            features are the mean of these fields.
+        class_names: Class names in the order of the labels; empty if the file has no class names.
     """
 
     roles: ClassVar[Sequence[str]] = ROLES
@@ -102,8 +103,8 @@ class FeatureSource(abc.ABC):
         """Returns the default roles of the layout, changed by the user's choices.
 
         Args:
-            choices: Key of a field, or several joined by `+`, for each role to change. An empty
-                value removes the role.
+            choices: Map from each role to change to the key of a field, or to several keys joined
+                by `+`. An empty value removes the role.
 
         Raises:
             InputError: A role or key does not exist.

@@ -1,4 +1,4 @@
-"""Checks the utterance features of a file, and groups them into dialogues and splits."""
+"""Checks the utterance features of a file, and groups utterances into dialogues and splits."""
 
 import collections
 import hashlib
@@ -21,7 +21,7 @@ NEEDED = (
     f"needed: {', '.join(REQUIRED)}, and {' or '.join(MODALITIES)}; optional: {', '.join(OPTIONAL)}"
 )
 
-# No plausible feature is larger. Squares of values above about 1.8e19 overflow in float32.
+# Plausible features are smaller. Squares of values above about 1.8e19 overflow in float32.
 _MAX_FEATURE = 1e15
 
 # Allowed values of NumPy's `dtype.kind` for each array, and their description.
@@ -38,7 +38,7 @@ _KINDS = {
 
 
 class FeatureTable:
-    """Arrays with one row per utterance, as `read_npz` describes them.
+    """Arrays with one row per utterance. `read_npz` describes the arrays.
 
     All error messages name the file, the array and the row.
 
@@ -147,7 +147,7 @@ class FeatureTable:
         return ratings
 
     def metadata(self, *names: str) -> np.ndarray | None:
-        """Returns arrays of ids or text as JSON objects, [N] str, or None if there are none."""
+        """Returns the named arrays as JSON objects, [N] str, or None if no array exists."""
         arrays = {
             name: self.array(name, _ID).tolist()
             for name in dict.fromkeys(names)
@@ -171,7 +171,7 @@ class FeatureTable:
             )
 
     def array(self, name: str, kind: tuple[str, str] | None = None) -> np.ndarray:
-        """Checks and returns an array, with ids and text as `str`. `kind` replaces `_KINDS`."""
+        """Checks and returns an array. Ids and text become `str`. `kind` overrides `_KINDS`."""
         array = self.arrays[name]
         letters, meaning = kind or _KINDS[name]
         ndim = 2 if name in _TWO_DIMENSIONAL and kind is None else 1
@@ -238,8 +238,8 @@ class FeatureTable:
         label = self.array("label")
         counts.update(names[index] for index in label[(label >= 0) & (label < len(names))])
         for name, problem, fix in suspicious_labels(counts):
-            # For names that look like a missing label, such as "none", `fix` is empty. They are
-            # allowed because `class_names` lists the classes explicitly.
+            # For names that look like a missing label, such as "none", `fix` is empty. Such names
+            # are allowed because `class_names` lists the classes explicitly.
             if fix:
                 self.fail("class_names", f"{name!r} {problem}; allowed: one class {fix!r} for both")
         return tuple(names)
@@ -249,7 +249,7 @@ class FeatureTable:
     ) -> tuple[np.ndarray, list[str]]:
         """Returns each utterance's split [N] and notes for the user.
 
-        `ids` [M] are the dialogues' ids, and `dialogue` [N] has each utterance's index into them.
+        `ids` [M] contains the dialogues' ids, and `dialogue` [N] each utterance's index in `ids`.
         """
         group_name = group_by or "speaker"
         groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}
@@ -294,7 +294,7 @@ class FeatureTable:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of a file, or of all files of a folder."""
+    """Returns the SHA-256 of a file, or of all files in a folder."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

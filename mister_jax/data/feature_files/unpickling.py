@@ -1,8 +1,9 @@
 """Reads pickles of plain containers and NumPy arrays, and refuses everything else.
 
 A pickle is a program: it names functions, and the unpickler calls them. This unpickler replaces the
-few functions that pickles of plain values need with functions of this module, which check their
-arguments and build arrays from raw bytes. It refuses all other names before they are imported.
+few functions that pickles of plain values need with functions in this module. These functions check
+their arguments and build arrays from raw bytes. All other names are refused, and their modules are
+never imported.
 """
 
 import math
@@ -51,11 +52,11 @@ _OTHER_FORMATS = {
 
 
 class _RefusedError(Exception):
-    """Raised if a pickle needs something that is not allowed."""
+    """Raised if a pickle contains something that is not allowed."""
 
 
 def load_pickle(path: pathlib.Path) -> Any:
-    """Reads a pickle of plain containers, numbers, text and NumPy arrays, without running it.
+    """Reads a pickle of plain containers, numbers, text and arrays, without executing its code.
 
     Pickles of Python 2 can also be read: their byte strings become text, decoded as Latin-1.
 
@@ -185,7 +186,7 @@ def _function(module: str, name: str) -> Callable[..., Any] | None:
 
 
 def _encode(text: str | bytes = b"", encoding: str = "latin1") -> bytes:
-    """Returns bytes that Python wrote as text.
+    """Returns the bytes that a pickle stores as text.
 
     Rejects encodings other than Latin-1, because looking up a codec can import a module.
     """
@@ -219,7 +220,7 @@ def _as_dtype(dtype: Any) -> np.dtype:
 
 
 def _from_bytes(content: Any, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
-    """Returns an array with a copy of raw bytes, which Python 2 wrote as text."""
+    """Makes an array from raw bytes, which pickles of Python 2 store as text."""
     if isinstance(content, str):
         content = content.encode("latin1")
     if dtype.hasobject or len(memoryview(content).cast("B")) != math.prod(shape) * dtype.itemsize:
@@ -237,7 +238,7 @@ def _from_bytes(content: Any, dtype: np.dtype, shape: Any, order: Any) -> np.nda
 
 
 def _plain(value: Any, converted: dict[int, Any], depth: int) -> Any:
-    """Replaces the arrays under construction in nested containers.
+    """Replaces arrays under construction in nested containers with NumPy arrays.
 
     Args:
         value: Unpickled value.
@@ -273,5 +274,5 @@ def _plain(value: Any, converted: dict[int, Any], depth: int) -> Any:
     return result
 
 
-# Lists of these types, often with millions of numbers, contain nothing to convert.
+# Lists that contain only these types, often millions of numbers, need no conversion.
 _ATOMS = frozenset({bool, bytes, float, int, str, type(None), np.ndarray})

@@ -21,7 +21,7 @@ _WINDOWS = {
 
 
 def identifier(value: Any) -> str | None:
-    """Returns an id as text, or None if the value is not an id. 7, 7.0, b"7" and "7" are equal."""
+    """Returns an id as text, or None for other values. 7, 7.0, b"7" and "7" are the same id."""
     if isinstance(value, bytes):
         return value.decode("latin1")
     if isinstance(value, str):
@@ -38,7 +38,7 @@ def identifier(value: Any) -> str | None:
 def clean_text(value: Any) -> str:
     """Returns a sentence as text, with characters from wrong encodings repaired.
 
-    Pickles of Python 2 hold UTF-8 or cp1252 bytes, which the unpickler decodes as Latin-1.
+    Pickles of Python 2 contain UTF-8 or cp1252 bytes, which the unpickler decodes as Latin-1.
     """
     text = value.decode("latin1") if isinstance(value, bytes) else str(value)
     if not text.isascii():
@@ -50,7 +50,7 @@ def clean_text(value: Any) -> str:
 
 
 def kind_of(values: Any) -> tuple[str, int] | None:
-    """Returns the kind of one dialogue's values and the dimension of features.
+    """Returns the kind of one dialogue's values, and the vector dimension (0 without vectors).
 
     Returns None if the dialogue has no values.
     """
@@ -97,7 +97,7 @@ def is_number(value: Any) -> bool:
 
 
 def vector(value: Any) -> np.ndarray | None:
-    """Returns a feature vector [D] as float, or integers as stored; None if not a vector."""
+    """Returns a value as a vector of numbers [D], or None if the value is not a vector."""
     if isinstance(value, np.ndarray):
         value = value.reshape(-1) if value.ndim == 2 and 1 in value.shape else value
         is_vector = value.ndim == 1 and (value.dtype.kind in "biuf" or not value.size)
@@ -110,17 +110,17 @@ def vector(value: Any) -> np.ndarray | None:
 def stack_features(
     vectors: Iterable[Any], name: Any, dim: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Stacks feature vectors to [N, D] and returns them with presence flags [N].
+    """Stacks feature vectors into an array [N, D]. Returns the array and presence flags [N].
 
     Missing, empty and nonfinite vectors count as absent and are replaced by zeros.
 
     Args:
         vectors: Vectors [D], or None.
         name: Function from a row index to a description of the vector for error messages.
-        dim: Dimension D if no vector is present.
+        dim: Dimension D; if 0, the dimension of the first nonempty vector.
 
     Raises:
-        ValueError: A value is not a vector, or has another dimension than the vectors before it.
+        ValueError: A value is not a vector, or its dimension differs from D.
     """
     rows: list[np.ndarray | None] = []
     for index, value in enumerate(vectors):

@@ -2,9 +2,9 @@
 
 An utterance's emotion determines the distributions of its speaking style (Gaussian pitch, loudness,
 tempo and brightness) and of its words. `voice` turns the style into meaningless syllables, and
-sentence templates turn the words into text. All other properties, such as vowels, template and
-duration, are independent of the emotion, so the posterior of the emotions can be computed; see
-`mister_jax.data.dialogue_process`.
+sentence templates turn the words into text. All other properties, such as the vowels, the template
+and the duration, are independent of the emotion, so the posterior of the emotions can be computed;
+see `mister_jax.data.dialogue_process`.
 """
 
 from mister_jax.data.synthetic_speech.writer import (

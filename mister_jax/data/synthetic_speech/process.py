@@ -90,7 +90,8 @@ class SpokenDialogueProcess(ConversationProcess):
             deviations. Uninformative speech has the mean of the first emotion.
         words: Vocabulary of V words.
         is_feeling: Whether each word is a feeling (true) or a thing (false), [V] bool.
-        word_probability: Probability of each word among the words of its kind, [C, V].
+        word_probability: Probability, for each emotion, of each word among the words of its kind,
+            [C, V].
         neutral_probability: Word probabilities for uninformative text, [V].
     """
 
@@ -127,7 +128,7 @@ class SpokenDialogueProcess(ConversationProcess):
     def sample_sentence(
         self, label: int, uninformative: bool, generator: np.random.Generator
     ) -> tuple[str, np.ndarray]:
-        """Draws a sentence, and returns it with the count of each word [V] int."""
+        """Draws a sentence. Returns the sentence and the count of each word [V] int."""
         probability = self.neutral_probability if uninformative else self.word_probability[label]
         sentence = _TEMPLATES[generator.integers(len(_TEMPLATES))]
         count = np.zeros(len(self.words), np.int64)
@@ -149,7 +150,7 @@ def make_spoken_dialogue_process(
     uninformative_share: float = 0.1,
     missing_share: float = 0.05,
 ) -> SpokenDialogueProcess:
-    """Draws the Markov chain of a process.
+    """Makes a process with a random Markov chain.
 
     `num_classes` is 2 to 7; see `class_names`. The other options are described in
     `dialogue_process.emotion_chain` and `dialogue_process.ConversationProcess`.
@@ -187,10 +188,12 @@ def make_spoken_dialogue_process(
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Returns the first names of neutral, joy, sadness, anger, surprise, fear and disgust.
+    """Returns the first `num_classes` classes.
+
+    The classes are neutral, joy, sadness, anger, surprise, fear and disgust.
 
     Raises:
-        ValueError: The number of classes is not 2 to 7.
+        ValueError: The number of classes is not between 2 and 7.
     """
     if not 2 <= num_classes <= len(_EMOTIONS):
         raise ValueError(f"{num_classes=}; allowed: 2 to {len(_EMOTIONS)}")
@@ -198,7 +201,7 @@ def class_names(num_classes: int) -> tuple[str, ...]:
 
 
 def _list_shares(names: Sequence[str]) -> np.ndarray:
-    """Returns the probability that an emotion (row) uses another emotion's words, [C + 1, C].
+    """Returns the probability that an emotion (row) uses each emotion's words, [C + 1, C].
 
     The last row is for uninformative text.
     """

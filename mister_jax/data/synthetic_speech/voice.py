@@ -24,7 +24,7 @@ _BANDWIDTHS = np.array([60, 90, 130])
 _PEAK = 6.0
 
 MIN_FORMANT_SCALE, MAX_FORMANT_SCALE = 0.88, 1.14
-"""Range of the ratio between a speaker's formants and `_VOWELS`. It models vocal tract length."""
+"""Range of the ratio of a speaker's formants to `_VOWELS`, which models vocal tract length."""
 
 _BREATH = 0.01  # relative to the voice, root mean square
 _ROOM_NOISE = 8.0  # root mean square, 72 dB below full scale
@@ -57,7 +57,7 @@ def synthesize(
     pitch, level, tempo, tilt = physical_style(style)
     seconds = generator.uniform(_MIN_SECONDS, _MAX_SECONDS)
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    # Fractional syllable index. Syllables differ in length, and the last one may be truncated.
+    # Fractional syllable index. Syllables differ in length, and the last syllable may be truncated.
     syllable = tempo * time
     syllable += 0.1 * np.sin(2 * np.pi * (syllable / 2.3 + generator.uniform()))
     syllable = np.maximum(syllable - syllable[0], 0)

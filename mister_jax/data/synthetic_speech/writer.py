@@ -46,32 +46,32 @@ def write_speech_corpus(
     log: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> pathlib.Path:
-    """Writes a corpus atomically. Dialogues have 4 to 14 utterances, which last 1 to 3 s.
+    """Writes a corpus atomically. Dialogues have 4 to 14 utterances, which last 1 to 3 s each.
 
     The directory contains these files:
 
-    - `manifest.jsonl`: One row per utterance, which lacks `audio` or `text` if that modality is
+    - `manifest.jsonl`: One row per utterance. A row lacks `audio` or `text` if that modality is
       missing. `mister_jax.data.corpora.manifest` reads this file.
     - `audio/DIALOGUE/UTTERANCE.wav`: Recordings at 16 kHz, mono, 16 bits.
     - `truth.jsonl`: For each row of the manifest, which modality is `uninformative` and which is
       `missing`, the physical values of the speaking style, and the sampled words. Models must not
-      read it.
+      read this file.
     - `reference_scores.json`: The scores of `dialogue_process.reference_scores` for each split.
     - `arguments.json`: The arguments that determine the other files.
 
-    Equal arguments give equal bytes on machines of the same kind, with any `num_workers`. The
-    number of dialogues does not affect the contents of a dialogue.
+    The same arguments produce the same bytes on machines of the same kind, with any `num_workers`.
+    The number of dialogues does not affect the contents of a dialogue.
 
-    If a corpus with equal arguments exists, it is reused, and a line is passed to `log`. With
+    An existing corpus with equal arguments is reused, and a line is passed to `log`. With
     `overwrite`, any existing synthetic speech corpus is replaced. With `num_workers=0`, this
-    process synthesizes. `options` are passed to `make_spoken_dialogue_process`.
+    process synthesizes the recordings. `options` are passed to `make_spoken_dialogue_process`.
 
     Returns:
         The path of the manifest.
 
     Raises:
-        InputError: The directory holds something else or cannot be written, or `num_dialogues` has
-            no dialogue or an unknown split.
+        InputError: The directory contains other files or another corpus, or cannot be written; or
+            `num_dialogues` has no dialogue or an unknown split.
         ValueError: Another argument is out of range.
     """
     directory = pathlib.Path(directory).expanduser().absolute()

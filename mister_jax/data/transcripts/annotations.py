@@ -2,8 +2,8 @@ r"""Reads linguistic annotations: Praat TextGrid, ELAN EAF, CHAT.
 
 This module does not use the libraries praatio, pympi-ling and pylangacq. praatio fails on TextGrids
 with comments and on labels such as "item [1]". pympi-ling gives no times to annotations whose time
-slots have no value. pylangacq rejects a whole file for one wrong time, and drops words that a
-speaker repeats.
+slots have no value. pylangacq rejects an entire file because of one invalid time, and drops words
+that a speaker repeats.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Tier:
 
     Attributes:
       name: Name of the tier.
-      intervals: Intervals with texts as in the file, which may be empty or have several lines. A
-        point is an interval without length.
+      intervals: Intervals with their texts as in the file. A text may be empty or have several
+        lines. A point is an interval of length 0.
       participant: Speaker of the tier, if the format names one.
       is_points: Whether the tier contains points instead of intervals.
       span: Start and end of the tier, if the format states them.
@@ -65,7 +65,7 @@ class Tier:
 
     @functools.cached_property
     def filled(self) -> list[Segment]:
-        """Intervals with text, each on one line."""
+        """Intervals with nonempty text. Each text is joined into one line."""
         return [
             dataclasses.replace(interval, text=text)
             for interval in self.intervals
@@ -154,7 +154,10 @@ def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
 
 
 def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator[Segment]:
-    """Labels segments with the text of the interval that covers most of them, at least half."""
+    """Labels each segment with the text of the interval that covers most of the segment.
+
+    If no interval covers at least half of a segment, the segment gets no label.
+    """
     labels = sorted(labels, key=lambda label: label.start)
     ends = [label.end for label in labels]
     for segment in segments:
@@ -264,7 +267,7 @@ def _eaf_tiers(root: ET.Element) -> list[Tier]:
         if start in slots and end in slots:
             intervals[annotation.get("ANNOTATION_ID", "")] = (slots[start], slots[end])
     references = {tier: list(tier.iter("REF_ANNOTATION")) for tier in tiers_of_file}
-    # The annotations of a tier may refer to annotations of a later tier in the file.
+    # An annotation may refer to an annotation of a tier that comes later in the file.
     remaining = [tier for tier, annotations in references.items() if annotations]
     while remaining:
         ready = [
@@ -291,13 +294,13 @@ def _eaf_tiers(root: ET.Element) -> list[Tier]:
 
 
 def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
-    """Adds times for slots without a value between adjacent annotations of a tier.
+    """Adds times for a tier's time slots that have no value in the file.
 
-    The annotations evenly divide the time between the nearest slots with values, as in ELAN.
+    As in ELAN, adjacent annotations evenly divide the time between the nearest slots with values.
 
     Args:
       tier: Tier of an EAF.
-      slots: Times of the time slots in seconds; the missing slots are added.
+      slots: Time of each time slot in seconds. Missing times are added in place.
     """
     bounds = [
         (annotation.get("TIME_SLOT_REF1", ""), annotation.get("TIME_SLOT_REF2", ""))
@@ -341,28 +344,28 @@ _CHAT_CODES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         ("\x15[^\x15]*\x15?", " "),
-        # Codes of retracings, errors, overlaps and comments. The words that they refer to are kept.
+        # Remove codes of retracings, errors, overlaps and comments, but keep the marked words.
         (r"\[[^\]]*\]", " "),
         (r"[<>⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°▁▔☺♋⁇∙≡ˈˌ]", ""),
         # Remove events (&=laughs), fragments (&+w) and interposed words of other speakers
         # (&*CHI:yes). The next rule keeps the words of fillers (&-um).
         (r"(?<!\S)&[=+~*{}]\S*", " "),
         (r"(?<!\S)&-?", ""),
-        # Omitted words.
+        # Remove omitted words, which begin with 0.
         (r"(?<!\S)0(?:'?[a-z]\S*)?(?!\S)", " "),
         # The first rule removes pauses, such as (.) and (1.5). The second rule keeps the letters in
         # parentheses that are not spoken, such as (be)cause.
         (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
         (r"[()]", ""),
-        # Terminators for trailing off, interruptions and quotations, then linkers that continue
-        # them.
+        # The first two rules replace terminators for trailing off, interruptions and quotations.
+        # The third rule removes linkers, which begin the next utterance.
         (r"\+\.\.\.?(\??)", r" ...\1"),
         (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
-        # Markers of special forms, such as wug@n.
+        # Remove markers of special forms, such as wug@n.
         (r"@\S+", ""),
-        # Lengthened vowels (:), pauses within words (^), and compounds joined by + (first rule) or
-        # _ (second rule).
+        # The first rule removes marks of lengthened vowels (:), pauses within words (^), and
+        # compounds (+). The second rule replaces the _ in compounds with a space.
         (r"(?<=\w)[:^]+(?=\w|\s|$)|(?<!\S)\^|(?<=\w)\+(?=\w)", ""),
         (r"(?<=\w)_(?=\w)", " "),
         (_UNINTELLIGIBLE.pattern, " "),

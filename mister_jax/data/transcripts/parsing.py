@@ -58,8 +58,8 @@ class DetectedFormat:
 
     Attributes:
       name: Name of the format.
-      read: Function that returns the segments in the file, which need not be sorted or have valid
-        times.
+      read: Function that returns the segments in the file. The segments may be unsorted and have
+        invalid times.
       options: Options of `Selection` that the format supports. All formats support `speaker`.
     """
 
@@ -73,7 +73,7 @@ _ISO_DURATION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?")
 
 
 def parse_seconds(text: str) -> float:
-    """Returns the seconds of "12.5", "12,5", "12.5s", "1:02:03,450" or "PT1M2.5S".
+    """Converts a time such as "12.5", "12,5", "12.5s", "1:02:03,450" or "PT1M2.5S" to seconds.
 
     Raises:
       ValueError: The text is not a time.
@@ -101,10 +101,10 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 
 def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
-    """Returns the index of each channel that a file names, such as "1" and "2", or "A" and "B".
+    """Returns the index for each channel name in a file, such as "1" and "2", or "A" and "B".
 
-    If a file names only one channel, the index is None, because "1" or "A" is also written for mono
-    recordings and for recordings whose channels are mixed.
+    If a file names only one channel, the index is None, because files also contain "1" or "A" for
+    mono recordings and for recordings whose channels are mixed.
     """
     names = sorted(set(names))
     for first in ("0", "1", "A", "a"):
@@ -118,7 +118,7 @@ def select_recording(names: Sequence[str], recording: str | None) -> str:
     """Chooses the recording to read from the names in a file.
 
     Raises:
-      InputError: The file names several recordings, and `recording` is none of them.
+      InputError: The file names several recordings, and `recording` is not one of them.
     """
     distinct = dict.fromkeys(names)
     if len(distinct) == 1:
@@ -135,7 +135,7 @@ def select_recording(names: Sequence[str], recording: str | None) -> str:
 
 
 def missing_library(library: str, feature: str) -> MissingExtraError:
-    """Returns the error for a library of the extra `predict` that is not installed."""
+    """Returns the error for a missing library that the extra `predict` installs."""
     return MissingExtraError(
         f'{feature} needs {library}; install it with pip install "mister_jax[predict]"'
     )

@@ -34,7 +34,7 @@ from mister_jax.data.transcripts.tables import detect_table
 from mister_jax.errors import InputError
 
 MAX_BYTES = 200 * 2**20
-"""Size of the largest file that is read."""
+"""Maximum size of a transcript file in bytes."""
 
 FORMATS = (
     "SRT, WebVTT, ASS, SSA, TTML, SAMI, JSON of Whisper and WhisperX, Amazon Transcribe, Google, "
@@ -47,7 +47,7 @@ SUFFIXES = (
     *(".eaf", ".textgrid", ".cha", ".json", ".vtt", ".srt", ".ass", ".ssa", ".ttml", ".dfxp"),
     *(".smi", ".stm", ".tsv", ".csv", ".ctm", ".rttm"),
 )
-"""Extensions of transcripts beside a recording, preferred first.
+"""Extensions of transcripts next to a recording, in order of preference.
 
 Manual annotations come first, then JSON files, which often have word times, then subtitles and
 tables. CTM, which has no sentences, and RTTM, which has no text, come last.
@@ -83,18 +83,18 @@ def read_transcript(
       tier: Name of the TextGrid or EAF tier to read, or several comma-separated names, one for each
         speaker. Not needed if only one tier of the file has content.
       speaker: Speaker whose segments are read; by default, all speakers.
-      label_tier: In a TextGrid, EAF or CHAT, the tier that contains the emotions. A segment gets
-        the label of the interval that covers most of it, if it covers at least half.
-      label_column: In a CSV or TSV, the column that contains the emotions; by default `label` or
+      label_tier: Tier of a TextGrid, EAF or CHAT file that contains the emotions. In a TextGrid or
+        EAF, a segment gets the label of the interval that covers at least half of the segment.
+      label_column: Column of a CSV or TSV file that contains the emotions; by default `label` or
         `emotion`.
-      recording: Name of the recording without extension. It selects the rows of an STM, CTM, RTTM,
-        CSV or TSV that has several recordings.
+      recording: Name of the recording without its extension. The name selects rows if an STM, CTM,
+        RTTM, CSV or TSV file contains several recordings.
       strict: Whether to raise an error for an option that the format does not support. Otherwise,
         the option is ignored.
 
     Returns:
-      The transcript. Its segments are sorted by start time, end after they start, and do not start
-      before 0.
+      The transcript. Its segments are sorted by start time. Each segment has a positive length and
+      starts at 0 or later.
 
     Raises:
       InputError: The file cannot be read with these options.
@@ -148,13 +148,13 @@ def read_annotation(path: str | os.PathLike[str]) -> Annotation | None:
 
 
 def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
-    """Returns the transcript beside a recording, or None.
+    """Returns the transcript next to a recording, or None if the recording has no transcript.
 
-    The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any of `SUFFIXES` in
-    upper or lower case. Files are preferred by the order of their extensions in `SUFFIXES`, then
-    `x.srt` over `x.wav.srt`, then the shorter name. JSON, CSV and TSV files that are not
-    transcripts are skipped, and so are subtitles, CSV and EAF files that `mister-jax predict` has
-    written.
+    The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any extension from
+    `SUFFIXES` in upper or lower case. Files are preferred by the order of their extensions in
+    `SUFFIXES`, then `x.srt` over `x.wav.srt`, then the shorter name. The search skips JSON, CSV and
+    TSV files that are not transcripts, and SRT, WebVTT, CSV and EAF files that `mister-jax predict`
+    has written.
     """
     return TranscriptFinder().find(recording)
 
@@ -166,7 +166,7 @@ class TranscriptFinder:
         self._folders: dict[pathlib.Path, list[tuple[str, pathlib.Path]]] = {}
 
     def find(self, recording: str | os.PathLike[str]) -> pathlib.Path | None:
-        """Returns the transcript beside a recording, or None."""
+        """Returns the transcript next to a recording, or None if the recording has none."""
         path = pathlib.Path(existing_path(recording))
         stem = _normalized(path.stem)
         files = self._files_with_prefix(path.parent, f"{stem}.")
@@ -188,7 +188,7 @@ class TranscriptFinder:
         )
 
     def _files_with_prefix(self, folder: pathlib.Path, prefix: str) -> dict[str, pathlib.Path]:
-        """Returns files of a folder by their normalized names."""
+        """Returns a folder's files whose normalized names start with `prefix`, by name."""
         if folder not in self._folders:
             try:
                 self._folders[folder] = sorted(
@@ -214,7 +214,7 @@ def _is_transcript(path: pathlib.Path) -> bool:
 
 
 def _is_prediction(path: pathlib.Path) -> bool:
-    """Returns whether `mister-jax predict` has written a file beside its recording."""
+    """Returns whether a file is an output of `mister-jax predict`."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(100_000)
@@ -226,14 +226,14 @@ def _is_prediction(path: pathlib.Path) -> bool:
     if suffix == ".vtt":
         return bool(re.match(r"WEBVTT\n\nSTYLE\n::cue\(\.", text)) and "<c." in text
     if suffix == ".srt":
-        # The first line of every cue is the emotion in brackets and the text.
+        # In predictions, the first line of every cue is the emotion in brackets and then the text.
         texts = re.findall(r"-->.*\n(.+)", text)
         return bool(texts) and all(re.match(r"\[[^\]]+\] \S", line) for line in texts)
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
 
 
 def _normalized(name: str) -> str:
-    """Returns a file name in the Unicode form in which most systems store it."""
+    """Returns a file name in NFC, the Unicode form that most systems use."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -292,7 +292,7 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
             raise InputError(
                 f"has a segment from {segment.start} to {segment.end} s: {segment.text[:40]!r}"
             )
-        # Milliseconds become seconds with rounding errors, such as 2.7600000000000002.
+        # Converting milliseconds to seconds causes rounding errors, such as 2.7600000000000002.
         start, end = round(segment.start, 6), round(segment.end, 6)
         words = tuple(
             Word(word.text, _rounded(word.start), _rounded(word.end)) for word in segment.words
@@ -320,7 +320,7 @@ def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
 
 
 def _storable(text: Any) -> Any:
-    """Returns a text without characters that UTF-8 or XML cannot store, or None."""
+    """Replaces characters that UTF-8 or XML cannot store. Returns None for None."""
     return None if text is None else _FORBIDDEN.sub("\ufffd", text)
 
 

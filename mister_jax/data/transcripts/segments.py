@@ -1,4 +1,4 @@
-"""Timed segments of a recording: the interface of transcripts, recognizers and utterances."""
+"""Timed segments of a recording, which transcript readers and speech recognizers produce."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mister_jax.data.audio_source import Channel
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word of a segment with start and end in seconds; None for times that are unknown."""
+    """A word of a segment. `start` and `end` are in seconds, or None if unknown."""
 
     text: str
     start: float | None = None
@@ -26,7 +26,7 @@ class Segment:
       text: Text, empty if there is none.
       speaker: Name of the speaker, if known.
       channel: Channel of the recording to read; None reads the default channel.
-      words: Words with times, if known. Joining the words with spaces may not give the text.
+      words: Words with times, if known. The words joined with spaces may differ from `text`.
       label: Annotated emotion, if known.
     """
 
@@ -47,7 +47,7 @@ class Transcript:
       format: Name of the detected format, such as "SRT" or "Praat TextGrid".
       segments: Segments, sorted by start time.
       notes: Notes for the user on segments that were left out or repaired.
-      has_text: Whether the format transcribes words; RTTM has only turns.
+      has_text: Whether the format contains text. For example, RTTM contains only turns.
     """
 
     format: str

@@ -1,4 +1,4 @@
-"""Reads the JSON files of speech recognizers and cloud services."""
+"""Reads the JSON transcripts of speech recognizers and cloud services."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from mister_jax.data.transcripts.segments import Segment, Transcript, Word
 from mister_jax.errors import InputError
 
 MAX_PAUSE = 1.0
-"""Pause in seconds that starts a new segment in a file that has only words."""
+"""Longest pause in seconds within a segment, for files that contain words but no segments."""
 
 Record = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """Keys of the segments or words of a format. The first key that a record has is used.
+    """JSON keys of a format's segments or words. The first key that a record has is used.
 
     Attributes:
       scale: Length of the format's time unit in seconds.
       default_start: Start of a record that has only an end.
-      words: Key of the words of a segment.
-      word: Keys of the words; None if they are the keys of the segment.
+      words: Key of a segment's list of words.
+      word: Keys of each word; if None, a word has the same keys as a segment.
     """
 
     text: tuple[str, ...]
@@ -86,7 +86,7 @@ _GOOGLE_WORD = _Keys(
     start=("startTime", "start_time", "startOffset", "start_offset"),
     end=("endTime", "end_time", "endOffset", "end_offset"),
     speaker=("speakerTag", "speaker_tag", "speakerLabel", "speaker_label"),
-    default_start=0.0,  # Google's libraries leave out zeros.
+    default_start=0.0,  # Google's libraries omit values of zero.
 )
 _AZURE_WORD = _Keys(
     text=("displayText", "word"),
@@ -123,7 +123,7 @@ def detect_json(text: str) -> DetectedFormat | None:
             return None
         raise InputError(f"is damaged JSON ({one_line(str(error))})") from None
     if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
-        # Google's batch files are lists of responses, other lists are segments.
+        # Google's batch files are lists of responses. All other lists contain segments.
         data = {"segments": data} if "start" in data[0] else data[0]
     if isinstance(data, dict) and isinstance(data.get("response"), dict):
         data = data["response"]
@@ -162,7 +162,7 @@ def _read(
             raise
         reason = one_line(f"{type(error).__name__}: {error}")
         raise InputError(f"is damaged: not the {name} that it begins like ({reason})") from None
-    # Channels have been names so far, because a file with a single channel gets no channel index.
+    # All channel names are known only here. A file with a single channel gets no channel index.
     names = [str(segment.channel) for segment in segments if segment.channel is not None]
     indices = channel_indices(name.removeprefix("ch_") for name in names)
     segments = tuple(
@@ -177,7 +177,7 @@ def _first(record: Record, keys: Sequence[str]) -> Any:
 
 
 def _seconds(value: Any, scale: float = 1.0) -> float | None:
-    """Returns the seconds of a number, a text, or Google's {"seconds": 1, "nanos": 500000000}."""
+    """Converts a number, a text, or Google's {"seconds": 1, "nanos": 500000000} to seconds."""
     if value is None:
         return None
     if isinstance(value, Mapping):
@@ -234,9 +234,9 @@ def _segments(records: Iterable[Record], keys: _Keys, notes: Notes) -> Iterator[
 def _turns(
     records: Iterable[Record], keys: _Keys, notes: Notes, channel: str | None = None
 ) -> Iterator[Segment]:
-    """Groups consecutive words of one speaker and channel, for files without segments.
+    """Groups consecutive words of one speaker and channel into segments.
 
-    Words without times, such as punctuation, belong to the word before them.
+    A word without times, such as punctuation, is appended to the previous word.
     """
     words: list[Word] = []
     speaker: str | None = None
@@ -291,7 +291,7 @@ def _read_whisper(data: Record, notes: Notes) -> Iterable[Segment]:
 def _with_words(segments: Sequence[Segment], words: Sequence[Word]) -> list[Segment]:
     """Assigns each word to the segment that contains its midpoint.
 
-    If no segment contains it, the word is assigned to the nearest segment.
+    A word whose midpoint is outside all segments is assigned to the nearest segment.
     """
     segments = sorted(segments, key=lambda segment: segment.start)
     starts = [segment.start for segment in segments]
@@ -323,7 +323,7 @@ def _read_whisper_cpp(data: Record, notes: Notes) -> Iterator[Segment]:
 def _read_amazon(data: Record, notes: Notes) -> Iterator[Segment]:
     results = data["results"]
     items = [_amazon_item(item) for item in results["items"]]
-    # Older files name the speakers in a list by the start of each word.
+    # Older files have a separate list that maps the start of each word to its speaker.
     speakers = {
         item["start_time"]: item["speaker_label"]
         for segment in _records(results, "speaker_labels", "segments")
@@ -368,7 +368,7 @@ def _read_amazon_post_call(data: Record, notes: Notes) -> Iterator[Segment]:
 def _read_google(data: Record, notes: Notes) -> Iterator[Segment]:
     results = [result for result in data["results"] if result.get("alternatives")]
     best = [result["alternatives"][0] for result in results]
-    # With speaker diarization, the last result repeats the words of all results with speakers.
+    # With speaker diarization, the last result repeats all earlier words and adds their speakers.
     if best and any(_first(word, _GOOGLE_WORD.speaker) for word in best[-1].get("words", ())):
         labeled = [word for word in best[-1]["words"] if _first(word, _GOOGLE_WORD.speaker)]
         if any(best[:-1]) and _repeats(labeled, best[:-1]):
@@ -488,6 +488,6 @@ _FORMATS: tuple[
     ("AssemblyAI JSON", _is_assemblyai, _read_assemblyai),
     ("JSON with words", _has_items("words"), _read_words),
     ("batchalign JSON", _has_items("content"), _read_batchalign),
-    # A recording without speech.
+    # Whisper's output for a recording without speech.
     ("Whisper JSON", lambda data: data.get("segments") == [], _read_whisper),
 )

@@ -1,9 +1,9 @@
 """Reads subtitles: SRT, WebVTT, ASS and SSA, TTML, SAMI.
 
-This module uses pysubs2 to parse TTML, SAMI and ASS markup. It parses SRT and WebVTT cues itself,
-because pysubs2 reads their lines without the surrounding structure: it treats cue identifiers and
-comments as text, and reads 100:00:00 as 00:00:00. This module also parses the lines of ASS events,
-because pysubs2 ignores the declared order of their fields.
+This module uses pysubs2 to parse TTML, SAMI and ASS markup. The module parses SRT and WebVTT cues
+itself, because pysubs2 reads cue lines without the surrounding structure: pysubs2 treats cue
+identifiers and comments as text, and reads 100:00:00 as 00:00:00. This module also parses the lines
+of ASS events itself, because pysubs2 ignores the declared order of the events' fields.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]*)>")
 _WORD_TIME = re.compile(rf"<({_TIME})>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
-# Marks at a change of speaker.
+# Marks that show a change of speaker.
 _NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)", re.MULTILINE)  # noqa: RUF001
 
 
@@ -62,7 +62,7 @@ class _Cue:
 
 
 def _cues(text: str) -> Iterator[_Cue]:
-    """Yields the cues with all lines between two timing lines."""
+    """Yields each cue with all lines up to the next timing line."""
     timings = list(_TIMING.finditer(text))
     for timing, following in itertools.zip_longest(timings, timings[1:]):
         end = following.start() if following else len(text)

@@ -156,11 +156,12 @@ def _read_ctm(rows: list[list[str]], selection: Selection, notes: Notes) -> Tran
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A table with the columns `start` and `end` or `duration`.
+    """A table with a column `start`, and a column `end` or `duration`.
 
     Attributes:
-      columns: For each column of `_ALIASES`, its index and the factor that converts it to seconds.
-      header: Names of all columns as in the file; empty without a header.
+      columns: Index of each recognized column, and the factor that converts its values to seconds.
+        The keys are keys of `_ALIASES`.
+      header: Names of all columns as in the file; empty if the file has no header.
       rows: Fields of each row below the header.
     """
 
@@ -192,7 +193,7 @@ def _parse_table(text: str, delimiter: str) -> _Table | None:
 
 
 def _normalized(name: str) -> str:
-    """Returns "starttime" for "Start Time" and "start_time"."""
+    """Normalizes a column name: "Start Time" and "start_time" both become "starttime"."""
     return re.sub(r"[\W_]+", "", name.lower())
 
 
@@ -200,7 +201,7 @@ def _split_rows(text: str, delimiter: str) -> list[list[str]]:
     try:
         if delimiter != "\t":
             return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-        # Whisper does not quote the texts of its TSV files, so a quote may be part of a text.
+        # Whisper does not quote texts in its TSV files, so a quotation mark may be part of a text.
         rows = csv.reader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
         return [[_unquoted(field) for field in row] for row in rows]
     except csv.Error:
@@ -278,8 +279,8 @@ def _time_of(table: _Table, row: list[str], name: str) -> float | None:
 def _scale_of_whisper(table: _Table, notes: Notes) -> float:
     """Returns the factor that converts the times of a table to seconds.
 
-    Whisper's columns are start, end and text, and the times are integers. The times are taken as
-    milliseconds if, as seconds, half of the segments would last 100 s or longer.
+    Whisper's TSV files have the columns start, end and text, and integer times. In such a table,
+    the times are milliseconds if the median segment would otherwise last 100 s or longer.
     """
     times = [(_field(row, 0).strip(), _field(row, 1).strip()) for row in table.rows]
     are_integers = all(start.isdecimal() and end.isdecimal() for start, end in times)

@@ -1,7 +1,7 @@
 """Makes utterances from the segments of a transcript.
 
-Subtitles, intervals and recognized words are not utterances: a sentence may run over several cues,
-and a segment may hold several sentences.
+Subtitles, intervals and recognized words are not utterances: a sentence may span several cues, and
+a segment may contain several sentences.
 """
 
 from __future__ import annotations
@@ -62,15 +62,16 @@ def make_utterances(
 ) -> tuple[Segment, ...]:
     """Splits segments at the ends of sentences, then joins the segments of each sentence.
 
-    A segment with word times is split at each end of a sentence, and at its longest pauses while a
-    part is longer than `max_seconds`. A segment without word times is only split if it is longer
-    than `max_seconds`, into as few parts as possible, at the ends of sentences; the time of a split
-    is then estimated from the number of characters before it.
+    A segment with word times is split at the end of each sentence. Parts that are still longer than
+    `max_seconds` are split at their longest pauses. A segment without word times is split only if
+    it is longer than `max_seconds`. Such a segment is split at the ends of sentences into as few
+    parts as possible, and the time of each split is estimated from the number of characters before
+    the split.
 
     A segment that does not end a sentence is joined with the next segment of the same speaker and
     channel if the two segments have equal labels, the gap between them is at most `max_gap`, and
-    the joined segment lasts at most `max_seconds`. Segments of other speakers may lie between them.
-    Segments without text are neither split nor joined.
+    the joined segment lasts at most `max_seconds`. Other speakers' segments may come between the
+    two. Segments without text are neither split nor joined.
 
     Returns:
       The utterances, sorted by start time. Utterances of different speakers may overlap.
@@ -164,7 +165,7 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     times = [segment.start + duration * offset / len(segment.text) for offset in offsets]
     cuts, part_start = [], segment.start
     for offset, time, after in zip(offsets, times, [*times[1:], segment.end], strict=False):
-        # The part before this split would be too long with the next sentence.
+        # With the next sentence, the part before this split would be too long.
         if after - part_start > rules.max_seconds:
             cuts.append(_Cut(offset, time, time))
             part_start = time
@@ -187,7 +188,8 @@ def _sentence_offsets(text: str, rules: UtteranceRules) -> Iterator[int]:
 def _cuts_between_words(segment: Segment, offsets: Sequence[int]) -> list[_Cut]:
     """Returns split points between words, at the given offsets of the segment's text.
 
-    Letters are counted, because words and text may differ in spaces and punctuation.
+    Words are aligned with the text by counting letters, because spaces and punctuation in the text
+    may differ from those in the words.
     """
     letters = [0, *itertools.accumulate(map(str.isalnum, segment.text))]
     word_letters = list(itertools.accumulate(_count_letters(word.text) for word in segment.words))
@@ -218,7 +220,7 @@ def _count_letters(text: str) -> int:
 
 
 def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> list[Segment]:
-    """Splits a segment, ignoring split points that would leave too short a part."""
+    """Splits a segment, ignoring split points that would make a part too short."""
     kept = [_Cut(0, segment.start, segment.start)]
     for cut in cuts:
         is_long = cut.end - kept[-1].start >= rules.min_seconds
@@ -238,7 +240,7 @@ def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> lis
 
 
 def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
-    """Splits a segment at its longest pause until all parts last at most `max_seconds`."""
+    """Recursively splits a segment at its longest pause while a part exceeds `max_seconds`."""
     if segment.end - segment.start <= rules.max_seconds:
         return [segment]
     middle = (segment.start + segment.end) / 2
@@ -264,7 +266,7 @@ def _word_offsets(text: str, words: Sequence[Word]) -> list[int]:
     for count, _ in zip(counts, words, strict=False):
         position = round(count * len(letters) / total)
         offset = letters[position] if position < len(letters) else len(text)
-        # Opening marks belong to the word that follows them.
+        # Opening quotation marks and brackets belong to the word that follows them.
         while offset and not text[offset - 1].isspace() and not text[offset - 1].isalnum():
             offset -= 1
         offsets.append(offset)

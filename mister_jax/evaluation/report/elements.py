@@ -30,7 +30,7 @@ def coordinate(value: float) -> str:
 def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
     """Returns a table of HTML cells, with a label for screen readers.
 
-    The first cell in a row is its heading. Wide tables scroll sideways.
+    The first cell in a row is the row's heading. Wide tables scroll sideways.
     """
     headings = "".join(element("th", cell, scope="col") for cell in head)
     body = "".join(

@@ -43,7 +43,7 @@ class Experiment:
 
     @classmethod
     def from_workdir(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
-        """Reads the experiment in a work directory, given "checkpoint" in the result of `evaluate`.
+        """Reads an experiment, given its work directory and "checkpoint" in `evaluate`'s result.
 
         Raises:
           InputError: The folder is not a work directory.

@@ -152,7 +152,7 @@ def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) 
 
 
 def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the data of the dialogue view as columns over utterances.
+    """Returns the data of the dialogue view as columns with one value per utterance.
 
     Probabilities and gate weights are integers in thousandths, to keep the report small.
     """

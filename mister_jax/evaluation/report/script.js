@@ -8,7 +8,7 @@
   const numClasses = data.classes.length;
   const isWrong = (row) => data.label[row] >= 0 && data.label[row] !== data.predicted[row];
 
-  // Rows start to end - 1 are the utterances of a dialogue; errors counts its wrong predictions.
+  // A dialogue has the rows from `start` to `end` - 1; `errors` counts its wrong predictions.
   const dialogues = data.dialogues.map((id, index) => {
     const [start, end] = [data.offsets[index], data.offsets[index + 1]];
     let errors = 0;

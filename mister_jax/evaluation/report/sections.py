@@ -159,7 +159,7 @@ def render_classes(predictions: SplitPredictions, bootstrap: DialogueBootstrap) 
 
 
 def render_confusion(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> str:
-    """Renders the confusion matrix with counts and their share in each row."""
+    """Renders the confusion matrix with the counts and each count's share of its row."""
     counts, _ = bootstrap.confusion(predictions.predicted)
     names = [escape(name) for name in predictions.class_names]
     rows = []

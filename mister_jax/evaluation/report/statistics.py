@@ -128,9 +128,9 @@ def calibration(
 class RiskCoverage(NamedTuple):
     """Risk-coverage curve: coverage and risk, [K], and areas under curves.
 
-    `area` is the area for the model, and `best_area` for confidences that separate the correct from
-    the wrong predictions. With random confidences, the area is `error`, the share of wrong
-    predictions.
+    `area` is the area under the model's curve. `best_area` is the area if every correct prediction
+    has a higher confidence than every wrong prediction. With random confidences, the area is
+    `error`, the share of wrong predictions.
     """
 
     coverage: np.ndarray
@@ -172,7 +172,7 @@ def abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> l
         count, resampled_count = scores["utterances"]
         coverage = Estimate.from_resamples(count / total[0], resampled_count / total[1])
         accuracy, weighted_f1 = (
-            # In a resample, no utterance may be above the threshold.
+            # A resample may contain no utterance above the threshold.
             Estimate.from_resamples(value, np.where(resampled_count > 0, resampled, np.nan))
             for value, resampled in (scores["accuracy"], scores["weighted_f1"])
         )

@@ -43,8 +43,8 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None =
     Args:
       path: File that will contain the document; ELAN finds the recording relative to it.
       rows: Rows of one recording, sorted by start time.
-      given: Annotation to which the emotion tiers are added. The content of an EAF is kept
-        unchanged; from a TextGrid, only the interval tiers are copied.
+      given: Annotation to which the emotion tiers are added. An EAF keeps all its content. If the
+        annotation is a TextGrid, only its interval tiers are copied.
     """
     ET.register_namespace("xsi", _XSI)
     if given is None or given.document is None:
@@ -147,13 +147,13 @@ class _Document:
         return ids
 
     def refer(self, tier: ET.Element, values: Iterable[tuple[str, object]]) -> None:
-        """Adds annotations, given as pairs of the parent's id and the value."""
+        """Adds annotations, each given as a pair of the parent annotation's id and the value."""
         for parent, value in values:
             ids = {"ANNOTATION_ID": self._new_id("a"), "ANNOTATION_REF": parent}
             _annotate(tier, "REF_ANNOTATION", one_line(value), **ids)
 
     def link(self, path: epath.PathLike, recording: str) -> None:
-        """Links a recording, unless the document already links a file with its name."""
+        """Links a recording, unless the document already links a file with the same name."""
         header = self._child("HEADER", ("LICENSE",), MEDIA_FILE="", TIME_UNITS="milliseconds")
         descriptors = header.findall("MEDIA_DESCRIPTOR")
         new = _media_descriptor(path, recording)

@@ -7,7 +7,7 @@
   const audio = find("audio");
   const numRows = data.start.length;
   const numClasses = data.classes.length;
-  // Lines differ by dashes, too, for readers who cannot tell the colors apart.
+  // Lines also differ by their dashes, for readers who cannot tell the colors apart.
   const DASHES = [[], [7, 3], [2, 3], [10, 3, 2, 3], [5, 5], [1, 2], [12, 4], [8, 2, 2, 2, 2, 2]];
   const MIN_SPAN = Math.min(2, data.duration);
   const START_SPAN = 120; // seconds shown at first
@@ -66,7 +66,7 @@
   function rowAt(seconds) {
     let row = firstAbove(data.start, seconds + 1e-3) - 1;
     const last = row;
-    // Of overlapping utterances, the one that started last and still lasts is current.
+    // If utterances overlap, the current utterance is the ongoing one that started last.
     for (; row >= 0 && reach[row] > seconds; row--)
       if (isShown(row) && data.end[row] > seconds) return row;
     for (row = last; row >= 0; row--) if (isShown(row)) return row;
@@ -151,7 +151,7 @@
     context.fillRect(x - 1, 0, 2, height);
   }
 
-  // The overview is drawn once for each size, because only its window and playhead move.
+  // The overview is drawn once per size, because only the window and the playhead in it move.
   const background = document.createElement("canvas");
   let backgroundKey = "";
   function drawOverview() {
@@ -353,14 +353,14 @@
   }
   function step(direction) {
     let row = current;
-    // Before the first utterance, the next one is the first.
+    // Before the first utterance, `current` is -1, so the next utterance is the first one.
     do row += direction; while (row >= 0 && row < numRows && !isShown(row));
     if (row >= 0 && row < numRows) {
       seek(data.start[row]);
       selectRow(row);
     }
   }
-  // Of utterances that start together, `rowAt` finds only the last.
+  // If several utterances start at the same time, `rowAt` finds only the last one.
   function selectRow(row) {
     if (row === current) return;
     if (tableRows[current]) tableRows[current].removeAttribute("aria-current");
@@ -531,7 +531,7 @@
   function toggle() {
     if (find("play").disabled) return;
     if (audio.paused) audio.play().catch((error) => {
-      // A pause right after a start aborts it.
+      // A pause right after the start aborts playback.
       if (error.name !== "AbortError") showProblem();
     });
     else audio.pause();
@@ -593,7 +593,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const name = event.target.localName;
     if (name === "select" || (name === "button" && event.key === " ")) return;
-    // The focused list of utterances scrolls.
+    // If the list of utterances has the focus, the arrow keys scroll the list.
     if (event.target === find("scroll") && event.key !== " ") return;
     const actions = {
       " ": toggle, "+": () => zoom(.5), "=": () => zoom(.5), "-": () => zoom(2),

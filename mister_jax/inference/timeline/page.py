@@ -33,7 +33,7 @@ def timeline_html(
     embed_audio: bool = False,
     channels: Channel = MIX,
 ) -> str:
-    """Returns a page that plays a recording and shows its emotions. It needs no network.
+    """Returns a page that plays a recording, shows its emotions and needs no network access.
 
     Args:
       path: File that will contain the page. The link to the recording is relative to this file.
@@ -74,10 +74,10 @@ def timeline_html(
 
 
 def timeline_data(rows: Sequence[Row], waveform: Waveform) -> dict[str, Any]:
-    """Returns the data of the page as columns over utterances.
+    """Returns the page's data as columns with one value per utterance.
 
     Probabilities and gate weights are integers in thousandths, to keep the page small. Emotions,
-    votes and speakers are indices, or -1 if there is none.
+    votes and speakers are indices, and -1 stands for a missing value.
     """
     classes = list(
         dict.fromkeys(name for row in rows for name in (*row["probabilities"], row["emotion"]))
@@ -122,7 +122,7 @@ def _relative_url(path: epath.PathLike, recording: str) -> str:
     absolute = pathlib.Path(recording).absolute()
     folder = pathlib.Path(os.fspath(path)).absolute().parent
     relative = pathlib.PurePath(os.path.relpath(absolute, folder)).as_posix()
-    # Without "./", a colon in a name would end a URL's scheme.
+    # Without "./", browsers would read the part of a name before a colon as a URL scheme.
     return "./" + urllib.parse.quote(relative, errors="surrogateescape")
 
 

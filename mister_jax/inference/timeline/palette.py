@@ -1,4 +1,4 @@
-"""Colors of emotions, distinguishable with color vision deficiency."""
+"""Colors of emotions that people with color vision deficiency can distinguish."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Color(NamedTuple):
     dark: str
 
 
-# The hues of Paul Tol's "bright" scheme and an orange, in shades that stay apart with protanopia,
-# deuteranopia and tritanopia: the CIE 1976 difference of any two colors is at least 20. The
-# contrast with the background is at least 3 to 1.
+# The hues of Paul Tol's "bright" scheme and an orange. The shades remain distinguishable with
+# protanopia, deuteranopia and tritanopia: the CIE 1976 difference of any two colors is at least 20.
+# The contrast with the background is at least 3 to 1.
 _COLORS = {
     "gray": Color("#919191", "#cccccc"),
     "yellow": Color("#d17d03", "#fdd932"),
@@ -47,7 +47,7 @@ def emotion_colors(classes: Sequence[str]) -> dict[str, Color]:
             if color in free and name.lower() in names:
                 colors[name] = free.pop(color)
     for index, name in enumerate(name for name in classes if name not in colors):
-        # Gray suggests the absence of emotion, so it comes last.
+        # Gray suggests the absence of emotion, so use gray last.
         rest = sorted(free, key="gray".__eq__) or list(_COLORS)
         colors[name] = _COLORS[rest[index % len(rest)]]
     return {name: colors[name] for name in classes}

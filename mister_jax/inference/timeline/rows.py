@@ -39,7 +39,7 @@ def check_timeline_rows(path: epath.PathLike, rows: Sequence[Row]) -> list[Row]:
 
 
 def milliseconds(row: Row) -> tuple[int, int]:
-    """Returns the start and end of an utterance, at least one millisecond apart."""
+    """Returns the start and end of an utterance in milliseconds, at least 1 ms apart."""
     start = round(1000 * row["start"])
     return start, max(start + 1, round(1000 * row["end"]))
 
@@ -60,7 +60,7 @@ def shown_emotion(row: Row) -> str:
 
 
 def recording_seconds(rows: Sequence[Row]) -> float:
-    """Returns the recording's length, or the last row's end if the recording is not available."""
+    """Returns the recording's length, or the end of the last row if the recording is missing."""
     last_end = max(row["end"] for row in rows)
     if not rows[0].get("recording"):
         return last_end

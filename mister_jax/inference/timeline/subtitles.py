@@ -27,7 +27,7 @@ def to_srt(rows: Sequence[Row]) -> str:
 
 
 def to_vtt(rows: Sequence[Row]) -> str:
-    """Returns WebVTT subtitles with the speaker as voice, and the emotion as a CSS class."""
+    """Returns WebVTT subtitles with the speaker as the voice and the emotion as a CSS class."""
     emotions = list(dict.fromkeys(one_line(row["emotion"]) for row in rows))
     classes = _class_names(emotions)
     colors = emotion_colors(emotions)

@@ -27,7 +27,7 @@ def to_textgrid(rows: Sequence[Row], given: Annotation | None = None) -> str:
     Args:
       rows: Rows of one recording, sorted by start time.
       given: Annotation to which the emotion tiers are added. The tiers of a TextGrid are kept
-        unchanged; the tiers of an EAF become interval tiers.
+        unchanged. The tiers of an EAF become interval tiers.
     """
     last_end = max(milliseconds(row)[1] for row in rows) / 1000
     start: float = 0
@@ -70,7 +70,7 @@ def _unchanged(tier: Tier, span: tuple[float, float]) -> _GridTier:
 
 
 def _snap(interval: Interval, boundaries: Sequence[float]) -> Interval:
-    """Moves rounded times to the boundaries of the annotation from which they were rounded."""
+    """Replaces rounded times with the annotation's exact boundaries if these are close enough."""
 
     def nearest(seconds: float) -> float:
         index = bisect.bisect(boundaries, seconds)
@@ -87,7 +87,7 @@ def _fill_gaps(intervals: Iterable[Interval], start: float, end: float) -> Itera
     """Yields the intervals of a tier, with empty intervals between them, as Praat requires."""
     position = start
     for interval_start, interval_end, text in intervals:
-        # Rounded times may exceed the start and end of the annotation.
+        # Rounded times may be before the start or after the end of the annotation.
         first, last = max(interval_start, position), min(interval_end, end)
         if first > position:
             yield position, first, ""

@@ -46,8 +46,8 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
 
     Args:
       rows: Rows of one recording, sorted by start time.
-      given: Names of the tiers in the annotation. The text tiers then keep these names, and only
-        the emotion tiers get new, unique names.
+      given: Names of the tiers in the annotation, or None. If names are given, no text tiers are
+        added, so only the names of the emotion tiers must be new.
     """
     by_speaker: dict[str, list[Row]] = {}
     for row in rows:
@@ -69,7 +69,7 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
 
 
 def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
-    """Returns each row's times in seconds, rounded to milliseconds, and its text for `key`.
+    """Returns each row's times in seconds, rounded to milliseconds, and the row's text for `key`.
 
     Uncertain emotions get a question mark.
     """
@@ -82,7 +82,7 @@ def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
 
 
 def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Interval]]]:
-    """Yields the interval tiers of another format: the tier, a unique name, and its intervals.
+    """Yields each interval tier of another format, with a unique name and sorted intervals.
 
     Intervals that overlap other intervals of the tier are put in further tiers, such as "Ann 2".
     """

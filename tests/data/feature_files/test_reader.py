@@ -179,7 +179,7 @@ def changed(index, value, content=IEMOCAP):
 
 
 def test_traps_of_published_files(tmp_path):
-    """Ids mixed between text and numbers, one-hot speakers, arrays, sets, cp1252, NaN."""
+    """Text and numbers as ids, one-hot speakers, arrays, sets, cp1252 and NaN are read."""
     ids = {name: index for index, name in enumerate(LENGTHS)}
 
     def renamed(field, convert=int):

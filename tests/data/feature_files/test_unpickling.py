@@ -77,7 +77,7 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """Object that pickles as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -87,7 +87,7 @@ class Call:
 
 
 def by_extension(function, *arguments):
-    """Pickles a call whose function is a code of `copyreg`'s registry."""
+    """Pickles a function call in which a code of `copyreg`'s registry names the function."""
     copyreg.add_extension(function.__module__, function.__name__, 240)
     try:
         return pickle.dumps(Call(function, *arguments), 2)

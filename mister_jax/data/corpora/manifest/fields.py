@@ -33,7 +33,7 @@ FIELDS = (
     "split",
     "speaker",
 )
-"""Names of an utterance's fields, which `reader` describes."""
+"""Names of an utterance's fields. The docstring of `reader` describes each field."""
 
 Interval = tuple[float | None, float | None]
 """Start and end in seconds; None means the beginning or the end of a recording."""
@@ -48,7 +48,7 @@ _MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 class Fields:
-    """Fields of one utterance, with a method per type of field.
+    """Fields of one utterance, with one method for each field type.
 
     If a value is invalid, the methods raise an `InputError` that names the location and the field.
     None and text that contains only white space count as absent.
@@ -68,7 +68,7 @@ class Fields:
         raise InputError(f"{self.location}: {' '.join(f'{field}: {message}'.split())}")
 
     def text(self, field: str) -> str | None:
-        """Returns a text without surrounding white space, or None if it is absent."""
+        """Returns a text without surrounding white space, or None if the field is absent."""
         value = self.values.get(field)
         if value is None:
             return None
@@ -79,14 +79,14 @@ class Fields:
         return value.strip() or None
 
     def line(self, field: str) -> str | None:
-        """Returns a single line of text, or None if it is absent."""
+        """Returns a single line of text, or None if the field is absent."""
         value = self.text(field)
         if value is not None and len(value.splitlines()) != 1:
             self.fail(field, f"{value!r}; allowed: one line")
         return value
 
     def audio_path(self) -> str | None:
-        """Returns the path in `audio`, or None if it is absent."""
+        """Returns the path in `audio`, or None if the field is absent."""
         return self.line("audio")
 
     def id(self, field: str) -> str:
@@ -102,7 +102,7 @@ class Fields:
     def number(
         self, field: str, *, minimum: float = -_MAX_NUMBER, maximum: float = _MAX_NUMBER
     ) -> float | None:
-        """Returns a finite number within a range, or None if it is absent."""
+        """Returns a finite number within a range, or None if the field is absent."""
         value = self.values.get(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
@@ -140,14 +140,14 @@ class Fields:
         return ratings
 
     def interval(self, start_field: str, end_field: str) -> Interval:
-        """Returns two times in seconds, None if absent. The end must be later than the start."""
+        """Returns a start and a later end in seconds. A time is None if its field is absent."""
         start, end = self.number(start_field, minimum=0), self.number(end_field, minimum=0)
         if end is not None and end <= (start or 0):
             self.fail(end_field, f"{end:g}; allowed: more than {start_field}")
         return start, end
 
     def channel(self) -> str | int:
-        """Returns `audio_channel`, or "mix" if it is absent."""
+        """Returns `audio_channel`, or "mix" if the field is absent."""
         value = self.values.get("audio_channel")
         if value is None or value == "":
             return "mix"
@@ -171,10 +171,10 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     the same recording, the interval is `start` to `end`.
 
     Raises:
-        InputError: Several utterances have the same recording and no interval, so each would
-            contain the speech of the others.
+        InputError: Several utterances have the same recording and no interval, so each utterance
+            would contain the speech of all the others.
     """
-    # Different spellings may refer to the same file.
+    # Different spellings of a path may refer to the same file.
     paths = [
         path and unicodedata.normalize("NFC", os.path.normpath(path))
         for path in (row.audio_path() for row in rows)
@@ -202,7 +202,7 @@ def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
 def check_extra_column(row: Fields, name: str, names: Collection[str]) -> None:
     """Checks the name of a column that is not in `FIELDS`.
 
-    `names` contains the names of all columns of the row.
+    `names` contains the names of all columns in the row.
 
     Raises:
         InputError: The name is not printable, or looks like a misspelling of an absent field.

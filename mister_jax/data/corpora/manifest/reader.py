@@ -3,20 +3,22 @@
     {"dialogue": "call 7", "utterance": 1, "order": 1, "audio": "call7/1.wav", "text": "Hello?"}
     {"dialogue": "call 7", "utterance": 2, "order": 2, "text": "You again!", "label": "anger"}
 
-A row has these fields. A field is absent if it is missing, null or empty.
+A row has these fields. A field that is missing, null or empty counts as absent.
 
-- `dialogue`, `utterance`: Ids, text or whole numbers. Utterance ids are unique in a dialogue.
+- `dialogue`, `utterance`: Ids, which are text or whole numbers. Within a dialogue, each utterance
+  id must be unique.
 - `order`: A number that orders the utterances in a dialogue.
 - `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
   utterances. If several rows have the same recording, `start` and `end` also select each row's
-  segment of it.
-- `audio`: An audio or video file, relative to the manifest's folder. White space around its name
-  is ignored if there is no such file.
+  segment of the recording.
+- `audio`: Path of an audio or video file, relative to the manifest's folder. White space around the
+  path is ignored, unless it is part of an existing file's name.
 - `audio_start`, `audio_end`: Start and end of the utterance in seconds from the beginning of
   `audio`, if these differ from `start` and `end`.
 - `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
-- `label`: The emotion; rows without a label are context. `score`: The sentiment, -3 to 3.
+- `label`: The emotion. Rows without a label only serve as context for other rows.
+- `score`: The sentiment, from -3 to 3.
 - `ratings`: Number of raters who chose each emotion, as a JSON object such as
   `{"happy": 2, "sad": 1}`. If `label` is absent, the label is the emotion that more than half of
   the raters chose.
@@ -24,7 +26,7 @@ A row has these fields. A field is absent if it is missing, null or empty.
   dialogues are split at random.
 - `speaker`: The speaker. Random splits put each speaker into one split. No model reads this field.
 
-Extra columns are kept as metadata: they are copied to the output, and no model reads them.
+Extra columns are kept as metadata, which is copied to the output. No model reads extra columns.
 """
 
 import collections
@@ -53,7 +55,7 @@ from mister_jax.errors import InputError
 _FORMATS = (".jsonl", ".csv", ".tsv")
 
 DEFAULT_GROUP = "speaker"
-"""Column by which random splits group dialogues by default, if it is present."""
+"""Column by which random splits group dialogues by default, if the column is present."""
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -77,9 +79,9 @@ def read_manifest(
         label_map: Map from names in the file to class names. An empty class name makes a row
             unlabeled. To allow a name that looks like a mistake, map the name to itself.
         check_labels: Whether to reject labels that look like mistakes.
-        group_by: Name of a column, `speaker` or an extra column. Random splits put dialogues with
-            equal values in this column into one split. By default, `speaker` if the manifest has
-            that column.
+        group_by: Name of a column: `speaker` or an extra column. Random splits put dialogues with
+            equal values in this column into one split. The default is `speaker`, if the manifest
+            has that column.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for the three splits.
 
@@ -198,10 +200,10 @@ def corpus_from_rows(
 
 
 class Row(Fields):
-    """Row of a manifest, without its absent fields.
+    """A row of a manifest, which omits absent fields.
 
     Args:
-        location: Origin of the row, for the start of every error message.
+        location: Location of the row, with which every error message starts.
         folder: Folder to which paths of recordings are relative.
         values: Fields by name.
     """
@@ -211,7 +213,7 @@ class Row(Fields):
         self.folder = folder
 
     def audio_path(self) -> str | None:
-        """Returns the path in `audio`, or None if it is absent.
+        """Returns the path in `audio`, or None if the field is absent.
 
         White space around the path is kept if a file with this exact name exists.
         """
@@ -235,7 +237,7 @@ class Row(Fields):
         return metadata
 
     def utterance(self, interval: Interval, label_map: Mapping[str, str]) -> Utterance:
-        """Returns the row's utterance, with an interval of its recording."""
+        """Returns the row's utterance, whose audio is the given interval of the recording."""
         name = f"{self.id('dialogue')}/{self.id('utterance')}"
         text, audio = self.text("text"), self.audio_path()
         if text is None and audio is None:
@@ -267,7 +269,7 @@ class Row(Fields):
         )
 
     def split(self) -> str | None:
-        """Returns the split, or None if it is absent."""
+        """Returns the split, or None if the field is absent."""
         split = self.line("split")
         if split is not None and split not in SPLITS:
             self.fail("split", f"{split!r}; allowed: {', '.join(SPLITS)}")
@@ -302,7 +304,7 @@ def _check_labels(
 def _groups(
     rows: Sequence[Row], utterances: Sequence[Utterance], group_by: str
 ) -> dict[str, set[str]]:
-    """Returns the values of each dialogue in the column `group_by`, by default `speaker`."""
+    """Returns each dialogue's values in the column `group_by`, which is `speaker` by default."""
     groups: dict[str, set[str]] = collections.defaultdict(set)
     for row, utterance in zip(rows, utterances, strict=True):
         value = utterance.metadata.get(group_by or DEFAULT_GROUP)
@@ -352,7 +354,7 @@ def _dialogues(
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[Row]:
-    # JSON text may contain Unicode line separators, at which splitlines would split it.
+    # `splitlines` would also split at Unicode line separators, which JSON text may contain.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -375,7 +377,7 @@ def _jsonl(path: pathlib.Path) -> Iterator[Row]:
 
 
 class _JsonPairs(list):
-    """Fields of a JSON object, including repeated ones."""
+    """Key-value pairs of a JSON object, including repeated keys."""
 
 
 def _plain(value: Any) -> Any:
