@@ -146,7 +146,8 @@ def _process_from_flags() -> Process | None:
         return None
     if not all(values):
         raise InputError(
-            f"--distributed: pass all of {_JOB_FLAG_NAMES}, or none on a cluster that JAX detects"
+            f"--distributed: pass all of {_JOB_FLAG_NAMES}; they can be omitted only on a cluster "
+            "that JAX detects"
         )
     host, _, port = values[0].rpartition(":")
     if not host or not all(value.isdigit() for value in (port, *values[1:])):

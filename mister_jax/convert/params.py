@@ -140,7 +140,9 @@ def save_params(
     for path, source in sources.items():
         value = params[path].get_value()
         if source.combine and not source.split:
-            raise ValueError(f"{path} is combined from {source.names} and cannot be split again")
+            raise ValueError(
+                f"{path} is combined from {source.names} and cannot be split back into them"
+            )
         layer_shape = value.shape[1:] if source.stacked else value.shape
         for layer, names in enumerate(_names_by_layer(source, value.shape)):
             for part, name in enumerate(names):

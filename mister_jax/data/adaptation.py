@@ -45,7 +45,7 @@ def adapt_features(
         not change.
 
     Raises:
-      InputError: The model standardizes no modality.
+      InputError: The model does not standardize any modality.
     """
     check_adaptable(standardizers)
     adapted: dict[str, Any] = {}

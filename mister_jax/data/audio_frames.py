@@ -23,7 +23,7 @@ BLOCK_SECONDS = 0.25  # minimum length of merged frames
 
 
 def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
-    """Converts samples with full scale 1 to int16.
+    """Converts float samples, whose full scale is 1, to int16.
 
     Peaks up to 1 dB over full scale, which lossy codecs can produce, are clipped. If the peak is
     higher, all samples are scaled down so that the peak is at full scale.

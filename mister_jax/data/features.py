@@ -166,7 +166,7 @@ def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
         raise ValueError(f"splits {sorted(unknown)}; allowed: {', '.join(SPLITS)}")
     (spec,) = specs
     class_names, speech_dim, text_dim, speech_dtype, text_dtype, scored, rated, has_metadata = spec
-    # Bytes are written many times faster than float lists, and take half the space for float16.
+    # Bytes are written many times faster than float lists and, for float16, take half the space.
     utterance = {
         "utterance": tfds.features.Text(),
         "label": tfds.features.ClassLabel(names=class_names),

@@ -31,7 +31,7 @@ class Input(Protocol):
 
     Attributes:
       modality: "speech" or "text".
-      unit: Name of the unit of budgets and speeds.
+      unit: Name of the unit in which `budget` and the speed are measured.
       budget: Default number of units in a batch on each device, including padding.
       steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
         step is a token or 0.1 s.

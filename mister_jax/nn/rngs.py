@@ -13,8 +13,9 @@ class _RngStream(nnx.RngStream):
 
     def __call__(self) -> jax.Array:
         key = jax.random.fold_in(self.key.get_value(), self.count.get_value())
-        # `self.count[...] += 1` would ask the traced counter for its sharding. JAX would then raise
-        # an exception whose message lists the operations that led to the counter, which is slow.
+        # `self.count[...] += 1` would ask the traced counter for its sharding. JAX answers with an
+        # exception, which Flax catches. Its message lists the operations that compute the counter,
+        # so creating it is slow.
         self.count.set_raw_value(self.count.get_value() + 1)
         return key
 

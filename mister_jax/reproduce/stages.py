@@ -152,9 +152,9 @@ def experts_folder(settings: Settings, recipe: str) -> pathlib.Path:
 
 
 def encoder_options(settings: Settings, modality: str) -> tuple[str, ...]:
-    """Returns the fields of an encoder's config that differ from the config file.
+    """Returns "FIELD=VALUE" for each field that differs from the default of an encoder's config.
 
-    Fields that the user has changed replace the preset's fields.
+    The values come from the preset and from the user. The user's values take precedence.
     """
     if modality == "text":
         options, user_options = [*settings.text.overrides()], settings.text_options

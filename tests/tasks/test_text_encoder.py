@@ -303,7 +303,7 @@ def test_out_of_memory_for_the_backbone_is_explained(lora_workdir, monkeypatch, 
         InputError, match=f"{lora_workdir}: out of memory with the model's"
     ) as error:
         Predictor(lora_workdir)
-    assert "more of them" in str(error.value) and "\n" not in str(error.value)
+    assert "more devices" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["compile", "__call__"])

@@ -481,7 +481,7 @@ def _draw_validation(items: Sequence[_Item], seed: int) -> tuple[list[_Item], li
 def _draw_groups(
     items: Sequence[_Item], groups: Sequence[str], rng: np.random.Generator
 ) -> set[str]:
-    """Draws groups that together contain close to `VALIDATION_FRACTION` of every class."""
+    """Draws groups that together contain about `VALIDATION_FRACTION` of every class."""
     labels = sorted({str(item.label) for item in items})
     counts = np.zeros((len(groups), len(labels)))
     for item in items:

@@ -30,7 +30,8 @@ class Field:
         count: Number of values and their unit as text, such as "16 dialogues".
         dims: Feature dimension as text; empty if the field does not contain feature vectors.
         example: First value.
-        note: Use of a field that has no role, such as "visual features".
+        note: Content of a field that no role can use, such as "visual features"; empty if the
+          field has a role or if its content is unknown.
     """
 
     key: str

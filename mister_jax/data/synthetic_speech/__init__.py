@@ -1,7 +1,7 @@
 """Generates a synthetic speech corpus, for which the Bayes classifier is known.
 
 An utterance's emotion determines the distributions of its speaking style (Gaussian pitch, loudness,
-tempo and brightness) and of its words. `voice` turns the style into meaningless syllables, and
+tempo and brightness) and of its words. `voice` renders the style as meaningless syllables, and
 sentence templates turn the words into text. All other properties, such as the vowels, the template
 and the duration, are independent of the emotion, so the posterior of the emotions can be computed;
 see `mister_jax.data.dialogue_process`.
