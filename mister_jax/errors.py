@@ -4,7 +4,14 @@ import importlib.util
 
 _ENCODERS = ("etils", "huggingface_hub", "safetensors", "transformers")
 _PREDICT = (*_ENCODERS, "av", "ml_collections", "orbax.checkpoint", "pysubs2", "rich")
-_TRAIN = (*_PREDICT, "h5py", "matplotlib", "tensorflow", "tensorflow_datasets")
+_TRAIN = (
+    *_PREDICT,
+    "google_crc32c",
+    "h5py",
+    "matplotlib",
+    "tensorflow",
+    "tensorflow_datasets",
+)
 
 EXTRAS = {
     "encoders": _ENCODERS,

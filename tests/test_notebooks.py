@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -35,6 +36,17 @@ def test_reuse_modules_trains_and_ignores_padding():
     assert variables["probabilities"].shape == variables["output"].logits.shape
 
 
+@pytest.fixture
+def compiler_optimizations():
+    """Turns compiler optimizations on, for a test in which steps take longer than compilation."""
+    name = "jax_disable_most_optimizations"
+    previous = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, previous)
+
+
+@pytest.mark.usefixtures("compiler_optimizations")
 def test_reading_the_gate_prefers_the_informative_modality(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     variables = run_notebook("reading_the_gate")

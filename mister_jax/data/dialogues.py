@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from mister_jax.data.lazy import tf
 from mister_jax.data.storage import REPORT, check_split, open_builder, split_sizes, utterance_fields
+from mister_jax.data.tfrecord import read_records
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ class DialogueDataset:
             RuntimeError: The test split is opened during training.
         """
         check_split(self._builder, split)
-        files = [str(path) for path in self._builder.info.splits[split].filepaths]
-        records = tf.data.TFRecordDataset(files)
-        return map(self._dialogue, records.as_numpy_iterator())
+        files = self._builder.info.splits[split].filepaths
+        return map(self._dialogue, read_records(files))
 
     def _dialogue(self, record: bytes) -> StoredDialogue:
         # Decoding with NumPy is 20 times faster than iterating over nested TensorFlow datasets.

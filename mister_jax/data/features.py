@@ -21,6 +21,7 @@ from mister_jax.data.storage import (
     split_sizes,
     utterance_fields,
 )
+from mister_jax.data.tfrecord import read_records
 from mister_jax.errors import InputError
 from mister_jax.moved_paths import find_moved_encoder, location
 
@@ -105,10 +106,8 @@ def load_features(
             f"{', '.join(builder.info.features)}"
         )
     check_split(builder, split)
-    with silence_tfds():
-        # Reading several files at a time would interleave their dialogues.
-        read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-        dialogues = list(tfds.as_numpy(builder.as_dataset(split=split, read_config=read_config)))
+    parse = builder.info.features.deserialize_example_np
+    dialogues = [parse(record) for record in read_records(builder.info.splits[split].filepaths)]
     utterances = [dialogue["utterances"] for dialogue in dialogues]
 
     def concatenate(field: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""TensorFlow and TensorFlow Datasets, imported on first use.
+"""Packages for datasets, imported on first use.
 
 All modules in `mister_jax.data` import `tf` and `tfds` from here, so most modules can be imported
-without TensorFlow. This module configures TensorFlow to log little and to leave accelerator memory
-to JAX.
+without them. TensorFlow takes seconds to import, so `tfds` does not import it before it writes a
+dataset. This module configures TensorFlow to log little and to leave accelerator memory to JAX.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from etils import epy
 
 from mister_jax.errors import require_extra
 
-__all__ = ["tf", "tfds"]
+__all__ = ["google_crc32c", "tf", "tfds"]
 
 # TensorFlow reads these variables when it is imported. Disabling oneDNN suppresses a message that
 # ignores the log level, and costs nothing because TensorFlow only reads data here.
@@ -33,9 +33,9 @@ def _name_the_extra(error: Exception) -> None:
     require_extra("train", "reading and writing datasets")
 
 
-with epy.lazy_imports(
-    error_callback=_name_the_extra,
-    success_callback=_hide_accelerators,
-):
+with epy.lazy_imports(error_callback=_name_the_extra, success_callback=_hide_accelerators):
     import tensorflow as tf
+
+with epy.lazy_imports(error_callback=_name_the_extra):
+    import google_crc32c
     import tensorflow_datasets as tfds

@@ -5,7 +5,8 @@ batches do not change if a run is stopped and resumed, or uses another number of
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -41,12 +42,13 @@ def batches(
     seed: int,
     epoch: int,
     start_step: int = 0,
+    num_epochs: int = 1,
     shuffle: bool = True,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns an iterator over the batches of one epoch.
+    """Returns an iterator over the batches of one or several consecutive epochs.
 
     Each process gets a contiguous block of rows from each global batch. B and T differ between
     batches and take the values of `plan.shapes`.
@@ -55,12 +57,15 @@ def batches(
         features: Features of the split.
         plan: Plan for `features.lengths`.
         seed: Seed of the shuffle, combined with `epoch`.
-        epoch: Index of the epoch, from 0.
-        start_step: Number of batches to skip. Skipped batches are not computed.
-        shuffle: Whether to shuffle; see `BatchPlan.epoch`.
+        epoch: Index of the first epoch, from 0.
+        start_step: Number of batches to skip in the first epoch. Skipped batches are not computed.
+        num_epochs: Number of epochs. Creating a tf.data pipeline takes as long as many batches, so
+            training uses one pipeline for all epochs.
+        shuffle: Whether to shuffle; see `BatchPlan.epoch`. Batches that are not shuffled are made
+            without tf.data, so that evaluation does not need to import TensorFlow.
         process_index: Index of this process.
         process_count: Number of processes, a divisor of `plan.multiple_of`.
-        prefetch: Number of batches to prepare in advance.
+        prefetch: Number of shuffled batches to prepare in advance.
 
     Returns:
         An iterator over dicts with these entries. Padding is zero, false, -1 or NaN; see `PADDING`.
@@ -86,24 +91,36 @@ def batches(
             f"process {process_index} of {process_count}; batches have a multiple of "
             f"{plan.multiple_of} rows"
         )
-    planned = plan.epoch(seed, epoch, shuffle=shuffle)
-    if not 0 <= start_step <= len(planned):
-        raise ValueError(f"start_step {start_step}; allowed: 0 to {len(planned)}")
+    steps_per_epoch = plan.steps_per_epoch
+    if not 0 <= start_step <= steps_per_epoch:
+        raise ValueError(f"start_step {start_step}; allowed: 0 to {steps_per_epoch}")
+
+    @functools.lru_cache(maxsize=2)  # tf.data prepares batches of the next epoch in advance.
+    def planned_epoch(epoch: int) -> Sequence[tuple[np.ndarray, int]]:
+        return plan.epoch(seed, epoch, shuffle=shuffle)
+
+    def make_step(step: int | np.int64) -> dict[str, np.ndarray]:
+        epochs, step_in_epoch = divmod(int(step), steps_per_epoch)
+        global_rows, padded_length = planned_epoch(epoch + epochs)[step_in_epoch]
+        rows = np.split(global_rows, process_count)[process_index]
+        return padded_batch(features, rows, padded_length)
+
+    last_step = num_epochs * steps_per_epoch
+    if not shuffle:
+        return map(make_step, range(start_step, last_step))
 
     dtypes = dict(_BATCH_DTYPES)
     dtypes |= {field: np.float32 for field in _OPTIONAL if getattr(features, field) is not None}
 
     def make_arrays(step: np.int64) -> list[np.ndarray]:
-        global_rows, padded_length = planned[step]
-        rows = np.split(global_rows, process_count)[process_index]
-        batch = padded_batch(features, rows, padded_length)
+        batch = make_step(step)
         return [batch[field] for field in dtypes]
 
     def make_batch(step: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         arrays = tf.numpy_function(make_arrays, [step], list(dtypes.values()), stateful=False)
         return dict(zip(dtypes, arrays, strict=True))
 
-    dataset = tf.data.Dataset.range(start_step, len(planned))
+    dataset = tf.data.Dataset.range(start_step, last_step)
     dataset = dataset.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return iter(dataset.prefetch(prefetch).as_numpy_iterator())
 

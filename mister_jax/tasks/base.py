@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -59,9 +60,19 @@ class Split:
         """Returns a hash of the split's content."""
         return self.data.fingerprint()
 
-    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Returns this process's rows of each batch of an epoch, from `start_step` on."""
-        return self._batches(epoch, start_step, self.shuffle)
+    def batches(
+        self, epoch: int = 0, start_step: int = 0, num_epochs: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns this process's rows of each batch of one or several consecutive epochs.
+
+        Args:
+          epoch: Index of the first epoch.
+          start_step: Number of batches to skip in the first epoch.
+          num_epochs: Number of epochs.
+        """
+        first = self._batches(epoch, start_step, self.shuffle)
+        later = (self._batches(epoch + index, 0, self.shuffle) for index in range(1, num_epochs))
+        return itertools.chain(first, itertools.chain.from_iterable(later))
 
     def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """Returns this process's rows of a batch with the given shape, for compilation."""
@@ -70,7 +81,7 @@ class Split:
         return next(self._batches(0, step, shuffle=False))
 
     def _batches(
-        self, epoch: int, start_step: int, shuffle: bool
+        self, epoch: int, start_step: int, shuffle: bool, **options: Any
     ) -> Iterator[dict[str, np.ndarray]]:
         return self.make_batches(
             seed=self.seed,
@@ -79,6 +90,7 @@ class Split:
             shuffle=shuffle,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            **options,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,12 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True)
 class FeatureSplit(Split):
     """Split of a dataset of dialogue features."""
+
+    def batches(
+        self, epoch: int = 0, start_step: int = 0, num_epochs: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns the batches of consecutive epochs from one pipeline; see `Split.batches`."""
+        return self._batches(epoch, start_step, self.shuffle, num_epochs=num_epochs)
 
     def example_batch(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """Returns an empty batch with the given shape, without starting the tf.data pipeline."""

@@ -138,7 +138,9 @@ def train_group(
     first, shared = plans[0], group.shared
     options, seeds = first.options, first.seeds
     train_batches = RunBatches(
-        [plan.train_split for plan in plans], None if shared is None else shared.train_shapes
+        [plan.train_split for plan in plans],
+        None if shared is None else shared.train_shapes,
+        num_epochs=options.epochs,
     )
     validation_batches = RunBatches(
         [plan.validation_split for plan in plans],

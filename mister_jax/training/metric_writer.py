@@ -28,18 +28,20 @@ class MetricWriter:
 
     def __init__(self, workdir: epath.PathLike, step: int):
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._tensorboard = None
+        self._first_step = step + 1
+        self._tensorboard: Any = None
         if jax.process_index() == 0:
             lines = [line for line in self._read_lines() if _step_of_line(line) <= step]
             write_text(self._path, "".join(f"{line}\n" for line in lines))
-            self._tensorboard = _tensorboard_writer(workdir, first_step=step + 1)
 
     def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of one step."""
-        if self._tensorboard is None:
+        if jax.process_index() != 0:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self._tensorboard is None:  # Only now, because importing TensorFlow takes seconds.
+            self._tensorboard = _tensorboard_writer(self._path.parent, self._first_step)
         values = [
             tf.compat.v1.Summary.Value(tag=name, simple_value=value)
             for name, value in scalars.items()

@@ -368,10 +368,16 @@ class RunBatches:
       splits: Split of each run.
       shapes: Result of `shared_shapes`, required for several runs. By default, the batches of a
         single run are unchanged.
+      num_epochs: Last epoch until which the batches of consecutive epochs come from one pipeline.
     """
 
     splits: Sequence[Split]
     shapes: Sequence[Shape] | None = None
+    num_epochs: int = 1
+    _pipelines: dict[int, tuple[int, Iterator[Batch]]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+    """Next epoch of each run, and the iterator over the batches of this and later epochs."""
 
     def shapes_by_first_use(self, epoch: int, start_step: int) -> list[Shape]:
         """Returns the distinct shapes (rows, padded length) in the order of their first use."""
@@ -405,12 +411,22 @@ class RunBatches:
           A batch, and the indices of the runs that have items in it.
         """
         iterators = [
-            split.batches(*positions[index]) if index in positions else ()
-            for index, split in enumerate(self.splits)
+            self._batches(index, *positions[index]) if index in positions else ()
+            for index in range(len(self.splits))
         ]
         for batches in itertools.zip_longest(*iterators):
             active = tuple(index for index, batch in enumerate(batches) if batch is not None)
             yield self._combine(batches), active
+
+    def _batches(self, index: int, epoch: int, start_step: int) -> Iterator[Batch]:
+        """Yields the batches of one epoch of a run, from the last epoch's pipeline if possible."""
+        split = self.splits[index]
+        next_epoch, pipeline = self._pipelines.pop(index, (None, iter(())))
+        if (next_epoch, 0) != (epoch, start_step):
+            pipeline = split.batches(epoch, start_step, max(1, self.num_epochs - epoch))
+        yield from itertools.islice(pipeline, split.steps - start_step)
+        if epoch + 1 < self.num_epochs:
+            self._pipelines[index] = epoch + 1, pipeline
 
     def _fitting_shape(self, shape: Shape) -> Shape:
         """Returns the smallest shape into which a single run's batch of the given shape fits."""

@@ -19,18 +19,36 @@ except ImportError as error:
 """
 
 
-def test_only_batching_needs_tensorflow():
+EVALUATION = """
+import sys
+from mister_jax.evaluation.results import evaluate
+evaluate(sys.argv[1], "validation", quiet=True)
+print("tensorflow" in sys.modules)
+"""
+
+
+def run_python(code, *arguments):
     process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert process.stdout == (
+    return process.stdout, process.stderr
+
+
+def test_only_batching_needs_tensorflow():
+    output, errors = run_python(WITHOUT_TENSORFLOW)
+    assert output == (
         "reading and writing datasets needs tensorflow, tensorflow_datasets; install it with pip "
         'install "mister_jax[train]"\n'
-    ), process.stderr
+    ), errors
+
+
+def test_evaluation_does_not_import_tensorflow(finished_workdir):
+    output, errors = run_python(EVALUATION, str(finished_workdir))
+    assert output == "False\n", errors
 
 
 def test_tensorflow_sees_no_gpu():

@@ -73,6 +73,28 @@ def test_a_resumed_epoch_continues_with_the_same_batches():
         assert_batches_equal(rest, full[start:])
 
 
+def test_a_pipeline_of_several_epochs_equals_one_pipeline_per_epoch():
+    features = dialogues()
+    plan = BatchPlan(features.lengths, 4, num_buckets=3)
+    separate = [
+        batch for epoch in (1, 2, 3) for batch in batches(features, plan, seed=0, epoch=epoch)
+    ]
+    together = list(batches(features, plan, seed=0, epoch=1, start_step=2, num_epochs=3))
+    assert_batches_equal(together, separate[2:])
+
+
+def test_unshuffled_batches_have_the_types_of_shuffled_batches():
+    features = dialogues()
+    plan = BatchPlan(features.lengths, len(LENGTHS), num_buckets=1)
+    (shuffled,) = batches(features, plan, seed=0, epoch=0)
+    (unshuffled,) = batches(features, plan, seed=0, epoch=0, shuffle=False)
+    assert unshuffled.keys() == shuffled.keys()
+    order = np.argsort(shuffled["row"])[np.argsort(np.argsort(unshuffled["row"]))]
+    for field, values in unshuffled.items():
+        assert values.dtype == shuffled[field].dtype, field
+        np.testing.assert_array_equal(values, shuffled[field][order], err_msg=field)
+
+
 def test_the_rows_of_all_processes_form_the_global_batch():
     features = dialogues()
     plan = BatchPlan(features.lengths, 8, num_buckets=3, multiple_of=4)

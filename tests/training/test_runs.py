@@ -295,6 +295,26 @@ def test_batches_of_a_single_run_are_padded_no_further_than_needed(folds):
             assert_padded(batch, expected)
 
 
+def test_consecutive_epochs_of_a_run_share_one_pipeline(folds, monkeypatch):
+    split = FusionTask.from_data(folds[0].config).split("train", num_shards=1, shuffle=True)
+    expected = [[*split.batches(epoch)] for epoch in range(4)]
+    starts = []
+    make_batches = type(split).batches
+
+    def count(self, *position):
+        starts.append(position)
+        return make_batches(self, *position)
+
+    monkeypatch.setattr(type(split), "batches", count)
+    batches = RunBatches([split], num_epochs=3)
+    next(batches.epoch({0: (0, 0)}))  # An interrupted epoch.
+    for epoch, start_step in ((0, 1), (1, 0), (2, 0), (3, 0), (1, 0)):
+        taken = [batch for batch, _ in batches.epoch({0: (epoch, start_step)})]
+        for batch, other in zip(taken, expected[epoch][start_step:], strict=True):
+            np.testing.assert_array_equal(batch["row"], other["row"])
+    assert starts == [(0, 0, 3), (0, 1, 3), (3, 0, 1), (1, 0, 2)]
+
+
 def assert_padded(batch, expected):
     num_rows, length = expected["mask"].shape
     assert not batch["mask"][num_rows:].any() and not batch["mask"][:, length:].any()
