@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if miss
 def _train() -> int:
     config = required_config(_CONFIG)
     workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
-    # TensorFlow, which reads the dataset, takes seconds to import.
+    # Print this line before the imports, which take seconds.
     print(f"loading {config.data.name} to train {config.task} in {workdir}", flush=True)
     from mister_jax.tasks.config import config_seeds
     from mister_jax.training.loop import train

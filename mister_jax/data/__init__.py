@@ -7,8 +7,8 @@
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, and `pipeline` turns a split into padded arrays.
 
-No other package uses TensorFlow. `prepare`, `builder` and `corpora` import TensorFlow immediately,
-and the other modules import TensorFlow on first use.
+Writing a dataset and shuffled batches need TensorFlow, which is imported on first use. Reading a
+dataset does not need it. Outside this package, only `training.metric_writer` uses TensorFlow.
 """
 
 from mister_jax.errors import require_extra

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from mister_jax.data.storage import REPORT, check_split, open_builder, split_sizes, utterance_fields
-from mister_jax.data.tfrecord import read_records
+from mister_jax.data.storage import REPORT, open_builder, read_split, split_sizes, utterance_fields
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,16 +89,12 @@ class DialogueDataset:
         """Reads a split's dialogues in stored order.
 
         Raises:
-            InputError: The split does not exist.
+            InputError: The split does not exist, or a file is damaged.
             RuntimeError: The test split is opened during training.
         """
-        check_split(self._builder, split)
-        files = self._builder.info.splits[split].filepaths
-        return map(self._dialogue, read_records(files))
+        return map(self._dialogue, read_split(self._builder, split))
 
-    def _dialogue(self, record: bytes) -> StoredDialogue:
-        # Decoding with NumPy is 20 times faster than iterating over nested TensorFlow datasets.
-        example: dict[str, Any] = self._builder.info.features.deserialize_example_np(record)
+    def _dialogue(self, example: dict[str, Any]) -> StoredDialogue:
         utterances = tuple(
             StoredUtterance(
                 id=values["utterance"].decode(),

@@ -14,14 +14,13 @@ from mister_jax.data.schema import MODALITIES, SPLITS, DialogueFeatures
 from mister_jax.data.storage import (
     VERSION,
     atomic_dataset,
-    check_split,
     dataset_directory,
     open_builder,
+    read_split,
     silence_tfds,
     split_sizes,
     utterance_fields,
 )
-from mister_jax.data.tfrecord import read_records
 from mister_jax.errors import InputError
 from mister_jax.moved_paths import find_moved_encoder, location
 
@@ -105,9 +104,7 @@ def load_features(
             f"{builder.data_dir}: not a dataset of features; it contains "
             f"{', '.join(builder.info.features)}"
         )
-    check_split(builder, split)
-    parse = builder.info.features.deserialize_example_np
-    dialogues = [parse(record) for record in read_records(builder.info.splits[split].filepaths)]
+    dialogues = list(read_split(builder, split))
     utterances = [dialogue["utterances"] for dialogue in dialogues]
 
     def concatenate(field: str) -> np.ndarray:

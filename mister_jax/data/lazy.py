@@ -12,10 +12,10 @@ from etils import epy
 
 from mister_jax.errors import require_extra
 
-__all__ = ["google_crc32c", "tf", "tfds"]
+__all__ = ["google_crc32c", "import_tensorflow", "tf", "tfds"]
 
 # TensorFlow reads these variables when it is imported. Disabling oneDNN suppresses a message that
-# ignores the log level, and costs nothing because TensorFlow only reads data here.
+# ignores the log level, and costs nothing because TensorFlow does no computation here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -31,6 +31,11 @@ def _hide_accelerators(_: str) -> None:
 
 def _name_the_extra(error: Exception) -> None:
     require_extra("train", "reading and writing datasets")
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow with accelerators hidden, before TFDS imports it to write a dataset."""
+    tf.config.get_visible_devices("GPU")
 
 
 with epy.lazy_imports(error_callback=_name_the_extra, success_callback=_hide_accelerators):

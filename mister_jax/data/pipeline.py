@@ -1,4 +1,4 @@
-"""Makes batches of dialogue features with tf.data.
+"""Makes batches of dialogue features, with tf.data for shuffled batches.
 
 A batch is a pure function of the features, the plan, and (seed, epoch, step, process). The global
 batches do not change if a run is stopped and resumed, or uses another number of processes.

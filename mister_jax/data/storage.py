@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 from etils import epath
 
-from mister_jax.data.lazy import tfds
+from mister_jax.data.lazy import import_tensorflow, tfds
 from mister_jax.data.split_guard import check_split_allowed
+from mister_jax.data.tfrecord import read_records
 from mister_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,6 +89,19 @@ def check_split(builder: "DatasetBuilder", split: str) -> None:
         raise InputError(f"{builder.data_dir}: no split {split!r}; allowed: {', '.join(sizes)}")
 
 
+def read_split(builder: "DatasetBuilder", split: str) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a split in stored order, decoded with NumPy.
+
+    Raises:
+        InputError: The split does not exist, or a file is damaged.
+        RuntimeError: The test split is opened during training.
+    """
+    check_split(builder, split)
+    info = builder.info.splits[split]
+    records = read_records(info.filepaths, info.shard_lengths)
+    return map(builder.info.features.deserialize_example_np, records)
+
+
 @contextlib.contextmanager
 def atomic_dataset(
     name: str, data_dir: epath.PathLike | None, *, overwrite: bool
@@ -97,6 +111,7 @@ def atomic_dataset(
     Raises:
         InputError: The dataset exists, or the directory cannot be written.
     """
+    import_tensorflow()
     directory = dataset_directory(name, data_dir)
     if directory.exists() and not overwrite:
         raise InputError(f"{directory}: dataset exists; allowed: another name, or --overwrite")

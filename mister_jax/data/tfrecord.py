@@ -14,16 +14,22 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 """Checksum of a record."""
 
+_REMEDY = "copy the dataset again, or create it again with --overwrite"
 
-def read_records(paths: Iterable[epath.PathLike]) -> Iterator[bytes]:
+
+def read_records(paths: Iterable[epath.PathLike], num_records: Iterable[int]) -> Iterator[bytes]:
     """Yields the records of uncompressed TFRecord files, one file after another.
+
+    Args:
+        paths: Paths of the files.
+        num_records: Number of records in each file.
 
     Raises:
         InputError: A file is truncated, or a checksum does not match.
     """
-    for path in map(epath.Path, paths):
+    for path, expected in zip(map(epath.Path, paths), num_records, strict=True):
         with path.open("rb") as file:
-            offset = 0
+            count = offset = 0
             while header := file.read(_HEADER.size):
                 if len(header) < _HEADER.size:
                     raise _damaged(path, offset)
@@ -37,7 +43,10 @@ def read_records(paths: Iterable[epath.PathLike]) -> Iterator[bytes]:
                 if _masked_checksum(record) != _FOOTER.unpack(footer)[0]:
                     raise _damaged(path, offset)
                 yield record
+                count += 1
                 offset += _HEADER.size + length + _FOOTER.size
+            if count != expected:
+                raise InputError(f"{path}: damaged: {count} of {expected} records; {_REMEDY}")
 
 
 def _masked_checksum(data: bytes) -> int:
@@ -47,7 +56,4 @@ def _masked_checksum(data: bytes) -> int:
 
 
 def _damaged(path: epath.Path, offset: int) -> InputError:
-    return InputError(
-        f"{path}: damaged record at byte {offset}; copy the dataset again, or create it again with "
-        "--overwrite"
-    )
+    return InputError(f"{path}: damaged record at byte {offset}; {_REMEDY}")

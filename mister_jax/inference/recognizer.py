@@ -266,7 +266,6 @@ class EmotionRecognizer(ModelHubMixin):
         )
         standardizers = self._predictor.task.standardizers
         features = adapt_or_warn(features, standardizers, self._adapt_features)
-        # Pad the batches here. The task's batches need TensorFlow, which takes seconds to import.
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
         batches = (padded_batch(features, *planned) for planned in plan)

@@ -20,7 +20,7 @@ CORPORA: Mapping[str, str] = {
     "mosei": "mister_jax.data.corpora.mosei.Mosei",
     "emorynlp": "mister_jax.data.corpora.emorynlp.Emorynlp",
 }
-"""Maps corpora to their builders. Builders need TensorFlow, so they are imported on first use."""
+"""Maps corpora to their builders. Builders need TFDS, so they are imported on first use."""
 
 
 def builder_class(name: str) -> "type[DialogueBuilder]":
