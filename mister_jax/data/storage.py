@@ -93,7 +93,7 @@ def read_split(builder: "DatasetBuilder", split: str) -> Iterator[dict[str, Any]
     """Yields the examples of a split in stored order, decoded with NumPy.
 
     Raises:
-        InputError: The split does not exist, or a file is damaged.
+        InputError: The split does not exist, or a file is missing or damaged.
         RuntimeError: The test split is opened during training.
     """
     check_split(builder, split)

@@ -25,10 +25,14 @@ def read_records(paths: Iterable[epath.PathLike], num_records: Iterable[int]) ->
         num_records: Number of records in each file.
 
     Raises:
-        InputError: A file is truncated, or a checksum does not match.
+        InputError: A file is missing or truncated, or a checksum does not match.
     """
     for path, expected in zip(map(epath.Path, paths), num_records, strict=True):
-        with path.open("rb") as file:
+        try:
+            opened = path.open("rb")
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file; {_REMEDY}") from error
+        with opened as file:
             count = offset = 0
             while header := file.read(_HEADER.size):
                 if len(header) < _HEADER.size:

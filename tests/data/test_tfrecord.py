@@ -45,3 +45,8 @@ def test_a_truncated_file_is_found(path):
         message = f"{ends[length]} of 3 records" if length in ends else "damaged record at byte"
         with pytest.raises(InputError, match=message):
             list(read_records([path], [3]))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path / 'absent'}: no such file; copy the dataset"):
+        list(read_records([tmp_path / "absent"], [1]))
