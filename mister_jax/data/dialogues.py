@@ -89,7 +89,7 @@ class DialogueDataset:
         """Reads a split's dialogues in stored order.
 
         Raises:
-            InputError: The split does not exist, or a file is damaged.
+            InputError: The split does not exist, or a file is missing or damaged.
             RuntimeError: The test split is opened during training.
         """
         return map(self._dialogue, read_split(self._builder, split))

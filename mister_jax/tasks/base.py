@@ -29,7 +29,7 @@ class Split:
       plan: Batch plan.
       make_batches: Function that yields the batches of an epoch from `start_step` on, with the
         keyword arguments `seed`, `epoch`, `start_step`, `shuffle`, `process_index` and
-        `process_count`; in `FeatureSplit`, also `num_epochs`.
+        `process_count`.
       seed: Shuffle seed.
       shuffle: Whether each epoch has a different order.
     """

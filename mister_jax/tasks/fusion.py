@@ -67,7 +67,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSplit(Split):
-    """Split of a dataset of dialogue features."""
+    """Split of a dataset of dialogue features, whose `make_batches` also takes `num_epochs`."""
 
     def batches(
         self, epoch: int = 0, start_step: int = 0, num_epochs: int = 1

@@ -368,7 +368,7 @@ class RunBatches:
       splits: Split of each run.
       shapes: Result of `shared_shapes`, required for several runs. By default, the batches of a
         single run are unchanged.
-      num_epochs: Last epoch until which the batches of consecutive epochs come from one pipeline.
+      num_epochs: Total number of epochs. One pipeline makes the batches of consecutive epochs.
     """
 
     splits: Sequence[Split]
@@ -419,7 +419,10 @@ class RunBatches:
             yield self._combine(batches), active
 
     def _batches(self, index: int, epoch: int, start_step: int) -> Iterator[Batch]:
-        """Yields the batches of one epoch of a run, from the last epoch's pipeline if possible."""
+        """Yields the batches of one epoch of a run.
+
+        The pipeline of the previous epoch continues if this epoch follows it.
+        """
         split = self.splits[index]
         next_epoch, pipeline = self._pipelines.pop(index, (None, iter(())))
         if (next_epoch, 0) != (epoch, start_step):
