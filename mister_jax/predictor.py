@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from mister_jax import bundle, multi_seed
 from mister_jax.calibration import read_calibration
@@ -19,7 +22,7 @@ from mister_jax.data import DialogueFeatures, prefetch_to_device
 from mister_jax.errors import InputError
 from mister_jax.models import EXPERTS
 from mister_jax.parallel.oom import explain_oom
-from mister_jax.parallel.partitioning import JitPartitioner
+from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner
 from mister_jax.parallel.sharding import data_mesh, shardings
 from mister_jax.tasks.base import split_params
 from mister_jax.tasks.config import config_seeds
@@ -29,6 +32,54 @@ from mister_jax.workdir import read_config, read_model_description
 Predictions = dict[str, np.ndarray]
 
 _OOM_HINT = "devices with more memory, or more devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Prediction of batches and of steps, for all models of one architecture.
+
+    Attributes:
+      task: Task of any of the models.
+      mesh: Mesh of the devices.
+      predict: Function of `((params, constants), batch)`.
+      predict_step: Function of `((params, constants, state), batch)`.
+    """
+
+    task: Any
+    mesh: Mesh
+    predict: CompiledStep
+    predict_step: CompiledStep
+
+
+# Models of one architecture, such as those of the folds of a cross-validation, share their programs
+# so that they are traced and compiled only once.
+_recent_programs: collections.deque[_Programs] = collections.deque(maxlen=8)
+
+
+def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Programs:
+    """Returns the programs of a model, if possible those of an earlier model."""
+    for programs in _recent_programs:
+        if programs.mesh == partitioner.mesh and task.shares_steps_with(programs.task):
+            return programs
+
+    def predict(params_and_constants, batch, _axis_name):
+        params, constants = params_and_constants
+        outputs = task.with_constants(constants).predict(_merge(graph, params), batch)
+        return {**outputs, "row": batch["row"]}
+
+    def predict_step(inputs, batch, _axis_name):
+        params, constants, state = inputs
+        return task.with_constants(constants).predict_step(_merge(graph, params), state, batch)
+
+    compiled = (partitioner.compile_eval(function) for function in (predict, predict_step))
+    programs = _Programs(task, partitioner.mesh, *compiled)
+    if task.shares_steps_with(task):  # This is False for encoders, which would stay in memory.
+        _recent_programs.append(programs)
+    return programs
+
+
+def _merge(graph: Any, params: Mapping[str, Any]) -> Any:
+    return nnx.merge(graph, params["trained"], params["frozen"])
 
 
 class Predictor:
@@ -81,16 +132,8 @@ class Predictor:
             num_classes = len(self.task.class_names)
             self.calibration = read_calibration(self.folder, self.progress, num_classes)
         self._calibrate = calibrate
-
-        def predict(params, batch, _axis_name):
-            return {**self.task.predict(self._merge(params), batch), "row": batch["row"]}
-
-        def predict_step(params_and_state, batch, _axis_name):
-            params, state = params_and_state
-            return self.task.predict_step(self._merge(params), state, batch)
-
-        self._predict = self.partitioner.compile_eval(predict)
-        self._predict_step = self.partitioner.compile_eval(predict_step)
+        self._constants = jax.device_put(self.task.constants(), self.partitioner.replicated)
+        self._programs = _programs_for(self.task, self._graph, self.partitioner)
 
     def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:
         """Returns the parameters of each seed, and the progress saved with these parameters."""
@@ -127,12 +170,9 @@ class Predictor:
             )
         return restored
 
-    def _merge(self, params: Mapping[str, Any]) -> Any:
-        return nnx.merge(self._graph, params["trained"], params["frozen"])
-
     def models(self) -> list[Any]:
         """Returns one model per seed, with its best parameters."""
-        return [self._merge(params) for params in self.params]
+        return [_merge(self._graph, params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Returns the task's predictions for a batch on the devices, with the batch's "row" array.
@@ -143,7 +183,9 @@ class Predictor:
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
         """Returns the result of `predict_batch` for each seed."""
-        return [self._predict(params, batch) for params in self.params]
+        return [
+            self._programs.predict((params, self._constants), batch) for params in self.params
+        ]
 
     def initial_states(self, batch_size: int = 1) -> list[Any]:
         """Returns the state of each seed's causal model before the first utterance."""
@@ -165,7 +207,7 @@ class Predictor:
         """
         with explain_oom("prediction", f"utterances on {jax.device_count()} devices", _OOM_HINT):
             results = [
-                self._predict_step((params, state), batch)
+                self._programs.predict_step((params, self._constants, state), batch)
                 for params, state in zip(self.params, states, strict=True)
             ]
             per_seed = jax.device_get([predictions for _, predictions in results])

@@ -52,6 +52,13 @@ class ParallelConfig:
             )
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Returns the XLA options with which steps are compiled for a platform, such as "cpu"."""
+    # MiSTER-E's steps have hundreds of small fusions. On CPU, XLA's older code generator compiles
+    # them in two thirds of the time, into programs that are as fast. Encoders do not get slower.
+    return {"xla_cpu_use_fusion_emitters": False} if platform == "cpu" else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """Function of `(state, batch)` on all devices, compiled once per batch shape.
@@ -187,7 +194,9 @@ class JitPartitioner:
             state_shardings = shardings(state, self.mesh, self.rules)
             return jax.lax.with_sharding_constraint(state, state_shardings), metrics
 
-        return CompiledStep(jax.jit(constrained_step, donate_argnums=0))
+        return CompiledStep(
+            jax.jit(constrained_step, donate_argnums=0, compiler_options=self._compiler_options())
+        )
 
     def compile_eval(self, function: EvalFn) -> CompiledStep:
         """Returns the function under `jit`, with replicated outputs."""
@@ -196,7 +205,16 @@ class JitPartitioner:
             with self._layer_constraints():
                 return function(state, batch, None)
 
-        return CompiledStep(jax.jit(constrained_function, out_shardings=self.replicated))
+        return CompiledStep(
+            jax.jit(
+                constrained_function,
+                out_shardings=self.replicated,
+                compiler_options=self._compiler_options(),
+            )
+        )
+
+    def _compiler_options(self) -> dict[str, Any]:
+        return compiler_options(self.mesh.devices.flat[0].platform)
 
 
 class PmapPartitioner:

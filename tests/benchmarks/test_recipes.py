@@ -21,6 +21,8 @@ TINY = (
     "model.context_dim=4",
     "model.fusion_dim=4",
     "model.attention_dim=3",
+    "model.gru_layers=0",
+    "model.fusion_layers=0",
 )
 SET = FoldedSet("tiny", "dialogue:3")
 

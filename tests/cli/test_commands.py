@@ -19,7 +19,8 @@ def test_scripts_take_features_to_scores(tmp_path):
         "prepare --corpus=synthetic_features --data_dir=DIR --num_dialogues=20,5,6",
         "train --config=configs/fusion.py:synthetic_features,no_kl --workdir=DIR/run "
         "--config.data.data_dir=DIR --config.data.num_buckets=1 --config.model.context_dim=8 "
-        "--config.model.fusion_dim=8 --config.train.epochs=1",
+        "--config.model.fusion_dim=8 --config.model.gru_layers=0 --config.model.fusion_layers=0 "
+        "--config.train.epochs=1",
         "evaluate --workdir=DIR/run --split=test",
     )
     results = run_commands([f"launch.{script}" for script in scripts], tmp_path)

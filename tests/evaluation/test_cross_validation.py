@@ -19,6 +19,7 @@ from mister_jax.evaluation.cross_validation import (
 )
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json_lines
+from mister_jax.predictor import Predictor
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import train, train_group
 from tests.helpers.training import assert_same_checkpoint, make_tiny_config
@@ -184,6 +185,25 @@ def test_a_fold_needs_folds(config):
     changed.data.fold = 1
     with pytest.raises(InputError, match=r"data\.fold=1 needs config\.data\.folds"):
         FusionTask.from_data(changed)
+
+
+def test_models_of_folds_share_their_programs_but_not_their_standardizers(
+    cross_validation_workdir,
+):
+    first, second = (Predictor(cross_validation_workdir / f"fold_{fold}") for fold in (1, 2))
+    features = first.task.features("test")
+    batches = list(first.task.batched(features, num_shards=1).batches())
+    for batch in batches:
+        first.predict_batch(batch)
+    program = first._programs.predict.function
+    num_programs = program._cache_size()
+    actual = [second.predict_batch(batch)["probabilities"] for batch in batches]
+    assert program._cache_size() == num_programs
+    (model,) = second.models()
+    for batch, probabilities in zip(batches, actual, strict=True):
+        expected, other = (task.predict(model, batch) for task in (second.task, first.task))
+        np.testing.assert_allclose(probabilities, expected["probabilities"], atol=1e-5)
+        assert np.abs(probabilities - other["probabilities"]).max() > 1e-4
 
 
 def test_validation_can_be_added_to_training(config, tiny_data_dir):

@@ -281,13 +281,13 @@ def test_a_report_has_a_missing_modality_study_of_its_checkpoint(finished_workdi
     dropped = {(point["drop_speech"] > 0, point["drop_text"] > 0) for point in study["points"]}
     assert dropped == {(True, False), (False, True)}
     # A stored study of the same checkpoint is reused.
-    study["points"] = [{**study["points"][0], "weighted_f1": 0.1234}]
+    study["points"] = [{**study["points"][0], "weighted_f1": 0.9876}]
     path.write_text(json.dumps(study))
-    assert "0.123" in make_report()
+    assert "0.988" in make_report()
     # A study of another run in the same folder, with the same best epoch, is replaced.
     other_checkpoint = {**study["checkpoint"], "weighted_f1": 0.123}
     path.write_text(json.dumps({**study, "checkpoint": other_checkpoint}))
-    assert "0.123" not in make_report()
+    assert "0.988" not in make_report()
 
 
 def test_dropping_removes_the_chosen_share_of_a_modality(tiny_data_dir):

@@ -23,6 +23,19 @@ from mister_jax.training.steps import initial_state, make_train_step
 from mister_jax.workdir import write_description
 
 
+# Sizes of a small model without GRU and co-attention layers, which take most of the time to compile.
+# Tests in which these layers matter add `ALL_LAYERS`.
+SMALL_MODEL = {
+    "context_dim": 8,
+    "fusion_dim": 8,
+    "attention_dim": 6,
+    "kernel_sizes": (1, 3),
+    "gru_layers": 0,
+    "fusion_layers": 0,
+}
+ALL_LAYERS = {"gru_layers": 1, "fusion_layers": 1}
+
+
 def write_tiny_dataset(data_dir, num_dialogues):
     """Writes the dataset `tiny`: a few short synthetic dialogues."""
     splits = data.generate_features(
@@ -37,8 +50,7 @@ def make_tiny_config(data_dir, argument="tiny", **changes):
     config.data.data_dir = str(data_dir)
     config.data.num_buckets = 1
     config.data.batch_size = 4
-    config.model.kernel_sizes = (1, 3)
-    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
+    config.model.update(SMALL_MODEL)
     config.train.update({"epochs": 2, "log_every": 1})
     config.update_from_flattened_dict(changes)
     return config
@@ -52,8 +64,7 @@ def write_untrained_workdir(workdir, data_dir, dataset, num_seeds=1, **changes):
     config = fusion.get_config(dataset)
     config.num_seeds = num_seeds
     config.data.data_dir = str(data_dir)
-    config.model.update({"context_dim": 8, "fusion_dim": 8, "fusion_layers": 1, "attention_dim": 6})
-    config.model.update(changes)
+    config.model.update({**SMALL_MODEL, **changes})
     task = FusionTask.from_data(config)
     per_seed = [
         initial_state(task, optax.sgd(0.1), seed=3 + number)[1]["params"]

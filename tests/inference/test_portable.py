@@ -12,7 +12,7 @@ from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.errors import InputError
 from mister_jax.inference.portable import export_program
 from mister_jax.predictor import Predictor
-from tests.helpers.training import write_untrained_workdir
+from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
 # This script blocks all packages that JAX does not need, and runs the program.
 RUN_PROGRAM = """
@@ -43,7 +43,7 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
     calls_dir, tmp_path, num_seeds, changes
 ):
     run = write_untrained_workdir(
-        tmp_path / "run", calls_dir, "both", num_seeds=num_seeds, **changes
+        tmp_path / "run", calls_dir, "both", num_seeds=num_seeds, **ALL_LAYERS, **changes
     )
     if num_seeds == 2:
         write_calibration(run, Calibration(0.5, (0.2, -0.2)), Predictor(run).progress)

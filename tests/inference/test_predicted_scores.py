@@ -9,7 +9,7 @@ import mister_jax
 from mister_jax import data
 from mister_jax.predictor import Predictor
 from tests.helpers.predictions import assert_predictions_close
-from tests.helpers.training import write_untrained_workdir
+from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def scored_workdir(calls_dir, tmp_path_factory):
         causal=True,
         kernel_sizes=(1,),
         attention_window=2,
+        **ALL_LAYERS,
     )
 
 

@@ -13,16 +13,15 @@ from mister_jax.errors import InputError
 from mister_jax.inference.follow import follow
 from tests.helpers.commands import run_script
 from tests.helpers.predictions import assert_predictions_close
-from tests.helpers.training import write_untrained_workdir
+from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
 
 @pytest.fixture(scope="module")
 def causal_workdir(calls_dir, tmp_path_factory):
     """A work directory of an untrained causal MiSTER-E of two seeds."""
     folder = tmp_path_factory.mktemp("causal") / "run"
-    return write_untrained_workdir(
-        folder, calls_dir, "both", num_seeds=2, causal=True, kernel_sizes=(1, 3), attention_window=3
-    )
+    changes = {"causal": True, "attention_window": 3, **ALL_LAYERS}
+    return write_untrained_workdir(folder, calls_dir, "both", num_seeds=2, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_a_stream_is_calibrated(causal_recognizer, monkeypatch):
 
 
 def test_all_utterances_of_a_stream_run_one_program(causal_recognizer):
-    program = causal_recognizer._predictor._predict_step.function
+    program = causal_recognizer._predictor._programs.predict_step.function
     stream = causal_recognizer.stream()
     stream.predict({"text": "glad"})
     num_programs = program._cache_size()

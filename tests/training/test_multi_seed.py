@@ -18,6 +18,7 @@ from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from mister_jax.training.steps import initial_state, make_train_step
 from tests.helpers.training import (
+    ALL_LAYERS,
     TinyTask,
     assert_same_bits,
     make_tiny_config,
@@ -30,7 +31,8 @@ SEEDS = (3, 4)
 
 def make_seeds_config(tiny_data_dir, **changes):
     """Returns a config that trains all seeds in one program."""
-    changes = {"seed": SEEDS[0], "num_seeds": len(SEEDS), **changes}
+    layers = {f"model.{name}": number for name, number in ALL_LAYERS.items()}
+    changes = {"seed": SEEDS[0], "num_seeds": len(SEEDS), **layers, **changes}
     return make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
 
 

@@ -25,6 +25,7 @@ from mister_jax.training import runs
 from mister_jax.training.loop import train
 from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.training import (
+    ALL_LAYERS,
     assert_same_bits,
     assert_same_checkpoint,
     make_tiny_config,
@@ -273,12 +274,14 @@ def test_a_finished_run_continues_with_more_epochs(
         train(make_tiny_config(tiny_data_dir), workdir, quiet=True)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "model", [{}, {"causal": True, **ALL_LAYERS}], ids=["small", "causal with all layers"]
+)
 def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
-    tiny_data_dir, tmp_path, causal
+    tiny_data_dir, tmp_path, model
 ):
     changes = {
-        "model.causal": causal,
+        **{f"model.{name}": value for name, value in model.items()},
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
         # The number of length buckets is chosen for the epochs planned at the start of the run. It
