@@ -6,6 +6,7 @@ batches do not change if a run is stopped and resumed, or uses another number of
 
 import collections
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -122,7 +123,23 @@ def batches(
 
     dataset = tf.data.Dataset.range(start_step, last_step)
     dataset = dataset.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return iter(dataset.prefetch(prefetch).as_numpy_iterator())
+    return _DatasetIterator(dataset.prefetch(prefetch))
+
+
+class _DatasetIterator(Iterator[dict[str, np.ndarray]]):
+    """Iterates over a tf.data dataset, and stops its threads before Python shuts down.
+
+    TensorFlow waits for the threads of an iterator when it deletes the iterator. While Python shuts
+    down, threads can no longer call Python functions, so the process would never end.
+    """
+
+    def __init__(self, dataset: "tf.data.Dataset"):
+        self._iterators = [dataset.as_numpy_iterator()]
+        # Python calls the finalizer when this object is deleted, or before it shuts down.
+        weakref.finalize(self, self._iterators.clear)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterators[0])
 
 
 def prefetch_to_device(

@@ -1,5 +1,8 @@
 """Batches of dialogue features."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -121,6 +124,31 @@ def test_a_plan_for_other_dialogues_or_processes_is_rejected():
         batches(features, plan, seed=0, epoch=0, start_step=99)
     with pytest.raises(ValueError, match="multiple_of 0"):
         BatchPlan(LENGTHS, 4, multiple_of=0)
+
+
+# Ends while threads of the pipeline prepare the next batches.
+END_DURING_BATCHES = """
+import time
+
+from mister_jax import data
+from mister_jax.data import pipeline
+
+padded_batch = pipeline.padded_batch
+
+def slow_batch(*args):
+    time.sleep(0.2)
+    return padded_batch(*args)
+
+pipeline.padded_batch = slow_batch
+sizes = {"train": 12, "validation": 1, "test": 1}
+features = data.generate_features(num_dialogues=sizes, speech_dim=2, text_dim=2)["train"]
+batches = data.batches(features, data.BatchPlan(features.lengths, 2, 1), seed=0, epoch=0)
+next(batches)
+"""
+
+
+def test_a_process_can_end_before_the_last_batch():
+    subprocess.run([sys.executable, "-c", END_DURING_BATCHES], check=True, timeout=120)
 
 
 def test_prefetch_keeps_the_order_and_a_fixed_distance():
