@@ -183,9 +183,7 @@ class Predictor:
 
     def predict_batch_per_seed(self, batch: dict[str, Any]) -> list[dict[str, jax.Array]]:
         """Returns the result of `predict_batch` for each seed."""
-        return [
-            self._programs.predict((params, self._constants), batch) for params in self.params
-        ]
+        return [self._programs.predict((params, self._constants), batch) for params in self.params]
 
     def initial_states(self, batch_size: int = 1) -> list[Any]:
         """Returns the state of each seed's causal model before the first utterance."""

@@ -45,6 +45,7 @@ SMALL_FLAGS = {
             "--config.model.attention_dim=6",
             "--config.model.gru_layers=0",
             "--config.model.fusion_layers=0",
+            "--config.model.kernel_sizes=(1,)",
         ]
     ),
     ("ablate", ""): [*small_training, "--variants=text_only"],

@@ -36,7 +36,7 @@ from mister_jax.errors import InputError
 from mister_jax.optim import make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
 from mister_jax.parallel.oom import explain_oom
-from mister_jax.parallel.partitioning import Partitioner, compiler_options
+from mister_jax.parallel.partitioning import Partitioner, fast_compiler_options
 from mister_jax.tasks.base import Task
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
@@ -286,7 +286,7 @@ def _initial_states(
     if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
         # One program for the whole initialization is faster than one program per parameter. Its run
         # time is so short that compiler optimizations would cost more time than they save.
-        options = compiler_options(jax.default_backend())
+        options = fast_compiler_options(jax.default_backend())
         if options:
             options["xla_backend_optimization_level"] = 0
         make_state = jax.jit(make_state, compiler_options=options)
