@@ -22,8 +22,8 @@ from mister_jax.tasks.fusion import FusionTask, LossConfig, apply_to_batch, mist
 from mister_jax.training.steps import initial_state, make_train_step
 from mister_jax.workdir import write_description
 
-# Sizes of a small model without GRU and co-attention layers, which take longest to compile. Tests in
-# which these layers matter add `ALL_LAYERS`.
+# Sizes of a small model without GRU and co-attention layers, which take longest to compile. Tests
+# in which these layers matter add `ALL_LAYERS`.
 SMALL_MODEL = {
     "context_dim": 8,
     "fusion_dim": 8,
