@@ -11,6 +11,7 @@ from mister_jax.configs import fusion
 from mister_jax.data.standardizer import why_standardize
 from mister_jax.errors import InputError
 from mister_jax.tasks.fusion import FusionTask
+from tests.helpers.training import SMALL_MODEL
 
 SPLITS = data.generate_features(
     num_dialogues={"train": 6, "validation": 2, "test": 2}, speech_dim=5, text_dim=4
@@ -38,7 +39,7 @@ def config(tmp_path_factory):
     config = fusion.get_config("uneven")
     config.data.data_dir = str(folder)
     config.data.num_buckets = 1
-    config.model.update(context_dim=8, fusion_dim=8, fusion_layers=0, attention_dim=6)
+    config.model.update(SMALL_MODEL)
     return config
 
 
