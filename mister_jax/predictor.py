@@ -52,14 +52,18 @@ class _Programs:
 
 
 # Models of one architecture, such as those of the folds of a cross-validation, share their programs
-# so that they are traced and compiled only once.
-_recent_programs: collections.deque[_Programs] = collections.deque(maxlen=8)
+# so that they are traced and compiled only once. The last eight architectures are kept.
+_shared_programs: collections.deque[_Programs] = collections.deque(maxlen=8)
 
 
 def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Programs:
     """Returns the programs of a model, if possible those of an earlier model."""
-    for programs in _recent_programs:
-        if programs.mesh == partitioner.mesh and task.shares_steps_with(programs.task):
+    for programs in tuple(_shared_programs):
+        if (
+            programs.mesh == partitioner.mesh
+            and type(programs.task) is type(task)
+            and task.shares_steps_with(programs.task)
+        ):
             return programs
 
     def predict(params_and_constants, batch, _axis_name):
@@ -71,10 +75,14 @@ def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Progra
         params, constants, state = inputs
         return task.with_constants(constants).predict_step(_merge(graph, params), state, batch)
 
-    compiled = (partitioner.compile_eval(function) for function in (predict, predict_step))
-    programs = _Programs(task, partitioner.mesh, *compiled)
+    programs = _Programs(
+        task,
+        partitioner.mesh,
+        partitioner.compile_eval(predict, fast_compile=True),
+        partitioner.compile_eval(predict_step),
+    )
     if task.shares_steps_with(task):  # This is False for encoders, which would stay in memory.
-        _recent_programs.append(programs)
+        _shared_programs.append(programs)
     return programs
 
 
@@ -132,7 +140,7 @@ class Predictor:
             num_classes = len(self.task.class_names)
             self.calibration = read_calibration(self.folder, self.progress, num_classes)
         self._calibrate = calibrate
-        self._constants = jax.device_put(self.task.constants(), self.partitioner.replicated)
+        self._constants = self.partitioner.put_state(self.task.constants())
         self._programs = _programs_for(self.task, self._graph, self.partitioner)
 
     def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:

@@ -139,7 +139,13 @@ class _DatasetIterator(Iterator[dict[str, np.ndarray]]):
         weakref.finalize(self, self._iterators.clear)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterators[0])
+        if not self._iterators:
+            raise StopIteration
+        try:
+            return next(self._iterators[0])
+        except BaseException as error:
+            # The traceback of Ctrl-C, for example, would keep TensorFlow's iterator alive.
+            raise error.with_traceback(None) from None
 
 
 def prefetch_to_device(

@@ -163,10 +163,13 @@ class Task(Protocol):
         """Returns the predictions for each utterance in a batch."""
 
     def shares_steps_with(self, other: Task) -> bool:
-        """Returns whether this task and `other` have the same steps except for `constants`."""
+        """Returns whether this task and `other` differ only in `constants`.
+
+        Their training steps, evaluation steps and predictions are then the same programs.
+        """
 
     def constants(self) -> dict[str, Any]:
-        """Returns the arrays that depend on the data and are used in training and evaluation."""
+        """Returns the arrays that depend on the data and are used by the model or the loss."""
 
     def with_constants(self, constants: Mapping[str, Any]) -> Task:
         """Returns a copy of the task with other `constants`, which may be traced arrays."""

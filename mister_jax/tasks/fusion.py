@@ -328,13 +328,13 @@ class FusionTask:
         }
 
     def shares_steps_with(self, other: Task) -> bool:
-        """Returns whether this task and `other` have the same steps except for `constants`."""
+        """Returns whether this task and `other` differ only in `constants`."""
         return isinstance(other, FusionTask) and (
             (self.model, self.class_names) == (other.model, other.class_names)
         )
 
     def constants(self) -> dict[str, Any]:
-        """Returns the arrays that depend on the data and are used in training and evaluation.
+        """Returns the arrays that depend on the data and are used by the model or the loss.
 
         Modalities without standardization get a standardizer that changes nothing.
         """

@@ -211,7 +211,7 @@ def _compiled_steps(
     )
     steps = CompiledSteps(
         first.partitioner.compile_step(vmap(train_step)),
-        first.partitioner.compile_eval(vmap(eval_step)),
+        first.partitioner.compile_eval(vmap(eval_step), fast_compile=True),
         functools.partial(_evaluation_tree, template),
     )
     if shared is not None:

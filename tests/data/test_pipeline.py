@@ -1,5 +1,6 @@
 """Batches of dialogue features."""
 
+import signal
 import subprocess
 import sys
 
@@ -145,10 +146,25 @@ features = data.generate_features(num_dialogues=sizes, speech_dim=2, text_dim=2)
 batches = data.batches(features, data.BatchPlan(features.lengths, 2, 1), seed=0, epoch=0)
 next(batches)
 """
+INTERRUPT = """
+import os, signal, threading
+
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+for _ in batches:
+    pass
+"""
 
 
-def test_a_process_can_end_before_the_last_batch():
-    subprocess.run([sys.executable, "-c", END_DURING_BATCHES], check=True, timeout=120)
+@pytest.mark.parametrize("interrupt", ["", INTERRUPT], ids=["end", "interrupt"])
+def test_a_process_can_end_before_the_last_batch(interrupt):
+    process = subprocess.run(
+        [sys.executable, "-c", END_DURING_BATCHES + interrupt],
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == (-signal.SIGINT if interrupt else 0), process.stderr
+    assert ("KeyboardInterrupt" in process.stderr) == bool(interrupt)
 
 
 def test_prefetch_keeps_the_order_and_a_fixed_distance():

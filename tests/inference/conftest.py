@@ -8,7 +8,7 @@ from mister_jax import extraction
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.dialogues import DialogueDataset
 from tests.helpers.tiny_datasets import NEUTRAL_WORDS, prepare_manifest, write_manifest
-from tests.helpers.training import write_untrained_workdir
+from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
 
 @pytest.fixture(scope="package")
@@ -47,7 +47,8 @@ def calls_dir(tmp_path_factory, bert_folder):
 @pytest.fixture(scope="package")
 def workdir(calls_dir, tmp_path_factory):
     """A work directory of an untrained MiSTER-E on the features `both`."""
-    return write_untrained_workdir(tmp_path_factory.mktemp("workdir") / "run", calls_dir, "both")
+    folder = tmp_path_factory.mktemp("workdir") / "run"
+    return write_untrained_workdir(folder, calls_dir, "both", **ALL_LAYERS)
 
 
 @pytest.fixture(scope="package")
