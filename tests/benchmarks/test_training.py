@@ -22,8 +22,6 @@ CHANGES = {
     "model.context_dim": 8,
     "model.fusion_dim": 8,
     "model.attention_dim": 6,
-    "model.gru_layers": 0,
-    "model.fusion_layers": 0,
     "train.epochs": 2,
 }
 LENGTHS = [4, 1, 3]
