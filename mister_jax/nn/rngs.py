@@ -29,8 +29,8 @@ _blocks: weakref.WeakKeyDictionary[_RngStream, _Block] = weakref.WeakKeyDictiona
 class _RngStream(nnx.RngStream):
     """Stream that returns the same keys as `nnx.RngStream`, but is traced and compiled faster.
 
-    `nnx.RngStream` computes each key with operations of its own. Their compilation takes most of
-    the time if an initialization is compiled as one program.
+    `nnx.RngStream` adds several operations per key to the program that initializes a model. This
+    stream computes 64 keys with the same number of operations.
     """
 
     def __init__(self, key: jax.Array, *, tag: str):
@@ -67,7 +67,7 @@ def make_rngs(key: jax.Array | int) -> nnx.Rngs:
     """Returns RNGs with the same keys as `nnx.Rngs(key)`.
 
     Compared with `nnx.Rngs`, the initialization of a module is traced in a third of the time, and
-    compiled in half of the time.
+    compiled in two thirds of the time.
 
     Args:
       key: Typed key or seed.
