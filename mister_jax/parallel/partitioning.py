@@ -288,7 +288,7 @@ class PmapPartitioner:
         return CompiledStep(self._pmap(step, donate_argnums=0), finish)
 
     def compile_eval(self, function: EvalFn, *, fast_compile: bool = False) -> CompiledStep:
-        """Returns the function under `pmap`."""
+        """Returns the function under `pmap`. `fast_compile` has no effect."""
         return CompiledStep(self._pmap(function), self._first)
 
 
