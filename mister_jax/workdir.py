@@ -35,6 +35,16 @@ _MUTABLE_ON_RESUME = (
     "train.save_every",
     "parallel",
 )
+# Fields that all tasks read from the config of a work directory.
+_REQUIRED_FIELDS = (
+    "task",
+    "seed",
+    "data.name",
+    "data.data_dir",
+    "data.batch_size",
+    "data.num_buckets",
+    "train.epochs",
+)
 # Config fields that contain paths, in addition to the directory of the datasets.
 _ENCODER_PATHS = ("name", "whisper", "beats", "vicuna")
 _PACKAGES = (
@@ -97,7 +107,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     directory, so that TFDS looks up the dataset by name.
 
     Raises:
-      InputError: The config is missing or damaged.
+      InputError: The config is missing or damaged, or fields of the config are missing.
     """
     path = config_path(workdir)
     if not path.exists():
@@ -106,7 +116,15 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
             "written"
         )
     try:
-        return _find_files(ConfigDict(read_json(path)), workdir)
+        values = read_json(path)
+        fields = flatten(values)
+        missing = [name for name in _REQUIRED_FIELDS if name not in fields]
+        if missing:
+            raise InputError(
+                f"{path}: {', '.join(missing)} missing; needed: the config that `mister-jax train` "
+                "has written"
+            )
+        return _find_files(ConfigDict(values), workdir)
     except InputError:
         raise
     except ValueError as error:  # For example, a field name contains a dot.

@@ -22,7 +22,7 @@ from mister_jax.evaluation.calibration import fit_on_validation
 from mister_jax.evaluation.missing_modality import drop_modalities, missing_modality_study
 from mister_jax.evaluation.results import evaluate
 from mister_jax.evaluation.scores import score_predictions
-from mister_jax.io import read_json_lines
+from mister_jax.io import read_json_lines, write_json
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictor
 from mister_jax.workdir import FORMAT
@@ -371,6 +371,14 @@ def test_features_of_another_dimension_are_refused(finished_workdir, tiny_data_d
 
 def test_a_folder_without_a_training_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config.json: no such file"):
+        evaluate(tmp_path, "test", quiet=True)
+
+
+def test_a_config_with_missing_fields_is_refused(finished_workdir, tmp_path):
+    values = json.loads((finished_workdir / "config.json").read_text())
+    del values["seed"], values["data"]["name"]
+    write_json(tmp_path / "config.json", values)
+    with pytest.raises(InputError, match=r"config.json: seed, data.name missing; needed: the"):
         evaluate(tmp_path, "test", quiet=True)
 
 
