@@ -35,7 +35,8 @@ class Checkpoints:
       read_only: Whether to disable writing. If False, unfinished checkpoints of a killed run are
         removed. A reader must keep unfinished checkpoints, because another process may still be
         writing them.
-      on_save: Function called with the arguments of `save` once the write has started.
+      on_save: Function called with the arguments of `save` after the write has started, or after
+        `save` has found that the checkpoint exists.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Checkpoints:
         """
         manager = self._manager(kind)
         if step not in manager.all_steps():
-            # Once the latest checkpoint is complete, any best checkpoint whose write started
-            # earlier must also be complete.
+            # A run resumes from its latest checkpoint, and does not repeat earlier steps. A best
+            # checkpoint from an earlier step must therefore be complete before the latest
+            # checkpoint is.
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {

@@ -196,9 +196,9 @@ def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     """Computes the gradient of this device's representations without a sum over devices.
 
     Each representation contributes to the loss as an anchor and as a candidate for other anchors.
-    Automatic differentiation would compute the second part of the gradient on the devices of the
-    other anchors, and sum an [M, F] gradient over all devices. Because similarities are symmetric,
-    each device can compute the second part from every anchor's log-sum and number of positives.
+    Automatic differentiation would compute the gradient as a candidate on the devices of the other
+    anchors, and then sum [M, F] gradients over all devices. Because similarities are symmetric,
+    each device can compute this gradient from every anchor's log-sum and number of positives.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)
@@ -226,8 +226,9 @@ def expert_agreement(
 ) -> jax.Array:
     """Computes the symmetric KL divergence KL(p||q) + KL(q||p) between the experts.
 
-    As in the released MiSTER-E, the divergence is averaged over pairs of experts, summed over the
-    utterances in a dialogue, and averaged over dialogues with at least one utterance that counts.
+    As in the released MiSTER-E, the divergence is summed over pairs of experts, divided by the
+    number of pairs of enabled experts, summed over the utterances in a dialogue, and averaged over
+    dialogues with at least one utterance that counts.
 
     Args:
       expert_logits: Logits of the experts, [B, T, E, C].
@@ -290,7 +291,8 @@ def gate_responsibility(
 
     An expert's responsibility is proportional to the probability that the expert gives to the
     label, raised to the power of `sharpness`. With sharpness 1, this is the E step of a mixture of
-    experts (Jordan and Jacobs, 1994). Higher values favor the best expert.
+    experts (Jordan and Jacobs, 1994) in which all experts have the same prior weight. Higher values
+    favor the best expert.
 
     The loss has a gradient with respect to `gate` but not to `expert_logits`, because the targets
     are constants. In `MisterE`, the loss still trains the experts, through the gate's input. With
@@ -437,7 +439,7 @@ def mister_e(
     Args:
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
-      mask: Valid utterances, [B, T] bool. Unlabeled utterances are ignored.
+      mask: Valid utterances, [B, T] bool. Unlabeled utterances count only in `score_error`.
       weights: Weights of the losses; by default, the weights in the released code.
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
@@ -446,11 +448,11 @@ def mister_e(
       class_weights: Weight of each class in the focal losses, [C]; see `imbalance.class_weights`.
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
-      scores: Annotated scores, [B, T], NaN if missing; needed if the model predicts scores.
+      scores: Annotated scores, [B, T], NaN if missing. Without scores, there is no `score_error`.
       ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
         distributions are the targets. The focal losses are then sums over the classes, weighted by
-        each class's share of the raters. The gate's responsibilities use log-probabilities with the
-        same weights. For an utterance without ratings, the label is the target. The contrastive
+        each class's share of the raters. For the gate loss, an expert's log-probability of the
+        label is replaced by the mean over the classes with the same weights. For an utterance without ratings, the label is the target. The contrastive
         loss always uses labels.
       axis_name: Mapped axis; see the module's docstring.
 

@@ -34,13 +34,14 @@ class OptimizerConfig:
     Attributes:
       name: "adam" or "adamw".
       learning_rate: Learning rate after the warmup.
-      schedule: "constant", or "cosine", which decays to zero by the last step.
+      schedule: "constant", or "cosine", which decays and would reach zero one step after the last.
       warmup_fraction: Fraction of the steps during which the learning rate rises linearly from
         zero.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Constant added to the square root of the second moment.
-      weight_decay: Weight decay of "adamw", applied to kernels but not to biases and scales.
+      weight_decay: Weight decay of "adamw", applied to kernels and embeddings but not to biases and
+        scales.
       clip_norm: Global norm to which gradients are clipped; 0 disables clipping.
       average_decay: Decay rate of an exponential moving average of the parameters. The average is
         used in validation, in the best checkpoint and in prediction. 0 disables averaging.

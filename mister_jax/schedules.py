@@ -17,8 +17,8 @@ def learning_rate_schedule(
     Args:
       peak: Learning rate after the warmup.
       total_steps: Number of training steps, including the warmup.
-      name: Schedule after the warmup: "constant", or "cosine", which decays to zero at
-        `total_steps`.
+      name: Schedule after the warmup: "constant", or "cosine", which decays and would
+        reach zero at step `total_steps`, counted from 0.
       warmup_fraction: Fraction of the steps used for the warmup, 0 <= fraction < 1.
     """
     warmup_steps = round(warmup_fraction * total_steps)

@@ -1,6 +1,6 @@
 """Dialogue datasets, from corpora on disk to batches.
 
-- `corpora` reads corpora and manifests; `registry` lists the released corpora.
+- `corpora` reads corpora and manifests; `corpora.registry` lists the released corpora.
 - `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads dialogue datasets.
 - `features` stores and loads utterance vectors, `feature_files` imports and exports them, and
   `synthetic` generates them.

@@ -30,7 +30,9 @@ _STEP_COMPILE_COST = 3e10
 
 
 def bucket_cost(num_params: int, epochs: int) -> float:
-    """Returns how many positions per epoch take as long to train as a step takes to compile.
+    """Converts the compile time of a training step to a number of positions per epoch.
+
+    Training that many additional positions in each epoch would take as long as the compilation.
 
     Args:
         num_params: Total number of parameters of all models that train together.
@@ -128,9 +130,9 @@ class BatchPlan:
         bucket_cost: Number of positions that each additional padded length must save per epoch.
         multiple_of: Divisor of the number of rows, usually the number of devices. Batches are
             filled up with empty rows.
-        fitted_to: Value of `multiple_of` for which the buckets are chosen to have the least
-            padding. Set this value to the number of devices if the grouping of items into batches
-            does not affect the result, for example in evaluation.
+        fitted_to: The buckets have the least padding for this value of `multiple_of`. Set it to
+            the number of devices if the grouping of items into batches does not affect the result,
+            for example in evaluation.
         weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
             items, n items are drawn with replacement. By default, each item is in exactly one
             batch.
@@ -261,10 +263,10 @@ def plan_budgeted_batches(
         num_rows = max(1, budget // padded_length) * num_shards
         end = start + num_rows
         if end > len(lengths):
-            # The remaining items do not fill a batch. Items that fit a shorter step are left for
-            # the next batch if that saves more padding than one more program costs. The other items
-            # form a batch whose number of rows per device is a power of 2. Such shapes are likely
-            # to recur.
+            # The remaining items do not fill a batch. The shortest of them are left for another
+            # batch with a smaller padded length, if the saved padding is worth compiling one more
+            # program. The other items form a batch whose number of rows per device is a power of
+            # 2, because such shapes are likely to recur.
             saved = np.cumsum(padded_length - padded_lengths[start:])
             end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
             rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()

@@ -39,7 +39,7 @@ _SOURCES = {
     "folder": "a folder of recordings",
     "emobox": emobox.LAYOUT,
 }
-"""What --source must be for the corpora that are not in `CORPORA`."""
+"""What --source must be for the corpora that are not in `CORPORA`; "synthetic" has no source."""
 
 
 class Manifest(DialogueBuilder):

@@ -1,7 +1,7 @@
 """Keeps training from opening the test split.
 
-`training.loop.train` runs under `training_splits_only`. All functions in this package call
-`check_split_allowed` before they open a split.
+The functions in `training.loop` that train run under `training_splits_only`. All functions that
+read a split of a dataset call `check_split_allowed` first.
 """
 
 import contextlib
@@ -15,7 +15,10 @@ _is_training = contextvars.ContextVar("is_training", default=False)
 
 @contextlib.contextmanager
 def training_splits_only() -> Iterator[None]:
-    """Raises an error if a split outside `TRAINING_SPLITS` is opened. Also works as a decorator."""
+    """Lets `check_split_allowed` refuse the splits outside `TRAINING_SPLITS` in this context.
+
+    This function can also be used as a decorator.
+    """
     token = _is_training.set(True)
     try:
         yield

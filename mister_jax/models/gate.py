@@ -45,7 +45,8 @@ class Gate(nnx.Module):
 
         Args:
           expert_logits: Logits of all experts, [B, T, E, C].
-          present: Experts that may have a nonzero weight, [B, T, E] bool.
+          present: Experts that may have a nonzero weight, at least one per utterance, [B, T, E]
+            bool.
           speech_context: Context of the speech expert, [B, T, H], or [B, T, 0] if the expert is
             disabled. Required with `gate_reads_contexts`, otherwise unused.
           text_context: Context of the text expert, like `speech_context`.

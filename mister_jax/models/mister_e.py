@@ -35,9 +35,10 @@ class MisterEOutput:
     Attributes:
       logits: Class logits of the mixture, [B, T, C] float32.
       expert_logits: Class logits of each expert, [B, T, E, C] float32; zero for disabled experts.
-      gate: Expert weights, [B, T, E] float32; they sum to 1 over E and are zero for missing
-        experts.
-      expert_present: Whether an expert is enabled and its modality is present, [B, T, E] bool.
+      gate: Expert weights, [B, T, E] float32; they sum to 1 over E and are zero for experts that
+        are not present.
+      expert_present: Whether an expert is enabled and its modality is present, [B, T, E] bool. If
+        no enabled expert has its modality, all enabled experts count as present.
       speech_context: Context of the speech expert (the classifier's input), [B, T, H].
       text_context: Context of the text expert (the classifier's input), [B, T, H].
       speech_repr: Speech representation of the fusion expert, [B, T, F].

@@ -80,7 +80,8 @@ class LoRALinear(nnx.Module):
       out_features: Output size.
       use_bias: Whether to add a bias.
       quantizable: Whether `quantize` applies; False for small layers that should stay exact.
-      dtype: Computation dtype; the low-rank path is float32.
+      dtype: Dtype of the input, the output and the computation; the low-rank path computes in
+        float32.
       param_dtype: Dtype of the kernel and the bias.
       rngs: RNGs for kernel initialization.
     """
@@ -177,7 +178,9 @@ def add_lora(module: AnyModule, config: LoRAConfig, *, rngs: nnx.Rngs) -> AnyMod
 
 
 def merge_lora(module: AnyModule) -> AnyModule:
-    """Merges every low-rank path into its kernel; outputs without dropout stay the same.
+    """Merges every low-rank path into its kernel.
+
+    Without dropout, outputs stay the same up to rounding.
 
     An int8 kernel is converted to `param_dtype`, because int8 cannot represent the sum. To convert
     the kernel back to int8, call `quantize`.

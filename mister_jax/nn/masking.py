@@ -1,4 +1,4 @@
-"""Padding masks and token positions for padded or packed rows."""
+"""Padding masks and positions of tokens, in rows that are padded or contain several sequences."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def positions_and_segment_mask(
     """Computes token positions within each sequence and a mask for attention within sequences.
 
     Args:
-      mask: Valid tokens, [B, N] bool; rows may be padded on either side.
-      segment_ids: Index of each token's sequence, [B, N] int, for rows that pack several sequences
-        one after another. By default, a row is one sequence.
+      mask: Valid tokens, [B, N] bool. The padding may be at the start or at the end of a row.
+      segment_ids: Index of each token's sequence, [B, N] int, for rows that contain several
+        sequences one after another. By default, a row is one sequence.
 
     Returns:
       Positions, [B, N] int, and mask, [B, 1, N, N] bool. A token's position is the number of valid

@@ -176,7 +176,7 @@ class JitPartitioner:
         return state
 
     def _layer_constraints(self) -> contextlib.AbstractContextManager[None]:
-        """Gathers a scanned layer's kernels over "data" before the layer runs on local rows."""
+        """Makes each scanned layer gather the parts of its kernels that are split over "data"."""
         # Inside the scan, parameters keep their paths but have no layer axis.
         layer_rules = [
             (pattern, tuple(axis if axis == MODEL else None for axis in axes[1:]))
@@ -300,7 +300,8 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
     """
     if config.backend == "pmap":
         return PmapPartitioner()
-    # Processes that share a copy of the parameters would have to load the same rows.
+    # If a copy of the parameters spanned several processes, these processes would have to load the
+    # same rows, but each process loads different rows.
     if jax.local_device_count() % config.model_parallelism:
         raise InputError(
             f"config.parallel.model_parallelism={config.model_parallelism}; allowed: divisors of "

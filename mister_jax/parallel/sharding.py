@@ -1,4 +1,4 @@
-"""Device mesh, and sharding rules for parameters.
+"""Device mesh, and rules that shard parameters over TPU or GPU devices.
 
 The mesh has two axes. The rows of a batch are split over "data". The parameters are split over
 "model" and, for the large encoders, also over "data" (fully sharded data parallelism).
@@ -42,8 +42,9 @@ def data_mesh(model_parallelism: int = 1, devices: Sequence[jax.Device] | None =
     """Creates the ("data", "model") mesh.
 
     The devices of a process are adjacent, so process p of P holds the p-th of P equal parts of a
-    batch. If `model_parallelism` divides the number of devices per process, a copy of the
-    parameters stays within one process. Otherwise, a copy spans several processes.
+    batch. If `model_parallelism` divides the number of devices per process, as
+    `partitioning.make_partitioner` requires, each copy of the parameters is within one process.
+    Otherwise, a copy spans several processes.
 
     Args:
       model_parallelism: Size of the "model" axis.
