@@ -452,8 +452,8 @@ def mister_e(
       ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
         distributions are the targets. The focal losses are then sums over the classes, weighted by
         each class's share of the raters. For the gate loss, an expert's log-probability of the
-        label is replaced by the mean over the classes with the same weights. For an utterance without ratings, the label is the target. The contrastive
-        loss always uses labels.
+        label is replaced by the mean over the classes with the same weights. For an utterance
+        without ratings, the label is the target. The contrastive loss always uses labels.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
