@@ -20,16 +20,16 @@ Ablations: weighted F1 of the default, and differences from the default with 95%
 cross-validation on training and validation dialogues with one seed (see docs/benchmarks.md for the
 command):
 
-                      meld_dev_features           mspimprov_features
-    default             0.614                       0.643
-    no_contrastive     +0.001 (-0.011 to 0.014)    -0.003 (-0.010 to 0.004)
-    no_kl              +0.006 (-0.005 to 0.018)    -0.003 (-0.009 to 0.004)
-    no_context         -0.006 (-0.025 to 0.015)    -0.013 (-0.026 to -0.002)
+                       meld_dev_features          mspimprov_features
+    default            0.614                      0.643
+    no_contrastive     +0.001 (-0.011 to 0.014)   -0.003 (-0.010 to 0.004)
+    no_kl              +0.006 (-0.005 to 0.018)   -0.003 (-0.009 to 0.004)
+    no_context         -0.006 (-0.025 to 0.015)   -0.013 (-0.026 to -0.002)
     mean_of_experts    -0.003 (-0.019 to 0.013)   -0.005 (-0.016 to 0.005)
     majority           +0.005 (-0.010 to 0.021)   -0.007 (-0.018 to 0.004)
     fusion_only        -0.001 (-0.017 to 0.015)   -0.010 (-0.021 to 0.001)
-    text_only          -0.017 (-0.043 to 0.008)    -0.071 (-0.087 to -0.053)
-    speech_only        -0.189 (-0.230 to -0.149)   -0.097 (-0.117 to -0.076)
+    text_only          -0.017 (-0.043 to 0.008)   -0.071 (-0.087 to -0.053)
+    speech_only        -0.189 (-0.230 to -0.149)  -0.097 (-0.117 to -0.076)
 
 On MSP-IMPROV, the context network and both modalities help. The extra losses and the gate bring no
 gain beyond the intervals.
