@@ -35,8 +35,8 @@ class Checkpoints:
       read_only: Whether to disable writing. If False, unfinished checkpoints of a killed run are
         removed. A reader must keep unfinished checkpoints, because another process may still be
         writing them.
-      on_save: Function called with the arguments of `save` after the write has started, or after
-        `save` has found that the checkpoint exists.
+      on_save: Function called with the arguments of `save` once the write has started, or at once if
+        the checkpoint exists.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Checkpoints:
         if step not in manager.all_steps():
             # A run resumes from its latest checkpoint, and does not repeat earlier steps. A best
             # checkpoint from an earlier step must therefore be complete before the latest
-            # checkpoint is.
+            # checkpoint is complete.
             for other in self._managers.values():
                 other.wait_until_finished()
             items = {

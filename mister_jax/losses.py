@@ -434,12 +434,13 @@ def mister_e(
     - the contrastive loss between the fusion expert's speech and text representations,
     - the agreement of the experts,
     - the gate loss `gate_responsibility`, whose weight is 0 in the released code,
-    - `score_error`, if the model predicts scores.
+    - `score_error`, if the model predicts scores and `scores` is given.
 
     Args:
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
-      mask: Valid utterances, [B, T] bool. Unlabeled utterances count only in `score_error`.
+      mask: Valid utterances, [B, T] bool. Utterances without a label and ratings count only in
+        `score_error`.
       weights: Weights of the losses; by default, the weights in the released code.
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
@@ -448,7 +449,7 @@ def mister_e(
       class_weights: Weight of each class in the focal losses, [C]; see `imbalance.class_weights`.
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
-      scores: Annotated scores, [B, T], NaN if missing. Without scores, there is no `score_error`.
+      scores: Annotated scores, [B, T], NaN if missing; by default, the loss has no `score_error`.
       ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
         distributions are the targets. The focal losses are then sums over the classes, weighted by
         each class's share of the raters. For the gate loss, an expert's log-probability of the

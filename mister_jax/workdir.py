@@ -35,14 +35,13 @@ _MUTABLE_ON_RESUME = (
     "train.save_every",
     "parallel",
 )
-# Fields that all tasks read from the config of a work directory.
+# Fields that all tasks need in the config of a work directory.
 _REQUIRED_FIELDS = (
     "task",
     "seed",
     "data.name",
     "data.data_dir",
     "data.batch_size",
-    "data.num_buckets",
     "train.epochs",
 )
 # Config fields that contain paths, in addition to the directory of the datasets.

@@ -130,8 +130,8 @@ class BatchPlan:
         bucket_cost: Number of positions that each additional padded length must save per epoch.
         multiple_of: Divisor of the number of rows, usually the number of devices. Batches are
             filled up with empty rows.
-        fitted_to: The buckets have the least padding for this value of `multiple_of`. Set it to
-            the number of devices if the grouping of items into batches does not affect the result,
+        fitted_to: The buckets are chosen for this value of `multiple_of`. Set it to the number of
+            devices if the grouping of items into batches does not affect the result,
             for example in evaluation.
         weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
             items, n items are drawn with replacement. By default, each item is in exactly one
@@ -263,10 +263,10 @@ def plan_budgeted_batches(
         num_rows = max(1, budget // padded_length) * num_shards
         end = start + num_rows
         if end > len(lengths):
-            # The remaining items do not fill a batch. The shortest of them are left for another
-            # batch with a smaller padded length, if the saved padding is worth compiling one more
-            # program. The other items form a batch whose number of rows per device is a power of
-            # 2, because such shapes are likely to recur.
+            # The remaining items do not fill a batch. The batch gets items until their padding to
+            # its length would cost more than compiling one more program. Shorter items are left for
+            # the next batch. The number of rows per device is a power of 2, because such shapes are
+            # likely to recur.
             saved = np.cumsum(padded_length - padded_lengths[start:])
             end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
             rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()

@@ -39,7 +39,7 @@ _SOURCES = {
     "folder": "a folder of recordings",
     "emobox": emobox.LAYOUT,
 }
-"""What --source must be for the corpora that are not in `CORPORA`; "synthetic" has no source."""
+"""What --source must be for the corpora that are not in `CORPORA`; "synthetic" needs no source."""
 
 
 class Manifest(DialogueBuilder):

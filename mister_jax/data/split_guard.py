@@ -1,7 +1,7 @@
 """Keeps training from opening the test split.
 
-The functions in `training.loop` that train run under `training_splits_only`. All functions that
-read a split of a dataset call `check_split_allowed` first.
+The functions in `training` that load data run under `training_splits_only`. All functions that read
+a split of a dataset call `check_split_allowed` first.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _is_training = contextvars.ContextVar("is_training", default=False)
 
 @contextlib.contextmanager
 def training_splits_only() -> Iterator[None]:
-    """Lets `check_split_allowed` refuse the splits outside `TRAINING_SPLITS` in this context.
+    """Makes `check_split_allowed` refuse splits outside `TRAINING_SPLITS` in this context.
 
     This function can also be used as a decorator.
     """

@@ -80,8 +80,8 @@ class LoRALinear(nnx.Module):
       out_features: Output size.
       use_bias: Whether to add a bias.
       quantizable: Whether `quantize` applies; False for small layers that should stay exact.
-      dtype: Dtype of the input, the output and the computation; the low-rank path computes in
-        float32.
+      dtype: Dtype of the computation and the output; the input is cast to it. The low-rank path
+        computes in float32.
       param_dtype: Dtype of the kernel and the bias.
       rngs: RNGs for kernel initialization.
     """

@@ -1,4 +1,4 @@
-"""Device mesh, and rules that shard parameters over TPU or GPU devices.
+"""Device mesh, and sharding rules for parameters on TPUs and GPUs.
 
 The mesh has two axes. The rows of a batch are split over "data". The parameters are split over
 "model" and, for the large encoders, also over "data" (fully sharded data parallelism).

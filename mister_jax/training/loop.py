@@ -88,9 +88,9 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to hide the progress bar and messages.
       on_step: Function called after each step with the number of completed steps.
-      on_save: Function called after each `Checkpoints.save`, while the checkpoint is written in the
-        background. Its arguments are the checkpoint's kind (`LATEST` or `BEST`), step, state and
-        progress.
+      on_save: Function called when the background write of a checkpoint has started, or if the
+        checkpoint already exists. Its arguments are the checkpoint's kind (`LATEST` or `BEST`),
+        step, state and progress.
 
     Returns:
       Progress at the end; `finished` is False after SIGTERM.

@@ -127,7 +127,8 @@ def test_a_plan_for_other_dialogues_or_processes_is_rejected():
         BatchPlan(LENGTHS, 4, multiple_of=0)
 
 
-# Ends while threads of the pipeline prepare the next batches.
+# Ends while threads of the pipeline prepare the next batches. There are so many batches that they
+# take several seconds even if many threads prepare them.
 END_DURING_BATCHES = """
 import time
 
@@ -141,7 +142,7 @@ def slow_batch(*args):
     return padded_batch(*args)
 
 pipeline.padded_batch = slow_batch
-sizes = {"train": 12, "validation": 1, "test": 1}
+sizes = {"train": 400, "validation": 1, "test": 1}
 features = data.generate_features(num_dialogues=sizes, speech_dim=2, text_dim=2)["train"]
 batches = data.batches(features, data.BatchPlan(features.lengths, 2, 1), seed=0, epoch=0)
 next(batches)
