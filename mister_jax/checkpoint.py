@@ -35,8 +35,8 @@ class Checkpoints:
       read_only: Whether to disable writing. If False, unfinished checkpoints of a killed run are
         removed. A reader must keep unfinished checkpoints, because another process may still be
         writing them.
-      on_save: Function called with the arguments of `save` once the write has started, or at once if
-        the checkpoint exists.
+      on_save: Function called with the arguments of `save` once the write has started, or at once
+        if the checkpoint exists.
     """
 
     def __init__(
