@@ -439,7 +439,7 @@ def mister_e(
     Args:
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
-      mask: Valid utterances, [B, T] bool. Utterances without a label and ratings count only in
+      mask: Valid utterances, [B, T] bool. Utterances with neither a label nor ratings count only in
         `score_error`.
       weights: Weights of the losses; by default, the weights in the released code.
       gamma: Focusing parameter of the focal losses.
