@@ -257,12 +257,17 @@ def compute_loss(output: Output, label: torch.Tensor, config: Any) -> torch.Tens
     counted = torch.cat([labeled[..., None], present], dim=-1)
     index = label.clamp(min=0)[..., None, None].expand(*log_p.shape[:-1], 1)
     cross_entropy = -log_p.gather(-1, index).squeeze(-1)
-    focal = (1 - torch.exp(-cross_entropy)) ** config.gamma * cross_entropy * counted
+    focal = cross_entropy * counted
+    if config.gamma:
+        focal = focal * (1 - torch.exp(-cross_entropy)) ** config.gamma
     focal = focal.sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)  # [1 + E]
     names = ("mixture", "speech", "text", "fusion")
     total = sum(weights[name] * part for name, part in zip(names, focal, strict=True))
-    total = total + weights["contrastive"] * _contrastive(output, label, config.temperature)
-    return total + weights["agreement"] * _agreement(log_p[:, :, 1:], present, labeled)
+    if weights["contrastive"]:
+        total = total + weights["contrastive"] * _contrastive(output, label, config.temperature)
+    if weights["agreement"]:
+        total = total + weights["agreement"] * _agreement(log_p[:, :, 1:], present, labeled)
+    return total
 
 
 def _contrastive(output: Output, label: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -40,8 +40,6 @@ def get_config() -> ConfigDict:
     # Trained with the mixture's loss alone, the gate learns to rely on the cross-modal expert.
     config.loss.weights.gate = 1.0
     config.loss.sharpness = 4.0
-    config.loss.weights.agreement = 0.0
-    config.loss.gamma = 0.0  # A focal loss would flatten the probabilities that the CRF reads.
     config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 1.0})
     config.train.epochs = 60
     return config

@@ -70,11 +70,22 @@ def _mixture(name: str):
     return change
 
 
-def _without(part: str):
+def _with(loss: str, weight: float):
     def change(config: ConfigDict) -> None:
-        config.loss.weights[part] = 0.0
+        config.loss.weights[loss] = config.loss.weights[loss] or weight
 
     return change
+
+
+def _without(loss: str):
+    def change(config: ConfigDict) -> None:
+        config.loss.weights[loss] = 0.0
+
+    return change
+
+
+def _focal(config: ConfigDict) -> None:
+    config.loss.gamma = config.loss.gamma or 1.0
 
 
 def _score(config: ConfigDict) -> None:
@@ -92,8 +103,11 @@ def _no_context(config: ConfigDict) -> None:
 
 VARIANTS = {
     "paper": _released,
+    "focal": _focal,
+    "contrastive": _with("contrastive", 0.2),
+    "agreement": _with("agreement", 0.02),
     "no_contrastive": _without("contrastive"),
-    "no_kl": _without("agreement"),
+    "no_agreement": _without("agreement"),
     "speech_only": _only("speech"),
     "text_only": _only("text"),
     "fusion_only": _only("fusion"),
@@ -108,13 +122,20 @@ ABLATIONS = {
     "speech_only": "speech expert only",
     "text_only": "text expert only",
     "fusion_only": "cross-modal expert only",
+    "focal": "focal loss instead of cross-entropy",
+    "contrastive": "with the contrastive loss",
+    "agreement": "with the agreement loss",
     "no_contrastive": "no contrastive loss",
-    "no_kl": "no agreement loss",
+    "no_agreement": "no agreement loss",
     "mean_of_experts": "mean of the experts instead of the gate",
     "majority": "majority vote of the experts instead of the gate",
     "no_context": "no context network",
 }
-"""Maps each variant that `mister-jax ablate` compares to a description."""
+"""Maps each variant that `mister-jax ablate` compares to a description.
+
+`ablate` leaves out variants that do not change the config; `no_contrastive`, for example, only
+changes `paper`.
+"""
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:
@@ -172,13 +193,14 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # Also allowed: "ratings", the raters' distribution over the classes, for datasets with
             # ratings.
             "target": "label",
-            "gamma": 1.0,
+            # Focusing parameter of the focal loss; 0 is the cross-entropy.
+            "gamma": 0.0,
             "temperature": 1.0,
             "sharpness": 1.0,
             # Also allowed: "balanced", "effective_number", or one number per class: "1,2,0.5".
             "class_weights": "none",
             "logit_adjustment": 0.0,
-            "weights": {"contrastive": 0.2, "agreement": 0.02, "gate": 0.0, "score": 0.0},
+            "weights": {"contrastive": 0.0, "agreement": 0.0, "gate": 0.0, "score": 0.0},
         }
     )
     config.optimizer = config_from_dataclass(

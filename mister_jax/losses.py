@@ -436,6 +436,8 @@ def mister_e(
     - the gate loss `gate_responsibility`, whose weight is 0 in the released code,
     - `score_error`, if the model predicts scores and `scores` is given.
 
+    Losses with weight 0 are not computed.
+
     Args:
       output: Output of `MisterE`.
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
@@ -458,9 +460,8 @@ def mister_e(
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      Weighted sum, [] float32, and the unweighted losses that apply to the enabled experts:
-      "mixture", "speech", "text", "fusion", "contrastive", "agreement", "gate" and "score", each []
-      float32.
+      Weighted sum, [] float32, and the unweighted losses, each [] float32. Their names are those of
+      the fields of `LossWeights` that are not 0 and apply to the enabled experts.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.
@@ -497,9 +498,9 @@ def mister_e(
     parts = {
         name: focal_losses[index]
         for index, name in enumerate(("mixture", *EXPERTS))
-        if name == "mixture" or name in experts
+        if getattr(weights, name) and name in ("mixture", *experts)
     }
-    if "fusion" in experts:
+    if "fusion" in experts and weights.contrastive:
         parts["contrastive"] = supervised_contrastive(
             jnp.stack([output.speech_repr, output.text_repr]),
             jnp.stack([labels, labels]),
@@ -507,21 +508,14 @@ def mister_e(
             temperature=temperature,
             axis_name=axis_name,
         )
-    if len(experts) > 1:
+    if len(experts) > 1 and weights.agreement:
         indices = [EXPERTS.index(name) for name in experts]
         parts["agreement"] = _agreement(log_p[:, :, 1:], labeled, present, indices, axis_name)
+    if len(experts) > 1 and weights.gate:
         parts["gate"] = _gate_responsibility(
             output.gate, sharpness * label_log_p[..., 1:], labeled, present, axis_name
         )
-    if output.score is not None and scores is not None:
+    if output.score is not None and scores is not None and weights.score:
         parts["score"] = score_error(output, scores, mask, axis_name=axis_name)
-    # Leave out losses with weight 0, so that no gradient is computed for them.
-    total = sum(
-        (
-            getattr(weights, name) * value
-            for name, value in parts.items()
-            if getattr(weights, name) != 0
-        ),
-        start=jnp.zeros((), jnp.float32),
-    )
-    return total, parts
+    weighted_parts = (getattr(weights, name) * value for name, value in parts.items())
+    return sum(weighted_parts, start=jnp.zeros((), jnp.float32)), parts

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mister_jax.cli.ablate import ablation_variants
 from mister_jax.configs import fusion
 from mister_jax.errors import InputError
+from mister_jax.losses import LossWeights
 from mister_jax.models import EXPERTS, MisterE, MisterEConfig
 from mister_jax.models.utterance import UtteranceConfig
 from mister_jax.optim import OptimizerConfig
@@ -51,9 +53,19 @@ def test_every_default_config_loads(name):
 
 @pytest.mark.parametrize("variant", fusion.VARIANTS)
 def test_every_variant_loads_and_changes_something(variant):
-    config = fusion.get_config(f"any,{variant}")
+    base = "any,paper" if variant in ("no_contrastive", "no_agreement") else "any"
+    config = fusion.get_config(f"{base},{variant}")
     check_fusion_config(config)
-    assert config.to_json() != fusion.get_config("any").to_json()
+    assert config.to_json() != fusion.get_config(base).to_json()
+
+
+def test_the_default_loss_is_the_cross_entropy_of_the_mixture_and_the_experts():
+    loss = fusion.get_config("any").loss
+    weights = dataclass_from_config(LossWeights, loss.weights, "weights")
+    assert weights == LossWeights(contrastive=0, agreement=0) and loss.gamma == 0
+    with_all = fusion.get_config("any,focal,contrastive,agreement").loss
+    assert with_all.gamma == 1
+    assert (with_all.weights.contrastive, with_all.weights.agreement) == (0.2, 0.02)
 
 
 def test_variants_combine():
@@ -66,6 +78,18 @@ def test_variants_combine():
 def test_ablations_are_variants():
     assert set(fusion.ABLATIONS) <= {"default", *fusion.VARIANTS}
     assert {"default", "no_context", *(f"{name}_only" for name in EXPERTS)} <= set(fusion.ABLATIONS)
+
+
+def test_ablations_leave_out_variants_that_change_nothing():
+    def names(variants):
+        config = fusion.get_config(f"any{variants}")
+        return {variant.name for variant in ablation_variants(config)}
+
+    losses = {"focal", "contrastive", "agreement"}
+    without = {"no_contrastive", "no_agreement"}
+    assert names("") == set(fusion.ABLATIONS) - without
+    assert names(",paper") == set(fusion.ABLATIONS) - losses
+    assert "text_only" not in names(",text_only")
 
 
 def test_without_context_other_utterances_do_not_change_the_logits():
@@ -89,8 +113,10 @@ def test_the_paper_variant_is_the_released_recipe():
     )
     optimizer = dataclass_from_config(OptimizerConfig, config.optimizer, "optimizer")
     assert optimizer == OptimizerConfig()
+    weights = dataclass_from_config(LossWeights, config.loss.weights, "weights")
+    assert weights == LossWeights() and config.loss.gamma == 3
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(InputError, match="unknown variant 'fast'; allowed: paper, no_contrastive"):
+    with pytest.raises(InputError, match="unknown variant 'fast'; allowed: paper, focal"):
         fusion.get_config("mosi_features,fast")

@@ -123,6 +123,7 @@ ALL_LOSSES = pytest.mark.parametrize(
     "loss", [focal_loss, contrastive_loss, agreement_loss, gate_loss]
 )
 FLOATS = ("gate", "expert_logits", "representations")
+WEIGHTS = losses.LossWeights(gate=0.5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -325,7 +326,7 @@ def training(tiny_config, make_batch):
     batch = make_batch((5, 1, 4, 2, 5, 3, 1, 2))
     batch["mask"][2] = batch["speech_present"][2] = batch["text_present"][2] = False
 
-    def loss(params, batch, axis_name=None):
+    def loss(params, batch, axis_name=None, weights=WEIGHTS):
         output = nnx.merge(graphdef, params)(
             batch["speech"],
             batch["text"],
@@ -333,7 +334,7 @@ def training(tiny_config, make_batch):
             speech_present=batch["speech_present"],
             text_present=batch["text_present"],
         )
-        return losses.mister_e(output, batch["label"], batch["mask"], axis_name=axis_name)
+        return losses.mister_e(output, batch["label"], batch["mask"], weights, axis_name=axis_name)
 
     value_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return params, batch, loss, value_and_gradients(params, batch)
@@ -380,12 +381,24 @@ def test_gradients_under_shard_map_equal_those_on_one_device(training, varying):
     assert_summed_shares_equal(jax.jit(step)(params, batch), expected)
 
 
-def test_total_has_the_released_weights(training):
+def test_default_weights_are_the_released_ones(training):
     *_, ((total, parts), _) = training
     expected = parts["mixture"] + parts["speech"] + parts["text"] + parts["fusion"]
-    expected += 2 * parts["contrastive"] + 0.1 * parts["agreement"]
+    expected += 2 * parts["contrastive"] + 0.1 * parts["agreement"] + 0.5 * parts["gate"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert all(part > 0 for part in parts.values())
+    assert losses.LossWeights().gate == losses.LossWeights().score == 0
+
+
+@pytest.mark.parametrize("left_out", [("contrastive", "gate"), ("agreement", "speech")])
+def test_losses_with_weight_zero_are_left_out(training, left_out):
+    params, batch, loss, ((total, parts), _) = training
+    weights = dataclasses.replace(WEIGHTS, **dict.fromkeys(left_out, 0.0))
+    actual, actual_parts = jax.jit(functools.partial(loss, weights=weights))(params, batch)
+    expected = total - sum(getattr(WEIGHTS, name) * parts[name] for name in left_out)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    remaining = {name: part for name, part in parts.items() if name not in left_out}
+    chex.assert_trees_all_close(actual_parts, remaining, rtol=1e-6)
 
 
 def test_gate_loss_trains_the_gate_and_through_its_input_the_experts(training):

@@ -1,10 +1,14 @@
 """Compares variants of MiSTER-E, such as single experts, or MiSTER-E without gate or context.
 
 mister-jax ablate --config=fusion:mosi_features --config.num_seeds=5 --workdir=DIR
-mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_kl
+mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_context
 
 Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run the command again to resume.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -13,11 +17,29 @@ from mister_jax.cli import cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
 from mister_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from mister_jax.evaluation.variants import Variant
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config of the experiment", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the study; created if missing")
 _VARIANTS = flags.DEFINE_list("variants", [], "variants of configs/fusion.py; all by default")
+
+
+def ablation_variants(config: ConfigDict) -> list[Variant]:
+    """Returns the config, named "default", and all ablations that change it."""
+    from mister_jax.configs.fusion import ABLATIONS, VARIANTS
+    from mister_jax.evaluation.variants import Variant
+
+    variants = []
+    for name, change in ABLATIONS.items():
+        changed = ConfigDict(config.to_dict())
+        if name in VARIANTS:
+            VARIANTS[name](changed)
+        if name == "default" or changed.to_dict() != config.to_dict():
+            variants.append(Variant(name, change, changed))
+    return variants
 
 
 def _ablate() -> int:
@@ -28,18 +50,9 @@ def _ablate() -> int:
     import jax
     from etils import epath
 
-    from mister_jax.configs.fusion import ABLATIONS, VARIANTS
     from mister_jax.evaluation.ablation import run_ablation
-    from mister_jax.evaluation.variants import Variant
 
-    def make_variant(name: str) -> Variant:
-        changed = ConfigDict(config.to_dict())
-        if name in VARIANTS:
-            VARIANTS[name](changed)
-        return Variant(name, ABLATIONS[name], changed)
-
-    variants = [make_variant(name) for name in ABLATIONS]
-    if run_ablation(variants, workdir, names=_VARIANTS.value) is None:
+    if run_ablation(ablation_variants(config), workdir, names=_VARIANTS.value) is None:
         return STOPPED_BY_SIGTERM
     if jax.process_index() == 0:
         folder = epath.Path(workdir)

@@ -145,8 +145,16 @@ def run_torch(reference, batch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("changes", [{}, {"gru_layers": 2, "fusion_layers": 2}])
-def test_outputs_and_loss_equal_pytorch(torch_training, tiny_config, make_batch, changes):
+@pytest.mark.parametrize(
+    ("changes", "gamma", "weights"),
+    [
+        ({}, 1.5, LossWeights(mixture=0.7, speech=0.9, contrastive=0.2, agreement=0.02)),
+        ({"gru_layers": 2, "fusion_layers": 2}, 0.0, LossWeights(contrastive=0, agreement=0)),
+    ],
+)
+def test_outputs_and_loss_equal_pytorch(
+    torch_training, tiny_config, make_batch, changes, gamma, weights
+):
     import torch
 
     config = dataclasses.replace(tiny_config, **changes)
@@ -163,8 +171,7 @@ def test_outputs_and_loss_equal_pytorch(torch_training, tiny_config, make_batch,
         np.testing.assert_allclose(
             actual[mask], expected[mask], rtol=1e-5, atol=1e-5, err_msg=field.name
         )
-    weights = LossWeights(mixture=0.7, speech=0.9, contrastive=0.2, agreement=0.02)
-    loss = {"gamma": 1.5, "temperature": 0.8}
+    loss = {"gamma": gamma, "temperature": 0.8}
     expected, _ = losses.mister_e(output, batch["label"], mask, weights, **loss)
     loss = types.SimpleNamespace(**loss, weights=dataclasses.asdict(weights))
     label = torch.from_numpy(np.array(batch["label"])).long()

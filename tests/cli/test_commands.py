@@ -17,7 +17,7 @@ from tests.helpers.training import write_untrained_workdir
 def test_scripts_take_features_to_scores(tmp_path):
     scripts = (
         "prepare --corpus=synthetic_features --data_dir=DIR --num_dialogues=20,5,6",
-        "train --config=configs/fusion.py:synthetic_features,no_kl --workdir=DIR/run "
+        "train --config=configs/fusion.py:synthetic_features,contrastive --workdir=DIR/run "
         "--config.data.data_dir=DIR --config.data.num_buckets=1 --config.model.context_dim=8 "
         "--config.model.fusion_dim=8 --config.model.gru_layers=0 --config.model.fusion_layers=0 "
         "--config.train.epochs=1",

@@ -196,7 +196,7 @@ def test_disabled_experts_have_no_weight_and_no_parameters(tiny_config, make_bat
     assert not output.gate[..., 0].any()
     assert not output.expert_logits[:, :, 0].any()
     assert output.speech_context.shape[-1] == 0
-    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement", "gate"}
+    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement"}
 
 
 @pytest.mark.parametrize("layers", [0, 1])
