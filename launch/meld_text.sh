@@ -32,7 +32,7 @@ for seed in "${seeds[@]}"; do
     mister-jax extract --workdir="$encoder" --dataset=meld/text --output="meld_text_$seed" \
       --data_dir="$data"
   fi
-  mister-jax train --config="fusion:meld_text_$seed,text_only" --config.seed="$seed" \
+  mister-jax train --config="fusion:meld_text_$seed,text_only,focal" --config.seed="$seed" \
     --config.data.data_dir="$data" --workdir="$run"
   for split in validation test; do
     mister-jax evaluate --workdir="$run" --split="$split"

@@ -160,7 +160,7 @@ class Checkpoints:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Returns False for Orbax's warnings and for Orbax's errors about damaged metadata.
+    """Returns False for Orbax's messages, except errors that are not about damaged metadata.
 
     Orbax continues without the metadata if it can. Otherwise it raises an exception.
     """

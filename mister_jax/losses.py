@@ -1,10 +1,9 @@
 """MiSTER-E's losses: pure functions from masked arrays to a float32 scalar.
 
-Each loss is a sum divided by a count over the *global* batch. Under a mapped axis (`pmap` or
-`shard_map`), pass its `axis_name`. Counts are then summed over the axis, and the contrastive loss
-gathers its candidates along the axis. Each device returns its share of the loss. The shares of all
-devices add up to the loss of the global batch, and the gradients of the shares add up to the
-gradient of this loss. Do not average the shares. Without an axis, the share is the whole loss.
+Each loss is a sum divided by a count. Under a mapped axis (`pmap` or `shard_map`), pass its
+`axis_name`. Each device then divides the sum over its own rows by the count over all devices, and
+the contrastive loss compares its rows with those of all devices. Add the losses and the gradients
+of all devices (`jax.lax.psum`, not `pmean`) to get the loss of the global batch and its gradient.
 
 `mister_e` is the training objective. It combines the other losses.
 """

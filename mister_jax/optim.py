@@ -40,8 +40,8 @@ class OptimizerConfig:
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Constant added to the square root of the second moment.
-      weight_decay: Weight decay of "adamw", applied to matrices, such as kernels and embeddings,
-        but not to biases and scales.
+      weight_decay: Weight decay of "adamw", applied to kernels, embeddings, position tables and
+        LoRA matrices, but not to biases and scales.
       clip_norm: Global norm to which gradients are clipped; 0 disables clipping.
       average_decay: Decay rate of an exponential moving average of the parameters. The average is
         used in validation, in the best checkpoint and in prediction. 0 disables averaging.

@@ -80,11 +80,12 @@ class DialogueBootstrap:
         self._weights = draws.astype(float)
 
     def count(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the labeled utterances per cell. A cell is a bin or a confusion matrix entry.
+        """Counts the labeled utterances in each bin of a histogram or entry of a confusion matrix.
 
         Args:
-          cells: Cell of each labeled utterance, [n] int, -1 for excluded utterances.
-          num_cells: Number of cells.
+          cells: Index of the bin or entry of each labeled utterance, [n] int, -1 for excluded
+            utterances.
+          num_cells: Number of bins or entries.
 
         Returns:
           Counts on the whole split, [num_cells], and on the resamples, [R, num_cells].
