@@ -1,18 +1,27 @@
-"""Runs commands as a user types them, in separate processes."""
+"""Runs commands as a user types them, in separate processes.
+
+Importing the libraries takes several seconds, but most commands take less than one second. One
+process therefore imports the libraries once and forks a child process for each command.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -39,18 +48,31 @@ class CommandResult(NamedTuple):
     stderr: str
 
 
-def run_script(name: str, *flags: str, stdin: str = "") -> CommandResult:
-    """Runs one script of `launch/` in a new Python process, with `stdin` as standard input."""
-    process = subprocess.run(
-        [sys.executable, "-m", f"launch.{name}", *flags],
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "120"},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return CommandResult(process.returncode, process.stdout, process.stderr)
+def run_command(
+    arguments: Sequence[str],
+    *,
+    working_directory: pathlib.Path = REPOSITORY,
+    stdin: str = "",
+    stop_file: str = "",
+) -> CommandResult:
+    """Runs one command in a child process with one CPU device.
+
+    Args:
+      arguments: Arguments of `mister-jax`, or a script such as "launch.train" and its arguments.
+      working_directory: Folder in which the command runs.
+      stdin: Standard input of the command.
+      stop_file: Pattern of a path. The command receives SIGTERM when such a file exists.
+    """
+    server = _start_server()
+    request = {
+        "arguments": [*arguments],
+        "environment": _environment(),
+        "working_directory": str(working_directory),
+        "stdin": stdin,
+        "stop_file": stop_file,
+    }
+    print(json.dumps(request), file=server.stdin, flush=True)
+    return CommandResult(*json.loads(server.stdout.readline()))
 
 
 def run_commands(
@@ -61,13 +83,9 @@ def run_commands(
 ) -> list[CommandResult]:
     """Runs commands one after the other.
 
-    Importing the libraries takes several seconds, but most commands take less than one second. A
-    single process therefore imports the libraries once and forks a child process for each command.
-
     Args:
-      commands: Arguments of `mister-jax`, such as "train --workdir=DIR/run", or a script and its
-        arguments, such as "launch.train --workdir=DIR/run". DIR stands for the folder. Arguments
-        in a list are used as they are.
+      commands: See the arguments of `run_command`. In a string, such as "train
+        --workdir=DIR/run", DIR stands for the folder.
       folder: Folder that replaces DIR.
       working_directory: Folder in which the commands run.
     """
@@ -75,40 +93,58 @@ def run_commands(
         command.replace("DIR", str(folder)).split() if isinstance(command, str) else command
         for command in commands
     ]
-    process = subprocess.run(
+    return [run_command(flags, working_directory=working_directory) for flags in arguments]
+
+
+def _environment() -> dict[str, str]:
+    changes = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "200"}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
+
+
+@functools.cache
+def _start_server() -> Any:
+    """Starts the process that forks the commands; it ends with this process."""
+    server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.commands"],
-        input=json.dumps(arguments),
-        cwd=working_directory,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "COLUMNS": "200",
-        },
+        cwd=REPOSITORY,
+        env=_environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
-    return [CommandResult(*json.loads(line)) for line in process.stdout.splitlines()]
+
+    def close() -> None:
+        server.stdin.close()
+        server.stdout.close()
+        server.wait()
+
+    atexit.register(close)
+    return server
 
 
-def _run_commands_from_stdin() -> None:
-    """Reads the arguments of all commands and prints a `CommandResult` for each, as JSON."""
+def _serve() -> None:
+    """Reads requests from standard input and prints a `CommandResult` for each, as JSON."""
     for name in ("benchmarks", *SLOW_IMPORTS):
         importlib.import_module(name)
-    for arguments in json.load(sys.stdin):
-        print(json.dumps(_fork(arguments)), flush=True)
+    while line := sys.stdin.readline():
+        print(json.dumps(_fork(json.loads(line))), flush=True)
 
 
-def _fork(arguments: list[str]) -> CommandResult:
+def _fork(request: dict[str, Any]) -> CommandResult:
     """Runs one command in a child process."""
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    with (
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+    ):
+        stdin.write(request["stdin"].encode())
+        stdin.seek(0)
         child = os.fork()
         if child == 0:
+            os.dup2(stdin.fileno(), sys.stdin.fileno())
             os.dup2(stdout.fileno(), sys.stdout.fileno())
             os.dup2(stderr.fileno(), sys.stderr.fileno())
-            status = _run(arguments)
+            status = _run(request)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)  # A normal exit would take longer than most commands.
@@ -118,10 +154,24 @@ def _fork(arguments: list[str]) -> CommandResult:
         return CommandResult(status, stdout.read().decode(), stderr.read().decode())
 
 
-def _run(arguments: list[str]) -> int:
-    """Runs one command in this process and returns its exit status."""
+def _stop_when_created(pattern: pathlib.Path) -> None:
+    """Sends SIGTERM to this process when a file matches the pattern."""
+    while not list(pattern.parent.glob(pattern.name)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(request: dict[str, Any]) -> int:
+    """Runs the command of a request in this process and returns its exit status."""
     from mister_jax.cli.main import main
 
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["working_directory"])
+    if request["stop_file"]:
+        pattern = pathlib.Path(request["stop_file"])
+        threading.Thread(target=_stop_when_created, args=(pattern,), daemon=True).start()
+    arguments = request["arguments"]
     try:
         if arguments[:1] and arguments[0].startswith("launch."):
             sys.argv = arguments
@@ -138,4 +188,4 @@ def _run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _run_commands_from_stdin()
+    _serve()

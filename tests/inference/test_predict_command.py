@@ -8,7 +8,7 @@ import pytest
 
 from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.predictor import Predictor
-from tests.helpers.commands import run_script
+from tests.helpers.commands import run_command
 from tests.helpers.predictions import assert_predictions_close, write_call
 
 
@@ -17,7 +17,9 @@ def predict(workdir, bert_folder):
     """Returns a function that runs the command on the work directory."""
 
     def run(*flags):
-        return run_script("predict", f"--model={workdir}", f"--text_encoder={bert_folder}", *flags)
+        return run_command(
+            ["predict", f"--model={workdir}", f"--text_encoder={bert_folder}", *flags]
+        )
 
     return run
 
@@ -52,14 +54,14 @@ def test_predictions_below_the_minimum_confidence_are_uncertain(
     flags = [f"--model={run}", f"--text_encoder={bert_folder}", f"--min_confidence={limit}"]
     flags += [f"--text={text}" for text in texts]
     output = tmp_path / "out.jsonl"
-    result = run_script("predict", *flags, "--nocalibrate", f"--output={output}")
+    result = run_command(["predict", *flags, "--nocalibrate", f"--output={output}"])
     assert result.status == 0, result.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert_predictions_close(rows, expected)
     assert [row["uncertain"] for row in rows] == [value < limit for value in confidence]
     marked = rows[confidence.index(min(confidence))]
     assert f"{marked['emotion']}? " in result.stdout and "?: uncertain" in result.stdout
-    result = run_script("predict", *flags, f"--output={output}")
+    result = run_command(["predict", *flags, f"--output={output}"])
     assert result.status == 0, result.stderr
     calibrated = [json.loads(line) for line in output.read_text().splitlines()]
     for row, before in zip(calibrated, expected, strict=True):
@@ -67,7 +69,7 @@ def test_predictions_below_the_minimum_confidence_are_uncertain(
         assert row["experts"] == before["experts"] and row["emotion"] == before["emotion"]
         is_uncertain = row["probabilities"][row["emotion"]] < limit
         assert row["uncertain"] == is_uncertain
-    result = run_script("predict", "--min_confidence=50", "--text=glad")
+    result = run_command(["predict", "--min_confidence=50", "--text=glad"])
     assert result.status == 2 and "min_confidence=50" in result.stderr
 
 

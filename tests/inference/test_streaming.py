@@ -11,7 +11,7 @@ import mister_jax
 from mister_jax.calibration import Calibration
 from mister_jax.errors import InputError
 from mister_jax.inference.follow import follow
-from tests.helpers.commands import run_script
+from tests.helpers.commands import run_command
 from tests.helpers.predictions import assert_predictions_close
 from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
@@ -178,7 +178,7 @@ def test_each_line_is_answered_before_the_next_is_read(causal_recognizer):
 
 def test_the_command_writes_only_answers_to_standard_output(workdir):
     lines = ['{"text": "so mad", "dialogue": "d"}', "no json", '{"text": "glad"}']
-    result = run_script("predict", f"--model={workdir}", "--follow", stdin="\n".join(lines))
+    result = run_command(["predict", f"--model={workdir}", "--follow"], stdin="\n".join(lines))
     assert result.status == 0, result.stderr
     first, error, last = map(json.loads, result.stdout.splitlines())
     assert first["dialogue"] == "d" and last["emotion"] in ("angry", "calm")
@@ -187,6 +187,6 @@ def test_the_command_writes_only_answers_to_standard_output(workdir):
 
 
 def test_the_command_refuses_flags_that_following_does_not_use(workdir):
-    result = run_script("predict", f"--model={workdir}", "--follow", "--text=mad")
+    result = run_command(["predict", f"--model={workdir}", "--follow", "--text=mad"])
     assert (result.status, result.stdout) == (2, "")
     assert result.stderr == "error: --text: cannot be used with --follow\n"

@@ -1,14 +1,9 @@
 """Tiny encoders of the architectures of the preset `small`, and a runner of commands."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.data.conftest import write_mp4, write_wav  # noqa: F401, for other fixtures
-from tests.helpers.commands import REPOSITORY, CommandResult
+from tests.helpers.commands import run_command
 from tests.helpers.tiny_encoders import WAVLM_CONFIG, make_word_tokenizer, save_encoder
 
 ROBERTA_CONFIG = {
@@ -21,34 +16,8 @@ ROBERTA_CONFIG = {
     "pad_token_id": 0,
 }
 
-# This script runs each command in a fork of a process that has imported the libraries. A command
-# with a file receives SIGTERM when the file exists.
-SERVER = """
-import importlib, json, os, pathlib, signal, sys, threading, time
-from tests.helpers import commands
 
-for name in commands.SLOW_IMPORTS:
-    importlib.import_module(name)
-run = commands._run
-
-def run_until(arguments):
-    def stop():
-        while not list(pathlib.Path(file).parent.glob(pathlib.Path(file).name)):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if file:
-        threading.Thread(target=stop, daemon=True).start()
-    return run(arguments)
-
-commands._run = run_until
-for line in sys.stdin:
-    arguments, file = json.loads(line)
-    print(json.dumps(commands._fork(arguments)), flush=True)
-"""
-
-
-class CommandServer:
+class CommandRunner:
     """Runs `mister-jax` commands as the runner of `run_stages`.
 
     Attributes:
@@ -59,39 +28,17 @@ class CommandServer:
     def __init__(self):
         self.stop_file = ""
         self.results = []
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": "1",
-                "COLUMNS": "200",
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
     def __call__(self, arguments):
-        self._process.stdin.write(json.dumps([[*arguments], self.stop_file]) + "\n")
-        self._process.stdin.flush()
+        result = run_command(arguments, stop_file=self.stop_file)
         self.stop_file = ""
-        result = CommandResult(*json.loads(self._process.stdout.readline()))
         self.results.append(result)
         return result.status
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
 
 @pytest.fixture(scope="session")
-def command_server():
-    server = CommandServer()
-    yield server
-    server.close()
+def command_runner():
+    return CommandRunner()
 
 
 @pytest.fixture(scope="session")

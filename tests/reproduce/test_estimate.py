@@ -78,7 +78,7 @@ def test_the_size_of_a_local_encoder_is_read(tmp_path):
         estimate.estimate(make_settings("small", speech_encoder="somebody/wavlm"), "h100")
 
 
-def test_commands_of_the_dry_run(tmp_path, command_server):
+def test_commands_of_the_dry_run(tmp_path, command_runner):
     flags = "reproduce --workdir=DIR/work --preset=llm --corpus=iemocap"
     commands = [
         f"{flags} --dry_run --device=v5e-8",
@@ -90,10 +90,10 @@ def test_commands_of_the_dry_run(tmp_path, command_server):
         "reproduce --workdir=DIR/work --preset=small",
         "reproduce --preset=small --corpus=meld",
     ]
-    command_server.results.clear()
+    command_runner.results.clear()
     for command in commands:
-        command_server(command.replace("DIR", str(tmp_path)).split())
-    dry, priced, *errors = command_server.results
+        command_runner(command.replace("DIR", str(tmp_path)).split())
+    dry, priced, *errors = command_runner.results
     assert dry.status == 0, dry.stderr
     work = tmp_path / "work"
     assert (

@@ -52,7 +52,7 @@ def table_rows(text):
 
 
 def test_meld_is_reproduced_after_sigterm(
-    tmp_path, command_server, small_encoders, write_mp4, monkeypatch
+    tmp_path, command_runner, small_encoders, write_mp4, monkeypatch
 ):
     leave_one_training(monkeypatch, recipe="paper")
     (tmp_path / "corpus").mkdir()
@@ -62,24 +62,24 @@ def test_meld_is_reproduced_after_sigterm(
     speech_options = ("train.epochs=20", "data.batch_size=1", *options)
     encoders = {**small_encoders, "speech_options": speech_options}
     settings = make_settings(tmp_path, "meld", encoders, num_seeds=2)
-    command_server.results.clear()
+    command_runner.results.clear()
     prepare, train_text, *_ = make_stages(settings)
     for stage in (prepare, train_text):
-        assert command_server(stage.arguments) == 0, command_server.results[-1].stderr
-    command_server.stop_file = f"{settings.workdir}/speech/checkpoints/latest/*"
-    assert reproduce(settings, command_server) is None
+        assert command_runner(stage.arguments) == 0, command_runner.results[-1].stderr
+    command_runner.stop_file = f"{settings.workdir}/speech/checkpoints/latest/*"
+    assert reproduce(settings, command_runner) is None
     # Stages that were run by hand are not run again.
-    assert len(command_server.results) == 3
-    assert "Run the same command again to resume" in command_server.results[2].stdout
+    assert len(command_runner.results) == 3
+    assert "Run the same command again to resume" in command_runner.results[2].stdout
 
-    record, text = reproduce(settings, command_server)
-    assert "resuming" in command_server.results[3].stdout
+    record, text = reproduce(settings, command_runner)
+    assert "resuming" in command_runner.results[3].stdout
     assert record["stages"]["train speech"]["runs"] == 2
     assert record["stages"]["train speech"]["hardware"] == "1 x cpu"
     assert "prepare" not in record["stages"]
-    num_commands = len(command_server.results)
-    assert reproduce(settings, command_server) == (record, text)
-    assert len(command_server.results) == num_commands
+    num_commands = len(command_runner.results)
+    assert reproduce(settings, command_runner) == (record, text)
+    assert len(command_runner.results) == num_commands
 
     rows = table_rows(text)
     scores = json.loads(pathlib.Path(settings.workdir, "paper/metrics.json").read_text())["test"]
@@ -103,7 +103,7 @@ def test_meld_is_reproduced_after_sigterm(
 )
 def test_a_corpus_is_reproduced(
     tmp_path,
-    command_server,
+    command_runner,
     small_encoders,
     write_wav,
     monkeypatch,
@@ -114,7 +114,7 @@ def test_a_corpus_is_reproduced(
     leave_one_training(monkeypatch, recipe="default")
     write(tmp_path / "corpus", write_wav)
     settings = make_settings(tmp_path, corpus, small_encoders, num_seeds=1, **changes)
-    record, text = reproduce(settings, command_server)
+    record, text = reproduce(settings, command_runner)
     assert list(record["stages"]) == [stage.name for stage in make_stages(settings)]
     rows = table_rows(text)
     scores = json.loads(pathlib.Path(settings.workdir, "default/metrics.json").read_text())
