@@ -131,11 +131,21 @@ ABLATIONS = {
     "majority": "majority vote of the experts instead of the gate",
     "no_context": "no context network",
 }
-"""Maps each variant that `mister-jax ablate` compares to a description.
+"""Maps each variant that `mister-jax ablate` compares to a description."""
 
-`ablate` leaves out variants that do not change the config; `no_contrastive`, for example, only
-changes `paper`.
-"""
+
+def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the config as "default", and all variants of `ABLATIONS` that change the config.
+
+    For example, `no_contrastive` only changes the config of `paper`.
+    """
+    configs = {"default": config}
+    for name in ABLATIONS:
+        changed = ConfigDict(config.to_dict())
+        VARIANTS.get(name, lambda _: None)(changed)
+        if changed.to_dict() != config.to_dict():
+            configs[name] = changed
+    return configs
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:

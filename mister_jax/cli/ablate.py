@@ -6,40 +6,18 @@ mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default
 Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run the command again to resume.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from mister_jax.cli import cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
 from mister_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from mister_jax.evaluation.variants import Variant
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config of the experiment", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the study; created if missing")
 _VARIANTS = flags.DEFINE_list("variants", [], "variants of configs/fusion.py; all by default")
-
-
-def ablation_variants(config: ConfigDict) -> list[Variant]:
-    """Returns the config, named "default", and all ablations that change it."""
-    from mister_jax.configs.fusion import ABLATIONS, VARIANTS
-    from mister_jax.evaluation.variants import Variant
-
-    variants = []
-    for name, change in ABLATIONS.items():
-        changed = ConfigDict(config.to_dict())
-        if name in VARIANTS:
-            VARIANTS[name](changed)
-        if name == "default" or changed.to_dict() != config.to_dict():
-            variants.append(Variant(name, change, changed))
-    return variants
 
 
 def _ablate() -> int:
@@ -50,9 +28,15 @@ def _ablate() -> int:
     import jax
     from etils import epath
 
+    from mister_jax.configs.fusion import ABLATIONS, ablation_configs
     from mister_jax.evaluation.ablation import run_ablation
+    from mister_jax.evaluation.variants import Variant
 
-    if run_ablation(ablation_variants(config), workdir, names=_VARIANTS.value) is None:
+    variants = [
+        Variant(name, ABLATIONS[name], changed)
+        for name, changed in ablation_configs(config).items()
+    ]
+    if run_ablation(variants, workdir, names=_VARIANTS.value) is None:
         return STOPPED_BY_SIGTERM
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
