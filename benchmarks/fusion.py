@@ -31,7 +31,7 @@ from mister_jax.training.steps import ModelTemplate, initial_state, make_train_s
 
 
 class BenchmarkTask:
-    """MiSTER-E with its default loss, as a task for `make_train_step`.
+    """MiSTER-E with the released loss, as a task for `make_train_step`.
 
     Args:
       config: Config of the model.

@@ -243,7 +243,7 @@ class TorchMisterE(nn.Module):
 
 
 def compute_loss(output: Output, label: torch.Tensor, config: Any) -> torch.Tensor:
-    """Computes `mister_jax.losses.mister_e` without the gate loss.
+    """Computes `mister_jax.losses.mister_e` without the gate loss and the score error.
 
     Args:
       output: Output of `TorchMisterE`.

@@ -70,21 +70,26 @@ def _mixture(name: str):
     return change
 
 
-def _with(loss: str, weight: float):
+def _with(name: str, weight: float):
+    """Adds a loss, unless the config already has it."""
+
     def change(config: ConfigDict) -> None:
-        config.loss.weights[loss] = config.loss.weights[loss] or weight
+        config.loss.weights[name] = config.loss.weights[name] or weight
 
     return change
 
 
-def _without(loss: str):
+def _without(name: str):
+    """Removes a loss."""
+
     def change(config: ConfigDict) -> None:
-        config.loss.weights[loss] = 0.0
+        config.loss.weights[name] = 0.0
 
     return change
 
 
 def _focal(config: ConfigDict) -> None:
+    """Replaces the cross-entropies by focal losses, unless the config already has them."""
     config.loss.gamma = config.loss.gamma or 1.0
 
 

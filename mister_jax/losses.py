@@ -2,8 +2,9 @@
 
 Each loss is a sum divided by a count. Under a mapped axis (`pmap` or `shard_map`), pass its
 `axis_name`. Each device then divides the sum over its own rows by the count over all devices, and
-the contrastive loss compares its rows with those of all devices. Add the losses and the gradients
-of all devices (`jax.lax.psum`, not `pmean`) to get the loss of the global batch and its gradient.
+the contrastive loss compares its rows with those of all devices. The sums over all devices
+(`jax.lax.psum`, not `pmean`) are the loss of the global batch and its gradient. `shard_map` already
+sums the gradients of parameters that the devices share.
 
 `mister_e` is the training objective. It combines the other losses.
 """
@@ -356,10 +357,10 @@ class LossWeights:
     """Weights of the losses in `mister_e`; the defaults match the released code.
 
     Attributes:
-      mixture: Weight of the focal loss of the mixture.
-      speech: Weight of the focal loss of the speech expert.
-      text: Weight of the focal loss of the text expert.
-      fusion: Weight of the focal loss of the fusion expert.
+      mixture: Weight of the mixture's focal loss, which is the cross-entropy if `gamma` is 0.
+      speech: Weight of the speech expert's focal loss.
+      text: Weight of the text expert's focal loss.
+      fusion: Weight of the cross-modal expert's focal loss.
       contrastive: Weight of `supervised_contrastive`.
       agreement: Weight of `expert_agreement`.
       gate: Weight of `gate_responsibility`.
@@ -442,7 +443,7 @@ def mister_e(
       labels: Class of each utterance, [B, T] int, -1 if unlabeled.
       mask: Valid utterances, [B, T] bool. Utterances with neither a label nor ratings count only in
         `score_error`.
-      weights: Weights of the losses; by default, the weights in the released code.
+      weights: Weights of the losses, as Python numbers; by default, those of the released code.
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
       sharpness: Sharpness of the gate loss.
@@ -459,8 +460,8 @@ def mister_e(
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
-      Weighted sum, [] float32, and the unweighted losses, each [] float32. Their names are those of
-      the fields of `LossWeights` that are not 0 and apply to the enabled experts.
+      Weighted sum, [] float32, and the unweighted losses by their names in `LossWeights`, each []
+      float32. Losses with weight 0 and losses that need disabled experts or `scores` are left out.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.

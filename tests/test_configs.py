@@ -115,6 +115,12 @@ def test_the_paper_variant_is_the_released_recipe():
     assert weights == LossWeights() and config.loss.gamma == 3
 
 
+def test_paper_has_its_own_losses():
+    paper = fusion.get_config("any,paper").to_json()
+    for variants in ("paper,focal,contrastive,agreement", "focal,contrastive,agreement,paper"):
+        assert fusion.get_config(f"any,{variants}").to_json() == paper
+
+
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="unknown variant 'fast'; allowed: paper, focal"):
         fusion.get_config("mosi_features,fast")

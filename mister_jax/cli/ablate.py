@@ -17,7 +17,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config of the experiment", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the study; created if missing")
-_VARIANTS = flags.DEFINE_list("variants", [], "variants of configs/fusion.py; all by default")
+_VARIANTS = flags.DEFINE_list(
+    "variants", [], "ablations of configs/fusion.py; by default, all that change the config"
+)
 
 
 def _ablate() -> int:

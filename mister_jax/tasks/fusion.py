@@ -39,11 +39,12 @@ class LossConfig:
     """Hyperparameters of MiSTER-E's loss; see `losses.mister_e`.
 
     Attributes:
-      target: Target of the focal losses: "label", or "ratings" for the raters' distribution.
-      gamma: Focusing parameter of the focal loss, 0 or more.
+      target: Target of the classification losses: "label", or "ratings" for the raters'
+        distribution.
+      gamma: Focusing parameter of the focal losses, 0 or more; 0 gives cross-entropies.
       temperature: Temperature of the contrastive loss, positive.
       sharpness: Sharpness of the gate loss, 0 or more.
-      class_weights: Class weighting method or weights for the focal losses; see
+      class_weights: Class weighting method or weights for the classification losses; see
         `imbalance.class_weights`.
       logit_adjustment: Strength of the logit adjustment, 0 or more; see
         `imbalance.logit_adjustment`.
@@ -165,7 +166,7 @@ class FusionTask:
         if config.train.get("accumulation", 1) != 1:
             raise InputError(
                 f"config.train.accumulation={config.train.accumulation}; allowed: 1, because the "
-                "contrastive loss compares all rows of a batch"
+                "losses are means over all rows of a batch"
             )
 
     @classmethod

@@ -423,7 +423,7 @@ def names_of(content, as_csv, rows):
 ERRORS_WITHOUT_FIELD = ("not JSON (", "fields; needed: ", "not CSV (", "not UTF-8; ")
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=manifests(), as_csv=st.booleans(), cut=st.one_of(st.none(), st.floats(0, 1)))
 def test_a_careless_manifest_is_read_correctly_or_rejected_with_its_row(
     tmp_path, rows, as_csv, cut

@@ -1,12 +1,14 @@
 """Runs commands as a user types them, in separate processes.
 
 Importing the libraries takes several seconds, but most commands take less than one second. One
-process therefore imports the libraries once and forks a child process for each command.
+process therefore imports the libraries once and forks a child process for each command. Variables
+that the libraries read when they are imported have the values of the first command.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -24,6 +26,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
+
+_MAX_SECONDS = 600
+_INITIAL_ENVIRONMENT = frozenset(os.environ)
 
 SLOW_IMPORTS = (
     "matplotlib.pyplot",
@@ -63,7 +68,6 @@ def run_command(
       stdin: Standard input of the command.
       stop_file: Pattern of a path. The command receives SIGTERM when such a file exists.
     """
-    server = _start_server()
     request = {
         "arguments": [*arguments],
         "environment": _environment(),
@@ -71,8 +75,17 @@ def run_command(
         "stdin": stdin,
         "stop_file": stop_file,
     }
-    print(json.dumps(request), file=server.stdin, flush=True)
-    return CommandResult(*json.loads(server.stdout.readline()))
+    server = _start_server()
+    try:
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server ended with status {server.wait()}")
+    except BaseException:  # The next command must not read the answer to this command.
+        server.kill()
+        _start_server.cache_clear()
+        raise
+    return CommandResult(*json.loads(answer))
 
 
 def run_commands(
@@ -114,8 +127,9 @@ def _start_server() -> Any:
     )
 
     def close() -> None:
-        server.stdin.close()
         server.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            server.stdin.close()
         server.wait()
 
     atexit.register(close)
@@ -124,10 +138,12 @@ def _start_server() -> Any:
 
 def _serve() -> None:
     """Reads requests from standard input and prints a `CommandResult` for each, as JSON."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Libraries may print when imported.
     for name in ("benchmarks", *SLOW_IMPORTS):
         importlib.import_module(name)
     while line := sys.stdin.readline():
-        print(json.dumps(_fork(json.loads(line))), flush=True)
+        print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
 
 
 def _fork(request: dict[str, Any]) -> CommandResult:
@@ -141,17 +157,20 @@ def _fork(request: dict[str, Any]) -> CommandResult:
         stdin.seek(0)
         child = os.fork()
         if child == 0:
-            os.dup2(stdin.fileno(), sys.stdin.fileno())
-            os.dup2(stdout.fileno(), sys.stdout.fileno())
-            os.dup2(stderr.fileno(), sys.stderr.fileno())
-            status = _run(request)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)  # A normal exit would take longer than most commands.
+            status = 1
+            try:
+                os.dup2(stdin.fileno(), sys.stdin.fileno())
+                os.dup2(stdout.fileno(), sys.stdout.fileno())
+                os.dup2(stderr.fileno(), sys.stderr.fileno())
+                status = _run(request)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)  # A normal exit would take longer than most commands.
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stdout.seek(0)
         stderr.seek(0)
-        return CommandResult(status, stdout.read().decode(), stderr.read().decode())
+        return CommandResult(status, *(file.read().decode() for file in (stdout, stderr)))
 
 
 def _stop_when_created(pattern: pathlib.Path) -> None:
@@ -165,7 +184,10 @@ def _run(request: dict[str, Any]) -> int:
     """Runs the command of a request in this process and returns its exit status."""
     from mister_jax.cli.main import main
 
-    os.environ.clear()
+    signal.alarm(_MAX_SECONDS)  # SIGALRM ends the process.
+    for name in os.environ.keys() - request["environment"].keys():
+        if name in _INITIAL_ENVIRONMENT:
+            del os.environ[name]
     os.environ.update(request["environment"])
     os.chdir(request["working_directory"])
     if request["stop_file"]:

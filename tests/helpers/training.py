@@ -43,8 +43,8 @@ def write_tiny_dataset(data_dir, num_dialogues):
     data.write_features(splits, "tiny", data_dir)
 
 
-def make_tiny_config(data_dir, argument="tiny", **changes):
-    """Returns a config for training two epochs, which takes a second."""
+def make_tiny_config(data_dir, argument="tiny,focal,contrastive,agreement", **changes):
+    """Returns a config for training two epochs with all losses, which takes a second."""
     config = fusion.get_config(argument)
     config.data.data_dir = str(data_dir)
     config.data.num_buckets = 1

@@ -65,19 +65,21 @@ def forward(model, batch):
 
 # Compile the losses separately, so that models that differ only in their layers share them.
 compiled_forward = nnx.jit(forward)
-compiled_losses = jax.jit(losses.mister_e, static_argnames="experts")
+compiled_losses = jax.jit(losses.mister_e, static_argnames=("weights", "experts"))
+WEIGHTS = losses.LossWeights(gate=1.0)
 
 
 def output_and_losses(model, batch):
     output = compiled_forward(model, batch)
     experts = model.config.experts
-    return output, compiled_losses(output, batch["label"], batch["mask"], experts=experts)
+    arguments = output, batch["label"], batch["mask"], WEIGHTS
+    return output, compiled_losses(*arguments, experts=experts)
 
 
 @nnx.jit
 def loss_and_gradients(model, batch):
     def total(model):
-        return losses.mister_e(forward(model, batch), batch["label"], batch["mask"])[0]
+        return losses.mister_e(forward(model, batch), batch["label"], batch["mask"], WEIGHTS)[0]
 
     return nnx.value_and_grad(total)(model)
 
@@ -196,7 +198,7 @@ def test_disabled_experts_have_no_weight_and_no_parameters(tiny_config, make_bat
     assert not output.gate[..., 0].any()
     assert not output.expert_logits[:, :, 0].any()
     assert output.speech_context.shape[-1] == 0
-    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement"}
+    assert parts.keys() == {"mixture", "text", "fusion", "contrastive", "agreement", "gate"}
 
 
 @pytest.mark.parametrize("layers", [0, 1])
