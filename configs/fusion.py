@@ -147,8 +147,10 @@ def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     """
     configs = {"default": config}
     for name in ABLATIONS:
+        if name == "default":
+            continue
         changed = ConfigDict(config.to_dict())
-        VARIANTS.get(name, lambda _: None)(changed)
+        VARIANTS[name](changed)
         if changed.to_dict() != config.to_dict():
             configs[name] = changed
     return configs

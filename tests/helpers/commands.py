@@ -165,6 +165,8 @@ def _fork(request: dict[str, Any]) -> CommandResult:
                 status = _run(request)
                 sys.stdout.flush()
                 sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)  # A normal exit would take longer than most commands.
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -203,9 +205,6 @@ def _run(request: dict[str, Any]) -> int:
             main()
     except SystemExit as error:
         return int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        return 1
     return 0
 
 
