@@ -75,7 +75,20 @@ use_devices_in_test = pytest.fixture(autouse=True)(_use_marked_devices)
 use_devices_in_module = pytest.fixture(scope="module", autouse=True)(_use_marked_devices)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """Frees the programs of a test file, which are rarely used by other files.
+
+    The programs of all files would take 6 GB.
+    """
+    yield
+    jax.clear_caches()
+
+
 def pytest_sessionfinish(exitstatus):
+    # The last garbage collections of pytest would take several seconds.
+    gc.collect()
+    gc.freeze()
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
         # This runs after multiprocessing has deleted its own folders, at priority -100.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)

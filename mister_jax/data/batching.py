@@ -10,7 +10,7 @@ Plans depend only on lengths. The modules `pipeline` and `utterances` turn plans
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,6 @@ DEFAULT_NUM_BUCKETS = 7
 
 _INFERENCE_BATCH_SIZE = 8
 _MIN_INFERENCE_LENGTH = 8
-
-# Compiling one more program takes about as long as computing this fraction of a batch.
-_COMPILE_COST = 0.25
 
 # Compile time of a training step, divided by the training time per position and parameter. On two
 # CPU cores with MiSTER-E's default sizes, compiling takes 5 s, and training takes 0.08 ms per
@@ -240,39 +237,96 @@ def plan_budgeted_batches(
     length_steps: Sequence[int],
     max_length: int,
     num_shards: int,
+    program_cost: float,
+    compiled: Collection[tuple[int, int]] = (),
 ) -> Iterator[PlannedBatch]:
     """Plans batches of bounded size for items that are sorted by length, longest first.
+
+    Each pair of row count and padded length needs a compiled program. The plan uses only as many
+    lengths of `length_steps` as save more computation than their programs cost.
 
     Args:
         lengths: Length of each item, [N] int, descending.
         budget: Maximum number of positions in a batch on each device, including padding. An item
             that is longer than the budget gets a separate batch.
-        length_steps: Lengths that items are padded to, ascending.
+        length_steps: Lengths that items can be padded to, ascending.
         max_length: Length of the longest item. No item is padded beyond this length.
         num_shards: Divisor of the number of rows in each batch.
+        program_cost: Number of positions that a device computes in the time to compile a program.
+        compiled: Pairs of row count and padded length that need no compilation.
 
     Yields:
         Planned batches. All batches with the same padded length have the same number of rows,
         except for the last few batches.
     """
     steps = np.append(np.array(length_steps, int), max_length)
-    padded_lengths = np.minimum(steps[np.searchsorted(steps[:-1], lengths)], max_length)
+    rounded_lengths = np.minimum(steps[np.searchsorted(steps[:-1], lengths)], max_length)
+    program_cost *= num_shards
+    shapes = set(compiled)
+
+    def full_rows(length: int) -> int:
+        return max(1, budget // length) * num_shards
+
+    boundaries = np.array(
+        _budgeted_lengths(
+            rounded_lengths,
+            {length for rows, length in shapes if rows == full_rows(length)},
+            program_cost,
+        )
+    )
+    padded_lengths = boundaries[np.searchsorted(boundaries, rounded_lengths)]
     start = 0
     while start < len(lengths):
         padded_length = int(padded_lengths[start])
-        num_rows = max(1, budget // padded_length) * num_shards
-        end = start + num_rows
-        if end > len(lengths):
-            # The remaining items do not fill a batch. The batch gets items until their padding to
-            # its length would cost more than compiling one more program. Shorter items are left for
-            # the next batch. The number of rows per device is a power of 2, because such shapes are
-            # likely to recur.
-            saved = np.cumsum(padded_length - padded_lengths[start:])
-            end = start + int(np.sum(saved <= budget * num_shards * _COMPILE_COST))
-            rows_per_shard = 1 << max(0, _ceil_div(end - start, num_shards) - 1).bit_length()
-            num_rows = min(num_rows, rows_per_shard * num_shards)
+        num_rows = full_rows(padded_length)
+        if start + num_rows > len(lengths):
+            # The remaining items do not fill a batch. A program with fewer rows is compiled if it
+            # is the first for this length, or saves more than it costs. Its number of rows per
+            # device is a power of 2, because such shapes are likely to recur.
+            num_items = int(np.sum(padded_lengths[start:] == padded_length))
+            rows_per_shard = 1 << (_ceil_div(num_items, num_shards) - 1).bit_length()
+            fewer_rows = min(num_rows, rows_per_shard * num_shards)
+            saved = (num_rows - fewer_rows) * padded_length
+            if (num_rows, padded_length) not in shapes or saved > program_cost:
+                num_rows = fewer_rows
+        end = min(start + num_rows, len(lengths))
+        shapes.add((num_rows, padded_length))
         yield PlannedBatch(_fill_up(np.arange(start, end), num_rows), padded_length)
         start = end
+
+
+def _budgeted_lengths(
+    lengths: np.ndarray, compiled: Collection[int], program_cost: float
+) -> list[int]:
+    """Chooses padded lengths with the fewest positions, including the cost of their programs.
+
+    Args:
+        lengths: Length of each item, [N] int.
+        compiled: Lengths whose programs cost nothing.
+        program_cost: Number of positions that take as long as compiling a program.
+
+    Returns:
+        Padded lengths in ascending order; the last is at least the maximum of `lengths`.
+    """
+    values = sorted({*lengths.tolist(), *compiled})
+    num_shorter = np.searchsorted(np.sort(lengths), values, side="right")  # at most as long
+    # best[i] is the cost of all items up to values[i] if this is the longest padded length;
+    # previous[i] is the index of the next shorter padded length, or -1.
+    best, previous = np.empty(len(values)), np.empty(len(values), int)
+    for index, value in enumerate(values):
+        costs = np.append(best[:index], 0) + value * (
+            num_shorter[index] - np.append(num_shorter[:index], 0)
+        )
+        choice = int(costs.argmin())
+        previous[index] = choice if choice < index else -1
+        best[index] = costs[choice] + (0 if value in compiled else program_cost)
+    longest = int(np.searchsorted(values, lengths.max()))
+    index = longest + int(best[longest:].argmin())
+    chosen = []
+    while index >= 0:
+        chosen.append(values[index])
+        index = int(previous[index])
+    return chosen[::-1]
 
 
 def _fill_up(members: np.ndarray, num_rows: int) -> np.ndarray:

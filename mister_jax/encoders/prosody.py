@@ -54,13 +54,7 @@ _SPECTRAL_NAMES = (
     "hammarberg",
     *(f"mfcc_{index}" for index in range(1, _NUM_MFCC + 1)),
 )
-FEATURE_NAMES: tuple[str, ...] = (
-    *(f"pitch_{statistic}" for statistic in _CONTOUR_STATISTICS),
-    *(f"energy_{statistic}" for statistic in _CONTOUR_STATISTICS),
-    "energy_maximum",
-    *(f"{name}_{statistic}" for name in _SPECTRAL_NAMES for statistic in _SPECTRAL_STATISTICS),
-    "flux_mean",
-    "flux_deviation",
+_RHYTHM_NAMES = (
     "duration",
     "sounding",
     "voiced",
@@ -69,6 +63,15 @@ FEATURE_NAMES: tuple[str, ...] = (
     "pause_rate",
     "pause_length",
     "peak_rate",
+)
+FEATURE_NAMES: tuple[str, ...] = (
+    *(f"pitch_{statistic}" for statistic in _CONTOUR_STATISTICS),
+    *(f"energy_{statistic}" for statistic in _CONTOUR_STATISTICS),
+    "energy_maximum",
+    *(f"{name}_{statistic}" for name in _SPECTRAL_NAMES for statistic in _SPECTRAL_STATISTICS),
+    "flux_mean",
+    "flux_deviation",
+    *_RHYTHM_NAMES,
 )
 
 _FRAME_RATE = frontends.SAMPLE_RATE / frontends.FRAME_STEP
@@ -120,23 +123,27 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
     contours = _contour_statistics(
         jnp.stack([pitch, energy], axis=-1), jnp.stack([voiced, sounding], axis=-1)
     )
-    features = {f"pitch_{name}": value[:, 0] for name, value in contours.items()}
-    features |= {f"energy_{name}": value[:, 1] for name, value in contours.items()}
-    features["energy_maximum"] = jnp.where(sounding, energy, 0).max(1)
+    contour_features = jnp.stack([contours[name] for name in _CONTOUR_STATISTICS], axis=1)
+    max_energy = jnp.where(sounding, energy, 0).max(1)
     stacked = jnp.stack([spectral[name] for name in _SPECTRAL_NAMES], axis=-1)  # [B, F, features]
     statistics = (
         *_mean_and_deviation(stacked, sounding[..., None]),
         _mean_change(stacked, sounding[..., None]),
     )
-    for statistic, values in zip(_SPECTRAL_STATISTICS, statistics, strict=True):
-        features |= {f"{name}_{statistic}": values[:, i] for i, name in enumerate(_SPECTRAL_NAMES)}
     flux = jnp.sqrt((jnp.diff(root_shares, axis=1) ** 2).sum(-1) + 1e-12)
-    features["flux_mean"], features["flux_deviation"] = _mean_and_deviation(
-        flux, sounding[:, 1:] & sounding[:, :-1]
-    )
-    features |= _rhythm_features(energy, valid, sounding, voiced, lengths)
+    flux_features = _mean_and_deviation(flux, sounding[:, 1:] & sounding[:, :-1])
+    rhythm = _rhythm_features(energy, valid, sounding, voiced, lengths)
     has_samples = lengths > 0
-    vector = jnp.stack([features[name] for name in FEATURE_NAMES], axis=-1)
+    # Few large arrays compile faster than one array per feature.
+    parts = [
+        contour_features[..., 0],
+        contour_features[..., 1],
+        max_energy[:, None],
+        jnp.stack(statistics, axis=-1).reshape(len(x), -1),
+        jnp.stack(flux_features, axis=-1),
+        jnp.stack([rhythm[name] for name in _RHYTHM_NAMES], axis=-1),
+    ]
+    vector = jnp.concatenate(parts, axis=-1)
     return jnp.where(has_samples[:, None], vector, 0), has_samples
 
 

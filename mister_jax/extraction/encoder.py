@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 
 from mister_jax.console import ProgressReporter
-from mister_jax.data.batching import plan_budgeted_batches
+from mister_jax.data.batching import PlannedBatch, plan_budgeted_batches
 from mister_jax.data.pipeline import prefetch_to_device
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hub
@@ -33,6 +33,7 @@ class Input(Protocol):
       modality: "speech" or "text".
       unit: Name of the unit in which `budget` and the speed are measured.
       budget: Default number of units in a batch on each device, including padding.
+      program_cost: Number of units that a device encodes in the time to compile a program.
       steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
         step is a token or 0.1 s.
       length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
@@ -43,6 +44,7 @@ class Input(Protocol):
     modality: str
     unit: str
     budget: int
+    program_cost: float
     steps_per_unit: int
     length_steps: tuple[int, ...]
     max_length: int
@@ -144,11 +146,14 @@ def encode_items(
     unit: str = "utterances",
     quiet: bool = False,
     resume_dir: epath.Path | None = None,
+    compiled_shapes: set[tuple[int, int]] | None = None,
 ) -> np.ndarray:
     """Encodes N >= 1 nonempty items to features [N, F].
 
     The features of an item that is split into windows are the windows' mean, weighted by length.
-    Features are saved in `resume_dir` as they are computed.
+    Features are saved in `resume_dir` as they are computed. `compiled_shapes` contains the number
+    of rows and the length in steps of earlier batches. The batches use these shapes where possible,
+    and their other shapes are added.
 
     Raises:
       InputError: The folder cannot be written, or a batch does not fit in the devices' memory.
@@ -159,7 +164,8 @@ def encode_items(
     if len(windows) > len(items):
         unit = f"windows of {unit}"
     with ProgressReporter(len(windows), unit=unit, quiet=quiet) as reporter:
-        features = _encode_windows(encoder, windows, budget, reporter, resume_dir)
+        shapes = set() if compiled_shapes is None else compiled_shapes
+        features = _encode_windows(encoder, windows, budget, reporter, resume_dir, shapes)
     if len(windows) == len(items):
         return features
     starts = np.cumsum([0, *map(len, windows_per_item)])[:-1]
@@ -174,6 +180,7 @@ def _encode_windows(
     budget: int,
     reporter: ProgressReporter,
     resume_dir: epath.Path | None,
+    compiled_shapes: set[tuple[int, int]],
 ) -> np.ndarray:
     """Encodes windows to features [N, F] in several parts; see `encode_items`."""
     # Encode the longest windows first, so that an out-of-memory error occurs immediately.
@@ -189,13 +196,16 @@ def _encode_windows(
         assert_visible_to_all_processes(resume_dir)
     for number, start in enumerate(range(0, len(order), _ITEMS_PER_FILE)):
         rows = order[start : start + _ITEMS_PER_FILE]
+        part = [windows[row] for row in rows]
+        # Resumed parts are planned too, so that the plans of later parts are unchanged.
+        plan = _plan_part(encoder, part, budget, compiled_shapes)
         path = None if resume_dir is None else resume_dir / f"{number:05d}.npy"
         if path is not None and path.exists():
             with path.open("rb") as file:
                 parts.append(np.load(file))
             reporter.advance("resumed", amount=len(rows))
             continue
-        parts.append(_encode_part(encoder, [windows[row] for row in rows], budget, reporter))
+        parts.append(_encode_part(encoder, part, plan, reporter))
         if path is not None and jax.process_index() == 0:
             partial_path = path.with_name(f"{path.name}.partial")
             with partial_path.open("wb") as file:
@@ -207,10 +217,13 @@ def _encode_windows(
     return features
 
 
-def _encode_part(
-    encoder: Encoder, windows: Sequence[np.ndarray], budget: int, reporter: ProgressReporter
-) -> np.ndarray:
-    """Encodes windows that are sorted by length, longest first, to features [N, F]."""
+def _plan_part(
+    encoder: Encoder,
+    windows: Sequence[np.ndarray],
+    budget: int,
+    compiled_shapes: set[tuple[int, int]],
+) -> list[PlannedBatch]:
+    """Plans batches of windows that are sorted by length, longest first, and adds their shapes."""
     input_ = encoder.input
     plan = list(
         plan_budgeted_batches(
@@ -219,8 +232,22 @@ def _encode_part(
             length_steps=input_.length_steps,
             max_length=input_.max_length,
             num_shards=encoder.partitioner.num_shards,
+            program_cost=input_.program_cost * input_.steps_per_unit,
+            compiled=compiled_shapes,
         )
     )
+    compiled_shapes.update((len(rows), length) for rows, length in plan)
+    return plan
+
+
+def _encode_part(
+    encoder: Encoder,
+    windows: Sequence[np.ndarray],
+    plan: Sequence[PlannedBatch],
+    reporter: ProgressReporter,
+) -> np.ndarray:
+    """Encodes windows in planned batches to features [N, F]."""
+    input_ = encoder.input
     empty = windows[0][:0]
 
     def batches() -> Iterator[dict[str, np.ndarray]]:

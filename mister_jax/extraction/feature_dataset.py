@@ -64,6 +64,7 @@ def extract_features(
     metadata = {"dataset": dataset, "budget": budget, **encoder.metadata}
     root, prefix = target.parent.parent, f".extracting.{output}."
     splits = {}
+    compiled_shapes: set[tuple[int, int]] = set()
     for split in source.splits:
         # Splits are loaded one at a time, because all recordings of a split are held in memory.
         utterances = encoder.input.load(dataset, split, data_dir)
@@ -78,6 +79,7 @@ def extract_features(
             unit=f"utterances of {split}",
             quiet=quiet,
             resume_dir=root / f"{prefix}{_digest(metadata, split, utterances)}",
+            compiled_shapes=compiled_shapes,
         )
         features = dict(zip(utterances.utterance_ids.tolist(), encoded, strict=True))
         splits[split] = _dialogue_features(source, split, encoder.modality, features)

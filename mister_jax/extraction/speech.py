@@ -36,13 +36,18 @@ PROSODY = "prosody"
 SECONDS_BUDGET = 120
 CPU_SECONDS_BUDGET = 30  # small enough that a layer's activations stay in the cache
 
-# Padded lengths in tenths of a second. Fewer lengths need fewer compiled programs but more padding.
+# Number of seconds of audio that a device encodes in the time to compile a program.
+_PROGRAM_COST = 2000.0
+_CPU_PROGRAM_COST = 15.0  # for an encoder with 100 M parameters
+
+# Padded lengths in tenths of a second.
 _LENGTHS = (
     *(5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800),
     *(1000, 1500, 2000, 3000, 4500, 6000, 9000, 12000, 18000, 24000, 36000),
 )
 
 _FULL_SCALE = 2**15
+_PROSODY_PROGRAM_COST = 1000.0
 _CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # samples per chunk for prosody on a CPU
 
 
@@ -53,13 +58,25 @@ class SpeechInput:
       max_seconds: Maximum length in seconds of a clip in a batch. Longer clips are truncated.
       pads_to_max: Whether to pad all clips to `max_seconds`, as encoders with a fixed length need.
       split: Whether to split longer clips into windows of equal length, instead of truncating them.
+      program_cost: Number of seconds of audio that a device encodes in the time to compile a
+        program; by default, the value for an encoder of usual size.
     """
 
     modality, unit, steps_per_unit = "speech", "s of audio", 10
 
-    def __init__(self, max_seconds: float, *, pads_to_max: bool = False, split: bool = False):
+    def __init__(
+        self,
+        max_seconds: float,
+        *,
+        pads_to_max: bool = False,
+        split: bool = False,
+        program_cost: float | None = None,
+    ):
         on_cpu = jax.default_backend() == "cpu"
         self.budget = CPU_SECONDS_BUDGET if on_cpu else SECONDS_BUDGET
+        if program_cost is None:
+            program_cost = _CPU_PROGRAM_COST if on_cpu else _PROGRAM_COST
+        self.program_cost = program_cost
         self._window_samples = round(max_seconds * SAMPLE_RATE)
         self.max_samples = None if split else self._window_samples
         self.max_length = -(-self._window_samples // LENGTH_STEP)
@@ -219,7 +236,7 @@ class ProsodyEncoder(Encoder):
             "features": list(FEATURE_NAMES),
         }
         super().__init__(
-            SpeechInput(max_seconds or speech.LONGEST_SECONDS),
+            SpeechInput(max_seconds or speech.LONGEST_SECONDS, program_cost=_PROSODY_PROGRAM_COST),
             partitioner,
             metadata,
             functools.partial(partitioner.compile_eval(step), {}),

@@ -27,8 +27,13 @@ from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 TOKEN_BUDGET = 4096
 CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the cache
 
-# Padded lengths in tokens. Fewer lengths need fewer compiled programs but more padding. On a CPU,
-# compiling is cheap, but a padding position takes as long as a token.
+# Number of tokens that a device encodes in the time to compile a program, for example 5,000 for
+# MiniLM on two CPU cores, and 100,000 for an 8B model on a GPU.
+_PROGRAM_COST = 100_000
+_CPU_PROGRAM_COST = 4000
+
+# Padded lengths in tokens. On a CPU, compiling is cheap, but a padding position takes as long as a
+# token.
 _LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 
@@ -50,6 +55,7 @@ class TextInput:
         self.max_length = max_tokens
         on_cpu = jax.default_backend() == "cpu"
         self.budget = CPU_TOKEN_BUDGET if on_cpu else TOKEN_BUDGET
+        self.program_cost: float = _CPU_PROGRAM_COST if on_cpu else _PROGRAM_COST
         self.length_steps: tuple[int, ...] = _CPU_LENGTHS if on_cpu else _LENGTHS
 
     def load(self, dataset: str, split: str, data_dir: epath.PathLike | None) -> Utterances:

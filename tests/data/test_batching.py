@@ -158,7 +158,14 @@ def test_inference_batches_hold_all_items_padded_to_powers_of_2(num_shards):
 def test_budgeted_batches_hold_all_items_within_the_budget():
     lengths = np.sort(np.random.default_rng(0).integers(1, 100, 200))[::-1]
     planned = list(
-        plan_budgeted_batches(lengths, 300, length_steps=(10, 20, 50), max_length=100, num_shards=2)
+        plan_budgeted_batches(
+            lengths,
+            300,
+            length_steps=(10, 20, 50),
+            max_length=100,
+            num_shards=2,
+            program_cost=75,
+        )
     )
     rows = np.concatenate([rows[rows >= 0] for rows, _ in planned])
     np.testing.assert_array_equal(rows, np.arange(200))
@@ -172,17 +179,80 @@ def test_budgeted_batches_hold_all_items_within_the_budget():
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
+    ("program_cost", "expected"),
     [
-        (900, [([0, 1, 2], 100), ([3], 10)]),  # Padding two items costs less than a program.
-        (500, [([0, 1], 100), ([2, 3], 10)]),
-        (350, [([0, 1, 2], 100), ([3], 10)]),  # No row stays empty while items are left.
-        (1800, [([0, 1, 2, 3], 100)]),
+        (200, [([0], 1, 100), ([1, 2, 3], 4, 10)]),
+        (300, [([0, 1, 2, 3], 4, 100)]),  # Padding three items costs less than a program.
     ],
 )
-def test_the_last_items_are_padded_more_if_that_saves_a_program(budget, expected):
-    few = np.array([100, 9, 8, 7])
-    planned = list(
-        plan_budgeted_batches(few, budget, length_steps=(10, 50), max_length=100, num_shards=1)
+def test_few_items_are_padded_more_if_that_saves_a_program(program_cost, expected):
+    planned = plan_budgeted_batches(
+        np.array([100, 9, 8, 7]),
+        900,
+        length_steps=(10, 50),
+        max_length=100,
+        num_shards=1,
+        program_cost=program_cost,
     )
-    assert [(rows[rows >= 0].tolist(), padded) for rows, padded in planned] == expected
+    assert [(rows[rows >= 0].tolist(), len(rows), length) for rows, length in planned] == expected
+
+
+@pytest.mark.parametrize("program_cost", [1, 100])
+def test_the_last_batch_has_empty_rows_if_that_saves_a_program(program_cost):
+    planned = plan_budgeted_batches(
+        np.array([10] * 9),
+        80,
+        length_steps=(10,),
+        max_length=100,
+        num_shards=1,
+        program_cost=program_cost,
+    )
+    last_rows = 1 if program_cost == 1 else 8
+    assert [len(rows) for rows, _ in planned] == [8, last_rows]
+
+
+def plan_shapes(lengths, program_cost, compiled=()):
+    planned = plan_budgeted_batches(
+        np.sort(lengths)[::-1],
+        1000,
+        length_steps=(10, 20, 30, 40, 50, 60, 70, 80, 90),
+        max_length=100,
+        num_shards=1,
+        program_cost=program_cost,
+        compiled=compiled,
+    )
+    return [(len(rows), length) for rows, length in planned]
+
+
+def test_more_items_are_padded_to_more_lengths():
+    lengths = np.random.default_rng(0).integers(1, 101, 10_000)
+    num_shapes = [len(set(plan_shapes(lengths[:n], 20_000))) for n in (100, 1000, 10_000)]
+    assert num_shapes[0] == 1 < num_shapes[1] < num_shapes[2] <= 10
+
+
+def test_chosen_lengths_have_the_lowest_cost_of_all_subsets():
+    lengths = np.random.default_rng(0).integers(1, 101, 2000)
+    steps = np.arange(10, 101, 10)
+
+    def cost(padded_lengths):
+        padded = np.array(padded_lengths)[np.searchsorted(padded_lengths, lengths)]
+        return padded.sum() + 5000 * len(padded_lengths)
+
+    subsets = [
+        (*subset, 100)
+        for count in range(len(steps))
+        for subset in itertools.combinations(steps[:-1].tolist(), count)
+    ]
+    best = min(subsets, key=cost)
+    assert {length for _, length in plan_shapes(lengths, 5000)} == {*best}
+    assert 1 < len(best) < 10
+
+
+def test_compiled_shapes_are_used_again():
+    shapes = plan_shapes([40] * 30, 20_000)
+    assert shapes == [(25, 40)] * 2
+    # A plan of its own would have other rows, or a shorter length.
+    assert plan_shapes([40, 33], 20_000) == [(2, 40)]
+    assert plan_shapes([40, 33], 20_000, shapes) == [(25, 40)]
+    # A program costs less than the positions that it saves.
+    assert plan_shapes([12] * 3000, 20_000, shapes)[0] == (50, 20)

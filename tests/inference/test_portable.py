@@ -63,7 +63,8 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
     subprocess.run(
         [sys.executable, "-c", RUN_PROGRAM, str(tmp_path / "program"), str(path)], check=True
     )
-    output = np.load(f"{path}.{lengths.max()}.npz")
+    with np.load(f"{path}.{lengths.max()}.npz") as file:
+        output = dict(file)
     expected = predictor(features)
     for row, length in zip(batch["row"], lengths, strict=True):
         start = features.offsets[row]
@@ -73,7 +74,8 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
                 values[start : start + length],
                 atol=1e-5,
             )
-    assert np.load(f"{path}.1.npz")["probabilities"].shape[1] == 1
+    with np.load(f"{path}.1.npz") as file:
+        assert file["probabilities"].shape[1] == 1
 
 
 def test_a_program_is_not_written_over_other_files(workdir, tmp_path):
