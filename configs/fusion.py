@@ -205,6 +205,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
         fusion_dropout=0.3,
         classifier_dropout=0.3,
         modality_dropout=0.15,
+        initialization="lecun",
     )
     config.loss = ConfigDict(
         {

@@ -18,6 +18,7 @@ from mister_jax.nn.attention import Implementation
 
 EXPERTS = ("speech", "text", "fusion")
 Mixture = Literal["gate", "mean", "majority"]
+Initialization = Literal["torch", "lecun"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,9 @@ class MisterEConfig:
       predict_score: Whether each expert also predicts a number, such as the sentiment of CMU-MOSI;
         False in the released model.
       layer_norm_epsilon: Epsilon of all LayerNorms.
+      initialization: Distribution of the initial parameters: "torch" has the distributions of the
+        released code (see `nn.initialize_like_torch`), and "lecun" has Flax's default
+        distributions, whose weights have three times the variance.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
       dtype: Computation dtype; recurrent states, softmaxes, output logits and output
         probabilities are always float32.
@@ -99,6 +103,7 @@ class MisterEConfig:
     crf: bool = False
     predict_score: bool = False
     layer_norm_epsilon: float = 1e-6
+    initialization: Initialization = "torch"
     attention_implementation: Implementation | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -117,6 +122,7 @@ class MisterEConfig:
         if not self.gate_temperature > 0:  # also rejects NaN
             raise invalid_field(self, "gate_temperature", "positive numbers")
         check_choice(self, "mixture", get_args(Mixture))
+        check_choice(self, "initialization", get_args(Initialization))
         enabled = set(self.experts)
         if not enabled or enabled - set(EXPERTS) or len(enabled) != len(self.experts):
             raise invalid_field(self, "experts", f"one or more of {EXPERTS}, each once")

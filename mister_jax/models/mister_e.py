@@ -21,7 +21,7 @@ from flax import nnx
 from mister_jax.models.config import EXPERTS, MisterEConfig
 from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_context_experts
 from mister_jax.models.gate import Gate
-from mister_jax.nn import ConditionalRandomField, Dropout, PerExampleRngs
+from mister_jax.nn import ConditionalRandomField, Dropout, PerExampleRngs, initialize_like_torch
 from mister_jax.nn.dropout import KeySource, random_mask
 
 
@@ -99,6 +99,8 @@ class MisterE(nnx.Module):
             else None
         )
         self.input_dropout = Dropout(config.input_dropout)
+        if config.initialization == "torch":
+            initialize_like_torch(self, rngs=rngs)
 
     def __call__(
         self,

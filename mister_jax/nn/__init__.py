@@ -8,6 +8,7 @@ from mister_jax.nn.attention import CoAttentionLayer, MultiHeadAttention, dot_pr
 from mister_jax.nn.convolution import ParallelConvolution
 from mister_jax.nn.crf import ConditionalRandomField
 from mister_jax.nn.dropout import Dropout, PerExampleRngs
+from mister_jax.nn.initialization import initialize_like_torch
 from mister_jax.nn.lora import (
     LoRAConfig,
     LoRALinear,
@@ -39,6 +40,7 @@ __all__ = [
     "add_lora",
     "dot_product_attention",
     "gru_scan",
+    "initialize_like_torch",
     "length_mask",
     "masked_mean",
     "merge_lora",

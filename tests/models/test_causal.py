@@ -115,7 +115,7 @@ def test_attention_reaches_back_only_the_window(make_batch):
     changed = {name: values.copy() for name, values in batch.items()}
     for name in ("speech", "text"):
         batch[f"{name}_present"][:] = changed[f"{name}_present"][:] = True
-        changed[name][:, 0] += 1
+        changed[name][:, 0] += 10
     output, changed_output = forward(model, batch), forward(model, changed)
     # The layer has two attentions, each of which reaches back two utterances.
     is_changed = np.abs(changed_output.logits - output.logits).max(-1)[0] > 1e-5

@@ -92,3 +92,38 @@ def test_gradients_equal_the_official_code(reference, model, golden):
     assert golden["grad"].keys() <= gradients.keys()
     for name, expected in golden["grad"].items():
         np.testing.assert_allclose(gradients[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_initial_parameters_have_the_distribution_of_pytorch(reference):
+    import jax
+    import torch
+    from flax import nnx
+
+    from mister_jax import MisterE
+    from mister_jax.convert.official import load_mister_e
+
+    config = MisterEConfig.small(speech_dim=48, text_dim=40, gate_dim=64, fusion_layers=2)
+    torch.manual_seed(0)
+    weights = reference.TorchMisterE(config).state_dict()
+    official = load_mister_e(
+        {name: value.numpy() for name, value in weights.items()},
+        attention_heads=config.attention_heads,
+    )
+    initial = MisterE(config, rngs=nnx.Rngs(0))
+
+    def parameters(model):
+        leaves = jax.tree.leaves_with_path(nnx.state(model, nnx.Param))
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+    official_parameters = parameters(official)
+    assert official_parameters.keys() == parameters(initial).keys()
+    for name, value in parameters(initial).items():
+        expected = official_parameters[name]
+        assert value.shape == expected.shape
+        assert (np.std(value) > 0) == (np.std(expected) > 0)
+        if value.size < 90:
+            continue  # too few values to compare
+        # The standard error of the ratio of two deviations of n values is about 1 / sqrt(n).
+        tolerance = 5 / np.sqrt(value.size)
+        assert np.std(value) == pytest.approx(np.std(expected), rel=tolerance), name
+        assert np.mean(value) == pytest.approx(np.mean(expected), abs=tolerance), name

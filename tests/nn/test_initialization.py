@@ -1,0 +1,85 @@
+"""Initial parameters with the distribution of PyTorch's layers."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mister_jax import MisterE, MisterEConfig
+from mister_jax.nn import (
+    CoAttentionLayer,
+    ParallelConvolution,
+    initialize_like_torch,
+)
+
+
+def assert_uniform(values, fan_in):
+    """Checks the support and the variance of a uniform distribution."""
+    values, bound = np.asarray(values), 1 / math.sqrt(fan_in)
+    assert np.abs(values).max() <= bound
+    assert np.std(values) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_weights_and_biases_are_uniform_with_the_bounds_of_pytorch():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(50, 300, rngs=rngs)
+            self.without_bias = nnx.Linear(20, 300, use_bias=False, rngs=rngs)
+            self.convolution = ParallelConvolution(30, 300, (1, 3), rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    initialize_like_torch(model, rngs=nnx.Rngs(1))
+    assert_uniform(model.linear.kernel, 50)
+    assert_uniform(model.linear.bias, 50)
+    assert_uniform(model.without_bias.kernel, 20)
+    for kernel, bias, fan_in in zip(
+        model.convolution.kernels, model.convolution.biases, (30, 90), strict=True
+    ):
+        assert_uniform(kernel, fan_in)
+        assert_uniform(bias, fan_in)
+
+
+def test_projections_of_attention_have_the_variance_of_two_layers_in_a_row():
+    dim, attention_dim = 60, 40
+    layer = CoAttentionLayer(dim, attention_dim=attention_dim, num_heads=2, rngs=nnx.Rngs(0))
+    initialize_like_torch(layer, rngs=nnx.Rngs(1))
+    for stacked in (layer.cross_attention, layer.self_attention):
+        attention = stacked.stack.attention
+        # Sum of `attention_dim` products; a uniform distribution up to a has the variance a^2 / 3.
+        in_variance = attention_dim * (1 / dim / 3) * (1.5 / attention_dim / 3)
+        out_variance = attention_dim * (1 / attention_dim / 3) ** 2
+        kernels = {
+            "query": (attention.query.kernel, in_variance),
+            "key_value": (attention.key_value.kernel, in_variance),
+            "out": (attention.out.kernel, out_variance),
+        }
+        for name, (kernel, variance) in kernels.items():
+            assert np.std(kernel) == pytest.approx(math.sqrt(variance), rel=0.1), name
+        assert np.std(attention.value_bias) > 0
+        # The stacked modules differ.
+        assert not np.allclose(attention.query.kernel[0], attention.query.kernel[1])
+
+
+@pytest.mark.parametrize("initialization", ["torch", "lecun"])
+def test_the_config_chooses_the_distribution_of_all_layers(initialization):
+    config = MisterEConfig.small(speech_dim=40, text_dim=30, initialization=initialization)
+    graph, params = nnx.split(MisterE(config, rngs=nnx.Rngs(0)))
+    model = nnx.merge(graph, params)
+    variance = 3 if initialization == "lecun" else 1
+    for layer in (model.speech.skip, model.fusion.text_in, model.fusion.projection):
+        expected = math.sqrt(variance / 3 / layer.kernel.shape[0])
+        assert np.std(layer.kernel) == pytest.approx(expected, rel=0.1)
+        assert (np.std(layer.bias) > 0) == (initialization == "torch")
+
+
+def test_models_of_different_seeds_differ_under_vmap():
+    config = MisterEConfig.small(speech_dim=4, text_dim=3)
+    models = nnx.vmap(lambda key: MisterE(config, rngs=nnx.Rngs(key)))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    for _, value in jax.tree.leaves_with_path(nnx.state(models, nnx.Param)):
+        value = np.asarray(value)
+        if np.ptp(value) > 0:  # not the scale and the bias of a LayerNorm
+            assert not np.allclose(value[0], value[1])
