@@ -36,6 +36,8 @@ The context network and both modalities help on `mspimprov_features`. The losses
 no gain, so the default does not have them.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
@@ -141,9 +143,10 @@ ABLATIONS = {
 
 
 def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Returns the config as "default", and all variants of `ABLATIONS` that change the config.
+    """Returns the config as "default", and all variants of `ABLATIONS` that change the training.
 
-    For example, `no_contrastive` only changes the config of `paper`.
+    For example, `no_contrastive` only changes the training of `paper`, and `majority` does not
+    change the training of a single expert.
     """
     configs = {"default": config}
     for name in ABLATIONS:
@@ -151,9 +154,23 @@ def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
             continue
         changed = ConfigDict(config.to_dict())
         VARIANTS[name](changed)
-        if changed.to_dict() != config.to_dict():
+        if _used_fields(changed) != _used_fields(config):
             configs[name] = changed
     return configs
+
+
+def _used_fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config with the same value for all settings of parts that the model lacks."""
+    used = ConfigDict(config.to_dict())
+    experts = set(config.model.experts)
+    if len(experts) == 1:
+        used.model.mixture = "gate"
+        used.loss.weights.agreement = 0.0
+    if "fusion" not in experts:
+        used.loss.weights.contrastive = 0.0
+    if experts == {"fusion"}:
+        _no_context(used)
+    return used.to_dict()
 
 
 def get_config(argument: str = "synthetic_features") -> ConfigDict:

@@ -87,7 +87,10 @@ def test_ablations_leave_out_variants_that_change_nothing():
     without = {"no_contrastive", "no_agreement"}
     assert names("") == set(fusion.ABLATIONS) - without
     assert names(",paper") == set(fusion.ABLATIONS) - losses
-    assert "text_only" not in names(",text_only")
+    experts = {"speech_only", "text_only", "fusion_only"}
+    assert names(",text_only") == {"default", *experts, "focal", "no_context"} - {"text_only"}
+    assert names(",fusion_only") == {"default", *experts, "focal", "contrastive"} - {"fusion_only"}
+    assert names(",paper,text_only") == {"default", *experts, "no_context"} - {"text_only"}
 
 
 def test_without_context_other_utterances_do_not_change_the_logits():

@@ -49,13 +49,16 @@ def run_ablation(
       "deviation" of the scores over the seeds, and the scores of the "ensemble" of the seeds.
 
     Raises:
-      InputError: A name is unknown, a config is invalid, or the directory belongs to a study with
+      InputError: A name is not in `variants`, a config is invalid, or the directory belongs to a study with
         another config.
     """
     allowed = [variant.name for variant in variants]
     unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise InputError(f"variants: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        raise InputError(
+            f"variants: {', '.join(unknown)} unknown, or without effect on this config; "
+            f"allowed: {', '.join(allowed)}"
+        )
     study = Study(variants, workdir, splits=SPLITS, row_file=_ROW_FILE, quiet=quiet)
     if not study.run(_describe, lambda: _write_table(study), names):
         return None
