@@ -246,11 +246,11 @@ def plan_budgeted_batches(
     lengths of `length_steps` as save more computation than their programs cost.
 
     Args:
-        lengths: Length of each item, [N] int, descending.
+        lengths: Length of each of N >= 1 items, [N] int, descending.
         budget: Maximum number of positions in a batch on each device, including padding. An item
             that is longer than the budget gets a separate batch.
         length_steps: Lengths that items can be padded to, ascending.
-        max_length: Length of the longest item. No item is padded beyond this length.
+        max_length: Maximum length of an item. No item is padded beyond this length.
         num_shards: Divisor of the number of rows in each batch.
         program_cost: Number of positions that a device computes in the time to compile a program.
         compiled: Pairs of row count and padded length that need no compilation.
@@ -280,15 +280,24 @@ def plan_budgeted_batches(
         padded_length = int(padded_lengths[start])
         num_rows = full_rows(padded_length)
         if start + num_rows > len(lengths):
-            # The remaining items do not fill a batch. A program with fewer rows is compiled if it
-            # is the first for this length, or saves more than it costs. Its number of rows per
-            # device is a power of 2, because such shapes are likely to recur.
+            # The remaining items do not fill a batch. They share a batch of a compiled shape if its
+            # empty rows and its padding cost less than a program with fewer rows. The number of
+            # such rows per device is a power of 2, because these shapes are likely to recur.
             num_items = int(np.sum(padded_lengths[start:] == padded_length))
             rows_per_shard = 1 << (_ceil_div(num_items, num_shards) - 1).bit_length()
             fewer_rows = min(num_rows, rows_per_shard * num_shards)
-            saved = (num_rows - fewer_rows) * padded_length
-            if (num_rows, padded_length) not in shapes or saved > program_cost:
-                num_rows = fewer_rows
+            cost = fewer_rows * padded_length
+            if (fewer_rows, padded_length) not in shapes:
+                cost += program_cost
+            num_remaining = len(lengths) - start
+            compiled_shapes = [
+                (rows * length, rows, length)
+                for rows, length in shapes
+                if rows >= num_remaining and length >= padded_length
+            ]
+            num_rows = fewer_rows
+            if compiled_shapes and min(compiled_shapes)[0] <= cost:
+                _, num_rows, padded_length = min(compiled_shapes)
         end = min(start + num_rows, len(lengths))
         shapes.add((num_rows, padded_length))
         yield PlannedBatch(_fill_up(np.arange(start, end), num_rows), padded_length)

@@ -49,8 +49,8 @@ def run_ablation(
       "deviation" of the scores over the seeds, and the scores of the "ensemble" of the seeds.
 
     Raises:
-      InputError: A name is not in `variants`, a config is invalid, or the directory belongs to a study with
-        another config.
+      InputError: A name is not in `variants`, a config is invalid, or the directory belongs to a
+        study with another config.
     """
     allowed = [variant.name for variant in variants]
     unknown = [name for name in names if name not in allowed]

@@ -96,7 +96,7 @@ def extract_features(
 
 
 def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str:
-    """Returns a hash of everything that a split's features depend on."""
+    """Returns a hash of everything that a split's features depend on, except for rounding."""
     digest = hashlib.sha256(json.dumps([metadata, split], sort_keys=True).encode())
     digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:

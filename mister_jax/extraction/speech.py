@@ -39,6 +39,7 @@ CPU_SECONDS_BUDGET = 30  # small enough that a layer's activations stay in the c
 # Number of seconds of audio that a device encodes in the time to compile a program.
 _PROGRAM_COST = 2000.0
 _CPU_PROGRAM_COST = 15.0  # for an encoder with 100 M parameters
+_PROSODY_CPU_PROGRAM_COST = 1000.0
 
 # Padded lengths in tenths of a second.
 _LENGTHS = (
@@ -47,7 +48,6 @@ _LENGTHS = (
 )
 
 _FULL_SCALE = 2**15
-_PROSODY_PROGRAM_COST = 1000.0
 _CPU_CHUNK_SAMPLES = 10 * SAMPLE_RATE  # samples per chunk for prosody on a CPU
 
 
@@ -211,7 +211,8 @@ class ProsodyEncoder(Encoder):
         if max_seconds is not None:
             speech.check_seconds(max_seconds)
         partitioner = JitPartitioner(data_mesh())
-        on_one_cpu = jax.default_backend() == "cpu" and partitioner.num_shards == 1
+        on_cpu = jax.default_backend() == "cpu"
+        on_one_cpu = on_cpu and partitioner.num_shards == 1
 
         def features(waveform_and_lengths: tuple[jax.Array, jax.Array]) -> jax.Array:
             waveform, lengths = waveform_and_lengths
@@ -236,7 +237,10 @@ class ProsodyEncoder(Encoder):
             "features": list(FEATURE_NAMES),
         }
         super().__init__(
-            SpeechInput(max_seconds or speech.LONGEST_SECONDS, program_cost=_PROSODY_PROGRAM_COST),
+            SpeechInput(
+                max_seconds or speech.LONGEST_SECONDS,
+                program_cost=_PROSODY_CPU_PROGRAM_COST if on_cpu else None,
+            ),
             partitioner,
             metadata,
             functools.partial(partitioner.compile_eval(step), {}),

@@ -68,8 +68,8 @@ class MisterEConfig:
         False in the released model.
       layer_norm_epsilon: Epsilon of all LayerNorms.
       initialization: Distribution of the initial parameters: "torch" has the distributions of the
-        released code (see `nn.initialize_like_torch`), and "lecun" has Flax's default
-        distributions, whose weights have three times the variance.
+        released code (see `nn.initialize_like_torch`). "lecun" has Flax's default distributions,
+        in which the weights of linear layers and convolutions have three times the variance.
       attention_implementation: Implementation of `jax.nn.dot_product_attention`.
       dtype: Computation dtype; recurrent states, softmaxes, output logits and output
         probabilities are always float32.

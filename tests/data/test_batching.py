@@ -254,5 +254,8 @@ def test_compiled_shapes_are_used_again():
     # A plan of its own would have other rows, or a shorter length.
     assert plan_shapes([40, 33], 20_000) == [(2, 40)]
     assert plan_shapes([40, 33], 20_000, shapes) == [(25, 40)]
+    smaller_split = plan_shapes([33] * 5, 20_000, [(8, 40)])
+    assert smaller_split == [(8, 40)]
+    assert plan_shapes([33] * 5, 10, [(8, 80)]) == [(8, 40)]
     # A program costs less than the positions that it saves.
     assert plan_shapes([12] * 3000, 20_000, shapes)[0] == (50, 20)

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,8 +12,10 @@ from mister_jax import MisterE, MisterEConfig
 from mister_jax.nn import (
     CoAttentionLayer,
     ParallelConvolution,
+    StackedModules,
     initialize_like_torch,
 )
+from mister_jax.nn.rngs import make_rngs
 
 
 def assert_uniform(values, fan_in):
@@ -65,8 +68,7 @@ def test_projections_of_attention_have_the_variance_of_two_layers_in_a_row():
 @pytest.mark.parametrize("initialization", ["torch", "lecun"])
 def test_the_config_chooses_the_distribution_of_all_layers(initialization):
     config = MisterEConfig.small(speech_dim=40, text_dim=30, initialization=initialization)
-    graph, params = nnx.split(MisterE(config, rngs=nnx.Rngs(0)))
-    model = nnx.merge(graph, params)
+    model = MisterE(config, rngs=nnx.Rngs(0))
     variance = 3 if initialization == "lecun" else 1
     for layer in (model.speech.skip, model.fusion.text_in, model.fusion.projection):
         expected = math.sqrt(variance / 3 / layer.kernel.shape[0])
@@ -76,10 +78,24 @@ def test_the_config_chooses_the_distribution_of_all_layers(initialization):
 
 def test_models_of_different_seeds_differ_under_vmap():
     config = MisterEConfig.small(speech_dim=4, text_dim=3)
-    models = nnx.vmap(lambda key: MisterE(config, rngs=nnx.Rngs(key)))(
+    models = nnx.vmap(lambda key: MisterE(config, rngs=make_rngs(key)))(
         jax.random.split(jax.random.key(0), 2)
     )
-    for _, value in jax.tree.leaves_with_path(nnx.state(models, nnx.Param)):
-        value = np.asarray(value)
-        if np.ptp(value) > 0:  # not the scale and the bias of a LayerNorm
-            assert not np.allclose(value[0], value[1])
+    for path, value in jax.tree.leaves_with_path(nnx.state(models, nnx.Param)):
+        name = jax.tree_util.keystr(path)
+        assert ("norm" in name) == np.allclose(value[0], value[1]), name
+
+
+def test_stacked_convolutions_have_the_bound_of_one_convolution():
+    stacked = StackedModules(
+        lambda rngs: ParallelConvolution(30, 300, (1, 3), rngs=rngs), 4, rngs=nnx.Rngs(0)
+    )
+    initialize_like_torch(stacked, rngs=nnx.Rngs(1))
+    for kernel, fan_in in zip(stacked.stack.kernels, (30, 90), strict=True):
+        assert_uniform(kernel, fan_in)
+
+
+def test_parameters_keep_their_dtype():
+    config = MisterEConfig.small(speech_dim=4, text_dim=3, param_dtype="bfloat16")
+    params = nnx.state(MisterE(config, rngs=nnx.Rngs(0)), nnx.Param)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
