@@ -93,7 +93,7 @@ class CountingEncoder:
     """An encoder that counts the utterances it encodes, and stops after a number of batches."""
 
     def __init__(self, encoder, batches=None):
-        self.encoder, self.num_left, self.num_encoded = encoder, batches, 0
+        self.encoder, self.num_left, self.num_encoded, self.shapes = encoder, batches, 0, []
 
     def __getattr__(self, name):
         return getattr(self.encoder, name)
@@ -103,7 +103,16 @@ class CountingEncoder:
             raise KeyboardInterrupt
         self.num_left = None if self.num_left is None else self.num_left - 1
         self.num_encoded += int((np.asarray(batch["row"]) >= 0).sum())
+        self.shapes.append(batch["waveform"].shape)
         return self.encoder(batch)
+
+
+def test_the_splits_of_a_small_corpus_share_a_program(prosody_encoder, speech_dataset, heard_dir):
+    counting = CountingEncoder(prosody_encoder)
+    extraction.extract_features(counting, SPEECH, "counted", heard_dir, quiet=True)
+    sizes = [len(load_clips(SPEECH, split, heard_dir).items) for split in data.SPLITS]
+    assert len(set(sizes)) > 1 and len(counting.shapes) >= len(data.SPLITS)
+    assert len(set(counting.shapes)) == 1
 
 
 def test_interrupted_extraction_resumes(prosody_encoder, speech_dataset, heard_dir, monkeypatch):
