@@ -14,7 +14,10 @@ seeds:
 
                       meld_dev_features   mosi_features     mspimprov_features
     default             0.633 +- 0.014    0.775 +- 0.007      0.552 +- 0.020
-    paper, seed 0       0.591             0.770
+    paper, seed 0                         0.767
+    with lecun          0.591             0.770
+
+"with lecun" is `paper` with `model.initialization=lecun`.
 
 Ablations: weighted F1 of the default, and differences from the default with 95% intervals, in a
 cross-validation on training and validation dialogues with one seed (see docs/benchmarks.md for the

@@ -150,6 +150,8 @@ next(batches)
 INTERRUPT = """
 import os, signal, threading
 
+# Shells start background jobs with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 for _ in batches:
     pass
