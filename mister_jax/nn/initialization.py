@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mister_jax.nn.attention import MultiHeadAttention
@@ -28,61 +30,86 @@ def initialize_like_torch(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
       rngs: RNGs for parameter initialization.
     """
     modules = [module for _, module in nnx.iter_modules(model)]
-
-    def draw(parameter: nnx.Param, fan_in: int) -> None:
-        _set(parameter, _uniform(rngs, parameter.shape, 1 / math.sqrt(fan_in)))
-
+    uniform: list[tuple[nnx.Param, int]] = []  # parameters and numbers of inputs
     for module in modules:
         if isinstance(module, ParallelConvolution):
             for kernel, bias in zip(module.kernels, module.biases, strict=True):
-                for parameter in (kernel, bias):
-                    draw(parameter, kernel.shape[-3] * kernel.shape[-2])
+                fan_in = kernel.shape[-3] * kernel.shape[-2]
+                uniform += [(kernel, fan_in), (bias, fan_in)]
         elif isinstance(module, nnx.Linear):
             fan_in = module.kernel.shape[-2]
-            draw(module.kernel, fan_in)
+            uniform.append((module.kernel, fan_in))
             if module.bias is not None:
-                draw(module.bias, fan_in)
+                uniform.append((module.bias, fan_in))
+    if uniform:
+        draws = tuple((parameter.shape, 1 / math.sqrt(fan_in)) for parameter, fan_in in uniform)
+        for (parameter, _), value in zip(uniform, _draw_uniform(rngs.params(), draws), strict=True):
+            _set(parameter, value)
     for module in modules:
         if isinstance(module, MultiHeadAttention):
             _initialize_attention(module, rngs)
 
 
 def _initialize_attention(attention: MultiHeadAttention, rngs: nnx.Rngs) -> None:
-    """Draws the parameters as products of two layers; see `initialize_like_torch`.
+    """Draws the parameters as products of two layers; see `initialize_like_torch`."""
+    *stack, query_dim, dim = attention.query.kernel.shape
+    values = _draw_attention(
+        rngs.params(),
+        tuple(stack),
+        query_dim,
+        attention.key_value.kernel.shape[-2],
+        dim,
+        attention.out.kernel.shape[-1],
+    )
+    parameters = (
+        attention.query.kernel,
+        attention.query.bias,
+        attention.key_value.kernel,
+        attention.value_bias,
+        attention.out.kernel,
+    )
+    for parameter, value in zip(parameters, values, strict=True):
+        assert parameter is not None
+        _set(parameter, value)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _draw_attention(
+    key: jax.Array, stack: tuple[int, ...], query_dim: int, key_dim: int, dim: int, out_dim: int
+) -> tuple[jax.Array, ...]:
+    """Draws the parameters of an attention of width `dim`; see `_initialize_attention`.
 
     The first or second layer belongs to `torch.nn.MultiheadAttention`, which has no initial biases.
     The projections of queries, keys and values have the distribution of Glorot and Bengio
     (AISTATS 2010) for a layer with three outputs per input.
     """
-    *stack, _, dim = attention.query.kernel.shape
-    inner_shape = (*stack, dim, dim)
-    inner_bound = math.sqrt(6 / (4 * dim))
+    inner, bound = ((*stack, dim, dim), math.sqrt(6 / (4 * dim))), 1 / math.sqrt(dim)
+    draws = []
+    for in_dim in (query_dim, key_dim, key_dim):
+        in_bound = 1 / math.sqrt(in_dim)
+        draws += [((*stack, in_dim, dim), in_bound), ((*stack, 1, dim), in_bound), inner]
+    draws += [((*stack, dim, dim), bound), ((*stack, dim, out_dim), bound)]
+    *projections, out_inner, out_outer = _draw_uniform(key, tuple(draws))
+    kernels, biases = [], []
+    for kernel, bias, inner_kernel in zip(*(projections[i::3] for i in range(3)), strict=True):
+        kernels.append(kernel @ inner_kernel)
+        biases.append((bias @ inner_kernel)[..., 0, :])
+    key_value_kernel = jnp.concatenate(kernels[1:], axis=-1)
+    return kernels[0], biases[0], key_value_kernel, biases[2], out_inner @ out_outer
 
-    def project_in(in_dim: int) -> tuple[jax.Array, jax.Array]:
-        inner = _uniform(rngs, inner_shape, inner_bound)
-        bound = 1 / math.sqrt(in_dim)
-        kernel = _uniform(rngs, (*stack, in_dim, dim), bound)
-        bias = _uniform(rngs, (*stack, 1, dim), bound)
-        return kernel @ inner, (bias @ inner)[..., 0, :]
 
-    key_dim = attention.key_value.kernel.shape[-2]
-    query_kernel, query_bias = project_in(attention.query.kernel.shape[-2])
-    key_kernel, _ = project_in(key_dim)
-    value_kernel, value_bias = project_in(key_dim)
-    bound = 1 / math.sqrt(dim)
-    outer = _uniform(rngs, attention.out.kernel.shape, bound)
-    _set(attention.query.kernel, query_kernel)
-    assert attention.query.bias is not None
-    _set(attention.query.bias, query_bias)
-    _set(attention.key_value.kernel, jnp.concatenate([key_kernel, value_kernel], axis=-1))
-    _set(attention.value_bias, value_bias)
-    _set(attention.out.kernel, _uniform(rngs, inner_shape, bound) @ outer)
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_uniform(
+    key: jax.Array, draws: tuple[tuple[tuple[int, ...], float], ...]
+) -> list[jax.Array]:
+    """Draws an array for each shape and bound; the values are between -bound and bound."""
+    sizes = [math.prod(shape) for shape, _ in draws]
+    # One draw for all arrays compiles faster than one draw per array.
+    values = jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1)
+    parts = jnp.split(values, np.cumsum(sizes)[:-1])
+    return [bound * part.reshape(shape) for part, (shape, bound) in zip(parts, draws, strict=True)]
 
 
 def _set(parameter: nnx.Param, value: jax.Array) -> None:
     # `parameter[...] = value` is traced and compiled slowly.
     parameter.set_raw_value(value.astype(parameter.dtype))
-
-
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> jax.Array:
-    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
