@@ -251,7 +251,7 @@ def test_chosen_lengths_have_the_lowest_cost_of_all_subsets():
 def test_compiled_shapes_are_used_again():
     shapes = plan_shapes([40] * 30, 20_000)
     assert shapes == [(25, 40)] * 2
-    # A plan of its own would have other rows, or a shorter length.
+    # Without compiled shapes, the plan has fewer rows.
     assert plan_shapes([40, 33], 20_000) == [(2, 40)]
     assert plan_shapes([40, 33], 20_000, shapes) == [(25, 40)]
     smaller_split = plan_shapes([33] * 5, 20_000, [(8, 40)])
