@@ -318,13 +318,14 @@ def _budgeted_lengths(
         Padded lengths in ascending order; the last is at least the maximum of `lengths`.
     """
     values = sorted({*lengths.tolist(), *compiled})
-    num_shorter = np.searchsorted(np.sort(lengths), values, side="right")  # at most as long
+    num_up_to = np.searchsorted(np.sort(lengths), values, side="right")
+    # num_up_to[i] is the number of items that are not longer than values[i].
     # best[i] is the cost of all items up to values[i] if this is the longest padded length;
     # previous[i] is the index of the next shorter padded length, or -1.
     best, previous = np.empty(len(values)), np.empty(len(values), int)
     for index, value in enumerate(values):
         costs = np.append(best[:index], 0) + value * (
-            num_shorter[index] - np.append(num_shorter[:index], 0)
+            num_up_to[index] - np.append(num_up_to[:index], 0)
         )
         choice = int(costs.argmin())
         previous[index] = choice if choice < index else -1
