@@ -262,6 +262,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "init_from": "",
             "log_every": 10,
             "save_every": 0,
+            "min_save_seconds": 10.0,
         }
     )
     config.parallel = ConfigDict({"backend": "jit", "model_parallelism": 1})

@@ -126,6 +126,7 @@ def get_config(argument: str = "synthetic,whisper_tiny") -> ConfigDict:
             "patience": 0,
             "log_every": 10,
             "save_every": 0,
+            "min_save_seconds": 10.0,
             "accumulation": 8 if large else 1,
         }
     )

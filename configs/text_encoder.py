@@ -109,6 +109,7 @@ def get_config(argument: str = "meld,minilm_l6") -> ConfigDict:
             "patience": 0,
             "log_every": 10,
             "save_every": 0,
+            "min_save_seconds": 10.0,
             "accumulation": 1,
         }
     )

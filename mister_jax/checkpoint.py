@@ -36,7 +36,7 @@ class Checkpoints:
         removed. A reader must keep unfinished checkpoints, because another process may still be
         writing them.
       on_save: Function called with the arguments of `save` once the write has started, or at once
-        if the checkpoint exists.
+        if an existing checkpoint is kept.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Checkpoints:
     def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated once this method has returned.
 
-        An existing checkpoint of this step is kept. A resumed run repeats the steps after its
-        latest checkpoint bit for bit, so the new checkpoint would have the same values.
+        An existing checkpoint of this or a later step is kept. A resumed run repeats the steps
+        after its latest checkpoint bit for bit, so it would reach the same values again.
 
         Args:
           kind: `LATEST` or `BEST`.
@@ -79,7 +79,7 @@ class Checkpoints:
           progress: JSON values to save with the state.
         """
         manager = self._manager(kind)
-        if step not in manager.all_steps():
+        if all(saved_step < step for saved_step in manager.all_steps()):
             # A run resumes from its latest checkpoint, and does not repeat earlier steps. A best
             # checkpoint from an earlier step must therefore be complete before the latest
             # checkpoint is complete.

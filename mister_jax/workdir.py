@@ -33,6 +33,7 @@ _MUTABLE_ON_RESUME = (
     "train.patience",
     "train.log_every",
     "train.save_every",
+    "train.min_save_seconds",
     "parallel",
 )
 # Fields that all tasks need in the config of a work directory.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import pathlib
@@ -44,6 +46,8 @@ def main(subcommand: str | None = None) -> None:
     if subcommand is None:
         subcommand, arguments = _read_subcommand(arguments)
     _set_environment()
+    # Python would otherwise look for garbage before it exits, which takes up to a second.
+    atexit.register(gc.freeze)
     try:
         require_extra(SUBCOMMANDS[subcommand][0], f"mister-jax {subcommand}")
         module = importlib.import_module(f"mister_jax.cli.{subcommand}")

@@ -19,6 +19,7 @@ from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan, length_buckets
 from mister_jax.data.feature_files import read_features, read_npz
 from mister_jax.data.features import load_features, split_names, write_features
+from mister_jax.data.lazy import import_tensorflow
 from mister_jax.data.pipeline import batches, prefetch_to_device
 from mister_jax.data.schema import SPLITS, UNLABELED, DialogueFeatures
 from mister_jax.data.storage import dataset_directory
@@ -33,6 +34,7 @@ __all__ = [
     "batches",
     "dataset_directory",
     "generate_features",
+    "import_tensorflow",
     "length_buckets",
     "load_features",
     "prefetch_to_device",

@@ -34,7 +34,7 @@ def _name_the_extra(error: Exception) -> None:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow with accelerators hidden, before TFDS imports it to write a dataset."""
+    """Imports TensorFlow now, with accelerators hidden."""
     tf.config.get_visible_devices("GPU")
 
 

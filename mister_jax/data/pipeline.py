@@ -122,8 +122,13 @@ def batches(
         return dict(zip(dtypes, arrays, strict=True))
 
     dataset = tf.data.Dataset.range(start_step, last_step)
-    dataset = dataset.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return _DatasetIterator(dataset.prefetch(prefetch))
+    # `make_arrays` holds Python's global lock, so parallel calls would not be faster.
+    dataset = dataset.map(make_batch).prefetch(prefetch)
+    options = tf.data.Options()
+    # There is nothing to tune, and the thread that tunes can delay the deletion of the iterator by
+    # many seconds: it sleeps for longer and longer, up to a minute.
+    options.autotune.enabled = False
+    return _DatasetIterator(dataset.with_options(options))
 
 
 class _DatasetIterator(Iterator[dict[str, np.ndarray]]):

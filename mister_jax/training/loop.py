@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 import signal
 import threading
@@ -30,7 +31,7 @@ from ml_collections import ConfigDict
 from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
 from mister_jax.console import ProgressReporter, format_seconds
-from mister_jax.data import prefetch_to_device
+from mister_jax.data import import_tensorflow, prefetch_to_device
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 from mister_jax.optim import make_optimizer, params_for_evaluation
@@ -88,8 +89,8 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to hide the progress bar and messages.
       on_step: Function called after each step with the number of completed steps.
-      on_save: Function called when the background write of a checkpoint has started, or if the
-        checkpoint already exists. Its arguments are the checkpoint's kind (`LATEST` or `BEST`),
+      on_save: Function called when the background write of a checkpoint has started, or if an
+        existing checkpoint is kept. Its arguments are the checkpoint's kind (`LATEST` or `BEST`),
         step, state and progress.
 
     Returns:
@@ -298,6 +299,21 @@ def _initial_states(
     return template, multi_seed.stack_seeds(states)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Parameters of the best epoch of each seed, stacked over the seeds.
+
+    Attributes:
+      step: Number of completed steps at the last improvement.
+      params: Parameter tree.
+      values: Validation scores and epochs by name, [S].
+    """
+
+    step: int
+    params: Any
+    values: dict[str, np.ndarray]
+
+
 @dataclasses.dataclass
 class _TrainingLoop:
     """State and components of the training loop for one or several runs.
@@ -314,6 +330,10 @@ class _TrainingLoop:
     steps: CompiledSteps
     stop_event: threading.Event
     on_step: Callable[[int], None]
+    last_save: float = dataclasses.field(default_factory=time.monotonic)
+    """Time of the last checkpoint, or of the start."""
+    unsaved_best: dict[int, _Best] = dataclasses.field(default_factory=dict)
+    """Best parameters that are not in a checkpoint yet, by run."""
     first_metrics: tuple[int, float] | None = None
     """Step and time at which this process first read metrics."""
     has_printed_time: bool = False
@@ -341,7 +361,7 @@ class _TrainingLoop:
                 self._compile(executor, state, reporter)
             while not self._is_finished():
                 state, stopped = self._train_epoch(state, reporter)
-                self._validate(state, reporter)
+                self._validate(state, reporter, stopped)
                 if stopped and not self._is_finished():
                     reporter.print(
                         f"stopped by SIGTERM; the state of step {self._step()} is saved. Run the "
@@ -444,6 +464,7 @@ class _TrainingLoop:
         for index, (compiled_step, batch) in enumerate(jobs):
             program = compiled_step.compile(executor, state, batch)
             if index == 0:
+                _import_slow_packages()
                 program.result()
                 reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
 
@@ -458,12 +479,25 @@ class _TrainingLoop:
         """Splits a single-copy tree with all models into one tree per run."""
         return multi_seed.split_runs(tree, len(self.runs), len(self.seeds))
 
-    def _save_latest(self, state: Any, indices: Sequence[int]) -> None:
-        """Saves the state of the runs with these indices."""
+    def _save(self, state: Any, indices: Sequence[int]) -> None:
+        """Saves the best parameters and the state of the runs with these indices."""
         parts = self._split(self._saved_part(state))
         for index in indices:
-            run = self.runs[index]
+            run, best = self.runs[index], self.unsaved_best.pop(index, None)
+            if best is not None:
+                values = {name: np.asarray(value).tolist() for name, value in best.values.items()}
+                run.checkpoints.save(BEST, best.step, best.params, values)
             run.checkpoints.save(LATEST, run.step, parts[index], dataclasses.asdict(run.progress))
+        self.last_save = time.monotonic()
+
+    def _should_save_epoch(self, indices: Sequence[int], stopped: bool) -> bool:
+        """Returns whether to save checkpoints at the end of an epoch of these runs."""
+        return (
+            stopped
+            or jax.process_count() > 1
+            or any(self.runs[index].progress.finished for index in indices)
+            or time.monotonic() - self.last_save >= self.options.min_save_seconds
+        )
 
     def _train_epoch(self, state: Any, reporter: ProgressReporter) -> tuple[Any, bool]:
         """Runs the remaining steps of each run's epoch.
@@ -503,7 +537,7 @@ class _TrainingLoop:
                 if save and not run.is_epoch_complete:
                     to_save.append(index)
             if to_save:
-                self._save_latest(state, to_save)
+                self._save(state, to_save)
             if stop:
                 return state, True
         return state, False
@@ -582,16 +616,19 @@ class _TrainingLoop:
                 }
         return scalars
 
-    def _validate(self, state: Any, reporter: ProgressReporter) -> None:
-        """Validates the runs whose epoch is complete, and saves their checkpoints.
+    def _validate(self, state: Any, reporter: ProgressReporter, stopped: bool) -> None:
+        """Validates the runs whose epoch is complete, and saves checkpoints if they are due.
 
-        The best and the latest checkpoints are saved.
+        Args:
+          state: Training state.
+          reporter: Reporter that prints the scores.
+          stopped: Whether SIGTERM has stopped training.
         """
         indices = [index for index, run in enumerate(self.runs) if run.is_epoch_complete]
         if not indices:
             return
         scores_per_run = self._validation_scores(state, indices)
-        best_params = None
+        best_params, updated = None, []
         for index, values in scores_per_run.items():
             run = self.runs[index]
             run.write(self._scalars("validation", values))
@@ -605,10 +642,17 @@ class _TrainingLoop:
                         single_copy["params"], single_copy["opt_state"]
                     )
                     best_params = self._split(params)
-                self._save_best(
-                    run, best_params[index], improved, {"epoch": run.progress.epoch, **values}
+                updated.append(index)
+                self._update_best(
+                    index, best_params[index], improved, {"epoch": run.progress.epoch, **values}
                 )
-        self._save_latest(state, indices)
+        if self._should_save_epoch(indices, stopped):
+            self._save(state, indices)
+        else:
+            # The next step donates the buffers of the state, which may contain these parameters.
+            for index in updated:
+                best = self.unsaved_best[index]
+                self.unsaved_best[index] = dataclasses.replace(best, params=_host_copy(best.params))
         if not reporter.console.is_terminal or self._is_finished():
             reporter.print(self._describe_epoch(scores_per_run))
 
@@ -631,13 +675,19 @@ class _TrainingLoop:
             f"{options.describe(self._best_scores(), 4)} (epoch {listed})"
         )
 
-    def _save_best(
-        self, run: TrainingRun, params: Any, improved: np.ndarray, values: dict[str, Any]
+    def _update_best(
+        self, index: int, params: Any, improved: np.ndarray, values: dict[str, Any]
     ) -> None:
-        """Saves parameters and scores of improved seeds; keeps the saved values of other seeds."""
+        """Replaces the best parameters and scores of a run's improved seeds."""
+        run = self.runs[index]
         values["epoch"] = multi_seed.stack_seeds([values["epoch"]] * len(self.seeds))
         if not improved.all():
-            previous = run.checkpoints.restore(BEST, params)
+            previous: tuple[Any, dict[str, Any]] | None
+            if index in self.unsaved_best:
+                best = self.unsaved_best[index]
+                previous = best.params, best.values
+            else:
+                previous = run.checkpoints.restore(BEST, params)
             # Every seed improves in the first epoch, so a later epoch needs a best checkpoint.
             if previous is None:
                 raise InputError(
@@ -650,8 +700,7 @@ class _TrainingLoop:
                 name: np.where(improved, value, previous_values[name])
                 for name, value in values.items()
             }
-        plain_values = {name: np.asarray(value).tolist() for name, value in values.items()}
-        run.checkpoints.save(BEST, run.step, params, plain_values)
+        self.unsaved_best[index] = _Best(run.step, params, values)
 
     def _warn_of_one_class(
         self, run: TrainingRun, num_predicted_classes: np.ndarray, reporter: ProgressReporter
@@ -707,6 +756,17 @@ def _score_errors(sums: Mapping[str, Any]) -> dict[str, float]:
     if "score_error" not in sums:
         return {}
     return {"mae": float(sums["score_error"]) / max(1, int(sums["scored"]))}
+
+
+def _import_slow_packages() -> None:
+    """Imports packages that training needs later, while XLA compiles in another thread."""
+    import_tensorflow()
+    importlib.import_module("matplotlib.figure")
+
+
+def _host_copy(tree: Any) -> Any:
+    # On CPU, `device_get` may return a view of the device's buffer.
+    return jax.tree.map(np.array, jax.device_get(tree))
 
 
 @contextlib.contextmanager

@@ -33,8 +33,11 @@ class TrainConfig:
         Face Hub. Parameters with equal names and shapes are copied. If empty, the initial
         parameters are random or pretrained. A resumed run ignores this field.
       log_every: Number of steps between records of the training loss.
-      save_every: Number of steps between checkpoints within an epoch; 0 for none. A checkpoint is
-        always saved at the end of an epoch.
+      save_every: Number of steps between checkpoints within an epoch; 0 for none.
+      min_save_seconds: Minimum number of seconds between checkpoints at the ends of epochs, because
+        saving a checkpoint can take longer than an epoch. 0 saves every epoch. The last epoch and
+        the state at SIGTERM are always saved. With several processes, whose clocks differ, every
+        epoch is saved.
       accumulation: Number of gradient accumulation steps: each device splits its rows into this
         many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
     """
@@ -45,16 +48,17 @@ class TrainConfig:
     init_from: str = ""
     log_every: int = 10
     save_every: int = 0
+    min_save_seconds: float = 10.0
     accumulation: int = 1
 
     def __post_init__(self):
         if (
             min(self.epochs, self.log_every, self.accumulation) < 1
-            or min(self.patience, self.save_every) < 0
+            or min(self.patience, self.save_every, self.min_save_seconds) < 0
         ):
             raise ValueError(
-                f"{self}: epochs, log_every and accumulation must be at least 1, patience and "
-                "save_every at least 0"
+                f"{self}: epochs, log_every and accumulation must be at least 1, patience, "
+                "save_every and min_save_seconds at least 0"
             )
         check_choice(self, "select_by", (*metrics.SCORE_NAMES, *_ERRORS, LAST))
         if self.select_by == LAST and self.patience:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_a_process_can_end_before_the_last_batch(interrupt):
     )
     assert process.returncode == (-signal.SIGINT if interrupt else 0), process.stderr
     assert ("KeyboardInterrupt" in process.stderr) == bool(interrupt)
+
+
+def test_a_pipeline_is_deleted_without_delay():
+    features = dialogues()
+    plan = BatchPlan(features.lengths, batch_size=4)
+    delays = []
+    for _ in range(10):
+        # With tf.data's autotuning, a third of such pipelines takes more than 0.1 s.
+        pipeline = batches(features, plan, seed=0, epoch=0, num_epochs=60 // plan.steps_per_epoch)
+        for _ in pipeline:
+            time.sleep(0.002)
+        start = time.monotonic()
+        del pipeline
+        delays.append(time.monotonic() - start)
+    # A busy machine may delay one of them.
+    assert sorted(delays)[-2] < 0.04, delays
 
 
 def test_prefetch_keeps_the_order_and_a_fixed_distance():

@@ -22,7 +22,7 @@ from mister_jax.io import read_json_lines
 from mister_jax.predictor import Predictor
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import train, train_group
-from tests.helpers.training import assert_same_checkpoint, make_tiny_config
+from tests.helpers.training import assert_same_checkpoints, make_tiny_config
 
 SPEC = "dialogue:3"
 
@@ -127,7 +127,7 @@ def test_test_utterances_do_not_reach_training(
     folds = folds_of_dataset(changed, SPEC)
     cross_validate(folds, tmp_path / "run", models_at_once=models_at_once, quiet=True)
     workdir = request.getfixturevalue(fixture)
-    assert_same_checkpoint(tmp_path / "run" / "fold_1", workdir / "fold_1")
+    assert_same_checkpoints(tmp_path / "run" / "fold_1", workdir / "fold_1")
     standardizers = FusionTask.from_data(folds[0].config).standardizers
     train_split = load_fold("tiny", "train", SPEC, 0, tiny_data_dir)
     present = train_split.speech[train_split.speech_present]

@@ -90,16 +90,22 @@ def read_validation_scores(workdir):
 
 def read_latest_checkpoint(workdir):
     """Returns every array of the latest checkpoint by path, and its progress."""
-    (step,) = (workdir / "checkpoints" / LATEST).iterdir()
+    return read_checkpoint(workdir, LATEST)
+
+
+def read_checkpoint(workdir, kind):
+    """Returns every array of the checkpoint of a kind by path, and its progress."""
+    (step,) = (workdir / "checkpoints" / kind).iterdir()
     state = ocp.StandardCheckpointer().restore((step / "state").absolute())
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
     return arrays, json.loads((step / "progress" / "metadata").read_text())
 
 
-def assert_same_checkpoint(workdir, expected_workdir):
-    """Checks that two latest checkpoints are equal bit for bit."""
-    assert_same_bits(read_latest_checkpoint(workdir), read_latest_checkpoint(expected_workdir))
+def assert_same_checkpoints(workdir, expected_workdir):
+    """Checks that the latest and the best checkpoints of two runs are equal bit for bit."""
+    for kind in (LATEST, BEST):
+        assert_same_bits(read_checkpoint(workdir, kind), read_checkpoint(expected_workdir, kind))
 
 
 def assert_same_bits(checkpoint, expected):

@@ -18,7 +18,7 @@ from mister_jax.training.loop import TrainingDivergedError, train
 from mister_jax.training.progress import TrainConfig, TrainProgress
 from tests.helpers.training import (
     assert_same_bits,
-    assert_same_checkpoint,
+    assert_same_checkpoints,
     make_tiny_config,
     read_latest_checkpoint,
     read_metric_records,
@@ -68,7 +68,7 @@ def test_predicting_one_class_for_several_epochs_warns_once(tiny_data_dir, tmp_p
 
 def test_the_seed_determines_the_parameters(tiny_data_dir, finished_workdir, tmp_path):
     train(make_tiny_config(tiny_data_dir), tmp_path / "same", quiet=True)
-    assert_same_checkpoint(tmp_path / "same", finished_workdir)
+    assert_same_checkpoints(tmp_path / "same", finished_workdir)
     train(make_tiny_config(tiny_data_dir, seed=1), tmp_path / "other", quiet=True)
     arrays, _ = read_latest_checkpoint(finished_workdir)
     other_arrays, _ = read_latest_checkpoint(tmp_path / "other")
@@ -213,7 +213,7 @@ def test_the_first_step_does_not_wait_for_other_programs(tiny_data_dir, tmp_path
     train(config, tmp_path / "late", quiet=True, on_step=lambda step: first_step_done.set())
     assert len(compiled_shapes) > 2
     assert num_waited == [True] * (len(compiled_shapes) - 1)
-    assert_same_checkpoint(tmp_path / "late", tmp_path / "expected")
+    assert_same_checkpoints(tmp_path / "late", tmp_path / "expected")
 
 
 def test_unknown_config_fields_are_refused(tiny_data_dir, tmp_path):

@@ -33,6 +33,7 @@ def make_seeds_config(tiny_data_dir, **changes):
     """Returns a config that trains all seeds in one program."""
     layers = {f"model.{name}": number for name, number in ALL_LAYERS.items()}
     changes = {"seed": SEEDS[0], "num_seeds": len(SEEDS), **layers, **changes}
+    changes = {"train.min_save_seconds": 0, **changes}
     return make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
 
 

@@ -27,8 +27,9 @@ from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.training import (
     ALL_LAYERS,
     assert_same_bits,
-    assert_same_checkpoint,
+    assert_same_checkpoints,
     make_tiny_config,
+    read_checkpoint,
     read_latest_checkpoint,
     read_metric_records,
     read_validation_scores,
@@ -87,8 +88,9 @@ STEPS_PER_EPOCH = 3
 
 
 def two_bucket_config(tiny_data_dir, **changes):
-    """Returns a config whose batches have two lengths."""
-    return make_tiny_config(tiny_data_dir, **{"data.num_buckets": 2, **changes})
+    """Returns a config whose batches have two lengths, and whose epochs are all saved."""
+    changes = {"data.num_buckets": 2, "train.min_save_seconds": 0, **changes}
+    return make_tiny_config(tiny_data_dir, **changes)
 
 
 def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
@@ -146,7 +148,7 @@ def test_a_run_killed_while_training_and_saving_resumes_to_the_same_bits(
     for kill in kills:
         assert train_in_subprocess(tiny_data_dir, workdir, kill) == -signal.SIGKILL, kill
     assert train_in_subprocess(tiny_data_dir, workdir) == 0
-    assert_same_checkpoint(workdir, uninterrupted_workdir)
+    assert_same_checkpoints(workdir, uninterrupted_workdir)
     assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir)
 
 
@@ -161,7 +163,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
     assert status in (-signal.SIGKILL, 0), kill
     assert train_in_subprocess(tiny_data_dir, workdir) == 0, kill
     assert read_metric_records(workdir) == read_metric_records(uninterrupted_workdir), kill
-    assert_same_checkpoint(workdir, uninterrupted_workdir)
+    assert_same_checkpoints(workdir, uninterrupted_workdir)
 
 
 class InterruptedTrainingError(Exception):
@@ -223,7 +225,79 @@ def test_sigterm_saves_and_the_run_resumes(
     _, progress = read_latest_checkpoint(workdir)
     assert progress["epoch"] == 0  # In the middle of the first epoch.
     assert train_in_subprocess(tiny_data_dir, workdir) == 0
-    assert_same_checkpoint(workdir, uninterrupted_workdir)
+    assert_same_checkpoints(workdir, uninterrupted_workdir)
+
+
+def count_saves(config, workdir, **options):
+    """Trains, and returns the number of checkpoints of each kind."""
+    num_saves = collections.Counter()
+    train(config, workdir, quiet=True, on_save=lambda kind, *_: num_saves.update([kind]), **options)
+    return num_saves
+
+
+@pytest.fixture(scope="module")
+def every_epoch_workdir(tiny_data_dir, tmp_path_factory):
+    """The work directory of a run with two seeds and checkpoints of all epochs."""
+    workdir = tmp_path_factory.mktemp("every_epoch") / "run"
+    progress = train(short_epochs_config(tiny_data_dir, 0), workdir, quiet=True)
+    assert 1 < min(progress.best_epochs) < max(progress.best_epochs) < 6
+    return workdir
+
+
+def short_epochs_config(tiny_data_dir, min_save_seconds):
+    """Returns a config for two seeds with different best epochs."""
+    changes = {
+        "num_seeds": 2,
+        "train.epochs": 6,
+        "train.min_save_seconds": min_save_seconds,
+        "optimizer.learning_rate": 0.1,
+    }
+    return make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
+
+
+def test_short_epochs_are_saved_together(tiny_data_dir, every_epoch_workdir, tmp_path):
+    config = short_epochs_config(tiny_data_dir, 1000)
+    assert count_saves(config, tmp_path) == {BEST: 1, LATEST: 1}
+    assert_same_checkpoints(tmp_path, every_epoch_workdir)
+    assert read_metric_records(tmp_path) == read_metric_records(every_epoch_workdir)
+
+
+def test_sigterm_saves_an_epoch_that_is_not_due(tiny_data_dir, every_epoch_workdir, tmp_path):
+    config = short_epochs_config(tiny_data_dir, 1000)
+
+    def stop_in_third_epoch(step):
+        if step == 2 * STEPS_PER_EPOCH + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert count_saves(config, tmp_path, on_step=stop_in_third_epoch) == {BEST: 1, LATEST: 1}
+    _, progress = read_latest_checkpoint(tmp_path)
+    assert progress["epoch"] == 2
+    assert train(config, tmp_path, quiet=True).finished
+    assert_same_checkpoints(tmp_path, every_epoch_workdir)
+
+
+def test_a_run_resumes_if_the_best_checkpoint_is_several_epochs_newer(
+    tiny_data_dir, every_epoch_workdir, tmp_path
+):
+    def interrupt(kind_and_count):
+        num_saves = collections.Counter()
+
+        def on_save(kind, *_):
+            num_saves[kind] += 1
+            if (kind, num_saves[kind]) == kind_and_count:
+                raise InterruptedTrainingError
+
+        return on_save
+
+    for min_save_seconds, kind_and_count in ((0, (LATEST, 1)), (1000, (BEST, 1))):
+        config = short_epochs_config(tiny_data_dir, min_save_seconds)
+        with pytest.raises(InterruptedTrainingError):
+            train(config, tmp_path, quiet=True, on_save=interrupt(kind_and_count))
+    _, progress = read_latest_checkpoint(tmp_path)
+    _, best = read_checkpoint(tmp_path, BEST)
+    assert progress["epoch"] == 1 and max(best["epoch"]) > 2
+    assert train(short_epochs_config(tiny_data_dir, 0), tmp_path, quiet=True).finished
+    assert_same_checkpoints(tmp_path, every_epoch_workdir)
 
 
 def test_sigterm_stops_a_training_with_a_single_step_per_epoch(tiny_data_dir, tmp_path):
@@ -291,4 +365,4 @@ def test_with_a_constant_learning_rate_a_continued_run_equals_a_longer_one(
     for workdir, epochs in (("run", 1), ("run", 2), ("whole", 2)):
         config = make_tiny_config(tiny_data_dir, **changes, **{"train.epochs": epochs})
         train(config, tmp_path / workdir, quiet=True)
-    assert_same_checkpoint(tmp_path / "run", tmp_path / "whole")
+    assert_same_checkpoints(tmp_path / "run", tmp_path / "whole")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mister_jax import data, metrics
-from mister_jax.checkpoint import LATEST
+from mister_jax.checkpoint import BEST, LATEST
 from mister_jax.evaluation.cross_validation import folds_of_dataset
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import TrainingDivergedError, train, train_group
 from mister_jax.training.runs import RunBatches, batch_shapes, plan_groups, shared_shapes
 from tests.helpers.training import (
-    assert_same_checkpoint,
+    assert_same_checkpoints,
     make_tiny_config,
     read_latest_checkpoint,
     read_metric_records,
@@ -32,6 +32,7 @@ def folds(tiny_data_dir):
             "num_seeds": NUM_SEEDS,
             "train.epochs": 3,
             "train.save_every": 2,
+            "train.min_save_seconds": 0,
             "data.batch_size": 4,
             "data.num_buckets": 2,
             "data.standardize": "speech,text",
@@ -111,6 +112,20 @@ def test_runs_share_one_training_program(folds, separate_workdir, tmp_path, caps
         assert_equal_up_to_rounding(tmp_path / "in_turn" / fold.name, separate_workdir / fold.name)
 
 
+def test_a_group_with_short_epochs_is_saved_at_the_end(folds, together_workdir, tmp_path):
+    changes = {"train.min_save_seconds": 1000, "train.save_every": 0}
+    changed_folds = []
+    for fold in folds:
+        config = fold.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        changed_folds.append(dataclasses.replace(fold, config=config))
+    saved = []
+    train_folds(changed_folds, tmp_path, on_save=lambda kind, *_: saved.append(kind))
+    assert saved == [BEST, LATEST] * len(folds)
+    for fold in folds:
+        assert_same_checkpoints(tmp_path / fold.name, together_workdir / fold.name)
+
+
 @pytest.mark.parametrize("num_saves", [2, 9])
 def test_an_interrupted_group_resumes_to_the_same_bits(
     folds, together_workdir, tmp_path, num_saves
@@ -126,7 +141,7 @@ def test_an_interrupted_group_resumes_to_the_same_bits(
         train_folds(folds, tmp_path, on_save=interrupt)
     assert all(progress.finished for progress in train_folds(folds, tmp_path))
     for fold in folds:
-        assert_same_checkpoint(tmp_path / fold.name, together_workdir / fold.name)
+        assert_same_checkpoints(tmp_path / fold.name, together_workdir / fold.name)
         assert read_metric_records(tmp_path / fold.name) == read_metric_records(
             together_workdir / fold.name
         )
@@ -252,7 +267,7 @@ def test_a_warm_start_survives_an_interruption_before_the_first_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run", quiet=True, on_step=interrupt)
     train(config, tmp_path / "run", quiet=True)
-    assert_same_checkpoint(tmp_path / "run", tmp_path / "expected")
+    assert_same_checkpoints(tmp_path / "run", tmp_path / "expected")
 
 
 def test_batches_of_several_runs_share_shapes(folds):
