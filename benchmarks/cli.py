@@ -157,8 +157,9 @@ def main() -> int:
     own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
     settings |= {flag.name: flag.value for flag in own_flags if flag.present}
     report = Report(settings, environment(), sections)
-    for table in report.tables():
-        Console().print(table)
+    console = Console()
+    for table in report.tables(console.width):
+        console.print(table)
     if _JSON.value:
         report.write(_JSON.value)
     return 0 if report.fits else 1

@@ -9,7 +9,7 @@ import pathlib
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,11 +44,16 @@ class Report:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
-    def tables(self) -> list[Table]:
-        """Returns a table of settings and environment, and one table per section."""
+    def tables(self, width: int) -> list[Table]:
+        """Returns tables of settings and environment, and of each section.
+
+        Args:
+          width: Maximum number of characters in a line. The columns of a wider table are divided
+            among several tables.
+        """
         settings = {name: value for name, value in self.settings.items() if value}
         titled = {"": [settings | self.environment], **self.sections}
-        return [_table(title, rows) for title, rows in titled.items()]
+        return [table for title, rows in titled.items() for table in _tables(title, rows, width)]
 
 
 def environment() -> dict[str, Any]:
@@ -70,27 +75,39 @@ def environment() -> dict[str, Any]:
     return result
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    """Returns a table with one column per field.
+def _tables(title: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
+    """Yields tables with one column per field.
 
-    Fields without values are omitted. If there are fewer rows than fields, the table is transposed.
+    Fields without values are omitted. If there are fewer rows than fields, the tables are
+    transposed. Every table has the first column.
     """
     names = [
         name
         for name in dict.fromkeys(name for row in rows for name in row)
         if any(row.get(name) is not None for row in rows)
     ]
+    if not names:
+        return
     lines = [[name.replace("_", " ") for name in names]]
     lines += [[_format(row.get(name)) for name in names] for row in rows]
-    if len(names) > len(rows):
+    if len(names) <= len(rows):
         lines = [list(line) for line in zip(*lines, strict=True)]
-    header, *body = lines
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
-    for line in body:
-        table.add_row(*line)
-    return table
+    first, *columns = lines
+    while columns:
+        shown = [first, columns.pop(0)]
+        while columns and _table_width([*shown, columns[0]]) <= width:
+            shown.append(columns.pop(0))
+        table = Table(title=title, title_justify="left")
+        for index, (header, *_) in enumerate(shown):
+            table.add_column(header, justify="right" if index else "left", no_wrap=not index)
+        for line in zip(*(cells for _, *cells in shown), strict=True):
+            table.add_row(*line)
+        yield table
+
+
+def _table_width(columns: Sequence[Sequence[str]]) -> int:
+    """Returns the number of characters in a line, with padding and borders."""
+    return 1 + sum(max(map(len, column)) + 3 for column in columns)
 
 
 def _format(value: Any) -> str:

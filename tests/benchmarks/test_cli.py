@@ -1,6 +1,7 @@
 """The benchmark of MiSTER-E measures steps, epochs and parts, and reports the results."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from benchmarks.cli import measure_fusion
 from benchmarks.config import BenchmarkConfig
@@ -103,9 +105,23 @@ def test_json_contains_every_row(tmp_path):
     assert written["environment"]["platform"] == "cpu"
     assert written["rows"] == [{"section": "steps", **row} for row in sections["steps"]]
     assert {row["matmul_peak_gflop_per_second"] for row in written["rows"]} == {1}
-    assert len(report.tables()) == 2
+    assert len(report.tables(width=200)) == 2
     with pytest.raises(InputError, match="cannot be written"):
         report.write(tmp_path / "no" / "report.json")
+
+
+def test_wide_tables_are_divided_into_tables_that_fit():
+    rows = [{"library": f"library {index}", "tokens_per_second": index} for index in range(9)]
+    rows = [{**row, "median_s": 0.5, **dict.fromkeys("abcdefgh", 1)} for row in rows]
+    console = Console(width=60, file=io.StringIO())
+    tables = Report({}, environment(), {"extraction": rows}).tables(console.width)[1:]
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()
+    assert len(tables) > 1 and "…" not in text
+    for index in range(9):
+        assert f"library {index}" in text
+    assert text.count("tokens per second") == len(tables)
 
 
 @pytest.mark.parametrize(
