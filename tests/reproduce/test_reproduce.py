@@ -59,7 +59,10 @@ def test_meld_is_reproduced_after_sigterm(
     write_meld(tmp_path / "corpus", write_mp4)
     # SIGTERM must arrive before the last epoch. It stops training within an epoch.
     _, *options = small_encoders["speech_options"]
-    speech_options = ("train.epochs=20", "data.batch_size=1", *options)
+    speech_options = (
+        *("train.epochs=20", "train.min_save_seconds=0", "data.batch_size=1"),
+        *options,
+    )
     encoders = {**small_encoders, "speech_options": speech_options}
     settings = make_settings(tmp_path, "meld", encoders, num_seeds=2)
     command_runner.results.clear()
