@@ -76,10 +76,9 @@ def environment() -> dict[str, Any]:
 
 
 def _tables(title: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
-    """Yields tables with one column per field.
+    """Yields a table with one column per field, or several tables that repeat the first column.
 
-    Fields without values are omitted. If there are fewer rows than fields, the tables are
-    transposed. Every table has the first column.
+    Fields without values are omitted. If there are fewer rows than fields, the table is transposed.
     """
     names = [
         name
@@ -93,14 +92,17 @@ def _tables(title: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
     if len(names) <= len(rows):
         lines = [list(line) for line in zip(*lines, strict=True)]
     first, *columns = lines
-    while columns:
-        shown = [first, columns.pop(0)]
-        while columns and _table_width([*shown, columns[0]]) <= width:
-            shown.append(columns.pop(0))
+    groups = [[first, *columns[:1]]]
+    for column in columns[1:]:
+        if _table_width([*groups[-1], column]) <= width:
+            groups[-1].append(column)
+        else:
+            groups.append([first, column])
+    for group in groups:
         table = Table(title=title, title_justify="left")
-        for index, (header, *_) in enumerate(shown):
-            table.add_column(header, justify="right" if index else "left", no_wrap=not index)
-        for line in zip(*(cells for _, *cells in shown), strict=True):
+        for index, (header, *_) in enumerate(group):
+            table.add_column(header, justify="right" if index else "left")
+        for line in zip(*(cells for _, *cells in group), strict=True):
             table.add_row(*line)
         yield table
 

@@ -27,6 +27,10 @@ OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 class Checkpoints:
     """Reads and writes checkpoints in `workdir/checkpoints`, and keeps the newest of each kind.
 
+    A run resumes from its latest checkpoint, and needs the best checkpoint of that time. When a
+    newer best checkpoint is saved, the previous one is therefore kept until the next latest
+    checkpoint is complete.
+
     Use this class as a context manager. On exit, the context manager waits for checkpoints that are
     still being written.
 
@@ -36,7 +40,7 @@ class Checkpoints:
         removed. A reader must keep unfinished checkpoints, because another process may still be
         writing them.
       on_save: Function called with the arguments of `save` once the write has started, or at once
-        if an existing checkpoint is kept.
+        if the checkpoint exists.
     """
 
     def __init__(
@@ -50,11 +54,7 @@ class Checkpoints:
 
         logging.getLogger("absl").addFilter(_is_relevant)
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
-        self._options = (
-            ocp.CheckpointManagerOptions(read_only=True)
-            if read_only
-            else ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-        )
+        self._read_only = read_only
         self._on_save = on_save or (lambda kind, step, state, progress: None)
         self._managers: dict[str, Any] = {}
         self._ocp = ocp
@@ -63,14 +63,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._wait()
         for manager in self._managers.values():
             manager.close()
 
     def save(self, kind: str, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated once this method has returned.
 
-        An existing checkpoint of this or a later step is kept. A resumed run repeats the steps
-        after its latest checkpoint bit for bit, so it would reach the same values again.
+        An existing checkpoint of this step is kept.
 
         Args:
           kind: `LATEST` or `BEST`.
@@ -79,18 +79,38 @@ class Checkpoints:
           progress: JSON values to save with the state.
         """
         manager = self._manager(kind)
-        if all(saved_step < step for saved_step in manager.all_steps()):
+        if step not in manager.all_steps():
             # A run resumes from its latest checkpoint, and does not repeat earlier steps. A best
             # checkpoint from an earlier step must therefore be complete before the latest
             # checkpoint is complete.
-            for other in self._managers.values():
-                other.wait_until_finished()
+            self._wait()
             items = {
                 _STATE: self._ocp.args.StandardSave(state),
                 _PROGRESS: self._ocp.args.JsonSave(progress),
             }
             manager.save(step, args=self._ocp.args.Composite(**items))
         self._on_save(kind, step, state, progress)
+
+    def delete_best_after(self, step: int) -> None:
+        """Deletes best checkpoints from later steps, which a resumed run will repeat.
+
+        The repeated steps have other results if, for example, the number of epochs is changed.
+        """
+        if (self._directory / BEST).exists():
+            manager = self._manager(BEST)
+            for saved_step in manager.all_steps():
+                if saved_step > step:
+                    manager.delete(saved_step)
+
+    def _wait(self) -> None:
+        """Waits for all writes, and then deletes best checkpoints that are no longer needed."""
+        for manager in self._managers.values():
+            manager.wait_until_finished()
+        if not self._read_only and self._managers.keys() >= {LATEST, BEST}:
+            latest_step = self._managers[LATEST].latest_step() or 0
+            steps = [step for step in self._managers[BEST].all_steps() if step <= latest_step]
+            for step in sorted(steps)[:-1]:
+                self._managers[BEST].delete(step)
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """Reads the newest checkpoint of a kind.
@@ -153,8 +173,12 @@ class Checkpoints:
 
     def _manager(self, kind: str) -> Any:
         if kind not in self._managers:
+            options: dict[str, Any] = {"read_only": True}
+            if not self._read_only:
+                max_to_keep = 2 if kind == BEST else 1
+                options = {"max_to_keep": max_to_keep, "cleanup_tmp_directories": True}
             self._managers[kind] = self._ocp.CheckpointManager(
-                self._directory / kind, options=self._options
+                self._directory / kind, options=self._ocp.CheckpointManagerOptions(**options)
             )
         return self._managers[kind]
 

@@ -174,7 +174,8 @@ class Predictor:
             restored = checkpoints.restore(BEST, like)
         if restored is None:
             raise InputError(
-                f"{self.folder}: no best checkpoint yet; train until the end of the first epoch"
+                f"{self.folder}: no best checkpoint yet; wait until training has saved its first "
+                "checkpoint"
             )
         return restored
 

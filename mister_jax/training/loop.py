@@ -89,8 +89,8 @@ def train(
       workdir: Work directory; created if missing.
       quiet: Whether to hide the progress bar and messages.
       on_step: Function called after each step with the number of completed steps.
-      on_save: Function called when the background write of a checkpoint has started, or if an
-        existing checkpoint is kept. Its arguments are the checkpoint's kind (`LATEST` or `BEST`),
+      on_save: Function called when the background write of a checkpoint has started, or if the
+        checkpoint already exists. Its arguments are the checkpoint's kind (`LATEST` or `BEST`),
         step, state and progress.
 
     Returns:
@@ -99,8 +99,8 @@ def train(
     Raises:
       InputError: The config, dataset or work directory is invalid, or a batch does not fit in the
         devices' memory.
-      TrainingDivergedError: The loss or the gradient is not finite. The last good checkpoint is
-        kept.
+      TrainingDivergedError: The loss or the gradient is not finite. Earlier checkpoints are kept,
+        and the best parameters are saved.
     """
     group = RunGroup((config,), (workdir,))
     return train_group(group, quiet=quiet, on_step=on_step, on_save=on_save)[0]
@@ -305,13 +305,13 @@ class _Best:
 
     Attributes:
       step: Number of completed steps at the last improvement.
-      params: Parameter tree.
-      values: Validation scores and epochs by name, [S].
+      params: Parameter tree; on the host if it is kept after the epoch.
+      values: Validation scores and epochs by name; with several seeds, they are arrays [S].
     """
 
     step: int
     params: Any
-    values: dict[str, np.ndarray]
+    values: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -359,6 +359,8 @@ class _TrainingLoop:
             if not self._is_finished():
                 reporter.print(self._summary())
                 self._compile(executor, state, reporter)
+            for index in range(len(self.runs)):  # After an error, there may be unsaved parameters.
+                stack.callback(self._save_best, index)
             while not self._is_finished():
                 state, stopped = self._train_epoch(state, reporter)
                 self._validate(state, reporter, stopped)
@@ -387,6 +389,7 @@ class _TrainingLoop:
                 run.progress = TrainProgress(**progress)
                 # All seeds have the same step.
                 run.step = int(np.ravel(parts[index]["step"])[0])
+            self.runs[index].checkpoints.delete_best_after(self.runs[index].step)
         if all(checkpoint is None for checkpoint in restored):
             return None
         return multi_seed.join_runs(parts, len(self.seeds))
@@ -466,7 +469,7 @@ class _TrainingLoop:
             if index == 0:
                 _import_slow_packages()
                 program.result()
-                reporter.print(f"compiled the first program in {time.perf_counter() - start:.1f} s")
+                reporter.print(f"ready for the first step in {time.perf_counter() - start:.1f} s")
 
     def _saved_part(self, state: Any) -> Any:
         """Returns a single copy of the state, without the parts that never change."""
@@ -483,12 +486,20 @@ class _TrainingLoop:
         """Saves the best parameters and the state of the runs with these indices."""
         parts = self._split(self._saved_part(state))
         for index in indices:
-            run, best = self.runs[index], self.unsaved_best.pop(index, None)
-            if best is not None:
-                values = {name: np.asarray(value).tolist() for name, value in best.values.items()}
-                run.checkpoints.save(BEST, best.step, best.params, values)
+            self._save_best(index)
+            run = self.runs[index]
             run.checkpoints.save(LATEST, run.step, parts[index], dataclasses.asdict(run.progress))
         self.last_save = time.monotonic()
+
+    def _is_multiple_of_save_every(self, run: TrainingRun) -> bool:
+        return self.options.save_every > 0 and run.step % self.options.save_every == 0
+
+    def _save_best(self, index: int) -> None:
+        """Saves the best parameters of a run if they are not in a checkpoint yet."""
+        best = self.unsaved_best.pop(index, None)
+        if best is not None:
+            values = {name: np.asarray(value).tolist() for name, value in best.values.items()}
+            self.runs[index].checkpoints.save(BEST, best.step, best.params, values)
 
     def _should_save_epoch(self, indices: Sequence[int], stopped: bool) -> bool:
         """Returns whether to save checkpoints at the end of an epoch of these runs."""
@@ -496,6 +507,7 @@ class _TrainingLoop:
             stopped
             or jax.process_count() > 1
             or any(self.runs[index].progress.finished for index in indices)
+            or any(self._is_multiple_of_save_every(self.runs[index]) for index in indices)
             or time.monotonic() - self.last_save >= self.options.min_save_seconds
         )
 
@@ -527,7 +539,7 @@ class _TrainingLoop:
             to_save = []
             for index in active:
                 run = self.runs[index]
-                save = stop or (options.save_every and run.step % options.save_every == 0)
+                save = stop or self._is_multiple_of_save_every(run)
                 # Reading metrics waits for the devices, so most steps do not read metrics. Every
                 # save first reads metrics, so that a state with a non-finite loss is never saved.
                 if len(run.pending_metrics) == options.log_every or run.is_epoch_complete or save:
@@ -573,8 +585,8 @@ class _TrainingLoop:
         if not_finite:
             raise TrainingDivergedError(
                 f"{run.plan.workdir}: non-finite {', '.join(not_finite)} between steps "
-                f"{run.step - len(read_metrics)} and {run.step}; the last good checkpoint is kept. "
-                "Try a smaller config.optimizer.learning_rate or clip_norm"
+                f"{run.step - len(read_metrics)} and {run.step}; the best parameters of earlier "
+                "epochs are saved. Try a smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
         run.write({**scalars, "learning_rate": float(run.learning_rates[run.step - 1])})
@@ -761,7 +773,8 @@ def _score_errors(sums: Mapping[str, Any]) -> dict[str, float]:
 def _import_slow_packages() -> None:
     """Imports packages that training needs later, while XLA compiles in another thread."""
     import_tensorflow()
-    importlib.import_module("matplotlib.figure")
+    if jax.process_index() == 0:
+        importlib.import_module("matplotlib.figure")
 
 
 def _host_copy(tree: Any) -> Any:

@@ -33,11 +33,13 @@ class TrainConfig:
         Face Hub. Parameters with equal names and shapes are copied. If empty, the initial
         parameters are random or pretrained. A resumed run ignores this field.
       log_every: Number of steps between records of the training loss.
-      save_every: Number of steps between checkpoints within an epoch; 0 for none.
-      min_save_seconds: Minimum number of seconds between checkpoints at the ends of epochs, because
-        saving a checkpoint can take longer than an epoch. 0 saves every epoch. The last epoch and
-        the state at SIGTERM are always saved. With several processes, whose clocks differ, every
-        epoch is saved.
+      save_every: Number of steps between checkpoints, in addition to those at the ends of epochs; 0
+        for none.
+      min_save_seconds: Minimum number of seconds after the previous checkpoint, or after the start,
+        before the end of an epoch is saved, because saving can take longer than an epoch. A killed
+        run repeats the epochs that have not been saved. 0 saves every epoch. The last epoch and the
+        state at SIGTERM are always saved. With several processes, whose clocks differ, every epoch
+        is saved.
       accumulation: Number of gradient accumulation steps: each device splits its rows into this
         many parts. Must be 1 for MiSTER-E, whose loss is not a sum over rows.
     """

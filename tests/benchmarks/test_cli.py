@@ -124,6 +124,13 @@ def test_wide_tables_are_divided_into_tables_that_fit():
     assert text.count("tokens per second") == len(tables)
 
 
+def test_a_single_field_is_shown():
+    (table,) = Report({}, environment(), {"steps": [{"name": "one"}]}).tables(width=80)[1:]
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert "one" in console.file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [

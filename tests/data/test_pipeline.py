@@ -184,7 +184,7 @@ def test_a_pipeline_is_deleted_without_delay():
         del pipeline
         delays.append(time.monotonic() - start)
     # A busy machine may delay one of them.
-    assert sorted(delays)[-2] < 0.04, delays
+    assert sorted(delays)[-2] < 0.1, delays
 
 
 def test_prefetch_keeps_the_order_and_a_fixed_distance():

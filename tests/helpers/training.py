@@ -94,8 +94,8 @@ def read_latest_checkpoint(workdir):
 
 
 def read_checkpoint(workdir, kind):
-    """Returns every array of the checkpoint of a kind by path, and its progress."""
-    (step,) = (workdir / "checkpoints" / kind).iterdir()
+    """Returns every array of the newest checkpoint of a kind by path, and its progress."""
+    step = max((workdir / "checkpoints" / kind).iterdir(), key=lambda path: int(path.name))
     state = ocp.StandardCheckpointer().restore((step / "state").absolute())
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
@@ -105,6 +105,7 @@ def read_checkpoint(workdir, kind):
 def assert_same_checkpoints(workdir, expected_workdir):
     """Checks that the latest and the best checkpoints of two runs are equal bit for bit."""
     for kind in (LATEST, BEST):
+        assert len(list((workdir / "checkpoints" / kind).iterdir())) == 1
         assert_same_bits(read_checkpoint(workdir, kind), read_checkpoint(expected_workdir, kind))
 
 

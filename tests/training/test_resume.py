@@ -244,13 +244,14 @@ def every_epoch_workdir(tiny_data_dir, tmp_path_factory):
     return workdir
 
 
-def short_epochs_config(tiny_data_dir, min_save_seconds):
+def short_epochs_config(tiny_data_dir, min_save_seconds, **changes):
     """Returns a config for two seeds with different best epochs."""
     changes = {
         "num_seeds": 2,
         "train.epochs": 6,
         "train.min_save_seconds": min_save_seconds,
         "optimizer.learning_rate": 0.1,
+        **changes,
     }
     return make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
 
@@ -276,9 +277,10 @@ def test_sigterm_saves_an_epoch_that_is_not_due(tiny_data_dir, every_epoch_workd
     assert_same_checkpoints(tmp_path, every_epoch_workdir)
 
 
-def test_a_run_resumes_if_the_best_checkpoint_is_several_epochs_newer(
-    tiny_data_dir, every_epoch_workdir, tmp_path
-):
+@pytest.fixture(scope="module")
+def newer_best_workdir(tiny_data_dir, tmp_path_factory):
+    """The work directory of a run whose best checkpoint is several epochs newer than the latest."""
+
     def interrupt(kind_and_count):
         num_saves = collections.Counter()
 
@@ -289,15 +291,62 @@ def test_a_run_resumes_if_the_best_checkpoint_is_several_epochs_newer(
 
         return on_save
 
+    workdir = tmp_path_factory.mktemp("newer_best") / "run"
     for min_save_seconds, kind_and_count in ((0, (LATEST, 1)), (1000, (BEST, 1))):
         config = short_epochs_config(tiny_data_dir, min_save_seconds)
         with pytest.raises(InterruptedTrainingError):
-            train(config, tmp_path, quiet=True, on_save=interrupt(kind_and_count))
-    _, progress = read_latest_checkpoint(tmp_path)
-    _, best = read_checkpoint(tmp_path, BEST)
+            train(config, workdir, quiet=True, on_save=interrupt(kind_and_count))
+    _, progress = read_latest_checkpoint(workdir)
+    _, best = read_checkpoint(workdir, BEST)
     assert progress["epoch"] == 1 and max(best["epoch"]) > 2
-    assert train(short_epochs_config(tiny_data_dir, 0), tmp_path, quiet=True).finished
+    return workdir
+
+
+def test_a_run_resumes_if_the_best_checkpoint_is_several_epochs_newer(
+    tiny_data_dir, newer_best_workdir, every_epoch_workdir, tmp_path
+):
+    workdir = shutil.copytree(newer_best_workdir, tmp_path / "run")
+    assert train(short_epochs_config(tiny_data_dir, 0), workdir, quiet=True).finished
+    assert_same_checkpoints(workdir, every_epoch_workdir)
+
+
+def test_the_best_parameters_are_those_of_the_resumed_run(
+    tiny_data_dir, newer_best_workdir, tmp_path
+):
+    # With another number of epochs, the repeated epochs have other learning rates.
+    config = short_epochs_config(tiny_data_dir, 0, **{"train.epochs": 7})
+    workdir = shutil.copytree(newer_best_workdir, tmp_path / "run")
+    progress = train(config, workdir, quiet=True)
+    _, best = read_checkpoint(workdir, BEST)
+    assert best["epoch"] == progress.best_epochs
+    assert best["weighted_f1"] == progress.best_scores
+
+
+def test_a_failed_run_keeps_the_best_parameters(tiny_data_dir, every_epoch_workdir, tmp_path):
+    config = short_epochs_config(tiny_data_dir, 1000)
+
+    def fail_in_last_epoch(step):
+        if step == 5 * STEPS_PER_EPOCH + 1:
+            raise InterruptedTrainingError
+
+    with pytest.raises(InterruptedTrainingError):
+        train(config, tmp_path, quiet=True, on_step=fail_in_last_epoch)
+    assert_same_bits(read_checkpoint(tmp_path, BEST), read_checkpoint(every_epoch_workdir, BEST))
+    assert train(config, tmp_path, quiet=True).finished
     assert_same_checkpoints(tmp_path, every_epoch_workdir)
+
+
+def test_steps_at_the_ends_of_epochs_are_saved_like_others(tiny_data_dir, tmp_path):
+    changes = {"train.min_save_seconds": 1000, "train.save_every": 2}
+    steps = []
+    config = make_tiny_config(tiny_data_dir, "tiny,text_only", **changes)
+
+    def on_save(kind, step, *_):
+        if kind == LATEST:
+            steps.append(step)
+
+    train(config, tmp_path, quiet=True, on_save=on_save)
+    assert steps == list(range(2, 2 * STEPS_PER_EPOCH + 1, 2))
 
 
 def test_sigterm_stops_a_training_with_a_single_step_per_epoch(tiny_data_dir, tmp_path):
