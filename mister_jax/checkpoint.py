@@ -62,8 +62,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._wait()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        # Deleting a checkpoint waits for all processes, but an error may be in one process only.
+        if error_type is None:
+            self._wait()
         for manager in self._managers.values():
             manager.close()
 

@@ -359,8 +359,9 @@ class _TrainingLoop:
             if not self._is_finished():
                 reporter.print(self._summary())
                 self._compile(executor, state, reporter)
-            for index in range(len(self.runs)):  # After an error, there may be unsaved parameters.
-                stack.callback(self._save_best, index)
+            if jax.process_count() == 1:  # After an error, there may be unsaved parameters.
+                for index in range(len(self.runs)):
+                    stack.callback(self._save_best, index)
             while not self._is_finished():
                 state, stopped = self._train_epoch(state, reporter)
                 self._validate(state, reporter, stopped)
