@@ -586,7 +586,7 @@ class _TrainingLoop:
         if not_finite:
             raise TrainingDivergedError(
                 f"{run.plan.workdir}: non-finite {', '.join(not_finite)} between steps "
-                f"{run.step - len(read_metrics)} and {run.step}; the best parameters of earlier "
+                f"{run.step - len(read_metrics)} and {run.step}; the best parameters of complete "
                 "epochs are saved. Try a smaller config.optimizer.learning_rate or clip_norm"
             )
         scalars = self._scalars("train", means)
