@@ -1,10 +1,9 @@
 """Measures a complete training run, from the start of the command to the test score.
 
-This library runs `mister-jax train` and `mister-jax evaluate`. PyTorch runs
-`benchmarks/torch_training.py`, with its default number of threads and with one thread. PyTorch's
-threads wait for each other after every operation, so one thread can be faster if the model is small
-or other programs are running. Runs are sequential, in new processes and with an empty compilation
-cache.
+This library runs `mister-jax train --evaluate=test`. PyTorch runs `benchmarks/torch_training.py`,
+with its default number of threads and with one thread. PyTorch's threads wait for each other after
+every operation, so one thread can be faster if the model is small or other programs are running.
+Runs are sequential, in new processes and with an empty compilation cache.
 """
 
 from __future__ import annotations
@@ -34,35 +33,33 @@ from mister_jax.tasks.fusion import FusionTask
 
 Log = Callable[[str], None]
 
-# Script that runs commands one after the other, and prints their times and the peak memory of the
-# largest command. This process cannot measure that memory, because RUSAGE_CHILDREN includes the
-# memory that a child inherits before it execs. All processes share the clock of time.monotonic().
+# Script that runs a command, and prints its times and peak memory. This process cannot measure that
+# memory, because RUSAGE_CHILDREN includes the memory that a child inherits before it execs. All
+# processes share the clock of time.monotonic().
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
-ends = []
-for command in json.loads(sys.argv[1]):
-    status = subprocess.call(command, stdout=subprocess.DEVNULL)
-    if status:
-        sys.exit(status)
-    ends.append(time.monotonic())
+status = subprocess.call(json.loads(sys.argv[1]), stdout=subprocess.DEVNULL)
+if status:
+    sys.exit(status)
+end = time.monotonic()
 usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 cpu = usage.ru_utime + usage.ru_stime
-print(json.dumps({"start": start, "ends": ends, "cpu": cpu, "memory": usage.ru_maxrss}))
+print(json.dumps({"start": start, "end": end, "cpu": cpu, "memory": usage.ru_maxrss}))
 """
 
-# Script that runs `mister-jax train` and records when the first, middle and last step ended. The
-# script waits for the devices only at these steps, because training dispatches steps ahead of the
-# devices.
+# Script that runs `mister-jax train` and records when the first, middle and last step and the whole
+# training ended. The script waits for the devices only at these steps, because training dispatches
+# steps ahead of the devices.
 _TRAIN = """
-import functools, json, pathlib, sys, time
+import json, pathlib, sys, time
 import jax
 from mister_jax.cli.main import main
 from mister_jax.parallel.partitioning import CompiledStep
 from mister_jax.training import loop
 
 path, num_steps = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-run_step, latest, ends = CompiledStep.__call__, [], {}
+run_step, run_training, latest, ends = CompiledStep.__call__, loop.train, [], {}
 
 def run_and_keep_output(self, state, batch):
     latest[:] = [run_step(self, state, batch)]
@@ -72,15 +69,18 @@ def on_step(step):
     if step in (1, num_steps // 2, num_steps):
         jax.block_until_ready(latest)
         ends[step] = time.monotonic()
-    if step == num_steps:
-        path.write_text(json.dumps({"steps": num_steps, "ends": ends}))
+
+def train(config, workdir):
+    progress = run_training(config, workdir, on_step=on_step)
+    CompiledStep.__call__ = run_step
+    result = {"steps": num_steps, "ends": ends, "trained": time.monotonic()}
+    path.write_text(json.dumps(result))
+    return progress
 
 CompiledStep.__call__ = run_and_keep_output
-loop.train = functools.partial(loop.train, on_step=on_step)
+loop.train = train
 main("train")
 """
-
-_EVALUATE = "from mister_jax.cli.main import main; main('evaluate')"
 
 
 def measure_training(
@@ -136,20 +136,16 @@ def _measure_jax(
     split = task.split("train", num_shards=jax.device_count(), shuffle=True, epochs=epochs)
     num_steps = epochs * split.steps
     times, workdir = folder / "times.json", folder / "workdir"
-    commands = [
-        [
-            *(sys.executable, "-c", _TRAIN, str(times), str(num_steps)),
-            *(f"--config=fusion:{config.data.name}", f"--workdir={workdir}"),
-            *(f"--config.{field}={value}" for field, value in changes.items()),
-        ],
-        [sys.executable, "-c", _EVALUATE, f"--workdir={workdir}", "--split=test"],
+    command = [
+        *(sys.executable, "-c", _TRAIN, str(times), str(num_steps)),
+        *(f"--config=fusion:{config.data.name}", f"--workdir={workdir}", "--evaluate=test"),
+        *(f"--config.{field}={value}" for field, value in changes.items()),
     ]
-    run = _run(commands, folder)
-    if not times.exists():
-        raise InputError(f"mister-jax train ended before step {num_steps}")
+    run = _run(command, folder)
     result = json.loads(times.read_text())
+    if str(num_steps) not in result["ends"]:
+        raise InputError(f"mister-jax train ended before step {num_steps}")
     scores = json.loads((workdir / "metrics.json").read_text())
-    result["trained"] = run["ends"][0]
     result["weighted_f1"] = scores["test"]["weighted_f1"]
     return _row("mister_jax", config, result, run)
 
@@ -166,7 +162,7 @@ def _measure_torch(
     rows = []
     for library, environment in (("torch", {}), ("torch, 1 thread", {"OMP_NUM_THREADS": "1"})):
         log(f"training on {config.data.name} with {library}")
-        run = _run([command], folder, environment)
+        run = _run(command, folder, environment)
         rows.append(_row(library, config, json.loads(times.read_text()), run))
     return rows
 
@@ -202,15 +198,15 @@ def _export(task: FusionTask) -> dict[str, np.ndarray]:
 
 
 def _run(
-    commands: Sequence[Sequence[str]],
+    command: Sequence[str],
     folder: pathlib.Path,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs commands with an empty compilation cache. Returns times, memory and load average."""
+    """Runs a command with an empty compilation cache. Returns times, memory and load average."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         load_average = os.getloadavg()[0]
         result = subprocess.run(
-            [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(commands)],
+            [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(command)],
             # `mister-jax` sets the same variables, except for the cache directory.
             env={
                 **os.environ,
@@ -241,7 +237,7 @@ def _row(
         "steps": num_steps,
         "first_step_s": ends["1"] - run["start"],
         "trained_s": result["trained"] - run["start"],
-        "scored_s": run["ends"][-1] - run["start"],
+        "scored_s": run["end"] - run["start"],
         "steps_per_second": (num_steps - middle) / (ends[str(num_steps)] - ends[str(middle)]),
         "cpu_s": run["cpu"],
         "peak_memory_mib": run["memory"] / (2**20 if sys.platform == "darwin" else 2**10),

@@ -43,12 +43,16 @@ class _Programs:
       mesh: Mesh of the devices.
       predict: Function of `((params, constants), batch)`.
       predict_step: Function of `((params, constants, state), batch)`.
+      is_shared: Whether later models can use the programs.
+      shapes: Row counts and padded lengths of the splits that have been predicted.
     """
 
     task: Any
     mesh: Mesh
     predict: CompiledStep
     predict_step: CompiledStep
+    is_shared: bool
+    shapes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
 
 
 # Models of one architecture, such as those of the folds of a cross-validation, share their programs
@@ -80,8 +84,10 @@ def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Progra
         partitioner.mesh,
         partitioner.compile_eval(predict, fast_compile=True),
         partitioner.compile_eval(predict_step),
+        # This is False for encoders, which would stay in memory.
+        is_shared=task.shares_steps_with(task),
     )
-    if task.shares_steps_with(task):  # This is False for encoders, which would stay in memory.
+    if programs.is_shared:
         _shared_programs.append(programs)
     return programs
 
@@ -251,7 +257,10 @@ class Predictor:
         self, features: DialogueFeatures, *, quiet: bool = False
     ) -> list[Predictions]:
         """Returns each seed's uncalibrated predictions for every utterance in a split."""
-        split = self.task.batched(features, num_shards=self.partitioner.num_shards)
+        programs = self._programs
+        options = {"compiled": tuple(programs.shapes)} if programs.is_shared else {}
+        split = self.task.batched(features, num_shards=self.partitioner.num_shards, **options)
+        programs.shapes.update(split.shapes)
         return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
 
     def predict_batches(

@@ -2,6 +2,7 @@
 
 mister-jax train --config=fusion:mosi_features --workdir=DIR
 mister-jax train --config=fusion:mosi_features --workdir=DIR --config.num_seeds=5
+mister-jax train --config=fusion:mosi_features --workdir=DIR --evaluate=test
 mister-jax train --config=my_config.py --workdir=DIR
 
 --config is the name of a packaged config (demo, fusion, speech_encoder, text_encoder) or the path
@@ -14,11 +15,15 @@ from ml_collections import config_flags
 
 from mister_jax.cli import cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
+from mister_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config of the experiment", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if missing")
+_EVALUATE = flags.DEFINE_list(
+    "evaluate", [], "splits to score after training, as `mister-jax evaluate` does"
+)
 
 
 def _train() -> int:
@@ -26,20 +31,31 @@ def _train() -> int:
     workdir = required_workdir(_WORKDIR, "a directory; it is created if it does not exist")
     # Print this line before the imports, which take seconds.
     print(f"loading {config.data.name} to train {config.task} in {workdir}", flush=True)
+    from mister_jax.data.schema import SPLITS
     from mister_jax.tasks.config import config_seeds
     from mister_jax.training.loop import train
 
+    splits = list(dict.fromkeys(_EVALUATE.value))
+    if unknown := [split for split in splits if split not in SPLITS]:
+        raise InputError(f"--evaluate={','.join(unknown)}; allowed: {', '.join(SPLITS)}")
+    if not splits and len(config_seeds(config)) > 1:
+        splits = ["validation"]
     progress = train(config, workdir)
     if not progress.finished:
         return STOPPED_BY_SIGTERM
-    if len(config_seeds(config)) > 1:
-        from rich.console import Console
-
-        from mister_jax.console import score_table
-        from mister_jax.evaluation.results import evaluate
-
-        Console().print(score_table("validation", evaluate(workdir, "validation", quiet=True)))
+    if splits:
+        _evaluate(workdir, splits)
     return 0
+
+
+def _evaluate(workdir: str, splits: list[str]) -> None:
+    from rich.console import Console
+
+    from mister_jax.console import score_table
+    from mister_jax.evaluation.results import evaluate
+
+    for split in splits:
+        Console().print(score_table(split, evaluate(workdir, split, quiet=True)))
 
 
 main = cluster.distributed(_train, saves_on_sigterm=True)

@@ -10,6 +10,7 @@ Plans depend only on lengths. The modules `pipeline` and `utterances` turn plans
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,19 @@ def bucket_cost(num_params: int, epochs: int) -> float:
         epochs: Number of times that the batches are computed.
     """
     return _STEP_COMPILE_COST / num_params / epochs
+
+
+def is_short_training(num_params: int, num_positions: int) -> bool:
+    """Returns whether compiling quickly saves more time than fast training steps.
+
+    With `parallel.partitioning.fast_compiler_options`, compiling a training step takes about 40%
+    less time, and the steps take about 20% more time.
+
+    Args:
+        num_params: Total number of parameters of all models that train together.
+        num_positions: Number of positions of all batches until the last epoch.
+    """
+    return 0.2 * num_params * num_positions < 0.4 * _STEP_COMPILE_COST
 
 
 class PlannedBatch(NamedTuple):
@@ -133,6 +147,8 @@ class BatchPlan:
         weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
             items, n items are drawn with replacement. By default, each item is in exactly one
             batch.
+        compiled: Pairs of row count and padded length that need no compilation. The batches of a
+            bucket are filled up to such a pair if this adds at most `bucket_cost` positions.
 
     Raises:
         ValueError: There are no lengths, or an argument is below 1.
@@ -145,6 +161,7 @@ class BatchPlan:
     multiple_of: int = 1
     fitted_to: int = 1
     weights: np.ndarray | None = None
+    compiled: Collection[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
@@ -187,11 +204,19 @@ class BatchPlan:
             num_batches, num_rows = _batches_and_rows(
                 len(members), self.batch_size, self.multiple_of
             )
+            num_rows, padded_length = self._batch_shape(num_batches, num_rows, padded_length)
             for chunk in np.array_split(members, num_batches):
                 planned.append(PlannedBatch(_fill_up(chunk, num_rows), padded_length))
         if shuffle:
             planned = [planned[index] for index in generator.permutation(len(planned))]
         return planned
+
+    def _batch_shape(self, num_batches: int, num_rows: int, length: int) -> tuple[int, int]:
+        """Returns the row count and padded length of the batches of a bucket."""
+        fitting = [shape for shape in self.compiled if shape[0] >= num_rows and shape[1] >= length]
+        smallest = min(fitting, key=math.prod, default=(num_rows, length))
+        added_positions = num_batches * (math.prod(smallest) - num_rows * length)
+        return smallest if added_positions <= self.bucket_cost else (num_rows, length)
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -265,11 +265,13 @@ class FusionTask:
         num_shards: int,
         shuffle: bool = False,
         epochs: int = 1,
+        compiled: Collection[tuple[int, int]] = (),
     ) -> FeatureSplit:
         """Returns dialogues in batches whose number of rows is a multiple of `num_shards`.
 
         If the config does not set the number of length buckets, a bucket is added only if it saves
-        more time over `epochs` epochs than compiling its program takes.
+        more time over `epochs` epochs than compiling its program takes. For the same reason,
+        batches are filled up to one of the shapes (rows, padded length) in `compiled`.
         """
         num_buckets = self._data.get("num_buckets")
         plan = BatchPlan(
@@ -281,6 +283,7 @@ class FusionTask:
             # Training must have the same number of steps on any number of devices.
             fitted_to=1 if shuffle else num_shards,
             weights=self._sampling_weights(features) if shuffle else None,
+            compiled=compiled,
         )
         make_batches = functools.partial(batches, features, plan)
         return FeatureSplit(features, plan, make_batches, self._data_seed, shuffle)

@@ -32,6 +32,7 @@ from mister_jax import metrics, multi_seed
 from mister_jax.checkpoint import BEST, LATEST, Checkpoints, OnSave
 from mister_jax.console import ProgressReporter, format_seconds
 from mister_jax.data import import_tensorflow, prefetch_to_device
+from mister_jax.data.batching import is_short_training
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 from mister_jax.optim import make_optimizer, params_for_evaluation
@@ -180,6 +181,12 @@ def train_group(
         state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
         if shared is not None:
             state = {**state, "constants": shared.constants(runs, len(seeds))}
+        # A run that continues with more epochs keeps its programs.
+        num_steps = max(plan.planned_epochs * plan.train_split.steps for plan in plans)
+        is_short = is_short_training(
+            _num_elements(state["params"], state["frozen"]),
+            num_steps * math.prod(train_batches.largest_shape),
+        )
         loop = _TrainingLoop(
             runs=runs,
             options=options,
@@ -187,7 +194,7 @@ def train_group(
             partitioner=first.partitioner,
             train_batches=train_batches,
             validation_batches=validation_batches,
-            steps=_compiled_steps(plans, shared, template),
+            steps=_compiled_steps(plans, shared, template, is_short),
             stop_event=stack.enter_context(_stop_on_sigterm()),
             on_step=on_step or (lambda step: None),
         )
@@ -196,7 +203,10 @@ def train_group(
 
 
 def _compiled_steps(
-    plans: Sequence[RunPlan], shared: SharedSteps | None, template: ModelTemplate
+    plans: Sequence[RunPlan],
+    shared: SharedSteps | None,
+    template: ModelTemplate,
+    is_short: bool,
 ) -> CompiledSteps:
     """Returns the compiled steps for runs that train at the same time."""
     first, num_runs = plans[0], len(plans)
@@ -212,13 +222,17 @@ def _compiled_steps(
         multi_seed.vmap_over_models, num_runs=num_runs, num_seeds=len(first.seeds)
     )
     steps = CompiledSteps(
-        first.partitioner.compile_step(vmap(train_step)),
+        first.partitioner.compile_step(vmap(train_step), fast_compile=is_short),
         first.partitioner.compile_eval(vmap(eval_step), fast_compile=True),
         functools.partial(_evaluation_tree, template),
     )
     if shared is not None:
         shared.compiled_steps[num_runs] = steps
     return steps
+
+
+def _num_elements(*trees: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(trees))
 
 
 def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> Any:
@@ -468,7 +482,10 @@ class _TrainingLoop:
         for index, (compiled_step, batch) in enumerate(jobs):
             program = compiled_step.compile(executor, state, batch)
             if index == 0:
+                # Meanwhile, do other slow work that would delay the first epoch.
                 _import_slow_packages()
+                for run in self.runs:
+                    _ = run.learning_rates
                 program.result()
                 reporter.print(f"ready for the first step in {time.perf_counter() - start:.1f} s")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mister_jax import metrics
-from mister_jax.config_checks import check_choice
+from mister_jax.config_checks import check_at_least, check_choice
 
 # Values of `TrainConfig.select_by` that are not scores.
 LOSS, LAST, MAE = "loss", "last", "mae"
@@ -54,14 +54,8 @@ class TrainConfig:
     accumulation: int = 1
 
     def __post_init__(self):
-        if (
-            min(self.epochs, self.log_every, self.accumulation) < 1
-            or min(self.patience, self.save_every, self.min_save_seconds) < 0
-        ):
-            raise ValueError(
-                f"{self}: epochs, log_every and accumulation must be at least 1, patience, "
-                "save_every and min_save_seconds at least 0"
-            )
+        check_at_least(self, 1, "epochs", "log_every", "accumulation")
+        check_at_least(self, 0, "patience", "save_every", "min_save_seconds")
         check_choice(self, "select_by", (*metrics.SCORE_NAMES, *_ERRORS, LAST))
         if self.select_by == LAST and self.patience:
             raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")

@@ -20,7 +20,7 @@ def test_scripts_take_features_to_scores(tmp_path):
         "train --config=configs/fusion.py:synthetic_features,contrastive --workdir=DIR/run "
         "--config.data.data_dir=DIR --config.data.num_buckets=1 --config.model.context_dim=8 "
         "--config.model.fusion_dim=8 --config.model.gru_layers=0 --config.model.fusion_layers=0 "
-        "--config.train.epochs=1",
+        "--config.train.epochs=1 --evaluate=validation",
         "evaluate --workdir=DIR/run --split=test",
     )
     results = run_commands([f"launch.{script}" for script in scripts], tmp_path)
@@ -30,7 +30,10 @@ def test_scripts_take_features_to_scores(tmp_path):
     assert "epoch 1/1: validation weighted F1" in trained.stdout
     assert "bayes" in evaluated.stdout and "written to" in evaluated.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics) == {"validation", "test"}
     assert 0 < metrics["test"]["weighted_f1"] <= 1
+    score = f"{metrics['validation']['weighted_f1']:.3f}"
+    assert "validation" in trained.stdout and score in trained.stdout.split("epoch 1/1")[1]
     assert "Brier score" in evaluated.stdout and " -> " in evaluated.stdout
     assert json.loads((tmp_path / "run" / "calibration.json").read_text())["temperature"] > 0
 
@@ -104,6 +107,9 @@ WRONG_USES = {
         ),
         "--config=configs/text_encoder.py:meld,bert --workdir=DIR/run": (
             "encoder 'bert'; allowed:"
+        ),
+        "--config=configs/fusion.py:x --workdir=DIR/run --evaluate=tset,test": (
+            "--evaluate=tset; allowed: train, validation, test"
         ),
         "--config=fusion:x --config.data.data_dir=DIR/data --workdir=DIR/old": (
             "DIR/old: written by an older version of mister_jax; train it again"

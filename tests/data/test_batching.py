@@ -11,6 +11,7 @@ from mister_jax.data.batching import (
     DEFAULT_NUM_BUCKETS,
     BatchPlan,
     bucket_cost,
+    is_short_training,
     length_buckets,
     plan_budgeted_batches,
     plan_inference_batches,
@@ -73,6 +74,28 @@ def test_long_trainings_of_large_models_have_little_padding_and_short_ones_few_p
     assert len(short.shapes) == 1
     assert len(long.shapes) <= DEFAULT_NUM_BUCKETS
     assert long.padding_fraction < 0.1
+
+
+def test_batches_take_a_compiled_shape_if_that_adds_few_positions():
+    lengths = np.array([10] * 7)
+
+    def plan(compiled, bucket_cost):
+        return BatchPlan(lengths, 4, bucket_cost=bucket_cost, compiled=compiled)
+
+    assert plan([], 40).shapes == ((4, 10),)
+    assert plan([(6, 12), (4, 15), (5, 20)], 40).shapes == ((4, 15),)  # Adds 2 * 4 * 5 positions.
+    assert plan([(4, 15)], 39).shapes == ((4, 10),)
+    assert plan([(3, 15), (4, 9)], 1000).shapes == ((4, 10),)
+    planned = plan([(6, 12)], 100).epoch(0, 0)
+    assert [(len(batch.rows), batch.padded_length) for batch in planned] == [(6, 12)] * 2
+    rows = np.concatenate([batch.rows for batch in planned])
+    assert sorted(rows) == [-1] * 5 + list(range(7))
+
+
+def test_only_small_or_short_trainings_are_short():
+    assert is_short_training(num_params=500_000, num_positions=270 * 8 * 23)
+    assert not is_short_training(num_params=500_000, num_positions=420 * 8 * 110)
+    assert not is_short_training(num_params=8 * 10**9, num_positions=100)
 
 
 def test_a_bucket_per_length_leaves_no_padding():

@@ -26,7 +26,7 @@ from mister_jax.io import read_json_lines, write_json
 from mister_jax.models import EXPERTS
 from mister_jax.predictor import Predictor
 from mister_jax.workdir import FORMAT
-from tests.helpers.training import read_validation_scores
+from tests.helpers.training import read_validation_scores, write_untrained_workdir
 
 
 def read_predictions(folder, split):
@@ -75,6 +75,26 @@ def test_scores_agree_with_the_predictions(results_folder):
 def test_the_validation_score_is_that_of_the_training(finished_workdir, results_folder):
     best = max(read_validation_scores(finished_workdir))
     assert read_metrics(results_folder)["validation"]["weighted_f1"] == pytest.approx(best)
+
+
+def test_a_split_is_predicted_with_the_program_of_another_split(tiny_data_dir, tmp_path):
+    workdir = write_untrained_workdir(tmp_path / "run", tiny_data_dir, "tiny")
+    predictor = Predictor(workdir)
+    short, long = sorted(
+        (predictor.task.features(split) for split in ("validation", "test")),
+        key=lambda features: features.lengths.max(),
+    )
+    batches = predictor.task.batched(short, num_shards=1)
+    assert batches.shapes != predictor.task.batched(long, num_shards=1).shapes
+    predictor(long, quiet=True)
+    program = predictor._programs.predict.function
+    num_programs = program._cache_size()
+    actual = predictor(short, quiet=True)
+    assert program._cache_size() == num_programs
+    expected = predictor.predict_batches(batches.batches(), batches.steps, short, quiet=True)
+    assert actual.keys() == expected.keys()
+    for name, values in actual.items():
+        np.testing.assert_allclose(values, expected[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.devices

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import threading
 
@@ -74,6 +75,15 @@ def test_the_seed_determines_the_parameters(tiny_data_dir, finished_workdir, tmp
     other_arrays, _ = read_latest_checkpoint(tmp_path / "other")
     kernel = "['params']['decayed']"
     assert (other_arrays[kernel] != arrays[kernel]).any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("patience", -1), ("min_save_seconds", -1.0), ("min_save_seconds", math.nan)],
+)
+def test_impossible_options_are_rejected(field, value):
+    with pytest.raises(ValueError, match=rf"TrainConfig\.{field}={value}; allowed: at least"):
+        TrainConfig(**{"epochs": 1, field: value})
 
 
 def test_early_stopping_waits_for_the_patience():
