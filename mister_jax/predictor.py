@@ -43,7 +43,7 @@ class _Programs:
       mesh: Mesh of the devices.
       predict: Function of `((params, constants), batch)`.
       predict_step: Function of `((params, constants, state), batch)`.
-      is_shared: Whether later models can use the programs.
+      is_shared: Whether later models can use the programs. The task is then a `FusionTask`.
       shapes: Row counts and padded lengths of the splits that have been predicted.
     """
 
@@ -260,8 +260,9 @@ class Predictor:
         programs = self._programs
         options = {"compiled": tuple(programs.shapes)} if programs.is_shared else {}
         split = self.task.batched(features, num_shards=self.partitioner.num_shards, **options)
+        predictions = self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
         programs.shapes.update(split.shapes)
-        return self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
+        return predictions
 
     def predict_batches(
         self,

@@ -22,7 +22,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; created if missing")
 _EVALUATE = flags.DEFINE_list(
-    "evaluate", [], "splits to score after training, as `mister-jax evaluate` does"
+    "evaluate",
+    [],
+    "splits to score after training, as `mister-jax evaluate` does; by default none, or validation "
+    "after training several seeds",
 )
 
 

@@ -40,14 +40,14 @@ def bucket_cost(num_params: int, epochs: int) -> float:
 
 
 def is_short_training(num_params: int, num_positions: int) -> bool:
-    """Returns whether compiling quickly saves more time than fast training steps.
+    """Returns whether a faster compilation saves more time than it costs in slower steps.
 
     With `parallel.partitioning.fast_compiler_options`, compiling a training step takes about 40%
     less time, and the steps take about 20% more time.
 
     Args:
         num_params: Total number of parameters of all models that train together.
-        num_positions: Number of positions of all batches until the last epoch.
+        num_positions: Number of positions of all batches until the last epoch, or an upper bound.
     """
     return 0.2 * num_params * num_positions < 0.4 * _STEP_COMPILE_COST
 

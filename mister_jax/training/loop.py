@@ -181,8 +181,8 @@ def train_group(
         state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
         if shared is not None:
             state = {**state, "constants": shared.constants(runs, len(seeds))}
-        # A run that continues with more epochs keeps its programs.
-        num_steps = max(plan.planned_epochs * plan.train_split.steps for plan in plans)
+        # All groups of runs that share steps must choose the same program.
+        num_steps = first.total_steps if shared is None else shared.num_steps
         is_short = is_short_training(
             _num_elements(state["params"], state["frozen"]),
             num_steps * math.prod(train_batches.largest_shape),

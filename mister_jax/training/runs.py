@@ -84,11 +84,6 @@ class RunPlan:
         """Number of training steps until the last epoch."""
         return self.options.epochs * self.train_split.steps
 
-    @property
-    def planned_epochs(self) -> int:
-        """Number of epochs when the run started, for which its programs were chosen."""
-        return int(self.data_fingerprints["train"]["planned_epochs"])
-
     def shares_steps_with(self, other: RunPlan) -> bool:
         """Returns whether two runs can share compiled steps, because only their data differ."""
         configs = [plan.config.to_dict() for plan in (self, other)]

@@ -32,8 +32,8 @@ def test_scripts_take_features_to_scores(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(metrics) == {"validation", "test"}
     assert 0 < metrics["test"]["weighted_f1"] <= 1
-    score = f"{metrics['validation']['weighted_f1']:.3f}"
-    assert "validation" in trained.stdout and score in trained.stdout.split("epoch 1/1")[1]
+    table = trained.stdout.partition("epoch 1/1")[2].partition("\n")[2]
+    assert "precision" in table and f"{metrics['validation']['weighted_f1']:.3f}" in table
     assert "Brier score" in evaluated.stdout and " -> " in evaluated.stdout
     assert json.loads((tmp_path / "run" / "calibration.json").read_text())["temperature"] > 0
 

@@ -1,5 +1,6 @@
 """Scores, predictions and the missing-modality study of a trained work directory."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -10,6 +11,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from mister_jax import data
+from mister_jax import predictor as predictor_module
 from mister_jax.calibration import (
     CALIBRATION_FILE,
     Calibration,
@@ -77,7 +79,10 @@ def test_the_validation_score_is_that_of_the_training(finished_workdir, results_
     assert read_metrics(results_folder)["validation"]["weighted_f1"] == pytest.approx(best)
 
 
-def test_a_split_is_predicted_with_the_program_of_another_split(tiny_data_dir, tmp_path):
+def test_a_split_is_predicted_with_the_program_of_another_split(
+    tiny_data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predictor_module, "_shared_programs", collections.deque(maxlen=1))
     workdir = write_untrained_workdir(tmp_path / "run", tiny_data_dir, "tiny")
     predictor = Predictor(workdir)
     short, long = sorted(

@@ -12,8 +12,9 @@ import pytest
 
 from mister_jax import data
 from mister_jax.checkpoint import LATEST
+from mister_jax.data import batching
 from mister_jax.errors import InputError
-from mister_jax.parallel.partitioning import CompiledStep
+from mister_jax.parallel.partitioning import CompiledStep, JitPartitioner
 from mister_jax.training import loop, runs
 from mister_jax.training.loop import TrainingDivergedError, train
 from mister_jax.training.progress import TrainConfig, TrainProgress
@@ -75,6 +76,24 @@ def test_the_seed_determines_the_parameters(tiny_data_dir, finished_workdir, tmp
     other_arrays, _ = read_latest_checkpoint(tmp_path / "other")
     kernel = "['params']['decayed']"
     assert (other_arrays[kernel] != arrays[kernel]).any()
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_only_short_trainings_compile_their_step_with_fewer_optimizations(
+    tiny_data_dir, tmp_path, monkeypatch, is_short
+):
+    choices = []
+    compile_step = JitPartitioner.compile_step
+
+    def record(self, step, *, fast_compile=False):
+        choices.append(fast_compile)
+        return compile_step(self, step, fast_compile=fast_compile)
+
+    monkeypatch.setattr(JitPartitioner, "compile_step", record)
+    if not is_short:
+        monkeypatch.setattr(batching, "_STEP_COMPILE_COST", 1.0)
+    loop.train(make_tiny_config(tiny_data_dir, **{"train.epochs": 1}), tmp_path / "run", quiet=True)
+    assert choices == [is_short]
 
 
 @pytest.mark.parametrize(
