@@ -282,8 +282,12 @@ class EncoderTask:
     def _add_head(self, backbone: Any, key: jax.Array) -> nnx.Module:
         if self.options.quantize:
             quantize(backbone)
-        head = UtteranceHead(backbone.config.hidden_size, self.head, rngs=make_rngs(key))
-        return self.make_model(backbone, head)
+
+        @nnx.jit  # One program is faster than one program per operation.
+        def make_head(key: jax.Array) -> UtteranceHead:
+            return UtteranceHead(backbone.config.hidden_size, self.head, rngs=make_rngs(key))
+
+        return self.make_model(backbone, make_head(key))
 
     def init(self, key: jax.Array) -> nnx.Module:
         """Returns the model with initial parameters."""
