@@ -258,7 +258,7 @@ class Predictor:
     ) -> list[Predictions]:
         """Returns each seed's uncalibrated predictions for every utterance in a split."""
         programs = self._programs
-        options = {"compiled": tuple(programs.shapes)} if programs.is_shared else {}
+        options = {"compiled": sorted(programs.shapes)} if programs.is_shared else {}
         split = self.task.batched(features, num_shards=self.partitioner.num_shards, **options)
         predictions = self._predict_batches(split.batches(), split.steps, features, quiet=quiet)
         programs.shapes.update(split.shapes)
