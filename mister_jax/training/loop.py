@@ -184,7 +184,7 @@ def train_group(
         # All groups of runs that share steps must choose the same program.
         num_steps = first.total_steps if shared is None else shared.num_steps
         is_short = is_short_training(
-            _num_elements(state["params"], state["frozen"]),
+            optax.tree.size((state["params"], state["frozen"])),
             num_steps * math.prod(train_batches.largest_shape),
         )
         loop = _TrainingLoop(
@@ -229,10 +229,6 @@ def _compiled_steps(
     if shared is not None:
         shared.compiled_steps[num_runs] = steps
     return steps
-
-
-def _num_elements(*trees: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(trees))
 
 
 def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> Any:
