@@ -43,6 +43,7 @@ from benchmarks.config import PRESETS, BenchmarkConfig, select_devices
 from benchmarks.dialogues import LENGTHS
 from benchmarks.measure import matmul_peak
 from benchmarks.report import PREDICTED, Report, Row, environment
+from mister_jax.console import output_console
 from mister_jax.errors import InputError
 from mister_jax.nn.scanned_layers import Remat
 
@@ -157,7 +158,7 @@ def main() -> int:
     own_flags = flags.FLAGS.flags_by_module_dict()[__name__]
     settings |= {flag.name: flag.value for flag in own_flags if flag.present}
     report = Report(settings, environment(), sections)
-    console = Console()
+    console = output_console()
     for table in report.tables(console.width):
         console.print(table)
     if _JSON.value:
@@ -178,7 +179,7 @@ def _compare_recipes() -> int:
     if result is None:
         return 128 + signal.SIGTERM
     for table in recipes.tables(result):
-        Console().print(table)
+        output_console().print(table)
     print(f"written to {_WORKDIR.value}: {', '.join(recipes.FILES)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,20 @@ from rich.table import Table
 
 from mister_jax.metrics import CALIBRATION_SCORES, SCORE_NAMES
 from mister_jax.metrics import title as title_of
+
+_WIDTH_OF_FILES = 160
+
+
+def output_console() -> Console:
+    """Returns a console that prints tables to standard output.
+
+    For a file or a pipe, which have no width, Rich would assume 80 columns and divide the cells of
+    wider tables. There, tables may have 160 columns, or the number in the variable COLUMNS.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_FILES
+    return console
 
 
 class ProgressReporter:

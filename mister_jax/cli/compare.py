@@ -49,12 +49,10 @@ def main(runs: Sequence[str]) -> None:
 
 
 def _print_result(first_run: str, run: str, letter: str, result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    from mister_jax.console import comparison_table
+    from mister_jax.console import comparison_table, output_console
     from mister_jax.metrics import title
 
-    console = Console(highlight=False)
+    console = output_console()
     gain = f"{letter} - A"
 
     def cells(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:

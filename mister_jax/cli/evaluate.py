@@ -64,9 +64,7 @@ def _evaluate() -> None:
 def _run_missing_modality_study(workdir: str, options: dict[str, Any]) -> list[str]:
     """Runs the study, prints a table and returns the names of the files."""
     drop_speech, drop_text = _read_rates(_DROP_SPEECH), _read_rates(_DROP_TEXT)
-    from rich.console import Console
-
-    from mister_jax.console import missing_modality_table
+    from mister_jax.console import missing_modality_table, output_console
     from mister_jax.evaluation.missing_modality import (
         MISSING_MODALITY,
         MISSING_MODALITY_AS_ZEROS,
@@ -83,16 +81,16 @@ def _run_missing_modality_study(workdir: str, options: dict[str, Any]) -> list[s
         **options,
     )
     kind = " as zeros" if _DROP_AS_ZEROS.value else ""
-    Console().print(missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points))
+    output_console().print(
+        missing_modality_table(f"{_SPLIT.value}: missing modalities{kind}", points)
+    )
     name = MISSING_MODALITY_AS_ZEROS if _DROP_AS_ZEROS.value else MISSING_MODALITY
     return [f"{name}.json", f"{name}.png"]
 
 
 def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
     """Scores the split, prints a table and returns the names of the files."""
-    from rich.console import Console
-
-    from mister_jax.console import score_table
+    from mister_jax.console import output_console, score_table
     from mister_jax.evaluation.results import evaluate
 
     scores = evaluate(
@@ -104,7 +102,7 @@ def _score_split(workdir: str, options: dict[str, Any]) -> list[str]:
         adapt_features=_ADAPT.value,
         **options,
     )
-    Console().print(score_table(_SPLIT.value, scores))
+    output_console().print(score_table(_SPLIT.value, scores))
     files = ["metrics.json", "predictions.jsonl", "confusion.png"]
     return [*files, "report.html"] if _REPORT.value else files
 

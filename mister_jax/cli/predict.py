@@ -144,9 +144,7 @@ def main() -> int:
         return _follow()
     if _RECORDING.value:
         return _predict_recordings()
-    from rich.console import Console
-
-    from mister_jax.console import prediction_table
+    from mister_jax.console import output_console, prediction_table
     from mister_jax.inference.prediction_files import check_predictions_path, write_predictions
     from mister_jax.inference.recognizer import is_unusable, summarize_notes
 
@@ -167,7 +165,7 @@ def main() -> int:
     )
     predictions = [row for rows in rows_by_dialogue for row in rows]
     if len(dialogues) == 1:
-        Console().print(prediction_table([it.text for it in utterances], predictions))
+        output_console().print(prediction_table([it.text for it in utterances], predictions))
     num_recordings = sum(it.recording is not None for it in utterances)
     if num_recordings:
         notes = summarize_notes(predictions)
@@ -280,9 +278,7 @@ def _follow() -> int:
 
 def _predict_recordings() -> int:
     """Predicts the conversations in --recording, one after another."""
-    from rich.console import Console
-
-    from mister_jax.console import ProgressReporter, prediction_table
+    from mister_jax.console import ProgressReporter, output_console, prediction_table
     from mister_jax.inference.prediction_files import write_predictions
     from mister_jax.inference.recognizer import is_unusable, summarize_notes
     from mister_jax.inference.recordings import list_recordings
@@ -341,7 +337,7 @@ def _predict_recordings() -> int:
             num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
             if is_single:
                 shown = rows[:_MAX_PRINTED]
-                Console().print(prediction_table([row["text"] for row in shown], shown))
+                output_console().print(prediction_table([row["text"] for row in shown], shown))
                 if len(rows) > len(shown):
                     print(f"and {len(rows) - len(shown)} more utterances, see --output")
             notes = summarize_notes(rows)

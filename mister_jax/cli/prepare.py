@@ -143,14 +143,12 @@ def main() -> None:
 
 def _prepare_recordings(corpus: str) -> None:
     preparation = _preparation(corpus)
-    from rich.console import Console
-
-    from mister_jax.console import corpus_table
+    from mister_jax.console import corpus_table, output_console
     from mister_jax.data.corpus_report import RECORDING_ISSUES
     from mister_jax.data.prepare import prepare_corpus
 
     report = prepare_corpus(preparation)
-    Console().print(corpus_table(report))
+    output_console().print(corpus_table(report))
     kinds = ["missing", *RECORDING_ISSUES]
     if corpus == "synthetic":
         kinds.remove("fast_text")  # The synthetic voice speaks faster than people.
@@ -167,10 +165,8 @@ def _prepare_recordings(corpus: str) -> None:
 
 def _prepare_features(corpus: str) -> None:
     num_dialogues = _num_dialogues()
-    from rich.console import Console
-
     from mister_jax import data
-    from mister_jax.console import comparison_table
+    from mister_jax.console import comparison_table, output_console
     from mister_jax.data.synthetic import DEFAULT_NUM_DIALOGUES
 
     if corpus == "synthetic_features":
@@ -190,7 +186,7 @@ def _prepare_features(corpus: str) -> None:
     name = _NAME.value or corpus
     builder = data.write_features(splits, name, _DATA_DIR.value, overwrite=_OVERWRITE.value)
     summaries = {split: features.summary() for split, features in splits.items()}
-    Console().print(comparison_table(name, summaries))
+    output_console().print(comparison_table(name, summaries))
     _print_notes(next(iter(splits.values())).metadata.get("notes", ()))
     print(f"written to {builder.data_dir}")
 
@@ -205,17 +201,15 @@ def _inspect(name: str) -> None:
 
 
 def _inspect_file(path: str) -> None:
-    from rich.console import Console
-
-    from mister_jax.console import comparison_table
+    from mister_jax.console import comparison_table, output_console
     from mister_jax.data.feature_files import summarize_file
 
     files = _feature_files(path)
     summary = summarize_file(files, seed=_SEED.value, fields=_fields(), labels=_LABELS.value)
-    Console().print(_field_table(summary))
+    output_console().print(_field_table(summary))
     if summary.problem:
         raise InputError(summary.problem)
-    Console().print(comparison_table("splits", summary.splits))
+    output_console().print(comparison_table("splits", summary.splits))
     _print_notes(summary.notes)
 
 

@@ -62,8 +62,7 @@ def main() -> int:
             raise InputError(f"--{flag.name} is needed: {allowed}")
     if _DRY_RUN.value and not _DEVICE.value:
         raise InputError("--device is needed with --dry_run: v5e-8, v5p-8 or h100")
-    from rich.console import Console
-
+    from mister_jax.console import output_console
     from mister_jax.reproduce import estimate, report
     from mister_jax.reproduce.runner import run_stages
     from mister_jax.reproduce.settings import Settings
@@ -88,7 +87,7 @@ def main() -> int:
         fusion_options=tuple(_FUSION_OPTIONS.value),
         num_devices=num_devices,
     )
-    console = Console()
+    console = output_console()
     if _DRY_RUN.value:
         estimates = estimate.estimate(settings, _DEVICE.value)
         for line in report.estimate_lines(settings, estimates, _DEVICE.value):

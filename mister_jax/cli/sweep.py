@@ -73,9 +73,7 @@ def _sweep() -> int:
 
 def _print_result(result: dict[str, Any]) -> None:
     """Prints the best points and the test scores."""
-    from rich.console import Console
-
-    from mister_jax.console import comparison_table
+    from mister_jax.console import comparison_table, output_console
     from mister_jax.evaluation.sweep import Axis, format_score, format_value, short_names
     from mister_jax.metrics import SCORE_NAMES, title
 
@@ -97,7 +95,7 @@ def _print_result(result: dict[str, Any]) -> None:
             rank: f"{point['validation']['ensemble'][ranking]:.3f}"
             for rank, point in points.items()
         }
-    console = Console()
+    console = output_console()
     seeds = result["points"][0]["seeds"]
     heading = f"{result['dataset']}: validation"
     if len(seeds) > 1:

@@ -52,13 +52,11 @@ def _train() -> int:
 
 
 def _evaluate(workdir: str, splits: list[str]) -> None:
-    from rich.console import Console
-
-    from mister_jax.console import score_table
+    from mister_jax.console import output_console, score_table
     from mister_jax.evaluation.results import evaluate
 
     for split in splits:
-        Console().print(score_table(split, evaluate(workdir, split, quiet=True)))
+        output_console().print(score_table(split, evaluate(workdir, split, quiet=True)))
 
 
 main = cluster.distributed(_train, saves_on_sigterm=True)

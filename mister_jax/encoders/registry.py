@@ -30,6 +30,7 @@ from mister_jax.encoders.hub import fetch
 from mister_jax.encoders.tokenization import check_tokenizer
 from mister_jax.errors import InputError
 from mister_jax.io import write_text
+from mister_jax.nn.initialization import create_in_one_program
 from mister_jax.nn.lora import add_lora, dequantize, merge_lora
 from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel import sharding
@@ -164,9 +165,8 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
     """
     architecture = find_architecture(hf_config, CONFIG_FILE)
     _check_dtypes(changes)
-    return architecture.module(
-        architecture.config.from_huggingface(hf_config, **changes), rngs=rngs
-    )
+    config = architecture.config.from_huggingface(hf_config, **changes)
+    return create_in_one_program(lambda rngs: architecture.module(config, rngs=rngs), rngs)
 
 
 def load_pretrained(

@@ -11,6 +11,7 @@ Shape letters: B dialogues, T utterances, D feature size, H context size, F fusi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from mister_jax.models.experts import ContextExpert, CrossModalExpert, apply_con
 from mister_jax.models.gate import Gate
 from mister_jax.nn import ConditionalRandomField, Dropout, PerExampleRngs, initialize_like_torch
 from mister_jax.nn.dropout import KeySource, random_mask
+from mister_jax.nn.initialization import create_in_one_program
 
 
 @jax.tree_util.register_dataclass
@@ -78,29 +80,12 @@ class MisterE(nnx.Module):
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
         self.config = config
-
-        def make_if_enabled(name: str, make_expert):
-            return nnx.data(make_expert() if name in config.experts else None)
-
-        self.speech = make_if_enabled(
-            "speech", lambda: ContextExpert(config.speech_dim, config, rngs=rngs)
-        )
-        self.text = make_if_enabled(
-            "text", lambda: ContextExpert(config.text_dim, config, rngs=rngs)
-        )
-        self.fusion = make_if_enabled("fusion", lambda: CrossModalExpert(config, rngs=rngs))
-        has_gate = config.mixture == "gate" and len(config.experts) > 1
-        self.gate = nnx.data(Gate(config, rngs=rngs) if has_gate else None)
-        self.crf = nnx.data(
-            ConditionalRandomField(
-                config.num_classes, causal=config.causal, param_dtype=jnp.dtype(config.param_dtype)
-            )
-            if config.crf
-            else None
+        parts = create_in_one_program(functools.partial(_create_parts, config), rngs)
+        self.speech, self.text, self.fusion, self.gate, self.crf = (
+            nnx.data(getattr(parts, name, None))
+            for name in ("speech", "text", "fusion", "gate", "crf")
         )
         self.input_dropout = Dropout(config.input_dropout)
-        if config.initialization == "torch":
-            initialize_like_torch(self, rngs=rngs)
 
     def __call__(
         self,
@@ -330,6 +315,26 @@ class MisterE(nnx.Module):
                     f"{name} has shape {value.shape}; allowed: {shape}, from the mask's shape and "
                     "the config"
                 )
+
+
+def _create_parts(config: MisterEConfig, rngs: nnx.Rngs) -> nnx.Dict:
+    """Creates the experts, the gate and the CRF, without those that the config disables."""
+    parts = nnx.Dict()
+    if "speech" in config.experts:
+        parts.speech = ContextExpert(config.speech_dim, config, rngs=rngs)
+    if "text" in config.experts:
+        parts.text = ContextExpert(config.text_dim, config, rngs=rngs)
+    if "fusion" in config.experts:
+        parts.fusion = CrossModalExpert(config, rngs=rngs)
+    if config.mixture == "gate" and len(config.experts) > 1:
+        parts.gate = Gate(config, rngs=rngs)
+    if config.crf:
+        parts.crf = ConditionalRandomField(
+            config.num_classes, causal=config.causal, param_dtype=jnp.dtype(config.param_dtype)
+        )
+    if config.initialization == "torch":
+        initialize_like_torch(parts, rngs=rngs)
+    return parts
 
 
 def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:

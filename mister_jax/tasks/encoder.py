@@ -28,6 +28,7 @@ from mister_jax.encoders import hub, registry
 from mister_jax.errors import InputError
 from mister_jax.models.utterance import UtteranceConfig, UtteranceHead, UtteranceOutput
 from mister_jax.nn import PerExampleRngs
+from mister_jax.nn.initialization import create_in_one_program
 from mister_jax.nn.lora import LoRAConfig, quantize
 from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel.partitioning import JitPartitioner, Partitioner
@@ -283,11 +284,11 @@ class EncoderTask:
         if self.options.quantize:
             quantize(backbone)
 
-        @nnx.jit  # One program is faster than one program per operation.
-        def make_head(key: jax.Array) -> UtteranceHead:
-            return UtteranceHead(backbone.config.hidden_size, self.head, rngs=make_rngs(key))
-
-        return self.make_model(backbone, make_head(key))
+        head = create_in_one_program(
+            lambda rngs: UtteranceHead(backbone.config.hidden_size, self.head, rngs=rngs),
+            make_rngs(key),
+        )
+        return self.make_model(backbone, head)
 
     def init(self, key: jax.Array) -> nnx.Module:
         """Returns the model with initial parameters."""

@@ -35,10 +35,11 @@ from mister_jax.data import import_tensorflow, prefetch_to_device
 from mister_jax.data.batching import is_short_training
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
+from mister_jax.nn.initialization import jit_initialization
 from mister_jax.optim import make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
 from mister_jax.parallel.oom import explain_oom
-from mister_jax.parallel.partitioning import Partitioner, fast_compiler_options
+from mister_jax.parallel.partitioning import Partitioner
 from mister_jax.tasks.base import Task
 from mister_jax.training.curves import plot_training_curves
 from mister_jax.training.metric_writer import MetricWriter
@@ -296,12 +297,8 @@ def _initial_states(
         return state
 
     if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
-        # One program for the whole initialization is faster than one program per parameter. Its run
-        # time is so short that compiler optimizations would cost more time than they save.
-        options = fast_compiler_options(jax.default_backend())
-        if options:
-            options["xla_backend_optimization_level"] = 0
-        make_state = jax.jit(make_state, compiler_options=options)
+        # One program for the whole initialization is faster than one program per parameter.
+        make_state = jit_initialization(make_state)
     states = [
         make_state(jax.random.key(seed), None if start is None else start.for_seed(index))
         for index, seed in enumerate(seeds)

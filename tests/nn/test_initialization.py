@@ -1,7 +1,8 @@
-"""Initial parameters with the distribution of PyTorch's layers."""
+"""Creation of modules in one program, and the distribution of PyTorch's layers."""
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from mister_jax.nn import (
     StackedModules,
     initialize_like_torch,
 )
+from mister_jax.nn.initialization import create_in_one_program
 from mister_jax.nn.rngs import make_rngs
 
 
@@ -74,6 +76,42 @@ def test_the_config_chooses_the_distribution_of_all_layers(initialization):
         expected = math.sqrt(variance / 3 / layer.kernel.shape[0])
         assert np.std(layer.kernel) == pytest.approx(expected, rel=0.1)
         assert (np.std(layer.bias) > 0) == (initialization == "torch")
+
+
+@pytest.mark.parametrize("make", [nnx.Rngs, make_rngs])
+def test_one_program_gives_the_same_parameters_and_counts(make):
+    def create(rngs):
+        return nnx.Dict(
+            linear=nnx.Linear(3, 4, rngs=rngs),
+            convolution=ParallelConvolution(3, 4, (1, 3), rngs=rngs),
+            dropout=nnx.Dropout(0.5, rngs=rngs),
+        )
+
+    key = jax.random.key(1)
+    rngs, expected_rngs = make(key), make(key)
+    created, expected = create_in_one_program(create, rngs), create(expected_rngs)
+    chex.assert_trees_all_close(nnx.state(created, nnx.Param), nnx.state(expected, nnx.Param))
+    # Rounding can differ, keys cannot.
+    assert created.dropout.rngs() == expected.dropout.rngs()
+    assert rngs() == expected_rngs()
+    assert rngs.default.count[...] == expected_rngs.default.count[...]
+
+
+def test_streams_of_rngs_stay_separate():
+    rngs = nnx.Rngs(params=1, default=2)
+    create_in_one_program(lambda rngs: nnx.Dict(linear=nnx.Linear(3, 4, rngs=rngs)), rngs)
+    assert rngs.params.count[...] == 2
+    assert rngs.default.count[...] == 0
+
+
+def test_creating_a_model_compiles_its_operations_as_one_program(caplog):
+    config = MisterEConfig.small(speech_dim=17, text_dim=19)
+    with jax.log_compiles():
+        model = MisterE(config, rngs=nnx.Rngs(0))
+    compiled = [record for record in caplog.records if "Finished XLA comp" in record.message]
+    assert 1 <= len(compiled) <= 4  # The other programs create the key.
+    traced = nnx.jit(lambda: MisterE(config, rngs=nnx.Rngs(0)))()
+    chex.assert_trees_all_close(nnx.state(model), nnx.state(traced), rtol=1e-5)
 
 
 def test_models_of_different_seeds_differ_under_vmap():
