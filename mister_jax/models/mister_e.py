@@ -80,10 +80,9 @@ class MisterE(nnx.Module):
 
     def __init__(self, config: MisterEConfig, *, rngs: nnx.Rngs):
         self.config = config
-        parts = create_in_one_program(functools.partial(_create_parts, config), rngs)
+        parts: Any = create_in_one_program(functools.partial(_create_parts, config), rngs)
         self.speech, self.text, self.fusion, self.gate, self.crf = (
-            nnx.data(getattr(parts, name, None))
-            for name in ("speech", "text", "fusion", "gate", "crf")
+            nnx.data(parts.get(name)) for name in ("speech", "text", "fusion", "gate", "crf")
         )
         self.input_dropout = Dropout(config.input_dropout)
 
@@ -319,7 +318,7 @@ class MisterE(nnx.Module):
 
 def _create_parts(config: MisterEConfig, rngs: nnx.Rngs) -> nnx.Dict:
     """Creates the experts, the gate and the CRF, without those that the config disables."""
-    parts = nnx.Dict()
+    parts: nnx.Dict[Any] = nnx.Dict()
     if "speech" in config.experts:
         parts.speech = ContextExpert(config.speech_dim, config, rngs=rngs)
     if "text" in config.experts:

@@ -35,11 +35,13 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
 
     def run(*args: Any) -> _Result:
         nonlocal compiled
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return function(*args)
         if compiled is None:
             lowered = jax.jit(function).lower(*args)
             options: dict[str, Any] = {}
             if jax.default_backend() == "cpu":
-                num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(lowered.out_info))
+                num_values = sum(leaf.size for leaf in jax.tree.leaves(lowered.out_info))
                 options["xla_cpu_use_fusion_emitters"] = False
                 options["xla_backend_optimization_level"] = int(num_values > _MAX_UNOPTIMIZED)
             compiled = lowered.compile(compiler_options=options)
@@ -62,7 +64,7 @@ def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -
     if any(isinstance(stream.key.get_value(), jax.core.Tracer) for _, stream in rngs.items()):
         return make(rngs)
     rngs_graph, rngs_state = nnx.split(rngs)
-    created_graph = None
+    created_graph: Any = None
 
     def create(rngs_state: Any) -> Any:
         nonlocal created_graph

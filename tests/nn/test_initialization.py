@@ -114,11 +114,19 @@ def test_creating_a_model_compiles_its_operations_as_one_program(caplog):
     chex.assert_trees_all_close(nnx.state(model), nnx.state(traced), rtol=1e-5)
 
 
+def test_modules_can_be_created_without_jit():
+    def create(rngs):
+        return nnx.Dict(linear=nnx.Linear(3, 4, rngs=rngs))
+
+    with jax.disable_jit():
+        created = create_in_one_program(create, nnx.Rngs(0))
+    chex.assert_trees_all_close(nnx.state(created), nnx.state(create(nnx.Rngs(0))))
+
+
 def test_models_of_different_seeds_differ_under_vmap():
     config = MisterEConfig.small(speech_dim=4, text_dim=3)
-    models = nnx.vmap(lambda key: MisterE(config, rngs=make_rngs(key)))(
-        jax.random.split(jax.random.key(0), 2)
-    )
+    create = nnx.jit(nnx.vmap(lambda key: MisterE(config, rngs=make_rngs(key))))
+    models = create(jax.random.split(jax.random.key(0), 2))
     for path, value in jax.tree.leaves_with_path(nnx.state(models, nnx.Param)):
         name = jax.tree_util.keystr(path)
         assert ("norm" in name) == np.allclose(value[0], value[1]), name
