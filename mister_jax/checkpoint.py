@@ -21,6 +21,10 @@ from mister_jax.errors import InputError
 LATEST, BEST = "latest", "best"
 _STATE, _PROGRESS = "state", "progress"
 
+# Seconds after which a write fails. The time includes pauses of the process, for example while
+# Slurm suspends the job or a laptop sleeps, so Orbax's default of 20 minutes is too short.
+_WRITE_TIMEOUT = 7 * 24 * 3600
+
 OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 
 
@@ -178,7 +182,11 @@ class Checkpoints:
             options: dict[str, Any] = {"read_only": True}
             if not self._read_only:
                 max_to_keep = 2 if kind == BEST else 1
-                options = {"max_to_keep": max_to_keep, "cleanup_tmp_directories": True}
+                options = {
+                    "max_to_keep": max_to_keep,
+                    "cleanup_tmp_directories": True,
+                    "async_options": self._ocp.AsyncOptions(timeout_secs=_WRITE_TIMEOUT),
+                }
             self._managers[kind] = self._ocp.CheckpointManager(
                 self._directory / kind, options=self._ocp.CheckpointManagerOptions(**options)
             )

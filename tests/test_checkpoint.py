@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import threading
+import time
 
 import chex
 import numpy as np
@@ -78,3 +80,21 @@ def test_a_checkpoint_of_other_shapes_is_refused(finished_workdir):
     checkpoints = Checkpoints(finished_workdir, read_only=True)
     with checkpoints, pytest.raises(InputError, match="another model"):
         checkpoints.restore(BEST, {"wrong": np.zeros(3)})
+
+
+def test_a_process_may_be_suspended_while_it_saves(tmp_path, monkeypatch):
+    now, pause = time.time, threading.Event()
+    monkeypatch.setattr(time, "time", lambda: now() + 24 * 3600 * pause.is_set())
+
+    class Progress(dict):
+        def items(self):
+            if threading.current_thread() is not threading.main_thread():  # The thread that writes.
+                pause.set()
+            return super().items()
+
+    state, progress = {"kernel": np.arange(3.0)}, Progress(epoch=1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(LATEST, 3, state, progress)
+    assert pause.is_set()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(LATEST, state), (state, {"epoch": 1}))
