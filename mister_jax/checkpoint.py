@@ -21,8 +21,8 @@ from mister_jax.errors import InputError
 LATEST, BEST = "latest", "best"
 _STATE, _PROGRESS = "state", "progress"
 
-# Seconds after which a write fails. The time includes pauses of the process, for example while
-# Slurm suspends the job or a laptop sleeps, so Orbax's default of 20 minutes is too short.
+# Seconds after which a write of a single process fails. The time includes pauses of the process,
+# for example while Slurm suspends the job or a laptop sleeps, so Orbax's 20 minutes are too short.
 _WRITE_TIMEOUT = 7 * 24 * 3600
 
 OnSave = Callable[[str, int, Any, dict[str, Any]], None]
@@ -182,11 +182,12 @@ class Checkpoints:
             options: dict[str, Any] = {"read_only": True}
             if not self._read_only:
                 max_to_keep = 2 if kind == BEST else 1
-                options = {
-                    "max_to_keep": max_to_keep,
-                    "cleanup_tmp_directories": True,
-                    "async_options": self._ocp.AsyncOptions(timeout_secs=_WRITE_TIMEOUT),
-                }
+                options = {"max_to_keep": max_to_keep, "cleanup_tmp_directories": True}
+                if jax.process_count() == 1:
+                    # Waiting for directories that are created in the background has a timeout, too.
+                    options["async_options"] = self._ocp.AsyncOptions(
+                        timeout_secs=_WRITE_TIMEOUT, create_directories_asynchronously=False
+                    )
             self._managers[kind] = self._ocp.CheckpointManager(
                 self._directory / kind, options=self._ocp.CheckpointManagerOptions(**options)
             )

@@ -27,7 +27,7 @@ def output_console() -> Console:
     wider tables. There, tables may have 160 columns, or the number in the variable COLUMNS.
     """
     console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
         console.width = _WIDTH_OF_FILES
     return console
 

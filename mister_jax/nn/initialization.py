@@ -14,12 +14,13 @@ from flax import nnx
 
 from mister_jax.nn.attention import MultiHeadAttention
 from mister_jax.nn.convolution import ParallelConvolution
+from mister_jax.nn.rngs import rngs_at
 
 _Result = TypeVar("_Result")
 
 
-# XLA's code without optimizations initializes more parameters than this in more time than
-# optimizations take.
+# XLA's code without optimizations computes more values than this in more time than optimizations
+# take.
 _MAX_UNOPTIMIZED = 5_000_000
 
 
@@ -29,7 +30,8 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
     On CPU, XLA's optimizations would take more time than they save.
 
     Args:
-      function: Function of arrays. All calls have the same shapes, and none is traced.
+      function: Function of arrays, at least one of which is a `jax.Array`. All calls have arguments
+        of the same shapes, types and devices, and none is traced.
     """
     compiled = None
 
@@ -39,11 +41,13 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
             return function(*args)
         if compiled is None:
             lowered = jax.jit(function).lower(*args)
+            arrays = (leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
             options: dict[str, Any] = {}
-            if jax.default_backend() == "cpu":
+            if all(device.platform == "cpu" for device in next(arrays).devices()):
                 num_values = sum(leaf.size for leaf in jax.tree.leaves(lowered.out_info))
                 options["xla_cpu_use_fusion_emitters"] = False
-                options["xla_backend_optimization_level"] = int(num_values > _MAX_UNOPTIMIZED)
+                if not jax.config.read("jax_disable_most_optimizations"):  # This would be level 0.
+                    options["xla_backend_optimization_level"] = int(num_values > _MAX_UNOPTIMIZED)
             compiled = lowered.compile(compiler_options=options)
         return compiled(*args)
 
@@ -53,27 +57,32 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
 def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -> _Result:
     """Returns `make(rngs)`, whose operations are compiled and run as one program.
 
-    Otherwise, JAX would compile and optimize each operation separately, which takes ten times as
-    long for `MisterE`. Inside a JAX transformation, `make` is called directly.
+    Otherwise, JAX would compile and optimize each operation separately, which takes several times
+    as long for `MisterE`. If the keys of `rngs` are traced, `make(rngs)` is called directly.
 
     Args:
-      make: Function that creates modules: a module or a container of modules.
+      make: Function that creates modules: a module or a container of modules. It uses no traced
+        arrays except the keys, and gets a copy of `rngs`.
       rngs: RNGs for parameter initialization. Their counts increase as if `make` was called
         directly.
     """
-    if any(isinstance(stream.key.get_value(), jax.core.Tracer) for _, stream in rngs.items()):
+    streams = dict(rngs.items())
+    keys = {name: stream.key.get_value() for name, stream in streams.items()}
+    if any(isinstance(key, jax.core.Tracer) for key in keys.values()):
         return make(rngs)
-    rngs_graph, rngs_state = nnx.split(rngs)
+    counts = {name: np.asarray(stream.count.get_value()) for name, stream in streams.items()}
     created_graph: Any = None
 
-    def create(rngs_state: Any) -> Any:
+    def create(keys: dict[str, jax.Array]) -> Any:
         nonlocal created_graph
-        rngs = nnx.merge(rngs_graph, rngs_state)
-        created_graph, state = nnx.split(make(rngs))
-        return state, nnx.state(rngs)
+        rngs_in_program = rngs_at(keys, counts)
+        created_graph, state = nnx.split(make(rngs_in_program))
+        return state, {name: stream.count.get_value() for name, stream in rngs_in_program.items()}
 
-    state, rngs_state = jit_initialization(create)(rngs_state)
-    nnx.update(rngs, rngs_state)
+    state, new_counts = jit_initialization(create)(keys)
+    for name, stream in streams.items():
+        is_jax = isinstance(stream.count.get_value(), jax.Array)
+        stream.count.set_value(new_counts[name] if is_jax else np.asarray(new_counts[name]))
     return nnx.merge(created_graph, state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,20 @@ def make_rngs(key: jax.Array | int) -> nnx.Rngs:
     Args:
       key: Typed key or seed.
     """
-    rngs: Any = nnx.Rngs(key)
-    rngs.default = _RngStream(rngs["default"].key.get_value(), tag="default")
+    typed_key = nnx.Rngs(key)["default"].key.get_value()
+    return rngs_at({"default": typed_key}, {"default": np.zeros(typed_key.shape, np.uint32)})
+
+
+def rngs_at(keys: Mapping[str, jax.Array], counts: Mapping[str, Any]) -> nnx.Rngs:
+    """Returns RNGs like those of `make_rngs`, with several streams that have returned some keys.
+
+    Args:
+      keys: Key of each stream.
+      counts: Number of keys that each stream has returned already, as a NumPy array.
+    """
+    rngs: Any = nnx.Rngs()
+    for name, key in keys.items():
+        stream = _RngStream(key, tag=name)
+        stream.count.set_raw_value(counts[name])
+        setattr(rngs, name, stream)
     return rngs

@@ -97,6 +97,17 @@ def test_one_program_gives_the_same_parameters_and_counts(make):
     assert rngs.default.count[...] == expected_rngs.default.count[...]
 
 
+def test_modules_can_be_created_under_vmap():
+    def create(rngs):
+        return create_in_one_program(lambda rngs: nnx.Dict(a=nnx.Linear(3, 4, rngs=rngs)), rngs)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    models = nnx.vmap(lambda key: create(nnx.Rngs(key)))(keys)
+    for index, key in enumerate(keys):
+        model = jax.tree.map(lambda value, index=index: value[index], nnx.state(models))
+        chex.assert_trees_all_close(model, nnx.state(create(nnx.Rngs(key))), rtol=1e-6)
+
+
 def test_streams_of_rngs_stay_separate():
     rngs = nnx.Rngs(params=1, default=2)
     create_in_one_program(lambda rngs: nnx.Dict(linear=nnx.Linear(3, 4, rngs=rngs)), rngs)
