@@ -18,7 +18,6 @@ from mister_jax.nn.rngs import rngs_at
 
 _Result = TypeVar("_Result")
 
-
 # XLA's code without optimizations computes more values than this in more time than optimizations
 # take.
 _MAX_UNOPTIMIZED = 5_000_000
@@ -30,8 +29,8 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
     On CPU, XLA's optimizations would take more time than they save.
 
     Args:
-      function: Function of arrays, at least one of which is a `jax.Array`. All calls have arguments
-        of the same shapes, types and devices, and none is traced.
+      function: Function of arrays, at least one of which is a `jax.Array`. The arguments of all
+        calls have the same shapes, types and devices, and are not traced.
     """
     compiled = None
 
