@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, unfinished or from another model."""
+"""Checkpoints that are damaged, unfinished or from another model, and suspended writes."""
 
 import itertools
 import logging
