@@ -82,7 +82,7 @@ def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Progra
     programs = _Programs(
         task,
         partitioner.mesh,
-        partitioner.compile_eval(predict, fast_compile=True),
+        partitioner.compile_eval(predict),
         partitioner.compile_eval(predict_step),
         # This is False for encoders, which would stay in memory.
         is_shared=task.shares_steps_with(task),

@@ -224,7 +224,7 @@ def _compiled_steps(
     )
     steps = CompiledSteps(
         first.partitioner.compile_step(vmap(train_step), fast_compile=is_short),
-        first.partitioner.compile_eval(vmap(eval_step), fast_compile=True),
+        first.partitioner.compile_eval(vmap(eval_step)),
         functools.partial(_evaluation_tree, template),
     )
     if shared is not None:
