@@ -1,6 +1,6 @@
 """Audio inserted into prompts, compared with lists joined in Python."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -13,12 +13,12 @@ AUDIO_LENGTHS = np.array([4, 1, 5])
 
 def splice(prompt, mask):
     """Returns the sequences as numbers, their mask and the mask of the audio."""
-    sequence, *masks = splice_audio(
-        jnp.asarray(prompt, jnp.float32)[..., None],
-        jnp.asarray(mask),
-        jnp.asarray(prompt) == PLACEHOLDER,
-        jnp.asarray(AUDIO, jnp.float32)[..., None],
-        jnp.asarray(AUDIO_LENGTHS),
+    sequence, *masks = jax.jit(splice_audio)(
+        np.asarray(prompt, np.float32)[..., None],
+        mask,
+        prompt == PLACEHOLDER,
+        np.asarray(AUDIO, np.float32)[..., None],
+        AUDIO_LENGTHS,
     )
     return (np.asarray(sequence)[..., 0], *map(np.asarray, masks))
 

@@ -1,5 +1,6 @@
 """Classification checkpoints: heads, padding and errors, without PyTorch."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,15 +15,16 @@ def test_head_of_bert_is_applied_to_the_first_token(bert_folder, tmp_path):
     assert classifier.class_names == ("joy", "anger", "sadness")
     tokens = np.array([[2, 5, 3, 0]])
     mask = tokens > 0
-    first = np.asarray(classifier.module(tokens, mask))[:, 0]
+    first = np.asarray(jax.jit(classifier.module)(tokens, mask))[:, 0]
     pooled = np.tanh(
         first @ tensors["bert.pooler.dense.weight"].T + tensors["bert.pooler.dense.bias"]
     )
     expected = pooled @ tensors["classifier.weight"].T + tensors["classifier.bias"]
-    np.testing.assert_allclose(classifier.logits(tokens, mask), expected, atol=1e-5)
+    logits = jax.jit(classifier.logits)
+    np.testing.assert_allclose(logits(tokens, mask), expected, atol=1e-5)
     on_left = np.array([[0, 0, 2, 5, 3]])
-    np.testing.assert_allclose(classifier.logits(on_left, on_left > 0), expected, atol=1e-5)
-    probabilities = classifier.probabilities(tokens, mask)
+    np.testing.assert_allclose(logits(on_left, on_left > 0), expected, atol=1e-5)
+    probabilities = np.asarray(jax.jit(classifier.probabilities)(tokens, mask))
     np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-6)
 
 
@@ -32,8 +34,8 @@ def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
     )
     classifier = load_classifier(folder)
     tokens = np.array([[2, 5, 3]])
-    logits = np.asarray(classifier.logits(tokens, tokens > 0))
-    probabilities = classifier.probabilities(tokens, tokens > 0)
+    logits = np.asarray(jax.jit(classifier.logits)(tokens, tokens > 0))
+    probabilities = jax.jit(classifier.probabilities)(tokens, tokens > 0)
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 

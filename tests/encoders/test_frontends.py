@@ -1,5 +1,6 @@
 """Front ends compared with transformers and Kaldi, and their treatment of padding."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,14 +62,14 @@ def test_mel_filters_equal_transformers():
 @pytest.mark.parametrize("num_frames", [44, 46, 99])
 def test_num_frames_does_not_change_the_first_frames_of_log_mel(num_frames):
     waveform, lengths = pad_clips([clip(6600), clip(10)], 6600)
-    full = frontends.log_mel(waveform, lengths, window_frames=100)
+    full = np.asarray(frontends.log_mel(waveform, lengths, window_frames=100))
     first_frames = frontends.log_mel(waveform, lengths, window_frames=100, num_frames=num_frames)
     np.testing.assert_allclose(first_frames, full[:, :num_frames], atol=1e-6)
 
 
 def test_padding_of_log_mel_holds_silence():
     waveform, lengths = pad_clips([clip(1600), DEGENERATE_CLIPS["empty"]], 3200)
-    mel = frontends.log_mel(waveform, lengths, window_frames=100)
+    mel = np.asarray(frontends.log_mel(waveform, lengths, window_frames=100))
     np.testing.assert_array_equal(frontends.log_mel_lengths(lengths), [10, 0])
     np.testing.assert_allclose(mel[0, 12:], mel[0].min(), atol=1e-6)
     np.testing.assert_allclose(mel[1], -1.5)
@@ -80,7 +81,7 @@ def test_degenerate_clips_have_finite_outputs(kind, samples):
     for values in (
         frontends.log_mel(waveform, lengths, window_frames=100),
         frontends.normalize(waveform, lengths),
-        frontends.kaldi_fbank(jnp.nan_to_num(waveform)),
+        frontends.kaldi_fbank(np.nan_to_num(waveform)),
     ):
         assert np.isfinite(values).all()
 
@@ -102,7 +103,7 @@ def test_fbank_frames_depend_only_on_their_own_samples():
     waveform, lengths = pad_clips([samples], 5000)
     count = int(frontends.kaldi_fbank_lengths(lengths)[0])
     assert count == (3000 - 400) // 160 + 1
-    full = frontends.kaldi_fbank(waveform)
+    full = np.asarray(frontends.kaldi_fbank(waveform))
     np.testing.assert_allclose(full[:, :count], frontends.kaldi_fbank(samples[None]), atol=1e-5)
     assert not np.isfinite(full[:, count]).all()
 
@@ -133,9 +134,9 @@ def test_normalized_clips_have_zero_mean_and_unit_variance():
 @pytest.mark.parametrize("frontend", [frontends.log_mel, frontends.normalize])
 def test_batch_and_padding_do_not_change_a_clip(frontend):
     samples = clip(2777)
-    single = frontend(*pad_clips([samples], 2777))[0]
+    single = np.asarray(frontend(*pad_clips([samples], 2777)))[0]
     waveform, lengths = pad_clips([clip(4000, seed=1), samples, DEGENERATE_CLIPS["empty"]], 4321)
-    batched = frontend(waveform, lengths)[1]
+    batched = np.asarray(frontend(waveform, lengths))[1]
     size = min(len(single), len(batched))
     np.testing.assert_allclose(batched[:size], single[:size], atol=1e-5)
 
@@ -143,7 +144,8 @@ def test_batch_and_padding_do_not_change_a_clip(frontend):
 @pytest.mark.parametrize(("size", "step"), [(400, 160), (320, 160), (7, 3), (2, 5)])
 def test_split_frames_equals_slicing(size, step):
     samples = np.arange(1000.0)
-    frames = frontends.split_frames(samples[None], size, step, 9)
+    split = jax.jit(lambda samples: frontends.split_frames(samples, size, step, 9))
+    frames = np.asarray(split(samples[None]))
     assert frames.shape == (1, 9, size)
     long = np.pad(samples, (0, 2000))
     for index in range(9):

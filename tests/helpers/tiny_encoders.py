@@ -12,6 +12,7 @@ from mister_jax.convert.safetensors import save_tensors
 from mister_jax.encoders import beats, hf_config, registry, salmonn
 from mister_jax.encoders.bert import Bert, BertConfig
 from mister_jax.encoders.salmonn import Salmonn, SalmonnConfig
+from mister_jax.nn.initialization import create_in_one_program
 from mister_jax.nn.lora import LoRAConfig
 from tests.helpers.tiny_datasets import EMOTION_WORDS, NEUTRAL_WORDS
 
@@ -134,7 +135,7 @@ def save_bert(folder):
         num_heads=4,
         num_positions=20,
     )
-    module = Bert(config, rngs=nnx.Rngs(0))
+    module = create_in_one_program(lambda rngs: Bert(config, rngs=rngs), nnx.Rngs(0))
     registry.save_pretrained(module, config.to_huggingface(), folder, tokenizer)
 
 
@@ -165,7 +166,7 @@ def save_salmonn(folder, llama_folder):
     configs = {**SALMONN_CONFIGS, "vicuna": hf_config.read_config(llama_folder)}
     lora = LoRAConfig(rank=2, alpha=8.0, targets=("query", "value"))
     config = SalmonnConfig.from_parts(configs, lora=lora)
-    module = Salmonn(config, rngs=nnx.Rngs(0))
+    module = create_in_one_program(lambda rngs: Salmonn(config, rngs=rngs), nnx.Rngs(0))
     registry.save_pretrained(module.whisper, configs["whisper"], folder / "whisper")
     beats_table = beats.key_table(config.beats)
     save_tensors(folder / "beats", save_params(module.beats, beats_table, prefix=salmonn.PREFIX))

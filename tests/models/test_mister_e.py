@@ -1,6 +1,7 @@
 """MiSTER-E: masks, missing modalities, mixtures, dropout and configs."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from typing import get_args
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import softmax
 
 from mister_jax import MisterE, MisterEConfig, losses
 from mister_jax.models import EXPERTS, Gate
@@ -219,18 +221,14 @@ def test_crf_changes_the_mixture_but_not_the_expert_logits(tiny_config, make_bat
     initial, _ = output_and_losses(model, batch)
     mask = batch["mask"]
     np.testing.assert_allclose(
-        jax.nn.softmax(initial.logits)[mask], jax.nn.softmax(expected.logits)[mask], atol=1e-6
+        softmax(initial.logits, -1)[mask], softmax(expected.logits, -1)[mask], atol=1e-6
     )
     # With an identity transition, all utterances of a dialogue have the same emotion.
-    model.crf.transition[...] = 1e4 * jnp.eye(tiny_config.num_classes)
+    model.crf.transition.set_value(1e4 * np.eye(tiny_config.num_classes, dtype=np.float32))
     constant, _ = output_and_losses(model, batch)
     np.testing.assert_array_equal(constant.expert_logits, expected.expert_logits)
-    for logits, summed, valid in zip(
-        constant.logits,
-        jnp.where(mask[..., None], expected.logits, 0).sum(1),
-        mask,
-        strict=True,
-    ):
+    sums = np.where(mask[..., None], expected.logits, 0).sum(1)
+    for logits, summed, valid in zip(np.asarray(constant.logits), sums, mask, strict=True):
         assert (logits[valid].argmax(-1) == summed.argmax()).all()
 
 
@@ -260,47 +258,49 @@ def test_majority_counts_votes_and_the_fusion_expert_decides_ties(
     model = make_model(tiny_config, mixture="majority", **SHALLOW)
     for expert, vote in zip((model.speech, model.text, model.fusion), votes, strict=True):
         classifier = expert.classifier
-        classifier.kernel.set_value(jnp.zeros_like(classifier.kernel[...]))
-        classifier.bias.set_value(10.0 * jax.nn.one_hot(vote, tiny_config.num_classes))
+        classifier.kernel.set_value(np.zeros(classifier.kernel.shape, np.float32))
+        classifier.bias.set_value(10 * np.eye(tiny_config.num_classes, dtype=np.float32)[vote])
     output, _ = output_and_losses(model, dialogues(make_batch)[0])
     assert int(output.logits[0, step].argmax()) == winner
 
 
 def test_higher_temperature_makes_gate_weights_more_even(tiny_config):
-    logits = jax.random.normal(jax.random.key(0), (1, 4, 3, tiny_config.num_classes))
-    present = jnp.array([[[True, True, True]] * 3 + [[True, False, True]]])
-    cold, hot = (
-        Gate(dataclasses.replace(tiny_config, gate_temperature=temperature), rngs=nnx.Rngs(0))(
-            logits, present
-        )
-        for temperature in (0.05, 100.0)
-    )
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(1, 4, 3, tiny_config.num_classes)).astype(np.float32)
+    present = np.array([[[True, True, True]] * 3 + [[True, False, True]]])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gate_weights(temperature):
+        config = dataclasses.replace(tiny_config, gate_temperature=temperature)
+        return Gate(config, rngs=nnx.Rngs(0))(logits, present)
+
     even = present / present.sum(-1, keepdims=True)
-    np.testing.assert_allclose(hot, even, atol=0.02)
-    assert jnp.abs(cold - even).max() > 0.1
+    np.testing.assert_allclose(gate_weights(100.0), even, atol=0.02)
+    assert np.abs(gate_weights(0.05) - even).max() > 0.1
 
 
 def test_gate_that_reads_contexts_distinguishes_equal_logits(tiny_config):
-    gates = {
-        reads_contexts: Gate(
-            dataclasses.replace(tiny_config, gate_reads_contexts=reads_contexts), rngs=nnx.Rngs(0)
-        )
-        for reads_contexts in (False, True)
-    }
-    logits = jnp.zeros((1, 2, 3, tiny_config.num_classes))
-    present = jnp.array([[[True, True, True], [True, False, True]]])
-    shape = (1, 2, tiny_config.context_dim)
-    speech, *texts = jax.random.normal(jax.random.key(0), (3, *shape))
-    weights = {
-        reads_contexts: [gate(logits, present, speech, text) for text in texts]
-        for reads_contexts, gate in gates.items()
-    }
-    np.testing.assert_array_equal(*weights[False])
-    first, second = weights[True]
-    assert jnp.abs(first - second)[0, 0].max() > 0.01
+    logits = np.zeros((1, 2, 3, tiny_config.num_classes), np.float32)
+    present = np.array([[[True, True, True], [True, False, True]]])
+    random = np.random.default_rng(0)
+    contexts = random.normal(size=(3, 1, 2, tiny_config.context_dim)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnames="reads_contexts")
+    def gate_weights(*contexts, reads_contexts):
+        config = dataclasses.replace(tiny_config, gate_reads_contexts=reads_contexts)
+        return Gate(config, rngs=nnx.Rngs(0))(logits, present, *contexts)
+
+    speech, *texts = contexts
+    without, with_contexts = (
+        [np.asarray(gate_weights(speech, text, reads_contexts=reads)) for text in texts]
+        for reads in (False, True)
+    )
+    np.testing.assert_array_equal(*without)
+    first, second = with_contexts
+    assert np.abs(first - second)[0, 0].max() > 0.01
     np.testing.assert_array_equal(first[0, 1], second[0, 1])  # its text is missing
     with pytest.raises(ValueError, match="needs both contexts"):
-        gates[True](logits, present, speech)
+        gate_weights(speech, reads_contexts=True)
 
 
 def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, make_batch):
@@ -317,9 +317,13 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(tiny_config, ma
 
 def test_modality_dropout_hides_each_modality_independently_at_its_rate():
     random = np.random.default_rng(0)
-    speech, text = jnp.asarray(random.random((2, 40, 200)) < 0.8)
-    for rngs in (PerExampleRngs.from_batch_key(jax.random.key(0), 40), nnx.Rngs(dropout=0)):
-        kept_speech, kept_text = drop_modalities(speech, text, 0.3, rngs)
+    speech, text = random.random((2, 40, 200)) < 0.8
+    for make_rngs in (
+        lambda: PerExampleRngs.from_batch_key(jax.random.key(0), 40),
+        lambda: nnx.Rngs(dropout=0),
+    ):
+        drop = jax.jit(lambda make=make_rngs: drop_modalities(speech, text, 0.3, make()))
+        kept_speech, kept_text = map(np.asarray, drop())
         for kept, present in ((kept_speech, speech), (kept_text, text)):
             assert not (kept & ~present).any()
             assert abs((present & ~kept).sum() / present.sum() - 0.3) < 0.03
@@ -334,7 +338,7 @@ def test_modality_dropout_is_applied_in_training_only(tiny_config, make_batch):
     assert not output.speech_present.all()
     assert not output.text_present.all()
     arguments = (batch["speech"], batch["text"], batch["mask"])
-    assert model(*arguments).speech_present.all()
+    assert jax.jit(model)(*arguments).speech_present.all()
     with pytest.raises(ValueError, match="modality dropout needs rngs"):
         model(*arguments, deterministic=False)
 
@@ -428,7 +432,7 @@ def test_model_works_in_flax_linen(tiny_config, make_batch):
     arguments = (batch["speech"], batch["text"], batch["mask"])
     config = dataclasses.replace(tiny_config, **SHALLOW)
     linen = nnx.bridge.ToLinen(MisterE, args=(config,))
-    variables = linen.init(jax.random.key(0), *arguments)
+    variables = jax.jit(linen.init)(jax.random.key(0), *arguments)
     model = make_model(config)
     nnx.update(model, nnx.State(variables["params"]))
-    assert_close(linen.apply(variables, *arguments), model(*arguments))
+    assert_close(jax.jit(linen.apply)(variables, *arguments), jax.jit(model)(*arguments))

@@ -13,16 +13,17 @@ MASK = np.arange(7) < np.array([[7], [2], [4]])
 
 
 def convolution_and_input(kernel_sizes=SIZES):
-    convolution = ParallelConvolution(3, 4, kernel_sizes, rngs=nnx.Rngs(0))
+    convolution = nnx.jit(lambda: ParallelConvolution(3, 4, kernel_sizes, rngs=nnx.Rngs(0)))()
     random = np.random.default_rng(0)
     for bias in convolution.biases:
-        bias.set_value(jnp.asarray(random.normal(size=4), jnp.float32))
+        bias.set_value(random.normal(size=4).astype(np.float32))
     return convolution, random.normal(size=(*MASK.shape, 3)).astype(np.float32)
 
 
 def test_output_is_the_sum_of_one_convolution_per_size():
     convolution, x = convolution_and_input()
 
+    @jax.jit
     def branch(kernel, bias):
         convolved = jax.lax.conv_general_dilated(
             jnp.where(MASK[..., None], x, 0),
@@ -35,22 +36,23 @@ def test_output_is_the_sum_of_one_convolution_per_size():
 
     branches = zip(convolution.kernels, convolution.biases, strict=True)
     expected = sum(branch(kernel[...], bias[...]) for kernel, bias in branches)
-    np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(convolution)(x, MASK), expected, atol=1e-5)
 
 
 def test_padding_does_not_change_valid_steps():
     convolution, x = convolution_and_input()
     longer = np.full((3, 28, 3), np.nan, np.float32)
     longer[:, :7] = np.where(MASK[..., None], x, np.inf)
-    outputs = convolution(longer, np.pad(MASK, ((0, 0), (0, 21))))[:, :7]
-    np.testing.assert_allclose(outputs[MASK], convolution(x, MASK)[MASK], atol=1e-6)
+    run = jax.jit(convolution)
+    outputs = np.asarray(run(longer, np.pad(MASK, ((0, 0), (0, 21)))))[:, :7]
+    np.testing.assert_allclose(outputs[MASK], np.asarray(run(x, MASK))[MASK], atol=1e-6)
 
 
 def test_a_dialogue_may_be_shorter_than_the_kernel():
     convolution, x = convolution_and_input((5,))
-    outputs = convolution(x[:, :1], MASK[:, :1])
-    kernel, bias = convolution.kernels[0][...], convolution.biases[0][...]
-    np.testing.assert_allclose(outputs, jax.nn.relu(x[:, :1] @ kernel[:, 2] + bias), atol=1e-6)
+    outputs = jax.jit(convolution)(x[:, :1], MASK[:, :1])
+    kernel, bias = np.asarray(convolution.kernels[0]), np.asarray(convolution.biases[0])
+    np.testing.assert_allclose(outputs, np.maximum(x[:, :1] @ kernel[:, 2] + bias, 0), atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel_sizes", [(), (2,), (1, 0), (-1,)])
@@ -71,7 +73,7 @@ def test_equals_pytorch():
         reference.bias.data = torch.tensor(np.asarray(bias[...]))
         masked = torch.tensor(np.where(MASK[..., None], x, 0)).transpose(1, 2)
         expected = expected + torch.relu(reference(masked)).transpose(1, 2).detach().numpy()
-    np.testing.assert_allclose(convolution(x, MASK), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(convolution)(x, MASK), expected, atol=1e-5)
 
 
 def test_causal_convolutions_cover_the_last_steps():

@@ -44,14 +44,14 @@ def test_marginals_equal_enumeration_of_all_label_sequences(length):
     module, (logits, mask) = crf(), dialogues([length])
     transition = np.asarray(module.transition[...], np.float64)
     expected = enumerate_marginals(logits[0].astype(np.float64), transition)
-    marginals = module(logits, mask)
+    marginals = jax.jit(module)(logits, mask)
     assert marginals.dtype == jnp.float32
     np.testing.assert_allclose(np.exp(marginals[0]), expected, atol=1e-6)
 
 
 def test_initial_marginals_are_the_softmax_of_the_logits():
     logits, mask = dialogues([5, 3])
-    marginals = ConditionalRandomField(CLASSES)(logits, mask)
+    marginals = jax.jit(ConditionalRandomField(CLASSES))(logits, mask)
     expected = jax.nn.log_softmax(logits)
     np.testing.assert_allclose(marginals[mask], expected[mask], atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_a_masked_utterance_still_takes_a_transition_step():
     transition = np.asarray(module.transition[...], np.float64)
     masked = np.where(mask[..., None], logits, 0)[0].astype(np.float64)
     np.testing.assert_allclose(
-        np.exp(module(logits, mask)[0]), enumerate_marginals(masked, transition), atol=1e-6
+        np.exp(jax.jit(module)(logits, mask)[0]), enumerate_marginals(masked, transition), atol=1e-6
     )
 
 
@@ -116,7 +116,7 @@ def test_marginals_of_a_causal_crf_depend_on_the_utterances_so_far():
         enumerate_marginals(logits[0, :stop].astype(np.float64), transition)[-1]
         for stop in range(1, 7)
     ]
-    np.testing.assert_allclose(np.exp(causal(logits, mask)[0]), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(jax.jit(causal)(logits, mask)[0]), expected, atol=1e-6)
     with pytest.raises(ValueError, match="steps need a causal CRF"):
         module.initial_state(1)
 
@@ -125,4 +125,5 @@ def test_a_causal_crf_runs_on_several_devices():
     module, (logits, mask) = ConditionalRandomField(CLASSES, causal=True), dialogues([4, 2])
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(module, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    np.testing.assert_allclose(jax.jit(sharded)(logits, mask), module(logits, mask), atol=1e-6)
+    expected = jax.jit(module)(logits, mask)
+    np.testing.assert_allclose(jax.jit(sharded)(logits, mask), expected, atol=1e-6)

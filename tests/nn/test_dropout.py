@@ -1,5 +1,7 @@
 """Dropout and its per-example keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,11 @@ ONES = jnp.ones((6, 50, 8))
 
 def drop(x, rngs, rate=0.25):
     return Dropout(rate)(x, deterministic=False, rngs=rngs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_bits(shape, key):
+    return random_bits(key, shape)
 
 
 @pytest.mark.parametrize("rngs", [PerExampleRngs.from_batch_key(KEY, 6), nnx.Rngs(dropout=0)])
@@ -72,7 +79,7 @@ def test_rates_out_of_range_raise(rate):
 
 def test_bits_are_balanced_and_uncorrelated_with_their_neighbors():
     keys = jax.random.split(KEY, 64)
-    bits = np.asarray(random_bits(keys, (64, 64, 32)))
+    bits = np.asarray(compiled_bits((64, 64, 32), keys))
     ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # 32 bits each
     deviation = 0.5 / np.sqrt(bits.size)
     assert abs(ones.mean((0, 1, 2)) - 0.5).max() < 5 * deviation
@@ -89,7 +96,7 @@ def test_masks_of_different_draws_examples_and_layers_are_uncorrelated():
     rngs = PerExampleRngs.from_batch_key(KEY, 4)
     keys = [rngs.dropout() for _ in range(4)]
     keys += [PerExampleRngs(fold_in(keys[0], layer)).dropout() for layer in range(4)]
-    bits = np.stack([random_bits(key, (4, 64, 64)) for key in keys]).reshape(32, -1)
+    bits = np.stack([compiled_bits((4, 64, 64), key) for key in keys]).reshape(32, -1)
     for threshold in (0.1, 0.5):
         dropped = bits < threshold * 2**32
         correlation = np.corrcoef(dropped) - np.eye(32)
@@ -98,17 +105,19 @@ def test_masks_of_different_draws_examples_and_layers_are_uncorrelated():
 
 def test_padding_does_not_change_the_bits_of_a_sequence():
     keys = jax.random.split(KEY, 2)
-    np.testing.assert_array_equal(random_bits(keys, (2, 9, 4))[:, :5], random_bits(keys, (2, 5, 4)))
+    longer, shorter = (np.asarray(compiled_bits((2, time, 4), keys)) for time in (9, 5))
+    np.testing.assert_array_equal(longer[:, :5], shorter)
 
 
 def test_a_single_key_gives_different_bits_to_each_row():
-    bits = random_bits(KEY, (3, 5, 4))
+    bits = np.asarray(compiled_bits((3, 5, 4), KEY))
     assert len(np.unique(bits)) == bits.size
-    np.testing.assert_array_equal(bits.reshape(-1), random_bits(KEY, (60,)))
+    np.testing.assert_array_equal(bits.reshape(-1), compiled_bits((60,), KEY))
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
 def test_the_dropped_fraction_is_close_to_the_rate(rate):
     ones = jnp.ones((4, 500, 500))
-    dropped = np.asarray(drop(ones, PerExampleRngs.from_batch_key(KEY, 4), rate) == 0)
+    keep = jax.jit(lambda x: drop(x, PerExampleRngs.from_batch_key(KEY, 4), rate))
+    dropped = np.asarray(keep(ones)) == 0
     assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)

@@ -16,13 +16,14 @@ def sequences(seed=0):
     return np.random.default_rng(seed).normal(size=(*MASK.shape, 3)).astype(np.float32)
 
 
+@nnx.jit
 def pooling():
     return AttentiveStatisticsPooling(3, 4, rngs=nnx.Rngs(0))
 
 
 def test_mean_is_over_valid_positions():
     x = sequences()
-    means = masked_mean(x, MASK)
+    means = jax.jit(masked_mean)(x, MASK)
     for row in range(3):
         np.testing.assert_allclose(means[row], x[row, MASK[row]].mean(0), atol=1e-6)
     assert not means[3].any()
@@ -35,7 +36,7 @@ def test_mean_of_bfloat16_is_computed_in_float32():
 
 def test_attentive_statistics_equal_their_formula():
     module, x = pooling(), sequences()
-    pooled = module(x, MASK)
+    pooled = jax.jit(module)(x, MASK)
     kernel, bias, score = (
         np.asarray(value[...], np.float64)
         for value in (module.hidden.kernel, module.hidden.bias, module.score.kernel)
@@ -51,15 +52,16 @@ def test_attentive_statistics_equal_their_formula():
 
 
 def test_deviation_has_a_lower_bound():
-    pooled = pooling()(sequences(), MASK)
+    pooled = jax.jit(pooling())(sequences(), MASK)
     np.testing.assert_allclose(pooled[2:, 3:], FLOOR, rtol=1e-6)
     np.testing.assert_array_equal(pooled[3, :3], 0)
 
 
 def test_deviation_of_large_values_does_not_cancel():
     x = sequences() + 1000
-    deviation = pooling()(x, MASK)[:2, 3:]
-    near = pooling()(x - 1000, MASK)[:2, 3:]
+    pool = jax.jit(pooling())
+    deviation = pool(x, MASK)[:2, 3:]
+    near = pool(x - 1000, MASK)[:2, 3:]
     assert np.isfinite(deviation).all()
     assert (deviation > 10 * FLOOR).all() == (near > 10 * FLOOR).all()
 
@@ -71,11 +73,18 @@ def test_padding_does_not_change_pooled_values_or_gradients(pool, garbage):
     dirty = np.full((4, 24, 3), garbage, np.float32)
     dirty[:, :6] = np.where(MASK[..., None], x, garbage)
     longer = np.pad(MASK, ((0, 0), (0, 18)))
-    np.testing.assert_allclose(pool(dirty, longer), pool(x, MASK), atol=1e-6)
 
-    def gradient(x, mask):
-        return jax.grad(lambda x: jnp.sin(pool(x, mask)).sum())(x)
+    @jax.jit
+    def values_and_gradient(x, mask):
+        def total(x):
+            pooled = pool(x, mask)
+            return jnp.sin(pooled).sum(), pooled
 
-    padded = gradient(jnp.asarray(dirty), longer)
-    np.testing.assert_allclose(padded[:, :6], gradient(jnp.asarray(x), MASK), atol=1e-6)
+        gradient, values = jax.grad(total, has_aux=True)(x)
+        return values, gradient
+
+    padded_values, padded = values_and_gradient(dirty, longer)
+    values, gradient = values_and_gradient(x, MASK)
+    np.testing.assert_allclose(padded_values, values, atol=1e-6)
+    np.testing.assert_allclose(padded[:, :6], gradient, atol=1e-6)
     assert not padded[:, 6:].any()
