@@ -196,9 +196,10 @@ def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     """Computes the gradient of this device's representations without a sum over devices.
 
     Each representation contributes to the loss as an anchor and as a candidate for other anchors.
-    Automatic differentiation would compute the gradient as a candidate on the devices of the other
-    anchors, and then sum [M, F] gradients over all devices. Because similarities are symmetric,
-    each device can compute this gradient from every anchor's log-sum and number of positives.
+    Automatic differentiation would compute the second contribution's gradient on the devices that
+    hold the anchors, and then sum gradients of all M representations, [M, F], over all devices.
+    Because similarities are symmetric, each device can compute the gradient of its own
+    representations from every anchor's log-sum and number of positives.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)

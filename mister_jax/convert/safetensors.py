@@ -147,8 +147,8 @@ def save_tensors(
 ) -> None:
     """Saves tensors in the Hugging Face layout, with one tensor in memory at a time.
 
-    Each file is written atomically, and the index is written last. Weights of an earlier save are
-    removed.
+    Each file is written atomically, and the index is written last. Weights from an earlier save
+    are removed.
 
     Args:
       directory: Output folder; created if missing.
@@ -190,7 +190,7 @@ def save_tensors(
             }
             write_atomically(directory / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
             files.append(INDEX_FILE)
-        # Remove all other weight files, because readers might load weights of an earlier save.
+        # Remove all other weight files, because readers might load weights from an earlier save.
         for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
             for path in directory.glob(pattern):
                 if path.name not in files:

@@ -63,9 +63,6 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
         gain = _mix_gain(layout) if is_float else 1.0
         for frame in itertools.chain(group, [None]):
             for out in resampler.resample(frame):
-                # When flushed, a resampler without remaining samples returns None.
-                if out is None:
-                    continue
                 samples = out.to_ndarray()[0]
                 if is_float:
                     samples = samples * gain

@@ -81,7 +81,7 @@ class AudioReader:
         # Maps each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one for the mean
         # of the channels.
         self._powers: dict[int, np.ndarray] = {}
-        self._position = 0  # index of the frame that is being decoded
+        self._position = 0  # index of the first sample of the next frame
         check_readable(self._source, self._name)
         self._header = wav.read_header(self._source)
         self._container: Any = None
@@ -297,8 +297,8 @@ class AudioReader:
             and not stream.disposition & av.stream.Disposition.attached_pic
             for stream in self._container.streams
         )
-        # The start time of a single stream may differ from the time of the stream's first frame by
-        # an encoder's padding.
+        # If the file has no other stream, the first frame defines the start: the start time may
+        # differ from it by the codec's priming samples.
         if has_other_streams and self._container.start_time is not None:
             return max(0.0, self._container.start_time / av.time_base)
         return None

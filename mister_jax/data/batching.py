@@ -76,7 +76,7 @@ def length_buckets(
 
     Each item is padded to the smallest boundary that is not below its length. Dynamic programming
     over the distinct lengths finds the exact minimum. Positions in the empty rows that fill up
-    batches also count.
+    batches count as padding, too.
 
     Args:
         lengths: Length of each item, [M] int, at least 1.

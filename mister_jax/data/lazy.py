@@ -1,8 +1,8 @@
 """Packages for datasets, imported on first use.
 
 All modules in `mister_jax.data` import `tf` and `tfds` from here, so most modules can be imported
-without them. TensorFlow takes seconds to import, so `tfds` does not import it before it writes a
-dataset. This module configures TensorFlow to log little and to leave accelerator memory to JAX.
+without them. Importing TensorFlow takes seconds, so `tfds` defers the import until a dataset is
+written. This module configures TensorFlow to log little and to leave accelerator memory to JAX.
 """
 
 import contextlib

@@ -60,8 +60,9 @@ class WavHeader:
         """Whether `pcm_blocks` can read the samples.
 
         False for files that FFmpeg should read: files with 8-bit samples, which are unsigned, and
-        files with more than two channels, whose layout only FFmpeg knows. However, if containers
-        have padding bytes, which FFmpeg would misread, any number of channels is allowed.
+        files with more than two channels, whose layout only FFmpeg knows. True for any number of
+        channels if samples are stored with padding bytes (such as 24 bits in 4 bytes), which FFmpeg
+        would misread.
         """
         has_padding_bytes = (self.valid_bits + 7) // 8 < self.container_bytes
         return (

@@ -39,7 +39,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """Computes `mister_jax.nn.dot_product_attention` with the fastest implementation.
 
-    Without dropout, there are special implementations for CPUs and for long inputs on TPUs.
+    In inference, there is a special implementation for CPUs, and without dropout, there is one for
+    long inputs on TPUs.
 
     Args:
       query: Queries, [B, T, K, head_dim].

@@ -126,7 +126,7 @@ class BertConfig(hf_config.EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
-        """Reads a config.json with model type "bert", "roberta" or "xlm-roberta", with `changes`.
+        """Reads a `config.json` with model type "bert", "roberta" or "xlm-roberta".
 
         Raises:
           InputError: A field is missing, or its value is not supported.

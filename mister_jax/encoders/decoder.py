@@ -166,7 +166,7 @@ class DecoderConfig(hf_config.EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
-        """Reads a config.json with model type "llama" or "qwen2", with `changes`.
+        """Reads a `config.json` with model type "llama" or "qwen2"; `changes` replace its values.
 
         Missing fields have the defaults of transformers.
 

@@ -37,7 +37,7 @@ class DistilBertConfig(BertConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> DistilBertConfig:
-        """Reads a config.json with model type "distilbert", with `changes`.
+        """Reads a `config.json` with model type "distilbert"; `changes` replace its values.
 
         Sinusoidal position embeddings need no option, because checkpoints contain them.
 

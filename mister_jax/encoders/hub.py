@@ -74,6 +74,7 @@ def pinned_name(name_or_folder: str | os.PathLike[str]) -> str:
     """Returns the absolute path of a folder or file, or a name on the Hub with its commit.
 
     A name with a commit always refers to the same files, even if the model on the Hub is updated.
+    "minilm", whose weights are an installed package, has no commit.
     """
     path = pathlib.Path(name_or_folder)
     if path.exists():

@@ -239,7 +239,7 @@ def _spectral_features(frames: jax.Array) -> tuple[dict[str, jax.Array], jax.Arr
     hann = np.hanning(frontends.FRAME_SIZE + 1)[:-1].astype(np.float32)
     spectrum = jnp.fft.rfft(frames * hann)  # [B, F, 201]
     power = spectrum.real**2 + spectrum.imag**2
-    # The constant is far below the power of any sounding frame. It only keeps the features of
+    # The constant is far below the power of any sounding frame. It keeps the features of
     # silent frames finite.
     power = power + 1e-8
     shares = power / power.sum(-1, keepdims=True)

@@ -187,7 +187,7 @@ class WavLMConfig(hf_config.EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WavLMConfig:
-        """Reads a `config.json` with model type "wav2vec2", "hubert" or "wavlm", with `changes`.
+        """Reads a `config.json` with model type "wav2vec2", "hubert" or "wavlm".
 
         Missing fields have the defaults of transformers. `do_normalize`, which `read_config` adds
         from the feature extractor, defaults to the value of the published models.
@@ -243,7 +243,7 @@ class MaskedChannelNorm(nnx.Module):
 
 
 class WaveformEncoder(nnx.Module):
-    """Convolutions over the waveform, each followed by an optional norm and GELU."""
+    """Convolutions over the waveform, each followed by an optional norm and then GELU."""
 
     def __init__(self, config: WavLMConfig, *, rngs: nnx.Rngs):
         options = dtypes(config)

@@ -134,7 +134,7 @@ class WhisperConfig(EncoderConfig):
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
-        """Reads the encoder's fields in a `config.json` with model type "whisper", with `changes`.
+        """Reads the encoder's fields in a `config.json` with model type "whisper".
 
         Missing fields have the defaults of transformers.
 

@@ -304,7 +304,7 @@ def _dialogues(
 def write_comparison(
     comparison: Comparison, results: Sequence[Mapping[str, Any]], output: epath.PathLike
 ) -> None:
-    """Writes `FILES`: all results, the utterances whose predictions differ, and a picture.
+    """Writes `FILES`: all results, the utterances whose predictions differ, and a plot.
 
     Args:
       comparison: Predictions of the runs.

@@ -39,9 +39,9 @@ def missing_modality_lines(
     """Groups the points of a missing-modality study by the dropped modalities.
 
     Returns:
-      Lists of points by "speech", "text" and "both". A point contains the share of utterances that
-      lost the modality, and the mean and standard deviation of weighted F1. Points are sorted by
-      share.
+      Points for each kind of dropped modality: "speech", "text" and "both". A point contains the
+      share of utterances that lost the modality, and the mean and standard deviation of weighted
+      F1. Points are sorted by share, and kinds without points are left out.
     """
     lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
     for point in study["points"]:

@@ -82,6 +82,7 @@ def extract_features(
             compiled_shapes=compiled_shapes,
         )
         features = dict(zip(utterances.utterance_ids.tolist(), encoded, strict=True))
+        del utterances
         splits[split] = _dialogue_features(source, split, encoder.modality, features)
     # Partial results may be deleted only after all processes have read them.
     multihost_utils.sync_global_devices("extracted")
@@ -198,8 +199,8 @@ def merge_features(
       The merged dataset's TFDS builder in process 0, None in other processes.
 
     Raises:
-      InputError: The datasets have different utterances or labels, or one of them lacks the
-        requested modality.
+      InputError: The datasets have different splits, utterances or labels, one of them lacks the
+        requested modality, or the output exists or cannot be written.
     """
     names = {name: sorted(data.split_names(name, data_dir)) for name in (speech, text)}
     if names[speech] != names[text]:

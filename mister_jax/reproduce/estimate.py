@@ -280,7 +280,7 @@ def _recipe(encoder: Encoder, modality: str) -> ConfigDict:
 
 
 def _transformer(config: Any, positions: tuple[float, float], training: str) -> Part:
-    """Makes a part from any config with the sizes of a transformer."""
+    """Returns the `Part` for the transformer that a config describes."""
     hidden = config.hidden_size
     if isinstance(config, DecoderConfig):
         attention = 2 * hidden * config.head_dim * (config.num_heads + config.num_key_value_heads)

@@ -65,7 +65,8 @@ class TextEncoderTask(EncoderTask):
         """Loads the utterances with text; see `Task.features`.
 
         Raises:
-          InputError: The dataset does not exist, or its classes differ from the model's.
+          InputError: The dataset or the split does not exist, or its classes differ from the
+            model's.
         """
         name = self._data.name if name is None else name
         encode = functools.partial(self.encode, where=f"dataset {name}, split {split}")

@@ -19,7 +19,7 @@ _ERRORS = {LOSS: "cross_entropy", MAE: "mae"}
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Options for the length of a training run, logging and checkpoints.
+    """Options for the length of training, the choice of the epoch, logging and checkpoints.
 
     Attributes:
       epochs: Number of passes over the training split.
@@ -120,7 +120,7 @@ class TrainProgress:
         active = self.active_seeds(options.patience)
         self.epoch += 1
         # If scores are equal, which happens on small validation splits, the later epoch wins,
-        # because its parameters had more updates and a lower learning rate.
+        # because its parameters had more updates.
         is_first = np.array(self.best_epochs) == 0
         improved = active & (is_first | (scores >= self.best_scores))
         self.best_scores = np.where(improved, scores, self.best_scores).tolist()

@@ -347,7 +347,7 @@ class TrainingRun:
 
     @property
     def is_epoch_complete(self) -> bool:
-        """Whether all steps of the epoch are complete, but the epoch has not been validated."""
+        """Whether all steps of the current epoch are complete; its validation comes next."""
         return self.step_in_epoch == self.plan.train_split.steps
 
     def write(self, scalars: Mapping[str, float]) -> None:

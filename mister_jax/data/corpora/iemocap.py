@@ -1,4 +1,4 @@
-"""Reads IEMOCAP: dialogues between two of ten actors, with six or four emotions.
+"""Reads IEMOCAP: two-person dialogues by ten actors, labeled with six or four emotions.
 
 See doi 10.1007/s10579-008-9076-6.
 """

@@ -57,7 +57,7 @@ def open_split_folder(folder: pathlib.Path) -> DialogueFields:
     If the folder contains `label_vocab.pkl`, that file determines the order of the classes.
 
     Raises:
-        InputError: The folder contains no such files, or the files cannot be used.
+        InputError: The folder has no JSON file for the training split, or a file cannot be used.
     """
     files = split_files(folder)
     if "train" not in files:

@@ -149,7 +149,12 @@ def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite:
 def _sample_dialogue(
     process: SpokenDialogueProcess, seed: int, split: str, index: int
 ) -> tuple[tuple[np.ndarray, ...], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draws a dialogue: its input for `reference_scores`, and its manifest and truth rows."""
+    """Draws a dialogue.
+
+    Returns:
+        The dialogue's arrays for `reference_scores`, its rows in the manifest, and its rows in
+        `truth.jsonl`.
+    """
     generator = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     length = int(generator.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True))
     label, uninformative, speech_present, text_present = process.sample_labels_and_flags(

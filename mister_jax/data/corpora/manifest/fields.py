@@ -68,7 +68,7 @@ class Fields:
         raise InputError(f"{self.location}: {' '.join(f'{field}: {message}'.split())}")
 
     def text(self, field: str) -> str | None:
-        """Returns a text without surrounding white space, or None if the field is absent."""
+        """Returns a text without surrounding white space, or None if it is absent or empty."""
         value = self.values.get(field)
         if value is None:
             return None
@@ -79,14 +79,14 @@ class Fields:
         return value.strip() or None
 
     def line(self, field: str) -> str | None:
-        """Returns a single line of text, or None if the field is absent."""
+        """Returns a single line of text, or None if the text is absent or empty."""
         value = self.text(field)
         if value is not None and len(value.splitlines()) != 1:
             self.fail(field, f"{value!r}; allowed: one line")
         return value
 
     def audio_path(self) -> str | None:
-        """Returns the path in `audio`, or None if the field is absent."""
+        """Returns the path in `audio`, or None if the path is absent or empty."""
         return self.line("audio")
 
     def id(self, field: str) -> str:
