@@ -39,6 +39,8 @@ SLOWEST = (
     "test_commands",
     "test_encoder",
     "test_feature_dataset",
+    "test_reproduce",
+    "test_runs",
 )
 
 
