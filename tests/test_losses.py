@@ -123,14 +123,12 @@ ALL_LOSSES = pytest.mark.parametrize(
     "loss", [focal_loss, contrastive_loss, agreement_loss, gate_loss]
 )
 FLOATS = ("gate", "expert_logits", "representations")
+WEIGHTS = losses.LossWeights(gate=0.5)
 
 
 def run(loss, batch, **options):
     """Computes a loss of a batch in one compiled program."""
     return float(jax.jit(functools.partial(loss, **options))(batch))
-
-
-WEIGHTS = losses.LossWeights(gate=0.5)
 
 
 @functools.partial(jax.jit, static_argnums=0)

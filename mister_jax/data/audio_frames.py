@@ -78,7 +78,7 @@ def _mix_gain(layout: str) -> np.float32:
     ones = av.AudioFrame.from_ndarray(np.ones((1, channels), np.float32), "flt", layout)
     ones.sample_rate = SAMPLE_RATE
     resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-    (mixed,) = (out for out in resampler.resample(ones) if out is not None)
+    (mixed,) = resampler.resample(ones)
     return np.float32(1 / max(1.0, float(mixed.to_ndarray()[0, 0])))
 
 

@@ -81,7 +81,8 @@ class AudioReader:
         # Maps each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one for the mean
         # of the channels.
         self._powers: dict[int, np.ndarray] = {}
-        self._position = 0  # index of the first sample of the next frame
+        # Start of the latest frame, or the end of the last frame, in samples at `SAMPLE_RATE`.
+        self._position = 0
         check_readable(self._source, self._name)
         self._header = wav.read_header(self._source)
         self._container: Any = None

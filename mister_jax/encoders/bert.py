@@ -128,6 +128,8 @@ class BertConfig(hf_config.EncoderConfig):
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> BertConfig:
         """Reads a `config.json` with model type "bert", "roberta" or "xlm-roberta".
 
+        `changes` replace values of the config.
+
         Raises:
           InputError: A field is missing, or its value is not supported.
         """

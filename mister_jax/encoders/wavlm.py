@@ -190,7 +190,8 @@ class WavLMConfig(hf_config.EncoderConfig):
         """Reads a `config.json` with model type "wav2vec2", "hubert" or "wavlm".
 
         Missing fields have the defaults of transformers. `do_normalize`, which `read_config` adds
-        from the feature extractor, defaults to the value of the published models.
+        from the feature extractor, defaults to the value of the published models. `changes` replace
+        values of the config.
 
         Raises:
           InputError: The value of a field is not supported.

@@ -136,7 +136,7 @@ class WhisperConfig(EncoderConfig):
     def from_huggingface(cls, config: Mapping[str, Any], **changes: Any) -> WhisperConfig:
         """Reads the encoder's fields in a `config.json` with model type "whisper".
 
-        Missing fields have the defaults of transformers.
+        Missing fields have the defaults of transformers. `changes` replace values of the config.
 
         Raises:
           InputError: The value of a field is not supported.

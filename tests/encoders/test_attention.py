@@ -38,6 +38,7 @@ def max_scores(request):
         patch.setattr(attention, "MAX_CPU_SCORES", request.param)
         jax.clear_caches()  # JAX would reuse traces with the previous value.
         yield request.param
+    jax.clear_caches()
 
 
 def test_long_inputs_are_attended_head_by_head(max_scores):

@@ -71,8 +71,8 @@ def run_steps(model, batch):
 
 def assert_equal_in_mask(output, expected, mask):
     def check(value, expected_value):
-        actual, expected = np.asarray(value)[mask], np.asarray(expected_value)[mask]
-        np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+        values = (np.asarray(array)[mask] for array in (value, expected_value))
+        np.testing.assert_allclose(*values, atol=1e-5, rtol=0)
 
     jax.tree.map(check, output, expected)
 

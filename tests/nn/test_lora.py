@@ -122,7 +122,8 @@ def test_output_adds_the_scaled_low_rank_product():
     np.testing.assert_array_equal(jax.jit(layer)(X), base)  # the second matrix starts at zero
     layer.lora_b.set_value(np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32))
     expected = base + 4 * X @ np.asarray(layer.lora_a) @ np.asarray(layer.lora_b)
-    np.testing.assert_allclose(jax.jit(lambda x: layer(x))(X), expected, atol=1e-5)
+    run = jax.jit(lambda x: layer(x))  # `jax.jit(layer)` would reuse the previous parameters.
+    np.testing.assert_allclose(run(X), expected, atol=1e-5)
 
 
 def test_only_target_layers_get_a_path_and_scanned_layers_one_each():

@@ -14,6 +14,7 @@ from mister_jax.parallel.partitioning import (
     JitPartitioner,
     ParallelConfig,
     PmapPartitioner,
+    fast_compiler_options,
     make_partitioner,
 )
 from mister_jax.parallel.sharding import data_mesh, shardings
@@ -54,6 +55,20 @@ def partitioner_of(backend, num_devices):
     if backend == "pmap":
         return PmapPartitioner(devices)
     return JitPartitioner(data_mesh(devices=devices))
+
+
+def test_evaluations_and_some_steps_compile_fast_on_cpus(monkeypatch):
+    options = []
+    partitioner = JitPartitioner(data_mesh())
+    monkeypatch.setattr(jax, "jit", lambda _, **kwargs: options.append(kwargs["compiler_options"]))
+    partitioner.compile_eval(lambda *_: None)
+    for fast_compile in (False, True):
+        partitioner.compile_step(lambda *_: None, fast_compile=fast_compile)
+    fast = {"xla_cpu_use_fusion_emitters": False}  # Tests also disable most optimizations.
+    assert options == [fast, None, fast]
+    assert fast_compiler_options("tpu") == fast_compiler_options("gpu") == {}
+    monkeypatch.setattr(jax.config, "read", lambda name: False)
+    assert fast_compiler_options("cpu") == {**fast, "xla_backend_optimization_level": 1}
 
 
 def run_steps(partitioner, task, optimizer, batch):
