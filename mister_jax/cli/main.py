@@ -18,14 +18,14 @@ SUBCOMMANDS = {
     "prepare": ("train", "Prepare a dataset from a corpus, a manifest or feature files."),
     "extract": ("train", "Extract features from a dataset with an encoder."),
     "train": ("train", "Train MiSTER-E or an encoder with a config."),
-    "evaluate": ("train", "Score a trained work directory on a split and write a report."),
-    "reproduce": ("train", "Run all experiments of the paper on a corpus, from data to table."),
+    "evaluate": ("train", "Score a trained work directory on a split."),
+    "reproduce": ("train", "Reproduce the paper's results on a corpus, with one command."),
     "crossval": ("train", "Train and score one model per speaker, session or other fold."),
     "compare": ("train", "Compare the predictions of two or more runs."),
     "sweep": ("train", "Train a grid of hyperparameters and rank the points by validation."),
     "ablate": ("train", "Compare variants of MiSTER-E."),
     "predict": ("predict", "Predict the emotions of recordings and texts."),
-    "export": ("predict", "Export a fine-tuned encoder for transformers or peft."),
+    "export": ("predict", "Export a model as a folder, or an encoder for transformers or peft."),
     "benchmark": ("train", "Measure speed and memory (from a checkout)."),
 }
 
@@ -46,7 +46,9 @@ def main(subcommand: str | None = None) -> None:
     if subcommand is None:
         subcommand, arguments = _read_subcommand(arguments)
     _set_environment()
-    # Python would otherwise look for garbage before it exits, which takes up to a second.
+    # JAX and TensorFlow create so many long-lived objects that garbage collections at Python's
+    # default thresholds would take up to a second. `gc.freeze` avoids such a collection at exit.
+    gc.set_threshold(20_000, 20, 50)
     atexit.register(gc.freeze)
     try:
         require_extra(SUBCOMMANDS[subcommand][0], f"mister-jax {subcommand}")
@@ -77,7 +79,7 @@ def _fail(message: str) -> None:
 
 
 def _set_environment() -> None:
-    """Configures TensorFlow and, if the home directory is writable, JAX's compilation cache."""
+    """Configures TensorFlow and, if a cache folder can be created, JAX's compilation cache."""
     # Importing TensorFlow without Keras 3 saves 2 s and 100 MB. No Keras model is used.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     with contextlib.suppress(OSError, RuntimeError):

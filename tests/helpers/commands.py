@@ -1,8 +1,8 @@
 """Runs commands as a user types them, in separate processes.
 
 Importing the libraries takes several seconds, but most commands take less than one second. One
-process therefore imports the libraries once and forks a child process for each command. Variables
-that the libraries read when they are imported have the values of the first command.
+process therefore imports the libraries once and forks a child process for each command. Environment
+variables that the libraries read during import have the values of the first command.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ SLOW_IMPORTS = (
     "mister_jax.inference.recognizer",
     "mister_jax.training.loop",
     "mister_jax.cli.app",
+    "tests.helpers.long_lived_imports",
 )
-"""Modules that a process imports before it forks child processes."""
+"""Modules that a process imports, in this order, before it forks child processes."""
 
 
 class CommandResult(NamedTuple):
@@ -116,7 +117,7 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _start_server() -> Any:
-    """Starts the process that forks the commands; it ends with this process."""
+    """Starts the process that forks a child for each command. It ends when this process exits."""
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.commands"],
         cwd=REPOSITORY,
