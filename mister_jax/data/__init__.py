@@ -1,14 +1,15 @@
 """Dialogue datasets, from corpora on disk to batches.
 
 - `corpora` reads corpora and manifests; `corpora.registry` lists the released corpora.
-- `prepare` writes a corpus to a dialogue dataset, and `dialogues` reads dialogue datasets.
+- `prepare` stores a corpus as a dialogue dataset, and `dialogues` reads dialogue datasets.
 - `features` stores and loads utterance vectors, `feature_files` imports and exports them, and
   `synthetic` generates them.
 - `split_guard` keeps training from opening the test split.
-- `batching` plans batches, and `pipeline` turns a split into padded arrays.
+- `batching` plans batches, `padding` makes padded arrays and masks, and `pipeline` yields batches.
 
-Writing a dataset and shuffled batches need TensorFlow, which is imported on first use. Reading a
-dataset does not need it. Outside this package, only `training.metric_writer` uses TensorFlow.
+TensorFlow is imported on first use, which is when a dataset is written or a shuffled batch is made.
+Reading a dataset does not need TensorFlow. Outside this package, only `training.metric_writer` uses
+TensorFlow.
 """
 
 from mister_jax.errors import require_extra

@@ -1,11 +1,13 @@
 """Plans batches: which items share a batch, and the padded length of each batch.
 
 - `BatchPlan` plans epochs of training or evaluation, with few shapes and little padding.
-- `plan_inference_batches` plans a single request. It uses few shapes, so that later requests can
-  reuse compiled programs.
+- `plan_inference_batches` plans the batches of a single request. It uses few shapes, so that later
+  requests can reuse compiled programs.
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
-Plans depend only on lengths. The modules `pipeline` and `utterances` turn plans into arrays.
+An item, such as a dialogue, is a sequence. A batch of B items padded to length T has B * T
+positions. Planning needs the lengths of the items, but not the items. The modules `pipeline` and
+`utterances` turn plans into padded arrays and masks.
 """
 
 import dataclasses
@@ -22,19 +24,20 @@ _INFERENCE_BATCH_SIZE = 8
 _MIN_INFERENCE_LENGTH = 8
 
 # Compile time of a training step, divided by the training time per position and parameter. On two
-# CPU cores with MiSTER-E's default sizes, compiling takes 5 s, and training takes 0.08 ms per
-# position with 0.5 M parameters.
+# CPU cores with the model sizes of configs/fusion.py, compiling takes 5 s, and training takes
+# 0.08 ms per position with 0.5 M parameters.
 _STEP_COMPILE_COST = 3e10
 
 
 def bucket_cost(num_params: int, epochs: int) -> float:
-    """Converts the compile time of a training step to a number of positions per epoch.
+    """Returns how many positions per epoch another padded length must save to pay off.
 
-    Training that many additional positions in each epoch would take as long as the compilation.
+    Each padded length needs a compiled training step, which takes as long to compile as training
+    on this number of positions in every epoch.
 
     Args:
         num_params: Total number of parameters of all models that train together.
-        epochs: Number of times that the batches are computed.
+        epochs: Number of epochs.
     """
     return _STEP_COMPILE_COST / num_params / epochs
 
@@ -47,7 +50,7 @@ def is_short_training(num_params: int, num_positions: int) -> bool:
 
     Args:
         num_params: Total number of parameters of all models that train together.
-        num_positions: Number of positions of all batches until the last epoch, or an upper bound.
+        num_positions: Number of positions in the batches of all epochs, or an upper bound.
     """
     return 0.2 * num_params * num_positions < 0.4 * _STEP_COMPILE_COST
 
@@ -72,7 +75,7 @@ def length_buckets(
     multiple_of: int = 1,
     bucket_cost: float = 0.0,
 ) -> tuple[int, ...]:
-    """Finds the bucket boundaries with the fewest padded positions.
+    """Finds the bucket boundaries that minimize padding.
 
     Each item is padded to the smallest boundary that is not below its length. Dynamic programming
     over the distinct lengths finds the exact minimum. Positions in the empty rows that fill up
@@ -83,14 +86,15 @@ def length_buckets(
         num_buckets: Maximum number of buckets. Fewer buckets are used if more buckets would not
             reduce padding.
         batch_size: Maximum number of items in a batch; see `BatchPlan`.
-        multiple_of: Divisor of the number of rows; see `BatchPlan`.
+        multiple_of: Divisor of the number of rows in a batch; see `BatchPlan`.
         bucket_cost: Number of padded positions that each additional bucket must save.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
 
     Raises:
-        ValueError: There are no lengths, or an argument is below 1.
+        ValueError: There are no lengths, or a length, `num_buckets`, `batch_size` or `multiple_of`
+            is below 1.
     """
     if len(lengths) == 0 or np.min(lengths) < 1:
         raise ValueError(f"{len(lengths)} lengths; needed: one or more, all at least 1")
@@ -128,30 +132,29 @@ def length_buckets(
 class BatchPlan:
     """Plans the batches of each epoch.
 
-    The items of a bucket are spread evenly over as few batches as possible, so the last batch is
-    not small. Empty rows fill up batches with fewer items, so all batches of a bucket have the same
-    shape, and training compiles one program per bucket.
-
-    `multiple_of` only adds empty rows, so training takes the same steps on any number of devices.
+    The items with the same padded length, a bucket, are spread evenly over as few batches as
+    possible, so the last batch is not small. Empty rows fill up batches with fewer items, so all
+    batches of a bucket have the same shape, and training compiles one program per bucket.
 
     Attributes:
         lengths: Length of each item, [M] int.
         batch_size: Maximum number of items in a global batch.
         num_buckets: Maximum number of padded lengths.
         bucket_cost: Number of positions that each additional padded length must save per epoch.
-        multiple_of: Divisor of the number of rows, usually the number of devices. Batches are
-            filled up with empty rows.
-        fitted_to: The buckets are chosen for this value of `multiple_of`. Set it to the number of
-            devices if the grouping of items into batches does not affect the result,
-            for example in evaluation.
+        multiple_of: Divisor of the number of rows, usually the number of devices. It only adds
+            empty rows.
+        fitted_to: Value of `multiple_of` for which the buckets are chosen: the number of devices in
+            evaluation; 1 in training, so that batches contain the same items on any number of
+            devices.
         weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
             items, n items are drawn with replacement. By default, each item is in exactly one
-            batch.
+            batch per epoch.
         compiled: Pairs of row count and padded length that need no compilation. The batches of a
             bucket are filled up to such a pair if this adds at most `bucket_cost` positions.
 
     Raises:
-        ValueError: There are no lengths, or an argument is below 1.
+        ValueError: There are no lengths, or a length, `batch_size`, `num_buckets`, `multiple_of` or
+            `fitted_to` is below 1.
     """
 
     lengths: np.ndarray
@@ -191,7 +194,7 @@ class BatchPlan:
             seed: Seed of the shuffle, at least 0.
             epoch: Index of the epoch, from 0.
             shuffle: Whether to permute the items within each bucket and the order of the batches.
-                If False, all epochs have the same plan, and batches are in order of their length.
+                If False, all epochs have the same plan, and batches are in order of padded length.
         """
         generator = np.random.default_rng([seed, epoch])
         planned = []
@@ -267,17 +270,17 @@ def plan_budgeted_batches(
 ) -> Iterator[PlannedBatch]:
     """Plans batches of bounded size for items that are sorted by length, longest first.
 
-    Each pair of row count and padded length needs a compiled program. The plan uses only as many
-    lengths of `length_steps` as save more computation than their programs cost.
+    Each pair of row count and padded length needs a compiled program. An additional padded length
+    is used only if it saves more computation than its program costs.
 
     Args:
         lengths: Length of each of N >= 1 items, [N] int, descending.
-        budget: Maximum number of positions in a batch on each device, including padding. An item
-            that is longer than the budget gets a separate batch.
+        budget: Maximum number of a batch's positions on each device, including padding. An item
+            that is longer than the budget is alone on its device.
         length_steps: Lengths that items can be padded to, ascending.
         max_length: Maximum length of an item. No item is padded beyond this length.
         num_shards: Divisor of the number of rows in each batch.
-        program_cost: Number of positions that a device computes in the time to compile a program.
+        program_cost: Number of positions that a device computes while one program compiles.
         compiled: Pairs of row count and padded length that need no compilation.
 
     Yields:
@@ -305,9 +308,10 @@ def plan_budgeted_batches(
         padded_length = int(padded_lengths[start])
         num_rows = full_rows(padded_length)
         if start + num_rows > len(lengths):
-            # The remaining items do not fill a batch. They share a batch of a compiled shape if its
-            # empty rows and its padding cost less than a program with fewer rows. The number of
-            # such rows per device is a power of 2, because these shapes are likely to recur.
+            # The remaining items do not fill a batch. If a batch of a compiled shape can hold all
+            # remaining items, and costs no more than a batch with fewer rows and its program, use
+            # the compiled shape. Otherwise, use fewer rows. The number of rows per device is then a
+            # power of 2, because such shapes are likely to recur.
             num_items = int(np.sum(padded_lengths[start:] == padded_length))
             rows_per_shard = 1 << (_ceil_div(num_items, num_shards) - 1).bit_length()
             fewer_rows = min(num_rows, rows_per_shard * num_shards)
@@ -332,12 +336,12 @@ def plan_budgeted_batches(
 def _budgeted_lengths(
     lengths: np.ndarray, compiled: Collection[int], program_cost: float
 ) -> list[int]:
-    """Chooses padded lengths with the fewest positions, including the cost of their programs.
+    """Chooses the padded lengths that minimize the positions plus the cost of the programs.
 
     Args:
         lengths: Length of each item, [N] int.
-        compiled: Lengths whose programs cost nothing.
-        program_cost: Number of positions that take as long as compiling a program.
+        compiled: Lengths whose programs are already compiled.
+        program_cost: Number of positions that can be computed while one program compiles.
 
     Returns:
         Padded lengths in ascending order; the last is at least the maximum of `lengths`.

@@ -11,6 +11,7 @@ from etils import epath
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import StoredUtterance
+from mister_jax.data.padding import pad_clips
 from mister_jax.data.utterances import Batch, Utterances, load_utterances, utterance_batches
 
 LENGTH_STEP = SAMPLE_RATE // 10
@@ -95,19 +96,6 @@ def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
     return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 
-def pad_clips(clips: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads or truncates B clips [S] int16 to a common length.
-
-    Returns:
-        The samples [B, length] int16, padded with zeros on the right, and the clip lengths [B]
-        int32.
-    """
-    waveform = np.zeros((len(clips), length), np.int16)
-    for row, clip in enumerate(clips):
-        waveform[row, : len(clip)] = clip[:length]
-    return waveform, np.array([min(len(clip), length) for clip in clips], np.int32)
-
-
 def clip_batches(
     clips: Utterances,
     plan: BatchPlan,
@@ -128,7 +116,7 @@ def clip_batches(
         An iterator over the dicts that `utterance_batches` returns, with these additional entries:
 
         - `waveform` [B, S] int16, zero in padding
-        - `lengths` [B] int32
+        - `lengths` [B] int32, number of samples in each clip
     """
     crops = []
     for row, clip in enumerate(clips.items):

@@ -14,26 +14,11 @@ import numpy as np
 
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.lazy import tf
-from mister_jax.data.schema import UNLABELED, DialogueFeatures
+from mister_jax.data.padding import BATCH_DTYPES, OPTIONAL_FIELDS, pad_dialogues
+from mister_jax.data.schema import DialogueFeatures
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_BATCH_DTYPES = {
-    "speech": np.float32,
-    "text": np.float32,
-    "mask": np.bool_,
-    "speech_present": np.bool_,
-    "text_present": np.bool_,
-    "label": np.int32,
-    "row": np.int32,
-}
-
-# Arrays that only some datasets have.
-_OPTIONAL = ("score", "ratings")
-
-PADDING = {"label": UNLABELED, "row": -1, "score": np.nan}
-"""Padding values in batches of dialogues; 0 for all other arrays."""
 
 
 def batches(
@@ -51,8 +36,8 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns an iterator over the batches of one or several consecutive epochs.
 
-    Each process gets a contiguous block of rows from each global batch. B and T differ between
-    batches and take the values of `plan.shapes`.
+    The row count of a global batch and its padded length T are one of the pairs in `plan.shapes`.
+    Each process gets a contiguous block of B rows from each global batch.
 
     Args:
         features: Features of the split.
@@ -60,8 +45,8 @@ def batches(
         seed: Seed of the shuffle, combined with `epoch`.
         epoch: Index of the first epoch, from 0.
         start_step: Number of batches to skip in the first epoch. Skipped batches are not computed.
-        num_epochs: Number of epochs. Creating a tf.data pipeline takes as long as many batches, so
-            training uses one pipeline for all epochs.
+        num_epochs: Number of epochs. Creating a tf.data pipeline takes as long as making many
+            batches, so training uses one pipeline for all epochs.
         shuffle: Whether to shuffle; see `BatchPlan.epoch`. Batches that are not shuffled are made
             without tf.data, so that evaluation does not need to import TensorFlow.
         process_index: Index of this process.
@@ -69,7 +54,8 @@ def batches(
         prefetch: Number of shuffled batches to prepare in advance.
 
     Returns:
-        An iterator over dicts with these entries. Padding is zero, false, -1 or NaN; see `PADDING`.
+        An iterator over dicts with these entries. Padding is zero, false, -1 or NaN; see
+        `padding.PADDING`.
 
         - `speech` [B, T, Ds] float32
         - `text` [B, T, Dt] float32
@@ -104,14 +90,16 @@ def batches(
         epochs, step_in_epoch = divmod(int(step), steps_per_epoch)
         global_rows, padded_length = planned_epoch(epoch + epochs)[step_in_epoch]
         rows = np.split(global_rows, process_count)[process_index]
-        return padded_batch(features, rows, padded_length)
+        return pad_dialogues(features, rows, padded_length)
 
     last_step = num_epochs * steps_per_epoch
     if not shuffle:
         return map(make_step, range(start_step, last_step))
 
-    dtypes = dict(_BATCH_DTYPES)
-    dtypes |= {field: np.float32 for field in _OPTIONAL if getattr(features, field) is not None}
+    dtypes = dict(BATCH_DTYPES)
+    dtypes |= {
+        field: np.float32 for field in OPTIONAL_FIELDS if getattr(features, field) is not None
+    }
 
     def make_arrays(step: np.int64) -> list[np.ndarray]:
         batch = make_step(step)
@@ -122,11 +110,11 @@ def batches(
         return dict(zip(dtypes, arrays, strict=True))
 
     dataset = tf.data.Dataset.range(start_step, last_step)
-    # `make_arrays` holds Python's global lock, so parallel calls would not be faster.
+    # `make_arrays` holds Python's global interpreter lock, so parallel calls would not be faster.
     dataset = dataset.map(make_batch).prefetch(prefetch)
     options = tf.data.Options()
-    # There is nothing to tune, and the thread that tunes can delay the deletion of the iterator by
-    # many seconds: it sleeps for longer and longer, up to a minute.
+    # There is nothing to tune, and the tuning thread sleeps for up to a minute at a time, which
+    # would delay the deletion of the iterator.
     options.autotune.enabled = False
     return _DatasetIterator(dataset.with_options(options))
 
@@ -135,12 +123,12 @@ class _DatasetIterator(Iterator[dict[str, np.ndarray]]):
     """Iterates over a tf.data dataset, and stops its threads before Python shuts down.
 
     TensorFlow waits for the threads of an iterator when it deletes the iterator. While Python shuts
-    down, threads can no longer call Python functions, so the process would never end.
+    down, threads can no longer call Python functions, so TensorFlow would wait forever.
     """
 
     def __init__(self, dataset: "tf.data.Dataset"):
         self._iterators = [dataset.as_numpy_iterator()]
-        # Python calls the finalizer when this object is deleted, or before it shuts down.
+        # Python calls the finalizer when this object is deleted, or before Python shuts down.
         weakref.finalize(self, self._iterators.clear)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -167,33 +155,3 @@ def prefetch_to_device(
         if len(on_device) > size:
             yield on_device.popleft()
     yield from on_device
-
-
-def padded_batch(
-    features: DialogueFeatures, rows: np.ndarray, padded_length: int
-) -> dict[str, np.ndarray]:
-    """Makes a padded batch from the dialogues `rows` [B] (-1: empty row). See `batches`."""
-    lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
-    positions = np.arange(padded_length)
-    mask = positions < lengths[:, None]  # [B, T]
-    utterances = (features.offsets[rows][:, None] + positions)[mask]  # rows of the flat arrays
-
-    def pad(values: np.ndarray, field: str) -> np.ndarray:
-        dtype = _BATCH_DTYPES.get(field, np.float32)
-        padding = PADDING.get(field, 0)
-        array: np.ndarray = np.full(mask.shape + values.shape[1:], padding, dtype)
-        array[mask] = values[utterances]
-        return array
-
-    fields = ("speech", "text", "speech_present", "text_present")
-    return {
-        **{field: pad(getattr(features, field), field) for field in fields},
-        "mask": mask,
-        "label": pad(features.label, "label"),
-        "row": rows,
-        **{
-            field: pad(values, field)
-            for field in _OPTIONAL
-            if (values := getattr(features, field)) is not None
-        },
-    }

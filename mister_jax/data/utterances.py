@@ -13,6 +13,7 @@ from etils import epath
 
 from mister_jax.data.batching import BatchPlan
 from mister_jax.data.dialogues import DialogueDataset, StoredUtterance
+from mister_jax.data.padding import pad_tokens
 from mister_jax.data.schema import UNLABELED, fingerprint
 
 Batch = dict[str, np.ndarray]
@@ -94,7 +95,7 @@ def load_utterances(
         InputError: The dataset or split does not exist.
     """
     dataset = DialogueDataset(name, data_dir)
-    # The stored utterances contain all recordings of the split, so they are not kept in memory.
+    # Keep only some fields, because the stored utterances contain all recordings of the split.
     rows = [
         (dialogue.id, turn.id, value, turn.label, turn.score)
         for dialogue in dataset.dialogues(split)
@@ -174,16 +175,6 @@ def load_tokens(
         name, split, data_dir, lambda turn: turn.text if turn.text_present else None
     )
     return dataclasses.replace(utterances, items=tuple(encode(utterances.items)))
-
-
-def pad_tokens(tokens: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads token ids on the right. Returns the ids [B, N] int32 and their mask [B, N] bool."""
-    ids = np.zeros((len(tokens), length), np.int32)
-    mask = np.zeros(ids.shape, bool)
-    for row, values in enumerate(tokens):
-        ids[row, : len(values)] = values
-        mask[row, : len(values)] = True
-    return ids, mask
 
 
 def token_batches(tokens: Utterances, plan: BatchPlan, **options: Any) -> Iterator[Batch]:

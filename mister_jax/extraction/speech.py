@@ -15,6 +15,7 @@ from flax import nnx
 from mister_jax.data import clips
 from mister_jax.data.audio import SAMPLE_RATE
 from mister_jax.data.clips import LENGTH_STEP
+from mister_jax.data.padding import pad_clips
 from mister_jax.data.utterances import Utterances
 from mister_jax.encoders import hub, speech
 from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
@@ -56,10 +57,10 @@ class SpeechInput:
 
     Args:
       max_seconds: Maximum length in seconds of a clip in a batch. Longer clips are truncated.
-      pads_to_max: Whether to pad all clips to `max_seconds`, as encoders with a fixed length need.
+      pads_to_max: Whether to pad clips to `max_seconds`, for encoders with a fixed input length.
       split: Whether to split longer clips into windows of equal length, instead of truncating them.
       program_cost: Number of seconds of audio that a device encodes in the time to compile a
-        program; by default, the value for an encoder of usual size.
+        program; by default, a value for encoders of typical size.
     """
 
     modality, unit, steps_per_unit = "speech", "s of audio", 10
@@ -109,7 +110,7 @@ class SpeechInput:
 
     def batch(self, items: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
         """Returns `waveform` [B, S] int16 and `lengths` [B] int32."""
-        waveform, lengths = clips.pad_clips(list(items), length * LENGTH_STEP)
+        waveform, lengths = pad_clips(list(items), length * LENGTH_STEP)
         return {"waveform": waveform, "lengths": lengths}
 
 
@@ -118,8 +119,8 @@ class PretrainedSpeech(Encoder):
 
     Args:
       name: Folder, or name on the Hugging Face Hub.
-      max_seconds: Maximum length of an utterance in seconds. By default, there is no limit, except
-        the fixed window of Whisper, Qwen2-Audio and SALMONN.
+      max_seconds: Maximum length of an utterance in seconds; by default, the fixed window of
+        Whisper, Qwen2-Audio and SALMONN, and one hour for other encoders.
       windows: Whether an encoder with a fixed window encodes longer utterances in windows of equal
         length. The features of the windows are averaged.
       whisper: Location of SALMONN's Whisper model; see `SpeechFiles`.
@@ -127,7 +128,7 @@ class PretrainedSpeech(Encoder):
       vicuna: Location of SALMONN's Vicuna model.
       trim: Whether Whisper pads clips only to the longest clip in the batch; see `WhisperConfig`.
       prompt: Prompt for a speech LLM; if empty, the LLM's default prompt. The features are the mean
-        over audio positions only.
+        over the positions of the audio, without those of the prompt.
       adapter: Folder of a PEFT adapter to load; none if empty.
       dtype: Dtype of the computation.
       param_dtype: Dtype of the parameters.
@@ -201,7 +202,7 @@ class ProsodyEncoder(Encoder):
     """Computes the features of `encoders.prosody`, which needs no weights.
 
     Args:
-      max_seconds: Maximum length of an utterance in seconds; unlimited by default.
+      max_seconds: Maximum length of an utterance in seconds; one hour by default.
 
     Raises:
       InputError: `max_seconds` is out of range.
@@ -222,8 +223,8 @@ class ProsodyEncoder(Encoder):
             inputs = batch["waveform"], batch["lengths"]
             if not on_one_cpu:
                 return features(inputs)
-            # Overlapping frames are much larger than the samples. Chunks of a few clips fit in a
-            # CPU's cache, which makes encoding 1.5 times as fast.
+            # Overlapping frames take much more memory than the samples. The frames of a few clips
+            # fit in a CPU's cache, which makes encoding 1.5 times as fast.
             rows, samples = batch["waveform"].shape
             max_clips = max(1, _CPU_CHUNK_SAMPLES // samples)
             num_clips = max(count for count in range(1, max_clips + 1) if rows % count == 0)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mister_jax.data.utterances import Utterances, load_tokens, pad_tokens
+from mister_jax.data.padding import pad_tokens
+from mister_jax.data.utterances import Utterances, load_tokens
 from mister_jax.encoders import hf_config, hub, registry
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.extraction.encoder import (
@@ -28,13 +29,13 @@ TOKEN_BUDGET = 4096
 CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the cache
 
 # Number of tokens that a device encodes in the time to compile a program. On two CPU cores, MiniLM
-# encodes 5,000 tokens in this time. The lower value also suits larger models, and programs that are
-# read from the cache.
+# encodes 5,000 tokens in this time. `_CPU_PROGRAM_COST` is lower, to also suit larger models and
+# programs that are read from the compilation cache.
 _PROGRAM_COST = 100_000
 _CPU_PROGRAM_COST = 1000
 
-# Padded lengths in tokens. On a CPU, compiling is cheap, but a padding position takes as long as a
-# token.
+# Padded lengths in tokens. CPUs use more lengths, because compiling is cheap, but padding takes as
+# long to encode as tokens.
 _LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 
@@ -73,7 +74,7 @@ class TextInput:
         return items
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Returns the item unchanged, because longer texts are truncated."""
+        """Returns the item as the only window, because longer texts are truncated earlier."""
         return [item]
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ from mister_jax import extraction
 from mister_jax.data import SAMPLE_RATE, UNLABELED, DialogueFeatures
 from mister_jax.data.adaptation import adapt_or_warn, check_adaptable
 from mister_jax.data.batching import plan_inference_batches
-from mister_jax.data.pipeline import padded_batch
+from mister_jax.data.padding import pad_dialogues
 from mister_jax.data.schema import MODALITIES
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
@@ -32,7 +32,8 @@ from mister_jax.inference.utterance_inputs import NOTE_KINDS, CheckedUtterance, 
 from mister_jax.predictor import check_min_confidence, prediction_rows
 from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 
-# Maximum seconds of speech in memory at a time, which take 38 MB as int16.
+# Decoded speech is collected until it has at least this many seconds, and is then encoded. 1200 s
+# take 38 MB as int16.
 _MAX_GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
@@ -65,9 +66,8 @@ class EmotionRecognizer(ModelHubMixin):
         `data.adaptation.adapt_features`.
 
     Raises:
-      InputError: The MiSTER-E model does not exist or is damaged, no encoders extracted the model's
-        features, an encoder cannot be loaded or has changed, or the model's features cannot be
-        adapted.
+      InputError: The MiSTER-E model does not exist or is damaged, the encoders of its features are
+        unknown, an encoder cannot be loaded or has changed, or the features cannot be adapted.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class EmotionRecognizer(ModelHubMixin):
             elif new_paths[modality]:
                 raise InputError(
                     f"--{modality}_encoder={', '.join(new_paths[modality].values())}: {model} "
-                    f"uses no {modality} encoder; leave it out"
+                    f"uses no {modality} encoder; omit this option"
                 )
         self._warned_of_window = False
         if not self._encoders:
@@ -221,19 +221,10 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int = 0,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts utterances in the context of the dialogues that contain them.
+        """Predicts each utterance of each dialogue; see `predict_dialogues`.
 
-        Args:
-          utterances: Utterances of all dialogues.
-          dialogues: Indices of the utterances in each dialogue. An utterance may be in several
-            dialogues.
-          max_seconds: Maximum number of seconds to read from each utterance's speech.
-          min_confidence: Probability below which predictions are marked as "uncertain".
-          num_workers: Number of processes that decode files.
-          quiet: Whether to hide progress.
-
-        Returns:
-          A dict with the prediction and the notes for each utterance of each dialogue.
+        `dialogues` contains the indices of the utterances in each dialogue. An utterance may be in
+        several dialogues.
         """
         self._check_options(max_seconds, min_confidence)
         if not utterances:
@@ -268,7 +259,7 @@ class EmotionRecognizer(ModelHubMixin):
         features = adapt_or_warn(features, standardizers, self._adapt_features)
         num_shards = self._predictor.partitioner.num_shards
         plan = list(plan_inference_batches(features.lengths, num_shards=num_shards))
-        batches = (padded_batch(features, *planned) for planned in plan)
+        batches = (pad_dialogues(features, *planned) for planned in plan)
         outputs = self._predictor.predict_batches(batches, len(plan), features, quiet=quiet)
         return list(prediction_rows(self.class_names, outputs, min_confidence))
 
@@ -312,7 +303,7 @@ class EmotionRecognizer(ModelHubMixin):
     ) -> RecordingUtterances:
         """Finds the utterances of a recording; see `recordings.find_utterances`.
 
-        By default, speech is recognized only if the model reads text.
+        If the model does not read text, voice activity detection is the default recognizer.
         """
         reads_text = "text" in self._encoders
         if not reads_text and options.get("recognizer") is None:
@@ -398,7 +389,7 @@ class EmotionRecognizer(ModelHubMixin):
 
         Raises:
           InputError: `window`, `max_seconds` or `min_confidence` is out of range, or the recognizer
-          adapts features.
+            adapts features.
         """
         check_seconds(max_seconds)
         check_min_confidence(min_confidence)
@@ -459,8 +450,8 @@ class EmotionRecognizer(ModelHubMixin):
     ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
         """Returns speech features [N, F], presence flags [N], and notes.
 
-        Speech is decoded and encoded in groups of `_MAX_GROUP_SECONDS`, so memory does not grow
-        with the length of a recording.
+        Speech is decoded and encoded in groups of about `_MAX_GROUP_SECONDS`, so memory does not
+        grow with the length of a recording.
         """
         num_utterances = len(utterances)
         features = np.zeros((num_utterances, self._feature_dims["speech"]), np.float32)
@@ -511,8 +502,8 @@ class EmotionRecognizer(ModelHubMixin):
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
-        # Use smaller batches if there are few utterances. The batch sizes are powers of 2, so that
-        # few programs are compiled.
+        # If there are few utterances, use smaller batches. Their budgets are powers of 2, so that
+        # few batch shapes are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
@@ -568,8 +559,8 @@ def _sections(num_utterances: int) -> Iterator[tuple[tuple[int, int], tuple[int,
 
     Models are trained on dialogues of up to about a hundred utterances, and attention over all
     utterances takes quadratic memory. Conversations longer than `MAX_CONTEXT` are therefore
-    predicted in sections. The context of a section also includes `MAX_CONTEXT` / 4 utterances
-    before the section and the same number after it.
+    predicted in sections. A section's context is the section itself and the `MAX_CONTEXT` / 4
+    utterances before and after it.
     """
     if num_utterances <= MAX_CONTEXT:
         yield (0, num_utterances), (0, num_utterances)

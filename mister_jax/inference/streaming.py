@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mister_jax.data import UNLABELED, DialogueFeatures
-from mister_jax.data.pipeline import padded_batch
+from mister_jax.data.padding import pad_dialogues
 from mister_jax.inference.utterance_inputs import Utterance
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 
@@ -23,7 +23,8 @@ class DialogueStream:
     Args:
       predictor: Predictor of a MiSTER-E model.
       encode: Function that returns the features of an utterance and notes on its recording.
-      window: Number of recent utterances that a noncausal model reads again for every utterance.
+      window: Number of utterances, including the new one, that a noncausal model reads for every
+        prediction.
       min_confidence: Probability below which predictions are marked as "uncertain".
 
     Attributes:
@@ -106,6 +107,6 @@ class DialogueStream:
         )
         rows = np.full(self._predictor.partitioner.num_shards, -1, np.int32)
         rows[0] = 0
-        batches = [padded_batch(dialogue, rows, self._window)]
+        batches = [pad_dialogues(dialogue, rows, self._window)]
         predictions = self._predictor.predict_batches(batches, 1, dialogue, quiet=True)
         return {name: values[-1:] for name, values in predictions.items()}

@@ -19,7 +19,7 @@ from mister_jax.config_checks import check_at_least, check_choice, invalid_field
 from mister_jax.data import BatchPlan, DialogueFeatures, batches, load_features
 from mister_jax.data.batching import DEFAULT_NUM_BUCKETS, bucket_cost
 from mister_jax.data.folds import load_fold, load_pooled, split_list
-from mister_jax.data.pipeline import padded_batch
+from mister_jax.data.padding import pad_dialogues
 from mister_jax.data.schema import MODALITIES
 from mister_jax.data.standardizer import AUTO, Standardizer, choose_standardizers
 from mister_jax.errors import InputError
@@ -68,7 +68,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSplit(Split):
-    """Split of a dataset of dialogue features, whose `make_batches` also takes `num_epochs`."""
+    """Split of dialogue features; the function `make_batches` also takes `num_epochs`."""
 
     def batches(
         self, epoch: int = 0, start_step: int = 0, num_epochs: int = 1
@@ -80,7 +80,7 @@ class FeatureSplit(Split):
         """Returns an empty batch with the given shape, without starting the tf.data pipeline."""
         num_rows, length = shape
         rows = np.full(num_rows // jax.process_count(), -1, np.int32)
-        return padded_batch(self.data, rows, length)
+        return pad_dialogues(self.data, rows, length)
 
 
 class FusionTask:
@@ -270,8 +270,8 @@ class FusionTask:
         """Returns dialogues in batches whose number of rows is a multiple of `num_shards`.
 
         If the config does not set the number of length buckets, a bucket is added only if it saves
-        more time over `epochs` epochs than compiling its program takes. For the same reason,
-        batches are filled up to one of the shapes (rows, padded length) in `compiled`.
+        more time over `epochs` epochs than compiling its program takes. To save compilations,
+        batches may be padded to one of the shapes (rows, padded length) in `compiled`.
         """
         num_buckets = self._data.get("num_buckets")
         plan = BatchPlan(
@@ -280,7 +280,8 @@ class FusionTask:
             num_buckets or DEFAULT_NUM_BUCKETS,
             bucket_cost=0 if num_buckets else bucket_cost(self._num_params, epochs),
             multiple_of=num_shards,
-            # Training must have the same number of steps on any number of devices.
+            # In training, plan the buckets for one device, so that the number of steps does not
+            # depend on the number of devices.
             fitted_to=1 if shuffle else num_shards,
             weights=self._sampling_weights(features) if shuffle else None,
             compiled=compiled,
@@ -325,7 +326,7 @@ class FusionTask:
         )
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """Value of each modality that standardization maps to zero: a vector [D] or 0."""
+        """Returns the value of each modality that standardization maps to zero: [D], or 0."""
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0
             for name in MODALITIES
@@ -376,7 +377,7 @@ class FusionTask:
     def loss(
         self, model: MisterE, batch: Batch, key: jax.Array, axis_name: str | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns this device's share of the loss and of the unweighted losses, with dropout."""
+        """Returns this device's share of the loss and of its unweighted terms, with dropout."""
         return mister_e_loss(
             model,
             self._standardize(batch),
@@ -388,7 +389,7 @@ class FusionTask:
         )
 
     def eval_sums(self, model: MisterE, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of the sums over a batch; see `Task.eval_sums`."""
+        """Returns sums over this device's rows of a batch; see `Task.eval_sums`."""
         output = apply_to_batch(model, self._standardize(batch))
         label, mask = batch["label"], batch["mask"]
         sums = classification_sums(output.logits, label, mask, len(self.class_names))
@@ -429,7 +430,10 @@ class FusionTask:
 
 
 def _load_features(data: ConfigDict, split: str) -> DialogueFeatures:
-    """Loads a split of the config's dataset, or of one of its folds if the config has a fold."""
+    """Loads a split of the config's dataset, or of one of its folds if the config has a fold.
+
+    With `validate_on_train`, the training split includes the validation dialogues.
+    """
     data_dir = data.data_dir or None
     if data.get("folds"):
         return load_fold(

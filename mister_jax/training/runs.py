@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from mister_jax import multi_seed
 from mister_jax.checkpoint import Checkpoints
 from mister_jax.data.batching import length_buckets
-from mister_jax.data.pipeline import PADDING
+from mister_jax.data.padding import PADDING
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 from mister_jax.optim import OptimizerConfig, optimizer_with_schedule
@@ -65,7 +65,7 @@ class RunPlan:
       partitioner: Partitioner of the steps.
       train_split: Training split.
       validation_split: Validation split.
-      data_fingerprints: Fingerprints of the splits, in the format of the work directory.
+      data_fingerprints: Fingerprints of the splits, as stored in the work directory.
     """
 
     config: ConfigDict
@@ -167,7 +167,7 @@ class SharedSteps:
         """Returns the arrays that the runs' steps read as constants, stacked over all models."""
         per_run = [
             {
-                # Learning rates after a run's last step are never used.
+                # `resize` repeats the rates of shorter runs, which never use the repeated rates.
                 "learning_rates": np.resize(run.learning_rates, self.num_steps),
                 "task": run.plan.task.constants(),
             }
@@ -235,8 +235,8 @@ def plan_groups(
     families: list[_Family] = []
     for index, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         plan = plan_run(config, workdir)
-        # Processes divide the rows of a batch. Shared shapes would change this division, and the
-        # rows would get other random numbers.
+        # Processes divide the rows of a batch. Shared shapes would change this division, and
+        # with it the random numbers of the rows.
         can_share = families and jax.process_count() == 1
         if not can_share or not families[-1].first.shares_steps_with(plan):
             families.append(_Family(plan))
@@ -260,7 +260,7 @@ def plan_groups(
 
 @dataclasses.dataclass
 class _Family:
-    """Runs with the same steps, and the shapes of their batches."""
+    """Runs that share compiled steps, and the shapes of their batches."""
 
     first: RunPlan
     indices: list[int] = dataclasses.field(default_factory=list)
@@ -289,8 +289,8 @@ def batch_shapes(split: Split) -> list[Shape]:
 def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...]:
     """Returns batch shapes into which the batches of all runs fit.
 
-    There are as many shapes as in the run with the most shapes. The padded lengths minimize the
-    total padding.
+    There are at most as many shapes as in the run with the most shapes. The padded lengths minimize
+    the total padding.
 
     Args:
       shapes_per_run: For each run, the shapes of all batches in an epoch.
@@ -312,7 +312,7 @@ class TrainingRun:
     Attributes:
       plan: Config, work directory and data of the run.
       checkpoints: Checkpoints in the work directory.
-      progress: Progress at the end of the last epoch.
+      progress: Progress at the end of the last complete epoch.
       step: Number of completed steps.
       writer: Metric writer while the run trains.
       pending_metrics: Metrics of the most recent steps that have not been written yet.

@@ -16,9 +16,9 @@ from mister_jax.data.clips import (
     is_audible,
     lengths_in_steps,
     load_clips,
-    pad_clips,
     truncate,
 )
+from mister_jax.data.padding import pad_clips
 from mister_jax.data.utterances import Utterances
 from mister_jax.errors import InputError
 
@@ -28,7 +28,10 @@ MAX_SAMPLES = 6400
 
 @pytest.fixture(scope="module")
 def clips():
-    """Returns clips that count up, so a crop shows its position; one clip has no label."""
+    """Returns clips whose samples are 0, 1, 2, ..., so that a crop shows its position in the clip.
+
+    One clip has no label.
+    """
     label = np.array([0, 1, -1, 1, 0, 1, 0], np.int32)
     return Utterances(
         name="counted",
@@ -120,7 +123,7 @@ def test_audible_clips_of_a_split_are_read_in_order(heard_dir, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda line, *values: warnings.append(line % values))
     clips = load_clips("manifest/heard", "test", heard_dir)
-    # Two of the six dialogues of three turns lose two turns.
+    # There are six dialogues of three turns. Two of the dialogues lose two turns each.
     assert len(clips.items) == len(clips.utterance_ids) == len(clips.label) == 6 * 3 - 4
     assert warnings == [
         "dataset manifest/heard, split test: 18 utterances, of which 2 are silent and 2 have no "

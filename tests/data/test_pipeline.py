@@ -128,21 +128,21 @@ def test_a_plan_for_other_dialogues_or_processes_is_rejected():
         BatchPlan(LENGTHS, 4, multiple_of=0)
 
 
-# Ends while threads of the pipeline prepare the next batches. There are so many batches that they
-# take several seconds even if many threads prepare them.
+# This script ends while threads of the pipeline prepare the next batches. There are so many batches
+# that preparing all of them takes several seconds, even with many threads.
 END_DURING_BATCHES = """
 import time
 
 from mister_jax import data
 from mister_jax.data import pipeline
 
-padded_batch = pipeline.padded_batch
+pad_dialogues = pipeline.pad_dialogues
 
 def slow_batch(*args):
     time.sleep(0.2)
-    return padded_batch(*args)
+    return pad_dialogues(*args)
 
-pipeline.padded_batch = slow_batch
+pipeline.pad_dialogues = slow_batch
 sizes = {"train": 400, "validation": 1, "test": 1}
 features = data.generate_features(num_dialogues=sizes, speech_dim=2, text_dim=2)["train"]
 batches = data.batches(features, data.BatchPlan(features.lengths, 2, 1), seed=0, epoch=0)
@@ -176,14 +176,14 @@ def test_a_pipeline_is_deleted_without_delay():
     plan = BatchPlan(features.lengths, batch_size=4)
     delays = []
     for _ in range(10):
-        # With tf.data's autotuning, a third of such pipelines takes more than 0.1 s.
+        # With autotuning of tf.data, the deletion of a third of such pipelines takes over 0.1 s.
         pipeline = batches(features, plan, seed=0, epoch=0, num_epochs=60 // plan.steps_per_epoch)
         for _ in pipeline:
             time.sleep(0.002)
         start = time.monotonic()
         del pipeline
         delays.append(time.monotonic() - start)
-    # A busy machine may delay one of them.
+    # A busy machine may delay one of the ten deletions.
     assert sorted(delays)[-2] < 0.1, delays
 
 

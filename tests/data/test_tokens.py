@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mister_jax.data.batching import BatchPlan
-from mister_jax.data.utterances import Utterances, load_tokens, pad_tokens, token_batches
+from mister_jax.data.padding import pad_tokens
+from mister_jax.data.utterances import Utterances, load_tokens, token_batches
 from mister_jax.errors import InputError
 
 LENGTHS = (5, 2, 7, 1, 3, 3, 4)

@@ -9,8 +9,9 @@ from absl import logging
 
 from mister_jax import extraction
 from mister_jax.data.audio import SAMPLE_RATE
-from mister_jax.data.clips import LENGTH_STEP, pad_clips
+from mister_jax.data.clips import LENGTH_STEP
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.padding import pad_clips
 from mister_jax.encoders import registry
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
@@ -89,7 +90,7 @@ def test_windows_option_encodes_speech_beyond_fixed_window(whisper_folder):
     window_samples = encoder.input.max_length * LENGTH_STEP
     clip = np.tile(make_clips()[2], 40)[: 2 * window_samples + 1000]
     features, _ = extraction.encode_utterances(encoder, [clip, clip[:5000]])
-    parts = np.array_split(clip, 3)  # of equal length
+    parts = np.array_split(clip, 3)  # of nearly equal length
     part_features, _ = extraction.encode_utterances(encoder, parts)
     weights = [len(part) for part in parts]
     np.testing.assert_allclose(

@@ -10,8 +10,9 @@ from absl import logging
 from mister_jax import data, extraction
 from mister_jax.configs import text_encoder
 from mister_jax.data.audio import SAMPLE_RATE, encode_wav
-from mister_jax.data.clips import load_clips, pad_clips
+from mister_jax.data.clips import load_clips
 from mister_jax.data.dialogues import DialogueDataset
+from mister_jax.data.padding import pad_clips
 from mister_jax.data.prepare import DecodingOptions, PrepareOptions, prepare_corpus
 from mister_jax.encoders import registry
 from mister_jax.encoders.prosody import FEATURE_NAMES, compute_prosody
@@ -162,7 +163,7 @@ def test_merge_joins_modalities_by_utterance(speech_dataset, text_dataset, heard
         np.testing.assert_array_equal(both.label, text.label)
         assert both.metadata["speech"] == speech.metadata["speech"]
         assert both.metadata["text"] == text.metadata["text"]
-    # The inputs may be merged datasets. Only the metadata of the features that are used is kept.
+    # An input may be a merged dataset. Only the metadata of its used features is kept.
     with pytest.raises(InputError, match="exists"):
         extraction.merge_features("both", text_dataset, "both", heard_dir)
     extraction.merge_features(speech_dataset, "both", "both", heard_dir, overwrite=True)

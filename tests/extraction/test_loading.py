@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mister_jax import extraction
-from mister_jax.data.clips import pad_clips
+from mister_jax.data.padding import pad_clips
 from mister_jax.encoders import speech as speech_encoders
 from mister_jax.errors import InputError
 from mister_jax.nn import masked_mean
@@ -76,7 +76,7 @@ def test_salmonn_is_loaded_from_released_files(salmonn_options, tmp_path, monkey
     features, present = extraction.encode_utterances(encoder, make_clips()[:3])
     assert present.all() and np.isfinite(features).all()
     monkeypatch.chdir(tmp_path)
-    # All parts are moved before the encoder is restored.
+    # The encoder is restored from new paths of all its parts.
     new_paths = {part: tmp_path / part for part in ("encoder", *options)}
     for part, path in new_paths.items():
         path.symlink_to(salmonn_options["name" if part == "encoder" else part])
