@@ -41,7 +41,7 @@ def class_weights(
       keeps the scale of the loss.
 
     Raises:
-      InputError: The method is unknown, or the number of weights is wrong.
+      InputError: The method is unknown, or the list is not one positive number per class.
     """
     if method == "none":
         return None
@@ -92,9 +92,9 @@ def sampling_weights(
 ) -> np.ndarray | None:
     """Returns the weights for drawing items, which are dialogues or single utterances.
 
-    With "balanced", the weight of an item is the mean of 1 / (class count) over its utterances. If
-    the items are single utterances, these weights draw all classes equally often. If the items are
-    dialogues, these weights draw dialogues with rare classes more often.
+    With "balanced", an item's weight is the mean of 1 / (class count) over its labeled utterances.
+    If the items are single utterances, these weights draw all classes equally often. If the items
+    are dialogues, these weights draw dialogues with rare classes more often.
 
     Args:
       sampling: "shuffle" or "balanced".
@@ -107,7 +107,7 @@ def sampling_weights(
       Positive weights, [M]; None for "shuffle".
 
     Raises:
-      InputError: The sampling is unknown.
+      InputError: The sampling is unknown, or "balanced" and no utterance has a label.
     """
     if sampling not in get_args(Sampling):
         raise InputError(f"{field}={sampling}; allowed: {', '.join(get_args(Sampling))}")
@@ -118,6 +118,8 @@ def sampling_weights(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sums = np.add.reduceat(values, starts)
     labeled = np.add.reduceat((label >= 0).astype(float), starts)
+    if not labeled.any():
+        raise InputError(f"{field}=balanced needs labels, but no utterance has one")
     means = sums / np.maximum(labeled, 1)
     # A dialogue without labels has no class counts. Give this dialogue the smallest weight of all
     # dialogues with labels.

@@ -1,7 +1,8 @@
 """Description of a training run in its work directory: config, model, data and versions.
 
-A work directory belongs to one experiment: a resumed run must have the same config and data.
-Training writes all its files to the work directory, and the later stages read these files.
+A work directory belongs to one experiment: a resumed run must have the same data and, except for a
+few fields such as the number of epochs, the same config. Training writes all its files to the work
+directory, and the later stages read these files.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
 
 _CONFIG, _MODEL, _DATA, _VERSIONS = "config.json", "model.json", "data.json", "versions.json"
-# Config fields that a resumed run may change. These fields either do not affect the parameters or
-# determine only how long training continues. `check_config` does not allow fewer epochs.
+# Config fields that a resumed run may change: the directory of the datasets, the length of
+# training, logging, saving and parallelism. `check_config` does not allow fewer epochs.
 _MUTABLE_ON_RESUME = (
     "data.data_dir",
     "train.epochs",
@@ -45,7 +46,7 @@ _REQUIRED_FIELDS = (
     "data.batch_size",
     "train.epochs",
 )
-# Config fields that contain paths, in addition to the directory of the datasets.
+# Fields of `encoder.options` that contain paths.
 _ENCODER_PATHS = ("name", "whisper", "beats", "vicuna")
 _PACKAGES = (
     "mister_jax",
@@ -155,10 +156,13 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
     """Reads the model description of a work directory, with the current paths of the encoders.
 
     Raises:
-      InputError: The description is missing or damaged, or its format is older than `FORMAT`.
+      InputError: The description is missing or damaged, or its format is not `FORMAT`.
     """
     description = read_json(epath.Path(workdir) / _MODEL)
-    if description.get("format") != FORMAT:
+    written_format = description.get("format")
+    if isinstance(written_format, int) and written_format > FORMAT:
+        raise InputError(f"{workdir}: written by a newer version of mister_jax; upgrade mister_jax")
+    if written_format != FORMAT:
         raise InputError(
             f"{workdir}: written by an older version of mister_jax; train it again, or use the "
             f"version in its {_VERSIONS}"
@@ -177,7 +181,7 @@ def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
       InputError: The work directory has another config, was created with more epochs than this
-        config has, or was created by an older version of mister_jax.
+        config has, or has another format than `FORMAT`.
     """
     if not config_path(workdir).exists():
         return

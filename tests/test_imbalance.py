@@ -90,7 +90,7 @@ def test_the_focal_losses_use_weights_and_adjusted_logits():
         log_p = log_p[np.arange(len(log_p)), labels[rows]]
         expected = (weights[labels[rows]] * (1 - np.exp(log_p)) ** 2 * -log_p).mean()
         assert parts[name] == pytest.approx(expected, rel=1e-5)
-    # The agreement of the experts does not depend on the classes' frequencies.
+    # The agreement loss uses neither the class weights nor the logit adjustment.
     _, plain = losses.mister_e(output, labels, mask, gamma=2.0)
     assert parts["agreement"] == plain["agreement"]
 
@@ -112,6 +112,8 @@ def test_a_dialogue_weighs_the_mean_of_its_labeled_utterances():
     np.testing.assert_allclose(weights, [1 / 3, (1 / 3 + 1) / 2, 1 / 3])
     with pytest.raises(InputError, match=r"sampling=both; allowed: shuffle, balanced"):
         imbalance.sampling_weights("both", label, np.array([6]), 2, "sampling")
+    with pytest.raises(InputError, match=r"sampling=balanced needs labels"):
+        imbalance.sampling_weights("balanced", np.array([-1, -1]), np.array([2]), 2, "sampling")
 
 
 def test_a_training_uses_the_options_and_selects_by_another_score(tiny_data_dir, tmp_path):

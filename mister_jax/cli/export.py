@@ -11,7 +11,9 @@ from absl import flags
 from mister_jax.cli.app import required_workdir
 from mister_jax.errors import InputError
 
-_MODEL = flags.DEFINE_string("model", None, "work directory of a training run")
+_MODEL = flags.DEFINE_string(
+    "model", None, "work directory of a training run, or an exported folder"
+)
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write")
 _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "write only the LoRA adapter of an encoder, for peft and the same base model"

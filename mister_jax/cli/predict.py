@@ -22,8 +22,8 @@ line on standard output.
 
 The extension of --output determines the format: .jsonl and .csv have one row per utterance. For
 recordings, the formats .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
-.eaf (ELAN) are also supported. The exit status is 1 if a --recording is unusable, or if all
-recordings of utterances are unusable.
+.eaf (ELAN) are also supported. The exit status is 1 if at least one --recording is unusable, or if
+the recordings of all utterances are. It is 2 if the only --recording cannot be read.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _RECORDING = flags.DEFINE_multi_string(
 )
 _TRANSCRIPT = flags.DEFINE_string("transcript", None, "transcript of the --recording")
 _SEARCH = flags.DEFINE_bool(
-    "search_transcript", True, "use a transcript of the same name beside the recording"
+    "search_transcript", True, "use a transcript with the same name next to the recording"
 )
-_TIER = flags.DEFINE_string("tier", None, "tiers of the transcript, separated by commas")
+_TIER = flags.DEFINE_string("tier", None, "tiers of the transcript to read, separated by commas")
 _SPEAKER = flags.DEFINE_string("speaker", None, "read only this speaker in the transcript")
 _RECOGNIZER = flags.DEFINE_string(
     "recognizer", None, "Whisper checkpoint: a size such as small, a Hub name, or a folder"
@@ -72,12 +72,12 @@ _CHANNELS = flags.DEFINE_string(
     "channels", "mix", "channels of --recording: mix, left, right, an index, or split"
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "longest gap in a sentence in seconds", lower_bound=0
+    "join_gap", UtteranceRules.max_gap, "longest silence in a sentence in seconds", lower_bound=0
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
     "utterance_seconds",
     UtteranceRules.max_seconds,
-    "longest joined utterance in seconds",
+    "longest utterance in seconds that joining may create",
     lower_bound=1,
 )
 _EMBED_AUDIO = flags.DEFINE_bool("embed_audio", False, "store the audio in the .html file")
@@ -113,7 +113,7 @@ _MAP_LABELS = flags.DEFINE_multi_string(
     "map_labels", [], "LABEL=EMOTION: emotion of a published model's label; may be repeated"
 )
 _SECONDS = flags.DEFINE_float(
-    "max_seconds", 60, "seconds of each utterance's speech to read", lower_bound=0.1
+    "max_seconds", 60, "maximum seconds of speech to read per utterance", lower_bound=0.1
 )
 _MIN_CONFIDENCE = flags.DEFINE_float(
     "min_confidence",
@@ -128,9 +128,9 @@ _CALIBRATE = flags.DEFINE_bool(
 _ADAPT = flags.DEFINE_bool(
     "adapt_features",
     False,
-    "give standardized features the statistics of the training features, for recordings of another "
-    "kind, such as telephone calls; computed over each --recording, or over all utterances of the "
-    "other inputs",
+    "shift and scale standardized features to the mean and standard deviation of the training "
+    "features, for recordings of another kind, such as telephone calls; the shift and scale are "
+    "computed from each --recording, or from all utterances of the other inputs",
 )
 _WORKERS = flags.DEFINE_integer("num_workers", 0, "processes that decode audio", lower_bound=0)
 
@@ -227,7 +227,7 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 
 
 def _check_flags() -> None:
-    """Checks that every flag that is set has an effect."""
+    """Raises InputError if a flag needs a missing flag or cannot be used with another flag."""
     is_published = bool(_TEXT_MODEL.value or _SPEECH_MODEL.value)
     if is_published and _FOLLOW.value:
         raise InputError("--follow: cannot be used with --text_model or --speech_model")
@@ -245,12 +245,17 @@ def _check_flags() -> None:
         for flag in _RECORDING_FLAGS:
             if flag.present:
                 raise InputError(f"--{flag.name}: needs --recording")
+        for flag in (_SPLIT, _SOURCE, _CONFIG):
+            if flag.present and not _CORPUS.value:
+                raise InputError(f"--{flag.name}: needs --corpus")
+        if _CHANNEL.present and not _AUDIO.value:
+            raise InputError("--audio_channel: needs --audio")
         return
     for flag in _UTTERANCE_FLAGS:
         if flag.present:
             raise InputError(f"--{flag.name}: cannot be used with --recording")
-    if _NO_TEXT.value and (_TRANSCRIPT.value or _RECOGNIZER.value):
-        raise InputError("--no_text: cannot be used with --transcript or --recognizer")
+    if _NO_TEXT.value and (_TRANSCRIPT.value or _RECOGNIZER.value or _LANGUAGE.value):
+        raise InputError("--no_text: cannot be used with --transcript, --recognizer or --language")
     if _EMBED_AUDIO.value and not any(path.endswith(".html") for path in _OUTPUT.value):
         raise InputError("--embed_audio: needs an --output that ends in .html")
 
@@ -351,7 +356,7 @@ def _predict_recordings() -> int:
                 print(f"written to {path}")
     if all_rows:
         for path in outputs[""]:
-            # A timeline has one recording; see `_outputs_by_recording`.
+            # Formats that use `timeline_options` have one recording; see `_outputs_by_recording`.
             write_predictions(path, all_rows, **timeline_options)
             print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
@@ -413,7 +418,7 @@ def _new_paths(values: Sequence[str]) -> dict[str, str] | None:
 
 
 def _read_corpus() -> Corpus:
-    """Reads the utterances that the flags name."""
+    """Reads the utterances that the flags specify."""
     from mister_jax.data.corpora.manifest.reader import read_manifest
 
     sources = {

@@ -73,13 +73,13 @@ def _first(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """A kind of head.
+    """Computation and tensor shapes of a head.
 
     Attributes:
       function: Function of (parameters, hidden states, mask) that returns the logits.
-      shapes: Shapes of the tensors in terms of D, P (size of the projection) and C.
-      sums_normalized: Whether a weighted sum over the layers uses the last layer's states after the
-        encoder's final LayerNorm, if there is one.
+      shapes: Shape of each tensor, one letter per axis: D, C, or P (size of the projection).
+      sums_normalized: Whether a weighted sum over the layers takes the last layer's states after
+        the encoder's final LayerNorm instead of before it.
       options: Fields of the encoder's config that the head needs.
     """
 
@@ -90,7 +90,7 @@ class _Head:
 
 
 def _shapes(**layers: str) -> dict[str, str]:
-    """Returns the weight and bias shapes of layers, given the letters of their (out, in) sizes."""
+    """Returns weight and bias shapes from the letters of each layer's output and input size."""
     shapes: dict[str, str] = {}
     for name, sizes in layers.items():
         path = name.replace("__", ".")
@@ -168,7 +168,7 @@ class Classifier:
         return self._head.function(params, x.astype(jnp.float32), mask)
 
     def probabilities(self, inputs: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns the same probabilities, [B, C], as a transformers pipeline; see `logits`."""
+        """Returns the probabilities, [B, C], as a transformers pipeline does; see `logits`."""
         logits = self.logits(inputs, sizes)
         return jax.nn.sigmoid(logits) if self.multi_label else jax.nn.softmax(logits)
 
@@ -256,9 +256,10 @@ def _class_names(
         raise InputError(f"{os.fspath(folder)}: a regression model; needed: a classifier")
     default = {str(index): f"LABEL_{index}" for index in range(num_classes)}
     names = {str(key): str(value) for key, value in (hf_config.get("id2label") or default).items()}
-    if names.keys() != default.keys() or len(set(names.values())) < num_classes:
+    num_names = len(set(names.values()))
+    if names.keys() != default.keys() or num_names < num_classes:
         raise InputError(
-            f"{os.fspath(folder)}: id2label has {len(names)} entries; needed: {num_classes} "
-            f"different names for 0 to {num_classes - 1}"
+            f"{os.fspath(folder)}: id2label has {len(names)} entries and {num_names} different "
+            f"names; needed: {num_classes} different names for 0 to {num_classes - 1}"
         )
     return tuple(names[str(index)] for index in range(num_classes))

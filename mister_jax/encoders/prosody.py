@@ -5,18 +5,18 @@ frame every 10 ms. A frame is *sounding* if it is at most 40 dB below the clip's
 *voiced* if it is sounding and periodic. The features, in the order of `FEATURE_NAMES`, are:
 
 - Statistics of two contours. `pitch_*` is the pitch of voiced frames in octaves above 55 Hz,
-  estimated with YIN from 55 to 500 Hz. `energy_*` is the log10 of the mean square of sounding
-  frames relative to 1e-10 of full scale: 0 is digital silence, and 1 corresponds to 10 dB. The
-  statistics are `mean`, `deviation` (standard deviation), percentiles `p10`, `p50`, `p90`, `range`
-  (p90 - p10), `slope` (per second), `rise` (mean of the last third of the frames minus mean of the
-  first third) and `change` (mean absolute difference of neighboring frames). The maximum,
-  `energy_maximum`, exists only for `energy_*` and comes last.
+  estimated with YIN from 55 to 500 Hz. `energy_*` is log10(mean square / 1e-10) of sounding
+  frames, for samples in [-1, 1]; a difference of 1 is 10 dB. The statistics are `mean`,
+  `deviation` (standard deviation), percentiles `p10`, `p50`, `p90`, `range` (p90 - p10), `slope`
+  (per second), `rise` (mean of the last third of the frames minus mean of the first third) and
+  `change` (mean absolute difference of neighboring frames). The maximum, `energy_maximum`, exists
+  only for `energy_*` and comes last.
 - `mean`, `deviation` and `change` of these values over sounding frames: `periodicity` (0 for noise,
   1 for periodic frames), `zero_crossings` (per sample), `centroid`, `spread` and `rolloff` (85%) of
   the power spectrum (octaves above 1 kHz), `flatness` (log10 of the ratio of geometric and
   arithmetic mean), `tilt` (slope of the mel spectrum, log10 per octave), `alpha` (log10 of the
-  ratio of the power below and above 1 kHz), `hammarberg` (log10 of the ratio of the largest peaks
-  below and above 2 kHz), and `mfcc_1` to `mfcc_13`.
+  ratio of the power from 50 Hz to 1 kHz and from 1 to 5 kHz), `hammarberg` (log10 of the ratio of
+  the largest peaks from 0 to 2 kHz and from 2 to 5 kHz), and `mfcc_1` to `mfcc_13`.
 - `flux_mean` and `flux_deviation`: statistics of the distance between the spectra of neighboring
   frames, from 0 to sqrt 2.
 - `duration` (log10 of seconds), `sounding` and `voiced` (fractions of all frames), `voiced_rate`
@@ -80,8 +80,8 @@ _MIN_LAG = int(frontends.SAMPLE_RATE / _MAX_PITCH)
 _MAX_LAG = int(frontends.SAMPLE_RATE / _MIN_PITCH)
 _PITCH_FRAME_SIZE = 800  # samples
 _NUM_LAGS = 300
-_PERIOD_THRESHOLD = 0.15  # The period is the first lag with a difference below this value.
-_VOICED_THRESHOLD = 0.35  # Maximum difference in a voiced frame.
+_PERIOD_THRESHOLD = 0.15  # The period is the first minimum of YIN's difference below this value.
+_VOICED_THRESHOLD = 0.35  # Maximum of YIN's difference at the period of a voiced frame.
 _SOUNDING_RANGE = 4.0  # log10 of power, relative to the loudest frame
 _MIN_POWER = 1e-10  # relative to full scale
 _MIN_PEAK = 1e-5  # relative to full scale; quieter clips are treated as having this peak
@@ -124,7 +124,9 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
         jnp.stack([pitch, energy], axis=-1), jnp.stack([voiced, sounding], axis=-1)
     )
     contour_features = jnp.stack([contours[name] for name in _CONTOUR_STATISTICS], axis=1)
-    max_energy = jnp.where(sounding, energy, 0).max(1)
+    # The maximum starts at -inf instead of 0, because very quiet frames have negative energy.
+    max_energy = energy.max(1, initial=-jnp.inf, where=sounding)
+    max_energy = jnp.where(sounding.any(1), max_energy, 0)
     stacked = jnp.stack([spectral[name] for name in _SPECTRAL_NAMES], axis=-1)  # [B, F, features]
     statistics = (
         *_mean_and_deviation(stacked, sounding[..., None]),
@@ -148,7 +150,7 @@ def compute_prosody(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array,
 
 
 def _scale_to_unit_peak(waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scales clips to zero mean and peak 1; returns these clips and the old peaks, [B, 1]."""
+    """Returns clips with zero mean and peak 1, and the peaks before scaling, [B, 1]."""
     waveform = jnp.pad(waveform, ((0, 0), (0, max(0, 1 - waveform.shape[1]))))
     mask = length_mask(lengths, waveform.shape[1])
 
@@ -176,7 +178,7 @@ def _centered_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
 
 
 def _low_pass(x: jax.Array) -> jax.Array:
-    """Applies a 1.5 kHz low-pass filter to x, [B, S], so that lags need no subsample resolution."""
+    """Low-pass filters x, [B, S], at 1.5 kHz, so that integer lags are dense enough for YIN."""
     time = np.arange(-32, 33)
     taps = np.sinc(time * 3000 / frontends.SAMPLE_RATE) * np.hanning(67)[1:-1]
     taps = (taps / taps.sum()).astype(np.float32)
@@ -196,12 +198,12 @@ def _estimate_pitch(
     """Estimates the pitch with YIN (de Cheveigne and Kawahara, JASA 111, 2002).
 
     Returns the pitch in octaves above 55 Hz and the normalized difference at the period, both
-    [B, F]. The difference is 0 for periodic frames and 1 for noise or silence.
+    [B, F]. The difference is near 0 for periodic frames, near 1 for noise, and 1 for silence.
     """
     x = jnp.where(length_mask(lengths, x.shape[1]), _low_pass(x), 0)
     frames = _centered_frames(x, _PITCH_FRAME_SIZE, num_frames)  # [B, F, 800]
     window = _PITCH_FRAME_SIZE - _NUM_LAGS
-    # At the maximum lag, the window ends where the frame ends, so the FFT does not wrap around.
+    # Even at the maximum lag, the shifted window is inside the frame, so the FFT does not wrap.
     start = jnp.where(np.arange(_PITCH_FRAME_SIZE) < window, frames, 0)
     spectrum = jnp.conj(jnp.fft.rfft(start)) * jnp.fft.rfft(frames)
     product = jnp.fft.irfft(spectrum, _PITCH_FRAME_SIZE)[..., :_NUM_LAGS]

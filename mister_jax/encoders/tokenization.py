@@ -39,7 +39,9 @@ def check_tokenizer(
     if not any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer; allowed: {', '.join(_VOCABULARY_FILES)}")
     max_id = max(tokenizer.get_vocab().values(), default=-1)
-    problem = _special_token_mismatch(tokenizer, {**hf_config, **hf_config.get("text_config", {})})
+    problem = _special_token_mismatch(
+        tokenizer, {**hf_config, **(hf_config.get("text_config") or {})}
+    )
     if vocab_size is not None and max_id >= vocab_size:
         problem = f"the largest token ID is {max_id}; allowed: below {vocab_size}"
     elif not problem and needs_cls_token and tokenizer.cls_token_id is None:
@@ -51,9 +53,10 @@ def check_tokenizer(
 def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
     """Describes a conflict between a tokenizer's special tokens and a config.json, or returns "".
 
-    A smaller vocabulary is allowed, because many models have spare rows. The config.json may also
-    name a different special token of the same tokenizer: chat models end a text and an answer with
-    different tokens, and multilingual MiniLM's config has BERT's padding token.
+    The tokenizer may have fewer tokens than the embedding has rows, because many models have spare
+    rows. The config.json may also name a different special token of the same tokenizer: chat models
+    end a text and an answer with different tokens, and multilingual MiniLM's config has BERT's
+    padding token.
     """
     vocabulary = set(tokenizer.get_vocab().values())
     added = tokenizer.added_tokens_decoder.items()

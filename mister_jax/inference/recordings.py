@@ -91,7 +91,7 @@ def find_utterances(
       language: Language code for Whisper, such as "en"; None detects the language.
       channels: Channel to read: "mix", "left", "right" or an index. "split" reads all channels,
         each with one speaker.
-      rules: Rules for joining and splitting segments. A recognizer's segments without text are not
+      rules: Rules for joining and splitting segments. If no segment has text, the segments are not
         changed.
       quiet: Whether to hide progress.
 
@@ -244,6 +244,8 @@ def _check_belongs_to_recording(
         return seconds, ()
     # A file's header may have no length or only an estimate, so measure the length.
     decoded_seconds = audio.decoded_seconds(source)
+    if end <= decoded_seconds + END_TOLERANCE:
+        return decoded_seconds, ()
     # The transcript of a truncated recording matches the length that the header states.
     full_seconds = max(decoded_seconds, (seconds or 0.0) + audio.missing_seconds(source))
     late = num_late(full_seconds)
@@ -253,13 +255,14 @@ def _check_belongs_to_recording(
             f"of {len(segments)} segments start after the recording; needed: the transcript of "
             "this recording"
         )
-    return decoded_seconds, (f"the recording ends at {decoded_seconds:.1f} s, its {origin} later",)
+    note = f"the recording ends at {decoded_seconds:.1f} s, its {origin} ends later"
+    return decoded_seconds, (note,)
 
 
 def _assign_channels(
     source: str, segments: Sequence[Segment], channels: Sequence[Channel]
 ) -> tuple[Segment, ...]:
-    """Assigns each segment to its named channel, or else to the channel of its speaker."""
+    """Assigns each segment to the channel that it names, or else to the channel of its speaker."""
     segments = [
         dataclasses.replace(it, channel=NAMED_CHANNELS.get(str(it.channel), it.channel))
         for it in segments
@@ -293,15 +296,10 @@ def _assign_channels(
 def _loudest(power: np.ndarray, share: np.ndarray) -> int:
     """Returns the position of a speaker's channel.
 
-    The speaker's share of a channel's total power is compared instead of the speaker's power,
-    because a channel may be louder than the others for all speakers. If all speakers are in one
-    channel and the other channels contain only crosstalk, the shares are almost equal. In this
-    case, the channel with the largest power is chosen.
-
-    Args:
-      power: Power of the speaker in each channel.
-      share: Power of the speaker in each channel, divided by the power of all speakers in that
-        channel.
+    `power` is the speaker's power in each channel, and `share` is this power divided by the power
+    of all speakers in the channel. Shares are compared, because a channel may be louder than the
+    others for all speakers. If all speakers are in one channel and the others contain only
+    crosstalk, the shares are almost equal, so the channel with the largest power is chosen.
     """
     second, first = np.sort(share)[-2:]
     return int((share if first > _MIN_SHARE_RATIO * second else power).argmax())

@@ -63,7 +63,7 @@ def load_mister_e(name: epath.PathLike, *, calibrate: bool = True) -> Predictor:
 
     Args:
       name: See `find_model`.
-      calibrate: Whether to calibrate the probabilities. Has no effect on a model without a
+      calibrate: Whether to calibrate the probabilities; ignored for a model without a
         calibration.
 
     Raises:

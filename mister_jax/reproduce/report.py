@@ -146,8 +146,9 @@ def write_report(
         f"Weighted F1 in percent, {seeds}: mean ± standard deviation. The ensemble averages the "
         "probabilities of the seeds. The ensemble's score and the published score are for the test "
         "split. A single expert was trained without the other experts; fusion is the cross-modal "
-        "expert. The epoch was chosen on validation, but the paper's code chooses it on test.",
-        *_notes(settings),
+        "expert. The epoch was chosen on the validation split; the paper's code chooses it on the "
+        "test split.",
+        *_notes(settings, record["settings"]["partial"]),
         "",
         _markdown(_SCORE_COLUMNS, scores),
         "Test F1 of each class, ensemble:",
@@ -165,8 +166,8 @@ def write_report(
     ]
 
 
-def _notes(settings: Settings) -> list[str]:
-    """Describes all differences between this run and the recipe."""
+def _notes(settings: Settings, partial: bool) -> list[str]:
+    """Returns lines about changed config fields, an incomplete corpus and other encoders."""
     changes = [
         f"{name}: {', '.join(options)}"
         for name, options in (
@@ -177,10 +178,10 @@ def _notes(settings: Settings) -> list[str]:
         if options
     ]
     notes = [f"Changed fields of the configs: {'; '.join(changes)}."] if changes else []
-    if settings.partial:
+    if partial:
         notes.append("The corpus may be incomplete (`--partial`).")
     if settings.text_encoder or settings.speech_encoder:
-        notes.append("The encoders are not those of the preset, so the paper's scores differ.")
+        notes.append("The encoders are not those of the preset; the paper's scores do not apply.")
     return [line for note in notes for line in ("", note)]
 
 

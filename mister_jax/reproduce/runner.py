@@ -105,7 +105,8 @@ def _open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
                 f"{path}: created with other settings ({', '.join(changes)}); use those settings, "
                 "or another --workdir"
             )
-        record["settings"] = values
+        # An earlier run may have prepared an incomplete corpus.
+        record["settings"] = values | {"partial": values["partial"] or old["partial"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return record

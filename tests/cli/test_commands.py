@@ -41,7 +41,7 @@ def test_scripts_take_features_to_scores(tmp_path):
 # Subcommand -> its flags -> a part of the error. DIR stands for a folder with:
 #   data/     the dataset x
 #   empty/    nothing
-#   ready/    a work directory of MiSTER-E on x, whose features come from no encoder
+#   ready/    a work directory of MiSTER-E for x, whose features were computed without an encoder
 #   encoder/  the config of an encoder's training run
 #   old/      a work directory written before model.json had a "format"
 WRONG_USES = {
@@ -80,10 +80,10 @@ WRONG_USES = {
         "configs/fusion.py:x": "argument 'configs/fusion.py:x'; allowed: flags, --name=value",
         "--config=configs/fusion.py:x": "--workdir is needed",
         "--config=fuson:x": "--config=fuson: no packaged config with this name; allowed: demo, fu",
-        "--config=fusion.py:x": "'fusion.py'; needed: a Python file, its path from the current",
+        "--config=fusion.py:x": "'fusion.py'; needed: the path of a Python file",
         "--config=fusion.py:x --config.seed=1": (
-            "error: --config: No such file or directory: 'fusion.py'; needed: a Python file, its "
-            "path from the current"
+            "error: --config: No such file or directory: 'fusion.py'; needed: the path of a Python "
+            "file"
         ),
         "--config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
         "--config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
@@ -164,11 +164,13 @@ WRONG_USES = {
         "--model=DIR/encoder --text=hello": "the work directory of an encoder; needed: a Mi",
         "--model=DIR/ready --text=hello": "ready-made features, so recordings and texts",
         "--model=DIR/ready --text=a --text_encoder=adapter=DIR/x --text_encoder=DIR/y": (
-            "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; leave it out"
+            "--text_encoder=DIR/x, DIR/y: DIR/ready uses no text encoder; omit this option"
         ),
         "--model=DIR/ready --text=a --text=b --audio=c.wav": (
             "--audio flags: 1, --text flags: 2; needed: as many of each"
         ),
+        "--model=DIR/ready --text=a --audio_channel=left": "--audio_channel: needs --audio",
+        "--model=DIR/ready --manifest=DIR/my.jsonl --split=test": "--split: needs --corpus",
         "--model=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
         "--model=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
         "--model=DIR/ready --text=a --output=DIR/no/out.jsonl": (

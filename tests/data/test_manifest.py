@@ -144,8 +144,8 @@ def test_utterances_of_one_recording_are_cut_by_start_and_end(tmp_path):
     recordings = [turn.recording for _, turn in corpus.utterances() if turn.id.startswith("d/")]
     path = str(tmp_path / "call.wav")
     assert recordings == [DecodeRequest(path, n, n + 0.5) for n in range(3)]
-    assert "3 utterances cut by start and end from 1 recordings" in corpus.notes[0]
-    # A recording of a single row is the whole utterance.
+    assert "start and end select 3 utterances in 1 recordings" in corpus.notes[0]
+    # If only one row names a recording, the utterance is the whole recording.
     turns = {turn.id: turn for _, turn in corpus.utterances()}
     assert turns["a/x"].recording == DecodeRequest(str(tmp_path / "a.wav"))
 
@@ -170,10 +170,10 @@ def test_several_utterances_without_times_in_one_recording_are_rejected(tmp_path
         reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", respelled))
     # Rows with different channels may share a recording.
     for n, row in enumerate(rows):
-        row["audio_channel"] = n
+        row["audio_channel"] = (" ", 0, 1)[n]
     corpus = reader.read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
     recordings = [turn.recording for _, turn in corpus.utterances()]
-    assert [recording.channel for recording in recordings] == [0, 1, 2]
+    assert [recording.channel for recording in recordings] == ["mix", 0, 1]
     assert all((recording.start, recording.end) == (None, None) for recording in recordings)
 
 
@@ -305,7 +305,7 @@ FIELD = st.one_of(st.sampled_from(reader.FIELDS), st.text(max_size=5))
 
 @st.composite
 def manifests(draw):
-    """Draws mostly valid rows with a few careless changes."""
+    """Draws rows that are mostly valid and have a few careless mistakes."""
     rows = []
     with_splits = draw(st.booleans())
     for dialogue in range(draw(st.integers(1, 3))):
@@ -413,7 +413,7 @@ def names_of(content, as_csv, rows):
     if as_csv:  # A truncated file may end within its header.
         header = next(csv.reader(io.StringIO(content.decode(errors="replace"), newline="")), [])
         columns = {name.strip() or "unnamed" for name in header}
-    # A repeated column is named as it is written, and other extra columns are quoted.
+    # Errors name a repeated column as it is written, and quote the names of other extra columns.
     extra_columns = columns - {*reader.FIELDS}
     quoted = {" ".join(repr(name).split()) for name in extra_columns}
     return {*reader.FIELDS, *quoted, *(" ".join(name.split()) for name in extra_columns)}

@@ -143,7 +143,15 @@ def test_errors_name_the_bad_file_and_line(tmp_path):
     (tmp_path / "train_sent_emo.csv").write_text("Utterance,Emotion\n")
     with pytest.raises(InputError, match="no column Dialogue_ID"):
         meld.read_meld(tmp_path, clips=False)
-    for text in ('"Sr No.,Utterance\n', ",".join(MELD_COLUMNS) + '\n1,"never closed\n'):
+    header = ",".join(MELD_COLUMNS)
+    num_columns = len(MELD_COLUMNS)
+    for fields in (["1"], ["1"] * (num_columns + 2)):
+        (tmp_path / "train_sent_emo.csv").write_text(f"{header}\n{','.join(fields)}\n")
+        with pytest.raises(
+            InputError, match=f"line 2: {len(fields)} fields; needed: {num_columns}"
+        ):
+            meld.read_meld(tmp_path, clips=False)
+    for text in ('"Sr No.,Utterance\n', header + '\n1,"never closed\n'):
         (tmp_path / "train_sent_emo.csv").write_text(text)
         with pytest.raises(InputError, match=r"line \d: not CSV \(unexpected end of data\)"):
             meld.read_meld(tmp_path, clips=False)
@@ -154,7 +162,10 @@ def test_errors_name_the_bad_file_and_line(tmp_path):
 
 @pytest.fixture
 def downloads(tmp_path):
-    """A download manager that writes the names of the files, after an unfinished download."""
+    """A fake download manager whose files contain their own names.
+
+    During the download, a folder for an unfinished file exists.
+    """
 
     def download(urls):
         unfinished = tmp_path / "meld" / "train.csv.tmp.abc"

@@ -45,7 +45,7 @@ def test_multi_label_probabilities_are_sigmoids(bert_folder, tmp_path):
         ({"head": False}, "no classification head"),
         ({"num_classes": 1}, "a regression model; needed: a classifier"),
         ({"problem_type": "regression"}, "a regression model; needed: a classifier"),
-        ({"num_classes": 2}, "id2label has 3 entries; needed: 2"),
+        ({"num_classes": 2}, "id2label has 3 entries and 3 different names; needed: 2"),
         ({"model_type": "gpt2"}, "model_type 'gpt2'; allowed"),
     ],
 )

@@ -168,6 +168,9 @@ def test_a_workdir_of_another_version_is_refused(finished_workdir, tmp_path):
         with pytest.raises(InputError, match="written by an older version of mister_jax") as error:
             evaluate(tmp_path, "test", quiet=True)
         assert "\n" not in str(error.value)
+    (tmp_path / "model.json").write_text(json.dumps(description | {"format": FORMAT + 1}))
+    with pytest.raises(InputError, match="written by a newer version of mister_jax"):
+        evaluate(tmp_path, "test", quiet=True)
 
 
 @pytest.fixture
@@ -309,6 +312,9 @@ def test_a_report_has_a_missing_modality_study_of_its_checkpoint(finished_workdi
     study["points"] = [{**study["points"][0], "weighted_f1": 0.9876}]
     path.write_text(json.dumps(study))
     assert "0.988" in make_report()
+    # A study of other features of this split, such as adapted features, is replaced.
+    path.write_text(json.dumps({**study, "fingerprint": "0123456789abcdef"}))
+    assert "0.988" not in make_report()
     # A study of another run in the same folder, with the same best epoch, is replaced.
     other_checkpoint = {**study["checkpoint"], "weighted_f1": 0.123}
     path.write_text(json.dumps({**study, "checkpoint": other_checkpoint}))

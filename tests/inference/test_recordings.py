@@ -64,7 +64,7 @@ def srt(recording):
 
 
 def loud_segments(samples):
-    """A recognizer that transcribes each loud part, with a time for each word."""
+    """A speech recognizer that transcribes each loud part, with one time per word."""
     is_loud = np.abs(samples).reshape(-1, RATE // 10).max(axis=1) > 0.05
     edges = np.flatnonzero(np.diff(np.concatenate([[0], is_loud, [0]]))) / 10
     return [
@@ -301,6 +301,16 @@ def test_a_truncated_recording_is_used_with_its_transcript(tmp_path):
     assert [bool(notes) for notes in found.segment_notes] == [False] * 2 + [True] * 4
 
 
+def test_a_recording_without_stated_length_is_not_reported_to_end_early(tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(path, voice(3.0, 150))
+    content = bytearray(path.read_bytes())
+    # FFmpeg writes these sizes if its output is a pipe.
+    content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    assert find_utterances(path, transcript=[Segment(0.5, 2.9, "so mad.")]).notes == ()
+
+
 def test_a_segment_shorter_than_a_millisecond_has_a_length(recognizer, recording, tmp_path):
     rows = recognizer.predict_recording(recording, transcript=[Segment(1.0, 1.0003, "mad.")])
     assert rows[0]["end"] > rows[0]["start"]
@@ -320,7 +330,7 @@ def test_channels_of_segments_are_kept_and_loud_channels_do_not_win(tmp_path):
 
 
 def conversation(*turns, crosstalk):
-    """Returns stereo samples with crosstalk between the channels, and the turns."""
+    """Returns stereo samples of the turns, with crosstalk between the channels."""
     channels = np.zeros((max(round(end * RATE) for _, end, *_ in turns), 2))
     for start, end, channel, loudness in turns:
         sound = loudness * voice(end - start, 120 if channel == 0 else 190).astype(float)
@@ -344,7 +354,7 @@ def conversation(*turns, crosstalk):
 def test_crosstalk_does_not_change_the_channels_of_speakers(tmp_path, turns, has_speakers):
     path = tmp_path / "stereo.wav"
     encode_wav(path, conversation(*turns, crosstalk=0.3))
-    if not has_speakers:  # Without speakers, simultaneous turns have the same sound.
+    if not has_speakers:  # Without speakers, the channels of overlapping turns are unclear.
         turns = [turn for turn in turns if turn[:2] not in ((2, 3), (2.5, 3.5))]
     segments = [
         Segment(start, end, "so mad.", f"speaker {channel}" if has_speakers else None)
@@ -481,13 +491,14 @@ BAD_COMMANDS = {
     ("--recording=first.wav", "--audio_channel=left"): "cannot be used with --recording",
     ("--audio=first.wav", "--channels=left"): "--channels: needs --recording",
     ("--recording=first.wav", "--no_text", "--transcript=first.srt"): "--no_text: cannot be used",
+    ("--recording=first.wav", "--no_text", "--language=en"): "--no_text: cannot be used",
     ("--recording=first.wav", "--embed_audio", "--output=one.csv"): "--embed_audio: needs",
 }
 
 
 @pytest.fixture(scope="module")
 def results(calls, workdir):
-    """The result of each command, by name or flags."""
+    """The result of each command, by its name in `GOOD_COMMANDS` or its flags in `BAD_COMMANDS`."""
     (calls / "out").mkdir()
     (calls / "both").mkdir()
     for name in ("first.wav", "first.srt", "second.wav"):

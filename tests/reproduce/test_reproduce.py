@@ -57,7 +57,7 @@ def test_meld_is_reproduced_after_sigterm(
     leave_one_training(monkeypatch, recipe="paper")
     (tmp_path / "corpus").mkdir()
     write_meld(tmp_path / "corpus", write_mp4)
-    # SIGTERM must arrive before the last epoch. It stops training within an epoch.
+    # The training run is long, so that SIGTERM arrives before the last epoch.
     _, *options = small_encoders["speech_options"]
     speech_options = (
         *("train.epochs=20", "train.min_save_seconds=0", "data.batch_size=1"),
@@ -130,6 +130,13 @@ def test_a_corpus_is_reproduced(
 def make_stage(name, folder, **changes):
     values = {"arguments": (name,), "is_done": (folder / name).exists, **changes}
     return Stage(name, **values)
+
+
+def test_the_record_keeps_that_the_corpus_may_be_incomplete(tmp_path):
+    settings = make_settings(tmp_path, "mosi")
+    assert run_stages([], settings, None)["settings"]["partial"]
+    complete = dataclasses.replace(settings, partial=False)
+    assert run_stages([], complete, None)["settings"]["partial"]
 
 
 def test_a_failed_stage_stops_with_its_command(tmp_path, capsys):

@@ -58,8 +58,8 @@ _COLUMNS = ("Utterance", "Emotion", "Dialogue_ID", "Utterance_ID", "StartTime", 
 _TIME = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})")
 _CLIP = re.compile(r"dia\d+_utt\d+\.mp4")
 
-# Maps the control characters U+0080 to U+009F to the characters that cp1252 encodes with the same
-# bytes. Five of these bytes are undefined in cp1252.
+# Repairs cp1252 text that was decoded as Latin-1: maps the control characters U+0080 to U+009F to
+# the characters that cp1252 encodes with the same bytes, except for five undefined bytes.
 _WINDOWS = {
     code: character
     for code in range(0x80, 0xA0)
@@ -77,7 +77,7 @@ def read_meld(
     """Reads the annotations of MELD and locates its clips.
 
     Args:
-        source: Folder that contains the CSV files and the clip folders, at most one level deep.
+        source: Folder that contains the CSV files and clip folders, directly or one level deeper.
         clips: Whether to use the clips. Without clips, all speech is missing.
         corrected_test_clips: Whether to replace test clips with their corrected versions,
             `final_videos_testdia*`, where these exist.
@@ -117,15 +117,22 @@ def _read_split(
     dialogues: dict[int, dict[int, Utterance]] = {}
     used = set()
     try:
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        columns = reader.fieldnames or ()
+        missing = [column for column in _COLUMNS if column not in columns]
         if missing:
             raise InputError(
                 f"{path}: no column {', '.join(missing)}; needed: {', '.join(_COLUMNS)}"
             )
         for row in reader:
             location = f"{path}: line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{location}: {len(row)} fields; needed: one per column")
+            # `DictReader` stores extra fields as a list under None, and None for missing fields.
+            num_fields = sum(value is not None for value in row.values())
+            if None in row:
+                num_fields += len(row[None]) - 1
+            if num_fields != len(columns):
+                raise InputError(
+                    f"{location}: {num_fields} fields; needed: {len(columns)}, one per column"
+                )
             dialogue = _number(row["Dialogue_ID"], f"{location}: Dialogue_ID")
             number = _number(row["Utterance_ID"], f"{location}: Utterance_ID")
             label = row["Emotion"].strip().lower()
@@ -152,7 +159,7 @@ def _read_split(
                 end=_seconds(row["EndTime"], f"{location}: EndTime"),
             )
     except csv.Error as error:
-        # `line_num` is 0 if the first line has no end.
+        # `line_num` is 0 if the header cannot be read.
         location = f"{path}: line {max(1, reader.line_num)}"
         raise InputError(f"{location}: not CSV ({error}); needed: closed quotes") from error
     return [

@@ -3,7 +3,7 @@
 MMSA (ACL 2022, arXiv 2203.12441) publishes `aligned_50.pkl` and `unaligned_50.pkl` for CMU-MOSI,
 CMU-MOSEI and CH-SIMS. A file contains one dict per split. The dict has ids `VIDEO$_$NUMBER`,
 features [N, T, F] that are padded with zeros, and labels. The vector of a segment is the mean over
-the steps that are not padding.
+the finite steps that are not padding.
 """
 
 import pathlib
@@ -36,12 +36,7 @@ BINARY = ("negative", "non_negative")
 
 
 def open_mmsa(path: pathlib.Path, content: Any) -> "MmsaFeatures | None":
-    """Opens a file in MMSA's layout, a dict of splits; returns None for other layouts.
-
-    Raises:
-        InputError: A split lacks ids, or the number of a field's segments differs from the number
-            of ids.
-    """
+    """Opens a file in MMSA's layout, a dict of splits; returns None for other layouts."""
     if not isinstance(content, dict):
         return None
     splits = {
@@ -63,7 +58,9 @@ class MmsaFeatures(FeatureSource):
 
     def __init__(self, path: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self._splits = splits
-        names = dict.fromkeys(name for part in splits.values() for name in part)
+        names = dict.fromkeys(
+            name for part in splits.values() for name, value in part.items() if value is not None
+        )
         fields = [_describe(name, [part.get(name) for part in splits.values()]) for name in names]
         kinds = {field.key: field.kind for field in fields}
         defaults: dict[str, tuple[str, ...]] = {}
@@ -115,7 +112,7 @@ class MmsaFeatures(FeatureSource):
             self.class_names = self.class_names or BINARY
             note = f"classes {' and '.join(BINARY)} from the sign of {roles['score'][0]}"
             if _CLASSES in (field.key for field in self.fields):
-                note += f"; --fields=label={_CLASSES} takes the classes of the file"
+                note += f"; --fields=label={_CLASSES} uses the classes of the file"
             notes.append(note)
         metadata = {}
         if "sentence" in roles:
@@ -179,7 +176,10 @@ class MmsaFeatures(FeatureSource):
         return np.array([UNLABELED if label is None else label for label in labels])
 
     def _pool(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each segment's mean over the steps that are not padding, and presence flags."""
+        """Returns each segment's mean over the valid steps [N, F], and presence flags [N].
+
+        A step is valid if it is finite and not padding.
+        """
         vectors, present = [], []
         for split, part in self._splits.items():
             lengths = part.get(f"{key}_lengths")

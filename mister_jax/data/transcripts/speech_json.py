@@ -118,15 +118,15 @@ def detect_json(text: str) -> DetectedFormat | None:
     try:
         data = _load(text)
     except (ValueError, RecursionError) as error:
-        # ASS begins with "[Script Info]", and MicroDVD with "{0}{25}".
+        # Other formats may also begin with a bracket: ASS with "[Script Info]", and MicroDVD with
+        # "{0}{25}".
         if not re.match(r'\s*\{\s*["}]', text):
             return None
         raise InputError(f"is damaged JSON ({one_line(str(error))})") from None
     if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
-        # Google's batch files are lists of responses. All other lists contain segments.
-        data = {"segments": data} if "start" in data[0] else data[0]
-    if isinstance(data, dict) and isinstance(data.get("response"), dict):
-        data = data["response"]
+        data = {"segments": data} if "start" in data[0] else _join_responses(data)
+    if isinstance(data, dict):
+        data = _response(data)
     if isinstance(data, dict):
         for name, fits, read in _FORMATS:
             if fits(data):
@@ -135,8 +135,24 @@ def detect_json(text: str) -> DetectedFormat | None:
     raise InputError(f"is JSON with {keys or 'no keys'}, which is not a supported transcript")
 
 
+def _response(data: Record) -> Record:
+    """Returns the response inside a long-running operation of Google, or `data` unchanged."""
+    response = data.get("response")
+    return response if isinstance(response, Mapping) else data
+
+
+def _join_responses(responses: Sequence[Record]) -> Record:
+    """Returns one response with the results of a list of Google's streaming responses."""
+    responses = [_response(response) for response in responses]
+    if len(responses) == 1:
+        return responses[0]
+    if not all(isinstance(response.get("results"), list) for response in responses):
+        raise InputError(f"is JSON with a list of {len(responses)} objects; needed: one transcript")
+    return {"results": [result for response in responses for result in response["results"]]}
+
+
 def _load(text: str) -> Any:
-    """Returns the value of a JSON file, or a list of the values of its lines."""
+    """Parses JSON or JSON Lines, and returns a list for JSON Lines."""
     try:
         return json.loads(text)
     except ValueError:
@@ -161,8 +177,8 @@ def _read(
         if isinstance(error, InputError):
             raise
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise InputError(f"is damaged: not the {name} that it begins like ({reason})") from None
-    # All channel names are known only here. A file with a single channel gets no channel index.
+        raise InputError(f"is damaged {name} ({reason})") from None
+    # `channel_indices` needs the names of all channels, so indices are assigned after reading.
     names = [str(segment.channel) for segment in segments if segment.channel is not None]
     indices = channel_indices(name.removeprefix("ch_") for name in names)
     segments = tuple(
@@ -236,7 +252,8 @@ def _turns(
 ) -> Iterator[Segment]:
     """Groups consecutive words of one speaker and channel into segments.
 
-    A word without times, such as punctuation, is appended to the previous word.
+    A pause longer than `MAX_PAUSE` also ends a segment. A word without times, such as punctuation,
+    is appended to the previous word.
     """
     words: list[Word] = []
     speaker: str | None = None
@@ -289,7 +306,7 @@ def _read_whisper(data: Record, notes: Notes) -> Iterable[Segment]:
 
 
 def _with_words(segments: Sequence[Segment], words: Sequence[Word]) -> list[Segment]:
-    """Assigns each word to the segment that contains its midpoint.
+    """Assigns each word with times to the segment that contains the midpoint of the word.
 
     A word whose midpoint is outside all segments is assigned to the nearest segment.
     """
@@ -393,7 +410,7 @@ def _read_google(data: Record, notes: Notes) -> Iterator[Segment]:
 
 
 def _repeats(words: Sequence[Record], alternatives: Sequence[Record]) -> bool:
-    """Returns whether words repeat the words of earlier results."""
+    """Returns whether words repeat the words of earlier results, judged by the start times."""
     earlier = [word for alternative in alternatives for word in alternative.get("words") or ()]
     if not earlier:
         return len(words) > 0

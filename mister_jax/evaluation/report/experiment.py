@@ -43,7 +43,11 @@ class Experiment:
 
     @classmethod
     def from_workdir(cls, workdir: epath.PathLike, checkpoint: Mapping[str, Any]) -> Experiment:
-        """Reads an experiment, given its work directory and "checkpoint" in `evaluate`'s result.
+        """Reads an experiment from its work directory.
+
+        Args:
+          workdir: Work directory of the training run.
+          checkpoint: Entry "checkpoint" in the result of `evaluate`.
 
         Raises:
           InputError: The folder is not a work directory.
@@ -111,7 +115,9 @@ def _facts(
     epochs = experiment.epochs
     checkpoint = f"{'epoch' if len(epochs) == 1 else 'epochs'} {', '.join(map(str, epochs))}"
     if "train.epochs" in config:
-        checkpoint += f" of {config['train.epochs']}, the best on validation"
+        checkpoint += f" of {config['train.epochs']}"
+        if config.get("train.select_by") != "last":
+            checkpoint += ", the best on validation"
     if experiment.date:
         checkpoint += f"; saved {experiment.date}"
     training = []

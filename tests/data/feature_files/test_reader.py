@@ -136,7 +136,7 @@ def test_the_layouts_of_published_projects_are_recognized(tmp_path, name):
 
 
 def test_two_files_of_one_corpus_are_joined(tmp_path):
-    """M3NET takes text and validation from COSMIC's file, and speech from MMGCN's."""
+    """As in M3NET, text and validation split are from COSMIC's file, and speech is from MMGCN's."""
     second = write(tmp_path, COSMIC).rename(tmp_path / "roberta.pkl")
     first = write(tmp_path, IEMOCAP)
     splits = read_features([first, second])
@@ -187,7 +187,7 @@ def test_traps_of_published_files(tmp_path):
 
     text = {index: np.array(rows) for index, rows in renamed(TEXT, np.int64).items()}
     speech = renamed(copy.deepcopy(SPEECH), str)
-    del speech["4"]  # The last dialogue.
+    del speech["4"]  # "4" is the last dialogue.
     speech["3"][0] = np.zeros(0)
     speech["3"][1] = np.full(4, np.nan)
     speech["2"][1] = None
@@ -377,6 +377,8 @@ def test_features_of_mmsa_are_pooled_over_valid_steps(tmp_path):
 def test_mmsa_without_text_vectors_and_with_shared_videos(tmp_path):
     content = mmsa()
     for part in content.values():
+        part["note"] = None  # A field without a value is ignored.
+    for part in content.values():
         del part["text"]
     content["valid"]["id"] = ["v0_a$_$3"]
     splits = read_features(write(tmp_path, content))
@@ -442,7 +444,7 @@ INVALID = {
         replaced(6, TEST[0], ["a"]),
         {},
     ),
-    "field 3: dialogue Ses05F_impro01, utterance 1: 4 features; needed: 5, as before": (
+    "field 3: dialogue Ses05F_impro01, utterance 1: 4 features; needed: 5, as in earlier rows": (
         replaced(3, TEST[0], [TEXT[TEST[0]][0], np.ones(4)]),
         {},
     ),

@@ -32,7 +32,7 @@ AMAZON_SPEAKERS = {
     ]
 }
 
-# Name of the format, content, and its only segment.
+# Case -> name of the format, content of the file, and its only segment.
 FILES = {
     "whisper": (
         "Whisper JSON",
@@ -405,6 +405,23 @@ def test_google_leaves_out_zeros(read, times):
     words = [{"word": "Hi", "endTime": "1s"}, {"word": "you", "startTime": "1s", "endTime": "2s"}]
     results = [{"alternatives": [{"words": words}]}]
     assert times(read("a.json", json.dumps({"results": results}))) == [(0, 2, "Hi you")]
+
+
+def test_a_list_of_google_responses_is_read_completely(read, times):
+    responses = [
+        {"results": [{"alternatives": [{"words": [google_word("Hello", start, start + 1)]}]}]}
+        for start in (0, 5)
+    ]
+    assert times(read("a.json", json.dumps(responses))) == [(0, 1, "Hello"), (5, 6, "Hello")]
+    lines = "\n".join(json.dumps(response) for response in responses)
+    assert times(read("a.json", lines)) == [(0, 1, "Hello"), (5, 6, "Hello")]
+
+
+def test_a_list_of_transcripts_is_refused(read):
+    transcript = {"transcription": [{"offsets": {"from": 0, "to": 900}, "text": "Hello."}]}
+    assert len(read("a.json", json.dumps([transcript])).segments) == 1
+    with pytest.raises(InputError, match="a list of 2 objects; needed: one transcript"):
+        read("a.json", json.dumps([transcript, transcript]))
 
 
 def test_google_results_without_words_follow_each_other(read, times):

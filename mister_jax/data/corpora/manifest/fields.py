@@ -1,4 +1,4 @@
-"""Checks the fields of utterances, for manifests and `mister-jax predict`."""
+"""Checks the fields of utterances in manifests, corpus metadata and inputs for prediction."""
 
 import collections
 import contextlib
@@ -36,7 +36,10 @@ FIELDS = (
 """Names of an utterance's fields. The docstring of `reader` describes each field."""
 
 Interval = tuple[float | None, float | None]
-"""Start and end in seconds; None means the beginning or the end of a recording."""
+"""Start and end in seconds.
+
+For a recording, a start of None means its beginning, and an end of None its end.
+"""
 
 _MISSPELLING_CUTOFF = 0.8  # difflib's similarity: 0.8 for "lable", 0.9 for "audio_strat"
 
@@ -96,7 +99,7 @@ class Fields:
             return str(value)
         name = self.line(field)
         if name is None:
-            self.fail(field, "missing; needed: an id, text or a whole number")
+            self.fail(field, "missing; needed: an id (text or a whole number)")
         return name
 
     def number(
@@ -121,14 +124,14 @@ class Fields:
         return value
 
     def ratings(self, field: str) -> dict[str, float]:
-        """Returns the number of raters by class; empty if the field is absent."""
+        """Returns the number of raters by class, or an empty dict if the field is absent."""
         value = self.values.get(field)
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = json.loads(value) if value.strip() else None
         if value is None:
             return {}
-        allowed = 'allowed: an object of classes and numbers of raters, such as {"happy": 2}'
+        allowed = 'allowed: an object that maps classes to numbers of raters, such as {"happy": 2}'
         if not isinstance(value, Mapping):
             self.fail(field, f"{value!r}; {allowed}")
         ratings = {}
@@ -149,7 +152,7 @@ class Fields:
     def channel(self) -> str | int:
         """Returns `audio_channel`, or "mix" if the field is absent."""
         value = self.values.get("audio_channel")
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             return "mix"
         try:
             return check_channel(value)
@@ -167,12 +170,13 @@ class Fields:
 def audio_intervals(rows: Sequence[Fields]) -> list[Interval]:
     """Returns the time interval of each utterance within its recording.
 
-    The interval is `audio_start` to `audio_end`. If these are absent and several utterances have
-    the same recording, the interval is `start` to `end`.
+    The interval is `audio_start` to `audio_end` if at least one of these fields is present.
+    Otherwise, the interval is `start` to `end` if both fields are present and several utterances
+    have the same recording. In all other cases, the interval is the whole recording.
 
     Raises:
-        InputError: Several utterances have the same recording and no interval, so each utterance
-            would contain the speech of all the others.
+        InputError: An utterance would get the whole recording, but other utterances have the same
+            recording and channel.
     """
     # Different spellings of a path may refer to the same file.
     paths = [
